@@ -1,0 +1,53 @@
+# `make study` and `make test` need Python >= 3.11 and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv study test thorough faults lint types docs bench asv clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  %-9s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv: $(STAMP)  ## make the environment with the pinned requirements
+
+study: $(STAMP)  ## run the study; the results go to results/study
+	$(BIN)/mumoe-tensor study
+	@echo "The results are in $(CURDIR)/results/study"
+
+test: $(STAMP)  ## run all tests
+	$(BIN)/python -m pytest -n 2
+
+thorough: $(STAMP)  ## run all tests with 20 times the Hypothesis examples
+	MUMOE_HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2
+
+faults: $(STAMP)  ## plant deliberate faults one at a time; the tests must catch each
+	$(BIN)/python tests/faults.py
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: $(STAMP)  ## compare with hand-written code, in one process
+	$(BIN)/python -m benchmarks.ratios
+
+asv: $(STAMP)  ## check the asv suite and run it once, quickly
+	$(BIN)/asv machine --yes
+	$(BIN)/asv check --python=same
+	$(BIN)/asv run --python=same --quick --show-stderr
+
+clean:  ## remove builds and caches; .venv and results stay
+	rm -rf build dist docs/_build docs/api/generated .asv .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks: asv suites, and `ratios`, which compares with hand-written code in one process."""

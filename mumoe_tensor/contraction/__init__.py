@@ -1,0 +1,1 @@
+"""Plan a contraction from subscripts and sizes (`plan`), run it on arrays (`execute`)."""

@@ -1,0 +1,97 @@
+"""Run a program on the arrays of any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mumoe_tensor.backend import Array, add_product
+from mumoe_tensor.contraction.layout import Operand, Program, Step
+
+
+def execute(
+    program: Program, operands: Sequence[Array], backend: Any, folded: dict[int, Array] | None = None
+) -> Array:
+    """Contract the operands of a network in the order of a program.
+
+    Parameters
+    ----------
+    program : Program
+    operands : sequence of array
+        One array an operand of ``program.network``, with its axes in that order.
+    backend : TensorLy backend
+        The backend of the arrays.
+    folded : dict of int to array, optional
+        Results of `fold`, which are then not computed again.
+
+    Returns
+    -------
+    array
+        With the axes of ``program.network.output``.
+    """
+    arrays = _arranged(program, operands, backend)
+    for position, step in enumerate(program.steps, start=len(arrays)):
+        if folded and position in folded:
+            arrays.append(folded[position])
+            continue
+        arrays.append(_run(step, arrays, backend))
+        # Every intermediate is read once: let go of it.
+        arrays[step.left.position] = arrays[step.right.position] = None
+    result = arrays[-1]
+    return result if program.output_order is None else backend.transpose(result, program.output_order)
+
+
+def fold(program: Program, weights: Sequence[Array], backend: Any) -> dict[int, Array]:
+    """Run the steps that multiply weights alone, for `execute` to take up.
+
+    Returns
+    -------
+    dict of int to array
+        Results by the position of their step.
+    """
+    count = len(program.network.operands)
+    arrays = _arranged(program, [*weights, *(None,) * (count - len(weights))], backend)
+    folded: dict[int, Array] = {}
+    for position, step in enumerate(program.steps, start=count):
+        pair = (step.left.position, step.right.position)
+        if all(p < len(weights) or p in folded for p in pair):
+            folded[position] = _run(step, arrays, backend)
+        arrays.append(folded.get(position))
+    return folded
+
+
+def _arranged(program: Program, operands: Sequence[Array | None], backend: Any) -> list[Array | None]:
+    return [
+        array if order is None or array is None else backend.transpose(array, order)
+        for array, order in zip(operands, program.arrange, strict=True)
+    ]
+
+
+def _run(step: Step, arrays: list[Array | None], backend: Any) -> Array:
+    left, right = arrays[step.left.position], arrays[step.right.position]
+    if step.bias is None:
+        left, right = _read(left, step.left, backend), _read(right, step.right, backend)
+        result = left * right if step.kind == "mul" else left @ right
+    else:
+        bias, sides = step.bias, [left, right]
+        weights = sides[bias.side]
+        every = (slice(None),) * bias.axis
+        sides[bias.side] = weights[(*every, slice(-1))]
+        row = weights[(*every, -1)]
+        if bias.order is not None:
+            row = backend.transpose(row, bias.order)
+        if bias.shape is not None:
+            row = row.reshape(bias.shape)
+        left, right = _read(sides[0], step.left, backend), _read(sides[1], step.right, backend)
+        result = add_product(row, left, right)
+    return result if step.shape is None else result.reshape(step.shape)
+
+
+def _read(array: Array, operand: Operand, backend: Any) -> Array:
+    if operand.copy_order is not None:
+        array = backend.transpose(array, operand.copy_order)
+    if operand.shape is not None:
+        array = array.reshape(operand.shape)
+    if operand.axes is not None:
+        array = backend.transpose(array, operand.axes)
+    return array

@@ -1,0 +1,376 @@
+"""From an order of contraction to a program: which axes each product groups, in which memory order.
+
+Every step is one matrix product (``mm``), one batched matrix product (``bmm``) or one elementwise product
+with broadcasting (``mul``). A product reads an operand without copying it when the axes it sums, the axes
+it keeps and the axes shared with the other operand and the result each lie together in memory. `compile`
+chooses which operand comes first in each product, and so the memory order of every intermediate, such that
+as few elements as possible are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from typing import Literal, NamedTuple
+
+from mumoe_tensor.contraction.network import BATCH, Indices, Network
+from mumoe_tensor.formats.base import Tree
+
+Kind = Literal["mm", "bmm", "mul"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How a step reads one of its operands.
+
+    Attributes
+    ----------
+    position : int
+        Which operand of the network, or ``len(operands) + k`` for the result of step k.
+    indices : tuple of str
+        Its axes in memory order.
+    copy_order : tuple of int or None
+        Permutation to copy it into first, if its axes do not lie together as the product needs.
+    shape : tuple of int or None
+        Shape to view it in, with -1 for the axis that carries the batch; None to take it as it is.
+    axes : tuple of int or None
+        Permutation of that view into the order the product takes; None if it is in order.
+    """
+
+    position: int
+    indices: Indices
+    copy_order: tuple[int, ...] | None
+    shape: tuple[int, ...] | None
+    axes: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Where a step finds the bias row: the last entry of an operand along the input mode.
+
+    Attributes
+    ----------
+    side : int
+        0 if the left operand holds it, 1 for the right.
+    axis : int
+        The input mode among that operand's axes.
+    order : tuple of int or None
+        Permutation of the row's axes into the order of the product's.
+    shape : tuple of int or None
+        Shape in which it is added to the product.
+    """
+
+    side: int
+    axis: int
+    order: tuple[int, ...] | None
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pairwise product.
+
+    Attributes
+    ----------
+    kind : {"mm", "bmm", "mul"}
+    left, right : Operand
+    output : tuple of str
+        Axes of the result in memory order.
+    summed : tuple of str
+        Axes the product sums over.
+    shape : tuple of int or None
+        Shape of the result, if the product leaves axes grouped.
+    bias : Bias or None
+        The bias row to add, where the input vector meets the weights.
+    """
+
+    kind: Kind
+    left: Operand
+    right: Operand
+    output: Indices
+    summed: Indices
+    shape: tuple[int, ...] | None
+    bias: Bias | None = None
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """All indices the product runs over."""
+        return tuple(dict.fromkeys(self.left.indices + self.right.indices))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Steps in the order to run them, good for every batch size.
+
+    Attributes
+    ----------
+    network : Network
+        What is contracted.
+    arrange : tuple
+        For each operand the permutation from its axes to memory order, or None.
+    steps : tuple of Step
+    output_order : tuple of int or None
+        Permutation from the last result to the output's axes.
+    """
+
+    network: Network
+    arrange: tuple[tuple[int, ...] | None, ...]
+    steps: tuple[Step, ...]
+    output_order: tuple[int, ...] | None
+
+
+class _Choice(NamedTuple):
+    """The cheapest way found to have a node in some memory order."""
+
+    copied: float
+    step: _Join | None
+
+
+class _Join(NamedTuple):
+    """A product of two nodes in given memory orders."""
+
+    left: Tree
+    right: Tree
+    left_order: Indices
+    right_order: Indices
+    left_read: Indices
+    right_read: Indices
+    summed: Indices
+    shared: Indices
+
+
+def compile(network: Network, tree: Tree, batch: int) -> Program:
+    """Choose the memory order of every intermediate of an order of contraction.
+
+    Parameters
+    ----------
+    network : Network
+    tree : Tree
+        Nested pairs of operand positions.
+    batch : int
+        Batch size at which copied elements are weighed against each other.
+    """
+    sizes = {**dict(network.sizes), BATCH: batch}
+    needed = _needed_outside(network, tree)
+    options: dict[Tree, dict[Indices, _Choice]] = {}
+
+    def visit(node: Tree) -> dict[Indices, _Choice]:
+        if not isinstance(node, tuple):
+            options[node] = {network.storage[node]: _Choice(0, None)}
+        else:
+            best: dict[Indices, _Choice] = {}
+            left, right = node
+            left_options, right_options = visit(left), visit(right)
+            for left_order, left_choice in left_options.items():
+                for right_order, right_choice in right_options.items():
+                    so_far = left_choice.copied + right_choice.copied
+                    for output, join in _joins(left, right, left_order, right_order, needed[node]):
+                        copied = so_far + _copied(join, output, sizes)
+                        if output not in best or copied < best[output].copied:
+                            best[output] = _Choice(copied, join)
+            options[node] = best
+        return options[node]
+
+    final = visit(tree)
+    extra = prod(sizes[x] for x in network.output)
+    order = min(final, key=lambda o: final[o].copied + (extra if o != network.output else 0))
+    return _emit(network, tree, order, options, sizes)
+
+
+def _needed_outside(network: Network, tree: Tree) -> dict[Tree, frozenset[str]]:
+    """Indices that are needed outside of each node: by the output or by another operand."""
+    needed: dict[Tree, frozenset[str]] = {}
+
+    def indices(node: Tree) -> frozenset[str]:
+        if isinstance(node, tuple):
+            return indices(node[0]) | indices(node[1])
+        return frozenset(network.operands[node])
+
+    def visit(node: Tree, outside: frozenset[str]) -> None:
+        needed[node] = outside
+        if isinstance(node, tuple):
+            left, right = node
+            visit(left, outside | indices(right))
+            visit(right, outside | indices(left))
+
+    visit(tree, frozenset(network.output))
+    return needed
+
+
+def _joins(
+    left: Tree, right: Tree, left_order: Indices, right_order: Indices, outside: frozenset[str]
+) -> Iterable[tuple[Indices, _Join]]:
+    """Ways to multiply two nodes, with the memory order of the result."""
+    for a, b, a_order, b_order in (
+        (left, right, left_order, right_order),
+        (right, left, right_order, left_order),
+    ):
+        common = [x for x in a_order if x in b_order]
+        summed = tuple(x for x in common if x not in outside)
+        shared = tuple(x for x in common if x in outside)
+        a_only = tuple(x for x in a_order if x not in b_order)
+        b_only = tuple(x for x in b_order if x not in a_order)
+        if not summed:
+            for output in {a_order + b_only: 0, b_only + a_order: 0}:
+                yield output, _Join(a, b, a_order, b_order, a_order, b_order, summed, shared)
+            continue
+        # Read as they lie; or one copied into the other's order; or both copied.
+        b_summed = tuple(x for x in b_order if x in summed)
+        b_shared = tuple(x for x in b_order if x in shared)
+        a_fits = _fits(a_order, shared, a_only, summed)
+        b_fits = _fits(b_order, b_shared, b_only, b_summed)
+        if a_fits and b_fits and summed == b_summed and shared == b_shared:
+            yield shared + a_only + b_only, _Join(a, b, a_order, b_order, a_order, b_order, summed, shared)
+            continue
+        if b_fits:
+            read = b_shared + a_only + b_summed
+            output = b_shared + a_only + b_only
+            yield output, _Join(a, b, a_order, b_order, read, b_order, b_summed, b_shared)
+        read = shared + b_only + summed
+        if a_fits:
+            yield shared + a_only + b_only, _Join(a, b, a_order, b_order, a_order, read, summed, shared)
+        elif not b_fits:
+            a_read = shared + a_only + summed
+            yield shared + a_only + b_only, _Join(a, b, a_order, b_order, a_read, read, summed, shared)
+
+
+def _fits(order: Indices, *groups: Indices) -> bool:
+    """Whether each group lies together in this order, and the innermost axis is not a shared one."""
+    group = {x: k for k, members in enumerate(groups) for x in members}
+    runs = [k for k, _ in groupby(order, key=group.__getitem__)]
+    shared_innermost = runs[-1] == 0
+    return len(runs) == len(set(runs)) and not shared_innermost
+
+
+def _copied(join: _Join, output: Indices, sizes: dict[str, int]) -> float:
+    """Elements that are copied, or in an elementwise product read out of order."""
+    copied = 0
+    for order, read in ((join.left_order, join.left_read), (join.right_order, join.right_read)):
+        in_order = order == read if join.summed else order == tuple(x for x in output if x in order)
+        copied += 0 if in_order else prod(sizes[x] for x in order)
+    return copied
+
+
+def _emit(
+    network: Network,
+    tree: Tree,
+    order: Indices,
+    options: dict[Tree, dict[Indices, _Choice]],
+    sizes: dict[str, int],
+) -> Program:
+    """Write the chosen products down; of two branches first the one that keeps the peak lower."""
+    steps: list[Step] = []
+
+    def held(node: Tree) -> int:
+        return prod(sizes[x] for x in next(iter(options[node]))) if isinstance(node, tuple) else 0
+
+    def peak(node: Tree) -> int:
+        if not isinstance(node, tuple):
+            return 0
+        first, second = by_peak(node)
+        return max(peak(first), held(first) + peak(second), held(first) + held(second) + held(node))
+
+    def by_peak(node: Tree) -> tuple[Tree, Tree]:
+        # Holding one result while the other branch runs is what costs.
+        left, right = node
+        left_first = max(peak(left), held(left) + peak(right))
+        return (left, right) if left_first <= max(peak(right), held(right) + peak(left)) else (right, left)
+
+    def visit(node: Tree, order: Indices) -> int:
+        join = options[node][order].step
+        if join is None:
+            return int(node)
+        orders = {join.left: join.left_order, join.right: join.right_order}
+        positions = {branch: visit(branch, orders[branch]) for branch in by_peak(node)}
+        steps.append(_step(network, join, positions[join.left], positions[join.right], order))
+        return len(network.operands) + len(steps) - 1
+
+    visit(tree, order)
+    return Program(
+        network=network,
+        arrange=tuple(map(_permutation, network.operands, network.storage)),
+        steps=tuple(steps),
+        output_order=_permutation(order, network.output),
+    )
+
+
+def _permutation(order: Indices, target: Indices) -> tuple[int, ...] | None:
+    return None if order == target else tuple(order.index(x) for x in target)
+
+
+def _step(network: Network, join: _Join, left: int, right: int, output: Indices) -> Step:
+    sizes = {**dict(network.sizes), BATCH: -1}
+    positions, orders = (left, right), (join.left_order, join.right_order)
+    reads = (join.left_read, join.right_read)
+    if not join.summed:
+        a, b = (_broadcast(p, o, output, sizes) for p, o in zip(positions, orders, strict=True))
+        return Step("mul", a, b, output, (), None)
+
+    side = None
+    if network.bias and network.vector_of_input in positions:
+        # The input vector meets the weights here: their last row along the input mode is the bias.
+        side = 1 - positions.index(network.vector_of_input)
+        sizes["i"] -= 1
+    shared, summed = join.shared, join.summed
+    free = [tuple(x for x in read if x not in shared + summed) for read in reads]
+    wanted = ((shared, free[0], summed), (shared, summed, free[1]))
+    a, b = (
+        _matrix(p, o, r, w if shared else w[1:], sizes)
+        for p, o, r, w in zip(positions, orders, reads, wanted, strict=True)
+    )
+    bias = None
+    if side is not None:
+        row = tuple(x for x in orders[side] if x != "i")
+        padded = (shared, free[0], ()) if side == 0 else (shared, (), free[1])
+        groups = padded if shared else padded[1:] if side == 0 else padded[2:]
+        bias = Bias(
+            side, orders[side].index("i"), _permutation(row, shared + free[side]), _view(groups, sizes)
+        )
+    result = (shared, *free) if shared else tuple(free)
+    return Step("bmm" if shared else "mm", a, b, output, summed, _split(result, sizes), bias)
+
+
+def _matrix(
+    position: int, order: Indices, read: Indices, groups: tuple[Indices, ...], sizes: dict[str, int]
+) -> Operand:
+    """View an operand as a matrix, or a stack of them, whose axes are `groups`."""
+    filled = [g for g in groups if g]
+    in_memory = sorted(filled, key=lambda g: read.index(g[0]))
+    axes = None if in_memory == filled else tuple(in_memory.index(g) for g in filled)
+    if axes is None or len(filled) == len(groups):
+        shape = _view(groups if axes is None else tuple(in_memory), sizes)
+        return Operand(position, order, _permutation(order, read), shape, axes)
+    # An empty group is an axis of size one: put it where it leaves the other axes in memory order.
+    empty = groups.index(())
+    in_memory.append(())
+    return Operand(
+        position,
+        order,
+        _permutation(order, read),
+        _view(tuple(in_memory), sizes),
+        tuple(len(filled) if k == empty else in_memory.index(g) for k, g in enumerate(groups)),
+    )
+
+
+def _broadcast(position: int, order: Indices, output: Indices, sizes: dict[str, int]) -> Operand:
+    """View an operand so that it broadcasts against `output`."""
+    axes = _permutation(order, tuple(x for x in output if x in order))
+    first = min(output.index(x) for x in order) if order else len(output)
+    groups = tuple((x,) if x in order else () for x in output[first:])
+    return Operand(position, order, axes, _view(groups, sizes), None)
+
+
+def _view(groups: tuple[Indices, ...], sizes: dict[str, int]) -> tuple[int, ...] | None:
+    """Shape with one axis a group, or None if every group is one index already."""
+    if all(len(g) == 1 for g in groups):
+        return None
+    return tuple(-1 if BATCH in g else prod(sizes[x] for x in g) for g in groups)
+
+
+def _split(groups: tuple[Indices, ...], sizes: dict[str, int]) -> tuple[int, ...] | None:
+    """Shape with one axis an index, or None if it has that shape already."""
+    if all(len(g) == 1 for g in groups):
+        return None
+    return tuple(sizes[x] for g in groups for x in g)

@@ -1,0 +1,103 @@
+"""A tensor network to contract: index names of the operands, sizes of the indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mumoe_tensor.formats.base import Format, Rank, Tree, mode_names
+
+BATCH = "B"
+Indices = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Operands of a contraction, everything but the size of the batch.
+
+    Parameters
+    ----------
+    labels : tuple of str
+        A name for each operand, used when a plan is printed.
+    operands : tuple of tuple of str
+        Axes of each operand as it is handed over.
+    storage : tuple of tuple of str
+        The same axes in memory order, slowest first.
+    output : tuple of str
+        Axes of the result.
+    sizes : tuple of (str, int)
+        Size of every index except the batch. With `bias` the input mode counts the bias row.
+    weights : int
+        How many of the first operands are weights; the others are vectors with a batch.
+    bias : bool
+        True if the input vector is one shorter than the input mode of the weights, whose last row is the
+        bias: the row is added, the vector never grows.
+    """
+
+    labels: tuple[str, ...]
+    operands: tuple[Indices, ...]
+    storage: tuple[Indices, ...]
+    output: Indices
+    sizes: tuple[tuple[str, int], ...]
+    weights: int
+    bias: bool = False
+
+    @property
+    def vector_of_input(self) -> int | None:
+        """Position of the input vector, the last operand of a forward pass."""
+        return len(self.operands) - 1 if len(self.operands) > self.weights else None
+
+
+def weight_network(
+    format: Format, modes: tuple[int, ...], rank: Rank | None, ones: Sequence[int] = ()
+) -> Network:
+    """Network of the weight tensor itself, contracted to ``n1 ... nE i o``.
+
+    Parameters
+    ----------
+    format : Format
+        Its declaration gives the operands.
+    modes : tuple of int
+        Sizes of the modes; with a bias the input mode counts its row.
+    rank : tuple of int
+    ones : sequence of int
+        Positions of the factors that are all ones and take no part.
+    """
+    names = mode_names(len(modes) - 2)
+    factors = [(k, f) for k, f in enumerate(format.declaration(len(modes) - 2)) if k not in ones]
+    return Network(
+        labels=tuple(f"W{k}" for k, _ in factors),
+        operands=tuple(f.indices for _, f in factors),
+        storage=tuple(f.storage for _, f in factors),
+        output=names,
+        sizes=tuple(format.sizes(modes, rank).items()),
+        weights=len(factors),
+    )
+
+
+def forward_network(
+    format: Format, modes: tuple[int, ...], rank: Rank | None, ones: Sequence[int] = (), bias: bool = False
+) -> Network:
+    """Network of the forward pass: the weight with a batch of vectors on every mode but the output."""
+    weight = weight_network(format, modes, rank, ones)
+    *attached, o = weight.output
+    vectors = tuple((BATCH, mode) for mode in attached)
+    return Network(
+        labels=(*weight.labels, *(f"a{e}" for e in range(1, len(attached))), "z"),
+        operands=weight.operands + vectors,
+        storage=weight.storage + vectors,
+        output=(BATCH, o),
+        sizes=weight.sizes,
+        weights=weight.weights,
+        bias=bias,
+    )
+
+
+def tree_of_operands(network: Network, tree: Tree, ones: Sequence[int]) -> Tree:
+    """Translate a format's reference path (factor positions, mode names) into operand positions."""
+    if isinstance(tree, tuple):
+        left, right = (tree_of_operands(network, branch, ones) for branch in tree)
+        return (left, right)
+    if isinstance(tree, str):
+        return network.operands.index((BATCH, tree))
+    return tree - sum(k < tree for k in ones)

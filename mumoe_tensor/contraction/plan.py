@@ -1,0 +1,448 @@
+"""What a contraction will do and cost, known from subscripts and sizes alone.
+
+FLOPs count multiply and add apart: 2mnk for a product, the size of the result for an elementwise one. A
+bias row is added inside its product, at no FLOPs of its own. Everything else counts elements, or bytes
+where a dtype is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import inf, prod
+from typing import Literal, NamedTuple
+
+from mumoe_tensor.contraction.layout import Kind, Program, compile
+from mumoe_tensor.contraction.network import BATCH, Network, forward_network
+from mumoe_tensor.contraction.search import (
+    ELEMENT,
+    Objective,
+    SearchSpace,
+    best_tree,
+    envelope,
+    peak_of,
+    substitute,
+)
+from mumoe_tensor.formats.base import Format, Tree, as_positive, check_choice, check_modes, get_format
+
+Implementation = Literal["factorized", "reconstructed", "auto"]
+
+#: Bytes of an element.
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+#: ``minimize="time"`` takes an order of at most this multiple of the fewest FLOPs.
+EXTRA_FLOPS = 1.05
+#: Batch sizes for which memory orders, and orders of the smallest peak, are searched ahead.
+SEARCHED_BATCHES = (1, 256, 65_536)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One pairwise product at a batch size.
+
+    Attributes
+    ----------
+    equation : str
+        Axes of both operands and of the result, e.g. ``"B n1, n1 r -> B r"``.
+    kind : {"mm", "bmm", "mul"}
+    shape : tuple of int
+        Shape of the result.
+    flops : int
+    write : int
+        Elements written: the result and the permuted copies made for it.
+    copied : int
+        Elements of those copies.
+    saved : int
+        Elements of the operands kept for the backward pass, parameters and inputs left out.
+    live : int
+        Elements live while the step runs, parameters and inputs left out.
+    constant : bool
+        True for a product of weights alone.
+    """
+
+    equation: str
+    kind: Kind
+    shape: tuple[int, ...]
+    flops: int
+    write: int
+    copied: int
+    saved: int
+    live: int
+    constant: bool
+
+    @property
+    def size(self) -> int:
+        """Elements of the result."""
+        return prod(self.shape)
+
+
+def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
+    """Evaluate a program at a batch size."""
+    network = program.network
+    sizes = {**dict(network.sizes), BATCH: batch}
+    leaves = len(network.operands)
+    alive: dict[int, int] = {}
+    constant = dict.fromkeys(range(network.weights), True)
+    planned = []
+    for position, step in enumerate(program.steps, start=leaves):
+        extent = dict(sizes)
+        if step.bias is not None:
+            extent["i"] -= 1
+        operands = (step.left, step.right)
+        copied = saved = 0
+        for operand in operands:
+            elements = prod(extent[x] for x in operand.indices)
+            is_copied = step.kind != "mul" and operand.copy_order is not None
+            copied += elements if is_copied else 0
+            saved += elements if is_copied else alive.get(operand.position, 0)
+        volume = prod(extent[x] for x in step.indices)
+        shape = tuple(sizes[x] for x in step.output)
+        alive[position] = prod(shape)
+        live = sum(alive.values()) + copied
+        for operand in operands:
+            alive.pop(operand.position, None)
+        constant[position] = all(constant.get(o.position, False) for o in operands)
+        left, right, output = (" ".join(x) for x in (step.left.indices, step.right.indices, step.output))
+        planned.append(
+            PlannedStep(
+                equation=f"{left}, {right} -> {output}",
+                kind=step.kind,
+                shape=shape,
+                flops=volume * (1 if step.kind == "mul" else 2),
+                write=prod(shape) + copied,
+                copied=copied,
+                saved=saved,
+                live=live,
+                constant=constant[position],
+            )
+        )
+    return tuple(planned)
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """How a multilinear mixture of experts will be contracted, and what that costs.
+
+    Attributes
+    ----------
+    program : Program
+        What `execute` runs.
+    batch : int
+        Batch size the figures are for; the program runs at any.
+    implementation : {"factorized", "reconstructed"}
+    minimize : {"time", "flops", "peak"}
+    constants : {"weights"} or None
+        With ``"weights"`` the products of weights alone are made ahead and left out of every figure but
+        those of `constant_steps`.
+    dtype : str or None
+        Unit of `write`, `size`, `peak` and `saved`: bytes of this dtype, or elements.
+    """
+
+    program: Program
+    batch: int
+    implementation: str
+    minimize: str
+    constants: str | None = None
+    dtype: str | None = None
+
+    @cached_property
+    def _planned(self) -> tuple[PlannedStep, ...]:
+        return planned_steps(self.program, self.batch)
+
+    @property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        """Pairwise products of a call, in their order."""
+        return tuple(s for s in self._planned if not (s.constant and self.constants))
+
+    @property
+    def constant_steps(self) -> tuple[PlannedStep, ...]:
+        """Products of weights alone that are folded ahead."""
+        return tuple(s for s in self._planned if s.constant and self.constants)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element, or 1 where elements are counted."""
+        return ITEMSIZE[self.dtype] if self.dtype else 1
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return sum(s.flops for s in self.steps)
+
+    @property
+    def write(self) -> int:
+        """Written by all steps, copies included."""
+        return sum(s.write for s in self.steps) * self.itemsize
+
+    @property
+    def copied(self) -> int:
+        """Written into permuted copies."""
+        return sum(s.copied for s in self.steps) * self.itemsize
+
+    @property
+    def size(self) -> int:
+        """Largest intermediate; the final result is none."""
+        return max((s.size for s in self.steps[:-1]), default=0) * self.itemsize
+
+    @property
+    def peak(self) -> int:
+        """Most that is live at once besides parameters and inputs."""
+        return max((s.live for s in self.steps), default=0) * self.itemsize
+
+    @property
+    def saved(self) -> int:
+        """Kept for the backward pass besides parameters, coefficients and inputs."""
+        return sum(s.saved for s in self.steps) * self.itemsize
+
+    def __str__(self) -> str:
+        unit = "bytes" if self.dtype else "elements"
+        rows = [("", "product", "kind", "FLOPs", "result", "copied", "live")]
+        for k, s in enumerate(self._planned, start=1):
+            shape = " x ".join(f"{n:,}" for n in s.shape)
+            figures = (f"{s.copied * self.itemsize:,}", f"{s.live * self.itemsize:,}")
+            ahead = "ahead" if s.constant and self.constants else str(k)
+            rows.append((ahead, s.equation, s.kind, f"{s.flops:,}", shape, *figures))
+        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+        right = {0, 3, 5, 6}
+        lines = [
+            "  ".join(x.rjust(w) if c in right else x.ljust(w) for c, (x, w) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        head = f"{self.implementation}, batch {self.batch:,}, least {self.minimize}"
+        totals = ("write", "size", "peak", "saved")
+        foot = ", ".join(f"{name} {getattr(self, name):,}" for name in totals)
+        return "\n".join([head, *(line.rstrip() for line in lines), f"FLOPs {self.flops:,}; {foot} {unit}"])
+
+
+class _Candidate(NamedTuple):
+    """A program with its FLOPs and its modelled time as lines ``(alpha, beta)`` in the batch size."""
+
+    program: Program
+    implementation: str
+    flops: tuple[int, int]
+    time: tuple[int, int]
+
+
+def _line(cost: Callable[[int], int]) -> tuple[int, int]:
+    # Every cost that adds up over the steps is linear in the batch size: two evaluations tell it.
+    one, two = cost(1), cost(2)
+    return 2 * one - two, two - one
+
+
+def _candidate(program: Program, implementation: str, free: bool) -> _Candidate:
+    def steps(batch: int) -> list[tuple[PlannedStep, int]]:
+        planned = planned_steps(program, batch)
+        sizes = {**dict(program.network.sizes), BATCH: batch}
+        reads = [sum(prod(sizes[x] for x in o.indices) for o in (s.left, s.right)) for s in program.steps]
+        return [(s, read) for s, read in zip(planned, reads, strict=True) if not (free and s.constant)]
+
+    def flops(batch: int) -> int:
+        return sum(s.flops for s, _ in steps(batch))
+
+    def time(batch: int) -> int:
+        return sum(s.flops + ELEMENT * (read + s.write + s.copied) for s, read in steps(batch))
+
+    return _Candidate(program, implementation, _line(flops), _line(time))
+
+
+@lru_cache(maxsize=512)
+def _candidates(
+    network: Network,
+    minimize: Objective,
+    implementation: Implementation,
+    free: bool,
+    limit: float,
+    batch: int,
+) -> tuple[_Candidate, ...]:
+    """Search once per network: programs among which the best for every batch size is found.
+
+    With a memory limit what is admitted depends on the batch; only then is `batch` not zero.
+    """
+    trees: list[tuple[Tree, str]] = []
+    if implementation in ("factorized", "auto"):
+        modes = tuple(x for operand in network.operands[network.weights :] for x in operand if x != BATCH)
+        space = SearchSpace(network, forbidden=(*modes, network.output[-1]), free_weights=free)
+        trees += [(tree, "factorized") for tree in _trees(space, minimize, limit, batch)]
+    if implementation in ("reconstructed", "auto"):
+        trees += [(tree, "reconstructed") for tree in _reconstructed(network, minimize, limit, batch)]
+    batches = (batch,) if batch else SEARCHED_BATCHES
+    programs = {
+        (compile(network, tree, b), implementation): None for tree, implementation in trees for b in batches
+    }
+    return tuple(_candidate(program, implementation, free) for program, implementation in programs)
+
+
+def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) -> list[Tree]:
+    elements = [0, ELEMENT] if minimize == "time" else [0]
+    if batch:
+        found = [best_tree(space, batch, element, limit=limit) for element in elements]
+    else:
+        found = [tree for element in elements for tree in envelope(space, element)]
+    trees = list(dict.fromkeys(tree for tree in found if tree is not None))
+    if minimize == "peak":
+        for b in (batch,) if batch else SEARCHED_BATCHES:
+            known = min((peak_of(space, tree, b) for tree in trees), default=inf)
+            lower = best_tree(space, b, bound=known, limit=limit, peak=True)
+            trees += [] if lower is None or lower in trees else [lower]
+    return trees
+
+
+def _reconstructed(network: Network, minimize: Objective, limit: float, batch: int) -> list[Tree]:
+    """Orders that form the weight tensor first."""
+    vectors = network.operands[network.weights :]
+    whole = (*(x for v in vectors for x in v if x != BATCH), network.output[-1])
+    weight = Network(
+        labels=network.labels[: network.weights],
+        operands=network.operands[: network.weights],
+        storage=network.storage[: network.weights],
+        output=whole,
+        sizes=network.sizes,
+        weights=network.weights,
+    )
+    dense = Network(
+        labels=("W", *network.labels[network.weights :]),
+        operands=(whole, *vectors),
+        storage=(whole, *vectors),
+        output=network.output,
+        sizes=network.sizes,
+        weights=1,
+        bias=network.bias,
+    )
+    if network.weights > 1 and prod(dict(network.sizes)[x] for x in whole) > limit:
+        return []
+    formed: Tree = 0
+    if network.weights > 1:
+        formed = best_tree(SearchSpace(weight), 1, limit=limit)
+    if formed is None:
+        return []
+    positions = {0: formed, **{k: network.weights - 1 + k for k in range(1, len(vectors) + 1)}}
+    return [substitute(tree, positions) for tree in _trees(SearchSpace(dense), minimize, limit, batch)]
+
+
+def plan_network(
+    network: Network,
+    batch: int,
+    minimize: Objective = "time",
+    implementation: Implementation = "factorized",
+    memory_limit: int | None = None,
+    constants: str | None = None,
+    dtype: str | None = None,
+) -> ContractionPlan:
+    """Plan the contraction of a forward network; see `plan` for the parameters."""
+    check_choice(minimize, ("time", "flops", "peak"), "minimize")
+    check_choice(implementation, ("factorized", "reconstructed", "auto"), "implementation")
+    check_choice(constants, (None, "weights"), "constants")
+    check_choice(dtype, (None, *ITEMSIZE), "dtype")
+    if memory_limit is not None:
+        memory_limit = as_positive(memory_limit, "memory_limit") // (ITEMSIZE[dtype] if dtype else 1)
+    return _plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _plan_network(
+    network: Network,
+    batch: int,
+    minimize: Objective,
+    implementation: Implementation,
+    memory_limit: int | None,
+    constants: str | None,
+    dtype: str | None,
+) -> ContractionPlan:
+    free = constants == "weights"
+    limited = memory_limit is not None
+    size = max(batch, 1)
+    candidates = _candidates(
+        network, minimize, implementation, free, memory_limit if limited else inf, size if limited else 0
+    )
+    if not candidates:
+        raise ValueError(
+            f"some order must keep every intermediate within memory_limit; none does at batch {batch} "
+            f"with {memory_limit} elements."
+        )
+
+    def at(line: tuple[int, int]) -> int:
+        return line[0] + line[1] * size
+
+    fewest = min(at(c.flops) for c in candidates)
+    if minimize == "flops":
+        best = min(candidates, key=lambda c: (at(c.flops), at(c.time)))
+    elif minimize == "time":
+        affordable = [c for c in candidates if at(c.flops) <= EXTRA_FLOPS * fewest]
+        best = min(affordable, key=lambda c: at(c.time))
+    else:
+        best = min(
+            candidates, key=lambda c: (max(s.live for s in planned_steps(c.program, size)), at(c.flops))
+        )
+    return ContractionPlan(best.program, batch, best.implementation, minimize, constants, dtype)
+
+
+def plan(
+    format: str | Format,
+    *,
+    experts: int | Sequence[int],
+    in_features: int,
+    out_features: int,
+    rank: int | Sequence[int] | None = None,
+    batch: int = 1,
+    bias: bool = False,
+    minimize: Objective = "time",
+    implementation: Implementation = "factorized",
+    memory_limit: int | None = None,
+    constants: Literal["weights"] | None = None,
+    dtype: str | None = None,
+) -> ContractionPlan:
+    """Plan the forward pass of a multilinear mixture of experts.
+
+    The search is made once for all batch sizes: the orders that are best at some batch are kept, and a
+    call with another batch only picks among them.
+
+    Parameters
+    ----------
+    format : str or Format
+    experts : int or sequence of int
+        Number of experts, one number a level; ``()`` for no level.
+    in_features, out_features : int
+    rank : int or sequence of int, optional
+        One entry a bond of the format; see `Format.bonds`.
+    batch : int, default 1
+        Number of inputs the figures are for.
+    bias : bool, default False
+        Whether the input mode has the bias as one more row.
+    minimize : {"time", "flops", "peak"}, default "time"
+        ``"time"`` weighs FLOPs and elements moved, copies included, and takes at most 5 % more FLOPs than
+        the least. ``"flops"`` takes the fewest. ``"peak"`` takes the order with the fewest elements live
+        at once among those searched at batches 1, 256 and 65,536.
+    implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
+        ``"factorized"``: no intermediate carries all of the expert, input and output modes.
+        ``"reconstructed"``: the weight tensor is formed first. ``"auto"``: whichever costs less.
+    memory_limit : int, optional
+        Largest size of an intermediate, in elements, or in bytes of `dtype`.
+    constants : {"weights"}, optional
+        Leave products of weights alone out of the cost: they are made ahead, once.
+    dtype : {"float64", "float32", "bfloat16", "float16"}, optional
+        Report bytes of this dtype instead of elements.
+
+    Returns
+    -------
+    ContractionPlan
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive, the rank does not fit the format, a choice is unknown, or no order keeps
+        within `memory_limit`.
+    TypeError
+        If a size is not an integer.
+
+    Examples
+    --------
+    >>> import mumoe_tensor as mt
+    >>> print(mt.plan("cp", experts=256, in_features=768, out_features=768, rank=64, batch=8))
+    """
+    format = get_format(format)
+    modes = check_modes(experts, in_features, out_features, bias)
+    entries = format.check_rank(rank, len(modes) - 2)
+    network = forward_network(format, modes, entries, ones=format.units(len(modes) - 2), bias=bias)
+    batch = 0 if batch == 0 else as_positive(batch, "batch")
+    return plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)

@@ -1,0 +1,254 @@
+"""What a format is: the index strings of its factors, and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+Rank = tuple[int, ...]
+#: A contraction order as nested pairs. A leaf is the position of a factor (int) or the name of the
+#: mode whose vector it is (str), e.g. ``(("n1", 0), 1)``.
+Tree = Any
+
+
+@dataclass(frozen=True, init=False)
+class Factor:
+    """One factor of a format: the indices of its axes.
+
+    Parameters
+    ----------
+    indices : str
+        Names of the axes, separated by spaces, e.g. ``"b1 n1 b2"``. A name that is a mode stands for that
+        mode; every other name is a bond, whose size the rank gives.
+    storage : str, optional
+        The same names in the memory order the factor's usual product wants, slowest first. Defaults to
+        `indices`.
+    unit : bool, default False
+        True for a factor that is all ones unless somebody gives it: it is then neither a parameter nor a
+        step of the contraction (the weights of a CP tensor).
+    """
+
+    indices: tuple[str, ...]
+    storage: tuple[str, ...]
+    unit: bool
+
+    def __init__(self, indices: str, storage: str | None = None, unit: bool = False):
+        object.__setattr__(self, "indices", tuple(indices.split()))
+        object.__setattr__(self, "storage", tuple((storage or indices).split()))
+        object.__setattr__(self, "unit", unit)
+        if len(set(self.indices)) != len(self.indices):
+            raise ValueError(f"a factor's indices must differ from each other, got {indices!r}.")
+        if sorted(self.indices) != sorted(self.storage):
+            raise ValueError(f"storage must reorder the factor's indices {indices!r}, got {storage!r}.")
+
+
+class Format(ABC):
+    """A tensor format, declared by the index strings of its factors.
+
+    Subclasses set `name` and `title` and implement `factors`. Everything else in the library is derived
+    from that one declaration. `default_rank` and the reference path may be given where the field has a
+    convention; the ``*_container`` methods where TensorLy has a counterpart.
+    """
+
+    name: str
+    title: str
+    #: Name of TensorLy's class for this format, if it has one.
+    container: str | None = None
+
+    @abstractmethod
+    def factors(self, modes: tuple[str, ...]) -> list[Factor]:
+        """Declare the factors.
+
+        Parameters
+        ----------
+        modes : tuple of str
+            ``("n1", ..., "nE", "i", "o")``: the expert mode of each level, input, output.
+        """
+
+    def default_rank(self, sizes: tuple[int, ...], t: int) -> Rank:
+        """Rank used where none is given, as a family that grows with the integer ``t >= 1``.
+
+        Parameters
+        ----------
+        sizes : tuple of int
+            Sizes of the modes, in their order.
+        t : int
+            The one free number, found by `fit_rank`.
+        """
+        return (t,) * len(self.bonds(len(sizes) - 2))
+
+    def reference_path(self, levels: int) -> Tree | None:
+        """Order of the contraction whose cost is the format's closed form, or None."""
+        return None
+
+    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int | None:
+        """Closed form: FLOPs of the reference path for one input, or None where none is known."""
+        return None
+
+    def from_container(self, container: Any) -> list[Any]:
+        """Read the factors from TensorLy's container of this format, by attribute."""
+        raise TypeError(f"format {self.name!r} has no container in TensorLy.")
+
+    def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
+        """Put the factors into TensorLy's container; `tl` is the backend they belong to."""
+        raise TypeError(f"format {self.name!r} has no container in TensorLy.")
+
+    # ---- derived; not to be overridden -------------------------------------------------------------
+
+    def bonds(self, levels: int) -> tuple[str, ...]:
+        """Bond indices in order of first appearance: the entries of a rank."""
+        modes = mode_names(levels)
+        seen = dict.fromkeys(index for f in self.declaration(levels) for index in f.indices)
+        return tuple(index for index in seen if index not in modes)
+
+    @lru_cache(maxsize=128)  # noqa: B019 - a format has no state, equal ones share the entry
+    def declaration(self, levels: int) -> tuple[Factor, ...]:
+        """The declared factors for a number of levels of experts."""
+        return tuple(self.factors(mode_names(levels)))
+
+    def units(self, levels: int) -> tuple[int, ...]:
+        """Positions of the factors that are all ones unless given."""
+        return tuple(k for k, f in enumerate(self.declaration(levels)) if f.unit)
+
+    def check_rank(self, rank: int | Sequence[int | None] | None, levels: int) -> tuple[int | None, ...]:
+        """Bring a rank into the form of a tuple with one entry per bond.
+
+        Raises
+        ------
+        TypeError
+            If an entry is neither an integer nor None.
+        ValueError
+            If the number of entries is wrong or an entry is not positive.
+        """
+        bonds = self.bonds(levels)
+        entries = () if rank is None else rank if isinstance(rank, Iterable) else (rank,)
+        entries = tuple(None if r is None else as_positive(r, "every rank") for r in entries)
+        if len(entries) != len(bonds):
+            wanted = f"({', '.join(bonds)}{',' * (len(bonds) == 1)})" if bonds else "no entries"
+            raise ValueError(
+                f"a rank of format {self.name!r} with {levels} level(s) of experts has {len(bonds)} "
+                f"entries, {wanted}, got {rank!r}."
+            )
+        return entries
+
+    def sizes(self, modes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:
+        """Size of every index, from the sizes of the modes and the rank."""
+        levels = len(modes) - 2
+        entries = self.check_rank(rank, levels)
+        if None in entries:
+            raise ValueError(f"every entry of the rank must be known here, got {rank!r}; see fit_rank.")
+        return dict(zip(mode_names(levels) + self.bonds(levels), (*modes, *entries), strict=True))
+
+    def shapes(self, modes: Sequence[int], rank: int | Sequence[int] | None) -> list[tuple[int, ...]]:
+        """Shape of each factor, unit ones included, in the order of their declaration."""
+        sizes = self.sizes(modes, rank)
+        return [tuple(sizes[x] for x in f.indices) for f in self.declaration(len(modes) - 2)]
+
+    def __repr__(self) -> str:
+        return f"<format {self.name!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+def mode_names(levels: int) -> tuple[str, ...]:
+    """Names of the modes: ``("n1", ..., "nE", "i", "o")``."""
+    return (*(f"n{e}" for e in range(1, levels + 1)), "i", "o")
+
+
+def as_positive(value: Any, what: str) -> int:
+    """Return `value` as an int, or say that `what` must be a positive integer."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} must be an integer, got {value!r}.")
+    value = value.__index__()
+    if value < 1:
+        raise ValueError(f"{what} must be positive, got {value}.")
+    return value
+
+
+def check_modes(
+    experts: int | Sequence[int], in_features: int, out_features: int, bias: bool = False
+) -> tuple[int, ...]:
+    """Sizes of the modes of a weight tensor, the bias row counted.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a size is not a positive integer, or `bias` not a bool.
+    """
+    levels = tuple(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else (experts,)
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias must be True or False, got {bias!r}.")
+    return (
+        *(as_positive(n, "every number of experts") for n in levels),
+        as_positive(in_features, "in_features") + bias,
+        as_positive(out_features, "out_features"),
+    )
+
+
+def check_choice(value: Any, choices: Iterable[Any], what: str) -> None:
+    """Raise a ValueError that lists the choices if `value` is none of them."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+_registry: dict[str, Format] = {}
+
+
+def register(format: type[Format]) -> type[Format]:
+    """Make a format available by its name. Works as a class decorator.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken by another format, or the declaration is not a tensor network: each mode
+        must be an index of some factor, and each bond must join at least two factors.
+    """
+    declared = format()
+    for levels in range(4):
+        modes = mode_names(levels)
+        indices = [index for f in declared.factors(modes) if not f.unit for index in f.indices]
+        for mode in modes:
+            if mode not in indices:
+                raise ValueError(f"every mode must be in a factor; {format.__name__} leaves out {mode!r}.")
+        for bond in declared.bonds(levels):
+            if indices.count(bond) < 2:
+                raise ValueError(
+                    f"a bond must join two factors or more; {format.__name__} has {bond!r} once."
+                )
+    taken = type(_registry.get(declared.name, declared))
+    if (taken.__module__, taken.__qualname__) != (format.__module__, format.__qualname__):
+        raise ValueError(f"a format's name must be its own; {declared.name!r} is {taken.__qualname__}.")
+    _registry[declared.name] = declared
+    return format
+
+
+def formats() -> dict[str, Format]:
+    """All registered formats by name, in the order of their registration."""
+    return dict(_registry)
+
+
+def get_format(format: str | Format) -> Format:
+    """Look a format up by its name; a `Format` is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        If no format has that name.
+    TypeError
+        If `format` is neither a name nor a `Format`.
+    """
+    if isinstance(format, Format):
+        return format
+    if not isinstance(format, str):
+        raise TypeError(f"a format is a name or a Format instance, got {format!r}.")
+    if format not in _registry:
+        raise ValueError(f"unknown format {format!r}; the formats are {', '.join(map(repr, _registry))}.")
+    return _registry[format]

@@ -1,0 +1,39 @@
+"""CP (canonical polyadic): a sum of R rank-one tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register
+
+
+@register
+class CP(Format):
+    """``W[n.., i, o] = sum_r w[r] U1[n1, r] ... Ui[i, r] Uo[o, r]`` (Oldfield et al. 2024, section 3.1)."""
+
+    name = "cp"
+    title = "CP"
+    container = "CPTensor"
+
+    def factors(self, modes: tuple[str, ...]) -> list[Factor]:
+        return [Factor("r", unit=True), *(Factor(f"{m} r") for m in modes)]
+
+    def reference_path(self, levels: int) -> Tree:
+        # Project every vector, multiply elementwise, then the output factor.
+        tree: Tree = ("i", levels + 1)
+        for e in range(levels, 0, -1):
+            tree = ((f"n{e}", e), tree)
+        return (tree, levels + 2)
+
+    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
+        (r,) = rank
+        return 2 * r * sum(sizes) + r * (len(sizes) - 2)
+
+    def from_container(self, container: Any) -> list[Any]:
+        return [container.weights, *container.factors]
+
+    def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
+        from tensorly.cp_tensor import CPTensor
+
+        return CPTensor((factors[0], list(factors[1:])))

@@ -1,0 +1,35 @@
+"""Hadamard: CP whose rank is the output size and whose output factor is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register
+
+
+@register
+class Hadamard(Format):
+    """``W[n.., i, o] = C1[n1, o] ... CE[nE, o] D[i, o]``: full-rank experts (Mixture of Decoders, 2025)."""
+
+    name = "hadamard"
+    title = "Hadamard"
+
+    def factors(self, modes: tuple[str, ...]) -> list[Factor]:
+        return [Factor(f"{m} o") for m in modes[:-1]]
+
+    def reference_path(self, levels: int) -> Tree:
+        tree: Tree = ("i", levels)
+        for e in range(levels, 0, -1):
+            tree = ((f"n{e}", e - 1), tree)
+        return tree
+
+    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
+        *others, o = sizes
+        return 2 * o * sum(others) + o * (len(others) - 1)
+
+    def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
+        from tensorly.cp_tensor import CPTensor
+
+        like = {key: value for key, value in tl.context(factors[-1]).items() if key != "requires_grad"}
+        return CPTensor((None, [*factors, tl.eye(factors[-1].shape[1], **like)]))

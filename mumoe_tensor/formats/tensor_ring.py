@@ -1,0 +1,58 @@
+"""Tensor Ring: a closed chain of three-way cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register
+
+
+@register
+class TensorRing(Format):
+    """``W[n.., i, o] = tr(U1[:, n1, :] ... Ui[:, i, :] Uo[:, o, :])``; the ring closes onto the first bond."""
+
+    name = "tr"
+    title = "Tensor Ring"
+    container = "TRTensor"
+
+    def factors(self, modes: tuple[str, ...]) -> list[Factor]:
+        bonds = [f"b{k}" for k in range(1, len(modes) + 1)]
+        cores = list(zip(bonds, modes, [*bonds[1:], bonds[0]], strict=True))
+        *inner, (a, o, b) = cores
+        last = Factor(f"{a} {o} {b}", storage=f"{b} {a} {o}")
+        return [*(Factor(f"{a} {m} {b}", storage=f"{m} {a} {b}") for a, m, b in inner), last]
+
+    def default_rank(self, sizes: tuple[int, ...], t: int) -> Rank:
+        return (*(4,) * (len(sizes) - 1), t)
+
+    def reference_path(self, levels: int) -> Tree:
+        return chain_path(levels)
+
+    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
+        return chain_flops(sizes, (*rank, rank[0]))
+
+    def from_container(self, container: Any) -> list[Any]:
+        return list(container.factors)
+
+    def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
+        from tensorly.tr_tensor import TRTensor
+
+        return TRTensor(list(factors))
+
+
+def chain_path(levels: int) -> Tree:
+    """Project every vector, multiply the small matrices along the chain, then the output core."""
+    projected: list[Tree] = [(f"n{e}", e - 1) for e in range(1, levels + 1)] + [("i", levels)]
+    tree = projected[0]
+    for matrix in projected[1:]:
+        tree = (tree, matrix)
+    return (tree, levels + 1)
+
+
+def chain_flops(sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int:
+    """FLOPs of `chain_path` for cores of shape (bonds[k], sizes[k], bonds[k + 1])."""
+    first = bonds[0]
+    projections = sum(a * n * b for a, n, b in zip(bonds, sizes, bonds[1:], strict=False))
+    matrices = sum(first * bonds[k] * bonds[k + 1] for k in range(1, len(sizes) - 1))
+    return 2 * (projections + matrices)

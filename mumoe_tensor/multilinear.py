@@ -1,0 +1,255 @@
+"""The multilinear mixture of experts as a function: y = W x_1 a_1 ... x_E a_E x_(E+1) z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+from mumoe_tensor.backend import Array, backend_of, check_floating
+from mumoe_tensor.contraction.execute import execute, fold
+from mumoe_tensor.contraction.layout import Program, compile
+from mumoe_tensor.contraction.network import Network, forward_network, weight_network
+from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
+from mumoe_tensor.contraction.search import Objective, SearchSpace, best_tree
+from mumoe_tensor.tensors import FactorizedTensor, as_factorized
+
+
+def multilinear_moe(
+    weight: Any,
+    z: Array,
+    coefficients: Sequence[Array],
+    *,
+    bias: bool = False,
+    minimize: Objective = "time",
+    implementation: Implementation = "factorized",
+    memory_limit: int | None = None,
+    plan: ContractionPlan | None = None,
+) -> Array:
+    """Mix the outputs of all experts: ``y = W x_1 a_1 ... x_E a_E x_(E+1) z``.
+
+    Equation (1) of Oldfield et al. (2024), for any number of levels of experts and any format. The weight
+    tensor is never formed unless the implementation says so.
+
+    Parameters
+    ----------
+    weight : FactorizedTensor, container of TensorLy, or array
+        Of shape (N1, ..., NE, I, O); with `bias` (N1, ..., NE, I + 1, O), the last row of the input mode
+        being the bias.
+    z : array of shape (..., I)
+        Inputs.
+    coefficients : sequence of array of shape (..., Ne)
+        One array of expert coefficients a level, with the leading shape of `z`.
+    bias : bool, default False
+    minimize : {"time", "flops", "peak"}, default "time"
+        See `plan`.
+    implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
+        See `plan`.
+    memory_limit : int, optional
+        Largest size of an intermediate, in elements.
+    plan : ContractionPlan, optional
+        Run this plan, made for these sizes, instead of asking for one. `minimize`, `implementation` and
+        `memory_limit` are then not looked at.
+
+    Returns
+    -------
+    array of shape (..., O)
+        Of the backend, dtype and device of the inputs.
+
+    Raises
+    ------
+    ValueError
+        If shapes or the number of levels do not match, or no order keeps within `memory_limit`.
+    TypeError
+        If the arrays differ in backend, device or floating dtype.
+
+    Examples
+    --------
+    >>> import numpy as np, mumoe_tensor as mt
+    >>> W = mt.FactorizedTensor.random("cp", experts=4, in_features=3, out_features=2, rank=5)
+    >>> a = mt.softmax(np.ones((7, 4)))
+    >>> mt.multilinear_moe(W, np.ones((7, 3)), [a]).shape
+    (7, 2)
+    """
+    weight = as_factorized(weight)
+    backend, leading = _check_inputs(weight, z, coefficients, bias)
+    batch = prod(leading)
+    network = _forward_network(weight.format, weight.shape, weight.rank, weight.ones, bias)
+    if plan is None:
+        program = plan_network(network, batch, minimize, implementation, memory_limit).program
+    else:
+        program = _check_plan(plan, network)
+    vectors = [x.reshape(batch, x.shape[-1]) for x in (*coefficients, z)]
+    y = execute(program, [*weight.arrays, *vectors], backend)
+    return y.reshape(*leading, weight.shape[-1])
+
+
+def bind(
+    plan: ContractionPlan, weight: Any, *, bias: bool = False
+) -> Callable[[Array, Sequence[Array]], Array]:
+    """Make the products of weights alone that a plan has, once, for many calls.
+
+    Parameters
+    ----------
+    plan : ContractionPlan
+        Usually one made with ``constants="weights"``.
+    weight : FactorizedTensor, container of TensorLy, or array
+        The weight the plan was made for. Later changes of it are not seen.
+    bias : bool, default False
+
+    Returns
+    -------
+    callable
+        ``f(z, coefficients)`` as `multilinear_moe`.
+
+    Raises
+    ------
+    ValueError
+        If the plan was made for other sizes.
+    """
+    weight = as_factorized(weight)
+    network = _forward_network(weight.format, weight.shape, weight.rank, weight.ones, bias)
+    program = _check_plan(plan, network)
+    folded = fold(program, weight.arrays, backend_of(*weight.arrays))
+
+    def forward(z: Array, coefficients: Sequence[Array]) -> Array:
+        backend, leading = _check_inputs(weight, z, coefficients, bias)
+        vectors = [x.reshape(prod(leading), x.shape[-1]) for x in (*coefficients, z)]
+        return execute(program, [*weight.arrays, *vectors], backend, folded).reshape(
+            *leading, weight.shape[-1]
+        )
+
+    return forward
+
+
+def to_dense(weight: Any) -> Array:
+    """Form the weight tensor.
+
+    Parameters
+    ----------
+    weight : FactorizedTensor, container of TensorLy, or array
+
+    Returns
+    -------
+    array of shape (N1, ..., NE, I, O)
+        I counts the bias row, if the weight has one.
+    """
+    weight = as_factorized(weight)
+    network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
+    return execute(_whole(network), weight.arrays, backend_of(*weight.arrays))
+
+
+def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False) -> Any:
+    """The matrix of one expert, and its bias.
+
+    Parameters
+    ----------
+    weight : FactorizedTensor, container of TensorLy, or array
+    index : int or sequence of int
+        The expert, one number a level.
+    bias : bool, default False
+        Whether the last row of the input mode is the bias.
+
+    Returns
+    -------
+    array of shape (I, O)
+        ``z @ matrix`` is the expert's output: the transpose of `torch.nn.Linear.weight`.
+    array of shape (O,)
+        Only with `bias`.
+
+    Raises
+    ------
+    ValueError
+        If the index does not name an expert.
+    TypeError
+        If an entry of the index is not an integer.
+    """
+    weight = as_factorized(weight)
+    entries = _check_index(index, weight.experts)
+    network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
+    of_mode = dict(zip(network.output, entries, strict=False))
+    arrays = [
+        array[tuple(of_mode.get(x, slice(None)) for x in operand)]
+        for array, operand in zip(weight.arrays, network.operands, strict=True)
+    ]
+    sliced = Network(
+        labels=network.labels,
+        operands=tuple(tuple(x for x in o if x not in of_mode) for o in network.operands),
+        storage=tuple(tuple(x for x in o if x not in of_mode) for o in network.storage),
+        output=network.output[-2:],
+        sizes=network.sizes,
+        weights=network.weights,
+    )
+    matrix = execute(_whole(sliced), arrays, backend_of(*arrays))
+    return (matrix[:-1], matrix[-1]) if bias else matrix
+
+
+@lru_cache(maxsize=1024)
+def _whole(network: Network) -> Program:
+    """Program of fewest FLOPs for a network of weights alone."""
+    return compile(network, best_tree(SearchSpace(network), 1), 1)
+
+
+_forward_network = lru_cache(maxsize=1024)(forward_network)
+
+
+def _check_plan(plan: ContractionPlan, network: Network) -> Program:
+    if not isinstance(plan, ContractionPlan):
+        raise TypeError(f"plan must be a ContractionPlan, got {type(plan).__name__}.")
+    planned = plan.program.network
+    if planned != network:
+        theirs, ours = dict(planned.sizes), dict(network.sizes)
+        raise ValueError(
+            f"a plan runs only on the network it was made for; it has {planned.weights} factors of sizes "
+            f"{theirs} with bias={planned.bias}, the weight {network.weights} of {ours} with bias={network.bias}."
+        )
+    return plan.program
+
+
+def _check_inputs(
+    weight: FactorizedTensor, z: Array, coefficients: Sequence[Array], bias: bool
+) -> tuple[Any, tuple[int, ...]]:
+    """Check inputs against a weight; return their backend and leading shape."""
+    if not isinstance(coefficients, (list, tuple)):
+        raise TypeError(
+            f"coefficients must be a list with one array a level of experts, got {type(coefficients).__name__}."
+        )
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias must be True or False, got {bias!r}.")
+    if len(coefficients) != weight.levels:
+        raise ValueError(
+            f"there must be one array of coefficients a level; the weight has {weight.levels} level(s), "
+            f"got {len(coefficients)} array(s)."
+        )
+    named = {f"factor[{k}]": f for k, f in enumerate(weight.factors) if f is not None}
+    named |= {f"coefficients[{e}]": a for e, a in enumerate(coefficients)}
+    named["z"] = z
+    backend = check_floating(named)
+    *experts, in_features, _ = weight.shape
+    if len(z.shape) == 0 or z.shape[-1] != in_features - bias:
+        rule = f"{in_features - bias} features" + (
+            " (the input mode of the weight less its bias row)" if bias else ""
+        )
+        raise ValueError(f"z must have {rule} in its last axis, got shape {tuple(z.shape)}.")
+    leading = tuple(z.shape[:-1])
+    for e, (a, n) in enumerate(zip(coefficients, experts, strict=True)):
+        if tuple(a.shape) != (*leading, n):
+            raise ValueError(
+                f"coefficients must have the leading shape of z and one entry an expert; coefficients[{e}] "
+                f"should have shape {(*leading, n)}, got {tuple(a.shape)}."
+            )
+    return backend, leading
+
+
+def _check_index(index: int | Sequence[int], experts: tuple[int, ...]) -> tuple[int, ...]:
+    entries = tuple(index) if isinstance(index, (list, tuple)) else (index,)
+    if len(entries) != len(experts):
+        raise ValueError(f"an index must have one entry a level, {len(experts)} here, got {index!r}.")
+    for entry in entries:
+        if isinstance(entry, bool) or not hasattr(entry, "__index__"):
+            raise TypeError(f"every entry of an index must be an integer, got {entry!r}.")
+    whole = tuple(int(entry) for entry in entries)
+    if any(not 0 <= entry < n for entry, n in zip(whole, experts, strict=True)):
+        raise ValueError(f"an index must lie within the experts {experts}, got {index!r}.")
+    return whole

@@ -1,0 +1,38 @@
+"""Settings of the whole suite: Hypothesis profiles, one thread a worker, JAX with float64 on request."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A test that needs fewer examples than the rest takes a share of the profile's number,
+# `@settings(max_examples=settings().max_examples // 4)`, so that "thorough" multiplies it too.
+EXAMPLES = 50
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=EXAMPLES, **_common)
+settings.register_profile("ci", max_examples=EXAMPLES, derandomize=True, print_blob=True, **_common)
+settings.register_profile("thorough", max_examples=20 * EXAMPLES, **_common)
+settings.load_profile(os.environ.get("MUMOE_HYPOTHESIS_PROFILE", "default"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores. The variables reach NumPy's BLAS and the processes that tests start.
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def jax_x64() -> Iterator[None]:
+    """JAX with float64 for one test. Under ``@given`` use ``with jax.enable_x64(True):`` instead."""
+    jax = pytest.importorskip("jax")
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)

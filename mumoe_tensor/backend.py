@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 Array = Any
@@ -14,29 +13,41 @@ _BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax"
 _ARRAY_CLASSES = {"ndarray", "Tensor", "ArrayImpl", "Tracer"}
 
 
-@lru_cache(maxsize=256)
+# Dictionaries and not lru_cache, through which torch.compile would look with a warning.
+_names: dict[type, str | None] = {}
+_loaded: dict[str, Any] = {}
+
+
 def _backend_name(cls: type) -> str | None:
-    for base in cls.__mro__:
-        if base.__name__ in _ARRAY_CLASSES:
-            return _BACKENDS.get(base.__module__.partition(".")[0])
-    return None
+    if cls not in _names:
+        arrays = [base for base in cls.__mro__ if base.__name__ in _ARRAY_CLASSES]
+        _names[cls] = _BACKENDS.get(arrays[0].__module__.partition(".")[0]) if arrays else None
+    return _names[cls]
 
 
-@lru_cache(maxsize=len(_BACKENDS))
 def load_backend(name: str) -> Any:
     """Load TensorLy's backend `name` without making it the current one.
 
     Loading the JAX backend switches ``jax_enable_x64`` on for the whole process; the flag is put back.
     """
+    if name not in _loaded:
+        _loaded[name] = _load_jax() if name == "jax" else _manager().load_backend(name)
+    return _loaded[name]
+
+
+def _manager() -> Any:
+    # TensorLy takes most of a second to import: only once it is needed.
     from tensorly.backend import BackendManager
 
-    if name != "jax":
-        return BackendManager.load_backend(name)
+    return BackendManager
+
+
+def _load_jax() -> Any:
     import jax
 
-    x64 = jax.config.jax_enable_x64
+    x64 = jax.config.read("jax_enable_x64")
     try:
-        return BackendManager.load_backend(name)
+        return _manager().load_backend("jax")
     finally:
         jax.config.update("jax_enable_x64", x64)
 
@@ -63,6 +74,22 @@ def backend_of(*arrays: Array) -> Any:
             raise TypeError(f"all arrays must belong to one backend, got {first} and {name}.")
     assert first is not None
     return load_backend(first)
+
+
+def is_traced(array: Array) -> bool:
+    """Whether the array stands in a function that torch is compiling, where its batch may vary."""
+    if _backend_name(type(array)) != "pytorch":
+        return False
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
+def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have `torch.compile` call a function while it compiles and keep the result, not trace its code."""
+    # What torch.compiler.assume_constant_result sets; set here because torch must not be imported for it.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def dtype_name(array: Array) -> str:
@@ -130,10 +157,8 @@ def tensorly_backend(name: str) -> Iterator[Any]:
     TensorLy's ``backend_context`` leaves the backend it found as the default of every thread; this one
     leaves the global setting and the thread's own as they were.
     """
-    from tensorly.backend import BackendManager
-
     backend = load_backend(name)
-    local = BackendManager._THREAD_LOCAL_DATA
+    local = _manager()._THREAD_LOCAL_DATA
     missing = object()
     before = getattr(local, "backend", missing)
     local.backend = backend

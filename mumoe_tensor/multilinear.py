@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
+from operator import index
 from typing import Any
 
-from mumoe_tensor.backend import Array, backend_of, check_floating
+from mumoe_tensor.backend import Array, backend_of, check_floating, constant_under_compile, is_traced
 from mumoe_tensor.contraction.execute import execute, fold
 from mumoe_tensor.contraction.layout import Program, compile
 from mumoe_tensor.contraction.network import Network, forward_network, weight_network
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
 from mumoe_tensor.contraction.search import Objective, SearchSpace, best_tree
+from mumoe_tensor.formats.base import Format
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
+
+#: A compiled function does not look at its batch, so that it serves all of them; it plans for this one.
+TRACED_BATCH = 1024
 
 
 def multilinear_moe(
@@ -75,11 +80,11 @@ def multilinear_moe(
     weight = as_factorized(weight)
     backend, leading = _check_inputs(weight, z, coefficients, bias)
     batch = prod(leading)
-    network = _forward_network(weight.format, weight.shape, weight.rank, weight.ones, bias)
     if plan is None:
-        program = plan_network(network, batch, minimize, implementation, memory_limit).program
+        hint = TRACED_BATCH if is_traced(z) else batch
+        program = _program(*_key(weight, bias), hint, minimize, implementation, memory_limit)
     else:
-        program = _check_plan(plan, network)
+        program = _check_plan(plan, weight, bias)
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*coefficients, z)]
     y = execute(program, [*weight.arrays, *vectors], backend)
     return y.reshape(*leading, weight.shape[-1])
@@ -109,8 +114,7 @@ def bind(
         If the plan was made for other sizes.
     """
     weight = as_factorized(weight)
-    network = _forward_network(weight.format, weight.shape, weight.rank, weight.ones, bias)
-    program = _check_plan(plan, network)
+    program = _check_plan(plan, weight, bias)
     folded = fold(program, weight.arrays, backend_of(*weight.arrays))
 
     def forward(z: Array, coefficients: Sequence[Array]) -> Array:
@@ -194,9 +198,34 @@ def _whole(network: Network) -> Program:
 _forward_network = lru_cache(maxsize=1024)(forward_network)
 
 
-def _check_plan(plan: ContractionPlan, network: Network) -> Program:
+@constant_under_compile
+def _program(
+    format: Format,
+    modes: tuple[int, ...],
+    rank: tuple[int, ...],
+    ones: tuple[int, ...],
+    bias: bool,
+    batch: int,
+    minimize: Objective,
+    implementation: Implementation,
+    memory_limit: int | None,
+) -> Program:
+    network = _forward_network(format, modes, rank, ones, bias)
+    return plan_network(network, batch, minimize, implementation, memory_limit).program
+
+
+def _key(
+    weight: FactorizedTensor, bias: bool
+) -> tuple[Format, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
+    # index() makes a constant of a size that torch.compile would leave symbolic.
+    modes, rank = (tuple(index(size) for size in sizes) for sizes in (weight.shape, weight.rank))
+    return weight.format, modes, rank, weight.ones, bias
+
+
+def _check_plan(plan: ContractionPlan, weight: FactorizedTensor, bias: bool) -> Program:
     if not isinstance(plan, ContractionPlan):
         raise TypeError(f"plan must be a ContractionPlan, got {type(plan).__name__}.")
+    network = _forward_network(*_key(weight, bias))
     planned = plan.program.network
     if planned != network:
         theirs, ours = dict(planned.sizes), dict(network.sizes)

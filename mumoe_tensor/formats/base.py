@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 Rank = tuple[int, ...]
@@ -104,10 +103,12 @@ class Format(ABC):
         seen = dict.fromkeys(index for f in self.declaration(levels) for index in f.indices)
         return tuple(index for index in seen if index not in modes)
 
-    @lru_cache(maxsize=128)  # noqa: B019 - a format has no state, equal ones share the entry
     def declaration(self, levels: int) -> tuple[Factor, ...]:
         """The declared factors for a number of levels of experts."""
-        return tuple(self.factors(mode_names(levels)))
+        known: dict[int, tuple[Factor, ...]] = self.__dict__.setdefault("_declarations", {})
+        if levels not in known:
+            known[levels] = tuple(self.factors(mode_names(levels)))
+        return known[levels]
 
     def units(self, levels: int) -> tuple[int, ...]:
         """Positions of the factors that are all ones unless given."""

@@ -1,6 +1,8 @@
 """Multilinear mixtures of experts: layers whose experts are one factorized weight tensor."""
 
+from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.contraction.plan import ContractionPlan, plan
+from mumoe_tensor.cost import Cost, LayerCost, cost, dense_parameters, max_expert_rank
 from mumoe_tensor.formats import Factor, Format, formats, get_format, register
 from mumoe_tensor.multilinear import bind, expert_matrix, multilinear_moe, to_dense
 from mumoe_tensor.tensors import FactorizedTensor
@@ -9,13 +11,19 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ContractionPlan",
+    "Cost",
+    "LayerCost",
     "Factor",
     "FactorizedTensor",
     "Format",
     "bind",
+    "cost",
+    "dense_parameters",
     "expert_matrix",
+    "fit_rank",
     "formats",
     "get_format",
+    "max_expert_rank",
     "multilinear_moe",
     "plan",
     "register",

@@ -442,7 +442,7 @@ def plan(
     """
     format = get_format(format)
     modes = check_modes(experts, in_features, out_features, bias)
-    entries = format.check_rank(rank, len(modes) - 2)
+    entries = format.full_rank(rank, len(modes) - 2)
     network = forward_network(format, modes, entries, ones=format.units(len(modes) - 2), bias=bias)
     batch = 0 if batch == 0 else as_positive(batch, "batch")
     return plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)

@@ -135,12 +135,17 @@ class Format(ABC):
             )
         return entries
 
+    def full_rank(self, rank: int | Sequence[int | None] | None, levels: int) -> Rank:
+        """As `check_rank`, but no entry may be None."""
+        entries = tuple(r for r in self.check_rank(rank, levels) if r is not None)
+        if len(entries) != len(self.bonds(levels)):
+            raise ValueError(f"every entry of the rank must be known here, got {rank!r}; see fit_rank.")
+        return entries
+
     def sizes(self, modes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:
         """Size of every index, from the sizes of the modes and the rank."""
         levels = len(modes) - 2
-        entries = self.check_rank(rank, levels)
-        if None in entries:
-            raise ValueError(f"every entry of the rank must be known here, got {rank!r}; see fit_rank.")
+        entries = self.full_rank(rank, levels)
         return dict(zip(mode_names(levels) + self.bonds(levels), (*modes, *entries), strict=True))
 
     def shapes(self, modes: Sequence[int], rank: int | Sequence[int] | None) -> list[tuple[int, ...]]:

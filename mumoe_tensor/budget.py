@@ -1,0 +1,136 @@
+"""The rank that spends a budget of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from mumoe_tensor.cost import dense_parameters, flag, layer_sizes, parameters as count_parameters
+from mumoe_tensor.formats.base import Format, Rank, as_positive, check_choice, check_modes, get_format
+
+Rounding = Literal["up", "down", "nearest"]
+
+
+def fit_rank(
+    format: str | Format,
+    *,
+    experts: int | Sequence[int],
+    in_features: int,
+    out_features: int,
+    parameters: int | Literal["match"] = "match",
+    rank: int | Sequence[int | None] | None = None,
+    hidden: int | None = None,
+    bias: bool = False,
+    gate: bool = False,
+    rounding: Rounding = "up",
+) -> int | Rank:
+    """Solve for the rank at which a layer has a given number of parameters.
+
+    Parameters
+    ----------
+    format : str or Format
+    experts : int or sequence of int
+        Number of experts, one number a level; ``()`` for no level.
+    in_features, out_features : int
+    parameters : int or "match", default "match"
+        The budget; ``"match"`` for what the dense layer (or block) of these sizes has, with biases if
+        `bias` is true.
+    rank : sequence of int and None, optional
+        The rank with None in the one place to be solved for. If it is left out, the format's convention:
+        the one rank of CP, ``(4, ..., 4, None)`` for Tensor Ring and Train, and for Tucker ranks
+        proportional to the sizes of the modes and at most those.
+    hidden : int, optional
+        Two layers, ``in_features`` to `hidden` to ``out_features``, of one rank, with one gate.
+    bias : bool, default False
+        Count the bias row of the input mode.
+    gate : bool, default False
+        Count the gate's ``in_features * sum(experts)``.
+    rounding : {"up", "down", "nearest"}, default "up"
+        The smallest rank with at least the budget, the largest with at most it, or the nearer of the two.
+
+    Returns
+    -------
+    int or tuple of int
+        A tuple with one entry a bond; an int for a format of one bond whose rank was left out.
+
+    Raises
+    ------
+    ValueError
+        If even the smallest rank costs more than the budget, or no rank reaches it; if the format has no
+        rank, or not exactly one entry of `rank` is None.
+    TypeError
+        If a size is not an integer.
+
+    Examples
+    --------
+    >>> import mumoe_tensor as mt
+    >>> mt.fit_rank("tr", experts=64, in_features=768, out_features=1000, rank=(4, 4, None), bias=True, gate=True)
+    (4, 4, 102)
+    """
+    format = get_format(format)
+    check_choice(rounding, ("up", "down", "nearest"), "rounding")
+    flag(gate, "gate")
+    layers = [
+        check_modes(experts, inner, outer, bias)
+        for inner, outer in layer_sizes(in_features, hidden, out_features)
+    ]
+    gate_parameters = in_features * sum(layers[0][:-2]) if gate else 0
+    if parameters == "match":
+        budget = dense_parameters(in_features, out_features, hidden, bias)
+    else:
+        budget = as_positive(parameters, "parameters")
+    family = _family(format, rank, layers)
+
+    def total(t: int) -> int:
+        return gate_parameters + sum(count_parameters(format, modes, family(t)) for modes in layers)
+
+    if total(1) > budget:
+        raise ValueError(
+            f"the smallest rank must fit the budget of {budget:,} parameters; format {format.name!r} has "
+            f"{total(1):,} at rank {family(1)}, of which the gate alone has {gate_parameters:,}."
+        )
+    above = 1
+    while total(above) < budget:
+        if family(2 * above) == family(above):
+            if rounding == "up":
+                raise ValueError(
+                    f"some rank must reach the budget of {budget:,} parameters; format {format.name!r} has "
+                    f"{total(above):,} at its full rank {family(above)}."
+                )
+            return _as_given(family(above), rank)
+        above *= 2
+    # Invariant: total(below) < budget <= total(above), but for below = 0, which is no rank.
+    below = above // 2
+    while above - below > 1:
+        middle = (above + below) // 2
+        below, above = (middle, above) if total(middle) < budget else (below, middle)
+    if total(above) == budget or rounding == "up":
+        return _as_given(family(above), rank)
+    if rounding == "down" or budget - total(below) <= total(above) - budget:
+        return _as_given(family(below), rank)
+    return _as_given(family(above), rank)
+
+
+def _family(
+    format: Format, rank: int | Sequence[int | None] | None, layers: list[tuple[int, ...]]
+) -> Callable[[int], Rank]:
+    """Ranks that grow with one integer: the format's own, or `rank` with that integer for None."""
+    levels = len(layers[0]) - 2
+    if not format.bonds(levels):
+        costs = sum(count_parameters(format, modes, ()) for modes in layers)
+        raise ValueError(
+            f"a format must have a rank to be fitted; format {format.name!r} has none and costs {costs:,} "
+            "parameters without the gate."
+        )
+    if rank is None:
+        # Two layers share a rank, so the smaller of their sizes bounds it.
+        sizes = tuple(map(min, *layers)) if len(layers) > 1 else layers[0]
+        return lambda t: format.default_rank(sizes, t)
+    entries = format.check_rank(rank, levels)
+    if entries.count(None) != 1:
+        raise ValueError(f"exactly one entry of the rank must be None, the one to solve for, got {rank!r}.")
+    return lambda t: tuple(t if r is None else r for r in entries)
+
+
+def _as_given(fitted: Rank, rank: int | Sequence[int | None] | None) -> int | Rank:
+    return fitted[0] if rank is None and len(fitted) == 1 else fitted

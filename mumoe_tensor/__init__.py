@@ -12,10 +12,10 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ContractionPlan",
     "Cost",
-    "LayerCost",
     "Factor",
     "FactorizedTensor",
     "Format",
+    "LayerCost",
     "bind",
     "cost",
     "dense_parameters",

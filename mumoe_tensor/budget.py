@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from mumoe_tensor.cost import dense_parameters, flag, layer_sizes, parameters as count_parameters
+from mumoe_tensor.cost import dense_parameters, flag, layer_sizes
+from mumoe_tensor.cost import parameters as count_parameters
 from mumoe_tensor.formats.base import Format, Rank, as_positive, check_choice, check_modes, get_format
 
 Rounding = Literal["up", "down", "nearest"]
@@ -64,7 +65,8 @@ def fit_rank(
     Examples
     --------
     >>> import mumoe_tensor as mt
-    >>> mt.fit_rank("tr", experts=64, in_features=768, out_features=1000, rank=(4, 4, None), bias=True, gate=True)
+    >>> head = dict(experts=64, in_features=768, out_features=1000, bias=True, gate=True)
+    >>> mt.fit_rank("tr", rank=(4, 4, None), **head)
     (4, 4, 102)
     """
     format = get_format(format)

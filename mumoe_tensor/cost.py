@@ -147,7 +147,8 @@ def cost(
     Examples
     --------
     >>> import mumoe_tensor as mt
-    >>> mt.cost("cp", experts=16, in_features=768, out_features=1000, rank=424, bias=True, gate=True).parameters
+    >>> head = dict(experts=16, in_features=768, out_features=1000, bias=True, gate=True)
+    >>> mt.cost("cp", rank=424, **head).parameters
     769128
     """
     format = get_format(format)

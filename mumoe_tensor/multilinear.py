@@ -231,7 +231,8 @@ def _check_plan(plan: ContractionPlan, weight: FactorizedTensor, bias: bool) -> 
         theirs, ours = dict(planned.sizes), dict(network.sizes)
         raise ValueError(
             f"a plan runs only on the network it was made for; it has {planned.weights} factors of sizes "
-            f"{theirs} with bias={planned.bias}, the weight {network.weights} of {ours} with bias={network.bias}."
+            f"{theirs} with bias={planned.bias}, the weight {network.weights} of {ours} with "
+            f"bias={network.bias}."
         )
     return plan.program
 
@@ -242,7 +243,8 @@ def _check_inputs(
     """Check inputs against a weight; return their backend and leading shape."""
     if not isinstance(coefficients, (list, tuple)):
         raise TypeError(
-            f"coefficients must be a list with one array a level of experts, got {type(coefficients).__name__}."
+            "coefficients must be a list with one array a level of experts, got "
+            f"{type(coefficients).__name__}."
         )
     if not isinstance(bias, bool):
         raise TypeError(f"bias must be True or False, got {bias!r}.")
@@ -251,9 +253,8 @@ def _check_inputs(
             f"there must be one array of coefficients a level; the weight has {weight.levels} level(s), "
             f"got {len(coefficients)} array(s)."
         )
-    named = {f"factor[{k}]": f for k, f in enumerate(weight.factors) if f is not None}
-    named |= {f"coefficients[{e}]": a for e, a in enumerate(coefficients)}
-    named["z"] = z
+    named = {f"coefficients[{e}]": a for e, a in enumerate(coefficients)}
+    named |= {"z": z, "weight": weight.arrays[0]}
     backend = check_floating(named)
     *experts, in_features, _ = weight.shape
     if len(z.shape) == 0 or z.shape[-1] != in_features - bias:

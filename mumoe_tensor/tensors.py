@@ -53,7 +53,7 @@ class FactorizedTensor:
     FactorizedTensor('hadamard', experts=(4,), in_features=3, out_features=5, rank=(), float64, numpy)
     """
 
-    __slots__ = ("factors", "format", "levels", "shape", "rank")
+    __slots__ = ("factors", "format", "levels", "rank", "shape")
 
     def __init__(self, format: str | Format, factors: Sequence[Array | None]):
         self.format = get_format(format)
@@ -158,7 +158,7 @@ class FactorizedTensor:
         # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
         terms = prod(sizes[b] for b in format.bonds(levels))
         scale = (1 / (in_features * terms)) ** (0.5 / len(declared))
-        factors = []
+        factors: list[Array | None] = []
         for f in format.declaration(levels):
             if f.unit:
                 factors.append(None)

@@ -60,14 +60,14 @@ def fold(program: Program, weights: Sequence[Array], backend: Any) -> dict[int, 
     return folded
 
 
-def _arranged(program: Program, operands: Sequence[Array | None], backend: Any) -> list[Array | None]:
+def _arranged(program: Program, operands: Sequence[Array | None], backend: Any) -> list[Array]:
     return [
         array if order is None or array is None else backend.transpose(array, order)
         for array, order in zip(operands, program.arrange, strict=True)
     ]
 
 
-def _run(step: Step, arrays: list[Array | None], backend: Any) -> Array:
+def _run(step: Step, arrays: Sequence[Array], backend: Any) -> Array:
     left, right = arrays[step.left.position], arrays[step.right.position]
     if step.bias is None:
         left, right = _read(left, step.left, backend), _read(right, step.right, backend)

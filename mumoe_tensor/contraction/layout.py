@@ -124,7 +124,7 @@ class Program:
 class _Choice(NamedTuple):
     """The cheapest way found to have a node in some memory order."""
 
-    copied: float
+    copied: int
     step: _Join | None
 
 
@@ -244,12 +244,19 @@ def _fits(order: Indices, *groups: Indices) -> bool:
     return len(runs) == len(set(runs)) and not shared_innermost
 
 
-def _copied(join: _Join, output: Indices, sizes: dict[str, int]) -> float:
-    """Elements that are copied, or in an elementwise product read out of order."""
+def _copied(join: _Join, output: Indices, sizes: dict[str, int]) -> int:
+    """Elements that are copied, or in an elementwise product read out of order.
+
+    A matrix read transposed costs no copy, but a call: it counts as one element.
+    """
     copied = 0
     for order, read in ((join.left_order, join.left_read), (join.right_order, join.right_read)):
         in_order = order == read if join.summed else order == tuple(x for x in output if x in order)
         copied += 0 if in_order else prod(sizes[x] for x in order)
+    if join.summed:
+        left_free_last = join.left_read[-1] not in join.summed
+        right_summed_last = join.right_read[-1] in join.summed
+        copied += left_free_last + right_summed_last
     return copied
 
 

@@ -203,11 +203,8 @@ class ContractionPlan:
             ahead = "ahead" if s.constant and self.constants else str(k)
             rows.append((ahead, s.equation, s.kind, f"{s.flops:,}", shape, *figures))
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        right = {0, 3, 5, 6}
-        lines = [
-            "  ".join(x.rjust(w) if c in right else x.ljust(w) for c, (x, w) in enumerate(zip(row, widths)))
-            for row in rows
-        ]
+        align = (str.rjust, str.ljust, str.ljust, str.rjust, str.ljust, str.rjust, str.rjust)
+        lines = ["  ".join(put(x, w) for put, x, w in zip(align, row, widths, strict=True)) for row in rows]
         lines.insert(1, "-" * len(lines[0]))
         head = f"{self.implementation}, batch {self.batch:,}, least {self.minimize}"
         totals = ("write", "size", "peak", "saved")

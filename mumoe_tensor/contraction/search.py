@@ -57,6 +57,8 @@ class SearchSpace:
             1 << network.vector_of_input if network.bias and network.vector_of_input is not None else 0
         )
         self.input = bit.get("i", 0)
+        # The bias row takes no part in the product that adds it.
+        self.without_bias = 1 - 1 / sizes["i"] if self.biased else 1.0
         # For each set of operands, the indices that something outside of it still needs.
         self.outside = [self.output] * (1 << self.count)
         everything = (1 << self.count) - 1
@@ -123,6 +125,7 @@ def best_tree(
     """
     size = space.size_table(batch)
     outside, output, free, all_outer = space.outside, space.output, space.weights, space.all_outer
+    biased, without_bias = space.biased, space.without_bias
     everything = (1 << space.count) - 1
     trees: dict[int, Tree] = {1 << k: k for k in range(space.count)}
     found: list[list[tuple[int, int, float]]] = [[], [(1 << k, x, 0.0) for k, x in enumerate(space.leaves)]]
@@ -149,6 +152,8 @@ def best_tree(
                         )
                     elif subset | free != free:
                         volume = size(union)
+                        if left == biased or right == biased:
+                            volume *= without_bias
                         cost += volume if kept == union else 2 * volume
                         if element:
                             cost += element * (size(left_indices) + size(right_indices) + size(kept))
@@ -201,6 +206,8 @@ def cost_line(space: SearchSpace, tree: Tree, element: float = 0.0) -> Line:
         kept = union & space.outside[subset]
         if subset | space.weights != space.weights:
             volume = size(union) * (1 if kept == union else 2)
+            if space.biased in (left, right):
+                volume *= space.without_bias
             line[bool(union & space.batch)] += volume
             for indices in (left_indices, right_indices, kept):
                 line[bool(indices & space.batch)] += element * size(indices)

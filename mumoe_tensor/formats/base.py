@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,34 @@ class Format(ABC):
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
         """Put the factors into TensorLy's container; `tl` is the backend they belong to."""
         raise TypeError(f"format {self.name!r} has no container in TensorLy.")
+
+    def decompose(
+        self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
+    ) -> Iterable[Sequence[Any]] | None:
+        """Fit the format to a tensor, once a start; None where it has no method of its own.
+
+        `mumoe_tensor.decompose` calls it, keeps the best fit, and alternates least squares over the
+        declared factors where it gives None. It runs with TensorLy set to NumPy.
+
+        Parameters
+        ----------
+        dense : numpy.ndarray of float64
+            Not all zero, of largest entry near one.
+        rank : tuple of int
+        generators : sequence of numpy.random.Generator
+            One a start. The first start is the one from singular vectors, where there is one.
+        n_iter : int
+            Most sweeps over the factors a start.
+        tolerance : float
+            A start ends when a sweep lowers the error by less than this fraction; see `stop_rule`.
+
+        Returns
+        -------
+        iterable of sequence of array or None
+            Factors in the order of their declaration, for some or all of the starts. A bond may come out
+            smaller than the rank has it: it is filled up with zeros.
+        """
+        return None
 
     # ---- derived; not to be overridden -------------------------------------------------------------
 
@@ -203,6 +231,20 @@ def check_choice(value: Any, choices: Iterable[Any], what: str) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
+    """Callback of TensorLy's ALS that ends it when a sweep lowers the error by less than a fraction."""
+    last = float("inf")
+
+    def callback(_: Any, error: float) -> bool:
+        nonlocal last
+        # TensorLy asks `is True`, which a bool of NumPy is not.
+        stop = bool(error >= (1 - tolerance) * last)
+        last = error
+        return stop
+
+    return callback
 
 
 _registry: dict[str, Format] = {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register
+from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register, stop_rule
 
 
 @register
@@ -37,3 +37,26 @@ class CP(Format):
         from tensorly.cp_tensor import CPTensor
 
         return CPTensor((factors[0], list(factors[1:])))
+
+    def decompose(
+        self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
+    ) -> Iterator[list[Any]]:
+        # Alternating least squares (Kolda and Bader 2009, figure 3.3).
+        from tensorly.base import unfold
+        from tensorly.decomposition import parafac
+        from tensorly.tenalg.svd import svd_interface
+
+        # With more components than this the normal equations are singular, and nothing is to be gained.
+        r = min(rank[0], dense.size // max(dense.shape))
+        for k, generator in enumerate(generators):
+            start = [generator.standard_normal((n, r)) for n in dense.shape]
+            if k == 0:
+                for mode, factor in enumerate(start):
+                    matrix = unfold(dense, mode)
+                    width = min(r, *matrix.shape)
+                    factor[:, :width] = svd_interface(matrix, n_eigenvecs=width)[0]
+            # So small a ridge does not show, but keeps components that vanish from making a solve singular.
+            fit = parafac(
+                dense, r, n_iter, init=(None, start), tol=0, l2_reg=1e-14, callback=stop_rule(tolerance)
+            )
+            yield [None, *fit.factors]

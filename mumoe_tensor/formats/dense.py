@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -32,3 +32,8 @@ class Dense(Format):
 
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
         return factors[0]
+
+    def decompose(
+        self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
+    ) -> Iterator[list[Any]]:
+        yield [dense]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -46,3 +46,19 @@ class Tucker(Format):
         from tensorly.tucker_tensor import TuckerTensor
 
         return TuckerTensor((factors[0], list(factors[1:])))
+
+    def decompose(
+        self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
+    ) -> Iterator[list[Any]]:
+        # Higher-order orthogonal iteration (De Lathauwer et al. 2000).
+        from tensorly.decomposition import tucker
+
+        # No rank can be used beyond the size of its mode or the product of the other ranks.
+        capped = [min(n, r) for n, r in zip(dense.shape, rank, strict=True)]
+        for _ in capped:
+            capped = [min(r, prod(capped) // r) for r in capped]
+        for k, generator in enumerate(generators):
+            start = [generator.standard_normal(shape) for shape in zip(dense.shape, capped, strict=True)]
+            init = (None, start) if k else "svd"
+            core, factors = tucker(dense, capped, n_iter_max=n_iter, init=init, tol=tolerance / 10)
+            yield [core, *factors]

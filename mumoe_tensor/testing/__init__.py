@@ -1,0 +1,85 @@
+"""Hypothesis strategies and checks, for the formats of this library and for those of its users.
+
+`check_format` runs every check on a format, registered or not; each check is a function of one `Problem`
+and can be used alone::
+
+    from hypothesis import given
+    from mumoe_tensor.testing import check_equals_dense, problems
+
+    @given(problems("cp", dtype="float32"))
+    def test_equals_dense(problem):
+        check_equals_dense(problem)
+
+The module needs Hypothesis. PyTorch and JAX take part where they are installed.
+"""
+
+from mumoe_tensor.testing.checks import (
+    CHECKS,
+    check_declaration,
+    check_equals_dense,
+    check_equals_tensorly,
+    check_expert_permutation,
+    check_format,
+    check_gauge,
+    check_gradients,
+    check_level_of_one,
+    check_linear_in_coefficients,
+    check_linear_in_factors,
+    check_linear_in_input,
+    check_one_hot,
+    check_paths,
+    check_plan,
+    check_result_kind,
+)
+from mumoe_tensor.testing.oracle import TOLERANCE, assert_close, dense_moe, dense_weight, magnitude, to_numpy
+from mumoe_tensor.testing.strategies import (
+    Problem,
+    backends,
+    dtypes,
+    formats,
+    jax_float64,
+    leading_shapes,
+    levels,
+    make_array,
+    problems,
+    ranks,
+    sizes,
+    weights,
+)
+
+__all__ = [
+    "CHECKS",
+    "TOLERANCE",
+    "Problem",
+    "assert_close",
+    "backends",
+    "check_declaration",
+    "check_equals_dense",
+    "check_equals_tensorly",
+    "check_expert_permutation",
+    "check_format",
+    "check_gauge",
+    "check_gradients",
+    "check_level_of_one",
+    "check_linear_in_coefficients",
+    "check_linear_in_factors",
+    "check_linear_in_input",
+    "check_one_hot",
+    "check_paths",
+    "check_plan",
+    "check_result_kind",
+    "dense_moe",
+    "dense_weight",
+    "dtypes",
+    "formats",
+    "jax_float64",
+    "leading_shapes",
+    "levels",
+    "magnitude",
+    "make_array",
+    "problems",
+    "ranks",
+    "sizes",
+    "to_numpy",
+    "weights",
+]

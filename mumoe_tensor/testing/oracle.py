@@ -1,0 +1,125 @@
+"""The dense reference: slow, in float64, and independent of the library's planner and executor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import ascii_letters
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mumoe_tensor.backend import Array, dtype_name
+from mumoe_tensor.formats import Format, mode_names
+from mumoe_tensor.tensors import FactorizedTensor
+
+Float64 = NDArray[np.float64]
+
+#: Largest error allowed, relative to the sum of the magnitudes of the terms.
+TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 1e-2, "bfloat16": 4e-2}
+#: Absolute error allowed besides, for values near the smallest that the dtype has.
+SMALLEST = {"float64": 1e-290, "float32": 1e-30, "float16": 1e-4, "bfloat16": 1e-30}
+
+
+def to_numpy(array: Array) -> Float64:
+    """Values of an array of any backend, in float64."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().double()
+    return np.asarray(array).astype(np.float64)
+
+
+def subscripts(format: Format, levels: int) -> tuple[list[str], str]:
+    """Letters of the axes of every factor of a format, and of the weight tensor, for an `einsum`."""
+    modes = mode_names(levels)
+    letter = dict(zip((*modes, *format.bonds(levels)), ascii_letters, strict=False))
+    factors = ["".join(letter[x] for x in f.indices) for f in format.declaration(levels)]
+    return factors, "".join(letter[m] for m in modes)
+
+
+def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64:
+    """Form the weight tensor by one sum over all indices.
+
+    Parameters
+    ----------
+    weight : FactorizedTensor
+    absolute : bool, default False
+        Take the factors' absolute values: the sum of the magnitudes of the terms.
+
+    Returns
+    -------
+    array of shape (N1, ..., NE, I, O)
+    """
+    format, levels = weight.format, weight.levels
+    sizes = dict(zip((*mode_names(levels), *format.bonds(levels)), (*weight.shape, *weight.rank), strict=True))
+    values = [
+        np.ones([sizes[x] for x in f.indices]) if factor is None else to_numpy(factor)
+        for factor, f in zip(weight.factors, format.declaration(levels), strict=True)
+    ]
+    factors, whole = subscripts(format, levels)
+    return np.einsum(f"{','.join(factors)}->{whole}", *(map(np.abs, values) if absolute else values))
+
+
+def dense_moe(
+    tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, bias: bool = False
+) -> Float64:
+    """Mix the experts of a dense weight tensor, one input after the other.
+
+    Parameters
+    ----------
+    tensor : array of shape (N1, ..., NE, I, O)
+    z : array of shape (..., I)
+    coefficients : sequence of array of shape (..., Ne)
+    bias : bool, default False
+        Append a one to every input, so that the last row of the input mode is the bias.
+
+    Returns
+    -------
+    array of shape (..., O)
+    """
+    leading = z.shape[:-1]
+    if bias:
+        z = np.concatenate([z, np.ones((*leading, 1))], axis=-1)
+    y = np.empty((*leading, tensor.shape[-1]))
+    for at in np.ndindex(*leading):
+        mixed = tensor
+        for a in coefficients:
+            mixed = np.tensordot(a[at], mixed, axes=1)
+        y[at] = z[at] @ mixed
+    return y
+
+
+def magnitude(
+    weight: FactorizedTensor, z: Array, coefficients: Sequence[Array], *, bias: bool = False
+) -> Float64:
+    """Sum of the magnitudes of all terms of an output: what its rounding error is relative to."""
+    arrays = [np.abs(to_numpy(x)) for x in (z, *coefficients)]
+    return dense_moe(dense_weight(weight, absolute=True), arrays[0], arrays[1:], bias=bias)
+
+
+def assert_close(
+    actual: Array, expected: Array, scale: Any, what: str = "the result", dtype: str | None = None
+) -> None:
+    """Assert that two arrays differ by no more than rounding.
+
+    Parameters
+    ----------
+    actual, expected : array
+        Of any backends.
+    scale : float or array
+        Magnitude of the terms that were added up, for each entry or for all.
+    what : str
+        Named if they differ.
+    dtype : str, optional
+        Dtype whose tolerance holds; that of `actual` by default.
+    """
+    dtype = dtype or dtype_name(actual)
+    found, wanted = to_numpy(actual), to_numpy(expected)
+    assert found.shape == wanted.shape, f"{what} has shape {found.shape}, expected {wanted.shape}."
+    allowed = TOLERANCE[dtype] * np.asarray(scale) + SMALLEST[dtype]
+    error = np.abs(found - wanted)
+    if not np.all(error <= allowed):  # also where there is a NaN
+        worst = np.max(error / allowed)
+        raise AssertionError(
+            f"{what} is off by {np.max(error):.3g}, {worst:.3g} times what {dtype} allows:\n"
+            f"{found}\nexpected\n{wanted}"
+        )

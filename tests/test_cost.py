@@ -1,0 +1,295 @@
+"""Costs: closed forms, published counts, ranks for a budget, expert ranks, what autograd keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mumoe_tensor as mt
+from mumoe_tensor.contraction.layout import compile
+from mumoe_tensor.contraction.network import forward_network, tree_of_operands
+from mumoe_tensor.contraction.plan import planned_steps
+
+ALL = list(mt.formats().values())
+CLIP = dict(in_features=768, out_features=1000, bias=True, gate=True)
+GPT2 = dict(in_features=768, hidden=3072, out_features=768, bias=True, gate=True)
+
+
+@st.composite
+def layers(draw: st.DrawFn, largest: int = 12) -> tuple[mt.Format, tuple[int, ...], tuple[int, ...]]:
+    """A format, sizes of its modes, and a rank."""
+    sizes = st.integers(1, largest)
+    format = draw(st.sampled_from(ALL))
+    modes = tuple(draw(st.lists(sizes, min_size=2, max_size=5)))
+    rank = tuple(draw(sizes) for _ in format.bonds(len(modes) - 2))
+    return format, modes, rank
+
+
+# ---- published counts (FACTS, section 3: recomputed from the published configurations) ----------------
+
+
+@pytest.mark.parametrize(
+    ("experts", "cp", "tr"),
+    [(16, 424, 107), (32, 414, 106), (64, 393, 102), (128, 354, 95), (256, 283, 81), (512, 165, 52)],
+)
+def test_fit_rank_gives_the_published_clip_heads(experts: int, cp: int, tr: int) -> None:
+    assert mt.fit_rank("cp", experts=experts, parameters=769_000, **CLIP) == cp
+    assert mt.fit_rank("cp", experts=experts, **CLIP) == cp  # 769,000 is the linear layer
+    assert mt.fit_rank("tr", experts=experts, rank=(4, 4, None), parameters=769_000, **CLIP) == (4, 4, tr)
+
+
+@pytest.mark.parametrize(
+    ("format", "experts", "rank", "parameters"),
+    [
+        ("cp", 16, 424, 769_128),
+        ("cp", 256, 283, 769_683),
+        ("cp", 512, 165, 769_581),
+        ("tr", 16, (4, 4, 107), 769_676),
+        ("tr", 256, (4, 4, 81), 773_860),
+        ("tr", 512, (4, 4, 52), 769_360),
+    ],
+)
+def test_cost_counts_the_published_clip_heads(format, experts, rank, parameters) -> None:
+    assert mt.cost(format, experts=experts, rank=rank, **CLIP).parameters == parameters
+
+
+@pytest.mark.parametrize(("format", "rank"), [("cp", 599), ("tr", (4, 4, 153))])
+def test_fit_rank_gives_the_published_gpt2_blocks(format, rank) -> None:
+    open_rank = None if format == "cp" else (4, 4, None)
+    assert mt.dense_parameters(768, 768, hidden=3072) == 4_722_432
+    assert mt.fit_rank(format, experts=64, rank=open_rank, parameters=4_722_432, **GPT2) == rank
+
+
+@pytest.mark.parametrize(
+    ("format", "experts", "rank", "total"),
+    [
+        ("cp", 64, 599, 124_487_976),
+        ("cp", 256, 556, 124_789_536),
+        ("tr", 64, (4, 4, 153), 124_790_880),
+        ("tr", 256, (4, 4, 149), 125_159_136),
+    ],
+)
+def test_cost_counts_the_published_gpt2(format, experts, rank, total) -> None:
+    width = 768
+    block = width + 3 * width * width + width * width  # norm, attention
+    rest = 50_304 * width + 1024 * width + 12 * block + width
+    assert rest + 12 * (width + 8 * width * width) == 124_373_760  # the dense model, its MLP with a norm
+    mixture = mt.cost(format, experts=experts, rank=rank, **GPT2).parameters + 2 * width  # input_norm
+    assert rest + 12 * mixture == total
+
+
+@pytest.mark.parametrize(("format", "share", "total"), [("cp", 0.75, 18_630_616), ("tr", 0.19, 18_290_792)])
+def test_cost_counts_the_published_mixer(format, share, total) -> None:
+    width, tokens = 512, 196
+    rest = (3 * 16 * 16 + 1) * width + (width + 1) * 1000 + 2 * width + 8 * 4 * width
+    sizes = ((tokens, 256), (width, 2048))
+    dense = sum(mt.dense_parameters(i, i, hidden=hidden) for i, hidden in sizes)
+    assert rest + 8 * dense == 18_528_264
+
+    def block(features: int, hidden: int) -> int:
+        r = int(share * features)
+        rank = (r,) if format == "cp" else (4, 4, r)
+        figures = mt.cost(
+            format, experts=64, in_features=features, hidden=hidden, out_features=features, rank=rank, bias=True,
+            gate=True,
+        )  # fmt: skip
+        return figures.parameters
+
+    assert rest + 8 * sum(block(*size) for size in sizes) == total
+
+
+def test_dense_experts_of_the_published_models() -> None:
+    def block(experts: int, features: int, hidden: int, bias: bool) -> int:
+        sizes = dict(experts=experts, in_features=features, hidden=hidden, out_features=features)
+        return mt.cost("dense", bias=bias, gate=False, **sizes).parameters
+
+    assert 8 * (block(64, 196, 256, False) + block(64, 512, 2048, False)) == pytest.approx(1.125e9, rel=1e-3)
+    assert 12 * block(256, 768, 3072, False) == pytest.approx(14.5e9, rel=1e-3)
+
+
+def test_celeba_head() -> None:
+    sizes = dict(experts=128, in_features=768, out_features=40, bias=True, gate=True)
+    assert mt.cost("cp", rank=512, **sizes).parameters == 578_048
+    assert mt.dense_parameters(768, 40) == 30_760
+    assert mt.dense_parameters(768, 40, hidden=1024, bias=False) == 827_392
+
+
+# ---- closed forms ------------------------------------------------------------------------------------
+
+
+def closed_parameters(name: str, modes: tuple[int, ...], rank: tuple[int, ...]) -> int:
+    """Parameters as the literature writes them, for any number of levels."""
+    if name == "cp":
+        return rank[0] * sum(modes)
+    if name == "hadamard":
+        return modes[-1] * sum(modes[:-1])
+    if name == "dense":
+        return int(np.prod(modes))
+    if name == "tucker":
+        return int(np.prod(rank)) + sum(n * r for n, r in zip(modes, rank, strict=True))
+    bonds = (*rank, rank[0]) if name == "tr" else (1, *rank, 1)
+    return sum(a * n * b for a, n, b in zip(bonds[:-1], modes, bonds[1:], strict=True))
+
+
+def closed_flops(name: str, modes: tuple[int, ...], rank: tuple[int, ...]) -> int:
+    """FLOPs of one level of experts as FACTS, section 2, writes them (two a multiply-add)."""
+    n, i, o = modes
+    if name == "cp":
+        return 2 * rank[0] * (n + i + o) + rank[0]
+    if name == "hadamard":
+        return 2 * o * (n + i) + o
+    if name == "dense":
+        return 2 * n * i * o + 2 * n * o
+    if name == "tucker":
+        p, q, s = rank
+        return 2 * (n * p + i * q + p * q * s + p * s + s * o)
+    a, b, c = rank if name == "tr" else (1, *rank)
+    return 2 * (a * n * b + b * i * c + c * o * a + a * b * c)
+
+
+@given(layers())
+def test_parameters_equal_the_closed_form(layer) -> None:
+    format, modes, rank = layer
+    *experts, i, o = modes
+    figures = mt.cost(format, experts=experts, in_features=i, out_features=o, rank=rank)
+    assert figures.parameters == closed_parameters(format.name, modes, rank)
+
+
+@given(layers().filter(lambda layer: len(layer[1]) == 3))
+def test_reference_flops_equal_the_closed_form_of_the_literature(layer) -> None:
+    format, modes, rank = layer
+    assert format.reference_flops(modes, rank) == closed_flops(format.name, modes, rank)
+
+
+@given(layers(), st.integers(1, 70_000))
+def test_reference_path_costs_exactly_the_closed_form(layer, batch) -> None:
+    format, modes, rank = layer
+    levels = len(modes) - 2
+    units = format.units(levels)
+    network = forward_network(format, modes, rank, ones=units)
+    tree = tree_of_operands(network, format.reference_path(levels), units)
+    steps = planned_steps(compile(network, tree, batch), batch)
+    assert sum(step.flops for step in steps) == batch * format.reference_flops(modes, rank)
+
+
+@given(layers(largest=40), st.sampled_from([1, 2, 30, 1000, 65_536]), st.booleans())
+def test_the_plan_never_costs_more_than_the_closed_form(layer, batch, bias) -> None:
+    format, modes, rank = layer
+    *experts, i, o = modes
+    sizes = dict(experts=experts, in_features=i, out_features=o, rank=rank, batch=batch, bias=bias)
+    assert mt.cost(format, minimize="flops", **sizes).flops <= batch * format.reference_flops(modes, rank)
+    assert mt.cost(format, **sizes).flops <= 1.05 * batch * format.reference_flops(modes, rank)
+
+
+def test_the_block_adds_up() -> None:
+    sizes = dict(experts=(8, 4), rank=(3, 3, 3, 5), bias=True, batch=10)
+    block = mt.cost("tr", in_features=7, hidden=20, out_features=6, gate=True, dtype="float64", **sizes)
+    first = mt.cost("tr", in_features=7, out_features=20, dtype="float64", **sizes)
+    second = mt.cost("tr", in_features=20, out_features=6, dtype="float64", **sizes)
+    gate = 7 * (8 + 4)
+    assert block.parameters == first.parameters + second.parameters + gate
+    assert block.flops == first.flops + second.flops + 2 * 10 * gate
+    assert block.reference_flops == first.reference_flops + second.reference_flops + 2 * 10 * gate
+    assert block.write == first.write + second.write
+    assert block.size == max(first.size, second.size)
+    assert block.peak == max(first.peak, second.peak)
+    assert block.saved == first.saved + second.saved + 8 * 2 * 10 * 20
+    assert block.max_expert_rank == min(first.max_expert_rank, second.max_expert_rank)
+
+
+# ---- rank of an expert -------------------------------------------------------------------------------
+
+
+@given(layers(largest=6), st.integers(0, 2**31))
+def test_max_expert_rank_is_the_numerical_rank_of_random_experts(layer, seed) -> None:
+    format, modes, rank = layer
+    *experts, i, o = modes
+    weight = mt.FactorizedTensor.random(
+        format, experts=experts, in_features=i, out_features=o, rank=rank, seed=seed
+    )
+    matrix = mt.expert_matrix(weight, [n - 1 for n in experts])
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    assert np.sum(singular > 1e-9 * singular[0]) == mt.max_expert_rank(format, modes, rank)
+
+
+@pytest.mark.parametrize(
+    ("format", "rank", "expected"),
+    [("cp", (5,), 5), ("tr", (2, 3, 4), 8), ("tr", (3, 2, 4), 8), ("tt", (3, 4), 4), ("tucker", (9, 6, 7), 6),
+     ("hadamard", (), 20), ("dense", (), 20)],
+)  # fmt: skip
+def test_max_expert_rank_of_the_table(format, rank, expected) -> None:
+    assert mt.max_expert_rank(mt.get_format(format), (16, 30, 20), rank) == expected
+
+
+def test_max_expert_rank_of_the_ring_without_experts() -> None:
+    assert mt.max_expert_rank(mt.get_format("tr"), (30, 20), (2, 3)) == 6
+
+
+# ---- rank for a budget -------------------------------------------------------------------------------
+
+
+@given(
+    layers(largest=30).filter(lambda layer: layer[2]),
+    st.integers(1, 40_000),
+    st.sampled_from(["up", "down", "nearest"]),
+    st.booleans(),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(0, 6)),
+)
+def test_fit_rank_is_the_last_rank_before_the_budget(layer, budget, rounding, bias, gate, place) -> None:
+    format, modes, rank = layer
+    *experts, i, o = modes
+    sizes = dict(experts=experts, in_features=i, out_features=o, bias=bias, gate=gate)
+    template = None if place is None else tuple(
+        None if k == place % len(rank) else r for k, r in enumerate(rank)
+    )  # fmt: skip
+
+    def family(t: int) -> tuple[int, ...]:
+        if template is not None:
+            return tuple(t if r is None else r for r in template)
+        return format.default_rank((*experts, i + bias, o), t)
+
+    def total(t: int) -> int:
+        return mt.cost(format, rank=family(t), **sizes).parameters
+
+    if total(1) > budget:
+        with pytest.raises(ValueError, match="gate alone has"):
+            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+        return
+    below = max(t for t in range(1, 3000) if t == 1 or total(t) <= budget) if total(3000) <= budget else None
+    if below is None:
+        low, high = 1, 3000
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if total(middle) <= budget else (low, middle)
+        below = low
+    reached = total(below) == budget
+    saturated = family(below + 1) == family(below)
+    if rounding == "up" and saturated and not reached:
+        with pytest.raises(ValueError, match="full rank"):
+            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+        return
+    fitted = mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+    fitted_total = mt.cost(format, rank=fitted, **sizes).parameters
+    over = total(below) if reached or saturated else total(below + 1)
+    expected = {
+        "up": over,
+        "down": total(below),
+        "nearest": min((total(below), over), key=lambda cost: abs(cost - budget)),
+    }[rounding]
+    assert fitted_total == expected
+
+
+@pytest.mark.parametrize("format", ["cp", "tr", "tt", "tucker"])
+def test_fit_rank_refuses_what_the_gate_alone_exceeds(format) -> None:
+    with pytest.raises(ValueError, match="769,536"):
+        mt.fit_rank(format, experts=1002, parameters=769_000, **CLIP)
+
+
+def test_fit_rank_is_proportional_for_tucker_and_capped() -> None:
+    rank = mt.fit_rank("tucker", experts=8, in_features=768, out_features=96, bias=False, parameters=200_000)
+    ratios = [r / n for r, n in zip(rank, (8, 768, 96), strict=True)]
+    assert max(ratios) <= 1
+    assert max(ratios) - min(ratios) < 1 / 8

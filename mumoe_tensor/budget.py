@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from mumoe_tensor.cost import dense_parameters, flag, layer_sizes
+from mumoe_tensor.cost import dense_parameters, layer_sizes
 from mumoe_tensor.cost import parameters as count_parameters
-from mumoe_tensor.formats.base import Format, Rank, as_positive, check_choice, check_modes, get_format
+from mumoe_tensor.formats.base import (
+    Format,
+    Rank,
+    as_positive,
+    check_choice,
+    check_flag,
+    check_modes,
+    get_format,
+)
 
 Rounding = Literal["up", "down", "nearest"]
 
@@ -71,7 +79,7 @@ def fit_rank(
     """
     format = get_format(format)
     check_choice(rounding, ("up", "down", "nearest"), "rounding")
-    flag(gate, "gate")
+    check_flag(gate, "gate")
     layers = [
         check_modes(experts, inner, outer, bias)
         for inner, outer in layer_sizes(in_features, hidden, out_features)

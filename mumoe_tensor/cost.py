@@ -10,7 +10,7 @@ from typing import Literal
 
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan
 from mumoe_tensor.contraction.search import Objective
-from mumoe_tensor.formats.base import Format, as_positive, check_modes, get_format, mode_names
+from mumoe_tensor.formats.base import Format, as_positive, check_flag, check_modes, get_format, mode_names
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def cost(
     769128
     """
     format = get_format(format)
-    flag(gate, "gate")
+    check_flag(gate, "gate")
     gate_size = in_features * sum(check_modes(experts, in_features, out_features)[:-2]) if gate else 0
     layers = []
     for inner, outer in layer_sizes(in_features, hidden, out_features):
@@ -231,9 +231,3 @@ def dense_parameters(
 ) -> int:
     """Parameters of the dense layer, or the dense block of two, that a mixture takes the place of."""
     return sum((inner + bias) * outer for inner, outer in layer_sizes(in_features, hidden, out_features))
-
-
-def flag(value: bool, what: str) -> None:
-    """Raise a TypeError unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{what} must be True or False, got {value!r}.")

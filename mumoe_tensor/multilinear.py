@@ -14,7 +14,7 @@ from mumoe_tensor.contraction.layout import Program, compile
 from mumoe_tensor.contraction.network import Network, forward_network, weight_network
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
 from mumoe_tensor.contraction.search import Objective, SearchSpace, best_tree
-from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.base import Format, check_flag
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
 #: A compiled function does not look at its batch, so that it serves all of them; it plans for this one.
@@ -114,6 +114,7 @@ def bind(
         If the plan was made for other sizes.
     """
     weight = as_factorized(weight)
+    check_flag(bias, "bias")
     program = _check_plan(plan, weight, bias)
     folded = fold(program, weight.arrays, backend_of(*weight.arrays))
 
@@ -170,6 +171,7 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
         If an entry of the index is not an integer.
     """
     weight = as_factorized(weight)
+    check_flag(bias, "bias")
     entries = _check_index(index, weight.experts)
     network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
     of_mode = dict(zip(network.output, entries, strict=False))
@@ -246,8 +248,7 @@ def _check_inputs(
             "coefficients must be a list with one array a level of experts, got "
             f"{type(coefficients).__name__}."
         )
-    if not isinstance(bias, bool):
-        raise TypeError(f"bias must be True or False, got {bias!r}.")
+    check_flag(bias, "bias")
     if len(coefficients) != weight.levels:
         raise ValueError(
             f"there must be one array of coefficients a level; the weight has {weight.levels} level(s), "

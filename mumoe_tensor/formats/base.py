@@ -217,13 +217,18 @@ def check_modes(
         If a size is not a positive integer, or `bias` not a bool.
     """
     levels = tuple(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else (experts,)
-    if not isinstance(bias, bool):
-        raise TypeError(f"bias must be True or False, got {bias!r}.")
+    check_flag(bias, "bias")
     return (
         *(as_positive(n, "every number of experts") for n in levels),
         as_positive(in_features, "in_features") + bias,
         as_positive(out_features, "out_features"),
     )
+
+
+def check_flag(value: Any, what: str) -> None:
+    """Raise a TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, got {value!r}.")
 
 
 def check_choice(value: Any, choices: Iterable[Any], what: str) -> None:

@@ -41,7 +41,6 @@ class TensorRing(Format):
 
         return TRTensor(list(factors))
 
-
     def decompose(
         self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
     ) -> Iterator[list[Any]]:
@@ -59,9 +58,7 @@ class TensorRing(Format):
             yield [left, right]
             return
         for k, generator in enumerate(generators):
-            start = [
-                generator.standard_normal((ring[j], n, ring[j + 1])) for j, n in enumerate(dense.shape)
-            ]
+            start = [generator.standard_normal((ring[j], n, ring[j + 1])) for j, n in enumerate(dense.shape)]
             if k == 0:
                 for random, core in zip(start, ring_svd(dense, rank), strict=False):
                     random *= 0.01

@@ -55,10 +55,9 @@ class Tucker(Format):
 
         # No rank can be used beyond the size of its mode or the product of the other ranks.
         capped = [min(n, r) for n, r in zip(dense.shape, rank, strict=True)]
-        for _ in capped:
-            capped = [min(r, prod(capped) // r) for r in capped]
+        capped = [min(r, prod(capped) // r) for r in capped]
         for k, generator in enumerate(generators):
             start = [generator.standard_normal(shape) for shape in zip(dense.shape, capped, strict=True)]
             init = (None, start) if k else "svd"
-            core, factors = tucker(dense, capped, n_iter_max=n_iter, init=init, tol=tolerance / 10)
+            core, factors = tucker(dense, capped, n_iter_max=n_iter, init=init, tol=tolerance)
             yield [core, *factors]

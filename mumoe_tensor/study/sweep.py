@@ -110,7 +110,7 @@ class Sweep:
 class Row:
     """Figures of one subject, and its forward pass on one backend.
 
-    Memory is in bytes, time in seconds. The gate counts everywhere but in `peak`. `time_ratio` is the median
+    Memory is in bytes, time in seconds. The gate counts everywhere but in `peak_bytes`. `time_ratio` is the median
     time over the dense layer's on the same backend, `time_ratio_q1` and `time_ratio_q3` are the quartiles
     over that same median. Where nothing was run `backend` is empty, the times are None and `note` says why.
     """
@@ -122,8 +122,8 @@ class Row:
     parameters: int
     gate_parameters: int
     flops: int
-    peak: int
-    saved: int
+    peak_bytes: int
+    saved_bytes: int
     max_expert_rank: int
     backend: str = ""
     repetitions: int = 0
@@ -474,8 +474,8 @@ def _figures(subject: Subject) -> dict[str, Any]:
         "parameters": figures.parameters,
         "gate_parameters": figures.gate_parameters,
         "flops": figures.flops,
-        "peak": figures.peak,
-        "saved": figures.saved,
+        "peak_bytes": figures.peak,
+        "saved_bytes": figures.saved,
         "max_expert_rank": figures.max_expert_rank,
     }
 

@@ -1,0 +1,213 @@
+"""From a dense weight tensor to a factorized one, and the error that makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from mumoe_tensor.backend import Array, cast, check_floating, is_array, stop_gradient, tensorly_backend
+from mumoe_tensor.formats.base import Format, Rank, as_positive, check_modes, get_format, mode_names, stop_rule
+from mumoe_tensor.multilinear import to_dense
+from mumoe_tensor.tensors import FactorizedTensor
+
+
+def decompose(
+    dense: Array | Sequence[Any],
+    format: str | Format,
+    rank: int | Sequence[int] | None = None,
+    *,
+    bias: bool | Array = False,
+    n_restarts: int = 8,
+    n_iter: int = 500,
+    tolerance: float = 1e-6,
+    seed: int | None = 0,
+) -> tuple[FactorizedTensor, float]:
+    """Approximate a weight tensor in a format.
+
+    CP by alternating least squares [1]_, Tucker by higher-order orthogonal iteration [2]_, Tensor Train
+    by TT-SVD [3]_, Tensor Ring by alternating least squares from TR-SVD and from random cores [4]_, all of
+    them TensorLy's; Hadamard by the best tensor of rank one for every output. Any other format, one of
+    your own too, by alternating least squares over its declared factors, unless its `Format.decompose`
+    knows better.
+
+    Parameters
+    ----------
+    dense : array of shape (N1, ..., NE, I, O), or nested sequence of arrays of shape (I, O)
+        The weight; a sequence, the matrices of the experts, is stacked.
+    format : str or Format
+    rank : int or sequence of int, optional
+        One entry a bond of the format; see `Format.bonds`. An entry beyond what the tensor can use is
+        filled up with zeros.
+    bias : bool or array of shape (N1, ..., NE, O), default False
+        Whether the last row of the input mode is the bias; or the biases, which become that row.
+    n_restarts : int, default 8
+        Number of starts, the first from singular vectors, the others random. The best fit is kept. Where
+        one start gives all that the method has to give (Dense, TT, Hadamard with one level), there is one.
+    n_iter : int, default 500
+        Most sweeps over the factors a start.
+    tolerance : float, default 1e-6
+        A start ends when a sweep lowers the error by less than this fraction.
+    seed : int, optional
+        The same seed gives the same weight; None draws a new one.
+
+    Returns
+    -------
+    weight : FactorizedTensor
+        With the backend, dtype and device of `dense`; its factors have norms within a factor of two.
+    error : float
+        ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm; of the weight as it is returned, its dtype's
+        rounding included. Zero for a tensor of zeros.
+
+    Raises
+    ------
+    ValueError
+        If `dense` has fewer than two axes, an empty one, or an entry that is not finite; if the rank does
+        not fit the format; if a number is out of its range; if `bias` has another shape.
+    TypeError
+        If `dense` is no array of a floating dtype, or a number has the wrong type.
+
+    Notes
+    -----
+    The arithmetic is NumPy's in float64 whatever the input: least squares in float32 stall at an error of
+    about 1e-3. Gradients do not pass.
+
+    References
+    ----------
+    .. [1] T. G. Kolda, B. W. Bader, "Tensor decompositions and applications", SIAM Review 51(3), 2009.
+    .. [2] L. De Lathauwer, B. De Moor, J. Vandewalle, "On the best rank-1 and rank-(R1, ..., RN)
+       approximation of higher-order tensors", SIAM J. Matrix Anal. Appl. 21(4), 2000.
+    .. [3] I. V. Oseledets, "Tensor-train decomposition", SIAM J. Sci. Comput. 33(5), 2011.
+    .. [4] Q. Zhao, G. Zhou, S. Xie, L. Zhang, A. Cichocki, "Tensor ring decomposition",
+       arXiv:1606.05535, 2016.
+
+    Examples
+    --------
+    >>> import numpy as np, mumoe_tensor as mt
+    >>> W = mt.FactorizedTensor.random("cp", experts=4, in_features=6, out_features=5, rank=3, seed=0)
+    >>> V, error = mt.decompose(mt.to_dense(W), "cp", 3)
+    >>> V.rank, error < 1e-6
+    ((3,), True)
+    """
+    format = get_format(format)
+    n_restarts = as_positive(n_restarts, "n_restarts")
+    n_iter = as_positive(n_iter, "n_iter")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance must be a number, got {tolerance!r}.")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be at least 0 and less than 1, got {tolerance}.")
+    if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__")):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}.")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}.")
+    dense = _with_bias(_stacked(dense), bias)
+    check_floating({"dense": dense})
+    if len(dense.shape) < 2:
+        raise ValueError(f"dense must have shape (experts..., input, output), got {tuple(dense.shape)}.")
+    *experts, i, o = dense.shape
+    has_bias = bias is not False
+    sizes = format.sizes(check_modes(experts, i - has_bias, o, has_bias), rank)
+    target = _to_float64(dense)
+    if not np.isfinite(target).all():
+        raise ValueError(f"every entry of dense must be finite, got {np.sum(~np.isfinite(target))} that are not.")
+
+    norm = np.linalg.norm(target)
+    # A power of two, taken out and put back without rounding.
+    exponent = int(np.frexp(np.abs(target).max())[1])
+    generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_restarts)]
+    best: tuple[FactorizedTensor, float] | None = None
+    with tensorly_backend("numpy"):
+        for factors in _fits(format, np.ldexp(target, -exponent), sizes, generators, n_iter, tolerance):
+            weight = _as_weight(format, _balanced(factors, exponent), sizes, dense)
+            held = [None if f is None else _to_float64(f) for f in weight.factors]
+            error = float(np.linalg.norm(to_dense(FactorizedTensor(format, held)) - target) / (norm or 1))
+            # A fit that the dtype cannot hold has error NaN: no other is less.
+            if best is None or error < best[1] or np.isnan(best[1]):
+                best = weight, error
+    assert best is not None
+    return best
+
+
+def _stacked(dense: Array | Sequence[Any]) -> Array:
+    if not isinstance(dense, (list, tuple)):
+        return dense
+    if not dense:
+        raise ValueError("a sequence of experts must hold one expert or more, got none.")
+    experts = [_stacked(expert) for expert in dense]
+    tl = check_floating({f"dense[{k}]": expert for k, expert in enumerate(experts)})
+    shapes = sorted({tuple(expert.shape) for expert in experts})
+    if len(shapes) > 1:
+        raise ValueError(f"the matrices of all experts must have one shape, got {shapes[0]} and {shapes[1]}.")
+    return tl.stack(experts)
+
+
+def _with_bias(dense: Array, bias: bool | Array) -> Array:
+    if isinstance(bias, bool):
+        return dense
+    if not is_array(bias):
+        raise TypeError(f"bias must be True, False or an array, got {type(bias).__name__}.")
+    tl = check_floating({"dense": dense, "bias": bias})
+    if tuple(bias.shape) != (*dense.shape[:-2], *dense.shape[-1:]):
+        raise ValueError(
+            f"bias must have the shape of dense without its input mode, got {tuple(bias.shape)} for dense of "
+            f"shape {tuple(dense.shape)}."
+        )
+    return tl.concatenate([dense, bias[..., None, :]], axis=-2)
+
+
+def _to_float64(array: Array) -> Any:
+    """Copy of an array as NumPy's float64. Short dtypes go through float32: NumPy has no bfloat16."""
+    array = stop_gradient(cast(array, "float32") if array.dtype.itemsize < 4 else array)
+    with tensorly_backend(backend_of(array).backend_name) as tl:
+        return np.array(tl.to_numpy(array), dtype=np.float64)
+
+
+def _fits(
+    format: Format,
+    dense: Any,
+    sizes: dict[str, int],
+    generators: Sequence[Any],
+    n_iter: int,
+    tolerance: float,
+) -> Iterable[Sequence[Any]]:
+    """The fits among which to choose, factors in the order of their declaration."""
+    levels = dense.ndim - 2
+    if not dense.any():
+        return [[np.zeros([sizes[x] for x in f.indices]) for f in format.declaration(levels)]]
+    rank = tuple(sizes[b] for b in format.bonds(levels))
+    fits = format.decompose(dense, rank, generators, n_iter, tolerance)
+    if fits is None:
+        return (_alternate(format, dense, sizes, generator, n_iter, tolerance) for generator in generators)
+    return fits
+
+
+def _alternate(
+    format: Format, dense: Any, sizes: dict[str, int], generator: Any, n_iter: int, tolerance: float
+) -> list[Any]:
+    """Alternating least squares over the factors of any format, from random ones.
+
+    W is linear in each factor. Modes that only this factor has are so many right-hand sides; over a mode
+    that it shares with another factor the problem falls apart into one for each entry.
+    """
+    modes = mode_names(dense.ndim - 2)
+    declared = format.declaration(dense.ndim - 2)
+    free = [k for k, f in enumerate(declared) if not f.unit]
+    number = {x: k for k, x in enumerate(sizes)}
+    factors: list[Any] = [None if f.unit else generator.standard_normal([sizes[x] for x in f.indices]) for f in declared]
+    stop = stop_rule(tolerance)
+    for _ in range(n_iter):
+        for k in free:
+            others = [j for j in free if j != k]
+            elsewhere = {x for j in others for x in declared[j].indices}
+            indices = declared[k].indices
+            rest = [x for x in modes if x not in indices]
+            own = [x for x in indices if x not in elsewhere]
+            shared = [x for x in indices if x in modes and x in elsewhere]
+            bonds = [x for x in indices if x not in modes]
+            groups = [shared, rest, bonds]
+            ...
+        if stop(None, error):
+            break
+    return factors

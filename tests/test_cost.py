@@ -91,11 +91,8 @@ def test_cost_counts_the_published_mixer(format, share, total) -> None:
     def block(features: int, hidden: int) -> int:
         r = int(share * features)
         rank = (r,) if format == "cp" else (4, 4, r)
-        figures = mt.cost(
-            format, experts=64, in_features=features, hidden=hidden, out_features=features, rank=rank, bias=True,
-            gate=True,
-        )  # fmt: skip
-        return figures.parameters
+        sizes = dict(in_features=features, hidden=hidden, out_features=features)
+        return mt.cost(format, experts=64, rank=rank, bias=True, gate=True, **sizes).parameters
 
     assert rest + 8 * sum(block(*size) for size in sizes) == total
 

@@ -1,5 +1,6 @@
 """Bad calls: each raises ValueError or TypeError, states the rule, then names the offending value."""
 
+# ruff: noqa: E501 - a table
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from math import prod
 from typing import Literal, NamedTuple
@@ -19,6 +20,9 @@ from mumoe_tensor.contraction.network import BATCH, Indices, Network
 from mumoe_tensor.formats.base import Tree
 
 Kind = Literal["mm", "bmm", "mul"]
+
+#: Memory orders of an intermediate that are followed up, the cheapest ones.
+KEPT_ORDERS = 4
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ def compile(network: Network, tree: Tree, batch: int) -> Program:
                         copied = so_far + _copied(join, output, sizes)
                         if output not in best or copied < best[output].copied:
                             best[output] = _Choice(copied, join)
-            options[node] = best
+            cheapest = sorted(best, key=lambda order: best[order].copied)[:KEPT_ORDERS]
+            options[node] = {order: best[order] for order in cheapest}
         return options[node]
 
     final = visit(tree)
@@ -273,6 +278,7 @@ def _emit(
     def held(node: Tree) -> int:
         return prod(sizes[x] for x in next(iter(options[node]))) if isinstance(node, tuple) else 0
 
+    @cache
     def peak(node: Tree) -> int:
         if not isinstance(node, tuple):
             return 0

@@ -7,7 +7,7 @@ where a dtype is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import inf, prod
@@ -32,8 +32,10 @@ Implementation = Literal["factorized", "reconstructed", "auto"]
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: ``minimize="time"`` takes an order of at most this multiple of the fewest FLOPs.
 EXTRA_FLOPS = 1.05
-#: Batch sizes for which memory orders, and orders of the smallest peak, are searched ahead.
-SEARCHED_BATCHES = (1, 256, 65_536)
+#: Batch sizes at which the order of the smallest peak is searched ahead.
+PEAK_BATCHES = (1, 256, 65_536)
+#: Batch sizes at which copies of weights and of intermediates are weighed against each other.
+LAYOUT_BATCHES = (1, 65_536)
 
 
 @dataclass(frozen=True)
@@ -221,26 +223,21 @@ class _Candidate(NamedTuple):
     time: tuple[int, int]
 
 
-def _line(cost: Callable[[int], int]) -> tuple[int, int]:
-    # Every cost that adds up over the steps is linear in the batch size: two evaluations tell it.
-    one, two = cost(1), cost(2)
-    return 2 * one - two, two - one
-
-
 def _candidate(program: Program, implementation: str, free: bool) -> _Candidate:
-    def steps(batch: int) -> list[tuple[PlannedStep, int]]:
-        planned = planned_steps(program, batch)
+    def costs(batch: int) -> tuple[int, int]:
         sizes = {**dict(program.network.sizes), BATCH: batch}
-        reads = [sum(prod(sizes[x] for x in o.indices) for o in (s.left, s.right)) for s in program.steps]
-        return [(s, read) for s, read in zip(planned, reads, strict=True) if not (free and s.constant)]
+        flops = time = 0
+        for step, planned in zip(program.steps, planned_steps(program, batch), strict=True):
+            if free and planned.constant:
+                continue
+            read = sum(prod(sizes[x] for x in operand.indices) for operand in (step.left, step.right))
+            flops += planned.flops
+            time += planned.flops + ELEMENT * (read + planned.write + planned.copied)
+        return flops, time
 
-    def flops(batch: int) -> int:
-        return sum(s.flops for s, _ in steps(batch))
-
-    def time(batch: int) -> int:
-        return sum(s.flops + ELEMENT * (read + s.write + s.copied) for s, read in steps(batch))
-
-    return _Candidate(program, implementation, _line(flops), _line(time))
+    # Costs that add up over the steps are linear in the batch size: two evaluations tell them.
+    lines = [(2 * one - two, two - one) for one, two in zip(costs(1), costs(2), strict=True)]
+    return _Candidate(program, implementation, *lines)
 
 
 @lru_cache(maxsize=512)
@@ -263,7 +260,7 @@ def _candidates(
         trees += [(tree, "factorized") for tree in _trees(space, minimize, limit, batch)]
     if implementation in ("reconstructed", "auto"):
         trees += [(tree, "reconstructed") for tree in _reconstructed(network, minimize, limit, batch)]
-    batches = (batch,) if batch else SEARCHED_BATCHES
+    batches = (batch,) if batch else LAYOUT_BATCHES
     programs = {
         (compile(network, tree, b), implementation): None for tree, implementation in trees for b in batches
     }
@@ -278,7 +275,7 @@ def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) ->
         found = [tree for element in elements for tree in envelope(space, element)]
     trees = list(dict.fromkeys(tree for tree in found if tree is not None))
     if minimize == "peak":
-        for b in (batch,) if batch else SEARCHED_BATCHES:
+        for b in (batch,) if batch else PEAK_BATCHES:
             known = min((peak_of(space, tree, b) for tree in trees), default=inf)
             lower = best_tree(space, b, bound=known, limit=limit, peak=True)
             trees += [] if lower is None or lower in trees else [lower]

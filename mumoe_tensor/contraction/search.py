@@ -59,6 +59,10 @@ class SearchSpace:
         self.input = bit.get("i", 0)
         # The bias row takes no part in the product that adds it.
         self.without_bias = 1 - 1 / sizes["i"] if self.biased else 1.0
+        # Operands whose axes may lie in an order that a product cannot read without a copy.
+        self.rigid = {
+            1 << k: tuple(bit[x] for x in order) for k, order in enumerate(network.storage) if len(order) > 2
+        }
         # For each set of operands, the indices that something outside of it still needs.
         self.outside = [self.output] * (1 << self.count)
         everything = (1 << self.count) - 1
@@ -80,6 +84,18 @@ class SearchSpace:
             return known
 
         return size
+
+    def is_copied(self, part: int, other_indices: int, kept: int) -> bool:
+        """Whether a product must copy an operand of the network to read it.
+
+        It need not where the axes it sums, shares and keeps for itself each lie together in memory.
+        """
+        order = self.rigid.get(part)
+        if order is None:
+            return False
+        groups = [2 if not axis & kept else bool(axis & other_indices) for axis in order]
+        runs = sum(a != b for a, b in zip(groups, groups[1:], strict=False)) + 1
+        return 2 in groups and runs > len(set(groups))
 
     def admits(self, subset: int, indices: int) -> bool:
         """Whether an order may form the product of these operands, which has these indices."""
@@ -125,7 +141,7 @@ def best_tree(
     """
     size = space.size_table(batch)
     outside, output, free, all_outer = space.outside, space.output, space.weights, space.all_outer
-    biased, without_bias = space.biased, space.without_bias
+    biased, without_bias, rigid = space.biased, space.without_bias, space.rigid
     everything = (1 << space.count) - 1
     trees: dict[int, Tree] = {1 << k: k for k in range(space.count)}
     found: list[list[tuple[int, int, float]]] = [[], [(1 << k, x, 0.0) for k, x in enumerate(space.leaves)]]
@@ -157,6 +173,10 @@ def best_tree(
                         cost += volume if kept == union else 2 * volume
                         if element:
                             cost += element * (size(left_indices) + size(right_indices) + size(kept))
+                            if left in rigid and space.is_copied(left, right_indices, kept):
+                                cost += 2 * element * size(left_indices)
+                            if right in rigid and space.is_copied(right, left_indices, kept):
+                                cost += 2 * element * size(right_indices)
                     if cost >= known or subset in refused:
                         continue
                     if subset != everything and (size(kept) > limit or not space.admits(subset, kept)):
@@ -211,6 +231,9 @@ def cost_line(space: SearchSpace, tree: Tree, element: float = 0.0) -> Line:
             line[bool(union & space.batch)] += volume
             for indices in (left_indices, right_indices, kept):
                 line[bool(indices & space.batch)] += element * size(indices)
+            for part, own, other in ((left, left_indices, right_indices), (right, right_indices, left_indices)):
+                if space.is_copied(part, other, kept):
+                    line[0] += 2 * element * size(own)
         return subset, kept
 
     visit(tree)

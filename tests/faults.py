@@ -1,0 +1,149 @@
+"""Plant deliberate faults in the library, one at a time; the tests must catch each.
+
+Each fault replaces one piece of source in a copy of the repository, runs the tests that should see it and
+stops at the first that fails, so those tests must pass without a fault: run them first. Prints which test
+caught which fault; exits with 1 if a fault survives or its source is no longer there.
+
+    python tests/faults.py              # all faults
+    python tests/faults.py envelope     # those with "envelope" in their name
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FORMATS, CONTRACTION = "mumoe_tensor/formats", "mumoe_tensor/contraction"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` in `file` becomes `new`; `tests` are the files that should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    Fault("TR: transposed bond in the output core", f"{FORMATS}/tensor_ring.py",
+          'last = Factor(f"{a} {o} {b}", storage=f"{b} {a} {o}")',
+          'last = Factor(f"{b} {o} {a}", storage=f"{b} {a} {o}")', "properties formats"),
+    Fault("TT: two inner bonds swapped", f"{FORMATS}/tensor_train.py",
+          "Factor(f\"{a} {m} {b}\"", "Factor(f\"{b} {m} {a}\"", "properties formats"),
+    Fault("Hadamard: to_tensorly gives ones for the identity", f"{FORMATS}/hadamard.py",
+          "tl.eye(factors[-1].shape[1], **like)", "tl.ones((factors[-1].shape[1],) * 2, **like)",
+          "properties formats"),
+    Fault("CP: the weights of a container are dropped", f"{FORMATS}/cp.py",
+          "return [container.weights, *container.factors]", "return [None, *container.factors]",
+          "properties formats"),
+    Fault("bias row dropped", f"{CONTRACTION}/execute.py",
+          "result = add_product(row, left, right)", "result = left @ right", "properties"),
+    Fault("bias taken from the first row", f"{CONTRACTION}/execute.py",
+          "row = weights[(*every, -1)]", "row = weights[(*every, 0)]", "properties"),
+    Fault("levels swapped", "mumoe_tensor/multilinear.py",
+          "for x in (*coefficients, z)]\n    y =", "for x in (*coefficients[::-1], z)]\n    y =",
+          "properties"),
+    Fault("expert_matrix: index of the levels reversed", "mumoe_tensor/multilinear.py",
+          "of_mode = dict(zip(network.output, entries, strict=False))",
+          "of_mode = dict(zip(network.output, entries[::-1], strict=False))", "properties"),
+    Fault("leading shape flattened", "mumoe_tensor/multilinear.py",
+          "return y.reshape(*leading, weight.shape[-1])", "return y", "properties"),
+    Fault("layout: copies never seen as needed", f"{CONTRACTION}/layout.py",
+          "return len(runs) == len(set(runs)) and not shared_innermost", "return True", "properties planner"),
+    Fault("layout: order within summed axes not compared", f"{CONTRACTION}/layout.py",
+          "and summed == b_summed and shared == b_shared", "and shared == b_shared", "properties planner"),
+    Fault("JAX: x64 left switched on", "mumoe_tensor/backend.py",
+          'jax.config.update("jax_enable_x64", x64)', "pass", "backends"),
+    Fault("TensorLy's backend left changed", "mumoe_tensor/backend.py",
+          "local.backend = before", "pass", "backends"),
+    Fault("search: envelope without its middle", f"{CONTRACTION}/search.py",
+          "if few is not None and many is not None:", "if False:", "planner"),
+    Fault("search: elementwise products cost twice", f"{CONTRACTION}/search.py",
+          "cost += volume if kept == union else 2 * volume", "cost += 2 * volume", "planner"),
+    Fault("search: 'factorized' forms the weight", f"{CONTRACTION}/search.py",
+          "if self.forbidden and indices & self.forbidden == self.forbidden:", "if False:", "planner"),
+    Fault("search: memory limit ignored", f"{CONTRACTION}/search.py",
+          "(size(kept) > limit or not", "(not", "planner"),
+    Fault("plan: a product counts one FLOP a term", f"{CONTRACTION}/plan.py",
+          'flops=volume * (1 if step.kind == "mul" else 2)', "flops=volume", "cost planner"),
+    Fault("plan: bias row counted in its product", f"{CONTRACTION}/plan.py",
+          'extent["i"] -= 1', "pass", "planner cost"),
+    Fault("plan: nothing saved for the backward pass", f"{CONTRACTION}/plan.py",
+          "saved += elements if is_copied else alive.get(operand.position, 0)",
+          "saved += elements if is_copied else 0", "planner cost"),
+    Fault("plan: folded products still counted", f"{CONTRACTION}/plan.py",
+          "return tuple(s for s in self._planned if not (s.constant and self.constants))",
+          "return self._planned", "planner"),
+    Fault("plan: peak forgets the operands", f"{CONTRACTION}/plan.py",
+          "live = sum(alive.values()) + copied", "live = alive[position]", "planner"),
+    Fault("plan: 'auto' never forms the weight", f"{CONTRACTION}/plan.py",
+          'if implementation in ("reconstructed", "auto"):', 'if implementation == "reconstructed":',
+          "planner"),
+    Fault("cost: a term of Tucker's closed form missing", f"{FORMATS}/tucker.py",
+          "return 2 * (projections + core)", "return 2 * projections", "cost"),
+    Fault("cost: the chain of the ring left out", f"{FORMATS}/tensor_ring.py",
+          "return 2 * (projections + matrices)", "return 2 * projections", "cost"),
+    Fault("cost: gate not counted", "mumoe_tensor/cost.py",
+          "for layer in self.layers) + self.gate_parameters", "for layer in self.layers)", "cost"),
+    Fault("cost: rank of an expert by the largest cut", "mumoe_tensor/cost.py",
+          "smallest = min(smallest, prod(sizes[x] for x in near & far))",
+          "smallest = prod(sizes[x] for x in near & far)", "cost"),
+    Fault("fit_rank: one too low", "mumoe_tensor/budget.py",
+          "while above - below > 1:", "while above - below > 2:", "cost"),
+    Fault("FactorizedTensor: sizes of a bond not compared", "mumoe_tensor/tensors.py",
+          "if sizes.setdefault(index, size) != size:", "if sizes.setdefault(index, size) < 0:", "errors"),
+    Fault("FactorizedTensor.random: variance not scaled", "mumoe_tensor/tensors.py",
+          "scale = (1 / (in_features * terms)) ** (0.5 / len(declared))", "scale = 1.0", "formats"),
+]  # fmt: skip
+
+
+def caught_by(fault: Fault, folder: Path) -> str | None:
+    """Plant a fault in a copy of the repository and name the first test that fails, if one does."""
+    copy = folder / re.sub(r"\W+", "-", fault.name)
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "docs", "results", "dist", "build")
+    shutil.copytree(REPOSITORY, copy, ignore=ignored)
+    source = copy / fault.file
+    text = source.read_text()
+    if fault.old not in text:
+        raise LookupError(f"fault {fault.name!r}: its source is no longer in {fault.file}.")
+    source.write_text(text.replace(fault.old, fault.new, 1))
+    tests = [f"tests/test_{name}.py" for name in fault.tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "MUMOE_HYPOTHESIS_PROFILE": "ci"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    shutil.rmtree(copy)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode == 1 and failed:
+        return failed.group(1)
+    if run.returncode == 0:
+        return None
+    raise RuntimeError(f"fault {fault.name!r}: pytest could not run.\n{run.stdout}{run.stderr}")
+
+
+def main(words: list[str]) -> int:
+    """Plant the faults whose name has one of the words, or all."""
+    chosen = [f for f in FAULTS if not words or any(w in f.name for w in words)]
+    start, survived = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for fault, test in zip(chosen, pool.map(lambda f: caught_by(f, Path(folder)), chosen), strict=True):
+            print(f"{fault.name:<52} {test or 'SURVIVED'}", flush=True)
+            survived += [] if test else [fault]
+    caught = len(chosen) - len(survived)
+    print(f"{caught} of {len(chosen)} faults caught in {time.monotonic() - start:.0f} s")
+    return 1 if survived or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -8,8 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from mumoe_tensor.backend import Array, cast, check_floating, is_array, stop_gradient, tensorly_backend
-from mumoe_tensor.formats.base import Format, Rank, as_positive, check_modes, get_format, mode_names, stop_rule
+from mumoe_tensor.backend import (
+    Array,
+    backend_of,
+    cast,
+    check_floating,
+    is_array,
+    stop_gradient,
+    tensorly_backend,
+)
+from mumoe_tensor.formats.base import Format, as_positive, check_modes, get_format, mode_names, stop_rule
 from mumoe_tensor.multilinear import to_dense
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -20,9 +28,9 @@ def decompose(
     rank: int | Sequence[int] | None = None,
     *,
     bias: bool | Array = False,
-    n_restarts: int = 8,
+    n_restarts: int = 4,
     n_iter: int = 500,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
     seed: int | None = 0,
 ) -> tuple[FactorizedTensor, float]:
     """Approximate a weight tensor in a format.
@@ -43,20 +51,20 @@ def decompose(
         filled up with zeros.
     bias : bool or array of shape (N1, ..., NE, O), default False
         Whether the last row of the input mode is the bias; or the biases, which become that row.
-    n_restarts : int, default 8
+    n_restarts : int, default 4
         Number of starts, the first from singular vectors, the others random. The best fit is kept. Where
         one start gives all that the method has to give (Dense, TT, Hadamard with one level), there is one.
     n_iter : int, default 500
         Most sweeps over the factors a start.
-    tolerance : float, default 1e-6
-        A start ends when a sweep lowers the error by less than this fraction.
+    tolerance : float, default 1e-5
+        A start ends when two sweeps running lower the error by less than this fraction each.
     seed : int, optional
         The same seed gives the same weight; None draws a new one.
 
     Returns
     -------
     weight : FactorizedTensor
-        With the backend, dtype and device of `dense`; its factors have norms within a factor of two.
+        With the backend, dtype and device of `dense`; its factors have norms within a factor of four.
     error : float
         ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm; of the weight as it is returned, its dtype's
         rounding included. Zero for a tensor of zeros.
@@ -111,14 +119,16 @@ def decompose(
     sizes = format.sizes(check_modes(experts, i - has_bias, o, has_bias), rank)
     target = _to_float64(dense)
     if not np.isfinite(target).all():
-        raise ValueError(f"every entry of dense must be finite, got {np.sum(~np.isfinite(target))} that are not.")
+        raise ValueError(
+            f"every entry of dense must be finite, got {np.sum(~np.isfinite(target))} that are not."
+        )
 
     norm = np.linalg.norm(target)
     # A power of two, taken out and put back without rounding.
     exponent = int(np.frexp(np.abs(target).max())[1])
     generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_restarts)]
     best: tuple[FactorizedTensor, float] | None = None
-    with tensorly_backend("numpy"):
+    with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
         for factors in _fits(format, np.ldexp(target, -exponent), sizes, generators, n_iter, tolerance):
             weight = _as_weight(format, _balanced(factors, exponent), sizes, dense)
             held = [None if f is None else _to_float64(f) for f in weight.factors]
@@ -160,8 +170,7 @@ def _with_bias(dense: Array, bias: bool | Array) -> Array:
 def _to_float64(array: Array) -> Any:
     """Copy of an array as NumPy's float64. Short dtypes go through float32: NumPy has no bfloat16."""
     array = stop_gradient(cast(array, "float32") if array.dtype.itemsize < 4 else array)
-    with tensorly_backend(backend_of(array).backend_name) as tl:
-        return np.array(tl.to_numpy(array), dtype=np.float64)
+    return np.array(backend_of(array).to_numpy(array), dtype=np.float64)
 
 
 def _fits(
@@ -193,21 +202,62 @@ def _alternate(
     """
     modes = mode_names(dense.ndim - 2)
     declared = format.declaration(dense.ndim - 2)
-    free = [k for k, f in enumerate(declared) if not f.unit]
     number = {x: k for k, x in enumerate(sizes)}
-    factors: list[Any] = [None if f.unit else generator.standard_normal([sizes[x] for x in f.indices]) for f in declared]
+    factors: list[Any] = [
+        None if f.unit else generator.standard_normal([sizes[x] for x in f.indices]) for f in declared
+    ]
+    free = [k for k, f in enumerate(declared) if not f.unit]
+    empty: Any = (np.ones(()), [])
     stop = stop_rule(tolerance)
     for _ in range(n_iter):
         for k in free:
             others = [j for j in free if j != k]
             elsewhere = {x for j in others for x in declared[j].indices}
-            indices = declared[k].indices
-            rest = [x for x in modes if x not in indices]
-            own = [x for x in indices if x not in elsewhere]
-            shared = [x for x in indices if x in modes and x in elsewhere]
-            bonds = [x for x in indices if x not in modes]
-            groups = [shared, rest, bonds]
-            ...
-        if stop(None, error):
+            rest = [x for x in modes if x not in declared[k].indices]
+            shared = [x for x in modes if x not in rest and x in elsewhere]
+            own = [x for x in modes if x not in rest and x not in elsewhere]
+            bonds = [x for x in declared[k].indices if x not in modes]
+            s, r, b, p = (prod(sizes[x] for x in group) for group in (shared, rest, bonds, own))
+            operands: list[Any] = [
+                y for j in others for y in (factors[j], [number[x] for x in declared[j].indices])
+            ]
+            out = [number[x] for x in (*shared, *rest, *bonds)]
+            design = np.einsum(*empty, *operands, out, optimize=True).reshape(s, r, b)
+            known = dense.transpose([modes.index(x) for x in (*shared, *rest, *own)]).reshape(s, r, p)
+            solution = np.linalg.pinv(design) @ known
+            order = [*shared, *bonds, *own]
+            factors[k] = solution.reshape([sizes[x] for x in order]).transpose(
+                [order.index(x) for x in declared[k].indices]
+            )
+        if stop(None, float(np.linalg.norm(design @ solution - known))):
             break
     return factors
+
+
+def _balanced(factors: Sequence[Any], exponent: int) -> list[Any]:
+    """Bring 2^exponent into the factors and their norms near one another, by powers of two: no rounding."""
+    held = [k for k, factor in enumerate(factors) if factor is not None]
+    exponents = {k: int(np.frexp(np.linalg.norm(factors[k]))[1]) for k in held}
+    each, more = divmod(sum(exponents.values()) + exponent, len(held))
+    balanced = list(factors)
+    for position, k in enumerate(held):
+        balanced[k] = np.ldexp(factors[k], each + (position < more) - exponents[k])
+    return balanced
+
+
+def _as_weight(
+    format: Format, factors: Sequence[Any], sizes: dict[str, int], like: Array
+) -> FactorizedTensor:
+    """Fill bonds up with zeros, and take on the kind of `like` and the memory order of the format."""
+    tl = backend_of(like)
+    context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
+    arrays: list[Array | None] = []
+    for factor, f in zip(factors, format.declaration(len(like.shape) - 2), strict=True):
+        if factor is None:
+            arrays.append(None)
+            continue
+        missing = [(0, sizes[x] - n) for x, n in zip(f.indices, factor.shape, strict=True)]
+        stored = np.pad(factor, missing).transpose([f.indices.index(x) for x in f.storage])
+        array = tl.tensor(np.ascontiguousarray(stored), **context)
+        arrays.append(tl.transpose(array, [f.storage.index(x) for x in f.indices]))
+    return FactorizedTensor(format, arrays)

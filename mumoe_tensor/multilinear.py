@@ -32,7 +32,7 @@ def multilinear_moe(
     memory_limit: int | None = None,
     plan: ContractionPlan | None = None,
 ) -> Array:
-    """Mix the outputs of all experts: ``y = W x_1 a_1 ... x_E a_E x_(E+1) z``.
+    """Mix the outputs of all experts: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
     Equation (1) of Oldfield et al. (2024), for any number of levels of experts and any format. The weight
     tensor is never formed unless the implementation says so.

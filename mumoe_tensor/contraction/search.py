@@ -8,6 +8,7 @@ two lines known to be optimal cross.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from math import inf
 from typing import Literal
 
@@ -94,7 +95,7 @@ class SearchSpace:
         if order is None:
             return False
         groups = [2 if not axis & kept else bool(axis & other_indices) for axis in order]
-        runs = sum(a != b for a, b in zip(groups, groups[1:], strict=False)) + 1
+        runs = sum(a != b for a, b in pairwise(groups)) + 1
         return 2 in groups and runs > len(set(groups))
 
     def admits(self, subset: int, indices: int) -> bool:
@@ -231,9 +232,10 @@ def cost_line(space: SearchSpace, tree: Tree, element: float = 0.0) -> Line:
             line[bool(union & space.batch)] += volume
             for indices in (left_indices, right_indices, kept):
                 line[bool(indices & space.batch)] += element * size(indices)
-            for part, own, other in ((left, left_indices, right_indices), (right, right_indices, left_indices)):
-                if space.is_copied(part, other, kept):
-                    line[0] += 2 * element * size(own)
+            if space.is_copied(left, right_indices, kept):
+                line[0] += 2 * element * size(left_indices)
+            if space.is_copied(right, left_indices, kept):
+                line[0] += 2 * element * size(right_indices)
         return subset, kept
 
     visit(tree)

@@ -113,7 +113,7 @@ class Format(ABC):
         n_iter : int
             Most sweeps over the factors a start.
         tolerance : float
-            A start ends when a sweep lowers the error by less than this fraction; see `stop_rule`.
+            A start ends when sweeps lower the error by less than this fraction; see `stop_rule`.
 
         Returns
         -------
@@ -239,15 +239,17 @@ def check_choice(value: Any, choices: Iterable[Any], what: str) -> None:
 
 
 def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
-    """Callback of TensorLy's ALS that ends it when a sweep lowers the error by less than a fraction."""
-    last = float("inf")
+    """Callback of TensorLy's ALS that ends it when two sweeps running gain less than a fraction each.
+
+    Two, because after a line search TensorLy tells the error of the sweep before once more.
+    """
+    last, stalled = float("inf"), 0
 
     def callback(_: Any, error: float) -> bool:
-        nonlocal last
-        # TensorLy asks `is True`, which a bool of NumPy is not.
-        stop = bool(error >= (1 - tolerance) * last)
+        nonlocal last, stalled
+        stalled = stalled + 1 if error >= (1 - tolerance) * last else 0
         last = error
-        return stop
+        return stalled == 2
 
     return callback
 

@@ -41,7 +41,7 @@ class CP(Format):
     def decompose(
         self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
     ) -> Iterator[list[Any]]:
-        # Alternating least squares (Kolda and Bader 2009, figure 3.3).
+        # Alternating least squares (Kolda and Bader 2009, figure 3.3) with a line search.
         from tensorly.base import unfold
         from tensorly.decomposition import parafac
         from tensorly.tenalg.svd import svd_interface
@@ -55,8 +55,51 @@ class CP(Format):
                     matrix = unfold(dense, mode)
                     width = min(r, *matrix.shape)
                     factor[:, :width] = svd_interface(matrix, n_eigenvecs=width)[0]
+            if k == 1:
+                start = pencil_start(dense, r, generator) or start
             # So small a ridge does not show, but keeps components that vanish from making a solve singular.
+            # (TensorLy calls back only with a tol that is not zero.)
             fit = parafac(
-                dense, r, n_iter, init=(None, start), tol=0, l2_reg=1e-14, callback=stop_rule(tolerance)
+                dense,
+                r,
+                n_iter,
+                init=(None, start),
+                tol=1e-300,
+                l2_reg=1e-14,
+                linesearch=True,
+                callback=stop_rule(tolerance),
             )
             yield [None, *fit.factors]
+
+
+def pencil_start(dense: Any, r: int, generator: Any) -> list[Any]:
+    """Factors from the eigenvectors of two random mixtures of slices (Leurgans et al. 1993).
+
+    Exact where the tensor has rank r and two of its modes have r entries or more: there ALS alone gets
+    stuck when the others are few. None where the eigenvectors are not real.
+    """
+    import numpy as np
+    from tensorly.base import unfold
+    from tensorly.tenalg import multi_mode_dot
+    from tensorly.tenalg.svd import svd_interface
+
+    *others, p, q = sorted(range(dense.ndim), key=lambda mode: dense.shape[mode])
+    if not others or dense.shape[p] < r:
+        return []
+    bases = [svd_interface(unfold(dense, mode), n_eigenvecs=r)[0] for mode in (p, q)]
+    slices = multi_mode_dot(dense, bases, modes=[p, q], transpose=True).transpose(*others, p, q)
+    a, b = np.tensordot(generator.standard_normal((2, *slices.shape[:-2])), slices, dense.ndim - 2)
+    try:
+        values, left = np.linalg.eig(a @ np.linalg.inv(b))
+        right = np.linalg.inv(left) @ b
+        # slice = left @ diag(terms) @ right for every slice
+        terms = np.einsum("ri,...ij,jr->...r", np.linalg.inv(left), slices, np.linalg.inv(right))
+    except np.linalg.LinAlgError:
+        return []
+    if np.iscomplexobj(values):
+        return []
+    factors = {p: bases[0] @ left, q: bases[1] @ right.T}
+    for k, mode in enumerate(others):
+        rows = np.moveaxis(terms, k, 0).reshape(dense.shape[mode], -1, r)
+        factors[mode] = np.einsum("nmr,mr->nr", rows, generator.standard_normal(rows.shape[1:]))
+    return [factors[mode] for mode in range(dense.ndim)]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "Study",
     "Subject",
     "Sweep",
+    "check_output",
     "environment",
     "get_layer",
     "measure",
@@ -62,7 +64,9 @@ def run(
     ValueError, TypeError
         As `prepare`.
     ImportError
-        If the picture is wanted and matplotlib is not installed. That is said before anything is measured.
+        If `out` is given and matplotlib is not installed. That is said before anything is measured.
+    OSError
+        If the folder cannot be made.
 
     Examples
     --------
@@ -73,7 +77,7 @@ def run(
     """
     sweep = prepare(layer, **settings)
     if out is not None:
-        require_plots()
+        check_output(out)
     study = measure(sweep, progress)
     if out is not None:
         write(study, out)
@@ -101,9 +105,21 @@ def write(study: Study, out: str | Path) -> list[Path]:
     return [table, *write_plot(study, folder / "study")]
 
 
-def require_plots() -> None:
-    """Raise an ImportError that names the extra unless matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the study's picture needs matplotlib; pip install 'mumoe_tensor[study]'.") from error
+def check_output(out: str | Path) -> None:
+    """See to it before anything is measured that the results can be written.
+
+    Parameters
+    ----------
+    out : str or Path
+        The folder; it is made.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed; it names the extra.
+    OSError
+        If the folder cannot be made.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("the study's picture needs matplotlib; pip install 'mumoe_tensor[study]'.")
+    Path(out).mkdir(parents=True, exist_ok=True)

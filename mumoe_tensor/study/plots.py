@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from mumoe_tensor.contraction.plan import ITEMSIZE
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.report import BACKENDS, whole_file
-from mumoe_tensor.study.sweep import BASELINE, Row, Study
+from mumoe_tensor.study.sweep import BASELINE, DTYPE, Row, Study
 
 #: Okabe and Ito's colours, told apart by every kind of colour vision. A format keeps its colour everywhere.
 COLOURS = {
@@ -29,7 +30,7 @@ COLOURS = {
 #: For formats that are not in the library, in the order of their registration.
 FURTHER_COLOURS = ("#7F7F7F", "#8C564B", "#BCBD22", "#4B0082")
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
@@ -69,11 +70,13 @@ def draw(study: Study) -> Figure:
     """
     subjects = study.sweep.subjects
     rows = [next(iter(study.of(subject.name).values())) for subject in subjects]
+    # The dense layer keeps its input and, if it is a single one, nothing else.
+    inputs = study.sweep.batch * study.sweep.layer.in_features * ITEMSIZE[DTYPE]
     panels: list[tuple[str, Callable[[Row], int]]] = [
         ("Parameters", lambda row: row.parameters),
         ("FLOPs", lambda row: row.flops),
-        ("Peak memory of a contraction", lambda row: row.peak_bytes),
-        ("Saved for backward", lambda row: row.saved_bytes),
+        ("Peak memory", lambda row: row.peak_bytes),
+        ("Saved, with the input", lambda row: row.saved_bytes + inputs),
         ("Largest rank of an expert", lambda row: row.max_expert_rank),
     ]
     with matplotlib.rc_context(STYLE):
@@ -120,42 +123,44 @@ def write_plot(study: Study, stem: Path) -> list[Path]:
 
 def _times(ax: Any, study: Study) -> None:
     """Measured forward time with quartiles, one marker a backend."""
-    rows = [row for row in study.rows if row.time_ratio is not None]
-    _frame(ax, "Measured forward time", [x for row in rows for x in (row.time_ratio_q1, row.time_ratio_q3)])
-    offsets = [0.0] if len(study.backends) == 1 else [-0.18, 0.18]
-    for y, subject in enumerate(study.sweep.subjects):
-        measured = study.of(subject.name)
+    measured = [(row, row.ratios) for row in study.rows if row.ratios is not None]
+    _frame(ax, "", [x for _, ratios in measured for x in ratios])
+    height = {subject.name: y for y, subject in enumerate(study.sweep.subjects)}
+    for subject in study.sweep.subjects:
         if subject.skip:
-            ax.text(1, y, " not run", va="center", color="0.4")
-        for offset, marker, backend in zip(offsets, MARKERS, study.backends, strict=False):
-            row = measured.get(backend)
-            if row is None or row.time_ratio is None:
-                continue
-            spread = [[row.time_ratio - row.time_ratio_q1], [row.time_ratio_q3 - row.time_ratio]]
-            ax.errorbar(
-                row.time_ratio,
-                y + offset,
-                xerr=spread,
-                fmt=marker,
-                color=colour(row.name),
-                markerfacecolor="white" if marker == "s" else None,
-                markersize=4,
-                elinewidth=1,
-            )
-    if len(study.backends) > 1:
-        handles = [
-            Line2D([], [], linestyle="", marker=m, color="0.2", markersize=4, markerfacecolor=face)
-            for m, face in zip(MARKERS, ("0.2", "white"), strict=True)
-        ]
-        names = [BACKENDS[backend] for backend in study.backends]
-        ax.set_title("")
-        ax.legend(
-            handles, names, title="Measured forward time", title_fontproperties={"weight": "bold", "size": 9},
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderpad=0, borderaxespad=0.3,
-            handletextpad=0.1, columnspacing=1, alignment="left",
-        )  # fmt: skip
-    else:
-        ax.set_title(f"Measured forward time, {BACKENDS[study.backends[0]]}", loc="left")
+            ax.text(1, height[subject.name], " not run", va="center", color="0.4")
+    for row, (q1, median, q3) in measured:
+        k = study.backends.index(row.backend)
+        ax.errorbar(
+            median,
+            height[row.name] + (0.36 * k - 0.18) * (len(study.backends) > 1),
+            xerr=[[median - q1], [q3 - median]],
+            fmt=MARKERS[k],
+            color=colour(row.name),
+            markerfacecolor=colour(row.name) if k == 0 else "white",
+            markersize=4,
+            elinewidth=1,
+        )
+    # A legend of one line under its own title, in the place of the title.
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color="0.2", markersize=4, markerfacecolor=face)
+        for marker, face in zip(MARKERS, ("0.2", "white"), strict=True)
+    ]
+    ax.legend(
+        handles[: len(study.backends)],
+        [BACKENDS[backend] for backend in study.backends],
+        title="Measured forward time",
+        title_fontproperties={"weight": "bold", "size": STYLE["axes.titlesize"]},
+        alignment="left",
+        loc="lower left",
+        bbox_to_anchor=(0, 1.02),
+        ncols=2,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handletextpad=0.1,
+        columnspacing=1,
+    )
 
 
 def _frame(ax: Any, title: str, ratios: Sequence[float]) -> None:
@@ -165,10 +170,11 @@ def _frame(ax: Any, title: str, ratios: Sequence[float]) -> None:
     ax.set_title(title, loc="left")
     ax.set_xscale("log")
     ax.set_xlim(low / span**0.08, high * span**0.3)
-    subs = (1.0,) if span > 100 else (1.0, 2.0, 5.0)
-    ax.xaxis.set_major_locator(LogLocator(10, subs=subs))
+    # At most about five ticks: every second decade, every decade, or 1, 2, 5 within each.
+    base, subs = (100, (1.0,)) if span > 1000 else (10, (1.0,)) if span > 50 else (10, (1.0, 2.0, 5.0))
+    ax.xaxis.set_major_locator(LogLocator(base, subs=subs))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
     ax.axvline(1, color="0.7", linewidth=0.8, zorder=0)
     ax.tick_params(axis="y", length=0)
 

@@ -88,17 +88,22 @@ def tables(study: Study) -> list[Table]:
     from rich.table import Table
 
     sweep = study.sweep
-    costs = Table(
-        "", "rank", title=sweep.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
-    for heading in ("parameters", "MFLOPs/input", "peak MiB", "saved MiB", "expert rank"):
-        costs.add_column(heading, justify="right", no_wrap=True)
-    times = Table(
-        "", title="Forward pass, median (quartiles)", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
-    for backend in study.backends:
-        times.add_column(f"{BACKENDS[backend]} ms", justify="right", no_wrap=True)
-        times.add_column(f"× {sweep.layer.kind}", no_wrap=True)
+    style: dict[str, Any] = {
+        "title_justify": "left",
+        "title_style": "bold",
+        "box": box.SIMPLE_HEAD,
+        "pad_edge": False,
+        "padding": (0, 1, 0, 0),
+    }
+    costs, times = Table(title=sweep.title, **style), Table(title="Forward pass, median (quartiles)", **style)
+    for table, headings in (
+        (costs, ["rank", "parameters", "MFLOPs\n/input", "peak\nMiB", "saved\nMiB", "expert\nrank"]),
+        (times, [x for b in study.backends for x in (f"{BACKENDS[b]} ms", f"× {sweep.layer.kind}")]),
+    ):
+        table.add_column("", no_wrap=True)
+        for heading in headings:
+            left = heading == "rank" or heading.startswith("×")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for subject in sweep.subjects:
         rows = study.of(subject.name)
         row = next(iter(rows.values()))
@@ -125,20 +130,24 @@ def notes(study: Study) -> list[str]:
     found = [
         f"Ranks are fitted to {sweep.budget:,} parameters, gate and biases counted."
         + (f" Without a rank, at their own cost: {', '.join(free)}." if free else ""),
-        "Peak is the most that is live at once in a contraction; saved is kept for the backward pass, without "
-        "inputs and coefficients.",
-        f"The forward counts the gate (product and entmax15); the {sweep.layer.kind} is the backend's own product.",
+        "Peak is the most that is live at once in a contraction; saved is kept for the backward pass, "
+        "without inputs and coefficients.",
+        f"The forward counts the gate (product and entmax15). The {sweep.layer.kind} is the backend's own.",
     ]
     found += [f"{s.title} {s.skip}." for s in sweep.subjects if s.skip]
     found += [f"{name}: {why}" for name, why in sweep.unfitted.items()]
     found += [f"{name} is left out: {why}." for name, why in study.skipped.items()]
+    load, cores = study.environment["load"], study.environment["cores"]
+    if load and load > cores / 2:
+        found.append(
+            f"Other work ran on the machine when the study began (load {load} on {cores} cores): it slows "
+            "some forwards more than others."
+        )
     return found
 
 
 def _time_cells(row: Row | None) -> tuple[str, str]:
-    if row is None or row.seconds is None:
+    if row is None or row.seconds is None or row.ratios is None:
         return "not run", ""
-    return (
-        f"{1e3 * row.seconds:,.2f}",
-        f"{row.time_ratio:.2f} ({row.time_ratio_q1:.2f}–{row.time_ratio_q3:.2f})",
-    )
+    q1, median, q3 = row.ratios
+    return f"{1e3 * row.seconds:,.2f}", f"{median:.2f} ({q1:.2f}–{q3:.2f})"

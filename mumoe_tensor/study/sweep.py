@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from math import inf, pi, sqrt
-from os import cpu_count
+from itertools import pairwise
+from math import pi, sqrt
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from mumoe_tensor.backend import Array
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.contraction.plan import ITEMSIZE
 from mumoe_tensor.cost import Cost, cost, dense_parameters
-from mumoe_tensor.formats.base import Format, as_positive, check_modes, formats as registered, get_format
+from mumoe_tensor.formats.base import Format, as_positive, check_modes, get_format
+from mumoe_tensor.formats.base import formats as registered
 from mumoe_tensor.gates import entmax15
 from mumoe_tensor.multilinear import multilinear_moe
 from mumoe_tensor.study.layers import Layer, get_layer
@@ -102,7 +103,7 @@ class Sweep:
     @property
     def title(self) -> str:
         """The setting in one line."""
-        levels = " x ".join(f"{n:,}" for n in self.experts) or "no"
+        levels = " × ".join(f"{n:,}" for n in self.experts) or "no"
         return f"{self.layer}; {levels} experts, batch {self.batch:,}, {DTYPE}"
 
 
@@ -110,9 +111,9 @@ class Sweep:
 class Row:
     """Figures of one subject, and its forward pass on one backend.
 
-    Memory is in bytes, time in seconds. The gate counts everywhere but in `peak_bytes`. `time_ratio` is the median
-    time over the dense layer's on the same backend, `time_ratio_q1` and `time_ratio_q3` are the quartiles
-    over that same median. Where nothing was run `backend` is empty, the times are None and `note` says why.
+    Memory is in bytes, time in seconds. `seconds` is a median, `seconds_q1` and `seconds_q3` are quartiles,
+    and the ratios are these over the dense layer's median on the same backend. Where nothing was run
+    `backend` is empty, the times are None and `note` says why.
     """
 
     name: str
@@ -135,6 +136,13 @@ class Row:
     time_ratio_q3: float | None = None
     note: str = ""
 
+    @property
+    def ratios(self) -> tuple[float, float, float] | None:
+        """Lower quartile, median and upper quartile of the time over the dense layer's median."""
+        if self.time_ratio_q1 is None or self.time_ratio is None or self.time_ratio_q3 is None:
+            return None
+        return self.time_ratio_q1, self.time_ratio, self.time_ratio_q3
+
 
 @dataclass(frozen=True)
 class Study:
@@ -146,7 +154,7 @@ class Study:
     rows : tuple of Row
         One for each subject and backend, the dense layer's first.
     environment : dict
-        Machine, versions and commit.
+        Machine and its load before anything ran, versions and commit.
     skipped : dict
         Backends that were not there, and why.
     """
@@ -274,51 +282,44 @@ def measure(sweep: Sweep, progress: Progress | None = None) -> Study:
     -------
     Study
     """
+    surroundings = environment()
     backends, skipped = _backends()
     runnable = [subject for subject in sweep.subjects if not subject.skip]
-    rng = np.random.default_rng(sweep.seed)
-    z = rng.standard_normal((sweep.batch, sweep.layer.in_features), dtype=DTYPE)
-    scale = 1 / sqrt(sweep.layer.in_features)
-    gates = [scale * rng.standard_normal((z.shape[1], n), dtype=DTYPE) for n in sweep.experts]
+    z, gates = _inputs(sweep)
     weights = {subject.name: _weights(sweep, subject) for subject in runnable}
-    total = len(backends) * len(runnable) * (sweep.repetitions + 1)
-    done = 0
-
-    def tick(text: str) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total, text)
-
+    steps = len(runnable) * (sweep.repetitions + 1)
     timed = {}
     for k, backend in enumerate(backends):
+
+        def tick(done: int, name: str, first: int = k * steps, of: str = backend.name) -> None:
+            if progress is not None:
+                progress(first + done, steps * len(backends), f"{of}, {name}")
+
         forwards = {
-            subject.name: _forward(backend, subject, weights[subject.name], gates, z) for subject in runnable
+            subject.name: forward_pass(backend, subject, weights[subject.name], gates, z)
+            for subject in runnable
         }
         with backend.context():
-            timed[backend.name] = _interleaved(
-                forwards, sweep.repetitions, sweep.seconds, lambda name, of=backend.name: tick(f"{of}, {name}")
-            )
-        done = (k + 1) * len(runnable) * (sweep.repetitions + 1)
+            timed[backend.name] = _interleaved(forwards, sweep.repetitions, sweep.seconds, tick)
     rows = []
     for subject in sweep.subjects:
         if subject.skip:
             rows.append(Row(**_figures(subject), note=subject.skip))
-        for backend_name, seconds in timed.items():
-            if not subject.skip:
-                times = _spread(seconds[subject.name], seconds[BASELINE])
-                rows.append(Row(**_figures(subject), backend=backend_name, **times))
-    return Study(sweep, tuple(rows), environment(), skipped)
+            continue
+        for name, seconds in timed.items():
+            times = _spread(seconds[subject.name], seconds[BASELINE])
+            rows.append(Row(**_figures(subject), backend=name, **times))
+    return Study(sweep, tuple(rows), surroundings, skipped)
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit; None for what is not there."""
-    torch = sys.modules.get("torch")
+    """Machine, its load at this moment, versions and commit; None for what is not there."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _processor(),
-        "cores": cpu_count(),
-        "torch_threads": torch.get_num_threads() if torch else None,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "python": platform.python_version(),
         "mumoe_tensor": mumoe_tensor.__version__,
         **{package: _version(package) for package in ("numpy", "torch", "tensorly")},
@@ -376,6 +377,14 @@ def _backends() -> tuple[list[_Backend], dict[str, str]]:
     return found, {}
 
 
+def _inputs(sweep: Sweep) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Inputs, and gates that give logits of variance one."""
+    rng = np.random.default_rng(sweep.seed)
+    i = sweep.layer.in_features
+    z = rng.standard_normal((sweep.batch, i)).astype(DTYPE)
+    return z, [(rng.standard_normal((i, n)) / sqrt(i)).astype(DTYPE) for n in sweep.experts]
+
+
 def _weights(sweep: Sweep, subject: Subject) -> list[FactorizedTensor]:
     sizes = sweep.layer.sizes
     like = np.empty(0, DTYPE)
@@ -390,18 +399,18 @@ def _weights(sweep: Sweep, subject: Subject) -> list[FactorizedTensor]:
             like=like,
             seed=sweep.seed + k,
         )
-        for k, (inner, outer) in enumerate(zip(sizes, sizes[1:], strict=False))
+        for k, (inner, outer) in enumerate(pairwise(sizes))
     ]
 
 
-def _forward(
+def forward_pass(
     backend: _Backend,
     subject: Subject,
     weights: list[FactorizedTensor],
     gates: list[np.ndarray],
     inputs: np.ndarray,
 ) -> Callable[[], Array]:
-    """The forward pass of a subject, its arrays bound."""
+    """Bind the forward pass of a subject to its arrays: what is timed, and nothing else."""
     z = backend.array(inputs)
     factors = [[backend.array(factor) for factor in weight.arrays] for weight in weights]
     if subject.name == BASELINE:
@@ -430,12 +439,15 @@ def _forward(
 
 
 def _interleaved(
-    forwards: dict[str, Callable[[], Array]], repetitions: int, seconds: float, tick: Callable[[str], None]
+    forwards: dict[str, Callable[[], Array]],
+    repetitions: int,
+    seconds: float,
+    tick: Callable[[int, str], None],
 ) -> dict[str, list[float]]:
     """Time all functions in rounds, each round starting with another one, after a round of warm-up."""
     names = list(forwards)
     times: dict[str, list[float]] = {name: [] for name in names}
-    begin = inf
+    done, begin = 0, perf_counter()
     for turn in range(repetitions + 1):
         if turn > FEWEST_REPETITIONS and perf_counter() - begin > seconds:
             break
@@ -443,11 +455,10 @@ def _interleaved(
         for name in names[shift:] + names[:shift]:
             start = perf_counter()
             forwards[name]()
-            if turn > 0:
-                times[name].append(perf_counter() - start)
-            tick(name)
-        begin = min(begin, perf_counter())
-    return times
+            times[name].append(perf_counter() - start)
+            done += 1
+            tick(done, name)
+    return {name: measured[1:] for name, measured in times.items()}
 
 
 def _spread(times: list[float], baseline: list[float]) -> dict[str, Any]:

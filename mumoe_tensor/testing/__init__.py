@@ -30,6 +30,7 @@ from mumoe_tensor.testing.checks import (
     check_paths,
     check_plan,
     check_result_kind,
+    run_check,
 )
 from mumoe_tensor.testing.oracle import TOLERANCE, assert_close, dense_moe, dense_weight, magnitude, to_numpy
 from mumoe_tensor.testing.strategies import (
@@ -37,6 +38,7 @@ from mumoe_tensor.testing.strategies import (
     backends,
     dtypes,
     formats,
+    installed_backends,
     jax_float64,
     leading_shapes,
     levels,
@@ -72,6 +74,7 @@ __all__ = [
     "dense_weight",
     "dtypes",
     "formats",
+    "installed_backends",
     "jax_float64",
     "leading_shapes",
     "levels",
@@ -79,6 +82,7 @@ __all__ = [
     "make_array",
     "problems",
     "ranks",
+    "run_check",
     "sizes",
     "to_numpy",
     "weights",

@@ -5,20 +5,22 @@ A check raises an AssertionError where its property does not hold, and returns n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import product
 from math import prod
 from typing import Any
 
 import numpy as np
-from hypothesis import given, note
+from hypothesis import given, settings
 
 from mumoe_tensor.backend import Array, backend_of, tensorly_backend
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import compile
-from mumoe_tensor.contraction.network import BATCH, Network, forward_network
+from mumoe_tensor.contraction.network import Network, forward_network
 from mumoe_tensor.contraction.plan import plan_network
-from mumoe_tensor.formats import Format, formats, get_format, mode_names
+from mumoe_tensor.formats import Format, get_format, mode_names
 from mumoe_tensor.formats.base import Tree
 from mumoe_tensor.multilinear import bind, expert_matrix, multilinear_moe, to_dense
 from mumoe_tensor.tensors import FactorizedTensor
@@ -31,7 +33,7 @@ from mumoe_tensor.testing.oracle import (
     subscripts,
     to_numpy,
 )
-from mumoe_tensor.testing.strategies import Problem, jax_float64, problems
+from mumoe_tensor.testing.strategies import Problem, installed_backends, jax_float64, problems
 
 #: TensorLy's container -> where its own reconstruction lies.
 RECONSTRUCTIONS = {
@@ -50,7 +52,9 @@ def check_equals_dense(problem: Problem) -> None:
     expected = dense_moe(dense, *_inputs(problem), bias=problem.bias)
     scale = _magnitude(problem)
     assert_close(problem.output(), expected, scale, "multilinear_moe", problem.dtype)
-    assert_close(problem.output(formed), expected, scale, "multilinear_moe of the dense tensor", problem.dtype)
+    assert_close(
+        problem.output(formed), expected, scale, "multilinear_moe of the dense tensor", problem.dtype
+    )
 
 
 def check_equals_tensorly(problem: Problem) -> None:
@@ -161,7 +165,10 @@ def check_linear_in_factors(problem: Problem) -> None:
         _assert_combination(
             problem,
             problem.output(at(combined)),
-            [(s, problem.output(at(x)), _magnitude(problem, at(x))) for s, x in zip(shares, arrays, strict=True)],
+            [
+                (s, problem.output(at(x)), _magnitude(problem, at(x)))
+                for s, x in zip(shares, arrays, strict=True)
+            ],
             f"the result for a combination of factor {k}",
         )
 
@@ -229,31 +236,23 @@ def check_gauge(problem: Problem) -> None:
             if factor is not None and bond in f.indices
         ]
         order = generator.permutation(size[bond])
-        first, second = (int(k) for k in generator.permutation(holders)[:2])
-        matrix = np.diag(generator.choice([-1, 1], size[bond]) * generator.uniform(0.5, 2, size[bond]))
-        matrix, inverse = matrix[:, order], np.linalg.inv(matrix[:, order])
+        matrix = np.diag(generator.choice([-1, 1], size[bond]) * generator.uniform(0.5, 2, size[bond]))[order]
         if len(holders) == 2:
-            rotation = np.linalg.qr(generator.standard_normal(matrix.shape))[0]
-            matrix, inverse = rotation @ matrix, inverse @ rotation.T
-        factors = list(problem.weight.factors)
-        for k in holders:
+            matrix = np.linalg.qr(generator.standard_normal(matrix.shape))[0] @ matrix
+        first, second, *_ = generator.permutation(holders).tolist()
+        changes = dict.fromkeys(holders, np.eye(size[bond])[order])
+        changes |= {first: matrix, second: np.linalg.inv(matrix).T}
+        # The rounding errors of the changed factors are relative to the terms of each entry.
+        factors, bound = list(problem.weight.factors), list(problem.weight.factors)
+        for k, change in changes.items():
             axis = declared[k].indices.index(bond)
             values = np.moveaxis(to_numpy(factors[k]), axis, -1)
-            if k == first:
-                values = values @ matrix
-            elif k == second:
-                values = values @ inverse.T
-            else:
-                values = values[..., order]
-            factors[k] = problem.array(np.moveaxis(values, -1, axis))
-        changed = FactorizedTensor(format, factors)
-        scale = _magnitude(problem, changed) + _magnitude(problem)
-        # The rotation mixes the bond's entries, so that more terms cancel than the sum of magnitudes counts.
-        scale = scale + _rotated_magnitude(problem, changed, holders, (first, second), bond, (matrix, inverse))
+            factors[k] = problem.array(np.moveaxis(values @ change, -1, axis))
+            bound[k] = problem.array(np.moveaxis(abs(values) @ abs(change), -1, axis))
         assert_close(
-            problem.output(changed),
+            problem.output(FactorizedTensor(format, factors)),
             problem.output(),
-            scale,
+            _magnitude(problem, FactorizedTensor(format, bound)),
             f"the result after a change of basis of {bond}",
             problem.dtype,
         )
@@ -303,10 +302,14 @@ def check_paths(problem: Problem) -> None:
     scale = _magnitude(problem)
     network = _network(problem)
     batches = (1, max(1, prod(problem.leading)), 65_536)
-    choices = product(("time", "flops", "peak"), ("factorized", "reconstructed", "auto"), (None, "weights"))
+    choices: list[tuple[Any, Any, Any]] = list(
+        product(("time", "flops", "peak"), ("factorized", "reconstructed", "auto"), (None, "weights"))
+    )
+    if problem.backend == "jax":  # which compiles every operation: a few of them will do
+        choices = [choices[k] for k in generator.choice(len(choices), 3, replace=False)]
     for minimize, implementation, constants in choices:
         batch = int(generator.choice(batches))
-        plan = plan_network(network, batch, minimize, implementation, None, constants)  # type: ignore[arg-type]
+        plan = plan_network(network, batch, minimize, implementation, None, constants)
         what = f"{minimize=}, {implementation=}, {constants=}, {batch=}: the result"
         result = problem.output(plan=plan)
         assert_close(result, expected, scale, what, problem.dtype)
@@ -317,11 +320,13 @@ def check_paths(problem: Problem) -> None:
             )
     batch = prod(problem.leading)
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
-    for _ in range(5):
+    for _ in range(2 if problem.backend == "jax" else 5):
         tree = random_tree(network, generator)
         program = compile(network, tree, int(generator.choice(batches)))
         result = execute(program, [*problem.weight.arrays, *vectors], backend_of(problem.z))
-        assert_close(result, expected.reshape(batch, -1), scale.reshape(batch, -1), f"order {tree}: the result")
+        assert_close(
+            result, expected.reshape(result.shape), scale.reshape(result.shape), f"order {tree}: the result"
+        )
 
 
 def check_plan(problem: Problem) -> None:
@@ -337,14 +342,14 @@ def check_plan(problem: Problem) -> None:
     every = {*mode_names(problem.weight.levels)}
     least = {}
     for implementation in ("factorized", "reconstructed", "auto"):
-        plan = plan_network(network, batch, "flops", implementation)  # type: ignore[arg-type]
+        plan = plan_network(network, batch, "flops", implementation)
         least[implementation] = plan.flops
         assert len(plan.steps) == operands - 1, "n operands take n - 1 pairwise steps."
         if plan.implementation == "factorized":
             for step in plan.steps[:-1]:
                 formed = step.equation.partition(" -> ")[2].split()
                 assert not every <= set(formed), f"{step.equation} forms the weight tensor."
-        timed = plan_network(network, batch, "time", implementation)  # type: ignore[arg-type]
+        timed = plan_network(network, batch, "time", implementation)
         assert plan.flops <= timed.flops <= 1.05 * plan.flops, "the default may spend 5 % more FLOPs."
     assert least["auto"] == min(least["factorized"], least["reconstructed"])
     closed = problem.weight.format.reference_flops(problem.weight.shape, problem.weight.rank)
@@ -399,17 +404,58 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
 }
 
 
-def check_format(format: str | Format, *, backend: str | None = None) -> None:
-    """Run every check on a format, over levels, sizes, ranks, dtypes and backends.
+#: Checks that take longest, and what share of the examples they get.
+SHARES = {"check_paths": 4, "check_gradients": 2}
 
-    The number of problems is that of the Hypothesis profile in use. Slow checks take a share of it.
+
+def run_check(
+    check: Callable[[Problem], None],
+    format: str | Format | None = None,
+    *,
+    backend: str = "numpy",
+    share: int = 1,
+) -> None:
+    """Run one check on problems that Hypothesis draws, as many as its profile says.
+
+    Parameters
+    ----------
+    check : callable
+        A function of one `Problem`; see `CHECKS`.
+    format : str or Format, optional
+        All registered formats by default.
+    backend : {"numpy", "pytorch", "jax"}, default "numpy"
+    share : int, default 1
+        Divides the number of examples. The slowest checks divide it further, and so does JAX, which
+        compiles each operation for each shape.
+
+    Raises
+    ------
+    AssertionError
+        If the property does not hold; Hypothesis reports the smallest problem it found.
+    """
+    divisor = share * SHARES.get(check.__name__, 1) * (10 if backend == "jax" else 1)
+
+    def run(problem: Problem) -> None:
+        check(problem)
+
+    # Hypothesis tells tests apart, and remembers what failed, by their names.
+    name = "any" if format is None else get_format(format).name
+    run.__name__ = run.__qualname__ = re.sub(r"\W", "_", f"{check.__name__}_{name}_{backend}")
+    examples = max(2, settings().max_examples // divisor)
+    with jax_float64() if backend == "jax" else nullcontext():
+        settings(max_examples=examples)(given(problems(format, backend=backend))(run))()
+
+
+def check_format(format: str | Format) -> None:
+    """Run every check on a format, over levels, sizes, ranks, dtypes and all backends that are installed.
+
+    The number of problems follows the Hypothesis profile in use. It takes about half a minute with the
+    default one.
 
     Parameters
     ----------
     format : str or Format
         A registered name, or an instance of a format of one's own, registered or not.
-    backend : {"numpy", "pytorch", "jax"}, optional
-        All that are installed by default.
 
     Raises
     ------
@@ -423,15 +469,9 @@ def check_format(format: str | Format, *, backend: str | None = None) -> None:
     """
     format = get_format(format)
     check_declaration(format)
-    with jax_float64():
-        for name, check in CHECKS.items():
-
-            @given(problems(format, backend=backend))
-            def run(problem: Problem, name: str = name, check: Callable[[Problem], None] = check) -> None:
-                note(name)
-                check(problem)
-
-            run()
+    for check in CHECKS.values():
+        for backend in installed_backends():
+            run_check(check, format, backend=backend, share=4)
 
 
 def random_tree(network: Network, generator: np.random.Generator) -> Tree:
@@ -512,30 +552,12 @@ def _transformed(
     return FactorizedTensor(weight.format, factors)
 
 
-def _rotated_magnitude(
-    problem: Problem,
-    changed: FactorizedTensor,
-    holders: list[int],
-    pair: tuple[int, int],
-    bond: str,
-    matrices: tuple[Float64, Float64],
-) -> Float64:
-    """Magnitude of the terms when a bond is changed to another basis and back."""
-    declared = changed.format.declaration(changed.levels)
-    factors = list(changed.factors)
-    for k, matrix in zip(pair, (np.linalg.inv(matrices[0]), matrices[0].T), strict=True):
-        axis = declared[k].indices.index(bond)
-        values = np.moveaxis(np.abs(to_numpy(factors[k])), axis, -1) @ np.abs(matrix)
-        factors[k] = problem.array(np.moveaxis(values, -1, axis))
-    return _magnitude(problem, FactorizedTensor(changed.format, factors))
-
-
 def _dense_formula(problem: Problem, einsum: Callable, ones: Callable, concat: Callable) -> Callable:
     """The forward pass from the dense tensor as a function of (held factors..., coefficients..., z)."""
     weight, bias = problem.weight, problem.bias
     size, declared = _sizes(weight), weight.format.declaration(weight.levels)
     factor_letters, whole = subscripts(weight.format, weight.levels)
-    *attached, o = whole
+    *attached, o = list(whole)
     joined = ",".join([whole, *(f"Z{x}" for x in attached)])
     shapes = [tuple(size[x] for x in f.indices) for f in declared]
 
@@ -604,15 +626,14 @@ def _check_jax_gradients(problem: Problem) -> None:
 
     arrays = [*problem.weight.arrays, *problem.coefficients, problem.z]
     formula = _dense_formula(problem, jnp.einsum, ones, concat)
-    cotangent = problem.array(problem.generator().standard_normal(problem.output().shape))
+    shape = (*problem.leading, problem.weight.shape[-1])
+    cotangent = problem.array(problem.generator().standard_normal(shape))
 
     def gradients(function: Callable, inputs: list[jax.Array], direction: jax.Array) -> Any:
-        return jax.vjp(function, *inputs)[1](direction)
+        return jax.jit(lambda inputs, direction: jax.vjp(function, *inputs)[1](direction))(inputs, direction)
 
     found = gradients(_forward(problem), arrays, cotangent)
     expected = gradients(formula, arrays, cotangent)
     scales = gradients(formula, [abs(x) for x in arrays], abs(cotangent))
     for k, (mine, theirs, scale) in enumerate(zip(found, expected, scales, strict=True)):
         assert_close(mine, theirs, to_numpy(scale), f"the gradient of argument {k}", problem.dtype)
-
-

@@ -50,7 +50,9 @@ def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64
     array of shape (N1, ..., NE, I, O)
     """
     format, levels = weight.format, weight.levels
-    sizes = dict(zip((*mode_names(levels), *format.bonds(levels)), (*weight.shape, *weight.rank), strict=True))
+    sizes = dict(
+        zip((*mode_names(levels), *format.bonds(levels)), (*weight.shape, *weight.rank), strict=True)
+    )
     values = [
         np.ones([sizes[x] for x in f.indices]) if factor is None else to_numpy(factor)
         for factor, f in zip(weight.factors, format.declaration(levels), strict=True)
@@ -59,9 +61,7 @@ def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64
     return np.einsum(f"{','.join(factors)}->{whole}", *(map(np.abs, values) if absolute else values))
 
 
-def dense_moe(
-    tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, bias: bool = False
-) -> Float64:
+def dense_moe(tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, bias: bool = False) -> Float64:
     """Mix the experts of a dense weight tensor, one input after the other.
 
     Parameters

@@ -125,9 +125,14 @@ def formats() -> st.SearchStrategy[Format]:
     return st.sampled_from(list(registered().values()))
 
 
-def backends() -> st.SearchStrategy[str]:
+def installed_backends() -> list[str]:
     """TensorLy's names of the backends that are installed: ``"numpy"``, ``"pytorch"``, ``"jax"``."""
-    return st.sampled_from([name for name, package in PACKAGES.items() if find_spec(package)])
+    return [name for name, package in PACKAGES.items() if find_spec(package)]
+
+
+def backends() -> st.SearchStrategy[str]:
+    """TensorLy's names of the backends that are installed."""
+    return st.sampled_from(installed_backends())
 
 
 @st.composite
@@ -144,8 +149,11 @@ def dtypes(draw: Callable, backend: str) -> str:
 
 
 def levels(most: int = 3) -> st.SearchStrategy[int]:
-    """Numbers of levels of experts, none included."""
-    return st.integers(0, most)
+    """Numbers of levels of experts, none included; the most, which takes long to plan, is the rarest."""
+    return st.sampled_from([*range(most + 1), *range(most), *range(most)])
+
+
+_levels = levels  # where a parameter has that name
 
 
 def sizes(most: int = 4) -> st.SearchStrategy[int]:
@@ -188,7 +196,7 @@ def weights(
         With True the input mode has at least two rows, the last of which may serve as the bias.
     """
     format = draw(formats()) if format is None else get_format(format)
-    levels = draw(st.integers(0, 3)) if levels is None else levels
+    levels = draw(_levels()) if levels is None else levels
     backend = draw(backends()) if backend is None else backend
     dtype = draw(dtypes(backend)) if dtype is None else dtype
     bias = draw(st.booleans()) if bias is None else bias

@@ -1,0 +1,6 @@
+"""Import time, in a fresh interpreter."""
+
+
+def timeraw_import() -> str:
+    """What the interpreter runs."""
+    return "import mumoe_tensor"

@@ -1,0 +1,454 @@
+"""Ratios to code written by hand and to opt_einsum, measured in one process.
+
+    python -m benchmarks.ratios [NAME ...] [--quick] [--json FILE] [--csv FILE] [--list]
+
+A comparison is a function from `quick` to a `Report`, entered in `COMPARISONS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from math import prod
+from pathlib import Path
+from time import process_time
+from typing import Any, NamedTuple
+
+import numpy as np
+import opt_einsum
+
+import mumoe_tensor as mt
+from benchmarks.common import inputs, torch
+from benchmarks.harness import Report, Spread, compare, environment, threads, write_csv, write_json
+from mumoe_tensor.backend import backend_of
+from mumoe_tensor.contraction.execute import execute
+from mumoe_tensor.contraction.plan import planned_steps
+
+THREADS = 2
+#: What the issue asks for: microseconds beside code by hand, and milliseconds of a search.
+GOAL_OVERHEAD = 25.0
+GOAL_SEARCH = {0: 20.0, 1: 20.0, 2: 20.0, 3: 20.0, 5: 1000.0}
+#: Seconds after which a search is not repeated any more.
+LONG_SEARCH = 0.5
+OPTIMIZERS = ("auto", "dp", "auto-hq")
+#: A case is run only if no path makes a larger intermediate, or takes more FLOPs: it must end.
+LARGEST, MOST_FLOPS = 2**26, 2e10
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one layer."""
+
+    format: str
+    experts: tuple[int, ...]
+    in_features: int
+    out_features: int
+    rank: tuple[int, ...] | None
+    bias: bool = False
+
+    def __str__(self) -> str:
+        experts = "x".join(map(str, self.experts)) or "no"
+        rank = ",".join(map(str, self.rank or ())) or "-"
+        bias = ", bias" if self.bias else ""
+        return f"{experts} experts {self.in_features}->{self.out_features} rank {rank}{bias}"
+
+    def plan(self, batch: int, **options: Any) -> mt.ContractionPlan:
+        """Plan the forward pass."""
+        return mt.plan(**vars(self), batch=batch, **options)
+
+    def arrays(self, backend: str, batch: int) -> tuple[mt.FactorizedTensor, Any, list[Any]]:
+        """A random weight, inputs and coefficients, in float32."""
+        z, *coefficients = inputs(backend, *((batch, n) for n in (self.in_features, *self.experts)))
+        weight = mt.FactorizedTensor.random(**vars(self), like=z, seed=0)
+        return weight, z, coefficients
+
+
+def backends() -> list[str]:
+    """Backends to measure on."""
+    return ["numpy"] if torch is None else ["numpy", "torch"]
+
+
+def without_gradient(backend: str) -> Any:
+    """A context in which torch records nothing."""
+    return torch.no_grad() if backend == "torch" else nullcontext()
+
+
+# ---- overhead: what planned execution costs beside the same array operations by hand ----------------------
+
+CP_CASES = (
+    Case("cp", (4,), 8, 8, (4,)),
+    Case("cp", (4, 3), 8, 8, (4,)),
+    Case("cp", (16,), 32, 20, (8,), bias=True),
+    Case("cp", (64,), 768, 1000, (393,), bias=True),
+    Case("cp", (256,), 768, 3072, (556,)),
+    Case("cp", (256,), 3072, 768, (556,)),
+)
+
+
+def cp_by_hand(backend: str, weight: mt.FactorizedTensor, bias: bool) -> Callable[[Any, list[Any]], Any]:
+    """The CP forward as one would write it: project every vector, multiply, project to the output."""
+    *levels, inner, outer = weight.arrays
+    if not bias:
+
+        def project(z: Any) -> Any:
+            return z @ inner
+    elif backend == "torch":
+
+        def project(z: Any) -> Any:
+            return torch.addmm(inner[-1], z, inner[:-1])
+    else:
+
+        def project(z: Any) -> Any:
+            return z @ inner[:-1] + inner[-1]
+
+    def forward(z: Any, coefficients: list[Any]) -> Any:
+        mixed = project(z)
+        for a, factor in zip(coefficients, levels, strict=True):
+            mixed = mixed * (a @ factor)
+        return mixed @ outer.T
+
+    return forward
+
+
+def overhead(quick: bool) -> Report:
+    """Planned CP forward, and the public function, against array operations by hand, at batch 1."""
+    rows = []
+    for backend in backends():
+        for case in CP_CASES[::3] if quick else CP_CASES:
+            weight, z, coefficients = case.arrays(backend, 1)
+            hand = cp_by_hand(backend, weight, case.bias)
+            plan, tl, operands = case.plan(1), backend_of(z), [*weight.arrays, *coefficients, z]
+
+            callables = {
+                "by hand": lambda f=hand, z=z, a=coefficients: f(z, a),
+                "planned": lambda p=plan.program, x=operands, tl=tl: execute(p, x, tl),
+                "public": lambda w=weight, z=z, a=coefficients, b=case.bias: mt.multilinear_moe(
+                    w, z, a, bias=b
+                ),
+            }
+            with without_gradient(backend):
+                expected, *others = (np.asarray(f()) for f in callables.values())
+                for other in others:
+                    np.testing.assert_allclose(other, expected, rtol=1e-3, atol=1e-4)
+                found = compare(
+                    callables, "by hand", rounds=25 if quick else 301, turn=2e-4, limit=1 if quick else 6
+                )
+            planned, public = found.excess("planned"), found.excess("public")
+            rows.append(
+                {
+                    "backend": backend,
+                    "case": str(case),
+                    "by hand us": 1e6 * found.spread("by hand").median,
+                    "planned more us": 1e6 * planned.median,
+                    "q1": 1e6 * planned.low,
+                    "q3": 1e6 * planned.high,
+                    "goal": GOAL_OVERHEAD,
+                    "within": "yes" if 1e6 * planned.median <= GOAL_OVERHEAD else "NO",
+                    "public more us": 1e6 * public.median,
+                    "public q1": 1e6 * public.low,
+                    "public q3": 1e6 * public.high,
+                }
+            )
+    columns = ["", "", ".1f", ".1f", ".1f", ".1f", ".0f", "", ".1f", ".1f", ".1f"]
+    return Report(
+        "overhead",
+        "Planned CP forward against the same array operations by hand: batch 1, float32, microseconds",
+        dict(zip(rows[0], columns, strict=True)),
+        rows,
+        [
+            "planned: execute(plan.program, ...). public: multilinear_moe, which also checks its arguments",
+            "and looks up its plan. more: median of the differences, turn by turn, with their quartiles.",
+        ],
+    )
+
+
+# ---- search: planning from a cold cache ----------------------------------------------------------------
+
+#: Experts of each number of levels, and the same with a level of size one, which makes the search wider.
+SEARCH_EXPERTS = {
+    "experts": ((), (256,), (16, 16), (8, 8, 4), (4, 4, 4, 4), (4, 4, 4, 2, 2)),
+    "a level of 1": ((), (1,), (1, 256), (1, 16, 16), (1, 8, 8, 4), (1, 4, 4, 4, 4)),
+}
+
+
+def rank_of(format: str, levels: int) -> tuple[int, ...] | None:
+    """A usual rank of a registered format; of one unknown here, all bonds 8."""
+    known = {
+        "cp": (64,),
+        "tucker": (*(8,) * levels, 64, 64),
+        "tr": (*(4,) * (levels + 1), 64),
+        "tt": (*(4,) * levels, 64),
+    }
+    bonds = mt.get_format(format).bonds(levels)
+    return known.get(format, (8,) * len(bonds)) if bonds else None
+
+
+def search(quick: bool) -> Report:
+    """Planning from a cold cache: every format, 0 to 5 levels, batches 1 and 65,536, all three objectives."""
+    fresh = count(1)
+
+    def median(format: str, experts: tuple[int, ...], minimize: str) -> float:
+        # Sizes that no call had before are not in any cache. The batch is no part of the search.
+        levels, seconds = len(experts), []
+        for batch in (1, 65_536) * (1 if quick else 5):
+            case = Case(format, experts, 768 + next(fresh), 768, rank_of(format, levels))
+            start = process_time()
+            case.plan(batch, minimize=minimize)
+            seconds.append(process_time() - start)
+            if sum(seconds) > LONG_SEARCH:
+                break
+        return 1e3 * Spread.of(seconds).median
+
+    levels = range(5 if quick else 6)
+    rows = []
+    for format in mt.formats():
+        for minimize in ("time", "flops", "peak"):
+            for title, experts in SEARCH_EXPERTS.items():
+                row: dict[str, Any] = {"format": format, "minimize": minimize, "modes": title}
+                row |= {
+                    f"E={E}": median(format, experts[E], minimize) for E in levels if E or "1" not in title
+                }
+                over = [f"E={E}" for E in levels if row.get(f"E={E}", 0) > GOAL_SEARCH.get(E, np.inf)]
+                rows.append(row | {"over the goal": " ".join(over) or "none"})
+    goals = ", ".join(f"E={E} {goal:,.0f}" for E, goal in GOAL_SEARCH.items())
+    columns = {"format": "", "minimize": "", "modes": ""} | {f"E={E}": ".1f" for E in levels}
+    return Report(
+        "search",
+        "Planning from a cold cache: median milliseconds of processor time, by levels of experts",
+        columns | {"over the goal": ""},
+        rows,
+        [f"Goals: {goals}. In features change from call to call, so that nothing is cached."],
+    )
+
+
+# ---- planner: against the paths of opt_einsum ------------------------------------------------------------
+
+PLANNER_CASES = (
+    *(
+        Case("tucker", (n,), i, o, r)
+        for n, i, o in ((128, 768, 40), (256, 768, 3072), (256, 3072, 768), (64, 768, 1000), (128, 128, 128))
+        for r in ((32, 64, 64), (64, 128, 128), (8, 64, 64))
+    ),
+    Case("tucker", (16, 16), 768, 768, (8, 8, 64, 64)),
+    Case("tucker", (16, 16), 768, 40, (16, 16, 64, 64)),
+    Case("tucker", (8, 8, 8), 768, 40, (16, 16, 16, 64, 64)),
+    Case("cp", (64,), 768, 1000, (393,)),
+    Case("cp", (256,), 768, 3072, (556,)),
+    Case("cp", (64, 64), 768, 3072, (556,)),
+    Case("hadamard", (256,), 768, 3072, None),
+    Case("tr", (64,), 768, 1000, (4, 4, 102)),
+    Case("tr", (256,), 3072, 768, (4, 4, 149)),
+    Case("tr", (8, 8, 8), 768, 40, (4, 4, 4, 4, 149)),
+    Case("tt", (256,), 768, 3072, (4, 149)),
+    Case("tt", (64,), 768, 3072, (32, 32)),
+    Case("tt", (8, 8, 8), 768, 40, (4, 4, 4, 149)),
+)
+PLANNER_BATCHES = (1, 16, 256, 4096, 65_536)
+
+
+class Rival(NamedTuple):
+    """A path that an optimizer of opt_einsum found for a case.
+
+    `flops` and `size`, the largest intermediate, are counted as a plan's are; `ratio` is that of the FLOPs to
+    those of the plan with the fewest.
+    """
+
+    case: Case
+    batch: int
+    optimizer: str
+    path: list[tuple[int, ...]]
+    flops: int
+    size: int
+    ratio: float
+
+    @property
+    def can_run(self) -> bool:
+        """Whether it ends soon and fits into memory."""
+        return self.size <= LARGEST and self.flops <= MOST_FLOPS
+
+
+def einsum_of(case: Case, batch: int) -> tuple[str, list[tuple[int, ...]], dict[str, int]]:
+    """The forward pass for opt_einsum: equation, shapes of the operands, sizes of the letters."""
+    network = case.plan(batch).program.network
+    named = {**dict(network.sizes), "B": batch}
+    letter = {name: opt_einsum.get_symbol(k) for k, name in enumerate(named)}
+    terms = ["".join(letter[x] for x in operand) for operand in (*network.operands, network.output)]
+    shapes = [tuple(named[x] for x in operand) for operand in network.operands]
+    return f"{','.join(terms[:-1])}->{terms[-1]}", shapes, {letter[x]: size for x, size in named.items()}
+
+
+def rival(case: Case, batch: int, optimizer: str) -> Rival:
+    """Have an optimizer of opt_einsum find a path."""
+    equation, shapes, sizes = einsum_of(case, batch)
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
+    inputs, output = equation.split("->")
+    terms = [set(term) for term in inputs.split(",")]
+    flops = size = 0
+    for pair in path:
+        union = set().union(*(terms.pop(k) for k in sorted(pair, reverse=True)))
+        kept = union & set(output).union(*terms)
+        flops += prod(sizes[x] for x in union) * (1 if kept == union else 2)
+        size = max(size, prod(sizes[x] for x in kept)) if terms else size
+        terms.append(kept)
+    return Rival(case, batch, optimizer, path, flops, size, flops / case.plan(batch, minimize="flops").flops)
+
+
+def planner(quick: bool) -> Report:
+    """Planned paths against opt_einsum's: FLOPs over a grid of layers, time where both can run."""
+    cases = PLANNER_CASES[::2] if quick else PLANNER_CASES
+    batches = PLANNER_BATCHES[::2] if quick else PLANNER_BATCHES
+    rivals = [rival(c, b, o) for c in cases for b in batches for o in OPTIMIZERS]
+    rows = []
+    for format, optimizer in dict.fromkeys((r.case.format, r.optimizer) for r in rivals):
+        mine = [r for r in rivals if (r.case.format, r.optimizer) == (format, optimizer)]
+        runnable = [r for r in mine if r.can_run]
+        rows.append(_row(max(mine, key=_badness)))
+        if not quick or optimizer == "auto":
+            worst = max(runnable, key=_badness)
+            rows += [_row(worst) | _measured(backend, worst, quick) for backend in backends()]
+    return Report(
+        "planner",
+        "opt_einsum's paths against planned ones: FLOPs, and time in float32",
+        dict.fromkeys(("format", "optimizer", "run on", "case"), "")
+        | {"batch": ",d", "FLOPs ratio": ".3f", "planned ms": ".3f"}
+        | dict.fromkeys(("time ratio", "q1", "q3"), ".2f"),
+        rows,
+        [
+            f"Worst of {len(cases)} layers at batches {', '.join(f'{b:,}' for b in batches)}.",
+            "FLOPs ratio: to the plan with the fewest FLOPs. Not run: the worst of all. Run: the worst with",
+            f"no intermediate above {LARGEST:,} elements and at most {MOST_FLOPS:,.0f} FLOPs.",
+            "Time ratio: opt_einsum's expression, made ahead, to multilinear_moe, given its default plan.",
+            "Above 1 the plan is better.",
+        ],
+    )
+
+
+def _badness(rival: Rival) -> tuple[float, int]:
+    return round(rival.ratio, 3), rival.batch
+
+
+def _row(rival: Rival) -> dict[str, Any]:
+    return {
+        "format": rival.case.format,
+        "optimizer": rival.optimizer,
+        "run on": "-",
+        "case": str(rival.case),
+        "batch": rival.batch,
+        "FLOPs ratio": rival.ratio,
+    }
+
+
+def _measured(backend: str, rival: Rival, quick: bool) -> dict[str, Any]:
+    case, batch = rival.case, rival.batch
+    equation, shapes, _ = einsum_of(case, batch)
+    expression = opt_einsum.contract_expression(equation, *shapes, optimize=rival.path)
+    weight, z, coefficients = case.arrays(backend, batch)
+    plan, operands = case.plan(batch), [*weight.arrays, *coefficients, z]
+    callables = {
+        "planned": lambda: mt.multilinear_moe(weight, z, coefficients, plan=plan),
+        "opt_einsum": lambda: expression(*operands),
+    }
+    with without_gradient(backend):
+        ours, theirs = (np.asarray(f()) for f in callables.values())
+        np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-3 * np.abs(ours).max())
+        found = compare(callables, "planned", rounds=3 if quick else 15, limit=0.5 if quick else 1.5)
+    ratio = found.ratio("opt_einsum")
+    milliseconds = 1e3 * found.spread("planned").median
+    return {
+        "run on": backend,
+        "planned ms": milliseconds,
+        "time ratio": ratio.median,
+        "q1": ratio.low,
+        "q3": ratio.high,
+    }
+
+
+# ---- batch: no single path serves all batch sizes --------------------------------------------------------
+
+BATCH_CASES = (
+    Case("tucker", (128,), 768, 40, (32, 64, 64)),
+    Case("tucker", (256,), 768, 768, (64, 128, 128)),
+    Case("tucker", (16, 16), 768, 40, (16, 16, 64, 64)),
+    Case("cp", (256,), 768, 768, (556,)),
+    Case("tr", (128,), 768, 40, (4, 4, 95)),
+    Case("tr", (8, 8, 8), 768, 40, (4, 4, 4, 4, 95)),
+    Case("tt", (128,), 768, 40, (16, 95)),
+)
+ONE, MANY = 1, 65_536
+
+
+def batch_loss(case: Case) -> tuple[float, float]:
+    """FLOPs of the best path for one input at 65,536 over the best there, and the other way round."""
+    few, many = (case.plan(batch, minimize="flops").program for batch in (ONE, MANY))
+
+    def flops(program: Any, batch: int) -> int:
+        return sum(step.flops for step in planned_steps(program, batch))
+
+    return flops(few, MANY) / flops(many, MANY), flops(many, ONE) / flops(few, ONE)
+
+
+def batch(quick: bool) -> Report:
+    """What the best path for one batch size costs at another."""
+    rows = []
+    for case in BATCH_CASES:
+        at_many, at_one = batch_loss(case)
+        rows.append(
+            {"format": case.format, "case": str(case), "best for 1, at 65,536": at_many}
+            | {"best for 65,536, at 1": at_one}
+        )
+    columns = ["", "", ".3f", ".3f"]
+    return Report(
+        "batch",
+        "FLOPs of a path at a batch size it was not chosen for, over the best there",
+        dict(zip(rows[0], columns, strict=True)),
+        rows,
+        ["Counted, not measured. 1: the same path, or one as good."],
+    )
+
+
+COMPARISONS: dict[str, Callable[[bool], Report]] = {
+    "overhead": overhead,
+    "search": search,
+    "planner": planner,
+    "batch": batch,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the named comparisons, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.split("\n")[0])
+    known = ", ".join(COMPARISONS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; default: all")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a tidy table, one line a figure")
+    parser.add_argument("--list", action="store_true", help="list the comparisons and stop")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for name, function in COMPARISONS.items():
+            print(f"{name:10}{(function.__doc__ or '').splitlines()[0]}")
+        return
+    for name in options.names:
+        if name not in COMPARISONS:
+            parser.error(f"unknown comparison {name!r}; the comparisons are {known}")
+    reports: list[Report] = []
+    with threads(THREADS) as used:
+        about = environment() | {"threads": used, "quick": str(options.quick)}
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
+        for name in options.names or COMPARISONS:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            reports.append(COMPARISONS[name](options.quick))
+            print(f"\n{reports[-1]}", flush=True)
+            # Written again after each comparison: what was measured is kept if a later one is stopped.
+            if options.json:
+                write_json(options.json, reports, about)
+            if options.csv:
+                write_csv(options.csv, reports, about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,472 @@
+"""The command line: parse, call the library, print.
+
+Bad input ends with exit code 2 and one line on stderr. With ``--json`` stdout has JSON and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import mumoe_tensor as mt
+from mumoe_tensor.formats import Format, mode_names
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from typer.core import TyperGroup
+except ImportError as missing:
+    # The module is nothing but the command: a traceback would tell its user less.
+    print("mumoe-tensor: the command line needs an extra; pip install 'mumoe_tensor[cli]'.", file=sys.stderr)
+    raise SystemExit(2) from missing
+
+#: What typer raises for a line it cannot parse. It exports only this subclass of it.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class OneLineErrors(TyperGroup):
+    """A group of commands that tells of bad input in one line."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        run = partial(super().main, *args, **extra)
+        if not standalone_mode:
+            return run(standalone_mode=False)
+        try:
+            code = run(standalone_mode=False)
+        except (typer.Abort, KeyboardInterrupt):
+            code = _fail("interrupted.", 130)
+        except _UsageError as error:
+            told: Any = error
+            command = told.ctx.command_path if told.ctx else "mumoe-tensor"
+            code = _fail(f"{told.format_message().rstrip('.')}; see '{command} --help'.", 2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Multilinear mixture-of-experts layers: formats, plans, costs, ranks, and the study of a layer.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FormatName = Annotated[
+    str, typer.Argument(help="Name of the format; `mumoe-tensor formats` lists them.", show_default=False)
+]
+Experts = Annotated[
+    str, typer.Option(help="Number of experts, levels as 64x64, or none for no level.", show_default=False)
+]
+InFeatures = Annotated[int, typer.Option(help="Size of the input.", show_default=False)]
+OutFeatures = Annotated[int, typer.Option(help="Size of the output.", show_default=False)]
+Hidden = Annotated[
+    int | None, typer.Option(help="Count two layers with this size between them.", show_default=False)
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(help="One number a bond, e.g. 64,128,128; see `mumoe-tensor formats`.", show_default=False),
+]
+OpenRank = Annotated[
+    str | None,
+    typer.Option(
+        help="One number a bond, ? for the one to solve, e.g. 4,4,?; by default the format's convention.",
+        show_default=False,
+    ),
+]
+Batch = Annotated[int, typer.Option(help="Number of inputs.")]
+Bias = Annotated[bool, typer.Option("--bias/--no-bias", help="The input has a bias row.")]
+Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="Count the gate.")]
+Minimize = Annotated[str, typer.Option(help="time, flops or peak.")]
+Implementation = Annotated[str, typer.Option(help="factorized, reconstructed or auto.")]
+MemoryLimit = Annotated[
+    int | None,
+    typer.Option(help="Largest intermediate, in elements, or in bytes of --dtype.", show_default=False),
+]
+Constants = Annotated[
+    str | None,
+    typer.Option(help="weights: make products of weights alone ahead, uncounted.", show_default=False),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Count bytes of float64, float32, bfloat16 or float16 instead of elements.", show_default=False
+    ),
+]
+Parameters = Annotated[str, typer.Option(help="The budget: a number, or match for that of the dense layer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Print the version, or help where no command is named."""
+    if version:
+        print(mt.__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """List the formats: their factors, the entries of a rank, and their parameters.
+
+    Shown for one level of experts, of sizes N experts, I inputs (with the bias row), O outputs.
+
+    Example: `mumoe-tensor formats`
+    """
+    found = [_declared(format) for format in mt.formats().values()]
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("format", "title", "factors", "rank", "parameters")
+    for entry in found:
+        # One line a factor, its parameters beside it.
+        terms = entry["parameters"].replace(" + ", "\n+ ")
+        units = "\n" * (len(entry["factors"]) - len(terms.splitlines()))
+        rank = ", ".join(entry["rank"]) or "none"
+        table.add_row(
+            entry["name"], entry["title"], "\n".join(entry["factors"]), rank, units + terms, end_section=True
+        )
+    Console().print(table)
+
+
+@app.command()
+def plan(
+    format: FormatName,
+    experts: Experts,
+    in_features: InFeatures,
+    out_features: OutFeatures,
+    rank: Rank = None,
+    batch: Batch = 1,
+    bias: Bias = False,
+    minimize: Minimize = "time",
+    implementation: Implementation = "factorized",
+    memory_limit: MemoryLimit = None,
+    constants: Constants = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Show the pairwise products of a forward pass, with their FLOPs and memory.
+
+    Example: `mumoe-tensor plan tucker --experts 256 --in-features 768
+    --out-features 768 --rank 64,128,128 --batch 8192`
+    """
+    with _bad_input():
+        planned = mt.plan(
+            format,
+            experts=_experts(experts),
+            in_features=in_features,
+            out_features=out_features,
+            rank=_known_rank(rank),
+            batch=batch,
+            bias=bias,
+            minimize=minimize,  # type: ignore[arg-type]  # the library says what it may be
+            implementation=implementation,  # type: ignore[arg-type]
+            memory_limit=memory_limit,
+            constants=constants,  # type: ignore[arg-type]
+            dtype=dtype,
+        )
+    if as_json:
+        _print_json({"format": format, **_plan_figures(planned)})
+    else:
+        print(planned)
+
+
+@app.command()
+def cost(
+    format: FormatName,
+    experts: Experts,
+    in_features: InFeatures,
+    out_features: OutFeatures,
+    hidden: Hidden = None,
+    rank: Rank = None,
+    batch: Batch = 1,
+    bias: Bias = False,
+    gate: Gate = False,
+    minimize: Minimize = "time",
+    implementation: Implementation = "factorized",
+    memory_limit: MemoryLimit = None,
+    constants: Constants = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a layer, or a block of two, costs: parameters, FLOPs, memory, expert rank.
+
+    Example: `mumoe-tensor cost cp --experts 256 --in-features 768 --hidden 3072
+    --out-features 768 --rank 556 --bias --gate`
+    """
+    with _bad_input():
+        found = mt.cost(
+            format,
+            experts=_experts(experts),
+            in_features=in_features,
+            out_features=out_features,
+            hidden=hidden,
+            rank=_known_rank(rank),
+            batch=batch,
+            bias=bias,
+            gate=gate,
+            minimize=minimize,  # type: ignore[arg-type]
+            implementation=implementation,  # type: ignore[arg-type]
+            memory_limit=memory_limit,
+            constants=constants,  # type: ignore[arg-type]
+            dtype=dtype,
+        )
+    total = {name: getattr(found, name) for name in _COST}
+    layers = [
+        {name: getattr(layer if hasattr(layer, name) else layer.plan, name) for name in _COST}
+        for layer in found.layers
+    ]
+    unit = "bytes" if dtype else "elements"
+    if as_json:
+        gate_figures = {"gate_parameters": found.gate_parameters, "gate_flops": found.gate_flops}
+        _print_json({"format": format, **total, **gate_figures, "unit": unit, "layers": layers})
+        return
+    sizes = [n for n in (in_features, hidden, out_features) if n is not None]
+    gate_column: dict[str, int] = {"parameters": found.gate_parameters, "flops": found.gate_flops}
+    columns = dict(zip((f"{i} → {o}" for i, o in pairwise(sizes)), layers, strict=True))
+    table = _table(
+        "",
+        *columns,
+        *(["gate"] if gate else []),
+        "total",
+        title=f"{format}, batch {batch:,}; memory in {unit}",
+    )
+    for name, title in _COST.items():
+        values = [*(layer[name] for layer in layers), *([gate_column.get(name)] if gate else []), total[name]]
+        table.add_row(title, *("" if value is None else f"{value:,}" for value in values))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console().print(table)
+
+
+@app.command()
+def fit(
+    format: FormatName,
+    experts: Experts,
+    in_features: InFeatures,
+    out_features: OutFeatures,
+    hidden: Hidden = None,
+    rank: OpenRank = None,
+    parameters: Parameters = "match",
+    bias: Bias = False,
+    gate: Gate = False,
+    rounding: Annotated[str, typer.Option(help="up, down or nearest.")] = "up",
+    as_json: Json = False,
+) -> None:
+    """Find the rank at which a layer has a given number of parameters.
+
+    Example: `mumoe-tensor fit tr --experts 64 --in-features 768 --out-features 1000
+    --rank 4,4,? --parameters 769000 --bias --gate`
+    """
+    sizes: dict[str, Any] = {"in_features": in_features, "hidden": hidden, "out_features": out_features}
+    with _bad_input():
+        layer: dict[str, Any] = {**sizes, "experts": _experts(experts), "bias": bias, "gate": gate}
+        wanted = _budget(parameters)
+        fitted = mt.fit_rank(
+            format,
+            rank=_rank(rank),
+            parameters=wanted,
+            rounding=rounding,  # type: ignore[arg-type]
+            **layer,
+        )
+        found = mt.cost(format, rank=fitted, **layer)
+    entries = [fitted] if isinstance(fitted, int) else list(fitted)
+    budget = mt.dense_parameters(**sizes, bias=bias) if wanted == "match" else wanted
+    if as_json:
+        result = {"format": format, "rank": entries, "parameters": found.parameters, "budget": budget}
+        _print_json({**result, "gate_parameters": found.gate_parameters})
+        return
+    print(f"rank {','.join(map(str, entries))}")
+    share = f", of which the gate {found.gate_parameters:,}" if gate else ""
+    print(f"{found.parameters:,} parameters{share}; the budget is {budget:,}")
+
+
+@app.command()
+def study(
+    layer: Annotated[
+        str, typer.Option(help="gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.")
+    ] = "gpt2-mlp",
+    experts: Annotated[
+        str | None, typer.Option(help="Number of experts, or levels as 64x64.", show_default="the layer's")
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Names with commas between, e.g. cp,tr.", show_default="all")
+    ] = None,
+    parameters: Parameters = "match",
+    batch: Annotated[
+        int | None, typer.Option(help="Inputs of a forward pass.", show_default="1024; quick 32")
+    ] = None,
+    repetitions: Annotated[int | None, typer.Option(help="Timed rounds.", show_default="25; quick 3")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for the rounds on each backend.")] = 30.0,
+    memory: Annotated[float, typer.Option(help="A forward that needs more GiB is not run.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A small batch and few repetitions.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/study"),
+    as_json: Json = False,
+) -> None:
+    """Compare every format with a published dense layer at the same parameters.
+
+    Fits the ranks, counts parameters, FLOPs, memory and expert rank, and times the forward pass on NumPy and
+    torch beside the dense layer. Leaves a table (CSV) and a picture (PNG, SVG).
+
+    Example: `mumoe-tensor study --layer gpt2-mlp --experts 256`
+    """
+    from mumoe_tensor import study as studies
+
+    with _bad_input():
+        sweep = studies.prepare(
+            layer,
+            experts=None if experts is None else _experts(experts),
+            formats=None if formats is None else [name.strip() for name in formats.split(",")],
+            parameters=_budget(parameters),
+            batch=batch,
+            repetitions=repetitions,
+            seconds=seconds,
+            memory=memory,
+            seed=seed,
+            quick=quick,
+        )
+        studies.check_output(out)
+    with _progress(sweep.title) as progress:
+        found = studies.measure(sweep, progress)
+    with _bad_input():
+        paths = studies.write(found, out)
+    if as_json:
+        _print_json({**studies.to_json(found), "files": [str(path) for path in paths]})
+        return
+    console = Console()
+    for table in studies.tables(found):
+        console.print(table)
+    for note in studies.notes(found):
+        console.print(f"• {note}", highlight=False, markup=False)
+    print("\nWritten to " + ", ".join(map(str, paths)))
+
+
+#: Figures of a cost, and how they are written.
+_COST = {
+    "parameters": "parameters",
+    "flops": "FLOPs",
+    "reference_flops": "FLOPs, closed form",
+    "write": "written",
+    "size": "largest intermediate",
+    "peak": "peak",
+    "saved": "saved for backward",
+    "max_expert_rank": "largest expert rank",
+}
+
+
+def _fail(message: str, code: int) -> int:
+    print("mumoe-tensor: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """Make the library's complaint, or the operating system's about a path, one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise typer.Exit(_fail(str(error), 2)) from error
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(*headings: str, title: str | None = None) -> Table:
+    return Table(*headings, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _experts(text: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    try:
+        return tuple(int(n) for n in text.split("x"))
+    except ValueError:
+        rule = "--experts must be a number, levels as 64x64, or none"
+        raise ValueError(f"{rule}, got {text!r}.") from None
+
+
+def _rank(text: str | None) -> tuple[int | None, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(None if r.strip() == "?" else int(r) for r in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--rank must be numbers with commas between, e.g. 64,128,128, got {text!r}."
+        ) from None
+
+
+def _known_rank(text: str | None) -> tuple[int, ...] | None:
+    entries = _rank(text)
+    if entries is None:
+        return None
+    known = tuple(r for r in entries if r is not None)
+    if len(known) < len(entries):
+        raise ValueError(f"every entry of --rank must be a number here, got {text!r}; `fit` solves for a ?.")
+    return known
+
+
+def _budget(text: str) -> Any:
+    if text == "match":
+        return text
+    try:
+        return int(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise ValueError(f"--parameters must be a number or match, got {text!r}.") from None
+
+
+def _declared(format: Format) -> dict[str, Any]:
+    """A format in words, for one level of experts."""
+    names = dict(zip(mode_names(1), "NIO", strict=True))
+    factors = format.declaration(1)
+    held = [f for f in factors if not f.unit]
+    return {
+        "name": format.name,
+        "title": format.title,
+        "factors": [" ".join(names.get(x, x) for x in f.indices) + " (ones)" * f.unit for f in factors],
+        "rank": list(format.bonds(1)),
+        "parameters": " + ".join("·".join(names.get(x, x) for x in f.indices) for f in held),
+    }
+
+
+def _plan_figures(planned: mt.ContractionPlan) -> dict[str, Any]:
+    figures = ("flops", "write", "copied", "size", "peak", "saved")
+    steps = ("equation", "kind", "shape", "flops", "write", "copied", "saved", "live")
+
+    def told(found: Any) -> list[dict[str, Any]]:
+        return [{name: getattr(step, name) for name in steps} for step in found]
+
+    return {
+        "implementation": planned.implementation,
+        "minimize": planned.minimize,
+        "batch": planned.batch,
+        **{name: getattr(planned, name) for name in figures},
+        "unit": "bytes" if planned.dtype else "elements",
+        "steps": told(planned.steps),
+        "constant_steps": told(planned.constant_steps),
+    }
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Any]:
+    """A progress bar on stderr, where somebody looks at it."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)

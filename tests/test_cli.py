@@ -1,0 +1,311 @@
+"""The command line says what the library says, and tells of bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mumoe_tensor as mt
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from mumoe_tensor.cli import app
+
+PLAN = "plan tucker --experts 256 --in-features 768 --out-features 768 --rank 64,128,128 --batch 8192"
+COST = "cost cp --experts 256 --in-features 768 --hidden 3072 --out-features 768 --rank 556 --bias --gate"
+FIT = (
+    "fit tr --experts 64 --in-features 768 --out-features 1000 --rank 4,4,? --parameters 769000 --bias --gate"
+)
+SMALL = "--experts 4 --in-features 3 --out-features 2"
+
+
+def run(line: str) -> str:
+    """Output of a command that succeeds, with nothing on stderr."""
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def figures(line: str) -> object:
+    """What a command prints with ``--json``: the whole of stdout must be JSON."""
+    return json.loads(run(f"{line} --json"))
+
+
+# ---- every command ----------------------------------------------------------------------------------------
+
+
+def test_formats_are_the_registered_ones() -> None:
+    found = figures("formats")
+    assert [entry["name"] for entry in found] == list(mt.formats())
+    for entry, format in zip(found, mt.formats().values(), strict=True):
+        assert entry["title"] == format.title
+        assert entry["rank"] == list(format.bonds(1))
+        assert len(entry["factors"]) == len(format.declaration(1))
+        # The closed form, evaluated, is the number of parameters.
+        rank = tuple(range(2, 2 + len(format.bonds(1))))
+        values = {"N": 7, "I": 11, "O": 13, **dict(zip(format.bonds(1), rank, strict=True))}
+        counted = eval(entry["parameters"].replace("·", "*"), {}, values)
+        told = mt.cost(format, experts=7, in_features=11, out_features=13, rank=rank)
+        assert counted == told.parameters
+    table = run("formats")
+    for format in mt.formats().values():
+        assert format.name in table and format.title in table
+    assert "b1 N b2" in table and "+ b2·I·b3" in table
+
+
+def test_plan() -> None:
+    expected = mt.plan(
+        "tucker", experts=256, in_features=768, out_features=768, rank=(64, 128, 128), batch=8192
+    )
+    assert run(PLAN).strip() == str(expected).strip()
+    found = figures(PLAN)
+    for name in ("flops", "write", "copied", "size", "peak", "saved"):
+        assert found[name] == getattr(expected, name)
+    assert [step["equation"] for step in found["steps"]] == [step.equation for step in expected.steps]
+    assert [tuple(step["shape"]) for step in found["steps"]] == [step.shape for step in expected.steps]
+    assert sum(step["flops"] for step in found["steps"]) == found["flops"]
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        ("--minimize peak", {"minimize": "peak"}),
+        ("--implementation reconstructed", {"implementation": "reconstructed"}),
+        ("--constants weights", {"constants": "weights"}),
+        ("--dtype float32", {"dtype": "float32"}),
+        ("--memory-limit 20000", {"memory_limit": 20_000}),
+        ("--bias", {"bias": True}),
+    ],
+)
+def test_every_option_of_plan_reaches_the_library(options: str, keywords: dict) -> None:
+    sizes = {"experts": (8, 6), "in_features": 24, "out_features": 20, "rank": (3, 5, 7, 6), "batch": 64}
+    expected = mt.plan("tucker", **sizes, **keywords)
+    plain = "plan tucker --experts 8x6 --in-features 24 --out-features 20 --rank 3,5,7,6 --batch 64"
+    found = figures(f"{plain} {options}")
+    for name in ("flops", "write", "size", "peak", "saved", "implementation"):
+        assert found[name] == getattr(expected, name)
+    assert len(found["constant_steps"]) == len(expected.constant_steps)
+    assert run(f"{plain} {options}").strip() == str(expected).strip()
+
+
+def test_cost() -> None:
+    expected = mt.cost(
+        "cp", experts=256, in_features=768, hidden=3072, out_features=768, rank=556, bias=True, gate=True
+    )
+    found = figures(COST)
+    names = ("parameters", "flops", "reference_flops", "write", "size", "peak", "saved", "max_expert_rank")
+    for name in (*names, "gate_parameters", "gate_flops"):
+        assert found[name] == getattr(expected, name), name
+    assert [layer["parameters"] for layer in found["layers"]] == [x.parameters for x in expected.layers]
+    assert [layer["flops"] for layer in found["layers"]] == [x.plan.flops for x in expected.layers]
+    table = run(COST)
+    for name in names:
+        assert f"{getattr(expected, name):,}" in table
+    assert "768 → 3072" in table and "3072 → 768" in table
+
+
+def test_cost_without_levels_gate_or_hidden_size() -> None:
+    found = figures("cost dense --experts none --in-features 9 --out-features 5 --bias --dtype float16")
+    assert found["parameters"] == 50 and found["gate_parameters"] == 0 and found["unit"] == "bytes"
+    assert "gate" not in run("cost dense --experts none --in-features 9 --out-features 5")
+
+
+def test_fit() -> None:
+    found = figures(FIT)
+    sizes = {"experts": 64, "in_features": 768, "out_features": 1000, "bias": True, "gate": True}
+    rank = mt.fit_rank("tr", rank=(4, 4, None), parameters=769_000, **sizes)
+    assert tuple(found["rank"]) == rank
+    assert found["parameters"] == mt.cost("tr", rank=rank, **sizes).parameters
+    assert found["budget"] == 769_000 and found["gate_parameters"] == 64 * 768
+    text = run(FIT)
+    assert f"rank {','.join(map(str, rank))}\n" in text and f"{found['parameters']:,}" in text
+
+
+def test_fit_matches_the_dense_block_and_rounds() -> None:
+    line = "fit cp --experts 16 --in-features 40 --hidden 50 --out-features 30 --bias --gate --rounding"
+    ranks = [figures(f"{line} {rounding}")["rank"] for rounding in ("down", "up")]
+    assert ranks[1][0] == ranks[0][0] + 1
+    assert figures(f"{line} down")["budget"] == 41 * 50 + 51 * 30
+    below, above = (figures(f"{line} {r}")["parameters"] for r in ("down", "up"))
+    assert below < 41 * 50 + 51 * 30 < above
+
+
+def test_study(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    line = (
+        f"study --layer mixer-s16-token --experts 4 --formats cp,hadamard --quick --batch 2 --out {tmp_path}"
+    )
+    found = figures(line)
+    assert [Path(file).name for file in found["files"]] == ["results.csv", "study.png", "study.svg"]
+    assert all(Path(file).stat().st_size > 0 for file in found["files"])
+    sizes = {"experts": 4, "in_features": 196, "hidden": 256, "out_features": 196, "bias": True, "gate": True}
+    rank = mt.fit_rank("cp", rounding="nearest", **sizes)
+    rows = [row for row in found["rows"] if row["name"] == "cp"]
+    assert rows
+    for row in rows:
+        assert row["parameters"] == mt.cost("cp", rank=rank, **sizes).parameters
+    assert {row["name"] for row in found["rows"]} == {"baseline", "cp", "hadamard"}
+    text = run(line)
+    assert f"{rows[0]['parameters']:,}" in text and f"{tmp_path}/results.csv" in text.replace("\n", "")
+
+
+def test_version_and_help() -> None:
+    assert run("--version") == f"{mt.__version__}\n"
+    assert "Usage" in run("") and "Usage" in run("--help")
+    for command in ("formats", "plan", "cost", "fit", "study"):
+        assert command in run("--help")
+        told = " ".join(run(f"{command} --help").split())
+        assert f"Example: mumoe-tensor {command}" in told and "--json" in told
+
+
+def test_help_of_the_study_names_its_layers() -> None:
+    from mumoe_tensor.study import LAYERS
+
+    told = run("study --help")
+    for name in LAYERS:
+        assert name in told
+
+
+@pytest.mark.parametrize("command", [PLAN, COST, FIT, "study"])
+def test_examples_in_the_help_are_the_documented_ones(command: str) -> None:
+    told = "".join(run(f"{command.split()[0]} --help").split())
+    assert "".join(f"mumoe-tensor {command}".split()) in told
+
+
+# ---- bad input --------------------------------------------------------------------------------------------
+
+BAD = [
+    ("nonsense", "nonsense"),
+    ("plan", "Missing argument"),
+    ("plan cp", "--experts"),
+    ("plan --no-such-option", "--no-such-option"),
+    (f"plan nope {SMALL} --rank 2", "'cp', 'dense', 'hadamard', 'tr', 'tt', 'tucker'"),
+    (f"plan cp {SMALL}", "has 1 entries, (r,), got None"),
+    (f"plan cp {SMALL} --rank 2,3", "got (2, 3)"),
+    (f"plan cp {SMALL} --rank two", "--rank must be numbers"),
+    (f"plan cp {SMALL} --rank ?", "every entry of --rank must be a number"),
+    (f"plan cp {SMALL} --rank 0", "every rank must be positive, got 0"),
+    (f"plan cp {SMALL} --rank 2 --minimize speed", "'time', 'flops', 'peak', got 'speed'"),
+    (f"plan cp {SMALL} --rank 2 --implementation fast", "'factorized', 'reconstructed', 'auto'"),
+    (f"plan cp {SMALL} --rank 2 --constants all", "'weights'"),
+    (f"plan cp {SMALL} --rank 2 --dtype int8", "'float64', 'float32', 'bfloat16', 'float16'"),
+    (f"plan cp {SMALL} --rank 2 --batch -1", "batch must be positive, got -1"),
+    (f"plan cp {SMALL} --rank 2 --batch many", "--batch"),
+    (f"plan cp {SMALL} --rank 2 --memory-limit 1 --batch 9", "memory_limit"),
+    (
+        "plan cp --experts 4y4 --in-features 3 --out-features 2 --rank 2",
+        "levels as 64x64, or none, got '4y4'",
+    ),
+    ("plan cp --experts 4x --in-features 3 --out-features 2 --rank 2", "got '4x'"),
+    ("plan cp --experts 0 --in-features 3 --out-features 2 --rank 2", "must be positive, got 0"),
+    ("plan cp --experts 4 --in-features 0 --out-features 2 --rank 2", "in_features must be positive, got 0"),
+    ("cost cp --experts 4 --in-features 3 --out-features 2 --hidden 0 --rank 2", "hidden must be positive"),
+    (f"cost nope {SMALL} --rank 2", "unknown format 'nope'"),
+    (f"cost dense {SMALL} --rank 2", "no entries"),
+    (f"fit hadamard {SMALL}", "hadamard"),
+    (f"fit cp {SMALL} --rank 3", "exactly one entry of the rank must be None"),
+    (f"fit tr {SMALL} --rank ?,?,2", "exactly one entry of the rank must be None"),
+    (f"fit cp {SMALL} --parameters lots", "--parameters must be a number or match, got 'lots'"),
+    (f"fit cp {SMALL} --parameters 0", "parameters must be positive, got 0"),
+    (f"fit cp {SMALL} --rounding off", "'up', 'down', 'nearest', got 'off'"),
+    ("fit tr --experts 2000 --in-features 768 --out-features 1000 --gate", "the gate alone has 1,536,000"),
+    ("study --layer gpt5", "'gpt2-mlp', 'clip-head'"),
+    ("study --formats cp,nope", "unknown format 'nope'"),
+    ("study --formats cp --experts many", "--experts must be a number"),
+    ("study --batch 0", "batch must be positive, got 0"),
+    ("study --repetitions 0", "repetitions must be positive, got 0"),
+    ("study --seconds 0", "seconds must be positive, got 0"),
+    ("study --memory -1", "memory must be positive, got -1"),
+    ("study --seed -1", "seed must not be negative, got -1"),
+    ("study --parameters some", "--parameters must be a number or match"),
+    ("study --parameters 10 --formats cp,tr", "some format must fit the budget"),
+]
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+@pytest.mark.parametrize(("line", "told"), BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    line: str, told: str, json_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, line.split() + ["--json"] * json_too)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("mumoe-tensor: ") and result.stderr.endswith("\n")
+    assert result.stderr.count("\n") == 1
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("here first")
+    result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "file" in result.stderr
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+def test_a_study_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mumoe_tensor.study as study
+
+    monkeypatch.setattr(study, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "mumoe_tensor[study]" in result.stderr
+    assert result.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_ours_is_not_passed_off_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **keywords: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(mt, "plan", broken)
+    result = CliRunner().invoke(app, PLAN.split())
+    assert isinstance(result.exception, RuntimeError)
+
+
+# ---- as a process -----------------------------------------------------------------------------------------
+
+
+def process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_command_runs_and_loads_no_torch_for_a_plan() -> None:
+    code = (
+        "import atexit, sys\n"
+        "from mumoe_tensor.cli import app\n"
+        "atexit.register(lambda: print(sorted({'torch', 'jax', 'matplotlib'} & set(sys.modules)),"
+        " file=sys.stderr))\n"
+        "app()"
+    )
+    done = process(code, *PLAN.split(), "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["batch"] == 8192
+    assert done.stderr == "[]\n"
+    done = process(code, "plan", "nope", *SMALL.split())
+    assert done.returncode == 2 and done.stdout == ""
+    first, last = done.stderr.splitlines()
+    assert first.startswith("mumoe-tensor: unknown format 'nope'") and last == "[]"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_extra_the_command_names_it(missing: str) -> None:
+    done = process(f"import sys; sys.modules[{missing!r}] = None\nfrom mumoe_tensor.cli import app")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "mumoe_tensor[cli]" in done.stderr
+
+
+def test_the_installed_command_is_this_one() -> None:
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="console_scripts", name="mumoe-tensor")
+    assert entry.load() is app

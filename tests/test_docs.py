@@ -1,0 +1,210 @@
+"""What README, docs and docstrings say is run and compared with the code."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mumoe_tensor as mt
+from mumoe_tensor.formats import base
+from mumoe_tensor.testing import check_format
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+BLOCK_TERM = ROOT / "docs" / "how-to" / "block_term.py"
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(mt.__path__, "mumoe_tensor.")
+    if not module.name.endswith("__main__")
+]
+#: Blocks of other languages (sh, text) are not run.
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def library_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the library's formats at first, and no trace of those that a page or a test registers."""
+    own = {
+        name: format
+        for name, format in mt.formats().items()
+        if type(format).__module__.startswith("mumoe_tensor.")
+    }
+    monkeypatch.setattr(base, "_registry", own)
+
+
+@pytest.fixture
+def block_term(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(BLOCK_TERM.parent)
+    sys.modules.pop("block_term", None)
+    yield importlib.import_module("block_term")
+    sys.modules.pop("block_term", None)
+
+
+def python_blocks(path: Path) -> list[tuple[int, str]]:
+    """Line number and source of every Python block of a page."""
+    text = path.read_text(encoding="utf-8")
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in PYTHON.finditer(text)]
+
+
+def run_page(path: Path) -> int:
+    """Run the Python blocks of a page, one after the other in one namespace; return how many there are."""
+    namespace: dict[str, Any] = {"__name__": "page"}
+    runner = doctest.DocTestRunner(optionflags=doctest.REPORT_NDIFF, verbose=False)
+    report = StringIO()
+    blocks = python_blocks(path)
+    for line, source in blocks:
+        if not source.startswith(">>>"):
+            exec(compile("\n" * line + source, str(path), "exec"), namespace)
+            continue
+        test = doctest.DocTestParser().get_doctest(source, namespace, path.name, str(path), line)
+        runner.run(test, out=report.write, clear_globs=False)
+        namespace.update(test.globs)
+    assert not runner.failures, report.getvalue()
+    return len(blocks)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_page_runs(page: Path, block_term: ModuleType) -> None:
+    run_page(page)
+
+
+def test_pages_are_found() -> None:
+    names = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES}
+    assert {"index.md", "design.md", "explanation/planner.md", "how-to/declare-a-format.md"} <= names
+    assert sum(len(python_blocks(page)) for page in PAGES) > 30
+
+
+def test_a_wrong_page_fails(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\n>>> n = 1\n```\n\n```python\n>>> n + 1\n3\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"page\.md"):
+        run_page(page)
+
+
+def test_readme_snippet_runs() -> None:
+    printed = StringIO()
+    namespace: dict[str, Any] = {}
+    ((_, source),) = python_blocks(README)
+    with redirect_stdout(printed):
+        exec(compile(source, str(README), "exec"), namespace)
+    assert namespace["y"].shape == (5, 20)
+    z, a, weight = namespace["z"], namespace["a"], np.asarray(mt.to_dense(namespace["W"]))
+    expected = np.einsum("bn,bi,nio->bo", a, np.pad(z, ((0, 0), (0, 1)), constant_values=1), weight)
+    np.testing.assert_allclose(namespace["y"], expected, atol=1e-12)
+    assert printed.getvalue().strip() == str(namespace["plan"])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(verbose=False)
+    report = StringIO()
+    for test in finder.find(module, name):
+        runner.run(test, out=report.write)
+    assert not runner.failures, report.getvalue()
+
+
+def test_public_names_are_in_the_reference() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name == "reference")
+    documented = set(re.findall(r"^\.\. auto(?:function|class):: (\w+)$", pages, re.MULTILINE))
+    assert set(mt.__all__) <= documented
+
+
+# ---- the table of formats -----------------------------------------------------------------------------
+
+
+def readme_table() -> dict[str, dict[str, str]]:
+    """The table of formats in the README: a row a format, a cell a column."""
+    section = README.read_text(encoding="utf-8").split("<!-- formats -->")[1].split("<!-- /formats -->")[0]
+    head, _, *rows = (line for line in section.splitlines() if line.startswith("|"))
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    table = [[cell.replace("`", "").strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0]: dict(zip(columns, row, strict=True)) for row in table}
+
+
+TABLE = readme_table()
+
+
+def evaluated(formula: str, sizes: dict[str, int]) -> int:
+    return int(eval(formula.replace("·", "*"), {"__builtins__": {}, "min": min}, sizes))
+
+
+def test_table_has_every_format() -> None:
+    assert sorted(TABLE) == sorted(mt.formats())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_table_names_factors_and_rank(name: str) -> None:
+    format = mt.get_format(name)
+    factors = [" ".join(f.indices) for f in format.declaration(1) if not f.unit]
+    assert TABLE[name]["factors"] == ", ".join(factors)
+    assert TABLE[name]["rank"] == f"({', '.join(format.bonds(1))})"
+
+
+@pytest.mark.parametrize("name", TABLE)
+@settings(max_examples=max(10, settings().max_examples // 2))
+@given(data=st.data())
+def test_table_formulas(name: str, data: st.DataObject) -> None:
+    format = mt.get_format(name)
+    size = st.integers(1, 30)
+    n, i, o = (data.draw(size, label=mode) for mode in ("n1", "i", "o"))
+    rank = tuple(data.draw(size, label=bond) for bond in format.bonds(1))
+    bias = data.draw(st.booleans(), label="bias")
+    sizes = format.sizes((n, i, o), rank)
+    cost = mt.cost(name, experts=n, in_features=i, out_features=o, rank=rank, bias=bias, minimize="flops")
+    row = TABLE[name]
+    assert evaluated(row["parameters"], {**sizes, "i": i + bias}) == cost.parameters
+    assert evaluated(row["FLOPs of one input"], sizes) == cost.reference_flops >= cost.flops
+    assert evaluated(row["max rank of an expert"], sizes) == cost.max_expert_rank
+    weight = mt.FactorizedTensor.random(
+        name, experts=n, in_features=i, out_features=o, rank=rank, bias=bias, seed=0
+    )
+    assert sum(prod(factor.shape) for factor in weight.arrays) == cost.parameters
+
+
+# ---- a format declared outside the package -------------------------------------------------------------
+
+
+def test_block_term_is_short() -> None:
+    assert len(BLOCK_TERM.read_text(encoding="utf-8").splitlines()) < 30
+
+
+@settings(max_examples=max(10, settings().max_examples // 2), deadline=None)
+@given(data=st.data())
+def test_block_term_is_the_block_term_decomposition(data: st.DataObject) -> None:
+    """Against the definition written out, not against anything derived from the declaration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BLOCK_TERM.parent)
+        format = importlib.import_module("block_term").BlockTerm()
+    size = st.integers(1, 4)
+    n, i, o, k, *ranks = (data.draw(size) for _ in range(7))
+    weight = mt.FactorizedTensor.random(
+        format, experts=n, in_features=i, out_features=o, rank=(k, *ranks), seed=data.draw(size)
+    )
+    core, *factors = weight.arrays
+    expected = np.zeros((n, i, o))
+    for block in range(k):
+        u, v, w = (factor[:, block] for factor in factors)
+        expected += np.einsum("pqs,np,iq,os->nio", core[block], u, v, w)
+    np.testing.assert_allclose(mt.to_dense(weight), expected, atol=1e-12)
+
+
+def test_block_term_has_every_property(block_term: ModuleType) -> None:
+    check_format("block-term")

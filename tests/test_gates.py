@@ -1,0 +1,508 @@
+"""Gates against a float64 bisection, on every backend and for rows that are hard."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mumoe_tensor import gates
+from mumoe_tensor.backend import backend_of, dtype_name
+
+entmax = pytest.importorskip("entmax")
+torch = pytest.importorskip("torch")
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+K = 3
+INF, NAN = np.inf, np.nan
+
+
+def top_3(x: Any, axis: int = -1) -> Any:
+    return gates.top_k(x, min(K, x.shape[axis]), axis)
+
+
+GATES = {**gates.GATES, "top_k": top_3}
+BACKENDS = ("numpy", "torch", "jax")
+DTYPES = {
+    "numpy": ("float16", "float32", "float64"),
+    "torch": ("float16", "bfloat16", "float32", "float64"),
+    "jax": ("float16", "bfloat16", "float32", "float64"),
+}
+every_gate = pytest.mark.parametrize("gate", GATES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def _x64_is_left_alone() -> Iterator[None]:
+    before = jax.config.read("jax_enable_x64")
+    yield
+    assert jax.config.read("jax_enable_x64") == before
+
+
+def array(backend: str, x: Any, dtype: str = "float32") -> Any:
+    """Call it for float64 on JAX under ``jax.enable_x64(True)``."""
+    if backend == "torch":
+        return torch.tensor(x).to(getattr(torch, dtype))
+    return jnp.asarray(x, dtype) if backend == "jax" else np.asarray(x, dtype)
+
+
+def numpy(x: Any) -> np.ndarray:
+    """Any array as NumPy's float64."""
+    return np.asarray(x.detach().double() if isinstance(x, torch.Tensor) else x, np.float64)
+
+
+def on(backend: str, gate: Callable) -> Callable:
+    """The gate, compiled on JAX, where each new shape would take seconds otherwise."""
+    return jax.jit(gate, static_argnums=1) if backend == "jax" else gate
+
+
+def run(gate: Callable, backend: str, x: Any, dtype: str = "float32", axis: int = -1) -> np.ndarray:
+    with jax.enable_x64(dtype == "float64"):
+        return numpy(on(backend, gate)(array(backend, x, dtype), axis))
+
+
+# --------------------------------------------------------------------------------------------- oracles
+
+
+def bisection(x: np.ndarray, power: int) -> np.ndarray:
+    """Solve Σ max(x / power − τ, 0)^power = 1 for one row in float64."""
+    z = (x.astype(np.float64) - np.float64(x.max())) / power
+    near = z[z > -1]
+    low, high = -1.0, 0.0
+    for _ in range(55):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (np.maximum(near - middle, 0) ** power).sum() > 1 else (low, middle)
+    return np.maximum(z - low, 0) ** power
+
+
+def exponentials(x: np.ndarray, k: int | None = None) -> np.ndarray:
+    kept = np.argsort(-x.astype(np.float64), kind="stable")[:k]
+    e = np.zeros(x.shape)
+    e[kept] = np.exp(x[kept].astype(np.float64) - np.float64(x.max()))
+    return e / e.sum()
+
+
+ORACLES = {
+    "entmax15": partial(bisection, power=2),
+    "sparsemax": partial(bisection, power=1),
+    "softmax": exponentials,
+    "top_k": partial(exponentials, k=K),
+}
+
+
+# ------------------------------------------------------------------------------------------ nasty rows
+
+
+def slow(n: int, ratio: float, gap: float, first: float, second: float) -> np.ndarray:
+    """Clouds each smaller and closer than the one before: Newton's method loses one of them a step."""
+    left = np.floor(n * ratio ** np.arange(60))
+    counts = -np.diff(np.append(left[left >= 1], 0)).astype(int)
+    levels = np.concatenate([[0], np.cumsum(first * gap ** np.arange(len(counts) - 1))])
+    top = [min(second * levels[-1], 1), 1]
+    return np.concatenate([top[-min(n, 2) :], np.repeat(np.minimum(levels, 1), counts)])[:n]
+
+
+@cache
+def nasty(n: int) -> dict[str, np.ndarray]:
+    """Rows of size n in float32."""
+    rng = np.random.default_rng(n)
+    normal, uniform = rng.standard_normal(n), rng.random(n)
+    first = np.arange(n) == 0
+    half = (np.arange(n) % 2 == 0) | first
+    rows = {
+        "all equal": np.full(n, 0.3),
+        "normal": normal,
+        "offset 1e4": 1e4 + normal,
+        "offset -1e4": uniform - 1e4,
+        "every second masked": np.where(half, normal, -INF),
+        "all but one masked": np.where(first, 0.7, -INF),
+        "masked by the least float": np.where(half, normal, np.finfo(np.float32).min),
+        # The roots of one and of two equal large values, hit exactly by all others.
+        "ties at the threshold": np.where(first, 0.0, -2.0),
+        "ties at the threshold, sparsemax": np.where(first, 0.0, -1.0),
+        "ties at a rounded threshold": np.where(np.arange(n) < 2, 0.0, -np.sqrt(2)),
+        # The k-th largest has equals before and behind it.
+        "few values": np.round(normal),
+        "slow for entmax15": 2 * slow(n, 0.4, 0.49, 0.1, 0.7877),
+        "slow for sparsemax": slow(n, 0.6, 0.6, 0.05, 0.25),
+    }
+    for scale in (1e-6, 1e-3, 1e-1, 1e1, 1e3, 1e6):
+        rows[f"spread {scale:g}"] = scale * normal
+    for share in (0.01, 0.3, 0.9):
+        # A cloud that together has about this share of the mass, under one large value.
+        rows[f"cloud of {share:g}"] = np.where(
+            first, 2 * np.sqrt(1 - share), 2 * np.sqrt(share / n) + 1e-4 * uniform
+        )
+        rows[f"cloud of {share:g}, sparsemax"] = np.where(first, 1 - share, share / n + 1e-8 * uniform)
+        rows[f"tied cloud of {share:g}"] = np.where(first, 2.00003 - 2 * share, 0.1)
+    return {name: row.astype(np.float32) for name, row in rows.items()}
+
+
+@cache
+def expected(gate: str, n: int) -> np.ndarray:
+    return np.stack([ORACLES[gate](row) for row in nasty(n).values()])
+
+
+@every_gate
+@every_backend
+@pytest.mark.parametrize("n", [1, 2, 17, 64, 256, 4096])
+def test_nasty_rows(gate: str, backend: str, n: int) -> None:
+    p = run(GATES[gate], backend, np.stack(list(nasty(n).values())))
+    for name, ours, exact in zip(nasty(n), p, expected(gate, n), strict=True):
+        assert np.abs(ours - exact).max() <= 3e-7, name
+        assert abs(ours.sum() - 1) <= 2e-6, name
+        # What is zero is zero, unless the logit is within rounding of the threshold.
+        assert not (ours[exact == 0] > 1e-13).any(), name
+
+
+@every_backend
+@pytest.mark.parametrize("gate", ["entmax15", "sparsemax"])
+def test_a_million_entries(gate: str, backend: str) -> None:
+    n = 2**20
+    names = ["all equal", "every second masked", "spread 0.001", "spread 1e+06", f"slow for {gate}"]
+    for name in [
+        *names,
+        "offset -1e4",
+        "ties at the threshold",
+        "tied cloud of 0.01",
+        "cloud of 0.3, sparsemax",
+    ]:
+        row = nasty(n)[name]
+        p = run(GATES[gate], backend, row)
+        assert np.abs(p - large(gate, name)).max() <= 3e-7, name
+        assert abs(p.sum() - 1) <= 2e-6, name
+
+
+@cache
+def large(gate: str, name: str) -> np.ndarray:
+    return ORACLES[gate](nasty(2**20)[name])
+
+
+@every_gate
+def test_a_slow_axis(gate: str) -> None:
+    # NumPy adds along it one by one.
+    rows = np.stack([0.3 + 1e-4 * np.random.default_rng(0).random(2**18), np.full(2**18, 0.1)])
+    for row, p in zip(rows, run(GATES[gate], "numpy", rows.T, axis=0).T, strict=True):
+        np.testing.assert_allclose(p, ORACLES[gate](row.astype(np.float32)), atol=3e-7)
+        assert abs(p.sum() - 1) <= 2e-6
+
+
+@every_gate
+@every_backend
+def test_float64(gate: str, backend: str) -> None:
+    n = 256
+    p = run(GATES[gate], backend, np.stack(list(nasty(n).values())), "float64")
+    np.testing.assert_allclose(p, expected(gate, n), atol=1e-14, rtol=1e-13)
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [3, 1000, 4096])
+@pytest.mark.parametrize("gate", ["entmax15", "sparsemax"])
+def test_equals_the_entmax_package(gate: str, n: int) -> None:
+    x = 2 * torch.randn(16, n, generator=torch.Generator().manual_seed(n))
+    theirs = getattr(entmax, gate)(x, dim=-1)
+    torch.testing.assert_close(GATES[gate](x), theirs, atol=1e-6, rtol=0)
+
+
+@every_backend
+def test_known_values(backend: str) -> None:
+    def values(gate: Callable, x: list[float], *k: int) -> list[float]:
+        return numpy(on(backend, gate)(array(backend, x), *k)).round(4).tolist()
+
+    assert values(gates.entmax15, [-2, 0, 0.5]) == [0, 0.3260, 0.6740]
+    assert values(gates.sparsemax, [-2, 0, 0.5]) == [0, 0.25, 0.75]
+    assert values(gates.softmax, [0, np.log(3)]) == [0.25, 0.75]
+    assert values(gates.top_k, [1, np.log(3), 0, -1], 2) == [0.4754, 0.5246, 0, 0]
+    # The lowest index wins, also between equal logits on both sides of a larger one, and −0 equals 0.
+    assert values(gates.top_k, [0, 2, 2, 2, 2], 2) == [0, 0.5, 0.5, 0, 0]
+    assert values(gates.top_k, [1, 9, 1, 1], 3) == [0.0003, 0.9993, 0.0003, 0]
+    assert values(gates.top_k, [-0.0, 0.0, -0.0], 1) == [1, 0, 0]
+    # Logits that differ by less than the rounding of their distance to the largest.
+    assert values(gates.top_k, [1e-8, 2e-8, 1], 2) == [0, 0.2689, 0.7311]
+
+
+# ------------------------------------------------------------------------------------------- properties
+
+
+@st.composite
+def logits(draw: st.DrawFn, backend: str = "numpy", ties: bool = True) -> tuple[np.ndarray, int]:
+    """Logits and an axis, with masks, and with at least one entry in a row that is none."""
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    axis = draw(st.integers(0, len(shape)))
+    shape.insert(axis, draw(st.integers(1, 9)))
+    if backend == "jax":  # compiles for each
+        shape, axis = draw(st.sampled_from([([7], 0), ([2, 4, 3], 1), ([0, 3], 1)]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    x = rng.standard_normal(shape) * 10.0 ** draw(st.integers(-2, 2))
+    if ties and draw(st.booleans()):
+        x = x.round()
+    masked = rng.random(shape) < draw(st.sampled_from([0, 0.5, 1]))
+    np.moveaxis(masked, axis, -1)[..., -1] = False
+    x[masked] = -INF
+    return x, axis - draw(st.sampled_from([0, len(shape)]))
+
+
+def along(function: Callable, x: np.ndarray, axis: int) -> np.ndarray:
+    return np.apply_along_axis(function, axis, x) if x.size else x
+
+
+@every_gate
+@every_backend
+@given(data=st.data())
+def test_equals_the_oracle_and_keeps_all_else(gate: str, backend: str, data: st.DataObject) -> None:
+    x, axis = data.draw(logits(backend))
+    dtype = data.draw(st.sampled_from(DTYPES[backend][-2 if backend == "jax" else 0 :]))
+    with jax.enable_x64(dtype == "float64"):
+        x = array(backend, x, dtype)
+        before = numpy(x)
+        p = on(backend, GATES[gate])(x, axis)
+        assert backend_of(p) is backend_of(x) and dtype_name(p) == dtype and p.shape == x.shape
+        assert (numpy(x) == before).all()
+        p = numpy(p)
+    # Half a unit in the last place of numbers up to one, where the result is rounded.
+    rounding = {"float16": 2**-12, "bfloat16": 2**-9, "float32": 3e-7, "float64": 1e-14}[dtype]
+    np.testing.assert_allclose(p, along(ORACLES[gate], before, axis), atol=1.01 * rounding)
+    assert (p >= 0).all()
+
+
+@every_gate
+@given(logits=logits(), shift=st.floats(-100, 100))
+@settings(max_examples=settings().max_examples // 2)
+def test_a_shift_changes_nothing(gate: str, logits: Any, shift: float) -> None:
+    x, axis = logits
+    x = np.round(x * 2**20) / 2**20  # so that the shift does not round
+    shift = round(shift * 2**20) / 2**20
+    np.testing.assert_array_equal(GATES[gate](x + shift, axis), GATES[gate](x, axis))
+
+
+@every_gate
+@given(logits=logits(ties=False), data=st.data())
+@settings(max_examples=settings().max_examples // 2)
+def test_a_permutation_of_logits_permutes_coefficients(gate: str, logits: Any, data: st.DataObject) -> None:
+    x, axis = logits
+    order = data.draw(st.permutations(range(x.shape[axis])))
+    permuted = GATES[gate](np.take(x, order, axis), axis)
+    np.testing.assert_allclose(permuted, np.take(GATES[gate](x, axis), order, axis), atol=1e-14)
+
+
+@every_gate
+@every_backend
+@given(data=st.data(), bad=st.sampled_from([NAN, INF, -INF]), seed=st.integers(0, 99))
+@settings(max_examples=settings().max_examples // 2)
+def test_a_bad_row_is_nan_and_harms_no_other(
+    gate: str, backend: str, data: st.DataObject, bad: float, seed: int
+) -> None:
+    x, axis = data.draw(logits(backend))
+    rng = np.random.default_rng(seed)
+    good = run(GATES[gate], backend, x, axis=axis)
+    rows = np.moveaxis(x.copy(), axis, -1)
+    harmed = rng.random(rows.shape[:-1]) < 0.5
+    if bad == -INF:
+        rows[harmed] = -INF
+    else:
+        rows[harmed, rng.integers(rows.shape[-1])] = bad
+    p = run(GATES[gate], backend, np.moveaxis(rows, -1, axis), axis=axis)
+    p, good = np.moveaxis(p, axis, -1), np.moveaxis(good, axis, -1)
+    assert np.isnan(p[harmed]).all()
+    np.testing.assert_array_equal(p[~harmed], good[~harmed])
+
+
+@every_gate
+@every_backend
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_rounded_only_at_the_end(gate: str, backend: str, dtype: str) -> None:
+    if dtype not in DTYPES[backend]:
+        pytest.skip("NumPy has no bfloat16")
+    x = array(backend, np.random.default_rng(0).standard_normal((7, 300)), dtype)
+    wide = array(backend, numpy(x))
+    np.testing.assert_array_equal(
+        numpy(GATES[gate](x)), numpy(array(backend, numpy(GATES[gate](wide)), dtype))
+    )
+
+
+# ------------------------------------------------------------------------------------------ derivatives
+
+
+def smooth(gate: str, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Logits near which no coefficient becomes zero or ceases to be, found by trial."""
+    rng = np.random.default_rng(0)
+    while True:
+        x = rng.standard_normal(shape)
+        support = GATES[gate](x, axis) > 0
+        near = x + 1e-3 * rng.standard_normal((50, *shape))
+        if all(((GATES[gate](v, axis) > 0) == support).all() for v in near):
+            return x
+
+
+@every_gate
+@pytest.mark.parametrize(("shape", "axis"), [((6,), 0), ((2, 5), -1), ((4, 2, 2), 0), ((1, 1), 1)])
+def test_torch_gradcheck(gate: str, shape: tuple[int, ...], axis: int) -> None:
+    x = torch.tensor(smooth(gate, shape, axis), requires_grad=True)
+    assert torch.autograd.gradcheck(GATES[gate], (x, axis))
+    assert torch.autograd.gradgradcheck(GATES[gate], (x, axis))
+
+
+def jacobian(gate: str, p: np.ndarray) -> np.ndarray:
+    """Of one row, in closed form: symmetric."""
+    s = {"entmax15": np.sqrt(p), "sparsemax": (p > 0).astype(float)}.get(gate, p)
+    return np.diag(s) - np.outer(s, s) / s.sum()
+
+
+def hessian(gate: str, p: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """The second derivative of c·p for one row, in closed form."""
+    s = {"entmax15": np.sqrt(p), "sparsemax": (p > 0).astype(float)}.get(gate, p)
+    # How s moves with the logits, and c·p's gradient s (c − (s·c) / Σ s) with s.
+    ds = {
+        "entmax15": (np.diag(p > 0) - np.outer(p > 0, s) / s.sum()) / 2,
+        "sparsemax": np.zeros((p.size, p.size)),
+    }
+    mean = s @ c / s.sum()
+    return (np.diag(c - mean) - np.outer(s, c - mean) / s.sum()) @ ds.get(gate, jacobian(gate, p))
+
+
+@every_gate
+@pytest.mark.parametrize("masked", [False, True])
+def test_derivatives_equal_closed_forms(gate: str, masked: bool) -> None:
+    n, function = 7, GATES[gate]
+    x = smooth(gate, (n,), 0)
+    c = np.random.default_rng(1).standard_normal(n)
+    if masked:
+        x, c = np.append(x, [-INF, -INF]), np.append(c, [1.0, -2.0])
+    p = ORACLES[gate](x)
+    exact = jacobian(gate, p), hessian(gate, p, c)
+
+    tx, tc = torch.tensor(x), torch.tensor(c)
+    func = torch.func
+    ours = func.jacrev(function)(tx), func.hessian(lambda v: function(v) @ tc)(tx)
+    for our, theirs in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(our, theirs, atol=1e-12)
+    per_row = func.vmap(func.grad(lambda v: function(v) @ tc))(torch.stack([tx, tx.flip(0)]))
+    np.testing.assert_allclose(per_row[0], exact[0] @ c, atol=1e-12)
+
+    with jax.enable_x64(True):
+        jx, jc = jnp.asarray(x), jnp.asarray(c)
+        scalar = lambda v: function(v) @ jc  # noqa: E731
+        ours = jax.jacrev(function)(jx), jax.jacfwd(function)(jx), jax.jit(jax.hessian(scalar))(jx)
+        for our, theirs in zip(ours, (exact[0], *exact), strict=True):
+            np.testing.assert_allclose(our, theirs, atol=1e-12)
+        per_row = jax.vmap(jax.grad(scalar))(jnp.stack([jx, jx[::-1]]))
+        np.testing.assert_allclose(per_row[0], exact[0] @ c, atol=1e-12)
+
+
+@every_gate
+def test_gradients_of_a_bad_row_stay_in_it(gate: str) -> None:
+    x = torch.tensor([[0.0, 1.0, -INF], [NAN, 0.0, 0.0], [-INF] * 3, [INF, 0.0, 1.0]], requires_grad=True)
+    c = torch.tensor([1.0, 2.0, 3.0])
+    (dx,) = torch.autograd.grad((GATES[gate](x) @ c)[[0]].sum() + (GATES[gate](x)[1:] * 0).sum(), x)
+    np.testing.assert_allclose(dx[0], jacobian(gate, ORACLES[gate](numpy(x[0]))) @ numpy(c), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------- compiling
+
+
+@every_gate
+def test_torch_compile(gate: str) -> None:
+    torch._dynamo.reset()
+    # The gate of the published layers through the whole compiler, the others through all but code generation.
+    backend = "inductor" if gate == "entmax15" else "aot_eager"
+    compiled = torch.compile(GATES[gate], fullgraph=True, dynamic=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 5, 9):
+            x = torch.randn(batch, 33, requires_grad=True)
+            c = torch.randn(batch, 33)
+            ours, eager = compiled(x), GATES[gate](x)
+            torch.testing.assert_close(ours, eager, atol=3e-7, rtol=0)
+            dx, dx_eager = (torch.autograd.grad((p * c).sum(), x)[0] for p in (ours, eager))
+            torch.testing.assert_close(dx, dx_eager, atol=1e-5, rtol=0)
+
+
+def test_entmax15_takes_a_fixed_number_of_steps_and_no_sort() -> None:
+    program = str(jax.make_jaxpr(gates.entmax15)(jnp.zeros((2, 50))))
+    assert not [name for name in ("sort", "top_k", "while", "cond", "scan") if f" {name}[" in program]
+    assert " sort[" in str(jax.make_jaxpr(top_3)(jnp.zeros((2, 50))))
+
+
+def test_needs_neither_torch_nor_jax() -> None:
+    program = """
+import sys
+sys.modules.update(torch=None, jax=None)
+import numpy
+from mumoe_tensor.gates import entmax15
+print(entmax15(numpy.zeros(4)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[0.25 0.25 0.25 0.25]\n", done.stderr
+
+
+# ----------------------------------------------------------------------------------------------- errors
+
+X = np.zeros((2, 3))
+
+
+@pytest.mark.parametrize("x", [[0.0, 1.0], 1.0, None, "logits"], ids=repr)
+@every_gate
+def test_no_array(gate: str, x: Any) -> None:
+    call = partial(gates.top_k, k=1) if gate == "top_k" else GATES[gate]
+    with pytest.raises(TypeError, match=f"must be NumPy, PyTorch or JAX arrays, got {type(x).__name__}"):
+        call(x)
+
+
+@every_gate
+@every_backend
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_not_floating(gate: str, backend: str, dtype: str) -> None:
+    with pytest.raises(TypeError, match=f"floating dtype, got x: {dtype}"):
+        GATES[gate](array(backend, np.ones(3), dtype))
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("shape", "axis", "error", "message"),
+    [
+        ((), -1, ValueError, "x must have at least one axis, got a 0-d array"),
+        ((2, 3), 2, ValueError, r"axis must be at least -2 and less than 2, got axis = 2 for shape \(2, 3\)"),
+        (
+            (2, 3),
+            -3,
+            ValueError,
+            r"axis must be at least -2 and less than 2, got axis = -3 for shape \(2, 3\)",
+        ),
+        ((2, 0), 1, ValueError, r"the axis must have at least one entry, got axis = 1 for shape \(2, 0\)"),
+        ((0, 2), 0, ValueError, r"the axis must have at least one entry, got axis = 0 for shape \(0, 2\)"),
+        ((2, 3), 1.0, TypeError, r"axis must be an integer, got 1\.0"),
+        ((2, 3), None, TypeError, "axis must be an integer, got None"),
+        ((2, 3), True, TypeError, "axis must be an integer, got True"),
+    ],
+)
+def test_bad_axis(backend: str, shape: tuple[int, ...], axis: Any, error: type, message: str) -> None:
+    for gate in [*gates.GATES.values(), partial(gates.top_k, k=1)]:
+        with pytest.raises(error, match=message):
+            gate(array(backend, np.zeros(shape)), axis=axis)
+
+
+@every_backend
+@pytest.mark.parametrize("k", [0, -1, 4, 1.0, "1", None, True, np.bool_(True), np.ones(1)], ids=repr)
+def test_bad_k(backend: str, k: Any) -> None:
+    if type(k) is int:
+        error, message = (
+            ValueError,
+            f"k must be at least 1 and at most the size of the axis, got k = {k} for size 3",
+        )
+    else:
+        error, message = TypeError, "k must be an integer, got "
+    with pytest.raises(error, match=message):
+        gates.top_k(array(backend, X), k)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    for backend in BACKENDS:
+        p = gates.top_k(array(backend, X), np.int64(2), np.int32(1))
+        np.testing.assert_array_equal(numpy(p), [[0.5, 0.5, 0]] * 2)

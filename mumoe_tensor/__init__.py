@@ -3,7 +3,9 @@
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.contraction.plan import ContractionPlan, plan
 from mumoe_tensor.cost import Cost, LayerCost, cost, dense_parameters, max_expert_rank
+from mumoe_tensor.decomposition import decompose
 from mumoe_tensor.formats import Factor, Format, formats, get_format, register
+from mumoe_tensor.gates import entmax15, softmax, sparsemax, top_k
 from mumoe_tensor.multilinear import bind, expert_matrix, multilinear_moe, to_dense
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -18,7 +20,9 @@ __all__ = [
     "LayerCost",
     "bind",
     "cost",
+    "decompose",
     "dense_parameters",
+    "entmax15",
     "expert_matrix",
     "fit_rank",
     "formats",
@@ -27,5 +31,8 @@ __all__ = [
     "multilinear_moe",
     "plan",
     "register",
+    "softmax",
+    "sparsemax",
     "to_dense",
+    "top_k",
 ]

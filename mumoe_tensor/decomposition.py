@@ -28,7 +28,7 @@ def decompose(
     rank: int | Sequence[int] | None = None,
     *,
     bias: bool | Array = False,
-    n_restarts: int = 4,
+    n_restarts: int = 8,
     n_iter: int = 500,
     tolerance: float = 1e-5,
     seed: int | None = 0,
@@ -51,7 +51,7 @@ def decompose(
         filled up with zeros.
     bias : bool or array of shape (N1, ..., NE, O), default False
         Whether the last row of the input mode is the bias; or the biases, which become that row.
-    n_restarts : int, default 4
+    n_restarts : int, default 8
         Number of starts, the first from singular vectors, the others random. The best fit is kept. Where
         one start gives all that the method has to give (Dense, TT, Hadamard with one level), there is one.
     n_iter : int, default 500
@@ -123,16 +123,18 @@ def decompose(
             f"every entry of dense must be finite, got {np.sum(~np.isfinite(target))} that are not."
         )
 
-    norm = np.linalg.norm(target)
     # A power of two, taken out and put back without rounding.
     exponent = int(np.frexp(np.abs(target).max())[1])
+    target = np.ldexp(target, -exponent)
+    norm = np.linalg.norm(target) or 1
     generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_restarts)]
     best: tuple[FactorizedTensor, float] | None = None
     with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
-        for factors in _fits(format, np.ldexp(target, -exponent), sizes, generators, n_iter, tolerance):
+        for factors in _fits(format, target, sizes, generators, n_iter, tolerance):
             weight = _as_weight(format, _balanced(factors, exponent), sizes, dense)
             held = [None if f is None else _to_float64(f) for f in weight.factors]
-            error = float(np.linalg.norm(to_dense(FactorizedTensor(format, held)) - target) / (norm or 1))
+            returned = np.ldexp(to_dense(FactorizedTensor(format, held)), -exponent)
+            error = float(np.linalg.norm(returned - target) / norm)
             # A fit that the dtype cannot hold has error NaN: no other is less.
             if best is None or error < best[1] or np.isnan(best[1]):
                 best = weight, error
@@ -170,7 +172,7 @@ def _with_bias(dense: Array, bias: bool | Array) -> Array:
 def _to_float64(array: Array) -> Any:
     """Copy of an array as NumPy's float64. Short dtypes go through float32: NumPy has no bfloat16."""
     array = stop_gradient(cast(array, "float32") if array.dtype.itemsize < 4 else array)
-    return np.array(backend_of(array).to_numpy(array), dtype=np.float64)
+    return np.array(backend_of(array).to_numpy(array), dtype=np.float64, order="C")
 
 
 def _fits(

@@ -195,11 +195,10 @@ def _rows(x: Array, axis: int) -> tuple[Any, Array]:
     backend = check_floating({"x": x})
     if not x.ndim:
         raise ValueError("x must have at least one axis, got a 0-d array.")
-    told = f"got axis = {axis} for shape {tuple(x.shape)}."
     if not -x.ndim <= _integer("axis", axis) < x.ndim:
-        raise ValueError(f"axis must be at least {-x.ndim} and less than {x.ndim}, {told}")
+        raise ValueError(f"axis must be at least {-x.ndim} and less than {x.ndim}, got {axis}.")
     if not x.shape[axis]:
-        raise ValueError(f"the axis must have at least one entry, {told}")
+        raise ValueError(f"the axis must have at least one entry, got axis {axis} of shape {tuple(x.shape)}.")
     rows = cast(backend.moveaxis(x, axis, -1), "float32" if x.dtype.itemsize < 4 else dtype_name(x))
     # In row-major order: along another axis NumPy adds one by one, which loses four digits at 2**20 entries.
     return backend, rows.reshape(-1).reshape(rows.shape)

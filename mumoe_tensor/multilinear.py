@@ -258,6 +258,10 @@ def _check_inputs(
     named |= {"z": z, "weight": weight.arrays[0]}
     backend = check_floating(named)
     *experts, in_features, _ = weight.shape
+    if bias and in_features == 1:
+        raise ValueError(
+            "with a bias the input mode must have a row besides it, got an input mode of size 1."
+        )
     if len(z.shape) == 0 or z.shape[-1] != in_features - bias:
         rule = f"{in_features - bias} features" + (
             " (the input mode of the weight less its bias row)" if bias else ""

@@ -9,6 +9,7 @@ from typing import Any
 from mumoe_tensor.backend import (
     Array,
     backend_of,
+    cast,
     check_floating,
     dtype_name,
     is_array,
@@ -91,7 +92,13 @@ class FactorizedTensor:
         names = {base.__name__ for base in type(container).__mro__}
         for format in formats().values():
             if format.container in names:
-                return cls(format, format.from_container(container))
+                factors = list(format.from_container(container))
+                levels, _ = _match(format, factors)
+                for k in format.units(levels):
+                    # TensorLy makes weights of one in its default dtype, whatever the factors have.
+                    if factors[k] is not None:
+                        factors[k] = cast(factors[k], dtype_name(factors[-1]))
+                return cls(format, factors)
         raise TypeError(
             "a weight is a FactorizedTensor, a container of TensorLy or a dense array, "
             f"got {type(container).__name__}."
@@ -229,11 +236,13 @@ def _sizes(format: Format, levels: int, factors: Sequence[Array | None]) -> dict
                     f"{sizes[index]} in factor[{found[index]}] and {size} in factor[{k}]."
                 )
             found.setdefault(index, k)
-    for k, f in enumerate(declared):
-        missing = [x for x in f.indices if x not in sizes]
+    ends = [x for factor, f in zip(factors, declared, strict=True) if factor is not None for x in f.indices]
+    modes = mode_names(levels)
+    for k in (k for k, factor in enumerate(factors) if factor is None):
+        missing = [x for x in declared[k].indices if ends.count(x) < (1 if x in modes else 2)]
         if missing:
             raise ValueError(
-                f"a factor may be None only where others have its indices; factor[{k}] of format "
-                f"{format.name!r} alone has {missing[0]!r}."
+                "a factor may be None only where others have its modes, and its bonds still join two of "
+                f"them; factor[{k}] of format {format.name!r} has {missing[0]!r}."
             )
     return sizes

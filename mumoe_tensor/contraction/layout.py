@@ -37,6 +37,8 @@ class Operand:
         Its axes in memory order.
     copy_order : tuple of int or None
         Permutation to copy it into first, if its axes do not lie together as the product needs.
+    groups : tuple of tuple of str
+        The axes after that, those together which the view makes one.
     shape : tuple of int or None
         Shape to view it in, with -1 for the axis that carries the batch; None to take it as it is.
     axes : tuple of int or None
@@ -46,8 +48,26 @@ class Operand:
     position: int
     indices: Indices
     copy_order: tuple[int, ...] | None
+    groups: tuple[Indices, ...]
     shape: tuple[int, ...] | None
     axes: tuple[int, ...] | None
+
+    def is_reordered(self, sizes: dict[str, int]) -> bool:
+        """Whether the product reads a permuted copy; axes of size one lie anywhere."""
+        read = [x for group in self.groups for x in group if sizes[x] > 1]
+        return self.copy_order is not None and read != [x for x in self.indices if sizes[x] > 1]
+
+    def is_stored_anew(self, sizes: dict[str, int]) -> bool:
+        """Whether the copy is an array of its own, not a permuted view that the product copies itself.
+
+        It is one where axes must become one that do not lie together.
+        """
+        order = [x for x in self.indices if sizes[x] > 1]
+        for group in self.groups:
+            axes = [x for x in group if sizes[x] > 1]
+            if axes and order[order.index(axes[0]) :][: len(axes)] != axes:
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -256,7 +276,8 @@ def _copied(join: _Join, output: Indices, sizes: dict[str, int]) -> int:
     """
     copied = 0
     for order, read in ((join.left_order, join.left_read), (join.right_order, join.right_read)):
-        in_order = order == read if join.summed else order == tuple(x for x in output if x in order)
+        wanted = read if join.summed else output
+        in_order = [x for x in order if sizes[x] > 1] == [x for x in wanted if x in order and sizes[x] > 1]
         copied += 0 if in_order else prod(sizes[x] for x in order)
     if join.summed:
         left_free_last = join.left_read[-1] not in join.summed
@@ -349,22 +370,12 @@ def _matrix(
     position: int, order: Indices, read: Indices, groups: tuple[Indices, ...], sizes: dict[str, int]
 ) -> Operand:
     """View an operand as a matrix, or a stack of them, whose axes are `groups`."""
-    filled = [g for g in groups if g]
-    in_memory = sorted(filled, key=lambda g: read.index(g[0]))
-    axes = None if in_memory == filled else tuple(in_memory.index(g) for g in filled)
-    if axes is None or len(filled) == len(groups):
-        shape = _view(groups if axes is None else tuple(in_memory), sizes)
-        return Operand(position, order, _permutation(order, read), shape, axes)
-    # An empty group is an axis of size one: put it where it leaves the other axes in memory order.
-    empty = groups.index(())
-    in_memory.append(())
-    return Operand(
-        position,
-        order,
-        _permutation(order, read),
-        _view(tuple(in_memory), sizes),
-        tuple(len(filled) if k == empty else in_memory.index(g) for k, g in enumerate(groups)),
-    )
+    # An empty group is an axis of size one: it lies anywhere, so it comes last in memory.
+    in_memory = tuple(sorted(groups, key=lambda g: read.index(g[0]) if g else len(read)))
+    if tuple(g for g in groups if g) == tuple(g for g in in_memory if g):
+        in_memory = groups
+    axes = None if in_memory == groups else tuple(in_memory.index(g) for g in groups)
+    return Operand(position, order, _permutation(order, read), in_memory, _view(in_memory, sizes), axes)
 
 
 def _broadcast(position: int, order: Indices, output: Indices, sizes: dict[str, int]) -> Operand:
@@ -372,7 +383,7 @@ def _broadcast(position: int, order: Indices, output: Indices, sizes: dict[str, 
     axes = _permutation(order, tuple(x for x in output if x in order))
     first = min(output.index(x) for x in order) if order else len(output)
     groups = tuple((x,) if x in order else () for x in output[first:])
-    return Operand(position, order, axes, _view(groups, sizes), None)
+    return Operand(position, order, axes, groups, _view(groups, sizes), None)
 
 
 def _view(groups: tuple[Indices, ...], sizes: dict[str, int]) -> tuple[int, ...] | None:

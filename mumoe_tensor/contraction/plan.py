@@ -94,9 +94,9 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
         copied = saved = 0
         for operand in operands:
             elements = prod(extent[x] for x in operand.indices)
-            is_copied = step.kind != "mul" and operand.copy_order is not None
-            copied += elements if is_copied else 0
-            saved += elements if is_copied else alive.get(operand.position, 0)
+            if step.kind != "mul" and operand.is_reordered(extent):
+                copied += elements
+            saved += elements if operand.is_stored_anew(extent) else alive.get(operand.position, 0)
         volume = prod(extent[x] for x in step.indices)
         shape = tuple(sizes[x] for x in step.output)
         alive[position] = prod(shape)
@@ -235,8 +235,9 @@ def _candidate(program: Program, implementation: str, free: bool) -> _Candidate:
             time += planned.flops + ELEMENT * (read + planned.write + planned.copied)
         return flops, time
 
-    # Costs that add up over the steps are linear in the batch size: two evaluations tell them.
-    lines = [(2 * one - two, two - one) for one, two in zip(costs(1), costs(2), strict=True)]
+    # Costs that add up over the steps are linear in the batch size: two evaluations tell them. (Not at
+    # one, where the batch is an axis that needs no copy.)
+    lines = [(3 * two - 2 * three, three - two) for two, three in zip(costs(2), costs(3), strict=True)]
     return _Candidate(program, implementation, *lines)
 
 

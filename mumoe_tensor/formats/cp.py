@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register, stop_rule
@@ -42,6 +43,7 @@ class CP(Format):
         self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
     ) -> Iterator[list[Any]]:
         # Alternating least squares (Kolda and Bader 2009, figure 3.3) with a line search.
+        import numpy as np
         from tensorly.base import unfold
         from tensorly.decomposition import parafac
         from tensorly.tenalg.svd import svd_interface
@@ -57,19 +59,20 @@ class CP(Format):
                     factor[:, :width] = svd_interface(matrix, n_eigenvecs=width)[0]
             if k == 1:
                 start = pencil_start(dense, r, generator) or start
-            # So small a ridge does not show, but keeps components that vanish from making a solve singular.
-            # (TensorLy calls back only with a tol that is not zero.)
-            fit = parafac(
-                dense,
-                r,
-                n_iter,
-                init=(None, start),
-                tol=1e-300,
-                l2_reg=1e-14,
-                linesearch=True,
-                callback=stop_rule(tolerance),
-            )
-            yield [None, *fit.factors]
+            stop = stop_rule(tolerance)
+
+            def callback(cp: Any, error: float, start: list[Any] = start, stop: Any = stop) -> bool:
+                start[:] = cp.factors
+                return stop(cp, error)
+
+            # So small a ridge does not show, but keeps components that vanish or coincide from making a solve
+            # singular; should one be, go on with more. (TensorLy calls back only if tol is not zero.)
+            for ridge in (1e-14, 1e-11, 1e-8):
+                options = {"l2_reg": ridge, "linesearch": True, "callback": callback}
+                with suppress(np.linalg.LinAlgError):
+                    parafac(dense, r, n_iter, init=(None, start), tol=1e-300, **options)
+                    break
+            yield [None, *start]
 
 
 def pencil_start(dense: Any, r: int, generator: Any) -> list[Any]:

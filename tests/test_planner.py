@@ -1,0 +1,327 @@
+"""The planner: exact against a naive search, its promises kept, its figures true."""
+
+from __future__ import annotations
+
+from math import inf, prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mumoe_tensor as mt
+from mumoe_tensor.contraction import plan as planner
+from mumoe_tensor.contraction.execute import execute
+from mumoe_tensor.contraction.network import BATCH, Network, forward_network
+
+ALL = list(mt.formats().values())
+BATCHES = st.sampled_from([1, 2, 7, 50, 300, 4096, 65_536])
+FEW = settings(max_examples=max(1, settings().max_examples // 2))
+
+
+@st.composite
+def layers(draw: st.DrawFn, levels: int = 3, bias: bool | None = None) -> dict:
+    """Arguments of `plan` but the batch. Sizes are small or large, and often one."""
+    format = draw(st.sampled_from(ALL))
+    largest = draw(st.sampled_from([2, 5, 200]))
+    sizes = st.integers(1, largest)
+    experts = tuple(draw(st.lists(sizes, max_size=levels)))
+    return {
+        "format": format,
+        "experts": experts,
+        "in_features": draw(sizes),
+        "out_features": draw(sizes),
+        "rank": tuple(draw(st.integers(1, min(largest, 12))) for _ in format.bonds(len(experts))),
+        "bias": draw(st.booleans()) if bias is None else bias,
+    }
+
+
+def network_of(layer: dict) -> Network:
+    format, experts, bias = layer["format"], layer["experts"], layer["bias"]
+    modes = (*experts, layer["in_features"] + bias, layer["out_features"])
+    return forward_network(format, modes, layer["rank"], format.units(len(experts)), bias)
+
+
+def fewest_flops(network: Network, batch: int, factorized: bool) -> float:
+    """FLOPs of the best pairwise order by trying every split of every set of operands."""
+    sizes = {**dict(network.sizes), BATCH: batch}
+    operands = [frozenset(o) for o in network.operands]
+    whole = frozenset(range(len(operands)))
+    vector = len(operands) - 1
+    modes = {x for o in operands[network.weights :] for x in o if x != BATCH} | {network.output[-1]}
+
+    def kept(part: frozenset[int]) -> frozenset[str]:
+        inside = frozenset().union(*(operands[k] for k in part))
+        outside = frozenset(network.output).union(*(operands[k] for k in whole - part))
+        return inside & outside
+
+    best: dict[frozenset[int], float] = {}
+    for code in sorted(range(1, 2 ** len(operands)), key=int.bit_count):
+        part = frozenset(k for k in whole if code >> k & 1)
+        if len(part) == 1:
+            best[part] = 0
+            continue
+        result = kept(part)
+        best[part] = inf
+        if part != whole and (
+            (factorized and modes <= result) or (network.bias and vector in part and "i" in result)
+        ):
+            continue
+        members = sorted(part)
+        for subcode in range(1, 2 ** (len(members) - 1)):
+            left = frozenset(m for k, m in enumerate(members) if subcode >> k & 1)
+            right = part - left
+            union = kept(left) | kept(right)
+            extent = dict(sizes)
+            if network.bias and frozenset([vector]) in (left, right):
+                extent["i"] -= 1
+            flops = prod(extent[x] for x in union) * (1 if union == result else 2)
+            best[part] = min(best[part], best[left] + best[right] + flops)
+    return best[whole]
+
+
+# ---- the search --------------------------------------------------------------------------------------
+
+
+@given(layers(levels=2), BATCHES)
+def test_flops_are_the_fewest_of_all_pairwise_orders(layer, batch) -> None:
+    least = fewest_flops(network_of(layer), batch, factorized=True)
+    assert mt.plan(**layer, batch=batch, minimize="flops").flops <= 1.001 * least
+
+
+@settings(max_examples=max(1, settings().max_examples // 25))
+@given(layers(levels=3).filter(lambda layer: len(layer["experts"]) == 3), BATCHES)
+def test_flops_are_the_fewest_with_three_levels(layer, batch) -> None:
+    least = fewest_flops(network_of(layer), batch, factorized=True)
+    assert mt.plan(**layer, batch=batch, minimize="flops").flops <= 1.001 * least
+
+
+def test_flops_are_the_fewest_at_every_batch_of_the_published_example() -> None:
+    layer = dict(experts=128, in_features=768, out_features=768, rank=(32, 64, 64))
+    network = forward_network(mt.get_format("tucker"), (128, 768, 768), (32, 64, 64))
+    flops = {b: mt.plan("tucker", **layer, batch=b, minimize="flops").flops for b in (1, 8, 64, 1024, 65_536)}
+    for batch, found in flops.items():
+        assert found == fewest_flops(network, batch, factorized=True)
+
+
+@given(layers(), BATCHES, st.sampled_from(["factorized", "auto"]))
+def test_time_and_peak_keep_their_promises(layer, batch, implementation) -> None:
+    options = dict(batch=batch, implementation=implementation)
+    flops, time, peak = (mt.plan(**layer, minimize=name, **options) for name in ("flops", "time", "peak"))
+    assert flops.flops <= time.flops <= 1.05 * flops.flops
+    assert peak.peak <= flops.peak
+    assert flops.flops <= peak.flops
+
+
+def test_time_avoids_the_copy_of_a_large_weight() -> None:
+    sizes = dict(experts=256, in_features=768, out_features=3072, batch=1, bias=True)
+    assert mt.plan("dense", **sizes, minimize="flops").copied == 256 * 768 * 3072
+    assert mt.plan("dense", **sizes).copied == 0
+
+
+@FEW
+@given(layers())
+def test_another_batch_makes_no_new_search(layer) -> None:
+    searched = []
+    original = planner._candidates.__wrapped__
+
+    def counted(*arguments):
+        searched.append(arguments)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "_candidates", planner.lru_cache(counted))
+        planner._plan_network.cache_clear()
+        for minimize in ("time", "flops", "peak"):
+            for batch in (1, 3, 1000, 1_000_000):
+                mt.plan(**layer, batch=batch, minimize=minimize)
+    planner._plan_network.cache_clear()
+    assert len(searched) == 3
+
+
+# ---- implementations, memory, constants --------------------------------------------------------------
+
+
+def carries_all(step: mt.contraction.plan.PlannedStep, experts: int) -> bool:
+    result = set(step.equation.partition("-> ")[2].split())
+    return {"i", "o", *(f"n{e}" for e in range(1, experts + 1))} <= result
+
+
+@given(layers(), BATCHES, st.sampled_from(["time", "flops", "peak"]))
+def test_factorized_never_forms_the_weight(layer, batch, minimize) -> None:
+    plan = mt.plan(**layer, batch=batch, minimize=minimize)
+    assert plan.implementation == "factorized"
+    assert not any(carries_all(step, len(layer["experts"])) for step in plan.steps)
+
+
+@given(layers(), BATCHES)
+def test_reconstructed_forms_the_weight_first(layer, batch) -> None:
+    plan = mt.plan(**layer, batch=batch, implementation="reconstructed")
+    formed = [carries_all(step, len(layer["experts"])) and BATCH not in step.equation for step in plan.steps]
+    assert plan.implementation == "reconstructed"
+    assert any(formed) == (network_of(layer).weights > 1)
+
+
+@given(layers(), BATCHES)
+def test_auto_takes_the_cheaper_and_says_which(layer, batch) -> None:
+    options = dict(batch=batch, minimize="flops")
+    plans = {
+        name: mt.plan(**layer, **options, implementation=name)
+        for name in ("factorized", "reconstructed", "auto")
+    }
+    auto = plans.pop("auto")
+    assert auto.flops == min(plan.flops for plan in plans.values())
+    assert plans[auto.implementation].flops == auto.flops
+
+
+def test_auto_takes_each_where_it_pays() -> None:
+    sizes = dict(experts=2, in_features=64, out_features=64, batch=100_000, implementation="auto")
+    assert mt.plan("tr", rank=(8, 8, 64), **sizes).implementation == "reconstructed"
+    assert mt.plan("tr", rank=(2, 2, 4), **sizes).implementation == "factorized"
+
+
+@given(layers(), BATCHES, st.integers(1, 2000), st.sampled_from(["time", "flops", "peak"]))
+def test_memory_limit_bounds_every_intermediate_or_raises(layer, batch, limit, minimize) -> None:
+    free = mt.plan(**layer, batch=batch, minimize=minimize)
+    try:
+        plan = mt.plan(**layer, batch=batch, minimize=minimize, memory_limit=limit)
+    except ValueError as error:
+        assert "memory_limit" in str(error)
+        assert free.size > limit
+    else:
+        assert plan.size <= limit
+        assert mt.plan(**layer, batch=batch, memory_limit=4 * limit, dtype="float32").size <= 4 * limit
+
+
+def test_memory_limit_finds_the_order_that_fits() -> None:
+    layer = dict(experts=16, in_features=64, out_features=64, bias=True)
+    assert mt.plan("dense", **layer).size == 65 * 64  # the mixed expert
+    assert mt.plan("dense", **layer, memory_limit=65 * 64 - 1).size == 16 * 64  # the output of every expert
+    with pytest.raises(ValueError, match="none does"):
+        mt.plan("dense", **layer, memory_limit=16 * 64 - 1)
+
+
+@given(layers(), BATCHES)
+def test_constants_are_reported_apart(layer, batch) -> None:
+    plan = mt.plan(**layer, batch=batch, constants="weights", minimize="flops")
+    assert all(BATCH not in step.equation for step in plan.constant_steps)
+    assert all(BATCH in step.equation for step in plan.steps)
+    assert plan.flops == sum(step.flops for step in plan.steps)
+    assert plan.flops <= mt.plan(**layer, batch=batch, minimize="flops").flops
+
+
+def test_constants_fold_a_core_that_is_read_often() -> None:
+    layer = dict(experts=4, in_features=8, out_features=8, rank=(8, 8, 8), batch=10_000)
+    plan = mt.plan("tucker", **layer, constants="weights")
+    assert plan.constant_steps
+    assert plan.flops < mt.plan("tucker", **layer).flops
+
+
+# ---- the figures -------------------------------------------------------------------------------------
+
+
+@given(layers(), BATCHES, st.sampled_from(["time", "flops", "peak"]), st.sampled_from(["float64", "float16"]))
+def test_figures_follow_from_the_steps(layer, batch, minimize, dtype) -> None:
+    plan = mt.plan(**layer, batch=batch, minimize=minimize)
+    sizes = {**dict(network_of(layer).sizes), BATCH: batch}
+    live, peak, intermediates = [], 0, []
+    operands = [tuple(sorted(o)) for o in network_of(layer).operands]
+    for step in plan.steps:
+        sources, _, result = step.equation.partition(" -> ")
+        left, right = (tuple(side.split()) for side in sources.split(","))
+        output = tuple(result.split())
+        extent = dict(sizes)
+        if layer["bias"] and (BATCH, "i") in (left, right):
+            extent["i"] -= 1
+        union = set(left) | set(right)
+        assert step.shape == tuple(sizes[x] for x in output)
+        assert step.flops == prod(extent[x] for x in union) * (2 if union - set(output) else 1)
+        assert step.write == prod(step.shape) + step.copied
+        assert (step.kind == "mul") == (union == set(output))
+        intermediates.append(prod(step.shape))
+        live.append((tuple(sorted(output)), prod(step.shape)))
+        peak = max(peak, sum(size for _, size in live) + step.copied)
+        for side in (left, right):
+            key = tuple(sorted(side))
+            if key in operands:
+                operands.remove(key)
+            else:
+                live.remove(next(pair for pair in live if pair[0] == key))
+    assert not operands
+    assert len(plan.steps) == len(network_of(layer).operands) - 1
+    assert plan.flops == sum(step.flops for step in plan.steps)
+    assert plan.write == sum(step.write for step in plan.steps)
+    assert plan.size == max(intermediates[:-1], default=0)
+    assert plan.peak == peak
+    itemsize = {"float64": 8, "float16": 2}[dtype]
+    in_bytes = mt.plan(**layer, batch=batch, minimize=minimize, dtype=dtype)
+    for name in ("write", "size", "peak", "saved"):
+        assert getattr(in_bytes, name) == itemsize * getattr(plan, name)
+    assert in_bytes.flops == plan.flops
+
+
+@given(layers(), BATCHES)
+def test_a_plan_prints_a_row_a_step(layer, batch) -> None:
+    plan = mt.plan(**layer, batch=batch)
+    head, titles, rule, *rows, totals = str(plan).splitlines()
+    assert f"batch {batch:,}" in head
+    assert titles.split() == ["product", "kind", "FLOPs", "result", "copied", "live"]
+    assert set(rule) == {"-"}
+    assert len(rows) == len(plan.steps)
+    for row, step in zip(rows, plan.steps, strict=True):
+        assert step.equation in row
+        assert f"{step.flops:,}" in row
+    assert f"FLOPs {plan.flops:,}" in totals
+
+
+def torch_operands(layer: dict, batch: int):
+    torch = pytest.importorskip("torch")
+    weight = mt.FactorizedTensor.random(**layer, like=torch.zeros(1), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(batch, n, generator=generator) for n in (*layer["experts"], layer["in_features"])]
+    return torch, weight, vectors
+
+
+@FEW
+@given(layers(), st.sampled_from([1, 2, 7]), st.sampled_from(["time", "flops"]))
+def test_flops_of_products_are_those_torch_counts(layer, batch, minimize) -> None:
+    torch, weight, vectors = torch_operands(layer, batch)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plan = mt.plan(**layer, batch=batch, minimize=minimize)
+    with FlopCounterMode(display=False) as counter:
+        mt.multilinear_moe(weight, vectors[-1], vectors[:-1], bias=layer["bias"], plan=plan)
+    assert counter.get_total_flops() == sum(step.flops for step in plan.steps if step.kind != "mul")
+
+
+@FEW
+@given(layers(), st.sampled_from([2, 3, 7]), st.sampled_from(["time", "flops", "peak"]))
+def test_saved_is_what_autograd_keeps(layer, batch, minimize) -> None:
+    torch, weight, vectors = torch_operands(layer, batch)
+    from mumoe_tensor.backend import backend_of
+
+    plan = mt.plan(**layer, batch=batch, minimize=minimize)
+    leaves = [t.detach().requires_grad_() for t in (*weight.arrays, *vectors)]
+    own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = execute(plan.program, leaves, backend_of(*leaves))
+    assert y.shape == (batch, layer["out_features"])
+    assert sum(kept.values()) == plan.saved
+
+
+def test_execution_follows_the_plan_on_numpy() -> None:
+    layer = dict(experts=3, in_features=4, out_features=5, rank=(2, 3, 2))
+    weight = mt.FactorizedTensor.random("tucker", **layer, seed=0)
+    z, a = np.ones((2, 4)), np.full((2, 3), 1 / 3)
+    expected = np.einsum("nio,bn,bi->bo", mt.to_dense(weight), a, z)
+    for minimize in ("time", "flops", "peak"):
+        plan = mt.plan("tucker", **layer, minimize=minimize)
+        np.testing.assert_allclose(mt.multilinear_moe(weight, z, [a], plan=plan), expected, rtol=1e-12)

@@ -81,7 +81,7 @@ def test_plan() -> None:
         ("--constants weights", {"constants": "weights"}),
         ("--dtype float32", {"dtype": "float32"}),
         ("--memory-limit 20000", {"memory_limit": 20_000}),
-        ("--bias", {"bias": True}),
+        ("--bias --implementation reconstructed", {"bias": True, "implementation": "reconstructed"}),
     ],
 )
 def test_every_option_of_plan_reaches_the_library(options: str, keywords: dict) -> None:

@@ -167,14 +167,9 @@ def test_nasty_rows(gate: str, backend: str, n: int) -> None:
 @pytest.mark.parametrize("gate", ["entmax15", "sparsemax"])
 def test_a_million_entries(gate: str, backend: str) -> None:
     n = 2**20
-    names = ["all equal", "every second masked", "spread 0.001", "spread 1e+06", f"slow for {gate}"]
-    for name in [
-        *names,
-        "offset -1e4",
-        "ties at the threshold",
-        "tied cloud of 0.01",
-        "cloud of 0.3, sparsemax",
-    ]:
+    names = ["all equal", "every second masked", "ties at the threshold", f"slow for {gate}"]
+    names += ["tied cloud of 0.01"] if gate == "entmax15" else ["cloud of 0.3, sparsemax"]
+    for name in names:
         row = nasty(n)[name]
         p = run(GATES[gate], backend, row)
         assert np.abs(p - large(gate, name)).max() <= 3e-7, name
@@ -369,13 +364,10 @@ def hessian(gate: str, p: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 @every_gate
-@pytest.mark.parametrize("masked", [False, True])
-def test_derivatives_equal_closed_forms(gate: str, masked: bool) -> None:
-    n, function = 7, GATES[gate]
-    x = smooth(gate, (n,), 0)
-    c = np.random.default_rng(1).standard_normal(n)
-    if masked:
-        x, c = np.append(x, [-INF, -INF]), np.append(c, [1.0, -2.0])
+def test_derivatives_equal_closed_forms(gate: str) -> None:
+    function = GATES[gate]
+    x = np.append(smooth(gate, (6,), 0), [-INF, -INF])
+    c = np.random.default_rng(1).standard_normal(8)
     p = ORACLES[gate](x)
     exact = jacobian(gate, p), hessian(gate, p, c)
 
@@ -411,6 +403,7 @@ def test_gradients_of_a_bad_row_stay_in_it(gate: str) -> None:
 @every_gate
 def test_torch_compile(gate: str) -> None:
     torch._dynamo.reset()
+    GATES[gate](torch.zeros(1))  # loads the backend
     # The gate of the published layers through the whole compiler, the others through all but code generation.
     backend = "inductor" if gate == "entmax15" else "aot_eager"
     compiled = torch.compile(GATES[gate], fullgraph=True, dynamic=True, backend=backend)
@@ -468,15 +461,15 @@ def test_not_floating(gate: str, backend: str, dtype: str) -> None:
     ("shape", "axis", "error", "message"),
     [
         ((), -1, ValueError, "x must have at least one axis, got a 0-d array"),
-        ((2, 3), 2, ValueError, r"axis must be at least -2 and less than 2, got axis = 2 for shape \(2, 3\)"),
+        ((2, 3), 2, ValueError, r"axis must be at least -2 and less than 2, got 2\."),
         (
             (2, 3),
             -3,
             ValueError,
-            r"axis must be at least -2 and less than 2, got axis = -3 for shape \(2, 3\)",
+            r"axis must be at least -2 and less than 2, got -3\.",
         ),
-        ((2, 0), 1, ValueError, r"the axis must have at least one entry, got axis = 1 for shape \(2, 0\)"),
-        ((0, 2), 0, ValueError, r"the axis must have at least one entry, got axis = 0 for shape \(0, 2\)"),
+        ((2, 0), 1, ValueError, r"the axis must have at least one entry, got axis 1 of shape \(2, 0\)"),
+        ((0, 2), 0, ValueError, r"the axis must have at least one entry, got axis 0 of shape \(0, 2\)"),
         ((2, 3), 1.0, TypeError, r"axis must be an integer, got 1\.0"),
         ((2, 3), None, TypeError, "axis must be an integer, got None"),
         ((2, 3), True, TypeError, "axis must be an integer, got True"),

@@ -116,7 +116,7 @@ def with_level_of_one(weight: mt.FactorizedTensor, level: int) -> mt.FactorizedT
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_level_of_one_expert_changes_nothing(format: str) -> None:
     @settings(max_examples=FEW)
-    @given(problems(format, backend="numpy"), st.data())
+    @given(st.integers(0, 2).flatmap(lambda levels: problems(format, levels, backend="numpy")), st.data())
     def run(problem: Problem, data: st.DataObject) -> None:
         level = data.draw(st.integers(0, problem.weight.levels))
         more = with_level_of_one(problem.weight, level)

@@ -23,7 +23,8 @@ pytest.importorskip("rich")
 from matplotlib.text import Text
 
 from mumoe_tensor import study as studies
-from mumoe_tensor.study import plots, report, sweep as sweeps
+from mumoe_tensor.study import plots, report
+from mumoe_tensor.study import sweep as sweeps
 from mumoe_tensor.study.sweep import BASELINE
 
 TINY = studies.Layer("Tiny", 24, 20, hidden=40, experts=4)
@@ -380,7 +381,7 @@ def test_no_text_is_clipped_small_or_on_another(
     drawn: list[Text] = []
     draw = Text.draw
     with monkeypatch.context() as patch:
-        patch.setattr(Text, "draw", lambda self, *args: (drawn.append(self), draw(self, *args)) and None)
+        patch.setattr(Text, "draw", lambda self, *args: drawn.append(self) or draw(self, *args))
         figure.canvas.draw()
     page, boxes = figure.bbox, []
     for text in drawn:
@@ -390,6 +391,8 @@ def test_no_text_is_clipped_small_or_on_another(
             assert page.x0 <= box.x0 and box.x1 <= page.x1, text.get_text()
             assert page.y0 <= box.y0 and box.y1 <= page.y1, text.get_text()
             boxes.append((text.get_text(), box.padded(-1)))
+            if text.axes is not None and text in text.axes.texts:
+                assert box.x1 <= text.axes.bbox.x1, text.get_text()
     for k, (one, box) in enumerate(boxes):
         for other, further in boxes[:k]:
             assert not box.overlaps(further), (one, other)

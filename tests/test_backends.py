@@ -113,8 +113,10 @@ def test_fake_cuda_tensors_stay_on_their_device(format: str) -> None:
     import torch
     from torch._subclasses import FakeTensorMode
 
-    # Forward only: a backward pass under fake cuda tensors aborts the process on a CPU build.
-    weight, z, coefficients = example(format, "pytorch", "float16")
+    # Forward only: a backward pass under fake cuda tensors aborts the process on a CPU build, and an
+    # index needs a CUDA build, so the bias row and `expert_matrix` are left to one.
+    indexed = torch.backends.cuda.is_built()
+    weight, z, coefficients = example(format, "pytorch", "float16", bias=indexed)
     with FakeTensorMode(), torch.no_grad():
         device = torch.device("cuda", 0)
         arrays = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in (z, *coefficients)]
@@ -123,11 +125,13 @@ def test_fake_cuda_tensors_stay_on_their_device(format: str) -> None:
         ]
         fake = mt.FactorizedTensor(format, factors)
         for implementation in ("factorized", "reconstructed"):
-            y = mt.multilinear_moe(fake, arrays[0], arrays[1:], bias=True, implementation=implementation)
+            y = mt.multilinear_moe(fake, arrays[0], arrays[1:], bias=indexed, implementation=implementation)
             assert (y.device, y.dtype, tuple(y.shape)) == (device, z.dtype, (7, 5))
-        for result in (mt.to_dense(fake), *mt.expert_matrix(fake, (0, 1), bias=True)):
-            assert result.device == device
-        assert mt.to_dense(mt.FactorizedTensor.random("cp", rank=2, like=arrays[0], **SIZES)).device == device
+        assert mt.to_dense(fake).device == device
+        if indexed:
+            assert {x.device for x in mt.expert_matrix(fake, (0, 1), bias=True)} == {device}
+        drawn = mt.FactorizedTensor.random(format, rank=RANKS.get(format), like=arrays[0], **SIZES)
+        assert {f.device for f in drawn.arrays} == {device}
 
 
 @needs_torch
@@ -202,7 +206,6 @@ def test_torch_func_jacrev_is_the_mixed_matrix(format: str) -> None:
 def dynamo() -> Iterator[Any]:
     torch = pytest.importorskip("torch")
     torch._dynamo.reset()
-    # One thread, no cache of compiled kernels: the graph is what is tested, not the code made from it.
     yield torch
     torch._dynamo.reset()
 
@@ -214,7 +217,7 @@ def test_torch_compile_in_one_graph_for_all_batches(format: str, dynamo: Any) ->
 
     compiled = dynamo.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
     with dynamo._dynamo.config.patch(error_on_recompile=True):
-        for batch in (7, 2, 64, 1000):
+        for batch in (11, 2, 64, 1000):  # the first is no other size: torch takes equal sizes for one
             weight, z, coefficients = example(format, "pytorch", leading=(batch,))
             y = compiled(weight.arrays, z, *coefficients)
             dynamo.testing.assert_close(
@@ -231,7 +234,7 @@ def test_torch_compile_with_gradients(format: str, dynamo: Any) -> None:
 
     compiled = dynamo.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     with dynamo._dynamo.config.patch(error_on_recompile=True):
-        for leading in ((3, 5), (2, 9), (4, 4)):
+        for leading in ((11, 13), (2, 9), (4, 4)):
             weight, z, coefficients = example(format, "pytorch", leading=leading)
             leaves = [x.requires_grad_() for x in (*weight.arrays, z, *coefficients)]
             count = len(weight.arrays)
@@ -331,13 +334,15 @@ def settings_of_everything() -> dict[str, Any]:
     """Every global that a call could have changed, as seen from this thread and from a fresh one."""
     import tensorly as tl
 
-    seen: dict[str, Any] = {"tensorly": tl.get_backend(), "numpy": np.random.get_state()[1].tolist()}
+    seen: dict[str, Any] = {"tensorly": tl.get_backend()}
     with ThreadPoolExecutor(1) as pool:
         seen["tensorly in a fresh thread"] = pool.submit(tl.get_backend).result()
     if "jax" in HERE:
         import jax
 
         seen["x64"] = jax.config.read("jax_enable_x64")
+    # After JAX: its import draws from NumPy's generator.
+    seen["numpy"] = np.random.get_state()[1].tolist()
     if "pytorch" in HERE:
         import torch
 
@@ -383,7 +388,7 @@ def test_no_public_call_changes_a_global(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", HERE)
 def test_no_public_call_changes_a_setting_of_its_user(backend: str) -> None:
-    """The same with everything set to something other than its default, and in a fresh process's first call."""
+    """The same where nothing is loaded yet, with another backend than TensorLy's default, and in a thread."""
     code = f"""
 import sys, threading
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -501,13 +506,13 @@ def imported(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("file", WITHOUT_ARRAYS, ids=lambda file: file.stem)
 def test_no_array_library_is_imported(file: Path) -> None:
-    """At the top; a method that calls TensorLy's own functions may import TensorLy, and nothing else."""
+    """A method that calls TensorLy's own functions imports it, and NumPy, when it is called."""
     tree = ast.parse(file.read_text())
     methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = set().union(*map(imported, methods)) if methods else set()
     top = ast.Module([n for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))], [])
     assert not imported(top) & ARRAY_LIBRARIES
-    assert inside & ARRAY_LIBRARIES <= ({"tensorly"} if file.parent.name == "formats" else set())
+    assert inside & ARRAY_LIBRARIES <= ({"numpy", "tensorly"} if file.parent.name == "formats" else set())
 
 
 def test_only_backend_knows_torch_and_jax() -> None:

@@ -175,15 +175,15 @@ SEARCH_EXPERTS = {
 }
 
 
-def rank_of(format: str, levels: int) -> tuple[int, ...] | None:
+def rank_of(format: str, experts: tuple[int, ...]) -> tuple[int, ...] | None:
     """A usual rank of a registered format; of one unknown here, all bonds 8."""
     known = {
         "cp": (64,),
-        "tucker": (*(8,) * levels, 64, 64),
-        "tr": (*(4,) * (levels + 1), 64),
-        "tt": (*(4,) * levels, 64),
+        "tucker": (*(min(8, n) for n in experts), 64, 64),
+        "tr": (*(4,) * (len(experts) + 1), 64),
+        "tt": (*(4,) * len(experts), 64),
     }
-    bonds = mt.get_format(format).bonds(levels)
+    bonds = mt.get_format(format).bonds(len(experts))
     return known.get(format, (8,) * len(bonds)) if bonds else None
 
 
@@ -193,9 +193,9 @@ def search(quick: bool) -> Report:
 
     def median(format: str, experts: tuple[int, ...], minimize: str) -> float:
         # Sizes that no call had before are not in any cache. The batch is no part of the search.
-        levels, seconds = len(experts), []
+        seconds: list[float] = []
         for batch in (1, 65_536) * (1 if quick else 5):
-            case = Case(format, experts, 768 + next(fresh), 768, rank_of(format, levels))
+            case = Case(format, experts, 768 + next(fresh), 768, rank_of(format, experts))
             start = process_time()
             case.plan(batch, minimize=minimize)
             seconds.append(process_time() - start)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import mumoe_tensor as mt
 from mumoe_tensor.backend import backend_of, tensorly_backend
 from mumoe_tensor.decomposition import decompose
+from mumoe_tensor.formats.base import stop_rule
 
 EXPERTS = [(), (4,), (3, 4)]
 FORMATS = list(mt.formats())
@@ -183,6 +184,15 @@ def test_hadamard_is_the_best_tensor_of_rank_one_of_every_output(real: Any) -> N
     assert error == pytest.approx(np.sqrt(1 - (kept**2).sum() / np.linalg.norm(real.astype(np.float64)) ** 2))
 
 
+def test_hadamard_with_levels_is_cp_of_rank_one_for_every_output() -> None:
+    dense = np.random.default_rng(3).standard_normal((3, 4, 5, 6))
+    errors = [decompose(dense[..., [o]], "cp", 1, n_restarts=16)[1] for o in range(6)]
+    expected = np.linalg.norm(errors * np.sqrt((dense**2).sum((0, 1, 2))))
+    expected /= np.linalg.norm(dense)
+    assert decompose(dense, "hadamard", n_restarts=1)[1] > expected + 1e-3
+    assert decompose(dense, "hadamard", n_restarts=16)[1] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("format, rank", [("cp", 6), ("tucker", (6, 6)), ("tt", 6), ("tr", (2, 3))])
 def test_without_experts_it_is_the_truncated_svd(format: str, rank: Any, real: Any) -> None:
     matrix = real[0, :40, :60].astype(np.float64)
@@ -233,6 +243,29 @@ def test_more_starts_never_hurt_and_seeds_decide(format: str | mt.Format, levels
     assert error == errors[-1]
     for a, b in zip(again.arrays, runs[-1][0].arrays, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_first_start_is_from_singular_vectors(real: Any) -> None:
+    tensor_ring = pytest.importorskip("tensorly.decomposition").tensor_ring
+    matrix = real[0, :40, :60].astype(np.float64)
+    assert decompose(matrix, "cp", 6, n_restarts=1, n_iter=1)[1] == pytest.approx(tail(matrix, 6), rel=1e-9)
+    dense = real[:, :12, :20].astype(np.float64)
+    with tensorly_backend("numpy"):
+        for ring in ((1, 3, 4), (3, 1, 4), (4, 3, 3)):
+            # The last ring has too large a core for the experts: only a turned one can begin.
+            turn = 2 * (ring[0] > 3)
+            order = [*range(turn, 3), *range(turn)]
+            cores = tensor_ring(dense.transpose(order), [*(ring[j] for j in order), ring[turn]]).factors
+            fitted = np.einsum("aib,bjc,cka->ijk", *cores).transpose(np.argsort(order))
+            error = np.linalg.norm(fitted - dense) / np.linalg.norm(dense)
+            assert decompose(dense, "tr", ring, n_restarts=1, n_iter=1)[1] < error
+
+
+def test_stop_rule() -> None:
+    stop = stop_rule(0.1)
+    told = [stop(None, np.float64(error)) for error in (1.0, 0.5, 0.5, 0.2, 0.19, 0.18)]
+    assert told == [False] * 5 + [True]
+    assert told[-1] is True, "TensorLy asks for True itself"
 
 
 def test_starts_differ_and_depend_on_the_seed() -> None:

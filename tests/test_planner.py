@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from math import inf, prod
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
 from mumoe_tensor.contraction import plan as planner
 from mumoe_tensor.contraction.execute import execute
+from mumoe_tensor.contraction.layout import compile
 from mumoe_tensor.contraction.network import BATCH, Network, forward_network
+from mumoe_tensor.contraction.plan import planned_steps
+from mumoe_tensor.formats.base import Tree
 
 ALL = list(mt.formats().values())
 BATCHES = st.sampled_from([1, 2, 7, 50, 300, 4096, 65_536])
@@ -20,10 +25,10 @@ FEW = settings(max_examples=max(1, settings().max_examples // 2))
 
 
 @st.composite
-def layers(draw: st.DrawFn, levels: int = 3, bias: bool | None = None) -> dict:
+def layers(draw: st.DrawFn, levels: int = 3, bias: bool | None = None, largest: int = 200) -> dict:
     """Arguments of `plan` but the batch. Sizes are small or large, and often one."""
     format = draw(st.sampled_from(ALL))
-    largest = draw(st.sampled_from([2, 5, 200]))
+    largest = draw(st.sampled_from([2, 5, largest]))
     sizes = st.integers(1, largest)
     experts = tuple(draw(st.lists(sizes, max_size=levels)))
     return {
@@ -109,8 +114,44 @@ def test_time_and_peak_keep_their_promises(layer, batch, implementation) -> None
     options = dict(batch=batch, implementation=implementation)
     flops, time, peak = (mt.plan(**layer, minimize=name, **options) for name in ("flops", "time", "peak"))
     assert flops.flops <= time.flops <= 1.05 * flops.flops
-    assert peak.peak <= flops.peak
+    assert peak.peak <= min(flops.peak, time.peak)
     assert flops.flops <= peak.flops
+
+
+def orders(network: Network, operands: tuple[int, ...]) -> Iterator[tuple[Tree, bool]]:
+    """Every pairwise order of some operands, and whether the executor admits it."""
+    first, *others = operands
+    if not others:
+        yield first, True
+    for code in range(2 ** len(others) - 1):
+        left = (first, *(k for b, k in enumerate(others) if code >> b & 1))
+        right = tuple(k for k in others if k not in left)
+        for (one, good), (other, fine) in product(orders(network, left), orders(network, right)):
+            # With a bias the input vector must meet all weights of the input mode in its first product.
+            vector = (len(network.operands) - 1,)
+            met = right if left == vector else left if right == vector else None
+            with_input = {k for k in range(network.weights) if "i" in network.operands[k]}
+            admitted = not network.bias or met is None or with_input <= set(met)
+            yield (one, other), good and fine and admitted
+
+
+@settings(max_examples=max(1, settings().max_examples // 5))
+@given(layers(levels=2), st.sampled_from([1, 256, 65_536]))
+def test_peak_is_the_smallest_of_all_orders_of_a_small_network(layer, batch) -> None:
+    network = network_of(layer)
+    assume(len(network.operands) <= 5)
+    peaks = []
+    for order, admitted in orders(network, tuple(range(len(network.operands)))):
+        for layout_batch in (1, 65_536) if admitted else ():
+            steps = planned_steps(compile(network, order, layout_batch), batch)
+            if not any(carries_all(step, len(layer["experts"])) for step in steps):
+                peaks.append(max(step.live for step in steps))
+    assert mt.plan(**layer, batch=batch, minimize="peak").peak == min(peaks)
+
+
+def test_peak_does_not_copy_the_weight() -> None:
+    sizes = dict(experts=(178, 125), in_features=140, out_features=103)
+    assert mt.plan("dense", **sizes, minimize="peak").peak < 2_000_000  # of 321 million elements
 
 
 def test_time_avoids_the_copy_of_a_large_weight() -> None:
@@ -194,11 +235,11 @@ def test_memory_limit_bounds_every_intermediate_or_raises(layer, batch, limit, m
 
 
 def test_memory_limit_finds_the_order_that_fits() -> None:
-    layer = dict(experts=16, in_features=64, out_features=64, bias=True)
+    layer = dict(experts=32, in_features=64, out_features=64, bias=True)
     assert mt.plan("dense", **layer).size == 65 * 64  # the mixed expert
-    assert mt.plan("dense", **layer, memory_limit=65 * 64 - 1).size == 16 * 64  # the output of every expert
+    assert mt.plan("dense", **layer, memory_limit=65 * 64 - 1).size == 32 * 64  # the output of every expert
     with pytest.raises(ValueError, match="none does"):
-        mt.plan("dense", **layer, memory_limit=16 * 64 - 1)
+        mt.plan("dense", **layer, memory_limit=32 * 64 - 1)
 
 
 @given(layers(), BATCHES)
@@ -283,9 +324,9 @@ def torch_operands(layer: dict, batch: int):
 
 
 @FEW
-@given(layers(), st.sampled_from([1, 2, 7]), st.sampled_from(["time", "flops"]))
+@given(layers(largest=9), st.sampled_from([1, 2, 7]), st.sampled_from(["time", "flops"]))
 def test_flops_of_products_are_those_torch_counts(layer, batch, minimize) -> None:
-    torch, weight, vectors = torch_operands(layer, batch)
+    _, weight, vectors = torch_operands(layer, batch)
     from torch.utils.flop_counter import FlopCounterMode
 
     plan = mt.plan(**layer, batch=batch, minimize=minimize)
@@ -295,7 +336,7 @@ def test_flops_of_products_are_those_torch_counts(layer, batch, minimize) -> Non
 
 
 @FEW
-@given(layers(), st.sampled_from([2, 3, 7]), st.sampled_from(["time", "flops", "peak"]))
+@given(layers(largest=9), st.sampled_from([1, 2, 3, 7]), st.sampled_from(["time", "flops", "peak"]))
 def test_saved_is_what_autograd_keeps(layer, batch, minimize) -> None:
     torch, weight, vectors = torch_operands(layer, batch)
     from mumoe_tensor.backend import backend_of

@@ -94,9 +94,10 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
         copied = saved = 0
         for operand in operands:
             elements = prod(extent[x] for x in operand.indices)
-            if step.kind != "mul" and operand.is_reordered(extent):
+            # (The bias row takes its place in memory also where it takes no part.)
+            if step.kind != "mul" and operand.is_reordered(sizes):
                 copied += elements
-            saved += elements if operand.is_stored_anew(extent) else alive.get(operand.position, 0)
+            saved += elements if operand.is_stored_anew(sizes) else alive.get(operand.position, 0)
         volume = prod(extent[x] for x in step.indices)
         shape = tuple(sizes[x] for x in step.output)
         alive[position] = prod(shape)
@@ -269,7 +270,7 @@ def _candidates(
 
 
 def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) -> list[Tree]:
-    elements = [0, ELEMENT] if minimize == "time" else [0]
+    elements = [0] if minimize == "flops" else [0, ELEMENT]
     if batch:
         found = [best_tree(space, batch, element, limit=limit) for element in elements]
     else:

@@ -60,10 +60,10 @@ class SearchSpace:
         self.input = bit.get("i", 0)
         # The bias row takes no part in the product that adds it.
         self.without_bias = 1 - 1 / sizes["i"] if self.biased else 1.0
-        # Operands whose axes may lie in an order that a product cannot read without a copy.
-        self.rigid = {
-            1 << k: tuple(bit[x] for x in order) for k, order in enumerate(network.storage) if len(order) > 2
-        }
+        # Operands whose axes may lie in an order that a product cannot read without a copy. (Axes of size
+        # one lie anywhere.)
+        orders = [[bit[x] for x in order if x == BATCH or sizes[x] > 1] for order in network.storage]
+        self.rigid = {1 << k: order for k, order in enumerate(orders) if len(order) > 2}
         # For each set of operands, the indices that something outside of it still needs.
         self.outside = [self.output] * (1 << self.count)
         everything = (1 << self.count) - 1
@@ -164,9 +164,8 @@ def best_tree(
                         continue
                     kept = union & outside[subset]
                     if peak:
-                        cost = _peak(
-                            size, (left, left_indices, left_cost), (right, right_indices, right_cost), kept
-                        )
+                        one, other = (left, left_indices, left_cost), (right, right_indices, right_cost)
+                        cost = _peak(space, size, one, other, kept)
                     elif subset | free != free:
                         volume = size(union)
                         if left == biased or right == biased:
@@ -191,16 +190,24 @@ def best_tree(
 
 
 def _peak(
-    size: Callable[[int], float], left: tuple[int, int, float], right: tuple[int, int, float], kept: int
+    space: SearchSpace,
+    size: Callable[[int], float],
+    left: tuple[int, int, float],
+    right: tuple[int, int, float],
+    kept: int,
 ) -> float:
     """Elements live at once while two parts (set, indices, peak) are formed, the better first, and joined."""
     held = [0.0 if part & (part - 1) == 0 else size(indices) for part, indices, _ in (left, right)]
     one_by_one = min(max(left[2], held[0] + right[2]), max(right[2], held[1] + left[2]))
-    return max(one_by_one, sum(held) + size(kept))
+    joined = sum(held) + size(kept)
+    for (part, indices, _), (_, others, _) in ((left, right), (right, left)):
+        if part in space.rigid and space.is_copied(part, others, kept):
+            joined += size(indices)
+    return max(one_by_one, joined)
 
 
 def peak_of(space: SearchSpace, tree: Tree, batch: float) -> float:
-    """Elements live at once in an order of contraction, network operands left out."""
+    """Elements live at once in an order of contraction, copies of network operands counted but not these."""
     size = space.size_table(batch)
 
     def visit(node: Tree) -> tuple[int, int, float]:
@@ -209,7 +216,7 @@ def peak_of(space: SearchSpace, tree: Tree, batch: float) -> float:
         left, right = visit(node[0]), visit(node[1])
         subset = left[0] | right[0]
         kept = (left[1] | right[1]) & space.outside[subset]
-        return subset, kept, _peak(size, left, right, kept)
+        return subset, kept, _peak(space, size, left, right, kept)
 
     return visit(tree)[2]
 

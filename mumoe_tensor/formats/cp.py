@@ -48,8 +48,7 @@ class CP(Format):
         from tensorly.decomposition import parafac
         from tensorly.tenalg.svd import svd_interface
 
-        # With more components than this the normal equations are singular, and nothing is to be gained.
-        r = min(rank[0], dense.size // max(dense.shape))
+        (r,) = rank
         for k, generator in enumerate(generators):
             start = [generator.standard_normal((n, r)) for n in dense.shape]
             if k == 0:

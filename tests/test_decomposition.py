@@ -258,7 +258,7 @@ def test_first_start_is_from_singular_vectors(real: Any) -> None:
             cores = tensor_ring(dense.transpose(order), [*(ring[j] for j in order), ring[turn]]).factors
             fitted = np.einsum("aib,bjc,cka->ijk", *cores).transpose(np.argsort(order))
             error = np.linalg.norm(fitted - dense) / np.linalg.norm(dense)
-            assert decompose(dense, "tr", ring, n_restarts=1, n_iter=1)[1] < error
+            assert decompose(dense, "tr", ring, n_restarts=1, n_iter=1)[1] <= error + 1e-9
 
 
 def test_stop_rule() -> None:

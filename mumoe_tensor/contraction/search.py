@@ -60,10 +60,10 @@ class SearchSpace:
         self.input = bit.get("i", 0)
         # The bias row takes no part in the product that adds it.
         self.without_bias = 1 - 1 / sizes["i"] if self.biased else 1.0
-        # Operands whose axes may lie in an order that a product cannot read without a copy. (Axes of size
-        # one lie anywhere.)
-        orders = [[bit[x] for x in order if x == BATCH or sizes[x] > 1] for order in network.storage]
-        self.rigid = {1 << k: order for k, order in enumerate(orders) if len(order) > 2}
+        # Operands whose axes may lie in an order that a product cannot read without a copy.
+        self.rigid = {
+            1 << k: tuple(bit[x] for x in order) for k, order in enumerate(network.storage) if len(order) > 2
+        }
         # For each set of operands, the indices that something outside of it still needs.
         self.outside = [self.output] * (1 << self.count)
         everything = (1 << self.count) - 1

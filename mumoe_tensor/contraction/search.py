@@ -52,7 +52,8 @@ class SearchSpace:
         self.forbidden = sum(bit[x] for x in forbidden)
         self.dimension = {bit[name]: sizes[name] for name in sizes}
         self.batch = bit[BATCH]
-        self.all_outer = 1 in sizes.values()
+        #: Operands with an axis of size one.
+        self.loose = {1 << k for k, o in enumerate(network.operands) if any(sizes.get(x) == 1 for x in o)}
         self.weights = (1 << network.weights) - 1 if free_weights else 0
         self.biased = (
             1 << network.vector_of_input if network.bias and network.vector_of_input is not None else 0
@@ -117,8 +118,8 @@ def best_tree(
     """Cheapest order at one batch size, by dynamic programming over the sets of operands.
 
     Exact over all pairwise orders, products that share only the batch included. A product of two parts
-    that share no index is considered only where nothing of it is summed later or an index has size one:
-    anywhere else contracting the parts one after the other costs less.
+    that share no index is considered only where nothing of it is summed later, or one of them is an
+    operand with an axis of size one: anywhere else contracting them one after the other costs less.
 
     Parameters
     ----------
@@ -141,7 +142,7 @@ def best_tree(
         Nested pairs of operand positions; None if no order fits the limit and the bound.
     """
     size = space.size_table(batch)
-    outside, output, free, all_outer = space.outside, space.output, space.weights, space.all_outer
+    outside, output, free, loose = space.outside, space.output, space.weights, space.loose
     biased, without_bias, rigid = space.biased, space.without_bias, space.rigid
     everything = (1 << space.count) - 1
     trees: dict[int, Tree] = {1 << k: k for k in range(space.count)}
@@ -151,16 +152,16 @@ def best_tree(
         refused: set[int] = set()
         for first in range(1, count // 2 + 1):
             for left, left_indices, left_cost in found[first]:
-                for right, right_indices, right_cost in found[count - first]:
-                    if left & right:
-                        continue
+                apart = [part for part in found[count - first] if not left & part[0]]
+                for right, right_indices, right_cost in apart:
                     subset = left | right
                     known = best[subset][0] if subset in best else bound
                     cost = max(left_cost, right_cost) if peak else left_cost + right_cost
                     if cost >= known:
                         continue
                     union = left_indices | right_indices
-                    if not (left_indices & right_indices or all_outer) and union & ~output:
+                    strangers = not left_indices & right_indices and left not in loose and right not in loose
+                    if strangers and union & ~output:
                         continue
                     kept = union & outside[subset]
                     if peak:

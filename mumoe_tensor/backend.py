@@ -18,6 +18,14 @@ _names: dict[type, str | None] = {}
 _loaded: dict[str, Any] = {}
 
 
+def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have `torch.compile` call a function while it compiles and keep the result, not trace its code."""
+    # What torch.compiler.assume_constant_result sets; set here because torch must not be imported for it.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_under_compile
 def _backend_name(cls: type) -> str | None:
     if cls not in _names:
         arrays = [base for base in cls.__mro__ if base.__name__ in _ARRAY_CLASSES]
@@ -30,9 +38,14 @@ def load_backend(name: str) -> Any:
 
     Loading the JAX backend switches ``jax_enable_x64`` on for the whole process; the flag is put back.
     """
+    _ensure_loaded(name)
+    return _loaded[name]
+
+
+@constant_under_compile
+def _ensure_loaded(name: str) -> None:
     if name not in _loaded:
         _loaded[name] = _load_jax() if name == "jax" else _manager().load_backend(name)
-    return _loaded[name]
 
 
 def _manager() -> Any:
@@ -83,13 +96,6 @@ def is_traced(array: Array) -> bool:
     import torch
 
     return torch.compiler.is_compiling()
-
-
-def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have `torch.compile` call a function while it compiles and keep the result, not trace its code."""
-    # What torch.compiler.assume_constant_result sets; set here because torch must not be imported for it.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def dtype_name(array: Array) -> str:

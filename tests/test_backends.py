@@ -67,8 +67,8 @@ def test_all_backends_agree(problem: Problem) -> None:
     expected = problem.output()
     scale = magnitude(problem.weight, problem.z, problem.coefficients, bias=problem.bias)
     for backend in HERE:
-        if backend == "jax" and problem.seed % 4:
-            continue  # which compiles every operation for every shape: every fourth will do
+        if backend == "jax" and problem.seed % 8:
+            continue  # which compiles every operation for every shape: every eighth will do
         with jax_float64():
             factors = [
                 None if f is None else make_array(f, backend, problem.dtype) for f in problem.weight.factors
@@ -278,6 +278,7 @@ def test_jax_transforms_over_weights_and_inputs(format: str, jax_x64: None) -> N
     def loss(weight: mt.FactorizedTensor, z: Any, a: list[Any]) -> Any:
         return jnp.tanh(mt.multilinear_moe(weight, z, a, bias=True)).sum()
 
+    loss = jax.jit(loss)
     gradient, of_z, of_a = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(weight, z, coefficients)
     assert isinstance(gradient, mt.FactorizedTensor)
     assert (gradient.format, gradient.shape, gradient.rank) == (weight.format, weight.shape, weight.rank)
@@ -354,7 +355,7 @@ def settings_of_everything() -> dict[str, Any]:
 
 def every_public_call(backend: str, dtype: str = "float32") -> None:
     """Call everything that is public on arrays of a backend."""
-    for format in mt.formats():
+    for format in ("cp", "tr") if backend == "jax" else mt.formats():  # JAX compiles each operation
         weight, z, coefficients = example(format, backend, dtype)
         like = {"rank": RANKS.get(format), "bias": True, **SIZES}
         plan = mt.plan(format, **like)

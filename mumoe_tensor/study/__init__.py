@@ -73,7 +73,7 @@ def run(
     >>> import mumoe_tensor.study as study
     >>> found = study.run("clip-head", experts=16, formats=["cp"], quick=True)
     >>> found.of("cp")["numpy"].parameters
-    768387
+    769128
     """
     sweep = prepare(layer, **settings)
     if out is not None:

@@ -52,8 +52,7 @@ class SearchSpace:
         self.forbidden = sum(bit[x] for x in forbidden)
         self.dimension = {bit[name]: sizes[name] for name in sizes}
         self.batch = bit[BATCH]
-        #: Operands with an axis of size one.
-        self.loose = {1 << k for k, o in enumerate(network.operands) if any(sizes.get(x) == 1 for x in o)}
+        self.of_size_one = sum(bit[x] for x in sizes if sizes[x] == 1)
         self.weights = (1 << network.weights) - 1 if free_weights else 0
         self.biased = (
             1 << network.vector_of_input if network.bias and network.vector_of_input is not None else 0
@@ -118,8 +117,8 @@ def best_tree(
     """Cheapest order at one batch size, by dynamic programming over the sets of operands.
 
     Exact over all pairwise orders, products that share only the batch included. A product of two parts
-    that share no index is considered only where nothing of it is summed later, or one of them is an
-    operand with an axis of size one: anywhere else contracting them one after the other costs less.
+    that share no index is considered only where nothing of it is summed later, or one of them has
+    an axis of size one: anywhere else contracting them one after the other costs less.
 
     Parameters
     ----------
@@ -142,7 +141,7 @@ def best_tree(
         Nested pairs of operand positions; None if no order fits the limit and the bound.
     """
     size = space.size_table(batch)
-    outside, output, free, loose = space.outside, space.output, space.weights, space.loose
+    outside, output, free, of_size_one = space.outside, space.output, space.weights, space.of_size_one
     biased, without_bias, rigid = space.biased, space.without_bias, space.rigid
     everything = (1 << space.count) - 1
     trees: dict[int, Tree] = {1 << k: k for k in range(space.count)}
@@ -160,8 +159,7 @@ def best_tree(
                     if cost >= known:
                         continue
                     union = left_indices | right_indices
-                    strangers = not left_indices & right_indices and left not in loose and right not in loose
-                    if strangers and union & ~output:
+                    if not left_indices & right_indices and not union & of_size_one and union & ~output:
                         continue
                     kept = union & outside[subset]
                     if peak:

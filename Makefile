@@ -49,5 +49,5 @@ asv: $(STAMP)  ## check the asv suite and run it once, quickly
 	$(BIN)/asv run --python=same --quick --show-stderr
 
 clean:  ## remove builds and caches; .venv and results stay
-	rm -rf build dist docs/_build docs/api/generated .asv .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist docs/_build .asv .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

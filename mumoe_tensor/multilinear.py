@@ -180,7 +180,6 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
         for array, operand in zip(weight.arrays, network.operands, strict=True)
     ]
     sliced = Network(
-        labels=network.labels,
         operands=tuple(tuple(x for x in o if x not in of_mode) for o in network.operands),
         storage=tuple(tuple(x for x in o if x not in of_mode) for o in network.storage),
         output=network.output[-2:],

@@ -396,7 +396,6 @@ def any_networks(draw: st.DrawFn) -> tuple[Network, Tree]:
         second = nodes.pop(draw(st.integers(0, len(nodes) - 1)))
         nodes.append((first, second))
     network = Network(
-        labels=tuple(map(str, range(count))),
         operands=tuple(map(tuple, operands)),
         storage=tuple(tuple(draw(st.permutations(o))) for o in operands),
         output=tuple(draw(st.permutations(output))),

@@ -17,8 +17,6 @@ class Network:
 
     Parameters
     ----------
-    labels : tuple of str
-        A name for each operand, used when a plan is printed.
     operands : tuple of tuple of str
         Axes of each operand as it is handed over.
     storage : tuple of tuple of str
@@ -34,7 +32,6 @@ class Network:
         bias: the row is added, the vector never grows.
     """
 
-    labels: tuple[str, ...]
     operands: tuple[Indices, ...]
     storage: tuple[Indices, ...]
     output: Indices
@@ -64,11 +61,10 @@ def weight_network(
         Positions of the factors that are all ones and take no part.
     """
     names = mode_names(len(modes) - 2)
-    factors = [(k, f) for k, f in enumerate(format.declaration(len(modes) - 2)) if k not in ones]
+    factors = [f for k, f in enumerate(format.declaration(len(modes) - 2)) if k not in ones]
     return Network(
-        labels=tuple(f"W{k}" for k, _ in factors),
-        operands=tuple(f.indices for _, f in factors),
-        storage=tuple(f.storage for _, f in factors),
+        operands=tuple(f.indices for f in factors),
+        storage=tuple(f.storage for f in factors),
         output=names,
         sizes=tuple(format.sizes(modes, rank).items()),
         weights=len(factors),
@@ -83,7 +79,6 @@ def forward_network(
     *attached, o = weight.output
     vectors = tuple((BATCH, mode) for mode in attached)
     return Network(
-        labels=(*weight.labels, *(f"a{e}" for e in range(1, len(attached))), "z"),
         operands=weight.operands + vectors,
         storage=weight.storage + vectors,
         output=(BATCH, o),

@@ -289,7 +289,6 @@ def _reconstructed(network: Network, minimize: Objective, limit: float, batch: i
     vectors = network.operands[network.weights :]
     whole = (*(x for v in vectors for x in v if x != BATCH), network.output[-1])
     weight = Network(
-        labels=network.labels[: network.weights],
         operands=network.operands[: network.weights],
         storage=network.storage[: network.weights],
         output=whole,
@@ -297,7 +296,6 @@ def _reconstructed(network: Network, minimize: Objective, limit: float, batch: i
         weights=network.weights,
     )
     dense = Network(
-        labels=("W", *network.labels[network.weights :]),
         operands=(whole, *vectors),
         storage=(whole, *vectors),
         output=network.output,

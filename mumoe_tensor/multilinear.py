@@ -10,10 +10,10 @@ from typing import Any
 
 from mumoe_tensor.backend import Array, backend_of, check_floating, constant_under_compile, is_traced
 from mumoe_tensor.contraction.execute import execute, fold
-from mumoe_tensor.contraction.layout import Program, compile
+from mumoe_tensor.contraction.layout import Compiler, Program
 from mumoe_tensor.contraction.network import Network, forward_network, weight_network
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
-from mumoe_tensor.contraction.search import Objective, SearchSpace, best_tree
+from mumoe_tensor.contraction.search import Case, Objective, SearchSpace, best_trees
 from mumoe_tensor.formats.base import Format, check_flag
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
@@ -193,7 +193,8 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
 @lru_cache(maxsize=1024)
 def _whole(network: Network) -> Program:
     """Program of fewest FLOPs for a network of weights alone."""
-    return compile(network, best_tree(SearchSpace(network), 1), 1)
+    (tree,) = best_trees(SearchSpace(network), [Case(1)])
+    return Compiler(network, 1)(tree)
 
 
 _forward_network = lru_cache(maxsize=1024)(forward_network)

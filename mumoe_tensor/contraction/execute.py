@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mumoe_tensor.backend import Array, add_product
-from mumoe_tensor.contraction.layout import Operand, Program, Step
+from mumoe_tensor.contraction.layout import Arrangement, Operand, Program, Step
 
 
 def execute(
@@ -37,8 +37,7 @@ def execute(
         arrays.append(_run(step, arrays, backend))
         # Every intermediate is read once: let go of it.
         arrays[step.left.position] = arrays[step.right.position] = None
-    result = arrays[-1]
-    return result if program.output_order is None else backend.transpose(result, program.output_order)
+    return _arrange(arrays[-1], program.output, backend)
 
 
 def fold(program: Program, weights: Sequence[Array], backend: Any) -> dict[int, Array]:
@@ -62,9 +61,17 @@ def fold(program: Program, weights: Sequence[Array], backend: Any) -> dict[int, 
 
 def _arranged(program: Program, operands: Sequence[Array | None], backend: Any) -> list[Array]:
     return [
-        array if order is None or array is None else backend.transpose(array, order)
-        for array, order in zip(operands, program.arrange, strict=True)
+        array if arrangement is None or array is None else _arrange(array, arrangement, backend)
+        for array, arrangement in zip(operands, program.arrange, strict=True)
     ]
+
+
+def _arrange(array: Array, arrangement: Arrangement | None, backend: Any) -> Array:
+    if arrangement is None:
+        return array
+    if arrangement.order is not None:
+        array = backend.transpose(array, arrangement.order)
+    return array if arrangement.shape is None else array.reshape(arrangement.shape)
 
 
 def _run(step: Step, arrays: Sequence[Array], backend: Any) -> Array:

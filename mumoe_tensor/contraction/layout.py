@@ -2,16 +2,16 @@
 
 Every step is one matrix product (``mm``), one batched matrix product (``bmm``) or one elementwise product
 with broadcasting (``mul``). A product reads an operand without copying it when the axes it sums, the axes
-it keeps and the axes shared with the other operand and the result each lie together in memory. `compile`
+it keeps and the axes shared with the other operand and the result each lie together in memory. `Compiler`
 chooses which operand comes first in each product, and so the memory order of every intermediate, such that
 as few elements as possible are copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from math import prod
 from typing import Literal, NamedTuple
@@ -124,6 +124,13 @@ class Step:
         return tuple(dict.fromkeys(self.left.indices + self.right.indices))
 
 
+class Arrangement(NamedTuple):
+    """A permutation of axes, then a shape with axes of size one dropped or added; None where not needed."""
+
+    order: tuple[int, ...] | None
+    shape: tuple[int, ...] | None
+
+
 @dataclass(frozen=True)
 class Program:
     """Steps in the order to run them, good for every batch size.
@@ -132,17 +139,17 @@ class Program:
     ----------
     network : Network
         What is contracted.
-    arrange : tuple
-        For each operand the permutation from its axes to memory order, or None.
+    arrange : tuple of Arrangement or None
+        How each operand is put in memory order, without its axes of size one; None to take it as it is.
     steps : tuple of Step
-    output_order : tuple of int or None
-        Permutation from the last result to the output's axes.
+    output : Arrangement or None
+        How the last result becomes the output, with its axes of size one.
     """
 
     network: Network
-    arrange: tuple[tuple[int, ...] | None, ...]
+    arrange: tuple[Arrangement | None, ...]
     steps: tuple[Step, ...]
-    output_order: tuple[int, ...] | None
+    output: Arrangement | None
 
 
 class _Choice(NamedTuple):
@@ -153,10 +160,9 @@ class _Choice(NamedTuple):
 
 
 class _Join(NamedTuple):
-    """A product of two nodes in given memory orders."""
+    """A product of two nodes in given memory orders; swapped if the right one comes first in it."""
 
-    left: Tree
-    right: Tree
+    swapped: bool
     left_order: Indices
     right_order: Indices
     left_read: Indices
@@ -165,100 +171,110 @@ class _Join(NamedTuple):
     shared: Indices
 
 
-def compile(network: Network, tree: Tree, batch: int) -> Program:
-    """Choose the memory order of every intermediate of an order of contraction.
+class Compiler:
+    """Chooses the memory order of every intermediate, for orders of contraction of one network.
+
+    What is found for a part of one order serves the others that have it.
 
     Parameters
     ----------
     network : Network
-    tree : Tree
-        Nested pairs of operand positions.
     batch : int
         Batch size at which copied elements are weighed against each other.
     """
-    sizes = {**dict(network.sizes), BATCH: batch}
-    needed = _needed_outside(network, tree)
-    options: dict[Tree, dict[Indices, _Choice]] = {}
 
-    def visit(node: Tree) -> dict[Indices, _Choice]:
+    def __init__(self, network: Network, batch: int):
+        self.handed_over, self.network = network, network.squeezed
+        self.sizes = {**dict(network.sizes), BATCH: batch}
+        self.options: dict[Tree, dict[Indices, _Choice]] = {
+            k: {order: _Choice(0, None)} for k, order in enumerate(self.network.storage)
+        }
+
+    def __call__(self, tree: Tree) -> Program:
+        """The program for nested pairs of operand positions."""
+        network, sizes, handed_over = self.network, self.sizes, self.handed_over
+        self._visit(tree)
+        final = self.options[tree]
+        extra = prod(sizes[x] for x in network.output)
+        order = min(final, key=lambda o: final[o].copied + (extra if o != network.output else 0))
+        return Program(
+            network=handed_over,
+            arrange=tuple(
+                _arrangement(operand, stored, squeezed, handed_over)
+                for operand, stored, squeezed in zip(
+                    handed_over.operands, handed_over.storage, network.storage, strict=True
+                )
+            ),
+            steps=tuple(_emit(network, tree, order, self.options, sizes)),
+            output=_arrangement(order, network.output, handed_over.output, handed_over),
+        )
+
+    def _visit(self, node: Tree) -> frozenset[int]:
+        """Find the options of a node; return the operands it holds."""
         if not isinstance(node, tuple):
-            options[node] = {network.storage[node]: _Choice(0, None)}
-        else:
+            return frozenset([node])
+        left, right = node
+        held = self._visit(left) | self._visit(right)
+        if node not in self.options:
+            others = (o for k, o in enumerate(self.network.operands) if k not in held)
+            needed = frozenset(self.network.output).union(*others)
             best: dict[Indices, _Choice] = {}
-            left, right = node
-            left_options, right_options = visit(left), visit(right)
-            for left_order, left_choice in left_options.items():
-                for right_order, right_choice in right_options.items():
+            for left_order, left_choice in self.options[left].items():
+                for right_order, right_choice in self.options[right].items():
                     so_far = left_choice.copied + right_choice.copied
-                    for output, join in _joins(left, right, left_order, right_order, needed[node]):
-                        copied = so_far + _copied(join, output, sizes)
+                    for output, join, orders, calls in _joins(left_order, right_order, needed):
+                        copied = so_far + calls + sum(map(self._size, orders))
                         if output not in best or copied < best[output].copied:
                             best[output] = _Choice(copied, join)
             cheapest = sorted(best, key=lambda order: best[order].copied)[:KEPT_ORDERS]
-            options[node] = {order: best[order] for order in cheapest}
-        return options[node]
+            self.options[node] = {order: best[order] for order in cheapest}
+        return held
 
-    final = visit(tree)
-    extra = prod(sizes[x] for x in network.output)
-    order = min(final, key=lambda o: final[o].copied + (extra if o != network.output else 0))
-    return _emit(network, tree, order, options, sizes)
+    def _size(self, order: Indices) -> int:
+        return prod(self.sizes[x] for x in order)
 
 
-def _needed_outside(network: Network, tree: Tree) -> dict[Tree, frozenset[str]]:
-    """Indices that are needed outside of each node: by the output or by another operand."""
-    needed: dict[Tree, frozenset[str]] = {}
-
-    def indices(node: Tree) -> frozenset[str]:
-        if isinstance(node, tuple):
-            return indices(node[0]) | indices(node[1])
-        return frozenset(network.operands[node])
-
-    def visit(node: Tree, outside: frozenset[str]) -> None:
-        needed[node] = outside
-        if isinstance(node, tuple):
-            left, right = node
-            visit(left, outside | indices(right))
-            visit(right, outside | indices(left))
-
-    visit(tree, frozenset(network.output))
-    return needed
-
-
+@lru_cache(maxsize=65_536)
 def _joins(
-    left: Tree, right: Tree, left_order: Indices, right_order: Indices, outside: frozenset[str]
-) -> Iterable[tuple[Indices, _Join]]:
-    """Ways to multiply two nodes, with the memory order of the result."""
-    for a, b, a_order, b_order in (
-        (left, right, left_order, right_order),
-        (right, left, right_order, left_order),
-    ):
-        common = [x for x in a_order if x in b_order]
-        summed = tuple(x for x in common if x not in outside)
-        shared = tuple(x for x in common if x in outside)
-        a_only = tuple(x for x in a_order if x not in b_order)
-        b_only = tuple(x for x in b_order if x not in a_order)
-        if not summed:
-            for output in {a_order + b_only: 0, b_only + a_order: 0}:
-                yield output, _Join(a, b, a_order, b_order, a_order, b_order, summed, shared)
-            continue
-        # Read as they lie; or one copied into the other's order; or both copied.
-        b_summed = tuple(x for x in b_order if x in summed)
-        b_shared = tuple(x for x in b_order if x in shared)
-        a_fits = _fits(a_order, shared, a_only, summed)
-        b_fits = _fits(b_order, b_shared, b_only, b_summed)
-        if a_fits and b_fits and summed == b_summed and shared == b_shared:
-            yield shared + a_only + b_only, _Join(a, b, a_order, b_order, a_order, b_order, summed, shared)
-            continue
-        if b_fits:
-            read = b_shared + a_only + b_summed
-            output = b_shared + a_only + b_only
-            yield output, _Join(a, b, a_order, b_order, read, b_order, b_summed, b_shared)
-        read = shared + b_only + summed
-        if a_fits:
-            yield shared + a_only + b_only, _Join(a, b, a_order, b_order, a_order, read, summed, shared)
-        elif not b_fits:
-            a_read = shared + a_only + summed
-            yield shared + a_only + b_only, _Join(a, b, a_order, b_order, a_read, read, summed, shared)
+    left_order: Indices, right_order: Indices, needed: frozenset[str]
+) -> tuple[tuple[Indices, _Join, tuple[Indices, ...], int], ...]:
+    """Ways to multiply two nodes: order of the result, product, and what that copies (see `_copied`)."""
+    ways = [
+        *_products(False, left_order, right_order, needed),
+        *_products(True, right_order, left_order, needed),
+    ]
+    return tuple((output, join, *_copied(output, join)) for output, join in ways)
+
+
+def _products(
+    swapped: bool, a_order: Indices, b_order: Indices, needed: frozenset[str]
+) -> Iterator[tuple[Indices, _Join]]:
+    common = [x for x in a_order if x in b_order]
+    summed = tuple(x for x in common if x not in needed)
+    shared = tuple(x for x in common if x in needed)
+    a_only = tuple(x for x in a_order if x not in b_order)
+    b_only = tuple(x for x in b_order if x not in a_order)
+    if not summed:
+        for output in {a_order + b_only: 0, b_only + a_order: 0}:
+            yield output, _Join(swapped, a_order, b_order, a_order, b_order, summed, shared)
+        return
+    # Read as they lie; or one copied into the other's order; or both copied.
+    b_summed = tuple(x for x in b_order if x in summed)
+    b_shared = tuple(x for x in b_order if x in shared)
+    a_fits = _fits(a_order, shared, a_only, summed)
+    b_fits = _fits(b_order, b_shared, b_only, b_summed)
+    if a_fits and b_fits and summed == b_summed and shared == b_shared:
+        yield shared + a_only + b_only, _Join(swapped, a_order, b_order, a_order, b_order, summed, shared)
+        return
+    if b_fits:
+        read = b_shared + a_only + b_summed
+        yield b_shared + a_only + b_only, _Join(swapped, a_order, b_order, read, b_order, b_summed, b_shared)
+    read = shared + b_only + summed
+    if a_fits:
+        yield shared + a_only + b_only, _Join(swapped, a_order, b_order, a_order, read, summed, shared)
+    elif not b_fits:
+        a_read = shared + a_only + summed
+        yield shared + a_only + b_only, _Join(swapped, a_order, b_order, a_read, read, summed, shared)
 
 
 def _fits(order: Indices, *groups: Indices) -> bool:
@@ -269,21 +285,21 @@ def _fits(order: Indices, *groups: Indices) -> bool:
     return len(runs) == len(set(runs)) and not shared_innermost
 
 
-def _copied(join: _Join, output: Indices, sizes: dict[str, int]) -> int:
-    """Elements that are copied, or in an elementwise product read out of order.
+def _copied(output: Indices, join: _Join) -> tuple[tuple[Indices, ...], int]:
+    """Orders of the operands that are copied, or in an elementwise product read out of order.
 
-    A matrix read transposed costs no copy, but a call: it counts as one element.
+    A matrix read transposed costs no copy, but a call; these are counted too, as one element each.
     """
-    copied = 0
-    for order, read in ((join.left_order, join.left_read), (join.right_order, join.right_read)):
-        wanted = read if join.summed else output
-        in_order = [x for x in order if sizes[x] > 1] == [x for x in wanted if x in order and sizes[x] > 1]
-        copied += 0 if in_order else prod(sizes[x] for x in order)
-    if join.summed:
-        left_free_last = join.left_read[-1] not in join.summed
-        right_summed_last = join.right_read[-1] in join.summed
-        copied += left_free_last + right_summed_last
-    return copied
+    orders = tuple(
+        order
+        for order, read in ((join.left_order, join.left_read), (join.right_order, join.right_read))
+        if order != tuple(x for x in (read if join.summed else output) if x in order)
+    )
+    if not join.summed:
+        return orders, 0
+    left_free_last = join.left_read[-1] not in join.summed
+    right_summed_last = join.right_read[-1] in join.summed
+    return orders, left_free_last + right_summed_last
 
 
 def _emit(
@@ -292,7 +308,7 @@ def _emit(
     order: Indices,
     options: dict[Tree, dict[Indices, _Choice]],
     sizes: dict[str, int],
-) -> Program:
+) -> list[Step]:
     """Write the chosen products down; of two branches first the one that keeps the peak lower."""
     steps: list[Step] = []
 
@@ -316,18 +332,22 @@ def _emit(
         join = options[node][order].step
         if join is None:
             return int(node)
-        orders = {join.left: join.left_order, join.right: join.right_order}
+        first, second = reversed(node) if join.swapped else node
+        orders = {first: join.left_order, second: join.right_order}
         positions = {branch: visit(branch, orders[branch]) for branch in by_peak(node)}
-        steps.append(_step(network, join, positions[join.left], positions[join.right], order))
+        steps.append(_step(network, join, positions[first], positions[second], order))
         return len(network.operands) + len(steps) - 1
 
     visit(tree, order)
-    return Program(
-        network=network,
-        arrange=tuple(map(_permutation, network.operands, network.storage)),
-        steps=tuple(steps),
-        output_order=_permutation(order, network.output),
-    )
+    return steps
+
+
+def _arrangement(order: Indices, permuted: Indices, shaped: Indices, network: Network) -> Arrangement | None:
+    """Take axes in one order to another, and then drop or add those of size one."""
+    sizes = {**dict(network.sizes), BATCH: -1}
+    shape = None if permuted == shaped else tuple(sizes[x] for x in shaped)
+    arrangement = Arrangement(_permutation(order, permuted), shape)
+    return None if arrangement == (None, None) else arrangement
 
 
 def _permutation(order: Indices, target: Indices) -> tuple[int, ...] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mumoe_tensor.formats.base import Format, Rank, Tree, mode_names
 
@@ -43,6 +44,21 @@ class Network:
     def vector_of_input(self) -> int | None:
         """Position of the input vector, the last operand of a forward pass."""
         return len(self.operands) - 1 if len(self.operands) > self.weights else None
+
+    @cached_property
+    def squeezed(self) -> Network:
+        """The same network without the indices of size one: a contraction has no use for them."""
+        ones = {x for x, size in self.sizes if size == 1}
+
+        def drop(indices: Indices) -> Indices:
+            return tuple(x for x in indices if x not in ones)
+
+        return replace(
+            self,
+            operands=tuple(map(drop, self.operands)),
+            storage=tuple(map(drop, self.storage)),
+            output=drop(self.output),
+        )
 
 
 def weight_network(

@@ -13,15 +13,16 @@ from functools import cached_property, lru_cache
 from math import inf, prod
 from typing import Literal, NamedTuple
 
-from mumoe_tensor.contraction.layout import Kind, Program, compile
-from mumoe_tensor.contraction.network import BATCH, Network, forward_network
+from mumoe_tensor.contraction.layout import Compiler, Kind, Program
+from mumoe_tensor.contraction.network import BATCH, Indices, Network, forward_network
 from mumoe_tensor.contraction.search import (
     ELEMENT,
+    Case,
     Objective,
     SearchSpace,
-    best_tree,
-    envelope,
-    peak_of,
+    best_at_any_batch,
+    best_trees,
+    peaks_of,
     substitute,
 )
 from mumoe_tensor.formats.base import Format, Tree, as_positive, check_choice, check_modes, get_format
@@ -38,14 +39,13 @@ PEAK_BATCHES = (1, 256, 65_536)
 LAYOUT_BATCHES = (1, 65_536)
 
 
-@dataclass(frozen=True)
-class PlannedStep:
+class PlannedStep(NamedTuple):
     """One pairwise product at a batch size.
 
     Attributes
     ----------
-    equation : str
-        Axes of both operands and of the result, e.g. ``"B n1, n1 r -> B r"``.
+    axes : tuple of tuple of str
+        Axes of both operands and of the result.
     kind : {"mm", "bmm", "mul"}
     shape : tuple of int
         Shape of the result.
@@ -62,7 +62,7 @@ class PlannedStep:
         True for a product of weights alone.
     """
 
-    equation: str
+    axes: tuple[Indices, Indices, Indices]
     kind: Kind
     shape: tuple[int, ...]
     flops: int
@@ -71,6 +71,12 @@ class PlannedStep:
     saved: int
     live: int
     constant: bool
+
+    @property
+    def equation(self) -> str:
+        """The axes written out, e.g. ``"B n1, n1 r -> B r"``."""
+        left, right, result = (" ".join(axes) for axes in self.axes)
+        return f"{left}, {right} -> {result}"
 
     @property
     def size(self) -> int:
@@ -105,10 +111,9 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
         for operand in operands:
             alive.pop(operand.position, None)
         constant[position] = all(constant.get(o.position, False) for o in operands)
-        left, right, output = (" ".join(x) for x in (step.left.indices, step.right.indices, step.output))
         planned.append(
             PlannedStep(
-                equation=f"{left}, {right} -> {output}",
+                axes=(step.left.indices, step.right.indices, step.output),
                 kind=step.kind,
                 shape=shape,
                 flops=volume * (1 if step.kind == "mul" else 2),
@@ -262,26 +267,27 @@ def _candidates(
         trees += [(tree, "factorized") for tree in _trees(space, minimize, limit, batch)]
     if implementation in ("reconstructed", "auto"):
         trees += [(tree, "reconstructed") for tree in _reconstructed(network, minimize, limit, batch)]
-    batches = (batch,) if batch else LAYOUT_BATCHES
+    compilers = [Compiler(network, b) for b in ((batch,) if batch else LAYOUT_BATCHES)]
     programs = {
-        (compile(network, tree, b), implementation): None for tree, implementation in trees for b in batches
+        (compiler(tree), implementation): None for tree, implementation in trees for compiler in compilers
     }
     return tuple(_candidate(program, implementation, free) for program, implementation in programs)
 
 
 def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) -> list[Tree]:
-    elements = [0] if minimize == "flops" else [0, ELEMENT]
+    elements = [0.0] if minimize == "flops" else [0.0, ELEMENT]
     if batch:
-        found = [best_tree(space, batch, element, limit=limit) for element in elements]
+        found = best_trees(space, [Case(batch, element) for element in elements], limit)
     else:
-        found = [tree for element in elements for tree in envelope(space, element)]
-    trees = list(dict.fromkeys(tree for tree in found if tree is not None))
+        found = [*best_at_any_batch(space, elements)]
     if minimize == "peak":
-        for b in (batch,) if batch else PEAK_BATCHES:
-            known = min((peak_of(space, tree, b) for tree in trees), default=inf)
-            lower = best_tree(space, b, bound=known, limit=limit, peak=True)
-            trees += [] if lower is None or lower in trees else [lower]
-    return trees
+        batches = (batch,) if batch else PEAK_BATCHES
+        ends = [tree for tree in (found[0], found[-1]) if tree is not None] if found else []
+        known = [peaks_of(space, tree, batches) for tree in ends]
+        bounds = map(min, zip(*known, strict=True)) if known else [inf] * len(batches)
+        cases = [Case(b, bound=bound) for b, bound in zip(batches, bounds, strict=True)]
+        found += best_trees(space, cases, limit, peak=True)
+    return list(dict.fromkeys(tree for tree in found if tree is not None))
 
 
 def _reconstructed(network: Network, minimize: Objective, limit: float, batch: int) -> list[Tree]:
@@ -305,9 +311,9 @@ def _reconstructed(network: Network, minimize: Objective, limit: float, batch: i
     )
     if network.weights > 1 and prod(dict(network.sizes)[x] for x in whole) > limit:
         return []
-    formed: Tree = 0
+    formed: Tree | None = 0
     if network.weights > 1:
-        formed = best_tree(SearchSpace(weight), 1, limit=limit)
+        (formed,) = best_trees(SearchSpace(weight), [Case(1)], limit)
     if formed is None:
         return []
     positions = {0: formed, **{k: network.weights - 1 + k for k in range(1, len(vectors) + 1)}}

@@ -1,17 +1,18 @@
 """Which order to contract in: exact search over the pairwise orders, for every batch size at once.
 
 The cost of an order is ``alpha + beta * B`` in the batch size B, so over all B the best orders form the
-lower envelope of a set of lines. `envelope` finds it by asking `best_tree` only at the two ends and where
-two lines known to be optimal cross.
+lower envelope of a set of lines. `best_at_any_batch` finds it by asking `best_trees` only at the two ends and
+where the lowest of the lines known so far cross.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from opt_einsum.paths import ssa_greedy_optimize
 
 from mumoe_tensor.contraction.network import BATCH, Network
@@ -20,10 +21,13 @@ from mumoe_tensor.formats.base import Tree
 #: An element read or written takes about the time of this many FLOPs where memory is the limit.
 ELEMENT = 16
 #: Beyond this batch only the term that grows with the batch matters.
-LARGEST_BATCH = 2**40
+LARGEST_BATCH = 2.0**40
 
 Objective = Literal["flops", "time", "peak"]
 Line = tuple[float, float]
+Sets = npt.NDArray[np.int64]
+Figures = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 
 class SearchSpace:
@@ -34,7 +38,7 @@ class SearchSpace:
     Parameters
     ----------
     network : Network
-        What to contract.
+        What to contract. Its indices of size one are left out.
     forbidden : tuple of str, optional
         No intermediate may carry all of these indices.
     free_weights : bool, default False
@@ -42,94 +46,103 @@ class SearchSpace:
     """
 
     def __init__(self, network: Network, forbidden: tuple[str, ...] = (), free_weights: bool = False):
-        sizes = dict(network.sizes)
-        names = [BATCH, *sizes]
-        bit = {name: 1 << k for k, name in enumerate(names)}
+        network, sizes = network.squeezed, dict(network.sizes)
+        bit = {name: 1 << k for k, name in enumerate((BATCH, *sizes))}
+        leaves = [sum(bit[x] for x in operand) for operand in network.operands]
         self.network = network
-        self.count = len(network.operands)
-        self.leaves = [sum(bit[x] for x in operand) for operand in network.operands]
-        self.output = sum(bit[x] for x in network.output)
-        self.forbidden = sum(bit[x] for x in forbidden)
-        self.dimension = {bit[name]: sizes[name] for name in sizes}
-        self.batch = bit[BATCH]
-        self.of_size_one = sum(bit[x] for x in sizes if sizes[x] == 1)
-        self.weights = (1 << network.weights) - 1 if free_weights else 0
-        self.biased = (
-            1 << network.vector_of_input if network.bias and network.vector_of_input is not None else 0
-        )
-        self.input = bit.get("i", 0)
+        self.count = len(leaves)
+        self.extents = (*sizes.values(),)
+        sets = np.arange(1 << self.count)
+        holds = [(sets >> k & 1).astype(bool) for k in range(self.count)]
+        self.everything = int(sets[-1])
+        self.is_leaf: Flags = sets & (sets - 1) == 0
+        # Of every set of operands the indices of its product: those that something outside of it needs.
+        self.output, self.batch = sum(bit[x] for x in network.output), bit[BATCH]
+        self.modes = sum(bit[x] for o in network.operands[network.weights :] for x in o if x != BATCH)
+        inside, outside = np.zeros_like(sets), np.full_like(sets, self.output)
+        for leaf, held in zip(leaves, holds, strict=True):
+            inside[held] |= leaf
+            outside[~held] |= leaf
+        self.indices = inside & outside
+        self.folds_weights = free_weights
+        self.is_free: Flags = (sets >> network.weights == 0) & free_weights
         # The bias row takes no part in the product that adds it.
+        self.biased = 1 << network.vector_of_input if network.bias and network.vector_of_input else 0
         self.without_bias = 1 - 1 / sizes["i"] if self.biased else 1.0
-        # Operands whose axes may lie in an order that a product cannot read without a copy.
-        self.rigid = {
-            1 << k: tuple(bit[x] for x in order) for k, order in enumerate(network.storage) if len(order) > 2
-        }
-        # For each set of operands, the indices that something outside of it still needs.
-        self.outside = [self.output] * (1 << self.count)
-        everything = (1 << self.count) - 1
-        for subset in range(1, 1 << self.count):
-            low = subset & -subset
-            previous = self.outside[everything ^ (subset ^ low)]
-            self.outside[everything ^ subset] = previous | self.leaves[low.bit_length() - 1]
-
-    def size_table(self, batch: float) -> Callable[[int], float]:
-        """A function from a set of indices to its number of elements at this batch."""
-        dimension = {**self.dimension, self.batch: batch}
-        table: dict[int, float] = {0: 1.0}
-
-        def size(indices: int) -> float:
-            known = table.get(indices)
-            if known is None:
-                low = indices & -indices
-                known = table[indices] = dimension[low] * size(indices ^ low)
-            return known
-
-        return size
-
-    def is_copied(self, part: int, other_indices: int, kept: int) -> bool:
-        """Whether a product must copy an operand of the network to read it.
-
-        It need not where the axes it sums, shares and keeps for itself each lie together in memory.
-        """
-        order = self.rigid.get(part)
-        if order is None:
-            return False
-        groups = [2 if not axis & kept else bool(axis & other_indices) for axis in order]
-        runs = sum(a != b for a, b in pairwise(groups)) + 1
-        return 2 in groups and runs > len(set(groups))
-
-    def admits(self, subset: int, indices: int) -> bool:
-        """Whether an order may form the product of these operands, which has these indices."""
-        if self.forbidden and indices & self.forbidden == self.forbidden:
-            return False
-        # A bias row is added where the input vector meets the input mode, so that must be its first step.
-        return not (subset & self.biased and indices & self.input)
+        # Not admitted: too large an intermediate, and one in which the input vector has met something
+        # else than the weights of the input mode, because there the bias row is added.
+        self.is_admitted: Flags = (sets & self.biased == 0) | (self.indices & bit.get("i", 0) == 0)
+        large = [bit[x] for x in forbidden if sizes[x] > 1]
+        if len(large) > 1:
+            self.is_admitted &= (self.indices & sum(large)) != sum(large)
+        # Operands and the result are no intermediates.
+        self.is_inner = self.is_leaf | (sets == self.everything)
+        self.is_admitted |= self.is_inner
+        # By set the axes in memory order of an operand that a product may have to copy to read it.
+        longest = max(map(len, network.storage))
+        self.axes = np.zeros((len(sets), longest), dtype=int)
+        for k, order in enumerate(network.storage):
+            if len(order) > 2:
+                self.axes[1 << k] = [bit[x] for x in order] + [bit[order[-1]]] * (longest - len(order))
+        self.is_rigid: Flags = np.any(self.axes != 0, axis=1)
 
 
-def best_tree(
-    space: SearchSpace,
-    batch: float,
-    element: float = 0.0,
-    bound: float = inf,
-    limit: float = inf,
-    peak: bool = False,
-) -> Tree | None:
-    """Cheapest order at one batch size, by dynamic programming over the sets of operands.
+class Case(NamedTuple):
+    """What the best order is asked for.
+
+    Attributes
+    ----------
+    batch : float
+        Batch size.
+    element : float, default 0
+        FLOPs an element read or written counts for. The operands and the result are left out, as every
+        order reads and writes them once; but not folded weights.
+    bound : float
+        Known cost of some order, which is to be beaten.
+    """
+
+    batch: float
+    element: float = 0.0
+    bound: float = inf
+
+
+class _Sizes:
+    """Numbers of elements by case, of sets of indices and of the products of sets of operands."""
+
+    def __init__(self, space: SearchSpace, batches: Sequence[float]):
+        # Two small tables, one for each half of the indices, instead of one large one.
+        self.half = len(space.extents) // 2 + 1
+        of_batch = np.array([[1.0, batch] for batch in batches])
+        self.first = _products(of_batch, space.extents[: self.half - 1])
+        self.rest = _products(np.ones((1, 1)), space.extents[self.half - 1 :])
+        self.of_product = self.of_indices(space.indices)
+
+    def of_indices(self, indices: Sets) -> Figures:
+        return self.first[:, indices & ((1 << self.half) - 1)] * self.rest[:, indices >> self.half]
+
+
+def _products(table: Figures, extents: Sequence[int]) -> Figures:
+    """Every entry of a table times the product of every subset of some numbers, along the last axis."""
+    for extent in extents:
+        table = np.concatenate([table, table * extent], axis=1)
+    return table
+
+
+def best_trees(
+    space: SearchSpace, cases: Sequence[Case], limit: float = inf, peak: bool = False
+) -> list[Tree | None]:
+    """Cheapest order of each case, by dynamic programming over the sets of operands.
 
     Exact over all pairwise orders, products that share only the batch included. A product of two parts
-    that share no index is considered only where nothing of it is summed later, or one of them has
-    an axis of size one: anywhere else contracting them one after the other costs less.
+    that share no index is considered only where all of both or nothing of one is summed later: anywhere
+    else contracting them one after the other costs less.
 
     Parameters
     ----------
     space : SearchSpace
         The orders to choose from.
-    batch : float
-        Batch size.
-    element : float, default 0
-        FLOPs an element read or written counts for.
-    bound : float
-        Known cost of some order: sets that cost more are dropped.
+    cases : sequence of Case
+        Searched all at once, which is quicker than one after the other.
     limit : float
         Largest number of elements an intermediate may have.
     peak : bool
@@ -137,115 +150,142 @@ def best_tree(
 
     Returns
     -------
-    Tree or None
+    list of Tree or None
         Nested pairs of operand positions; None if no order fits the limit and the bound.
     """
-    size = space.size_table(batch)
-    outside, output, free, of_size_one = space.outside, space.output, space.weights, space.of_size_one
-    biased, without_bias, rigid = space.biased, space.without_bias, space.rigid
-    everything = (1 << space.count) - 1
-    trees: dict[int, Tree] = {1 << k: k for k in range(space.count)}
-    found: list[list[tuple[int, int, float]]] = [[], [(1 << k, x, 0.0) for k, x in enumerate(space.leaves)]]
+    batches, elements, bounds = (
+        np.array(column, dtype=float)[:, None] for column in zip(*cases, strict=True)
+    )
+    sizes = _Sizes(space, batches[:, 0].tolist())
+    admitted = space.is_admitted & (space.is_inner | (sizes.of_product.max(axis=0) <= limit))
+    costs = np.where(space.is_leaf, 0.0, bounds)
+    left_parts = np.zeros(costs.shape, dtype=int)
+    # What is not summed soon: modes of weights alone, and of the result (unless it has one row).
+    lasting = space.indices & (space.output & ~space.batch if batches.min() == 1 else space.output)
+    lasting |= np.where(space.indices & space.batch, 0, space.indices & space.modes)
+    # By how many operands they have, the sets that some order forms within the bound.
+    formed = [np.array([], dtype=int), 1 << np.arange(space.count)]
     for count in range(2, space.count + 1):
-        best: dict[int, tuple[float, int, int, int]] = {}
-        refused: set[int] = set()
-        for first in range(1, count // 2 + 1):
-            for left, left_indices, left_cost in found[first]:
-                apart = [part for part in found[count - first] if not left & part[0]]
-                for right, right_indices, right_cost in apart:
-                    subset = left | right
-                    known = best[subset][0] if subset in best else bound
-                    cost = max(left_cost, right_cost) if peak else left_cost + right_cost
-                    if cost >= known:
-                        continue
-                    union = left_indices | right_indices
-                    if not left_indices & right_indices and not union & of_size_one and union & ~output:
-                        continue
-                    kept = union & outside[subset]
-                    if peak:
-                        one, other = (left, left_indices, left_cost), (right, right_indices, right_cost)
-                        cost = _peak(space, size, one, other, kept)
-                    elif subset | free != free:
-                        volume = size(union)
-                        if left == biased or right == biased:
-                            volume *= without_bias
-                        cost += volume if kept == union else 2 * volume
-                        if element:
-                            cost += element * (size(left_indices) + size(right_indices) + size(kept))
-                            if left in rigid and space.is_copied(left, right_indices, kept):
-                                cost += 2 * element * size(left_indices)
-                            if right in rigid and space.is_copied(right, left_indices, kept):
-                                cost += 2 * element * size(right_indices)
-                    if cost >= known or subset in refused:
-                        continue
-                    if subset != everything and (size(kept) > limit or not space.admits(subset, kept)):
-                        refused.add(subset)
-                        continue
-                    best[subset] = (cost, kept, left, right)
-        for subset, (_, _, left, right) in best.items():
-            trees[subset] = (trees[left], trees[right])
-        found.append([(subset, kept, cost) for subset, (cost, kept, _, _) in best.items()])
-    return trees.get(everything)
+        halves = range(1, count // 2 + 1)
+        pairs = [pair for k in halves for pair in _disjoint(formed[k], formed[count - k])]
+        left, right = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        cost = np.maximum(costs[:, left], costs[:, right]) if peak else costs[:, left] + costs[:, right]
+        of_left, of_right = space.indices[left], space.indices[right]
+        sums_nothing = (of_left & ~space.output == 0) | (of_right & ~space.output == 0)
+        sums_all = lasting[left] | lasting[right] == 0
+        considered = (of_left & of_right != 0) | sums_nothing | sums_all
+        considered &= admitted[left | right] & (cost < bounds).any(axis=0)
+        left, right, cost = left[considered], right[considered], cost[:, considered]
+        if peak:
+            cost = _peak(space, sizes, left, right, costs)
+        else:
+            cost += _price(space, sizes, left, right, elements)
+        whole = left | right
+        for lowest, found in zip(costs, cost, strict=True):
+            np.minimum.at(lowest, whole, found)
+        case, pair = np.nonzero((cost == costs[:, whole]) & (cost < bounds))
+        left_parts[case, whole[pair]] = left[pair]
+        is_formed = np.zeros(len(space.indices), dtype=bool)
+        is_formed[whole[pair]] = True
+        formed.append(np.flatnonzero(is_formed))
+
+    def tree(parts: Sets, part: int) -> Tree:
+        left = int(parts[part])
+        if not left:
+            return part.bit_length() - 1
+        first, second = sorted((left, part ^ left), key=lambda branch: branch & -branch)
+        return (tree(parts, first), tree(parts, second))
+
+    return [
+        tree(parts, space.everything) if parts[space.everything] or space.count == 1 else None
+        for parts in left_parts
+    ]
 
 
-def _peak(
-    space: SearchSpace,
-    size: Callable[[int], float],
-    left: tuple[int, int, float],
-    right: tuple[int, int, float],
-    kept: int,
-) -> float:
-    """Elements live at once while two parts (set, indices, peak) are formed, the better first, and joined."""
-    held = [0.0 if part & (part - 1) == 0 else size(indices) for part, indices, _ in (left, right)]
-    one_by_one = min(max(left[2], held[0] + right[2]), max(right[2], held[1] + left[2]))
-    joined = sum(held) + size(kept)
-    for (part, indices, _), (_, others, _) in ((left, right), (right, left)):
-        if part in space.rigid and space.is_copied(part, others, kept):
-            joined += size(indices)
-    return max(one_by_one, joined)
+def _disjoint(some: Sets, others: Sets) -> Iterator[tuple[Sets, Sets]]:
+    """Pairs without a common operand, from some thousand sets at a time."""
+    for start in range(0, len(some) or 1, 1024):
+        part = some[start : start + 1024]
+        row, column = np.nonzero(part[:, None] & others == 0)
+        yield part[row], others[column]
 
 
-def peak_of(space: SearchSpace, tree: Tree, batch: float) -> float:
-    """Elements live at once in an order of contraction, copies of network operands counted but not these."""
-    size = space.size_table(batch)
+def _price(space: SearchSpace, sizes: _Sizes, left: Sets, right: Sets, elements: Figures) -> Figures:
+    """What it costs to join pairs of parts, and to write the result and read it once."""
+    whole = left | right
+    of_left, of_right, kept = space.indices[left], space.indices[right], space.indices[whole]
+    union = of_left | of_right
+    factor = np.where(kept == union, 1.0, 2.0)
+    if space.biased:
+        factor[(left == space.biased) | (right == space.biased)] *= space.without_bias
+    price = sizes.of_indices(union) * factor
+    if elements.any():
+        moved = sizes.of_product[:, whole] * np.where(whole == space.everything, 0, 2)
+        for part, others in ((left, of_right), (right, of_left)):
+            moved += 2 * _copied(space, sizes, part, others, kept)
+            if space.folds_weights:
+                moved += sizes.of_product[:, part] * space.is_free[part]
+        price += elements * moved
+    return price * ~space.is_free[whole] if space.folds_weights else price
 
-    def visit(node: Tree) -> tuple[int, int, float]:
+
+def _copied(space: SearchSpace, sizes: _Sizes, part: Sets, others: Sets, kept: Sets) -> Figures:
+    """Elements of the operands of the network that a product must copy to read them.
+
+    It need not where the axes it sums, shares and keeps for itself each lie together in memory.
+    """
+    copied = np.zeros((1, len(part)))
+    here = np.flatnonzero(space.is_rigid[part])
+    if len(here):
+        axes = space.axes[part[here]]
+        group = np.where(kept[here, None] & axes, others[here, None] & axes != 0, 2)
+        runs = 1 + np.count_nonzero(np.diff(group), axis=1)
+        sums, shares, keeps = (np.any(group == kind, axis=1) for kind in (2, 1, 0))
+        scattered: Flags = sums & (runs > 1 + shares.astype(int) + keeps)
+        copied[:, here] = sizes.of_product[:1, part[here]] * scattered
+    return copied
+
+
+def _peak(space: SearchSpace, sizes: _Sizes, left: Sets, right: Sets, peaks: Figures) -> Figures:
+    """Elements live at once while two parts are formed, the better first, and joined."""
+    of_left, of_right, kept = space.indices[left], space.indices[right], space.indices[left | right]
+    held_left, held_right = (sizes.of_product[:, part] * ~space.is_leaf[part] for part in (left, right))
+    left_first = np.maximum(peaks[:, left], held_left + peaks[:, right])
+    right_first = np.maximum(peaks[:, right], held_right + peaks[:, left])
+    joined = held_left + held_right + sizes.of_product[:, left | right]
+    joined += _copied(space, sizes, left, of_right, kept) + _copied(space, sizes, right, of_left, kept)
+    return np.maximum(np.minimum(left_first, right_first), joined)
+
+
+def _joins(tree: Tree) -> list[tuple[int, int]]:
+    """The pairs of sets that an order joins, in turn."""
+    joins: list[tuple[int, int]] = []
+
+    def visit(node: Tree) -> int:
         if not isinstance(node, tuple):
-            return 1 << node, space.leaves[node], 0.0
+            return 1 << node
         left, right = visit(node[0]), visit(node[1])
-        subset = left[0] | right[0]
-        kept = (left[1] | right[1]) & space.outside[subset]
-        return subset, kept, _peak(space, size, left, right, kept)
-
-    return visit(tree)[2]
-
-
-def cost_line(space: SearchSpace, tree: Tree, element: float = 0.0) -> Line:
-    """Cost of an order as the line ``(alpha, beta)`` of ``alpha + beta * B``."""
-    size = space.size_table(1)
-    line = [0.0, 0.0]
-
-    def visit(node: Tree) -> tuple[int, int]:
-        if not isinstance(node, tuple):
-            return 1 << node, space.leaves[node]
-        (left, left_indices), (right, right_indices) = visit(node[0]), visit(node[1])
-        subset, union = left | right, left_indices | right_indices
-        kept = union & space.outside[subset]
-        if subset | space.weights != space.weights:
-            volume = size(union) * (1 if kept == union else 2)
-            if space.biased in (left, right):
-                volume *= space.without_bias
-            line[bool(union & space.batch)] += volume
-            for indices in (left_indices, right_indices, kept):
-                line[bool(indices & space.batch)] += element * size(indices)
-            if space.is_copied(left, right_indices, kept):
-                line[0] += 2 * element * size(left_indices)
-            if space.is_copied(right, left_indices, kept):
-                line[0] += 2 * element * size(right_indices)
-        return subset, kept
+        joins.append((left, right))
+        return left | right
 
     visit(tree)
-    return line[0], line[1]
+    return joins
+
+
+def peaks_of(space: SearchSpace, tree: Tree, batches: Sequence[int]) -> list[float]:
+    """Elements live at once in an order of contraction, copies of network operands counted but not these."""
+    sizes, peaks = _Sizes(space, batches), np.zeros((len(batches), space.everything + 1))
+    for left, right in _joins(tree):
+        peaks[:, left | right] = _peak(space, sizes, np.array([left]), np.array([right]), peaks)[:, 0]
+    return [float(peak) for peak in peaks[:, space.everything]]
+
+
+def cost_lines(space: SearchSpace, trees: Sequence[Tree], element: float = 0.0) -> list[Line]:
+    """Costs of orders as lines ``(alpha, beta)`` of ``alpha + beta * B``; see `best_trees`."""
+    left, right = np.array([_joins(tree) for tree in trees], dtype=int).reshape(-1, 2).T
+    prices = _price(space, _Sizes(space, [1, 2]), left, right, np.array([[element]]))
+    one, two = prices.reshape(2, len(trees), space.count - 1).sum(axis=2)
+    return [(2 * a - b, b - a) for a, b in zip(one.tolist(), two.tolist(), strict=True)]
 
 
 def substitute(tree: Tree, positions: dict[int, Tree]) -> Tree:
@@ -260,58 +300,73 @@ def greedy_tree(space: SearchSpace, batch: float) -> Tree | None:
     sizes = {**dict(space.network.sizes), BATCH: batch}
     inputs = [frozenset(operand) for operand in space.network.operands]
     path = ssa_greedy_optimize(inputs, frozenset(space.network.output), sizes)
-    nodes: list[tuple[int, int, Tree]] = [(1 << k, leaf, k) for k, leaf in enumerate(space.leaves)]
+    nodes: list[tuple[int, Tree]] = [(1 << k, k) for k in range(space.count)]
     for first, second in path:
-        (left, left_indices, left_tree), (right, right_indices, right_tree) = nodes[first], nodes[second]
-        subset = left | right
-        kept = (left_indices | right_indices) & space.outside[subset]
-        if len(nodes) < 2 * space.count - 2 and not space.admits(subset, kept):
+        (left, left_tree), (right, right_tree) = nodes[first], nodes[second]
+        if not space.is_admitted[left | right]:
             return None
-        nodes.append((subset, kept, (left_tree, right_tree)))
-    return nodes[-1][2]
+        nodes.append((left | right, (left_tree, right_tree)))
+    return nodes[-1][1]
 
 
-def envelope(space: SearchSpace, element: float = 0.0) -> dict[Tree, Line]:
-    """Orders among which the cheapest at every batch size is found, with their cost lines.
+class _Envelope:
+    """The lower envelope of the cost lines of the orders known so far, and where it is known to be exact."""
+
+    def __init__(self, space: SearchSpace, element: float):
+        self.space, self.element = space, element
+        self.lines: dict[Tree, Line] = {}
+        self.exact: set[float] = set()
+
+    def add(self, trees: Iterable[Tree]) -> None:
+        """Learn of some orders."""
+        new = [tree for tree in dict.fromkeys(trees) if tree not in self.lines]
+        self.lines.update(zip(new, cost_lines(self.space, new, self.element), strict=True))
+
+    def lowest(self) -> list[tuple[float, Tree]]:
+        """The orders on the envelope, each with the batch size from which on it is the cheapest."""
+        if not self.lines:
+            return []
+        start, tree = 1.0, min(self.lines, key=lambda t: (sum(self.lines[t]), self.lines[t][1]))
+        found = []
+        while True:
+            found.append((start, tree))
+            alpha, beta = self.lines[tree]
+            crossings = [
+                ((a - alpha) / (beta - b), b, other) for other, (a, b) in self.lines.items() if b < beta
+            ]
+            if not crossings:
+                return found
+            start, _, tree = min(crossings, key=lambda crossing: crossing[:2])
+
+    def cases(self) -> list[Case]:
+        """What is to be asked: whether an order is better at an end, or where two of these lines cross.
+
+        If none is, none is better anywhere.
+        """
+        batches = {1.0, LARGEST_BATCH, *(batch for batch, _ in self.lowest())} - self.exact
+        self.exact |= batches
+        # A search that must beat what is known is quick, because the bound drops most sets.
+        bounds = {
+            b: min((alpha + beta * b for alpha, beta in self.lines.values()), default=inf) for b in batches
+        }
+        return [Case(batch, self.element, (1 - 1e-9) * bound) for batch, bound in sorted(bounds.items())]
+
+
+def best_at_any_batch(space: SearchSpace, elements: Sequence[float]) -> list[Tree]:
+    """Orders among which the cheapest at every batch size is found.
 
     Parameters
     ----------
     space : SearchSpace
-    element : float, default 0
-        FLOPs an element read or written counts for.
+    elements : sequence of float
+        FLOPs an element read or written counts for: the best orders for every one of these.
     """
-    known: dict[Tree, Line] = {}
-    best: dict[Tree, Line] = {}
-    for batch in (1, LARGEST_BATCH):
-        tree = greedy_tree(space, batch)
-        if tree is not None:
-            known[tree] = cost_line(space, tree, element)
-
-    def at(batch: float) -> Line | None:
-        # A search that must beat what is known is quick, because the bound drops most sets.
-        tree = min(known, key=lambda t: known[t][0] + known[t][1] * batch, default=None)
-        bound = inf if tree is None else (known[tree][0] + known[tree][1] * batch) * (1 - 1e-9)
-        better = best_tree(space, batch, element, bound)
-        if better is not None:
-            tree = better
-            known[tree] = cost_line(space, tree, element)
-        if tree is None:
-            return None
-        best[tree] = known[tree]
-        return known[tree]
-
-    def between(few: Line, many: Line) -> None:
-        # `few` is the best line at some batch, `many` at a larger one: only below their crossing can a
-        # third line be better than both.
-        if few[1] <= many[1]:
-            return
-        crossing = (many[0] - few[0]) / (few[1] - many[1])
-        below = at(crossing)
-        if below is not None and below not in (few, many):
-            between(few, below)
-            between(below, many)
-
-    few, many = at(1), at(LARGEST_BATCH)
-    if few is not None and many is not None:
-        between(few, many)
-    return best
+    envelopes = [_Envelope(space, element) for element in elements]
+    trees = [greedy_tree(space, batch) for batch in (1, LARGEST_BATCH)]
+    while True:
+        for envelope in envelopes:
+            envelope.add(tree for tree in trees if tree is not None)
+        cases = [case for envelope in envelopes for case in envelope.cases()]
+        if not cases:
+            return [tree for envelope in envelopes for _, tree in envelope.lowest()]
+        trees = best_trees(space, cases)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 from mumoe_tensor.backend import Array, backend_of, tensorly_backend
 from mumoe_tensor.contraction.execute import execute
-from mumoe_tensor.contraction.layout import compile
+from mumoe_tensor.contraction.layout import Compiler
 from mumoe_tensor.contraction.network import Network, forward_network
 from mumoe_tensor.contraction.plan import plan_network
 from mumoe_tensor.formats import Format, get_format, mode_names
@@ -322,7 +322,7 @@ def check_paths(problem: Problem) -> None:
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
     for _ in range(2 if problem.backend == "jax" else 5):
         tree = random_tree(network, generator)
-        program = compile(network, tree, int(generator.choice(batches)))
+        program = Compiler(network, int(generator.choice(batches)))(tree)
         result = execute(program, [*problem.weight.arrays, *vectors], backend_of(problem.z))
         assert_close(
             result, expected.reshape(result.shape), scale.reshape(result.shape), f"order {tree}: the result"

@@ -137,11 +137,25 @@ def stop_gradient(array: Array) -> Array:
 
 def add_product(bias: Array, left: Array, right: Array) -> Array:
     """``bias + left @ right``, in one pass over the result where the backend has one."""
-    if left.ndim == 2 and _backend_name(type(left)) == "pytorch":
+    if _backend_name(type(left)) == "pytorch":
         import torch
 
-        return torch.addmm(bias, left, right)
+        return (torch.addmm if left.ndim == 2 else torch.baddbmm)(bias, left, right)
     return left @ right + bias
+
+
+def select(array: Array, axis: int, index: int) -> Array:
+    """The part of the array at one index of an axis, as a view where the backend has views."""
+    if _backend_name(type(array)) == "pytorch":
+        return array.select(axis, index)
+    return array[(*(slice(None),) * axis, index)]
+
+
+def without_last(array: Array, axis: int) -> Array:
+    """The array without the last entry of an axis, as a view where the backend has views."""
+    if _backend_name(type(array)) == "pytorch":
+        return array.narrow(axis, 0, array.shape[axis] - 1)
+    return array[(*(slice(None),) * axis, slice(-1))]
 
 
 def cast(array: Array, dtype: str) -> Array:

@@ -8,7 +8,15 @@ from math import prod
 from operator import index
 from typing import Any
 
-from mumoe_tensor.backend import Array, backend_of, check_floating, constant_under_compile, is_traced
+from mumoe_tensor.backend import (
+    Array,
+    backend_of,
+    check_floating,
+    constant_under_compile,
+    is_traced,
+    select,
+    without_last,
+)
 from mumoe_tensor.contraction.execute import execute, fold
 from mumoe_tensor.contraction.layout import Compiler, Program
 from mumoe_tensor.contraction.network import Network, forward_network, weight_network
@@ -175,10 +183,11 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
     entries = _check_index(index, weight.experts)
     network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
     of_mode = dict(zip(network.output, entries, strict=False))
-    arrays = [
-        array[tuple(of_mode.get(x, slice(None)) for x in operand)]
-        for array, operand in zip(weight.arrays, network.operands, strict=True)
-    ]
+    arrays = list(weight.arrays)
+    for k, operand in enumerate(network.operands):
+        for axis in reversed(range(len(operand))):
+            if operand[axis] in of_mode:
+                arrays[k] = select(arrays[k], axis, of_mode[operand[axis]])
     sliced = Network(
         operands=tuple(tuple(x for x in o if x not in of_mode) for o in network.operands),
         storage=tuple(tuple(x for x in o if x not in of_mode) for o in network.storage),
@@ -187,7 +196,7 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
         weights=network.weights,
     )
     matrix = execute(_whole(sliced), arrays, backend_of(*arrays))
-    return (matrix[:-1], matrix[-1]) if bias else matrix
+    return (without_last(matrix, 0), select(matrix, 0, -1)) if bias else matrix
 
 
 @lru_cache(maxsize=1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mumoe_tensor.backend import Array, add_product
+from mumoe_tensor.backend import Array, add_product, select, without_last
 from mumoe_tensor.contraction.layout import Arrangement, Operand, Program, Step
 
 
@@ -82,9 +82,8 @@ def _run(step: Step, arrays: Sequence[Array], backend: Any) -> Array:
     else:
         bias, sides = step.bias, [left, right]
         weights = sides[bias.side]
-        every = (slice(None),) * bias.axis
-        sides[bias.side] = weights[(*every, slice(-1))]
-        row = weights[(*every, -1)]
+        sides[bias.side] = without_last(weights, bias.axis)
+        row = select(weights, bias.axis, -1)
         if bias.order is not None:
             row = backend.transpose(row, bias.order)
         if bias.shape is not None:

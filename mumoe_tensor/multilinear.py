@@ -199,6 +199,21 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
     return (without_last(matrix, 0), select(matrix, 0, -1)) if bias else matrix
 
 
+def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:
+    """The matrix of shape (I, O) that an input meets at these coefficients, one vector a level."""
+    network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
+    vectors = tuple((mode,) for mode in network.output[:-2])
+    mixed = Network(
+        operands=network.operands + vectors,
+        storage=network.storage + vectors,
+        output=network.output[-2:],
+        sizes=network.sizes,
+        weights=network.weights,
+    )
+    arrays = [*weight.arrays, *coefficients]
+    return execute(_whole(mixed), arrays, backend_of(*arrays))
+
+
 @lru_cache(maxsize=1024)
 def _whole(network: Network) -> Program:
     """Program of fewest FLOPs for a network of weights alone."""

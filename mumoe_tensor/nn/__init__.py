@@ -1,0 +1,8 @@
+"""Torch layers: `MuMoE` in place of a linear layer, `MuMoEMLP` in place of an MLP block."""
+
+from mumoe_tensor.nn.experts import Experts
+from mumoe_tensor.nn.functional import entmax15
+from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
+
+__all__ = ["ExpertGate", "Experts", "MuMoE", "MuMoEMLP", "entmax15"]

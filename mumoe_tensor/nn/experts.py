@@ -1,0 +1,147 @@
+"""One factorized weight of experts as a torch module, without a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.backend import load_backend
+from mumoe_tensor.contraction.execute import execute
+from mumoe_tensor.contraction.network import forward_network
+from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
+from mumoe_tensor.formats.base import Format, check_choice, check_modes, get_format
+from mumoe_tensor.multilinear import expert_matrix
+from mumoe_tensor.nn import init
+from mumoe_tensor.tensors import FactorizedTensor
+
+Init = Literal["linear", "published"]
+
+
+class Experts(nn.Module):
+    """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 ... x_E a_E x_(E+1) z``.
+
+    Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W; W is never formed.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    experts : int or sequence of int
+        Number of experts, one number a level.
+    format : str or Format
+    rank : int or sequence of int, optional
+        One entry a bond of the format; see `Format.bonds`.
+    bias : bool, default True
+        Every expert has a bias: the input mode has one more row.
+    init : {"linear", "published"}, default "linear"
+        See `reset_parameters`.
+    batch_hint : int, default 1024
+        The number of rows that the order of contraction is chosen for. It is right for any.
+    device, dtype : optional
+
+    Attributes
+    ----------
+    factors : ParameterList
+        The factors that are not all ones, each in the memory order its format declares (`Factor.storage`).
+    plan : ContractionPlan
+        What a forward pass does, and its cost for `batch_hint` rows.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int | Sequence[int],
+        format: str | Format,
+        rank: int | Sequence[int] | None = None,
+        *,
+        bias: bool = True,
+        init: Init = "linear",
+        batch_hint: int = 1024,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_choice(init, ("linear", "published"), "init")
+        self.format = get_format(format)
+        modes = check_modes(experts, in_features, out_features, bias)
+        self.experts = modes[:-2]
+        self.in_features, self.out_features = modes[-2] - bias, modes[-1]
+        self.rank = self.format.full_rank(rank, len(self.experts))
+        self.bias, self.init = bias, init
+        network = forward_network(self.format, modes, self.rank, self.format.units(len(self.experts)), bias)
+        # The parameters lie in storage order: to the planner these are their axes.
+        network = replace(network, operands=network.storage)
+        self.plan: ContractionPlan = plan_network(network, batch_hint)
+        sizes = {**dict(network.sizes)}
+        self.factors = nn.ParameterList(
+            nn.Parameter(torch.empty([sizes[x] for x in order], device=device, dtype=dtype))
+            for order in network.storage[: network.weights]
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the factors as `init` says.
+
+        Experts start near one and the same linear layer: the factors of the first level are near one (on
+        the diagonal of two bonds), those of further levels are one. The factor of the input is uniform in
+        ±1/√I, that of the output in ±1/√(product of its bonds), a core normal with unit norm. This is
+        ``"published"`` (Oldfield et al., 2024). ``"linear"``, the default, then scales the factor of the
+        input, such that the outputs have the variance of those of `torch.nn.Linear`, whatever the format,
+        the rank and the levels are.
+        """
+        init.draw(self.weight, self.in_features)
+        if self.init == "linear":
+            init.scale_to_linear(self.weight, self.in_features)
+
+    @property
+    def weight(self) -> FactorizedTensor:
+        """The factors as a `FactorizedTensor`: views of the parameters, in declared order."""
+        levels = len(self.experts)
+        declared = [f for f in self.format.declaration(levels) if not f.unit]
+        views: list[Any] = [
+            factor.permute([f.storage.index(x) for x in f.indices])
+            for f, factor in zip(declared, self.factors, strict=True)
+        ]
+        for k in self.format.units(levels):
+            views.insert(k, None)
+        return FactorizedTensor(self.format, views)
+
+    def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the index does not name an expert.
+        """
+        if self.bias:
+            matrix, bias = expert_matrix(self.weight, index, bias=True)
+            return matrix, bias
+        return expert_matrix(self.weight, index), None
+
+    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+        """Mix the experts.
+
+        Parameters
+        ----------
+        z : Tensor of shape (..., in_features)
+        coefficients : sequence of Tensor of shape (..., N_e)
+            One a level, with the leading shape of `z`.
+
+        Returns
+        -------
+        Tensor of shape (..., out_features)
+        """
+        leading = z.shape[:-1]
+        vectors = [x.reshape(-1, x.shape[-1]) for x in (*coefficients, z)]
+        y = execute(self.plan.program, [*self.factors, *vectors], load_backend("pytorch"))
+        return y.reshape(*leading, self.out_features)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.in_features}, {self.out_features}, experts={self.experts}"
+        return f"{sizes}, format={self.format.name!r}, rank={self.rank}, bias={self.bias}"

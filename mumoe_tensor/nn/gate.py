@@ -1,0 +1,111 @@
+"""The gate: from an input to the coefficients of its experts, one level at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.formats.base import as_positive, check_choice
+from mumoe_tensor.gates import softmax, sparsemax
+from mumoe_tensor.nn.functional import entmax15
+from mumoe_tensor.nn.norm import LogitBatchNorm
+
+#: A map from logits of shape (..., N) to coefficients of that shape.
+Gate = Callable[[Tensor], Tensor]
+GateNorm = Literal["batch", "layer", "none"]
+
+GATES: dict[str, Gate] = {"entmax15": entmax15, "sparsemax": sparsemax, "softmax": softmax}
+
+
+class ExpertGate(nn.Module):
+    r"""Expert coefficients of an input: ``a_e = gate(norm(G_e^T z))`` for every level e.
+
+    Equation (2) of Oldfield et al. (2024). The weight is zero at first, so that every expert of a level
+    starts with the coefficient 1 / N.
+
+    Parameters
+    ----------
+    in_features : int
+    experts : sequence of int
+        Number of experts of each level.
+    gate : str or callable, default "entmax15"
+        ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, or any map of logits along the last axis. Called in
+        float32 (float64 for float64 inputs), also under autocast.
+    gate_norm : {"batch", "layer", "none"}, default "batch"
+        Norm of the logits, without affine parameters: over all rows of the batch, or over the experts of a
+        level.
+    device, dtype : optional
+
+    Attributes
+    ----------
+    weight : Parameter of shape (sum of experts, in_features)
+        The rows of ``G^T``, level after level.
+    norm : LogitBatchNorm or None
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        experts: Sequence[int],
+        *,
+        gate: str | Gate = "entmax15",
+        gate_norm: GateNorm = "batch",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_choice(gate_norm, ("batch", "layer", "none"), "gate_norm")
+        if not callable(gate):
+            check_choice(gate, GATES, "gate")
+        self.in_features = as_positive(in_features, "in_features")
+        self.experts = tuple(as_positive(n, "every number of experts") for n in experts)
+        self.gate, self.gate_norm = gate, gate_norm
+        total = sum(self.experts)
+        self.weight = nn.Parameter(torch.empty(total, self.in_features, device=device, dtype=dtype))
+        self.norm = LogitBatchNorm(total, device) if gate_norm == "batch" and total else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give every expert of a level the same coefficient."""
+        nn.init.zeros_(self.weight)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Coefficients of inputs.
+
+        Parameters
+        ----------
+        z : Tensor of shape (..., in_features)
+        mask : Tensor of bool of shape (...), optional
+            False for rows (padded tokens) that batch norm shall not count.
+
+        Returns
+        -------
+        list of Tensor of shape (..., N_e)
+            One a level, of the dtype of `z`.
+        """
+        if not self.experts:
+            return []
+        logits = nn.functional.linear(z, self.weight)
+        if torch.is_autocast_enabled(z.device.type):
+            with torch.autocast(z.device.type, enabled=False):
+                return self._coefficients(logits, mask, z.dtype)
+        return self._coefficients(logits, mask, z.dtype)
+
+    def _coefficients(self, logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.norm is not None:
+            logits = self.norm(logits, mask)
+        parts = logits.split(self.experts, -1) if len(self.experts) > 1 else (logits,)
+        if self.gate_norm == "layer":
+            parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
+        gate = GATES[self.gate] if isinstance(self.gate, str) else self.gate
+        return [gate(part).to(dtype) for part in parts]
+
+    def extra_repr(self) -> str:
+        gate = self.gate if isinstance(self.gate, str) else getattr(self.gate, "__name__", repr(self.gate))
+        return f"{self.in_features}, experts={self.experts}, gate={gate!r}, gate_norm={self.gate_norm!r}"

@@ -1,0 +1,389 @@
+"""The layers: a gate and the experts it mixes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.budget import fit_rank
+from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
+from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
+from mumoe_tensor.nn.experts import Experts, Init
+from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
+from mumoe_tensor.tensors import FactorizedTensor
+
+
+class _Layer(nn.Module):
+    """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
+
+    def __init__(self, config: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype | None):
+        super().__init__()
+        check_flag(config["input_norm"], "input_norm")
+        self._config = config
+        self.gate = ExpertGate(
+            config["in_features"],
+            config["experts"],
+            gate=config["gate"],
+            gate_norm=config["gate_norm"],
+            device=device,
+            dtype=dtype,
+        )
+        self.input_norm = (
+            nn.LayerNorm(config["in_features"], device=device, dtype=dtype) if config["input_norm"] else None
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a layer like this one, by `from_config`.
+
+        They can be written as JSON if gate and activation were given by name.
+        """
+        return dict(self._config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **options: Any) -> Any:
+        """Make a layer from the `config` of another; `options` are further arguments such as `device`."""
+        return cls(**config, **options)
+
+    @property
+    def _layers(self) -> list[Experts]:
+        return [child for child in self.children() if isinstance(child, Experts)]
+
+    def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
+        """The parameters under the names of the published layers; the opposite of `from_published`.
+
+        Parameters
+        ----------
+        version : {"v1", "v2"}, default "v2"
+            Generation of the published layers. Only the first has Tucker and Tensor Train.
+
+        Raises
+        ------
+        ValueError
+            If that generation has no block of two weights.
+        TypeError
+            If TensorLy has no container of the format.
+        """
+        check_choice(version, PREFIXES, "version")
+        return write_published(self.gate, self._layers, version)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.gate.in_features:
+            raise ValueError(
+                f"the last axis of the input must have in_features = {self.gate.in_features} entries, got "
+                f"shape {tuple(x.shape)}."
+            )
+
+
+class MuMoE(_Layer):
+    """A linear layer of many experts, in place of `torch.nn.Linear`.
+
+    Every input is mapped by a mixture of all experts, ``y = W x_1 a_1 ... x_E a_E x_(E+1) x``. Their weights
+    are one factorized tensor W, their coefficients ``a_e = gate(norm(G_e^T x))`` (Oldfield et al., 2024,
+    equations 1 and 2).
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    experts : int or sequence of int
+        Number of experts; with several numbers, that many levels: an expert for every combination.
+    format : str or Format, default "cp"
+        ``"cp"``, ``"tucker"``, ``"tr"``, ``"tt"``, ``"hadamard"``, ``"dense"`` or one of your own.
+    rank : int or sequence of int, optional
+        One entry a bond of the format. An entry may be None, and the rank may be left out: then it is
+        solved for by `parameters`.
+    parameters : int or "match", optional
+        Parameters the layer shall have at least, gate and biases counted; ``"match"`` (the default without a
+        rank) for those of ``torch.nn.Linear(in_features, out_features, bias)``.
+    bias : bool, default True
+        Every expert has a bias.
+    gate, gate_norm
+        See `ExpertGate`.
+    input_norm : bool, default False
+        An affine layer norm on the input, which the gate does not see.
+    init : {"linear", "published"}, default "linear"
+        See `Experts.reset_parameters`.
+    batch_hint : int, default 1024
+        Rows (tokens) a batch usually has: the order of contraction is chosen for it.
+    device, dtype : optional
+
+    Attributes
+    ----------
+    gate : ExpertGate
+        Always called, so that hooks on it see the coefficients and may change them.
+    experts : Experts
+
+    Raises
+    ------
+    ValueError, TypeError
+        If sizes, ranks or choices are wrong; see `fit_rank` for what a budget cannot be.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = MuMoE(16, 8, experts=32, format="cp", rank=10)
+    >>> layer(torch.zeros(2, 5, 16)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int | Sequence[int],
+        format: str | Format = "cp",
+        rank: int | Sequence[int | None] | None = None,
+        *,
+        parameters: int | Literal["match"] | None = None,
+        bias: bool = True,
+        gate: str | Gate = "entmax15",
+        gate_norm: GateNorm = "batch",
+        input_norm: bool = False,
+        init: Init = "linear",
+        batch_hint: int = 1024,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        levels = check_modes(experts, in_features, out_features, bias)[:-2]
+        rank = _solve(format, levels, in_features, None, out_features, rank, parameters, bias)
+        config = dict(
+            in_features=in_features, out_features=out_features, experts=levels, format=_name(format),
+            rank=rank, bias=bias, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
+            batch_hint=batch_hint,
+        )  # fmt: skip
+        super().__init__(config, device, dtype)
+        self.experts = Experts(
+            in_features, out_features, levels, format, rank,
+            bias=bias, init=init, batch_hint=batch_hint, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def from_published(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        format: str | Format,
+        *,
+        gate_norm: GateNorm = "batch",
+        **options: Any,
+    ) -> MuMoE:
+        """Make a layer with the parameters of a published one, of either generation.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to Tensor
+            Its names and shapes tell the levels, sizes, ranks and whether there is a bias.
+        format : str or Format
+        gate_norm : {"batch", "layer", "none"}, default "batch"
+            It cannot be read off a `state_dict`; where statistics of batch norm are missing they start anew.
+        **options
+            Further arguments of the layer, such as `input_norm`.
+
+        Raises
+        ------
+        ValueError
+            If parameters are missing, left over, or do not fit together.
+        """
+        read = read_published(state_dict, format, layers=1)
+        (weight,) = read.weights
+        layer = cls(
+            read.gate.shape[1], weight.shape[-1], read.experts, format, weight.rank,
+            bias=read.bias, gate_norm=gate_norm, **{"dtype": read.gate.dtype, **options},
+        )  # fmt: skip
+        load_published(read, layer.gate, layer._layers)
+        return layer
+
+    @property
+    def weight(self) -> FactorizedTensor:
+        """The weight of all experts: a `FactorizedTensor` of views of the parameters."""
+        return self.experts.weight
+
+    def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Matrix of shape (in_features, out_features) and bias of one expert, one number a level."""
+        return self.experts.expert(index)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+        """Map inputs.
+
+        Parameters
+        ----------
+        x : Tensor of shape (..., in_features)
+        mask : Tensor of bool of shape (...), optional
+            False for rows (padded tokens) that batch norm shall not count.
+        return_coefficients : bool, default False
+
+        Returns
+        -------
+        Tensor of shape (..., out_features)
+        list of Tensor of shape (..., N_e)
+            The coefficients, one tensor a level; only with `return_coefficients`.
+        """
+        self._check_input(x)
+        coefficients = self.gate(x, mask) if mask is not None else self.gate(x)
+        y = self.experts(x if self.input_norm is None else self.input_norm(x), coefficients)
+        return (y, coefficients) if return_coefficients else y
+
+
+class MuMoEMLP(_Layer):
+    """Two linear layers of many experts with an activation between them, and one gate for both.
+
+    Takes the place of the MLP block of a transformer. The coefficients are computed once, from the input of
+    the block (Oldfield et al., 2024).
+
+    Parameters
+    ----------
+    in_features, hidden_features, out_features : int
+    experts, format, rank, bias, gate, gate_norm, input_norm, init, batch_hint, device, dtype
+        As of `MuMoE`; both layers have one rank.
+    parameters : int or "match", optional
+        Parameters the block shall have at least; ``"match"`` for those of two `torch.nn.Linear`.
+    activation : str or callable, default "gelu"
+        The name of a function of `torch.nn.functional` or any function of a tensor.
+    dropout : float, default 0
+        Probability of dropping an output while training.
+
+    Attributes
+    ----------
+    gate : ExpertGate
+    up, down : Experts
+
+    Examples
+    --------
+    >>> import torch
+    >>> block = MuMoEMLP(16, 32, 16, experts=(4, 4), format="tr", rank=(2, 2, 2, 6), gate_norm="layer")
+    >>> y, coefficients = block(torch.zeros(5, 16), return_coefficients=True)
+    >>> y.shape, [a.shape for a in coefficients]
+    (torch.Size([5, 16]), [torch.Size([5, 4]), torch.Size([5, 4])])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        experts: int | Sequence[int],
+        format: str | Format = "cp",
+        rank: int | Sequence[int | None] | None = None,
+        *,
+        parameters: int | Literal["match"] | None = None,
+        bias: bool = True,
+        activation: str | Callable[[Tensor], Tensor] = "gelu",
+        dropout: float = 0.0,
+        gate: str | Gate = "entmax15",
+        gate_norm: GateNorm = "batch",
+        input_norm: bool = False,
+        init: Init = "linear",
+        batch_hint: int = 1024,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        levels = check_modes(experts, in_features, out_features, bias)[:-2]
+        rank = _solve(format, levels, in_features, hidden_features, out_features, rank, parameters, bias)
+        config = dict(
+            in_features=in_features, hidden_features=hidden_features, out_features=out_features,
+            experts=levels, format=_name(format), rank=rank, bias=bias, activation=activation,
+            dropout=dropout, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
+            batch_hint=batch_hint,
+        )  # fmt: skip
+        super().__init__(config, device, dtype)
+
+        def layer(inner: int, outer: int) -> Experts:
+            return Experts(
+                inner, outer, levels, format, rank,
+                bias=bias, init=init, batch_hint=batch_hint, device=device, dtype=dtype,
+            )  # fmt: skip
+
+        self.up, self.down = layer(in_features, hidden_features), layer(hidden_features, out_features)
+        if isinstance(activation, str):
+            if not callable(getattr(nn.functional, activation, None)):
+                raise ValueError(
+                    "an activation is a function or the name of one in torch.nn.functional, got "
+                    f"{activation!r}."
+                )
+            self.activation: Callable[[Tensor], Tensor] = getattr(nn.functional, activation)
+        else:
+            self.activation = activation
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_published(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        format: str | Format,
+        *,
+        gate_norm: GateNorm = "batch",
+        **options: Any,
+    ) -> MuMoEMLP:
+        """Make a block with the parameters of a published one; see `MuMoE.from_published`."""
+        read = read_published(state_dict, format, layers=2)
+        up, down = read.weights
+        if up.rank != down.rank:
+            raise ValueError(f"both weights of a block must have one rank, got {up.rank} and {down.rank}.")
+        layer = cls(
+            read.gate.shape[1], up.shape[-1], down.shape[-1], read.experts, format, up.rank,
+            bias=read.bias, gate_norm=gate_norm, **{"dtype": read.gate.dtype, **options},
+        )  # fmt: skip
+        load_published(read, layer.gate, layer._layers)
+        return layer
+
+    @property
+    def weights(self) -> tuple[FactorizedTensor, FactorizedTensor]:
+        """The weights of both layers, as views of the parameters."""
+        return self.up.weight, self.down.weight
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+        """Map inputs.
+
+        Parameters
+        ----------
+        x : Tensor of shape (..., in_features)
+        mask : Tensor of bool of shape (...), optional
+            False for rows (padded tokens) that batch norm shall not count.
+        return_coefficients : bool, default False
+
+        Returns
+        -------
+        Tensor of shape (..., out_features)
+        list of Tensor of shape (..., N_e)
+            The coefficients, one tensor a level; only with `return_coefficients`.
+        """
+        self._check_input(x)
+        coefficients = self.gate(x, mask) if mask is not None else self.gate(x)
+        hidden = self.up(x if self.input_norm is None else self.input_norm(x), coefficients)
+        y = self.dropout(self.down(self.activation(hidden), coefficients))
+        return (y, coefficients) if return_coefficients else y
+
+
+def _name(format: str | Format) -> str:
+    return get_format(format).name
+
+
+def _solve(
+    format: str | Format,
+    experts: tuple[int, ...],
+    in_features: int,
+    hidden: int | None,
+    out_features: int,
+    rank: int | Sequence[int | None] | None,
+    parameters: int | Literal["match"] | None,
+    bias: bool,
+) -> tuple[int, ...]:
+    """The whole rank: as given, or what a number of parameters asks for."""
+    format = get_format(format)
+    levels = len(experts)
+    if not format.bonds(levels):
+        if parameters is not None:
+            raise ValueError(f"format {format.name!r} has no rank, so parameters must be left out.")
+        return format.full_rank(rank, levels)
+    if rank is not None and None not in format.check_rank(rank, levels):
+        if parameters is not None:
+            raise ValueError(f"give a rank or parameters, got rank={rank!r} and parameters={parameters!r}.")
+        return format.full_rank(rank, levels)
+    entries = None if rank is None else format.check_rank(rank, levels)
+    solved = fit_rank(
+        format, experts=experts, in_features=in_features, out_features=out_features, hidden=hidden,
+        parameters="match" if parameters is None else parameters, rank=entries, bias=bias, gate=True,
+    )  # fmt: skip
+    return format.full_rank(solved, levels)

@@ -1,0 +1,85 @@
+"""The layers give the recorded results of the published ones, and their parameters back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors")
+
+from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
+
+CASES = sorted((Path(__file__).parent.parent / "golden").glob("*.safetensors"))
+NORMS = {"bn": "batch", "ln": "layer"}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    with safetensors.safe_open(path, "pt") as file:
+        settings = {name: json.loads(value) for name, value in file.metadata().items()}
+        return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def state_of(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name.removeprefix("state_dict."): value
+        for name, value in tensors.items()
+        if name.startswith("state_dict.")
+    }
+
+
+def layer_of(settings: dict[str, Any], state: dict[str, Any]) -> Any:
+    layer = MuMoEMLP if settings["second_dim"] else MuMoE
+    return layer.from_published(state, settings["format"], gate_norm=NORMS[settings["normalization"]])
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_outputs_and_gradients_are_the_recorded_ones(path: Path) -> None:
+    settings, tensors = read(path)
+    layer = layer_of(settings, state_of(tensors)).eval()
+    x = tensors["x"].requires_grad_()
+    y = layer(x)
+    assert y.shape == (*x.shape[:-1], tensors["y"].shape[-1])
+    (y * tensors["grad_y"].reshape(y.shape)).sum().backward()
+    close = dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y.reshape(tensors["y"].shape), tensors["y"], **close)
+    torch.testing.assert_close(x.grad, tensors["grad_x"], **close)
+    for parameter in layer.parameters():
+        parameter.data = parameter.grad
+    gradients = layer.to_published(settings["version"])
+    recorded = {name.removeprefix("grad."): g for name, g in tensors.items() if name.startswith("grad.")}
+    assert recorded.keys() == {name for name in gradients if not name.startswith("bn.")}
+    for name, gradient in recorded.items():
+        torch.testing.assert_close(gradients[name], gradient, **close)
+    trained = layer_of(settings, state_of(tensors)).train()(tensors["x"])
+    torch.testing.assert_close(trained.reshape(tensors["y_train"].shape), tensors["y_train"], **close)
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_parameters_come_back_bit_equal(path: Path) -> None:
+    settings, tensors = read(path)
+    state = state_of(tensors)
+    written = layer_of(settings, state).to_published(settings["version"])
+    assert written.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(written[name], value), name
+
+
+def test_what_does_not_fit_is_told() -> None:
+    _, tensors = read(next(path for path in CASES if path.stem == "v2-cp-E2-bn-bias-linear"))
+    state = state_of(tensors)
+    with pytest.raises(ValueError, match=r"has no parameters of the names \['bn.0.mean'\]"):
+        MuMoE.from_published({**state, "bn.0.mean": state["bn.0.running_mean"]}, "cp")
+    with pytest.raises(ValueError, match="a factor for each of 2 level"):
+        MuMoE.from_published({k: v for k, v in state.items() if k != "MuMoE.factors.3"}, "cp")
+    with pytest.raises(ValueError, match=r"'projs.0'"):
+        MuMoE.from_published({}, "cp")
+    with pytest.raises(ValueError, match="fit together"):
+        MuMoE.from_published({**state, "projs.1": state["projs.1"][:, :2]}, "cp")
+    with pytest.raises(ValueError, match="a factor for each"):
+        MuMoEMLP.from_published(state, "cp")
+    with pytest.raises(ValueError, match="version must be one of 'v1', 'v2'"):
+        MuMoE.from_published(state, "cp").to_published("v3")

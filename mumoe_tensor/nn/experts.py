@@ -46,6 +46,8 @@ class Experts(nn.Module):
     ----------
     factors : ParameterList
         The factors that are not all ones, each in the memory order its format declares (`Factor.storage`).
+    axes : tuple of tuple of str
+        The axes of each of these factors, by the names of the format.
     plan : ContractionPlan
         What a forward pass does, and its cost for `batch_hint` rows.
     """
@@ -76,10 +78,11 @@ class Experts(nn.Module):
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
-        sizes = {**dict(network.sizes)}
+        sizes = dict(network.sizes)
+        self.axes = network.storage[: network.weights]
         self.factors = nn.ParameterList(
-            nn.Parameter(torch.empty([sizes[x] for x in order], device=device, dtype=dtype))
-            for order in network.storage[: network.weights]
+            nn.Parameter(torch.empty([sizes[x] for x in axes], device=device, dtype=dtype))
+            for axes in self.axes
         )
         self.reset_parameters()
 
@@ -101,14 +104,11 @@ class Experts(nn.Module):
     @property
     def weight(self) -> FactorizedTensor:
         """The factors as a `FactorizedTensor`: views of the parameters, in declared order."""
-        levels = len(self.experts)
-        declared = [f for f in self.format.declaration(levels) if not f.unit]
+        factors = iter(self.factors)
         views: list[Any] = [
-            factor.permute([f.storage.index(x) for x in f.indices])
-            for f, factor in zip(declared, self.factors, strict=True)
+            None if f.unit else next(factors).permute([f.storage.index(x) for x in f.indices])
+            for f in self.format.declaration(len(self.experts))
         ]
-        for k in self.format.units(levels):
-            views.insert(k, None)
         return FactorizedTensor(self.format, views)
 
     def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:

@@ -41,7 +41,8 @@ class _Entmax15(torch.autograd.Function):
         u = (z + 1).clamp(min=0)
         for _ in range((int(logits.shape[-1] - 1).bit_length() + 1) // 2 + 4):
             square = (u * u).sum(-1, keepdim=True)
-            u = (u - ((square - square.sqrt()) / u.sum(-1, keepdim=True)).clamp(min=0)).clamp(min=0)
+            delta = (square - square.sqrt()) / u.sum(-1, keepdim=True)
+            u = torch.where(u <= delta.clamp(min=0), 0, u - delta)
         return (u * u).to(logits.dtype)
 
     @staticmethod

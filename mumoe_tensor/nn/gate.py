@@ -65,7 +65,7 @@ class ExpertGate(nn.Module):
         self.gate, self.gate_norm = gate, gate_norm
         total = sum(self.experts)
         self.weight = nn.Parameter(torch.empty(total, self.in_features, device=device, dtype=dtype))
-        self.norm = LogitBatchNorm(total, device) if gate_norm == "batch" and total else None
+        self.norm = LogitBatchNorm(total, device, dtype) if gate_norm == "batch" and total else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,8 +91,9 @@ class ExpertGate(nn.Module):
         if not self.experts:
             return []
         logits = nn.functional.linear(z, self.weight)
-        if torch.is_autocast_enabled(z.device.type):
-            with torch.autocast(z.device.type, enabled=False):
+        device = z.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return self._coefficients(logits, mask, z.dtype)
         return self._coefficients(logits, mask, z.dtype)
 

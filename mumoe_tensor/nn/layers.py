@@ -70,6 +70,67 @@ class _Layer(nn.Module):
         check_choice(version, PREFIXES, "version")
         return write_published(self.gate, self._layers, version)
 
+    def keep_experts(self, level: int, indices: Sequence[int]) -> Any:
+        """A new layer that has only some of the experts of a level, in this order.
+
+        Its gate is the same map to the logits of the experts kept: the gate function shares the coefficients
+        out among these, and a layer norm of the logits is taken over these.
+
+        Parameters
+        ----------
+        level : int
+            0 for the first.
+        indices : sequence of int
+
+        Raises
+        ------
+        ValueError
+            If there is no such level or expert, no index is given, or one twice.
+        """
+        experts = self.gate.experts
+        kept = [int(k) for k in indices]
+        if not 0 <= level < len(experts):
+            raise ValueError(f"level must be one of the {len(experts)} level(s), from 0 on, got {level}.")
+        if not kept or len(set(kept)) < len(kept) or not all(0 <= k < experts[level] for k in kept):
+            raise ValueError(
+                f"indices must be different experts of the {experts[level]} of level {level}, got {kept}."
+            )
+        like = self.gate.weight
+        smaller = (*experts[:level], len(kept), *experts[level + 1 :])
+        layer = type(self).from_config(
+            {**self._config, "experts": smaller}, device=like.device, dtype=like.dtype
+        )
+        layer.train(self.training)
+        offset = sum(experts[:level])
+        rows = [*range(offset), *(offset + k for k in kept), *range(offset + experts[level], sum(experts))]
+        mode = f"n{level + 1}"
+        state = self.state_dict()
+        for name, value in state.items():
+            if name.startswith("gate.") and value.ndim:
+                state[name] = value[rows]
+        for name, child in self.named_children():
+            if isinstance(child, Experts):
+                for k, axes in enumerate(child.axes):
+                    if mode in axes:
+                        key = f"{name}.factors.{k}"
+                        index = torch.tensor(kept, device=state[key].device)
+                        state[key] = state[key].index_select(axes.index(mode), index)
+        layer.load_state_dict(state)
+        return layer
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Comes before the children load theirs, so nothing is touched yet.
+        wrong = [
+            f"{name} has shape {tuple(state_dict[prefix + name].shape)} and should have {tuple(own.shape)}"
+            for name, own in self.state_dict().items()
+            if prefix + name in state_dict and state_dict[prefix + name].shape != own.shape
+        ]
+        if wrong:
+            raise ValueError(f"a state must be that of a layer of the same config; {'; '.join(wrong)}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _check_input(self, x: Tensor) -> None:
         if x.ndim == 0 or x.shape[-1] != self.gate.in_features:
             raise ValueError(

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes; its derivative is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient
 
 
 class LogitBatchNorm(nn.BatchNorm1d):
     """Batch norm without affine parameters over all axes but the last; a mask may leave rows out.
 
+    In distributed training the statistics are those of the batches of all processes.
+
     Parameters
     ----------
     num_features : int
     device : torch.device or str, optional
+    dtype : torch.dtype, optional
+        Of the running statistics; float32 at least.
     """
 
-    def __init__(self, num_features: int, device: torch.device | str | None = None):
-        super().__init__(num_features, affine=False, device=device)
+    def __init__(
+        self,
+        num_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        super().__init__(num_features, affine=False, device=device, dtype=dtype)
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise logits of shape (..., features); `mask` of shape (...) is true where a row counts.
@@ -27,22 +55,29 @@ class LogitBatchNorm(nn.BatchNorm1d):
             In training with fewer than two rows that count.
         """
         rows = logits.reshape(-1, logits.shape[-1])
+        assert self.running_mean is not None and self.running_var is not None
         if not self.training:
-            return super().forward(rows).reshape(logits.shape)
-        if mask is None:
+            scale = torch.rsqrt(self.running_var.to(rows.dtype) + self.eps)
+            return ((rows - self.running_mean.to(rows.dtype)) * scale).reshape(logits.shape)
+        shared = (
+            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        )
+        if mask is None and not shared and rows.dtype == self.running_mean.dtype:
             self._check_rows(rows.shape[0])
             return super().forward(rows).reshape(logits.shape)
-        counts = mask.reshape(-1, 1).to(rows.dtype)
-        count = counts.sum()
+        counts = rows.new_ones(rows.shape[0], 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
+        total = _AllReduce.apply if shared else lambda sums: sums
+        sums = total(torch.cat([(counts * rows).sum(0), counts.sum(0)]))
+        count = sums[-1].detach()
         if not torch.compiler.is_compiling():
             self._check_rows(int(count))
-        mean = (counts * rows).sum(0) / count
+        mean = sums[:-1] / count
         centred = rows - mean
-        variance = (counts * centred * centred).sum(0) / count
+        variance = total((counts * centred * centred).sum(0)) / count
         statistics = ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1))))
         with torch.no_grad():
             for running, new in statistics:
-                running.lerp_(new, self.momentum)  # type: ignore[union-attr, arg-type]
+                running.lerp_(new.to(running.dtype), self.momentum)  # type: ignore[arg-type]
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
 

@@ -1,0 +1,358 @@
+"""The layers are the functional core with a gate, for every format, and start as a linear layer does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mumoe_tensor as mt
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from mumoe_tensor.nn import ExpertGate, Experts, MuMoE, MuMoEMLP, entmax15  # noqa: E402
+
+FORMATS = list(mt.formats())
+NORMS = ["batch", "layer", "none"]
+LEVELS = [(), (3,), (3, 2), (2, 1, 3)]
+
+
+def rank_of(format: str, levels: int, size: int = 2) -> tuple[int, ...]:
+    return (size,) * len(mt.get_format(format).bonds(levels))
+
+
+def small(format: str, experts: tuple[int, ...], layer: str = "linear", **options: Any) -> Any:
+    """A small layer in float64 whose gate does not give every expert the same."""
+    options = {"dtype": torch.float64, "rank": rank_of(format, len(experts)), "format": format, **options}
+    made = MuMoE(5, 4, experts, **options) if layer == "linear" else MuMoEMLP(5, 6, 4, experts, **options)
+    nn.init.normal_(made.gate.weight)
+    return made
+
+
+# ---- equal to the core -----------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(FORMATS),
+    st.lists(st.integers(1, 4), max_size=3).map(tuple),
+    st.booleans(),
+    st.sampled_from(NORMS),
+    st.sampled_from(["entmax15", "sparsemax", "softmax"]),
+    st.lists(st.integers(0, 3), max_size=3).map(tuple),
+)
+def test_layer_equals_the_core_and_the_dense_weight(format, experts, bias, norm, gate, leading) -> None:
+    layer = small(format, experts, bias=bias, gate_norm=norm, gate=gate).eval()
+    x = torch.randn(*leading, 5, dtype=torch.float64)
+    y, coefficients = layer(x, return_coefficients=True)
+    assert y.shape == (*leading, 4) and y.dtype == x.dtype
+    assert [a.shape for a in coefficients] == [(*leading, n) for n in experts]
+    torch.testing.assert_close(y, mt.multilinear_moe(layer.weight, x, coefficients, bias=bias))
+    dense = mt.to_dense(layer.weight)
+    assert dense.shape == (*experts, 5 + bias, 4)
+    torch.testing.assert_close(y, mt.multilinear_moe(dense, x, coefficients, bias=bias))
+
+
+@given(st.sampled_from(FORMATS), st.sampled_from(LEVELS), st.sampled_from(NORMS))
+def test_coefficients_are_the_gate_of_the_normed_logits(format, experts, norm) -> None:
+    layer = small(format, experts, gate_norm=norm, input_norm=True).train()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    _, coefficients = layer(x, return_coefficients=True)
+    for a, weight in zip(coefficients, layer.gate.weight.split(experts) if experts else (), strict=True):
+        logits = x @ weight.T
+        if norm != "none":
+            axis = 0 if norm == "batch" else 1
+            mean, variance = logits.mean(axis, keepdim=True), logits.var(axis, keepdim=True, unbiased=False)
+            logits = (logits - mean) / torch.sqrt(variance + 1e-5)
+        torch.testing.assert_close(a, mt.entmax15(logits))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("experts", LEVELS, ids=str)
+def test_one_expert_is_what_one_hot_coefficients_give(format: str, experts: tuple[int, ...]) -> None:
+    layer = small(format, experts)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    for index in [tuple(0 for _ in experts), tuple(n - 1 for n in experts)]:
+        matrix, bias = layer.expert(index)
+        one_hot = [torch.eye(n, dtype=x.dtype)[k].expand(7, n) for n, k in zip(experts, index, strict=True)]
+        torch.testing.assert_close(layer.experts(x, one_hot), x @ matrix + bias)
+
+
+def test_block_computes_the_coefficients_once_from_its_input() -> None:
+    block = small("tr", (3, 2), "mlp", gate_norm="layer", input_norm=True, activation="relu")
+    nn.init.normal_(block.input_norm.weight)
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    calls: list[Any] = []
+    block.gate.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+    y, coefficients = block(x, return_coefficients=True)
+    ((seen, _),) = calls
+    assert torch.equal(seen, x)
+    up, down = block.weights
+    hidden = mt.multilinear_moe(up, block.input_norm(x), coefficients, bias=True).relu()
+    torch.testing.assert_close(y, mt.multilinear_moe(down, hidden, coefficients, bias=True))
+
+
+def test_dropout_drops_outputs_in_training_only() -> None:
+    block = small("cp", (3,), "mlp", gate_norm="layer", dropout=0.5)
+    x = torch.randn(200, 5, dtype=torch.float64)
+    kept = block.eval()(x)
+    dropped = block.train()(x)
+    zero = dropped == 0
+    assert 0.3 < zero.double().mean() < 0.7
+    torch.testing.assert_close(dropped[~zero], 2 * kept[~zero])
+
+
+# ---- gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("gate", ["entmax15", "sparsemax", "softmax"])
+def test_gradients_of_a_block(format: str, norm: str, gate: str) -> None:
+    torch.manual_seed(0)
+    block = small(format, (3, 2), "mlp", gate_norm=norm, gate=gate, input_norm=True)
+    names = [name for name, _ in block.named_parameters()]
+    statistics = {name: value.clone() for name, value in block.named_buffers()}
+
+    def function(x: Any, *parameters: Any) -> Any:
+        state = {**dict(zip(names, parameters, strict=True)), **statistics}
+        return torch.func.functional_call(block, state, x)
+
+    x = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    parameters = [p.detach().requires_grad_() for p in block.parameters()]
+    assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+def test_entmax15_is_the_core_gate_with_its_first_and_second_derivatives() -> None:
+    logits = 2 * torch.randn(6, 9, dtype=torch.float64)
+    logits[0, 3] = -torch.inf
+    logits[1] = 0
+    torch.testing.assert_close(entmax15(logits), mt.entmax15(logits))
+    assert entmax15(logits)[0, 3] == 0
+    finite = logits[1:].requires_grad_()
+    assert torch.autograd.gradcheck(entmax15, finite)
+    assert torch.autograd.gradgradcheck(entmax15, finite[1:])
+    bad = torch.tensor([[0.0, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf], [1.0, 1.0]])
+    assert entmax15(bad).isnan().any(-1).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 256, 4096, 2**17])
+def test_entmax15_in_float32_is_as_exact_as_the_core_gate(n: int) -> None:
+    rows = torch.randn(8, n) * torch.logspace(-6, 6, 8)[:, None]
+    rows[0, 0] += 1e4
+    near = entmax15(rows)
+    exact = mt.entmax15(rows.double())
+    assert (near - exact).abs().max() <= 3e-7
+    assert (near.sum(-1) - 1).abs().max() <= 2e-6
+
+
+# ---- initialisation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("experts", [(), (8,), (4, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("size", [1, 4, 24])
+def test_outputs_start_with_the_variance_of_a_linear_layer(format, experts, size) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4096, 64)
+    layer = MuMoE(64, 48, experts, format, rank_of(format, len(experts), size))
+    with torch.no_grad():
+        ratio = layer(x).square().mean() / nn.Linear(64, 48)(x).square().mean()
+    assert 0.7 < ratio < 1.4
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-2, 1e-1])
+def test_two_hundred_steps_never_give_nan(format: str, learning_rate: float) -> None:
+    torch.manual_seed(0)
+    block = MuMoEMLP(16, 24, 16, (4, 2), format, rank_of(format, 2, 3))
+    optimizer = torch.optim.AdamW(block.parameters(), lr=learning_rate)
+    x = torch.randn(32, 16)
+    target = torch.roll(x, 1, -1)
+    losses = []
+    for _ in range(200):
+        loss = (block(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert all(torch.isfinite(p).all() for p in block.parameters())
+    assert learning_rate == 0.1 or min(losses) < 0.9 * losses[0]
+
+
+def test_published_initialisation() -> None:
+    torch.manual_seed(0)
+    layer = MuMoE(300, 200, (40, 3), "tr", (3, 3, 4, 50), init="published")
+    first, second, i, o = layer.weight.arrays
+    diagonal = torch.eye(3)[:, None, :].expand(3, 40, 3) > 0
+    assert (first[~diagonal] == 0).all()
+    assert 0.7 < first[diagonal].mean() < 1.3 and 0.7 < first[diagonal].std() < 1.3
+    assert torch.equal(second, torch.eye(3, 4)[:, None, :].expand(3, 3, 4))
+    assert 0.98 * 300**-0.5 < i.abs().max() <= 300**-0.5
+    assert 0.98 * 150**-0.5 < o.abs().max() <= 150**-0.5
+    cp = MuMoE(300, 200, (40, 3), "cp", 60, init="published").weight.arrays
+    assert 0.9 < cp[0].mean() < 1.1 and 0.9 < cp[0].std() < 1.1 and (cp[1] == 1).all()
+    assert 0.98 * 60**-0.5 < cp[3].abs().max() <= 60**-0.5
+    core = MuMoE(300, 200, (40,), "tucker", (3, 20, 30), init="published").weight.arrays[0]
+    assert (torch.linalg.vector_norm(core) - 1).abs() < 1e-5
+
+
+def test_a_gate_starts_with_equal_coefficients() -> None:
+    (a,) = ExpertGate(5, [8])(torch.randn(3, 5))
+    torch.testing.assert_close(a, torch.full((3, 8), 1 / 8))
+
+
+# ---- arguments -------------------------------------------------------------------------------------------
+
+
+def count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("format", "experts"), [("cp", 64), ("tucker", 128), ("tr", (16, 16)), ("tt", 64)])
+def test_parameters_match_a_linear_layer(format: str, experts: Any) -> None:
+    with torch.device("meta"):
+        layer = MuMoE(768, 1000, experts, format)
+        block = MuMoEMLP(768, 1000, 768, experts, format, parameters="match")
+    assert 769_000 <= count(layer) <= 1.02 * 769_000
+    assert 769_000 + 1001 * 768 <= count(block) <= 1.05 * (769_000 + 1001 * 768)
+    figures = mt.cost(
+        format,
+        experts=experts,
+        in_features=768,
+        out_features=1000,
+        rank=layer.config["rank"],
+        bias=True,
+        gate=True,
+    )
+    assert figures.parameters == count(layer)
+
+
+def test_published_ranks_by_budget() -> None:
+    assert MuMoE(768, 1000, 64, "cp", device="meta").config["rank"] == (393,)
+    assert MuMoE(768, 1000, 64, "tr", (4, 4, None), device="meta").config["rank"] == (4, 4, 102)
+
+
+def test_mask_leaves_padded_tokens_out_of_batch_norm() -> None:
+    layer = small("cp", (3, 2)).train()
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+    mask = torch.rand(4, 6) < 0.6
+    masked = small("cp", (3, 2)).train()
+    masked.load_state_dict(layer.state_dict())
+    y, a = masked(x, mask=mask, return_coefficients=True)
+    short, b = layer(x[mask], return_coefficients=True)
+    torch.testing.assert_close(y[mask], short)
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one[mask], other)
+    for name, value in masked.state_dict().items():
+        torch.testing.assert_close(value, layer.state_dict()[name])
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_batch_norm_needs_two_rows_in_training(rows: int) -> None:
+    layer = MuMoE(5, 4, 3, rank=2)
+    with pytest.raises(ValueError, match="gate_norm='batch'"):
+        layer(torch.zeros(rows, 5))
+    with pytest.raises(ValueError, match="gate_norm='batch'"):
+        layer(torch.zeros(6, 5), mask=torch.arange(6) < rows)
+    assert layer.eval()(torch.zeros(rows, 5)).shape == (rows, 4)
+    assert MuMoE(5, 4, 3, rank=2, gate_norm="layer")(torch.zeros(rows, 5)).shape == (rows, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((5, 4, 0), {}, ValueError, "every number of experts must be positive"),
+        ((5, 4, 3), {"format": "cpp"}, ValueError, "unknown format"),
+        ((5, 4, 3), {"rank": (2, 2)}, ValueError, "has 1 entries"),
+        ((5, 4, 3), {"rank": 2, "parameters": 100}, ValueError, "a rank or parameters"),
+        ((5, 4, 3), {"format": "hadamard", "parameters": 100}, ValueError, "has no rank"),
+        ((5, 4, 3), {"parameters": 10}, ValueError, "the gate alone"),
+        ((5, 4, 3), {"rank": 2, "gate": "max"}, ValueError, "gate must be one of"),
+        ((5, 4, 3), {"rank": 2, "gate_norm": "group"}, ValueError, "gate_norm must be one of"),
+        ((5, 4, 3), {"rank": 2, "init": "zero"}, ValueError, "init must be one of"),
+        ((5, 4, 3), {"rank": 2, "bias": 1}, TypeError, "bias must be True or False"),
+        ((5, 4, 3), {"rank": 2, "input_norm": "yes"}, TypeError, "input_norm must be True or False"),
+        ((5.0, 4, 3), {"rank": 2}, TypeError, "in_features must be an integer"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        MuMoE(*arguments, **options)
+
+
+def test_bad_calls_are_told() -> None:
+    layer = MuMoE(5, 4, (3, 2), rank=2)
+    with pytest.raises(ValueError, match="in_features = 5"):
+        layer(torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="in_features = 5"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="must lie within the experts"):
+        layer.expert((3, 0))
+    with pytest.raises(ValueError, match="activation"):
+        MuMoEMLP(5, 6, 4, 3, rank=2, activation="no_such")
+
+
+def test_any_callable_is_a_gate_and_an_activation() -> None:
+    block = small("cp", (4,), "mlp", gate=lambda logits: mt.top_k(logits, 2), activation=torch.tanh)
+    _, (a,) = block(torch.randn(9, 5, dtype=torch.float64), return_coefficients=True)
+    assert ((a > 0).sum(-1) == 2).all()
+
+
+# ---- hooks, editing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hooks_on_the_gate_change_the_coefficients(compiled: bool) -> None:
+    layer = small("cp", (4,)).eval()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    before = layer(x)
+
+    def remove_first(module: Any, inputs: Any, output: Any) -> list[Any]:
+        return [output[0] * torch.tensor([0.0, 1, 1, 1], dtype=torch.float64)]
+
+    handle = layer.gate.register_forward_hook(remove_first)
+    call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    _, (a,) = layer(x, return_coefficients=True)
+    assert (a[:, 0] == 0).all()
+    torch.testing.assert_close(call(x), mt.multilinear_moe(layer.weight, x, [a], bias=True))
+    handle.remove()
+    torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_keep_experts_is_exact(format: str, norm: str) -> None:
+    block = small(format, (3, 5), "mlp", gate_norm=norm).train()
+    x = torch.randn(9, 5, dtype=torch.float64)
+    block(x)
+    block.eval()
+    smaller = block.keep_experts(1, [4, 0, 2])
+    assert smaller.config["experts"] == (3, 3)
+
+    def masked(module: Any, inputs: Any, output: Any) -> list[Any]:
+        logits = inputs[0] @ module.weight.T
+        logits = module.norm(logits) if module.norm else logits
+        kept = torch.full((5,), -torch.inf, dtype=x.dtype)
+        kept[[0, 2, 4]] = 0
+        first, second = logits.split((3, 5), -1)
+        return [entmax15(first), entmax15(second + kept)]
+
+    block.gate.register_forward_hook(masked)
+    torch.testing.assert_close(smaller(x), block(x))
+    with pytest.raises(ValueError, match="different experts"):
+        block.keep_experts(1, [0, 0])
+    with pytest.raises(ValueError, match="different experts"):
+        block.keep_experts(1, [5])
+    with pytest.raises(ValueError, match="level must be one of"):
+        block.keep_experts(2, [0])
+
+
+def test_the_plan_is_made_for_the_batch_hint_and_copies_next_to_nothing() -> None:
+    for format in ("cp", "tr", "tt", "hadamard"):
+        layer = Experts(64, 48, (8, 4), format, rank_of(format, 2, 4), batch_hint=512)
+        assert layer.plan.batch == 512
+        assert layer.plan.copied <= 0.01 * layer.plan.write

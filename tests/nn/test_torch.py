@@ -1,0 +1,216 @@
+"""The layers under what torch offers: compile, export, func, autocast, dtypes, devices, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+import mumoe_tensor as mt
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
+
+FORMATS = ["cp", "tucker", "tr", "tt", "hadamard"]
+
+
+def block_of(format: str, experts: tuple[int, ...] = (4, 3), **options: Any) -> Any:
+    torch.manual_seed(0)
+    rank = (3,) * len(mt.get_format(format).bonds(len(experts)))
+    block = MuMoEMLP(8, 12, 8, experts, format, rank, input_norm=True, **options)
+    with torch.no_grad():
+        block.gate.weight.normal_()
+    return block
+
+
+@pytest.mark.parametrize(("format", "norm"), [*((f, "batch") for f in FORMATS), ("cp", "layer")])
+def test_compile_in_one_graph_for_all_batch_sizes(format: str, norm: str) -> None:
+    block = block_of(format, gate_norm=norm)
+    eager = copy.deepcopy(block)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (6, 17, 2, 64, 5):
+            x = torch.randn(batch, 3, 8)
+            outputs, gradients = [], []
+            for call, module in ((compiled, block), (eager, eager)):
+                module.zero_grad()
+                outputs.append(call(x))
+                outputs[-1].square().sum().backward()
+                gradients.append([p.grad for p in module.parameters()])
+            torch.testing.assert_close(*outputs)
+            torch.testing.assert_close(*gradients)
+    for name, value in block.state_dict().items():
+        torch.testing.assert_close(value, eager.state_dict()[name])
+
+
+def test_compile_with_inductor() -> None:
+    layer = MuMoE(8, 5, 4, rank=3, gate_norm="layer")
+    x = torch.randn(10, 8)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_export(format: str) -> None:
+    block = block_of(format).eval()
+    batch = torch.export.Dim("batch", min=2, max=1000)
+    exported = torch.export.export(block, (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, 8)
+    torch.testing.assert_close(exported.module()(x), block(x))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_torch_func(format: str) -> None:
+    block = block_of(format).eval().double()
+    state = dict(block.state_dict())
+    x = torch.randn(5, 8, dtype=torch.float64)
+
+    def call(parameters: Any, z: Any) -> Any:
+        return torch.func.functional_call(block, parameters, z)
+
+    torch.testing.assert_close(torch.func.vmap(lambda z: call(state, z))(x), block(x))
+    jacobian = torch.func.jacrev(lambda z: call(state, z))(x[0])
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(block, x[0]))
+    per_sample = torch.func.vmap(
+        torch.func.grad(lambda p, z: call({**state, **p}, z).sum()), in_dims=(None, 0)
+    )(dict(block.named_parameters()), x)
+    block(x).sum().backward()
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(per_sample[name].sum(0), parameter.grad)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_keeps_the_gate_in_float32(format: str, dtype: Any) -> None:
+    block = block_of(format)
+    seen: list[Any] = []
+    block.gate.gate = lambda logits: seen.append(logits.dtype) or torch.softmax(logits, -1)
+    x = torch.randn(16, 8)
+    exact = block(x)
+    with torch.autocast("cpu", dtype=dtype):
+        y = block(x)
+    assert y.dtype == dtype and set(seen) == {torch.float32}
+    assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(format: str, dtype: Any) -> None:
+    block = block_of(format).to(dtype)
+    y, coefficients = block(torch.randn(16, 8, dtype=dtype), return_coefficients=True)
+    assert {y.dtype, *(a.dtype for a in coefficients)} == {dtype}
+    assert block.gate.norm.running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_meta_and_back(format: str) -> None:
+    block = MuMoEMLP(8, 12, 8, 4, format, rank_for(format), device="meta", dtype=torch.float64)
+    assert {p.device.type for p in block.parameters()} == {"meta"}
+    assert block(torch.empty(3, 8, device="meta", dtype=torch.float64)).device.type == "meta"
+    block.to_empty(device="cpu")
+    for module in block.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    y = block(torch.randn(64, 8, dtype=torch.float64))
+    assert y.isfinite().all() and 0 < y.var() < 1
+
+
+def rank_for(format: str) -> tuple[int, ...]:
+    return (3,) * len(mt.get_format(format).bonds(1))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_nothing_is_made_on_the_wrong_device(format: str, norm: str) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        block = MuMoEMLP(8, 12, 8, 4, format, rank_for(format), gate_norm=norm, input_norm=True)
+        for module in block.modules():
+            for held in (module._parameters, module._buffers):
+                for name, value in held.items():
+                    if value is not None:
+                        moved = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                        held[name] = nn.Parameter(moved) if held is module._parameters else moved
+        x = torch.empty(5, 3, 8, device="cuda")
+        mask = torch.empty(5, 3, dtype=torch.bool, device="cuda")
+        # (torch's own batch norm cannot be traced in training on a build without CUDA.)
+        for training in (norm == "layer", False):
+            y, coefficients = block.train(training)(x, return_coefficients=True)
+            assert {y.device.type, *(a.device.type for a in coefficients)} == {"cuda"}
+        assert block.eval()(x, mask=mask).device.type == "cuda"
+        matrix, bias = block.up.expert(0)
+        assert (matrix.device.type, bias.device.type) == ("cuda", "cuda")
+
+
+def test_copies_and_files(tmp_path: Any) -> None:
+    block = block_of("tr")
+    x = torch.randn(6, 8)
+    block(x)
+    block.eval()
+    again = [copy.deepcopy(block), pickle.loads(pickle.dumps(block))]
+    file = io.BytesIO()
+    torch.save(block.state_dict(), file)
+    file.seek(0)
+    config = json.loads(json.dumps(block.config))
+    for state in (torch.load(file, weights_only=True), through_safetensors(block.state_dict(), tmp_path)):
+        made = MuMoEMLP.from_config(config).eval()
+        made.load_state_dict(state)
+        again.append(made)
+    for other in again:
+        assert torch.equal(other(x), block(x))
+    assert all(p.is_contiguous() for p in block.parameters())
+
+
+def through_safetensors(state: Any, folder: Any) -> Any:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(state, folder / "state.safetensors")
+    return safetensors.load_file(folder / "state.safetensors")
+
+
+def test_a_state_of_another_config_is_refused_before_any_weight_is_touched() -> None:
+    block, other = block_of("cp", (4,)), block_of("cp", (5,))
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    with pytest.raises(ValueError, match=r"up.factors.0 has shape \(5, 3\) and should have \(4, 3\)"):
+        block.load_state_dict(other.state_dict())
+    assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+
+
+def test_no_tensor_is_kept_between_calls() -> None:
+    block = block_of("tucker")
+    kept = {id(v) for v in block.state_dict(keep_vars=True).values()}
+    block(torch.randn(6, 8)).sum().backward()
+    for module in block.modules():
+        held = [v for v in vars(module).values() if isinstance(v, torch.Tensor)]
+        assert not held
+    assert {id(v) for v in block.state_dict(keep_vars=True).values()} == kept
+
+
+def test_checkpointing_advances_the_statistics_once() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    plain, checkpointed = block_of("cp"), block_of("cp")
+    x = torch.randn(6, 8, requires_grad=True)
+    y, z = plain(x), checkpoint(checkpointed, x, use_reentrant=False)
+    y.sum().backward()
+    z.sum().backward()
+    torch.testing.assert_close(y, z)
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_layers_in_a_model_of_someone_else() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), MuMoE(8, 5, 4, rank=3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(7, 6)).square().mean().backward()
+    optimizer.step()
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"0", "2"}

@@ -416,6 +416,10 @@ COMPARISONS: dict[str, Callable[[bool], Report]] = {
     "planner": planner,
     "batch": batch,
 }
+if torch is not None:
+    from benchmarks.layers import gates, layers
+
+    COMPARISONS |= {"gates": gates, "layers": layers}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

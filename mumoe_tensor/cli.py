@@ -63,7 +63,10 @@ FormatName = Annotated[
     str, typer.Argument(help="Name of the format; `mumoe-tensor formats` lists them.", show_default=False)
 ]
 Experts = Annotated[
-    str, typer.Option(help="Number of experts, levels as 64x64, or none for no level.", show_default=False)
+    str,
+    typer.Option(
+        help="Number of experts, levels as 64x64 or 64,64, or none for no level.", show_default=False
+    ),
 ]
 InFeatures = Annotated[int, typer.Option(help="Size of the input.", show_default=False)]
 OutFeatures = Annotated[int, typer.Option(help="Size of the output.", show_default=False)]
@@ -82,7 +85,12 @@ OpenRank = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(help="Number of inputs.")]
-Bias = Annotated[bool, typer.Option("--bias/--no-bias", help="The input has a bias row.")]
+Bias = Annotated[
+    bool,
+    typer.Option(
+        "--bias/--no-bias", help="Every expert has a bias: one more row in the weight's input mode."
+    ),
+]
 Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="Count the gate.")]
 Minimize = Annotated[str, typer.Option(help="time, flops or peak.")]
 Implementation = Annotated[str, typer.Option(help="factorized, reconstructed or auto.")]
@@ -267,7 +275,7 @@ def fit(
     """Find the rank at which a layer has a given number of parameters.
 
     Example: `mumoe-tensor fit tr --experts 64 --in-features 768 --out-features 1000
-    --rank 4,4,? --parameters 769000 --bias --gate`
+    --rank '4,4,?' --parameters 769000 --bias --gate`
     """
     sizes: dict[str, Any] = {"in_features": in_features, "hidden": hidden, "out_features": out_features}
     with _bad_input():
@@ -392,7 +400,7 @@ def _experts(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
     try:
-        return tuple(int(n) for n in text.split("x"))
+        return tuple(int(n) for n in text.replace(",", "x").split("x"))
     except ValueError:
         rule = "--experts must be a number, levels as 64x64, or none"
         raise ValueError(f"{rule}, got {text!r}.") from None
@@ -405,7 +413,8 @@ def _rank(text: str | None) -> tuple[int | None, ...] | None:
         return tuple(None if r.strip() == "?" else int(r) for r in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--rank must be numbers with commas between, e.g. 64,128,128, got {text!r}."
+            f"--rank must be numbers with commas between, e.g. 64,128,128; for fit one may be ?; "
+            f"got {text!r}."
         ) from None
 
 

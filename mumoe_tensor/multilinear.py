@@ -162,7 +162,7 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
     index : int or sequence of int
         The expert, one number a level.
     bias : bool, default False
-        Whether the last row of the input mode is the bias.
+        Whether the last row of the input mode is the bias; without it that row is one more of the matrix.
 
     Returns
     -------
@@ -290,7 +290,10 @@ def _check_inputs(
         rule = f"{in_features - bias} features" + (
             " (the input mode of the weight less its bias row)" if bias else ""
         )
-        raise ValueError(f"z must have {rule} in its last axis, got shape {tuple(z.shape)}.")
+        hint = ""
+        if not bias and len(z.shape) and z.shape[-1] == in_features - 1:
+            hint = " If the last row of the weight's input mode is the bias, pass bias=True."
+        raise ValueError(f"z must have {rule} in its last axis, got shape {tuple(z.shape)}.{hint}")
     leading = tuple(z.shape[:-1])
     for e, (a, n) in enumerate(zip(coefficients, experts, strict=True)):
         if tuple(a.shape) != (*leading, n):

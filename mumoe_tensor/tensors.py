@@ -36,6 +36,7 @@ class FactorizedTensor:
     ----------
     format : Format
     factors : tuple of array or None
+        None stands for a factor of all ones, such as the weights of CP; `arrays` are those that are held.
     levels : int
         Number of levels of experts.
 
@@ -51,7 +52,7 @@ class FactorizedTensor:
     --------
     >>> import numpy as np, mumoe_tensor as mt
     >>> mt.FactorizedTensor("hadamard", [np.ones((4, 5)), np.ones((3, 5))])
-    FactorizedTensor('hadamard', experts=(4,), in_features=3, out_features=5, rank=(), float64, numpy)
+    FactorizedTensor('hadamard', shape=(4, 3, 5), rank=(), float64, numpy)
     """
 
     __slots__ = ("factors", "format", "levels", "rank", "shape")
@@ -177,10 +178,8 @@ class FactorizedTensor:
         return cls(format, factors)
 
     def __repr__(self) -> str:
-        *experts, i, o = self.shape
         kind = f"{dtype_name(self.arrays[0])}, {backend_of(*self.arrays).backend_name}"
-        sizes = f"experts={tuple(experts)}, in_features={i}, out_features={o}, rank={self.rank}"
-        return f"FactorizedTensor({self.format.name!r}, {sizes}, {kind})"
+        return f"FactorizedTensor({self.format.name!r}, shape={self.shape}, rank={self.rank}, {kind})"
 
 
 def as_factorized(weight: Any) -> FactorizedTensor:

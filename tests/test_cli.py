@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,14 @@ from mumoe_tensor.cli import app
 
 PLAN = "plan tucker --experts 256 --in-features 768 --out-features 768 --rank 64,128,128 --batch 8192"
 COST = "cost cp --experts 256 --in-features 768 --hidden 3072 --out-features 768 --rank 556 --bias --gate"
-FIT = (
-    "fit tr --experts 64 --in-features 768 --out-features 1000 --rank 4,4,? --parameters 769000 --bias --gate"
-)
+SIZES = "--experts 64 --in-features 768 --out-features 1000"
+FIT = f"fit tr {SIZES} --rank '4,4,?' --parameters 769000 --bias --gate"
 SMALL = "--experts 4 --in-features 3 --out-features 2"
 
 
 def run(line: str) -> str:
     """Output of a command that succeeds, with nothing on stderr."""
-    result = CliRunner().invoke(app, line.split())
+    result = CliRunner().invoke(app, shlex.split(line))
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
     return result.stdout

@@ -257,13 +257,10 @@ def test_fit_rank_is_the_last_rank_before_the_budget(layer, budget, rounding, bi
         with pytest.raises(ValueError, match="gate alone has"):
             mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
         return
-    below = max(t for t in range(1, 3000) if t == 1 or total(t) <= budget) if total(3000) <= budget else None
-    if below is None:
-        low, high = 1, 3000
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if total(middle) <= budget else (low, middle)
-        below = low
+    below, above = 1, 50_000
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if total(middle) <= budget else (below, middle)
     reached = total(below) == budget
     saturated = family(below + 1) == family(below)
     if rounding == "up" and saturated and not reached:
@@ -292,3 +289,26 @@ def test_fit_rank_is_proportional_for_tucker_and_capped() -> None:
     ratios = [r / n for r, n in zip(rank, (8, 768, 96), strict=True)]
     assert max(ratios) <= 1
     assert max(ratios) - min(ratios) < 1 / 8
+
+
+def test_the_bias_row_is_no_part_of_rank_and_closed_form() -> None:
+    sizes = dict(experts=2, in_features=3, out_features=9, batch=5)
+    without, with_bias = mt.cost("dense", **sizes), mt.cost("dense", **sizes, bias=True)
+    assert with_bias.max_expert_rank == without.max_expert_rank == 3
+
+
+def test_the_bias_row_is_no_part_of_the_closed_form() -> None:
+    sizes = dict(experts=2, in_features=3, out_features=9, batch=5)
+    assert mt.cost("dense", **sizes, bias=True).reference_flops == mt.cost("dense", **sizes).reference_flops
+
+
+def test_tucker_rank_of_a_block_is_capped_by_both_layers() -> None:
+    block = dict(experts=4, in_features=6, hidden=30, out_features=5)
+    rank = mt.fit_rank("tucker", parameters=1200, rounding="down", **block)
+    assert all(r <= n for r, n in zip(rank, (4, 6, 5), strict=True))
+
+
+def test_match_is_the_dense_layer_without_biases_if_there_are_none() -> None:
+    sizes = dict(experts=2, in_features=30, out_features=40)
+    dense = mt.dense_parameters(30, 40, bias=False)
+    assert mt.fit_rank("cp", **sizes) == mt.fit_rank("cp", parameters=dense, **sizes) == 17

@@ -428,3 +428,33 @@ def test_bad_calls(changed: dict[str, Any], error: type[Exception], message: str
     arguments: dict[str, Any] = {"dense": W, "format": "cp", "rank": 2, **changed}
     with pytest.raises(error, match=message):
         decompose(arguments.pop("dense"), arguments.pop("format"), **arguments)
+
+
+def test_a_fit_that_is_not_finite_is_not_kept() -> None:
+    class Fits(mt.Format):
+        name = title = "fits"
+
+        def factors(self, modes):
+            return [mt.Factor(" ".join([*modes[:-1], "r"])), mt.Factor("r o")]
+
+        def decompose(self, dense, rank, generators, n_iter, tolerance):
+            return [[np.full((3, 4), np.nan), np.ones((4, 4))], [dense, np.eye(4)]]
+
+    assert decompose(np.random.default_rng(0).standard_normal((3, 4)), Fits(), 4)[1] < 1e-12
+
+
+def test_cp_goes_on_after_a_singular_solve(monkeypatch) -> None:
+    import tensorly.decomposition
+
+    from mumoe_tensor.decomposition import decompose
+
+    parafac = tensorly.decomposition.parafac
+
+    def singular(*arguments, **options):
+        if options["l2_reg"] < 1e-12:
+            raise np.linalg.LinAlgError("Singular matrix")
+        return parafac(*arguments, **options)
+
+    monkeypatch.setattr(tensorly.decomposition, "parafac", singular)
+    truth = mt.FactorizedTensor.random("cp", experts=4, in_features=7, out_features=6, rank=3, seed=0)
+    assert decompose(mt.to_dense(truth), "cp", 3, n_restarts=2)[1] < 1e-6

@@ -191,3 +191,9 @@ def test_the_table_is_long_enough() -> None:
 
 def test_refused_formats_are_not_registered() -> None:
     assert {"a", "b"}.isdisjoint(mt.formats())
+
+
+@pytest.mark.parametrize("sizes", [{"experts": True}, {"in_features": True}, {"rank": True}, {"batch": True}])
+def test_sizes_that_are_bools(sizes) -> None:
+    with pytest.raises(TypeError, match="must be an integer, got True"):
+        mt.plan("cp", **{"experts": 4, "in_features": 3, "out_features": 2, "rank": 6, **sizes})

@@ -174,7 +174,7 @@ def test_random_takes_everything_after_an_array() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["FactorizedTensor('tt', experts=(2,), in_features=3, out_features=4, rank=(5, 6), float64, numpy)"],
+    ["FactorizedTensor('tt', shape=(2, 3, 4), rank=(5, 6), float64, numpy)"],
 )
 def test_repr(text: str) -> None:
     weight = mt.FactorizedTensor.random("tt", experts=2, in_features=3, out_features=4, rank=(5, 6))
@@ -359,3 +359,17 @@ def test_parameters_of_a_weight_are_its_factors() -> None:
     counted = mt.cost("tucker", experts=(4, 3), in_features=6, out_features=5, rank=(2, 3, 4, 2)).parameters
     assert sum(prod(f.shape) for f in weight.arrays) == counted
     assert load_backend("numpy").backend_name == "numpy"
+
+
+def test_five_levels_of_experts() -> None:
+    factors = [np.full((2, 3), 1.0) for _ in range(7)]
+    assert mt.FactorizedTensor("cp", factors).experts == (2,) * 5
+
+
+def test_random_takes_no_grad_of_like() -> None:
+    torch = pytest.importorskip("torch")
+    like = torch.nn.Parameter(torch.ones(2))
+    sizes = dict(experts=2, in_features=3, out_features=4)
+    assert not any(
+        a.requires_grad for a in mt.FactorizedTensor.random("cp", rank=2, like=like, **sizes).arrays
+    )

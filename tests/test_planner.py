@@ -47,6 +47,11 @@ def dense(**sizes: Any) -> dict:
     return {"format": mt.get_format("dense"), "rank": (), "bias": True, **sizes}
 
 
+def layer_of(format: str, experts: tuple, in_features: int, out_features: int, rank: tuple) -> dict:
+    sizes = dict(experts=experts, in_features=in_features, out_features=out_features)
+    return {"format": mt.get_format(format), **sizes, "rank": rank, "bias": False}
+
+
 def network_of(layer: dict) -> Network:
     format, experts, bias = layer["format"], layer["experts"], layer["bias"]
     modes = (*experts, layer["in_features"] + bias, layer["out_features"])
@@ -99,6 +104,8 @@ def fewest_flops(network: Network, batch: int, factorized: bool) -> float:
 
 @given(layers(levels=2), BATCHES)
 @example(dense(experts=(16,), in_features=4, out_features=8), 1)  # the bias row is dear
+@example(layer_of("tt", (12,), 768, 150, (3, 150)), 65_536)  # the lines cross beyond small batches
+@example(layer_of("tucker", (1,), 2, 1, (2, 4, 2)), 7)  # an outer product of what is left of two factors
 def test_flops_are_the_fewest_of_all_pairwise_orders(layer, batch) -> None:
     least = fewest_flops(network_of(layer), batch, factorized=True)
     assert mt.plan(**layer, batch=batch, minimize="flops").flops <= 1.001 * least
@@ -322,7 +329,7 @@ def test_figures_follow_from_the_steps(layer, batch, minimize, dtype) -> None:
     assert plan.peak == peak
     itemsize = {"float64": 8, "float16": 2}[dtype]
     in_bytes = mt.plan(**layer, batch=batch, minimize=minimize, dtype=dtype)
-    for name in ("write", "size", "peak", "saved"):
+    for name in ("write", "copied", "size", "peak", "saved"):
         assert getattr(in_bytes, name) == itemsize * getattr(plan, name)
     assert in_bytes.flops == plan.flops
 
@@ -432,3 +439,63 @@ def test_execution_follows_the_plan_on_numpy() -> None:
     for minimize in ("time", "flops", "peak"):
         plan = mt.plan("tucker", **layer, minimize=minimize)
         np.testing.assert_allclose(mt.multilinear_moe(weight, z, [a], plan=plan), expected, rtol=1e-12)
+
+
+def test_printed_live_is_in_bytes() -> None:
+    plan = mt.plan("cp", experts=4, in_features=3, out_features=2, rank=5, dtype="float64")
+    *_, last, _ = str(plan).splitlines()
+    assert last.split()[-1] == f"{8 * plan.steps[-1].live:,}"
+
+
+def test_the_result_needs_no_transpose() -> None:
+    for batch in (7, 4096):
+        layer = dict(experts=5, in_features=2, out_features=8, rank=4, batch=batch)
+        for minimize in ("time", "flops", "peak"):
+            assert mt.plan("cp", **layer, minimize=minimize).program.output is None
+
+
+def test_intermediates_are_let_go_of() -> None:
+    import weakref
+
+    from mumoe_tensor.contraction import execute as module
+
+    layer = dict(experts=(3, 4), in_features=5, out_features=6, rank=7, batch=2)
+    weight = mt.FactorizedTensor.random("cp", **{k: v for k, v in layer.items() if k != "batch"})
+    made, alive = [], []
+    original = module._run
+
+    def run(step, arrays, backend):
+        alive.append(sum(r() is not None for r in made))
+        result = original(step, arrays, backend)
+        made.append(weakref.ref(result))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_run", run)
+        mt.multilinear_moe(weight, np.ones((2, 5)), [np.ones((2, 3)), np.ones((2, 4))])
+    assert len(made) == 6 and max(alive) <= 3
+
+
+def test_fold_makes_every_constant_step() -> None:
+    from mumoe_tensor.contraction.execute import fold
+
+    layer = dict(experts=4, in_features=8, out_features=8, rank=(8, 8, 8))
+    weight = mt.FactorizedTensor.random("tucker", **layer)
+    plan = mt.plan("tucker", **layer, batch=10_000, constants="weights")
+    assert len(plan.constant_steps) > 1
+    assert len(fold(plan.program, weight.arrays, load_backend("numpy"))) == len(plan.constant_steps)
+
+
+def test_padding_of_axes_makes_no_copy() -> None:
+    from mumoe_tensor.contraction.search import SearchSpace, peaks_of
+
+    class Mixed(mt.Format):
+        name = title = "mixed"
+
+        def factors(self, modes):
+            return [mt.Factor(f"{modes[0]} p q"), mt.Factor("i p q o")]
+
+    network = forward_network(Mixed(), (40, 3, 4), (5, 6))
+    tree = (((0, 2), 1), 3)
+    live = max(s.live for s in planned_steps(Compiler(network, 2)(tree), 2))
+    assert peaks_of(SearchSpace(network), tree, [2]) == [live]

@@ -135,7 +135,10 @@ class Format(ABC):
         """The declared factors for a number of levels of experts."""
         known: dict[int, tuple[Factor, ...]] = self.__dict__.setdefault("_declarations", {})
         if levels not in known:
-            known[levels] = tuple(self.factors(mode_names(levels)))
+            declared = self.factors(mode_names(levels))
+            if not isinstance(declared, (list, tuple)) or not all(isinstance(f, Factor) for f in declared):
+                raise TypeError(f"factors() of {type(self).__name__} must list Factors, got {declared!r}.")
+            known[levels] = tuple(declared)
         return known[levels]
 
     def units(self, levels: int) -> tuple[int, ...]:
@@ -265,11 +268,15 @@ def register(format: type[Format]) -> type[Format]:
     ValueError
         If the name is taken by another format, or the declaration is not a tensor network: each mode
         must be an index of some factor, and each bond must join at least two factors.
+    TypeError
+        If it is no class of formats, or its declaration no list of factors.
     """
+    if not (isinstance(format, type) and issubclass(format, Format)):
+        raise TypeError(f"register takes a class derived from Format, got {format!r}; use it as a decorator.")
     declared = format()
     for levels in range(4):
         modes = mode_names(levels)
-        indices = [index for f in declared.factors(modes) if not f.unit for index in f.indices]
+        indices = [index for f in declared.declaration(levels) if not f.unit for index in f.indices]
         for mode in modes:
             if mode not in indices:
                 raise ValueError(f"every mode must be in a factor; {format.__name__} leaves out {mode!r}.")

@@ -443,8 +443,16 @@ def _solve(
             raise ValueError(f"give a rank or parameters, got rank={rank!r} and parameters={parameters!r}.")
         return format.full_rank(rank, levels)
     entries = None if rank is None else format.check_rank(rank, levels)
-    solved = fit_rank(
-        format, experts=experts, in_features=in_features, out_features=out_features, hidden=hidden,
-        parameters="match" if parameters is None else parameters, rank=entries, bias=bias, gate=True,
-    )  # fmt: skip
+    try:
+        solved = fit_rank(
+            format, experts=experts, in_features=in_features, out_features=out_features, hidden=hidden,
+            parameters="match" if parameters is None else parameters, rank=entries, bias=bias, gate=True,
+        )  # fmt: skip
+    except ValueError as error:
+        if parameters is not None or "budget" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} Without a rank or parameters the budget is that of the dense layer: give a rank or "
+            "parameters, or use fewer experts or more levels."
+        ) from None
     return format.full_rank(solved, levels)

@@ -135,7 +135,7 @@ def layers(quick: bool) -> Report:
                 calls: dict[str, Call] = {"limit": limit(pairs, backward=kind == "step")}
                 for name, module in (("dense", theirs), ("layer", mine)):
                     calls[name] = forward(module, x) if kind == "forward" else step(module, x, gradient)
-                found = compare(calls, "dense", rounds=3 if quick else 15, limit=5.0 if quick else 60.0)
+                found = compare(calls, "dense", rounds=3 if quick else 15, limit=2.0 if quick else 12.0)
                 ratio, bare = found.ratio("layer"), found.ratio("limit")
                 rows.append(
                     {

@@ -100,14 +100,17 @@ def test_a_wrong_page_fails(tmp_path: Path) -> None:
 def test_readme_snippet_runs() -> None:
     printed = StringIO()
     namespace: dict[str, Any] = {}
-    ((_, source),) = python_blocks(README)
+    core, layers = (source for _, source in python_blocks(README))
     with redirect_stdout(printed):
-        exec(compile(source, str(README), "exec"), namespace)
+        exec(compile(core, str(README), "exec"), namespace)
     assert namespace["y"].shape == (5, 20)
     z, a, weight = namespace["z"], namespace["a"], np.asarray(mt.to_dense(namespace["W"]))
     expected = np.einsum("bn,bi,nio->bo", a, np.pad(z, ((0, 0), (0, 1)), constant_values=1), weight)
     np.testing.assert_allclose(namespace["y"], expected, atol=1e-12)
     assert printed.getvalue().strip() == str(namespace["plan"])
+    pytest.importorskip("torch")
+    exec(compile(layers, str(README), "exec"), namespace)
+    assert namespace["y"].shape == (2, 10, 768) and namespace["matrix"].shape == (768, 1000)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -22,7 +22,7 @@ Init = Literal["linear", "published"]
 
 
 class Experts(nn.Module):
-    """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 ... x_E a_E x_(E+1) z``.
+    """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
     Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W; W is never formed.
 

@@ -32,18 +32,15 @@ class _Entmax15(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor) -> Tensor:
-        dtype = logits.dtype if logits.dtype.itemsize >= 4 else torch.float32
-        z = logits.to(dtype)
-        top = z.amax(-1, keepdim=True)
-        z = 0.5 * (z - torch.where(top.abs() < torch.inf, top, torch.nan))
-        # Newton steps on ‖u‖ − 1 for u = (z − τ)₊, as many as `mumoe_tensor.entmax15` makes, and why, is
-        # told there.
-        u = (z + 1).clamp(min=0)
-        for _ in range((int(logits.shape[-1] - 1).bit_length() + 1) // 2 + 4):
-            square = (u * u).sum(-1, keepdim=True)
-            delta = (square - square.sqrt()) / u.sum(-1, keepdim=True)
-            u = torch.where(u <= delta.clamp(min=0), 0, u - delta)
-        return (u * u).to(logits.dtype)
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Newton steps on ‖u‖ − 1 for u = (z / 2 − τ)₊, as many as `mumoe_tensor.entmax15` makes, and why, is
+        # told there. In place, because the time goes into reading and writing u.
+        u = torch.sub(z, z.amax(-1, keepdim=True)).mul_(0.5).add_(1).relu_()
+        for _ in range((int(logits.shape[-1] - 1).bit_length() + 1) // 2 + 3):
+            u.sub_(_newton_step(u).relu_()).relu_()
+        # The last step may also go back: rounding errors may have led the others too far.
+        u = torch.where(u > 0, u - _newton_step(u), u)
+        return u.mul_(u).to(logits.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -52,8 +49,17 @@ class _Entmax15(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (p,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            s = p.sqrt()
+            scaled = s * gradient
+            return scaled.sub_(s.mul_(scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)))
         # The derivative is a function of p alone, so its own derivative follows through p. The root of zero
         # has none: it is kept out of the graph.
         s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), p)
         scaled = s * gradient
         return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
+
+
+def _newton_step(u: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    return norm * (norm - 1) / u.sum(-1, keepdim=True)

@@ -142,7 +142,7 @@ class _Layer(nn.Module):
 class MuMoE(_Layer):
     """A linear layer of many experts, in place of `torch.nn.Linear`.
 
-    Every input is mapped by a mixture of all experts, ``y = W x_1 a_1 ... x_E a_E x_(E+1) x``. Their weights
+    Every input is mapped by a mixture of all experts, ``y = W x_1 a_1 … x_E a_E x_(E+1) x``. Their weights
     are one factorized tensor W, their coefficients ``a_e = gate(norm(G_e^T x))`` (Oldfield et al., 2024,
     equations 1 and 2).
 

@@ -4,5 +4,15 @@ from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
+from mumoe_tensor.nn.surgery import Replacement, replace_linear, replace_mlp
 
-__all__ = ["ExpertGate", "Experts", "MuMoE", "MuMoEMLP", "entmax15"]
+__all__ = [
+    "ExpertGate",
+    "Experts",
+    "MuMoE",
+    "MuMoEMLP",
+    "Replacement",
+    "entmax15",
+    "replace_linear",
+    "replace_mlp",
+]

@@ -70,3 +70,78 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
     for declared, factor in zip(weight.format.declaration(weight.levels), weight.factors, strict=True):
         if "i" in declared.indices:
             factor.mul_((3 * in_features * variance).rsqrt())
+
+
+@torch.no_grad()
+def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
+    """Fill the factors in place so that every expert is one matrix, or what is closest to it at this rank.
+
+    Expert modes and cores become neutral, which leaves the product ``A K B`` of the factor of the input, a
+    constant matrix K and the factor of the output. With the singular value decompositions of K and of the
+    matrix it is the best approximation of the rank of K.
+
+    Parameters
+    ----------
+    weight : FactorizedTensor of torch tensors
+    matrix : Tensor of shape (I, O)
+        With the bias row, if the weight has one.
+
+    Returns
+    -------
+    float
+        Error in the Frobenius norm over the norm of the matrix.
+    """
+    modes = mode_names(weight.levels)
+    held = [
+        (f.indices, factor)
+        for f, factor in zip(weight.format.declaration(weight.levels), weight.factors, strict=True)
+        if factor is not None
+    ]
+    inner, a = next((x, factor) for x, factor in held if "i" in x)
+    outer, b = (inner, a) if "o" in inner else next((x, factor) for x, factor in held if "o" in x)
+    inner_bonds, outer_bonds = ([x for x in indices if x not in modes] for indices in (inner, outer))
+    others = [(x, factor) for x, factor in held if factor is not a and factor is not b]
+    for indices, factor in others:
+        bonds = [k for k, x in enumerate(indices) if x not in modes]
+        if len(bonds) == len(indices):
+            # A core: the identity between a bond of the input and one of the output.
+            ends = [next((k for k in bonds if indices[k] in side), None) for side in (inner, outer)]
+            bonds = [k for k in ends if k is not None]
+            fill_neutral(factor, list(dict.fromkeys(bonds)))
+            factor.div_(prod(n for k, n in enumerate(factor.shape) if k not in bonds))
+        else:
+            fill_neutral(factor, bonds)
+    if a is b:
+        shape = [n if x in ("i", "o") else 1 for x, n in zip(inner, a.shape, strict=True)]
+        turned = matrix if inner.index("i") < inner.index("o") else matrix.T
+        a.copy_(turned.reshape(shape).expand_as(a))
+        return 0.0
+    # K by einsum: a bond that both factors have gets a second name through an identity.
+    number = {x: k for k, x in enumerate(dict.fromkeys(x for indices, _ in held for x in indices))}
+    operands: list[object] = []
+    for indices, factor in others:
+        averaged = [k for k, x in enumerate(indices) if x in modes]
+        mean = factor.double().mean(averaged) if averaged else factor.double()
+        operands += [mean, [number[x] for x in indices if x not in modes]]
+    second = dict(number)
+    for x in set(inner_bonds) & set(outer_bonds):
+        second[x] = len(number) + number[x]
+        size = a.shape[inner.index(x)]
+        operands += [torch.eye(size, device=a.device, dtype=torch.float64), [number[x], second[x]]]
+    result = [number[x] for x in inner_bonds] + [second[x] for x in outer_bonds]
+    rows = prod(a.shape[inner.index(x)] for x in inner_bonds)
+    constant = torch.einsum(*operands, result).reshape(rows, -1)
+    p, d, q = torch.linalg.svd(constant, full_matrices=False)
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    rank = min(int((d > 1e-9 * d[0]).sum()), len(s))
+    scale = (s[:rank] / d[:rank]).sqrt()
+    for mode, factor, indices, left, right in (
+        ("i", a, inner, u[:, :rank], p[:, :rank].T),
+        ("o", b, outer, v[:rank].T, q[:rank]),
+    ):
+        axes = [mode, *(x for x in indices if x not in modes)]
+        size = dict(zip(indices, factor.shape, strict=True))
+        value = ((left * scale) @ right).reshape([size[x] for x in axes])
+        value = value.permute([axes.index(x) for x in indices if x in axes])
+        factor.copy_(value.reshape([n if x in axes else 1 for x, n in size.items()]).expand_as(factor))
+    return float((s[rank:].square().sum() / s.square().sum()).sqrt())

@@ -13,6 +13,8 @@ from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_mo
 from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
+from mumoe_tensor.nn.init import fit_every_expert
+from mumoe_tensor.nn.linear import matrix_of
 from mumoe_tensor.tensors import FactorizedTensor
 
 
@@ -47,6 +49,18 @@ class _Layer(nn.Module):
     def from_config(cls, config: dict[str, Any], **options: Any) -> Any:
         """Make a layer from the `config` of another; `options` are further arguments such as `device`."""
         return cls(**config, **options)
+
+    #: Relative errors of what `from_linear` was given; empty for a layer made otherwise.
+    fit_errors: tuple[float, ...] = ()
+
+    def _start_as(self, matrices: Sequence[Tensor]) -> None:
+        """Let all experts be one linear map; only then may the gate tell inputs apart from the start."""
+        if not self.gate.weight.is_meta:
+            nn.init.normal_(self.gate.weight, std=self.gate.in_features**-0.5)
+            self.fit_errors = tuple(
+                fit_every_expert(layer.weight, matrix)
+                for layer, matrix in zip(self._layers, matrices, strict=True)
+            )
 
     @property
     def _layers(self) -> list[Experts]:
@@ -256,6 +270,32 @@ class MuMoE(_Layer):
         load_published(read, layer.gate, layer._layers)
         return layer
 
+    @classmethod
+    def from_linear(cls, linear: nn.Module, experts: int | Sequence[int], **options: Any) -> MuMoE:
+        """Make a layer whose experts all start as a linear layer, so that it gives the same outputs.
+
+        The gate is drawn at random: whatever it gives, equal experts mix to the same map, and without it
+        all would get the same gradient. Where the rank is too small, the experts are the best fit, and
+        `fit_errors` says how far from the layer they are.
+
+        Parameters
+        ----------
+        linear : torch.nn.Linear, or Conv1D of transformers
+        experts : int or sequence of int
+        **options
+            Further arguments of the layer, such as format and rank.
+
+        Raises
+        ------
+        TypeError
+            If `linear` is no linear layer.
+        """
+        matrix, bias = matrix_of(linear)
+        like = {"device": matrix.device, "dtype": matrix.dtype}
+        layer = cls(matrix.shape[0] - bias, matrix.shape[1], experts, **{**like, "bias": bias, **options})
+        layer._start_as([matrix])
+        return layer
+
     @property
     def weight(self) -> FactorizedTensor:
         """The weight of all experts: a `FactorizedTensor` of views of the parameters."""
@@ -388,6 +428,31 @@ class MuMoEMLP(_Layer):
         )  # fmt: skip
         load_published(read, layer.gate, layer._layers)
         return layer
+
+    @classmethod
+    def from_linears(
+        cls, up: nn.Module, down: nn.Module, experts: int | Sequence[int], **options: Any
+    ) -> MuMoEMLP:
+        """Make a block whose experts all start as two linear layers; see `MuMoE.from_linear`.
+
+        Raises
+        ------
+        TypeError
+            If `up` or `down` is no linear layer.
+        ValueError
+            If only one of them has a bias, or their sizes do not fit together.
+        """
+        (first, bias), (second, other) = matrix_of(up), matrix_of(down)
+        if bias != other or first.shape[1] != second.shape[0] - other:
+            raise ValueError(
+                "both linear layers must have a bias or none, and the second as many inputs as the first has "
+                f"outputs; got matrices of {tuple(first.shape)} and {tuple(second.shape)}, bias rows counted."
+            )
+        like = {"device": first.device, "dtype": first.dtype}
+        sizes = (first.shape[0] - bias, first.shape[1], second.shape[1])
+        block = cls(*sizes, experts, **{**like, "bias": bias, **options})
+        block._start_as([first, second])
+        return block
 
     @property
     def weights(self) -> tuple[FactorizedTensor, FactorizedTensor]:

@@ -110,6 +110,21 @@ FAULTS = [
           "error < best[1] or", "error > best[1] or", "decomposition"),
     Fault("entmax15: the half missing", "mumoe_tensor/gates.py",
           "0.5 * _centred(backend, rows)", "_centred(backend, rows)", "gates"),
+    Fault("layers: entmax15 without its half", "mumoe_tensor/nn/functional.py",
+          ".mul_(0.5)", "", "nn/test_gate"),
+    Fault("layers: padded rows counted in batch norm", "mumoe_tensor/nn/norm.py",
+          "mask.reshape(-1, 1).to(rows.dtype)", "torch.ones_like(mask.reshape(-1, 1), dtype=rows.dtype)",
+          "nn/test_gate"),
+    Fault("layers: outputs not scaled to those of a linear layer", "mumoe_tensor/nn/init.py",
+          "factor.mul_((3 * in_features * variance).rsqrt())", "pass", "nn/test_init"),
+    Fault("layers: batch norm of one process alone", "mumoe_tensor/nn/norm.py",
+          "distributed.get_world_size() > 1", "False", "nn/test_distributed"),
+    Fault("layers: published bias row taken for an input", "mumoe_tensor/nn/checkpoints.py",
+          "weights, extra == 1, statistics", "weights, False, statistics", "nn/test_published"),
+    Fault("layers: a wrong state half loaded", "mumoe_tensor/nn/layers.py",
+          "        if wrong:", "        if False:", "nn/test_torch"),
+    Fault("surgery: the error of the fit left out", "mumoe_tensor/nn/init.py",
+          "s[rank:].square().sum() /", "s[:0].square().sum() /", "nn/test_surgery"),
     Fault("top_k: the last of equal logits wins", "mumoe_tensor/gates.py",
           "backend.cumsum(ties, -1) > places", "backend.cumsum(ties, -1) < places", "gates"),
 ]  # fmt: skip
@@ -122,7 +137,7 @@ def caught_by(fault: Fault, folder: Path) -> str | None:
     shutil.copytree(REPOSITORY, copy, ignore=ignored)
     source = copy / fault.file
     source.write_text(source.read_text().replace(fault.old, fault.new, 1))
-    tests = [f"tests/test_{name}.py" for name in fault.tests.split()]
+    tests = [f"tests/{'' if '/' in name else 'test_'}{name}.py" for name in fault.tests.split()]
     environment = {**os.environ, "PYTHONPATH": str(copy), "MUMOE_HYPOTHESIS_PROFILE": "ci"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

@@ -1,0 +1,60 @@
+"""Two processes train as one, batch norm of the logits included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import distributed, nn  # noqa: E402
+
+from mumoe_tensor.nn import MuMoEMLP  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not distributed.is_available(), reason="this torch has no distributed package"
+)
+
+
+def block() -> Any:
+    torch.manual_seed(0)
+    made = MuMoEMLP(6, 8, 6, (4, 2), "tr", (2, 2, 2, 3))
+    nn.init.normal_(made.gate.weight)
+    return made
+
+
+def train(module: Any, x: Any, masks: Any) -> None:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for mask in masks:
+        optimizer.zero_grad()
+        module(x, mask=mask).square().mean().backward()
+        optimizer.step()
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    data = torch.load(f"{folder}/data.pt", weights_only=True)
+    half = slice(8 * rank, 8 * rank + 8)
+    module = block()
+    parallel = nn.parallel.DistributedDataParallel(module)
+    train(parallel, data["x"][half], [None if m is None else m[half] for m in data["masks"]])
+    if rank == 0:
+        torch.save(module.state_dict(), f"{folder}/trained.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    # The first rows are larger, and the mask leaves more of them out: the halves have other statistics.
+    x = torch.randn(16, 6) * torch.linspace(3, 0.5, 16)[:, None]
+    masks = [None, torch.arange(16) > 4, None, torch.arange(16) < 13, None]
+    torch.save({"x": x, "masks": masks}, tmp_path / "data.pt")
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    alone = block()
+    train(alone, x, masks)
+    trained = torch.load(tmp_path / "trained.pt", weights_only=True)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,66 @@
+"""The gate of the layers: entmax15 with its own backward pass, batch norm with masks."""
+
+from __future__ import annotations
+
+import pytest
+
+import mumoe_tensor as mt
+
+torch = pytest.importorskip("torch")
+
+from mumoe_tensor.nn import ExpertGate, MuMoE, entmax15  # noqa: E402
+
+
+def test_entmax15_is_the_core_gate_with_its_first_and_second_derivatives() -> None:
+    logits = 2 * torch.randn(6, 9, dtype=torch.float64)
+    logits[0, 3] = -torch.inf
+    logits[1] = 0
+    torch.testing.assert_close(entmax15(logits), mt.entmax15(logits))
+    assert entmax15(logits)[0, 3] == 0
+    finite = logits[1:].requires_grad_()
+    assert torch.autograd.gradcheck(entmax15, finite)
+    assert torch.autograd.gradgradcheck(entmax15, finite[1:])
+    bad = torch.tensor([[0.0, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf], [1.0, 1.0]])
+    assert entmax15(bad).isnan().any(-1).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 256, 4096, 2**17])
+def test_entmax15_in_float32_is_as_exact_as_the_core_gate(n: int) -> None:
+    rows = torch.randn(8, n) * torch.logspace(-6, 6, 8)[:, None]
+    rows[0, 0] += 1e4
+    near = entmax15(rows)
+    exact = mt.entmax15(rows.double())
+    assert (near - exact).abs().max() <= 3e-7
+    assert (near.sum(-1) - 1).abs().max() <= 2e-6
+
+
+def test_a_gate_starts_with_equal_coefficients() -> None:
+    (a,) = ExpertGate(5, [8])(torch.randn(3, 5))
+    torch.testing.assert_close(a, torch.full((3, 8), 1 / 8))
+
+
+def test_mask_leaves_padded_tokens_out_of_batch_norm() -> None:
+    layer = MuMoE(5, 4, (3, 2), rank=2, dtype=torch.float64)
+    torch.nn.init.normal_(layer.gate.weight)
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+    mask = torch.rand(4, 6) < 0.6
+    masked = MuMoE(5, 4, (3, 2), rank=2, dtype=torch.float64)
+    masked.load_state_dict(layer.state_dict())
+    y, a = masked(x, mask=mask, return_coefficients=True)
+    short, b = layer(x[mask], return_coefficients=True)
+    torch.testing.assert_close(y[mask], short)
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one[mask], other)
+    for name, value in masked.state_dict().items():
+        torch.testing.assert_close(value, layer.state_dict()[name])
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_batch_norm_needs_two_rows_in_training(rows: int) -> None:
+    layer = MuMoE(5, 4, 3, rank=2)
+    with pytest.raises(ValueError, match="gate_norm='batch'"):
+        layer(torch.zeros(rows, 5))
+    with pytest.raises(ValueError, match="gate_norm='batch'"):
+        layer(torch.zeros(6, 5), mask=torch.arange(6) < rows)
+    assert layer.eval()(torch.zeros(rows, 5)).shape == (rows, 4)
+    assert MuMoE(5, 4, 3, rank=2, gate_norm="layer")(torch.zeros(rows, 5)).shape == (rows, 4)

@@ -51,7 +51,7 @@ FAULTS = [
     Fault("bias row dropped", f"{CONTRACTION}/execute.py",
           "result = add_product(row, left, right)", "result = left @ right", "properties"),
     Fault("bias taken from the first row", f"{CONTRACTION}/execute.py",
-          "row = weights[(*every, -1)]", "row = weights[(*every, 0)]", "properties"),
+          "row = select(weights, bias.axis, -1)", "row = select(weights, bias.axis, 0)", "properties"),
     Fault("levels swapped", "mumoe_tensor/multilinear.py",
           "for x in (*coefficients, z)]\n    y =", "for x in (*coefficients[::-1], z)]\n    y =",
           "properties"),

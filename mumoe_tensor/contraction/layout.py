@@ -62,6 +62,8 @@ class Operand:
 
         It is one where axes must become one that do not lie together.
         """
+        if self.copy_order is None:
+            return False
         order = [x for x in self.indices if sizes[x] > 1]
         for group in self.groups:
             axes = [x for x in group if sizes[x] > 1]

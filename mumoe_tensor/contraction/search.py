@@ -7,7 +7,7 @@ where the lowest of the lines known so far cross.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Literal, NamedTuple
 
@@ -280,12 +280,18 @@ def peaks_of(space: SearchSpace, tree: Tree, batches: Sequence[int]) -> list[flo
     return [float(peak) for peak in peaks[:, space.everything]]
 
 
-def cost_lines(space: SearchSpace, trees: Sequence[Tree], element: float = 0.0) -> list[Line]:
-    """Costs of orders as lines ``(alpha, beta)`` of ``alpha + beta * B``; see `best_trees`."""
+def cost_lines(
+    space: SearchSpace, trees: Sequence[Tree], elements: Sequence[float] = (0.0,)
+) -> list[list[Line]]:
+    """Costs of orders as lines ``(alpha, beta)`` of ``alpha + beta * B``, by element; see `best_trees`."""
     left, right = np.array([_joins(tree) for tree in trees], dtype=int).reshape(-1, 2).T
-    prices = _price(space, _Sizes(space, [1, 2]), left, right, np.array([[element]]))
-    one, two = prices.reshape(2, len(trees), space.count - 1).sum(axis=2)
-    return [(2 * a - b, b - a) for a, b in zip(one.tolist(), two.tolist(), strict=True)]
+    # Two batch sizes tell a line.
+    sizes, column = _Sizes(space, [1, 2] * len(elements)), np.repeat(elements, 2)[:, None]
+    prices = _price(space, sizes, left, right, column).reshape(len(elements), 2, len(trees), space.count - 1)
+    return [
+        [(2 * one - two, two - one) for one, two in zip(*costs, strict=True)]
+        for costs in prices.sum(axis=3).tolist()
+    ]
 
 
 def substitute(tree: Tree, positions: dict[int, Tree]) -> Tree:
@@ -312,15 +318,10 @@ def greedy_tree(space: SearchSpace, batch: float) -> Tree | None:
 class _Envelope:
     """The lower envelope of the cost lines of the orders known so far, and where it is known to be exact."""
 
-    def __init__(self, space: SearchSpace, element: float):
-        self.space, self.element = space, element
+    def __init__(self, element: float):
+        self.element = element
         self.lines: dict[Tree, Line] = {}
         self.exact: set[float] = set()
-
-    def add(self, trees: Iterable[Tree]) -> None:
-        """Learn of some orders."""
-        new = [tree for tree in dict.fromkeys(trees) if tree not in self.lines]
-        self.lines.update(zip(new, cost_lines(self.space, new, self.element), strict=True))
 
     def lowest(self) -> list[tuple[float, Tree]]:
         """The orders on the envelope, each with the batch size from which on it is the cheapest."""
@@ -361,11 +362,12 @@ def best_at_any_batch(space: SearchSpace, elements: Sequence[float]) -> list[Tre
     elements : sequence of float
         FLOPs an element read or written counts for: the best orders for every one of these.
     """
-    envelopes = [_Envelope(space, element) for element in elements]
+    envelopes = [_Envelope(element) for element in elements]
     trees = [greedy_tree(space, batch) for batch in (1, LARGEST_BATCH)]
     while True:
-        for envelope in envelopes:
-            envelope.add(tree for tree in trees if tree is not None)
+        new = list(dict.fromkeys(tree for tree in trees if tree is not None))
+        for envelope, lines in zip(envelopes, cost_lines(space, new, elements), strict=True):
+            envelope.lines.update(zip(new, lines, strict=True))
         cases = [case for envelope in envelopes for case in envelope.cases()]
         if not cases:
             return [tree for envelope in envelopes for _, tree in envelope.lowest()]

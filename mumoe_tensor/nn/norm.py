@@ -27,7 +27,8 @@ class _AllReduce(torch.autograd.Function):
 class LogitBatchNorm(nn.BatchNorm1d):
     """Batch norm without affine parameters over all axes but the last; a mask may leave rows out.
 
-    In distributed training the statistics are those of the batches of all processes.
+    In distributed training the statistics are those of the batches of all processes. A forward pass that
+    activation checkpointing makes again does not advance the running statistics.
 
     Parameters
     ----------
@@ -62,9 +63,15 @@ class LogitBatchNorm(nn.BatchNorm1d):
         shared = (
             distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         )
+        # A forward pass inside of a backward pass is one that is made again, for activation checkpointing.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if mask is None and not shared and rows.dtype == self.running_mean.dtype:
             self._check_rows(rows.shape[0])
-            return super().forward(rows).reshape(logits.shape)
+            if not again:
+                return super().forward(rows).reshape(logits.shape)
+            unused = self.running_mean.clone(), self.running_var.clone()
+            normed = nn.functional.batch_norm(rows, *unused, training=True, eps=self.eps)
+            return normed.reshape(logits.shape)
         counts = rows.new_ones(rows.shape[0], 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
         total = _AllReduce.apply if shared else lambda sums: sums
         sums = total(torch.cat([(counts * rows).sum(0), counts.sum(0)]))
@@ -74,12 +81,15 @@ class LogitBatchNorm(nn.BatchNorm1d):
         mean = sums[:-1] / count
         centred = rows - mean
         variance = total((counts * centred * centred).sum(0)) / count
-        statistics = ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1))))
-        with torch.no_grad():
-            for running, new in statistics:
-                running.lerp_(new.to(running.dtype), self.momentum)  # type: ignore[arg-type]
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if not again:
+            self._advance(mean.detach(), variance.detach() * (count / (count - 1)))
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
+
+    @torch.no_grad()
+    def _advance(self, mean: Tensor, variance: Tensor) -> None:
+        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
+            running.lerp_(new.to(running.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
 
     def _check_rows(self, rows: int) -> None:
         if rows < 2:

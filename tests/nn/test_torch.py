@@ -195,17 +195,24 @@ def test_no_tensor_is_kept_between_calls() -> None:
     assert {id(v) for v in block.state_dict(keep_vars=True).values()} == kept
 
 
-def test_checkpointing_advances_the_statistics_once() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_advances_the_statistics_once(masked: bool, reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     plain, checkpointed = block_of("cp"), block_of("cp")
     x = torch.randn(6, 8, requires_grad=True)
-    y, z = plain(x), checkpoint(checkpointed, x, use_reentrant=False)
+    mask = torch.arange(6) > 1 if masked else None
+    y = plain(x, mask=mask)
+    z = checkpoint(lambda v: checkpointed(v, mask=mask), x, use_reentrant=reentrant)
     y.sum().backward()
     z.sum().backward()
     torch.testing.assert_close(y, z)
     for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(checkpointed.state_dict()[name], value)
+    assert int(checkpointed.gate.norm.num_batches_tracked) == 1
 
 
 def test_layers_in_a_model_of_someone_else() -> None:

@@ -124,7 +124,7 @@ FAULTS = [
     Fault("layers: a wrong state half loaded", "mumoe_tensor/nn/layers.py",
           "        if wrong:", "        if False:", "nn/test_torch"),
     Fault("surgery: the error of the fit left out", "mumoe_tensor/nn/init.py",
-          "s[rank:].square().sum() /", "s[:0].square().sum() /", "nn/test_surgery"),
+          "s[rank:].square().sum() / total", "s[:0].square().sum() / total", "nn/test_surgery"),
     Fault("top_k: the last of equal logits wins", "mumoe_tensor/gates.py",
           "backend.cumsum(ties, -1) > places", "backend.cumsum(ties, -1) < places", "gates"),
 ]  # fmt: skip

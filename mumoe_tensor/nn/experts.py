@@ -136,8 +136,20 @@ class Experts(nn.Module):
         Returns
         -------
         Tensor of shape (..., out_features)
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not fit together.
         """
         leading = z.shape[:-1]
+        shapes = [(*leading, n) for n in self.experts]
+        if z.shape[-1] != self.in_features or [tuple(a.shape) for a in coefficients] != shapes:
+            raise ValueError(
+                f"inputs must have {self.in_features} features, and there must be coefficients of shapes "
+                f"{shapes}; got inputs of {tuple(z.shape)}, coefficients of "
+                f"{[tuple(a.shape) for a in coefficients]}."
+            )
         vectors = [x.reshape(-1, x.shape[-1]) for x in (*coefficients, z)]
         y = execute(self.plan.program, [*self.factors, *vectors], load_backend("pytorch"))
         return y.reshape(*leading, self.out_features)

@@ -144,4 +144,5 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
         value = ((left * scale) @ right).reshape([size[x] for x in axes])
         value = value.permute([axes.index(x) for x in indices if x in axes])
         factor.copy_(value.reshape([n if x in axes else 1 for x, n in size.items()]).expand_as(factor))
-    return float((s[rank:].square().sum() / s.square().sum()).sqrt())
+    total = s.square().sum()
+    return float((s[rank:].square().sum() / total).sqrt()) if total else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,17 +50,64 @@ class _Layer(nn.Module):
         """Make a layer from the `config` of another; `options` are further arguments such as `device`."""
         return cls(**config, **options)
 
+    #: How many weights the layer has, one after the other.
+    _depth = 1
     #: Relative errors of what `from_linear` was given; empty for a layer made otherwise.
     fit_errors: tuple[float, ...] = ()
 
-    def _start_as(self, matrices: Sequence[Tensor]) -> None:
-        """Let all experts be one linear map; only then may the gate tell inputs apart from the start."""
-        if not self.gate.weight.is_meta:
-            nn.init.normal_(self.gate.weight, std=self.gate.in_features**-0.5)
-            self.fit_errors = tuple(
-                fit_every_expert(layer.weight, matrix)
-                for layer, matrix in zip(self._layers, matrices, strict=True)
-            )
+    @classmethod
+    def _start_as(
+        cls, matrices: list[Tensor], bias: bool, experts: int | Sequence[int], options: dict[str, Any]
+    ) -> Self:
+        """A layer whose experts all are these matrices, bias row last, with a gate that is not zero."""
+        first = matrices[0]
+        sizes = (first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices))
+        own = {"bias": bias, "device": first.device, "dtype": first.dtype}
+        make: Any = cls
+        layer = make(*sizes, experts, **{**own, **options})
+        # Equal experts mix to the same map whatever the gate says: it may tell inputs apart from the start.
+        if not layer.gate.weight.is_meta:
+            nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
+            pairs = zip(layer._layers, matrices, strict=True)
+            layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)
+        return layer
+
+    @classmethod
+    def from_published(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        format: str | Format,
+        *,
+        gate_norm: GateNorm = "batch",
+        **options: Any,
+    ) -> Self:
+        """Make a layer with the parameters of a published one, of either generation.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to Tensor
+            Its names and shapes tell the levels, sizes, ranks and whether there is a bias.
+        format : str or Format
+        gate_norm : {"batch", "layer", "none"}, default "batch"
+            It cannot be read off a `state_dict`; where statistics of batch norm are missing they start anew.
+        **options
+            Further arguments of the layer, such as `input_norm`.
+
+        Raises
+        ------
+        ValueError
+            If parameters are missing, left over, or do not fit together.
+        """
+        read = read_published(state_dict, format, cls._depth)
+        ranks = {weight.rank for weight in read.weights}
+        if len(ranks) > 1:
+            raise ValueError(f"all weights of a layer must have one rank, got {sorted(ranks)}.")
+        sizes = (read.gate.shape[1], *(weight.shape[-1] for weight in read.weights))
+        own = {"bias": read.bias, "gate_norm": gate_norm, "dtype": read.gate.dtype}
+        make: Any = cls
+        layer = make(*sizes, read.experts, format, read.weights[0].rank, **{**own, **options})
+        load_published(read, layer.gate, layer._layers)
+        return layer
 
     @property
     def _layers(self) -> list[Experts]:
@@ -111,9 +158,9 @@ class _Layer(nn.Module):
             )
         like = self.gate.weight
         smaller = (*experts[:level], len(kept), *experts[level + 1 :])
-        layer = type(self).from_config(
-            {**self._config, "experts": smaller}, device=like.device, dtype=like.dtype
-        )
+        # (The format itself: its name is of use only if it is registered.)
+        config = {**self._config, "experts": smaller, "format": self._layers[0].format}
+        layer = type(self).from_config(config, device=like.device, dtype=like.dtype)
         layer.train(self.training)
         offset = sum(experts[:level])
         rows = [*range(offset), *(offset + k for k in kept), *range(offset + experts[level], sum(experts))]
@@ -144,6 +191,30 @@ class _Layer(nn.Module):
         if wrong:
             raise ValueError(f"a state must be that of a layer of the same config; {'; '.join(wrong)}.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+        """Map inputs.
+
+        Parameters
+        ----------
+        x : Tensor of shape (..., in_features)
+        mask : Tensor of bool of shape (...), optional
+            False for rows (padded tokens) that batch norm shall not count.
+        return_coefficients : bool, default False
+
+        Returns
+        -------
+        Tensor of shape (..., out_features)
+        list of Tensor of shape (..., N_e)
+            The coefficients, one tensor a level; only with `return_coefficients`.
+        """
+        self._check_input(x)
+        coefficients = self.gate(x, mask)
+        y = self._mix(x if self.input_norm is None else self.input_norm(x), coefficients)
+        return (y, coefficients) if return_coefficients else y
+
+    def _mix(self, x: Tensor, coefficients: list[Tensor]) -> Tensor:
+        raise NotImplementedError
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim == 0 or x.shape[-1] != self.gate.in_features:
@@ -225,50 +296,15 @@ class MuMoE(_Layer):
         levels = check_modes(experts, in_features, out_features, bias)[:-2]
         rank = _solve(format, levels, in_features, None, out_features, rank, parameters, bias)
         config = dict(
-            in_features=in_features, out_features=out_features, experts=levels, format=_name(format),
-            rank=rank, bias=bias, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
-            batch_hint=batch_hint,
+            in_features=in_features, out_features=out_features, experts=levels,
+            format=get_format(format).name, rank=rank, bias=bias, gate=gate, gate_norm=gate_norm,
+            input_norm=input_norm, init=init, batch_hint=batch_hint,
         )  # fmt: skip
         super().__init__(config, device, dtype)
         self.experts = Experts(
             in_features, out_features, levels, format, rank,
             bias=bias, init=init, batch_hint=batch_hint, device=device, dtype=dtype,
         )  # fmt: skip
-
-    @classmethod
-    def from_published(
-        cls,
-        state_dict: Mapping[str, Tensor],
-        format: str | Format,
-        *,
-        gate_norm: GateNorm = "batch",
-        **options: Any,
-    ) -> MuMoE:
-        """Make a layer with the parameters of a published one, of either generation.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to Tensor
-            Its names and shapes tell the levels, sizes, ranks and whether there is a bias.
-        format : str or Format
-        gate_norm : {"batch", "layer", "none"}, default "batch"
-            It cannot be read off a `state_dict`; where statistics of batch norm are missing they start anew.
-        **options
-            Further arguments of the layer, such as `input_norm`.
-
-        Raises
-        ------
-        ValueError
-            If parameters are missing, left over, or do not fit together.
-        """
-        read = read_published(state_dict, format, layers=1)
-        (weight,) = read.weights
-        layer = cls(
-            read.gate.shape[1], weight.shape[-1], read.experts, format, weight.rank,
-            bias=read.bias, gate_norm=gate_norm, **{"dtype": read.gate.dtype, **options},
-        )  # fmt: skip
-        load_published(read, layer.gate, layer._layers)
-        return layer
 
     @classmethod
     def from_linear(cls, linear: nn.Module, experts: int | Sequence[int], **options: Any) -> MuMoE:
@@ -291,10 +327,7 @@ class MuMoE(_Layer):
             If `linear` is no linear layer.
         """
         matrix, bias = matrix_of(linear)
-        like = {"device": matrix.device, "dtype": matrix.dtype}
-        layer = cls(matrix.shape[0] - bias, matrix.shape[1], experts, **{**like, "bias": bias, **options})
-        layer._start_as([matrix])
-        return layer
+        return cls._start_as([matrix], bias, experts, options)
 
     @property
     def weight(self) -> FactorizedTensor:
@@ -305,26 +338,9 @@ class MuMoE(_Layer):
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level."""
         return self.experts.expert(index)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
-        """Map inputs.
-
-        Parameters
-        ----------
-        x : Tensor of shape (..., in_features)
-        mask : Tensor of bool of shape (...), optional
-            False for rows (padded tokens) that batch norm shall not count.
-        return_coefficients : bool, default False
-
-        Returns
-        -------
-        Tensor of shape (..., out_features)
-        list of Tensor of shape (..., N_e)
-            The coefficients, one tensor a level; only with `return_coefficients`.
-        """
-        self._check_input(x)
-        coefficients = self.gate(x, mask) if mask is not None else self.gate(x)
-        y = self.experts(x if self.input_norm is None else self.input_norm(x), coefficients)
-        return (y, coefficients) if return_coefficients else y
+    def _mix(self, x: Tensor, coefficients: list[Tensor]) -> Tensor:
+        mixed: Tensor = self.experts(x, coefficients)
+        return mixed
 
 
 class MuMoEMLP(_Layer):
@@ -359,6 +375,8 @@ class MuMoEMLP(_Layer):
     (torch.Size([5, 16]), [torch.Size([5, 4]), torch.Size([5, 4])])
     """
 
+    _depth = 2
+
     def __init__(
         self,
         in_features: int,
@@ -384,7 +402,7 @@ class MuMoEMLP(_Layer):
         rank = _solve(format, levels, in_features, hidden_features, out_features, rank, parameters, bias)
         config = dict(
             in_features=in_features, hidden_features=hidden_features, out_features=out_features,
-            experts=levels, format=_name(format), rank=rank, bias=bias, activation=activation,
+            experts=levels, format=get_format(format).name, rank=rank, bias=bias, activation=activation,
             dropout=dropout, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
             batch_hint=batch_hint,
         )  # fmt: skip
@@ -409,27 +427,6 @@ class MuMoEMLP(_Layer):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_published(
-        cls,
-        state_dict: Mapping[str, Tensor],
-        format: str | Format,
-        *,
-        gate_norm: GateNorm = "batch",
-        **options: Any,
-    ) -> MuMoEMLP:
-        """Make a block with the parameters of a published one; see `MuMoE.from_published`."""
-        read = read_published(state_dict, format, layers=2)
-        up, down = read.weights
-        if up.rank != down.rank:
-            raise ValueError(f"both weights of a block must have one rank, got {up.rank} and {down.rank}.")
-        layer = cls(
-            read.gate.shape[1], up.shape[-1], down.shape[-1], read.experts, format, up.rank,
-            bias=read.bias, gate_norm=gate_norm, **{"dtype": read.gate.dtype, **options},
-        )  # fmt: skip
-        load_published(read, layer.gate, layer._layers)
-        return layer
-
-    @classmethod
     def from_linears(
         cls, up: nn.Module, down: nn.Module, experts: int | Sequence[int], **options: Any
     ) -> MuMoEMLP:
@@ -448,42 +445,17 @@ class MuMoEMLP(_Layer):
                 "both linear layers must have a bias or none, and the second as many inputs as the first has "
                 f"outputs; got matrices of {tuple(first.shape)} and {tuple(second.shape)}, bias rows counted."
             )
-        like = {"device": first.device, "dtype": first.dtype}
-        sizes = (first.shape[0] - bias, first.shape[1], second.shape[1])
-        block = cls(*sizes, experts, **{**like, "bias": bias, **options})
-        block._start_as([first, second])
-        return block
+        return cls._start_as([first, second], bias, experts, options)
 
     @property
     def weights(self) -> tuple[FactorizedTensor, FactorizedTensor]:
         """The weights of both layers, as views of the parameters."""
         return self.up.weight, self.down.weight
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
-        """Map inputs.
-
-        Parameters
-        ----------
-        x : Tensor of shape (..., in_features)
-        mask : Tensor of bool of shape (...), optional
-            False for rows (padded tokens) that batch norm shall not count.
-        return_coefficients : bool, default False
-
-        Returns
-        -------
-        Tensor of shape (..., out_features)
-        list of Tensor of shape (..., N_e)
-            The coefficients, one tensor a level; only with `return_coefficients`.
-        """
-        self._check_input(x)
-        coefficients = self.gate(x, mask) if mask is not None else self.gate(x)
-        hidden = self.up(x if self.input_norm is None else self.input_norm(x), coefficients)
-        y = self.dropout(self.down(self.activation(hidden), coefficients))
-        return (y, coefficients) if return_coefficients else y
-
-
-def _name(format: str | Format) -> str:
-    return get_format(format).name
+    def _mix(self, x: Tensor, coefficients: list[Tensor]) -> Tensor:
+        hidden = self.activation(self.up(x, coefficients))
+        mixed: Tensor = self.dropout(self.down(hidden, coefficients))
+        return mixed
 
 
 def _solve(
@@ -514,7 +486,7 @@ def _solve(
             parameters="match" if parameters is None else parameters, rank=entries, bias=bias, gate=True,
         )  # fmt: skip
     except ValueError as error:
-        if parameters is not None or "budget" not in str(error):
+        if parameters is not None or rank is not None:
             raise
         raise ValueError(
             f"{error} Without a rank or parameters the budget is that of the dense layer: give a rank or "

@@ -192,6 +192,10 @@ def test_bad_calls_are_told() -> None:
         layer(torch.tensor(1.0))
     with pytest.raises(ValueError, match="must lie within the experts"):
         layer.expert((3, 0))
+    with pytest.raises(ValueError, match=r"coefficients of shapes \[\(2, 3\), \(2, 2\)\]"):
+        layer.experts(torch.zeros(2, 5), [torch.ones(2, 3), torch.ones(1, 2)])
+    with pytest.raises(ValueError, match="coefficients of shapes"):
+        layer.experts(torch.zeros(2, 5), [torch.ones(2, 3)])
     with pytest.raises(ValueError, match="activation"):
         MuMoEMLP(5, 6, 4, 3, rank=2, activation="no_such")
 
@@ -256,3 +260,11 @@ def test_the_plan_is_made_for_the_batch_hint_and_copies_next_to_nothing() -> Non
         layer = Experts(64, 48, (8, 4), format, rank_of(format, 2, 4), batch_hint=512)
         assert layer.plan.batch == 512
         assert layer.plan.copied <= 0.01 * layer.plan.write
+
+
+def test_a_format_need_not_be_registered() -> None:
+    class Own(mt.get_format("cp").__class__):
+        name = "own"
+
+    layer = MuMoE(5, 4, 6, Own(), 3).eval()
+    assert layer.keep_experts(0, [1, 4])(torch.ones(2, 5)).shape == (2, 4)

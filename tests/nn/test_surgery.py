@@ -55,6 +55,14 @@ def test_a_rank_too_small_gives_the_best_fit_and_says_how_far_it_is(format: str)
     assert layer.fit_errors == pytest.approx((float(best),))
 
 
+def test_a_linear_layer_of_zeros_is_fitted_without_error() -> None:
+    linear = nn.Linear(5, 6)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    layer = MuMoE.from_linear(linear, 3, format="cp", rank=2)
+    assert layer.fit_errors == (0.0,) and (layer(torch.ones(4, 5)) == 0).all()
+
+
 def test_experts_part_in_training() -> None:
     torch.manual_seed(0)
     layer = MuMoE.from_linear(nn.Linear(6, 6), 4, format="cp", rank=6)

@@ -275,7 +275,7 @@ def _candidates(
 
 
 def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) -> list[Tree]:
-    elements = [0.0] if minimize == "flops" else [0.0, ELEMENT]
+    elements = [0.0, ELEMENT] if minimize == "time" else [0.0]
     if batch:
         found = best_trees(space, [Case(batch, element) for element in elements], limit)
     else:

@@ -97,6 +97,15 @@ class Cost:
         """Largest rank the matrix of an expert can have, the smaller one of two layers."""
         return min(layer.max_expert_rank for layer in self.layers)
 
+    def __str__(self) -> str:
+        gate = f" ({self.gate_parameters:,} of the gate)" if self.gate_parameters else ""
+        memory = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
+        unit = "bytes" if self.layers[0].plan.dtype else "elements"
+        return (
+            f"{self.parameters:,} parameters{gate}, {self.flops:,} FLOPs, largest expert rank "
+            f"{self.max_expert_rank:,}\n{memory} {unit}"
+        )
+
 
 def cost(
     format: str | Format,
@@ -148,8 +157,9 @@ def cost(
     --------
     >>> import mumoe_tensor as mt
     >>> head = dict(experts=16, in_features=768, out_features=1000, bias=True, gate=True)
-    >>> mt.cost("cp", rank=424, **head).parameters
-    769128
+    >>> print(mt.cost("cp", rank=424, **head))
+    769,128 parameters (12,288 of the gate), 1,537,832 FLOPs, largest expert rank 424
+    write 2,272, size 424, peak 1,424, saved 1,272 elements
     """
     format = get_format(format)
     check_flag(gate, "gate")

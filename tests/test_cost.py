@@ -312,3 +312,10 @@ def test_match_is_the_dense_layer_without_biases_if_there_are_none() -> None:
     sizes = dict(experts=2, in_features=30, out_features=40)
     dense = mt.dense_parameters(30, 40, bias=False)
     assert mt.fit_rank("cp", **sizes) == mt.fit_rank("cp", parameters=dense, **sizes) == 17
+
+
+def test_a_cost_reads_as_two_lines() -> None:
+    sizes = dict(experts=3, in_features=1000, out_features=50, rank=20, batch=2)
+    gated, bare = mt.cost("cp", gate=True, **sizes), mt.cost("cp", dtype="float32", **sizes)
+    assert f"{gated.parameters:,} parameters (3,000 of the gate), {gated.flops:,} FLOPs" in str(gated)
+    assert str(bare).endswith(f"peak {bare.peak:,}, saved {bare.saved:,} bytes") and "gate" not in str(bare)

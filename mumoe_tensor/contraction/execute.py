@@ -29,15 +29,15 @@ def execute(
     array
         With the axes of ``program.network.output``.
     """
-    arrays = _arranged(program, operands, backend)
+    arrays = arranged(program, operands, backend)
     for position, step in enumerate(program.steps, start=len(arrays)):
         if folded and position in folded:
             arrays.append(folded[position])
             continue
-        arrays.append(_run(step, arrays, backend))
+        arrays.append(run(step, arrays, backend))
         # Every intermediate is read once: let go of it.
         arrays[step.left.position] = arrays[step.right.position] = None
-    return _arrange(arrays[-1], program.output, backend)
+    return arrange(arrays[-1], program.output, backend)
 
 
 def fold(program: Program, weights: Sequence[Array], backend: Any) -> dict[int, Array]:
@@ -49,24 +49,26 @@ def fold(program: Program, weights: Sequence[Array], backend: Any) -> dict[int, 
         Results by the position of their step.
     """
     count = len(program.network.operands)
-    arrays = _arranged(program, [*weights, *(None,) * (count - len(weights))], backend)
+    arrays = arranged(program, [*weights, *(None,) * (count - len(weights))], backend)
     folded: dict[int, Array] = {}
     for position, step in enumerate(program.steps, start=count):
         pair = (step.left.position, step.right.position)
         if all(p < len(weights) or p in folded for p in pair):
-            folded[position] = _run(step, arrays, backend)
+            folded[position] = run(step, arrays, backend)
         arrays.append(folded.get(position))
     return folded
 
 
-def _arranged(program: Program, operands: Sequence[Array | None], backend: Any) -> list[Array]:
+def arranged(program: Program, operands: Sequence[Array | None], backend: Any) -> list[Array]:
+    """The operands as the steps take them; None for one that is not there."""
     return [
-        array if arrangement is None or array is None else _arrange(array, arrangement, backend)
+        array if arrangement is None or array is None else arrange(array, arrangement, backend)
         for array, arrangement in zip(operands, program.arrange, strict=True)
     ]
 
 
-def _arrange(array: Array, arrangement: Arrangement | None, backend: Any) -> Array:
+def arrange(array: Array, arrangement: Arrangement | None, backend: Any) -> Array:
+    """Permute the axes, and drop or add those of size one."""
     if arrangement is None:
         return array
     if arrangement.order is not None:
@@ -74,26 +76,33 @@ def _arrange(array: Array, arrangement: Arrangement | None, backend: Any) -> Arr
     return array if arrangement.shape is None else array.reshape(arrangement.shape)
 
 
-def _run(step: Step, arrays: Sequence[Array], backend: Any) -> Array:
-    left, right = arrays[step.left.position], arrays[step.right.position]
-    if step.bias is None:
-        left, right = _read(left, step.left, backend), _read(right, step.right, backend)
-        result = left * right if step.kind == "mul" else left @ right
+def run(step: Step, arrays: Any, backend: Any) -> Array:
+    """One product, of operands found in `arrays` by position."""
+    left, right, row = read(step, arrays, backend)
+    if row is not None:
+        result = add_product(row, left, right)
     else:
+        result = left * right if step.kind == "mul" else left @ right
+    return result if step.shape is None else result.reshape(step.shape)
+
+
+def read(step: Step, arrays: Any, backend: Any) -> tuple[Array, Array, Array | None]:
+    """Both operands as the product takes them, and the bias row to add."""
+    left, right, row = arrays[step.left.position], arrays[step.right.position], None
+    if step.bias is not None:
         bias, sides = step.bias, [left, right]
         weights = sides[bias.side]
         sides[bias.side] = without_last(weights, bias.axis)
+        left, right = sides
         row = select(weights, bias.axis, -1)
         if bias.order is not None:
             row = backend.transpose(row, bias.order)
         if bias.shape is not None:
             row = row.reshape(bias.shape)
-        left, right = _read(sides[0], step.left, backend), _read(sides[1], step.right, backend)
-        result = add_product(row, left, right)
-    return result if step.shape is None else result.reshape(step.shape)
+    return _viewed(left, step.left, backend), _viewed(right, step.right, backend), row
 
 
-def _read(array: Array, operand: Operand, backend: Any) -> Array:
+def _viewed(array: Array, operand: Operand, backend: Any) -> Array:
     if operand.copy_order is not None:
         array = backend.transpose(array, operand.copy_order)
     if operand.shape is not None:

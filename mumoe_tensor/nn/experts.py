@@ -9,13 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.backend import load_backend
-from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.network import forward_network
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
-from mumoe_tensor.formats.base import Format, check_choice, check_modes, get_format
+from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
+from mumoe_tensor.nn.contraction import Activation, Recipe, contract, kept_results
 from mumoe_tensor.tensors import FactorizedTensor
 
 Init = Literal["linear", "published"]
@@ -40,6 +39,9 @@ class Experts(nn.Module):
         See `reset_parameters`.
     batch_hint : int, default 1024
         The number of rows that the order of contraction is chosen for. It is right for any.
+    recompute : bool, default False
+        Form the products of coefficients and factors again in the backward pass, instead of keeping them.
+        Elementwise products are formed again in any case.
     device, dtype : optional
 
     Attributes
@@ -63,11 +65,13 @@ class Experts(nn.Module):
         bias: bool = True,
         init: Init = "linear",
         batch_hint: int = 1024,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_choice(init, ("linear", "published"), "init")
+        check_flag(recompute, "recompute")
         self.format = get_format(format)
         modes = check_modes(experts, in_features, out_features, bias)
         self.experts = modes[:-2]
@@ -78,6 +82,7 @@ class Experts(nn.Module):
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
+        self._recipe = Recipe(self.plan.program, kept_results(self.plan.program, recompute))
         sizes = dict(network.sizes)
         self.axes = network.storage[: network.weights]
         self.factors = nn.ParameterList(
@@ -124,7 +129,9 @@ class Experts(nn.Module):
             return matrix, bias
         return expert_matrix(self.weight, index), None
 
-    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, z: Tensor, coefficients: Sequence[Tensor], activation: Activation | None = None
+    ) -> Tensor:
         """Mix the experts.
 
         Parameters
@@ -132,6 +139,9 @@ class Experts(nn.Module):
         z : Tensor of shape (..., in_features)
         coefficients : sequence of Tensor of shape (..., N_e)
             One a level, with the leading shape of `z`.
+        activation : callable, optional
+            An elementwise function without parameters or chance, applied to `z` first. Its result is not
+            kept for the backward pass but formed again.
 
         Returns
         -------
@@ -151,7 +161,7 @@ class Experts(nn.Module):
                 f"{[tuple(a.shape) for a in coefficients]}."
             )
         vectors = [x.reshape(-1, x.shape[-1]) for x in (*coefficients, z)]
-        y = execute(self.plan.program, [*self.factors, *vectors], load_backend("pytorch"))
+        y = contract(self._recipe._replace(activation=activation), [*self.factors, *vectors])
         return y.reshape(*leading, self.out_features)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,23 @@ from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.linear import matrix_of
 from mumoe_tensor.tensors import FactorizedTensor
 
+#: Activations that are known to have neither parameters nor chance in them.
+_FORMED_AGAIN = [
+    getattr(nn.functional, name)
+    for name in (
+        "gelu",
+        "relu",
+        "silu",
+        "mish",
+        "elu",
+        "leaky_relu",
+        "softplus",
+        "tanh",
+        "sigmoid",
+        "hardswish",
+    )
+]
+
 
 class _Layer(nn.Module):
     """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
@@ -254,6 +271,8 @@ class MuMoE(_Layer):
         See `Experts.reset_parameters`.
     batch_hint : int, default 1024
         Rows (tokens) a batch usually has: the order of contraction is chosen for it.
+    recompute : bool, default False
+        Keep less for the backward pass, and form products of coefficients and factors again there.
     device, dtype : optional
 
     Attributes
@@ -290,6 +309,7 @@ class MuMoE(_Layer):
         input_norm: bool = False,
         init: Init = "linear",
         batch_hint: int = 1024,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -298,12 +318,12 @@ class MuMoE(_Layer):
         config = dict(
             in_features=in_features, out_features=out_features, experts=levels,
             format=get_format(format).name, rank=rank, bias=bias, gate=gate, gate_norm=gate_norm,
-            input_norm=input_norm, init=init, batch_hint=batch_hint,
+            input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
         super().__init__(config, device, dtype)
         self.experts = Experts(
             in_features, out_features, levels, format, rank,
-            bias=bias, init=init, batch_hint=batch_hint, device=device, dtype=dtype,
+            bias=bias, init=init, batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
         )  # fmt: skip
 
     @classmethod
@@ -352,12 +372,13 @@ class MuMoEMLP(_Layer):
     Parameters
     ----------
     in_features, hidden_features, out_features : int
-    experts, format, rank, bias, gate, gate_norm, input_norm, init, batch_hint, device, dtype
+    experts, format, rank, bias, gate, gate_norm, input_norm, init, batch_hint, recompute, device, dtype
         As of `MuMoE`; both layers have one rank.
     parameters : int or "match", optional
         Parameters the block shall have at least; ``"match"`` for those of two `torch.nn.Linear`.
     activation : str or callable, default "gelu"
-        The name of a function of `torch.nn.functional` or any function of a tensor.
+        The name of a function of `torch.nn.functional` or any function of a tensor. The result of a usual one
+        (gelu, relu, silu, …) is not kept for the backward pass but formed again, which is quick.
     dropout : float, default 0
         Probability of dropping an output while training.
 
@@ -395,6 +416,7 @@ class MuMoEMLP(_Layer):
         input_norm: bool = False,
         init: Init = "linear",
         batch_hint: int = 1024,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -404,14 +426,14 @@ class MuMoEMLP(_Layer):
             in_features=in_features, hidden_features=hidden_features, out_features=out_features,
             experts=levels, format=get_format(format).name, rank=rank, bias=bias, activation=activation,
             dropout=dropout, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
-            batch_hint=batch_hint,
+            batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
         super().__init__(config, device, dtype)
 
         def layer(inner: int, outer: int) -> Experts:
             return Experts(
                 inner, outer, levels, format, rank,
-                bias=bias, init=init, batch_hint=batch_hint, device=device, dtype=dtype,
+                bias=bias, init=init, batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
             )  # fmt: skip
 
         self.up, self.down = layer(in_features, hidden_features), layer(hidden_features, out_features)
@@ -453,8 +475,12 @@ class MuMoEMLP(_Layer):
         return self.up.weight, self.down.weight
 
     def _mix(self, x: Tensor, coefficients: list[Tensor]) -> Tensor:
-        hidden = self.activation(self.up(x, coefficients))
-        mixed: Tensor = self.dropout(self.down(hidden, coefficients))
+        hidden = self.up(x, coefficients)
+        if self.activation in _FORMED_AGAIN:
+            y = self.down(hidden, coefficients, self.activation)
+        else:
+            y = self.down(self.activation(hidden), coefficients)
+        mixed: Tensor = self.dropout(y)
         return mixed
 
 

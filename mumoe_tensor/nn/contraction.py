@@ -172,6 +172,8 @@ def _gradients(
         step = steps[position - count]
         sides = (step.left.position, step.right.position)
         values.pop(position, None)
+        if position not in gradients:
+            continue
         found = _of_step(step, gradients.pop(position), values, [needed[p] for p in sides])
         gradients |= {p: g for p, g in zip(sides, found, strict=True) if g is not None}
     if recipe.activation is not None and last in gradients:

@@ -181,6 +181,9 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
 
 
 #: The gates that need nothing but logits and an axis, by name.
+# Their derivatives are zero wherever their coefficients are.
+entmax15.sparse_gradient = sparsemax.sparse_gradient = True  # type: ignore[attr-defined]
+
 GATES: dict[str, Callable[..., Array]] = {"entmax15": entmax15, "sparsemax": sparsemax, "softmax": softmax}
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.backend import load_backend
-from mumoe_tensor.contraction.execute import arrange, arranged, execute, read, run
+from mumoe_tensor.contraction.execute import arrange, arranged, read, run
 from mumoe_tensor.contraction.layout import Bias, Operand, Program, Step
+from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, sparse_product, sum_of_rows_backward
 
 #: An intermediate is formed again rather than kept if that takes at most this many FLOPs an element.
 CHEAP = 32
@@ -29,11 +30,14 @@ class Recipe(NamedTuple):
         Positions of the results that are kept, counted as in the program; others are formed again.
     activation : callable or None
         An elementwise function, applied to the input vector first; its result is formed again.
+    sparse : frozenset of int
+        Positions of products of coefficients and a factor that `sparse_product` is to make.
     """
 
     program: Program
     kept: frozenset[int]
     activation: Activation | None = None
+    sparse: frozenset[int] = frozenset()
 
 
 def kept_results(program: Program, recompute: bool) -> frozenset[int]:
@@ -55,39 +59,73 @@ def kept_results(program: Program, recompute: bool) -> frozenset[int]:
     return frozenset(kept - {count + len(program.steps) - 1})
 
 
+def sparse_products(program: Program) -> frozenset[int]:
+    """Positions of the products of one factor and the coefficients of a level of many experts."""
+    network = program.network
+    count, sizes = len(network.operands), dict(network.sizes)
+    found = set()
+    for position, step in enumerate(program.steps, start=count):
+        vector, factor = sorted((step.left.position, step.right.position), reverse=True)
+        is_expert_step = factor < network.weights <= vector < count - 1 and step.kind == "mm"
+        if is_expert_step and prod(sizes[x] for x in step.summed) >= FEWEST_EXPERTS:
+            found.add(position)
+    return frozenset(found)
+
+
 def contract(recipe: Recipe, operands: Sequence[Tensor]) -> Tensor:
     """Contract operands, the input vector last, through the activation of the recipe.
 
     The same as `execute`, but for what is kept for the backward pass. A compiler decides that by itself, and
     sees the plain steps.
     """
-    program, activation = recipe.program, recipe.activation
+    dtype = autocast_dtype(operands[0].device)
+    if dtype is not None:
+        # Autocast does not reach into the backward pass of a function.
+        operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+        with torch.autocast(operands[0].device.type, enabled=False):
+            return contract(recipe, operands)
     backend = load_backend("pytorch")
+    arrays = arranged(recipe.program, operands, backend)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _plain(program, activation, operands, backend)
-    arrays = arranged(program, _cast(operands), backend)
-    device = arrays[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            y, *_ = _Contraction.apply(recipe, *arrays)
+        y = _run(recipe, arrays)[0]
     else:
-        y, *_ = _Contraction.apply(recipe, *arrays)
-    return arrange(y, program.output, backend)
+        y = _Contraction.apply(recipe, *arrays)[0]
+    return arrange(y, recipe.program.output, backend)
 
 
-def _plain(program: Program, activation: Activation | None, operands: Sequence[Tensor], backend: Any) -> Any:
-    if activation is not None:
-        operands = [*operands[:-1], activation(operands[-1])]
-    return execute(program, operands, backend)
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on this device, None where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
-def _cast(operands: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Under autocast the operands in its dtype: it does not reach into a function's backward pass."""
-    device = operands[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
-    return operands
+def _run(recipe: Recipe, arrays: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The result, and the results to keep in the order of their positions."""
+    values: list[Any] = list(arrays)
+    if recipe.activation is not None:
+        values[-1] = recipe.activation(values[-1])
+    kept = []
+    for position, step in enumerate(recipe.program.steps, start=len(arrays)):
+        values.append(_product(recipe, position, step, values))
+        # Every intermediate is read once: let go of it.
+        values[step.left.position] = values[step.right.position] = None
+        if position in recipe.kept:
+            kept.append(values[-1])
+    return values[-1], kept
+
+
+def _product(recipe: Recipe, position: int, step: Step, values: Any) -> Tensor:
+    """One step; `sparse_product` in the place of those of the recipe."""
+    backend = load_backend("pytorch")
+    if position not in recipe.sparse:
+        result: Tensor = run(step, values, backend)
+        return result
+    left, right, _ = read(step, values, backend)
+    is_vector_left = step.left.position > step.right.position
+    result = sparse_product(left, right) if is_vector_left else sparse_product(right.mT, left.mT).mT
+    return result if step.shape is None else result.reshape(step.shape)
 
 
 class _Contraction(torch.autograd.Function):
@@ -95,17 +133,8 @@ class _Contraction(torch.autograd.Function):
 
     @staticmethod
     def forward(recipe: Recipe, *arrays: Tensor) -> tuple[Tensor, ...]:
-        backend = load_backend("pytorch")
-        values: list[Any] = list(arrays)
-        if recipe.activation is not None:
-            values[-1] = recipe.activation(values[-1])
-        kept = {}
-        for position, step in enumerate(recipe.program.steps, start=len(arrays)):
-            values.append(run(step, values, backend))
-            values[step.left.position] = values[step.right.position] = None
-            if position in recipe.kept:
-                kept[position] = values[-1]
-        return values[-1], *kept.values()
+        result, kept = _run(recipe, arrays)
+        return result, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -121,19 +150,10 @@ class _Contraction(torch.autograd.Function):
         if gradient is None:
             return (None,) * (1 + count)
         arrays = saved[:count]
-        backend = load_backend("pytorch")
         if torch.is_grad_enabled():
             # The gradient is to have one itself: as a function of the operands, not of what was kept.
-            def again(*operands: Tensor) -> Tensor:
-                if recipe.activation is not None:
-                    operands = (*operands[:-1], recipe.activation(operands[-1]))
-                values: list[Any] = list(operands)
-                for step in recipe.program.steps:
-                    values.append(run(step, values, backend))
-                result: Tensor = values[-1]
-                return result
-
-            _, pullback = torch.func.vjp(again, *arrays)
+            plain = recipe._replace(sparse=frozenset())
+            pullback = torch.func.vjp(lambda *operands: _run(plain, operands)[0], *arrays)[1]
             return None, *pullback(gradient)
         kept = dict(zip(sorted(recipe.kept), saved[count:], strict=True))
         return None, *_gradients(recipe, dict(enumerate(arrays)) | kept, gradient, ctx.needs_input_grad[1:])
@@ -142,13 +162,14 @@ class _Contraction(torch.autograd.Function):
 class _Values(dict[int, Any]):
     """Operands and intermediates by position; one that is not there is formed again."""
 
-    def __init__(self, values: dict[int, Tensor], steps: Sequence[Step], count: int):
+    def __init__(self, values: dict[int, Tensor], recipe: Recipe):
         super().__init__(values)
-        self.steps, self.count = steps, count
+        self.recipe = recipe
 
     def __missing__(self, position: int) -> Tensor:
-        value: Tensor = run(self.steps[position - self.count], self, load_backend("pytorch"))
-        self[position] = value
+        program = self.recipe.program
+        step = program.steps[position - len(program.network.operands)]
+        self[position] = value = _product(self.recipe, position, step, self)
         return value
 
 
@@ -158,7 +179,7 @@ def _gradients(
     """Gradients of the operands that are wanted."""
     steps, count = recipe.program.steps, len(wanted)
     last = count - 1
-    values = _Values(arrays, steps, count)
+    values = _Values(arrays, recipe)
     if recipe.activation is not None:
         with torch.enable_grad():
             before = arrays[last].detach().requires_grad_()
@@ -174,14 +195,18 @@ def _gradients(
         values.pop(position, None)
         if position not in gradients:
             continue
-        found = _of_step(step, gradients.pop(position), values, [needed[p] for p in sides])
+        found = _of_step(
+            step, gradients.pop(position), values, [needed[p] for p in sides], position in recipe.sparse
+        )
         gradients |= {p: g for p, g in zip(sides, found, strict=True) if g is not None}
     if recipe.activation is not None and last in gradients:
         (gradients[last],) = torch.autograd.grad(after, before, gradients[last])
     return [gradients.get(k) for k in range(count)]
 
 
-def _of_step(step: Step, gradient: Tensor, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _of_step(
+    step: Step, gradient: Tensor, values: _Values, wanted: Sequence[bool], is_sparse: bool
+) -> list[Tensor | None]:
     """Gradients of both operands of one product."""
     left, right, _ = read(step, values, load_backend("pytorch"))
     if step.kind == "mul":
@@ -193,8 +218,17 @@ def _of_step(step: Step, gradient: Tensor, values: _Values, wanted: Sequence[boo
             for (operand, own, other), want in zip(pairs, wanted, strict=True)
         ]
     gradient = gradient.reshape(*left.shape[:-1], right.shape[-1])
+    operands = (step.left, step.right)
+    shapes = [values[operand.position].shape for operand in operands]
+    if is_sparse:
+        if step.left.position > step.right.position:
+            views: Any = sum_of_rows_backward(left, right, gradient)
+        else:
+            of_vector, of_factor = sum_of_rows_backward(right.mT, left.mT, gradient.mT)
+            views = (of_factor.mT, of_vector.mT)
+        return [_unread(*each) for each in zip(views, operands, shapes, strict=True)]
     found: list[Tensor | None] = [None, None]
-    for side, (operand, want) in enumerate(zip((step.left, step.right), wanted, strict=True)):
+    for side, (operand, want) in enumerate(zip(operands, wanted, strict=True)):
         if not want:
             continue
         factors = (gradient, right.mT) if side == 0 else (left.mT, gradient)
@@ -204,7 +238,7 @@ def _of_step(step: Step, gradient: Tensor, values: _Values, wanted: Sequence[boo
         else:
             product = factors[0] @ factors[1]
         bias = step.bias if step.bias is not None and step.bias.side == side else None
-        shape = list(values[operand.position].shape)
+        shape = list(shapes[side])
         if bias is None:
             found[side] = _unread(product, operand, shape)
             continue

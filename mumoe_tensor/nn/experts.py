@@ -14,7 +14,15 @@ from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
 from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
-from mumoe_tensor.nn.contraction import Activation, Recipe, contract, kept_results
+from mumoe_tensor.nn.contraction import (
+    Activation,
+    Recipe,
+    autocast_dtype,
+    contract,
+    kept_results,
+    sparse_products,
+)
+from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.tensors import FactorizedTensor
 
 Init = Literal["linear", "published"]
@@ -83,6 +91,7 @@ class Experts(nn.Module):
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
         self._recipe = Recipe(self.plan.program, kept_results(self.plan.program, recompute))
+        self._sparse = sparse_products(self.plan.program)
         sizes = dict(network.sizes)
         self.axes = network.storage[: network.weights]
         self.factors = nn.ParameterList(
@@ -130,7 +139,11 @@ class Experts(nn.Module):
         return expert_matrix(self.weight, index), None
 
     def forward(
-        self, z: Tensor, coefficients: Sequence[Tensor], activation: Activation | None = None
+        self,
+        z: Tensor,
+        coefficients: Sequence[Tensor],
+        activation: Activation | None = None,
+        sparse_gradient: bool = False,
     ) -> Tensor:
         """Mix the experts.
 
@@ -142,6 +155,9 @@ class Experts(nn.Module):
         activation : callable, optional
             An elementwise function without parameters or chance, applied to `z` first. Its result is not
             kept for the backward pass but formed again.
+        sparse_gradient : bool, default False
+            The gradient of a coefficient that is zero does not matter and may be left out. Then, where few
+            of 1,024 experts or more have a coefficient, only the rows of these are read.
 
         Returns
         -------
@@ -161,7 +177,10 @@ class Experts(nn.Module):
                 f"{[tuple(a.shape) for a in coefficients]}."
             )
         vectors = [x.reshape(-1, x.shape[-1]) for x in (*coefficients, z)]
-        y = contract(self._recipe._replace(activation=activation), [*self.factors, *vectors])
+        recipe = self._recipe._replace(activation=activation)
+        if sparse_gradient and self._sparse and is_supported(vectors[0]) and not autocast_dtype(z.device):
+            recipe = recipe._replace(sparse=self._sparse)
+        y = contract(recipe, [*self.factors, *vectors])
         return y.reshape(*leading, self.out_features)
 
     def extra_repr(self) -> str:

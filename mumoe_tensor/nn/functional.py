@@ -27,6 +27,9 @@ def entmax15(logits: Tensor) -> Tensor:
     return result
 
 
+entmax15.sparse_gradient = True  # type: ignore[attr-defined]  # see ExpertGate.is_sparse_gradient
+
+
 class _Entmax15(torch.autograd.Function):
     generate_vmap_rule = True
 

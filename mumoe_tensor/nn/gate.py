@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from mumoe_tensor.formats.base import as_positive, check_choice
 from mumoe_tensor.gates import softmax, sparsemax
+from mumoe_tensor.nn.contraction import autocast_dtype
 from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.norm import LogitBatchNorm
 
@@ -18,6 +20,12 @@ Gate = Callable[[Tensor], Tensor]
 GateNorm = Literal["batch", "layer", "none"]
 
 GATES: dict[str, Gate] = {"entmax15": entmax15, "sparsemax": sparsemax, "softmax": softmax}
+
+_HOOKS_ON_ALL = (
+    module._global_forward_hooks,
+    module._global_backward_hooks,
+    module._global_backward_pre_hooks,
+)
 
 
 class ExpertGate(nn.Module):
@@ -33,7 +41,8 @@ class ExpertGate(nn.Module):
         Number of experts of each level.
     gate : str or callable, default "entmax15"
         ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, or any map of logits along the last axis. Called in
-        float32 (float64 for float64 inputs), also under autocast.
+        float32 (float64 for float64 inputs), also under autocast. See `is_sparse_gradient` for what one of
+        your own may declare.
     gate_norm : {"batch", "layer", "none"}, default "batch"
         Norm of the logits, without affine parameters: over all rows of the batch, or over the experts of a
         level.
@@ -74,7 +83,21 @@ class ExpertGate(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    @property
+    def is_sparse_gradient(self) -> bool:
+        """Whether the gradients of coefficients that are zero matter to nobody.
+
+        So it is if the gate function has a true attribute `sparse_gradient` (entmax15 and sparsemax have), as
+        its own derivative is zero there, and no hook on the gate sees coefficients.
+        """
+        hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *_HOOKS_ON_ALL)
+        return type(self) is ExpertGate and getattr(self._gate, "sparse_gradient", False) and not any(hooks)
+
+    @property
+    def _gate(self) -> Gate:
+        return GATES[self.gate] if isinstance(self.gate, str) else self.gate
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Coefficients of inputs.
 
         Parameters
@@ -85,27 +108,25 @@ class ExpertGate(nn.Module):
 
         Returns
         -------
-        list of Tensor of shape (..., N_e)
+        tuple of Tensor of shape (..., N_e)
             One a level, of the dtype of `z`.
         """
         if not self.experts:
-            return []
+            return ()
         logits = nn.functional.linear(z, self.weight)
-        device = z.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if autocast_dtype(z.device):
+            with torch.autocast(z.device.type, enabled=False):
                 return self._coefficients(logits, mask, z.dtype)
         return self._coefficients(logits, mask, z.dtype)
 
-    def _coefficients(self, logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    def _coefficients(self, logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.norm is not None:
             logits = self.norm(logits, mask)
         parts = logits.split(self.experts, -1) if len(self.experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
-        gate = GATES[self.gate] if isinstance(self.gate, str) else self.gate
-        return [gate(part).to(dtype) for part in parts]
+        return tuple(self._gate(part).to(dtype) for part in parts)
 
     def extra_repr(self) -> str:
         gate = self.gate if isinstance(self.gate, str) else getattr(self.gate, "__name__", repr(self.gate))

@@ -222,15 +222,16 @@ class _Layer(nn.Module):
         Returns
         -------
         Tensor of shape (..., out_features)
-        list of Tensor of shape (..., N_e)
+        tuple of Tensor of shape (..., N_e)
             The coefficients, one tensor a level; only with `return_coefficients`.
         """
         self._check_input(x)
         coefficients = self.gate(x, mask)
-        y = self._mix(x if self.input_norm is None else self.input_norm(x), coefficients)
+        normed = x if self.input_norm is None else self.input_norm(x)
+        y = self._mix(normed, coefficients, not return_coefficients and self.gate.is_sparse_gradient)
         return (y, coefficients) if return_coefficients else y
 
-    def _mix(self, x: Tensor, coefficients: list[Tensor]) -> Tensor:
+    def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
         raise NotImplementedError
 
     def _check_input(self, x: Tensor) -> None:
@@ -358,8 +359,8 @@ class MuMoE(_Layer):
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level."""
         return self.experts.expert(index)
 
-    def _mix(self, x: Tensor, coefficients: list[Tensor]) -> Tensor:
-        mixed: Tensor = self.experts(x, coefficients)
+    def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
+        mixed: Tensor = self.experts(x, coefficients, sparse_gradient=sparse_gradient)
         return mixed
 
 
@@ -474,12 +475,12 @@ class MuMoEMLP(_Layer):
         """The weights of both layers, as views of the parameters."""
         return self.up.weight, self.down.weight
 
-    def _mix(self, x: Tensor, coefficients: list[Tensor]) -> Tensor:
-        hidden = self.up(x, coefficients)
-        if self.activation in _FORMED_AGAIN:
-            y = self.down(hidden, coefficients, self.activation)
-        else:
-            y = self.down(self.activation(hidden), coefficients)
+    def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
+        hidden = self.up(x, coefficients, sparse_gradient=sparse_gradient)
+        activation = self.activation if self.activation in _FORMED_AGAIN else None
+        if activation is None:
+            hidden = self.activation(hidden)
+        y = self.down(hidden, coefficients, activation, sparse_gradient)
         mixed: Tensor = self.dropout(y)
         return mixed
 

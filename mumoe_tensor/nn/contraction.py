@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, sparse_product, sum_of_rows_b
 CHEAP = 32
 
 Activation = Callable[[Tensor], Tensor]
+_NONE: Mapping[int, Tensor] = {}
 
 
 class Recipe(NamedTuple):
@@ -72,22 +73,24 @@ def sparse_products(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
-def contract(recipe: Recipe, operands: Sequence[Tensor]) -> Tensor:
+def contract(
+    recipe: Recipe, operands: Sequence[Tensor], folded: Mapping[int, Tensor] | None = None
+) -> Tensor:
     """Contract operands, the input vector last, through the activation of the recipe.
 
     The same as `execute`, but for what is kept for the backward pass. A compiler decides that by itself, and
-    sees the plain steps.
+    sees the plain steps. `folded` are results of `fold`, for a pass without gradients.
     """
     dtype = autocast_dtype(operands[0].device)
     if dtype is not None:
         # Autocast does not reach into the backward pass of a function.
         operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
         with torch.autocast(operands[0].device.type, enabled=False):
-            return contract(recipe, operands)
+            return contract(recipe, operands, folded)
     backend = load_backend("pytorch")
     arrays = arranged(recipe.program, operands, backend)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        y = _run(recipe, arrays)[0]
+        y = _run(recipe, arrays, folded or _NONE)[0]
     else:
         y = _Contraction.apply(recipe, *arrays)[0]
     return arrange(y, recipe.program.output, backend)
@@ -101,13 +104,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _run(recipe: Recipe, arrays: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _run(
+    recipe: Recipe, arrays: Sequence[Tensor], folded: Mapping[int, Tensor] = _NONE
+) -> tuple[Tensor, list[Tensor]]:
     """The result, and the results to keep in the order of their positions."""
     values: list[Any] = list(arrays)
     if recipe.activation is not None:
         values[-1] = recipe.activation(values[-1])
     kept = []
     for position, step in enumerate(recipe.program.steps, start=len(arrays)):
+        if position in folded:
+            values.append(folded[position])
+            continue
         values.append(_product(recipe, position, step, values))
         # Every intermediate is read once: let go of it.
         values[step.left.position] = values[step.right.position] = None

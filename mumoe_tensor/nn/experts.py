@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from mumoe_tensor.nn.contraction import (
     kept_results,
     sparse_products,
 )
+from mumoe_tensor.nn.frozen import Folded, is_frozen
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -60,6 +62,11 @@ class Experts(nn.Module):
         The axes of each of these factors, by the names of the format.
     plan : ContractionPlan
         What a forward pass does, and its cost for `batch_hint` rows.
+
+    Notes
+    -----
+    After ``eval()`` and under ``torch.no_grad()`` products of weights alone are made ahead where that takes
+    less time, and made again once a weight has changed.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class Experts(nn.Module):
         self.plan: ContractionPlan = plan_network(network, batch_hint)
         self._recipe = Recipe(self.plan.program, kept_results(self.plan.program, recompute))
         self._sparse = sparse_products(self.plan.program)
+        self._network, self._batch_hint = network, batch_hint
         sizes = dict(network.sizes)
         self.axes = network.storage[: network.weights]
         self.factors = nn.ParameterList(
@@ -176,12 +184,28 @@ class Experts(nn.Module):
                 f"{shapes}; got inputs of {tuple(z.shape)}, coefficients of "
                 f"{[tuple(a.shape) for a in coefficients]}."
             )
-        vectors = [x.reshape(-1, x.shape[-1]) for x in (*coefficients, z)]
-        recipe = self._recipe._replace(activation=activation)
-        if sparse_gradient and self._sparse and is_supported(vectors[0]) and not autocast_dtype(z.device):
-            recipe = recipe._replace(sparse=self._sparse)
-        y = contract(recipe, [*self.factors, *vectors])
-        return y.reshape(*leading, self.out_features)
+        # (No needless views: in-place changes of these are restricted.)
+        vectors = [x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) for x in (*coefficients, z)]
+        factors = [*self.factors]
+        if is_frozen(self, factors) and vectors[-1].shape[0] >= self._folded.fewest_rows:
+            recipe = self._folded.recipe._replace(activation=activation)
+            y = contract(recipe, [*factors, *vectors], self._folded.products(factors))
+        else:
+            recipe = self._recipe._replace(activation=activation)
+            if sparse_gradient and self._sparse and is_supported(vectors[0]) and not autocast_dtype(z.device):
+                recipe = recipe._replace(sparse=self._sparse)
+            y = contract(recipe, [*factors, *vectors])
+        return y if z.ndim == 2 else y.reshape(*leading, self.out_features)
+
+    @cached_property
+    def _folded(self) -> Folded:
+        return Folded(self._network, self._batch_hint)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; in training products of weights that were made ahead are forgotten."""
+        if mode and "_folded" in self.__dict__:
+            self._folded.clear()
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, experts={self.experts}"

@@ -12,6 +12,7 @@ from torch.nn.modules import module
 from mumoe_tensor.formats.base import as_positive, check_choice
 from mumoe_tensor.gates import softmax, sparsemax
 from mumoe_tensor.nn.contraction import autocast_dtype
+from mumoe_tensor.nn.frozen import is_frozen
 from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.norm import LogitBatchNorm
 
@@ -113,16 +114,29 @@ class ExpertGate(nn.Module):
         """
         if not self.experts:
             return ()
-        logits = nn.functional.linear(z, self.weight)
         if autocast_dtype(z.device):
+            logits = nn.functional.linear(z, self.weight)
             with torch.autocast(z.device.type, enabled=False):
-                return self._coefficients(logits, mask, z.dtype)
-        return self._coefficients(logits, mask, z.dtype)
+                return self._coefficients(self._normed(logits, mask), z.dtype)
+        if self.norm is not None and self._is_norm_folded(z):
+            scale, shift = self.norm.affine_map(z.dtype)
+            return self._coefficients(nn.functional.linear(z, scale[:, None] * self.weight, shift), z.dtype)
+        return self._coefficients(self._normed(nn.functional.linear(z, self.weight), mask), z.dtype)
 
-    def _coefficients(self, logits: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _is_norm_folded(self, z: Tensor) -> bool:
+        """Whether batch norm goes into the weight: where it is frozen and has fewer rows than the batch."""
+        assert self.norm is not None
+        rows = z.numel() // self.in_features
+        in_full = z.dtype in (torch.float32, torch.float64)
+        return (
+            in_full and is_frozen(self, [self.weight]) and not self.norm.training and rows > self.in_features
+        )
+
+    def _normed(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.norm is not None:
-            logits = self.norm(logits, mask)
+        return logits if self.norm is None else self.norm(logits, mask)
+
+    def _coefficients(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         parts = logits.split(self.experts, -1) if len(self.experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)

@@ -58,8 +58,8 @@ class LogitBatchNorm(nn.BatchNorm1d):
         rows = logits.reshape(-1, logits.shape[-1])
         assert self.running_mean is not None and self.running_var is not None
         if not self.training:
-            scale = torch.rsqrt(self.running_var.to(rows.dtype) + self.eps)
-            return ((rows - self.running_mean.to(rows.dtype)) * scale).reshape(logits.shape)
+            scale, shift = self.affine_map(rows.dtype)
+            return torch.addcmul(shift, rows, scale).reshape(logits.shape)
         shared = (
             distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         )
@@ -84,6 +84,12 @@ class LogitBatchNorm(nn.BatchNorm1d):
         if not again:
             self._advance(mean.detach(), variance.detach() * (count / (count - 1)))
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
+
+    def affine_map(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What it is in evaluation: a scale and a shift of every feature."""
+        assert self.running_mean is not None and self.running_var is not None
+        scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)
+        return scale, -self.running_mean.to(dtype) * scale
 
     @torch.no_grad()
     def _advance(self, mean: Tensor, variance: Tensor) -> None:

@@ -1,0 +1,84 @@
+"""Products of weights alone, made ahead for a layer that is not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.backend import load_backend
+from mumoe_tensor.contraction.execute import fold
+from mumoe_tensor.contraction.network import Network
+from mumoe_tensor.contraction.plan import plan_network
+from mumoe_tensor.contraction.search import ELEMENT
+from mumoe_tensor.nn.contraction import Recipe
+
+
+class Folded:
+    """The products of weights that are worth making ahead, and made again once a weight has changed.
+
+    Whether one has is found by comparing the weights with copies: nothing else sees every change. That reads
+    both once, which is counted in whether it is worth it.
+
+    Parameters
+    ----------
+    network : Network
+        A forward network.
+    batch : int
+        The number of rows it is planned for.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        The contraction that takes the products up.
+    fewest_rows : float
+        From this number of rows on it takes less time than the plain contraction; may be infinite.
+    """
+
+    def __init__(self, network: Network, batch: int):
+        self._made_for = (network, batch)
+        plain, ahead = (plan_network(network, batch, constants=c) for c in (None, "weights"))
+        self.recipe = Recipe(ahead.program, frozenset())
+        # The weights that go into these products.
+        constant, sizes = set(range(network.weights)), dict(network.sizes)
+        self.sources: list[int] = []
+        for position, step in enumerate(ahead.program.steps, start=len(network.operands)):
+            pair = {step.left.position, step.right.position}
+            if pair <= constant:
+                constant.add(position)
+                self.sources += [p for p in pair if p < network.weights]
+        elements = sum(prod(sizes[x] for x in network.operands[p]) for p in self.sources)
+        saved = (plain.flops - ahead.flops) / max(batch, 1)
+        self.fewest_rows = 2 * ELEMENT * elements / saved if saved > 0 and self.sources else inf
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the products."""
+        self._copies: list[Tensor] | None = None
+        self._products: dict[int, Tensor] = {}
+
+    def products(self, weights: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The products by the position of their step, made again if a weight has changed."""
+        read = [weights[p].detach() for p in self.sources]
+        if self._copies is None or not all(map(_is_equal, read, self._copies)):
+            self._copies = [x.clone() for x in read]
+            self._products = fold(self.recipe.program, [*weights], load_backend("pytorch"))
+        return self._products
+
+    def __reduce__(self) -> Any:
+        return Folded, self._made_for
+
+
+def is_frozen(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether products of these parameters of a module may be made ahead."""
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # What stands in for a parameter may be a tensor of a transform, whose values cannot be compared.
+    return all(type(x) is nn.Parameter and not x.is_meta for x in tensors)
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)

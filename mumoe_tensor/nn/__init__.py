@@ -4,6 +4,7 @@ from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
+from mumoe_tensor.nn.parallel import gather, parallelize
 from mumoe_tensor.nn.surgery import Replacement, replace_linear, replace_mlp
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "MuMoEMLP",
     "Replacement",
     "entmax15",
+    "gather",
+    "parallelize",
     "replace_linear",
     "replace_mlp",
 ]

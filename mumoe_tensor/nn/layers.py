@@ -175,8 +175,9 @@ class _Layer(nn.Module):
             )
         like = self.gate.weight
         smaller = (*experts[:level], len(kept), *experts[level + 1 :])
-        # (The format itself: its name is of use only if it is registered.)
-        config = {**self._config, "experts": smaller, "format": self._layers[0].format}
+        # (The format itself: its name is of use only if it is registered. That of the weight: of experts
+        # divided over processes there is none to be seen, which raises.)
+        config = {**self._config, "experts": smaller, "format": self._layers[0].weight.format}
         layer = type(self).from_config(config, device=like.device, dtype=like.dtype)
         layer.train(self.training)
         offset = sum(experts[:level])

@@ -38,6 +38,9 @@ class LogitBatchNorm(nn.BatchNorm1d):
         Of the running statistics; float32 at least.
     """
 
+    #: On how many processes every row is, which is one unless `parallelize` says otherwise.
+    copies = 1
+
     def __init__(
         self,
         num_features: int,
@@ -76,13 +79,15 @@ class LogitBatchNorm(nn.BatchNorm1d):
         total = _AllReduce.apply if shared else lambda sums: sums
         sums = total(torch.cat([(counts * rows).sum(0), counts.sum(0)]))
         count = sums[-1].detach()
+        # Copies of a row change nothing in a mean, but are no further samples.
+        rows_seen = count / self.copies
         if not torch.compiler.is_compiling():
-            self._check_rows(int(count))
+            self._check_rows(int(rows_seen))
         mean = sums[:-1] / count
         centred = rows - mean
         variance = total((counts * centred * centred).sum(0)) / count
         if not again:
-            self._advance(mean.detach(), variance.detach() * (count / (count - 1)))
+            self._advance(mean.detach(), variance.detach() * (rows_seen / (rows_seen - 1)))
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
 
     def affine_map(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

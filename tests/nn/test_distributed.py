@@ -33,26 +33,41 @@ def train(module: Any, x: Any, masks: Any) -> None:
         optimizer.step()
 
 
-def worker(rank: int, folder: str) -> None:
+def replicated(module: Any) -> Any:
+    return nn.parallel.DistributedDataParallel(module)
+
+
+def sharded(module: Any) -> Any:
+    """Every process holds a part of each parameter."""
+    from torch.distributed.fsdp import fully_shard
+
+    for child in (module.gate, module.up, module.down, module):
+        fully_shard(child)
+    return module
+
+
+def worker(rank: int, folder: str, spread: Any) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     data = torch.load(f"{folder}/data.pt", weights_only=True)
     half = slice(8 * rank, 8 * rank + 8)
     module = block()
-    parallel = nn.parallel.DistributedDataParallel(module)
-    train(parallel, data["x"][half], [None if m is None else m[half] for m in data["masks"]])
+    train(spread(module), data["x"][half], [None if m is None else m[half] for m in data["masks"]])
+    state = module.state_dict()
+    state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in state.items()}
     if rank == 0:
-        torch.save(module.state_dict(), f"{folder}/trained.pt")
+        torch.save(state, f"{folder}/trained.pt")
     distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", [replicated, sharded])
+def test_two_processes_equal_one(spread: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     # The first rows are larger, and the mask leaves more of them out: the halves have other statistics.
     x = torch.randn(16, 6) * torch.linspace(3, 0.5, 16)[:, None]
     masks = [None, torch.arange(16) > 4, None, torch.arange(16) < 13, None]
     torch.save({"x": x, "masks": masks}, tmp_path / "data.pt")
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(worker, (str(tmp_path), spread), nprocs=2)
     alone = block()
     train(alone, x, masks)
     trained = torch.load(tmp_path / "trained.pt", weights_only=True)

@@ -28,6 +28,10 @@ def test_entmax15_is_the_core_gate_with_its_first_and_second_derivatives() -> No
 def test_entmax15_in_float32_is_as_exact_as_the_core_gate(n: int) -> None:
     rows = torch.randn(8, n) * torch.logspace(-6, 6, 8)[:, None]
     rows[0, 0] += 1e4
+    shifted = torch.randn(4, n) * torch.tensor([1.0, 1e-2, 10.0, 0.0])[:, None] + 1e4
+    cloud = 1 + 1e-6 * torch.rand(1, n)
+    cloud[0, 0] = 2.5
+    rows = torch.cat([rows, shifted, -shifted, cloud, cloud.sqrt(), torch.ones(1, n)])
     near = entmax15(rows)
     exact = mt.entmax15(rows.double())
     assert (near - exact).abs().max() <= 3e-7

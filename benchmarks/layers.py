@@ -1,9 +1,9 @@
-"""The torch layers beside dense ones, and beside the bare matrix products of their plans."""
+"""The torch layers beside dense ones, their bare matrix products, and what their equations say."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -11,7 +11,7 @@ import entmax
 import torch
 from torch import nn
 
-from benchmarks.harness import Report, compare
+from benchmarks.harness import Comparison, Report, Spread, compare
 from mumoe_tensor.contraction.network import BATCH
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, entmax15
 
@@ -29,26 +29,30 @@ class Shape:
     format: str
     rank: tuple[int, ...] | None
     gate_norm: str = "batch"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def layer(self) -> Any:
         """The layer, with a gate that tells inputs apart."""
         make = MuMoE if len(self.sizes) == 2 else MuMoEMLP
-        options: dict[str, Any] = {"gate_norm": self.gate_norm, "batch_hint": self.rows}
+        options: dict[str, Any] = {"gate_norm": self.gate_norm, "batch_hint": self.rows, **self.options}
         made = make(*self.sizes, self.experts, self.format, self.rank, **options)
         nn.init.normal_(made.gate.weight, std=self.sizes[0] ** -0.5)
         return made
 
-    def dense(self) -> Any:
-        """The dense layer in its place."""
-        first, *others = (nn.Linear(i, o) for i, o in zip(self.sizes, self.sizes[1:], strict=False))
-        return nn.Sequential(first, nn.GELU(), *others) if others else first
+    def dense(self, parameters: int) -> Any:
+        """A dense layer in its place; of two, the hidden size is such that the parameters are as many."""
+        first, *others = self.sizes
+        if len(others) == 1:
+            return nn.Linear(first, others[0])
+        hidden = round((parameters - others[1]) / (first + 1 + others[1]))
+        return nn.Sequential(nn.Linear(first, hidden), nn.GELU(), nn.Linear(hidden, others[1]))
 
 
 GPT2 = (768, 3072, 768)
 SHAPES = (
     Shape("GPT-2 block", 1024, GPT2, (256,), "cp", (556,), "layer"),
     Shape("GPT-2 block", 1024, GPT2, (256,), "tr", (4, 4, 149), "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (256,), "tucker", None, "layer"),
+    Shape("GPT-2 block", 1024, GPT2, (256,), "tucker", (8, 346, 341), "layer"),
     Shape("GPT-2 block", 1024, GPT2, (256,), "hadamard", None, "layer"),
     Shape("GPT-2 block", 1024, GPT2, (4096,), "cp", (556,), "layer"),
     Shape("GPT-2 block", 1024, GPT2, (1024, 1024), "cp", None, "layer"),
@@ -117,26 +121,103 @@ def step(module: Any, x: torch.Tensor, gradient: torch.Tensor) -> Call:
     return run
 
 
+def elementwise(layer: Any, rows: int, backward: bool) -> Call:
+    """What is no matrix product: the gate, elementwise products, the activation; with their gradients."""
+    logits = torch.randn(rows, layer.gate.weight.shape[0], requires_grad=backward)
+    jobs: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
+        (layer.gate.coefficients_of, (logits,))
+    ]
+    children = [child for child in layer.children() if isinstance(child, Experts)]
+    for experts in children:
+        sizes = {**dict(experts.plan.program.network.sizes), BATCH: rows}
+        for step in experts.plan.steps:
+            if step.kind == "mul":
+                left, right, result = step.axes
+                pair = (
+                    torch.randn([sizes[x] if x in axes else 1 for x in result], requires_grad=backward)
+                    for axes in (left, right)
+                )
+                jobs.append((torch.mul, tuple(pair)))
+    if len(children) == 2:
+        hidden = torch.randn(rows, children[0].out_features, requires_grad=backward)
+        jobs.append((layer.activation, (hidden,)))
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            for function, operands in jobs:
+                results = function(*operands)
+                for result in results if isinstance(results, tuple) else (results,):
+                    if backward:
+                        torch.autograd.grad(result, operands, result, retain_graph=True)
+
+    return run
+
+
+class AsWritten(nn.Module):
+    """A layer as its equations read: the `entmax` package, einsum over all factors, ones for the bias."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        logits = nn.functional.linear(x, layer.gate.weight)
+        if layer.gate.norm is not None:
+            logits = layer.gate.norm(logits)
+        parts = logits.split(layer.gate.experts, -1)
+        if layer.gate.gate_norm == "layer":
+            parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
+        coefficients = [entmax.entmax15(part, dim=-1) for part in parts]
+        *first, last = (child for child in layer.children() if isinstance(child, Experts))
+        for experts in first:
+            x = layer.activation(self.mixed(experts, x, coefficients))
+        return self.mixed(last, x, coefficients)
+
+    @staticmethod
+    def mixed(experts: Experts, x: torch.Tensor, coefficients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Equation (1), all factors in one einsum."""
+        network = experts.plan.program.network
+        letters = {BATCH: "Z"} | {x: chr(ord("a") + k) for k, (x, _) in enumerate(network.sizes)}
+        terms = ["".join(letters[x] for x in axes) for axes in (*network.operands, network.output)]
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        equation = f"{','.join(terms[:-1])}->{terms[-1]}"
+        return torch.einsum(equation, *experts.factors, *coefficients, x)
+
+
+def over_limit(found: Comparison, name: str) -> Spread:
+    """The layer's time without its elementwise part, over the products' of the same turn."""
+    seconds = zip(*(found.seconds[x] for x in (name, "elementwise", "limit")), strict=True)
+    return Spread.of((layer - rest) / bare for layer, rest, bare in seconds)
+
+
 def layers(quick: bool) -> Report:
-    """Forward pass and step of a layer against the dense layer and the bare products, eager and compiled."""
+    """Forward pass and step of a layer against a dense one, the bare products, and the equations."""
     rows: list[dict[str, Any]] = []
     for shape in SHAPES[:1] if quick else SHAPES:
         torch.manual_seed(0)
-        layer, dense = shape.layer(), shape.dense()
-        parameters = [sum(p.numel() for p in module.parameters()) for module in (layer, dense)]
+        layer = shape.layer()
+        parameters = sum(p.numel() for p in layer.parameters())
+        dense = shape.dense(parameters)
         count = 32 if quick else shape.rows
         x = torch.randn(count, shape.sizes[0], requires_grad=True)
         gradient = torch.randn(count, shape.sizes[-1])
         pairs = products(layer, count)
         for compiled in (False,) if quick else (False, True):
             torch._dynamo.reset()
-            mine, theirs = (torch.compile(m, fullgraph=True) if compiled else m for m in (layer, dense))
+            modules = {"dense": dense, "layer": layer, "as written": AsWritten(layer)}
+            if compiled:
+                modules = {name: torch.compile(module) for name, module in modules.items()}
             for kind in ("forward", "step"):
-                calls: dict[str, Call] = {"limit": limit(pairs, backward=kind == "step")}
-                for name, module in (("dense", theirs), ("layer", mine)):
-                    calls[name] = forward(module, x) if kind == "forward" else step(module, x, gradient)
-                found = compare(calls, "dense", rounds=3 if quick else 15, limit=2.0 if quick else 12.0)
-                ratio, bare = found.ratio("layer"), found.ratio("limit")
+                backward = kind == "step"
+                calls: dict[str, Call] = {
+                    "limit": limit(pairs, backward),
+                    "elementwise": elementwise(layer, count, backward),
+                }
+                for name, module in modules.items():
+                    calls[name] = step(module, x, gradient) if backward else forward(module, x)
+                found = compare(calls, "dense", rounds=3 if quick else 15, limit=2.0 if quick else 20.0)
+                ratio = found.ratio("layer")
                 rows.append(
                     {
                         "shape": shape.name,
@@ -144,24 +225,123 @@ def layers(quick: bool) -> Report:
                         "format": shape.format,
                         "run": "compiled" if compiled else "eager",
                         "pass": kind,
-                        "parameters": parameters[0] / parameters[1],
                         "dense ms": 1e3 * found.spread("dense").median,
                         "layer ms": 1e3 * found.spread("layer").median,
+                        "elementwise ms": 1e3 * found.spread("elementwise").median,
                         "to dense": ratio.median,
                         "low": ratio.low,
                         "high": ratio.high,
-                        "to limit": ratio.median / bare.median,
+                        "to limit": over_limit(found, "layer").median,
+                        "as written": found.ratio("as written").median / ratio.median,
                     }
                 )
     columns = dict.fromkeys(("shape", "experts", "format", "run", "pass"), "")
-    columns |= {"parameters": ".3f", "dense ms": ".1f", "layer ms": ".1f"}
-    columns |= dict.fromkeys(("to dense", "low", "high", "to limit"), ".2f")
+    columns |= dict.fromkeys(("dense ms", "layer ms", "elementwise ms"), ".1f")
+    columns |= dict.fromkeys(("to dense", "low", "high", "to limit", "as written"), ".2f")
     notes = [
-        "to dense: time over that of the dense layer, median of the turns, with quartiles.",
-        "to limit: over the matrix products of the plan and the gate alone, with results in place.",
-        "parameters: over those of the dense layer.",
+        "to dense: time over a dense layer's of as many parameters, median of the turns, with quartiles.",
+        "to limit: less the elementwise part, over the matrix products of plan and gate, with results in place.",
+        "elementwise: gate, elementwise products and activation, run eagerly also where the layer is compiled.",
+        "as written: time of the equations (entmax package, einsum, ones for the bias) over the layer's.",
     ]
     return Report("layers", "Torch layers beside dense ones", columns, rows, notes)
+
+
+def sharpened(gate_of: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, density: float) -> float:
+    """The factor of logits at which a share of the coefficients is not zero, by bisection."""
+    low, high = 1e-4, 1e4
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        share = float((gate_of(middle * logits) > 0).float().mean())
+        low, high = (middle, high) if share > density else (low, middle)
+    return low
+
+
+def sparse(quick: bool) -> Report:
+    """The sparse route at several shares of coefficients that are not zero, against the dense products."""
+    experts, count = (1024, 32) if quick else (4096, 1024)
+    rows: list[dict[str, Any]] = []
+    for density in (0.005,) if quick else (0.005, 0.05, 1.0):
+        torch.manual_seed(0)
+        logits = nn.functional.layer_norm(torch.randn(64, experts), (experts,))
+        factor = sharpened(entmax15, logits, density)
+
+        def gate(logits: torch.Tensor, factor: float = factor) -> torch.Tensor:
+            return entmax15(factor * logits)
+
+        gate.sparse_gradient = True  # type: ignore[attr-defined]
+        shape = Shape("GPT-2 block", count, GPT2, (experts,), "cp", (556,), "layer", {"gate": gate})
+        layer, x = shape.layer(), torch.randn(count, GPT2[0], requires_grad=True)
+        gradient, pairs = torch.randn(count, GPT2[-1]), products(layer, count)
+        measured = float((layer.gate(x)[0] > 0).float().mean())
+
+        def dense_route(x: torch.Tensor, layer: Any = layer) -> torch.Tensor:
+            y: torch.Tensor = layer(x, return_coefficients=True)[0]
+            return y
+
+        route = torch.nn.Module()
+        route.forward = dense_route  # type: ignore[method-assign]
+        route.zero_grad = layer.zero_grad  # type: ignore[method-assign]
+        for kind in ("forward", "step"):
+            backward = kind == "step"
+            calls: dict[str, Call] = {"limit": limit(pairs, backward)}
+            for name, module in (("dense route", route), ("layer", layer)):
+                calls[name] = step(module, x, gradient) if backward else forward(module, x)
+            found = compare(calls, "limit", rounds=3 if quick else 15, limit=2.0 if quick else 20.0)
+            rows.append(
+                {
+                    "not zero": measured,
+                    "pass": kind,
+                    "limit ms": 1e3 * found.spread("limit").median,
+                    "layer ms": 1e3 * found.spread("layer").median,
+                    "to limit": found.ratio("layer").median,
+                    "dense route to limit": found.ratio("dense route").median,
+                }
+            )
+    columns = {"not zero": ".2%", "pass": "", "limit ms": ".1f", "layer ms": ".1f"}
+    columns |= dict.fromkeys(("to limit", "dense route to limit"), ".2f")
+    title = f"GPT-2 block, CP of rank 556, {experts:,} experts: the sparse route, eager"
+    notes = ["to limit: time over the matrix products of the plan and the gate alone, with results in place."]
+    return Report("sparse", title, columns, rows, notes)
+
+
+def one_token(quick: bool) -> Report:
+    """Inference on one token against the same torch operations written by hand."""
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for shape in (SHAPES[0], SHAPES[-1]):
+        layer = shape.layer().eval()
+        weights = [[f.detach() for f in e.factors] for e in layer.children() if isinstance(e, Experts)]
+        gate, x = layer.gate.weight.detach(), torch.randn(1, shape.sizes[0])
+        statistics = layer.gate.norm
+
+        def by_hand(
+            x: torch.Tensor, weights: Any = weights, gate: Any = gate, norm: Any = statistics
+        ) -> torch.Tensor:
+            logits = torch.mm(x, gate.T)
+            if norm is None:
+                logits = nn.functional.layer_norm(logits, logits.shape[-1:])
+            else:
+                logits = (logits - norm.running_mean) * torch.rsqrt(norm.running_var + norm.eps)
+            a = entmax15(logits)
+            for k, (u1, u2, u3) in enumerate(weights):
+                x = nn.functional.gelu(x) if k else x
+                x = torch.mm(torch.mm(a, u1) * torch.addmm(u2[-1], x, u2[:-1]), u3.T)
+            return x
+
+        calls = {"by hand": forward(by_hand, x), "layer": forward(layer, x)}
+        torch.testing.assert_close(calls["layer"](), calls["by hand"]())
+        found = compare(calls, "by hand", rounds=3 if quick else 101, turn=1e-3, limit=2.0 if quick else 20.0)
+        rows.append(
+            {
+                "shape": shape.name,
+                "by hand us": 1e6 * found.spread("by hand").median,
+                "layer us": 1e6 * found.spread("layer").median,
+                "more us": 1e6 * found.excess("layer").median,
+            }
+        )
+    columns = {"shape": ""} | dict.fromkeys(("by hand us", "layer us", "more us"), ".0f")
+    return Report("one token", "Inference on one token, eager, CP", columns, rows, [])
 
 
 def gates(quick: bool) -> Report:

@@ -417,9 +417,9 @@ COMPARISONS: dict[str, Callable[[bool], Report]] = {
     "batch": batch,
 }
 if torch is not None:
-    from benchmarks.layers import gates, layers
+    from benchmarks.layers import gates, layers, one_token, sparse
 
-    COMPARISONS |= {"gates": gates, "layers": layers}
+    COMPARISONS |= {"gates": gates, "one-token": one_token, "sparse": sparse, "layers": layers}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -78,6 +78,9 @@ def arrange(array: Array, arrangement: Arrangement | None, backend: Any) -> Arra
 
 def run(step: Step, arrays: Any, backend: Any) -> Array:
     """One product, of operands found in `arrays` by position."""
+    if step.is_bare:
+        left, right = arrays[step.left.position], arrays[step.right.position]
+        return left * right if step.kind == "mul" else left @ right
     left, right, row = read(step, arrays, backend)
     if row is not None:
         result = add_product(row, left, right)
@@ -99,7 +102,11 @@ def read(step: Step, arrays: Any, backend: Any) -> tuple[Array, Array, Array | N
             row = backend.transpose(row, bias.order)
         if bias.shape is not None:
             row = row.reshape(bias.shape)
-    return _viewed(left, step.left, backend), _viewed(right, step.right, backend), row
+    if not step.left.is_bare:
+        left = _viewed(left, step.left, backend)
+    if not step.right.is_bare:
+        right = _viewed(right, step.right, backend)
+    return left, right, row
 
 
 def _viewed(array: Array, operand: Operand, backend: Any) -> Array:

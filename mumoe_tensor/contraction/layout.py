@@ -10,7 +10,7 @@ as few elements as possible are copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import groupby
 from math import prod
@@ -51,6 +51,12 @@ class Operand:
     groups: tuple[Indices, ...]
     shape: tuple[int, ...] | None
     axes: tuple[int, ...] | None
+    #: Whether it is read as it is. (Looked at in every call, so found out once.)
+    is_bare: bool = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        is_bare = self.copy_order is None and self.shape is None and self.axes is None
+        object.__setattr__(self, "is_bare", is_bare)
 
     def is_reordered(self, sizes: dict[str, int]) -> bool:
         """Whether the product reads a permuted copy; axes of size one lie anywhere."""
@@ -119,6 +125,12 @@ class Step:
     summed: Indices
     shape: tuple[int, ...] | None
     bias: Bias | None = None
+    #: Whether the product takes its operands and gives its result as they are, without a bias row.
+    is_bare: bool = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        bare = self.left.is_bare and self.right.is_bare and self.shape is None and self.bias is None
+        object.__setattr__(self, "is_bare", bare)
 
     @property
     def indices(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, sparse_product, sum_of_rows_b
 #: An intermediate is formed again rather than kept if that takes at most this many FLOPs an element.
 CHEAP = 32
 
+BACKEND = load_backend("pytorch")
 Activation = Callable[[Tensor], Tensor]
 _NONE: Mapping[int, Tensor] = {}
 
@@ -29,15 +30,12 @@ class Recipe(NamedTuple):
     program : Program
     kept : frozenset of int
         Positions of the results that are kept, counted as in the program; others are formed again.
-    activation : callable or None
-        An elementwise function, applied to the input vector first; its result is formed again.
     sparse : frozenset of int
         Positions of products of coefficients and a factor that `sparse_product` is to make.
     """
 
     program: Program
     kept: frozenset[int]
-    activation: Activation | None = None
     sparse: frozenset[int] = frozenset()
 
 
@@ -74,26 +72,37 @@ def sparse_products(program: Program) -> frozenset[int]:
 
 
 def contract(
-    recipe: Recipe, operands: Sequence[Tensor], folded: Mapping[int, Tensor] | None = None
+    recipe: Recipe,
+    operands: Sequence[Tensor],
+    activation: Activation | None = None,
+    folded: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
-    """Contract operands, the input vector last, through the activation of the recipe.
+    """Contract operands, the input vector last.
 
     The same as `execute`, but for what is kept for the backward pass. A compiler decides that by itself, and
-    sees the plain steps. `folded` are results of `fold`, for a pass without gradients.
+    sees the plain steps.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    operands : sequence of Tensor
+    activation : callable, optional
+        An elementwise function, applied to the input vector first; its result is formed again.
+    folded : mapping of int to Tensor, optional
+        Results of `fold`, for a pass without gradients.
     """
     dtype = autocast_dtype(operands[0].device)
     if dtype is not None:
         # Autocast does not reach into the backward pass of a function.
         operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
         with torch.autocast(operands[0].device.type, enabled=False):
-            return contract(recipe, operands, folded)
-    backend = load_backend("pytorch")
-    arrays = arranged(recipe.program, operands, backend)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        y = _run(recipe, arrays, folded or _NONE)[0]
+            return contract(recipe, operands, activation, folded)
+    arrays = arranged(recipe.program, operands, BACKEND)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y = _run(recipe, activation, arrays, folded or _NONE)[0]
     else:
-        y = _Contraction.apply(recipe, *arrays)[0]
-    return arrange(y, recipe.program.output, backend)
+        y = _Contraction.apply(recipe, activation, *arrays)[0]
+    return arrange(y, recipe.program.output, BACKEND)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -105,18 +114,21 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _run(
-    recipe: Recipe, arrays: Sequence[Tensor], folded: Mapping[int, Tensor] = _NONE
+    recipe: Recipe,
+    activation: Activation | None,
+    arrays: Sequence[Tensor],
+    folded: Mapping[int, Tensor] = _NONE,
 ) -> tuple[Tensor, list[Tensor]]:
     """The result, and the results to keep in the order of their positions."""
     values: list[Any] = list(arrays)
-    if recipe.activation is not None:
-        values[-1] = recipe.activation(values[-1])
+    if activation is not None:
+        values[-1] = activation(values[-1])
     kept = []
     for position, step in enumerate(recipe.program.steps, start=len(arrays)):
         if position in folded:
             values.append(folded[position])
             continue
-        values.append(_product(recipe, position, step, values))
+        values.append(_sparse(step, values) if position in recipe.sparse else run(step, values, BACKEND))
         # Every intermediate is read once: let go of it.
         values[step.left.position] = values[step.right.position] = None
         if position in recipe.kept:
@@ -124,13 +136,9 @@ def _run(
     return values[-1], kept
 
 
-def _product(recipe: Recipe, position: int, step: Step, values: Any) -> Tensor:
-    """One step; `sparse_product` in the place of those of the recipe."""
-    backend = load_backend("pytorch")
-    if position not in recipe.sparse:
-        result: Tensor = run(step, values, backend)
-        return result
-    left, right, _ = read(step, values, backend)
+def _sparse(step: Step, values: Any) -> Tensor:
+    """One step by `sparse_product`."""
+    left, right, _ = read(step, values, BACKEND)
     is_vector_left = step.left.position > step.right.position
     result = sparse_product(left, right) if is_vector_left else sparse_product(right.mT, left.mT).mT
     return result if step.shape is None else result.reshape(step.shape)
@@ -140,31 +148,31 @@ class _Contraction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(recipe: Recipe, *arrays: Tensor) -> tuple[Tensor, ...]:
-        result, kept = _run(recipe, arrays)
+    def forward(recipe: Recipe, activation: Activation | None, *arrays: Tensor) -> tuple[Tensor, ...]:
+        result, kept = _run(recipe, activation, arrays)
         return result, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.recipe, *arrays = inputs
+        ctx.recipe, ctx.activation, *arrays = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arrays, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Any, ...]:
-        recipe, saved = ctx.recipe, ctx.saved_tensors
+        recipe, activation, saved = ctx.recipe, ctx.activation, ctx.saved_tensors
         count = len(recipe.program.network.operands)
         if gradient is None:
-            return (None,) * (1 + count)
+            return (None,) * (2 + count)
         arrays = saved[:count]
         if torch.is_grad_enabled():
             # The gradient is to have one itself: as a function of the operands, not of what was kept.
             plain = recipe._replace(sparse=frozenset())
-            pullback = torch.func.vjp(lambda *operands: _run(plain, operands)[0], *arrays)[1]
-            return None, *pullback(gradient)
-        kept = dict(zip(sorted(recipe.kept), saved[count:], strict=True))
-        return None, *_gradients(recipe, dict(enumerate(arrays)) | kept, gradient, ctx.needs_input_grad[1:])
+            pullback = torch.func.vjp(lambda *operands: _run(plain, activation, operands)[0], *arrays)[1]
+            return None, None, *pullback(gradient)
+        values = dict(enumerate(arrays)) | dict(zip(sorted(recipe.kept), saved[count:], strict=True))
+        return None, None, *_gradients(recipe, activation, values, gradient, ctx.needs_input_grad[2:])
 
 
 class _Values(dict[int, Any]):
@@ -177,21 +185,26 @@ class _Values(dict[int, Any]):
     def __missing__(self, position: int) -> Tensor:
         program = self.recipe.program
         step = program.steps[position - len(program.network.operands)]
-        self[position] = value = _product(self.recipe, position, step, self)
+        is_sparse = position in self.recipe.sparse
+        self[position] = value = _sparse(step, self) if is_sparse else run(step, self, BACKEND)
         return value
 
 
 def _gradients(
-    recipe: Recipe, arrays: dict[int, Tensor], gradient: Tensor, wanted: Sequence[bool]
+    recipe: Recipe,
+    activation: Activation | None,
+    arrays: dict[int, Tensor],
+    gradient: Tensor,
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the operands that are wanted."""
     steps, count = recipe.program.steps, len(wanted)
     last = count - 1
     values = _Values(arrays, recipe)
-    if recipe.activation is not None:
+    if activation is not None:
         with torch.enable_grad():
             before = arrays[last].detach().requires_grad_()
-            after = recipe.activation(before)
+            after = activation(before)
         values[last] = after.detach()
     needed = list(wanted)
     for step in steps:
@@ -207,7 +220,7 @@ def _gradients(
             step, gradients.pop(position), values, [needed[p] for p in sides], position in recipe.sparse
         )
         gradients |= {p: g for p, g in zip(sides, found, strict=True) if g is not None}
-    if recipe.activation is not None and last in gradients:
+    if activation is not None and last in gradients:
         (gradients[last],) = torch.autograd.grad(after, before, gradients[last])
     return [gradients.get(k) for k in range(count)]
 
@@ -216,7 +229,7 @@ def _of_step(
     step: Step, gradient: Tensor, values: _Values, wanted: Sequence[bool], is_sparse: bool
 ) -> list[Tensor | None]:
     """Gradients of both operands of one product."""
-    left, right, _ = read(step, values, load_backend("pytorch"))
+    left, right, _ = read(step, values, BACKEND)
     if step.kind == "mul":
         pairs = ((step.left, left, right), (step.right, right, left))
         return [

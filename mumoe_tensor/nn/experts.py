@@ -18,12 +18,11 @@ from mumoe_tensor.nn import init
 from mumoe_tensor.nn.contraction import (
     Activation,
     Recipe,
-    autocast_dtype,
     contract,
     kept_results,
     sparse_products,
 )
-from mumoe_tensor.nn.frozen import Folded, is_frozen
+from mumoe_tensor.nn.frozen import Folded, are_values_known, is_frozen
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -98,7 +97,7 @@ class Experts(nn.Module):
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
         self._recipe = Recipe(self.plan.program, kept_results(self.plan.program, recompute))
-        self._sparse = sparse_products(self.plan.program)
+        self._sparse_recipe = self._recipe._replace(sparse=sparse_products(self.plan.program))
         self._network, self._batch_hint = network, batch_hint
         sizes = dict(network.sizes)
         self.axes = network.storage[: network.weights]
@@ -176,26 +175,37 @@ class Experts(nn.Module):
         ValueError
             If the shapes do not fit together.
         """
+        return self._mix([*self.factors._parameters.values()], z, coefficients, activation, sparse_gradient)
+
+    def _mix(
+        self,
+        factors: list[Any],
+        z: Tensor,
+        coefficients: Sequence[Tensor],
+        activation: Activation | None = None,
+        sparse_gradient: bool = False,
+    ) -> Tensor:
+        """The same with factors that may be others than the parameters."""
         leading = z.shape[:-1]
-        shapes = [(*leading, n) for n in self.experts]
-        if z.shape[-1] != self.in_features or [tuple(a.shape) for a in coefficients] != shapes:
+        given = [a.shape for a in coefficients]
+        if z.shape[-1] != self.in_features or given != [(*leading, n) for n in self.experts]:
             raise ValueError(
                 f"inputs must have {self.in_features} features, and there must be coefficients of shapes "
-                f"{shapes}; got inputs of {tuple(z.shape)}, coefficients of "
-                f"{[tuple(a.shape) for a in coefficients]}."
+                f"{[(*leading, n) for n in self.experts]}; got inputs of {tuple(z.shape)}, coefficients of "
+                f"{[*map(tuple, given)]}."
             )
         # (No needless views: in-place changes of these are restricted.)
-        vectors = [x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) for x in (*coefficients, z)]
-        factors = [*self.factors]
-        if is_frozen(self, factors) and vectors[-1].shape[0] >= self._folded.fewest_rows:
-            recipe = self._folded.recipe._replace(activation=activation)
-            y = contract(recipe, [*factors, *vectors], self._folded.products(factors))
-        else:
-            recipe = self._recipe._replace(activation=activation)
-            if sparse_gradient and self._sparse and is_supported(vectors[0]) and not autocast_dtype(z.device):
-                recipe = recipe._replace(sparse=self._sparse)
-            y = contract(recipe, [*factors, *vectors])
-        return y if z.ndim == 2 else y.reshape(*leading, self.out_features)
+        is_matrix = len(leading) == 1
+        vectors = (*coefficients, z)
+        if not is_matrix:
+            vectors = tuple(x.reshape(-1, x.shape[-1]) for x in vectors)
+        recipe, folded = self._recipe, None
+        if is_frozen(self) and vectors[-1].shape[0] >= self._folded.fewest_rows and are_values_known(factors):
+            recipe, folded = self._folded.recipe, self._folded.products(factors)
+        elif sparse_gradient and self._sparse_recipe.sparse and is_supported(vectors[0]):
+            recipe = self._sparse_recipe
+        y = contract(recipe, [*factors, *vectors], activation, folded)
+        return y if is_matrix else y.reshape(*leading, self.out_features)
 
     @cached_property
     def _folded(self) -> Folded:

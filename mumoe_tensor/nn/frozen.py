@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.backend import load_backend
 from mumoe_tensor.contraction.execute import fold
 from mumoe_tensor.contraction.network import Network
 from mumoe_tensor.contraction.plan import plan_network
 from mumoe_tensor.contraction.search import ELEMENT
-from mumoe_tensor.nn.contraction import Recipe
+from mumoe_tensor.nn.contraction import BACKEND, Recipe
 
 
 class Folded:
@@ -65,18 +64,20 @@ class Folded:
         read = [weights[p].detach() for p in self.sources]
         if self._copies is None or not all(map(_is_equal, read, self._copies)):
             self._copies = [x.clone() for x in read]
-            self._products = fold(self.recipe.program, [*weights], load_backend("pytorch"))
+            self._products = fold(self.recipe.program, [*weights], BACKEND)
         return self._products
 
     def __reduce__(self) -> Any:
         return Folded, self._made_for
 
 
-def is_frozen(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether products of these parameters of a module may be made ahead."""
-    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    # What stands in for a parameter may be a tensor of a transform, whose values cannot be compared.
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module runs in evaluation and without gradients."""
+    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def are_values_known(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are parameters with values: one of a transform in their place cannot be compared."""
     return all(type(x) is nn.Parameter and not x.is_meta for x in tensors)
 
 

@@ -117,30 +117,30 @@ class ExpertGate(nn.Module):
         if autocast_dtype(z.device):
             logits = nn.functional.linear(z, self.weight)
             with torch.autocast(z.device.type, enabled=False):
-                return self._coefficients(self._normed(logits, mask), z.dtype)
+                return self.coefficients_of(self._normed(logits, mask), z.dtype)
         if self.norm is not None and self._is_norm_folded(z):
             scale, shift = self.norm.affine_map(z.dtype)
-            return self._coefficients(nn.functional.linear(z, scale[:, None] * self.weight, shift), z.dtype)
-        return self._coefficients(self._normed(nn.functional.linear(z, self.weight), mask), z.dtype)
+            return self.coefficients_of(
+                nn.functional.linear(z, scale.unsqueeze(1) * self.weight, shift), z.dtype
+            )
+        return self.coefficients_of(self._normed(nn.functional.linear(z, self.weight), mask), z.dtype)
 
     def _is_norm_folded(self, z: Tensor) -> bool:
         """Whether batch norm goes into the weight: where it is frozen and has fewer rows than the batch."""
-        assert self.norm is not None
-        rows = z.numel() // self.in_features
-        in_full = z.dtype in (torch.float32, torch.float64)
-        return (
-            in_full and is_frozen(self, [self.weight]) and not self.norm.training and rows > self.in_features
-        )
+        if not is_frozen(self) or self.norm.training:  # type: ignore[union-attr]
+            return False
+        return z.dtype in (torch.float32, torch.float64) and z.numel() > self.in_features**2
 
     def _normed(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if self.norm is None else self.norm(logits, mask)
 
-    def _coefficients(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def coefficients_of(self, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs."""
         parts = logits.split(self.experts, -1) if len(self.experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
-        return tuple(self._gate(part).to(dtype) for part in parts)
+        return tuple(self._gate(part).to(dtype or logits.dtype) for part in parts)
 
     def extra_repr(self) -> str:
         gate = self.gate if isinstance(self.gate, str) else getattr(self.gate, "__name__", repr(self.gate))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from mumoe_tensor.nn.contraction import Activation
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.tensors import FactorizedTensor
@@ -127,16 +128,22 @@ class DividedExperts(Experts):
             f"{self.bond!r}, from {self.start} on of {self.whole_size}. Use gather(layer) on every process."
         )
 
-    def forward(self, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        coefficients: Sequence[Tensor],
+        activation: Activation | None = None,
+        sparse_gradient: bool = False,
+    ) -> Tensor:
         factors = list(self.factors)
         common = [k for k, axes in enumerate(self.axes) if self.bond not in axes]
         z, *shared = _Share.apply(self.group, z, *coefficients, *(factors[k] for k in common))
         for k, factor in zip(common, shared[len(coefficients) :], strict=True):
             factors[k] = factor
-        # The part itself: these experts, but with tensors in the place of parameters.
-        part: Any = copy.copy(self)
-        part._modules = {"factors": factors}
-        return _Sum.apply(self.group, Experts.forward(part, z, shared[: len(coefficients)]))
+        total: Tensor = _Sum.apply(
+            self.group, self._mix(factors, z, shared[: len(coefficients)], activation, sparse_gradient)
+        )
+        return total
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DividedExperts:
         memo[id(self.group)] = self.group  # a group cannot be copied, and is the same in a copy

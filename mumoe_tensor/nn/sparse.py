@@ -22,7 +22,7 @@ def is_supported(coefficients: Tensor) -> bool:
     # What is exported must run where this package is not.
     exported = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     known = coefficients.dtype in (torch.float32, torch.float64) and coefficients.device.type == "cpu"
-    return plain and known and not exported
+    return plain and known and not exported and not torch.is_autocast_enabled("cpu")
 
 
 def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from mumoe_tensor.testing.strategies import problems  # noqa: E402
 ACTIVATIONS = [None, nn.functional.gelu]
 
 
-def drawn(data: Any) -> tuple[Recipe, list[Any]]:
+def drawn(data: Any) -> tuple[Recipe, Any, list[Any]]:
     """A contraction in some order that keeps any of its results, and its operands."""
     problem = data.draw(problems(backend="pytorch", dtype="float64"))
     weight, batch = problem.weight, problem.z[..., 0].numel()
@@ -43,17 +43,17 @@ def drawn(data: Any) -> tuple[Recipe, list[Any]]:
         )
     )
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
-    return Recipe(program, kept, data.draw(st.sampled_from(ACTIVATIONS))), [*weight.arrays, *vectors]
+    return Recipe(program, kept), data.draw(st.sampled_from(ACTIVATIONS)), [*weight.arrays, *vectors]
 
 
 @given(st.data())
 def test_gradients_are_those_of_the_plain_steps(data) -> None:
-    recipe, operands = drawn(data)
+    recipe, activation, operands = drawn(data)
     wanted = data.draw(st.lists(st.booleans(), min_size=len(operands), max_size=len(operands)))
     for x, want in zip(operands, wanted, strict=True):
         x.requires_grad_(want)
-    y = contract(recipe, operands)
-    z = operands[-1] if recipe.activation is None else recipe.activation(operands[-1])
+    y = contract(recipe, operands, activation)
+    z = operands[-1] if activation is None else activation(operands[-1])
     plain = execute(recipe.program, [*operands[:-1], z], load_backend("pytorch"))
     torch.testing.assert_close(y, plain)
     leaves = [x for x in operands if x.requires_grad]

@@ -240,8 +240,8 @@ def layers(quick: bool) -> Report:
     columns |= dict.fromkeys(("to dense", "low", "high", "to limit", "as written"), ".2f")
     notes = [
         "to dense: time over a dense layer's of as many parameters, median of the turns, with quartiles.",
-        "to limit: less the elementwise part, over the matrix products of plan and gate, with results in place.",
-        "elementwise: gate, elementwise products and activation, run eagerly also where the layer is compiled.",
+        "to limit: less the elementwise part, over the products of plan and gate, with results in place.",
+        "elementwise: gate, elementwise products, activation; run eagerly also where the layer is compiled.",
         "as written: time of the equations (entmax package, einsum, ones for the bias) over the layer's.",
     ]
     return Report("layers", "Torch layers beside dense ones", columns, rows, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,27 +34,20 @@ def entmax15(logits: Tensor) -> Tensor:
 entmax15.sparse_gradient = True  # type: ignore[attr-defined]  # see ExpertGate.is_sparse_gradient
 
 
+#: Elements worked on at a time on a CPU: every step reads and writes them, so they stay in its cache.
+CHUNK = 2**19
+
+
 class _Entmax15(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor) -> Tensor:
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # Newton steps on ‖u‖ − 2 for u = (z − 2τ)₊, at most as many as `mumoe_tensor.entmax15` makes: why so
-        # many is told there. In place, because the time goes into reading and writing u.
-        u = torch.sub(z, z.amax(-1, keepdim=True)).add_(2).relu_()
-        can_stop = type(u) is Tensor and u.device.type == "cpu" and not torch.compiler.is_compiling()
-        for k in range((int(logits.shape[-1] - 1).bit_length() + 1) // 2 + 4):
-            norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
-            step = (norm * (norm - 2) / u.sum(-1, keepdim=True)).relu_()
-            u.sub_(step).relu_()
-            # To look takes about a quarter of a step, and on other devices much longer.
-            if can_stop and k % 2 and bool((step <= torch.finfo(u.dtype).eps).all()):
-                break
-        # The last step goes back too, from where rounding errors have led: with a finer norm, and only on the
-        # support, which it leaves as it is.
-        norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64)
-        step = norm * (norm - 2) / u.sum(-1, keepdim=True)
-        u.addcmul_(u.sign(), step.to(u.dtype), value=-1).mul_(0.5)
-        return u.mul_(u).to(logits.dtype)
+        if not _is_eager_on_cpu(z):
+            return _solve(z).to(logits.dtype)
+        p = torch.empty_like(z, memory_format=torch.contiguous_format)
+        for part, result in zip(_chunks(z), _chunks(p), strict=True):
+            _solve(part, result, can_stop=True)
+        return p.to(logits.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -62,19 +56,60 @@ class _Entmax15(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (p,) = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            # (The root of zero takes many times longer than that of other numbers.)
-            s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
+        if torch.is_grad_enabled():
+            # The derivative is a function of p alone, so its own derivative follows through p. The root of
+            # zero has none: it is kept out of the graph.
+            s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), p)
             scaled = s * gradient
-            return scaled.sub_(s.mul_(scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)))
-        # The derivative is a function of p alone, so its own derivative follows through p. The root of zero
-        # has none: it is kept out of the graph.
-        s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), p)
-        scaled = s * gradient
-        return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
+            return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
+        if not _is_eager_on_cpu(gradient):
+            return _gradient(p, gradient)
+        found = torch.empty_like(p, memory_format=torch.contiguous_format)
+        for parts in zip(_chunks(p), _chunks(gradient), _chunks(found), strict=True):
+            _gradient(*parts)
+        return found
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None], logits: Tensor) -> tuple[Tensor, int]:
         (axis,) = in_dims
         assert axis is not None
         return _Entmax15.apply(logits.movedim(axis, 0)), 0
+
+
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether values can be looked at, and memory be written into."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def _chunks(x: Tensor) -> Sequence[Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.split(max(1, CHUNK // x.shape[-1]))
+
+
+def _solve(z: Tensor, result: Tensor | None = None, can_stop: bool = False) -> Tensor:
+    """The coefficients of rows of logits."""
+    # Newton steps on ‖u‖ − 2 for u = (z − 2τ)₊, at most as many as `mumoe_tensor.entmax15` makes: why so many
+    # is told there. In place, because the time goes into reading and writing u.
+    u = torch.sub(z, z.amax(-1, keepdim=True), out=result).add_(2).relu_()
+    for k in range((int(z.shape[-1] - 1).bit_length() + 1) // 2 + 4):
+        norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+        step = (norm * (norm - 2) / u.sum(-1, keepdim=True)).relu_()
+        u.sub_(step).relu_()
+        # To look takes about a quarter of a step, and on other devices much longer.
+        if can_stop and k % 2 and bool((step <= torch.finfo(u.dtype).eps).all()):
+            break
+    # The last step goes back too, from where rounding errors have led: with a finer norm, and only on the
+    # support, which it leaves as it is.
+    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64)
+    step = norm * (norm - 2) / u.sum(-1, keepdim=True)
+    u.addcmul_(u.sign(), step.to(u.dtype), value=-1).mul_(0.5)
+    return u.mul_(u)
+
+
+def _gradient(p: Tensor, gradient: Tensor, result: Tensor | None = None) -> Tensor:
+    """The gradient of the logits from the coefficients and their gradient."""
+    # (The root of zero takes many times longer than that of other numbers.)
+    s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
+    scaled = torch.mul(s, gradient, out=result)
+    return scaled.sub_(s.mul_(scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)))

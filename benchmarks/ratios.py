@@ -418,8 +418,15 @@ COMPARISONS: dict[str, Callable[[bool], Report]] = {
 }
 if torch is not None:
     from benchmarks.layers import gates, layers, one_token, sparse
+    from benchmarks.memory import memory
 
-    COMPARISONS |= {"gates": gates, "one-token": one_token, "sparse": sparse, "layers": layers}
+    COMPARISONS |= {
+        "gates": gates,
+        "one-token": one_token,
+        "sparse": sparse,
+        "memory": memory,
+        "layers": layers,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 #: Fewest experts of a level for which zeros are looked for: below, the dense product takes no longer.
 FEWEST_EXPERTS = 1024
 #: Largest share of coefficients that are not zero at which the rows they name are summed.
-DENSEST = 0.05
+DENSEST = 0.08
 #: Rows of coefficients that the share is measured on.
 SAMPLE = 32
 

@@ -1,0 +1,118 @@
+"""Memory of a training step: what is kept for the backward pass, and the peak in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Report, compare
+from benchmarks.layers import GPT2, Shape, step
+from mumoe_tensor.nn import MuMoEMLP
+
+MIB = 2**20
+ROWS = 1024
+CASES = {
+    "cp": Shape("GPT-2 block", ROWS, GPT2, (256,), "cp", (556,), "layer"),
+    "tr": Shape("GPT-2 block", ROWS, GPT2, (256,), "tr", (4, 4, 149), "layer"),
+}
+
+
+def kept_bytes(module: torch.nn.Module, x: torch.Tensor) -> int:
+    """What a forward pass keeps besides parameters and buffers, every storage once."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        y = module(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+def made(case: str, recompute: bool) -> Any:
+    """The module of a case; "dense" is an MLP of the block's sizes."""
+    torch.manual_seed(0)
+    shape = CASES.get(case)
+    if shape is None:
+        first, hidden, last = GPT2
+        return torch.nn.Sequential(
+            torch.nn.Linear(first, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, last)
+        )
+    layer = shape.layer(recompute=recompute)
+    assert isinstance(layer, MuMoEMLP)
+    return layer
+
+
+def peak_of_a_step(case: str, recompute: bool) -> int:
+    """Bytes by which the resident set grows at most in a step, over the built model and its input."""
+    module = made(case, recompute)
+    x, gradient = torch.randn(ROWS, GPT2[0], requires_grad=True), torch.randn(ROWS, GPT2[-1])
+    # The libraries' own buffers are there after a small step.
+    module(x[:2]).sum().backward()
+    module.zero_grad()
+    x.grad = None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    module(x).backward(gradient)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def _in_a_fresh_process(case: str, recompute: bool) -> int:
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps([case, recompute])]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def memory(quick: bool) -> Report:
+    """Kept for the backward pass, and the peak of a step in fresh processes, against a dense MLP."""
+    cases = [("dense", False), *((case, recompute) for case in CASES for recompute in (False, True))]
+    x = torch.randn(ROWS, GPT2[0], requires_grad=True)
+    peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}
+    for _ in range(1 if quick else 5):
+        for case in cases[: 2 if quick else None]:
+            peaks[case].append(_in_a_fresh_process(*case))
+    dense = peaks["dense", False]
+    gradient = torch.randn(ROWS, GPT2[-1])
+    times: dict[tuple[str, bool], float] = {}
+    for case in () if quick else CASES:
+        calls = {str(recompute): step(made(case, recompute), x, gradient) for recompute in (False, True)}
+        times[case, True] = compare(calls, "False", limit=20.0).ratio("True").median
+    rows = [
+        {
+            "module": case,
+            "recompute": "yes" if recompute else "no",
+            "kept MiB": kept_bytes(made(case, recompute), x) / MIB,
+            "peak MiB": median(found) / MIB,
+            "to dense": median(mine / theirs for mine, theirs in zip(found, dense, strict=True)),
+            "step": times.get((case, recompute)),
+        }
+        for (case, recompute), found in peaks.items()
+        if found
+    ]
+    columns = {"module": "", "recompute": "", "kept MiB": ".1f", "peak MiB": ".1f"}
+    columns |= {"to dense": ".2f", "step": ".2f"}
+    title = f"Memory of a step of the GPT-2 block, 256 experts, {ROWS:,} tokens, float32"
+    notes = [
+        "kept: for the backward pass, besides the parameters. peak: growth of the resident set in a step.",
+        "step: time of a step over the same module's without recompute.",
+    ]
+    return Report("memory", title, columns, rows, notes)
+
+
+if __name__ == "__main__":
+    print(peak_of_a_step(*json.loads(sys.argv[1])))

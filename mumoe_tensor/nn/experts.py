@@ -18,6 +18,7 @@ from mumoe_tensor.nn import init
 from mumoe_tensor.nn.contraction import (
     Activation,
     Recipe,
+    autocast_dtype,
     contract,
     kept_results,
     sparse_products,
@@ -200,8 +201,9 @@ class Experts(nn.Module):
         if not is_matrix:
             vectors = tuple(x.reshape(-1, x.shape[-1]) for x in vectors)
         recipe, folded = self._recipe, None
-        if is_frozen(self) and vectors[-1].shape[0] >= self._folded.fewest_rows and are_values_known(factors):
-            recipe, folded = self._folded.recipe, self._folded.products(factors)
+        if is_frozen(self) and vectors[-1].shape[0] >= self._folded.fewest_rows:
+            if are_values_known(factors) and not autocast_dtype(z.device):
+                recipe, folded = self._folded.recipe, self._folded.products(factors)
         elif sparse_gradient and self._sparse_recipe.sparse and is_supported(vectors[0]):
             recipe = self._sparse_recipe
         y = contract(recipe, [*factors, *vectors], activation, folded)

@@ -56,16 +56,17 @@ class Folded:
 
     def clear(self) -> None:
         """Forget the products."""
-        self._copies: list[Tensor] | None = None
-        self._products: dict[int, Tensor] = {}
+        # Copies and products are exchanged together: another thread may be looking.
+        self._kept: tuple[list[Tensor], dict[int, Tensor]] | None = None
 
     def products(self, weights: Sequence[Tensor]) -> dict[int, Tensor]:
         """The products by the position of their step, made again if a weight has changed."""
         read = [weights[p].detach() for p in self.sources]
-        if self._copies is None or not all(map(_is_equal, read, self._copies)):
-            self._copies = [x.clone() for x in read]
-            self._products = fold(self.recipe.program, [*weights], BACKEND)
-        return self._products
+        kept = self._kept
+        if kept is None or not all(map(_is_equal, read, kept[0])):
+            kept = [x.clone() for x in read], fold(self.recipe.program, [*weights], BACKEND)
+            self._kept = kept
+        return kept[1]
 
     def __reduce__(self) -> Any:
         return Folded, self._made_for

@@ -133,13 +133,23 @@ def test_to_another_dtype(folds: list[Any]) -> None:
     assert len(folds) == 2
 
 
+def test_under_autocast(folds: list[Any]) -> None:
+    module, x = layer().float(), inputs().float()
+    with torch.no_grad():
+        expected = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = module(x)
+    assert found.dtype == torch.bfloat16 and len(folds) == 1
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
 def test_training_forgets_the_products() -> None:
     module = layer()
     with torch.no_grad():
         module(inputs())
-    assert module.experts._folded._copies is not None
+    assert module.experts._folded._kept is not None
     module.train()
-    assert module.experts._folded._copies is None and not module.experts._folded._products
+    assert module.experts._folded._kept is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -149,7 +159,7 @@ def test_copies_make_their_own(copied: Callable[[Any], Any]) -> None:
         expected = module(x)
         size = len(pickle.dumps(layer()))
         other = copied(module)
-        assert other.experts._folded._copies is None
+        assert other.experts._folded._kept is None
         assert len(pickle.dumps(module)) < 1.2 * size
         changed_in_place(module)
         torch.testing.assert_close(other(x), expected)

@@ -1,0 +1,101 @@
+"""The coefficients a model gives its experts, seen as they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from mumoe_tensor.nn.gate import ExpertGate
+
+#: Called with the name of a gate and its coefficients, one tensor a level, of shape (rows, experts).
+Consumer = Callable[[str, tuple[Tensor, ...]], object]
+
+
+def gates_of(model: nn.Module) -> dict[str, ExpertGate]:
+    """The gates of a model by the names of their modules.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGate)}
+    if not found:
+        raise ValueError(
+            f"a model must have an ExpertGate, as every μMoE layer has; {type(model).__name__} has none."
+        )
+    return found
+
+
+def gate_of(layer: nn.Module) -> ExpertGate:
+    """The gate of one layer: the layer may be a gate itself, or have one and no more.
+
+    Raises
+    ------
+    ValueError
+        If it has none or several.
+    """
+    found = gates_of(layer)
+    if len(found) > 1:
+        raise ValueError(f"a layer has one gate; {type(layer).__name__} has several: {sorted(found)}.")
+    (gate,) = found.values()
+    return gate
+
+
+def level_of(gate: ExpertGate, level: int) -> int:
+    """The level, if the gate has it.
+
+    Raises
+    ------
+    ValueError
+        If it has not.
+    """
+    if not 0 <= level < len(gate.experts):
+        raise ValueError(f"level must be one of the {len(gate.experts)} level(s), from 0 on, got {level}.")
+    return level
+
+
+@contextmanager
+def watch_coefficients(model: nn.Module, consumer: Consumer) -> Iterator[None]:
+    """While the context lasts, hand the coefficients of every gate of a model to a function.
+
+    The coefficients carry no gradient, and nothing keeps them but the function. Leaving the context, also by
+    an error, removes every hook.
+
+    Parameters
+    ----------
+    model : Module
+    consumer : callable
+        Called as ``consumer(name, coefficients)`` with the name of the gate's module and one tensor a level,
+        of shape (rows, experts).
+
+    Raises
+    ------
+    ValueError
+        If the model has no gate.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mumoe_tensor.nn import MuMoE
+    >>> seen = []
+    >>> layer = MuMoE(4, 3, experts=8, rank=2, gate_norm="none")
+    >>> with watch_coefficients(layer, lambda name, a: seen.append((name, a[0].shape))):
+    ...     _ = layer(torch.randn(5, 4))
+    >>> seen
+    [('gate', torch.Size([5, 8]))]
+    """
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, coefficients: tuple[Tensor, ...]) -> None:
+            consumer(name, tuple(a.detach().reshape(-1, a.shape[-1]) for a in coefficients))
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, gate in gates_of(model).items():
+            stack.callback(gate.register_forward_hook(hook_of(name)).remove)
+        yield

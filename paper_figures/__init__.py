@@ -1,0 +1,1 @@
+"""One script a figure or table of the papers; see README.md."""

@@ -1,0 +1,59 @@
+"""Largest rank of an expert of CP and Tensor Ring layers with as many parameters, over the number of experts.
+
+Oldfield et al. (2024), maximum rank of expert matrices: at matched parameters a Tensor Ring gives experts of
+higher rank than CP, and keeps them for more experts.
+
+Settings: 768 → 1000 with biases and gate, as many parameters as the linear layer. Tensor Ring with
+R1 = R2 = 4. Dots: numerical rank of one expert with normal factors (float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import mumoe_tensor as mt
+from mumoe_tensor.study.plots import COLOURS
+from paper_figures.common import Row, draw_lines, new_figure
+
+LAYER = dict(in_features=768, out_features=1000, bias=True)
+OPEN = {"cp": None, "tr": (4, 4, None)}
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a format and number of experts."""
+    found = []
+    for name, rank in OPEN.items():
+        for n in (16, 64, 256) if quick else (8, 16, 32, 64, 128, 256, 512):
+            fitted = mt.fit_rank(name, experts=n, rank=rank, parameters="match", gate=True, **LAYER)
+            cost = mt.cost(name, experts=n, rank=fitted, gate=True, **LAYER)
+            weight = mt.FactorizedTensor.random(
+                name, experts=n, rank=fitted, like=np.zeros(1), seed=0, **LAYER
+            )
+            matrix, _ = mt.expert_matrix(weight, 0, bias=True)
+            found.append(
+                {
+                    "name": name,
+                    "experts": n,
+                    "rank": str(fitted),
+                    "max_expert_rank": cost.max_expert_rank,
+                    "numerical_rank": int(np.linalg.matrix_rank(matrix)),
+                }
+            )
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Bounds as lines, numerical ranks as dots."""
+    figure, (ax,) = new_figure()
+    draw_lines(ax, rows, "experts", "max_expert_rank")
+    for row in rows:
+        ax.plot(row["experts"], row["numerical_rank"], "o", color=COLOURS[row["name"]], markersize=4)
+    ax.set_xscale("log", base=2)
+    counts = sorted({row["experts"] for row in rows})
+    ax.set_xticks(counts, [str(n) for n in counts])
+    ax.set(xlabel="experts N", ylabel="largest rank of an expert", ylim=(0, 450))
+    ax.legend(frameon=False)
+    return figure

@@ -1,0 +1,59 @@
+"""Share of the gate in the parameters of a layer over the number of experts.
+
+Not in the paper. The gate is a dense matrix, so it outgrows the factors; levels keep it small.
+
+Settings: GPT-2's MLP block, 768 → 3072 → 768 with biases, CP of rank 556, one to three equal levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+import mumoe_tensor as mt
+from paper_figures.common import Row, new_figure
+
+SHADES = {1: "#0072B2", 2: "#56B4E9", 3: "#009E73"}
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a number of levels and of experts."""
+    found = []
+    for levels in SHADES:
+        for exponent in range(6, 25, 6):
+            if exponent % levels:
+                continue
+            experts = (2 ** (exponent // levels),) * levels
+            cost = mt.cost(
+                "cp", experts=experts, in_features=768, hidden=3072, out_features=768, rank=556, bias=True,
+                gate=True,
+            )  # fmt: skip
+            found.append(
+                {
+                    "levels": levels,
+                    "experts": 2**exponent,
+                    "share_of_parameters": cost.gate_parameters / cost.parameters,
+                    "share_of_flops": cost.gate_flops / cost.flops,
+                }
+            )
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """One line a number of levels."""
+    figure, (ax,) = new_figure()
+    for levels, colour in SHADES.items():
+        mine = [row for row in rows if row["levels"] == levels]
+        name = f"{levels} level{'s' if levels > 1 else ''}"
+        ax.plot(
+            [row["experts"] for row in mine],
+            [100 * row["share_of_parameters"] for row in mine],
+            "o-",
+            color=colour,
+            label=name,
+            markersize=3,
+        )
+    ax.set(xscale="log", xlabel="experts N", ylabel="gate, % of the parameters", ylim=(0, 100))
+    ax.legend(frameon=False)
+    return figure

@@ -1,0 +1,67 @@
+"""Cost of one, two, three and four levels at equal numbers of experts.
+
+Oldfield et al. (2024), hierarchical μMoEs: more levels make as many experts from smaller gates.
+
+Settings: 768 → 768 with biases, CP of rank 384, 4,096 to 16,777,216 experts in equal levels; parameters of
+factors and gate, and FLOPs of one input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+import mumoe_tensor as mt
+from paper_figures.common import Row, new_figure
+
+TOTALS = (2**12, 2**24)
+RANK = 384
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a total and number of levels."""
+    found = []
+    for total in TOTALS[:1] if quick else TOTALS:
+        for levels in (1, 2, 3, 4):
+            experts = (round(total ** (1 / levels)),) * levels
+            cost = mt.cost(
+                "cp", experts=experts, in_features=768, out_features=768, rank=RANK, bias=True, gate=True
+            )
+            found.append(
+                {
+                    "experts": total,
+                    "levels": levels,
+                    "modes": "x".join(map(str, experts)),
+                    "parameters": cost.parameters,
+                    "gate_parameters": cost.gate_parameters,
+                    "flops": cost.flops,
+                }
+            )
+    return found
+
+
+def power(row: Row) -> str:
+    """The levels as a power, e.g. $64^2$."""
+    size = int(row["modes"].split("x")[0])
+    return f"${size}^{row['levels']}$" if row["levels"] > 1 else f"{size}"
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Parameters by level, the gate's part pale, and the linear layer as a line."""
+    totals = sorted({row["experts"] for row in rows})
+    figure, axes = new_figure(2, height=2.5)
+    for ax, total in zip(axes, totals, strict=False):
+        mine = [row for row in rows if row["experts"] == total]
+        places = range(len(mine))
+        experts = [row["parameters"] - row["gate_parameters"] for row in mine]
+        ax.bar(places, [row["parameters"] for row in mine], 0.6, color="#0072B2", alpha=0.35, label="gate")
+        ax.bar(places, experts, 0.6, color="#0072B2", label="factors")
+        ax.axhline(mt.dense_parameters(768, 768), color="black", linestyle="--", label="linear layer")
+        ax.set_xticks(places, [power(row) for row in mine])
+        ax.set(yscale="log", title=f"{total:,} experts", xlabel="experts of the levels", ylabel="parameters")
+        ax.set_ylim(1e5, 10 * max(row["parameters"] for row in mine))
+    for ax in axes[len(totals) :]:
+        ax.remove()
+    axes[0].legend(frameon=False, loc="upper right")
+    return figure

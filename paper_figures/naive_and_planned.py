@@ -1,0 +1,51 @@
+"""FLOPs of the forward pass with the weight tensor formed first, and as planned.
+
+Oldfield et al. (2024), the fast forward pass: never forming the weight tensor saves orders of magnitude.
+
+Settings: 512 experts, 768 → 768 with biases, one input. Ranks as in parameters_over_experts. 'Naive' forms
+the weight tensor in the cheapest order and contracts it with the coefficients and the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+import mumoe_tensor as mt
+from mumoe_tensor.study.plots import COLOURS
+from paper_figures.common import Row, new_figure, title_of
+from paper_figures.parameters_over_experts import SIZES, ranks
+
+EXPERTS = 512
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a format."""
+    found = []
+    for name, rank in ranks().items():
+        naive, planned = (
+            mt.plan(name, experts=EXPERTS, rank=rank or None, implementation=way, **SIZES).flops  # type: ignore[arg-type]
+            for way in ("reconstructed", "factorized")
+        )
+        found.append({"name": name, "naive": naive, "planned": planned, "ratio": naive / planned})
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Two bars a format, the naive one pale, with the ratio beside them."""
+    figure, (ax,) = new_figure(height=2.6)
+    for place, row in enumerate(rows):
+        colour = COLOURS[row["name"]]
+        ax.barh(place - 0.2, row["naive"], 0.36, color=colour, alpha=0.35)
+        ax.barh(place + 0.2, row["planned"], 0.36, color=colour)
+        ax.annotate(
+            f"{row['ratio']:,.0f} times", (row["naive"], place - 0.2), xytext=(4, 0),
+            textcoords="offset points", va="center",
+        )  # fmt: skip
+    ax.set_yticks(range(len(rows)), [title_of(row["name"]) for row in rows])
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="FLOPs of one input (pale: weight tensor formed first)")
+    ax.set_xlim(1e5, 60 * max(row["naive"] for row in rows))
+    ax.tick_params(axis="y", length=0)
+    return figure

@@ -318,7 +318,7 @@ def sparse(quick: bool) -> Report:
 
 
 def one_token(quick: bool) -> Report:
-    """Inference on one token against the same torch operations written by hand."""
+    """Inference on one token against the same torch operations written by hand, eager and compiled."""
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     for shape in (SHAPES[0], SHAPES[-1]):
@@ -342,7 +342,10 @@ def one_token(quick: bool) -> Report:
             return x
 
         calls = {"by hand": forward(by_hand, x), "layer": forward(layer, x)}
-        torch.testing.assert_close(calls["layer"](), calls["by hand"]())
+        if not quick:
+            calls["compiled"] = forward(torch.compile(layer, fullgraph=True), x)
+        for name in calls:
+            torch.testing.assert_close(calls[name](), calls["by hand"](), rtol=1e-4, atol=1e-5)
         found = compare(calls, "by hand", rounds=3 if quick else 101, turn=1e-3, limit=2.0 if quick else 20.0)
         rows.append(
             {
@@ -350,10 +353,13 @@ def one_token(quick: bool) -> Report:
                 "by hand us": 1e6 * found.spread("by hand").median,
                 "layer us": 1e6 * found.spread("layer").median,
                 "more us": 1e6 * found.excess("layer").median,
+                "compiled us": None if quick else 1e6 * found.spread("compiled").median,
+                "more than by hand us": None if quick else 1e6 * found.excess("compiled").median,
             }
         )
-    columns = {"shape": ""} | dict.fromkeys(("by hand us", "layer us", "more us"), ".0f")
-    return Report("one token", "Inference on one token, eager, CP", columns, rows, [])
+    columns = {"shape": ""} | dict.fromkeys(list(rows[0])[1:], ".0f")
+    notes = ["by hand: eager torch operations, without modules and checks."]
+    return Report("one-token", "Inference on one token, CP", columns, rows, notes)
 
 
 def gates(quick: bool) -> Report:

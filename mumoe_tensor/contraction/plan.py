@@ -275,16 +275,15 @@ def _candidates(
 
 
 def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) -> list[Tree]:
-    elements = [0.0, ELEMENT] if minimize == "time" else [0.0]
+    elements = [0.0] if minimize == "flops" else [0.0, ELEMENT]
     if batch:
         found = best_trees(space, [Case(batch, element) for element in elements], limit)
     else:
         found = [*best_at_any_batch(space, elements)]
     if minimize == "peak":
         batches = (batch,) if batch else PEAK_BATCHES
-        ends = [tree for tree in (found[0], found[-1]) if tree is not None] if found else []
-        known = [peaks_of(space, tree, batches) for tree in ends]
-        bounds = map(min, zip(*known, strict=True)) if known else [inf] * len(batches)
+        known = found[-1] if found else None
+        bounds = [inf] * len(batches) if known is None else peaks_of(space, known, batches)
         cases = [Case(b, bound=bound) for b, bound in zip(batches, bounds, strict=True)]
         found += best_trees(space, cases, limit, peak=True)
     return list(dict.fromkeys(tree for tree in found if tree is not None))

@@ -160,9 +160,11 @@ def best_trees(
     admitted = space.is_admitted & (space.is_inner | (sizes.of_product.max(axis=0) <= limit))
     costs = np.where(space.is_leaf, 0.0, bounds)
     left_parts = np.zeros(costs.shape, dtype=int)
+    first_of_case = costs.shape[1] * np.arange(len(costs))[:, None]
     # What is not summed soon: modes of weights alone, and of the result (unless it has one row).
     lasting = space.indices & (space.output & ~space.batch if batches.min() == 1 else space.output)
     lasting |= np.where(space.indices & space.batch, 0, space.indices & space.modes)
+    sums_nothing, sums_all = space.indices & ~space.output == 0, lasting == 0
     # By how many operands they have, the sets that some order forms within the bound.
     formed = [np.array([], dtype=int), 1 << np.arange(space.count)]
     for count in range(2, space.count + 1):
@@ -170,10 +172,8 @@ def best_trees(
         pairs = [pair for k in halves for pair in _disjoint(formed[k], formed[count - k])]
         left, right = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         cost = np.maximum(costs[:, left], costs[:, right]) if peak else costs[:, left] + costs[:, right]
-        of_left, of_right = space.indices[left], space.indices[right]
-        sums_nothing = (of_left & ~space.output == 0) | (of_right & ~space.output == 0)
-        sums_all = lasting[left] | lasting[right] == 0
-        considered = (of_left & of_right != 0) | sums_nothing | sums_all
+        considered = space.indices[left] & space.indices[right] != 0
+        considered |= sums_nothing[left] | sums_nothing[right] | (sums_all[left] & sums_all[right])
         considered &= admitted[left | right] & (cost < bounds).any(axis=0)
         left, right, cost = left[considered], right[considered], cost[:, considered]
         if peak:
@@ -181,8 +181,8 @@ def best_trees(
         else:
             cost += _price(space, sizes, left, right, elements)
         whole = left | right
-        for lowest, found in zip(costs, cost, strict=True):
-            np.minimum.at(lowest, whole, found)
+        # (All cases in one call: `at` takes long to begin.)
+        np.minimum.at(costs.reshape(-1), (first_of_case + whole).reshape(-1), cost.reshape(-1))
         case, pair = np.nonzero((cost == costs[:, whole]) & (cost < bounds))
         left_parts[case, whole[pair]] = left[pair]
         is_formed = np.zeros(len(space.indices), dtype=bool)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.nn.gate import ExpertGate
@@ -59,11 +60,22 @@ def level_of(gate: ExpertGate, level: int) -> int:
 
 
 @contextmanager
+def hooked(gate: ExpertGate, hook: Callable[..., Any]) -> Iterator[None]:
+    """While the context lasts, a gate has a hook. Compiled models run eagerly, or would not see it."""
+    handle = gate.register_forward_hook(hook)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def watch_coefficients(model: nn.Module, consumer: Consumer) -> Iterator[None]:
     """While the context lasts, hand the coefficients of every gate of a model to a function.
 
     The coefficients carry no gradient, and nothing keeps them but the function. Leaving the context, also by
-    an error, removes every hook.
+    an error, removes every hook. A compiled model runs eagerly in it.
 
     Parameters
     ----------
@@ -97,5 +109,5 @@ def watch_coefficients(model: nn.Module, consumer: Consumer) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, gate in gates_of(model).items():
-            stack.callback(gate.register_forward_hook(hook_of(name)).remove)
+            stack.enter_context(hooked(gate, hook_of(name)))
         yield

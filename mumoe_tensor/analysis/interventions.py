@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import gate_of, gates_of, level_of
+from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, level_of
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> Iterator
     """While the context lasts, a layer is without some experts: their coefficients are zero.
 
     The layer equals one whose weight tensor is zero in the slices of these experts, biases included. What is
-    left is not normalised again (Oldfield et al., 2024).
+    left is not normalised again (Oldfield et al., 2024). A compiled model runs eagerly in it.
 
     Parameters
     ----------
@@ -44,11 +44,8 @@ def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> Iterator
         changed[level] = changed[level].index_fill(-1, index, 0.0)
         return tuple(changed)
 
-    handle = gate.register_forward_hook(hook)
-    try:
+    with hooked(gate, hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -57,7 +54,8 @@ def random_gate(model: nn.Module, seed: int) -> Iterator[None]:
 
     Every input draws anew which expert gets which of its coefficients, so they are as sparse as before, and
     say nothing of the input. The baseline of what is found with the real gate. The k-th call of a gate draws
-    the same in every such context with that seed.
+    the same in every such context with that seed; so do not use it with activation checkpointing, which
+    calls gates twice. A compiled model runs eagerly in it.
 
     Parameters
     ----------
@@ -83,5 +81,5 @@ def random_gate(model: nn.Module, seed: int) -> Iterator[None]:
 
     with ExitStack() as stack:
         for place, gate in enumerate(gates_of(model).values()):
-            stack.callback(gate.register_forward_hook(hook_of(place)).remove)
+            stack.enter_context(hooked(gate, hook_of(place)))
         yield

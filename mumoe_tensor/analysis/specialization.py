@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import gate_of, level_of
+from mumoe_tensor.analysis.coefficients import gate_of, hooked, level_of
 from mumoe_tensor.analysis.interventions import random_gate
 from mumoe_tensor.nn.gate import ExpertGate
 
@@ -95,7 +95,7 @@ class Labels:
             raise ValueError("there must be inputs before experts can be told apart by labels, got none.")
         active = self.counts.sum(1)
         if not active.sum():
-            return LabelStatistics(self.counts, float("nan"), float("nan"), float("nan"))
+            return LabelStatistics(self.counts.clone(), float("nan"), float("nan"), float("nan"))
         weights = active / active.sum()
         shares = self.counts.double() / active.clamp_min(1)[:, None]
         entropy = float((torch.special.entr(shares).sum(1) * weights).sum())
@@ -147,8 +147,8 @@ def ablation_effects(
     Raises
     ------
     ValueError
-        If the layer is none, there is no such level or expert, or its gate is not called once, with the rows
-        of the batch.
+        If the layer is none, there is no such level, expert or label, or its gate is not called once, with
+        the rows of the batch.
     """
     gate = gate_of(layer)
     count = gate.experts[level_of(gate, level)]
@@ -157,10 +157,13 @@ def ablation_effects(
         raise ValueError(f"experts must be some of the {count} of level {level}, got {removed}.")
     total = torch.zeros(classes, dtype=torch.long)
     change = torch.zeros(len(removed), classes, dtype=torch.long)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for place, (inputs, labels) in enumerate(batches):
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                least, most = int(labels.min()), int(labels.max())
+                raise ValueError(f"labels must lie from 0 to {classes - 1}, got {least} to {most}.")
             total += torch.bincount(labels.cpu(), minlength=classes)
             coefficients, intact = _intact(model, layer, gate, inputs, random_seed, place)
             is_right = intact == labels
@@ -170,12 +173,13 @@ def ablation_effects(
                 if len(rows):
                     without = [a[rows] for a in coefficients]
                     without[level][..., expert] = 0
-                    with _given(gate, tuple(without)):
+                    with hooked(gate, lambda *_, given=tuple(without): given):
                         is_right_now = model(inputs[rows]).argmax(-1) == labels[rows]
                     difference = is_right_now.long() - is_right[rows].long()
                     change[k].index_add_(0, labels[rows].cpu(), difference.cpu())
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
     return change / total
 
 
@@ -187,8 +191,7 @@ def _intact(
     with ExitStack() as stack:
         if random_seed is not None:
             stack.enter_context(random_gate(layer, random_seed + place))
-        handle = gate.register_forward_hook(lambda module, inputs, coefficients: seen.append(coefficients))
-        stack.callback(handle.remove)
+        stack.enter_context(hooked(gate, lambda module, inputs, coefficients: seen.append(coefficients)))
         predicted = model(inputs).argmax(-1)
     if len(seen) != 1 or any(a.shape[0] != len(inputs) for a in seen[0]):
         raise ValueError(
@@ -196,16 +199,6 @@ def _intact(
             f"was called {len(seen)} time(s), giving {[tuple(a.shape) for each in seen for a in each]}."
         )
     return seen[0], predicted
-
-
-@contextmanager
-def _given(gate: ExpertGate, coefficients: tuple[Tensor, ...]) -> Iterator[None]:
-    """While the context lasts, a gate gives these coefficients."""
-    handle = gate.register_forward_hook(lambda *_: coefficients)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def polysemanticity(effects: Tensor) -> Tensor:

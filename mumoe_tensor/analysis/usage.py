@@ -20,11 +20,12 @@ class UsageStatistics:
     load : Tensor of shape (N,)
         Share of the inputs that give the expert a coefficient of the threshold at least.
     mean : Tensor of shape (N,)
-        Mean coefficient of the expert; these sum to one.
+        Mean coefficient of the expert; these sum to one, unless someone changes coefficients.
     dead : int
         Experts that no input gave a coefficient other than zero.
     entropy : float
-        Entropy of the mean coefficients over log(N): 1 if all experts are used alike, 0 if only one is.
+        Entropy of the mean coefficients over log(N): 1 if all experts are used alike, 0 if only one is, NaN
+        if none is.
     largest_share : float
         The largest mean coefficient.
     active : float

@@ -150,6 +150,9 @@ class _Contraction(torch.autograd.Function):
     @staticmethod
     def forward(recipe: Recipe, activation: Activation | None, *arrays: Tensor) -> tuple[Tensor, ...]:
         result, kept = _run(recipe, activation, arrays)
+        if recipe.program.steps[-1].shape is not None:
+            # A view that a function returns must not be changed in place, as activations do.
+            result = result.clone()
         return result, *kept
 
     @staticmethod

@@ -92,7 +92,7 @@ class Experts(nn.Module):
         self.experts = modes[:-2]
         self.in_features, self.out_features = modes[-2] - bias, modes[-1]
         self.rank = self.format.full_rank(rank, len(self.experts))
-        self.bias, self.init = bias, init
+        self.bias, self.init, self.recompute = bias, init, recompute
         network = forward_network(self.format, modes, self.rank, self.format.units(len(self.experts)), bias)
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
@@ -176,7 +176,7 @@ class Experts(nn.Module):
         ValueError
             If the shapes do not fit together.
         """
-        return self._mix([*self.factors._parameters.values()], z, coefficients, activation, sparse_gradient)
+        return self._mix([*self.factors], z, coefficients, activation, sparse_gradient)
 
     def _mix(
         self,

@@ -62,12 +62,12 @@ class _Entmax15(torch.autograd.Function):
             s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), p)
             scaled = s * gradient
             return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
+        dtype = torch.promote_types(p.dtype, torch.float32)
         if not _is_eager_on_cpu(gradient):
-            return _gradient(p, gradient)
-        found = torch.empty_like(p, memory_format=torch.contiguous_format)
-        for parts in zip(_chunks(p), _chunks(gradient), _chunks(found), strict=True):
-            _gradient(*parts)
-        return found
+            return _gradient(p.to(dtype), gradient.to(dtype)).to(p.dtype)
+        # (Nothing is written into memory made ahead: the gradient may be a batch of them.)
+        parts = zip(_chunks(p.to(dtype)), _chunks(gradient.to(dtype)), strict=True)
+        return torch.cat([_gradient(*part) for part in parts]).reshape(p.shape).to(p.dtype)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None], logits: Tensor) -> tuple[Tensor, int]:
@@ -107,9 +107,9 @@ def _solve(z: Tensor, result: Tensor | None = None, can_stop: bool = False) -> T
     return u.mul_(u)
 
 
-def _gradient(p: Tensor, gradient: Tensor, result: Tensor | None = None) -> Tensor:
+def _gradient(p: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of the logits from the coefficients and their gradient."""
     # (The root of zero takes many times longer than that of other numbers.)
     s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
-    scaled = torch.mul(s, gradient, out=result)
-    return scaled.sub_(s.mul_(scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)))
+    scaled = s * gradient
+    return scaled.addcmul_(s, scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True), value=-1)

@@ -127,7 +127,9 @@ class ExpertGate(nn.Module):
 
     def _is_norm_folded(self, z: Tensor) -> bool:
         """Whether batch norm goes into the weight: where it is frozen and has fewer rows than the batch."""
-        if not is_frozen(self) or self.norm.training:  # type: ignore[union-attr]
+        norm = self.norm
+        assert norm is not None
+        if not is_frozen(self) or norm.training or norm._forward_hooks or norm._forward_pre_hooks:
             return False
         return z.dtype in (torch.float32, torch.float64) and z.numel() > self.in_features**2
 

@@ -482,7 +482,7 @@ class MuMoEMLP(_Layer):
         if activation is None:
             hidden = self.activation(hidden)
         y = self.down(hidden, coefficients, activation, sparse_gradient)
-        mixed: Tensor = self.dropout(y) if self.training else y
+        mixed: Tensor = self.dropout(y)
         return mixed
 
 

@@ -24,11 +24,13 @@ class _AllReduce(torch.autograd.Function):
         return gradient
 
 
-class LogitBatchNorm(nn.BatchNorm1d):
+class LogitBatchNorm(nn.Module):
     """Batch norm without affine parameters over all axes but the last; a mask may leave rows out.
 
     In distributed training the statistics are those of the batches of all processes. A forward pass that
-    activation checkpointing makes again does not advance the running statistics.
+    activation checkpointing makes again does not advance the running statistics (but it does where a compiled
+    layer is inside of the checkpoint). It is none of torch's own batch norms, so
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves it alone.
 
     Parameters
     ----------
@@ -36,8 +38,18 @@ class LogitBatchNorm(nn.BatchNorm1d):
     device : torch.device or str, optional
     dtype : torch.dtype, optional
         Of the running statistics; float32 at least.
+
+    Attributes
+    ----------
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the newest batch in the running statistics; None for the mean of all batches.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
     #: On how many processes every row is, which is one unless `parallelize` says otherwise.
     copies = 1
 
@@ -47,8 +59,19 @@ class LogitBatchNorm(nn.BatchNorm1d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        super().__init__()
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        super().__init__(num_features, affine=False, device=device, dtype=dtype)
+        self.num_features, self.eps = num_features, 1e-5
+        self.momentum: float | None = 0.1
+        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
+
+    def reset_parameters(self) -> None:
+        """Forget the running statistics."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise logits of shape (..., features); `mask` of shape (...) is true where a row counts.
@@ -59,7 +82,6 @@ class LogitBatchNorm(nn.BatchNorm1d):
             In training with fewer than two rows that count.
         """
         rows = logits.reshape(-1, logits.shape[-1])
-        assert self.running_mean is not None and self.running_var is not None
         if not self.training:
             scale, shift = self.affine_map(rows.dtype)
             return torch.addcmul(shift, rows, scale).reshape(logits.shape)
@@ -70,14 +92,23 @@ class LogitBatchNorm(nn.BatchNorm1d):
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if mask is None and not shared and rows.dtype == self.running_mean.dtype:
             self._check_rows(rows.shape[0])
-            if not again:
-                return super().forward(rows).reshape(logits.shape)
-            unused = self.running_mean.clone(), self.running_var.clone()
-            normed = nn.functional.batch_norm(rows, *unused, training=True, eps=self.eps)
+            if again:
+                running = self.running_mean.clone(), self.running_var.clone()
+            else:
+                running = self.running_mean, self.running_var
+                self.num_batches_tracked.add_(1)
+            normed = nn.functional.batch_norm(
+                rows, *running, training=True, momentum=self._weight(), eps=self.eps
+            )
             return normed.reshape(logits.shape)
         counts = rows.new_ones(rows.shape[0], 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
+
+        def counted(values: Tensor) -> Tensor:
+            # Rows that do not count may hold anything, NaN too.
+            return values if mask is None else torch.where(mask.reshape(-1, 1), values, 0)
+
         total = _AllReduce.apply if shared else lambda sums: sums
-        sums = total(torch.cat([(counts * rows).sum(0), counts.sum(0)]))
+        sums = total(torch.cat([counted(rows).sum(0), counts.sum(0)]))
         count = sums[-1].detach()
         # Copies of a row change nothing in a mean, but are no further samples.
         rows_seen = count / self.copies
@@ -85,22 +116,26 @@ class LogitBatchNorm(nn.BatchNorm1d):
             self._check_rows(int(rows_seen))
         mean = sums[:-1] / count
         centred = rows - mean
-        variance = total((counts * centred * centred).sum(0)) / count
+        variance = total(counted(centred).square().sum(0)) / count
         if not again:
             self._advance(mean.detach(), variance.detach() * (rows_seen / (rows_seen - 1)))
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
 
     def affine_map(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What it is in evaluation: a scale and a shift of every feature."""
-        assert self.running_mean is not None and self.running_var is not None
         scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)
         return scale, -self.running_mean.to(dtype) * scale
 
     @torch.no_grad()
     def _advance(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        weight = self._weight()
         for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            running.lerp_(new.to(running.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
-        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            running.lerp_(new.to(running.dtype), weight)
+
+    def _weight(self) -> float:
+        """Weight of the newest batch, which is counted already."""
+        return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def _check_rows(self, rows: int) -> None:
         if rows < 2:

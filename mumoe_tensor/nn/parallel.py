@@ -84,7 +84,8 @@ class DividedExperts(Experts):
         super().__init__(
             whole.in_features, whole.out_features, whole.experts, whole.format,
             tuple(stop - start if x == bond else size for x, size in sizes.items()),
-            bias=whole.bias, init=whole.init, batch_hint=whole.plan.batch, device="meta",
+            bias=whole.bias, init=whole.init, batch_hint=whole.plan.batch,
+            recompute=whole.recompute, device="meta",
         )  # fmt: skip
         self.group, self.bond, self.start, self.whole_size = group, bond, start, sizes[bond]
         for k, factor in enumerate(whole.factors):
@@ -107,7 +108,8 @@ class DividedExperts(Experts):
         whole = Experts(
             self.in_features, self.out_features, self.experts, self.format,
             tuple(self.whole_size if x == self.bond else n for x, n in zip(bonds, self.rank, strict=True)),
-            bias=self.bias, init=self.init, batch_hint=self.plan.batch, device="meta", dtype=like.dtype,
+            bias=self.bias, init=self.init, batch_hint=self.plan.batch,
+            recompute=self.recompute, device="meta", dtype=like.dtype,
         ).to_empty(device=like.device)  # fmt: skip
         for k, (factor, part) in enumerate(zip(whole.factors, self.factors, strict=True)):
             factor.requires_grad_(part.requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -150,7 +151,12 @@ def read_idx(images: str | Path, labels: str | Path) -> Dataset:
 
 
 def _idx(path: Path) -> np.ndarray[Any, Any]:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"a file named .gz must be gzipped and whole; {path} is not: {error}.") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
         raise ValueError(f"an IDX file starts with two zero bytes and a type; {path} with {content[:4]!r}.")
     axes = content[3]

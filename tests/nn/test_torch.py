@@ -221,3 +221,44 @@ def test_layers_in_a_model_of_someone_else() -> None:
     model(torch.randn(7, 6)).square().mean().backward()
     optimizer.step()
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"0", "2"}
+
+
+def test_factors_that_are_pruned_or_parametrized() -> None:
+    from torch.nn.utils import parametrize, prune
+
+    torch.manual_seed(0)
+    layer, x = MuMoE(7, 8, 8, "cp", 4, gate_norm="none"), torch.randn(5, 7)
+    nn.init.normal_(layer.gate.weight)
+    expected = layer(x)
+    prune.l1_unstructured(layer.experts.factors, "0", amount=0.0)
+    torch.testing.assert_close(layer(x), expected)
+    parametrize.register_parametrization(layer.experts.factors, "2", nn.Identity())
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_conversion_to_synchronised_batch_norm_leaves_the_gate_alone() -> None:
+    layer, x = MuMoE(7, 8, 8, "cp", 4).eval(), torch.randn(5, 7)
+    expected = layer(x)
+    torch.testing.assert_close(nn.SyncBatchNorm.convert_sync_batchnorm(layer)(x), expected)
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    for format in ("dense", "cp"):
+        y = MuMoE(7, 8, 4, format, rank_for(format), gate_norm="none")(torch.randn(5, 7))
+        nn.functional.relu_(y).sum().backward()
+
+
+def test_batches_of_gradients() -> None:
+    torch.manual_seed(0)
+    block = MuMoEMLP(7, 8, 3, 4, "cp", 3, gate_norm="layer", dtype=torch.float64)
+    nn.init.normal_(block.gate.weight)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    one_by_one, at_once = (torch.autograd.functional.jacobian(block, x, vectorize=v) for v in (False, True))
+    torch.testing.assert_close(one_by_one, at_once)
+
+
+def test_dropout_that_stays_on_in_evaluation() -> None:
+    block = MuMoEMLP(8, 8, 8, 4, "cp", 3, dropout=0.5).eval()
+    assert not (block(torch.ones(4, 8)) == 0).any()
+    block.dropout.train()
+    assert (block(torch.ones(4, 8)) == 0).any()

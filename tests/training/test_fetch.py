@@ -82,6 +82,19 @@ def test_a_failure_leaves_nothing_behind_and_stops_no_other(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
 
 
+@pytest.mark.usefixtures("sources")
+@pytest.mark.parametrize("name", ["p.whl", "p.tar.gz"])
+def test_a_damaged_package_stops_no_other(name: str, tmp_path: Path) -> None:
+    def get(source: Source, folder: Path) -> Path:
+        if source.name == "two":
+            return wheel(folder)
+        (folder / name).write_bytes(b"<html>")
+        return folder / name
+
+    outcome = fetch(tmp_path, get=get)
+    assert outcome["one"] not in ("fetched", "there") and outcome["two"] == "fetched"
+
+
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 

@@ -109,6 +109,13 @@ def test_idx_that_is_refused(content: bytes, message: str, tmp_path: Path) -> No
         read_idx(tmp_path / "x", tmp_path / "x")
 
 
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(idx(np.zeros(500, dtype=np.uint8)))[:-9]])
+def test_idx_that_is_not_gzipped(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="gzipped and whole"):
+        read_idx(tmp_path / "x.gz", tmp_path / "x.gz")
+
+
 def test_text(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("Wherefore – art", encoding="utf-8")
     assert read_text(tmp_path / "t") == "Wherefore – art"
@@ -196,6 +203,53 @@ def test_schedule() -> None:
     assert TrainConfig(warmup=0).factor(0, 10) == 1
 
 
+def test_the_schedule_and_the_decay_reach_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = torch.optim.AdamW.step
+
+    def step(self: Any, *arguments: Any) -> Any:
+        seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    config = TrainConfig(epochs=2, batch_size=40, learning_rate=0.3, weight_decay=0.07, warmup=0.25)
+    train(model(), clouds(), clouds(seed=1), config)
+    assert [lr for lr, _ in seen] == pytest.approx([0.3 * config.factor(k, 20) for k in range(20)])
+    assert {decay for _, decay in seen} == {0.07}
+
+
+def test_losses_by_their_definition() -> None:
+    net, data = model().eval(), clouds(1500)
+    with torch.no_grad():
+        expected = float(nn.functional.cross_entropy(net(data.x), data.y))
+        right = float((net(data.x).argmax(-1) == data.y).float().mean())
+    assert evaluate(net, data) == pytest.approx((expected, right))
+    still = TrainConfig(epochs=2, batch_size=500, learning_rate=1e-12, weight_decay=0)
+    linear = nn.Linear(3, 3)
+    history = train(linear, data, data, still)
+    assert history[0].loss == pytest.approx(evaluate(linear, data)[0], rel=1e-4)
+
+
+def test_dropout_is_seeded() -> None:
+    states = []
+    for state in (1, 2):
+        net = nn.Sequential(model(), nn.Dropout(0.5))
+        torch.manual_seed(state)
+        train(net, clouds(), clouds(seed=1), TrainConfig(epochs=1, batch_size=50))
+        states.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*states)
+
+
+def test_an_equal_loss_is_no_better() -> None:
+    net = nn.Linear(3, 3)
+    history = train(net.requires_grad_(True), clouds(), clouds(seed=1), TrainConfig(epochs=3), loss=constant)
+    assert [e.is_best for e in history] == [True, False, False]
+
+
+def constant(logits: Any, labels: Any) -> Any:
+    return 0 * logits.sum() + 1
+
+
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = []
     original = torch.optim.AdamW.step
@@ -217,6 +271,8 @@ def test_bad_figures_stop_it() -> None:
     data = clouds()
     with pytest.raises(FloatingPointError, match="epoch 1"):
         train(model(), Dataset(data.x * float("inf"), data.y), data, TrainConfig(batch_size=32))
+    with pytest.raises(FloatingPointError, match="validation rows"):
+        train(model(), data, Dataset(data.x * float("nan"), data.y), TrainConfig(batch_size=32))
     with pytest.raises(ValueError, match="needs as many rows"):
         train(model(), clouds(10), data, TrainConfig(batch_size=32))
     for bad in ({"epochs": 0}, {"clip": -1.0}, {"patience": 0}, {"warmup": 1.5}, {"weight_decay": -0.1}):

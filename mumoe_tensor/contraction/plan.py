@@ -275,7 +275,7 @@ def _candidates(
 
 
 def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) -> list[Tree]:
-    elements = [0.0] if minimize == "flops" else [0.0, ELEMENT]
+    elements = [0.0, ELEMENT] if minimize == "time" else [0.0]
     if batch:
         found = best_trees(space, [Case(batch, element) for element in elements], limit)
     else:
@@ -411,7 +411,8 @@ def plan(
     minimize : {"time", "flops", "peak"}, default "time"
         ``"time"`` weighs FLOPs and elements moved, copies included, and takes at most 5 % more FLOPs than
         the least. ``"flops"`` takes the fewest. ``"peak"`` takes the order with the fewest elements live
-        at once among those searched at batches 1, 256 and 65,536.
+        at once, among those of the fewest FLOPs at any batch and of the least peak at batches 1, 256 and
+        65,536.
     implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
         ``"factorized"``: no intermediate carries all of the expert, input and output modes.
         ``"reconstructed"``: the weight tensor is formed first. ``"auto"``: whichever costs less.

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("entmax")
 
 from torch import nn  # noqa: E402
 
+from benchmarks.memory import kept_bytes  # noqa: E402
 from mumoe_tensor.backend import load_backend  # noqa: E402
 from mumoe_tensor.contraction.execute import execute  # noqa: E402
 from mumoe_tensor.contraction.network import forward_network  # noqa: E402
@@ -75,23 +77,6 @@ def test_second_derivatives(format: str, activation: Any) -> None:
     block = MuMoEMLP(3, 2, 2, 3, format, rank, activation=activation or torch.sin, dtype=torch.float64)
     x, a = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (3, 3))
     assert torch.autograd.gradgradcheck(lambda x, a: block.down(block.up(x, [a]), [a], activation), (x, a))
-
-
-def kept_bytes(module: Any, x: Any) -> int:
-    """What a forward pass keeps for the backward pass besides the parameters, every storage once."""
-    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(saved: Any) -> Any:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = module(x)
-    assert y.requires_grad
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

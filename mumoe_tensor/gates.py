@@ -180,10 +180,10 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
     return _restored(backend, _softmax(backend, z), x, axis)
 
 
-#: The gates that need nothing but logits and an axis, by name.
 # Their derivatives are zero wherever their coefficients are.
 entmax15.sparse_gradient = sparsemax.sparse_gradient = True  # type: ignore[attr-defined]
 
+#: The gates that need nothing but logits and an axis, by name.
 GATES: dict[str, Callable[..., Array]] = {"entmax15": entmax15, "sparsemax": sparsemax, "softmax": softmax}
 
 

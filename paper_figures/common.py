@@ -17,12 +17,16 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mumoe_tensor import Cost, cost, fit_rank
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.plots import COLOURS, STYLE
 from mumoe_tensor.study.report import whole_file
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
+#: The layer of the figures over the number of experts, and where its ranks are matched to a linear layer.
+SIZES: dict[str, Any] = dict(in_features=768, out_features=768, bias=True)
+MATCHED_AT = 64
 #: Of a column of text, in inches.
 WIDTH = 3.4
 #: The formats that are compared, in the order of legends. Dense is what they are compared with.
@@ -56,6 +60,42 @@ def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, names: Sequence[st
         points = [(row[x], row[y]) for row in rows if row["name"] == name and row[y] is not None]
         style = {"linestyle": LINES.get(name, "-"), "color": COLOURS.get(name, "#000000")}
         ax.plot(*zip(*points, strict=True), label=title_of(name), **style)
+
+
+def over_experts(quick: bool, figure: str, of_cost: Callable[[Cost], int]) -> list[Row]:
+    """A figure of every format's cost, one row a format and number of experts, up to a million.
+
+    The layer is `SIZES`, its gate counted. The rank is that of `matched_ranks`.
+    """
+    return [
+        {"name": name, "experts": n, figure: of_cost(cost(name, experts=n, rank=rank, gate=True, **SIZES))}
+        for name, rank in matched_ranks().items()
+        for n in counts(quick)
+    ]
+
+
+def counts(quick: bool) -> list[int]:
+    """Numbers of experts, from two to a million."""
+    return [2**k for k in range(1, 21, 4 if quick else 1)]
+
+
+def matched_ranks() -> dict[str, Any]:
+    """By format the rank at which the layer has the parameters of the linear one; None if it has no rank."""
+    return {
+        name: fit_rank(name, experts=MATCHED_AT, parameters="match", gate=True, **SIZES)
+        if formats()[name].bonds(1)
+        else None
+        for name in FORMATS
+    }
+
+
+def draw_over_experts(rows: Sequence[Row], figure: str, label: str) -> Figure:
+    """A figure over the number of experts, both logarithmic."""
+    drawn, (ax,) = new_figure(height=2.9)
+    draw_lines(ax, rows, "experts", figure)
+    ax.set(xscale="log", yscale="log", xlabel="experts N", ylabel=label)
+    drawn.legend(loc="outside lower center", ncols=2, frameon=False)
+    return drawn
 
 
 def write(module: ModuleType, folder: Path, quick: bool) -> list[Path]:

@@ -13,34 +13,25 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-import mumoe_tensor as mt
-from paper_figures.common import Row, draw_lines, new_figure
-from paper_figures.parameters_over_experts import SIZES, ranks
+from paper_figures.common import SIZES, Row, counts, draw_over_experts, over_experts
 
 TOP_K = 2
 
 
 def rows(quick: bool) -> list[Row]:
     """One row a format and number of experts."""
-    counts = [2**k for k in range(1, 21, 4 if quick else 1)]
-    found: list[Row] = []
-    for name, rank in ranks().items():
-        for n in counts:
-            cost = mt.cost(name, experts=n, rank=rank or None, gate=True, **SIZES)
-            found.append({"name": name, "experts": n, "flops": cost.flops})
-    one = 2 * 768 * 768
-    for n in counts:
-        gate = 2 * 768 * n
-        found.append({"name": "dense moe", "experts": n, "flops": n * (one + 2 * 768) + gate})
-        found.append({"name": "sparse moe", "experts": n, "flops": TOP_K * (one + 2 * 768) + gate})
-        found.append({"name": "linear", "experts": n, "flops": one})
+    found = over_experts(quick, "flops", lambda cost: cost.flops)
+    gate, outputs = 2 * SIZES["in_features"], SIZES["out_features"]
+    linear = gate * outputs
+    # The output of an expert that is used is weighted and added.
+    expert = linear + 2 * outputs
+    for n in counts(quick):
+        found.append({"name": "dense moe", "experts": n, "flops": n * (expert + gate)})
+        found.append({"name": "sparse moe", "experts": n, "flops": TOP_K * expert + n * gate})
+        found.append({"name": "linear", "experts": n, "flops": linear})
     return found
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """FLOPs over experts, both logarithmic."""
-    figure, (ax,) = new_figure(height=2.9)
-    draw_lines(ax, rows, "experts", "flops")
-    ax.set(xscale="log", yscale="log", xlabel="experts N", ylabel="FLOPs of one input")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure
+    """FLOPs over experts."""
+    return draw_over_experts(rows, "flops", "FLOPs of one input")

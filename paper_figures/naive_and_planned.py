@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
 from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import Row, new_figure, title_of
-from paper_figures.parameters_over_experts import SIZES, ranks
+from paper_figures.common import SIZES, Row, matched_ranks, new_figure, title_of
 
 EXPERTS = 512
 
@@ -23,9 +22,9 @@ EXPERTS = 512
 def rows(quick: bool) -> list[Row]:
     """One row a format."""
     found = []
-    for name, rank in ranks().items():
+    for name, rank in matched_ranks().items():
         naive, planned = (
-            mt.plan(name, experts=EXPERTS, rank=rank or None, implementation=way, **SIZES).flops  # type: ignore[arg-type]
+            mt.plan(name, experts=EXPERTS, rank=rank, implementation=way, **SIZES).flops  # type: ignore[arg-type]
             for way in ("reconstructed", "factorized")
         )
         found.append({"name": name, "naive": naive, "planned": planned, "ratio": naive / planned})

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 import mumoe_tensor as mt
 from paper_figures.__main__ import FIGURES
-from paper_figures.common import PRINT_STYLE, run, write
+from paper_figures.common import MATCHED_AT, PRINT_STYLE, SIZES, matched_ranks, run, write
 
 
 def module_of(name: str) -> Any:
@@ -70,11 +70,10 @@ def by_name(name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_parameters_are_matched_where_they_should_be() -> None:
-    module = module_of("parameters_over_experts")
     linear = mt.dense_parameters(768, 768)
-    for name, rank in module.ranks().items():
+    for name, rank in matched_ranks().items():
         if rank:
-            cost = mt.cost(name, experts=module.MATCHED_AT, rank=rank, gate=True, **module.SIZES)
+            cost = mt.cost(name, experts=MATCHED_AT, rank=rank, gate=True, **SIZES)
             assert linear <= cost.parameters < 1.02 * linear
     rows = by_name("parameters_over_experts")
     assert rows["dense moe"][-1]["experts"] == 2**17

@@ -61,7 +61,7 @@ class _SparseProduct(torch.autograd.Function):
         coefficients, factor = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The gradient is to have one itself: by products that have derivatives.
-            return gradient @ factor.mT, coefficients.mT @ gradient
+            return _of_dense(coefficients, factor, gradient)
         found: tuple[Tensor, Tensor] = sum_of_rows_backward(coefficients, factor, gradient)
         return found
 
@@ -96,7 +96,7 @@ def _(info: Any, in_dims: Any, coefficients: Tensor, factor: Tensor) -> tuple[Te
 def sum_of_rows_backward(coefficients: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of both operands, that of the coefficients zero where they are zero."""
     if not _are_few(coefficients):
-        return gradient @ factor.mT, coefficients.mT @ gradient
+        return _of_dense(coefficients, factor, gradient)
     position, row, column, starts = _support(coefficients)
     gradient = gradient.contiguous()
     of_coefficients = torch.zeros_like(coefficients, memory_format=torch.contiguous_format)
@@ -117,13 +117,18 @@ def sum_of_rows_backward(coefficients: Tensor, factor: Tensor, gradient: Tensor)
 
 @sum_of_rows_backward.register_fake
 def _(coefficients: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    return gradient @ factor.mT, coefficients.mT @ gradient
+    return _of_dense(coefficients, factor, gradient)
 
 
 @sum_of_rows_backward.register_vmap
 def _(info: Any, in_dims: Any, *operands: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     coefficients, factor, gradient = _stacked(info.batch_size, in_dims, *operands)
-    return (gradient @ factor.mT, coefficients.mT @ gradient), (0, 0)
+    return _of_dense(coefficients, factor, gradient), (0, 0)
+
+
+def _of_dense(coefficients: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of both operands of the plain product."""
+    return gradient @ factor.mT, coefficients.mT @ gradient
 
 
 def _stacked(count: int, in_dims: Sequence[int | None], *operands: Tensor) -> list[Tensor]:

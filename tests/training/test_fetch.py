@@ -118,10 +118,14 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("sources")
 def test_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(module, "fetch", lambda folder, names: {"one": "fetched", "two": "no network"})
-    assert main([str(tmp_path)]) == 1
+    assert main(["--out", str(tmp_path)]) == 1
     assert "no network" in capsys.readouterr().out
     monkeypatch.setattr(module, "fetch", lambda folder, names: {"one": "there"})
-    assert main([str(tmp_path), "one"]) == 0
+    assert main(["one", "--out", str(tmp_path)]) == 0
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        main(["nothing", "--out", str(tmp_path / "data")])
+    assert "known are" in capsys.readouterr().err and not (tmp_path / "data").exists()
 
 
 def test_sources_are_named_once_with_a_licence() -> None:

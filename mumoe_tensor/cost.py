@@ -141,7 +141,7 @@ def cost(
         Whether the input mode has the bias as one more row.
     gate : bool, default False
         Count the gate: a matrix ``in_features x experts`` a level, without bias.
-    batch, minimize, implementation, memory_limit, constants, dtype
+    batch, minimize, implementation, memory_limit, constants, dtype : optional
         See `plan`.
 
     Returns
@@ -239,5 +239,13 @@ def max_expert_rank(format: Format, modes: tuple[int, ...], rank: tuple[int, ...
 def dense_parameters(
     in_features: int, out_features: int, hidden: int | None = None, bias: bool = True
 ) -> int:
-    """Parameters of the dense layer, or the dense block of two, that a mixture takes the place of."""
+    """Parameters of the dense layer, or the dense block of two, that a mixture takes the place of.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    hidden : int, optional
+        Two layers, `in_features` to `hidden` to `out_features`.
+    bias : bool, default True
+    """
     return sum((inner + bias) * outer for inner, outer in layer_sizes(in_features, hidden, out_features))

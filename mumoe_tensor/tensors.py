@@ -85,6 +85,10 @@ class FactorizedTensor:
     def from_tensorly(cls, container: Any) -> FactorizedTensor:
         """Take over a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, by attribute.
 
+        Parameters
+        ----------
+        container : CPTensor, TuckerTensor, TRTensor or TTTensor
+
         Raises
         ------
         TypeError

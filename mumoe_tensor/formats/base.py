@@ -80,19 +80,49 @@ class Format(ABC):
         return (t,) * len(self.bonds(len(sizes) - 2))
 
     def reference_path(self, levels: int) -> Tree | None:
-        """Order of the contraction whose cost is the format's closed form, or None."""
+        """Order of the contraction whose cost is the format's closed form, or None.
+
+        Parameters
+        ----------
+        levels : int
+            Number of levels of experts.
+        """
         return None
 
     def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int | None:
-        """Closed form: FLOPs of the reference path for one input, or None where none is known."""
+        """Closed form: FLOPs of the reference path for one input, or None where none is known.
+
+        Parameters
+        ----------
+        sizes : tuple of int
+            Sizes of the modes, in their order.
+        rank : tuple of int
+        """
         return None
 
     def from_container(self, container: Any) -> list[Any]:
-        """Read the factors from TensorLy's container of this format, by attribute."""
+        """Read the factors from TensorLy's container of this format, by attribute.
+
+        Parameters
+        ----------
+        container : object
+            One that has its attributes will do.
+
+        Returns
+        -------
+        list of array
+        """
         raise TypeError(f"format {self.name!r} has no container in TensorLy.")
 
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
-        """Put the factors into TensorLy's container; `tl` is the backend they belong to."""
+        """Put the factors into TensorLy's container; `tl` is the backend they belong to.
+
+        Parameters
+        ----------
+        factors : sequence of array
+        tl : object
+            TensorLy's backend of these arrays.
+        """
         raise TypeError(f"format {self.name!r} has no container in TensorLy.")
 
     def decompose(
@@ -126,13 +156,25 @@ class Format(ABC):
     # ---- derived; not to be overridden -------------------------------------------------------------
 
     def bonds(self, levels: int) -> tuple[str, ...]:
-        """Bond indices in order of first appearance: the entries of a rank."""
+        """Bond indices in order of first appearance: the entries of a rank.
+
+        Parameters
+        ----------
+        levels : int
+            Number of levels of experts.
+        """
         modes = mode_names(levels)
         seen = dict.fromkeys(index for f in self.declaration(levels) for index in f.indices)
         return tuple(index for index in seen if index not in modes)
 
     def declaration(self, levels: int) -> tuple[Factor, ...]:
-        """The declared factors for a number of levels of experts."""
+        """The declared factors for a number of levels of experts.
+
+        Parameters
+        ----------
+        levels : int
+            Number of levels of experts.
+        """
         known: dict[int, tuple[Factor, ...]] = self.__dict__.setdefault("_declarations", {})
         if levels not in known:
             declared = self.factors(mode_names(levels))
@@ -142,11 +184,23 @@ class Format(ABC):
         return known[levels]
 
     def units(self, levels: int) -> tuple[int, ...]:
-        """Positions of the factors that are all ones unless given."""
+        """Positions of the factors that are all ones unless given.
+
+        Parameters
+        ----------
+        levels : int
+            Number of levels of experts.
+        """
         return tuple(k for k, f in enumerate(self.declaration(levels)) if f.unit)
 
     def check_rank(self, rank: int | Sequence[int | None] | None, levels: int) -> tuple[int | None, ...]:
         """Bring a rank into the form of a tuple with one entry per bond.
+
+        Parameters
+        ----------
+        rank : int or sequence of int and None, optional
+        levels : int
+            Number of levels of experts.
 
         Raises
         ------
@@ -167,20 +221,41 @@ class Format(ABC):
         return entries
 
     def full_rank(self, rank: int | Sequence[int | None] | None, levels: int) -> Rank:
-        """As `check_rank`, but no entry may be None."""
+        """As `check_rank`, but no entry may be None.
+
+        Parameters
+        ----------
+        rank : int or sequence of int, optional
+        levels : int
+            Number of levels of experts.
+        """
         entries = tuple(r for r in self.check_rank(rank, levels) if r is not None)
         if len(entries) != len(self.bonds(levels)):
             raise ValueError(f"every entry of the rank must be known here, got {rank!r}; see fit_rank.")
         return entries
 
     def sizes(self, modes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:
-        """Size of every index, from the sizes of the modes and the rank."""
+        """Size of every index, from the sizes of the modes and the rank.
+
+        Parameters
+        ----------
+        modes : sequence of int
+            Sizes of the modes, in their order, the bias row counted.
+        rank : int or sequence of int, optional
+        """
         levels = len(modes) - 2
         entries = self.full_rank(rank, levels)
         return dict(zip(mode_names(levels) + self.bonds(levels), (*modes, *entries), strict=True))
 
     def shapes(self, modes: Sequence[int], rank: int | Sequence[int] | None) -> list[tuple[int, ...]]:
-        """Shape of each factor, unit ones included, in the order of their declaration."""
+        """Shape of each factor, unit ones included, in the order of their declaration.
+
+        Parameters
+        ----------
+        modes : sequence of int
+            Sizes of the modes, in their order, the bias row counted.
+        rank : int or sequence of int, optional
+        """
         sizes = self.sizes(modes, rank)
         return [tuple(sizes[x] for x in f.indices) for f in self.declaration(len(modes) - 2)]
 
@@ -195,7 +270,13 @@ class Format(ABC):
 
 
 def mode_names(levels: int) -> tuple[str, ...]:
-    """Names of the modes: ``("n1", ..., "nE", "i", "o")``."""
+    """Names of the modes: ``("n1", ..., "nE", "i", "o")``.
+
+    Parameters
+    ----------
+    levels : int
+        Number of levels of experts.
+    """
     return (*(f"n{e}" for e in range(1, levels + 1)), "i", "o")
 
 
@@ -263,6 +344,16 @@ _registry: dict[str, Format] = {}
 def register(format: type[Format]) -> type[Format]:
     """Make a format available by its name. Works as a class decorator.
 
+    Parameters
+    ----------
+    format : type
+        A class derived from `Format`, whose instances need no arguments.
+
+    Returns
+    -------
+    type
+        The same class.
+
     Raises
     ------
     ValueError
@@ -299,6 +390,10 @@ def formats() -> dict[str, Format]:
 
 def get_format(format: str | Format) -> Format:
     """Look a format up by its name; a `Format` is returned as it is.
+
+    Parameters
+    ----------
+    format : str or Format
 
     Raises
     ------

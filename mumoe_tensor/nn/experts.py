@@ -42,7 +42,7 @@ class Experts(nn.Module):
         Number of experts, one number a level.
     format : str or Format
     rank : int or sequence of int, optional
-        One entry a bond of the format; see `Format.bonds`.
+        One entry a bond of the format; see `.Format.bonds`.
     bias : bool, default True
         Every expert has a bias: the input mode has one more row.
     init : {"linear", "published"}, default "linear"
@@ -57,7 +57,7 @@ class Experts(nn.Module):
     Attributes
     ----------
     factors : ParameterList
-        The factors that are not all ones, each in the memory order its format declares (`Factor.storage`).
+        The factors that are not all ones, each in the memory order its format declares (``Factor.storage``).
     axes : tuple of tuple of str
         The axes of each of these factors, by the names of the format.
     plan : ContractionPlan
@@ -125,7 +125,7 @@ class Experts(nn.Module):
 
     @property
     def weight(self) -> FactorizedTensor:
-        """The factors as a `FactorizedTensor`: views of the parameters, in declared order."""
+        """The factors as a `.FactorizedTensor`: views of the parameters, in declared order."""
         factors = iter(self.factors)
         views: list[Any] = [
             None if f.unit else next(factors).permute([f.storage.index(x) for x in f.indices])
@@ -135,6 +135,11 @@ class Experts(nn.Module):
 
     def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
+
+        Parameters
+        ----------
+        index : int or sequence of int
+            One number a level.
 
         Raises
         ------
@@ -214,7 +219,12 @@ class Experts(nn.Module):
         return Folded(self._network, self._batch_hint)
 
     def train(self, mode: bool = True) -> Self:
-        """As of every module; in training products of weights that were made ahead are forgotten."""
+        """As of every module; in training products of weights that were made ahead are forgotten.
+
+        Parameters
+        ----------
+        mode : bool, default True
+        """
         if mode and "_folded" in self.__dict__:
             self._folded.clear()
         return super().train(mode)

@@ -138,7 +138,14 @@ class ExpertGate(nn.Module):
         return logits if self.norm is None else self.norm(logits, mask)
 
     def coefficients_of(self, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs."""
+        """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs.
+
+        Parameters
+        ----------
+        logits : Tensor of shape (..., sum of experts)
+        dtype : torch.dtype, optional
+            Of the coefficients; that of the logits by default.
+        """
         parts = logits.split(self.experts, -1) if len(self.experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)

@@ -265,7 +265,7 @@ class MuMoE(_Layer):
         rank) for those of ``torch.nn.Linear(in_features, out_features, bias)``.
     bias : bool, default True
         Every expert has a bias.
-    gate, gate_norm
+    gate, gate_norm : optional
         See `ExpertGate`.
     input_norm : bool, default False
         An affine layer norm on the input, which the gate does not see.
@@ -353,11 +353,17 @@ class MuMoE(_Layer):
 
     @property
     def weight(self) -> FactorizedTensor:
-        """The weight of all experts: a `FactorizedTensor` of views of the parameters."""
+        """The weight of all experts: a `.FactorizedTensor` of views of the parameters."""
         return self.experts.weight
 
     def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Matrix of shape (in_features, out_features) and bias of one expert, one number a level."""
+        """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
+
+        Parameters
+        ----------
+        index : int or sequence of int
+            One number a level.
+        """
         return self.experts.expert(index)
 
     def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
@@ -374,15 +380,19 @@ class MuMoEMLP(_Layer):
     Parameters
     ----------
     in_features, hidden_features, out_features : int
-    experts, format, rank, bias, gate, gate_norm, input_norm, init, batch_hint, recompute, device, dtype
+    experts : int or sequence of int
+    format, rank : optional
         As of `MuMoE`; both layers have one rank.
     parameters : int or "match", optional
         Parameters the block shall have at least; ``"match"`` for those of two `torch.nn.Linear`.
+    bias : bool, default True
     activation : str or callable, default "gelu"
         The name of a function of `torch.nn.functional` or any function of a tensor. The result of a usual one
         (gelu, relu, silu, …) is not kept for the backward pass but formed again, which is quick.
     dropout : float, default 0
         Probability of dropping an output while training.
+    gate, gate_norm, input_norm, init, batch_hint, recompute, device, dtype : optional
+        As of `MuMoE`.
 
     Attributes
     ----------
@@ -455,6 +465,13 @@ class MuMoEMLP(_Layer):
         cls, up: nn.Module, down: nn.Module, experts: int | Sequence[int], **options: Any
     ) -> MuMoEMLP:
         """Make a block whose experts all start as two linear layers; see `MuMoE.from_linear`.
+
+        Parameters
+        ----------
+        up, down : torch.nn.Linear, or Conv1D of transformers
+        experts : int or sequence of int
+        **options
+            Further arguments of the block, such as format and rank.
 
         Raises
         ------

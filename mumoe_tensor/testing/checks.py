@@ -45,7 +45,12 @@ RECONSTRUCTIONS = {
 
 
 def check_equals_dense(problem: Problem) -> None:
-    """The forward pass and `to_dense` equal a naive sum over all indices; so does the dense tensor's own."""
+    """The forward pass and `to_dense` equal a naive sum over all indices; so does the dense tensor's own.
+
+    Parameters
+    ----------
+    problem : Problem
+    """
     dense = dense_weight(problem.weight)
     formed = to_dense(problem.weight)
     assert_close(formed, dense, dense_weight(problem.weight, absolute=True), "to_dense", problem.dtype)
@@ -61,6 +66,10 @@ def check_equals_tensorly(problem: Problem) -> None:
     """TensorLy's own reconstruction of the weight's container is the second oracle, if it has one.
 
     The container is accepted where a weight is, and read back to the same factors.
+
+    Parameters
+    ----------
+    problem : Problem
     """
     try:
         container = problem.weight.to_tensorly()
@@ -93,7 +102,12 @@ def check_equals_tensorly(problem: Problem) -> None:
 
 
 def check_result_kind(problem: Problem) -> None:
-    """Leading shape, backend, dtype and device of the inputs are those of the result."""
+    """Leading shape, backend, dtype and device of the inputs are those of the result.
+
+    Parameters
+    ----------
+    problem : Problem
+    """
     dense, matrix = to_dense(problem.weight), _first_expert(problem)
     results = {"multilinear_moe": problem.output(), "to_dense": dense, "expert_matrix": matrix}
     *_, i, o = problem.weight.shape
@@ -107,7 +121,12 @@ def check_result_kind(problem: Problem) -> None:
 
 
 def check_linear_in_input(problem: Problem) -> None:
-    """Linear in the inputs, affine with a bias."""
+    """Linear in the inputs, affine with a bias.
+
+    Parameters
+    ----------
+    problem : Problem
+    """
     generator = problem.generator()
     z = to_numpy(problem.z)
     inputs = [problem.array(x) for x in (z, generator.standard_normal(z.shape), np.zeros(z.shape))]
@@ -126,7 +145,12 @@ def check_linear_in_input(problem: Problem) -> None:
 
 
 def check_linear_in_coefficients(problem: Problem) -> None:
-    """Linear in the coefficients of each level."""
+    """Linear in the coefficients of each level.
+
+    Parameters
+    ----------
+    problem : Problem
+    """
     generator = problem.generator()
     for e, a in enumerate(problem.coefficients):
         arrays = [problem.array(x) for x in (to_numpy(a), generator.standard_normal(a.shape))]
@@ -148,7 +172,12 @@ def check_linear_in_coefficients(problem: Problem) -> None:
 
 
 def check_linear_in_factors(problem: Problem) -> None:
-    """Linear in each factor, with the others held."""
+    """Linear in each factor, with the others held.
+
+    Parameters
+    ----------
+    problem : Problem
+    """
     generator = problem.generator()
     for k, factor in enumerate(problem.weight.factors):
         if factor is None:
@@ -174,7 +203,12 @@ def check_linear_in_factors(problem: Problem) -> None:
 
 
 def check_expert_permutation(problem: Problem) -> None:
-    """Experts permuted together with their coefficients give the same result."""
+    """Experts permuted together with their coefficients give the same result.
+
+    Parameters
+    ----------
+    problem : Problem
+    """
     generator = problem.generator()
     order = {m: generator.permutation(n) for m, n in _sizes(problem.weight).items() if m.startswith("n")}
     order = {m: order[m] for m in mode_names(problem.weight.levels)[:-2]}
@@ -192,7 +226,12 @@ def check_expert_permutation(problem: Problem) -> None:
 
 
 def check_one_hot(problem: Problem) -> None:
-    """One-hot coefficients give the output of one expert, whose matrix and bias `expert_matrix` returns."""
+    """One-hot coefficients give the output of one expert, whose matrix and bias `expert_matrix` returns.
+
+    Parameters
+    ----------
+    problem : Problem
+    """
     generator = problem.generator()
     weight = problem.weight
     expert = tuple(int(generator.integers(n)) for n in weight.experts)
@@ -224,6 +263,10 @@ def check_gauge(problem: Problem) -> None:
     A matrix and its inverse inserted into a bond that joins two factors change nothing (the basis of
     Tucker's factors, the cores of a ring); nor do the entries of any bond, permuted in all its factors, and
     scaled in one and unscaled in another (the components of CP).
+
+    Parameters
+    ----------
+    problem : Problem
     """
     generator = problem.generator()
     format, levels = problem.weight.format, problem.weight.levels
@@ -263,6 +306,10 @@ def check_level_of_one(problem: Problem) -> None:
 
     The weight is cut to the first expert of a level; the result is that of its dense tensor without the
     level.
+
+    Parameters
+    ----------
+    problem : Problem
     """
     for e in range(problem.weight.levels):
         mode = mode_names(problem.weight.levels)[e]
@@ -284,6 +331,10 @@ def check_gradients(problem: Problem) -> None:
     """Gradients in every factor, the input and all coefficients equal those of the dense formula.
 
     With PyTorch in float64 also finite differences (`torch.autograd.gradcheck`). NumPy has none to check.
+
+    Parameters
+    ----------
+    problem : Problem
     """
     if problem.backend == "pytorch":
         _check_torch_gradients(problem)
@@ -296,6 +347,10 @@ def check_paths(problem: Problem) -> None:
 
     All combinations of what to minimise, implementation and folded constants, planned for some batch and
     bound to the weight, and pairwise orders at random.
+
+    Parameters
+    ----------
+    problem : Problem
     """
     generator = problem.generator()
     expected = dense_moe(dense_weight(problem.weight), *_inputs(problem), bias=problem.bias)
@@ -335,6 +390,10 @@ def check_plan(problem: Problem) -> None:
     Steps are pairwise; ``"factorized"`` forms no intermediate with all experts, the input and the output;
     ``"auto"`` takes the cheaper way; ``"time"`` spends at most 5 % more FLOPs than ``"flops"``; no plan costs
     more than the format's closed form.
+
+    Parameters
+    ----------
+    problem : Problem
     """
     network = _network(problem)
     batch = max(1, prod(problem.leading))
@@ -420,7 +479,7 @@ def run_check(
     Parameters
     ----------
     check : callable
-        A function of one `Problem`; see `CHECKS`.
+        A function of one `Problem`; see ``CHECKS``.
     format : str or Format, optional
         All registered formats by default.
     backend : {"numpy", "pytorch", "jax"}, default "numpy"

@@ -22,7 +22,12 @@ SMALLEST = {"float64": 1e-290, "float32": 1e-30, "float16": 1e-4, "bfloat16": 1e
 
 
 def to_numpy(array: Array) -> Float64:
-    """Values of an array of any backend, in float64."""
+    """Values of an array of any backend, in float64.
+
+    Parameters
+    ----------
+    array : array
+    """
     if hasattr(array, "detach"):
         array = array.detach().cpu().double()
     return np.asarray(array).astype(np.float64)
@@ -91,7 +96,19 @@ def dense_moe(tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, b
 def magnitude(
     weight: FactorizedTensor, z: Array, coefficients: Sequence[Array], *, bias: bool = False
 ) -> Float64:
-    """Sum of the magnitudes of all terms of an output: what its rounding error is relative to."""
+    """Sum of the magnitudes of all terms of an output: what its rounding error is relative to.
+
+    Parameters
+    ----------
+    weight : FactorizedTensor
+    z : array of shape (..., I)
+    coefficients : sequence of array of shape (..., Ne)
+    bias : bool, default False
+
+    Returns
+    -------
+    array of shape (..., O)
+    """
     arrays = [np.abs(to_numpy(x)) for x in (z, *coefficients)]
     return dense_moe(dense_weight(weight, absolute=True), arrays[0], arrays[1:], bias=bias)
 

@@ -64,13 +64,27 @@ class Problem:
         return np.random.default_rng([self.seed, 1])
 
     def array(self, values: Any) -> Array:
-        """Put values into an array of this problem's backend and dtype."""
+        """Put values into an array of this problem's backend and dtype.
+
+        Parameters
+        ----------
+        values : array_like
+        """
         return make_array(values, self.backend, self.dtype)
 
     def output(
         self, weight: Any = None, z: Array = None, coefficients: list[Array] | None = None, **options: Any
     ) -> Array:
-        """Result of `multilinear_moe`, with whatever is given in place of what the problem has."""
+        """Result of `multilinear_moe`, with whatever is given in place of what the problem has.
+
+        Parameters
+        ----------
+        weight : FactorizedTensor, optional
+        z : array of shape (..., I), optional
+        coefficients : sequence of array of shape (..., Ne), optional
+        **options
+            Further arguments of `multilinear_moe`.
+        """
         return multilinear_moe(
             self.weight if weight is None else weight,
             self.z if z is None else z,
@@ -149,7 +163,12 @@ def dtypes(draw: Callable, backend: str) -> str:
 
 
 def levels(most: int = 3) -> st.SearchStrategy[int]:
-    """Numbers of levels of experts, none included; the most, which takes long to plan, is the rarest."""
+    """Numbers of levels of experts, none included; the most, which takes long to plan, is the rarest.
+
+    Parameters
+    ----------
+    most : int, default 3
+    """
     return st.sampled_from([*range(most + 1), *range(most), *range(most)])
 
 
@@ -157,12 +176,25 @@ _levels = levels  # where a parameter has that name
 
 
 def sizes(most: int = 4) -> st.SearchStrategy[int]:
-    """Sizes of a mode or a bond, one included."""
+    """Sizes of a mode or a bond, one included.
+
+    Parameters
+    ----------
+    most : int, default 4
+    """
     return st.integers(1, most)
 
 
 def ranks(format: str | Format, levels: int, most: int = 3) -> st.SearchStrategy[tuple[int, ...]]:
-    """Ranks of a format: one size a bond."""
+    """Ranks of a format: one size a bond.
+
+    Parameters
+    ----------
+    format : str or Format
+    levels : int
+    most : int, default 3
+        The largest size of a bond.
+    """
     return st.tuples(*[sizes(most)] * len(get_format(format).bonds(levels)))
 
 

@@ -55,7 +55,12 @@ class Dataset:
         return int(self.y.max()) + 1
 
     def rows(self, index: Tensor) -> Dataset:
-        """Some of the rows."""
+        """Some of the rows.
+
+        Parameters
+        ----------
+        index : Tensor of int of shape (n,)
+        """
         return Dataset(self.x[index], self.y[index])
 
 
@@ -173,6 +178,10 @@ def _idx(path: Path) -> np.ndarray[Any, Any]:
 
 def read_text(path: str | Path) -> str:
     """Read a text in UTF-8.
+
+    Parameters
+    ----------
+    path : str or Path
 
     Raises
     ------

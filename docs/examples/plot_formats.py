@@ -1,0 +1,115 @@
+"""
+Formats at one budget
+=====================
+
+The same block of experts in every registered format, with as many parameters wherever the
+format has a rank to choose.
+"""
+
+# %%
+# What they cost
+# --------------
+# A block of two layers, 64 → 64 → 10, with 32 experts. The budget is 8,000 parameters, gate
+# and biases counted. Hadamard and the dense tensor have no rank: they are as large as they
+# are.
+
+import matplotlib.pyplot as plt
+import torch
+
+import mumoe_tensor as mt
+from mumoe_tensor.nn import MuMoEMLP
+from mumoe_tensor.study.plots import STYLE, colour
+from mumoe_tensor.training import TrainConfig, digits, evaluate, split, train
+
+plt.rcParams.update(STYLE)
+EXPERTS, BUDGET, SEEDS = 32, 8_000, range(3)
+sizes = dict(
+    experts=EXPERTS, in_features=64, hidden=64, out_features=10, bias=True, gate=True
+)
+ranks, costs = {}, {}
+for name, format in mt.formats().items():
+    has_rank = bool(format.bonds(levels=1))
+    ranks[name] = (
+        mt.fit_rank(name, parameters=BUDGET, rounding="down", **sizes) if has_rank else None
+    )
+    costs[name] = mt.cost(name, rank=ranks[name], **sizes)
+    print(f"{name:8} rank {ranks[name]!s:12} {costs[name].parameters:7,} parameters")
+
+# %%
+# What they learn
+# ---------------
+# Three seeds each, and a dense MLP of the same sizes beside them. The digits are easy:
+# differences of a point are not to be read as an order.
+
+rest, test = split(digits(), 0.2)
+fit, validation = split(rest, 0.2)
+
+
+def accuracy(make, seed: int) -> float:
+    torch.manual_seed(seed)
+    model = make()
+    train(
+        model,
+        fit,
+        validation,
+        TrainConfig(epochs=10, batch_size=64, learning_rate=0.01, seed=seed),
+    )
+    return evaluate(model, test)[1]
+
+
+def mlp():
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 10)
+    )
+
+
+found = {
+    name: [
+        accuracy(lambda n=name, r=rank: MuMoEMLP(64, 64, 10, EXPERTS, n, r), seed)
+        for seed in SEEDS
+    ]
+    for name, rank in ranks.items()
+}
+found["MLP"] = [accuracy(mlp, seed) for seed in SEEDS]
+for name, values in found.items():
+    mean = sum(values) / len(values)
+    print(f"{name:8} {mean:.1%} right (from {min(values):.1%} to {max(values):.1%})")
+
+# %%
+# The rank is that of the first layer's experts, whose matrices are 64 x 64; the second
+# layer has ten outputs only.
+
+names = [*costs, "MLP"]
+parameters = [cost.parameters for cost in costs.values()] + [
+    mt.dense_parameters(64, 10, hidden=64)
+]
+expert_ranks = [cost.layers[0].max_expert_rank for cost in costs.values()] + [64]
+colours = [colour(name) for name in costs] + ["#000000"]
+
+figure, (size, rank, right) = plt.subplots(
+    1, 3, figsize=(7.2, 2.8), layout="constrained", sharey=True
+)
+size.barh(names, parameters, color=colours)
+size.axvline(BUDGET, color="0.3", linewidth=0.8, linestyle="--")
+size.set(title="Parameters", xscale="log", xlim=(2e3, 6e5))
+rank.barh(names, expert_ranks, color=colours)
+rank.set(title="Largest rank of an expert", xlim=(0, 76))
+white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+for ax, values in ((size, parameters), (rank, expert_ranks)):
+    ax.tick_params(axis="y", length=0)
+    for y, value in enumerate(values):
+        ax.annotate(
+            f"{value:,}",
+            (value, y),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            bbox=white,
+        )
+for y, name in enumerate(names):
+    values = [100 * value for value in found[name]]
+    right.plot(values, [y] * len(values), "o", color=colours[y], markersize=4, alpha=0.7)
+right.tick_params(axis="y", length=0)
+right.set(title="Accuracy, three seeds", xlabel="% of the test rows")
+size.invert_yaxis()
+plt.show()

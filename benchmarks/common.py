@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 import mumoe_tensor as mt
 
 try:
-    import torch  # here and not where it is used: asv then imports it once, before it forks
+    # Here and not where it is used: asv then imports once, before it forks. The second is what the first
+    # backward pass of a process imports.
+    import torch
+    import torch.fx.experimental.symbolic_shapes
 except ImportError:
     torch = None
 
 BACKENDS = ("numpy", "torch")
+DEVICES = ("cpu", "cuda")
 #: Environment variable that chooses the profile.
 VARIABLE = "MUMOE_BENCHMARK_PROFILE"
 #: Weights of more elements than this are not made: the dense format at many experts.
@@ -31,11 +35,12 @@ class Profile:
     levels: tuple[int, ...]
     batch: int
     features: int
+    dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16")
     minimize: tuple[str, ...] = ("time", "flops", "peak")
 
 
 PROFILES = {
-    "quick": Profile(experts=(64,), levels=(1, 2), batch=64, features=256, minimize=("time",)),
+    "quick": Profile((64,), (1, 2), batch=64, features=128, dtypes=("float32",), minimize=("time",)),
     "regular": Profile(experts=(16, 256), levels=(0, 1, 2, 3), batch=1024, features=768),
     "large": Profile(experts=(16, 256, 4096), levels=(0, 1, 2, 3), batch=8192, features=768),
 }
@@ -54,48 +59,81 @@ def experts_of(total: int, levels: int) -> tuple[int, ...]:
     return (max(2, round(total ** (1 / levels))),) * levels if levels else ()
 
 
-def layer(format: str, total: int, levels: int) -> dict[str, Any]:
+def layer(
+    format: str, experts: int, levels: int, features: int | None = None, hidden: int | None = None
+) -> dict[str, Any]:
     """Arguments that describe a layer: its rank is fitted to the parameters of the dense layer."""
-    features = profile().features
+    if levels == 0 and experts != profile().experts[0]:
+        raise NotImplementedError("without a level there is no number of experts")
+    features = features or profile().features
     sizes: dict[str, Any] = {
         "format": format,
-        "experts": experts_of(total, levels),
+        "experts": experts_of(experts, levels),
         "in_features": features,
         "out_features": features,
         "bias": True,
     }
+    if hidden is not None:
+        sizes["hidden"] = hidden
     rank = mt.fit_rank(**sizes, rounding="down") if mt.get_format(format).bonds(levels) else None
     return sizes | {"rank": rank}
 
 
-def on(backend: str, array: np.ndarray) -> Any:
-    """The array on a backend."""
-    if backend == "numpy":
-        return array
+def need_memory(layer: dict[str, Any]) -> None:
+    """Have asv show a benchmark as skipped whose weight is too large."""
+    if mt.cost(**layer).parameters > MOST_ELEMENTS:
+        raise NotImplementedError(f"more than {MOST_ELEMENTS:,} parameters")
+
+
+def need_device(device: str) -> None:
+    """Have asv show a benchmark as skipped whose device is missing."""
     if torch is None:
         raise NotImplementedError("torch is not installed")
-    return torch.from_numpy(array)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotImplementedError("there is no CUDA device")
 
 
-def inputs(backend: str, *shapes: tuple[int, ...]) -> list[Any]:
-    """Random float32 arrays."""
+def finish(device: str) -> None:
+    """Wait for what the device has still to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def inputs(backend: str, *shapes: tuple[int, ...], dtype: str = "float32", device: str = "cpu") -> list[Any]:
+    """Random arrays."""
     rng = np.random.default_rng(0)
-    return [on(backend, rng.random(shape, dtype=np.float32)) for shape in shapes]
+    arrays = [rng.random(shape, dtype=np.float32) for shape in shapes]
+    if backend == "torch":
+        need_device(device)
+        return [torch.from_numpy(array).to(device, getattr(torch, dtype)) for array in arrays]
+    if device != "cpu" or dtype == "bfloat16":
+        raise NotImplementedError("NumPy has the CPU only, and no bfloat16")
+    return [array.astype(dtype) for array in arrays]
 
 
 class Benchmark(ABC):
-    """A suite over formats, numbers of experts and levels. asv skips what has an abstract method."""
+    """A suite, unless it says otherwise over formats, numbers of experts and levels.
+
+    asv passes over a class with an abstract method. Old commits are told a combination by its position alone:
+    the format varies the slowest, so that a new one, which is registered last, leaves theirs as they are.
+    """
 
     timeout = 120
-    param_names: ClassVar[list[str]] = ["format", "experts", "levels"]
-    params: ClassVar[list[Any]] = [list(mt.formats()), list(profile().experts), list(profile().levels)]
+    #: asv sets up before every call it times, which ends with a call: all are warm.
+    warmup_time = 0
+    #: Calls at least and at most, and seconds after which there are no more.
+    repeat = (3, 20, 1.0)
+    rounds = 1
+    param_names = ["format", "experts", "levels"]
+    params = [list(mt.formats()), list(profile().experts), list(profile().levels)]
 
-    def setup(self, format: str, experts: int, levels: int, *further: Any) -> None:
-        """Skip what is the same as another combination, then prepare."""
-        if levels == 0 and experts != profile().experts[0]:
-            raise NotImplementedError("without a level there is no number of experts")
-        self.prepare(layer(format, experts, levels), *further)
+    def setup(self, *values: Any) -> None:
+        """Prepare a combination; what old code lacks is shown as skipped."""
+        try:
+            self.prepare(**dict(zip(self.param_names, values, strict=True)))
+        except ImportError as error:
+            raise NotImplementedError(str(error)) from error
 
     @abstractmethod
-    def prepare(self, layer: dict[str, Any], *further: Any) -> None:
-        """Make what the benchmark needs, from the arguments that describe a layer and further parameters."""
+    def prepare(self, **values: Any) -> None:
+        """Make what the benchmark needs, from its parameters by name."""

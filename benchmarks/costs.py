@@ -1,18 +1,22 @@
-"""Figures that are counted, not measured: they change only when the library does."""
+"""Figures that are counted, not measured: they change only when the library does. See `guard`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import mumoe_tensor as mt
-from benchmarks.common import Benchmark, profile
+from benchmarks.common import PROFILES, Benchmark, layer
+
+#: Nothing is run: every profile can have layers of full size.
+FULL = PROFILES["regular"]
 
 
 class Cost(Benchmark):
-    """Cost of a layer whose rank is fitted to the dense layer's parameters."""
+    """Cost of a layer whose rank is fitted to the dense layer's parameters, in float32."""
 
-    def prepare(self, layer: dict[str, Any]) -> None:
-        self.cost = mt.cost(**layer, batch=profile().batch, dtype="float32")
+    def prepare(self, format: str, experts: int, levels: int) -> None:
+        described = layer(format, experts, levels, FULL.features)
+        self.cost = mt.cost(**described, batch=FULL.batch, dtype="float32")
 
     def track_flops(self, *_: Any) -> int:
         return self.cost.flops
@@ -29,7 +33,7 @@ class Cost(Benchmark):
 
     track_largest_intermediate.unit = "bytes"
 
-    def track_saved(self, *_: Any) -> int:
+    def track_saved_bytes(self, *_: Any) -> int:
         return self.cost.saved
 
-    track_saved.unit = "bytes"
+    track_saved_bytes.unit = "bytes"

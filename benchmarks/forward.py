@@ -1,33 +1,38 @@
-"""The forward pass, in time and in memory."""
+"""The forward pass of the functional core, in time and in memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import mumoe_tensor as mt
-from benchmarks.common import BACKENDS, MOST_ELEMENTS, Benchmark, inputs, profile
+from benchmarks.common import BACKENDS, DEVICES, Benchmark, finish, inputs, layer, need_memory, profile
 
 
 class Forward(Benchmark):
-    """`multilinear_moe` in float32, its plan known."""
+    """`multilinear_moe`, its plan known."""
 
-    param_names = [*Benchmark.param_names, "backend"]
-    params = [*Benchmark.params, list(BACKENDS)]
+    param_names = [*Benchmark.param_names, "backend", "dtype", "device"]
+    params = [*Benchmark.params, list(BACKENDS), list(profile().dtypes), list(DEVICES)]
 
-    def prepare(self, layer: dict[str, Any], backend: str) -> None:
-        if mt.cost(**layer).parameters > MOST_ELEMENTS:
-            raise NotImplementedError(f"more than {MOST_ELEMENTS:,} parameters")
-        batch, sizes = profile().batch, (*layer["experts"], layer["in_features"])
-        *self.coefficients, self.z = inputs(backend, *((batch, n) for n in sizes))
-        self.weight = mt.FactorizedTensor.random(**layer, like=self.z, seed=0)
+    def prepare(self, format: str, experts: int, levels: int, backend: str, dtype: str, device: str) -> None:
+        described = layer(format, experts, levels)
+        need_memory(described)
+        sizes = (*described["experts"], described["in_features"])
+        shapes = [(profile().batch, n) for n in sizes]
+        *self.coefficients, self.z = inputs(backend, *shapes, dtype=dtype, device=device)
+        self.weight = mt.FactorizedTensor.random(**described, like=self.z, seed=0)
+        self.device = device
         self.forward()
 
-    def forward(self) -> Any:
-        """One call."""
-        return mt.multilinear_moe(self.weight, self.z, self.coefficients, bias=True)
+    def forward(self) -> None:
+        """One call, to its end."""
+        mt.multilinear_moe(self.weight, self.z, self.coefficients, bias=True)
+        finish(self.device)
 
     def time_forward(self, *_: Any) -> None:
         self.forward()
 
     def peakmem_forward(self, *_: Any) -> None:
         self.forward()
+
+    peakmem_forward.params = [*params[:-1], ["cpu"]]  # the memory of the process, not of a device

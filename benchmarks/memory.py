@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,9 +63,14 @@ def peak_of_a_step(case: str, recompute: bool) -> int:
     module(x[:2]).sum().backward()
     module.zero_grad()
     x.grad = None
+    return growth(lambda: module(x).backward(gradient))
+
+
+def growth(call: Callable[[], object]) -> int:
+    """Bytes by which the resident set of this process grows at most in a call."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    module(x).backward(gradient)
+    call()
     return _status("VmHWM") - before
 
 
@@ -73,9 +79,16 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
-def _in_a_fresh_process(case: str, recompute: bool) -> int:
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps([case, recompute])]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def in_a_fresh_process(module: str, *arguments: Any) -> int:
+    """The number that a module of this repository prints, run with these arguments as JSON."""
+    # The repository comes last on the path: an asv environment has the library of another commit installed.
+    code = (
+        "import runpy, sys; sys.path.append(sys.argv.pop(1));"
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    )
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, "-P", "-c", code, root, module, json.dumps(arguments)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def memory(quick: bool) -> Report:
@@ -85,7 +98,7 @@ def memory(quick: bool) -> Report:
     peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}
     for _ in range(1 if quick else 5):
         for case in cases[: 2 if quick else None]:
-            peaks[case].append(_in_a_fresh_process(*case))
+            peaks[case].append(in_a_fresh_process("benchmarks.memory", *case))
     dense = peaks["dense", False]
     gradient = torch.randn(ROWS, GPT2[-1])
     times: dict[tuple[str, bool], float] = {}

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import opt_einsum
 import pytest
 
 import mumoe_tensor as mt
-from benchmarks import common, harness, ratios
+from benchmarks import common, guard, harness, memory, modules, ratios
+from benchmarks.costs import Cost
+from benchmarks.planning import Planning
 
 ROOT = Path(__file__).parents[1]
 CELEBA = ratios.Case("tucker", (128,), 768, 40, (32, 64, 64))
@@ -230,40 +241,193 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "unknown comparison 'no-such-comparison'" in capsys.readouterr().err
 
 
-def test_asv_finds_the_suites_and_nothing_else() -> None:
+@pytest.fixture(scope="module")
+def suites() -> dict[str, Any]:
+    """What asv finds, by name."""
     discovery = pytest.importorskip("asv_runner.discovery")
-    found = {benchmark.name: benchmark for benchmark in discovery.disc_benchmarks(str(ROOT / "benchmarks"))}
-    assert sorted(found) == [
+    return {benchmark.name: benchmark for benchmark in discovery.disc_benchmarks(str(ROOT / "benchmarks"))}
+
+
+def test_asv_finds_the_suites_and_nothing_else(suites: dict[str, Any]) -> None:
+    assert sorted(suites) == [
         "costs.Cost.track_flops",
         "costs.Cost.track_largest_intermediate",
         "costs.Cost.track_parameters",
-        "costs.Cost.track_saved",
+        "costs.Cost.track_saved_bytes",
         "forward.Forward.peakmem_forward",
         "forward.Forward.time_forward",
         "gates.Gate.time_gate",
         "imports.timeraw_import",
+        "modules.CudaStep.track_cuda_peak_bytes",
+        "modules.Inference.time_forward",
+        "modules.Step.peakmem_step",
+        "modules.Step.time_step",
+        "modules.Step.track_saved_bytes",
         "planning.FitRank.time_fit_rank",
         "planning.Planning.time_cold_search",
     ]
-    for name, benchmark in found.items():
-        if name != "imports.timeraw_import":
+    for name, benchmark in suites.items():
+        if name not in ("imports.timeraw_import", "modules.CudaStep.track_cuda_peak_bytes"):
             benchmark.set_param_idx(0)
             assert not benchmark.do_setup(), name
             benchmark.func(*benchmark._current_params)
 
 
-def test_tracked_figures_are_those_of_the_library() -> None:
-    from benchmarks.costs import Cost
+def test_without_cuda_its_benchmarks_are_skipped(
+    suites: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    skipped = set()
+    for name, benchmark in suites.items():
+        for k, values in enumerate(product(*benchmark.params)):
+            if "'cuda'" in values and "'numpy'" not in values:
+                benchmark.set_param_idx(k)
+                assert benchmark.do_setup(), (name, values)
+                assert "there is no CUDA device" in capsys.readouterr().out
+                skipped.add(name)
+    assert skipped == {
+        "forward.Forward.time_forward",
+        "gates.Gate.time_gate",
+        "modules.CudaStep.track_cuda_peak_bytes",
+        "modules.Inference.time_forward",
+        "modules.Step.time_step",
+    }
 
+
+def test_what_an_old_commit_lacks_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mumoe_tensor.nn", None)
+    monkeypatch.delattr("mumoe_tensor.nn", raising=False)
+    with pytest.raises(NotImplementedError, match="import"):
+        modules.Step().setup("cp", 64, 1, "MuMoE", "float32", "cpu")
+
+
+@pytest.mark.parametrize("dtype", common.PROFILES["regular"].dtypes)
+@pytest.mark.parametrize(("module", "levels"), [("MuMoE", 0), ("MuMoEMLP", 3)])
+def test_modules_run_in_every_dtype(module: str, levels: int, dtype: str) -> None:
+    values = ("cp", common.profile().experts[0], levels, module, dtype, "cpu")
+    modules.Inference().setup(*values)
+    step = modules.Step()
+    step.setup(*values)
+    assert str(step.x.grad.dtype) == f"torch.{dtype}"
+    dense = mt.dense_parameters(128, 128, 512 if module == "MuMoEMLP" else None)
+    gate = step.module.gate.weight.numel()
+    assert 0.9 * dense < sum(p.numel() for p in step.module.parameters()) - gate <= dense
+
+
+def test_the_peak_on_a_device_is_that_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda name=name: calls.append(name))
+    monkeypatch.setattr(modules.Step, "step", lambda self: calls.append("step"))
+    modules.cuda_peak_bytes("cp", 64, 1, "MuMoE", "float32", "cpu")
+    order = ["step", "synchronize", "reset_peak_memory_stats", "step", "synchronize", "max_memory_allocated"]
+    assert calls == order
+
+
+def test_a_fresh_process_imports_the_library_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder `mumoe_tensor` where the process starts, or one in the repository, must not be taken for it.
+    (tmp_path / "mumoe_tensor").mkdir()
+    (tmp_path / "mumoe_tensor" / "__init__.py").write_text("raise RuntimeError('this is not the library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "__file__", str(tmp_path / "benchmarks" / "memory.py"))
+    (tmp_path / "probe.py").write_text("import sys, mumoe_tensor; print(len(sys.argv[1]))")
+    assert memory.in_a_fresh_process("probe", 1, "a") == len('[1, "a"]')
+
+
+def test_no_search_of_a_plan_is_timed_twice() -> None:
+    # asv sets a suite up again before every call that it times.
+    suite = Planning()
+    sizes = set()
+    for _ in range(3):
+        suite.setup("cp", 64, 1, "time")
+        sizes.add(suite.layer["out_features"])
+        suite.time_cold_search()
+    assert len(sizes) == 3
+
+
+def test_tracked_figures_are_those_of_the_library() -> None:
     suite = Cost()
     suite.setup("tr", 64, 1)
-    layer = common.layer("tr", 64, 1)
-    expected = mt.cost(**layer, batch=common.profile().batch, dtype="float32")
+    layer = common.layer("tr", 64, 1, 768)
+    expected = mt.cost(**layer, batch=1024, dtype="float32")
     assert layer["rank"] == mt.fit_rank(**{k: v for k, v in layer.items() if k != "rank"}, rounding="down")
     assert suite.track_flops() == expected.flops
     assert suite.track_parameters() == expected.parameters
     assert suite.track_largest_intermediate() == expected.size
-    assert suite.track_saved() == expected.saved
+    assert suite.track_saved_bytes() == expected.saved
+
+
+def test_figures_that_are_counted_are_as_stored() -> None:
+    # Not here: tests register formats of their own.
+    command = [sys.executable, "-m", "benchmarks.guard"]
+    environment = {k: v for k, v in os.environ.items() if k != common.VARIABLE} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_counted_figure_is_stored(suites: dict[str, Any]) -> None:
+    counted = {name for name, benchmark in suites.items() if benchmark.type == "track"}
+    stored = {name.split("(")[0] for name in json.loads(guard.STORED.read_text())}
+    assert stored == counted - {"modules.CudaStep.track_cuda_peak_bytes"}
+
+
+@pytest.mark.parametrize(
+    "start", ["costs.Cost.track_flops('tucker'", "modules.Step.track_saved_bytes('cp', 64, 1"]
+)
+def test_the_guard_sees_what_grows(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_results(program: Any, recompute: bool) -> frozenset[int]:
+        count = len(program.network.operands)
+        return frozenset(range(count, count + len(program.steps) - 1))
+
+    # Plans that are not the best, and layers that keep all intermediates for their backward pass.
+    monkeypatch.setattr(mt, "cost", partial(mt.cost, minimize="peak"))
+    monkeypatch.setattr("mumoe_tensor.nn.experts.kept_results", all_results)
+    stored = json.loads(guard.STORED.read_text())
+    current = guard.figures(start)
+    assert any(" grew from " in line for line in guard.changes({k: stored[k] for k in current}, current))
+
+
+def test_changes_of_figures_name_the_case_and_both_values() -> None:
+    stored = {"same": 1, "more": 2, "less": 3000, "gone": 4}
+    assert guard.changes(stored, {"same": 1, "more": 3, "less": 2, "new": 5}) == [
+        "gone: 4 is stored, and nothing gives it",
+        "less: shrank from 3,000 to 2",
+        "more: grew from 2 to 3",
+        "new: 5 is not stored",
+    ]
+
+
+def test_the_guard_fails_until_figures_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "STORED", tmp_path / "stored.json")
+    monkeypatch.setattr(guard, "figures", lambda: {"a case": 7})
+    assert guard.main([]) == 1
+    assert "a case: 7 is not stored" in capsys.readouterr().out
+    assert guard.main(["--write"]) == 0
+    assert guard.main([]) == 0
+    guard.STORED.write_text('{"a case": 6}')
+    capsys.readouterr()
+    assert guard.main([]) == 1
+    told = capsys.readouterr().out
+    assert "a case: grew from 6 to 7" in told
+    assert guard.RENEW in told
+    monkeypatch.setenv(common.VARIABLE, "regular")
+    with pytest.raises(SystemExit, match="2"):
+        guard.main([])
+    assert "unset MUMOE_BENCHMARK_PROFILE" in capsys.readouterr().err
+
+
+def test_asv_environments_have_what_is_needed() -> None:
+    required = json.loads((ROOT / "asv.conf.json").read_text())["matrix"]["req"]
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    needed = project["project"]["dependencies"] + project["build-system"]["requires"]
+    assert {re.split("[^A-Za-z_]", name)[0] for name in needed} <= set(required)
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    assert required["torch"] == [pinned["torch"]]
 
 
 def test_profile_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

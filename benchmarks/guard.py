@@ -1,0 +1,83 @@
+"""Figures that are counted, not measured, beside their stored values: none changes unless it is meant to.
+
+    python -m benchmarks.guard [--write]
+
+They are what the `track_` benchmarks give, in the quick profile and without the device that not every
+machine has. A figure that shrinks has to be stored too: else it could grow back unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from itertools import product
+from pathlib import Path
+
+from asv_runner.discovery import disc_benchmarks
+
+from benchmarks.common import PROFILES, VARIABLE, profile
+from benchmarks.harness import write_whole
+
+STORED = Path(__file__).with_name("stored.json")
+RENEW = "python -m benchmarks.guard --write"
+
+
+def figures(start: str = "") -> dict[str, int]:
+    """The figures by the names that asv has for them, of those that start so."""
+    found = {}
+    for benchmark in disc_benchmarks(str(Path(__file__).parent)):
+        if benchmark.type != "track":
+            continue
+        for k, values in enumerate(product(*benchmark.params)):
+            name = f"{benchmark.name}({', '.join(values)})"
+            if "'cuda'" in values or not name.startswith(start):
+                continue
+            benchmark.set_param_idx(k)
+            with redirect_stdout(None):  # asv says what is skipped
+                skipped = benchmark.do_setup()
+            if not skipped:
+                found[name] = benchmark.do_run()
+    return found
+
+
+def changes(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
+    """A line for every figure that is not the stored one."""
+    lines = []
+    for name in sorted(stored.keys() | current.keys()):
+        old, new = stored.get(name), current.get(name)
+        if old is None:
+            lines.append(f"{name}: {new:,} is not stored")
+        elif new is None:
+            lines.append(f"{name}: {old:,} is stored, and nothing gives it")
+        elif new != old:
+            lines.append(f"{name}: {'grew' if new > old else 'shrank'} from {old:,} to {new:,}")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, or write; the exit status is 1 where a figure is not the stored one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="store the figures as they are now")
+    write = parser.parse_args(arguments).write
+    if profile() is not PROFILES["quick"]:
+        parser.error(f"the stored figures are those of the quick profile: unset {VARIABLE}.")
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    current = figures()
+    lines = changes(stored, current)
+    for line in lines:
+        print(line)
+    if write:
+        write_whole(STORED, json.dumps(current, indent=1) + "\n")
+        print(f"{len(current)} figures are stored in {STORED}")
+    elif lines:
+        print(f"{len(lines)} figures are not as stored. If they are meant to be so: {RENEW}")
+    else:
+        print(f"{len(current)} figures are as stored")
+    return int(bool(lines) and not write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

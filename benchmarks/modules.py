@@ -1,0 +1,130 @@
+"""The torch layers: inference and training step, in time and in memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from benchmarks.common import (
+    DEVICES,
+    Benchmark,
+    finish,
+    layer,
+    need_device,
+    need_memory,
+    profile,
+    torch,
+)
+
+
+def described(format: str, experts: int, levels: int, module: str) -> dict[str, Any]:
+    """Arguments that describe a layer or a block, unless it is too large."""
+    hidden = 4 * profile().features if module == "MuMoEMLP" else None
+    arguments = layer(format, experts, levels, hidden=hidden)
+    need_memory(arguments)
+    return arguments
+
+
+class Module(Benchmark):
+    """`MuMoE` and `MuMoEMLP`, with as many parameters as the dense layer, or block of two, has."""
+
+    param_names = [*Benchmark.param_names, "module", "dtype", "device"]
+    params = [*Benchmark.params, ["MuMoE", "MuMoEMLP"], list(profile().dtypes), list(DEVICES)]
+
+    def prepare(self, format: str, experts: int, levels: int, module: str, dtype: str, device: str) -> None:
+        need_device(device)
+        from mumoe_tensor import nn
+
+        features, batch = profile().features, profile().batch
+        arguments = described(format, experts, levels, module)
+        names = [name for name in ("in_features", "hidden", "out_features") if name in arguments]
+        sizes = [arguments.pop(name) for name in names]
+        options = {"device": device, "dtype": getattr(torch, dtype)}
+        torch.manual_seed(0)
+        self.module = getattr(nn, module)(*sizes, **arguments, batch_hint=batch, **options)
+        # A gate of zeros, as at the start of training, gives all experts the same coefficient.
+        torch.nn.init.normal_(self.module.gate.weight, std=features**-0.5)
+        self.x = torch.randn(batch, features, **options, requires_grad=True)
+        self.gradient = torch.randn(batch, features, **options)
+        self.device = device
+
+
+class Inference(Module):
+    """In evaluation, without gradients."""
+
+    def prepare(self, **values: Any) -> None:
+        super().prepare(**values)
+        self.module.eval()
+        self.forward()
+
+    def forward(self) -> None:
+        """One call, to its end."""
+        with torch.no_grad():
+            self.module(self.x)
+        finish(self.device)
+
+    def time_forward(self, *_: Any) -> None:
+        self.forward()
+
+
+class Step(Module):
+    """zero_grad, forward and backward, as in the middle of a network: the input has a gradient too."""
+
+    def prepare(self, **values: Any) -> None:
+        super().prepare(**values)
+        self.step()
+
+    def step(self) -> None:
+        """One step, to its end."""
+        self.module.zero_grad()
+        self.x.grad = None
+        self.module(self.x).backward(self.gradient)
+        finish(self.device)
+
+    def time_step(self, *_: Any) -> None:
+        self.step()
+
+    def peakmem_step(self, *_: Any) -> None:
+        self.step()
+
+    def track_saved_bytes(self, *_: Any) -> int:
+        from benchmarks.memory import kept_bytes
+
+        return kept_bytes(self.module, self.x)
+
+    track_saved_bytes.unit = "bytes"
+    peakmem_step.params = track_saved_bytes.params = [*Module.params[:-1], ["cpu"]]
+
+
+class CudaStep(Benchmark):
+    """A step in a process of its own: nothing else has used the device's memory there."""
+
+    param_names = Module.param_names
+    params = [*Module.params[:-1], ["cuda"]]
+
+    def prepare(self, format: str, experts: int, levels: int, module: str, dtype: str, device: str) -> None:
+        need_device(device)
+        described(format, experts, levels, module)  # what a step would skip
+
+    def track_cuda_peak_bytes(self, *values: Any) -> int:
+        from benchmarks.memory import in_a_fresh_process
+
+        return in_a_fresh_process("benchmarks.modules", *values)
+
+    track_cuda_peak_bytes.unit = "bytes"
+
+
+def cuda_peak_bytes(*values: Any) -> int:
+    """Bytes allocated at most during a step, parameters and input included."""
+    suite = Step()
+    suite.setup(*values)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    suite.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+if __name__ == "__main__":
+    print(cuda_peak_bytes(*json.loads(sys.argv[1])))

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -359,6 +361,45 @@ def study(
     for note in studies.notes(found):
         console.print(f"• {note}", highlight=False, markup=False)
     print("\nWritten to " + ", ".join(map(str, paths)))
+
+
+@app.command()
+def figures(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Which figures; by default all.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("results/figures"),
+    as_json: Json = False,
+) -> None:
+    """Draw the figures of the papers, in a checkout of the repository.
+
+    Prints the numbers of each and leaves them as CSV, the picture as PNG and PDF. What was measured is
+    measured once.
+
+    Example: `mumoe-tensor figures levels gate_share --quick`
+    """
+    with _bad_input():
+        if find_spec("paper_figures") is None:
+            raise ImportError("figures are drawn in a checkout of the repository; the package has none.")
+        common = import_module("paper_figures.common")
+        modules = [common.load(name) for name in names or common.FIGURES]
+        out.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    with _progress("figures") as progress:
+        for done, module in enumerate(modules):
+            name = common.name_of(module)
+            progress(done, len(modules), name)
+            rows = common.rows_of(module, out, quick, fresh)
+            with _bad_input():
+                paths = common.write(module, rows, out)
+            drawn[name] = {"rows": rows, "files": [str(path) for path in paths]}
+            if not as_json:
+                print(common.told(module, rows), *paths, sep="\n", end="\n\n")
+    if as_json:
+        _print_json(drawn)
 
 
 #: Figures of a cost, and how they are written.

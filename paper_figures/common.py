@@ -1,29 +1,34 @@
 """What all figures share: one style, and a way to write them.
 
-A figure is a module with ``rows(quick)``, its numbers as a tidy table, and ``draw(rows)``, its picture.
+A figure is a module with ``rows(quick)``, its numbers as a tidy table, and ``draw(rows)``, its picture. One
+whose numbers are measured, or take long, has ``measure(quick)`` in place of `rows`: its table is kept.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.harness import Spread, threads
 from mumoe_tensor import Cost, cost, fit_rank
 from mumoe_tensor.formats import formats
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.study.plots import COLOURS, STYLE
-from mumoe_tensor.study.report import whole_file
 
 Row = dict[str, Any]
-ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
+FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common")))
 #: The layer of the figures over the number of experts, and where its ranks are matched to a linear layer.
 SIZES: dict[str, Any] = dict(in_features=768, out_features=768, bias=True)
 MATCHED_AT = 64
@@ -39,7 +44,13 @@ LINES: dict[str, Any] = {
     "linear": "--", "dense moe": "-.", "sparse moe": ":",
     "tr": (0, (2, 4)), "tt": (2, (2, 4)), "tucker": (4, (2, 4)),
 }  # fmt: skip
-PRINT_STYLE = {**STYLE, "axes.spines.left": True, "lines.linewidth": 1.3, "pdf.fonttype": 42}
+PRINT_STYLE = {
+    **STYLE,
+    "axes.spines.left": True,
+    "lines.linewidth": 1.3,
+    "legend.handlelength": 2.6,
+    "pdf.fonttype": 42,
+}
 
 
 def title_of(name: str) -> str:
@@ -54,12 +65,37 @@ def new_figure(columns: int = 1, height: float = 2.4) -> tuple[Figure, list[Axes
     return figure, list(axes[0])
 
 
-def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, names: Sequence[str] = ()) -> None:
-    """One line a format: `y` over `x`, each under its own colour."""
-    for name in names or dict.fromkeys(row["name"] for row in rows):
-        points = [(row[x], row[y]) for row in rows if row["name"] == name and row[y] is not None]
-        style = {"linestyle": LINES.get(name, "-"), "color": COLOURS.get(name, "#000000")}
-        ax.plot(*zip(*points, strict=True), label=title_of(name), **style)
+def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
+    """One line a format: `y` over `x`, each under its own colour; quartiles of `y` as a pale band."""
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        places, colour = [row[x] for row in mine], COLOURS.get(name, "#000000")
+        own = {"linestyle": LINES.get(name, "-"), "color": colour, "label": title_of(name)}
+        ax.plot(places, [row[y] for row in mine], **{**own, **style})
+        if f"{y}_low" in mine[0]:
+            low, high = ([row[f"{y}_{end}"] for row in mine] for end in ("low", "high"))
+            ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def set_experts_axis(ax: Axes, rows: Sequence[Row]) -> None:
+    """A logarithmic axis of few numbers of experts, each of them a tick."""
+    ticks = sorted({row["experts"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("experts N")
+
+
+def spread(column: str, found: Spread, unit: float = 1) -> Row:
+    """A median and its quartiles as three columns, in multiples of a unit."""
+    values = (value / unit for value in found)
+    return dict(zip((column, f"{column}_low", f"{column}_high"), values, strict=True))
+
+
+def pretrained() -> np.ndarray:
+    """Three layers of one shape as (layer, input, output): see ``tests/data/README.md``."""
+    with np.load(FOLDER.parent / "tests" / "data" / "lite0_expand.npz") as file:
+        return file["weight"].astype(float)
 
 
 def over_experts(quick: bool, figure: str, of_cost: Callable[[Cost], int]) -> list[Row]:
@@ -98,26 +134,63 @@ def draw_over_experts(rows: Sequence[Row], figure: str, label: str) -> Figure:
     return drawn
 
 
-def write(module: ModuleType, folder: Path, quick: bool) -> list[Path]:
-    """Print a figure's numbers, and write them as CSV and its picture as PNG and PDF.
+def load(name: str) -> ModuleType:
+    """The module of a figure."""
+    if name not in FIGURES:
+        raise ValueError(f"a figure must be one of {', '.join(FIGURES)}, got {name!r}.")
+    return import_module(f"paper_figures.{name}")
+
+
+def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool = False) -> list[Row]:
+    """A figure's numbers: computed; or if they are measured, those that the folder has of an earlier call.
 
     Parameters
     ----------
     module : module
         A figure.
     folder : Path
+        Where `write` writes.
     quick : bool
-        Fewer points.
+        Fewer points. A table that is kept and has all of them will do.
+    fresh : bool
+        Measure again.
 
     Returns
     -------
-    list of Path
+    list of dict
+        Those that were measured say in every row when, where and with what.
     """
-    name = module.__name__.rpartition(".")[2]
-    rows = module.rows(quick)
-    print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}\n{table(rows)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}{suffix}" for suffix in (".csv", ".png", ".pdf")]
+    # On a single thread: those of a product wait for each other where somebody else takes a core.
+    with threads(1):
+        if hasattr(module, "rows"):
+            return module.rows(quick)
+        kept = folder / f"{name_of(module)}.csv"
+        if kept.exists() and not fresh:
+            rows = read(kept)
+            if quick or not rows[0]["quick"]:
+                return rows
+        where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+        return [row | {"quick": int(quick), "measured": where} for row in module.measure(quick)]
+
+
+def read(path: Path) -> list[Row]:
+    """A table that `write` wrote."""
+
+    def value(text: str) -> Any:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        return text or None
+
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write a figure's numbers as CSV and its picture as PNG and PDF, each whole or not at all."""
+    paths = [folder / f"{name_of(module)}{suffix}" for suffix in (".csv", ".png", ".pdf")]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -134,37 +207,29 @@ def write(module: ModuleType, folder: Path, quick: bool) -> list[Path]:
     return paths
 
 
+def name_of(module: ModuleType) -> str:
+    """The name of a figure."""
+    return module.__name__.rpartition(".")[2]
+
+
+def told(module: ModuleType, rows: Sequence[Row]) -> str:
+    """A figure's numbers as text, and where they come from if they were measured."""
+    lines = [f"{name_of(module)}: {(module.__doc__ or '').splitlines()[0]}"]
+    lines.append(table([{key: row[key] for key in row if key not in ("quick", "measured")} for row in rows]))
+    if measured := rows[0].get("measured"):
+        lines.append(f"Measured ({measured}); --fresh measures again.")
+    return "\n".join(lines)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text."""
 
     def cell(value: Any) -> str:
         if value is None:
             return "-"
-        return (
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:.4g}"
-            if isinstance(value, float)
-            else str(value)
-        )
+        spec = "," if isinstance(value, int) else ".4g" if isinstance(value, float) else ""
+        return format(value, spec)
 
     cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in cells)
-
-
-def run(known: dict[str, Callable[[], ModuleType]], arguments: Sequence[str] | None = None) -> None:
-    """Draw the figures that the command line names, or all."""
-    parser = argparse.ArgumentParser(
-        prog="python -m paper_figures", description="Draw figures of the papers."
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: all")
-    parser.add_argument("--quick", action="store_true", help="fewer points")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "figures", help="folder to write to")
-    options = parser.parse_args(arguments)
-    for name in options.names:
-        if name not in known:
-            parser.error(f"unknown figure {name!r}; the figures are {', '.join(known)}")
-    for name in options.names or known:
-        for path in write(known[name](), options.out, options.quick):
-            print(path)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
 from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import Row, draw_lines, new_figure
+from paper_figures.common import Row, draw_lines, new_figure, set_experts_axis
 
 LAYER = dict(in_features=768, out_features=1000, bias=True)
 OPEN = {"cp": None, "tr": (4, 4, None)}
@@ -51,9 +51,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     draw_lines(ax, rows, "experts", "max_expert_rank")
     for row in rows:
         ax.plot(row["experts"], row["numerical_rank"], "o", color=COLOURS[row["name"]], markersize=4)
-    ax.set_xscale("log", base=2)
-    counts = sorted({row["experts"] for row in rows})
-    ax.set_xticks(counts, [str(n) for n in counts])
-    ax.set(xlabel="experts N", ylabel="largest rank of an expert", ylim=(0, 450))
+    set_experts_axis(ax, rows)
+    ax.set(ylabel="largest rank of an expert", ylim=(0, 450))
     ax.legend(frameon=False)
     return figure

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
+from mumoe_tensor.study.plots import COLOURS
 from paper_figures.common import Row, new_figure
 
-SHADES = {1: "#0072B2", 2: "#56B4E9", 3: "#009E73"}
+#: Lines of the numbers of levels. The colour is that of CP.
+LEVELS = {1: "o-", 2: "s--", 3: "^:"}
 
 
 def rows(quick: bool) -> list[Row]:
     """One row a number of levels and of experts."""
     found = []
-    for levels in SHADES:
+    for levels in LEVELS:
         for exponent in range(6, 25, 6):
             if exponent % levels:
                 continue
@@ -43,16 +45,16 @@ def rows(quick: bool) -> list[Row]:
 def draw(rows: Sequence[Row]) -> Figure:
     """One line a number of levels."""
     figure, (ax,) = new_figure()
-    for levels, colour in SHADES.items():
+    for levels, line in LEVELS.items():
         mine = [row for row in rows if row["levels"] == levels]
         name = f"{levels} level{'s' if levels > 1 else ''}"
         ax.plot(
             [row["experts"] for row in mine],
             [100 * row["share_of_parameters"] for row in mine],
-            "o-",
-            color=colour,
+            line,
+            color=COLOURS["cp"],
             label=name,
-            markersize=3,
+            markersize=4,
         )
     ax.set(xscale="log", xlabel="experts N", ylabel="gate, % of the parameters", ylim=(0, 100))
     ax.legend(frameon=False)

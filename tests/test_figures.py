@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib
-from itertools import pairwise
+import json
+import shlex
+from itertools import combinations, pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,40 +15,54 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
+pytest.importorskip("entmax")
+pytest.importorskip("typer")
+
+import matplotlib
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from typer.testing import CliRunner
 
 import mumoe_tensor as mt
-from paper_figures.__main__ import FIGURES
-from paper_figures.common import MATCHED_AT, PRINT_STYLE, SIZES, matched_ranks, run, write
-
-
-def module_of(name: str) -> Any:
-    return importlib.import_module(f"paper_figures.{name}")
+from mumoe_tensor.cli import app
+from paper_figures import contractions, decomposition_error, memory_and_latency, svd_tolerance
+from paper_figures.common import (
+    FIGURES,
+    MATCHED_AT,
+    PRINT_STYLE,
+    SIZES,
+    load,
+    matched_ranks,
+    pretrained,
+    rows_of,
+    told,
+    write,
+)
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figure_is_written(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module = module_of(name)
-    paths = write(module, tmp_path, quick=True)
-    assert [p.suffix for p in paths] == [".csv", ".png", ".pdf"] and all(p.stat().st_size for p in paths)
-    printed = capsys.readouterr().out
-    assert name in printed
-    with open(paths[0], newline="") as file:
-        read = list(csv.DictReader(file))
-    rows = module.rows(True)
-    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows] == read
+def test_figure(name: str, tmp_path: Path) -> None:
+    """It is written, its rows come back from the file, and its picture is fit to be read."""
+    module = load(name)
     assert "Settings:" in module.__doc__
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_text_is_legible_and_axes_are_full(name: str) -> None:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.text import Text
-
-    module = module_of(name)
+    rows = rows_of(module, tmp_path, quick=True)
+    paths = write(module, rows, tmp_path)
+    assert [p.suffix for p in paths] == [".csv", ".png", ".pdf"] and all(p.stat().st_size for p in paths)
+    with open(paths[0], newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows] == read
+    assert json.loads(json.dumps(rows)) == rows
+    assert name in told(module, rows) and next(iter(rows[0])) in told(module, rows)
+    # What is measured is measured once, and few points of it here.
     with matplotlib.rc_context(PRINT_STYLE):
-        figure = module.draw(module.rows(False))
+        figure = module.draw(rows_of(module, tmp_path, quick=hasattr(module, "measure")))
         FigureCanvasAgg(figure).draw()
+    assert_legible(figure)
+
+
+def assert_legible(figure: Figure) -> None:
     assert figure.axes
     for ax in figure.axes:
         assert ax.lines or ax.patches
@@ -57,16 +73,23 @@ def test_text_is_legible_and_axes_are_full(name: str) -> None:
     assert all(t.get_fontsize() >= 8 for t in figure.findobj(Text) if t.get_text())
     for ax in figure.axes:
         low, high = sorted(ax.get_xlim())
-        labels = [t.label1 for t in ax.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+        ticks = [*ax.xaxis.get_major_ticks(), *ax.xaxis.get_minor_ticks()]
+        labels = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
         boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
         assert all(one.x1 < other.x0 for one, other in pairwise(boxes)), [t.get_text() for t in labels]
+        places = [(t.get_text(), t.get_window_extent()) for t in ax.texts if t.get_text()]
+        for (one, box), (other, place) in combinations(places, 2):
+            assert not box.overlaps(place), (one, other)
 
 
 def by_name(name: str) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in module_of(name).rows(True):
+    for row in rows_of(load(name), Path(), quick=True):
         found.setdefault(row["name"], []).append(row)
     return found
+
+
+# ---- what the figures say ---------------------------------------------------------------------------------
 
 
 def test_parameters_are_matched_where_they_should_be() -> None:
@@ -90,23 +113,186 @@ def test_flops_of_the_forward_pass() -> None:
 
 
 def test_numerical_ranks_are_the_bounds() -> None:
-    for rows in by_name("expert_rank").values():
+    found = by_name("expert_rank")
+    for rows in found.values():
         assert all(row["numerical_rank"] == row["max_expert_rank"] for row in rows)
-    rank = {n: rows[-1]["max_expert_rank"] for n, rows in by_name("expert_rank").items()}
+    rank = {name: rows[-1]["max_expert_rank"] for name, rows in found.items()}
     assert rank["tr"] > rank["cp"]
 
 
 def test_levels_have_equal_numbers_of_experts() -> None:
-    for row in module_of("levels").rows(False):
+    for row in load("levels").rows(False):
         modes = [int(n) for n in row["modes"].split("x")]
         assert np.prod(modes) == row["experts"] and len(modes) == row["levels"]
         assert row["gate_parameters"] == 768 * sum(modes)
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"levels": lambda: module_of("levels"), "gate_share": lambda: module_of("gate_share")}
-    run(known, ["levels", "--quick", "--out", str(tmp_path)])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["levels.csv", "levels.pdf", "levels.png"]
-    with pytest.raises(SystemExit):
-        run(known, ["nothing"])
-    assert "the figures are levels, gate_share" in capsys.readouterr().err
+def test_published_networks_have_their_parameters() -> None:
+    # Counted by hand from the published configurations.
+    totals = {
+        ("CLIP ViT-B/32 head", "dense", None): 769_000,
+        ("CLIP ViT-B/32 head", "CP", 16): 769_128,
+        ("CLIP ViT-B/32 head", "CP", 512): 769_581,
+        ("CLIP ViT-B/32 head", "Tensor Ring", 16): 769_676,
+        ("CLIP ViT-B/32 head", "Tensor Ring", 256): 773_860,
+        ("MLP-Mixer S-16", "dense", None): 18_528_264,
+        ("MLP-Mixer S-16", "CP", 64): 18_630_616,
+        ("MLP-Mixer S-16", "Tensor Ring", 64): 18_290_792,
+        ("GPT-2 124M", "dense", None): 124_373_760,
+        ("GPT-2 124M", "CP", 64): 124_487_976,
+        ("GPT-2 124M", "CP", 256): 124_789_536,
+        ("GPT-2 124M", "Tensor Ring", 64): 124_790_880,
+        ("GPT-2 124M", "Tensor Ring", 256): 125_159_136,
+        ("CelebA head", "dense", None): 30_760,
+        ("CelebA head", "CP", 128): 578_048,
+        ("CelebA head, 768 → 1024 → 40", "dense", None): 827_392,
+    }
+    rows = load("published_configurations").rows(False)
+    found = {(row["network"], row["layer"], row["experts"]): row["parameters"] for row in rows}
+    assert {key: found[key] for key in totals} == totals
+    # 12 blocks of 256 experts.
+    assert round(max(row["dense_experts"] or 0 for row in rows), -8) == 14_500_000_000
+
+
+def test_truncated_svds_have_the_error_of_the_rebuilt_matrix(tmp_path: Path) -> None:
+    rows = rows_of(svd_tolerance, tmp_path)
+    weight = pretrained()[1]
+    u, s, vt = np.linalg.svd(weight, full_matrices=False)
+    for row in (row for row in rows if row["layer"] == "7"):
+        kept = row["kept"]
+        rest = weight - (u[:, :kept] * s[:kept]) @ vt[:kept]
+        assert row["relative_error"] == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(weight), abs=1e-7)
+        assert row["energy"] == pytest.approx(1 - row["relative_error"] ** 2)
+    half = {row["layer"]: row["relative_error"] for row in rows if row["share_kept"] == 0.5}
+    assert all(half[block] < half["normal"] for block in svd_tolerance.BLOCKS)
+
+
+def test_errors_of_the_formats_fall_with_the_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(decomposition_error, "OPEN", {"tt": (3, None)})
+    rows = rows_of(decomposition_error, tmp_path, quick=True)
+    weight = pretrained()
+    few, many = (row for row in rows if row["name"] == "tt")
+    _, error = mt.decompose(weight, "tt", (3, many["open_rank"]))
+    assert many["relative_error"] == pytest.approx(error)
+    assert error < few["relative_error"] < 1
+    assert all(row["parameters"] == row["share"] * weight.size <= weight.size / 2 for row in rows)
+    # Of the same kind, the one that knows the experts' shared inputs is better.
+    alone = {row["share"] < 0.2: row["relative_error"] for row in rows if row["name"] == "svd"}
+    assert many["relative_error"] < alone[False]
+
+
+def test_every_product_is_in_the_picture_of_its_contraction() -> None:
+    rows = contractions.rows(False)
+    figure = contractions.draw(rows)
+    for ax, (name, plan) in zip(figure.axes, contractions.plans().items(), strict=True):
+        drawn = {number for text in ax.texts for number in text.get_text().split() if number.isdigit()}
+        assert drawn == {str(row["step"]) for row in rows if row["name"] == name}
+        assert f"{plan.flops:,} FLOPs" == ax.get_xlabel()
+        factors = [line for line in ax.lines if line.get_marker() == "o" and line.get_markersize() > 10]
+        assert len(factors) == plan.program.network.weights
+
+
+def test_layers_that_are_measured_are_what_they_are_called() -> None:
+    sizes = dict(features=24, experts=6)
+    x, linear = torch.randn(5, 24), 25 * 24
+    for name in memory_and_latency.NAMES:
+        module = memory_and_latency.module_of(name, 5, **sizes)
+        count = memory_and_latency.parameters_of(module)
+        if name.endswith("moe"):
+            assert count == 6 * (linear + 24)
+        elif name != "hadamard":
+            assert linear <= count < 1.2 * linear
+        assert module(x).shape == (5, 24)
+        if name != "linear":
+            (coefficients,) = module.gate(x)
+            assert torch.count_nonzero(coefficients[0] - coefficients[1])
+
+
+# ---- tables that are kept ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module() -> ModuleType:
+    """A figure that counts how often it is measured."""
+    made: Any = ModuleType("paper_figures.counted")
+    made.calls = []
+
+    def measure(quick: bool) -> list[dict[str, Any]]:
+        made.calls.append(quick)
+        return [{"name": "cp", "n": 2, "seconds": 0.5, "rank": None, "call": len(made.calls)}]
+
+    def draw(rows: list[dict[str, Any]]) -> Figure:
+        if made.calls == ["broken"]:
+            raise RuntimeError("no picture")
+        return Figure()
+
+    made.measure, made.draw, made.__doc__ = measure, draw, "A figure."
+    return made
+
+
+def test_what_is_measured_is_kept(module: Any, tmp_path: Path) -> None:
+    rows = rows_of(module, tmp_path, quick=True)
+    assert "torch" in rows[0]["measured"] and rows[0]["quick"] == 1
+    write(module, rows, tmp_path)
+    assert rows_of(module, tmp_path, quick=True) == rows
+    assert module.calls == [True]
+    # Few points will not do for all of them; all of them do for few.
+    rows = rows_of(module, tmp_path)
+    write(module, rows, tmp_path)
+    assert rows_of(module, tmp_path) == rows_of(module, tmp_path, quick=True) == rows
+    assert module.calls == [True, False]
+    assert rows_of(module, tmp_path, fresh=True)[0]["call"] == 3
+    assert rows[0]["measured"] in told(module, rows)
+
+
+def test_numbers_are_kept_where_the_picture_fails(module: Any, tmp_path: Path) -> None:
+    rows = rows_of(module, tmp_path)
+    module.calls[:] = ["broken"]
+    with pytest.raises(RuntimeError, match="no picture"):
+        write(module, rows, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["counted.csv"]
+    assert rows_of(module, tmp_path) == rows
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+def invoke(line: str) -> Any:
+    return CliRunner().invoke(app, shlex.split(f"figures {line}"))
+
+
+def test_command_draws_the_named_figures(tmp_path: Path) -> None:
+    result = invoke(f"levels gate_share --quick --out {tmp_path}")
+    assert result.exit_code == 0 and result.stderr == ""
+    expected = [f"{name}.{kind}" for name in ("gate_share", "levels") for kind in ("csv", "pdf", "png")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == expected
+    assert "levels: Cost of one" in result.stdout and f"{tmp_path}/gate_share.pdf" in result.stdout
+    printed = json.loads(invoke(f"levels --quick --json --out {tmp_path}").stdout)
+    assert printed["levels"]["rows"] == load("levels").rows(True)
+    assert [Path(file).name for file in printed["levels"]["files"]] == [
+        "levels.csv",
+        "levels.png",
+        "levels.pdf",
+    ]
+
+
+def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here first")
+    result = invoke(f"levels --out {tmp_path / 'file'}")
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+def test_unknown_figure_is_one_line(tmp_path: Path) -> None:
+    result = invoke(f"levels nothing --out {tmp_path / 'out'}")
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "a figure must be one of" in result.stderr and "'nothing'" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_checkout_the_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mumoe_tensor.cli.find_spec", lambda name: None)
+    result = invoke(f"levels --out {tmp_path / 'out'}")
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "checkout" in result.stderr
+    assert list(tmp_path.iterdir()) == []

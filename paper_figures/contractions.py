@@ -1,0 +1,120 @@
+"""The contraction of each format: its tensor network, and the order of the pairwise products.
+
+Oldfield et al. (2024), diagrams of the layers: coefficients and input meet factors, never the weight tensor.
+
+Settings: 64 experts, 768 → 768 with biases, one input, ranks as in parameters_over_experts; the plan of
+least time. Circles are factors, squares the coefficients a and the input z, lines the indices that two
+tensors share; an index that more of them share is a dot. A number is a product: it stands at the indices
+over which it joins two tensors, or between them where they share none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import mumoe_tensor as mt
+from mumoe_tensor.contraction.network import BATCH, Indices, Network
+from mumoe_tensor.study.plots import COLOURS
+from paper_figures.common import FORMATS, MATCHED_AT, SIZES, Row, matched_ranks
+
+#: Where a mode lies, in degrees; its vector stands outside, its factor further in.
+ANGLES = {"n1": 210, "i": 330, "o": 90}
+OUTSIDE, INSIDE = 1.6, 0.9
+VECTORS = {"n1": "a", "i": "z"}
+
+
+def plans() -> dict[str, mt.ContractionPlan]:
+    """By format the plan of its forward pass."""
+    ranks = {**dict.fromkeys((*FORMATS, "dense")), **matched_ranks()}
+    return {name: mt.plan(name, experts=MATCHED_AT, rank=rank, **SIZES) for name, rank in ranks.items()}
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a format and product."""
+    return [
+        {
+            "name": name,
+            "step": k,
+            "product": step.equation,
+            "kind": step.kind,
+            "shape": "x".join(map(str, step.shape)),
+            "flops": step.flops,
+        }
+        for name, plan in plans().items()
+        for k, step in enumerate(plan.steps, start=1)
+    ]
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """One network a format."""
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    for ax, (name, plan) in zip(figure.subplots(2, 3).flat, plans().items(), strict=True):
+        flops = sum(row["flops"] for row in rows if row["name"] == name)
+        draw_network(ax, plan.program.network, COLOURS[name])
+        write_numbers(ax, plan)
+        ax.set(title=mt.get_format(name).title, xlabel=f"{flops:,} FLOPs", aspect="equal")
+        ax.set(xlim=(-1.8, 1.8), ylim=(-1.1, 1.85), xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return figure
+
+
+def draw_network(ax: Axes, network: Network, colour: str) -> None:
+    """Operands as nodes, indices as lines between them."""
+    places = [place_of(network, k) for k in range(len(network.operands))]
+    for index, where in index_places(network).items():
+        for end in ends(network, index):
+            ax.plot(*zip(where, end, strict=True), color="0.45", linewidth=1.2, zorder=1)
+        if len(ends(network, index)) > 2:
+            ax.plot(*where, "o", color="0.45", markersize=4)
+    for k, place in enumerate(places):
+        vector = k >= network.weights
+        ax.plot(*place, "s" if vector else "o", color="0.25" if vector else colour, markersize=13)
+        if vector:
+            (mode,) = (x for x in network.operands[k] if x != BATCH)
+            ax.text(*place, VECTORS[mode], color="white", ha="center", va="center_baseline", style="italic")
+    ax.text(*(1.08 * direction("o", OUTSIDE)), "y", ha="center", va="center", style="italic")
+
+
+def write_numbers(ax: Axes, plan: mt.ContractionPlan) -> None:
+    """The number of each product at the indices that it joins, several in one place side by side."""
+    where = index_places(plan.program.network)
+    numbers: dict[tuple[float, ...], list[str]] = {}
+    for k, step in enumerate(plan.steps, start=1):
+        left, right, result = ([x for x in axes if x != BATCH] for axes in step.axes)
+        shared = [x for x in left if x in right]
+        # An outer product stands clear of the node that its indices lead to, in the middle of the picture.
+        places = [where[x] for x in shared] or [2 * np.mean([where[x] for x in result], axis=0)]
+        for place in places:
+            numbers.setdefault(tuple(place), []).append(str(k))
+    for place, told in numbers.items():
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "0.45", "linewidth": 0.8}
+        ax.text(*place, " ".join(told), ha="center", va="center", bbox=box, zorder=3)
+
+
+def direction(mode: str, radius: float) -> np.ndarray:
+    """The point at a radius on a mode's ray."""
+    angle = np.deg2rad(ANGLES[mode])
+    return radius * np.array([np.cos(angle), np.sin(angle)])
+
+
+def place_of(network: Network, position: int) -> np.ndarray:
+    """Where an operand stands: on the ray of its mode, or between those of its modes."""
+    modes = [x for x in network.operands[position] if x in ANGLES]
+    radius = INSIDE if position < network.weights else OUTSIDE
+    return np.mean([direction(mode, radius) for mode in modes], axis=0) if modes else np.zeros(2)
+
+
+def ends(network: Network, index: str) -> list[np.ndarray]:
+    """Where the lines of an index end: at its operands, and that of the output outside."""
+    found = [place_of(network, k) for k, axes in enumerate(network.operands) if index in axes]
+    return [*found, direction(index, 0.9 * OUTSIDE)] if index in network.output else found
+
+
+def index_places(network: Network) -> dict[str, np.ndarray]:
+    """The middle of each index."""
+    indices: Indices = tuple(dict.fromkeys(x for axes in network.operands for x in axes if x != BATCH))
+    return {index: np.mean(ends(network, index), axis=0) for index in indices}

@@ -1,0 +1,73 @@
+"""Error that each format makes of a trained weight tensor, over its rank and over its parameters.
+
+Not in the paper: how much of experts that exist already a factorized layer can hold.
+
+Settings: three trained layers of EfficientNet-Lite0, 80 → 480, stacked as three experts, without bias and
+gate; `decompose` with the best of two starts, at most 200 iterations, seed 0. The open rank is solved for the
+parameters: CP R, Tensor Ring (2, 2, R3), Tensor Train (3, R3), Tucker (3, 60, Ro); Hadamard has none. Dashed:
+a truncated SVD of each expert alone. The error is relative, in the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import mumoe_tensor as mt
+from mumoe_tensor.study.plots import COLOURS
+from paper_figures.common import TITLES, Row, draw_lines, new_figure, pretrained
+
+OPEN = {"cp": None, "tr": (2, 2, None), "tt": (3, None), "tucker": (3, 60, None)}
+SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+
+
+def measure(quick: bool) -> list[Row]:
+    """One row a format and share of the parameters. Nothing is timed, but it takes a while."""
+    weight = pretrained()
+    n, i, o = weight.shape
+    layer = dict(experts=n, in_features=i, out_features=o)
+    effort = dict(n_restarts=1, n_iter=5) if quick else dict(n_restarts=2, n_iter=200)
+    shares = SHARES[:2] if quick else SHARES
+    found = []
+
+    def add(name: str, rank: object, open_rank: int | None, parameters: int, error: float) -> None:
+        values = {"parameters": parameters, "share": parameters / weight.size, "relative_error": error}
+        found.append({"name": name, "rank": str(rank), "open_rank": open_rank, **values})
+
+    for name, unknown in OPEN.items():
+        for share in shares:
+            budget = round(share * weight.size)
+            rank = mt.fit_rank(name, rank=unknown, parameters=budget, rounding="down", **layer)
+            _, error = mt.decompose(weight, name, rank, **effort)
+            last = rank if isinstance(rank, int) else rank[-1]
+            add(name, rank, last, mt.cost(name, rank=rank, **layer).parameters, error)
+    _, error = mt.decompose(weight, "hadamard", **effort)
+    add("hadamard", "none", None, mt.cost("hadamard", **layer).parameters, error)
+    squares = np.linalg.svd(weight, compute_uv=False) ** 2
+    for share in shares:
+        rank = int(share * weight.size / (n * (i + o)))
+        error = float((squares[:, rank:].sum() / squares.sum()) ** 0.5)
+        add("svd", rank, rank, n * rank * (i + o), error)
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """The error over the open rank, and over the share of the parameters."""
+    figure, axes = new_figure(2, height=2.7)
+    lines = [row for row in rows if row["name"] in OPEN]
+    alone = [row for row in rows if row["name"] == "svd"]
+    (single,) = (row for row in rows if row["name"] == "hadamard")
+    for ax, x in zip(axes, ("open_rank", "share"), strict=True):
+        draw_lines(ax, lines, x, "relative_error", marker="o", markersize=3)
+        places, errors = zip(*((row[x], row["relative_error"]) for row in alone), strict=True)
+        ax.plot(places, errors, "k--", label="SVD of each expert")
+        ax.set(ylim=(0, 1), ylabel="relative error")
+    axes[0].set(xlabel="open rank", xlim=(0, None))
+    axes[1].set(xlabel="parameters, share of the dense ones", xlim=(0, 1.05))
+    axes[1].plot(
+        single["share"], single["relative_error"], "D", color=COLOURS["hadamard"], label=TITLES["hadamard"]
+    )
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,121 @@
+"""Peak memory and latency of a forward pass at 128 experts: linear layer, mixtures of dense experts, formats.
+
+Oldfield et al. (2024), cost beside dense and sparse mixtures: a dense mixture holds and uses all weights, a
+sparse one holds all and uses few; factorized layers are near the linear one in both.
+
+Settings: 768 → 768 with biases, 128 experts, float32, one thread, a single input and a batch of 256, no
+gradients, gate included (entmax15; softmax of two logits in the sparse mixture, whose inputs are grouped by
+expert). Ranks at the parameters of the linear layer; Hadamard has none. Latency: median of turns in one
+process, with quartiles. Peak: weights, and growth of the resident set in the pass, in a fresh process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import mumoe_tensor as mt
+from benchmarks.harness import compare
+from benchmarks.memory import MIB, growth, in_a_fresh_process
+from mumoe_tensor.nn import MuMoE
+from mumoe_tensor.study.mixtures import SparseMixture
+from mumoe_tensor.study.plots import COLOURS
+from paper_figures.common import FORMATS, OTHERS, SIZES, Row, new_figure, spread, title_of
+
+EXPERTS, TOP_K, BATCH = 128, 2, 256
+NAMES = (*OTHERS, *FORMATS)
+
+
+def module_of(name: str, inputs: int, features: int = SIZES["in_features"], experts: int = EXPERTS) -> Any:
+    """The module for inference on so many inputs at once, with a gate that tells them apart."""
+    torch.manual_seed(0)
+    if name == "linear":
+        return nn.Linear(features, features)
+    if name == "sparse moe":
+        return SparseMixture((features, features), experts, TOP_K).eval()
+    format = mt.get_format("dense" if name == "dense moe" else name)
+    budget = "match" if format.bonds(1) else None
+    module = MuMoE(features, features, experts, format, parameters=budget, batch_hint=inputs)
+    nn.init.normal_(module.gate.weight, std=features**-0.5)
+    return module.eval()
+
+
+def parameters_of(module: nn.Module) -> int:
+    """How many parameters a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def peak(name: str, inputs: int) -> int:
+    """Bytes of the weights, and by which this process grows at most in a forward pass."""
+    with torch.no_grad():
+        # The libraries' own buffers are there after a small layer of the kind has run.
+        module_of(name, 4, features=64, experts=4)(torch.randn(4, 64))
+        module, x = module_of(name, inputs), torch.randn(inputs, SIZES["in_features"])
+        return x.itemsize * parameters_of(module) + growth(lambda: module(x))
+
+
+def measure(quick: bool) -> list[Row]:
+    """One row a layer and number of inputs."""
+    found = []
+    for inputs in (BATCH,) if quick else (1, BATCH):
+        x = torch.randn(inputs, SIZES["in_features"])
+        modules = {name: module_of(name, inputs) for name in (("linear", "cp") if quick else NAMES)}
+        with torch.no_grad():
+            calls = {name: partial(module, x) for name, module in modules.items()}
+            times = compare(calls, "linear", rounds=3 if quick else 31, limit=0.5 if quick else 30)
+        for name, module in modules.items():
+            rank = module.config["rank"] if isinstance(module, MuMoE) else None
+            found.append(
+                {
+                    "name": name,
+                    "inputs": inputs,
+                    "rank": str(rank) if rank else None,
+                    "parameters": parameters_of(module),
+                    **spread("ms", times.spread(name), 1e-3),
+                    **spread("to_linear", times.ratio(name)),
+                    "peak_mib": in_a_fresh_process(__name__, name, inputs) / MIB,
+                }
+            )
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """One dot a layer: full for the batch, hollow for a single input."""
+    figure, axes = new_figure(2, height=3.0)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for ax, column in zip(axes, ("ms", "peak_mib"), strict=True):
+        for row in rows:
+            low, high = (row.get(f"{column}_{end}", row[column]) for end in ("low", "high"))
+            single, colour = row["inputs"] == 1, COLOURS.get(row["name"], "#000000")
+            ax.errorbar(
+                row[column],
+                names.index(row["name"]),
+                xerr=[[row[column] - low], [high - row[column]]],
+                fmt="o",
+                color=colour,
+                markerfacecolor="white" if single else colour,
+                markersize=5,
+            )
+        ax.set_yticks(range(len(names)), [title_of(name) for name in names])
+        ax.set(xscale="log", ylim=(len(names) - 0.5, -0.5))
+        ax.set_axisbelow(True)
+        ax.grid(axis="y", color="0.9")
+    axes[0].set(xlabel="latency, ms", xlim=(0.01, None))
+    axes[1].set(xlabel="peak memory, MiB", xlim=(1, None))
+    axes[1].tick_params(labelleft=False)
+    for face, label in (("white", "a single input"), ("black", f"{BATCH} inputs")):
+        axes[1].plot([], [], "ko", markerfacecolor=face, markersize=5, label=label)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(peak(*json.loads(sys.argv[1])))

@@ -1,0 +1,170 @@
+"""The published configurations: parameters of networks and heads, counted by this library.
+
+Oldfield et al. (2024), parameters of the trained models: at matched parameters a network has many experts in
+every block. Mixtures of dense experts of the same number would have those of the last column.
+
+Settings: CLIP ViT-B/32 head 768 → 1000; MLP-Mixer S-16 (8 blocks of width 512, tokens 196 → 256 → 196,
+channels 512 → 2048 → 512); GPT-2 (12 blocks 768 → 3072 → 768, vocabulary 50,304, context 1024, embeddings
+tied); CelebA head 768 → 40, and the dense one of high rank, without biases. μMoE layers with biases, gate
+counted. Ranks as published. The last column has weights and biases of the experts alone, without gates and
+the rest of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import mumoe_tensor as mt
+from paper_figures.common import TITLES, Row, new_figure
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Blocks that are replaced, and what else has parameters.
+
+    Attributes
+    ----------
+    blocks : tuple of tuple of int
+        Sizes of the different blocks.
+    variants : tuple of tuple
+        Format, experts, and the rank in each of the blocks.
+    repeated : int
+        How often the network has the blocks.
+    rest : int
+        Parameters of all else.
+    bias : bool
+        Whether the dense blocks have biases; those of experts always have.
+    norms : tuple of int
+        Parameters of the norms that belong to the blocks, dense ones and those of experts.
+    """
+
+    name: str
+    blocks: tuple[Sizes, ...]
+    variants: tuple[tuple[str, int, tuple[Any, ...]], ...]
+    repeated: int = 1
+    rest: int = 0
+    bias: bool = True
+    norms: tuple[int, int] = (0, 0)
+
+    @property
+    def dense(self) -> int:
+        """Parameters with dense blocks."""
+        blocks = sum(mt.dense_parameters(**named(sizes), bias=self.bias) for sizes in self.blocks)
+        return self.rest + self.repeated * (self.norms[0] + blocks)
+
+    def factorized(self, format: str, experts: int, ranks: Sequence[Any]) -> int:
+        """Parameters with μMoE blocks."""
+        blocks = sum(
+            mt.cost(format, experts=experts, rank=rank, bias=True, gate=True, **named(sizes)).parameters
+            for sizes, rank in zip(self.blocks, ranks, strict=True)
+        )
+        return self.rest + self.repeated * (self.norms[1] + blocks)
+
+    def dense_experts(self, experts: int) -> int:
+        """Parameters of as many dense experts alone."""
+        blocks = sum(mt.dense_parameters(**named(sizes), bias=True) for sizes in self.blocks)
+        return self.repeated * experts * blocks
+
+
+def named(sizes: Sizes) -> dict[str, Any]:
+    """Sizes of a block as arguments of the library."""
+    first, *hidden, last = sizes
+    return {"in_features": first, "hidden": hidden[0] if hidden else None, "out_features": last}
+
+
+CLIP = {16: (424, 107), 32: (414, 106), 64: (393, 102), 128: (354, 95), 256: (283, 81), 512: (165, 52)}
+NETWORKS = (
+    Network(
+        "CLIP ViT-B/32 head",
+        ((768, 1000),),
+        (
+            *(("cp", n, (r,)) for n, (r, _) in CLIP.items()),
+            *(("tr", n, ((4, 4, r3),)) for n, (_, r3) in CLIP.items()),
+        ),
+    ),
+    Network(
+        "MLP-Mixer S-16",
+        ((196, 256, 196), (512, 2048, 512)),
+        (("cp", 64, (147, 384)), ("tr", 64, ((4, 4, 37), (4, 4, 97)))),
+        repeated=8,
+        # Embedding of the patches, two norms a block, the last norm, the head.
+        rest=(3 * 16**2 + 1) * 512 + 8 * 2 * 1024 + 1024 + 513 * 1000,
+    ),
+    Network(
+        "GPT-2 124M",
+        ((768, 3072, 768),),
+        (
+            ("cp", 64, (599,)),
+            ("cp", 256, (556,)),
+            ("tr", 64, ((4, 4, 153),)),
+            ("tr", 256, ((4, 4, 149),)),
+        ),
+        repeated=12,
+        # Embeddings, attention and its norm, the last norm: of weights only.
+        rest=(50_304 + 1024) * 768 + 12 * (4 * 768**2 + 768) + 768,
+        bias=False,
+        norms=(768, 2 * 768),
+    ),
+    Network("CelebA head", ((768, 40),), (("cp", 128, (512,)),)),
+    Network("CelebA head, 768 → 1024 → 40", ((768, 1024, 40),), (), bias=False),
+)
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a network and kind of its blocks."""
+    found: list[Row] = []
+    for network in NETWORKS:
+        of_dense = {"experts": None, "rank": None, "parameters": network.dense, "dense_experts": None}
+        found.append({"network": network.name, "layer": "dense", **of_dense})
+        for format, experts, ranks in network.variants:
+            found.append(
+                {
+                    "network": network.name,
+                    "layer": TITLES[format],
+                    "experts": experts,
+                    "rank": " and ".join(str(rank) for rank in ranks),
+                    "parameters": network.factorized(format, experts, ranks),
+                    "dense_experts": network.dense_experts(experts),
+                }
+            )
+    return found
+
+
+#: Columns: heading, place in inches, alignment.
+COLUMNS = {
+    "network": ("network", 0.0, "left"),
+    "layer": ("layer", 2.05, "left"),
+    "experts": ("experts", 3.35, "right"),
+    "rank": ("rank", 3.55, "left"),
+    "parameters": ("parameters", 5.75, "right"),
+    "dense_experts": ("dense experts", 7.0, "right"),
+}
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """The rows as a table, a rule before each network."""
+    figure, (ax,) = new_figure(height=0.18 * (len(rows) + 2))
+    figure.set_figwidth(7.0)
+    ax.set(xlim=(0, 7), ylim=(len(rows), -1.2), title="Published configurations")
+    ax.set_axis_off()
+    for heading, x, align in COLUMNS.values():
+        ax.text(x, -0.5, heading, ha=align, va="center", weight="bold")
+    network = None
+    for y, row in enumerate(rows):
+        cells = dict(row)
+        if row["network"] == network:
+            del cells["network"]
+        else:
+            network = row["network"]
+            ax.axhline(y, color="black", linewidth=0.6)
+        for column, value in cells.items():
+            _, x, align = COLUMNS[column]
+            text = "" if value is None else f"{value:,}" if isinstance(value, int) else value
+            ax.text(x, y + 0.5, text, ha=align, va="center")
+    return figure

@@ -80,7 +80,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what a parameter is
 numpydoc_show_class_members = False
 
-# The scripts are run in every build; one that fails makes the build fail.
+# All scripts are run in every build, also where only the library has changed. One that fails fails the build.
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "auto_examples",
@@ -90,6 +90,7 @@ sphinx_gallery_conf = {
     "backreferences_dir": "auto_examples/backreferences",
     "download_all_examples": False,
     "write_computation_times": False,
+    "run_stale_examples": True,
     "show_signature": False,
     "capture_repr": (),
     "image_srcset": ["2x"],

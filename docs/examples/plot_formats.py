@@ -52,7 +52,7 @@ def accuracy(make, seed: int) -> float:
         model,
         fit,
         validation,
-        TrainConfig(epochs=10, batch_size=64, learning_rate=0.01, seed=seed),
+        TrainConfig(epochs=12, batch_size=128, learning_rate=0.02, seed=seed),
     )
     return evaluate(model, test)[1]
 

@@ -66,9 +66,7 @@ FormatName = Annotated[
 ]
 Experts = Annotated[
     str,
-    typer.Option(
-        help="Number of experts, levels as 64x64 or 64,64, or none for no level.", show_default=False
-    ),
+    typer.Option(help="Number of experts, levels as 64x64, or none for no level.", show_default=False),
 ]
 InFeatures = Annotated[int, typer.Option(help="Size of the input.", show_default=False)]
 OutFeatures = Annotated[int, typer.Option(help="Size of the output.", show_default=False)]
@@ -305,62 +303,139 @@ def fit(
 @app.command()
 def study(
     layer: Annotated[
-        str, typer.Option(help="gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.")
-    ] = "gpt2-mlp",
+        str | None,
+        typer.Option(
+            help="gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.", show_default="gpt2-mlp"
+        ),
+    ] = None,
+    in_features: Annotated[
+        int | None, typer.Option(help="In the place of --layer: size of the input.", show_default=False)
+    ] = None,
+    out_features: Annotated[int | None, typer.Option(help="Size of the output.", show_default=False)] = None,
+    hidden: Hidden = None,
     experts: Annotated[
-        str | None, typer.Option(help="Number of experts, or levels as 64x64.", show_default="the layer's")
+        str | None,
+        typer.Option(
+            help="Numbers of experts, e.g. 256,64x64.",
+            show_default="the layer's, a quarter, four times as many",
+        ),
     ] = None,
     formats: Annotated[
         str | None, typer.Option(help="Names with commas between, e.g. cp,tr.", show_default="all")
     ] = None,
-    parameters: Parameters = "match",
-    batch: Annotated[
-        int | None, typer.Option(help="Inputs of a forward pass.", show_default="1024; quick 32")
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            help="The budget: a number, match for that of the dense layer, or a multiple of it as 0.5x.",
+            show_default="match",
+        ),
     ] = None,
-    repetitions: Annotated[int | None, typer.Option(help="Timed rounds.", show_default="25; quick 3")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for the rounds on each backend.")] = 30.0,
-    memory: Annotated[float, typer.Option(help="A forward that needs more GiB is not run.")] = 2.0,
-    seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A small batch and few repetitions.")] = False,
+    batch: Annotated[
+        int | None, typer.Option(help="Inputs of a forward pass and a step.", show_default="1024; quick 32")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cpu,cuda.", show_default="all there are")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time of a timing.", show_default="1; quick 0.05")
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="What needs more GiB is not run, but told by its formula.", show_default="2"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Train heads on digits, or on an .npz file with x and y; or none.", show_default="digits"
+        ),
+    ] = None,
+    head_hidden: Annotated[
+        int | None,
+        typer.Option(
+            help="Heads are an MLP with this size between.",
+            show_default="128 for digits; else a linear layer",
+        ),
+    ] = None,
+    head_experts: Annotated[
+        str | None,
+        typer.Option(help="Numbers of experts of heads.", show_default="8,32 for digits; else --experts"),
+    ] = None,
+    head_parameters: Annotated[
+        str | None, typer.Option(help="Budgets of heads.", show_default="0.5x,match")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Trainings of a head.", show_default="3; quick 1")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a training.", show_default="20; quick 1")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
+    setting: Annotated[
+        Path | None,
+        typer.Option(
+            help="The study.json of a study to run again, in the place of all above.", show_default=False
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/study"),
     as_json: Json = False,
 ) -> None:
-    """Compare every format with a published dense layer at the same parameters.
+    """Set mixtures of every format beside the dense layer they may take the place of.
 
-    Fits the ranks, counts parameters, FLOPs, memory and expert rank, and times the forward pass on NumPy and
-    torch beside the dense layer. Leaves a table (CSV) and a picture (PNG, SVG).
+    Ranks are fitted to a budget. Beside the dense layer, the dense and a sparse mixture: parameters, FLOPs,
+    memory, expert rank; measured time and peak memory; accuracy of heads trained on real data. Leaves a page
+    (report.html), the table (results.csv), pictures, and the setting (study.json). Interrupted, the same
+    command goes on where it stopped.
 
-    Example: `mumoe-tensor study --layer gpt2-mlp --experts 256`
+    Example: `mumoe-tensor study --layer gpt2-mlp --experts 256,64x64`
     """
     from mumoe_tensor import study as studies
 
     with _bad_input():
-        sweep = studies.prepare(
-            layer,
-            experts=None if experts is None else _experts(experts),
-            formats=None if formats is None else [name.strip() for name in formats.split(",")],
-            parameters=_budget(parameters),
-            batch=batch,
-            repetitions=repetitions,
-            seconds=seconds,
-            memory=memory,
-            seed=seed,
-            quick=quick,
-        )
-        studies.check_output(out)
-    with _progress(sweep.title) as progress:
-        found = studies.measure(sweep, progress)
+        options: dict[str, Any] = {
+            "experts": _several(experts),
+            "formats": _listed(formats),
+            "parameters": parameters,
+            "batch": batch,
+            "devices": _listed(device),
+            "seconds": seconds,
+            "memory": memory,
+            "data": data,
+            "head_hidden": head_hidden,
+            "head_experts": _several(head_experts),
+            "head_parameters": _listed(head_parameters),
+            "seeds": seeds,
+            "epochs": epochs,
+            "seed": seed,
+        }
+        sizes = (in_features, hidden, out_features)
+        if setting is not None:
+            given = [name for name, value in {**options, "layer": layer}.items() if value is not None]
+            if given or quick or any(sizes):
+                raise ValueError("--setting takes the place of all options but --fresh, --out and --json.")
+            chosen = studies.Setting.from_json(setting)
+        else:
+            chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
+        planned = studies.plan(chosen)
+        results = studies.open_folder(chosen, out, fresh=fresh)
+    try:
+        with _progress(chosen.title) as progress:
+            studies.measure(planned, results, progress)
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(_fail("interrupted; the same command goes on where it stopped.", 130)) from stop
     with _bad_input():
-        paths = studies.write(found, out)
+        paths = studies.write(planned, results, out)
     if as_json:
-        _print_json({**studies.to_json(found), "files": [str(path) for path in paths]})
+        _print_json({**studies.to_json(planned, results), "files": [str(path) for path in paths]})
         return
     console = Console()
-    for table in studies.tables(found):
+    for table in studies.tables(planned, results):
         console.print(table)
-    for note in studies.notes(found):
+    for sentence in studies.paragraph(planned, results):
+        console.print(sentence, highlight=False, markup=False)
+    console.print()
+    for note in studies.notes(planned, results):
         console.print(f"• {note}", highlight=False, markup=False)
-    print("\nWritten to " + ", ".join(map(str, paths)))
+    print(f"\nWritten to {out}: " + ", ".join(path.name for path in paths))
 
 
 @app.command()
@@ -441,10 +516,30 @@ def _experts(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
     try:
-        return tuple(int(n) for n in text.replace(",", "x").split("x"))
+        return tuple(int(n) for n in text.split("x"))
     except ValueError:
         rule = "--experts must be a number, levels as 64x64, or none"
         raise ValueError(f"{rule}, got {text!r}.") from None
+
+
+def _several(text: str | None) -> list[tuple[int, ...]] | None:
+    return None if text is None else [_experts(levels.strip()) for levels in text.split(",")]
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -> Any:
+    """A published layer by its name, or one of these sizes."""
+    from mumoe_tensor.study import Layer
+
+    in_features, hidden, out_features = sizes
+    if all(size is None for size in sizes):
+        return name or "gpt2-mlp"
+    if name is not None or in_features is None or out_features is None:
+        raise ValueError("a layer is told by --layer, or by --in-features and --out-features.")
+    return Layer("Layer" if hidden is None else "MLP", in_features, out_features, hidden)
 
 
 def _rank(text: str | None) -> tuple[int | None, ...] | None:

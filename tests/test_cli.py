@@ -137,23 +137,30 @@ def test_fit_matches_the_dense_block_and_rounds() -> None:
     assert below < 41 * 50 + 51 * 30 < above
 
 
-def test_study(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    line = (
-        f"study --layer mixer-s16-token --experts 4 --formats cp,hadamard --quick --batch 2 --out {tmp_path}"
-    )
+def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command gives its options to the library; what a study is, tests/study tells."""
+    pytest.importorskip("plotly")
+    from mumoe_tensor.study import sweep
+
+    monkeypatch.setattr(sweep, "peaks", lambda *_: (1, 2))
+    sizes = "--in-features 40 --hidden 50 --out-features 30"
+    line = f"study {sizes} --experts 4,3x2 --formats cp,hadamard --parameters 0.9x --batch 4 --data none"
+    line += f" --seed 7 --seconds 0.001 --device cpu --quick --out {tmp_path}"
     found = figures(line)
-    assert [Path(file).name for file in found["files"]] == ["results.csv", "study.png", "study.svg"]
+    assert {Path(file).suffix for file in found["files"]} == {".csv", ".html", ".json", ".png", ".svg"}
     assert all(Path(file).stat().st_size > 0 for file in found["files"])
-    sizes = {"experts": 4, "in_features": 196, "hidden": 256, "out_features": 196, "bias": True, "gate": True}
-    rank = mt.fit_rank("cp", rounding="nearest", **sizes)
-    rows = [row for row in found["rows"] if row["name"] == "cp"]
-    assert rows
-    for row in rows:
-        assert row["parameters"] == mt.cost("cp", rank=rank, **sizes).parameters
-    assert {row["name"] for row in found["rows"]} == {"baseline", "cp", "hadamard"}
-    text = run(line)
-    assert f"{rows[0]['parameters']:,}" in text and f"{tmp_path}/results.csv" in text.replace("\n", "")
+    setting = found["setting"]
+    assert setting["layer"]["hidden"] == 50 and setting["experts"] == [[4], [3, 2]] and setting["seed"] == 7
+    budget = round(0.9 * (41 * 50 + 51 * 30))
+    layer = {"experts": 4, "in_features": 40, "hidden": 50, "out_features": 30, "bias": True, "gate": True}
+    rank = mt.fit_rank("cp", rounding="nearest", parameters=budget, **layer)
+    rows = [row for row in found["rows"] if (row["subject"], row["experts"]) == ("cp", "4")]
+    (told,) = [r for r in rows if r["quantity"] == "parameters" and r["sizes"] == "40x50x30"]
+    assert told["value"] == mt.cost("cp", rank=rank, **layer).parameters and told["rank"] == str(rank)
+    assert {row["seed"] for row in rows if row["quantity"] == "forward"} == {7}
+    # Again, from its own setting: everything is there.
+    text = run(f"study --setting {tmp_path}/study.json --out {tmp_path}")
+    assert f"{told['value']:,.0f}" in text and "report.html" in text
 
 
 def test_version_and_help() -> None:
@@ -173,7 +180,7 @@ def test_help_of_the_study_names_its_layers() -> None:
         assert name in told
 
 
-@pytest.mark.parametrize("command", [PLAN, COST, FIT, "study"])
+@pytest.mark.parametrize("command", [PLAN, COST, FIT, "study --layer gpt2-mlp --experts 256,64x64"])
 def test_examples_in_the_help_are_the_documented_ones(command: str) -> None:
     told = "".join(run(f"{command.split()[0]} --help").split())
     assert "".join(f"mumoe-tensor {command}".split()) in told
@@ -220,11 +227,17 @@ BAD = [
     ("study --formats cp,nope", "unknown format 'nope'"),
     ("study --formats cp --experts many", "--experts must be a number"),
     ("study --batch 0", "batch must be positive, got 0"),
-    ("study --repetitions 0", "repetitions must be positive, got 0"),
+    ("study --layer clip-head --hidden 3", "a layer is told by --layer, or by --in-features"),
+    ("study --in-features 3", "a layer is told by --layer, or by --in-features"),
+    ("study --in-features 0 --out-features 2", "in_features must be positive, got 0"),
+    ("study --setting nothing.json", "nothing.json"),
+    ("study --setting nothing.json --seed 1", "--setting takes the place of all options"),
+    ("study --data nothing.npz", "there is no file 'nothing.npz'"),
+    ("study --device tpu", "'cpu' or 'cuda', got 'tpu'"),
     ("study --seconds 0", "seconds must be positive, got 0"),
     ("study --memory -1", "memory must be positive, got -1"),
     ("study --seed -1", "seed must not be negative, got -1"),
-    ("study --parameters some", "--parameters must be a number or match"),
+    ("study --parameters some", "parameters must be match, a positive number, or a multiple"),
     ("study --parameters 10 --formats cp,tr", "some format must fit the budget"),
 ]
 

@@ -35,7 +35,7 @@ MODULES = [
     for module in pkgutil.walk_packages(mt.__path__, "mumoe_tensor.")
     if not module.name.endswith("__main__")
 ]
-PACKAGES = ("nn", "analysis", "training")
+PACKAGES = ("nn", "analysis", "training", "study")
 #: Blocks of other languages (sh, text) are not run.
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -195,7 +195,7 @@ def test_docstring_is_numpydoc(name: str) -> None:
 
 def test_public_names_are_in_the_reference() -> None:
     pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name == "reference")
-    documented = set(re.findall(r"^\.\. auto(?:function|class):: (\w+)$", pages, re.MULTILINE))
+    documented = set(re.findall(r"^\.\. auto(?:function|class|data):: (\w+)$", pages, re.MULTILINE))
     for package in (mt, *(importlib.import_module(f"mumoe_tensor.{name}") for name in PACKAGES)):
         assert set(package.__all__) <= documented
 

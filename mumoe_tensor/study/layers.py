@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mumoe_tensor.formats.base import as_positive
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -16,7 +18,7 @@ class Layer:
     in_features, out_features : int
     hidden : int or None
         Size between the two layers of a block.
-    experts : int or tuple of int
+    experts : int
         Number of experts it is studied with unless another is asked for.
     """
 
@@ -24,7 +26,7 @@ class Layer:
     in_features: int
     out_features: int
     hidden: int | None = None
-    experts: int | tuple[int, ...] = 256
+    experts: int = 256
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -35,6 +37,12 @@ class Layer:
     def kind(self) -> str:
         """What the dense original is called."""
         return "linear layer" if self.hidden is None else "dense MLP"
+
+    def __post_init__(self) -> None:
+        for name in ("in_features", "out_features", "experts"):
+            as_positive(getattr(self, name), name)
+        if self.hidden is not None:
+            as_positive(self.hidden, "hidden")
 
     def __str__(self) -> str:
         return f"{self.title}, {' → '.join(map(str, self.sizes))}"
@@ -52,6 +60,10 @@ LAYERS = {
 
 def get_layer(layer: str | Layer) -> Layer:
     """Look a published layer up by its name; a `Layer` is returned as it is.
+
+    Parameters
+    ----------
+    layer : str or Layer
 
     Raises
     ------

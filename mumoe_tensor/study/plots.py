@@ -1,8 +1,7 @@
-"""The picture of a study: every format beside the dense layer it takes the place of."""
+"""Charts as pictures (matplotlib)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,20 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mumoe_tensor.contraction.plan import ITEMSIZE
 from mumoe_tensor.formats import formats
-from mumoe_tensor.study.report import BACKENDS, whole_file
-from mumoe_tensor.study.sweep import BASELINE, DTYPE, Row, Study
+from mumoe_tensor.study.chart import Chart, Panel, Series, limits
+from mumoe_tensor.study.charts import ALIKE
+from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.study.subjects import BASELINE, SPARSE
 
 #: Okabe and Ito's colours, told apart by every kind of colour vision. A format keeps its colour everywhere.
 COLOURS = {
     BASELINE: "#000000",
+    SPARSE: "#999933",
+    ALIKE: "#BBBBBB",
     "cp": "#0072B2",
     "tr": "#D55E00",
     "tt": "#E69F00",
@@ -44,145 +47,168 @@ STYLE: dict[Any, Any] = {
     "axes.spines.left": False,
     "svg.hashsalt": "mumoe_tensor",
 }
-#: Full and hollow markers of the backends, in their order.
-MARKERS = ("o", "s")
+#: Markers tell subjects apart where colours cannot.
+MARKERS = dict(zip(COLOURS, "o*.svDPX^", strict=False))
+FURTHER_MARKER = "p"
+#: Width of a page in inches, and panels in a row of it.
+WIDTH, MOST_COLUMNS = 7.2, 4
 
 
 def colour(name: str) -> str:
-    """Colour of a format, or of the dense layer."""
+    """Colour of a format, or of another subject."""
     if name in COLOURS:
         return COLOURS[name]
     others = [other for other in formats() if other not in COLOURS]
     return FURTHER_COLOURS[others.index(name) % len(FURTHER_COLOURS)]
 
 
-def draw(study: Study) -> Figure:
-    """Draw cost, expert rank and measured time of every format against the dense layer.
+def marker(name: str) -> str:
+    """Marker of a format, or of another subject."""
+    return MARKERS.get(name, FURTHER_MARKER)
+
+
+def draw(chart: Chart) -> Figure:
+    """Draw a chart.
 
     Parameters
     ----------
-    study : Study
+    chart : Chart
 
     Returns
     -------
     matplotlib.figure.Figure
         7.2 inches wide, the width of a page.
     """
-    subjects = study.sweep.subjects
-    rows = [next(iter(study.of(subject.name).values())) for subject in subjects]
-    # The dense layer keeps its input and, if it is a single one, nothing else.
-    inputs = study.sweep.batch * study.sweep.layer.in_features * ITEMSIZE[DTYPE]
-    panels: list[tuple[str, Callable[[Row], int]]] = [
-        ("Parameters", lambda row: row.parameters),
-        ("FLOPs", lambda row: row.flops),
-        ("Peak memory", lambda row: row.peak_bytes),
-        ("Saved, with the input", lambda row: row.saved_bytes + inputs),
-        ("Largest rank of an expert", lambda row: row.max_expert_rank),
-    ]
+    first = chart.panels[0]
+    columns = min(len(chart.panels), MOST_COLUMNS if first.ys or len(chart.panels) > 3 else 3)
+    lines = -(-len(chart.panels) // columns)
+    height = 0.7 + 0.24 * len(first.ys) if first.ys else 2.1
+    height += 0.2 * len(first.ys) * first.is_map
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 1.5 + 0.42 * len(rows)), layout="constrained")
+        margins = 0.3 if first.ys else 0.8
+        figure = Figure(figsize=(WIDTH, margins + lines * height), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 3, sharey=True).flat
-        for ax, (title, value) in zip(axes, panels, strict=False):
-            reference = value(rows[0])
-            ratios = [value(row) / reference for row in rows]
-            _frame(ax, title, ratios)
-            for y, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
-                _lollipop(ax, y, ratio, row.name)
-        _times(axes[-1], study)
-        for ax in axes:
-            ax.set_yticks(range(len(rows)), [row.title for row in rows])
-            ax.set_ylim(len(rows) - 0.4, -0.6)
-        figure.supxlabel(f"relative to the {study.sweep.layer.kind} (logarithmic)", fontsize=8)
-        figure.suptitle(study.sweep.title)
+        axes = figure.subplots(lines, columns, squeeze=False, sharey="row" if first.ys else False)
+        for ax in axes.flat[len(chart.panels) :]:
+            ax.set_axis_off()
+        for ax, panel in zip(axes.flat, chart.panels, strict=False):
+            _frame(ax, panel)
+            for series in panel.series:
+                (_tiles if panel.is_map else _points)(ax, panel, series)
+        figure.suptitle(chart.title, x=0.01, ha="left", weight="bold")
+        if not first.ys:
+            handles = [
+                Line2D([], [], color=colour(name), marker=marker(name), markersize=4, linewidth=1.2)
+                for name in chart.titles
+            ]
+            figure.legend(
+                handles, list(chart.titles.values()), loc="outside lower center", ncols=4, frameon=False
+            )
     return figure
 
 
-def write_plot(study: Study, stem: Path) -> list[Path]:
-    """Write the picture as PNG and SVG.
+def write_plots(charts: list[Chart], folder: Path) -> list[Path]:
+    """Write charts as PNG and SVG, each whole or not at all.
 
     Parameters
     ----------
-    study : Study
-    stem : Path
-        Where, without the suffix.
+    charts : list of Chart
+    folder : Path
 
     Returns
     -------
     list of Path
     """
-    figure = draw(study)
-    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in paths:
-        # Without a date in it the same figure is the same file.
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        with matplotlib.rc_context(STYLE), whole_file(path) as file:
-            figure.savefig(file, format=path.suffix[1:], dpi=200, metadata=metadata)
+    paths = []
+    for chart in charts:
+        figure = draw(chart)
+        for suffix in (".png", ".svg"):
+            path = folder / f"{chart.name}{suffix}"
+            # Without a date in it the same figure is the same file.
+            metadata = {"Date": None} if suffix == ".svg" else {}
+            with matplotlib.rc_context(STYLE), whole_file(path) as file:
+                figure.savefig(file, format=suffix[1:], dpi=200, metadata=metadata)
+            paths.append(path)
     return paths
 
 
-def _times(ax: Any, study: Study) -> None:
-    """Measured forward time with quartiles, one marker a backend."""
-    measured = [(row, row.ratios) for row in study.rows if row.ratios is not None]
-    _frame(ax, "", [x for _, ratios in measured for x in ratios])
-    height = {subject.name: y for y, subject in enumerate(study.sweep.subjects)}
-    for subject in study.sweep.subjects:
-        if subject.skip:
-            ax.text(1, height[subject.name], " not run", va="center", color="0.4")
-    for row, (q1, median, q3) in measured:
-        k = study.backends.index(row.backend)
-        ax.errorbar(
-            median,
-            height[row.name] + (0.36 * k - 0.18) * (len(study.backends) > 1),
-            xerr=[[median - q1], [q3 - median]],
-            fmt=MARKERS[k],
-            color=colour(row.name),
-            markerfacecolor=colour(row.name) if k == 0 else "white",
-            markersize=4,
-            elinewidth=1,
-        )
-    # A legend of one line under its own title, in the place of the title.
-    handles = [
-        Line2D([], [], linestyle="", marker=marker, color="0.2", markersize=4, markerfacecolor=face)
-        for marker, face in zip(MARKERS, ("0.2", "white"), strict=True)
-    ]
-    ax.legend(
-        handles[: len(study.backends)],
-        [BACKENDS[backend] for backend in study.backends],
-        title="Measured forward time",
-        title_fontproperties={"weight": "bold", "size": STYLE["axes.titlesize"]},
-        alignment="left",
-        loc="lower left",
-        bbox_to_anchor=(0, 1.02),
-        ncols=2,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handletextpad=0.1,
-        columnspacing=1,
+def _frame(ax: Any, panel: Panel) -> None:
+    """Title, labels, scales and ticks."""
+    ax.set_title(panel.title, loc="left")
+    ax.set_xlabel(panel.xlabel)
+    ax.set_ylabel(panel.ylabel)
+    for axis, categories, is_log in ((ax.xaxis, panel.xs, panel.xlog), (ax.yaxis, panel.ys, panel.ylog)):
+        name = axis.axis_name
+        if categories:
+            getattr(ax, f"set_{name}ticks")(range(len(categories)), categories)
+            getattr(ax, f"set_{name}lim")(-0.6, len(categories) - 0.4)
+            axis.set_tick_params(length=0)
+            continue
+        low, high = limits(panel, name)
+        if is_log:
+            getattr(ax, f"set_{name}scale")("log")
+            span = high / low
+            # At most about five ticks: every second decade, every decade, or 1, 2, 5 within each.
+            base, subs = (100, (1.0,)) if span > 1e4 else (10, (1.0,)) if span > 60 else (10, (1.0, 2.0, 5.0))
+            axis.set_major_locator(LogLocator(base, subs=subs))
+            axis.set_minor_locator(NullLocator())
+            if name == "x" and panel.xticks:
+                axis.set_major_locator(FixedLocator(panel.xticks))
+        else:
+            axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        getattr(ax, f"set_{name}lim")(low, high)
+    if panel.ys:
+        ax.invert_yaxis()
+    if panel.reference:
+        draw_line = ax.axvline if panel.reference[0] == "x" else ax.axhline
+        draw_line(panel.reference[1], color="0.7", linewidth=0.8, zorder=0)
+    if panel.front:
+        x, y = [float(p.x) for p in panel.front], [float(p.y) for p in panel.front]
+        ax.step(x, y, where="post", color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+
+
+def _points(ax: Any, panel: Panel, series: Series) -> None:
+    """Points with their errors, joined or not."""
+    x = [panel.xs.index(str(p.x)) if panel.xs else float(p.x) for p in series.points]
+    y = [panel.ys.index(str(p.y)) if panel.ys else float(p.y) for p in series.points]
+    centres = x if panel.errors == "x" else y
+    below = [c - (p.low if p.low is not None else c) for c, p in zip(centres, series.points, strict=True)]
+    above = [(p.high if p.high is not None else c) - c for c, p in zip(centres, series.points, strict=True)]
+    ax.errorbar(
+        x,
+        y,
+        # A median of ratios may lie beside the quartiles by a rounding error.
+        **{f"{panel.errors}err": [[max(e, 0.0) for e in below], [max(e, 0.0) for e in above]]},
+        marker=marker(series.subject),
+        linestyle=(":" if series.hollow else "-") if series.line else "",
+        color=colour(series.subject),
+        markerfacecolor="white" if series.hollow else colour(series.subject),
+        markersize=4,
+        linewidth=1.2,
+        elinewidth=0.8,
     )
+    if panel.shown:
+        for a, b, point in zip(x, y, series.points, strict=True):
+            right = max(a, point.high or a)
+            ax.annotate(point.text, (right, b), xytext=(5, 0), textcoords="offset points", va="center")
 
 
-def _frame(ax: Any, title: str, ratios: Sequence[float]) -> None:
-    """A logarithmic axis about 1 on which all ratios and their labels have room."""
-    low, high = min(0.5, *ratios), max(2.0, *ratios)
-    span = high / low
-    ax.set_title(title, loc="left")
-    ax.set_xscale("log")
-    ax.set_xlim(low / span**0.08, high * span**0.3)
-    # At most about five ticks: every second decade, every decade, or 1, 2, 5 within each.
-    base, subs = (100, (1.0,)) if span > 1000 else (10, (1.0,)) if span > 50 else (10, (1.0, 2.0, 5.0))
-    ax.xaxis.set_major_locator(LogLocator(base, subs=subs))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
-    ax.axvline(1, color="0.7", linewidth=0.8, zorder=0)
-    ax.tick_params(axis="y", length=0)
+def _tiles(ax: Any, panel: Panel, series: Series) -> None:
+    """A tile a point, its text within."""
+    for point in series.points:
+        x, y = panel.xs.index(str(point.x)), panel.ys.index(str(point.y))
+        ax.add_patch(
+            Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour(series.subject), alpha=0.3, linewidth=0)
+        )
+        ax.annotate(point.text.replace(", ", "\n"), (x, y), ha="center", va="center", fontsize=8)
 
 
-def _lollipop(ax: Any, y: float, ratio: float, name: str) -> None:
-    """A dot at the ratio, tied to 1, and the number beside it."""
-    ax.plot([1, ratio], [y, y], color=colour(name), linewidth=1.5)
-    ax.plot([ratio], [y], MARKERS[0], color=colour(name), markersize=5)
-    text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
-    # On the right of the line, which for a ratio below 1 ends at 1.
-    ax.annotate(text, (max(ratio, 1), y), xytext=(5, 0), textcoords="offset points", va="center")
+def short(value: float) -> str:
+    """A number as short as a tick is: 0.5, 2,048, 16k, 1M."""
+    if value == int(value) and abs(value) < 1e4:
+        return f"{value:,.0f}"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"

@@ -1,537 +1,268 @@
-"""What a study measures: each format at the parameters of a dense layer, its cost and its real forward."""
+"""The measurements of a study, one task after the other; what is done already is not done again."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from itertools import pairwise
-from math import pi, sqrt
-from pathlib import Path
-from time import perf_counter
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
-import numpy as np
+import torch
+from torch import Tensor, nn
 
-import mumoe_tensor
-from mumoe_tensor.backend import Array
-from mumoe_tensor.budget import fit_rank
-from mumoe_tensor.contraction.plan import ITEMSIZE
-from mumoe_tensor.cost import Cost, cost, dense_parameters
-from mumoe_tensor.formats.base import Format, as_positive, check_modes, get_format
-from mumoe_tensor.formats.base import formats as registered
-from mumoe_tensor.gates import entmax15
-from mumoe_tensor.multilinear import multilinear_moe
-from mumoe_tensor.study.layers import Layer, get_layer
-from mumoe_tensor.tensors import FactorizedTensor
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.study.memory import peaks
+from mumoe_tensor.study.quality import heads, judge
+from mumoe_tensor.study.results import Measurement, Results
+from mumoe_tensor.study.settings import Setting
+from mumoe_tensor.study.subjects import BASELINE, ITEM, SPARSE, Subject, fitted
+from mumoe_tensor.study.timing import compare
 
-#: Name of the dense layer itself among the rows.
-BASELINE = "baseline"
-DTYPE = "float32"
-BATCH, QUICK_BATCH = 1024, 32
-REPETITIONS, QUICK_REPETITIONS = 25, 3
-#: Rounds that are timed even if the time for them has passed.
-FEWEST_REPETITIONS = 3
+#: Numbers of experts for which formats are compared by formula.
+GRID = tuple(2**k for k in range(3, 15))
 
-Progress = Callable[[int, int, str], None]
+#: Batch of the latency of heads.
+HEAD_BATCH = 256
+
+#: Called with the seconds that are done, those of all tasks, about, and what comes now.
+Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One thing to be measured: the dense layer, or a mixture in one format.
+class Task:
+    """A piece of work that is done whole or not at all.
 
     Attributes
     ----------
-    name : str
-        The format's, or ``"baseline"``.
-    title : str
-    format : Format
-        Format of the weights; the dense layer is the dense format without a level of experts.
-    rank : tuple of int
-    fitted : bool
-        Whether the rank was fitted to the budget. What has no rank costs what it costs.
-    cost : Cost
-    skip : str
-        Why the forward is not run; empty if it is.
-    """
-
-    name: str
-    title: str
-    format: Format
-    rank: tuple[int, ...]
-    fitted: bool
-    cost: Cost
-    skip: str = ""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Everything that will be measured, with its figures; made by `prepare`.
-
-    Attributes
-    ----------
-    layer : Layer
-    experts : tuple of int
-    budget : int
-        Parameters the ranks were fitted to, gate included.
-    batch : int
-    repetitions : int
+    key : str
+        Under which its results are known.
+    text : str
+        What it is, for the progress.
     seconds : float
-    seed : int
-    subjects : tuple of Subject
-        The dense layer first.
-    unfitted : dict
-        Formats that cannot be had for the budget, and why.
+        About how long it takes.
+    run : callable
+        Gives its measurements.
     """
 
-    layer: Layer
-    experts: tuple[int, ...]
-    budget: int
-    batch: int
-    repetitions: int
+    key: str
+    text: str
     seconds: float
-    seed: int
-    subjects: tuple[Subject, ...]
-    unfitted: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """The setting in one line."""
-        levels = " × ".join(f"{n:,}" for n in self.experts) or "no"
-        return f"{self.layer}; {levels} experts, batch {self.batch:,}, {DTYPE}"
+    run: Callable[[], list[Measurement]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """Figures of one subject, and its forward pass on one backend.
-
-    Memory is in bytes, time in seconds. `seconds` is a median, `seconds_q1` and `seconds_q3` are quartiles,
-    and the ratios are these over the dense layer's median on the same backend. Where nothing was run
-    `backend` is empty, the times are None and `note` says why.
-    """
-
-    name: str
-    title: str
-    rank: str
-    fitted: bool
-    parameters: int
-    gate_parameters: int
-    flops: int
-    peak_bytes: int
-    saved_bytes: int
-    max_expert_rank: int
-    backend: str = ""
-    repetitions: int = 0
-    seconds: float | None = None
-    seconds_q1: float | None = None
-    seconds_q3: float | None = None
-    time_ratio: float | None = None
-    time_ratio_q1: float | None = None
-    time_ratio_q3: float | None = None
-    note: str = ""
-
-    @property
-    def ratios(self) -> tuple[float, float, float] | None:
-        """Lower quartile, median and upper quartile of the time over the dense layer's median."""
-        if self.time_ratio_q1 is None or self.time_ratio is None or self.time_ratio_q3 is None:
-            return None
-        return self.time_ratio_q1, self.time_ratio, self.time_ratio_q3
-
-
-@dataclass(frozen=True)
-class Study:
-    """A finished study.
+class Plan:
+    """Everything a study will do.
 
     Attributes
     ----------
-    sweep : Sweep
-    rows : tuple of Row
-        One for each subject and backend, the dense layer's first.
-    environment : dict
-        Machine and its load before anything ran, versions and commit.
-    skipped : dict
-        Backends that were not there, and why.
+    setting : Setting
+    subjects : list of Subject
+        In the place of the layer: the dense one first, then for each number of experts every format, and the
+        sparse mixture.
+    heads, squares : list of Subject
+    unfitted : dict of str to str
+        What cannot be had for its budget, and why.
+    tasks : list of Task
     """
 
-    sweep: Sweep
-    rows: tuple[Row, ...]
-    environment: dict[str, Any]
-    skipped: dict[str, str]
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Backends the forward was run on."""
-        return tuple(dict.fromkeys(row.backend for row in self.rows if row.backend))
-
-    def of(self, name: str) -> dict[str, Row]:
-        """Rows of one subject by backend; figures that no backend changes are the same in each."""
-        return {row.backend: row for row in self.rows if row.name == name}
+    setting: Setting
+    subjects: list[Subject]
+    heads: list[Subject]
+    squares: list[Subject]
+    unfitted: dict[str, str]
+    tasks: list[Task]
 
 
-def prepare(
-    layer: str | Layer = "gpt2-mlp",
-    *,
-    experts: int | Sequence[int] | None = None,
-    formats: Iterable[str] | None = None,
-    parameters: int | Literal["match"] = "match",
-    batch: int | None = None,
-    repetitions: int | None = None,
-    seconds: float = 30.0,
-    memory: float = 2.0,
-    seed: int = 0,
-    quick: bool = False,
-) -> Sweep:
-    """Fit every format to the budget and work out what it costs. Nothing is run yet.
+def plan(setting: Setting) -> Plan:
+    """Fit every format to its budget and list what is to be measured. Nothing is run yet.
 
     Parameters
     ----------
-    layer : str or Layer, default "gpt2-mlp"
-        A name in `LAYERS`, or sizes of one's own.
-    experts : int or sequence of int, optional
-        Number of experts, one number a level. By default that of the layer.
-    formats : iterable of str, optional
-        Names of formats; all registered ones by default.
-    parameters : int or "match", default "match"
-        The budget with gate and bias; ``"match"`` for the parameters of the dense layer with its bias.
-    batch : int, optional
-        Inputs of one forward pass: 1024, or 32 with `quick`.
-    repetitions : int, optional
-        Timed rounds: 25, or 3 with `quick`.
-    seconds : float, default 30
-        On each backend no further round starts once this time has passed and three are done.
-    memory : float, default 2
-        A forward that needs more GiB than this for parameters and intermediates is not run.
-    seed : int, default 0
-    quick : bool, default False
-        A small batch and few repetitions, to see that all works.
-
-    Returns
-    -------
-    Sweep
+    setting : Setting
 
     Raises
     ------
-    ValueError, TypeError
-        If a name is unknown, a size is not a positive integer, or no format fits the budget.
+    ValueError
+        If no format fits the budget.
     """
-    layer = get_layer(layer)
-    levels = check_modes(layer.experts if experts is None else experts, 1, 1)[:-2]
-    chosen = [get_format(name) for name in dict.fromkeys(registered() if formats is None else formats)]
-    if not chosen:
-        raise ValueError("a study needs at least one format, got none.")
-    batch = as_positive((QUICK_BATCH if quick else BATCH) if batch is None else batch, "batch")
-    rounds = (QUICK_REPETITIONS if quick else REPETITIONS) if repetitions is None else repetitions
-    rounds = as_positive(rounds, "repetitions")
-    for name, value in (("seconds", seconds), ("memory", memory)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}.")
-    sizes: dict[str, Any] = {
-        "in_features": layer.in_features,
-        "hidden": layer.hidden,
-        "out_features": layer.out_features,
-        "bias": True,
-    }
-    if parameters == "match":
-        budget = dense_parameters(layer.in_features, layer.out_features, layer.hidden, bias=True)
-    else:
-        budget = as_positive(parameters, "parameters")
-    mixture = {**sizes, "experts": levels, "gate": True}
-    subjects = [_baseline(layer, cost("dense", experts=(), batch=batch, dtype=DTYPE, **sizes))]
-    unfitted = {}
-    for format in chosen:
-        fitted = bool(format.bonds(len(levels)))
-        rank: tuple[int, ...] = ()
-        if fitted:
-            try:
-                solved = fit_rank(format, parameters=budget, rounding="nearest", **mixture)
-            except ValueError as error:
-                unfitted[format.name] = str(error)
-                continue
-            rank = (solved,) if isinstance(solved, int) else solved
-        figures = cost(format, rank=rank, batch=batch, dtype=DTYPE, **mixture)
-        title = f"{format.title} mixture" if len(format.declaration(len(levels))) == 1 else format.title
-        skip = _too_large(figures, memory)
-        subjects.append(Subject(format.name, title, format, rank, fitted, figures, skip))
-    if len(subjects) == 1:
+    baseline = Subject(BASELINE, setting.layer.sizes)
+    subjects = [baseline]
+    unfitted: dict[str, str] = {}
+    for experts in setting.experts:
+        found, missing = fitted(baseline.sizes, experts, setting.formats, setting.parameters)
+        found.append(Subject(SPARSE, baseline.sizes, experts, top_k=setting.top_k))
+        subjects += [replace(subject, skip=_too_large(subject, setting.memory)) for subject in found]
+        unfitted |= {f"{name}, {'x'.join(map(str, experts))} experts": why for name, why in missing.items()}
+    if not any(subject.name in setting.formats for subject in subjects):
         raise ValueError(f"some format must fit the budget; none does: {' '.join(unfitted.values())}")
-    return Sweep(layer, levels, budget, batch, rounds, seconds, seed, tuple(subjects), unfitted)
+    trained, missing = heads(setting)
+    squares = []
+    for size in setting.squares:
+        squares += [Subject(BASELINE, (size, size))]
+        of_size, _ = fitted((size, size), (setting.square_experts,), setting.formats)
+        squares += [subject for subject in of_size if subject.budget]
+    found_plan = Plan(setting, subjects, trained, squares, unfitted | missing, [])
+    found_plan.tasks.extend(_tasks(found_plan))
+    return found_plan
 
 
-def measure(sweep: Sweep, progress: Progress | None = None) -> Study:
-    """Run and time the forward pass of every subject on NumPy and, if it is installed, on torch.
-
-    A mixture's forward is what `Cost` counts: the gate (its product and entmax15), then the multilinear
-    layers, with GELU between two. The dense layer has the backend's own products. All subjects run in one
-    process, one after another in rounds whose order rotates, after one round of warm-up.
+def measure(planned: Plan, results: Results, progress: Progress | None = None) -> None:
+    """Do every task that is not done yet.
 
     Parameters
     ----------
-    sweep : Sweep
+    planned : Plan
+    results : Results
+        Gets the measurements of each task as soon as it is done.
     progress : callable, optional
-        Called as ``progress(done, total, text)``.
-
-    Returns
-    -------
-    Study
     """
-    surroundings = environment()
-    backends, skipped = _backends()
-    runnable = [subject for subject in sweep.subjects if not subject.skip]
-    z, gates = _inputs(sweep)
-    weights = {subject.name: _weights(sweep, subject) for subject in runnable}
-    steps = len(runnable) * (sweep.repetitions + 1)
-    timed = {}
-    for k, backend in enumerate(backends):
+    about = environment()
+    done = results.tasks
+    left = [task for task in planned.tasks if task.key not in done]
+    total, passed = sum(task.seconds for task in left), 0.0
+    for task in left:
+        if progress is not None:
+            progress(passed, total, task.text)
+        results.add(task.run(), about)
+        passed += task.seconds
+    if progress is not None:
+        progress(total, total, "done")
 
-        def tick(done: int, name: str, first: int = k * steps, of: str = backend.name) -> None:
-            if progress is not None:
-                progress(first + done, steps * len(backends), f"{of}, {name}")
 
-        forwards = {
-            subject.name: forward_pass(backend, subject, weights[subject.name], gates, z)
-            for subject in runnable
+def _tasks(planned: Plan) -> Iterator[Task]:
+    """The tasks, what tells most first."""
+    setting = planned.setting
+    yield Task("cost", "costs by formula", 1.0, lambda: list(_costs(planned)))
+    runnable = [subject for subject in planned.subjects if not subject.skip]
+    main = setting.experts[0]
+    for device, subject in product(setting.devices, runnable):
+        yield _timing(setting, subject, device, setting.batch, ("forward", "step"))
+    for subject, seed in product(planned.heads, range(setting.seeds)):
+        yield _training(setting, subject, setting.seed + seed)
+    for device, subject in product(setting.devices, planned.heads):
+        yield _timing(setting, subject, device, HEAD_BATCH, ("forward",))
+    for device, subject in product(setting.devices, runnable):
+        yield _peak(setting, subject, device)
+    for device, batch, subject in product(setting.devices, setting.batches, runnable):
+        if subject.experts in ((), main) and batch != setting.batch:
+            yield _timing(setting, subject, device, batch, ("forward",))
+    for device, subject, batch in product(setting.devices, planned.squares, setting.square_batches):
+        yield _timing(setting, subject, device, batch, ("forward",))
+
+
+def _costs(planned: Plan) -> Iterator[Measurement]:
+    """Figures by formula, of all subjects and over the grid of numbers of experts."""
+    setting = planned.setting
+    grid = []
+    for n in GRID:
+        if (n,) not in setting.experts:
+            found, _ = fitted(setting.layer.sizes, (n,), setting.formats, setting.parameters)
+            grid += [subject for subject in found if subject.budget]
+    everything = dict.fromkeys([*planned.subjects, *planned.heads, *planned.squares, *grid])
+    for subject in everything:
+        for quantity, value in subject.figures(setting.batch).items():
+            yield Measurement.of("cost", subject, quantity, value, batch=setting.batch, note=subject.skip)
+
+
+def _timing(setting: Setting, subject: Subject, device: str, batch: int, passes: tuple[str, ...]) -> Task:
+    key = f"time {subject.key} {device} {batch}"
+
+    def run() -> list[Measurement]:
+        torch.manual_seed(setting.seed)
+        x = torch.randn(batch, subject.sizes[0], device=device)
+        # The dense layer is measured against itself, and costs one turn only.
+        chosen = {"dense": replace(subject, name=BASELINE, experts=(), rank=(), budget=0), "this": subject}
+        modules = {
+            name: one.build(device) for name, one in chosen.items() if name == "this" or one != subject
         }
-        with backend.context():
-            timed[backend.name] = _interleaved(forwards, sweep.repetitions, sweep.seconds, tick)
-    rows = []
-    for subject in sweep.subjects:
-        if subject.skip:
-            rows.append(Row(**_figures(subject), note=subject.skip))
-            continue
-        for name, seconds in timed.items():
-            times = _spread(seconds[subject.name], seconds[BASELINE])
-            rows.append(Row(**_figures(subject), backend=name, **times))
-    return Study(sweep, tuple(rows), surroundings, skipped)
+        rows = []
+        for each in passes:
+            calls = {
+                name: (forward if each == "forward" else step)(module, x) for name, module in modules.items()
+            }
+            first = next(iter(calls))
+            times = compare(calls, first, rounds=setting.rounds, limit=setting.seconds)
+            seconds, ratio = times.spread("this"), times.ratio("this")
+            row = Measurement.of(
+                key, subject, each, seconds.median, low=seconds.low, high=seconds.high, ratio=ratio.median,
+                ratio_low=ratio.low, ratio_high=ratio.high, repetitions=times.rounds, device=device,
+                batch=batch, seed=setting.seed,
+            )  # fmt: skip
+            rows.append(row)
+        return rows
+
+    text = f"time of {subject.title}, {_experts(subject)}batch {batch:,}, {device}"
+    return Task(key, text, 0.2 + setting.seconds * (1.3 if len(passes) > 1 else 0.4), run)
 
 
-def environment() -> dict[str, Any]:
-    """Machine, its load at this moment, versions and commit; None for what is not there."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _processor(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "python": platform.python_version(),
-        "mumoe_tensor": mumoe_tensor.__version__,
-        **{package: _version(package) for package in ("numpy", "torch", "tensorly")},
-        "commit": _commit(),
-    }
+def _peak(setting: Setting, subject: Subject, device: str) -> Task:
+    key = f"peak {subject.key} {device} {setting.batch}"
+
+    def run() -> list[Measurement]:
+        values: tuple[int | None, int | None] = (None, None)
+        note = ""
+        try:
+            values = peaks(subject, setting.batch, device)
+        except OSError as error:
+            note = str(error)
+        return [
+            Measurement.of(key, subject, quantity, value, device=device, batch=setting.batch, note=note)
+            for quantity, value in zip(("forward peak", "step peak"), values, strict=True)
+        ]
+
+    return Task(key, f"peak memory of {subject.title}, {_experts(subject)}{device}", 3.0, run)
 
 
-@dataclass(frozen=True)
-class _Backend:
-    """What the timed blocks need from a backend."""
+def _training(setting: Setting, subject: Subject, seed: int) -> Task:
+    key = f"train {subject.key} {subject.budget} seed {seed}"
 
-    name: str
-    array: Callable[[np.ndarray], Array]
-    linear: Callable[[Array, Array, Array], Array]
-    gelu: Callable[[Array], Array]
-    context: Callable[[], AbstractContextManager[Any]]
+    def run() -> list[Measurement]:
+        found = judge(setting, subject, seed)
+        return [Measurement.of(key, subject, name, value, seed=seed) for name, value in found.items()]
 
-
-def _numpy_linear(z: Array, matrix: Array, bias: Array) -> Array:
-    y = z @ matrix
-    y += bias
-    return y
+    text = f"training of {subject.title}, {_experts(subject)}seed {seed}"
+    return Task(key, text, 0.03 * setting.epochs, run)
 
 
-def _numpy_gelu(x: Array) -> Array:
-    """GELU with tanh, as GPT-2 has it; in place where it can be, for memory traffic is what it costs."""
-    y = x * x
-    y *= x
-    y *= 0.044715
-    y += x
-    y *= sqrt(2 / pi)
-    np.tanh(y, out=y)
-    y += 1
-    y *= x
-    y *= 0.5
-    return y
+def forward(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A forward pass in evaluation, without gradients; on CUDA until it is finished."""
+
+    def run() -> None:
+        with torch.no_grad():
+            module(x)
+        _finish(x)
+
+    module.eval()
+    return run
 
 
-def _backends() -> tuple[list[_Backend], dict[str, str]]:
-    """The backends that are installed, and why others are left out."""
-    found = [_Backend("numpy", lambda array: array, _numpy_linear, _numpy_gelu, nullcontext)]
-    if find_spec("torch") is None:
-        return found, {"torch": "not installed; pip install 'mumoe_tensor[torch]'"}
-    import torch
+def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """zero_grad, forward, backward, as in the middle of a network: the input has a gradient too."""
+    x = x.clone().requires_grad_()
+    with torch.no_grad():
+        gradient = torch.randn_like(module(x))
 
-    found.append(
-        _Backend(
-            "torch",
-            torch.from_numpy,
-            lambda z, matrix, bias: torch.addmm(bias, z, matrix),
-            lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-            torch.no_grad,
-        )
-    )
-    return found, {}
+    def run() -> None:
+        module.zero_grad()
+        x.grad = None
+        module(x).backward(gradient)
+        _finish(x)
+
+    module.train()
+    return run
 
 
-def _inputs(sweep: Sweep) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Inputs, and gates that give logits of variance one."""
-    rng = np.random.default_rng(sweep.seed)
-    i = sweep.layer.in_features
-    z = rng.standard_normal((sweep.batch, i)).astype(DTYPE)
-    return z, [(rng.standard_normal((i, n)) / sqrt(i)).astype(DTYPE) for n in sweep.experts]
+def _finish(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
 
 
-def _weights(sweep: Sweep, subject: Subject) -> list[FactorizedTensor]:
-    sizes = sweep.layer.sizes
-    like = np.empty(0, DTYPE)
-    return [
-        FactorizedTensor.random(
-            subject.format,
-            experts=() if subject.name == BASELINE else sweep.experts,
-            in_features=inner,
-            out_features=outer,
-            rank=subject.rank,
-            bias=True,
-            like=like,
-            seed=sweep.seed + k,
-        )
-        for k, (inner, outer) in enumerate(pairwise(sizes))
-    ]
+def _experts(subject: Subject) -> str:
+    return f"{'×'.join(map(str, subject.experts))} experts, " if subject.experts else ""
 
 
-def forward_pass(
-    backend: _Backend,
-    subject: Subject,
-    weights: list[FactorizedTensor],
-    gates: list[np.ndarray],
-    inputs: np.ndarray,
-) -> Callable[[], Array]:
-    """Bind the forward pass of a subject to its arrays: what is timed, and nothing else."""
-    z = backend.array(inputs)
-    factors = [[backend.array(factor) for factor in weight.arrays] for weight in weights]
-    if subject.name == BASELINE:
-        layers = [(matrix[:-1], matrix[-1]) for (matrix,) in factors]
-
-        def dense() -> Array:
-            (matrix, bias), *rest = layers
-            y = backend.linear(z, matrix, bias)
-            for matrix, bias in rest:
-                y = backend.linear(backend.gelu(y), matrix, bias)
-            return y
-
-        return dense
-    factorized = [FactorizedTensor(subject.format, arrays) for arrays in factors]
-    gate_matrices = [backend.array(gate) for gate in gates]
-
-    def mixture() -> Array:
-        coefficients = [entmax15(z @ gate) for gate in gate_matrices]
-        first, *rest = factorized
-        y = multilinear_moe(first, z, coefficients, bias=True)
-        for weight in rest:
-            y = multilinear_moe(weight, backend.gelu(y), coefficients, bias=True)
-        return y
-
-    return mixture
-
-
-def _interleaved(
-    forwards: dict[str, Callable[[], Array]],
-    repetitions: int,
-    seconds: float,
-    tick: Callable[[int, str], None],
-) -> dict[str, list[float]]:
-    """Time all functions in rounds, each round starting with another one, after a round of warm-up."""
-    names = list(forwards)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    done, begin = 0, perf_counter()
-    for turn in range(repetitions + 1):
-        if turn > FEWEST_REPETITIONS and perf_counter() - begin > seconds:
-            break
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = perf_counter()
-            forwards[name]()
-            times[name].append(perf_counter() - start)
-            done += 1
-            tick(done, name)
-    return {name: measured[1:] for name, measured in times.items()}
-
-
-def _spread(times: list[float], baseline: list[float]) -> dict[str, Any]:
-    q1, median, q3 = (float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
-    reference = float(np.median(baseline))
-    return {
-        "repetitions": len(times),
-        "seconds": median,
-        "seconds_q1": q1,
-        "seconds_q3": q3,
-        "time_ratio": median / reference,
-        "time_ratio_q1": q1 / reference,
-        "time_ratio_q3": q3 / reference,
-    }
-
-
-def _figures(subject: Subject) -> dict[str, Any]:
-    figures = subject.cost
-    return {
-        "name": subject.name,
-        "title": subject.title,
-        "rank": " ".join(map(str, subject.rank)),
-        "fitted": subject.fitted,
-        "parameters": figures.parameters,
-        "gate_parameters": figures.gate_parameters,
-        "flops": figures.flops,
-        "peak_bytes": figures.peak,
-        "saved_bytes": figures.saved,
-        "max_expert_rank": figures.max_expert_rank,
-    }
-
-
-def _baseline(layer: Layer, figures: Cost) -> Subject:
-    title = layer.kind[0].upper() + layer.kind[1:]
-    return Subject(BASELINE, title, get_format("dense"), (), False, figures)
-
-
-def _too_large(figures: Cost, memory: float) -> str:
-    needed = (figures.parameters * ITEMSIZE[DTYPE] + figures.peak) / 2**30
+def _too_large(subject: Subject, memory: float) -> str:
+    needed = 2 * ITEM * subject.figures(2)["parameters"] / 2**30
     if needed <= memory:
         return ""
-    return f"not run: needs {needed:.1f} GiB for parameters and intermediates, the limit is {memory:g} GiB"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor()
-    return f"{platform.system()} {platform.machine()} {model}".strip()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package lies in, ``-dirty`` if it was changed; None if it lies in none."""
-    folder = Path(mumoe_tensor.__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An installed package may lie in an environment within somebody else's checkout.
-        if git("rev-parse", "--show-prefix") != f"{folder.name}/":
-            return None
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return f"not run: parameters and gradients take {needed:.1f} GiB, the limit is {memory:g} GiB"

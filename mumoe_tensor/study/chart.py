@@ -1,0 +1,149 @@
+"""What a chart is, apart from how it is drawn: `plots` makes pictures of it, `page` draws it in a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import NamedTuple
+
+#: A place on an axis, or the name of a category.
+Place = float | str
+#: Ticks of an axis that has them where something was measured.
+MOST_TICKS = 4
+
+
+class Point(NamedTuple):
+    """A point, the ends of its error bar if it has one, and what is told of it."""
+
+    x: Place
+    y: Place
+    low: float | None = None
+    high: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one subject.
+
+    Attributes
+    ----------
+    subject, title : str
+        The subject decides the colour.
+    points : list of Point
+    line : bool
+        Whether points are joined.
+    hollow : bool
+        Markers without filling, and a dotted line: a baseline of the subject.
+    """
+
+    subject: str
+    title: str
+    points: list[Point]
+    line: bool = True
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes
+    ----------
+    title, xlabel, ylabel : str
+    series : list of Series
+    xlog, ylog : bool
+    xs, ys : tuple of str
+        The categories of an axis without numbers, from left to right and from top to bottom.
+    errors : str
+        The axis of error bars, "x" or "y".
+    reference : tuple of str and float, optional
+        An axis, and where on it a line stands.
+    shown : bool
+        Whether texts are written beside the points.
+    measured : bool
+        Whether the ticks of x are where something was measured.
+    front : list of Point
+        Joined by a line of steps.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: list[Series]
+    xlog: bool = True
+    ylog: bool = False
+    xs: tuple[str, ...] = ()
+    ys: tuple[str, ...] = ()
+    errors: str = "y"
+    reference: tuple[str, float] | None = None
+    shown: bool = False
+    measured: bool = False
+    front: Sequence[Point] = ()
+
+    @property
+    def is_map(self) -> bool:
+        """Whether both axes have categories: then points are tiles."""
+        return bool(self.xs and self.ys)
+
+    @property
+    def points(self) -> list[Point]:
+        """Those of all series."""
+        return [point for series in self.series for point in series.points]
+
+    @property
+    def xticks(self) -> list[float]:
+        """Ticks of x if they are where something was measured, thinned out to a few."""
+        places = sorted({float(point.x) for point in self.points}) if self.measured else []
+        return places[:: -(-len(places) // MOST_TICKS)] if places else []
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot of one or several panels.
+
+    Attributes
+    ----------
+    name : str
+        Of its files.
+    title, caption : str
+    panels : list of Panel
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: list[Panel]
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Title of every subject, in the order they appear."""
+        return {series.subject: series.title for panel in self.panels for series in panel.series}
+
+
+def limits(panel: Panel, axis: str) -> tuple[float, float]:
+    """Ends of an axis of numbers on which all points, their errors and their texts have room."""
+    values = [float(point.x if axis == "x" else point.y) for point in panel.points]
+    if panel.errors == axis:
+        values += [end for point in panel.points for end in (point.low, point.high) if end is not None]
+    is_log = panel.xlog if axis == "x" else panel.ylog
+    if panel.reference and panel.reference[0] == axis:
+        values += [panel.reference[1] * factor for factor in (0.8, 1.25)]
+    values = [value for value in values if not isnan(value) and (value > 0 or not is_log)] or [1.0]
+    low, high = min(values), max(values)
+    room = 0.45 if panel.shown and axis == "x" else 0.08
+    if is_log:
+        span = max(high / low, 2.0)
+        return low / span**0.08, max(high, low * 1.1) * span**room
+    span = (high - low) or abs(high) or 1.0
+    return low - 0.08 * span, high + room * span
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points for which no other one has less x and more y, from left to right."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (float(point.x), -float(point.y))):
+        if not found or float(point.y) > float(found[-1].y):
+            found.append(point)
+    return found

@@ -1,0 +1,354 @@
+"""The charts of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import isnan
+from statistics import mean, stdev
+from typing import Any
+
+from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front
+from mumoe_tensor.study.results import Measurement, Results, joined, total
+from mumoe_tensor.study.subjects import BASELINE
+from mumoe_tensor.study.sweep import HEAD_BATCH, Plan
+
+#: Formats this near to the best of a column share it; more than two are only counted.
+TIE = 0.01
+ALIKE = "alike"
+#: Quantiles of Student's t for the middle 95 %, by degrees of freedom; beyond, the normal one.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def charts(planned: Plan, results: Results) -> list[Chart]:
+    """All charts of a study that have something to show.
+
+    Parameters
+    ----------
+    planned : Plan
+    results : Results
+
+    Returns
+    -------
+    list of Chart
+    """
+    found = [beside_dense(planned, results), best_formats(planned, results)]
+    if len(planned.setting.experts) > 1:
+        found.append(over_experts(planned, results))
+    found += [over_batches(planned, results), crossover(planned, results)]
+    if planned.heads:
+        found = [pareto(planned, results), *found, specialisation(planned, results)]
+    return found
+
+
+def beside_dense(planned: Plan, results: Results) -> Chart:
+    """Every subject beside the dense layer, at the first number of experts."""
+    setting = planned.setting
+    sizes, experts = joined(setting.layer.sizes), joined(setting.experts[0])
+    titles = {s.name: s.title for s in planned.subjects if joined(s.experts) in ("", experts)}
+    computed = {"Parameters": "parameters", "FLOPs": "FLOPs", "Saved for backward": "saved"}
+    computed |= {"Expert rank": "expert rank"}
+    measured = {
+        "Forward": "forward",
+        "Step": "step",
+        "Forward peak": "forward peak",
+        "Step peak": "step peak",
+    }
+    wanted = [(title, quantity, "") for title, quantity in computed.items()]
+    wanted += [
+        (f"{title}, {device}", quantity, device)
+        for device in setting.devices
+        for title, quantity in measured.items()
+    ]
+    panels = []
+    for title, quantity, device in wanted:
+        found = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
+        rows = {row.subject: row for row in found if row.experts in ("", experts) and row.value is not None}
+        if BASELINE in rows:
+            series = [
+                Series(name, titles[name], [_beside(rows[name], rows[BASELINE])], line=False)
+                for name in titles
+                if name in rows
+            ]
+            look: dict[str, Any] = {"errors": "x", "reference": ("x", 1.0), "shown": True}
+            panels.append(
+                Panel(title, f"× {setting.layer.kind}", "", series, ys=tuple(titles.values()), **look)
+            )
+    return Chart(
+        "beside-dense",
+        f"Beside the {setting.layer.kind}, {words(experts)} experts",
+        "Everything relative to the dense layer. Times: median of the turns with quartiles; what was not run "
+        "is left out of them.",
+        panels,
+    )
+
+
+def best_formats(planned: Plan, results: Results) -> Chart:
+    """Which format is best at which number of experts, by several measures."""
+    setting, sizes = planned.setting, joined(planned.setting.layer.sizes)
+    measures: list[tuple[str, list[Measurement], Callable[..., float]]] = [
+        ("fewest FLOPs", results.of("FLOPs", sizes=sizes), min),
+        ("least saved", results.of("saved", sizes=sizes), min),
+        ("highest rank", results.of("expert rank", sizes=sizes), max),
+    ]
+    for device in setting.devices:
+        known: dict[str, Any] = {"sizes": sizes, "device": device, "batch": setting.batch}
+        measures += [
+            (f"fastest forward, {device}", results.of("forward", **known), min),
+            (f"fastest step, {device}", results.of("step", **known), min),
+            (f"least peak, {device}", results.of("step peak", **known), min),
+        ]
+    if planned.heads:
+        found = results.of("accuracy", sizes=joined(planned.heads[0].sizes))
+        measures.append(("best accuracy*", _at_budget(planned, found), max))
+    points: dict[str, list[Point]] = {}
+    titles = {ALIKE: "several alike"}
+    for title, rows, best_of in measures:
+        for experts, of_experts in _grouped(rows, lambda row: row.experts).items():
+            # What has no rank costs what it costs: it is not at the budget.
+            fitted = [row for row in of_experts if row.budget and row.value is not None]
+            means = {
+                name: mean(row.value or 0.0 for row in mine)
+                for name, mine in _grouped(fitted, lambda row: row.subject).items()
+            }
+            if means:
+                best = best_of(means.values())
+                names = [name for name, value in means.items() if abs(value - best) <= TIE * abs(best)]
+                titles |= {row.subject: row.title for row in fitted}
+                text = ", ".join(names) if len(names) < 3 else f"{len(names)} alike"
+                name = names[0] if len(names) < 3 else ALIKE
+                points.setdefault(name, []).append(Point(experts, title, text=text))
+    columns = {str(point.x) for found in points.values() for point in found}
+    seen = {str(point.y) for found in points.values() for point in found}
+    series = [
+        Series(name, titles[name], [point._replace(x=words(str(point.x))) for point in found], line=False)
+        for name, found in points.items()
+    ]
+    panel = Panel(
+        "",
+        "experts",
+        "",
+        series,
+        xs=tuple(words(experts) for experts in sorted(columns, key=lambda text: (total(text), text))),
+        ys=tuple(title for title, *_ in measures if title in seen),
+    )
+    return Chart(
+        "which-format",
+        "Which format at which number of experts",
+        f"The best format at the budget by each measure; within {TIE:.0%} of it counts as equal. Times and "
+        "peaks where they were measured. *Of the heads on real data, by their mean.",
+        [panel],
+    )
+
+
+def over_experts(planned: Plan, results: Results) -> Chart:
+    """Time, rank and FLOPs over the number of experts."""
+    setting, sizes = planned.setting, joined(planned.setting.layer.sizes)
+    panels = []
+    for device in setting.devices:
+        for quantity in ("forward", "step"):
+            found = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
+            series = _lines(
+                (row for row in found if row.experts), _ratio_over(lambda row: total(row.experts))
+            )
+            title = f"{quantity.capitalize()}, {device}"
+            panels.append(
+                Panel(title, "experts", "time × dense", series, reference=("y", 1.0), measured=True)
+            )
+    for title, quantity, label in (
+        ("Largest rank of an expert", "expert rank", "rank"),
+        ("FLOPs", "FLOPs", "FLOPs of an input"),
+    ):
+        rows = [row for row in results.of(quantity, sizes=sizes) if row.budget and "x" not in row.experts]
+        series = _lines(rows, lambda row: Point(total(row.experts), row.value or 0.0, text=_told(row)))
+        panels.append(Panel(title, "experts", label, series, measured=True))
+    return Chart(
+        "over-experts",
+        "Over the number of experts",
+        "At the same budget of parameters. Ranks and FLOPs by formula.",
+        panels,
+    )
+
+
+def over_batches(planned: Plan, results: Results) -> Chart:
+    """Throughput and relative time over the batch size."""
+    setting = planned.setting
+    sizes, experts = joined(setting.layer.sizes), joined(setting.experts[0])
+
+    def throughput(row: Measurement) -> Point:
+        batch = row.batch or 0
+        middle, low, high = (batch / (seconds or 1.0) for seconds in (row.value, row.high, row.low))
+        return Point(batch, middle, low, high, _told(row))
+
+    panels = []
+    for device in setting.devices:
+        found = results.of("forward", sizes=sizes, device=device)
+        rows = [row for row in found if row.experts in ("", experts)]
+        series = _lines(rows, throughput)
+        panels.append(
+            Panel(f"Throughput, {device}", "batch", "inputs per second", series, ylog=True, measured=True)
+        )
+        mixtures = [row for row in rows if row.subject != BASELINE]
+        series = _lines(mixtures, _ratio_over(lambda row: row.batch or 0))
+        look: dict[str, Any] = {"ylog": True, "reference": ("y", 1.0), "measured": True}
+        panels.append(Panel(f"Forward time, {device}", "batch", "time × dense", series, **look))
+    return Chart(
+        "over-batches",
+        f"Over the batch size, {words(experts)} experts",
+        "Forward passes in evaluation, without gradients.",
+        panels,
+    )
+
+
+def crossover(planned: Plan, results: Results) -> Chart:
+    """Where a square layer is as fast as `torch.nn.Linear`."""
+    setting = planned.setting
+    look: dict[str, Any] = {"ylog": True, "reference": ("y", 1.0), "measured": True}
+    squares = {joined((size, size)) for size in setting.squares}
+    panels = []
+    for device in setting.devices:
+        for batch in setting.square_batches:
+            rows = [
+                row
+                for row in results.of("forward", device=device, batch=batch)
+                if row.sizes in squares and row.subject != BASELINE
+            ]
+            series = _lines(rows, _ratio_over(lambda row: int(row.sizes.split("x")[0])))
+            title = f"Batch {batch:,}, {device}"
+            panels.append(Panel(title, "inputs = outputs", "time × nn.Linear", series, **look))
+    return Chart(
+        "crossover",
+        "Crossover against nn.Linear",
+        f"Forward time of square layers of {setting.square_experts} experts with as many parameters. Below "
+        "the line the mixture is faster.",
+        panels,
+    )
+
+
+def pareto(planned: Plan, results: Results) -> Chart:
+    """Accuracy of heads over what they cost."""
+    sizes, device = joined(planned.heads[0].sizes), planned.setting.devices[0]
+    accuracy = _grouped(results.of("accuracy", sizes=sizes), _head)
+    latency = results.of("forward", sizes=sizes, device=device, batch=HEAD_BATCH)
+    panels = []
+    for title, label, rows, scale in (
+        ("Parameters", "parameters", results.of("parameters", sizes=sizes), 1.0),
+        ("FLOPs", "FLOPs of an input", results.of("FLOPs", sizes=sizes), 1.0),
+        ("Latency", f"µs for {HEAD_BATCH} inputs, {device}", latency, 1e6),
+    ):
+        costs = {_head(row): scale * row.value for row in rows if row.value is not None}
+        points: dict[str, list[Point]] = {}
+        for head, runs in accuracy.items():
+            if head in costs:
+                points.setdefault(runs[0].subject, []).append(_mean_of(runs, costs[head], 100.0))
+        titles = {runs[0].subject: runs[0].title for runs in accuracy.values()}
+        series = [Series(name, titles[name], sorted(found), line=False) for name, found in points.items()]
+        everything = front(point for found in points.values() for point in found)
+        panels.append(Panel(title, label, "accuracy, %", series, front=everything))
+    return Chart(
+        "pareto",
+        "Accuracy over what it costs",
+        f"Heads {sizes.replace('x', ' → ')} trained on {planned.setting.data_name}, validation rows; mean "
+        "and 95 % interval over the runs. Up and to the left is better; the line joins what nothing beats.",
+        panels,
+    )
+
+
+def specialisation(planned: Plan, results: Results) -> Chart:
+    """What became of the experts of the heads."""
+    sizes = joined(planned.heads[0].sizes)
+    panels = []
+    for title, label, quantities, scale in (
+        ("Polysemanticity", "0 = one class", ("polysemanticity", "polysemanticity, random gate"), 1.0),
+        ("Active experts", "% of experts an input uses", ("active experts",), 100.0),
+        ("Dead experts", "% no input uses", ("dead experts",), 100.0),
+    ):
+        series = []
+        for quantity in quantities:
+            rows = _at_budget(planned, results.of(quantity, sizes=sizes))
+            known = [row for row in rows if row.value is not None and not isnan(row.value)]
+            for name, mine in _grouped(known, lambda row: row.subject).items():
+                points = [
+                    _mean_of(runs, total(runs[0].experts), scale) for runs in _grouped(mine, _head).values()
+                ]
+                series.append(Series(name, mine[0].title, sorted(points), hollow="random" in quantity))
+        panels.append(Panel(title, "experts", label, series, measured=True))
+    return Chart(
+        "specialisation",
+        "What became of the experts",
+        "Heads at the dense head's parameters. Hollow: the same experts under a gate that deals its "
+        "coefficients out at random; specialised experts lie below it.",
+        panels,
+    )
+
+
+def interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % interval by Student's t; the mean itself for a single value."""
+    values = list(values)
+    centre = mean(values)
+    if len(values) < 2:
+        return centre, centre, centre
+    half = STUDENT.get(len(values) - 1, 1.96) * stdev(values) / len(values) ** 0.5
+    return centre, centre - half, centre + half
+
+
+def words(experts: str) -> str:
+    """Numbers of experts as they are read."""
+    return " × ".join(f"{int(n):,}" for n in experts.split("x")) if experts else "no"
+
+
+def _lines(rows: Iterable[Measurement], point: Callable[[Measurement], Point]) -> list[Series]:
+    """One line a subject, from left to right, of what was run."""
+    run = [row for row in rows if row.value is not None]
+    return [
+        Series(name, mine[0].title, sorted(point(row) for row in mine))
+        for name, mine in _grouped(run, lambda row: row.subject).items()
+    ]
+
+
+def _ratio_over(x: Callable[[Measurement], float]) -> Callable[[Measurement], Point]:
+    """Time over the dense layer's, with quartiles."""
+    return lambda row: Point(x(row), row.ratio or 0.0, row.ratio_low, row.ratio_high, _told(row))
+
+
+def _beside(row: Measurement, reference: Measurement) -> Point:
+    if row.ratio is None:
+        ratio, low, high = (row.value or 0.0) / (reference.value or 1.0), None, None
+    else:
+        ratio, low, high = row.ratio, row.ratio_low, row.ratio_high
+    return Point(ratio, row.title, low, high, f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:,.0f}")
+
+
+def _mean_of(runs: list[Measurement], x: float, scale: float) -> Point:
+    centre, low, high = (scale * value for value in interval(row.value or 0.0 for row in runs))
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    return Point(x, centre, low, high, ", ".join(part for part in (_told(runs[0]), count) if part))
+
+
+def _grouped(rows: Iterable[Measurement], key: Callable[[Measurement], Any]) -> dict[Any, list[Measurement]]:
+    found: dict[Any, list[Measurement]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def _head(row: Measurement) -> tuple[str, str, str]:
+    """What one head is known by."""
+    return row.subject, row.experts, row.rank
+
+
+def _at_budget(planned: Plan, rows: Iterable[Measurement]) -> list[Measurement]:
+    """Rows of the factorized heads at the budget nearest to the dense head's parameters."""
+    budgets = {subject.budget for subject in planned.heads if subject.budget}
+    dense = planned.heads[0].figures(2)["parameters"]
+    nearest = min(budgets, key=lambda budget: abs(budget - dense), default=None)
+    return [row for row in rows if row.budget == nearest]
+
+
+def _told(row: Measurement) -> str:
+    parts = [
+        f"{words(row.experts)} experts" if row.experts else "",
+        f"rank {row.rank}" if row.rank else "",
+        f"batch {row.batch:,}" if row.batch else "",
+        f"{1e3 * row.value:.3g} ms" if row.unit == "s" and row.value is not None else "",
+    ]
+    return ", ".join(part for part in parts if part)

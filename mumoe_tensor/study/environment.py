@@ -1,0 +1,65 @@
+"""The machine, versions and commit that figures belong to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mumoe_tensor
+
+
+def environment() -> dict[str, Any]:
+    """Machine, its load at this moment, versions and commit; None for what is not there."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "mumoe_tensor": mumoe_tensor.__version__,
+        **{package: _version(package) for package in ("numpy", "torch", "tensorly")},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor()
+    return f"{platform.system()} {platform.machine()} {model}".strip()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package lies in, ``-dirty`` if it was changed; None if it lies in none."""
+    folder = Path(mumoe_tensor.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed package may lie in an environment within somebody else's checkout.
+        if git("rev-parse", "--show-prefix") != f"{folder.name}/":
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,100 @@
+"""Peak memory of a forward pass and of a step, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mumoe_tensor.study.subjects import Subject
+
+
+def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
+    """Peak memory of a forward pass and of a step, in a fresh process.
+
+    Parameters
+    ----------
+    subject : Subject
+    batch : int
+    device : str
+
+    Returns
+    -------
+    int, int
+        Bytes over what the process took before the module was made: on a CPU the largest resident set, on
+        CUDA the largest allocation. Parameters count, and in a step their gradients.
+
+    Raises
+    ------
+    OSError
+        If the process failed, or the system has no ``/proc`` to read it from.
+    """
+    order = json.dumps([asdict(subject), batch, device])
+    command = [sys.executable, "-m", "mumoe_tensor.study.memory", order]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise OSError(f"the process that measures memory failed: {last}")
+    forward, step = json.loads(done.stdout)
+    return forward, step
+
+
+class Meter(NamedTuple):
+    """How a device tells its memory, in bytes."""
+
+    reset: Callable[[], object]
+    now: Callable[[], int]
+    peak: Callable[[], int]
+
+
+def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
+    """What `peaks` tells, in this process."""
+    # What libraries load and allocate once is there after a step of a small one.
+    sizes, experts, rank = subject.sizes, subject.experts, subject.rank
+    small = replace(subject, sizes=(8,) * len(sizes), experts=(2,) * len(experts), rank=(1,) * len(rank))
+    small.build(device)(torch.randn(4, 8, device=device)).sum().backward()
+    meter = METERS[device]
+    before = meter.now()
+    module = subject.build(device)
+    x = torch.randn(batch, subject.sizes[0], device=device)
+    meter.reset()
+    module.eval()
+    with torch.no_grad():
+        module(x)
+    forward = meter.peak() - before
+    module.train()
+    module(x.requires_grad_()).sum().backward()
+    return forward, meter.peak() - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def _cuda_peak() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+METERS = {
+    # Writing 5 resets the largest resident set (proc(5)).
+    "cpu": Meter(
+        lambda: Path("/proc/self/clear_refs").write_text("5"),
+        lambda: _status("VmRSS"),
+        lambda: _status("VmHWM"),
+    ),
+    "cuda": Meter(torch.cuda.reset_peak_memory_stats, torch.cuda.memory_allocated, _cuda_peak),
+}
+
+
+if __name__ == "__main__":
+    given, *rest = json.loads(sys.argv[1])
+    told: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    print(json.dumps(measure(Subject(**told), *rest)))

@@ -1,0 +1,141 @@
+"""How good heads are: trained on real data at a budget of parameters, and what their experts become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mumoe_tensor.analysis import Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.study.settings import DIGITS, NO_DATA, Setting
+from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, budget_of, fitted
+from mumoe_tensor.training import Dataset, TrainConfig, digits, evaluate, read_npz, split, train
+
+#: Share of the rows that heads are judged on, and not trained on.
+VALIDATION = 0.2
+#: Polysemanticity removes every expert once: of levels with more experts it is not taken.
+MOST_EXPERTS = 512
+
+
+@cache
+def data_of(data: str) -> tuple[Dataset, Dataset]:
+    """Training and validation rows of the data of a study, inputs flat, centred, and of variance one."""
+    rows = digits() if data == DIGITS else read_npz(Path(data))
+    training, validation = split(rows, VALIDATION, seed=0)
+    flat = training.x.flatten(1)
+    # One scale for all: a feature that hardly varies in training may vary later.
+    mean, scale = flat.mean(0), (flat - flat.mean(0)).square().mean().sqrt()
+    training, validation = (
+        Dataset((part.x.flatten(1) - mean) / scale, part.y) for part in (training, validation)
+    )
+    return training, validation
+
+
+def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
+    """The heads that a study trains.
+
+    Parameters
+    ----------
+    setting : Setting
+
+    Returns
+    -------
+    list of Subject
+        The dense head first, then at every budget and number of experts each format, and the two mixtures of
+        dense experts, which have no budget.
+    dict of str to str
+        What cannot be had for its budget, and why.
+    """
+    if setting.data == NO_DATA:
+        return [], {}
+    training, validation = data_of(setting.data)
+    classes = max(training.classes, validation.classes)
+    sizes = tuple(n for n in (training.x.shape[1], setting.head_hidden, classes) if n is not None)
+    found = [Subject(BASELINE, sizes)]
+    unfitted: dict[str, str] = {}
+    for experts in setting.head_experts:
+        for parameters in setting.head_parameters:
+            subjects, missing = fitted(sizes, experts, setting.formats, parameters)
+            found += [subject for subject in subjects if subject not in found]
+            unfitted |= {
+                f"{name} head, {'x'.join(map(str, experts))} experts, {budget_of(parameters, sizes):,}": why
+                for name, why in missing.items()
+            }
+        found.append(Subject(SPARSE, sizes, experts, top_k=setting.top_k))
+    return found, unfitted
+
+
+def judge(setting: Setting, subject: Subject, seed: int) -> dict[str, float]:
+    """Train a head and tell how good it is.
+
+    Parameters
+    ----------
+    setting : Setting
+    subject : Subject
+    seed : int
+        Of its first weights and of the order of the rows.
+
+    Returns
+    -------
+    dict of str to float
+        Quantities as in `UNITS`.
+    """
+    training, validation = data_of(setting.data)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = subject.build()
+        config = TrainConfig(epochs=setting.epochs, learning_rate=setting.learning_rate, seed=seed)
+        epochs = train(head, training, validation, config)
+    loss, accuracy = evaluate(head, validation)
+    found = {
+        "accuracy": accuracy,
+        "loss": loss,
+        "training time": sum(epoch.seconds for epoch in epochs),
+    }
+    return found if subject.name == BASELINE else found | specialisation(head, validation, seed)
+
+
+@torch.no_grad()
+def specialisation(head: nn.Module, data: Dataset, seed: int) -> dict[str, float]:
+    """How the experts of a head are used, means over its levels, and how much each is there for one class.
+
+    Parameters
+    ----------
+    head : Module
+        With one gate.
+    data : Dataset
+    seed : int
+        Of the random gate.
+
+    Returns
+    -------
+    dict of str to float
+        Polysemanticity is that of the first level, beside the same under a random gate; it is left out of
+        levels with more than `MOST_EXPERTS` experts.
+    """
+    usages: list[Usage] = []
+
+    def count(name: str, coefficients: Sequence[torch.Tensor]) -> None:
+        if not usages:
+            usages.extend(Usage(a.shape[-1]) for a in coefficients)
+        for usage, a in zip(usages, coefficients, strict=True):
+            usage.update(a)
+
+    with watch_coefficients(head, count):
+        head(data.x)
+    levels = [usage.statistics() for usage in usages]
+    found = {
+        "active experts": sum(level.active for level in levels) / len(levels),
+        "dead experts": sum(level.dead / len(level.mean) for level in levels) / len(levels),
+        "largest share": max(level.largest_share for level in levels),
+    }
+    if len(levels[0].mean) <= MOST_EXPERTS:
+        for name, random_seed in (("polysemanticity", None), ("polysemanticity, random gate", seed)):
+            effects = ablation_effects(
+                head, head, [(data.x, data.y)], int(data.y.max()) + 1, random_seed=random_seed
+            )
+            found[name] = float(polysemanticity(effects).nanmean())
+    return found

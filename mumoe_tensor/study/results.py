@@ -1,0 +1,205 @@
+"""Measurements as a tidy table, one row each. The table on disk is whole at every moment."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.study.subjects import UNITS, Subject
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure of one subject.
+
+    Attributes
+    ----------
+    task : str
+        The task it came from, which is not done again.
+    sizes, experts, rank : str
+        Numbers with an x between.
+    subject, title : str
+        See `Subject`.
+    budget : int
+        Parameters asked for; 0 where nothing was fitted.
+    device : str
+        Empty for what is computed.
+    batch : int or None
+    seed : int or None
+        Of what is random in it.
+    quantity, unit : str
+        See `UNITS`.
+    value : float or None
+        A median where it was repeated; None where it was not run, see `note`.
+    low, high : float or None
+        Quartiles.
+    ratio, ratio_low, ratio_high : float or None
+        Over the dense layer's figure of the same turn, median and quartiles.
+    repetitions : int
+    note : str
+    """
+
+    task: str
+    sizes: str
+    subject: str
+    title: str
+    experts: str
+    rank: str
+    budget: int
+    device: str
+    batch: int | None
+    seed: int | None
+    quantity: str
+    unit: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    repetitions: int = 1
+    note: str = ""
+
+    @classmethod
+    def of(cls, task: str, subject: Subject, quantity: str, value: float | None, **more: Any) -> Measurement:
+        """A figure of a subject.
+
+        Parameters
+        ----------
+        task : str
+        subject : Subject
+        quantity : str
+            A key of `UNITS`.
+        value : float or None
+        **more
+            Further attributes.
+        """
+        known: dict[str, Any] = {"device": "", "batch": None, "seed": None} | more
+        return cls(
+            task=task,
+            sizes=joined(subject.sizes),
+            subject=subject.name,
+            title=subject.title,
+            experts=joined(subject.experts),
+            rank=joined(subject.rank),
+            budget=subject.budget,
+            quantity=quantity,
+            unit=UNITS[quantity],
+            value=None if value is None else float(value),
+            **known,
+        )
+
+
+def joined(numbers: Iterable[int]) -> str:
+    """Numbers with an x between."""
+    return "x".join(map(str, numbers))
+
+
+def total(experts: str) -> int:
+    """Number of experts of all levels together, from how they are written."""
+    count = 1
+    for n in experts.split("x") if experts else ():
+        count *= int(n)
+    return count
+
+
+class Results:
+    """Measurements so far, and where they are kept.
+
+    Parameters
+    ----------
+    path : Path, optional
+        A CSV file. What it has already is read; every `add` writes it anew, whole.
+
+    Raises
+    ------
+    ValueError
+        If the file is no table of measurements.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self._rows: list[tuple[Measurement, dict[str, Any]]] = []
+        if path is not None and path.exists():
+            self._rows = list(_read(path))
+
+    def __iter__(self) -> Iterator[Measurement]:
+        return (row for row, _ in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def tasks(self) -> set[str]:
+        """The tasks that are done."""
+        return {row.task for row in self}
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Machines and versions of the rows, without date and load, each once."""
+        found = {}
+        for _, about in self._rows:
+            kept = {k: str(v or "") for k, v in about.items() if k not in ("date", "load")}
+            found[tuple(kept.values())] = kept
+        return list(found.values())
+
+    def add(self, rows: Sequence[Measurement], environment: dict[str, Any]) -> None:
+        """Add all rows of a task at once.
+
+        Parameters
+        ----------
+        rows : sequence of Measurement
+        environment : dict
+            Machine, versions and commit.
+        """
+        self._rows += [(row, environment) for row in rows]
+        if self.path is not None:
+            text = io.StringIO(newline="")
+            lines = [asdict(row) | about for row, about in self._rows]
+            writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+            with whole_file(self.path) as file:
+                file.write(text.getvalue().encode())
+
+    def of(self, quantity: str, **known: Any) -> list[Measurement]:
+        """Measurements of a quantity that have these values.
+
+        Parameters
+        ----------
+        quantity : str
+        **known
+            Attributes and their values.
+        """
+        return [
+            row
+            for row in self
+            if row.quantity == quantity and all(getattr(row, k) == v for k, v in known.items())
+        ]
+
+
+def _read(path: Path) -> Iterator[tuple[Measurement, dict[str, Any]]]:
+    names = {f.name: str(f.type) for f in fields(Measurement)}
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if not set(names) <= set(reader.fieldnames or ()):
+            raise ValueError(
+                f"{path} must be the results of a study; it lacks the columns "
+                f"{sorted(set(names) - set(reader.fieldnames or ()))}."
+            )
+        for line in reader:
+            values = {name: _parsed(line.pop(name), kind) for name, kind in names.items()}
+            yield Measurement(**values), line
+
+
+def _parsed(text: str, kind: str) -> Any:
+    if kind == "str":
+        return text
+    if not text:
+        return None
+    return int(text) if kind.startswith("int") else float(text)

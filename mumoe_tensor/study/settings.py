@@ -1,0 +1,259 @@
+"""What a study is asked to do; kept in `study.json`, which runs it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mumoe_tensor.formats.base import as_positive, check_modes, get_format
+from mumoe_tensor.formats.base import formats as registered
+from mumoe_tensor.study.layers import Layer, get_layer
+from mumoe_tensor.study.subjects import budget_of
+
+Levels = tuple[int, ...]
+#: Names of `data` that are no files.
+DIGITS, NO_DATA = "digits", "none"
+#: The head on the digits is an MLP: their linear layer has fewer parameters than a gate.
+DIGITS_HIDDEN = 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that decides what a study measures.
+
+    Attributes
+    ----------
+    layer : Layer
+        The dense layer.
+    experts : tuple of tuple of int
+        Experts to study it with, one number a level. Batches are varied with the first.
+    formats : tuple of str
+    parameters : str
+        The budget; see `budget_of`.
+    batch : int
+        Inputs of a forward pass and of a step.
+    batches : tuple of int
+        Further batches, forward only.
+    squares : tuple of int
+        Sizes of the square layers that are set against `torch.nn.Linear`.
+    square_batches : tuple of int
+    square_experts : int
+    seconds : float
+        Each timing begins no further round after this time, once three are done.
+    rounds : int
+        Rounds of a timing at most.
+    memory : float
+        What needs more GiB for parameters and their gradients is not run.
+    top_k : int
+        Experts that an input of the sparse mixture uses.
+    devices : tuple of str
+    seed : int
+    data : str
+        ``"digits"``, the path of an ``.npz`` file with x and y, or ``"none"``.
+    head_hidden : int or None
+        Size between the two layers of the heads that are trained; None for one layer.
+    head_experts : tuple of tuple of int
+    head_parameters : tuple of str
+        Budgets of the heads.
+    seeds : int
+        Trainings of each head.
+    epochs : int
+        Epochs of a training.
+    learning_rate : float
+        The largest one of a training.
+    """
+
+    layer: Layer
+    experts: tuple[Levels, ...]
+    formats: tuple[str, ...]
+    parameters: str
+    batch: int
+    batches: tuple[int, ...]
+    squares: tuple[int, ...]
+    square_batches: tuple[int, ...]
+    square_experts: int
+    seconds: float
+    rounds: int
+    memory: float
+    top_k: int
+    devices: tuple[str, ...]
+    seed: int
+    data: str
+    head_hidden: int | None
+    head_experts: tuple[Levels, ...]
+    head_parameters: tuple[str, ...]
+    seeds: int
+    epochs: int
+    learning_rate: float
+
+    @property
+    def data_name(self) -> str:
+        """What the data is called."""
+        return Path(self.data).name
+
+    @property
+    def title(self) -> str:
+        """The setting in one line."""
+        counts = ", ".join(" × ".join(f"{n:,}" for n in levels) or "no" for levels in self.experts)
+        return f"{self.layer}; {counts} experts, batch {self.batch:,}, float32"
+
+    def to_json(self) -> str:
+        """As text that `from_json` reads."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Setting:
+        """Read the setting of a study.
+
+        Parameters
+        ----------
+        path : str or Path
+
+        Raises
+        ------
+        ValueError
+            If the file is no setting; it names what is wrong.
+        """
+        try:
+            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            layer = Layer(**told.pop("layer"))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} must be the study.json of a study: {error}.") from None
+        missing, unknown = set(cls.__annotations__) - {"layer", *told}, set(told) - set(cls.__annotations__)
+        if missing or unknown:
+            raise ValueError(
+                f"{path} must have the entries of a study; missing: {sorted(missing)}, unknown: "
+                f"{sorted(unknown)}."
+            )
+        return prepare(layer, **told)
+
+
+#: What is measured unless another is asked for. The first default of `experts` and `devices` is the layer's
+#: and the machine's, that of `formats` is all that are registered.
+DEFAULTS: dict[str, Any] = {
+    "experts": None,
+    "formats": None,
+    "parameters": "match",
+    "batch": 1024,
+    "batches": (1, 8, 64, 512, 4096),
+    "squares": (256, 512, 1024, 2048),
+    "square_batches": (1, 32, 1024),
+    "square_experts": 64,
+    "seconds": 1.0,
+    "rounds": 15,
+    "memory": 2.0,
+    "top_k": 2,
+    "devices": None,
+    "seed": 0,
+    "data": DIGITS,
+    "head_hidden": None,
+    "head_experts": None,
+    "head_parameters": ("0.5x", "match"),
+    "seeds": 3,
+    "epochs": 20,
+    "learning_rate": 3e-3,
+}
+#: Small batches, few repetitions, short trainings, to see that all works.
+QUICK: dict[str, Any] = {
+    "batch": 32,
+    "batches": (1, 8),
+    "squares": (64, 128),
+    "square_batches": (1, 8),
+    "square_experts": 8,
+    "seconds": 0.05,
+    "rounds": 3,
+    "head_parameters": ("match",),
+    "seeds": 1,
+    "epochs": 1,
+}
+
+
+def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: Any) -> Setting:
+    """Check what a study is asked for, and fill in the rest. Nothing is measured yet.
+
+    Parameters
+    ----------
+    layer : str or Layer, default "gpt2-mlp"
+        A name in `LAYERS`, or sizes of one's own.
+    quick : bool, default False
+        `QUICK` in the place of some `DEFAULTS`.
+    **options
+        The attributes of `Setting`; what is left out or None has its default. `experts` and `head_experts`
+        may be a number or a sequence, in which a sequence in the place of a number has one number a level.
+        By default `experts` are those of the layer, a quarter and four times as many; heads have 8 and 32
+        on the digits, and `experts` on other data; `head_hidden` is 128 on the digits, and none otherwise.
+
+    Returns
+    -------
+    Setting
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a name is unknown, a size is not a positive integer, or a file or a device is not there.
+    """
+    layer = get_layer(layer)
+    if unknown := set(options) - set(DEFAULTS):
+        raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
+    told = DEFAULTS | (QUICK if quick else {}) | {k: v for k, v in options.items() if v is not None}
+    told["experts"] = _counts(told["experts"] or _around(layer, quick))
+    told["formats"] = tuple(dict.fromkeys(get_format(f).name for f in told["formats"] or registered()))
+    told["data"] = data = str(told["data"])
+    if data not in (DIGITS, NO_DATA) and not Path(data).is_file():
+        raise ValueError(
+            f"data must be digits, none, or an .npz file with x and y; there is no file {data!r}."
+        )
+    heads = told["head_experts"] or ((8,) if quick else (8, 32)) if data == DIGITS else told["experts"]
+    told["head_experts"] = _counts(told["head_experts"] or heads)
+    told["head_hidden"] = told["head_hidden"] or (DIGITS_HIDDEN if data == DIGITS else None)
+    for name in ("batch", "square_experts", "rounds", "top_k", "seeds", "epochs"):
+        as_positive(told[name], name)
+    if told["head_hidden"] is not None:
+        as_positive(told["head_hidden"], "head_hidden")
+    for name in ("batches", "squares", "square_batches"):
+        told[name] = tuple(sorted({as_positive(n, f"every entry of {name}") for n in told[name]}))
+    for name in ("seconds", "memory", "learning_rate"):
+        if not told[name] > 0:
+            raise ValueError(f"{name} must be positive, got {told[name]}.")
+    if told["batch"] < 2:
+        raise ValueError(f"batch must be at least 2, for the batch norm of a step; got {told['batch']}.")
+    if told["seed"] < 0:
+        raise ValueError(f"seed must not be negative, got {told['seed']}.")
+    told["parameters"] = str(told["parameters"])
+    told["head_parameters"] = tuple(map(str, told["head_parameters"]))
+    for text in (told["parameters"], *told["head_parameters"]):
+        budget_of(text, layer.sizes)
+    told["devices"] = _devices(told["devices"])
+    return Setting(layer=layer, **told)
+
+
+def _around(layer: Layer, quick: bool) -> list[int]:
+    """The layer's number of experts, a quarter and four times as many."""
+    return [layer.experts] if quick else [layer.experts, max(layer.experts // 4, 2), 4 * layer.experts]
+
+
+def _counts(experts: Any) -> tuple[Levels, ...]:
+    listed = [experts] if isinstance(experts, int) else list(experts)
+    if not listed:
+        raise ValueError("a study needs at least one number of experts, got none.")
+    return tuple(dict.fromkeys(check_modes(levels, 1, 1)[:-2] for levels in listed))
+
+
+def _sizes(sizes: Iterable[int], name: str) -> tuple[int, ...]:
+    return tuple(sorted({as_positive(n, f"every entry of {name}") for n in sizes}))
+
+
+def _devices(devices: Sequence[str] | None) -> tuple[str, ...]:
+    if devices is None:
+        return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for name in devices:
+        if name not in ("cpu", "cuda"):
+            raise ValueError(f"a device of a study is 'cpu' or 'cuda', got {name!r}.")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device 'cuda' needs a CUDA device and a build of torch for it; there is none.")
+    return tuple(dict.fromkeys(devices))

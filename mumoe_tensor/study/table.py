@@ -1,0 +1,108 @@
+"""The table of a study: what every subject costs, and its times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mumoe_tensor.study.charts import words
+from mumoe_tensor.study.results import Measurement, Results, joined
+from mumoe_tensor.study.subjects import BASELINE
+from mumoe_tensor.study.sweep import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+#: A title, headings, and rows below them.
+Cells = tuple[str, list[str], list[list[str]]]
+
+
+def cells(planned: Plan, results: Results) -> list[Cells]:
+    """The tables of costs and of times, for the screen and the page.
+
+    Parameters
+    ----------
+    planned : Plan
+    results : Results
+
+    Returns
+    -------
+    list of (str, list of str, list of list of str)
+    """
+    setting = planned.setting
+    costs: Cells = (
+        "Costs", ["", "experts", "rank", "parameters", "MFLOPs", "FLOP/byte", "saved KiB", "expert rank"], []
+    )  # fmt: skip
+    times: Cells = (
+        "Times and peaks",
+        ["", "experts", *(x for d in setting.devices for x in _measured(d))],
+        [],
+    )
+    for subject in planned.subjects:
+        figures = subject.figures(setting.batch)
+        head = [subject.title, words(joined(subject.experts)) if subject.experts else ""]
+        costs[2].append(
+            [
+                *head,
+                ", ".join(map(str, subject.rank)),
+                f"{figures['parameters']:,.0f}",
+                f"{figures['FLOPs'] / 1e6:,.2f}",
+                f"{figures['intensity']:,.1f}",
+                f"{figures['saved'] / 1024:,.1f}",
+                f"{figures['expert rank']:,.0f}",
+            ]
+        )
+        of_times = list(head)
+        for device in setting.devices:
+            known: dict[str, Any] = {
+                "sizes": joined(subject.sizes), "subject": subject.name, "experts": joined(subject.experts),
+                "device": device, "batch": setting.batch,
+            }  # fmt: skip
+            for quantity in ("forward", "step"):
+                of_times += _time(results.of(quantity, **known))
+            of_times += [_mebibytes(results.of(q, **known)) for q in ("forward peak", "step peak")]
+        times[2].append(of_times)
+    return [costs, times]
+
+
+def tables(planned: Plan, results: Results) -> list[Table]:
+    """The tables for the screen.
+
+    Parameters
+    ----------
+    planned : Plan
+    results : Results
+    """
+    from rich import box
+    from rich.table import Table
+
+    found = []
+    for k, (title, headings, rows) in enumerate(cells(planned, results)):
+        title = planned.setting.title if k == 0 else title
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading in ("", "rank") else "right", no_wrap=True)
+        for n, row in enumerate(rows):
+            table.add_row(*row, end_section=n == 0)
+        found.append(table)
+    return found
+
+
+def _measured(device: str) -> list[str]:
+    return [f"forward {device}", "× dense", f"step {device}", "× dense", "peak MiB", "of step"]
+
+
+def _time(rows: list[Measurement]) -> list[str]:
+    if not rows or rows[0].value is None or rows[0].ratio is None:
+        return ["not run", ""]
+    row = rows[0]
+    is_baseline = row.subject == BASELINE
+    quartiles = f"{row.ratio:.2f} ({row.ratio_low:.2f}–{row.ratio_high:.2f})"
+    return [f"{1e3 * rows[0].value:,.2f} ms", "" if is_baseline else quartiles]
+
+
+def _mebibytes(rows: list[Measurement]) -> str:
+    return f"{rows[0].value / 2**20:,.0f}" if rows and rows[0].value is not None else "–"

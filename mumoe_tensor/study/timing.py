@@ -1,0 +1,146 @@
+"""Times of callables that take turns in one process, as ratios to one of them.
+
+A machine's speed drifts by more than what is to be told apart, so every figure of one callable is set against
+the baseline's figure of the same turn.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from statistics import quantiles
+from time import perf_counter
+from typing import NamedTuple
+
+#: Rounds that are run even if the time for them has passed.
+FEWEST_ROUNDS = 3
+
+
+class Spread(NamedTuple):
+    """The median of some figures, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The spread of these values, at least one."""
+        values = list(values)
+        low, median, high = quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of named callables that took turns.
+
+    Attributes
+    ----------
+    baseline : str
+        The callable that the others are compared with.
+    seconds : dict of str to tuple of float
+        Seconds a call, one entry a round. Entries of the same position were taken one after the other.
+    loops : dict of str to int
+        Calls in each entry.
+    """
+
+    baseline: str
+    seconds: dict[str, tuple[float, ...]]
+    loops: dict[str, int]
+
+    @property
+    def rounds(self) -> int:
+        """How often each callable had its turn."""
+        return len(self.seconds[self.baseline])
+
+    def spread(self, name: str) -> Spread:
+        """Seconds a call."""
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, name: str) -> Spread:
+        """Seconds a call over the baseline's, round by round."""
+        return Spread.of(mine / base for mine, base in self._pairs(name))
+
+    def excess(self, name: str) -> Spread:
+        """Seconds a call more than the baseline's, round by round."""
+        return Spread.of(mine - base for mine, base in self._pairs(name))
+
+    def _pairs(self, name: str) -> Iterator[tuple[float, float]]:
+        return zip(self.seconds[name], self.seconds[self.baseline], strict=True)
+
+
+def compare(
+    callables: Mapping[str, Callable[[], object]],
+    baseline: str,
+    *,
+    rounds: int = 15,
+    turn: float = 2e-3,
+    limit: float = 5.0,
+    clock: Callable[[], float] = perf_counter,
+) -> Comparison:
+    """Time callables in turns A B C A B C ..., after a warm-up that also sets how often a turn calls.
+
+    Parameters
+    ----------
+    callables : mapping of str to callable
+        Called without arguments, in this order.
+    baseline : str
+        One of the names.
+    rounds : int
+        Turns of each.
+    turn : float
+        Seconds that a turn lasts at least: quick callables are called in a loop.
+    limit : float
+        Seconds after which no new round begins, but for the first three.
+    clock : callable
+
+    Raises
+    ------
+    ValueError
+        If the baseline is none of the callables.
+    """
+    if baseline not in callables:
+        raise ValueError(f"the baseline must be one of {', '.join(map(repr, callables))}, got {baseline!r}.")
+    loops = {name: _calibrated(function, turn, clock) for name, function in callables.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in callables}
+    with _no_collection():
+        start = clock()
+        for done in range(rounds):
+            if done >= FEWEST_ROUNDS and clock() - start > limit:
+                break
+            for name, function in callables.items():
+                seconds[name].append(_timed(function, loops[name], clock) / loops[name])
+    return Comparison(baseline, {name: tuple(s) for name, s in seconds.items()}, loops)
+
+
+def _calibrated(function: Callable[[], object], turn: float, clock: Callable[[], float]) -> int:
+    """Warm a callable up; the number of calls that last at least a turn."""
+    function()
+    loops = 1
+    while _timed(function, loops, clock) < turn:
+        loops *= 2
+    return loops
+
+
+def _timed(function: Callable[[], object], loops: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in repeat(None, loops):
+        function()
+    return clock() - start
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection in the middle of a turn."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

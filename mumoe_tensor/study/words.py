@@ -1,0 +1,198 @@
+"""A study in words: a paragraph made from its figures, and what has to be known to read them."""
+
+from __future__ import annotations
+
+from mumoe_tensor.study.charts import interval, words
+from mumoe_tensor.study.results import Measurement, Results, joined, total
+from mumoe_tensor.study.subjects import BASELINE
+from mumoe_tensor.study.sweep import Plan
+
+#: A time this near to the dense layer's is called equal to it.
+NEAR = 1.1
+
+
+def paragraph(planned: Plan, results: Results) -> list[str]:
+    """What a study found, in sentences.
+
+    Parameters
+    ----------
+    planned : Plan
+    results : Results
+
+    Returns
+    -------
+    list of str
+    """
+    found = []
+    for device in planned.setting.devices:
+        found += _times(planned, results, device)
+    found += _ranks(planned, results)
+    found += _accuracy(planned, results)
+    for device in planned.setting.devices:
+        found += _crossover(planned, results, device)
+    return found
+
+
+def notes(planned: Plan, results: Results) -> list[str]:
+    """What has to be known to read the figures, and what is not in them.
+
+    Parameters
+    ----------
+    planned : Plan
+    results : Results
+    """
+    setting = planned.setting
+    budgets = {s.budget for s in planned.subjects if s.budget}
+    free = list(dict.fromkeys(s.title for s in planned.subjects if not s.budget and s.name != BASELINE))
+    found = [
+        f"Ranks are fitted to {', '.join(f'{b:,}' for b in sorted(budgets))} parameters, gate included."
+        + (f" Without a rank, at their own cost: {', '.join(free)}." if free else ""),
+        "A mixture's forward counts its gate. A step is zero_grad, forward and backward, the input has a "
+        "gradient too. All run eagerly.",
+        f"Times are medians of {setting.rounds} turns at most, beside the dense layer in the same process.",
+    ]
+    found += dict.fromkeys(
+        f"{s.title}, {joined(s.experts)} experts: {s.skip}." for s in planned.subjects if s.skip
+    )
+    found += [f"{name}: {why}" for name, why in planned.unfitted.items()]
+    found += dict.fromkeys(row.note for row in results if row.note and row.value is None)
+    if len(results.environments) > 1:
+        found.append("The figures come from more than one machine, version or commit; see results.csv.")
+    return found
+
+
+def _times(planned: Plan, results: Results, device: str) -> list[str]:
+    setting = planned.setting
+    sizes, experts = joined(setting.layer.sizes), joined(setting.experts[0])
+    found = []
+    for quantity, name in (("forward", "forward pass"), ("step", "step")):
+        rows = [
+            row
+            for row in results.of(quantity, sizes=sizes, experts=experts, device=device, batch=setting.batch)
+            if row.budget and row.ratio is not None
+        ]
+        if rows:
+            best, worst = min(rows, key=_ratio), max(rows, key=_ratio)
+            found.append(
+                f"With {words(experts)} experts at the budget, the fastest {name} on {device} is that of "
+                f"{best.title}, {_times_dense(best)}; the slowest that of {worst.title}, "
+                f"{_times_dense(worst)}."
+                if len(rows) > 1
+                else f"With {words(experts)} experts the {name} of {best.title} on {device} takes "
+                f"{_times_dense(best)}."
+            )
+    small = [
+        row
+        for row in results.of("forward", sizes=sizes, experts=experts, device=device)
+        if row.budget and row.ratio is not None and row.batch != setting.batch
+    ]
+    if small:
+        batch = min(row.batch or 0 for row in small)
+        best = min((row for row in small if row.batch == batch), key=_ratio)
+        found.append(
+            f"On a batch of {batch:,} the best, {best.title}, takes {_times_dense(best)}"
+            + (": what is not the products weighs most there." if _ratio(best) > NEAR else ".")
+        )
+    return found
+
+
+def _ranks(planned: Plan, results: Results) -> list[str]:
+    setting = planned.setting
+    sizes = joined(setting.layer.sizes)
+    rows = [row for row in results.of("expert rank", sizes=sizes) if row.budget and "x" not in row.experts]
+    if not rows:
+        return []
+    experts = joined(setting.experts[0])
+    here = [row for row in rows if row.experts == experts]
+    found = []
+    if len(here) > 1:
+        best, worst = max(here, key=_value), min(here, key=_value)
+        found.append(
+            f"An expert's matrix has rank {_value(best):,.0f} at most in {best.title}, {_value(worst):,.0f} "
+            f"in {worst.title}."
+        )
+    most = max(total(row.experts) for row in rows)
+    last = [row for row in rows if total(row.experts) == most]
+    best = max(last, key=_value)
+    found.append(
+        f"The largest number of experts with room in the budget is {most:,} of those looked at; the highest "
+        f"rank there is {_value(best):,.0f} ({best.title})."
+    )
+    return found
+
+
+def _accuracy(planned: Plan, results: Results) -> list[str]:
+    if not planned.heads:
+        return []
+    sizes = joined(planned.heads[0].sizes)
+    runs: dict[tuple[str, str, str], list[Measurement]] = {}
+    for row in results.of("accuracy", sizes=sizes):
+        runs.setdefault((row.subject, row.experts, row.rank), []).append(row)
+    dense = runs.pop((BASELINE, "", ""), [])
+    fitted = {key: rows for key, rows in runs.items() if rows[0].budget}
+    if not dense or not fitted:
+        return []
+
+    def told(rows: list[Measurement]) -> str:
+        centre, low, _ = interval([_value(row) for row in rows])
+        return f"{100 * centre:.1f} %" + (f" ± {100 * (centre - low):.1f}" if len(rows) > 1 else "")
+
+    best = max(fitted.values(), key=lambda rows: interval([_value(row) for row in rows])[0])
+    found = [
+        f"Of the factorized heads the best on validation is {best[0].title} with {words(best[0].experts)} "
+        f"experts and {best[0].budget:,} parameters: {told(best)}, the dense head {told(dense)} "
+        f"({len(dense)} {'runs' if len(dense) > 1 else 'run'} each, 95 % interval)."
+    ]
+    if len(dense) > 1 and len(best) > 1:
+        one, other = ([_value(row) for row in rows] for rows in (best, dense))
+        apart = interval(one)[1] > interval(other)[2] or interval(other)[1] > interval(one)[2]
+        found.append(
+            "These intervals do not overlap."
+            if apart
+            else "These intervals overlap: the runs do not tell them apart."
+        )
+    return found
+
+
+def _crossover(planned: Plan, results: Results, device: str) -> list[str]:
+    setting = planned.setting
+    names = {joined((size, size)): size for size in setting.squares}
+    rows = [
+        row
+        for row in results.of("forward", device=device, experts=str(setting.square_experts))
+        if row.sizes in names and row.ratio is not None and row.batch in setting.square_batches
+    ]
+    found = []
+    for batch in setting.square_batches:
+        here = [row for row in rows if row.batch == batch]
+        slow = {row.subject: 0 for row in here}
+        for row in here:
+            if _ratio(row) > NEAR:
+                slow[row.subject] = max(slow[row.subject], names[row.sizes])
+        near = [row for row in here if names[row.sizes] > slow[row.subject]]
+        if near:
+            first = min(near, key=lambda row: names[row.sizes])
+            found.append(
+                f"With batch {batch:,} on {device} a square layer is within {NEAR - 1:.0%} of nn.Linear from "
+                f"size {names[first.sizes]:,} on ({first.title})."
+            )
+        elif here:
+            best = min(here, key=_ratio)
+            found.append(
+                f"With batch {batch:,} on {device} no square layer looked at comes within {NEAR - 1:.0%} of "
+                f"nn.Linear; the nearest is {best.title} at size {names[best.sizes]:,}, {_times_dense(best)}."
+            )
+    return found
+
+
+def _times_dense(row: Measurement) -> str:
+    quartiles = f" ({row.ratio_low:.2f}–{row.ratio_high:.2f})" if row.ratio_low is not None else ""
+    return f"{_ratio(row):.2f} times the dense layer's{quartiles}"
+
+
+def _ratio(row: Measurement) -> float:
+    return row.ratio or 0.0
+
+
+def _value(row: Measurement) -> float:
+    return row.value or 0.0

@@ -1,0 +1,111 @@
+"""What a study is asked for is checked, kept, and read again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mumoe_tensor as mt
+from mumoe_tensor import study as studies
+
+
+def test_defaults() -> None:
+    found = studies.prepare()
+    assert found.layer.sizes == (768, 3072, 768)
+    assert found.experts == ((256,), (64,), (1024,)) and found.formats == tuple(mt.formats())
+    assert found.batch == 1024 and found.data == "digits" and found.head_hidden == 128
+    quick = studies.prepare(quick=True)
+    assert quick.experts == ((256,),) and quick.batch == 32 and quick.head_experts == ((8,),)
+    assert studies.prepare(quick=True, batch=64).batch == 64
+
+
+def test_published_layers() -> None:
+    for name, layer in studies.LAYERS.items():
+        planned = studies.plan(studies.prepare(name, formats=["cp"], data="none"))
+        budget = mt.dense_parameters(layer.in_features, layer.out_features, layer.hidden)
+        assert {subject.budget for subject in planned.subjects} == {0, budget}
+    assert str(studies.LAYERS["clip-head"]) == "CLIP ViT-B/32 head, 768 → 1000"
+
+
+def test_heads_on_other_data_are_linear_and_have_the_experts_of_the_study(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    path.touch()
+    found = studies.prepare("clip-head", experts=[16, (4, 4)], data=path)
+    assert found.head_hidden is None and found.head_experts == ((16,), (4, 4))
+
+
+def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
+    found = studies.prepare(
+        "clip-head", experts=[16, (4, 4)], parameters="0.5x", formats=["tr", "cp"], seed=4
+    )
+    path = tmp_path / "study.json"
+    path.write_text(found.to_json())
+    assert studies.Setting.from_json(path) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": None}, "must be the study.json of a study"),
+        ({"seeds": None, "bogus": 3}, r"missing: \['seeds'\], unknown: \['bogus'\]"),
+        ({"batch": 0}, "batch must be positive, got 0"),
+    ],
+)
+def test_a_file_that_is_no_setting_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    told = json.loads(studies.prepare().to_json()) | change
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({k: v for k, v in told.items() if v is not None or k == "head_hidden"}))
+    with pytest.raises(ValueError, match=message):
+        studies.Setting.from_json(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": "gpt5"}, "unknown layer 'gpt5'"),
+        ({"formats": ["nope"]}, "unknown format 'nope'"),
+        ({"experts": [0]}, "must be positive"),
+        ({"parameters": "some"}, "got 'some'"),
+        ({"head_parameters": ["1.x.x"]}, "got '1.x.x'"),
+        ({"batch": 1}, "at least 2, for the batch norm"),
+        ({"batches": [0]}, "every entry of batches must be positive, got 0"),
+        ({"seconds": 0}, "seconds must be positive, got 0"),
+        ({"memory": -1}, "memory must be positive, got -1"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seeds": 0}, "seeds must be positive, got 0"),
+        ({"devices": ["tpu"]}, "'cpu' or 'cuda', got 'tpu'"),
+        ({"data": "nothing.npz"}, "there is no file 'nothing.npz'"),
+    ],
+)
+def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        studies.prepare(**options)
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(TypeError, match="a study has no setting 'colour'"):
+        studies.prepare(colour="red")
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="there is none"):
+        studies.prepare(devices=["cuda"])
+    assert studies.prepare().devices == ("cpu",)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert studies.prepare().devices == ("cpu", "cuda")
+
+
+def test_a_budget_no_format_fits_is_refused() -> None:
+    with pytest.raises(ValueError, match="some format must fit the budget"):
+        studies.plan(studies.prepare(parameters=10, formats=["cp", "tr"], data="none"))
+
+
+def test_a_layer_has_positive_sizes() -> None:
+    with pytest.raises(ValueError, match="hidden must be positive, got 0"):
+        studies.Layer("Mine", 3, 2, hidden=0)
+    assert replace(studies.Layer("Mine", 3, 2), hidden=5).sizes == (3, 5, 2)

@@ -1,0 +1,267 @@
+"""Measurements are of what they say; a study goes on where it stopped, and its table is always whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import SMALL
+
+from mumoe_tensor import study as studies
+from mumoe_tensor.study import memory, quality
+from mumoe_tensor.study import sweep as sweeps
+from mumoe_tensor.study.results import joined
+from mumoe_tensor.study.subjects import BASELINE, SPARSE, UNITS, Subject
+
+Study = tuple[studies.Plan, studies.Results, Path]
+
+
+def test_every_subject_has_every_figure(study: Study) -> None:
+    planned, results, _ = study
+    for subject in planned.subjects:
+        known = {"sizes": "24x40x20", "subject": subject.name, "experts": joined(subject.experts)}
+        for quantity, value in subject.figures(8).items():
+            assert [row.value for row in results.of(quantity, rank=joined(subject.rank), **known)] == [value]
+        for quantity in ("forward", "step"):
+            (row,) = results.of(quantity, device="cpu", batch=8, **known)
+            assert row.value and row.low <= row.value <= row.high and row.repetitions == 3
+            assert row.ratio_low <= row.ratio <= row.ratio_high
+        assert [row.value for row in results.of("step peak", **known)] == [2008]
+        batches = {row.batch for row in results.of("forward", **known)}
+        assert batches == ({1, 4, 8} if subject.experts in ((), (4,)) else {8})
+    assert {row.unit for row in results} <= set(UNITS.values())
+    names = {subject.name for subject in planned.subjects}
+    assert {BASELINE, SPARSE, "dense", "cp", "tr", "tt", "tucker", "hadamard"} <= names
+
+
+def test_heads_are_judged(study: Study) -> None:
+    planned, results, _ = study
+    assert {head.sizes for head in planned.heads} == {(64, 32, 10)}
+    for head in planned.heads:
+        known = {"sizes": "64x32x10", "subject": head.name, "experts": joined(head.experts)}
+        accuracies = results.of("accuracy", **known)
+        assert [row.seed for row in accuracies] == [3, 4] and all(0 <= row.value <= 1 for row in accuracies)
+        assert accuracies[0].value != accuracies[1].value or head.name != BASELINE
+        if head.name != BASELINE:
+            for quantity in ("active experts", "dead experts", "polysemanticity, random gate"):
+                assert len(results.of(quantity, **known)) == 2
+
+
+def test_squares_are_set_against_linear_layers(study: Study) -> None:
+    _, results, _ = study
+    for size in (16, 24):
+        rows = [row for row in results.of("forward", sizes=f"{size}x{size}") if row.subject != BASELINE]
+        assert {(row.experts, row.batch) for row in rows} <= {("3", 1), ("3", 4)} and rows
+
+
+def test_steps_have_gradients_and_forwards_have_none() -> None:
+    module, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+    sweeps.forward(module, x)()
+    assert module.weight.grad is None and not module.training
+    run = sweeps.step(module, x)
+    run()
+    first = module.weight.grad.clone()
+    run()
+    torch.testing.assert_close(module.weight.grad, first)
+    assert module.training and x.grad is None
+
+
+def test_ratios_are_over_the_dense_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def compare(calls: dict[str, Any], baseline: str, **_: Any) -> Any:
+        seen.append([*calls, baseline])
+        return studies_timing.Comparison(
+            baseline, {name: (2.0, 4.0) if name == "dense" else (6.0, 4.0) for name in calls}, {}
+        )
+
+    from mumoe_tensor.study import timing as studies_timing
+
+    monkeypatch.setattr(sweeps, "compare", compare)
+    setting = studies.prepare(**SMALL)
+    subject = Subject("cp", (5, 4), (3,), (2,), 40)
+    forward, step = sweeps._timing(setting, subject, "cpu", 4, ("forward", "step")).run()
+    assert forward.quantity == "forward" and step.quantity == "step"
+    assert (forward.value, forward.ratio) == (5.0, 2.0) and seen[0] == ["dense", "this", "dense"]
+    (alone,) = sweeps._timing(setting, Subject(BASELINE, (5, 4)), "cpu", 4, ("forward",)).run()
+    assert alone.ratio == 1.0 and seen[-1] == ["this", "this"]
+
+
+# ---- going on ---------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Somebody interrupts."""
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
+    monkeypatch.setattr(studies, "write", lambda *_: None)
+    options = SMALL | {"formats": ["cp"], "experts": [4], "data": "none"}
+    total = len(studies.plan(studies.prepare(**options)).tasks)
+    ran: list[str] = []
+
+    def stop_at_three(done: float, whole: float, text: str) -> None:
+        if len(ran) == 3:
+            raise Stop
+        ran.append(text)
+
+    with pytest.raises(Stop):
+        studies.run(**options, out=tmp_path, progress=stop_at_three)
+    table = (tmp_path / "results.csv").read_text()
+    assert len({line.split(",")[0] for line in table.splitlines()[1:]}) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "study.json"]
+    seen: list[tuple[float, float, str]] = []
+    results = studies.run(**options, out=tmp_path, progress=lambda *told: seen.append(told))
+    assert len(seen) == total - 3 + 1 and seen[-1][2] == "done" and len(results.tasks) == total
+    assert (tmp_path / "results.csv").read_text().startswith(table)
+    # Once more: nothing is left.
+    seen.clear()
+    studies.run(**options, out=tmp_path, progress=lambda *told: seen.append(told))
+    assert [text for *_, text in seen] == ["done"]
+    with pytest.raises(ValueError, match="holds a study with another setting"):
+        studies.run(**(options | {"seed": 4}), out=tmp_path)
+    assert len(studies.run(**(options | {"seed": 4}), out=tmp_path, fresh=True).tasks) == total
+    assert "seed" in json.loads((tmp_path / "study.json").read_text())
+
+
+def test_a_killed_study_loses_nothing_that_was_measured(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from mumoe_tensor import study
+from mumoe_tensor.study import sweep
+sweep.peaks = lambda *_: (1, 2)
+study.run(study.Layer("Tiny", 24, 20), experts=[4], formats=["cp", "tr"], parameters="2x", data="none",
+          batch=4, seconds=0.01, quick=True, out=sys.argv[1])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    table = tmp_path / "results.csv"
+
+    def tasks() -> list[str]:
+        with open(table, newline="", encoding="utf-8") as file:
+            return [line["task"] for line in csv.DictReader(file)]
+
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and not (table.exists() and len(set(tasks())) > 2):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = table.read_text()
+    done = set(tasks())
+    assert len(done) > 2 and not (tmp_path / "report.html").exists()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert table.read_text().startswith(before)
+    assert len(set(tasks())) > len(done) and (tmp_path / "report.html").exists()
+
+
+def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="must be the results of a study; it lacks the columns"):
+        studies.Results(tmp_path / "results.csv")
+
+
+def test_rows_come_back_as_they_were(study: Study) -> None:
+    _, results, out = study
+    assert list(studies.Results(out / "results.csv")) == list(results)
+    (about,) = results.environments
+    with open(out / "results.csv", newline="", encoding="utf-8") as file:
+        line = next(csv.DictReader(file))
+    assert line["torch"] == torch.__version__ == about["torch"] and line["date"].endswith("+00:00")
+
+
+# ---- memory and quality -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_peaks_grow_with_what_is_held() -> None:
+    # Parameters of 16 MiB: the forward holds them, the step their gradients too.
+    forward, step = memory.peaks(Subject(BASELINE, (2048, 2048)), 4, "cpu")
+    assert 15 * 2**20 < forward < 24 * 2**20
+    assert 31 * 2**20 < step < 44 * 2**20
+
+
+def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject("nope", (3, 2), (2,), ())
+    with pytest.raises(OSError, match="unknown format 'nope'"):
+        memory.peaks(subject, 4, "cpu")
+
+    def fails(*_: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(sweeps, "peaks", fails)
+    rows = sweeps._peak(studies.prepare(**SMALL), Subject(BASELINE, (3, 2)), "cpu").run()
+    assert [(row.value, row.note) for row in rows] == [(None, "no memory")] * 2
+
+
+def test_training_learns_and_the_seed_decides() -> None:
+    setting = studies.prepare(**(SMALL | {"epochs": 8}))
+    heads, _ = quality.heads(setting)
+    for head in [h for h in heads if h.name in (BASELINE, "cp", SPARSE)][:3]:
+        torch.manual_seed(1)
+        found = quality.judge(setting, head, 0)
+        assert found["accuracy"] > 0.8, head
+        torch.manual_seed(2)
+        again = quality.judge(setting, head, 0)
+        assert again["loss"] == found["loss"] != quality.judge(setting, head, 1)["loss"]
+
+
+def test_specialisation_of_known_experts() -> None:
+    class OneHot(torch.nn.Module):
+        """An expert for each class, and one that nobody uses."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            from mumoe_tensor.nn import ExpertGate
+
+            self.gate = ExpertGate(3, (4,), gate=lambda logits: (logits > 0.5).to(logits), gate_norm="none")
+            self.gate.weight.data = torch.eye(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            (a,) = self.gate(x)
+            return a[:, :3] - 1e-3 * torch.arange(3)
+
+    y = torch.arange(3).repeat(20)
+    data = quality.Dataset(torch.eye(3)[y], y)
+    found = quality.specialisation(OneHot(), data, 0)
+    assert found["active experts"] == pytest.approx(1 / 4) and found["dead experts"] == 1 / 4
+    assert found["largest share"] == pytest.approx(1 / 3)
+    assert found["polysemanticity"] == pytest.approx(0, abs=1e-6)
+    assert found["polysemanticity, random gate"] > 0.2
+
+
+def test_progress_counts_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
+    seen: list[tuple[float, float]] = []
+    options = SMALL | {"formats": ["cp"], "experts": [4], "data": "none", "squares": (16,)}
+    studies.run(**options, progress=lambda done, total, _: seen.append((done, total)))
+    assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 0
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_what_is_too_large_is_told_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
+    options = SMALL | {"experts": [4], "data": "none", "formats": ["cp", "dense"], "squares": (16,)}
+    parameters = Subject("dense", (24, 40, 20), (4,)).figures(2)["parameters"]
+    needed = 2 * 4 * parameters / 2**30
+    for memory_limit, is_skipped in ((needed, False), (0.999 * needed, True)):
+        planned = studies.plan(studies.prepare(**options, memory=memory_limit))
+        (dense,) = [subject for subject in planned.subjects if subject.name == "dense"]
+        assert bool(dense.skip) is is_skipped
+    results = studies.Results()
+    studies.measure(planned, results)
+    assert results.of("parameters", subject="dense", sizes="24x40x20")[0].value == parameters
+    assert not results.of("forward", subject="dense", sizes="24x40x20")
+    assert any("not run: parameters and gradients take" in note for note in studies.notes(planned, results))

@@ -24,7 +24,8 @@ from mumoe_tensor import Cost, cost, fit_rank
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.files import whole_file
-from mumoe_tensor.study.plots import COLOURS, STYLE
+from mumoe_tensor.study.plots import STYLE, colour
+from mumoe_tensor.study.subjects import BASELINE, SPARSE
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
@@ -39,6 +40,8 @@ FORMATS = tuple(name for name in ("cp", "tr", "tt", "tucker", "hadamard") if nam
 TITLES = {name: formats()[name].title for name in FORMATS}
 #: What is no format: the dense layer, a mixture of dense experts, one of which only some are used.
 OTHERS = {"linear": "linear layer", "dense moe": "dense mixture", "sparse moe": "sparse mixture, top 2"}
+#: What the library calls these.
+KINDS = {"linear": BASELINE, "dense moe": "dense", "sparse moe": SPARSE}
 #: Formats whose lines may coincide have dashes that leave each other gaps.
 LINES: dict[str, Any] = {
     "linear": "--", "dense moe": "-.", "sparse moe": ":",
@@ -58,6 +61,11 @@ def title_of(name: str) -> str:
     return TITLES.get(name) or OTHERS[name]
 
 
+def colour_of(name: str) -> str:
+    """The colour of a line, the same in all pictures of the library."""
+    return colour(KINDS.get(name, name))
+
+
 def new_figure(columns: int = 1, height: float = 2.4) -> tuple[Figure, list[Axes]]:
     """A figure of the width of a column of text, or of a page, and its axes side by side."""
     figure = Figure(figsize=(WIDTH if columns == 1 else 7.0, height), layout="constrained")
@@ -69,12 +77,11 @@ def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> N
     """One line a format: `y` over `x`, each under its own colour; quartiles of `y` as a pale band."""
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
-        places, colour = [row[x] for row in mine], COLOURS.get(name, "#000000")
-        own = {"linestyle": LINES.get(name, "-"), "color": colour, "label": title_of(name)}
-        ax.plot(places, [row[y] for row in mine], **{**own, **style})
+        places, own = [row[x] for row in mine], {"color": colour_of(name), "label": title_of(name)}
+        ax.plot(places, [row[y] for row in mine], **{"linestyle": LINES.get(name, "-"), **own, **style})
         if f"{y}_low" in mine[0]:
             low, high = ([row[f"{y}_{end}"] for row in mine] for end in ("low", "high"))
-            ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+            ax.fill_between(places, low, high, color=own["color"], alpha=0.2, linewidth=0)
 
 
 def set_experts_axis(ax: Axes, rows: Sequence[Row]) -> None:

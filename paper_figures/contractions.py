@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
 from mumoe_tensor.contraction.network import BATCH, Indices, Network
-from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import FORMATS, MATCHED_AT, SIZES, Row, matched_ranks
+from paper_figures.common import FORMATS, MATCHED_AT, SIZES, Row, colour_of, matched_ranks
 
 #: Where a mode lies, in degrees; its vector stands outside, its factor further in.
 ANGLES = {"n1": 210, "i": 330, "o": 90}
@@ -54,7 +53,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(7.0, 5.0), layout="constrained")
     for ax, (name, plan) in zip(figure.subplots(2, 3).flat, plans().items(), strict=True):
         flops = sum(row["flops"] for row in rows if row["name"] == name)
-        draw_network(ax, plan.program.network, COLOURS[name])
+        draw_network(ax, plan.program.network, colour_of(name))
         write_numbers(ax, plan)
         ax.set(title=mt.get_format(name).title, xlabel=f"{flops:,} FLOPs", aspect="equal")
         ax.set(xlim=(-1.8, 1.8), ylim=(-1.1, 1.85), xticks=[], yticks=[])

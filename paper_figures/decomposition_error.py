@@ -16,8 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import TITLES, Row, draw_lines, new_figure, pretrained
+from paper_figures.common import TITLES, Row, colour_of, draw_lines, new_figure, pretrained
 
 OPEN = {"cp": None, "tr": (2, 2, None), "tt": (3, None), "tucker": (3, 60, None)}
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
@@ -67,7 +66,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     axes[0].set(xlabel="open rank", xlim=(0, None))
     axes[1].set(xlabel="parameters, share of the dense ones", xlim=(0, 1.05))
     axes[1].plot(
-        single["share"], single["relative_error"], "D", color=COLOURS["hadamard"], label=TITLES["hadamard"]
+        single["share"], single["relative_error"], "D", color=colour_of("hadamard"), label=TITLES["hadamard"]
     )
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure

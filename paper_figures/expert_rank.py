@@ -15,8 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import Row, draw_lines, new_figure, set_experts_axis
+from paper_figures.common import Row, colour_of, draw_lines, new_figure, set_experts_axis
 
 LAYER = dict(in_features=768, out_features=1000, bias=True)
 OPEN = {"cp": None, "tr": (4, 4, None)}
@@ -50,7 +49,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure, (ax,) = new_figure()
     draw_lines(ax, rows, "experts", "max_expert_rank")
     for row in rows:
-        ax.plot(row["experts"], row["numerical_rank"], "o", color=COLOURS[row["name"]], markersize=4)
+        ax.plot(row["experts"], row["numerical_rank"], "o", color=colour_of(row["name"]), markersize=4)
     set_experts_axis(ax, rows)
     ax.set(ylabel="largest rank of an expert", ylim=(0, 450))
     ax.legend(frameon=False)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import Row, new_figure
+from paper_figures.common import Row, colour_of, new_figure
 
 #: Lines of the numbers of levels. The colour is that of CP.
 LEVELS = {1: "o-", 2: "s--", 3: "^:"}
@@ -52,7 +51,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             [row["experts"] for row in mine],
             [100 * row["share_of_parameters"] for row in mine],
             line,
-            color=COLOURS["cp"],
+            color=colour_of("cp"),
             label=name,
             markersize=4,
         )

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import Row, new_figure
+from paper_figures.common import Row, colour_of, new_figure
 
 TOTALS = (2**12, 2**24)
 RANK = 384
@@ -57,9 +56,9 @@ def draw(rows: Sequence[Row]) -> Figure:
         places = range(len(mine))
         experts = [row["parameters"] - row["gate_parameters"] for row in mine]
         ax.bar(
-            places, [row["parameters"] for row in mine], 0.6, color=COLOURS["cp"], alpha=0.35, label="gate"
+            places, [row["parameters"] for row in mine], 0.6, color=colour_of("cp"), alpha=0.35, label="gate"
         )
-        ax.bar(places, experts, 0.6, color=COLOURS["cp"], label="factors")
+        ax.bar(places, experts, 0.6, color=colour_of("cp"), label="factors")
         ax.axhline(mt.dense_parameters(768, 768), color="black", linestyle="--", label="linear layer")
         ax.set_xticks(places, [power(row) for row in mine])
         ax.set(yscale="log", title=f"{total:,} experts", xlabel="experts of the levels", ylabel="parameters")

@@ -26,8 +26,7 @@ from benchmarks.harness import compare
 from benchmarks.memory import MIB, growth, in_a_fresh_process
 from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.study.mixtures import SparseMixture
-from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import FORMATS, OTHERS, SIZES, Row, new_figure, spread, title_of
+from paper_figures.common import FORMATS, OTHERS, SIZES, Row, colour_of, new_figure, spread, title_of
 
 EXPERTS, TOP_K, BATCH = 128, 2, 256
 NAMES = (*OTHERS, *FORMATS)
@@ -93,7 +92,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     for ax, column in zip(axes, ("ms", "peak_mib"), strict=True):
         for row in rows:
             low, high = (row.get(f"{column}_{end}", row[column]) for end in ("low", "high"))
-            single, colour = row["inputs"] == 1, COLOURS.get(row["name"], "#000000")
+            single, colour = row["inputs"] == 1, colour_of(row["name"])
             ax.errorbar(
                 row[column],
                 names.index(row["name"]),

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from mumoe_tensor.study.plots import COLOURS
-from paper_figures.common import SIZES, Row, matched_ranks, new_figure, title_of
+from paper_figures.common import SIZES, Row, colour_of, matched_ranks, new_figure, title_of
 
 EXPERTS = 512
 
@@ -35,7 +34,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Two bars a format, the naive one pale, with the ratio beside them."""
     figure, (ax,) = new_figure(height=2.6)
     for place, row in enumerate(rows):
-        colour = COLOURS[row["name"]]
+        colour = colour_of(row["name"])
         ax.barh(place - 0.2, row["naive"], 0.36, color=colour, alpha=0.35)
         ax.barh(place + 0.2, row["planned"], 0.36, color=colour)
         ax.annotate(
@@ -44,7 +43,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
     ax.set_yticks(range(len(rows)), [title_of(row["name"]) for row in rows])
     ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="FLOPs of one input (pale: weight tensor formed first)")
+    ax.set(xscale="log", xlabel="FLOPs of one input (pale: naive)")
     ax.set_xlim(1e5, 1000 * max(row["naive"] for row in rows))
     ax.tick_params(axis="y", length=0)
     return figure

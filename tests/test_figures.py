@@ -59,7 +59,7 @@ def test_figure(name: str, tmp_path: Path) -> None:
     with matplotlib.rc_context(PRINT_STYLE):
         figure = module.draw(rows_of(module, tmp_path, quick=hasattr(module, "measure")))
         FigureCanvasAgg(figure).draw()
-    assert_legible(figure)
+        assert_legible(figure)
 
 
 def assert_legible(figure: Figure) -> None:

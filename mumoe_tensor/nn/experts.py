@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -23,6 +23,7 @@ from mumoe_tensor.nn.contraction import (
     kept_results,
     sparse_products,
 )
+from mumoe_tensor.nn.edits import BiasEdit, BiasEdits
 from mumoe_tensor.nn.frozen import Folded, are_values_known, is_frozen
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.tensors import FactorizedTensor
@@ -62,12 +63,16 @@ class Experts(nn.Module):
         The axes of each of these factors, by the names of the format.
     plan : ContractionPlan
         What a forward pass does, and its cost for `batch_hint` rows.
+    edits : BiasEdits or None
+        Biases that `.analysis.edit_bias` added, by name.
 
     Notes
     -----
     After ``eval()`` and under ``torch.no_grad()`` products of weights alone are made ahead where that takes
     less time, and made again once a weight has changed.
     """
+
+    edits: BiasEdits | None
 
     def __init__(
         self,
@@ -106,6 +111,7 @@ class Experts(nn.Module):
             nn.Parameter(torch.empty([sizes[x] for x in axes], device=device, dtype=dtype))
             for axes in self.axes
         )
+        self.register_module("edits", None)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -125,7 +131,7 @@ class Experts(nn.Module):
 
     @property
     def weight(self) -> FactorizedTensor:
-        """The factors as a `.FactorizedTensor`: views of the parameters, in declared order."""
+        """The factors as a `.FactorizedTensor`: views of the parameters, in declared order, without edits."""
         factors = iter(self.factors)
         views: list[Any] = [
             None if f.unit else next(factors).permute([f.storage.index(x) for x in f.indices])
@@ -146,10 +152,16 @@ class Experts(nn.Module):
         ValueError, TypeError
             If the index does not name an expert.
         """
-        if self.bias:
-            matrix, bias = expert_matrix(self.weight, index, bias=True)
-            return matrix, bias
-        return expert_matrix(self.weight, index), None
+        found = expert_matrix(self.weight, index, bias=self.bias)
+        matrix, bias = found if self.bias else (found, None)
+        if self.edits is not None:
+            entries = torch.tensor(index, device=matrix.device).reshape(-1)
+            one_hot = [
+                nn.functional.one_hot(k, n).to(matrix.dtype)
+                for k, n in zip(entries, self.experts, strict=True)
+            ]
+            bias = self.edits(matrix.new_zeros(self.out_features) if bias is None else bias, one_hot)
+        return matrix, bias
 
     def forward(
         self,
@@ -181,7 +193,8 @@ class Experts(nn.Module):
         ValueError
             If the shapes do not fit together.
         """
-        return self._mix([*self.factors], z, coefficients, activation, sparse_gradient)
+        y = self._mix([*self.factors], z, coefficients, activation, sparse_gradient)
+        return y if self.edits is None else self.edits(y, coefficients)
 
     def _mix(
         self,
@@ -228,6 +241,35 @@ class Experts(nn.Module):
         if mode and "_folded" in self.__dict__:
             self._folded.clear()
         return super().train(mode)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Nothing is loaded that there is no place for: edits of the state alone get one, which adds nothing.
+        start = f"{prefix}edits."
+        for key in (key for key in state_dict if key.startswith(start)):
+            name = key.removeprefix(start).split(".")[0]
+            if self.edits is None or name not in self.edits:
+                self.add_edit(name, [torch.zeros(n) for n in self.experts], torch.zeros(self.out_features))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def add_edit(self, name: str, means: Sequence[Tensor], outputs: Tensor) -> None:
+        """Give every expert one more bias: the product of its means times `outputs`.
+
+        What is given is copied, and not checked: use `.analysis.edit_bias`.
+
+        Parameters
+        ----------
+        name : str
+        means : sequence of Tensor of shape (N_e,)
+            One a level.
+        outputs : Tensor of shape (out_features,)
+        """
+        like = self.factors[0]
+        *kept, last = (x.detach().to(like.device, like.dtype, copy=True) for x in (*means, outputs))
+        if self.edits is None:
+            self.edits = BiasEdits()
+        self.edits[name] = BiasEdit(kept, last)
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, experts={self.experts}"

@@ -141,11 +141,15 @@ class _Layer(nn.Module):
         Raises
         ------
         ValueError
-            If that generation has no block of two weights.
+            If that generation has no block of two weights, or the layer has bias edits.
         TypeError
             If TensorLy has no container of the format.
         """
         check_choice(version, PREFIXES, "version")
+        if edits := [name for experts in self._layers for name in experts.edits or ()]:
+            raise ValueError(
+                f"published layers have no bias edits: remove them first; the layer has {edits}."
+            )
         return write_published(self.gate, self._layers, version)
 
     def keep_experts(self, level: int, indices: Sequence[int]) -> Any:
@@ -194,6 +198,9 @@ class _Layer(nn.Module):
                         key = f"{name}.factors.{k}"
                         index = torch.tensor(kept, device=state[key].device)
                         state[key] = state[key].index_select(axes.index(mode), index)
+                for edit in child.edits or ():
+                    key = f"{name}.edits.{edit}.mean_{level}"
+                    state[key] = state[key][kept]
         layer.load_state_dict(state)
         return layer
 

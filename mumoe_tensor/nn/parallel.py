@@ -91,6 +91,7 @@ class DividedExperts(Experts):
         for k, factor in enumerate(whole.factors):
             part = self._part_of(k, factor.detach()).clone(memory_format=torch.contiguous_format)
             self.factors[k] = nn.Parameter(part, factor.requires_grad)
+        self.edits = copy.deepcopy(whole.edits)
         self.train(whole.training)
 
     def _part_of(self, k: int, factor: Tensor) -> Tensor:
@@ -119,6 +120,7 @@ class DividedExperts(Experts):
             # Parts may differ in size: each process adds its own to zeros.
             self._part_of(k, factor.zero_()).copy_(part)
             distributed.all_reduce(factor.data, group=self.group)
+        whole.edits = copy.deepcopy(self.edits)
         return whole.train(self.training)
 
     @property
@@ -145,7 +147,7 @@ class DividedExperts(Experts):
         total: Tensor = _Sum.apply(
             self.group, self._mix(factors, z, shared[: len(coefficients)], activation, sparse_gradient)
         )
-        return total
+        return total if self.edits is None else self.edits(total, coefficients)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DividedExperts:
         memo[id(self.group)] = self.group  # a group cannot be copied, and is the same in a copy

@@ -1,0 +1,44 @@
+"""Biases given to experts after training, beside the weight, so that they can be taken away again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class BiasEdit(nn.Module):
+    """One more bias of every expert: the product of its means, one a level, times a vector of outputs.
+
+    Attributes
+    ----------
+    mean_0, mean_1, ... : Tensor of shape (N_e,)
+        Buffers, one a level.
+    outputs : Tensor of shape (out_features,)
+        A buffer.
+    """
+
+    outputs: Tensor
+
+    def __init__(self, means: Sequence[Tensor], outputs: Tensor):
+        super().__init__()
+        for e, mean in enumerate(means):
+            self.register_buffer(f"mean_{e}", mean)
+        self.register_buffer("outputs", outputs)
+
+    def forward(self, coefficients: Sequence[Tensor]) -> Tensor:
+        """What is added to the outputs of inputs with these coefficients."""
+        weight = self.outputs.new_ones(())
+        for e, a in enumerate(coefficients):
+            weight = weight * (a @ getattr(self, f"mean_{e}"))
+        return weight.unsqueeze(-1) * self.outputs
+
+
+class BiasEdits(nn.ModuleDict):
+    """The edits of one layer of experts, by their names."""
+
+    def forward(self, y: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+        """Outputs with what all edits add to them, in the dtype they have."""
+        for edit in self.values():
+            y = y + edit(coefficients).to(y.dtype)
+        return y

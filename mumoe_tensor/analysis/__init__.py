@@ -1,23 +1,36 @@
-"""What experts do: their coefficients, how they are used, what they know, what a model is without them."""
+"""What experts do: how they are used, what they know and contribute, and what a model is without them."""
 
+from mumoe_tensor.analysis.attribution import attribute
 from mumoe_tensor.analysis.coefficients import watch_coefficients
-from mumoe_tensor.analysis.interventions import ablate, random_gate
+from mumoe_tensor.analysis.editing import edit_bias, mean_coefficients, remove_edit
+from mumoe_tensor.analysis.fairness import Fairness, fairness
+from mumoe_tensor.analysis.interventions import ablate, keep_only, random_gate, scale
 from mumoe_tensor.analysis.specialization import (
     Labels,
     LabelStatistics,
     ablation_effects,
     polysemanticity,
 )
+from mumoe_tensor.analysis.top_inputs import TopInputs
 from mumoe_tensor.analysis.usage import Usage, UsageStatistics
 
 __all__ = [
+    "Fairness",
     "LabelStatistics",
     "Labels",
+    "TopInputs",
     "Usage",
     "UsageStatistics",
     "ablate",
     "ablation_effects",
+    "attribute",
+    "edit_bias",
+    "fairness",
+    "keep_only",
+    "mean_coefficients",
     "polysemanticity",
     "random_gate",
+    "remove_edit",
+    "scale",
     "watch_coefficients",
 ]

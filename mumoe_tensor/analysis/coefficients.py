@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.gate import ExpertGate
 
 #: Called with the name of a gate and its coefficients, one tensor a level, of shape (rows, experts).
@@ -57,6 +58,51 @@ def level_of(gate: ExpertGate, level: int) -> int:
     if not 0 <= level < len(gate.experts):
         raise ValueError(f"level must be one of the {len(gate.experts)} level(s), from 0 on, got {level}.")
     return level
+
+
+def numbers_of(gate: ExpertGate, level: int, experts: Iterable[int]) -> list[int]:
+    """The numbers of experts of a level, if it has them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such level, or it has not.
+    """
+    count = gate.experts[level_of(gate, level)]
+    numbers = [int(k) for k in experts]
+    if not all(0 <= k < count for k in numbers):
+        raise ValueError(f"experts must be some of the {count} of level {level}, got {numbers}.")
+    return numbers
+
+
+def experts_of(layer: nn.Module) -> Experts:
+    """The experts of one layer: the layer may be these themselves, or have them and no others.
+
+    Raises
+    ------
+    ValueError
+        If it has none, or several as a block has.
+    """
+    found = {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
+    if len(found) != 1:
+        raise ValueError(
+            "a layer has one module Experts, and of a block (up, down) it must be said which; "
+            f"{type(layer).__name__} has {sorted(found)}."
+        )
+    (experts,) = found.values()
+    return experts
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While the context lasts, a model runs as in ``eval()``; then every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
 
 
 @contextmanager

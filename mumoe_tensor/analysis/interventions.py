@@ -1,19 +1,18 @@
-"""A model without some of its experts, or with a gate that knows nothing."""
+"""A model whose experts get other coefficients than its gate gives: some scaled, or all drawn at random."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, level_of
+from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, numbers_of
 
 
-@contextmanager
-def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> Iterator[None]:
+def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> AbstractContextManager[None]:
     """While the context lasts, a layer is without some experts: their coefficients are zero.
 
     The layer equals one whose weight tensor is zero in the slices of these experts, biases included. What is
@@ -32,17 +31,60 @@ def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> Iterator
     ValueError
         If there is no such level or expert, or not one gate.
     """
+    return scale(layer, experts, 0.0, level)
+
+
+def keep_only(layer: nn.Module, experts: Sequence[int], level: int = 0) -> AbstractContextManager[None]:
+    """While the context lasts, a layer is without all experts of a level but some; see `ablate`.
+
+    Parameters
+    ----------
+    layer : MuMoE, MuMoEMLP or ExpertGate
+        Or a module that has one gate.
+    experts : sequence of int
+        Those to keep. What is left is not normalised again.
+    level : int, default 0
+        The level they belong to, 0 for the first.
+
+    Raises
+    ------
+    ValueError
+        If there is no such level or expert, or not one gate.
+    """
     gate = gate_of(layer)
-    count = gate.experts[level_of(gate, level)]
-    removed = sorted({int(k) for k in experts})
-    if removed and not 0 <= removed[0] <= removed[-1] < count:
-        raise ValueError(f"experts must be some of the {count} of level {level}, got {list(experts)}.")
+    kept = set(numbers_of(gate, level, experts))
+    return ablate(gate, [k for k in range(gate.experts[level]) if k not in kept], level)
+
+
+@contextmanager
+def scale(layer: nn.Module, experts: Sequence[int], factor: float, level: int = 0) -> Iterator[None]:
+    """While the context lasts, the coefficients of some experts are a factor times what they are.
+
+    The layer equals one whose weight tensor has this factor in the slices of these experts, biases included.
+    Nothing is normalised again. A compiled model runs eagerly in it.
+
+    Parameters
+    ----------
+    layer : MuMoE, MuMoEMLP or ExpertGate
+        Or a module that has one gate.
+    experts : sequence of int
+    factor : float
+    level : int, default 0
+        The level they belong to, 0 for the first.
+
+    Raises
+    ------
+    ValueError
+        If there is no such level or expert, or not one gate.
+    """
+    gate = gate_of(layer)
+    changed = numbers_of(gate, level, experts)
 
     def hook(module: nn.Module, inputs: Any, coefficients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        changed = list(coefficients)
-        index = torch.tensor(removed, device=changed[level].device, dtype=torch.long)
-        changed[level] = changed[level].index_fill(-1, index, 0.0)
-        return tuple(changed)
+        a = coefficients[level]
+        factors = a.new_ones(a.shape[-1])
+        factors[changed] = factor
+        return *coefficients[:level], a * factors, *coefficients[level + 1 :]
 
     with hooked(gate, hook):
         yield

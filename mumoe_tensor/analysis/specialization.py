@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import gate_of, hooked, level_of
+from mumoe_tensor.analysis.coefficients import evaluating, gate_of, hooked, level_of, numbers_of
 from mumoe_tensor.analysis.interventions import random_gate
 from mumoe_tensor.nn.gate import ExpertGate
 
@@ -152,14 +152,10 @@ def ablation_effects(
     """
     gate = gate_of(layer)
     count = gate.experts[level_of(gate, level)]
-    removed = list(range(count) if experts is None else experts)
-    if not all(0 <= k < count for k in removed):
-        raise ValueError(f"experts must be some of the {count} of level {level}, got {removed}.")
+    removed = numbers_of(gate, level, range(count) if experts is None else experts)
     total = torch.zeros(classes, dtype=torch.long)
     change = torch.zeros(len(removed), classes, dtype=torch.long)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         for place, (inputs, labels) in enumerate(batches):
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
                 least, most = int(labels.min()), int(labels.max())
@@ -177,9 +173,6 @@ def ablation_effects(
                         is_right_now = model(inputs[rows]).argmax(-1) == labels[rows]
                     difference = is_right_now.long() - is_right[rows].long()
                     change[k].index_add_(0, labels[rows].cpu(), difference.cpu())
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training
     return change / total
 
 

@@ -1,0 +1,118 @@
+"""How evenly a classifier is right about parts of a population."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """Figures of a classifier of two classes over subpopulations: inputs of one label and one group.
+
+    Attributes
+    ----------
+    accuracy : float
+        Of all inputs.
+    subpopulations : dict of (int, int) to float
+        Accuracy of the inputs of a label and a group, for all pairs there are.
+    target : float
+        Accuracy of the target subpopulation.
+    worst : float
+        The least of these accuracies; higher is fairer.
+    deviation : float
+        Their standard deviation, each counted once; lower is fairer.
+    equal_opportunity : float
+        Largest difference between groups of the share of their inputs of label 1 that are found; lower is
+        fairer.
+    """
+
+    accuracy: float
+    subpopulations: dict[tuple[int, int], float]
+    target: float
+    worst: float
+    deviation: float
+    equal_opportunity: float
+
+
+def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[int, int]) -> Fairness:
+    """Compare the accuracies of a classifier of two classes over labels and groups.
+
+    The figures are those of `fairlearn <https://fairlearn.org>`_, which must be installed:
+    ``pip install "mumoe_tensor[experiments]"``.
+
+    Parameters
+    ----------
+    predictions, labels : Tensor of int of shape (rows,)
+        0 or 1.
+    groups : Tensor of int of shape (rows,)
+        A sensitive attribute of every input.
+    target : tuple of int
+        Label and group of the subpopulation that matters most.
+
+    Returns
+    -------
+    Fairness
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, predictions or labels are others than 0 and 1, a group has no input of label 1, or
+        there is no input of the target.
+    ImportError
+        If fairlearn is not installed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> labels, groups = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 0, 0, 1, 1])
+    >>> found = fairness(torch.tensor([0, 0, 1, 1, 1, 0]), labels, groups, target=(1, 1))
+    >>> found.target, found.worst, found.equal_opportunity
+    (0.5, 0.5, 0.5)
+    """
+    MetricFrame, equal_opportunity_difference = _fairlearn()
+    _check(predictions, labels, groups, target)
+    y, predicted, group = (x.detach().cpu().numpy() for x in (labels, predictions, groups))
+    frame = MetricFrame(
+        metrics=lambda true, found: (true == found).mean(),
+        y_true=y,
+        y_pred=predicted,
+        sensitive_features={"label": y, "group": group},
+    )
+    accuracies = frame.by_group.dropna()
+    subpopulations = {(int(a), int(b)): float(value) for (a, b), value in accuracies.items()}
+    return Fairness(
+        accuracy=float(frame.overall),
+        subpopulations=subpopulations,
+        target=subpopulations[int(target[0]), int(target[1])],
+        worst=float(frame.group_min()),
+        deviation=float(accuracies.std(ddof=0)),
+        equal_opportunity=float(
+            equal_opportunity_difference(y, predicted, sensitive_features={"group": group})
+        ),
+    )
+
+
+def _fairlearn() -> tuple[Any, Any]:
+    try:
+        from fairlearn.metrics import MetricFrame, equal_opportunity_difference
+    except ImportError as error:
+        raise ImportError(
+            'figures of fairness need fairlearn 0.12 or later: pip install "mumoe_tensor[experiments]".'
+        ) from error
+    return MetricFrame, equal_opportunity_difference
+
+
+def _check(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[int, int]) -> None:
+    shapes = [tuple(x.shape) for x in (predictions, labels, groups)]
+    if labels.ndim != 1 or len(set(shapes)) > 1 or not len(labels):
+        raise ValueError(f"there must be a prediction, a label and a group for every input, got {shapes}.")
+    for name, x in (("predictions", predictions), ("labels", labels)):
+        if bool(((x != 0) & (x != 1)).any()):
+            raise ValueError(f"{name} must be 0 or 1, got {sorted(set(x.tolist()))}.")
+    if without := sorted(set(groups.tolist()) - set(groups[labels == 1].tolist())):
+        raise ValueError(f"every group must have inputs of label 1, the groups {without} have none.")
+    if not bool(((labels == target[0]) & (groups == target[1])).any()):
+        raise ValueError(f"there must be inputs of the target, got none of label and group {target}.")

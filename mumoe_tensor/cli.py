@@ -337,7 +337,7 @@ def study(
         str | None, typer.Option(help="cpu, cuda or cpu,cuda.", show_default="all there are")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Time of a timing.", show_default="1; quick 0.05")
+        float | None, typer.Option(help="Time of a timing.", show_default="0.6; quick 0.05")
     ] = None,
     memory: Annotated[
         float | None,
@@ -365,7 +365,7 @@ def study(
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Trainings of a head.", show_default="3; quick 1")] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of a training.", show_default="20; quick 1")
+        int | None, typer.Option(help="Epochs of a training.", show_default="15; quick 1")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,

@@ -136,8 +136,9 @@ def limits(panel: Panel, axis: str) -> tuple[float, float]:
     if is_log:
         span = max(high / low, 2.0)
         return low / span**0.08, max(high, low * 1.1) * span**room
-    span = (high - low) or abs(high) or 1.0
-    return low - 0.08 * span, high + room * span
+    if low == high:
+        return low - 0.1 * (abs(low) or 1.0), high + (abs(high) or 1.0)
+    return low - 0.08 * (high - low), high + room * (high - low)
 
 
 def front(points: Iterable[Point]) -> list[Point]:

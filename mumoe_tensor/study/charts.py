@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import isnan
 from statistics import mean, stdev
 from typing import Any
@@ -141,7 +142,7 @@ def best_formats(planned: Plan, results: Results) -> Chart:
 
 
 def over_experts(planned: Plan, results: Results) -> Chart:
-    """Time, rank and FLOPs over the number of experts."""
+    """Time, rank and saved activations over the number of experts."""
     setting, sizes = planned.setting, joined(planned.setting.layer.sizes)
     panels = []
     for device in setting.devices:
@@ -154,17 +155,17 @@ def over_experts(planned: Plan, results: Results) -> Chart:
             panels.append(
                 Panel(title, "experts", "time × dense", series, reference=("y", 1.0), measured=True)
             )
-    for title, quantity, label in (
-        ("Largest rank of an expert", "expert rank", "rank"),
-        ("FLOPs", "FLOPs", "FLOPs of an input"),
+    for title, quantity, label, scale in (
+        ("Expert rank", "expert rank", "largest rank of an expert", 1.0),
+        ("Saved", "saved", "KiB an input, for backward", 1 / 1024),
     ):
         rows = [row for row in results.of(quantity, sizes=sizes) if row.budget and "x" not in row.experts]
-        series = _lines(rows, lambda row: Point(total(row.experts), row.value or 0.0, text=_told(row)))
-        panels.append(Panel(title, "experts", label, series, measured=True))
+        points = partial(_over_experts, scale=scale)
+        panels.append(Panel(title, "experts", label, _lines(rows, points), measured=True))
     return Chart(
         "over-experts",
         "Over the number of experts",
-        "At the same budget of parameters. Ranks and FLOPs by formula.",
+        "At the same budget of parameters. Ranks and saved activations by formula.",
         panels,
     )
 
@@ -308,6 +309,10 @@ def _lines(rows: Iterable[Measurement], point: Callable[[Measurement], Point]) -
 def _ratio_over(x: Callable[[Measurement], float]) -> Callable[[Measurement], Point]:
     """Time over the dense layer's, with quartiles."""
     return lambda row: Point(x(row), row.ratio or 0.0, row.ratio_low, row.ratio_high, _told(row))
+
+
+def _over_experts(row: Measurement, scale: float) -> Point:
+    return Point(total(row.experts), scale * (row.value or 0.0), text=_told(row))
 
 
 def _beside(row: Measurement, reference: Measurement) -> Point:

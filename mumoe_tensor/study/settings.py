@@ -31,7 +31,8 @@ class Setting:
     layer : Layer
         The dense layer.
     experts : tuple of tuple of int
-        Experts to study it with, one number a level. Batches are varied with the first.
+        Experts to study it with, one number a level. Batches are varied and peak memory is measured with the
+        first.
     formats : tuple of str
     parameters : str
         The budget; see `budget_of`.
@@ -44,7 +45,8 @@ class Setting:
     square_batches : tuple of int
     square_experts : int
     seconds : float
-        Each timing begins no further round after this time, once three are done.
+        A timing begins no further round after this time, once three are done; where it is a forward pass
+        alone, after half of it.
     rounds : int
         Rounds of a timing at most.
     memory : float
@@ -144,7 +146,7 @@ DEFAULTS: dict[str, Any] = {
     "squares": (256, 512, 1024, 2048),
     "square_batches": (1, 32, 1024),
     "square_experts": 64,
-    "seconds": 1.0,
+    "seconds": 0.6,
     "rounds": 15,
     "memory": 2.0,
     "top_k": 2,
@@ -155,7 +157,7 @@ DEFAULTS: dict[str, Any] = {
     "head_experts": None,
     "head_parameters": ("0.5x", "match"),
     "seeds": 3,
-    "epochs": 20,
+    "epochs": 15,
     "learning_rate": 3e-3,
 }
 #: Small batches, few repetitions, short trainings, to see that all works.

@@ -142,7 +142,8 @@ def _tasks(planned: Plan) -> Iterator[Task]:
     for device, subject in product(setting.devices, planned.heads):
         yield _timing(setting, subject, device, HEAD_BATCH, ("forward",))
     for device, subject in product(setting.devices, runnable):
-        yield _peak(setting, subject, device)
+        if subject.experts in ((), main):
+            yield _peak(setting, subject, device)
     for device, batch, subject in product(setting.devices, setting.batches, runnable):
         if subject.experts in ((), main) and batch != setting.batch:
             yield _timing(setting, subject, device, batch, ("forward",))
@@ -181,7 +182,8 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, passes:
                 name: (forward if each == "forward" else step)(module, x) for name, module in modules.items()
             }
             first = next(iter(calls))
-            times = compare(calls, first, rounds=setting.rounds, limit=setting.seconds)
+            limit = setting.seconds if "step" in passes else setting.seconds / 2
+            times = compare(calls, first, rounds=setting.rounds, limit=limit)
             seconds, ratio = times.spread("this"), times.ratio("this")
             row = Measurement.of(
                 key, subject, each, seconds.median, low=seconds.low, high=seconds.high, ratio=ratio.median,

@@ -80,9 +80,9 @@ def test_the_best_format_of_each_measure(made_up: Made) -> None:
 
 def test_lines_over_experts_batches_and_sizes(made_up: Made) -> None:
     found = by_name(made_up)
-    forward, step, rank, flops = found["over-experts"].panels
+    forward, step, rank, saved = found["over-experts"].panels
     assert [p.x for p in points_of(step)["tr"]] == [4, 6] and points_of(forward)["tr"][0].y == 1.5
-    assert [p.x for p in points_of(rank)["cp"]][:2] == [4, 8] and points_of(flops)["cp"][0].y > 0
+    assert [p.x for p in points_of(rank)["cp"]][:2] == [4, 8] and points_of(saved)["cp"][0].y > 0
     throughput, ratios = found["over-batches"].panels
     assert [(p.x, round(float(p.y))) for p in points_of(throughput)[BASELINE]] == [
         (1, 1000), (4, 4000), (8, 8000),

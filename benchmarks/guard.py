@@ -19,7 +19,7 @@ from pathlib import Path
 from asv_runner.discovery import disc_benchmarks
 
 from benchmarks.common import PROFILES, VARIABLE, profile
-from benchmarks.harness import write_whole
+from mumoe_tensor.study.files import whole_file
 
 STORED = Path(__file__).with_name("stored.json")
 RENEW = "python -m benchmarks.guard --write"
@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in lines:
         print(line)
     if write:
-        write_whole(STORED, json.dumps(current, indent=1) + "\n")
+        with whole_file(STORED) as file:
+            file.write((json.dumps(current, indent=1) + "\n").encode())
         print(f"{len(current)} figures are stored in {STORED}")
     elif lines:
         print(f"{len(lines)} figures are not as stored. If they are meant to be so: {RENEW}")

@@ -11,9 +11,10 @@ import entmax
 import torch
 from torch import nn
 
-from benchmarks.harness import Comparison, Report, Spread, compare
+from benchmarks.harness import Report
 from mumoe_tensor.contraction.network import BATCH
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, entmax15
+from mumoe_tensor.study.timing import Comparison, Spread, compare
 
 Call = Callable[[], object]
 

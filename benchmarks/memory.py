@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, compare
+from benchmarks.harness import Report
 from benchmarks.layers import GPT2, Shape, step
+from benchmarks.probes import in_a_fresh_process, kept_bytes
 from mumoe_tensor.nn import MuMoEMLP
+from mumoe_tensor.study.memory import growth
+from mumoe_tensor.study.timing import compare
 
 MIB = 2**20
 ROWS = 1024
@@ -22,23 +22,6 @@ CASES = {
     "cp": Shape("GPT-2 block", ROWS, GPT2, (256,), "cp", (556,), "layer"),
     "tr": Shape("GPT-2 block", ROWS, GPT2, (256,), "tr", (4, 4, 149), "layer"),
 }
-
-
-def kept_bytes(module: torch.nn.Module, x: torch.Tensor) -> int:
-    """What a forward pass keeps besides parameters and buffers, every storage once."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(saved: torch.Tensor) -> torch.Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        y = module(x)
-    assert y.requires_grad
-    return sum(kept.values())
 
 
 def made(case: str, recompute: bool) -> Any:
@@ -64,31 +47,6 @@ def peak_of_a_step(case: str, recompute: bool) -> int:
     module.zero_grad()
     x.grad = None
     return growth(lambda: module(x).backward(gradient))
-
-
-def growth(call: Callable[[], object]) -> int:
-    """Bytes by which the resident set of this process grows at most in a call."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
-def in_a_fresh_process(module: str, *arguments: Any) -> int:
-    """The number that a module of this repository prints, run with these arguments as JSON."""
-    # The repository comes last on the path: an asv environment has the library of another commit installed.
-    code = (
-        "import runpy, sys; sys.path.append(sys.argv.pop(1));"
-        "runpy.run_module(sys.argv.pop(1), run_name='__main__')"
-    )
-    root = str(Path(__file__).parents[1])
-    command = [sys.executable, "-P", "-c", code, root, module, json.dumps(arguments)]
-    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def memory(quick: bool) -> Report:

@@ -89,7 +89,7 @@ class Step(Module):
         self.step()
 
     def track_saved_bytes(self, *_: Any) -> int:
-        from benchmarks.memory import kept_bytes
+        from benchmarks.probes import kept_bytes
 
         return kept_bytes(self.module, self.x)
 
@@ -108,7 +108,7 @@ class CudaStep(Benchmark):
         described(format, experts, levels, module)  # what a step would skip
 
     def track_cuda_peak_bytes(self, *values: Any) -> int:
-        from benchmarks.memory import in_a_fresh_process
+        from benchmarks.probes import in_a_fresh_process
 
         return in_a_fresh_process("benchmarks.modules", *values)
 

@@ -23,10 +23,12 @@ import opt_einsum
 
 import mumoe_tensor as mt
 from benchmarks.common import inputs, torch
-from benchmarks.harness import Report, Spread, compare, environment, threads, write_csv, write_json
+from benchmarks.harness import Report, threads, write_csv, write_json
 from mumoe_tensor.backend import backend_of
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.plan import planned_steps
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.study.timing import Spread, compare
 
 THREADS = 2
 #: What the issue asks for: microseconds beside code by hand, and milliseconds of a search.

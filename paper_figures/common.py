@@ -19,13 +19,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import Spread, threads
+from benchmarks.harness import threads
 from mumoe_tensor import Cost, cost, fit_rank
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
+from mumoe_tensor.study.timing import Spread
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent

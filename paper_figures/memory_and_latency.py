@@ -22,10 +22,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import mumoe_tensor as mt
-from benchmarks.harness import compare
-from benchmarks.memory import MIB, growth, in_a_fresh_process
+from benchmarks.memory import MIB
+from benchmarks.probes import in_a_fresh_process
 from mumoe_tensor.nn import MuMoE
+from mumoe_tensor.study.memory import growth
 from mumoe_tensor.study.mixtures import SparseMixture
+from mumoe_tensor.study.timing import compare
 from paper_figures.common import FORMATS, OTHERS, SIZES, Row, colour_of, new_figure, spread, title_of
 
 EXPERTS, TOP_K, BATCH = 128, 2, 256

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import mumoe_tensor as mt
-from benchmarks.harness import compare
 from benchmarks.layers import GPT2, Shape, step
-from benchmarks.memory import MIB, kept_bytes
+from benchmarks.memory import MIB
+from benchmarks.probes import kept_bytes
+from mumoe_tensor.study.timing import compare
 from paper_figures.common import FORMATS, Row, draw_lines, new_figure, set_experts_axis, spread
 
 TOKENS, MATCHED_AT = 1024, 256

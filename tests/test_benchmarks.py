@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,86 +19,12 @@ import opt_einsum
 import pytest
 
 import mumoe_tensor as mt
-from benchmarks import common, guard, harness, memory, modules, ratios
+from benchmarks import common, guard, harness, modules, probes, ratios
 from benchmarks.costs import Cost
 from benchmarks.planning import Planning
 
 ROOT = Path(__file__).parents[1]
 CELEBA = ratios.Case("tucker", (128,), 768, 40, (32, 64, 64))
-
-
-class FakeTime:
-    """A clock, and callables that take exactly so many seconds on it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.calls: list[str] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def taking(self, name: str, *seconds: float) -> Callable[[], None]:
-        """A callable of this name; the last duration is that of all further calls."""
-        left = list(seconds)
-
-        def call() -> None:
-            self.calls.append(name)
-            self.now += left.pop(0) if left[1:] else left[0]
-
-        return call
-
-
-def test_callables_take_turns() -> None:
-    clock = FakeTime()
-    callables = {name: clock.taking(name, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 4))}
-    found = harness.compare(callables, "a", rounds=4, turn=1, limit=1e9, clock=clock)
-    # One call to warm up and one that is long enough for a turn, then the rounds.
-    assert "".join(clock.calls) == "aabbcc" + 4 * "abc"
-    assert found.rounds == 4
-    assert found.loops == {"a": 1, "b": 1, "c": 1}
-
-
-def test_known_durations_give_known_ratios() -> None:
-    clock = FakeTime()
-    callables = {name: clock.taking(name, seconds) for name, seconds in (("b", 6e-6), ("a", 2e-6))}
-    found = harness.compare(callables, "a", rounds=5, turn=1e-3, clock=clock)
-    assert found.loops == {"a": 512, "b": 256}
-    assert found.spread("b") == pytest.approx((6e-6, 6e-6, 6e-6))
-    assert found.ratio("b") == pytest.approx((3, 3, 3))
-    assert found.excess("b") == pytest.approx((4e-6, 4e-6, 4e-6))
-    assert found.ratio("a") == (1, 1, 1)
-
-
-def test_ratios_are_taken_within_a_round() -> None:
-    # The machine is ten times slower in two rounds of five: the ratio does not see it, the medians do.
-    clock = FakeTime()
-    slow = (1, 10, 1, 10, 1)
-    callables = {
-        "base": clock.taking("base", 1, 1, *slow),
-        "other": clock.taking("other", 1, 1, *(2 * s for s in slow)),
-    }
-    found = harness.compare(callables, "base", rounds=5, turn=1, limit=1e9, clock=clock)
-    assert found.seconds == {"base": slow, "other": tuple(2 * s for s in slow)}
-    assert found.ratio("other") == (2, 2, 2)
-    assert found.spread("other") == (2, 2, 20)
-    assert found.excess("other") == (1, 1, 10)
-
-
-@pytest.mark.parametrize(("limit", "rounds"), [(0, 3), (9, 5), (1e9, 20)])
-def test_no_round_begins_after_the_limit(limit: float, rounds: int) -> None:
-    clock = FakeTime()
-    found = harness.compare({"a": clock.taking("a", 2)}, "a", rounds=20, turn=1, limit=limit, clock=clock)
-    assert found.rounds == rounds
-
-
-def test_an_unknown_baseline_is_refused() -> None:
-    with pytest.raises(ValueError, match="baseline must be one of 'a', got 'b'"):
-        harness.compare({"a": lambda: None}, "b")
-
-
-def test_spread() -> None:
-    assert harness.Spread.of([7]) == (7, 7, 7)
-    assert harness.Spread.of([5, 1, 4, 2, 3]) == (3, 2, 4)
 
 
 def test_threads_are_set_and_put_back() -> None:
@@ -148,23 +73,6 @@ def test_csv_has_a_line_for_each_figure(report: harness.Report, tmp_path: Path) 
     assert len(lines) == 6
     assert lines[1] == {"report": "demo", "row": "0", "column": "count", "value": "1234", "machine": "here"}
     assert lines[5]["value"] == ""
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    harness.write_whole(path, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
-            harness.write_whole(path, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
-    harness.write_whole(path, "new")
-    assert path.read_text() == "new"
 
 
 @pytest.mark.parametrize("case", ratios.CP_CASES[:3], ids=str)
@@ -331,9 +239,9 @@ def test_a_fresh_process_imports_the_library_that_is_installed(
     (tmp_path / "mumoe_tensor").mkdir()
     (tmp_path / "mumoe_tensor" / "__init__.py").write_text("raise RuntimeError('this is not the library')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "__file__", str(tmp_path / "benchmarks" / "memory.py"))
+    monkeypatch.setattr(probes, "__file__", str(tmp_path / "benchmarks" / "probes.py"))
     (tmp_path / "probe.py").write_text("import sys, mumoe_tensor; print(len(sys.argv[1]))")
-    assert memory.in_a_fresh_process("probe", 1, "a") == len('[1, "a"]')
+    assert probes.in_a_fresh_process("probe", 1, "a") == len('[1, "a"]')
 
 
 def test_no_search_of_a_plan_is_timed_twice() -> None:

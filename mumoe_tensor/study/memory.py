@@ -73,6 +73,20 @@ def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     return forward, meter.peak() - before
 
 
+def growth(call: Callable[[], object]) -> int:
+    """Bytes by which the resident set of this process grows at most in a call.
+
+    Parameters
+    ----------
+    call : callable
+    """
+    meter = METERS["cpu"]
+    meter.reset()
+    before = meter.now()
+    call()
+    return meter.peak() - before
+
+
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024

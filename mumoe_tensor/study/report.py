@@ -8,8 +8,6 @@ from typing import Any
 
 from mumoe_tensor.study.charts import charts
 from mumoe_tensor.study.files import whole_file
-from mumoe_tensor.study.page import page
-from mumoe_tensor.study.plots import write_plots
 from mumoe_tensor.study.results import Results
 from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.words import paragraph
@@ -29,6 +27,10 @@ def write(planned: Plan, results: Results, folder: Path) -> list[Path]:
     list of Path
         All files of the study.
     """
+    # Imported here: whoever measures only needs nothing to draw with.
+    from mumoe_tensor.study.page import page
+    from mumoe_tensor.study.plots import write_plots
+
     drawn = charts(planned, results)
     paths = [folder / "results.csv", folder / "report.html", folder / "study.json"]
     with whole_file(paths[1]) as file:

@@ -13,7 +13,7 @@ pytest.importorskip("entmax")
 
 from torch import nn  # noqa: E402
 
-from benchmarks.memory import kept_bytes  # noqa: E402
+from benchmarks.probes import kept_bytes  # noqa: E402
 from mumoe_tensor.backend import load_backend  # noqa: E402
 from mumoe_tensor.contraction.execute import execute  # noqa: E402
 from mumoe_tensor.contraction.network import forward_network  # noqa: E402

@@ -1,0 +1,83 @@
+"""Callables take turns, and ratios are taken within a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mumoe_tensor.study import timing
+
+
+class FakeTime:
+    """A clock, and callables that take exactly so many seconds on it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, name: str, *seconds: float) -> Callable[[], None]:
+        """A callable of this name; the last duration is that of all further calls."""
+        left = list(seconds)
+
+        def call() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if left[1:] else left[0]
+
+        return call
+
+
+def test_callables_take_turns() -> None:
+    clock = FakeTime()
+    callables = {name: clock.taking(name, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 4))}
+    found = timing.compare(callables, "a", rounds=4, turn=1, limit=1e9, clock=clock)
+    # One call to warm up and one that is long enough for a turn, then the rounds.
+    assert "".join(clock.calls) == "aabbcc" + 4 * "abc"
+    assert found.rounds == 4
+    assert found.loops == {"a": 1, "b": 1, "c": 1}
+
+
+def test_known_durations_give_known_ratios() -> None:
+    clock = FakeTime()
+    callables = {name: clock.taking(name, seconds) for name, seconds in (("b", 6e-6), ("a", 2e-6))}
+    found = timing.compare(callables, "a", rounds=5, turn=1e-3, clock=clock)
+    assert found.loops == {"a": 512, "b": 256}
+    assert found.spread("b") == pytest.approx((6e-6, 6e-6, 6e-6))
+    assert found.ratio("b") == pytest.approx((3, 3, 3))
+    assert found.excess("b") == pytest.approx((4e-6, 4e-6, 4e-6))
+    assert found.ratio("a") == (1, 1, 1)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # The machine is ten times slower in two rounds of five: the ratio does not see it, the medians do.
+    clock = FakeTime()
+    slow = (1, 10, 1, 10, 1)
+    callables = {
+        "base": clock.taking("base", 1, 1, *slow),
+        "other": clock.taking("other", 1, 1, *(2 * s for s in slow)),
+    }
+    found = timing.compare(callables, "base", rounds=5, turn=1, limit=1e9, clock=clock)
+    assert found.seconds == {"base": slow, "other": tuple(2 * s for s in slow)}
+    assert found.ratio("other") == (2, 2, 2)
+    assert found.spread("other") == (2, 2, 20)
+    assert found.excess("other") == (1, 1, 10)
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [(0, 3), (9, 5), (1e9, 20)])
+def test_no_round_begins_after_the_limit(limit: float, rounds: int) -> None:
+    clock = FakeTime()
+    found = timing.compare({"a": clock.taking("a", 2)}, "a", rounds=20, turn=1, limit=limit, clock=clock)
+    assert found.rounds == rounds
+
+
+def test_an_unknown_baseline_is_refused() -> None:
+    with pytest.raises(ValueError, match="baseline must be one of 'a', got 'b'"):
+        timing.compare({"a": lambda: None}, "b")
+
+
+def test_spread() -> None:
+    assert timing.Spread.of([7]) == (7, 7, 7)
+    assert timing.Spread.of([5, 1, 4, 2, 3]) == (3, 2, 4)

@@ -1,0 +1,124 @@
+"""Networks trained on images by others, as maps from images to features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: The name of the network that `make data` fetches weights of.
+LITE0 = "efficientnet-lite0"
+
+
+class Backbone(nn.Module):
+    """A network with what it wants done to images before, and its features averaged over positions.
+
+    Parameters
+    ----------
+    network : Module
+        Maps images of shape (rows, 3, size, size) to features of shape (rows, features) or
+        (rows, features, ...).
+    size : int
+        Images are scaled to this height and width.
+    mean, std : float or sequence of three float
+        Subtracted from, and divided out of, colours that go from 0 to 1.
+    """
+
+    def __init__(
+        self, network: nn.Module, size: int, mean: float | Sequence[float], std: float | Sequence[float]
+    ):
+        super().__init__()
+        self.network, self.size = network, size
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).reshape(-1, 1, 1).expand(3, 1, 1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of images.
+
+        Parameters
+        ----------
+        x : Tensor of shape (rows, height, width), (rows, 1, height, width) or (rows, 3, height, width)
+            From 0 to 1.
+
+        Returns
+        -------
+        Tensor of shape (rows, features)
+
+        Raises
+        ------
+        ValueError
+            If the shape is another.
+        """
+        images = x.unsqueeze(1) if x.ndim == 3 else x
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                "images must have shape (rows, height, width) or (rows, 1 or 3, height, width), got "
+                f"{tuple(x.shape)}."
+            )
+        scaled = nn.functional.interpolate(images, size=(self.size, self.size), mode="bilinear")
+        features: Tensor = self.network((scaled - self.mean) / self.std)
+        return features.flatten(2).mean(2) if features.ndim > 2 else features
+
+
+def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
+    """A network by its name, with weights from a file. Nothing is downloaded.
+
+    Parameters
+    ----------
+    name : str
+        ``"efficientnet-lite0"``, whose features are those of its last block (needs the package
+        ``efficientnet-lite-pytorch``; `make data` fetches the weights), or a model of timm.
+    weights : str or Path
+        A ``state_dict`` in a file of safetensors, or of torch without anything but tensors in it.
+    size : int, default 64
+        Height and width that images are scaled to.
+
+    Returns
+    -------
+    Backbone
+        In evaluation mode.
+
+    Raises
+    ------
+    ImportError
+        If the package is not installed.
+    ValueError
+        If there is no model of that name, or the weights are those of another.
+    """
+    network: Any
+    state = _read(Path(weights))
+    if name == LITE0:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        whole = EfficientNet.from_name(name)
+        _load(whole, state, name, weights)
+        network = nn.Sequential(whole._conv_stem, whole._bn0, whole._swish, *whole._blocks)
+        return Backbone(network, size, 127 / 255, 128 / 255).eval()
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"a backbone must be {LITE0} or a model of timm, got {name!r}.")
+    network = timm.create_model(name, pretrained=False)
+    _load(network, state, name, weights)
+    network.reset_classifier(0)
+    wanted = timm.data.resolve_model_data_config(network)
+    return Backbone(network, size, wanted["mean"], wanted["std"]).eval()
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], name: str, weights: str | Path) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} must have the weights of {name}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return found

@@ -1,0 +1,222 @@
+"""Heads: from features of a network to the logits of classes, dense or of experts, and their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.budget import fit_rank
+from mumoe_tensor.cost import dense_parameters
+from mumoe_tensor.cost import parameters as count_parameters
+from mumoe_tensor.formats.base import get_format
+from mumoe_tensor.nn import MuMoE, MuMoEMLP
+
+#: The name of a head without experts, where others have that of a format.
+LINEAR = "linear"
+
+
+class Head(nn.Module):
+    """Features to logits: centred, scaled, and through a layer or a block, dense or of experts.
+
+    Parameters
+    ----------
+    in_features, classes : int
+    hidden : int, optional
+        The head is a block of two layers with this size and GELU between them; else it is one layer.
+    format : str, default "cp"
+        Of the experts, or ``"linear"`` for a head without.
+    experts : int or sequence of int, default 64
+        One number a level.
+    rank : int or sequence of int, optional
+        As of `mumoe_tensor.nn.MuMoE`; an entry may be None.
+    parameters : int or "match", optional
+        In the place of a whole rank: the head has the rank that comes nearest to these, gate and biases counted;
+        ``"match"`` (the default without a rank) for those of the head without experts. A format without a
+        rank has the size between its layers that comes nearest; as a single layer it is as it is.
+    gate, gate_norm : optional
+        See `mumoe_tensor.nn.ExpertGate`.
+
+    Attributes
+    ----------
+    config : dict
+        The arguments that make such a head again, the rank solved.
+    body : Linear, Sequential, MuMoE or MuMoEMLP
+    mean, scale : Tensor
+        Subtracted from features, and divided out of them; see `centre_on`.
+
+    Raises
+    ------
+    ValueError
+        If sizes, ranks or choices are wrong, or no rank fits the budget.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        classes: int,
+        hidden: int | None = None,
+        *,
+        format: str = "cp",
+        experts: Any = 64,
+        rank: Any = None,
+        parameters: int | Literal["match"] | None = None,
+        gate: str = "entmax15",
+        gate_norm: Literal["batch", "layer", "none"] = "batch",
+    ):
+        super().__init__()
+        if format == LINEAR:
+            if rank is not None or parameters is not None:
+                raise ValueError("a head without experts has no rank, and its own number of parameters.")
+            self.config: dict[str, Any] = dict(
+                in_features=in_features, classes=classes, hidden=hidden, format=format
+            )
+            self.body = _dense(in_features, hidden, classes)
+        else:
+            levels = (experts,) if isinstance(experts, int) else tuple(experts)
+            is_open = rank is None or (not isinstance(rank, int) and None in rank)
+            if not is_open and parameters is not None:
+                raise ValueError(f"give a rank or parameters, got rank={rank} and parameters={parameters}.")
+            if is_open:
+                budget = "match" if parameters is None else parameters
+                hidden, rank = _fitted(format, levels, rank, in_features, hidden, classes, budget)
+            common: Any = dict(experts=levels, format=format, rank=rank, gate=gate, gate_norm=gate_norm)
+            if hidden is None:
+                self.body = MuMoE(in_features, classes, **common)
+            else:
+                self.body = MuMoEMLP(in_features, hidden, classes, **common)
+            own = self.body.config
+            self.config = dict(
+                in_features=in_features, classes=classes, hidden=hidden, format=own["format"],
+                experts=list(levels), rank=list(own["rank"]), gate=gate, gate_norm=gate_norm,
+            )  # fmt: skip
+            # A format without a rank gets none again.
+            self.config["rank"] = self.config["rank"] or None
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def centre_on(self, features: Tensor) -> None:
+        """From now on subtract the mean of these features, and divide by one number for all.
+
+        A feature that hardly varies in them may vary later; so each is not scaled on its own.
+
+        Parameters
+        ----------
+        features : Tensor of shape (rows, in_features)
+        """
+        self.mean.copy_(features.mean(0))
+        spread = (features - self.mean).square().mean().sqrt()
+        self.scale.copy_(spread if spread > 0 else torch.ones(()))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits.
+
+        Parameters
+        ----------
+        features : Tensor of shape (..., in_features)
+
+        Returns
+        -------
+        Tensor of shape (..., classes)
+        """
+        logits: Tensor = self.body((features - self.mean) / self.scale)
+        return logits
+
+
+def save_head(head: Head, path: Path) -> None:
+    """Write a head with its config as one file of safetensors, whole or not at all.
+
+    Parameters
+    ----------
+    head : Head
+    path : Path
+    """
+    from safetensors.torch import save
+
+    # (Only here: the study imports models.)
+    from mumoe_tensor.study.files import whole_file
+
+    state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    with whole_file(path) as file:
+        file.write(save(state, {"head": json.dumps(head.config)}))
+
+
+def load_head(path: str | Path) -> Head:
+    """Read a head that `save_head` wrote; nothing is unpickled.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Returns
+    -------
+    Head
+        In evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If it is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["head"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, KeyError, json.JSONDecodeError):
+        raise ValueError(f"a head is a file of safetensors with its config; {path} is not.") from None
+    head = Head(**config)
+    head.load_state_dict(state)
+    return head.eval()
+
+
+def _dense(in_features: int, hidden: int | None, classes: int) -> nn.Module:
+    if hidden is None:
+        return nn.Linear(in_features, classes)
+    return nn.Sequential(nn.Linear(in_features, hidden), nn.GELU(), nn.Linear(hidden, classes))
+
+
+def _fitted(
+    format: str,
+    experts: tuple[int, ...],
+    rank: Any,
+    in_features: int,
+    hidden: int | None,
+    classes: int,
+    parameters: int | Literal["match"],
+) -> tuple[int | None, Any]:
+    """The size between the layers and the rank that come nearest to a number of parameters."""
+    if get_format(format).bonds(len(experts)):
+        rank = fit_rank(
+            format, rank=rank, experts=experts, in_features=in_features, hidden=hidden,
+            out_features=classes, parameters=parameters, bias=True, gate=True, rounding="nearest",
+        )  # fmt: skip
+        return hidden, rank
+    if hidden is None:
+        return None, None
+    dense = dense_parameters(in_features, classes, hidden, bias=True)
+    budget = dense if parameters == "match" else parameters
+
+    def total(size: int) -> int:
+        modes = ((*experts, in_features + 1, size), (*experts, size + 1, classes))
+        return in_features * sum(experts) + sum(
+            count_parameters(get_format(format), sizes, ()) for sizes in modes
+        )
+
+    # Every layer is linear in the size between them.
+    step = total(2) - total(1)
+    size = round((budget - total(1)) / step) + 1
+    if size < 1:
+        raise ValueError(
+            f"the budget of {budget:,} parameters must allow for one between the layers; format {format!r} "
+            f"with {experts} experts has {total(1):,} even so."
+        )
+    return size, None

@@ -1,0 +1,225 @@
+"""Readers of populations with binary attributes: CelebA and Adult."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Rows of CelebA for training, validation and test: the official split, in the order of the rows.
+CELEBA_PARTS = (162_770, 19_867, 19_962)
+#: What the columns of Adult are. One that is skipped is a sampling weight, one stands in a number too.
+ADULT_NUMBERS = ("age", "education-num", "capital-gain", "capital-loss", "hours")
+ADULT_CATEGORIES = ("workclass", "marital", "occupation", "relationship", "race", "country")
+ADULT_SKIPPED = ("fnlwgt", "education")
+ADULT_COLUMNS = (
+    "age", "workclass", "fnlwgt", "education", "education-num", "marital", "occupation", "relationship",
+    "race", "sex", "capital-gain", "capital-loss", "hours", "country", "income",
+)  # fmt: skip
+
+#: An attribute and its value, 0 or 1.
+Side = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Inputs with labels of two classes each, and a group.
+
+    Attributes
+    ----------
+    x : Tensor of float32 of shape (rows, features)
+    y : Tensor of int64 of shape (rows, outputs)
+        0 or 1.
+    group : Tensor of int64 of shape (rows,)
+        0 or 1.
+    """
+
+    x: Tensor
+    y: Tensor
+    group: Tensor
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def rows(self, index: Tensor | slice) -> Population:
+        """Some of the rows.
+
+        Parameters
+        ----------
+        index : Tensor of int of shape (n,), or slice
+        """
+        return Population(self.x[index], self.y[index], self.group[index])
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labels to be predicted, and a subpopulation about which a model must not be wrong.
+
+    Attributes
+    ----------
+    name : str
+    training, validation, test : Population
+    output : int
+        The column of the labels that matters.
+    target : tuple of int
+        Label and group of the subpopulation.
+
+    Raises
+    ------
+    ValueError
+        If a part has no row of the subpopulation, or a group without rows of label 1.
+    """
+
+    name: str
+    training: Population
+    validation: Population
+    test: Population
+    output: int
+    target: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for part in ("training", "validation", "test"):
+            rows: Population = getattr(self, part)
+            if not bool(self.members(rows).any()):
+                raise ValueError(
+                    f"every part must have rows of the subpopulation; {part} of {self.name} has none."
+                )
+            if len(set(rows.group[self.labels(rows) == 1].tolist())) < 2:
+                raise ValueError(
+                    f"both groups must have rows of label 1; in {part} of {self.name} one has none."
+                )
+
+    def labels(self, rows: Population) -> Tensor:
+        """The labels that matter, of shape (rows,)."""
+        return rows.y[:, self.output]
+
+    def members(self, rows: Population) -> Tensor:
+        """Which rows are of the subpopulation, bool of shape (rows,)."""
+        label, group = self.target
+        return (self.labels(rows) == label) & (rows.group == group)
+
+
+def read_celeba(folder: Path, target: Side, group: Side, embeddings: Path | None = None) -> Task:
+    """CelebA's attributes, in the official split.
+
+    Parameters
+    ----------
+    folder : Path
+        Has ``celeba.csv.zip``: ``filename`` and 40 attributes of 1 or −1.
+    target, group : tuple of str and int
+        Attribute and value of the label, and of the group, of the subpopulation.
+    embeddings : Path, optional
+        An ``.npz`` file with ``x`` of shape (rows, features), in the order of the attributes' rows. They are
+        the input then, and all attributes are predicted. By default the other attributes are the input.
+
+    Raises
+    ------
+    ValueError
+        If the file is not of the official rows, an attribute is unknown, or embeddings do not fit.
+    """
+    import pandas
+
+    path = folder / "celeba.csv.zip"
+    table = pandas.read_csv(path).drop(columns="filename")
+    if len(table) != sum(CELEBA_PARTS):
+        raise ValueError(f"{path} must have the {sum(CELEBA_PARTS):,} rows of CelebA, it has {len(table):,}.")
+    names = list(table.columns)
+    output, by = (_column(names, side) for side in (target, group))
+    values = torch.tensor(table.to_numpy(np.float32))
+    ones = (values > 0).long()
+    if embeddings is None:
+        others = [k for k in range(len(names)) if k != output]
+        whole = Population(values[:, others], ones[:, [output]], ones[:, by])
+        output = 0
+    else:
+        whole = Population(_embeddings(embeddings, len(values)), ones, ones[:, by])
+    name = f"celeba {_said(target)} {_said(group)}" + (f" {embeddings.name}" if embeddings else "")
+    first, second, _ = CELEBA_PARTS
+    training, validation, test = (
+        whole.rows(part) for part in (slice(first), slice(first, first + second), slice(first + second, None))
+    )
+    return Task(name, training, validation, test, output, (target[1], group[1]))
+
+
+def read_adult(folder: Path, target: Side, group: Side) -> Task:
+    """Complete rows of Adult; a fifth of the training rows, drawn with seed 0, are for validation.
+
+    Parameters
+    ----------
+    folder : Path
+        Has ``adult.data`` and ``adult.test``.
+    target, group : tuple of str and int
+        ``("income", 1)`` for more than 50K or 0; ``("Male", 1)`` or 0.
+
+    Raises
+    ------
+    ValueError
+        If an attribute is unknown, or a file has other columns.
+    """
+    import pandas
+
+    for side, name in ((target, "income"), (group, "Male")):
+        _column([name], side)
+
+    def read(name: str, skip: int) -> Any:
+        table = pandas.read_csv(
+            folder / name, names=list(ADULT_COLUMNS), skiprows=skip, skipinitialspace=True, na_values="?"
+        )
+        if table["income"].isna().all():
+            raise ValueError(f"{folder / name} must have {len(ADULT_COLUMNS)} columns; it has fewer.")
+        return table.dropna().drop(columns=list(ADULT_SKIPPED))
+
+    known, test = read("adult.data", 0), read("adult.test", 1)
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).numpy()
+    count = len(known) // 5
+    tables = [known.iloc[order[count:]], known.iloc[order[:count]], test]
+    numbers = tables[0][list(ADULT_NUMBERS)]
+    categories = {c: sorted(set(tables[0][c])) for c in ADULT_CATEGORIES}
+
+    def population(table: Any) -> Population:
+        scaled = (table[list(ADULT_NUMBERS)] - numbers.mean()) / numbers.std()
+        one_hot = [table[c] == value for c, values in categories.items() for value in values]
+        male = table["sex"] == "Male"
+        x = np.column_stack([scaled.to_numpy(), *one_hot, male]).astype(np.float32)
+        income = torch.tensor(table["income"].str.startswith(">50K").to_numpy()).long()
+        return Population(torch.from_numpy(x), income[:, None], torch.tensor(male.to_numpy()).long())
+
+    name = f"adult {_said(target)} {_said(group)}"
+    training, validation, test = map(population, tables)
+    return Task(name, training, validation, test, 0, (target[1], group[1]))
+
+
+#: Readers by the name of the folder that `fetch` makes.
+READERS: dict[str, Callable[..., Task]] = {"celeba": read_celeba, "adult": read_adult}
+
+
+def _column(names: list[str], side: Side) -> int:
+    name, value = side
+    if name not in names or value not in (0, 1):
+        raise ValueError(f"an attribute must be one of {', '.join(names)}, 0 or 1; got {name}={value}.")
+    return names.index(name)
+
+
+def _said(side: Side) -> str:
+    return f"{side[0]}={side[1]}"
+
+
+def _embeddings(path: Path, rows: int) -> Tensor:
+    """Embeddings, centred, and scaled by one number, both those of the training rows."""
+    with np.load(path, allow_pickle=False) as archive:
+        if "x" not in archive.files:
+            raise ValueError(f"{path} must have an array x; it has {sorted(archive.files)}.")
+        x = archive["x"]
+    if x.ndim != 2 or len(x) != rows or not np.isfinite(x).all():
+        raise ValueError(
+            f"x of {path} must be finite, with {rows:,} rows of features, one a row of the attributes, got "
+            f"shape {x.shape}."
+        )
+    found = torch.from_numpy(x.astype(np.float32))
+    training = found[: CELEBA_PARTS[0]]
+    return (found - training.mean(0)) / (training - training.mean(0)).square().mean().sqrt()

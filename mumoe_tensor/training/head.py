@@ -1,0 +1,229 @@
+"""Training of a head on features, or of a head with the network below it, and the folder that keeps it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mumoe_tensor.models.backbones import load_backbone
+from mumoe_tensor.models.heads import Head, save_head
+from mumoe_tensor.training.data import Dataset, read_idx, read_npz, split
+from mumoe_tensor.training.features import extract
+from mumoe_tensor.training.trainer import Epoch, TrainConfig, train
+
+
+@dataclass(frozen=True)
+class HeadSetting:
+    """Everything that a run of `run_head` depends on.
+
+    Attributes
+    ----------
+    inputs : str
+        An ``.npz`` file with x and y as `read_npz` reads it, or with `labels` a file of images in IDX.
+    labels : str or None
+    backbone, weights : str or None
+        Where inputs are images: the network below the head, see `load_backbone`.
+    size : int
+        Height and width that images are scaled to.
+    train_backbone : bool
+        Train the network too, not the head alone.
+    head : dict
+        Arguments of `Head` but `in_features` and `classes`.
+    validation : float
+        Share of the rows that are kept for validation.
+    training : TrainConfig
+
+    Raises
+    ------
+    ValueError
+        If choices do not fit together.
+    """
+
+    inputs: str
+    head: dict[str, Any]
+    training: TrainConfig
+    labels: str | None = None
+    backbone: str | None = None
+    weights: str | None = None
+    size: int = 64
+    train_backbone: bool = False
+    validation: float = 0.2
+
+    def __post_init__(self) -> None:
+        if (self.backbone is None) != (self.weights is None):
+            raise ValueError(
+                "a backbone is told by its name and a file of weights, got "
+                f"backbone={self.backbone!r} and weights={self.weights!r}."
+            )
+        if self.backbone is None and (self.train_backbone or self.labels is not None):
+            raise ValueError("images need a backbone below the head; without one inputs are features.")
+        if self.size < 1:
+            raise ValueError(f"the size of images must be positive, got {self.size}.")
+
+
+def train_head(
+    head: Head, data: Dataset, validation: Dataset, config: TrainConfig, *, progress: bool = False
+) -> list[Epoch]:
+    """Centre a head on features and train it.
+
+    Parameters
+    ----------
+    head : Head
+    data, validation : Dataset
+        Features of shape (rows, features).
+    config : TrainConfig
+    progress : bool, default False
+
+    Returns
+    -------
+    list of Epoch
+    """
+    head.centre_on(data.x)
+    return train(head, data, validation, config, progress=progress)
+
+
+def fine_tune(
+    backbone: nn.Module,
+    head: Head,
+    data: Dataset,
+    validation: Dataset,
+    config: TrainConfig,
+    *,
+    progress: bool = False,
+) -> list[Epoch]:
+    """Train a head and the network below it, together.
+
+    The head is centred on the features that the network has at first.
+
+    Parameters
+    ----------
+    backbone : Module
+        Maps inputs of shape (rows, ...) to features of shape (rows, features).
+    head : Head
+    data, validation : Dataset
+        Of inputs of the backbone.
+    config : TrainConfig
+    progress : bool, default False
+
+    Returns
+    -------
+    list of Epoch
+    """
+    head.centre_on(extract(backbone, data).x)
+    return train(nn.Sequential(backbone, head), data, validation, config, progress=progress)
+
+
+def run_head(
+    setting: HeadSetting,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    progress: bool = False,
+    extracting: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train the head of a setting and leave it in a folder, each file whole.
+
+    ``config.json`` is the setting with the solved rank, ``metrics.csv`` has a line an epoch, and
+    ``head.safetensors`` is for `load_head`; it is written last, so where it is the run is done, and the same
+    setting does nothing again. A trained backbone is in ``backbone.safetensors``.
+
+    Parameters
+    ----------
+    setting : HeadSetting
+    folder : Path
+    fresh : bool, default False
+        Train again what is done, or was done with another setting.
+    progress : bool, default False
+        Show a bar (needs rich).
+    extracting : callable, optional
+        Called with images done and of all, while features are computed.
+
+    Returns
+    -------
+    dict
+        ``accuracy`` and ``validation_loss`` of the best epoch, its number, ``parameters``, ``rank``, and
+        ``trained``: whether it was trained just now.
+
+    Raises
+    ------
+    ValueError
+        If the folder has a run of another setting, or data and setting do not fit together.
+    """
+    from safetensors.torch import save
+
+    from mumoe_tensor.study.files import whole_file
+
+    paths = {name: folder / name for name in ("config.json", "metrics.csv", "head.safetensors")}
+    told: dict[str, Any] = json.loads(json.dumps(asdict(setting)))
+    if paths["config.json"].exists() and not fresh:
+        known = json.loads(paths["config.json"].read_text(encoding="utf-8"))
+        if known["setting"] != told:
+            raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
+        if paths["head.safetensors"].exists():
+            return {**_best(_read_epochs(paths["metrics.csv"])), **known["head"], "trained": False}
+    data = read_npz(setting.inputs) if setting.labels is None else read_idx(setting.inputs, setting.labels)
+    classes = data.classes
+    backbone = None
+    if setting.backbone is not None and setting.weights is not None:
+        backbone = load_backbone(setting.backbone, setting.weights, setting.size)
+        if not setting.train_backbone:
+            data = extract(backbone, data, progress=extracting)
+    elif data.x.ndim != 2:
+        data = Dataset(data.x.flatten(1), data.y)
+    training, validation = split(data, setting.validation, seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(setting.training.seed)
+        width = (
+            extract(backbone, training.rows(torch.arange(1))).x.shape[1]
+            if backbone is not None and setting.train_backbone
+            else data.x.shape[1]
+        )
+        head = Head(width, classes, **setting.head)
+    paths["head.safetensors"].unlink(missing_ok=True)
+    about = {
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "rank": head.config.get("rank"),
+        "hidden": head.config["hidden"],
+    }
+    with whole_file(paths["config.json"]) as file:
+        file.write(json.dumps({"setting": told, "head": about}, indent=2).encode())
+    if backbone is not None and setting.train_backbone:
+        epochs = fine_tune(backbone, head, training, validation, setting.training, progress=progress)
+        state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+        with whole_file(folder / "backbone.safetensors") as file:
+            file.write(save(state))
+    else:
+        epochs = train_head(head, training, validation, setting.training, progress=progress)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(epoch) | {"is_best": int(epoch.is_best)} for epoch in epochs)
+    with whole_file(paths["metrics.csv"]) as file:
+        file.write(text.getvalue().encode())
+    save_head(head, paths["head.safetensors"])
+    return {**_best(epochs), **about, "trained": True}
+
+
+def _best(epochs: list[Epoch]) -> dict[str, Any]:
+    best = [epoch for epoch in epochs if epoch.is_best][-1]
+    return {"accuracy": best.accuracy, "validation_loss": best.validation_loss, "epoch": best.epoch}
+
+
+def _read_epochs(path: Path) -> list[Epoch]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Epoch(
+                int(row["epoch"]),
+                *(float(row[name]) for name in ("loss", "validation_loss", "accuracy", "seconds")),
+                is_best=row["is_best"] == "1",
+            )
+            for row in csv.DictReader(file)
+        ]

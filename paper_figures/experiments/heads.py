@@ -1,0 +1,298 @@
+"""The experiment with heads on Fashion-MNIST, by the protocol of ``docs/experiments/heads.md``.
+
+    python -m paper_figures.experiments.heads features    training and validation images to features, once
+    python -m paper_figures.experiments.heads tune        learning rates, on validation rows
+    python -m paper_figures.experiments.heads test        all results, on test rows
+
+Needs `make data`. Interrupted, the last two go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.models import Head, load_backbone
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
+from mumoe_tensor.training.head import train_head
+from paper_figures.common import Row, read
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA, TABLES = ROOT / "data", ROOT / "docs" / "experiments"
+TRAINING, VALIDATION = 12_000, 6_000
+HIDDEN, SINGLE_RANK = 512, 64
+#: By default both layers would have the rank 3 of outputs that suits 10 classes.
+TUCKER_RANK = (8, None, 64)
+FORMATS = ("cp", "tr", "tucker", "hadamard")
+MATCHED = ((8,), (32,), (128,), (256,))
+LEVELS = ((16, 16), (32, 32))
+SINGLE = (8, 16, 32, 64, 128, 256, 512, 1024)
+GATE_AT, LOOKED_AT = 128, (32, 256)
+SEEDS, TUNING_SEED = range(5), 100
+LEARNING_RATES = (0.001, 0.003, 0.01)
+#: Of more experts, so many drawn at random are removed.
+MOST_REMOVED = 128
+#: Experts whose most active inputs are shown, and how many of these.
+SHOWN, IMAGES = 10, 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    kind: str
+    format: str
+    experts: tuple[int, ...] = ()
+    gate: str = "entmax15"
+    gate_norm: str = "batch"
+    seed: int = 0
+
+    @property
+    def key(self) -> Row:
+        """The columns that tell it apart from others."""
+        return {
+            "kind": self.kind, "format": self.format, "experts": "x".join(map(str, self.experts)) or "none",
+            "gate": self.gate, "gate_norm": self.gate_norm, "seed": self.seed,
+        }  # fmt: skip
+
+    @property
+    def tuned_as(self) -> Run:
+        """The run whose learning rate it takes."""
+        experts = () if self.format == "linear" else (32,) if self.kind == "matched" else (GATE_AT,)
+        return Run(self.kind, self.format, experts, seed=TUNING_SEED)
+
+    def build(self, features: int, classes: int) -> Head:
+        """The head, its weights drawn with the seed."""
+        options: Any = {"format": self.format, "hidden": HIDDEN if self.kind == "matched" else None}
+        if self.format != "linear":
+            options |= {"experts": self.experts, "gate": self.gate, "gate_norm": self.gate_norm}
+            rank = TUCKER_RANK if self.format == "tucker" else None
+            options["rank"] = SINGLE_RANK if self.kind == "single" else rank
+        torch.manual_seed(self.seed)
+        return Head(features, classes, **options)
+
+
+def runs() -> list[Run]:
+    """All trainings of the protocol."""
+    found = [Run("single", "linear"), Run("matched", "linear")]
+    found += [Run("matched", format, experts) for format in FORMATS for experts in MATCHED]
+    found += [Run("matched", format, experts) for format in FORMATS[:2] for experts in LEVELS]
+    found += [Run("single", "cp", (n,)) for n in SINGLE]
+    found += [
+        Run("single", "cp", (GATE_AT,), gate, norm)
+        for gate in ("entmax15", "softmax")
+        for norm in ("batch", "layer", "none")
+    ]
+    return [replace(run, seed=seed) for seed in SEEDS for run in dict.fromkeys(found)]
+
+
+@cache
+def parts() -> tuple[Dataset, Dataset]:
+    """Features of training and of validation rows."""
+    data = read_npz(DATA / "heads-training.npz")
+    rows = torch.arange(len(data))
+    return data.rows(rows[:TRAINING]), data.rows(rows[TRAINING:])
+
+
+@cache
+def test_rows() -> Dataset:
+    """Features of the test rows."""
+    return read_npz(DATA / "heads-test.npz")
+
+
+def images(part: str) -> Dataset:
+    """Images of Fashion-MNIST: those that train and validate, or ``"t10k"``."""
+    folder = DATA / "fashion-mnist"
+    found = read_idx(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz")
+    if part == "t10k":
+        return found
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return found.rows(order[: TRAINING + VALIDATION])
+
+
+def make_features(part: str, path: Path) -> None:
+    """Compute features, unless they are there."""
+    if not path.exists():
+        (weights,) = (DATA / "efficientnet-lite0").glob("*.pth")
+        write_npz(extract(load_backbone("efficientnet-lite0", weights), images(part)), path)
+
+
+def tune(run: Run, learning_rate: float) -> Row:
+    """Accuracy on validation rows at one learning rate."""
+    torch.set_num_threads(1)
+    training, validation = parts()
+    head = run.build(training.x.shape[1], 10)
+    config = TrainConfig(epochs=10, batch_size=256, learning_rate=learning_rate, seed=run.seed)
+    epochs = train_head(head, training, validation, config)
+    loss, accuracy = evaluate(head, validation)
+    return {
+        **run.key, "learning_rate": learning_rate, "parameters": sum(p.numel() for p in head.parameters()),
+        "accuracy": accuracy, "loss": loss, "epoch": max(e.epoch for e in epochs if e.is_best),
+    }  # fmt: skip
+
+
+def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]]:
+    """Figures on test rows; loads of experts and the most active inputs of some, where asked for."""
+    torch.set_num_threads(1)
+    training, validation = parts()
+    data = test_rows()
+    head = run.build(training.x.shape[1], 10)
+    config = TrainConfig(epochs=10, batch_size=256, learning_rate=learning_rate, seed=run.seed)
+    epochs = train_head(head, training, validation, config)
+    loss, accuracy = evaluate(head, data)
+    row = {
+        **run.key, "learning_rate": learning_rate, "parameters": sum(p.numel() for p in head.parameters()),
+        "accuracy": accuracy, "loss": loss, "active": None, "dead": None, "entropy": None,
+        "polysemanticity": None, "polysemanticity_random": None,
+        "seconds": round(sum(epoch.seconds for epoch in epochs), 2),
+    }  # fmt: skip
+    if run.format == "linear":
+        return row, [], {}
+    seen: list[Tensor] = []
+    with torch.no_grad(), watch_coefficients(head, lambda name, a: seen.extend(a)):
+        head(data.x)
+    usages = []
+    for a in seen:
+        usages.append(Usage(a.shape[-1]))
+        usages[-1].update(a)
+    levels = [usage.statistics() for usage in usages]
+    row |= {
+        "active": float(np.mean([level.active for level in levels])),
+        "dead": sum(level.dead for level in levels) / sum(run.experts),
+        "entropy": float(np.mean([level.entropy for level in levels])),
+    }
+    if run.kind == "matched":
+        return row, [], {}
+    (n,) = run.experts
+    removed = torch.randperm(n, generator=torch.Generator().manual_seed(run.seed))[:MOST_REMOVED].tolist()
+    for column, seed in (("polysemanticity", None), ("polysemanticity_random", run.seed)):
+        effects = ablation_effects(head, head, [(data.x, data.y)], 10, experts=removed, random_seed=seed)
+        row[column] = float(polysemanticity(effects).nanmean())
+    is_shown = (run.gate, run.gate_norm) == ("entmax15", "batch") and n in LOOKED_AT
+    if not is_shown:
+        return row, [], {}
+    loads = [
+        {"experts": n, "seed": run.seed, "place": place, "load": load}
+        for place, load in enumerate(levels[0].load.sort(descending=True).values.tolist(), 1)
+    ]
+    if run.seed:
+        return row, loads, {}
+    top = TopInputs(n, IMAGES)
+    top.update(seen[0])
+    return row, loads, {f"indices_{n}": top.indices[:SHOWN].numpy()}
+
+
+def go_through(tasks: Sequence[tuple[Run, float]], work: Any) -> Iterator[Any]:
+    """Results as they come, from two processes."""
+    # (Started anew, not forked: the threads of products do not survive a fork.)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        futures = [pool.submit(work, *task) for task in tasks]
+        for count, future in enumerate(as_completed(futures), 1):
+            yield future.result()
+            print(f"{count} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
+
+
+def table(name: str) -> list[Row]:
+    """The rows of a table of the experiment; none if it is not there."""
+    path = TABLES / f"{name}.csv"
+    return read(path) if path.exists() else []
+
+
+def write_table(name: str, rows: Sequence[Row]) -> None:
+    """Write a table, whole."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole_file(TABLES / f"{name}.csv") as file:
+        file.write(text.getvalue().encode())
+
+
+def is_same(row: Row, key: Row) -> bool:
+    """Whether a row of a table has these columns, as text."""
+    return all(str(row[name]) == str(value) for name, value in key.items())
+
+
+def tune_all() -> None:
+    """Try every learning rate of every kind of head."""
+    rows = table("heads_tuning")
+    wanted = [(run, rate) for run in dict.fromkeys(run.tuned_as for run in runs()) for rate in LEARNING_RATES]
+    left = [(run, rate) for run, rate in wanted
+            if not any(is_same(row, run.key | {"learning_rate": rate}) for row in rows)]  # fmt: skip
+    for row in go_through(left, tune):
+        rows.append(row)
+        write_table("heads_tuning", rows)
+
+
+def learning_rate(run: Run) -> float:
+    """The rate with the highest validation accuracy."""
+    mine = [row for row in table("heads_tuning") if is_same(row, run.tuned_as.key)]
+    if len(mine) != len(LEARNING_RATES):
+        raise ValueError(f"learning rates must be tried first, by `tune`; {run.tuned_as} has {len(mine)}.")
+    return float(max(mine, key=lambda row: row["accuracy"])["learning_rate"])
+
+
+def test_all() -> None:
+    """Train everything with the rates of `tune_all`, and judge it on the test rows."""
+    tasks = [(run, learning_rate(run)) for run in runs()]
+    make_features("t10k", DATA / "heads-test.npz")
+    rows, loads = table("heads"), table("heads_load")
+    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+    left = [task for task in tasks if not any(is_same(row, task[0].key) for row in rows)]
+    for row, load, top in go_through(left, test):
+        # The row last: where it is, the others are.
+        if load:
+            loads += load
+            write_table("heads_load", loads)
+        if top:
+            keep_images(top)
+        rows.append(row | {"measured": where})
+        write_table("heads", rows)
+
+
+def keep_images(top: dict[str, Any]) -> None:
+    """Keep the images of the most active inputs with their labels, and which they are."""
+    path = TABLES / "heads_top_inputs.npz"
+    kept = dict(np.load(path)) if path.exists() else {}
+    data = images("t10k")
+    for name, indices in top.items():
+        n = name.removeprefix("indices_")
+        pixels = (data.x[indices.clip(0)] * 255).round().to(torch.uint8).numpy()
+        pixels[indices < 0] = 255
+        labels = np.where(indices < 0, -1, data.y[indices.clip(0)].numpy())
+        kept |= {name: indices, f"images_{n}": pixels, f"labels_{n}": labels}
+    with whole_file(path) as file:
+        np.savez_compressed(file, **kept)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do a step of the experiment."""
+    steps: dict[str, Any] = {
+        "features": lambda: make_features("train", DATA / "heads-training.npz"),
+        "tune": tune_all,
+        "test": test_all,
+    }
+    if len(arguments) != 1 or arguments[0] not in steps:
+        print(__doc__, file=sys.stderr)
+        return 2
+    steps[arguments[0]]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -439,6 +440,86 @@ def study(
 
 
 @app.command()
+def bias(
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What is predicted, and its value in the subpopulation, e.g. Young=0; 1 if left out."
+        ),
+    ],
+    group: Annotated[str, typer.Option(help="The group, and its value in the subpopulation, e.g. Male=0.")],
+    data: Annotated[str, typer.Option(help="celeba or adult.")] = "celeba",
+    folder: Annotated[Path, typer.Option(help="Where `make data` has put the data.")] = Path("data"),
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="An .npz file with x, a row an image of CelebA: the input, in the place of attributes.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each model.")] = 5,
+    test: Annotated[bool, typer.Option("--test", help="Read test rows, after all is chosen.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bias"),
+    as_json: Json = False,
+) -> None:
+    """Correct a bias against a subpopulation by the experts' biases, beside other ways to do so.
+
+    Trains a linear, a high-rank linear and a μMoE classifier, with oversampling or adversarial debiasing too;
+    corrects them by the edit of the experts and by thresholds. Settings are chosen on validation rows; once
+    that is finished, `--test` reads the test rows. Leaves results.csv, to which every task adds its rows.
+    Interrupted, the same command goes on where it stopped.
+
+    Example: `mumoe-tensor bias --target Blond_Hair --group Male`
+    """
+    with _bad_input():
+        from mumoe_tensor.experiments import bias as experiments
+        from mumoe_tensor.training.attributes import read_adult, read_celeba
+
+        if seeds < 1:
+            raise ValueError(f"--seeds must be positive, got {seeds}.")
+        sides, place = (_side("target", target), _side("group", group)), folder / data
+        if data not in experiments.RECIPES:
+            raise ValueError(f"--data must be one of {', '.join(experiments.RECIPES)}, got {data!r}.")
+        if not place.is_dir():
+            raise OSError(f"there is no folder {place}; `make data` fetches the data into data.")
+        if data == "celeba":
+            task = read_celeba(place, *sides, embeddings)
+        elif embeddings is None:
+            task = read_adult(place, *sides)
+        else:
+            raise ValueError(f"--embeddings are of the images of celeba, {data} has none.")
+        recipe = replace(experiments.RECIPES[data], seeds=seeds)
+        if quick:
+            task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
+        experiment = experiments.Experiment(task, recipe, out)
+        split = "test" if test else "validation"
+        try:
+            with _progress(task.name) as progress:
+                (experiment.test if test else experiment.validate)(progress)
+        except KeyboardInterrupt as stop:
+            message = "interrupted; the same command goes on where it stopped."
+            raise typer.Exit(_fail(message, 130)) from stop
+    rows = experiment.rows(split)
+    found, differences = experiments.summary(rows), experiments.comparisons(rows)
+    if as_json:
+        _print_json({"task": task.name, "split": split, "methods": found, "differences": differences})
+        return
+    console = Console()
+    names = (*experiments.METRICS, "area")
+    table = _table("", *names, title=f"{task.name}, {split} rows")
+    for row in found:
+        cells = (_with_half(row[name], row[f"{name}_half"]) if name in row else "" for name in names)
+        table.add_row(row["method"], *cells)
+    console.print(table)
+    table = _table("difference", "of", "minus", "")
+    for row in differences:
+        table.add_row(row["metric"], row["of"], row["minus"], _with_half(row["difference"], row["half"]))
+    console.print(table)
+    print(f"Means and 95 % intervals over {recipe.seeds} seed(s). Written to {out / 'results.csv'}.")
+
+
+@app.command()
 def figures(
     names: Annotated[
         list[str] | None,
@@ -475,6 +556,127 @@ def figures(
                 print(common.told(module, rows), *paths, sep="\n", end="\n\n")
     if as_json:
         _print_json(drawn)
+
+
+train_app = typer.Typer(
+    cls=OneLineErrors,
+    help="Train on data of your own.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(train_app, name="train")
+
+
+@train_app.command("head")
+def train_head(
+    features: Annotated[
+        Path | None,
+        typer.Option(help="An .npz file with features x and labels y.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="In the place of --features: an .npz file with images x and labels y, or images in IDX.",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels of images in IDX.", show_default=False)] = None,
+    backbone: Annotated[
+        str, typer.Option(help="The network below the head: efficientnet-lite0, or a model of timm.")
+    ] = "efficientnet-lite0",
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Its weights.", show_default="those that `make data` fetches"),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Height and width images are scaled to.")] = 64,
+    train_backbone: Annotated[
+        bool, typer.Option("--train-backbone", help="Train the network too, not the head alone.")
+    ] = False,
+    format: Annotated[str, typer.Option(help="Of the experts; linear for a head without.")] = "cp",
+    experts: Annotated[str, typer.Option(help="Number of experts, levels as 8x8.")] = "64",
+    hidden: Annotated[
+        int | None,
+        typer.Option(
+            help="The head is a block of two layers with this size between.", show_default="one layer"
+        ),
+    ] = None,
+    rank: OpenRank = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            help="In the place of a whole rank: a number, or match for that of the head without experts.",
+            show_default="match",
+        ),
+    ] = None,
+    gate: Annotated[str, typer.Option(help="entmax15, sparsemax or softmax.")] = "entmax15",
+    gate_norm: Annotated[str, typer.Option(help="Norm of the logits: batch, layer or none.")] = "batch",
+    validation: Annotated[float, typer.Option(help="Share of the rows kept for validation.")] = 0.2,
+    epochs: Annotated[int, typer.Option(help="Epochs; the best one counts.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Largest, after a warm-up.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many epochs without a lower loss.", show_default="never"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the order of rows.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again what the folder has.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the head.")] = Path("results/head"),
+    as_json: Json = False,
+) -> None:
+    """Train a head of experts, or a dense one, on features or on images.
+
+    Leaves config.json, metrics.csv with a line an epoch, and head.safetensors for
+    `mumoe_tensor.models.load_head`. What the folder has already is not trained again.
+
+    Example: `mumoe-tensor train head --features features.npz --format cp --experts 64 --rank 64
+    --out results/head`
+    """
+    with _bad_input():
+        from mumoe_tensor.training import TrainConfig
+        from mumoe_tensor.training.head import HeadSetting, run_head
+
+        given = [path for path in (features, images) if path is not None]
+        if len(given) != 1:
+            raise ValueError("give either --features or --images.")
+        options: dict[str, Any] = {"format": format, "hidden": hidden}
+        if format != "linear":
+            options |= {"experts": _experts(experts), "gate": gate, "gate_norm": gate_norm}
+        if rank is not None or parameters is not None:
+            options |= {
+                "rank": _rank(rank),
+                "parameters": None if parameters is None else _budget(parameters),
+            }
+        network: dict[str, Any] = {}
+        if images is not None:
+            network = {"backbone": backbone, "weights": str(_weights(backbone, weights))}
+        setting = HeadSetting(
+            inputs=str(given[0]),
+            labels=None if labels is None else str(labels),
+            **network,
+            size=size,
+            train_backbone=train_backbone,
+            head=options,
+            validation=validation,
+            training=TrainConfig(
+                epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+                weight_decay=weight_decay, patience=patience, seed=seed,
+            ),
+        )  # fmt: skip
+    try:
+        with _bad_input():
+            found = run_head(setting, out, fresh=fresh, progress=sys.stdout.isatty() and not as_json)
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(_fail("interrupted; nothing was kept.", 130)) from stop
+    except FloatingPointError as error:
+        raise typer.Exit(_fail(str(error), 1)) from error
+    if as_json:
+        _print_json(found)
+        return
+    trained = "" if found["trained"] else "; it was trained before, --fresh trains it again"
+    print(f"{found['parameters']:,} parameters, rank {found['rank'] or 'none'}")
+    print(f"accuracy {found['accuracy']:.4f} on validation rows, best epoch {found['epoch']}{trained}")
+    print(f"Written to {out}: config.json, metrics.csv, head.safetensors")
 
 
 #: Figures of a cost, and how they are written.
@@ -540,6 +742,29 @@ def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -
     if name is not None or in_features is None or out_features is None:
         raise ValueError("a layer is told by --layer, or by --in-features and --out-features.")
     return Layer("Layer" if hidden is None else "MLP", in_features, out_features, hidden)
+
+
+def _side(option: str, text: str) -> tuple[str, int]:
+    """An attribute and its value, from NAME or NAME=0."""
+    name, _, value = text.partition("=")
+    if not name or value not in ("", "0", "1"):
+        raise ValueError(f"--{option} must be an attribute, with =0 or =1 after it or nothing, got {text!r}.")
+    return name, int(value or 1)
+
+
+def _with_half(value: float, half: float | None) -> str:
+    """A mean, and the half width of its interval where there is one."""
+    return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"
+
+
+def _weights(backbone: str, weights: Path | None) -> Path:
+    """The file of weights of a network, by default what `make data` fetched."""
+    if weights is not None:
+        return weights
+    found = sorted(Path("data", backbone).glob("*.pth"))
+    if not found:
+        raise ValueError(f"weights of {backbone} must be given by --weights; data/{backbone} has none.")
+    return found[0]
 
 
 def _rank(text: str | None) -> tuple[int | None, ...] | None:

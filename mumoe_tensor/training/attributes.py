@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,10 +191,6 @@ def read_adult(folder: Path, target: Side, group: Side) -> Task:
     name = f"adult {_said(target)} {_said(group)}"
     training, validation, test = map(population, tables)
     return Task(name, training, validation, test, 0, (target[1], group[1]))
-
-
-#: Readers by the name of the folder that `fetch` makes.
-READERS: dict[str, Callable[..., Task]] = {"celeba": read_celeba, "adult": read_adult}
 
 
 def _column(names: list[str], side: Side) -> int:

@@ -1,0 +1,443 @@
+"""Correction of a bias against a subpopulation by the experts' biases, beside other corrections.
+
+What is done, and what is chosen where, stands in the protocol: ``docs/experiments/bias.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import nan
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
+from mumoe_tensor.experiments.records import Records, Row
+from mumoe_tensor.nn import MuMoE
+from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.training import Dataset, TrainConfig, train
+from mumoe_tensor.training.attributes import Population, Task
+
+#: What is told of every model and correction.
+METRICS = ("accuracy", "target", "worst", "deviation", "equal_opportunity")
+COLUMNS: dict[str, type] = {
+    "task": str, "method": str, "seed": int, "split": str, "setting": str, "value": float, "chosen": int,
+    "members": int, "loss": float, **dict.fromkeys(METRICS, float),
+}  # fmt: skip
+#: Models that are trained, and corrections of them: by method, the model that is corrected.
+ARCHITECTURES = ("linear", "high-rank linear", "mumoe")
+MODELS = (*ARCHITECTURES, "oversampling", "adversarial")
+CORRECTIONS = {
+    "edit": "mumoe",
+    "threshold": "mumoe",
+    "linear threshold": "linear",
+    "group threshold": "mumoe",
+}
+METHODS = (*MODELS, *CORRECTIONS)
+#: Seed of the runs that settings are chosen by.
+TUNING_SEED = 100
+#: Largest loss of accuracy that the trade-off area looks at, and into how many parts it is cut.
+LARGEST_LOSS, STEPS = 0.25, 250
+#: Differences that the claims are about: metric, and the two methods.
+COMPARED = (
+    ("target", "edit", "mumoe"),
+    ("worst", "edit", "mumoe"),
+    ("area", "edit", "threshold"),
+    ("area", "edit", "linear threshold"),
+    ("worst", "edit", "threshold"),
+    ("worst", "edit", "oversampling"),
+    ("worst", "edit", "adversarial"),
+)
+
+#: Called with the runs that are done, those of all, and what comes now.
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How models are made, trained and corrected.
+
+    Attributes
+    ----------
+    epochs, batch_size : int
+    seeds : int
+        Trainings of each model.
+    experts, rank : int
+        Of the μMoE, in the CP format.
+    hidden : int
+        Between the two maps of the high-rank linear model.
+    learning_rates, repetitions, alphas : tuple
+        Of which one is chosen on validation rows; of α, see `AdversarialFairnessClassifier` of fairlearn.
+    strengths : tuple of float
+        What corrections add to the logits of the subpopulation on average; the first is 0.
+    """
+
+    epochs: int
+    batch_size: int
+    seeds: int = 5
+    experts: int = 128
+    rank: int = 512
+    hidden: int = 1024
+    learning_rates: tuple[float, ...] = (0.001, 0.01, 0.1)
+    repetitions: tuple[int, ...] = (4, 16, 64)
+    alphas: tuple[float, ...] = (0.01, 0.1, 1.0)
+    strengths: tuple[float, ...] = tuple(k / 4 for k in range(33))
+
+    def quick(self) -> Recipe:
+        """A small and short one of the same data, to see that all works."""
+        return replace(
+            self, epochs=1, seeds=1, experts=8, rank=16, hidden=16, learning_rates=(0.01,), repetitions=(4,),
+            alphas=(0.1,), strengths=(0.0, 2.0, 4.0),
+        )  # fmt: skip
+
+
+#: By the name of the data.
+RECIPES = {"celeba": Recipe(epochs=6, batch_size=2048), "adult": Recipe(epochs=20, batch_size=512)}
+
+
+class Experiment:
+    """One task: models are trained and settings chosen on validation rows; then test rows are read, once.
+
+    Parameters
+    ----------
+    task : Task
+    recipe : Recipe
+    folder : Path
+        Gets ``results.csv`` and the trained models. What it has of this task is not done again.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe, folder: Path):
+        self.task, self.recipe, self.folder = task, recipe, folder
+        self.records = Records(folder / "results.csv", COLUMNS)
+
+    def validate(self, progress: Progress | None = None) -> None:
+        """Choose settings, train every model with every seed, and judge all on validation rows."""
+        self._do([*self._tuning(), *self._seeds("validation")], progress)
+
+    def test(self, progress: Progress | None = None) -> None:
+        """Judge everything on test rows, with the settings that were chosen on validation rows.
+
+        Raises
+        ------
+        ValueError
+            If `validate` is not finished.
+        """
+        if missing := [run for run, _ in self._seeds("validation") if not self.records.has(self._key(run))]:
+            raise ValueError(f"test rows are read after all validation; {missing[0]!r} is not done yet.")
+        self._do(list(self._seeds("test")), progress)
+
+    def rows(self, split: str) -> list[Row]:
+        """Rows of this task and of the seeds of the recipe.
+
+        Parameters
+        ----------
+        split : str
+            ``"validation"`` or ``"test"``.
+        """
+        found = self.records.of(task=self.task.name, split=split)
+        return [row for row in found if row["seed"] < self.recipe.seeds]
+
+    # ---- runs ---------------------------------------------------------------------------------------------
+
+    def _do(self, runs: Sequence[tuple[str, Callable[[], list[Row]]]], progress: Progress | None) -> None:
+        for done, (run, call) in enumerate(runs):
+            if progress is not None:
+                progress(done, len(runs), run)
+            if not self.records.has(self._key(run)):
+                self.records.add(self._key(run), call())
+
+    def _key(self, run: str) -> str:
+        return f"{self.task.name}: {run}"
+
+    def _tuning(self) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+        """What settings are chosen by. Each later one needs the earlier ones."""
+        grids = {
+            **{name: ("learning rate", self.recipe.learning_rates) for name in ARCHITECTURES},
+            "oversampling": ("repetitions", self.recipe.repetitions),
+            "adversarial": ("alpha", self.recipe.alphas),
+        }
+        for method, (setting, values) in grids.items():
+            for value in values:
+
+                def call(method: str = method, setting: str = setting, value: float = value) -> list[Row]:
+                    model, loss = self._trained(method, TUNING_SEED, value)
+                    return [
+                        self._row(method, TUNING_SEED, "tuning", setting, value, loss, self._validated(model))
+                    ]
+
+                yield f"{method}, {setting} {value:g}", call
+
+    def _seeds(self, split: str) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+        for seed in range(self.recipe.seeds):
+            for method in MODELS:
+
+                def call(method: str = method, seed: int = seed) -> list[Row]:
+                    return self._judged(method, seed, split)
+
+                yield f"{method}, seed {seed}, {split}", call
+
+    def _chosen(self, method: str) -> float:
+        rows = self.records.of(task=self.task.name, method=method, split="tuning")
+        if method in ARCHITECTURES:
+            return float(min(rows, key=lambda row: row["loss"])["value"])
+        return best(rows)
+
+    def _validated(self, model: nn.Module) -> Tensor:
+        return logits_of(model, self.task.validation.x)
+
+    def _trained(self, method: str, seed: int, value: float) -> tuple[nn.Module, float]:
+        """A model and its validation loss; NaN where that was not what it was trained for."""
+        if method == "adversarial":
+            linear, _ = self._trained("linear", seed, self._chosen("linear"))
+            return debiased(self.task, linear, value, seed, self.recipe), nan
+        if method == "oversampling":
+            return fit(self.task, "mumoe", self._chosen("mumoe"), seed, self.recipe, repetitions=int(value))
+        return fit(self.task, method, value, seed, self.recipe)
+
+    def _judged(self, method: str, seed: int, split: str) -> list[Row]:
+        """A model of a seed, as it is and under its corrections, on the rows of a split."""
+        value = self._chosen(method)
+        path = self.folder / "models" / f"{self._key(f'{method} {seed}').replace(' ', '-')}.pt"
+        loss = nan
+        if split == "validation":
+            model, loss = self._trained(method, seed, value)
+            with whole_file(path) as file:
+                torch.save(model.state_dict(), file)
+        else:
+            model = self._built(method)
+            model.load_state_dict(torch.load(path, weights_only=True))
+            model.eval()
+        rows: Population = getattr(self.task, split)
+        logits = logits_of(model, rows.x)
+        setting = {"oversampling": "repetitions", "adversarial": "alpha"}.get(method, "learning rate")
+        found = [self._row(method, seed, split, setting, value, loss, logits)]
+        own = {name for name, corrected in CORRECTIONS.items() if corrected == method}
+        for name, direction in directions(self.task, model, rows, own).items():
+            curve = [
+                self._row(name, seed, split, "strength", s, nan, moved(self.task, logits, s * direction))
+                for s in self.recipe.strengths
+            ]
+            if split == "validation":
+                strength = best(curve)
+            else:
+                known = {
+                    "task": self.task.name,
+                    "method": name,
+                    "seed": seed,
+                    "split": "validation",
+                    "chosen": 1,
+                }
+                (row,) = self.records.of(**known)
+                strength = row["value"]
+            found += [row | {"chosen": int(row["value"] == strength)} for row in curve]
+        return found
+
+    def _built(self, method: str) -> nn.Module:
+        features, outputs = self.task.training.x.shape[1], self.task.training.y.shape[1]
+        if method == "adversarial":
+            return nn.Linear(features, 1)
+        architecture = method if method in ARCHITECTURES else "mumoe"
+        return build(architecture, features, outputs, self.recipe)
+
+    def _row(
+        self, method: str, seed: int, split: str, setting: str, value: float, loss: float, logits: Tensor
+    ) -> Row:
+        rows: Population = self.task.test if split == "test" else self.task.validation
+        # (A model that was debiased has the logit that matters, and no other.)
+        logit = logits[:, self.task.output if logits.shape[1] > 1 else 0]
+        found = fairness((logit > 0).long(), self.task.labels(rows), rows.group, self.task.target)
+        return {
+            "task": self.task.name, "method": method, "seed": seed, "split": split, "setting": setting,
+            "value": float(value), "chosen": 1, "members": int(self.task.members(rows).sum()),
+            "loss": round(loss, 5), **{name: round(getattr(found, name), 5) for name in METRICS},
+        }  # fmt: skip
+
+
+# ---- models -----------------------------------------------------------------------------------------------
+
+
+def build(architecture: str, features: int, outputs: int, recipe: Recipe) -> nn.Module:
+    """A model of an architecture with its first weights."""
+    if architecture == "linear":
+        return nn.Linear(features, outputs)
+    if architecture == "high-rank linear":
+        return nn.Sequential(nn.Linear(features, recipe.hidden), nn.Linear(recipe.hidden, outputs))
+    return MuMoE(features, outputs, recipe.experts, "cp", recipe.rank, batch_hint=recipe.batch_size)
+
+
+def fit(
+    task: Task, architecture: str, learning_rate: float, seed: int, recipe: Recipe, repetitions: int = 1
+) -> tuple[nn.Module, float]:
+    """Train a model, with rows of the subpopulation repeated; the model and its least validation loss."""
+    training = task.training
+    if repetitions > 1:
+        members = task.members(training)
+        counts = torch.where(members, repetitions, 1)
+        training = training.rows(torch.repeat_interleave(torch.arange(len(training)), counts))
+    # A data set has one label a row: here the number of the row, under which the loss finds its labels.
+    labels = torch.cat([training.y, task.validation.y]).float()
+    numbers = torch.arange(len(labels))
+    data = Dataset(training.x, numbers[: len(training)])
+    validation = Dataset(task.validation.x, numbers[len(training) :])
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels[rows])
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build(architecture, training.x.shape[1], labels.shape[1], recipe)
+    config = TrainConfig(recipe.epochs, recipe.batch_size, learning_rate, seed=seed)
+    history = train(model, data, validation, config, loss=loss)
+    return model, min(epoch.validation_loss for epoch in history)
+
+
+def debiased(task: Task, linear: nn.Module, alpha: float, seed: int, recipe: Recipe) -> nn.Linear:
+    """The one output of a linear model that matters, trained further against an adversary (fairlearn)."""
+    from fairlearn.adversarial import AdversarialFairnessClassifier
+
+    training = task.training
+    model = nn.Linear(training.x.shape[1], 1)
+    with torch.no_grad():
+        for own, given in zip(model.parameters(), linear.parameters(), strict=True):
+            own.copy_(given[[task.output]])
+    with torch.random.fork_rng():
+        AdversarialFairnessClassifier(
+            backend="torch",
+            predictor_model=nn.Sequential(model, nn.Sigmoid()),
+            adversary_model=[],
+            constraints="equalized_odds",
+            learning_rate=0.01,
+            alpha=alpha,
+            epochs=4,
+            batch_size=recipe.batch_size,
+            shuffle=True,
+            random_state=seed,
+        ).fit(training.x.numpy(), task.labels(training).numpy(), sensitive_features=training.group.numpy())
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits of all rows, of shape (rows, outputs)."""
+    return torch.cat([model(part) for part in x.split(8192)])
+
+
+# ---- corrections ------------------------------------------------------------------------------------------
+
+
+def directions(task: Task, model: nn.Module, rows: Population, names: set[str]) -> dict[str, Tensor]:
+    """What each correction of strength 1 adds to the logit that matters, of shape (rows,).
+
+    All are scaled alike: the logit of the subpopulation's training rows moves by 1 on average.
+    """
+    label, group = task.target
+    toward = 2 * label - 1
+    found = {}
+    for name in sorted(names):
+        if name == "edit":
+            members = task.training.x[task.members(task.training)]
+            means = mean_coefficients(model, model, members.split(8192))
+            before = logits_of(model, rows.x)
+            edit_bias(model, "subpopulation", means, task.output, toward / float(means[0].square().sum()))
+            found[name] = (logits_of(model, rows.x) - before)[:, task.output]
+            remove_edit(model, "subpopulation")
+        elif name == "group threshold":
+            found[name] = toward * (rows.group == group).float()
+        else:
+            found[name] = torch.full((len(rows),), float(toward))
+    return found
+
+
+def moved(task: Task, logits: Tensor, by: Tensor) -> Tensor:
+    """Logits of which the one that matters is corrected."""
+    logits = logits.clone()
+    logits[:, task.output] += by
+    return logits
+
+
+def best(rows: Sequence[Row]) -> float:
+    """The value with the highest accuracy of the worst subpopulation, the least among equals."""
+    return float(max(rows, key=lambda row: (row["worst"], -row["value"]))["value"])
+
+
+# ---- what came out ----------------------------------------------------------------------------------------
+
+
+def area(curve: Sequence[Row], reference: float) -> float:
+    """The mean, over losses of accuracy, of the highest worst-subpopulation accuracy at no larger a loss.
+
+    Parameters
+    ----------
+    curve : sequence of dict
+        One row a strength.
+    reference : float
+        Accuracy that losses are counted from.
+    """
+    losses = (LARGEST_LOSS * step / STEPS for step in range(STEPS + 1))
+    # (A hair of slack: the loss of the model itself is 0, whatever its digits.)
+    return mean(
+        max((row["worst"] for row in curve if row["accuracy"] >= reference - loss - 1e-9), default=0.0)
+        for loss in losses
+    )
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Mean and half width of the 95 % interval over seeds, of every method and metric of a task.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of one task and one split.
+    """
+    found = []
+    for method in METHODS:
+        figures = by_seed(rows, method)
+        row: Row = {"method": method}
+        for name, values in figures.items():
+            row[name], row[f"{name}_half"] = interval(values)
+        row["members"] = rows[0]["members"]
+        row["target_sampling"] = 1.96 * (row["target"] * (1 - row["target"]) / row["members"]) ** 0.5
+        found.append(row)
+    return found
+
+
+def comparisons(rows: Sequence[Row]) -> list[Row]:
+    """Differences that the claims are about, seed by seed: mean and half width of the 95 % interval.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of one task and one split.
+    """
+    found = []
+    for metric, one, other in COMPARED:
+        pairs = zip(by_seed(rows, one)[metric], by_seed(rows, other)[metric], strict=True)
+        difference, half = interval([a - b for a, b in pairs])
+        found.append({"metric": metric, "of": one, "minus": other, "difference": difference, "half": half})
+    return found
+
+
+def by_seed(rows: Sequence[Row], method: str) -> dict[str, list[float]]:
+    """Figures of a method at its chosen setting, one a seed; of a correction also the trade-off area."""
+    mine = [row for row in rows if row["method"] == method]
+    chosen = sorted((row for row in mine if row["chosen"]), key=lambda row: row["seed"])
+    figures = {name: [row[name] for row in chosen] for name in ("value", *METRICS)}
+    if method in CORRECTIONS:
+        reference = {row["seed"]: row["accuracy"] for row in rows if row["method"] == "mumoe"}
+        figures["area"] = [
+            area([row for row in mine if row["seed"] == seed], reference[seed]) for seed in sorted(reference)
+        ]
+    return figures
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half width of the 95 % interval of Student's t; None for that of a single value."""
+    from scipy.stats import t
+
+    count = len(values)
+    if count < 2:
+        return mean(values), None
+    return mean(values), float(t.ppf(0.975, count - 1)) * stdev(values) / count**0.5

@@ -69,6 +69,6 @@ bench-history: $(STAMP)  ## run the asv suite over the last 5 commits (COMMITS=.
 bench-show: $(STAMP)  ## serve the page of the last bench-history, and open it in a browser
 	$(BIN)/asv preview --browser
 
-clean:  ## remove builds and caches; .venv and results stay
+clean:  ## remove builds, caches and what asv measured; .venv and results stay
 	rm -rf build dist docs/_build docs/auto_examples .asv .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
+from benchmarks import readme
 from mumoe_tensor.formats import base
 from mumoe_tensor.testing import check_format
 
@@ -191,6 +192,12 @@ def test_docstring_is_numpydoc(name: str) -> None:
         allowed.add("GL08")  # that of the method it implements
     errors = [error for error in validate.validate(name)["errors"] if error[0] not in allowed]
     assert not errors
+
+
+def test_measured_ratios_of_the_readme_are_those_that_are_kept() -> None:
+    section = README.read_text(encoding="utf-8").split("<!-- measured -->")[1].split("<!-- /measured -->")[0]
+    assert section.strip() == readme.table()
+    assert len(section.strip().splitlines()) == 2 + len(readme.ROWS)
 
 
 def test_public_names_are_in_the_reference() -> None:

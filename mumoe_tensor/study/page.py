@@ -46,6 +46,7 @@ figure {{ margin: 0; }}
 .panels {{ display: grid; gap: 8px 16px;
            grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); }}
 .panels.one {{ grid-template-columns: 1fr; }}
+.panels > div {{ min-width: 0; }}
 .plot {{ width: 100%; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
@@ -137,7 +138,7 @@ def _switches(titles: dict[str, str]) -> str:
 def _section(chart: Chart) -> str:
     plots = "".join(
         f"<div>{f'<h3>{escape(panel.title)}</h3>' if panel.title else ''}"
-        f'<div class="plot" style="height:{_height(panel)}px"></div></div>'
+        f'<div class="wide"><div class="plot" style="{_size(panel)}"></div></div></div>'
         for panel in chart.panels
     )
     one = " one" if len(chart.panels) == 1 else ""
@@ -148,8 +149,10 @@ def _section(chart: Chart) -> str:
     )
 
 
-def _height(panel: Panel) -> int:
-    return 90 + (44 if panel.is_map else 26) * len(panel.ys) if panel.ys else 300
+def _size(panel: Panel) -> str:
+    """Style of the element of a panel. A map has columns to read: on a narrow page it scrolls."""
+    height = 90 + (44 if panel.is_map else 26) * len(panel.ys) if panel.ys else 300
+    return f"height:{height}px" + (f";min-width:{160 + 52 * len(panel.xs)}px" if panel.is_map else "")
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:

@@ -27,6 +27,9 @@ class Backbone(nn.Module):
         Subtracted from, and divided out of, colours that go from 0 to 1.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, network: nn.Module, size: int, mean: float | Sequence[float], std: float | Sequence[float]
     ):

@@ -32,11 +32,12 @@ class Head(nn.Module):
     experts : int or sequence of int, default 64
         One number a level.
     rank : int or sequence of int, optional
-        As of `mumoe_tensor.nn.MuMoE`; an entry may be None.
+        As of `mumoe_tensor.nn.MuMoE`; an entry may be None. Of a format without a rank, ``()`` says that
+        `hidden` stays as it is.
     parameters : int or "match", optional
-        In the place of a whole rank: the head has the rank that comes nearest to these, gate and biases counted;
-        ``"match"`` (the default without a rank) for those of the head without experts. A format without a
-        rank has the size between its layers that comes nearest; as a single layer it is as it is.
+        In the place of a whole rank: the head has the rank that comes nearest to these, gate and biases
+        counted; ``"match"`` (the default without a rank) for those of the head without experts. A format
+        without a rank has the size between its layers that comes nearest; of it a single layer is as it is.
     gate, gate_norm : optional
         See `mumoe_tensor.nn.ExpertGate`.
 
@@ -86,7 +87,9 @@ class Head(nn.Module):
             if is_open:
                 budget = "match" if parameters is None else parameters
                 hidden, rank = _fitted(format, levels, rank, in_features, hidden, classes, budget)
-            common: Any = dict(experts=levels, format=format, rank=rank, gate=gate, gate_norm=gate_norm)
+            common: Any = dict(
+                experts=levels, format=format, rank=rank or None, gate=gate, gate_norm=gate_norm
+            )
             if hidden is None:
                 self.body = MuMoE(in_features, classes, **common)
             else:
@@ -96,8 +99,6 @@ class Head(nn.Module):
                 in_features=in_features, classes=classes, hidden=hidden, format=own["format"],
                 experts=list(levels), rank=list(own["rank"]), gate=gate, gate_norm=gate_norm,
             )  # fmt: skip
-            # A format without a rank gets none again.
-            self.config["rank"] = self.config["rank"] or None
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("scale", torch.ones(()))
 
@@ -201,7 +202,7 @@ def _fitted(
         )  # fmt: skip
         return hidden, rank
     if hidden is None:
-        return None, None
+        return None, ()
     dense = dense_parameters(in_features, classes, hidden, bias=True)
     budget = dense if parameters == "match" else parameters
 
@@ -217,6 +218,6 @@ def _fitted(
     if size < 1:
         raise ValueError(
             f"the budget of {budget:,} parameters must allow for one between the layers; format {format!r} "
-            f"with {experts} experts has {total(1):,} even so."
+            f"with {experts} experts has {total(1):,} even so. The rank () leaves the size as given."
         )
-    return size, None
+    return size, ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zipfile
 import zlib
 from dataclasses import dataclass
 from math import prod
@@ -117,11 +118,14 @@ def read_npz(path: str | Path) -> Dataset:
     ValueError
         If an array is missing, holds objects, is no number or not finite, or they do not fit together.
     """
-    with np.load(path, allow_pickle=False) as archive:
-        missing = {"x", "y"} - set(archive.files)
-        if missing:
-            raise ValueError(f"{path} must have arrays x and y; it has {sorted(archive.files)}.")
-        x, y = archive["x"], archive["y"]
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            missing = {"x", "y"} - set(archive.files)
+            if missing:
+                raise ValueError(f"{path} must have arrays x and y; it has {sorted(archive.files)}.")
+            x, y = archive["x"], archive["y"]
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"an .npz file must be whole; {path} is not: {error}.") from None
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"labels must be integers; y of {path} is {y.dtype}.")
     x = x.astype(np.float32)

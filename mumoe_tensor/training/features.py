@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from mumoe_tensor.training.data import Dataset
+from mumoe_tensor.training.trainer import Bar
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(
     backbone: nn.Module,
     data: Dataset,
     *,
     batch_size: int = 100,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool = False,
 ) -> Dataset:
     """What a network makes of images, as it is in evaluation mode.
 
@@ -28,8 +29,8 @@ def extract(
         Maps inputs of shape (rows, ...) to features of shape (rows, features). Keeps its mode.
     data : Dataset
     batch_size : int, default 100
-    progress : callable, optional
-        Called with the number of rows done and of all.
+    progress : bool, default False
+        Show a bar with the time left (needs rich).
 
     Returns
     -------
@@ -44,11 +45,12 @@ def extract(
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     found = []
+    batches = data.x.split(batch_size)
     try:
-        for done, rows in enumerate(data.x.split(batch_size)):
-            found.append(backbone(rows.to(device)).cpu())
-            if progress is not None:
-                progress(min((done + 1) * batch_size, len(data)), len(data))
+        with Bar(len(batches)) if progress else nullcontext(lambda text: None) as advance:
+            for rows in batches:
+                found.append(backbone(rows.to(device)).cpu())
+                advance("features")
     finally:
         for module, was_training in modes.items():
             module.training = was_training
@@ -56,8 +58,7 @@ def extract(
         raise ValueError(
             f"a backbone must give features of shape (rows, features), got {tuple(found[0].shape)}."
         )
-    # (Out of inference mode: a head is trained on them.)
-    return Dataset(torch.cat(found).clone(), data.y)
+    return Dataset(torch.cat(found), data.y)
 
 
 def write_npz(data: Dataset, path: str | Path) -> None:

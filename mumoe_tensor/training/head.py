@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,7 @@ def fine_tune(
     -------
     list of Epoch
     """
-    head.centre_on(extract(backbone, data).x)
+    head.centre_on(extract(backbone, data, progress=progress).x)
     return train(nn.Sequential(backbone, head), data, validation, config, progress=progress)
 
 
@@ -127,7 +126,6 @@ def run_head(
     *,
     fresh: bool = False,
     progress: bool = False,
-    extracting: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Train the head of a setting and leave it in a folder, each file whole.
 
@@ -142,9 +140,7 @@ def run_head(
     fresh : bool, default False
         Train again what is done, or was done with another setting.
     progress : bool, default False
-        Show a bar (needs rich).
-    extracting : callable, optional
-        Called with images done and of all, while features are computed.
+        Show bars with the time left (needs rich).
 
     Returns
     -------
@@ -175,7 +171,7 @@ def run_head(
     if setting.backbone is not None and setting.weights is not None:
         backbone = load_backbone(setting.backbone, setting.weights, setting.size)
         if not setting.train_backbone:
-            data = extract(backbone, data, progress=extracting)
+            data = extract(backbone, data, progress=progress)
     elif data.x.ndim != 2:
         data = Dataset(data.x.flatten(1), data.y)
     training, validation = split(data, setting.validation, seed=0)
@@ -222,8 +218,11 @@ def _read_epochs(path: Path) -> list[Epoch]:
         return [
             Epoch(
                 int(row["epoch"]),
-                *(float(row[name]) for name in ("loss", "validation_loss", "accuracy", "seconds")),
-                is_best=row["is_best"] == "1",
+                float(row["loss"]),
+                float(row["validation_loss"]),
+                float(row["accuracy"]),
+                float(row["seconds"]),
+                row["is_best"] == "1",
             )
             for row in csv.DictReader(file)
         ]

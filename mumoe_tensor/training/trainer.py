@@ -158,7 +158,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(config.seed)
-        advance = stack.enter_context(_Bar(steps)) if progress else lambda text: None
+        advance = stack.enter_context(Bar(steps)) if progress else lambda text: None
         for epoch in range(1, config.epochs + 1):
             start, total = perf_counter(), 0.0
             model.train()
@@ -231,7 +231,7 @@ def evaluate(
     return total / len(data), right / len(data)
 
 
-class _Bar:
+class Bar:
     """A progress bar with the time left; calling it advances it."""
 
     def __init__(self, steps: int):

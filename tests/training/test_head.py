@@ -1,0 +1,289 @@
+"""Heads: their sizes and files, features of a network below, a run and its folder, the command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+import torch
+from torch import nn
+
+import mumoe_tensor as mt
+from mumoe_tensor.models import Backbone, Head, load_head, save_head
+from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, write_npz
+from mumoe_tensor.training.head import HeadSetting, fine_tune, run_head, train_head
+
+CLASSES = 3
+SHORT = TrainConfig(epochs=12, batch_size=64, learning_rate=0.02)
+
+
+def clouds(rows: int = 512, features: int = 12, seed: int = 0) -> Dataset:
+    """Classes that a linear layer tells apart, far from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(rows) % CLASSES
+    x = 100 + 20 * (torch.randn(rows, features, generator=generator) + 4 * torch.eye(features)[y])
+    return Dataset(x, y)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    write_npz(clouds(), tmp_path / "features.npz")
+    return tmp_path / "features.npz"
+
+
+# ---- heads ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", [8, (8,), (4, 4), (2, 2, 2)])
+@pytest.mark.parametrize("format", [name for name in mt.formats() if name != "dense"])
+def test_a_head_has_the_parameters_of_the_one_without_experts(format: str, experts: Any) -> None:
+    budget = count(Head(128, 10, 256, format="linear"))
+    head = Head(128, 10, 256, format=format, experts=experts)
+    assert count(head) == pytest.approx(budget, rel=0.05)
+    assert head(torch.randn(5, 128)).shape == (5, 10)
+    less = Head(128, 10, 256, format=format, experts=experts, parameters=4 * budget // 5)
+    assert count(less) == pytest.approx(0.8 * budget, rel=0.05)
+
+
+def test_an_open_rank_is_solved_and_a_whole_one_kept() -> None:
+    budget = count(Head(64, 10, 96, format="linear"))
+    head = Head(64, 10, 96, format="tucker", experts=8, rank=(3, None, 20))
+    assert head.config["rank"][::2] == [3, 20] and count(head) == pytest.approx(budget, rel=0.02)
+    assert Head(64, 10, format="cp", experts=8, rank=5).config["rank"] == [5]
+
+
+def test_rules_of_a_head() -> None:
+    with pytest.raises(ValueError, match="give a rank or parameters"):
+        Head(8, 3, 16, experts=4, rank=5, parameters=100)
+    with pytest.raises(ValueError, match="without experts"):
+        Head(8, 3, format="linear", rank=5)
+    with pytest.raises(ValueError, match="smallest rank"):
+        Head(64, 10, experts=64)
+    with pytest.raises(ValueError, match="one between the layers"):
+        Head(64, 10, 8, format="hadamard", experts=64)
+
+
+@pytest.mark.parametrize("format", [*mt.formats(), "linear"])
+@pytest.mark.parametrize("hidden", [None, 24])
+def test_a_head_comes_back_from_its_file(format: str, hidden: int | None, tmp_path: Path) -> None:
+    data = clouds()
+    options = {} if format == "linear" else {"experts": (2, 2), "gate": "softmax", "gate_norm": "batch"}
+    if format != "linear":
+        is_solved = mt.formats()[format].bonds(2) or (format == "hadamard" and hidden)
+        options |= {"parameters": 900} if is_solved else {"rank": ()}
+    head = Head(12, CLASSES, hidden, format=format, **options)
+    train_head(head, data, data, TrainConfig(epochs=1, batch_size=64))
+    save_head(head, tmp_path / "head.safetensors")
+    read = load_head(tmp_path / "head.safetensors")
+    assert torch.equal(read(data.x), head(data.x)) and read.config == head.config
+    assert [p.name for p in tmp_path.iterdir()] == ["head.safetensors"]
+
+
+def test_other_files_are_no_heads(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name in ("other", "text"):
+        with pytest.raises(ValueError, match="a head is a file"):
+            load_head(tmp_path / f"{name}.safetensors")
+
+
+def test_features_are_centred_and_scaled_by_one_number() -> None:
+    head, data = Head(12, CLASSES, format="linear"), clouds()
+    head.centre_on(data.x)
+    seen: list[Any] = []
+    head.body.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    head(data.x)
+    assert torch.allclose(seen[0].mean(0), torch.zeros(12), atol=1e-5)
+    assert float(seen[0].square().mean()) == pytest.approx(1, rel=1e-5)
+    # Order and ratio of the features' variances stay.
+    assert torch.allclose(seen[0].var(0) / seen[0].var(), data.x.var(0) / (data.x - data.x.mean(0)).var())
+    constant = Head(2, 2, format="linear")
+    constant.centre_on(torch.ones(4, 2))
+    assert torch.isfinite(constant(torch.ones(1, 2))).all()
+
+
+# ---- the network below ------------------------------------------------------------------------------------
+
+
+def tiny() -> Backbone:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    return Backbone(network, 10, (0.1, 0.2, 0.3), 0.5)
+
+
+def images(rows: int = 192) -> Dataset:
+    """Which third of the image is bright tells the class."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(rows) % CLASSES
+    x = 0.2 * torch.rand(rows, 12, 12, generator=generator)
+    for k in range(CLASSES):
+        x[y == k, 4 * k : 4 * k + 4] += 0.3 * (k + 1)
+    return Dataset(x, y)
+
+
+def test_features_are_those_of_the_network_in_evaluation() -> None:
+    backbone, data = tiny().train(), images(50)
+    backbone.network[0].eval()
+    modes = {name: module.training for name, module in backbone.named_modules()}
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    found = extract(backbone, data, batch_size=16)
+    assert modes == {name: module.training for name, module in backbone.named_modules()}
+    assert all(torch.equal(state[name], value) for name, value in backbone.state_dict().items())
+    assert torch.equal(found.y, data.y) and not found.x.is_inference()
+    colours = data.x[:, None].expand(-1, 3, -1, -1)
+    scaled = nn.functional.interpolate(colours, size=(10, 10), mode="bilinear")
+    scaled = (scaled - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / 0.5
+    expected = backbone.eval().network(scaled).mean((2, 3))
+    assert torch.allclose(found.x, expected, atol=1e-6)
+    assert torch.allclose(extract(backbone, Dataset(colours, data.y)).x, expected, atol=1e-6)
+
+
+def test_shapes_that_are_no_images_or_features() -> None:
+    with pytest.raises(ValueError, match="images must have shape"):
+        tiny()(torch.zeros(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="a backbone must give"):
+        extract(nn.Identity(), images(4))
+
+
+def test_a_frozen_network_stays_and_a_trained_one_does_not() -> None:
+    data, backbone = images(), tiny()
+    before = {name: p.clone() for name, p in backbone.named_parameters()}
+    torch.manual_seed(0)
+    head = Head(6, CLASSES, experts=4, rank=4)
+    found = extract(backbone, data)
+    train_head(head, found, found, SHORT)
+    assert all(torch.equal(before[name], p) for name, p in backbone.named_parameters())
+    fine_tune(backbone, head, data, data, TrainConfig(epochs=2, batch_size=64, learning_rate=0.01))
+    assert not any(torch.equal(before[name], p) for name, p in backbone.named_parameters() if p.ndim > 1)
+    # The head is centred on what the untrained network gave.
+    assert torch.allclose(head.mean, found.x.mean(0), atol=1e-5)
+
+
+# ---- a run and its folder ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_kept_and_not_done_again(features: Path, tmp_path: Path) -> None:
+    setting = HeadSetting(str(features), {"experts": (4, 4), "rank": (6,)}, SHORT)
+    out = tmp_path / "out"
+    found = run_head(setting, out)
+    assert found["trained"] and found["accuracy"] > 0.9
+    head, data = load_head(out / "head.safetensors"), read_npz(features)
+    assert evaluate(head, data)[1] > 0.9 and found["parameters"] == count(head)
+    lines = (out / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + SHORT.epochs and lines[0].startswith("epoch,loss")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = run_head(setting, out)
+    assert again == {**found, "trained": False}
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    # One that was cut off is done anew, and gives the same.
+    (out / "head.safetensors").unlink()
+    assert run_head(setting, out) == found
+    assert torch.equal(load_head(out / "head.safetensors")(data.x), head(data.x))
+    other = HeadSetting(str(features), {"experts": 4, "rank": (6,)}, SHORT)
+    with pytest.raises(ValueError, match="another setting"):
+        run_head(other, out)
+    assert run_head(other, out, fresh=True)["trained"]
+
+
+def test_settings_that_do_not_fit_together() -> None:
+    with pytest.raises(ValueError, match="file of weights"):
+        HeadSetting("x.npz", {}, SHORT, backbone="resnet18")
+    with pytest.raises(ValueError, match="need a backbone"):
+        HeadSetting("x.npz", {}, SHORT, train_backbone=True)
+    with pytest.raises(ValueError, match="size of images"):
+        HeadSetting("x.npz", {}, SHORT, size=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_run_on_images(trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mumoe_tensor.training.head.load_backbone", lambda name, weights, size: tiny())
+    write_npz(images(), tmp_path / "images.npz")
+    setting = HeadSetting(
+        str(tmp_path / "images.npz"), {"experts": 4, "rank": 4}, SHORT, backbone="tiny", weights="tiny.pth",
+        train_backbone=trained,
+    )  # fmt: skip
+    run_head(setting, tmp_path / "out")
+    assert (tmp_path / "out" / "backbone.safetensors").exists() == trained
+    backbone, head = tiny(), load_head(tmp_path / "out" / "head.safetensors")
+    if trained:
+        from safetensors.torch import load_file
+
+        backbone.load_state_dict(load_file(tmp_path / "out" / "backbone.safetensors"))
+    assert evaluate(nn.Sequential(backbone, head), images())[1] > 0.5
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+def invoke(line: str) -> Any:
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from mumoe_tensor.cli import app
+
+    return CliRunner().invoke(app, shlex.split(f"train head {line}"))
+
+
+def test_command(features: Path, tmp_path: Path) -> None:
+    line = f"--features {features} --format tr --experts 2x2 --hidden 16 --parameters 500 --epochs 2 --out"
+    result = invoke(f"{line} {tmp_path / 'out'}")
+    assert result.exit_code == 0 and result.stderr == "", result.stderr
+    assert "500" not in result.stderr and "accuracy" in result.stdout
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "head.safetensors",
+        "metrics.csv",
+    ]
+    told = json.loads(invoke(f"{line} {tmp_path / 'out'} --json").stdout)
+    head = load_head(tmp_path / "out" / "head.safetensors")
+    assert told["trained"] is False and told["parameters"] == count(head)
+    assert head.config["format"] == "tr" and head.config["experts"] == [2, 2]
+    assert "was trained before" in invoke(f"{line} {tmp_path / 'out'}").stdout
+    dense = invoke(f"--features {features} --format linear --epochs 1 --out {tmp_path / 'dense'}")
+    assert dense.exit_code == 0 and f"{13 * CLASSES} parameters" in dense.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--features {f} --images {f}",
+        "--features missing.npz",
+        "--features {f} --format nothing",
+        "--features {f} --rank 5 --parameters 500",
+        "--features {f} --rank 5 --epochs 0",
+        "--features {f} --rank 5 --experts many",
+        "--features {f} --rank 5 --gate hard",
+        "--features {f} --rank 5 --validation 1.5",
+        "--features {f} --rank 5 --batch-size 100000",
+        "--features {f} --rank 5 --labels {f}",
+        "--images {f} --backbone nothing",
+        "--features {d}",
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_head(options: str, features: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes(features.read_bytes()[:200])
+    result = invoke(f"{options.format(f=features, d=damaged)} --out {tmp_path / 'out'}")
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1, result.output
+    assert not (tmp_path / "out" / "head.safetensors").exists()
+
+
+def test_labels_are_numbers(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", x=np.zeros((9, 4)), y=np.zeros(9))
+    result = invoke(f"--features {tmp_path / 'f.npz'} --rank 2 --out {tmp_path / 'out'}")
+    assert result.exit_code == 2 and "labels must be integers" in result.stderr

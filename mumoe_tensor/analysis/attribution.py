@@ -66,7 +66,7 @@ def attribute(
     coefficients = [a.detach() for a in arguments["coefficients"]]
     # The output is linear in the coefficients of a level: their gradient is what one more of each would add.
     coefficients[level].requires_grad_()
-    with torch.enable_grad(), evaluating(experts):
+    with torch.enable_grad():
         y = experts(**{**arguments, "coefficients": coefficients})
         total = (y @ direction.to(y)).sum()
     (each,) = torch.autograd.grad(total, coefficients[level])

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.experiments.bias import interval
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.files import whole_file
@@ -211,6 +212,12 @@ def table(name: str) -> list[Row]:
     """The rows of a table of the experiment; none if it is not there."""
     path = TABLES / f"{name}.csv"
     return read(path) if path.exists() else []
+
+
+def over_seeds(rows: Sequence[Row], column: str) -> Row:
+    """Mean of a column and its 95 % interval over seeds, as the columns that figures draw."""
+    mean, half = interval([row[column] for row in rows])
+    return {column: mean, f"{column}_low": mean - (half or 0), f"{column}_high": mean + (half or 0)}
 
 
 def write_table(name: str, rows: Sequence[Row]) -> None:

@@ -38,8 +38,8 @@ class Head(nn.Module):
         In the place of a whole rank: the head has the rank that comes nearest to these, gate and biases
         counted; ``"match"`` (the default without a rank) for those of the head without experts. A format
         without a rank has the size between its layers that comes nearest; of it a single layer is as it is.
-    gate, gate_norm : optional
-        See `mumoe_tensor.nn.ExpertGate`.
+    gate, gate_norm, init : optional
+        As of `mumoe_tensor.nn.MuMoE`.
 
     Attributes
     ----------
@@ -70,6 +70,7 @@ class Head(nn.Module):
         parameters: int | Literal["match"] | None = None,
         gate: str = "entmax15",
         gate_norm: Literal["batch", "layer", "none"] = "batch",
+        init: Literal["linear", "published"] = "linear",
     ):
         super().__init__()
         if format == LINEAR:
@@ -88,7 +89,7 @@ class Head(nn.Module):
                 budget = "match" if parameters is None else parameters
                 hidden, rank = _fitted(format, levels, rank, in_features, hidden, classes, budget)
             common: Any = dict(
-                experts=levels, format=format, rank=rank or None, gate=gate, gate_norm=gate_norm
+                experts=levels, format=format, rank=rank or None, gate=gate, gate_norm=gate_norm, init=init
             )
             if hidden is None:
                 self.body = MuMoE(in_features, classes, **common)
@@ -98,6 +99,7 @@ class Head(nn.Module):
             self.config = dict(
                 in_features=in_features, classes=classes, hidden=hidden, format=own["format"],
                 experts=list(levels), rank=list(own["rank"]), gate=gate, gate_norm=gate_norm,
+                init=init,
             )  # fmt: skip
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("scale", torch.ones(()))

@@ -2,13 +2,16 @@
 
     python -m paper_figures.experiments.heads features    training and validation images to features, once
     python -m paper_figures.experiments.heads tune        learning rates, on validation rows
+    python -m paper_figures.experiments.heads causes      other settings, on validation rows; afterwards
     python -m paper_figures.experiments.heads test        all results, on test rows
 
-Needs `make data`. Interrupted, the last two go on where they stopped.
+Needs `make data`. Interrupted, all but the first go on where they stopped. ``--processes`` says how many
+trainings run at once, each on one thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import sys
@@ -48,6 +51,19 @@ SEEDS, TUNING_SEED = range(5), 100
 LEARNING_RATES = (0.001, 0.003, 0.01)
 #: Of more experts, so many drawn at random are removed.
 MOST_REMOVED = 128
+#: One thing changed at a time, in blocks of CP with 32 experts; what the protocol has comes first.
+CAUSES: dict[str, dict[str, Any]] = {
+    "as in the protocol": {},
+    "dense MLP": {"head": {"format": "linear"}},
+    "learning rate 0.0003": {"training": {"learning_rate": 0.0003}},
+    "weight decay 0.3": {"training": {"weight_decay": 0.3}},
+    "layer norm of the logits": {"head": {"gate_norm": "layer"}},
+    "no norm of the logits": {"head": {"gate_norm": "none"}},
+    "published initialisation": {"head": {"init": "published"}},
+    "half the parameters": {"head": {"parameters": 84_741}},
+    "a quarter of the parameters": {"head": {"parameters": 42_370}},
+}
+CAUSE_SEEDS = range(100, 103)
 #: Experts whose most active inputs are shown, and how many of these.
 SHOWN, IMAGES = 10, 8
 
@@ -198,10 +214,10 @@ def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]
     return row, loads, {f"indices_{n}": top.indices[:SHOWN].numpy()}
 
 
-def go_through(tasks: Sequence[tuple[Run, float]], work: Any) -> Iterator[Any]:
-    """Results as they come, from two processes."""
+def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, processes: int) -> Iterator[Any]:
+    """Results as they come, from several processes."""
     # (Started anew, not forked: the threads of products do not survive a fork.)
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = [pool.submit(work, *task) for task in tasks]
         for count, future in enumerate(as_completed(futures), 1):
             yield future.result()
@@ -235,13 +251,13 @@ def is_same(row: Row, key: Row) -> bool:
     return all(str(row[name]) == str(value) for name, value in key.items())
 
 
-def tune_all() -> None:
+def tune_all(processes: int) -> None:
     """Try every learning rate of every kind of head."""
     rows = table("heads_tuning")
     wanted = [(run, rate) for run in dict.fromkeys(run.tuned_as for run in runs()) for rate in LEARNING_RATES]
     left = [(run, rate) for run, rate in wanted
             if not any(is_same(row, run.key | {"learning_rate": rate}) for row in rows)]  # fmt: skip
-    for row in go_through(left, tune):
+    for row in go_through(left, tune, processes):
         rows.append(row)
         write_table("heads_tuning", rows)
 
@@ -254,14 +270,14 @@ def learning_rate(run: Run) -> float:
     return float(max(mine, key=lambda row: row["accuracy"])["learning_rate"])
 
 
-def test_all() -> None:
+def test_all(processes: int) -> None:
     """Train everything with the rates of `tune_all`, and judge it on the test rows."""
     tasks = [(run, learning_rate(run)) for run in runs()]
     make_features("t10k", DATA / "heads-test.npz")
     rows, loads = table("heads"), table("heads_load")
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     left = [task for task in tasks if not any(is_same(row, task[0].key) for row in rows)]
-    for row, load, top in go_through(left, test):
+    for row, load, top in go_through(left, test, processes):
         # The row last: where it is, the others are.
         if load:
             loads += load
@@ -270,6 +286,38 @@ def test_all() -> None:
             keep_images(top)
         rows.append(row | {"measured": where})
         write_table("heads", rows)
+
+
+def try_cause(name: str, seed: int) -> Row:
+    """Validation accuracy of a matched block of 32 experts, CP, with one thing changed."""
+    torch.set_num_threads(1)
+    training, validation = parts()
+    torch.manual_seed(seed)
+    changed = CAUSES[name]
+    head_options = {"hidden": HIDDEN, "experts": 32} | changed.get("head", {})
+    head = Head(training.x.shape[1], 10, **head_options)
+    base = learning_rate(Run("matched", head_options.get("format", "cp"), (32,)))
+    settings: Any = {"learning_rate": base} | changed.get("training", {})
+    config = TrainConfig(**{"epochs": 10, "batch_size": 256, "seed": seed, **settings})
+    epochs = train_head(head, training, validation, config)
+    last = epochs[-1]
+    loss, accuracy = evaluate(head, validation)
+    return {
+        "cause": name, "seed": seed, "parameters": sum(p.numel() for p in head.parameters()),
+        "accuracy": accuracy, "loss": loss, "epoch": max(e.epoch for e in epochs if e.is_best),
+        "training_loss_at_the_end": last.loss,
+        "accuracy_at_the_end": last.accuracy,
+    }  # fmt: skip
+
+
+def find_causes(processes: int) -> None:
+    """Look, on validation rows, for what sets blocks of experts and the MLP apart."""
+    rows = table("heads_causes")
+    left = [(name, seed) for name in CAUSES for seed in CAUSE_SEEDS
+            if not any(is_same(row, {"cause": name, "seed": seed}) for row in rows)]  # fmt: skip
+    for row in go_through(left, try_cause, processes):
+        rows.append(row)
+        write_table("heads_causes", rows)
 
 
 def keep_images(top: dict[str, Any]) -> None:
@@ -287,19 +335,18 @@ def keep_images(top: dict[str, Any]) -> None:
         np.savez_compressed(file, **kept)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
-    steps: dict[str, Any] = {
-        "features": lambda: make_features("train", DATA / "heads-training.npz"),
-        "tune": tune_all,
-        "test": test_all,
-    }
-    if len(arguments) != 1 or arguments[0] not in steps:
-        print(__doc__, file=sys.stderr)
-        return 2
-    steps[arguments[0]]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("step", choices=("features", "tune", "test", "causes"))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if options.step == "features":
+        make_features("train", DATA / "heads-training.npz")
+    else:
+        {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.processes)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -301,11 +301,11 @@ def debiased(task: Task, linear: nn.Module, alpha: float, seed: int, recipe: Rec
     from fairlearn.adversarial import AdversarialFairnessClassifier
 
     training = task.training
-    model = nn.Linear(training.x.shape[1], 1)
-    with torch.no_grad():
-        for own, given in zip(model.parameters(), linear.parameters(), strict=True):
-            own.copy_(given[[task.output]])
     with torch.random.fork_rng():
+        model = nn.Linear(training.x.shape[1], 1)
+        with torch.no_grad():
+            for own, given in zip(model.parameters(), linear.parameters(), strict=True):
+                own.copy_(given[[task.output]])
         AdversarialFairnessClassifier(
             backend="torch",
             predictor_model=nn.Sequential(model, nn.Sigmoid()),

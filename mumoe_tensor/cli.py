@@ -679,6 +679,43 @@ def train_head(
     print(f"Written to {out}: config.json, metrics.csv, head.safetensors")
 
 
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained head.", show_default=False)],
+    images: Annotated[
+        Path | None, typer.Option(help="Images of the features, an .npz file with x.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names of the classes, with commas between.", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Validation rows to look at.")] = 2000,
+    shown: Annotated[int, typer.Option(help="Inputs to show for each expert.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="The page.", show_default="experts.html in RUN")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a page to browse the experts of a trained head in.
+
+    For each expert: the inputs it is most active for, the classes it is used for, how much it is used, and
+    what is lost without it. One file, no network.
+
+    Example: `mumoe-tensor inspect results/head`
+    """
+    from mumoe_tensor.browser import browse_head
+    from mumoe_tensor.study.files import whole_file
+
+    path = run / "experts.html" if out is None else out
+    with _bad_input(), _progress("experts") as progress:
+        text = browse_head(
+            run, images=images, classes=_listed(classes) or (), rows=rows, k=shown, progress=progress
+        )
+        with whole_file(path) as file:
+            file.write(text.encode())
+    if as_json:
+        _print_json({"files": [str(path)]})
+    else:
+        print(f"Written to {path}")
+
+
 #: Figures of a cost, and how they are written.
 _COST = {
     "parameters": "parameters",

@@ -166,7 +166,7 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_version_and_help() -> None:
     assert run("--version") == f"{mt.__version__}\n"
     assert "Usage" in run("") and "Usage" in run("--help")
-    for command in ("formats", "plan", "cost", "fit", "study", "figures"):
+    for command in ("formats", "plan", "cost", "fit", "study", "figures", "inspect"):
         assert command in run("--help")
         told = " ".join(run(f"{command} --help").split())
         assert f"Example: mumoe-tensor {command}" in told and "--json" in told

@@ -1,0 +1,8 @@
+"""A page of experts: what they are active for, how much they are used, what is lost without them."""
+
+from mumoe_tensor.browser.collect import ExpertLevel, collect
+from mumoe_tensor.browser.page import page
+from mumoe_tensor.browser.run import browse_head
+from mumoe_tensor.browser.samples import Images, Texts
+
+__all__ = ["ExpertLevel", "Images", "Texts", "browse_head", "collect", "page"]

@@ -1,0 +1,229 @@
+"""The page of experts says what the model does, and stays quick with many of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("PIL")
+
+from mumoe_tensor.analysis import ablate  # noqa: E402
+from mumoe_tensor.browser import Images, Texts, collect, page  # noqa: E402
+from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
+
+
+class Two(torch.nn.Module):
+    """A classifier with two layers of experts, of one and two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = MuMoE(6, 8, experts=5, rank=4, gate_norm="layer")
+        self.second = MuMoEMLP(8, 7, 3, experts=(4, 3), rank=4, gate_norm="layer")
+        for gate in (self.first.gate, self.second.gate):
+            torch.nn.init.normal_(gate.weight)
+
+    def forward(self, x: Any) -> Any:
+        return self.second(self.first(x))
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return Two()
+
+
+@pytest.fixture
+def data() -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(70, 6, generator=generator), torch.arange(70) % 3
+
+
+def test_figures_are_those_of_the_model(model: Any, data: tuple[Any, Any]) -> None:
+    x, y = data
+    model.train()
+    levels = collect(model, x, y, k=4, batch_size=16)
+    assert model.training and [(level.layer, level.level) for level in levels] == [
+        ("first", 0), ("second", 0), ("second", 1),
+    ]  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        _, (a,) = model.first(x, return_coefficients=True)
+        right = model(x).argmax(1) == y
+        (first, *_) = levels
+        torch.testing.assert_close(first.usage.mean, a.double().mean(0), atol=1e-6, rtol=1e-5)
+        for n in range(5):
+            best = a[:, n].sort(descending=True, stable=True)
+            count = int((a[:, n] > 0).sum().clamp(max=4))
+            assert first.top[n, :count].tolist() == best.indices[:count].tolist()
+            torch.testing.assert_close(first.coefficients[n, :count].float(), best.values[:count])
+            assert first.labels[n].tolist() == torch.bincount(y[a[:, n] > 0], minlength=3).tolist()
+            with ablate(model.first, [n]):
+                without = model(x).argmax(1) == y
+            for c in range(3):
+                change = (without[y == c].double().mean() - right[y == c].double().mean()).item()
+                assert first.effects[n, c].item() == pytest.approx(change, abs=1e-6)
+    assert levels[1].top.shape == (4, 4) and levels[2].top.shape == (3, 4)
+
+
+def test_without_labels_there_are_no_classes(model: Any, data: tuple[Any, Any]) -> None:
+    levels = collect(model, data[0])
+    assert all(level.labels is None and level.effects is None for level in levels)
+    with pytest.raises(ValueError, match="a label for each"):
+        collect(model, data[0], data[1][:3])
+    with pytest.raises(ValueError, match="must have an ExpertGate"):
+        collect(torch.nn.Linear(6, 3), data[0])
+
+
+def test_tokens_have_their_coefficients(data: tuple[Any, Any]) -> None:
+    torch.manual_seed(0)
+    layer = MuMoE(6, 3, experts=4, rank=2, gate_norm="layer")
+    torch.nn.init.normal_(layer.gate.weight)
+    x = data[0].reshape(10, 7, 6)
+    (level,) = collect(layer, x, k=2)
+    with torch.no_grad():
+        (a,) = layer.gate(x)
+    for n in range(4):
+        of_text = a[..., n].amax(1)
+        assert level.top[n, 0] == of_text.argmax()
+        for index in level.top[n].tolist():
+            torch.testing.assert_close(torch.tensor(level.tokens[n, index]), a[index, :, n])
+    assert level.usage.rows == 70
+
+
+def test_images_are_shown_as_they_are() -> None:
+    from base64 import b64decode
+    from io import BytesIO
+
+    from PIL import Image
+
+    for pixels in (np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), np.linspace(0, 1, 16).reshape(1, 4, 4)):
+        uri = Images(pixels).shown(0)
+        found = np.asarray(Image.open(BytesIO(b64decode(uri.partition(",")[2]))))
+        expected = pixels[0] if pixels.dtype == np.uint8 else np.round(255 * pixels[0]).astype(np.uint8)
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="must have the shape"):
+        Images(np.zeros((3, 4)))
+
+
+def content(html: str) -> Any:
+    return json.loads(re.search(r'application/json">(.*?)</script>', html, re.DOTALL).group(1))  # type: ignore[union-attr]
+
+
+def test_the_page_has_the_samples_that_are_shown(model: Any, data: tuple[Any, Any]) -> None:
+    x, y = data
+    levels = collect(model, x, y, k=2)
+    texts = Texts([["</script>", f"<b>{n}"] for n in range(70)])
+    html = page(levels, texts, title="<i>x", classes=["a", "b", "c"])
+    assert "<i>x" not in html and "<b>1" in str(content(html)["samples"]) and html.count("</script>") == 2
+    told = content(html)
+    shown = {top["i"] for level in told["levels"] for expert in level["experts"] for top in expert["top"]}
+    assert set(map(int, told["samples"])) == shown and told["classes"] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="a sample for every input"):
+        page(levels, Texts([["only one"]]))
+
+
+def test_a_trained_head_is_inspected(tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from mumoe_tensor.cli import app
+
+    generator = np.random.default_rng(0)
+    images = generator.random((40, 4, 4), dtype=np.float32)
+    np.savez(tmp_path / "x.npz", x=images, y=np.arange(40) % 3)
+    line = ["train", "head", "--features", str(tmp_path / "x.npz"), "--experts", "4", "--rank", "2"]
+    run = CliRunner().invoke(app, [*line, "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert run.exit_code == 0, run.stderr
+    line = ["inspect", str(tmp_path / "run"), "--images", str(tmp_path / "x.npz"), "--classes", "a,b,c"]
+    run = CliRunner().invoke(app, [*line, "--rows", "6"])
+    assert run.exit_code == 0, run.stderr
+    told = content((tmp_path / "run" / "experts.html").read_text())
+    ((level),) = told["levels"]
+    assert len(level["experts"]) == 4 and told["classes"] == ["a", "b", "c"]
+    assert set(map(int, told["samples"])) <= set(range(6))
+    # The images are those of the validation rows, in their order.
+    from mumoe_tensor.training import read_npz, split
+
+    _, kept = split(read_npz(tmp_path / "x.npz"), 0.2, seed=0)
+    shown = Images(kept.x.numpy() / max(1.0, float(images.max())))
+    assert all(uri == shown.shown(int(index)) for index, uri in told["samples"].items())
+    for line, wrong in (
+        (["inspect", str(tmp_path)], "must have a finished run"),
+        (["inspect", str(tmp_path / "run"), "--rows", "0"], "rows and k must be positive"),
+    ):
+        run = CliRunner().invoke(app, line)
+        assert run.exit_code == 2 and wrong in run.stderr and run.stderr.count("\n") == 1
+
+
+# ---- in a browser -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of 1,000 experts with images."""
+    torch.manual_seed(0)
+    layer = MuMoE(6, 10, experts=1000, rank=4, gate="softmax", gate_norm="none")
+    torch.nn.init.normal_(layer.gate.weight)
+    x, y = torch.randn(200, 6), torch.arange(200) % 10
+    images = Images(np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8))
+    levels = collect(layer, x, y, effects=False)
+    path = tmp_path_factory.mktemp("page") / "experts.html"
+    path.write_text(page(levels, images, title="Many", classes=[f"class {c}" for c in "abcdefghij"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next((path for path in map(shutil.which, names) if path), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    with playwright.sync_playwright() as run:
+        started = run.chromium.launch(executable_path=chromium, args=arguments)
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_page_in_a_browser(browser: Any, many: Path, width: int) -> None:
+    context = browser.new_context(offline=True, viewport={"width": width, "height": 900})
+    tab = context.new_page()
+    told: list[str] = []
+    tab.on("console", lambda message: told.append(message.text))
+    tab.on("pageerror", lambda error: told.append(str(error)))
+    tab.on("request", lambda request: told.append(request.url) if request.url.startswith("http") else None)
+    tab.goto(many.as_uri())
+    tab.wait_for_selector(".card img")
+    assert tab.locator(".card").count() == 1000 and tab.inner_text("#count") == "1000 of 1000"
+    # Only what is near the window is drawn: that is why a thousand do not lag.
+    drawn = "document.querySelectorAll('.card h2').length"
+    assert 0 < tab.evaluate(drawn) < 100
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    first = tab.inner_text(".card h2 >> nth=0")
+    tab.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    tab.wait_for_function("[...document.querySelectorAll('.card')].at(-1).childElementCount > 0")
+    assert tab.evaluate(drawn) < 100
+    tab.evaluate("window.scrollTo(0, 0)")
+    tab.select_option("#sort", "use")
+    tab.wait_for_function("document.querySelector('.card h2') !== null")
+    means = tab.evaluate("[...document.querySelectorAll('.card')].map(c => c.expert.mean)")
+    assert means == sorted(means, reverse=True) and first == "Expert 0"
+    tab.fill("#search", "37")
+    tab.wait_for_function("document.querySelectorAll('.card h2').length === 1")
+    assert tab.inner_text(".card h2") == "Expert 37" and tab.inner_text("#count") == "1 of 1000"
+    tab.fill("#search", "class c")
+    cards = "[...document.querySelectorAll('.card')]"
+    found = tab.evaluate(f"{cards}.every(c => ranked(c.expert).slice(0, 3).some(p => p[1] === 2))")
+    assert found and tab.locator(".card").count() > 0
+    assert told == []
+    context.close()

@@ -140,7 +140,9 @@ def test_a_trained_head_is_inspected(tmp_path: Path) -> None:
     images = generator.random((40, 4, 4), dtype=np.float32)
     np.savez(tmp_path / "x.npz", x=images, y=np.arange(40) % 3)
     line = ["train", "head", "--features", str(tmp_path / "x.npz"), "--experts", "4", "--rank", "2"]
-    run = CliRunner().invoke(app, [*line, "--epochs", "1", "--out", str(tmp_path / "run")])
+    run = CliRunner().invoke(
+        app, [*line, "--epochs", "1", "--batch-size", "8", "--out", str(tmp_path / "run")]
+    )
     assert run.exit_code == 0, run.stderr
     line = ["inspect", str(tmp_path / "run"), "--images", str(tmp_path / "x.npz"), "--classes", "a,b,c"]
     run = CliRunner().invoke(app, [*line, "--rows", "6"])

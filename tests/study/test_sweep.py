@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from samples import SMALL
@@ -205,6 +206,27 @@ def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "peaks", fails)
     rows = sweeps._peak(studies.prepare(**SMALL), Subject(BASELINE, (3, 2)), "cpu").run()
     assert [(row.value, row.note) for row in rows] == [(None, "no memory")] * 2
+
+
+def test_heads_on_data_of_a_file_are_linear(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    y = torch.arange(900) % 3
+    x = 3 * torch.nn.functional.one_hot(y, 16) + torch.randn(900, 16)
+    np.savez(tmp_path / "x.npz", x=x.numpy(), y=y.numpy())
+    options = SMALL | {
+        "data": tmp_path / "x.npz",
+        "head_hidden": None,
+        "head_parameters": ["3x"],
+        "epochs": 30,
+    }
+    setting = studies.prepare(**options)
+    heads, _ = quality.heads(setting)
+    assert {head.sizes for head in heads} == {(16, 3)} and {head.budget for head in heads} == {0, 3 * 17 * 3}
+    training, validation = quality.data_of(setting.data)
+    assert len(training) == 720 and len(validation) == 180
+    assert float(training.x.square().mean()) == pytest.approx(1, abs=1e-4)
+    (cp,) = [head for head in heads if head.name == "cp" and head.experts == (3,)]
+    assert quality.judge(setting, cp, 0)["accuracy"] > 0.6
 
 
 def test_training_learns_and_the_seed_decides() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -250,26 +248,6 @@ def test_what_users_name_cannot_become_markup(made_up: Made) -> None:
     layer = replace(planned.setting.layer, title="<script>alert(1)</script>")
     named = replace(planned, setting=replace(planned.setting, layer=layer))
     assert "<script>alert" not in page(named, results, [])
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = next(
-        (p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None
-    )
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    arguments = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-    ]
-    with playwright.sync_playwright() as run:
-        started = run.chromium.launch(executable_path=chromium, args=arguments)
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize("width", [1280, 420])

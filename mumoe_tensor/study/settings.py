@@ -183,7 +183,7 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     layer : str or Layer, default "gpt2-mlp"
         A name in `LAYERS`, or sizes of one's own.
     quick : bool, default False
-        `QUICK` in the place of some `DEFAULTS`.
+        Small batches, few repetitions, short trainings, to see that all works.
     **options
         The attributes of `Setting`; what is left out or None has its default. `experts` and `head_experts`
         may be a number or a sequence, in which a sequence in the place of a number has one number a level.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The name of the network that `make data` fetches weights of.
+#: The name of the network that ``make data`` fetches weights of.
 LITE0 = "efficientnet-lite0"
 
 
@@ -73,7 +73,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     ----------
     name : str
         ``"efficientnet-lite0"``, whose features are those of its last block (needs the package
-        ``efficientnet-lite-pytorch``; `make data` fetches the weights), or a model of timm.
+        ``efficientnet-lite-pytorch``; ``make data`` fetches the weights), or a model of timm.
     weights : str or Path
         A ``state_dict`` in a file of safetensors, or of torch without anything but tensors in it.
     size : int, default 64

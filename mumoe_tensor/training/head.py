@@ -35,7 +35,7 @@ class HeadSetting:
     train_backbone : bool
         Train the network too, not the head alone.
     head : dict
-        Arguments of `Head` but `in_features` and `classes`.
+        Arguments of `.models.Head` but `in_features` and `classes`.
     validation : float
         Share of the rows that are kept for validation.
     training : TrainConfig

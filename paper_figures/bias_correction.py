@@ -1,0 +1,88 @@
+"""Accuracy of the worst subpopulation against accuracy of all, under corrections of increasing strength.
+
+Oldfield et al. (2024), bias correction: every expert's bias gets λ times the mean coefficient that a
+subpopulation gives to that expert. Beside it thresholds that are moved for all inputs, or for all of the
+group, and methods that train again. Up and right is better.
+
+Settings: attributes of CelebA (blond men, old women) and Adult (well-paid women), CP with 128 experts of rank
+512, strengths from 0 to 8, 5 seeds, means over test rows; at the chosen strength the 95 % interval. See
+``docs/experiments/bias.md``, whose table ``bias.csv`` this reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from mumoe_tensor.experiments.bias import CORRECTIONS, LARGEST_LOSS, METHODS, interval
+from paper_figures.common import FOLDER, Row, colour_of, new_figure, read
+
+TABLE = FOLDER.parent / "docs" / "experiments" / "bias.csv"
+TASKS = {
+    "celeba Blond_Hair=1 Male=1": "CelebA: blond men",
+    "celeba Young=0 Male=0": "CelebA: old women",
+    "adult income=1 Male=0": "Adult: well-paid women",
+}
+TITLES = {
+    "edit": "expert edit of the μMoE",
+    "threshold": "global threshold of the μMoE",
+    "linear threshold": "global threshold, linear model",
+    "group threshold": "threshold of the group, μMoE",
+    "linear": "linear model",
+    "high-rank linear": "high-rank linear model",
+    "mumoe": "μMoE",
+    "oversampling": "oversampling, μMoE",
+    "adversarial": "adversarial debiasing",
+}
+STYLES = {
+    "edit": (colour_of("cp"), "-"),
+    "threshold": (colour_of("tr"), "--"),
+    "linear threshold": (colour_of("linear"), "-."),
+    "group threshold": ("0.6", ":"),
+}
+MARKERS = {"linear": "v", "high-rank linear": "^", "mumoe": "o", "oversampling": "s", "adversarial": "X"}
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a task, method and strength: means over seeds. Strength None: that chosen for each."""
+    kept = [row for row in read(TABLE) if row["split"] == "test"]
+    found = []
+    for task in dict.fromkeys(row["task"] for row in kept):
+        for method in METHODS:
+            mine = [row for row in kept if (row["task"], row["method"]) == (task, method)]
+            own = [row for row in mine if row["chosen"]]
+            strengths = sorted({row["value"] for row in mine}) if method in CORRECTIONS else []
+            for strength in [None, *strengths]:
+                here = own if strength is None else [row for row in mine if row["value"] == strength]
+                row = {"task": task, "method": method, "strength": strength, "seeds": len(here)}
+                for metric in ("accuracy", "target", "worst"):
+                    row[metric], row[f"{metric}_half"] = interval([one[metric] for one in here])
+                found.append(row)
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A panel a task: a line a correction, a mark a model and a choice."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = new_figure(len(tasks), height=3.6)
+    for ax, task in zip(axes, tasks, strict=True):
+        for method in (*CORRECTIONS, *MARKERS):
+            mine = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            colour, line = STYLES.get(method, ("black", "none"))
+            curve = [row for row in mine if row["strength"] is not None]
+            places = [[100 * row[metric] for row in curve] for metric in ("accuracy", "worst")]
+            ax.plot(*places, color=colour, linestyle=line, label=TITLES[method] if curve else None)
+            (chosen,) = (row for row in mine if row["strength"] is None)
+            ax.errorbar(
+                100 * chosen["accuracy"], 100 * chosen["worst"], 100 * chosen["worst_half"],
+                100 * chosen["accuracy_half"], color=colour, marker=MARKERS.get(method, "D"), markersize=4,
+                elinewidth=0.7, fillstyle="none" if method in MARKERS else "full", linestyle="none",
+                label=None if curve else TITLES[method],
+            )  # fmt: skip
+        best = 100 * max(row["accuracy"] for row in rows if row["task"] == task)
+        ax.set(xlim=(best - 100 * LARGEST_LOSS, best + 1), ylim=(-2, 102), title=TASKS[task])
+        ax.set(xlabel="test accuracy, %", ylabel="accuracy of the worst subpopulation, %")
+        ax.label_outer()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure

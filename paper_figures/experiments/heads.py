@@ -4,6 +4,7 @@
     python -m paper_figures.experiments.heads tune        learning rates, on validation rows
     python -m paper_figures.experiments.heads causes      other settings, on validation rows; afterwards
     python -m paper_figures.experiments.heads test        all results, on test rows
+    python -m paper_figures.experiments.heads claims      the differences that the claims are about
 
 Needs `make data`. Interrupted, all but the first go on where they stopped. ``--processes`` says how many
 trainings run at once, each on one thread.
@@ -35,6 +36,7 @@ from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
 from mumoe_tensor.training.head import train_head
 from paper_figures.common import Row, read
+from paper_figures.common import table as as_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA, TABLES = ROOT / "data", ROOT / "docs" / "experiments"
@@ -320,6 +322,56 @@ def find_causes(processes: int) -> None:
         write_table("heads_causes", rows)
 
 
+def claims() -> list[Row]:
+    """Every difference that a claim of the protocol is about, seed by seed: mean and 95 % interval."""
+    rows = table("heads")
+
+    def values(column: str, **key: Any) -> dict[int, float]:
+        known = {"gate": "entmax15", "gate_norm": "batch"} | key
+        return {row["seed"]: row[column] for row in rows if is_same(row, known)}
+
+    found = []
+
+    def compare(
+        claim: int, text: str, one: dict[int, float], other: dict[int, float], unit: float = 1
+    ) -> None:
+        differences = [unit * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
+        mean, half = interval(differences)
+        found.append(
+            {"claim": claim, "difference": text, "mean": mean, "half": half, "seeds": len(differences)}
+        )
+
+    mlp = values("accuracy", kind="matched", format="linear")
+    for format in FORMATS:
+        for (n,) in MATCHED:
+            mine = values("accuracy", kind="matched", format=format, experts=n)
+            compare(1, f"accuracy in %, {format} of {n} experts - MLP", mine, mlp, 100)
+    single: dict[str, Any] = {"kind": "single", "format": "cp"}
+    most, least = (values("polysemanticity", experts=n, **single) for n in (SINGLE[-1], SINGLE[0]))
+    compare(2, f"polysemanticity, {SINGLE[-1]} experts - {SINGLE[0]}", most, least)
+    for n in SINGLE:
+        pair = [values(f"polysemanticity{end}", experts=n, **single) for end in ("", "_random")]
+        compare(2, f"polysemanticity of {n} experts, trained gate - random gate", *pair)
+    for norm in ("none", "layer", "batch"):
+        for column, unit in (("polysemanticity", 1), ("accuracy", 100)):
+            pair = [
+                values(column, experts=GATE_AT, gate=gate, gate_norm=norm, **single)
+                for gate in ("entmax15", "softmax")
+            ]
+            compare(3, f"{column}{' in %' * (unit > 1)}, norm {norm}, entmax15 - softmax", *pair, unit)
+    for norm in ("layer", "batch"):
+        for column in ("entropy", "dead"):
+            pair = [values(column, experts=GATE_AT, gate_norm=each, **single) for each in (norm, "none")]
+            compare(4, f"{column}, entmax15, norm {norm} - none", *pair)
+    for format in FORMATS[:2]:
+        one = values("accuracy", kind="matched", format=format, experts=256)
+        for levels in LEVELS:
+            name = "x".join(map(str, levels))
+            two = values("accuracy", kind="matched", format=format, experts=name)
+            compare(5, f"accuracy in %, {format} of {name} - 256", two, one, 100)
+    return found
+
+
 def keep_images(top: dict[str, Any]) -> None:
     """Keep the images of the most active inputs with their labels, and which they are."""
     path = TABLES / "heads_top_inputs.npz"
@@ -338,11 +390,13 @@ def keep_images(top: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("features", "tune", "test", "causes"))
+    parser.add_argument("step", choices=("features", "tune", "test", "causes", "claims"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     if options.step == "features":
         make_features("train", DATA / "heads-training.npz")
+    elif options.step == "claims":
+        print(as_text(claims()))
     else:
         {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.processes)
     return 0

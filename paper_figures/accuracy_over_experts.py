@@ -1,0 +1,74 @@
+"""Accuracy of heads over the number of experts, at the parameters of a dense MLP; one level and two.
+
+Oldfield et al. (2024), fine-tuned heads: layers of experts do no worse than the matched linear layer.
+
+Settings: blocks 320 → 512 → 10 on features of EfficientNet-Lite0, Fashion-MNIST, 169,482 parameters with gate
+and biases, 5 seeds, means and 95 % intervals on test images; see ``docs/experiments/heads.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from matplotlib.figure import Figure
+
+from paper_figures.common import FORMATS, Row, colour_of, draw_lines, new_figure, set_experts_axis
+from paper_figures.experiments.heads import over_seeds, table
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a format and numbers of experts; that of the MLP first."""
+    found = []
+    matched = [row for row in table("heads") if row["kind"] == "matched"]
+    for name, modes in dict.fromkeys((row["format"], str(row["experts"])) for row in matched):
+        mine = [row for row in matched if (row["format"], str(row["experts"])) == (name, modes)]
+        levels = [] if modes == "none" else [int(n) for n in modes.split("x")]
+        found.append(
+            {
+                "name": "mlp" if name == "linear" else name,
+                "levels": len(levels),
+                "modes": modes,
+                "experts": prod(levels),
+                "parameters": mine[0]["parameters"],
+                "seeds": len(mine),
+                **over_seeds(mine, "accuracy"),
+            }
+        )
+    order = ("mlp", *FORMATS)
+    return sorted(found, key=lambda row: (order.index(row["name"]), row["levels"], row["experts"]))
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Accuracy over experts with one level; the same with two, as points with their intervals."""
+    figure, axes = new_figure(2, height=3.0)
+    scaled = [{**row, **{key: 100 * row[key] for key in row if key.startswith("accuracy")}} for row in rows]
+    dense = scaled[0]
+    one = [row for row in scaled if row["levels"] == 1]
+    draw_lines(axes[0], one, "experts", "accuracy", marker="o", markersize=3)
+    set_experts_axis(axes[0], one)
+    axes[0].set_title("one level")
+    hierarchical = {row["name"] for row in scaled if row["levels"] == 2}
+    others = [
+        row for row in scaled if row["levels"] == 2 or (row["modes"] == "256" and row["name"] in hierarchical)
+    ]
+    places = list(dict.fromkeys(row["modes"] for row in others))
+    for shift, name in zip((-0.12, 0.12), sorted(hierarchical), strict=False):
+        for row in (row for row in others if row["name"] == name):
+            x, y = places.index(row["modes"]) + shift, row["accuracy"]
+            axes[1].errorbar(
+                x, y, [[y - row["accuracy_low"]], [row["accuracy_high"] - y]], fmt="o", color=colour_of(name),
+                markersize=4, capsize=2,
+            )  # fmt: skip
+    axes[1].set_xticks(range(len(places)), [mode.replace("x", " × ") for mode in places])
+    axes[1].set(xlim=(-0.5, len(places) - 0.5), xlabel="experts of the levels", title="levels")
+    for ax in axes:
+        ax.axhline(dense["accuracy"], color="black", linestyle="--", label="dense MLP")
+        ax.axhspan(dense["accuracy_low"], dense["accuracy_high"], color="black", alpha=0.12, linewidth=0)
+        ax.set_ylabel("test accuracy, %")
+    lowest, highest = min(row["accuracy_low"] for row in scaled), max(row["accuracy_high"] for row in scaled)
+    for ax in axes:
+        ax.set_ylim(lowest - 0.2, highest + 0.2)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    return figure

@@ -1,0 +1,49 @@
+"""Load of experts: the share of images that give an expert a coefficient of 0.5 or more.
+
+Oldfield et al. (2024), load of the experts.
+
+Settings: single layers 320 → 10, CP of rank 64, 32 and 256 experts, entmax15 on batch-normed logits, features
+of EfficientNet-Lite0, Fashion-MNIST, 10,000 test images, 5 seeds; see ``docs/experiments/heads.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from paper_figures.common import Row, colour_of, new_figure
+from paper_figures.experiments.heads import LOOKED_AT, table
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a number of experts and a place in the order of their load."""
+    loads = table("heads_load")
+    found = []
+    for n in LOOKED_AT:
+        for place in range(1, n + 1):
+            values = [row["load"] for row in loads if (row["experts"], row["place"]) == (n, place)]
+            found.append(
+                {
+                    "experts": n,
+                    "place": place,
+                    "load": float(np.mean(values)),
+                    "load_low": min(values),
+                    "load_high": max(values),
+                }
+            )
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Experts in the order of their load: the mean over seeds, lowest to highest seed as a band."""
+    figure, axes = new_figure(len(LOOKED_AT), height=2.4)
+    for ax, n in zip(axes, LOOKED_AT, strict=True):
+        mine = [row for row in rows if row["experts"] == n]
+        places = [row["place"] for row in mine]
+        ax.plot(places, [100 * row["load"] for row in mine], color=colour_of("cp"))
+        low, high = ([100 * row[f"load_{end}"] for row in mine] for end in ("low", "high"))
+        ax.fill_between(places, low, high, color=colour_of("cp"), alpha=0.2, linewidth=0)
+        ax.set(title=f"{n} experts", xlabel="experts, by load", ylabel="load, % of images", ylim=(0, None))
+    return figure

@@ -1,0 +1,69 @@
+"""Polysemanticity of experts over their number, beside a random gate that is as sparse.
+
+Oldfield et al. (2024), expert specialization: with more experts each is there for fewer classes. The figure
+shrinks for any gate as fewer images use an expert, hence the second line.
+
+Settings: single layers 320 → 10, CP of rank 64 (not matched in parameters), features of EfficientNet-Lite0,
+Fashion-MNIST, at most 128 experts removed one by one, 5 seeds, means and 95 % intervals on test images; see
+``docs/experiments/heads.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from paper_figures.common import Row, colour_of, new_figure, set_experts_axis
+from paper_figures.experiments.heads import over_seeds, table
+
+#: Column, label, style.
+LINES = (
+    ("polysemanticity", "trained gate", {"marker": "o", "color": colour_of("cp")}),
+    ("polysemanticity_random", "random gate", {"marker": "s", "color": "#7F7F7F", "linestyle": "--"}),
+)
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a number of experts."""
+    mine = [
+        row
+        for row in table("heads")
+        if (row["kind"], row["format"], row["gate"], row["gate_norm"])
+        == ("single", "cp", "entmax15", "batch")
+    ]
+    found = []
+    for n in sorted({row["experts"] for row in mine}):
+        seeds = [row for row in mine if row["experts"] == n]
+        row = {"experts": n, "seeds": len(seeds)}
+        for column in ("polysemanticity", "polysemanticity_random", "active", "dead", "accuracy"):
+            row |= over_seeds(seeds, column)
+        found.append(row)
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Polysemanticity, and what goes with it: the share of experts an image uses."""
+    figure, axes = new_figure(2, height=2.8)
+    places = [row["experts"] for row in rows]
+    for column, label, style in LINES:
+        axes[0].plot(places, [row[column] for row in rows], label=label, markersize=3, **style)
+        low, high = ([row[f"{column}_{end}"] for row in rows] for end in ("low", "high"))
+        axes[0].fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    axes[0].set(ylabel="polysemanticity")
+    axes[0].legend(frameon=False)
+    for column, label, line in (("active", "used by an image", "o-"), ("dead", "used by none", "s:")):
+        axes[1].plot(
+            places,
+            [100 * row[column] for row in rows],
+            line,
+            color=colour_of("cp"),
+            label=label,
+            markersize=3,
+        )
+    axes[1].set(ylabel="% of the experts")
+    axes[1].legend(frameon=False)
+    for ax in axes:
+        set_experts_axis(ax, rows)
+        ax.tick_params(axis="x", rotation=45)
+    return figure

@@ -1,0 +1,76 @@
+"""Softmax and entmax15 gates, with the norms of their logits: accuracy, sparsity, polysemanticity, balance.
+
+Oldfield et al. (2024), ablation of the gate: entmax15 against softmax, with and without a norm.
+
+Settings: single layers 320 → 10, CP of rank 64, 128 experts, features of EfficientNet-Lite0, Fashion-MNIST, 5
+seeds, means and 95 % intervals on test images; see ``docs/experiments/heads.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from paper_figures.common import Row, colour_of, new_figure
+from paper_figures.experiments.heads import GATE_AT, over_seeds, table
+
+NORMS = ("none", "layer", "batch")
+GATES = {"entmax15": (colour_of("cp"), "o", -0.12), "softmax": (colour_of("tr"), "s", 0.12)}
+#: Column, label, factor.
+PANELS = (
+    ("accuracy", "test accuracy, %", 100),
+    ("active", "used by an image, %", 100),
+    ("polysemanticity", "polysemanticity", 1),
+    ("entropy", "entropy of use / log N", 1),
+)
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a gate and norm."""
+    found = []
+    for gate in GATES:
+        for norm in NORMS:
+            key = ("single", GATE_AT, gate, norm)
+            mine = [
+                row
+                for row in table("heads")
+                if (row["kind"], row["experts"], row["gate"], row["gate_norm"]) == key
+            ]
+            row = {"gate": gate, "gate_norm": norm, "seeds": len(mine)}
+            for column in (
+                "accuracy",
+                "active",
+                "dead",
+                "entropy",
+                "polysemanticity",
+                "polysemanticity_random",
+            ):
+                row |= over_seeds(mine, column)
+            found.append(row)
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """One panel a figure; of polysemanticity also that of the random gate, hollow."""
+    figure, axes = new_figure(len(PANELS), height=2.6)
+    for ax, (column, title, factor) in zip(axes, PANELS, strict=True):
+        for row in rows:
+            colour, marker, shift = GATES[row["gate"]]
+            x = NORMS.index(row["gate_norm"]) + shift
+            low, value, high = (factor * row[f"{column}{end}"] for end in ("_low", "", "_high"))
+            ax.errorbar(
+                x, value, [[value - low], [high - value]], fmt=marker, color=colour, markersize=4, capsize=2,
+                label=row["gate"] if row["gate_norm"] == NORMS[0] else None,
+            )  # fmt: skip
+            if column == "polysemanticity":
+                ax.plot(
+                    x, row[f"{column}_random"], marker, color=colour, markersize=4, markerfacecolor="none",
+                    label=f"{row['gate']}, random gate" if row["gate_norm"] == NORMS[0] else None,
+                )  # fmt: skip
+        ax.set_xticks(range(len(NORMS)), NORMS)
+        ax.set(xlim=(-0.5, len(NORMS) - 0.5), xlabel="norm of the logits", title=title)
+        ax.title.set_fontweight("normal")
+        ax.title.set_fontsize(8)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure

@@ -1,0 +1,61 @@
+"""Images that experts are most active for: the first ten experts of 32 and of 256.
+
+Oldfield et al. (2024), top-activating inputs. The experts are the first ten by number, not chosen.
+
+Settings: single layers 320 → 10, CP of rank 64, entmax15 on batch-normed logits, seed 0, features of
+EfficientNet-Lite0; images of Fashion-MNIST (MIT licence), test images, the most active one first; see
+``docs/experiments/heads.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from paper_figures.common import Row, new_figure
+from paper_figures.experiments.heads import LOOKED_AT, TABLES
+
+KEPT = TABLES / "heads_top_inputs.npz"
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row an image; less where an expert has a coefficient above zero for fewer."""
+    found = []
+    with np.load(KEPT) as kept:
+        for n in LOOKED_AT:
+            for expert, (indices, labels) in enumerate(
+                zip(kept[f"indices_{n}"].tolist(), kept[f"labels_{n}"].tolist(), strict=True)
+            ):
+                found += [
+                    {"experts": n, "expert": expert, "place": place, "image": index, "label": CLASSES[label]}
+                    for place, (index, label) in enumerate(zip(indices, labels, strict=True), 1)
+                    if index >= 0
+                ]
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A line an expert: its images, and how many classes they are of."""
+    figure, axes = new_figure(len(LOOKED_AT), height=4.4)
+    with np.load(KEPT) as kept:
+        for ax, n in zip(axes, LOOKED_AT, strict=True):
+            pixels = kept[f"images_{n}"]
+            experts, places, height, width = pixels.shape
+            ax.imshow(
+                pixels.transpose(0, 2, 1, 3).reshape(experts * height, places * width), cmap="gray_r",
+                aspect="equal",
+            )  # fmt: skip
+            for k in range(1, experts):
+                ax.axhline(k * height - 0.5, color="#BBBBBB", linewidth=0.6)
+            ax.set_yticks(height * (np.arange(experts) + 0.5), [str(k) for k in range(experts)])
+            ax.set_xticks([])
+            ax.tick_params(length=0)
+            ax.set(title=f"{n} experts", ylabel="expert")
+            for expert in range(experts):
+                mine = [row for row in rows if (row["experts"], row["expert"]) == (n, expert)]
+                if not mine:
+                    ax.text(0, height * (expert + 0.5), "no image uses it", va="center")
+    return figure

@@ -111,7 +111,7 @@ class Experts(nn.Module):
             nn.Parameter(torch.empty([sizes[x] for x in axes], device=device, dtype=dtype))
             for axes in self.axes
         )
-        self.register_module("edits", None)
+        self.edits = None  # a child only where there are some
         self.reset_parameters()
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from pathlib import Path
 from asv_runner.discovery import disc_benchmarks
 
 from benchmarks.common import PROFILES, VARIABLE, profile
-from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.files import whole_file
 
 STORED = Path(__file__).with_name("stored.json")
 RENEW = "python -m benchmarks.guard --write"

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.files import whole_file
 
 
 @contextmanager

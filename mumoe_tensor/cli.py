@@ -701,7 +701,7 @@ def inspect(
     Example: `mumoe-tensor inspect results/head`
     """
     from mumoe_tensor.browser import browse_head
-    from mumoe_tensor.study.files import whole_file
+    from mumoe_tensor.files import whole_file
 
     path = run / "experts.html" if out is None else out
     with _bad_input(), _progress("experts") as progress:

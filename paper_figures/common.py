@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import threads
 from mumoe_tensor import Cost, cost, fit_rank
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.environment import environment
-from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
 from mumoe_tensor.study.timing import Spread

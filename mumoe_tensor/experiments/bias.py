@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
 from mumoe_tensor.experiments.records import Records, Row
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.nn import MuMoE
-from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.training import Dataset, TrainConfig, train
 from mumoe_tensor.training.attributes import Population, Task
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.files import whole_file
 
 Row = dict[str, Any]
 

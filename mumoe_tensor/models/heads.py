@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.cost import dense_parameters
 from mumoe_tensor.cost import parameters as count_parameters
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.formats.base import get_format
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 
@@ -142,9 +143,6 @@ def save_head(head: Head, path: Path) -> None:
     path : Path
     """
     from safetensors.torch import save
-
-    # (Only here: the study imports models.)
-    from mumoe_tensor.study.files import whole_file
 
     state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     with whole_file(path) as file:

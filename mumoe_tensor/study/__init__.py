@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.layers import LAYERS, Layer, get_layer
 from mumoe_tensor.study.report import to_json, write
 from mumoe_tensor.study.results import Measurement, Results

@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.chart import Chart, Panel, Series, limits
 from mumoe_tensor.study.charts import ALIKE
-from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
 
 #: Okabe and Ito's colours, told apart by every kind of colour vision. A format keeps its colour everywhere.

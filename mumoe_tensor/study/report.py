@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.charts import charts
-from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.study.results import Results
 from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.words import paragraph

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.study.files import whole_file
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.subjects import UNITS, Subject
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.training.data import Dataset
 from mumoe_tensor.training.trainer import Bar
 
@@ -69,8 +70,5 @@ def write_npz(data: Dataset, path: str | Path) -> None:
     data : Dataset
     path : str or Path
     """
-    # (Only here: the study imports this room.)
-    from mumoe_tensor.study.files import whole_file
-
     with whole_file(Path(path)) as file:
         np.savez(file, x=data.x.numpy(), y=data.y.numpy())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head, save_head
 from mumoe_tensor.training.data import Dataset, read_idx, read_npz, split
@@ -154,8 +155,6 @@ def run_head(
         If the folder has a run of another setting, or data and setting do not fit together.
     """
     from safetensors.torch import save
-
-    from mumoe_tensor.study.files import whole_file
 
     paths = {name: folder / name for name in ("config.json", "metrics.csv", "head.safetensors")}
     told: dict[str, Any] = json.loads(json.dumps(asdict(setting)))

@@ -13,10 +13,10 @@ from matplotlib.text import Text
 from samples import RATIOS
 
 from mumoe_tensor import study as studies
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.study import plots
 from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front, limits
 from mumoe_tensor.study.charts import charts, interval
-from mumoe_tensor.study.files import whole_file
 from mumoe_tensor.study.subjects import BASELINE
 
 Made = tuple[studies.Plan, studies.Results]

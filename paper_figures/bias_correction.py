@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from mumoe_tensor.experiments.bias import CORRECTIONS, LARGEST_LOSS, METHODS, interval
+from mumoe_tensor.experiments.bias import CORRECTIONS, LARGEST_LOSS, METHODS
+from mumoe_tensor.interval import interval
 from paper_figures.common import FOLDER, Row, colour_of, new_figure, read
 
 TABLE = FOLDER.parent / "docs" / "experiments" / "bias.csv"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
 from mumoe_tensor.experiments.records import Records, Row
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.interval import interval
 from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.training import Dataset, TrainConfig, train
 from mumoe_tensor.training.attributes import Population, Task
@@ -458,13 +459,3 @@ def by_seed(rows: Sequence[Row], method: str) -> dict[str, list[float]]:
             area([row for row in mine if row["seed"] == seed], reference[seed]) for seed in sorted(reference)
         ]
     return figures
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half width of the 95 % interval of Student's t; None for that of a single value."""
-    from scipy.stats import t
-
-    count = len(values)
-    if count < 2:
-        return mean(values), None
-    return mean(values), float(t.ppf(0.975, count - 1)) * stdev(values) / count**0.5

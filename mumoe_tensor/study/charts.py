@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import isnan
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from mumoe_tensor.interval import interval
 from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front
 from mumoe_tensor.study.results import Measurement, Results, joined, total
 from mumoe_tensor.study.subjects import BASELINE
@@ -16,8 +17,6 @@ from mumoe_tensor.study.sweep import HEAD_BATCH, Plan
 #: Formats this near to the best of a column share it; more than two are only counted.
 TIE = 0.01
 ALIKE = "alike"
-#: Quantiles of Student's t for the middle 95 %, by degrees of freedom; beyond, the normal one.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 def charts(planned: Plan, results: Results) -> list[Chart]:
@@ -282,16 +281,6 @@ def specialisation(planned: Plan, results: Results) -> Chart:
     )
 
 
-def interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % interval by Student's t; the mean itself for a single value."""
-    values = list(values)
-    centre = mean(values)
-    if len(values) < 2:
-        return centre, centre, centre
-    half = STUDENT.get(len(values) - 1, 1.96) * stdev(values) / len(values) ** 0.5
-    return centre, centre - half, centre + half
-
-
 def words(experts: str) -> str:
     """Numbers of experts as they are read."""
     return " × ".join(f"{int(n):,}" for n in experts.split("x")) if experts else "no"
@@ -324,7 +313,8 @@ def _beside(row: Measurement, reference: Measurement) -> Point:
 
 
 def _mean_of(runs: list[Measurement], x: float, scale: float) -> Point:
-    centre, low, high = (scale * value for value in interval(row.value or 0.0 for row in runs))
+    centre, half = interval(scale * (row.value or 0.0) for row in runs)
+    low, high = centre - (half or 0.0), centre + (half or 0.0)
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     return Point(x, centre, low, high, ", ".join(part for part in (_told(runs[0]), count) if part))
 

@@ -203,16 +203,18 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     if unknown := set(options) - set(DEFAULTS):
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
     told = DEFAULTS | (QUICK if quick else {}) | {k: v for k, v in options.items() if v is not None}
-    told["experts"] = _counts(told["experts"] or _around(layer, quick))
-    told["formats"] = tuple(dict.fromkeys(get_format(f).name for f in told["formats"] or registered()))
+    told["experts"] = _counts(_or(told["experts"], _around(layer, quick)))
+    told["formats"] = tuple(dict.fromkeys(get_format(f).name for f in _or(told["formats"], registered())))
+    if not told["formats"]:
+        raise ValueError("a study needs at least one format, got none.")
     told["data"] = data = str(told["data"])
     if data not in (DIGITS, NO_DATA) and not Path(data).is_file():
         raise ValueError(
             f"data must be digits, none, or an .npz file with x and y; there is no file {data!r}."
         )
-    heads = told["head_experts"] or ((8,) if quick else (8, 32)) if data == DIGITS else told["experts"]
-    told["head_experts"] = _counts(told["head_experts"] or heads)
-    told["head_hidden"] = told["head_hidden"] or (DIGITS_HIDDEN if data == DIGITS else None)
+    heads = told["experts"] if data != DIGITS else (8,) if quick else (8, 32)
+    told["head_experts"] = _counts(_or(told["head_experts"], heads))
+    told["head_hidden"] = _or(told["head_hidden"], DIGITS_HIDDEN if data == DIGITS else None)
     for name in ("batch", "square_experts", "rounds", "top_k", "seeds", "epochs"):
         as_positive(told[name], name)
     if told["head_hidden"] is not None:
@@ -232,6 +234,11 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
         budget_of(text, layer.sizes)
     told["devices"] = _devices(told["devices"])
     return Setting(layer=layer, **told)
+
+
+def _or(value: Any, default: Any) -> Any:
+    """The default for None alone: what is empty or zero is refused, not replaced."""
+    return default if value is None else value
 
 
 def _around(layer: Layer, quick: bool) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mumoe_tensor.study.charts import interval, words
+from mumoe_tensor.interval import interval
+from mumoe_tensor.study.charts import words
 from mumoe_tensor.study.results import Measurement, Results, joined, total
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import Plan
@@ -134,18 +135,20 @@ def _accuracy(planned: Plan, results: Results) -> list[str]:
         return []
 
     def told(rows: list[Measurement]) -> str:
-        centre, low, _ = interval([_value(row) for row in rows])
-        return f"{100 * centre:.1f} %" + (f" ± {100 * (centre - low):.1f}" if len(rows) > 1 else "")
+        centre, half = interval(_value(row) for row in rows)
+        return f"{100 * centre:.1f} %" + ("" if half is None else f" ± {100 * half:.1f}")
 
-    best = max(fitted.values(), key=lambda rows: interval([_value(row) for row in rows])[0])
+    best = max(fitted.values(), key=lambda rows: interval(_value(row) for row in rows)[0])
     found = [
         f"Of the factorized heads the best on validation is {best[0].title} with {words(best[0].experts)} "
         f"experts and {best[0].budget:,} parameters: {told(best)}, the dense head {told(dense)} "
         f"({len(dense)} {'runs' if len(dense) > 1 else 'run'} each, 95 % interval)."
     ]
     if len(dense) > 1 and len(best) > 1:
-        one, other = ([_value(row) for row in rows] for rows in (best, dense))
-        apart = interval(one)[1] > interval(other)[2] or interval(other)[1] > interval(one)[2]
+        (one, half), (other, half_of_other) = (
+            interval(_value(row) for row in rows) for rows in (best, dense)
+        )
+        apart = abs(one - other) > (half or 0.0) + (half_of_other or 0.0)
         found.append(
             "These intervals do not overlap."
             if apart

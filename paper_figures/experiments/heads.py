@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
-from mumoe_tensor.experiments.bias import interval
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz

@@ -26,6 +26,7 @@ from mumoe_tensor.cli import app
 from mumoe_tensor.experiments import bias
 from mumoe_tensor.experiments.bias import CORRECTIONS, METHODS, METRICS, MODELS, Experiment, Recipe
 from mumoe_tensor.experiments.records import Records
+from mumoe_tensor.interval import interval
 from mumoe_tensor.training import attributes
 from mumoe_tensor.training.attributes import Population, Task, read_adult, read_celeba
 
@@ -211,9 +212,9 @@ def test_the_weakest_of_the_best_is_chosen() -> None:
 
 def test_intervals_are_those_of_student() -> None:
     # Of five values the quantile is 2.776; their deviation is sqrt(2.5).
-    middle, half = bias.interval([1, 2, 3, 4, 5])
+    middle, half = interval([1, 2, 3, 4, 5])
     assert middle == 3 and half == pytest.approx(2.776 * sqrt(2.5 / 5), abs=1e-3)
-    assert bias.interval([1]) == (1, None)
+    assert interval([1]) == (1, None)
 
 
 def test_differences_are_taken_seed_by_seed(finished: Experiment) -> None:
@@ -221,7 +222,7 @@ def test_differences_are_taken_seed_by_seed(finished: Experiment) -> None:
     own = [bias.by_seed(rows, method)["worst"] for method in ("edit", "mumoe")]
     (row,) = (r for r in bias.comparisons(rows) if (r["metric"], r["minus"]) == ("worst", "mumoe"))
     differences = [a - b for a, b in zip(*own, strict=True)]
-    assert (row["difference"], row["half"]) == pytest.approx(bias.interval(differences))
+    assert (row["difference"], row["half"]) == pytest.approx(interval(differences))
 
 
 # ---- models ------------------------------------------------------------------------------------------------

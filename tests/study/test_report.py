@@ -14,9 +14,10 @@ from samples import RATIOS
 
 from mumoe_tensor import study as studies
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.interval import interval
 from mumoe_tensor.study import plots
 from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front, limits
-from mumoe_tensor.study.charts import charts, interval
+from mumoe_tensor.study.charts import charts
 from mumoe_tensor.study.subjects import BASELINE
 
 Made = tuple[studies.Plan, studies.Results]
@@ -127,10 +128,11 @@ def test_the_front_has_what_nothing_beats() -> None:
 
 
 def test_intervals() -> None:
-    assert interval([2.0]) == (2.0, 2.0, 2.0)
+    assert interval([2.0]) == (2.0, None)
     # Student's t for two degrees of freedom: 4.30 / sqrt(3).
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 2.4826, 2 + 2.4826), abs=1e-3)
-    assert interval([0.0, 1.0] * 50)[2] == pytest.approx(0.5 + 1.96 * 0.0502519, abs=1e-4)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.4841), abs=1e-4)
+    # Eleven values have ten degrees of freedom: 2.2281, not the 1.96 of many.
+    assert interval(range(11)) == pytest.approx((5.0, 2.2281), abs=1e-3)
 
 
 def test_axes_have_room() -> None:

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,27 @@ def jax_x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="session")
+def torchvision_schemas() -> Iterator[None]:
+    """What torchvision, and so timm, needs to be imported beside another build of torch than its own.
+
+    A test that imports either asks for this first. Where torchvision's own operators load, they are used.
+    """
+    torch = pytest.importorskip("torch")
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        pytest.skip("torchvision is not installed")
+    with suppress(OSError):
+        torch.ops.load_library(Path(found.origin).parent / "_C.so")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    # (The definitions go with the object.)
+    yield
+    del library
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,292 @@
+"""Texts as byte pairs of GPT-2, and files of their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mumoe_tensor.files import whole_file
+from mumoe_tensor.training.data import read_text
+
+#: A token on disk, as the files that nanoGPT's scripts write have it.
+TOKEN = np.dtype("<u2")
+END_OF_TEXT = "<|endoftext|>"
+#: Tokens that are looked at in one go where a whole file is.
+CHUNK = 1 << 24
+
+
+class Tokenizer:
+    """Byte pairs of GPT-2 (Radford et al., 2019), all of them or the first ones.
+
+    Ids 0 to 255 are the bytes, 256 + k is the k-th merge, and the last id is the end of a text. A merge
+    joins tokens of lower ids alone, so the first merges are a vocabulary of their own: a small one makes for
+    a small output layer, and for more tokens a text.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Has ``encoder.json`` and ``vocab.bpe``; `make data` puts them into ``data/gpt2-vocabulary``.
+    vocabulary : int, optional
+        Number of ids. By default all: 50,257.
+
+    Attributes
+    ----------
+    vocabulary : int
+    end : int
+        Id of the end of a text.
+
+    Raises
+    ------
+    ValueError
+        If a file is not what it should be, or there are not so many ids.
+    ImportError
+        If ``tokenizers`` is not installed.
+    """
+
+    def __init__(self, folder: str | Path, vocabulary: int | None = None):
+        from tokenizers import ByteLevelBPETokenizer
+
+        ids, merges = _vocabulary(Path(folder))
+        self.vocabulary = len(ids) if vocabulary is None else vocabulary
+        if not 257 <= self.vocabulary <= len(ids):
+            raise ValueError(
+                f"a vocabulary has the 256 bytes, the end of a text, and some of the {len(merges):,} merges; "
+                f"got one of {self.vocabulary:,}."
+            )
+        self.end = self.vocabulary - 1
+        kept = {token: i for token, i in ids.items() if i < self.end}
+        self._pairs = ByteLevelBPETokenizer(
+            kept | {END_OF_TEXT: self.end}, merges[: self.vocabulary - 257], add_prefix_space=False
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without the end."""
+        return self._pairs.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are no UTF-8 become a replacement character.
+
+        Raises
+        ------
+        ValueError
+            If an id is not of the vocabulary.
+        """
+        known = [int(i) for i in ids]
+        strange = [i for i in known if not 0 <= i < self.vocabulary]
+        if strange:
+            raise ValueError(f"ids lie from 0 to {self.end:,}, got {strange[0]:,}.")
+        return self._pairs.decode(known)
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids of all tokens, and the merges, checked against each other."""
+    path = folder / "encoder.json"
+    try:
+        ids = json.loads(read_text(path))
+        assert isinstance(ids, dict)
+    except (json.JSONDecodeError, AssertionError):
+        raise ValueError(f"encoder.json must be an object of tokens and their ids; {path} is not.") from None
+    # Only "\n" ends a line: some tokens have characters that `splitlines` takes for an end.
+    lines = read_text(folder / "vocab.bpe").split("\n")
+    merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines[1:] if line)]
+    expected = {a + b: 256 + k for k, (a, b) in enumerate(merges)} | {END_OF_TEXT: 256 + len(merges)}
+    if len(ids) != 256 + len(expected) or any(ids.get(token) != i for token, i in expected.items()):
+        raise ValueError(
+            "ids must be the bytes, then the merges in their order, then the end of a text; those of "
+            f"{folder} are not."
+        )
+    return ids, merges
+
+
+def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> list[int]:
+    """Write the tokens of texts one after the other, each with its end; whole or not at all.
+
+    Parameters
+    ----------
+    texts : iterable of str
+    tokenizer : Tokenizer
+    path : Path
+        Gets little-endian numbers of two bytes, without a head.
+
+    Returns
+    -------
+    list of int
+        Tokens of each text.
+    """
+    counts = []
+    with whole_file(path) as file:
+        for text in texts:
+            ids = np.array([*tokenizer.encode(text), tokenizer.end], TOKEN)
+            file.write(ids.tobytes())
+            counts.append(len(ids))
+    return counts
+
+
+def tokenize(
+    sources: Sequence[Path],
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    hold_out: Sequence[str],
+    leave_out: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write the tokens of files of text, parted into files for training and files for validation.
+
+    ``training.bin`` and ``validation.bin`` have the tokens, ``tokens.json`` says how many ids there are and
+    which files went where, with their tokens.
+
+    Parameters
+    ----------
+    sources : sequence of Path
+        Files in UTF-8; of a folder, its ``*.txt``.
+    tokenizer : Tokenizer
+    out : Path
+        A folder.
+    hold_out : sequence of str
+        Patterns of the names of files for validation, as ``macbeth*``.
+    leave_out : sequence of str, optional
+        Patterns of the names of files that go nowhere.
+
+    Returns
+    -------
+    dict
+        What is in ``tokens.json``.
+
+    Raises
+    ------
+    ValueError
+        If a source has no text, a pattern fits no file, or a part would be empty.
+    """
+    files: list[Path] = []
+    for source in sources:
+        found = sorted(source.glob("*.txt")) if source.is_dir() else [source]
+        if not found:
+            raise ValueError(f"a folder of texts must have files *.txt; {source} has none.")
+        files += [file for file in found if file not in files]
+    for pattern in (*hold_out, *leave_out):
+        if not any(file.match(pattern) for file in files):
+            raise ValueError(f"a pattern must fit the name of a file; {pattern!r} fits none.")
+    files = [file for file in files if not _fits(file, leave_out)]
+    parts = {
+        "training": [file for file in files if not _fits(file, hold_out)],
+        "validation": [file for file in files if _fits(file, hold_out)],
+    }
+    for part, held in parts.items():
+        if not held:
+            raise ValueError(f"both parts must have files; for {part} there is none.")
+    told: dict[str, Any] = {"vocabulary": tokenizer.vocabulary}
+    for part, held in parts.items():
+        counts = write_tokens(map(read_text, held), tokenizer, out / f"{part}.bin")
+        told[part] = [{"file": f.name, "tokens": n} for f, n in zip(held, counts, strict=True)]
+    with whole_file(out / "tokens.json") as file:
+        file.write(json.dumps(told, indent=2).encode())
+    return told
+
+
+def _fits(path: Path, patterns: Sequence[str]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
+
+
+class Tokens:
+    """Windows of a file of tokens, without overlap, for the prediction of each next token.
+
+    The file stays on disk; a batch reads what it needs.
+
+    Parameters
+    ----------
+    path : str or Path
+        Little-endian numbers of two bytes, as `write_tokens` and the scripts of nanoGPT write them.
+    context : int
+        Tokens of a window. A last window that is not full is left out.
+
+    Raises
+    ------
+    ValueError
+        If the file is no whole number of tokens, or has less than one window and the token after it.
+    """
+
+    def __init__(self, path: str | Path, context: int):
+        self.path, self.context = Path(path), context
+        size = self.path.stat().st_size
+        if context < 1:
+            raise ValueError(f"context must be positive, got {context}.")
+        if size % TOKEN.itemsize:
+            raise ValueError(f"a token has {TOKEN.itemsize} bytes; {path} has {size:,} bytes.")
+        if size // TOKEN.itemsize <= context:
+            raise ValueError(
+                f"a window of {context:,} tokens and the one after it must fit; {path} has "
+                f"{size // TOKEN.itemsize:,} tokens."
+            )
+        self._tokens = np.memmap(self.path, TOKEN, mode="r")
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self.context
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest id in the file."""
+        edges = [*range(0, len(self._tokens), CHUNK), len(self._tokens)]
+        return max(int(self._tokens[a:b].max()) for a, b in pairwise(edges))
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Some of the windows.
+
+        Parameters
+        ----------
+        rows : Tensor of int64 of shape (n,)
+
+        Returns
+        -------
+        x, y : Tensor of int64 of shape (n, context)
+            ``y`` is the tokens that follow those of ``x``.
+        """
+        places = rows.numpy()[:, None] * self.context + np.arange(self.context + 1)
+        found = torch.from_numpy(self._tokens[places].astype(np.int64))
+        return found[:, :-1], found[:, 1:]
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Files of tokens to train on.
+
+    Attributes
+    ----------
+    training, validation : str
+        Paths of ``.bin`` files as `Tokens` reads them.
+    """
+
+    training: str
+    validation: str
+
+    def read(self, context: int, vocabulary: int) -> tuple[Tokens, Tokens]:
+        """Windows for training and validation.
+
+        Parameters
+        ----------
+        context : int
+            Tokens of a window.
+        vocabulary : int
+            Number of ids that the model knows.
+
+        Raises
+        ------
+        ValueError
+            If a file has an id the model does not know, or see `Tokens`.
+        """
+        training, validation = Tokens(self.training, context), Tokens(self.validation, context)
+        for tokens in (training, validation):
+            if tokens.largest >= vocabulary:
+                raise ValueError(
+                    f"a model of {vocabulary:,} ids takes 0 to {vocabulary - 1:,}; {tokens.path} has "
+                    f"{tokens.largest:,}."
+                )
+        return training, validation

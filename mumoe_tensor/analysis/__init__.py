@@ -5,6 +5,7 @@ from mumoe_tensor.analysis.coefficients import watch_coefficients
 from mumoe_tensor.analysis.editing import edit_bias, mean_coefficients, remove_edit
 from mumoe_tensor.analysis.fairness import Fairness, fairness
 from mumoe_tensor.analysis.interventions import ablate, keep_only, random_gate, scale
+from mumoe_tensor.analysis.losses import loss_effects
 from mumoe_tensor.analysis.specialization import (
     Labels,
     LabelStatistics,
@@ -12,6 +13,7 @@ from mumoe_tensor.analysis.specialization import (
     polysemanticity,
 )
 from mumoe_tensor.analysis.top_inputs import TopInputs
+from mumoe_tensor.analysis.truncation import truncate
 from mumoe_tensor.analysis.usage import Usage, UsageStatistics
 
 __all__ = [
@@ -27,10 +29,12 @@ __all__ = [
     "edit_bias",
     "fairness",
     "keep_only",
+    "loss_effects",
     "mean_coefficients",
     "polysemanticity",
     "random_gate",
     "remove_edit",
     "scale",
+    "truncate",
     "watch_coefficients",
 ]

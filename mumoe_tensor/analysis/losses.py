@@ -1,0 +1,70 @@
+"""What a language model loses without one of its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.analysis.coefficients import evaluating, gate_of, level_of, numbers_of
+from mumoe_tensor.analysis.interventions import ablate
+
+
+@torch.no_grad()
+def loss_effects(
+    model: nn.Module,
+    layer: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    level: int = 0,
+    experts: Iterable[int] | None = None,
+) -> Tensor:
+    """Change of the cross-entropy of every token when one expert is removed, as by `ablate`.
+
+    Parameters
+    ----------
+    model : Module
+        Token numbers of shape (rows, tokens) to logits of shape (rows, tokens, vocabulary). Runs as in
+        ``eval()``.
+    layer : Module
+        The layer of the model that the expert belongs to.
+    batches : sequence of (tokens, next tokens)
+        Of shape (rows, tokens) both. Gone through once for the intact model and once for every expert.
+    level : int, default 0
+    experts : iterable of int, optional
+        Those to remove, one after the other; all of the level by default.
+
+    Returns
+    -------
+    Tensor of shape (experts,)
+        Mean loss of a token without the expert less that of the intact model, in nats: above zero for an
+        expert that helps.
+
+    Raises
+    ------
+    ValueError
+        If the layer has not one gate, there is no such level or expert, or there is no token.
+    """
+    gate = gate_of(layer)
+    count = gate.experts[level_of(gate, level)]
+    removed = numbers_of(gate, level, range(count) if experts is None else experts)
+    if not sum(following.numel() for _, following in batches):
+        raise ValueError("there must be tokens whose loss can change, got none.")
+    with evaluating(model):
+        intact = _loss(model, batches)
+        changes = []
+        for expert in removed:
+            with ablate(gate, [expert], level):
+                changes.append(_loss(model, batches) - intact)
+    return torch.tensor(changes)
+
+
+def _loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Mean over tokens."""
+    total, count = 0.0, 0
+    for tokens, following in batches:
+        logits = model(tokens).flatten(0, 1)
+        total += float(nn.functional.cross_entropy(logits.float(), following.flatten(), reduction="sum"))
+        count += following.numel()
+    return total / count

@@ -1,0 +1,73 @@
+"""A model whose linear layers have lost their smallest singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from math import isfinite
+
+import torch
+from torch import nn
+
+from mumoe_tensor.nn.linear import is_linear
+
+
+@contextmanager
+def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
+    r"""While the context lasts, linear layers are of low rank: the best approximations of their weights.
+
+    .. math:: W \approx \sum_{i \le k} \sigma_i u_i v_i^\top, \qquad k = \mathrm{round}(s \cdot \min(I, O))
+
+    with the k largest singular values, a share s (Eckart and Young, 1936). Biases stay. Trained layers that keep their
+    accuracy so are the argument for experts of low rank (Oldfield et al., 2024). Afterwards the weights are
+    what they were, bit for bit.
+
+    Parameters
+    ----------
+    layers : iterable of Module
+        `torch.nn.Linear`, or Conv1D of transformers; at least one.
+    share : float
+        Singular values to keep, as a share of each layer's own number of them: 0 leaves the biases alone, 1
+        changes nothing.
+
+    Raises
+    ------
+    ValueError
+        If there is no layer, or the share lies outside of 0 to 1.
+    TypeError
+        If a module is no linear layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = torch.nn.Linear(8, 6)
+    >>> with truncate([layer], share=0.5):
+    ...     print(torch.linalg.matrix_rank(layer.weight).item())
+    3
+    """
+    found = list(layers)
+    if not found:
+        raise ValueError("there must be linear layers to truncate, got none.")
+    if not (isfinite(share) and 0 <= share <= 1):
+        raise ValueError(f"the share of singular values to keep must lie from 0 to 1, got {share}.")
+    if wrong := sorted({type(layer).__name__ for layer in found if not is_linear(layer)}):
+        raise TypeError(f"only linear layers can be truncated, got {', '.join(wrong)}.")
+    weights: list[nn.Parameter] = [layer.weight for layer in found]  # type: ignore[misc]
+    originals = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                kept = round(share * min(weight.shape))
+                if kept < min(weight.shape):
+                    weight.copy_(_largest(weight, kept))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, original in zip(weights, originals, strict=True):
+                weight.copy_(original)
+
+
+def _largest(matrix: torch.Tensor, kept: int) -> torch.Tensor:
+    """The part of a matrix that belongs to its largest singular values."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :kept] * s[:kept]) @ v[:kept]

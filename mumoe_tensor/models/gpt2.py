@@ -1,0 +1,406 @@
+"""GPT-2 without biases, whose MLPs are dense or of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.analysis.coefficients import evaluating, watch_coefficients
+from mumoe_tensor.formats.base import as_positive, check_choice
+from mumoe_tensor.models.blocks import (
+    DENSE,
+    StochasticDepth,
+    check_config,
+    dense_block,
+    drop_probabilities,
+    expert_block,
+)
+from mumoe_tensor.nn.experts import Init
+from mumoe_tensor.nn.gate import GateNorm
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Everything that a `GPT2` is made from. The defaults are the sizes of GPT-2 with 124M parameters.
+
+    Attributes
+    ----------
+    vocabulary : int
+        Number of different tokens.
+    context : int
+        The most tokens that are seen at once.
+    width : int
+        Features of a token.
+    depth : int
+        Number of blocks.
+    heads : int
+        Of attention; they divide `width`.
+    hidden : int
+        Size between the two layers of an MLP.
+    dropout : float
+        Probability of dropping, in training, what attention sees, what a branch adds, and what is embedded.
+    format : str
+        Of the experts, or ``"mlp"`` for a model without; then what follows but `stochastic_depth` has no
+        effect.
+    experts : tuple of int
+        One number a level.
+    rank : tuple of int or None
+        One entry a bond of the format. None: a block has the parameters that come nearest to those of the
+        dense one, norms counted.
+    gate, gate_norm, init
+        As of `.nn.MuMoE`. Batch norm takes its statistics over all tokens in training, later ones too.
+    stochastic_depth : float
+        Probability that the last block's branches are dropped for a row in training; linearly less before.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a value is none of these, or the heads do not divide the width.
+    """
+
+    vocabulary: int = 50304
+    context: int = 1024
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    dropout: float = 0.0
+    format: str = DENSE
+    experts: tuple[int, ...] = (256,)
+    rank: tuple[int, ...] | None = None
+    gate: str = "entmax15"
+    gate_norm: GateNorm = "layer"
+    init: Init = "linear"
+    stochastic_depth: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = ("vocabulary", "context", "width", "depth", "heads", "hidden")
+        check_config(
+            {name: getattr(self, name) for name in names},
+            {"dropout": self.dropout, "stochastic_depth": self.stochastic_depth},
+            self.format,
+            self.experts,
+            {"rank": self.rank},
+            self.gate,
+        )
+        check_choice(self.gate_norm, ("batch", "layer", "none"), "gate_norm")
+        check_choice(self.init, ("linear", "published"), "init")
+        if self.width % self.heads:
+            raise ValueError(
+                f"heads must divide the width: width={self.width} is no multiple of heads={self.heads}."
+            )
+
+
+class GPT2(nn.Module):
+    """GPT-2: a transformer that predicts the next token, with pre-norms, GELU, and neither biases nor a head.
+
+    The logits are products with the embeddings of the tokens (Radford et al., 2019). A dense MLP comes after
+    a layer norm; one of experts has biases and norms its input itself, such that the gate sees the residual
+    stream as it is (Oldfield et al., 2024). Dense weights are drawn with standard deviation 0.02, those that
+    end a branch with 0.02 / √(2 depth).
+
+    Parameters
+    ----------
+    config : GPT2Config
+    device : torch.device or str, optional
+        ``"meta"`` for a model that has sizes but no values.
+
+    Attributes
+    ----------
+    config : GPT2Config
+        The same, the rank solved.
+
+    References
+    ----------
+    Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+
+    Examples
+    --------
+    >>> import torch
+    >>> sizes = dict(vocabulary=100, context=8, width=32, depth=2, heads=4, hidden=128)
+    >>> model = GPT2(GPT2Config(**sizes, format="tr", experts=(4, 4)))
+    >>> model(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 100])
+    >>> model.config.rank
+    (4, 4, 4, 3)
+    """
+
+    def __init__(self, config: GPT2Config, device: torch.device | str | None = None):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocabulary, config.width, device=device)
+        self.position_embedding = nn.Embedding(config.context, config.width, device=device)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            GPT2Block(config, probability, device)
+            for probability in drop_probabilities(config.stochastic_depth, config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, bias=False, device=device)
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+        if config.format != DENSE:
+            first: Any = self.blocks[0]
+            config = replace(config, rank=first.mlp.config["rank"])
+        self.config = config
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the token that comes after each.
+
+        Parameters
+        ----------
+        tokens : Tensor of int64 of shape (rows, tokens)
+
+        Returns
+        -------
+        Tensor of shape (rows, tokens, vocabulary)
+
+        Raises
+        ------
+        ValueError
+            If tokens are none of the vocabulary, or more than the context (the first is not checked while
+            compiling).
+        """
+        self._check(tokens)
+        if tokens.shape[1] > self.config.context:
+            raise ValueError(
+                f"a row must have at most context = {self.config.context} tokens, got {tokens.shape[1]}."
+            )
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.linear(self.norm(x), self.token_embedding.weight)
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "tokens must be integers (int64) of shape (rows, tokens), one token a row at least, got "
+                f"{tokens.dtype} of shape {tuple(tokens.shape)}."
+            )
+        if torch.compiler.is_compiling() or tokens.is_meta or not tokens.numel():
+            return
+        least, most = (int(x) for x in tokens.aminmax())
+        if least < 0 or most >= self.config.vocabulary:
+            raise ValueError(
+                f"tokens must be from 0 to {self.config.vocabulary - 1}, got some from {least} to {most}."
+            )
+
+    @overload
+    def generate(
+        self,
+        tokens: Tensor,
+        steps: int,
+        *,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        generator: torch.Generator | None = ...,
+        return_coefficients: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        tokens: Tensor,
+        steps: int,
+        *,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        generator: torch.Generator | None = ...,
+        return_coefficients: Literal[True],
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]: ...
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        steps: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        return_coefficients: bool = False,
+    ) -> Any:
+        """Go on with rows of tokens, one token drawn at a time, as in evaluation.
+
+        Parameters
+        ----------
+        tokens : Tensor of int64 of shape (rows, tokens)
+            Of more than the context the last are seen.
+        steps : int
+            Tokens to add to each row.
+        temperature : float, default 1
+            Logits are divided by it; 0 takes the most probable token.
+        top_k : int, optional
+            Draw among the most probable tokens, so many.
+        generator : torch.Generator, optional
+            Of the device of the model; torch's own by default.
+        return_coefficients : bool, default False
+
+        Returns
+        -------
+        Tensor of shape (rows, tokens + steps)
+        dict
+            Only with `return_coefficients`: see `coefficients`.
+
+        Raises
+        ------
+        ValueError
+            If there are no tokens or wrong ones, or a choice is out of its range.
+        """
+        self._check(tokens)
+        as_positive(steps, "steps")
+        if top_k is not None and not 1 <= top_k <= self.config.vocabulary:
+            raise ValueError(
+                f"top_k must be from 1 to the vocabulary of {self.config.vocabulary}, got {top_k}."
+            )
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"a temperature is zero or positive, got {temperature}.")
+        with evaluating(self):
+            for _ in range(steps):
+                logits = self(tokens[:, -self.config.context :])[:, -1].float()
+                if top_k is not None:
+                    least = logits.topk(top_k).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -torch.inf)
+                if temperature:
+                    # (The largest is zero, lest small temperatures overflow.)
+                    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+                    drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                else:
+                    drawn = logits.argmax(-1, keepdim=True)
+                tokens = torch.cat([tokens, drawn.to(tokens.dtype)], 1)
+        return (tokens, self.coefficients(tokens)) if return_coefficients else tokens
+
+    @torch.no_grad()
+    def coefficients(self, tokens: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Coefficients that the experts of every block get for tokens, in evaluation.
+
+        Those of a token are from the context that ends with it: the last tokens, itself and those before.
+
+        Parameters
+        ----------
+        tokens : Tensor of int64 of shape (rows, tokens)
+            Any number; beyond the context every token takes a forward pass of its own.
+
+        Returns
+        -------
+        dict of str to tuple of Tensor of shape (rows, tokens, N_e)
+            By the name of the gate's module; one tensor a level.
+
+        Raises
+        ------
+        ValueError
+            If the model has no experts, or tokens are none of the vocabulary.
+        """
+        self._check(tokens)
+        rows, count = tokens.shape
+        context = self.config.context
+        found: dict[str, list[tuple[Tensor, ...]]] = {}
+        with evaluating(self):
+            for end in range(min(count, context), count + 1):
+                window = tokens[:, max(end - context, 0) : end]
+                # Of the first window every token counts, and then the last, which is new.
+                new = slice(None) if end <= context else slice(-1, None)
+
+                def keep(name: str, levels: tuple[Tensor, ...], new: slice = new) -> None:
+                    parts = tuple(a.reshape(rows, -1, a.shape[-1])[:, new].clone() for a in levels)
+                    found.setdefault(name, []).append(parts)
+
+                with watch_coefficients(self, keep):
+                    self(window)
+        return {
+            name: tuple(torch.cat(parts, 1) for parts in zip(*windows, strict=True))
+            for name, windows in found.items()
+        }
+
+
+class GPT2Block(nn.Module):
+    """One block: attention, then an MLP, each added to what goes in.
+
+    Parameters
+    ----------
+    config : GPT2Config
+    probability : float
+        Of dropping a branch in training.
+    device : torch.device or str, optional
+    """
+
+    def __init__(self, config: GPT2Config, probability: float, device: torch.device | str | None):
+        super().__init__()
+        width, hidden, dropout = config.width, config.hidden, config.dropout
+        std, last = 0.02, 0.02 / (2 * config.depth) ** 0.5
+        self.attention_norm = nn.LayerNorm(width, bias=False, device=device)
+        self.attention = CausalAttention(width, config.heads, dropout, device)
+        nn.init.normal_(self.attention.inputs.weight, std=std)
+        nn.init.normal_(self.attention.output.weight, std=last)
+        self.mlp_norm: nn.Module
+        self.mlp: Any
+        if config.format == DENSE:
+            self.mlp_norm = nn.LayerNorm(width, bias=False, device=device)
+            self.mlp = dense_block(width, hidden, bias=False, dropout=dropout, device=device)
+            nn.init.normal_(self.mlp.up.weight, std=std)
+            nn.init.normal_(self.mlp.down.weight, std=last)
+        else:
+            # Experts norm their input themselves. The budget is that of the dense MLP and its norm, without
+            # the scale and shift of their own norm.
+            self.mlp_norm = nn.Identity()
+            self.mlp = expert_block(
+                width, hidden, experts=config.experts, format=config.format, rank=config.rank,
+                parameters=2 * width * hidden + width - 2 * width, gate=config.gate,
+                gate_norm=config.gate_norm, init=config.init, input_norm=True, dropout=dropout, device=device,
+            )  # fmt: skip
+        self.drop = StochasticDepth(probability)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream after the block.
+
+        Parameters
+        ----------
+        x : Tensor of shape (rows, tokens, width)
+
+        Returns
+        -------
+        Tensor of the same shape
+        """
+        x = x + self.drop(self.attention(self.attention_norm(x)))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+class CausalAttention(nn.Module):
+    """Attention of several heads, in which a token sees itself and those before it.
+
+    Parameters
+    ----------
+    width, heads : int
+    dropout : float
+        Of the weights of attention, and of outputs.
+    device : torch.device or str, optional
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, device: torch.device | str | None):
+        super().__init__()
+        self.heads, self.probability = heads, dropout
+        self.inputs = nn.Linear(width, 3 * width, bias=False, device=device)
+        self.output = nn.Linear(width, width, bias=False, device=device)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        x : Tensor of shape (rows, tokens, width)
+
+        Returns
+        -------
+        Tensor of the same shape
+        """
+        rows, tokens, width = x.shape
+        parts = self.inputs(x).reshape(rows, tokens, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=self.probability if self.training else 0.0
+        )
+        y: Tensor = self.dropout(self.output(mixed.transpose(1, 2).reshape(rows, tokens, width)))
+        return y

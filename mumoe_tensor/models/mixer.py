@@ -1,0 +1,233 @@
+"""MLP-Mixer with an MLP, dense or of experts, for the tokens and for the channels of every block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.formats.base import check_choice
+from mumoe_tensor.models.blocks import (
+    DENSE,
+    StochasticDepth,
+    check_config,
+    dense_block,
+    drop_probabilities,
+    expert_block,
+)
+from mumoe_tensor.nn.experts import Init
+from mumoe_tensor.nn.gate import GateNorm
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """Everything that a `Mixer` is made from.
+
+    Attributes
+    ----------
+    image_size : int
+        Height and width of images.
+    channels : int
+        Of images: 1 for grey ones, 3 for colours.
+    patch : int
+        Height and width of a patch, which is one token.
+    width : int
+        Features of a token.
+    depth : int
+        Number of blocks.
+    token_hidden, channel_hidden : int
+        Sizes between the two layers of the MLP that mixes tokens, and of the one that mixes channels.
+    classes : int
+    format : str
+        Of the experts, or ``"mlp"`` for a model without; then what follows but `stochastic_depth` has no
+        effect.
+    experts : tuple of int
+        One number a level.
+    token_rank, channel_rank : tuple of int or None
+        One entry a bond of the format. None: the MLP has the parameters that come nearest to those of the
+        dense one.
+    gate, gate_norm, init
+        As of `.nn.MuMoE`.
+    stochastic_depth : float
+        Probability that the last block's branches are dropped for an image in training; linearly less before.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a value is none of these, or patches do not tile an image.
+    """
+
+    image_size: int = 28
+    channels: int = 1
+    patch: int = 7
+    width: int = 128
+    depth: int = 4
+    token_hidden: int = 64
+    channel_hidden: int = 512
+    classes: int = 10
+    format: str = DENSE
+    experts: tuple[int, ...] = (64,)
+    token_rank: tuple[int, ...] | None = None
+    channel_rank: tuple[int, ...] | None = None
+    gate: str = "entmax15"
+    gate_norm: GateNorm = "batch"
+    init: Init = "linear"
+    stochastic_depth: float = 0.0
+
+    def __post_init__(self) -> None:
+        names = ("image_size", "channels", "patch", "width", "depth", "token_hidden", "channel_hidden")
+        check_config(
+            {name: getattr(self, name) for name in (*names, "classes")},
+            {"stochastic_depth": self.stochastic_depth},
+            self.format,
+            self.experts,
+            {"token_rank": self.token_rank, "channel_rank": self.channel_rank},
+            self.gate,
+        )
+        check_choice(self.gate_norm, ("batch", "layer", "none"), "gate_norm")
+        check_choice(self.init, ("linear", "published"), "init")
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"patches must tile an image: image_size={self.image_size} is no multiple of "
+                f"patch={self.patch}."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch) ** 2
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer: a classifier of images from layers that mix tokens, and layers that mix channels.
+
+    With X of shape (tokens, width), a block is ``U = X + MLP(LayerNorm(X)ᵀ)ᵀ`` and then
+    ``Y = U + MLP(LayerNorm(U))`` (Tolstikhin et al., 2021, equation 1). Each MLP may be one of experts
+    (Oldfield et al., 2024): then the gate of the first sees a channel over all tokens, that of the second a
+    token over all channels.
+
+    Parameters
+    ----------
+    config : MixerConfig
+    device : torch.device or str, optional
+        ``"meta"`` for a model that has sizes but no values.
+
+    Attributes
+    ----------
+    config : MixerConfig
+        The same, all ranks solved.
+
+    References
+    ----------
+    Tolstikhin et al., "MLP-Mixer: An all-MLP Architecture for Vision", NeurIPS 2021.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = Mixer(MixerConfig(format="cp", experts=(16,)))
+    >>> model(torch.rand(2, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, config: MixerConfig, device: torch.device | str | None = None):
+        super().__init__()
+        self.patches = nn.Conv2d(
+            config.channels, config.width, config.patch, stride=config.patch, device=device
+        )
+        self.blocks = nn.ModuleList(
+            MixerBlock(config, probability, device)
+            for probability in drop_probabilities(config.stochastic_depth, config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, device=device)
+        self.head = nn.Linear(config.width, config.classes, device=device)
+        if config.format != DENSE:
+            first: Any = self.blocks[0]
+            config = replace(
+                config,
+                token_rank=first.token_mlp.config["rank"],
+                channel_rank=first.channel_mlp.config["rank"],
+            )
+        self.config = config
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images.
+
+        Parameters
+        ----------
+        images : Tensor of floats of shape (rows, channels, image_size, image_size)
+            Without the second axis if there is one channel.
+
+        Returns
+        -------
+        Tensor of shape (rows, classes)
+
+        Raises
+        ------
+        ValueError
+            If images have another shape, or are of integers.
+        """
+        size, channels = self.config.image_size, self.config.channels
+        if images.ndim == 3 and channels == 1:
+            images = images.unsqueeze(1)
+        if images.shape[1:] != (channels, size, size) or not images.is_floating_point():
+            raise ValueError(
+                f"images must be floats of shape (rows, {channels}, {size}, {size}), got {images.dtype} of "
+                f"shape {tuple(images.shape)}."
+            )
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens)
+        logits: Tensor = self.head(self.norm(tokens).mean(1))
+        return logits
+
+
+class MixerBlock(nn.Module):
+    """One block: tokens are mixed in every channel, then channels in every token.
+
+    Parameters
+    ----------
+    config : MixerConfig
+    probability : float
+        Of dropping a branch in training.
+    device : torch.device or str, optional
+    """
+
+    def __init__(self, config: MixerConfig, probability: float, device: torch.device | str | None):
+        super().__init__()
+        self.token_norm = nn.LayerNorm(config.width, device=device)
+        self.token_mlp = _mlp(config, config.tokens, config.token_hidden, config.token_rank, device)
+        self.channel_norm = nn.LayerNorm(config.width, device=device)
+        self.channel_mlp = _mlp(config, config.width, config.channel_hidden, config.channel_rank, device)
+        self.drop = StochasticDepth(probability)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mix.
+
+        Parameters
+        ----------
+        tokens : Tensor of shape (rows, tokens, width)
+
+        Returns
+        -------
+        Tensor of the same shape
+        """
+        mixed = self.token_mlp(self.token_norm(tokens).transpose(1, 2)).transpose(1, 2)
+        tokens = tokens + self.drop(mixed)
+        return tokens + self.drop(self.channel_mlp(self.channel_norm(tokens)))
+
+
+def _mlp(
+    config: MixerConfig,
+    features: int,
+    hidden: int,
+    rank: tuple[int, ...] | None,
+    device: torch.device | str | None,
+) -> nn.Module:
+    if config.format == DENSE:
+        return dense_block(features, hidden, device=device)
+    return expert_block(
+        features, hidden, experts=config.experts, format=config.format, rank=rank, gate=config.gate,
+        gate_norm=config.gate_norm, init=config.init, device=device,
+    )  # fmt: skip

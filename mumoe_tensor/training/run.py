@@ -1,0 +1,133 @@
+"""A run: settings become a trained model, and a folder that keeps it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mumoe_tensor.files import whole_file
+from mumoe_tensor.models.saved import save_model
+from mumoe_tensor.training.checkpoint import model_state
+from mumoe_tensor.training.log import Evaluation, read_evaluations
+from mumoe_tensor.training.settings import Settings
+from mumoe_tensor.training.trainer import train
+
+
+def run(
+    settings: Settings,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    from_step: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train the model of some settings and leave it in a folder.
+
+    ``config.json`` has the settings, and the parameters and ranks of the model; ``metrics.csv`` a line an
+    evaluation; ``tensorboard/`` the curves; ``checkpoints/`` what the same call goes on from after an
+    interruption. ``model.safetensors``, for `load_model`, is written last, so where it is the run is done,
+    and the same settings do nothing again. Of several processes only the first one writes.
+
+    Parameters
+    ----------
+    settings : MixerRun or GPT2Run
+    folder : Path
+    fresh : bool, default False
+        Train again what is done, begun, or was done with other settings.
+    from_step : int, optional
+        Go on from the checkpoint of this step, not from the last one.
+    progress : bool, default False
+        Show a bar with the time left (needs rich).
+
+    Returns
+    -------
+    dict
+        ``parameters``; ``ranks`` by their names; of the evaluation that the model is of, ``accuracy`` and
+        ``validation_loss``; ``steps``, ``seconds`` of the training; ``trained``: whether it was trained now.
+
+    Raises
+    ------
+    ValueError
+        If the folder has a run of other settings, or data and model do not fit together.
+    FloatingPointError, DamagedCheckpoint, OSError
+        See `train`.
+    """
+    from accelerate import PartialState
+
+    processes = PartialState()
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    told = json.loads(json.dumps({"kind": settings.kind, **asdict(settings)}))
+    if config.exists() and not fresh:
+        known = json.loads(config.read_text(encoding="utf-8"))
+        if known["settings"] != told:
+            difference = _difference(known["settings"], told)
+            raise ValueError(
+                f"{folder} has a run of other settings ({difference}): give another folder, or --fresh."
+            )
+        if weights.exists():
+            evaluations = read_evaluations(folder / "metrics.csv")
+            return {**known["model"], **_figures(settings, evaluations), "trained": False}
+    training, validation = settings.read_data()
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.train.seed)
+        model = settings.make_model().to(processes.device)
+    about = {"parameters": sum(p.numel() for p in model.parameters()), "ranks": _ranks(model)}
+    if processes.is_main_process:
+        if fresh:
+            _clear(folder)
+        with whole_file(config) as file:
+            file.write(json.dumps({"settings": told, "model": about}, indent=2).encode())
+    processes.wait_for_everyone()
+    evaluations = train(
+        model, training, validation, settings.train, folder=folder, from_step=from_step, progress=progress
+    )
+    # Trained by several processes, the model may be wrapped, and have a part of each weight.
+    state = model_state(model)
+    if processes.is_main_process:
+        whole: Any = settings.make_model("meta")
+        whole.load_state_dict(state, assign=True)
+        save_model(whole, weights)
+    processes.wait_for_everyone()
+    return {**about, **_figures(settings, evaluations), "trained": True}
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run leaves, and nothing else."""
+    for name in ("model.safetensors", "metrics.csv", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "tensorboard"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+
+
+def _ranks(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = asdict(model.config)  # type: ignore[call-overload]
+    return {name: value for name, value in found.items() if name.endswith("rank")}
+
+
+def _figures(settings: Settings, evaluations: list[Evaluation]) -> dict[str, Any]:
+    best = [e for e in evaluations if e.is_best] if settings.train.keep == "best" else evaluations
+    return {
+        "accuracy": best[-1].accuracy,
+        "validation_loss": best[-1].validation_loss,
+        "steps": evaluations[-1].step,
+        "seconds": sum(e.seconds for e in evaluations),
+    }
+
+
+def _difference(known: dict[str, Any], told: dict[str, Any]) -> str:
+    """The first key whose value is another one."""
+    flat = [
+        {f"{t}.{k}": v for t, values in x.items() if isinstance(values, dict) for k, v in values.items()}
+        for x in (known, told)
+    ]
+    for key in sorted({*flat[0], *flat[1]}):
+        if flat[0].get(key) != flat[1].get(key):
+            return f"{key} is {flat[0].get(key)!r} there, {flat[1].get(key)!r} here"
+    return f"kind is {known.get('kind')!r} there, {told.get('kind')!r} here"

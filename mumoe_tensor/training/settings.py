@@ -1,0 +1,204 @@
+"""Settings of a run: a model, its data and its training, read from TOML."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, get_args, get_type_hints
+
+import torch
+from torch import nn
+
+from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
+from mumoe_tensor.models.mixer import Mixer, MixerConfig
+from mumoe_tensor.training.config import TrainConfig
+from mumoe_tensor.training.data import Rows
+from mumoe_tensor.training.images import ImageData
+from mumoe_tensor.training.tokens import TokenData
+
+
+@dataclass(frozen=True)
+class MixerRun:
+    """A Mixer, images, and how it is trained on them.
+
+    Attributes
+    ----------
+    data : ImageData
+    model : MixerConfig
+    train : TrainConfig
+    """
+
+    kind: ClassVar[str] = "mixer"
+    data: ImageData
+    model: MixerConfig = field(default_factory=MixerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def make_model(self, device: torch.device | str | None = None) -> nn.Module:
+        """The model, with weights drawn from torch's random numbers."""
+        return Mixer(self.model, device=device)
+
+    def read_data(self) -> tuple[Rows, Rows]:
+        """Rows for training and for validation.
+
+        Raises
+        ------
+        ValueError
+            If images or classes are not those of the model, or see `ImageData.read`.
+        """
+        model = self.model
+        parts = self.data.read(model.image_size)
+        for rows in parts:
+            x, _ = rows.batch(torch.zeros(1, dtype=torch.int64))
+            expected = (model.channels, model.image_size, model.image_size)
+            if x.shape[1:] != expected or rows.classes > model.classes:
+                raise ValueError(
+                    f"the model takes images of shape {expected} and up to {model.classes} classes; those of "
+                    f"{self.data.inputs} are of shape {tuple(x.shape[1:])} and {rows.classes} classes."
+                )
+        return parts
+
+
+@dataclass(frozen=True)
+class GPT2Run:
+    """A GPT-2, texts, and how it is trained on them.
+
+    Attributes
+    ----------
+    data : TokenData
+    model : GPT2Config
+    train : TrainConfig
+    """
+
+    kind: ClassVar[str] = "gpt2"
+    data: TokenData
+    model: GPT2Config = field(default_factory=GPT2Config)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def make_model(self, device: torch.device | str | None = None) -> nn.Module:
+        """The model, with weights drawn from torch's random numbers."""
+        return GPT2(self.model, device=device)
+
+    def read_data(self) -> tuple[Rows, Rows]:
+        """Windows for training and for validation; raises as `TokenData.read` does."""
+        return self.data.read(self.model.context, self.model.vocabulary)
+
+
+Settings = MixerRun | GPT2Run
+RUNS: dict[str, type[MixerRun] | type[GPT2Run]] = {run.kind: run for run in (MixerRun, GPT2Run)}
+
+
+def packaged(kind: str) -> list[str]:
+    """Names of the settings that come with the library.
+
+    Parameters
+    ----------
+    kind : {"mixer", "gpt2"}
+    """
+    folder = files("mumoe_tensor") / "configs"
+    names = (file.name.removesuffix(".toml") for file in folder.iterdir())
+    return sorted(name for name in names if name.split("-")[0] == kind)
+
+
+def read_settings(kind: str, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Read settings of a run.
+
+    Parameters
+    ----------
+    kind : {"mixer", "gpt2"}
+    config : str or Path, optional
+        A TOML file with the tables ``data``, ``model`` and ``train``, or the name of one that comes with the
+        library, see `packaged`. By default the one of the name `kind`.
+    overrides : sequence of str
+        As ``train.epochs=3``: a key, and its value as in TOML. Text needs no quotes, and ``none`` is no
+        value.
+
+    Returns
+    -------
+    MixerRun or GPT2Run
+
+    Raises
+    ------
+    ValueError
+        If there are no such settings, or a key is unknown or has a wrong value; the message names it.
+    """
+    run = RUNS[kind]
+    tables = _tables(kind, kind if config is None else config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        table, dot, name = key.strip().partition(".")
+        if not (equals and dot and name):
+            raise ValueError(
+                f"an override is a table, a key and a value, as train.epochs=3; got {override!r}."
+            )
+        if isinstance(tables.setdefault(table, {}), dict):
+            tables[table][name] = _value(text.strip())
+    return _checked(run, tables)
+
+
+def _tables(kind: str, config: str | Path) -> dict[str, Any]:
+    known = packaged(kind)
+    if config in known:
+        text = (files("mumoe_tensor") / "configs" / f"{config}.toml").read_text(encoding="utf-8")
+    elif Path(config).suffix == ".toml":
+        text = Path(config).read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"settings are a TOML file or one of {', '.join(known)}; got {str(config)!r}.")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"settings must be TOML; {config} is not: {error}.") from None
+
+
+def _value(text: str) -> Any:
+    """A value as in TOML; what is none is text."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return found["value"] if len(found) == 1 else text
+
+
+def _checked(run: type[MixerRun] | type[GPT2Run], tables: Mapping[str, Any]) -> Settings:
+    from pydantic import TypeAdapter, ValidationError
+
+    parts = get_type_hints(run)
+    known = {part.name: {f.name for f in fields(parts[part.name])} for part in fields(run)}
+    given: dict[str, Any] = {}
+    for table, values in tables.items():
+        if table not in known or not isinstance(values, dict):
+            raise ValueError(f"{table}: settings of {run.kind} have the tables {', '.join(known)}.")
+        hints = get_type_hints(parts[table])
+        for key in values:
+            if key not in known[table]:
+                raise ValueError(f"{table}.{key}: no such key; there are {', '.join(sorted(known[table]))}.")
+        given[table] = {key: _none(value, hints[key]) for key, value in values.items()}
+    try:
+        # As JSON, so that no value is made into one of another type: a "3" is no number.
+        return TypeAdapter(run).validate_json(json.dumps(given, default=str), strict=True)
+    except ValidationError as error:
+        raise ValueError("; ".join(_told(e, known) for e in error.errors()[:1]) + ".") from None
+
+
+def _none(value: Any, hint: Any) -> Any:
+    """None for the word, where that is a value and text is not: TOML has no word of its own for it."""
+    choices = get_args(hint)
+    return None if value == "none" and NoneType in choices and str not in choices else value
+
+
+def _told(error: Mapping[str, Any], known: Mapping[str, set[str]]) -> str:
+    """A complaint, after the key it is about."""
+    table, *keys = map(str, error["loc"])
+    rule = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if not keys and rule.split()[0] in known[table]:
+        # What a dataclass says itself starts with the name.
+        key, _, rule = rule.partition(" ")
+        return f"{table}.{key}: {rule}"
+    place = ".".join([table, *keys[:1]])
+    return (
+        f"{place}: {rule}" if error["type"] == "value_error" else f"{place}: {rule}, got {error['input']!r}"
+    )

@@ -1,13 +1,19 @@
 """Real data and one small trainer, for the study and the experiments."""
 
-from mumoe_tensor.training.data import Dataset, digits, read_idx, read_npz, read_text, split
+from mumoe_tensor.training.checkpoint import DamagedCheckpoint
+from mumoe_tensor.training.config import TrainConfig
+from mumoe_tensor.training.data import Dataset, Rows, digits, read_idx, read_npz, read_text, split
 from mumoe_tensor.training.features import extract, write_npz
-from mumoe_tensor.training.trainer import Epoch, TrainConfig, evaluate, train
+from mumoe_tensor.training.log import Evaluation
+from mumoe_tensor.training.trainer import cross_entropy, evaluate, train
 
 __all__ = [
+    "DamagedCheckpoint",
     "Dataset",
-    "Epoch",
+    "Evaluation",
+    "Rows",
     "TrainConfig",
+    "cross_entropy",
     "digits",
     "evaluate",
     "extract",

@@ -9,7 +9,7 @@ import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,26 @@ from torch import Tensor
 
 #: The types of entries that the IDX format knows, by their code; all big-endian.
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+class Rows(Protocol):
+    """What can be trained on: a number of rows, from which batches are taken."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of some rows.
+
+        Parameters
+        ----------
+        rows : Tensor of int64 of shape (n,)
+
+        Returns
+        -------
+        Tensor of shape (n, ...)
+        Tensor of shape (n, ...)
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,10 @@ class Dataset:
     def classes(self) -> int:
         """Number of classes: one more than the largest label."""
         return int(self.y.max()) + 1
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of some rows."""
+        return self.x[rows], self.y[rows]
 
     def rows(self, index: Tensor) -> Dataset:
         """Some of the rows.

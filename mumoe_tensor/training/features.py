@@ -11,7 +11,7 @@ from torch import nn
 
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.training.data import Dataset
-from mumoe_tensor.training.trainer import Bar
+from mumoe_tensor.training.progress import Bar
 
 
 @torch.no_grad()

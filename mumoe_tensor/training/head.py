@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,11 @@ from torch import nn
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head, save_head
+from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Dataset, read_idx, read_npz, split
 from mumoe_tensor.training.features import extract
-from mumoe_tensor.training.trainer import Epoch, TrainConfig, train
+from mumoe_tensor.training.log import Evaluation, read_evaluations, write_evaluations
+from mumoe_tensor.training.trainer import train
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class HeadSetting:
 
 def train_head(
     head: Head, data: Dataset, validation: Dataset, config: TrainConfig, *, progress: bool = False
-) -> list[Epoch]:
+) -> list[Evaluation]:
     """Centre a head on features and train it.
 
     Parameters
@@ -84,7 +84,7 @@ def train_head(
 
     Returns
     -------
-    list of Epoch
+    list of Evaluation
     """
     head.centre_on(data.x)
     return train(head, data, validation, config, progress=progress)
@@ -98,7 +98,7 @@ def fine_tune(
     config: TrainConfig,
     *,
     progress: bool = False,
-) -> list[Epoch]:
+) -> list[Evaluation]:
     """Train a head and the network below it, together.
 
     The head is centred on the features that the network has at first.
@@ -115,7 +115,7 @@ def fine_tune(
 
     Returns
     -------
-    list of Epoch
+    list of Evaluation
     """
     head.centre_on(extract(backbone, data, progress=progress).x)
     return train(nn.Sequential(backbone, head), data, validation, config, progress=progress)
@@ -163,7 +163,7 @@ def run_head(
         if known["setting"] != told:
             raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
         if paths["head.safetensors"].exists():
-            return {**_best(_read_epochs(paths["metrics.csv"])), **known["head"], "trained": False}
+            return {**_best(read_evaluations(paths["metrics.csv"])), **known["head"], "trained": False}
     data = read_npz(setting.inputs) if setting.labels is None else read_idx(setting.inputs, setting.labels)
     classes = data.classes
     backbone = None
@@ -197,31 +197,11 @@ def run_head(
             file.write(save(state))
     else:
         epochs = train_head(head, training, validation, setting.training, progress=progress)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(epoch) | {"is_best": int(epoch.is_best)} for epoch in epochs)
-    with whole_file(paths["metrics.csv"]) as file:
-        file.write(text.getvalue().encode())
+    write_evaluations(epochs, paths["metrics.csv"])
     save_head(head, paths["head.safetensors"])
     return {**_best(epochs), **about, "trained": True}
 
 
-def _best(epochs: list[Epoch]) -> dict[str, Any]:
+def _best(epochs: list[Evaluation]) -> dict[str, Any]:
     best = [epoch for epoch in epochs if epoch.is_best][-1]
     return {"accuracy": best.accuracy, "validation_loss": best.validation_loss, "epoch": best.epoch}
-
-
-def _read_epochs(path: Path) -> list[Epoch]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Epoch(
-                int(row["epoch"]),
-                float(row["loss"]),
-                float(row["validation_loss"]),
-                float(row["accuracy"]),
-                float(row["seconds"]),
-                row["is_best"] == "1",
-            )
-            for row in csv.DictReader(file)
-        ]

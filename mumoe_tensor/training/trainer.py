@@ -1,249 +1,408 @@
-"""One small trainer of classifiers."""
+"""One trainer for everything: on one process or, under accelerate, on many."""
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from math import cos, isfinite, pi
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.training.data import Dataset
+from mumoe_tensor.training.batches import Batch, Batches, seed_of
+from mumoe_tensor.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    State,
+    model_state,
+    restore,
+    restore_model,
+    snapshot,
+)
+from mumoe_tensor.training.config import TrainConfig
+from mumoe_tensor.training.data import Rows
+from mumoe_tensor.training.finite import first_layer_not_finite, not_finite
+from mumoe_tensor.training.log import Evaluation, NoBoard, TensorBoard, evaluation_of, write_evaluations
+from mumoe_tensor.training.progress import Bar
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+#: Settings that change nothing of what comes out, so that a run may go on with others.
+FREE = ("workers", "evaluation_batch_size", "checkpoint_every")
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train: AdamW, a linear warm-up, then a cosine down to zero.
 
-    Attributes
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross entropy of logits.
+
+    Parameters
     ----------
-    epochs : int
-    batch_size : int
-    learning_rate : float
-        At the end of the warm-up.
-    weight_decay : float
-    warmup : float
-        Share of the steps in which the learning rate rises.
-    clip : float or None
-        Largest norm of all gradients together.
-    patience : int or None
-        Stop once the validation loss has not fallen for so many epochs.
-    seed : int
-        Of the order of the rows and of dropout. The model is drawn before, by whoever makes it.
-
-    Raises
-    ------
-    ValueError
-        If a number is out of its range.
+    logits : Tensor of shape (..., classes)
+    y : Tensor of int of shape (...), or of float of shape (..., classes)
+        Labels, or shares of all classes.
     """
-
-    epochs: int = 20
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    clip: float | None = 1.0
-    patience: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "clip", "patience"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        if self.weight_decay < 0 or not 0 <= self.warmup <= 1:
-            raise ValueError(
-                f"weight_decay must not be negative and warmup lie from 0 to 1, got {self.weight_decay} and "
-                f"{self.warmup}."
-            )
-
-    def factor(self, step: int, steps: int) -> float:
-        """The learning rate of a step, as a factor of the largest.
-
-        Parameters
-        ----------
-        step : int
-            Counted from 0.
-        steps : int
-            How many there are.
-        """
-        rising = round(self.warmup * steps)
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + cos(pi * (step - rising) / max(steps - rising, 1)))
+    labels = y.flatten(0, -2) if y.is_floating_point() else y.flatten()
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels)
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """Figures of an epoch.
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint keeps besides the model and the optimizer.
 
     Attributes
     ----------
-    epoch : int
-        Counted from 1.
-    loss : float
-        Mean loss of the training rows while they were trained on.
-    validation_loss, accuracy : float
-        Of the validation rows, after the epoch.
+    step : int
+        Steps done.
+    evaluations : list of Evaluation
+    total : float
+        Sum of the losses of the steps since the last evaluation, of this process.
     seconds : float
-        Time the epoch took.
-    is_best : bool
-        Whether every earlier epoch had a higher validation loss: the model ends with the last such state.
+        Time since the last evaluation.
     """
 
-    epoch: int
-    loss: float
-    validation_loss: float
-    accuracy: float
-    seconds: float
-    is_best: bool
+    step: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+    total: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> float:
+        """The lowest validation loss so far."""
+        return min((e.validation_loss for e in self.evaluations), default=float("inf"))
+
+    @property
+    def waited(self) -> int:
+        """Evaluations since that of the lowest validation loss."""
+        since = 0
+        for e in self.evaluations:
+            since = 0 if e.is_best else since + 1
+        return since
 
 
 def train(
     model: nn.Module,
-    data: Dataset,
-    validation: Dataset,
+    data: Rows,
+    validation: Rows,
     config: TrainConfig | None = None,
     *,
-    loss: Loss = nn.functional.cross_entropy,
+    loss: Loss = cross_entropy,
+    folder: Path | None = None,
+    from_step: int | None = None,
     progress: bool = False,
-) -> list[Epoch]:
-    """Train a classifier; it ends with the parameters of its best epoch.
+) -> list[Evaluation]:
+    """Train a model; it ends with the parameters of its best evaluation, or with the last ones.
 
-    The last rows of an epoch that do not fill a batch are left out. Neither the state of torch's random
-    numbers nor the data change.
+    On one process the model stays where it is. Under ``torchrun`` or ``accelerate launch`` every process
+    calls this; the model is moved to the process's device and wrapped (DDP, FSDP2) as accelerate's settings
+    say. Each process takes its share of the rows of a step, so that the number of processes changes nothing
+    but the order of sums, and what dropout draws. Neither the state of torch's random numbers nor the data
+    change.
 
     Parameters
     ----------
     model : Module
-        Maps inputs of shape (rows, ...) to logits of shape (rows, classes). Is left in evaluation mode.
-    data, validation : Dataset
+        Maps inputs of shape (rows, ...) to logits of shape (rows, ..., classes). Is left in evaluation mode.
+    data, validation : Rows
     config : TrainConfig, optional
-    loss : callable, default cross entropy
+    loss : callable, default `cross_entropy`
         Of logits and labels, to a mean.
+    folder : Path, optional
+        For ``checkpoints/``, ``metrics.csv`` with a line an evaluation, and ``tensorboard/``. The same call
+        goes on from the last checkpoint, on one process to the same parameters, bit for bit.
+    from_step : int, optional
+        Go on from the checkpoint of this step, not from the last one.
     progress : bool, default False
         Show a bar with the time left (needs rich).
 
     Returns
     -------
-    list of Epoch
+    list of Evaluation
 
     Raises
     ------
     ValueError
-        If there are fewer rows than a batch has.
+        If there are fewer rows than a batch has, or the checkpoint is that of another config.
     FloatingPointError
-        If the loss of a batch or of the validation rows is no finite number; says in which epoch.
+        If a loss or a gradient is no finite number; says in which step and layer, and what the last good
+        checkpoint is.
+    DamagedCheckpoint
+        If the checkpoint is missing or not what was written; says which one is good.
+    OSError
+        If a file cannot be written; the checkpoints before are as they were.
     """
     config = config or TrainConfig()
-    batches = len(data) // config.batch_size
-    if not batches:
-        raise ValueError(f"a batch of {config.batch_size} needs as many rows, got {len(data)}.")
-    device = next(model.parameters()).device
-    steps = batches * config.epochs
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, steps))
-    order = torch.Generator().manual_seed(config.seed)
-    history: list[Epoch] = []
-    best, best_state, waited = float("inf"), copy.deepcopy(model.state_dict()), 0
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(config.seed)
-        advance = stack.enter_context(Bar(steps)) if progress else lambda text: None
-        for epoch in range(1, config.epochs + 1):
-            start, total = perf_counter(), 0.0
-            model.train()
-            for rows in torch.randperm(len(data), generator=order)[: batches * config.batch_size].split(
-                config.batch_size
-            ):
-                optimizer.zero_grad()
-                value = loss(model(data.x[rows].to(device)), data.y[rows].to(device))
-                total += value.item()
-                if not isfinite(total):
-                    raise FloatingPointError(
-                        f"the loss must be a finite number; it is {value.item()} in epoch {epoch}, at a "
-                        f"learning rate of {optimizer.param_groups[0]['lr']:.3g}."
-                    )
-                value.backward()
-                if config.clip is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-                optimizer.step()
-                schedule.step()
-                advance(f"epoch {epoch}")
-            validation_loss, accuracy = evaluate(model, validation, loss=loss)
-            if not isfinite(validation_loss):
-                raise FloatingPointError(
-                    f"the loss must be a finite number; on the validation rows it is {validation_loss} after "
-                    f"epoch {epoch}."
-                )
-            is_best = validation_loss < best
-            if is_best:
-                best, best_state, waited = validation_loss, copy.deepcopy(model.state_dict()), 0
-            else:
-                waited += 1
-            history.append(
-                Epoch(epoch, total / batches, validation_loss, accuracy, perf_counter() - start, is_best)
-            )
-            if config.patience is not None and waited >= config.patience:
-                break
-    model.load_state_dict(best_state)
+    accelerator = _accelerator(config)
+    batches = Batches(data, config, accelerator.process_index, accelerator.num_processes)
+    run = _Run(model, batches, validation, config, loss, accelerator, folder)
+    with torch.random.fork_rng():
+        run.go_on(from_step)
+        try:
+            run.train(progress and accelerator.is_main_process)
+        finally:
+            # Where accelerate computes in another precision, it has put a forward of its own into the model.
+            accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
     model.eval()
-    return history
+    return run.state.evaluations
+
+
+def _accelerator(config: TrainConfig) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    # Accelerate keeps the precision of a process; every run is to have its own.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(
+        device_placement=PartialState().num_processes > 1,
+        mixed_precision=config.precision,
+        dynamo_backend="inductor" if config.compile else "no",
+    )
+
+
+class _Run:
+    """A run of `train`, from its start or from a checkpoint."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        validation: Rows,
+        config: TrainConfig,
+        loss: Loss,
+        accelerator: Any,
+        folder: Path | None,
+    ):
+        self.model, self.batches, self.validation = model, batches, validation
+        self.config, self.loss, self.accelerator, self.folder = config, loss, accelerator, folder
+        self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        # What is wrapped computes; checkpoints and names are of the model itself.
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.device = next(model.parameters()).device
+        self.state = Progress()
+        self.best_state: State = {}
+        self.evaluate_every = config.evaluate_every or batches.per_epoch
+        self.checkpoint_every = config.checkpoint_every or self.evaluate_every
+
+    def train(self, progress: bool) -> None:
+        state = self.state
+        with ExitStack() as stack:
+            advance = (
+                stack.enter_context(Bar(self.batches.steps, state.step)) if progress else lambda text: None
+            )
+            board = self._board()
+            stack.callback(board.close)
+            start = perf_counter() - state.seconds
+            ahead = self.batches.after(state.step, pin_memory=self.device.type == "cuda")
+            while not self._is_over():
+                self.wrapped.train()
+                figures = self._step(next(ahead))
+                board.add(state.step, figures)
+                advance(f"epoch {self._epoch}")
+                state.seconds = perf_counter() - start
+                if self._is_due(self.evaluate_every):
+                    self._evaluate()
+                    board.add(state.step, {"validation loss": state.evaluations[-1].validation_loss})
+                    board.add(state.step, {"accuracy": state.evaluations[-1].accuracy})
+                    start = perf_counter()
+                if self._is_due(self.checkpoint_every) or self._is_over():
+                    self._write()
+        if self.config.keep == "best":
+            restore_model(self.model, self.best_state)
+
+    @property
+    def _epoch(self) -> int:
+        return (self.state.step - 1) // self.batches.per_epoch + 1
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.batches.steps
+
+    def _is_over(self) -> bool:
+        patience = self.config.patience
+        is_done = self.state.step >= self.batches.steps
+        return is_done or (patience is not None and self.state.waited >= patience)
+
+    def _step(self, parts: list[Batch]) -> dict[str, float]:
+        """Make a step; its figures."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        rate = config.learning_rate * config.factor(state.step, self.batches.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        value = self._gradients(parts)
+        accelerator.unscale_gradients()
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        length = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        state.step += 1
+        # The scaler of fp16 leaves steps out whose gradient is not finite.
+        if not isfinite(value) or not (isfinite(length) or config.precision == "fp16"):
+            raise FloatingPointError(self._not_finite(parts, value, rate))
+        if config.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip, norm)
+        self.optimizer.step()
+        state.total += value
+        return {"loss": value, "learning rate": rate, "gradient norm": length}
+
+    def _gradients(self, parts: list[Batch]) -> float:
+        """Gradients of a step, and its loss on this process."""
+        torch.manual_seed(seed_of(self.config.seed, self.state.step, self.accelerator.process_index))
+        self.optimizer.zero_grad()
+        total = 0.0
+        for k, (x, y) in enumerate(parts):
+            # Processes add up their gradients once, with those of the last part.
+            is_last = k == len(parts) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                value = self.loss(self.wrapped(x.to(self.device)), y.to(self.device)) / len(parts)
+                self.accelerator.backward(value)
+            total += value.item()
+        return total
+
+    def _not_finite(self, parts: list[Batch], value: float, rate: float) -> str:
+        when = f"in step {self.state.step}, epoch {self._epoch}, at a learning rate of {rate:.3g}"
+        last = "" if self.checkpoints is None else f"; {self.checkpoints.last()}"
+        if isfinite(value):
+            names = not_finite(self.model.named_parameters())
+            return f"gradients must be finite; those of {', '.join(names)} are not, {when}{last}."
+        where = first_layer_not_finite(self.model, torch.cat([x for x, _ in parts]).to(self.device))
+        return f"the loss must be a finite number; it is {value} {when}: {where}{last}."
+
+    def _evaluate(self) -> None:
+        state, accelerator = self.state, self.accelerator
+        loss, accuracy = _evaluated(
+            self.wrapped, self.validation, self.config.evaluation_batch_size, self.loss, accelerator
+        )
+        if not isfinite(loss):
+            last = "" if self.checkpoints is None else f"; {self.checkpoints.last()}"
+            raise FloatingPointError(
+                f"the loss must be a finite number; on the validation rows it is {loss} after step "
+                f"{state.step}, epoch {self._epoch}{last}."
+            )
+        steps = state.step - (state.evaluations[-1].step if state.evaluations else 0)
+        is_best = loss < state.best
+        state.evaluations.append(
+            Evaluation(
+                self._epoch,
+                self._mean(state.total) / steps,
+                loss,
+                accuracy,
+                state.seconds,
+                is_best,
+                state.step,
+            )
+        )
+        state.total = state.seconds = 0.0
+        if is_best and self.config.keep == "best":
+            self.best_state = model_state(self.model)
+
+    def _mean(self, value: float) -> float:
+        """The mean over processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device, dtype=torch.float64)
+        return float(self.accelerator.reduce(tensor, "mean"))
+
+    # ---- what is kept in the folder ----------------------------------------------------------------------
+
+    def _board(self) -> Any:
+        if self.folder is None or not self.accelerator.is_main_process:
+            return NoBoard()
+        return TensorBoard(self.folder / "tensorboard", self.state.step)
+
+    def go_on(self, from_step: int | None) -> None:
+        """Take the state of the last checkpoint, or of that of a step, where there is one."""
+        if self.folder is None or self.checkpoints is None:
+            return
+        is_main = self.accelerator.is_main_process
+        if is_main:
+            self.checkpoints.tidy()
+        metrics = self.folder / "metrics.csv"
+        if not self.checkpoints.steps and from_step is None:
+            if metrics.exists():
+                raise DamagedCheckpoint(
+                    f"a run that has {metrics} must have a checkpoint to go on from; {self.folder} has none."
+                )
+            return
+        state, self.best_state, told = self.checkpoints.read(
+            self.checkpoints.steps[-1] if from_step is None else from_step
+        )
+        own = json.loads(json.dumps(asdict(self.config)))
+        others = [name for name in own if name not in FREE and own[name] != told["config"].get(name)]
+        if others:
+            raise ValueError(
+                f"a run goes on with the config it began with; {', '.join(others)} in {self.folder} was "
+                f"{', '.join(str(told['config'].get(name)) for name in others)}."
+            )
+        restore(self.model, self.optimizer.optimizer, state)
+        if told["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(told["scaler"])
+        self.state = Progress(
+            told["step"], [evaluation_of(row) for row in told["evaluations"]], told["total"], told["seconds"]
+        )
+        if is_main:
+            write_evaluations(self.state.evaluations, metrics)
+
+    def _write(self) -> None:
+        if self.folder is None or self.checkpoints is None:
+            return
+        state, scaler = self.state, self.accelerator.scaler
+        told = asdict(state) | {
+            "total": self._mean(state.total),
+            "config": asdict(self.config),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        whole = snapshot(self.model, self.optimizer.optimizer)
+        if self.accelerator.is_main_process:
+            self.checkpoints.write(state.step, whole, self.best_state, told)
+            write_evaluations(state.evaluations, self.folder / "metrics.csv")
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    data: Dataset,
-    *,
-    batch_size: int = 1024,
-    loss: Loss = nn.functional.cross_entropy,
+    model: nn.Module, data: Rows, *, batch_size: int = 1024, loss: Loss = cross_entropy
 ) -> tuple[float, float]:
     """Loss and accuracy on some data; leaves the model in evaluation mode.
 
     Parameters
     ----------
     model : Module
-    data : Dataset
+    data : Rows
     batch_size : int, default 1024
-    loss : callable, default cross entropy
+    loss : callable, default `cross_entropy`
 
     Returns
     -------
-    float, float
+    float
+        Mean over labels.
+    float
+        Share of the labels that have the largest logit.
     """
+    return _evaluated(model, data, batch_size, loss, None)
+
+
+@torch.no_grad()
+def _evaluated(
+    model: nn.Module, data: Rows, batch_size: int, loss: Loss, accelerator: Any
+) -> tuple[float, float]:
+    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
     model.eval()
-    total = right = 0.0
-    for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
+    # Loss, labels that are right, labels: summed up over the batches, and then over the processes.
+    sums = torch.zeros(3, dtype=torch.float64)
+    for rows in torch.arange(len(data)).split(batch_size * processes):
+        own = rows.tensor_split(processes)[process]
+        # Every process must take part in every forward pass; without rows of its own, with one for nothing.
+        x, y = data.batch(own if len(own) else rows[:1])
         logits, labels = model(x.to(device)), y.to(device)
-        total += float(loss(logits, labels)) * len(y)
-        right += int((logits.argmax(-1) == labels).sum())
-    return total / len(data), right / len(data)
-
-
-class Bar:
-    """A progress bar with the time left; calling it advances it."""
-
-    def __init__(self, steps: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, transient=True)
-        self._task = self._progress.add_task("", total=steps)
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._progress.__enter__()
-        return lambda text: self._progress.update(self._task, advance=1, description=text)
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
+        right = int((logits.argmax(-1) == labels).sum())
+        if len(own):
+            sums += torch.tensor(
+                [float(loss(logits, labels)) * y.numel(), right, y.numel()], dtype=torch.float64
+            )
+    if processes > 1:
+        sums = accelerator.reduce(sums.to(device), "sum")
+    total, correct, count = sums.tolist()
+    return total / count, correct / count

@@ -1,0 +1,217 @@
+"""Checkpoints: everything a training run needs to go on as if it had never stopped.
+
+A checkpoint is one file of safetensors, so nothing is unpickled. The order of rows, all chance and the
+learning rate are functions of the step: for these the file needs the step and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from mumoe_tensor.files import whole_file
+
+State = dict[str, Tensor]
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is missing, or not what was written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a model and of its optimizer, whole, on the CPU.
+
+    Attributes
+    ----------
+    model, optimizer : dict of str to Tensor
+        Empty on all processes but the first.
+    numbers : dict
+        What the optimizer has besides tensors.
+    """
+
+    model: State
+    optimizer: State
+    numbers: dict[str, Any]
+
+
+def model_state(model: nn.Module) -> State:
+    """A copy of a model's state, gathered from all processes; on all but the first it is empty."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found: Any = get_model_state_dict(model, options=options)
+    return {name: value.clone() for name, value in found.items()}
+
+
+def restore_model(model: nn.Module, state: State) -> None:
+    """Give a model the state that `model_state` gave; on several processes that of the first."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    set_model_state_dict(model, dict(state), options=_whole())
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """The state of a model and of its optimizer, gathered from all processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    found: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in found.items() if name not in tensors}
+    return Snapshot(model_state(model), tensors, numbers)
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot) -> None:
+    """Give a model and its optimizer what `snapshot` gave; on several processes that of the first."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    restore_model(model, state.model)
+    flat: Any = {**state.optimizer, **state.numbers}
+    set_optimizer_state_dict(model, optimizer, flat, options=_whole())
+
+
+def _whole() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    shared = distributed.is_available() and distributed.is_initialized()
+    return StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=shared, flatten_optimizer_state_dict=True
+    )
+
+
+class Checkpoints:
+    """The checkpoints of a run: the last two, each named after the steps that were done.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    kept = 2
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self._folder / f"step-{step:08d}.safetensors"
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps there are checkpoints of, in order."""
+        return sorted(
+            int(path.stem.removeprefix("step-")) for path in self._folder.glob("step-*.safetensors")
+        )
+
+    def tidy(self) -> None:
+        """Remove what a process that was killed while it wrote has left behind."""
+        for path in self._folder.glob(".step-*"):
+            path.unlink()
+
+    def write(self, step: int, state: Snapshot, best: State, progress: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all, and remove those that are older than the last two.
+
+        Parameters
+        ----------
+        step : int
+        state : Snapshot
+        best : dict of str to Tensor
+            The model's best state so far.
+        progress : dict
+            Anything that can be written as JSON.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; says which step, and the last checkpoint there is.
+        """
+        from safetensors.torch import save
+
+        parts = {"model": state.model, "optimizer": state.optimizer, "best": best}
+        tensors = {
+            f"{part}/{name}": value.contiguous()
+            for part, found in parts.items()
+            for name, value in found.items()
+        }
+        sums = {name: _checksum(value) for name, value in tensors.items()}
+        about = {"progress": progress, "numbers": state.numbers, "checksums": sums}
+        try:
+            with whole_file(self.path(step)) as file:
+                file.write(save(tensors, {"checkpoint": json.dumps(about)}))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint of step {step} could not be written ({error.strerror or error}); "
+                f"{self.last()}."
+            ) from error
+        for old in self.steps[: -self.kept]:
+            self.path(old).unlink()
+
+    def read(self, step: int) -> tuple[Snapshot, State, dict[str, Any]]:
+        """What was given to `write`.
+
+        Raises
+        ------
+        DamagedCheckpoint
+            If there is no checkpoint of this step, or a tensor in it is not what was written; says which, and
+            the last checkpoint that is whole.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(step)
+        if not path.exists():
+            raise DamagedCheckpoint(
+                f"there is no checkpoint of step {step} in {self._folder}; {self.last()}."
+            )
+        parts: dict[str, State] = {"model": {}, "optimizer": {}, "best": {}}
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["checkpoint"])
+                for name, expected in about["checksums"].items():
+                    value = file.get_tensor(name)
+                    if _checksum(value) != expected:
+                        raise DamagedCheckpoint(self._damaged(step, f"{name} is not what was written"))
+                    part, _, own = name.partition("/")
+                    parts[part][own] = value
+        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            raise DamagedCheckpoint(self._damaged(step, f"it cannot be read, {error}")) from error
+        return (
+            Snapshot(parts["model"], parts["optimizer"], about["numbers"]),
+            parts["best"],
+            about["progress"],
+        )
+
+    def _damaged(self, step: int, how: str) -> str:
+        return f"the checkpoint of step {step}, {self.path(step)}, is damaged: {how}; {self.last(step)}."
+
+    def last(self, before: int | None = None) -> str:
+        """Words for the last checkpoint there is that is whole, of those before a step.
+
+        Parameters
+        ----------
+        before : int, optional
+            By default of all.
+        """
+        for step in reversed(self.steps):
+            if before is None or step < before:
+                try:
+                    self.read(step)
+                except DamagedCheckpoint:
+                    continue
+                return f"the last good checkpoint is that of step {step}, {self.path(step)}"
+        return "there is no good checkpoint"
+
+
+def _checksum(value: Tensor) -> int:
+    # bfloat16 is unknown to NumPy, so the bytes are seen as such.
+    content: Any = value.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content)

@@ -1,0 +1,56 @@
+"""Where in a model the first number came up that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def first_layer_not_finite(model: nn.Module, x: Tensor) -> str:
+    """Words for where a forward pass first gives NaN or infinity: in a parameter, the inputs or a layer.
+
+    Parameters
+    ----------
+    model : Module
+    x : Tensor
+        The inputs.
+    """
+    for name, parameter in model.named_parameters():
+        if not _is_finite(parameter):
+            return f"the parameter {name} is not finite"
+    if not _is_finite(x):
+        return "the inputs are not finite"
+    found: list[str] = []
+    hooks = [
+        module.register_forward_hook(_noted(name, found))
+        for name, module in model.named_modules()
+        if name and not any(module.children())
+    ]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"it came up in the layer {found[0]}" if found else "it came up in the loss"
+
+
+def not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of parameters with a gradient that is not finite."""
+    return [name for name, p in named if p.grad is not None and not _is_finite(p.grad)]
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _noted(name: str, found: list[str]) -> Any:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        if any(isinstance(y, Tensor) and not _is_finite(y) for y in outputs):
+            found.append(name)
+
+    return hook

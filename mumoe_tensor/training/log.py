@@ -1,0 +1,116 @@
+"""What a training run tells while it runs: a table of its evaluations, and TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mumoe_tensor.files import whole_file
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of a run up to an evaluation.
+
+    Attributes
+    ----------
+    epoch : int
+        The epoch that the last step was in, counted from 1.
+    loss : float
+        Mean loss of the training rows since the evaluation before, while they were trained on.
+    validation_loss, accuracy : float
+        Of the validation rows.
+    seconds : float
+        Time since the evaluation before.
+    is_best : bool
+        Whether every earlier evaluation had a higher validation loss.
+    step : int
+        Steps done.
+    """
+
+    epoch: int
+    loss: float
+    validation_loss: float
+    accuracy: float
+    seconds: float
+    is_best: bool
+    step: int = 0
+
+
+def write_evaluations(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """Write evaluations as a CSV file, whole or not at all.
+
+    Parameters
+    ----------
+    evaluations : sequence of Evaluation
+    path : Path
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Evaluation)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(e) | {"is_best": int(e.is_best)} for e in evaluations)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Read what `write_evaluations` wrote.
+
+    Parameters
+    ----------
+    path : Path
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        return [evaluation_of(row) for row in csv.DictReader(file)]
+
+
+def evaluation_of(row: dict[str, Any]) -> Evaluation:
+    """An evaluation from a row of a table."""
+    return Evaluation(
+        int(row["epoch"]),
+        float(row["loss"]),
+        float(row["validation_loss"]),
+        float(row["accuracy"]),
+        float(row["seconds"]),
+        bool(int(row["is_best"])),
+        int(row["step"]),
+    )
+
+
+class TensorBoard:
+    """Curves for TensorBoard; curves of a run that goes on lose what came after the step it goes on from.
+
+    Parameters
+    ----------
+    folder : Path
+    step : int
+        Steps that are done already.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Add figures of a step to their curves."""
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class NoBoard:
+    """In the place of `TensorBoard` where nothing is to be written."""
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

@@ -679,6 +679,164 @@ def train_head(
     print(f"Written to {out}: config.json, metrics.csv, head.safetensors")
 
 
+ConfigName = Annotated[
+    str | None,
+    typer.Argument(
+        help="A TOML file, or the name of settings that come with the library.",
+        show_default="those of the command's name, for a laptop",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting in the place of the file's, as train.epochs=3; as many as you like.",
+        show_default=False,
+    ),
+]
+FromStep = Annotated[
+    int | None,
+    typer.Option(help="Go on from the checkpoint of this step, not from the last.", show_default=False),
+]
+FreshRun = Annotated[bool, typer.Option("--fresh", help="Train anew, whatever the folder has.")]
+
+
+@train_app.command("mixer")
+def train_mixer(
+    config: ConfigName = None,
+    overrides: Overrides = None,
+    from_step: FromStep = None,
+    fresh: FreshRun = False,
+    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/mixer"),
+    as_json: Json = False,
+) -> None:
+    """Train an MLP-Mixer on images, with dense blocks or with experts in every block.
+
+    The settings say which model, which data and how. By default they are for Fashion-MNIST, which `make data`
+    fetches. Leaves config.json, metrics.csv, curves for TensorBoard, checkpoints, and last model.safetensors
+    for `mumoe_tensor.models.load_model`. Interrupted, the same command goes on where it stopped.
+
+    Example: `mumoe-tensor train mixer --set model.format=cp --out results/mixer-cp`
+    """
+    _train("mixer", config, overrides, from_step, fresh, out, as_json)
+
+
+@train_app.command("gpt2")
+def train_gpt2(
+    config: ConfigName = None,
+    overrides: Overrides = None,
+    from_step: FromStep = None,
+    fresh: FreshRun = False,
+    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/gpt2"),
+    as_json: Json = False,
+) -> None:
+    """Train a GPT-2 on files of tokens, with dense blocks or with experts in every block.
+
+    The settings say which model, which data and how. By default they are for the works of Shakespeare, whose
+    tokens `mumoe-tensor tokenize` writes. Leaves what `train mixer` leaves. Interrupted, the same command
+    goes on where it stopped.
+
+    Example: `mumoe-tensor train gpt2 --set model.format=cp --out results/gpt2-cp`
+    """
+    _train("gpt2", config, overrides, from_step, fresh, out, as_json)
+
+
+def _train(
+    kind: str,
+    config: str | None,
+    overrides: list[str] | None,
+    from_step: int | None,
+    fresh: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Train a model of settings and print its figures."""
+    with _bad_input():
+        from accelerate import PartialState
+
+        from mumoe_tensor.training.checkpoint import DamagedCheckpoint
+        from mumoe_tensor.training.run import run
+        from mumoe_tensor.training.settings import read_settings
+
+        settings = read_settings(kind, config, overrides or ())
+        progress = sys.stdout.isatty() and not as_json
+        try:
+            found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
+        except KeyboardInterrupt as stop:
+            message = "interrupted; the same command goes on where it stopped."
+            raise typer.Exit(_fail(message, 130)) from stop
+        except FileNotFoundError:
+            raise
+        except (FloatingPointError, DamagedCheckpoint, OSError) as error:
+            raise typer.Exit(_fail(str(error), 1)) from error
+    if not PartialState().is_main_process:
+        return
+    if as_json:
+        _print_json(found)
+        return
+    ranks = ", ".join(f"{name} {value}" for name, value in found["ranks"].items() if value)
+    print(f"{found['parameters']:,} parameters" + (f", {ranks}" if ranks else ""))
+    trained = "" if found["trained"] else "; it was trained before, --fresh trains it again"
+    print(
+        f"accuracy {found['accuracy']:.4f}, loss {found['validation_loss']:.4f} on validation rows, after "
+        f"{found['steps']:,} steps in {found['seconds']:.0f} s{trained}"
+    )
+    print(f"Written to {out}: config.json, metrics.csv, tensorboard, checkpoints, model.safetensors")
+
+
+@app.command()
+def tokenize(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Files of text, or folders with files *.txt.", show_default=False)
+    ],
+    vocabulary_files: Annotated[
+        Path, typer.Option(help="Folder of encoder.json and vocab.bpe, which `make data` fetches.")
+    ] = Path("data/gpt2-vocabulary"),
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Number of ids: the bytes and the first merges.", show_default="all")
+    ] = None,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Files for validation, as 'macbeth*'; as many as you like.",
+            show_default=False,
+        ),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Files that go nowhere; as many as you like.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tokens.")] = Path("results/tokens"),
+    as_json: Json = False,
+) -> None:
+    """Write texts as tokens of GPT-2's byte pairs, parted into training and validation, file by file.
+
+    Leaves training.bin and validation.bin, numbers of two bytes, for `train gpt2`, and tokens.json: what
+    went where.
+
+    Example: `mumoe-tensor tokenize texts --hold-out 'macbeth*' --vocabulary 8192`
+    """
+    with _bad_input():
+        from mumoe_tensor.training import tokens
+
+        tokenizer = tokens.Tokenizer(vocabulary_files, vocabulary)
+        found = tokens.tokenize(sources, tokenizer, out, hold_out=hold_out or (), leave_out=leave_out or ())
+    if as_json:
+        _print_json(found)
+        return
+    table = _table("file", "part", "tokens")
+    for part in ("training", "validation"):
+        for entry in found[part]:
+            table.add_row(entry["file"], part, f"{entry['tokens']:,}")
+        table.add_row("", part, f"{sum(entry['tokens'] for entry in found[part]):,}", end_section=True)
+    Console().print(table)
+    print(f"{found['vocabulary']:,} ids. Written to {out}: training.bin, validation.bin, tokens.json")
+
+
 @app.command()
 def inspect(
     run: Annotated[Path, typer.Argument(help="Folder of a trained head.", show_default=False)],

@@ -72,16 +72,20 @@ class Labels:
                 f"there must be a label for every row of {experts} coefficients; got coefficients of "
                 f"{tuple(coefficients.shape)}, labels of {tuple(labels.shape)}."
             )
-        labels = labels.to(self.all.device)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(
                 f"labels must lie from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}."
             )
-        active = (coefficients.detach() > 0) & (coefficients.detach() >= self.threshold)
-        row, expert = active.nonzero().to(self.all.device).unbind(1)
-        pairs = torch.bincount(expert * classes + labels[row], minlength=experts * classes)
-        self.counts += pairs.reshape(experts, classes)
-        self.all += torch.bincount(labels, minlength=classes)
+        a = coefficients.detach()
+        is_active = torch.empty_like(a, dtype=torch.float32)
+        if self.threshold > 0:
+            torch.ge(a, self.threshold, out=is_active)
+        else:
+            torch.gt(a, 0, out=is_active)
+        # (Sums of floats, a pass over the rows: whole numbers are exact up to 2^24 rows a batch.)
+        counts = is_active.new_zeros(classes, experts).index_add_(0, labels.to(a.device, torch.long), is_active)
+        self.counts += counts.T.to(self.counts.device, self.counts.dtype)
+        self.all += torch.bincount(labels.to(self.all.device), minlength=classes)
 
     def statistics(self) -> LabelStatistics:
         """The figures so far.

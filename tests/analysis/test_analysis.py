@@ -133,6 +133,17 @@ def test_counts_beyond_what_float32_can_count() -> None:
     assert usage.loads[0] == 2.0**25 + 1
 
 
+def test_counts_beyond_what_float16_can_count() -> None:
+    a = torch.zeros(2501, 2, dtype=torch.float16)
+    a[:, 0] = 1
+    usage, by_label = Usage(2), Labels(2, 1)
+    usage.update(a)
+    by_label.update(a, torch.zeros(len(a), dtype=torch.uint8))
+    found = usage.statistics()
+    assert found.load.tolist() == found.mean.tolist() == [1, 0] and found.dead == 1
+    assert by_label.statistics().counts.tolist() == [[2501], [0]]
+
+
 # ---- labels ----------------------------------------------------------------------------------------------
 
 

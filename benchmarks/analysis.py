@@ -1,0 +1,124 @@
+"""The analysis of a layer at its full size: how long it takes, and the memory it needs.
+
+    python -m benchmarks.analysis [--inputs 1000000] [--experts 10000]
+
+Inputs go through a layer in batches; the coefficients of each batch are counted and dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Report, threads
+from mumoe_tensor.analysis import Labels, TopInputs, Usage, watch_coefficients
+from mumoe_tensor.nn import MuMoE
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.study.memory import growth
+
+INPUTS, EXPERTS, BATCH = 1_000_000, 10_000, 1_000
+#: A layer that costs little beside its gate, and the inputs that are kept for each expert.
+FEATURES, CLASSES, RANK, KEPT = 32, 10, 8, 8
+MIB = 2**20
+
+
+class Analysis:
+    """The counts of every expert of a layer with weights drawn at random."""
+
+    def __init__(self, experts: int):
+        torch.manual_seed(0)
+        self.layer = MuMoE(FEATURES, CLASSES, experts=experts, rank=RANK, gate_norm="layer").eval()
+        torch.nn.init.normal_(self.layer.gate.weight)
+        self.centres = 2 * torch.randn(CLASSES, FEATURES)
+        self.usage, self.top = Usage(experts), TopInputs(experts, KEPT)
+        self.by_label = Labels(experts, CLASSES)
+        self.seconds: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def run(self, inputs: int) -> None:
+        """Look at so many inputs, around the centres of their classes."""
+        draw = torch.Generator().manual_seed(0)
+        start = perf_counter()
+        for done in range(0, inputs, BATCH):
+            labels = torch.randint(CLASSES, (min(BATCH, inputs - done),), generator=draw)
+            x = self.centres[labels] + torch.randn(len(labels), FEATURES, generator=draw)
+
+            def count(name: str, coefficients: tuple[Tensor, ...], labels: Tensor = labels) -> None:
+                (a,) = coefficients
+                self._timed("usage", self.usage.update, a)
+                self._timed("top inputs", self.top.update, a)
+                self._timed("labels", self.by_label.update, a, labels)
+
+            with watch_coefficients(self.layer, count):
+                self.layer(x)
+        others = sum(self.seconds.values())
+        self.seconds["layer and inputs"] += perf_counter() - start - others
+
+    def _timed(self, name: str, call: Callable[..., Any], *arguments: Any) -> None:
+        start = perf_counter()
+        call(*arguments)
+        self.seconds[name] += perf_counter() - start
+
+
+def measure(inputs: int, experts: int) -> Report:
+    """Peak memory and time of an analysis, and what it finds."""
+    # What libraries allocate once is there after a small one.
+    Analysis(16).run(2 * BATCH)
+    made: list[Analysis] = []
+
+    def stream() -> None:
+        made.append(Analysis(experts))
+        made[0].run(inputs)
+
+    peak = growth(stream)
+    (analysis,) = made
+    usage, labels = analysis.usage.statistics(), analysis.by_label.statistics()
+    seconds = sum(analysis.seconds.values())
+    parts = ", ".join(f"{name} {share / seconds:.0%}" for name, share in analysis.seconds.items())
+    row = {
+        "inputs": usage.rows,
+        "experts": experts,
+        "peak MiB": peak / MIB,
+        "at once MiB": 4 * usage.rows * experts / MIB,
+        "seconds": seconds,
+        "inputs a second": usage.rows / seconds,
+        "active an input": usage.active * experts,
+        "dead": usage.dead,
+        "label ratio": labels.ratio,
+        "clarity": labels.clarity,
+    }
+    columns = {
+        "inputs": ",d", "experts": ",d", "peak MiB": ",.0f", "at once MiB": ",.0f", "seconds": ",.0f",
+        "inputs a second": ",.0f", "active an input": ".1f", "dead": ",d", "label ratio": ".2f",
+        "clarity": ".2f",
+    }  # fmt: skip
+    notes = [
+        f"Usage, {KEPT} top inputs and labels of every expert, batches of {BATCH:,}; a layer",
+        f"{FEATURES} -> {CLASSES}, CP of rank {RANK}, entmax15. Peak: of the process, over its start.",
+        f"At once: all coefficients in float32. Time: {parts}.",
+    ]
+    return Report("analysis", "Analysis of a stream of inputs", columns, [row], notes)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.analysis", description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=INPUTS)
+    parser.add_argument("--experts", type=int, default=EXPERTS)
+    options = parser.parse_args(arguments)
+    if min(options.inputs, options.experts) < 1:
+        parser.error(f"inputs and experts must be positive, got {options.inputs} and {options.experts}")
+    with threads(1) as used:
+        about = environment() | {"threads": used}
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
+        print(f"\n{measure(options.inputs, options.experts)}")
+
+
+if __name__ == "__main__":
+    main()

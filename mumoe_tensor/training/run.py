@@ -16,7 +16,10 @@ from mumoe_tensor.models.saved import save_model
 from mumoe_tensor.training.checkpoint import model_state
 from mumoe_tensor.training.log import Evaluation, read_evaluations
 from mumoe_tensor.training.settings import Settings
-from mumoe_tensor.training.trainer import train
+from mumoe_tensor.training.trainer import FREE, train
+
+#: The tables of settings.
+PARTS = ("data", "model", "train")
 
 
 def run(
@@ -62,11 +65,11 @@ def run(
 
     processes = PartialState()
     config, weights = folder / "config.json", folder / "model.safetensors"
-    told = json.loads(json.dumps({"kind": settings.kind, **asdict(settings)}))
+    told: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(settings)}))
     if config.exists() and not fresh:
-        known = json.loads(config.read_text(encoding="utf-8"))
-        if known["settings"] != told:
-            difference = _difference(known["settings"], told)
+        known = _read(config)
+        difference = _difference(known["settings"], told)
+        if difference:
             raise ValueError(
                 f"{folder} has a run of other settings ({difference}): give another folder, or --fresh."
             )
@@ -97,6 +100,17 @@ def run(
     return {**about, **_figures(settings, evaluations), "trained": True}
 
 
+def _read(config: Path) -> dict[str, Any]:
+    """What another run left."""
+    try:
+        known = json.loads(config.read_text(encoding="utf-8"))
+        if set(known) == {"settings", "model"}:
+            return dict(known)
+    except ValueError:
+        pass
+    raise ValueError(f"{config} is not of a run of these: give another folder, or --fresh.")
+
+
 def _clear(folder: Path) -> None:
     """Remove what a run leaves, and nothing else."""
     for name in ("model.safetensors", "metrics.csv", "config.json"):
@@ -121,13 +135,16 @@ def _figures(settings: Settings, evaluations: list[Evaluation]) -> dict[str, Any
     }
 
 
-def _difference(known: dict[str, Any], told: dict[str, Any]) -> str:
-    """The first key whose value is another one."""
+def _difference(known: dict[str, Any], told: dict[str, Any]) -> str | None:
+    """Words for the first setting that is another one and makes a difference."""
     flat = [
-        {f"{t}.{k}": v for t, values in x.items() if isinstance(values, dict) for k, v in values.items()}
-        for x in (known, told)
+        {"kind": given["kind"]}
+        | {f"{part}.{name}": value for part in PARTS for name, value in given[part].items()}
+        for given in (known, told)
     ]
-    for key in sorted({*flat[0], *flat[1]}):
-        if flat[0].get(key) != flat[1].get(key):
-            return f"{key} is {flat[0].get(key)!r} there, {flat[1].get(key)!r} here"
-    return f"kind is {known.get('kind')!r} there, {told.get('kind')!r} here"
+    free = {f"train.{name}" for name in FREE}
+    for name in dict.fromkeys([*flat[0], *flat[1]]):
+        there, here = (values.get(name) for values in flat)
+        if there != here and name not in free:
+            return f"{name} is {there!r} there, {here!r} here"
+    return None

@@ -91,9 +91,8 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Ids of all tokens, and the merges, checked against each other."""
     path = folder / "encoder.json"
     try:
-        ids = json.loads(read_text(path))
-        assert isinstance(ids, dict)
-    except (json.JSONDecodeError, AssertionError):
+        ids = dict(json.loads(read_text(path)))
+    except (ValueError, TypeError):
         raise ValueError(f"encoder.json must be an object of tokens and their ids; {path} is not.") from None
     # Only "\n" ends a line: some tokens have characters that `splitlines` takes for an end.
     lines = read_text(folder / "vocab.bpe").split("\n")
@@ -183,6 +182,9 @@ def tokenize(
     for part, held in parts.items():
         if not held:
             raise ValueError(f"both parts must have files; for {part} there is none.")
+    for name in ("tokens.json", *(f"{part}.bin" for part in parts)):
+        # Should this fail half way, no old part must be taken for one of this vocabulary.
+        (out / name).unlink(missing_ok=True)
     told: dict[str, Any] = {"vocabulary": tokenizer.vocabulary}
     for part, held in parts.items():
         counts = write_tokens(map(read_text, held), tokenizer, out / f"{part}.bin")

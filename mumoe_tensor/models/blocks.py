@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.formats.base import as_positive, check_choice, get_format
 from mumoe_tensor.nn import MuMoEMLP
-from mumoe_tensor.nn.gate import GATES
+from mumoe_tensor.nn.experts import Init
+from mumoe_tensor.nn.gate import GATES, GateNorm
 
 #: The format of a model without experts.
 DENSE = "mlp"
@@ -153,31 +154,37 @@ def drop_probabilities(last: float, depth: int) -> list[float]:
 
 
 def check_config(
-    sizes: dict[str, int],
-    probabilities: dict[str, float],
-    format: str,
-    experts: Iterable[int],
-    ranks: dict[str, tuple[int, ...] | None],
-    gate: str,
+    config: Any, sizes: Sequence[str], probabilities: Sequence[str], ranks: Sequence[str]
 ) -> None:
     """Check what the configs of both models have in common.
+
+    Parameters
+    ----------
+    config : MixerConfig or GPT2Config
+    sizes, probabilities, ranks : sequence of str
+        Names of its fields.
 
     Raises
     ------
     ValueError, TypeError
-        If a size is not positive, a probability not below one, or the experts cannot be of the format.
+        If a size is not positive, a probability not below one, or there are no such experts.
     """
-    for name, size in sizes.items():
-        as_positive(size, name)
-    for name, probability in probabilities.items():
-        if not 0 <= probability < 1:
-            raise ValueError(f"{name} must be a probability below one, got {probability!r}.")
-    levels = [as_positive(n, "every number of experts") for n in experts]
-    check_choice(gate, GATES, "gate")
-    for name, rank in ranks.items():
-        if format == DENSE and rank is not None:
-            raise ValueError(f"a model without experts (format {DENSE!r}) has no {name}, got {rank!r}.")
-        if format != DENSE and rank is not None:
-            get_format(format).full_rank(rank, len(levels))
-    if format != DENSE:
-        get_format(format)
+    for name in sizes:
+        as_positive(getattr(config, name), name)
+    for name in probabilities:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be a probability below one, got {getattr(config, name)!r}.")
+    if not isinstance(config.experts, tuple):
+        raise TypeError(f"experts must be a tuple with one number a level, got {config.experts!r}.")
+    for number in config.experts:
+        as_positive(number, "every number of experts")
+    check_choice(config.gate, GATES, "gate")
+    check_choice(config.gate_norm, get_args(GateNorm), "gate_norm")
+    check_choice(config.init, get_args(Init), "init")
+    given = {name: getattr(config, name) for name in ranks if getattr(config, name) is not None}
+    if config.format != DENSE:
+        format = get_format(config.format)
+        for rank in given.values():
+            format.full_rank(rank, len(config.experts))
+    elif given:
+        raise ValueError(f"a model without experts (format {DENSE!r}) has no rank, got {given}.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.coefficients import evaluating, watch_coefficients
-from mumoe_tensor.formats.base import as_positive, check_choice
+from mumoe_tensor.formats.base import as_positive
 from mumoe_tensor.models.blocks import (
     DENSE,
     StochasticDepth,
@@ -77,17 +77,8 @@ class GPT2Config:
     stochastic_depth: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("vocabulary", "context", "width", "depth", "heads", "hidden")
-        check_config(
-            {name: getattr(self, name) for name in names},
-            {"dropout": self.dropout, "stochastic_depth": self.stochastic_depth},
-            self.format,
-            self.experts,
-            {"rank": self.rank},
-            self.gate,
-        )
-        check_choice(self.gate_norm, ("batch", "layer", "none"), "gate_norm")
-        check_choice(self.init, ("linear", "published"), "init")
+        sizes = ("vocabulary", "context", "width", "depth", "heads", "hidden")
+        check_config(self, sizes, ("dropout", "stochastic_depth"), ranks=("rank",))
         if self.width % self.heads:
             raise ValueError(
                 f"heads must divide the width: width={self.width} is no multiple of heads={self.heads}."
@@ -159,8 +150,8 @@ class GPT2(nn.Module):
         Raises
         ------
         ValueError
-            If tokens are none of the vocabulary, or more than the context (the first is not checked while
-            compiling).
+            If tokens are more than the context, or none of the vocabulary, which a compiled model does not
+            check.
         """
         self._check(tokens)
         if tokens.shape[1] > self.config.context:
@@ -174,42 +165,19 @@ class GPT2(nn.Module):
         return nn.functional.linear(self.norm(x), self.token_embedding.weight)
 
     def _check(self, tokens: Tensor) -> None:
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                "tokens must be integers (int64) of shape (rows, tokens), one token a row at least, got "
+                "tokens must be integers (int64) of shape (rows, tokens), one row and token at least, got "
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}."
             )
-        if torch.compiler.is_compiling() or tokens.is_meta or not tokens.numel():
+        # Not where values cannot be asked for.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tokens.is_meta:
             return
         least, most = (int(x) for x in tokens.aminmax())
         if least < 0 or most >= self.config.vocabulary:
             raise ValueError(
                 f"tokens must be from 0 to {self.config.vocabulary - 1}, got some from {least} to {most}."
             )
-
-    @overload
-    def generate(
-        self,
-        tokens: Tensor,
-        steps: int,
-        *,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        generator: torch.Generator | None = ...,
-        return_coefficients: Literal[False] = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def generate(
-        self,
-        tokens: Tensor,
-        steps: int,
-        *,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        generator: torch.Generator | None = ...,
-        return_coefficients: Literal[True],
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]: ...
 
     @torch.no_grad()
     def generate(

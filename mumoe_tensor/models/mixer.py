@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.formats.base import check_choice
 from mumoe_tensor.models.blocks import (
     DENSE,
     StochasticDepth,
@@ -77,17 +76,8 @@ class MixerConfig:
     stochastic_depth: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("image_size", "channels", "patch", "width", "depth", "token_hidden", "channel_hidden")
-        check_config(
-            {name: getattr(self, name) for name in (*names, "classes")},
-            {"stochastic_depth": self.stochastic_depth},
-            self.format,
-            self.experts,
-            {"token_rank": self.token_rank, "channel_rank": self.channel_rank},
-            self.gate,
-        )
-        check_choice(self.gate_norm, ("batch", "layer", "none"), "gate_norm")
-        check_choice(self.init, ("linear", "published"), "init")
+        sizes = ("image_size", "channels", "patch", "width", "depth", "token_hidden", "channel_hidden")
+        check_config(self, (*sizes, "classes"), ("stochastic_depth",), ranks=("token_rank", "channel_rank"))
         if self.image_size % self.patch:
             raise ValueError(
                 f"patches must tile an image: image_size={self.image_size} is no multiple of "

@@ -75,6 +75,7 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Mi
         model.load_state_dict(state, assign=True)
     except (SafetensorError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"a model is a file of safetensors with its kind and config; {path} is not: {error}"
+            f"a model is a file of safetensors with its kind and config; {path} is not: "
+            f"{' '.join(str(error).split())}"
         ) from None
     return model.eval()

@@ -114,8 +114,8 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
         A TOML file with the tables ``data``, ``model`` and ``train``, or the name of one that comes with the
         library, see `packaged`. By default the one of the name `kind`.
     overrides : sequence of str
-        As ``train.epochs=3``: a key, and its value as in TOML. Text needs no quotes, and ``none`` is no
-        value.
+        As ``train.epochs=3``: a key, and its value as in TOML. Text needs no quotes; ``none`` is for no
+        value, in a file too.
 
     Returns
     -------
@@ -181,24 +181,20 @@ def _checked(run: type[MixerRun] | type[GPT2Run], tables: Mapping[str, Any]) -> 
         # As JSON, so that no value is made into one of another type: a "3" is no number.
         return TypeAdapter(run).validate_json(json.dumps(given, default=str), strict=True)
     except ValidationError as error:
-        raise ValueError("; ".join(_told(e, known) for e in error.errors()[:1]) + ".") from None
+        raise ValueError(_told(error.errors()[0], known)) from None
 
 
 def _none(value: Any, hint: Any) -> Any:
-    """None for the word, where that is a value and text is not: TOML has no word of its own for it."""
-    choices = get_args(hint)
-    return None if value == "none" and NoneType in choices and str not in choices else value
+    """None for the word, where that is a value: TOML has no word of its own for it."""
+    return None if value == "none" and NoneType in get_args(hint) else value
 
 
 def _told(error: Mapping[str, Any], known: Mapping[str, set[str]]) -> str:
     """A complaint, after the key it is about."""
     table, *keys = map(str, error["loc"])
     rule = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if not keys and rule.split()[0] in known[table]:
-        # What a dataclass says itself starts with the name.
-        key, _, rule = rule.partition(" ")
-        return f"{table}.{key}: {rule}"
-    place = ".".join([table, *keys[:1]])
-    return (
-        f"{place}: {rule}" if error["type"] == "value_error" else f"{place}: {rule}, got {error['input']!r}"
-    )
+    if error["type"] != "value_error":
+        return f"{'.'.join([table, *keys[:1]])}: {rule}, got {error['input']!r}."
+    # What a dataclass says of a value itself starts with its name, or is about several.
+    key, _, rest = rule.partition(" ")
+    return f"{table}.{key}: {rest}." if key in known[table] else f"{table}: {rule}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     ImportError
         If the package is not installed.
     ValueError
-        If there is no model of that name, or the weights are those of another.
+        If there is no model of that name, the file has not its weights, or it takes no images of that size.
     """
     network: Any
     state = _read(Path(weights))
@@ -99,29 +100,55 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
         whole = EfficientNet.from_name(name)
         _load(whole, state, name, weights)
         network = nn.Sequential(whole._conv_stem, whole._bn0, whole._swish, *whole._blocks)
-        return Backbone(network, size, 127 / 255, 128 / 255).eval()
+        return _tried(Backbone(network, size, 127 / 255, 128 / 255), name)
     import timm
+    from timm.data.config import resolve_model_data_config
 
     if not timm.is_model(name):
         raise ValueError(f"a backbone must be {LITE0} or a model of timm, got {name!r}.")
     network = timm.create_model(name, pretrained=False)
     _load(network, state, name, weights)
     network.reset_classifier(0)
-    wanted = timm.data.resolve_model_data_config(network)
-    return Backbone(network, size, wanted["mean"], wanted["std"]).eval()
+    wanted = resolve_model_data_config(network)
+    return _tried(Backbone(network, size, wanted["mean"], wanted["std"]), name)
+
+
+def _tried(backbone: Backbone, name: str) -> Backbone:
+    """The backbone in evaluation mode, after an image went through it: many networks take one size only."""
+    backbone.eval()
+    size = backbone.size
+    try:
+        with torch.no_grad():
+            backbone(torch.zeros(1, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"images must have a size that {name} takes; scaled to {size} it says: {error}"
+        ) from None
+    return backbone
 
 
 def _load(network: nn.Module, state: dict[str, Tensor], name: str, weights: str | Path) -> None:
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{weights} must have the weights of {name}: {error}") from None
+    own = {key: value.shape for key, value in network.state_dict().items()}
+    found = {key: value.shape for key, value in state.items()}
+    if own != found:
+        wrong = sorted(key for key in own | found if own.get(key) != found.get(key))
+        raise ValueError(
+            f"{weights} must have the weights of {name}; {len(wrong)} of its tensors are missing, unknown or "
+            f"of another shape, {wrong[0]!r} for one."
+        )
+    network.load_state_dict(state)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        return load_file(path)
-    found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"weights are a whole file with a dict of tensors and nothing else; {path} is not.")
     return found

@@ -18,9 +18,9 @@ def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
 
     .. math:: W \approx \sum_{i \le k} \sigma_i u_i v_i^\top, \qquad k = \mathrm{round}(s \cdot \min(I, O))
 
-    with the k largest singular values, a share s (Eckart and Young, 1936). Biases stay. Trained layers that keep their
-    accuracy so are the argument for experts of low rank (Oldfield et al., 2024). Afterwards the weights are
-    what they were, bit for bit.
+    with the k largest singular values, a share s of all (Eckart and Young, 1936). Biases stay. Trained layers
+    that keep their accuracy so are the argument for experts of low rank (Oldfield et al., 2024). Afterwards
+    the weights are what they were, bit for bit.
 
     Parameters
     ----------

@@ -2,7 +2,8 @@
 
 from mumoe_tensor.browser.collect import ExpertLevel, collect
 from mumoe_tensor.browser.page import page
-from mumoe_tensor.browser.run import browse_head
+from mumoe_tensor.browser.plain import Sample
+from mumoe_tensor.browser.run import browse, browse_head
 from mumoe_tensor.browser.samples import Images, Texts
 
-__all__ = ["ExpertLevel", "Images", "Texts", "browse_head", "collect", "page"]
+__all__ = ["ExpertLevel", "Images", "Sample", "Texts", "browse", "browse_head", "collect", "page"]

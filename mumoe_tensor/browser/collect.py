@@ -1,28 +1,34 @@
-"""What there is to tell of the experts of a model, from one pass over some inputs and one for each expert."""
+"""What there is to tell of the experts of a model: two passes over some inputs, and one for each expert."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis import (
-    Labels,
     TopInputs,
     Usage,
     UsageStatistics,
     ablation_effects,
+    loss_effects,
     watch_coefficients,
 )
-from mumoe_tensor.analysis.coefficients import gates_of
+from mumoe_tensor.analysis.coefficients import evaluating, gate_of, gates_of
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class ExpertLevel:
     """The experts of one level of one layer.
+
+    An input is what the page shows as one: an image, a text, or a passage of one. It may have several rows,
+    which are what the layer maps: tokens, patches of an image, or channels.
 
     Attributes
     ----------
@@ -30,42 +36,52 @@ class ExpertLevel:
         Name of the layer's module; empty for the model itself.
     level : int
     usage : UsageStatistics
-    labels : Tensor of shape (N, classes) or None
-        Inputs of each class that use the expert.
+        Over all rows.
+    labels : Tensor of int of shape (C,) or None
+        Classes of the inputs, or of a language model the tokens that occur.
+    frequency : Tensor of shape (C,) or None
+        Share of the inputs, or tokens, that each of them has.
+    sums : Tensor of shape (N, C) or None
+        Sum of the coefficients that these give to the expert.
     top : Tensor of int of shape (N, k)
         Numbers of the inputs with the largest coefficients; −1 where there are fewer.
     coefficients : Tensor of shape (N, k)
-        Theirs; of a text, that of its most active token.
-    tokens : dict of (int, int) to list of float
-        By expert and text: the coefficient of every token. Empty for other inputs.
-    effects : Tensor of shape (N, classes) or None
-        Change of the accuracy of each class without the expert.
+        Theirs, as pooled.
+    rows : dict of (int, int) to list of float
+        By expert and input: the coefficient of every row. Empty where inputs have one row each.
+    effects : Tensor of shape (N, C) or (N,), or None
+        Change of the accuracy of each class without the expert, or of the loss of a language model in nats
+        per token; NaN of experts that were not removed.
+    is_language : bool
+        Whether labels are tokens, and effects are of the loss.
     """
 
     layer: str
     level: int
     usage: UsageStatistics
     labels: Tensor | None
+    frequency: Tensor | None
+    sums: Tensor | None
     top: Tensor
     coefficients: Tensor
-    tokens: dict[tuple[int, int], list[float]]
+    rows: dict[tuple[int, int], list[float]]
     effects: Tensor | None
+    is_language: bool = False
 
 
 class _Seen:
     """What is counted of one level as batches pass."""
 
-    def __init__(self, experts: int, classes: int | None, k: int):
+    def __init__(self, experts: int, labels: int, k: int):
         self.usage, self.top = Usage(experts), TopInputs(experts, k)
-        self.labels = None if classes is None else Labels(experts, classes)
+        self.sums = torch.zeros(labels, experts)
 
-    def update(self, coefficients: Tensor, inputs: int, labels: Tensor | None) -> None:
-        self.usage.update(coefficients)
-        # A text is as active as its most active token.
-        of_input = coefficients.unflatten(0, (inputs, -1)).amax(1)
-        self.top.update(of_input)
-        if self.labels is not None and labels is not None:
-            self.labels.update(of_input, labels)
+    def update(self, rows: Tensor, pooled: Tensor, labels: Tensor | None) -> None:
+        self.usage.update(rows)
+        self.top.update(pooled)
+        if labels is not None:
+            of_labels = rows if len(labels) == len(rows) else pooled
+            self.sums.index_add_(0, labels, of_labels.float().cpu())
 
 
 @torch.no_grad()
@@ -76,24 +92,39 @@ def collect(
     *,
     k: int = 8,
     batch_size: int = 256,
+    pool: Literal["max", "mean"] = "max",
+    passage: int | None = None,
     effects: bool = True,
-    progress: Callable[[int, int, str], None] | None = None,
+    removed: int | None = None,
+    effect_inputs: int | None = None,
+    progress: Progress | None = None,
 ) -> list[ExpertLevel]:
     """Look at all experts of a model.
 
     Parameters
     ----------
     model : Module
-        Inputs of shape (rows, ...) to logits; with `effects`, of shape (rows, classes). Runs as in
-        ``eval()``. Each of its gates is called once a batch, with the rows in the first axis.
+        Inputs of shape (rows, ...) to logits of shape (rows, classes), or of a language model
+        (rows, tokens, vocabulary). Runs as in ``eval()``. Each of its gates is called once a batch, with the
+        inputs in the first axis.
     inputs : Tensor of shape (rows, ...)
-    labels : Tensor of int of shape (rows,), optional
-        Classes of the inputs.
+    labels : Tensor of int of shape (rows,) or (rows, tokens), optional
+        Classes of the inputs; or, where inputs are token numbers, the token that follows each.
     k : int, default 8
         Inputs to show for each expert.
     batch_size : int, default 256
+    pool : {"max", "mean"}, default "max"
+        An input of several rows (a text of tokens, an image of patches) is as active as its most active row,
+        or as its rows on average.
+    passage : int, optional
+        Show passages of so many rows as inputs of their own: passage j of input i has the number
+        ``i * passages + j``.
     effects : bool, default True
-        Remove every expert once, to see which classes suffer; only with `labels`.
+        Remove experts, to see which classes, or how much of the loss, suffer; only with `labels`.
+    removed : int, optional
+        Remove the most used so many experts of a level only; all by default.
+    effect_inputs : int, optional
+        Look for effects in the first so many inputs only; in all by default.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -105,103 +136,141 @@ def collect(
     Raises
     ------
     ValueError
-        If the model has no gate, there is no input, or labels are not one an input.
+        If the model has no gate, there is no input, labels do not fit the inputs, or a gate has rows that do
+        not divide into inputs and passages.
     """
-    if not len(inputs) or (labels is not None and labels.shape != inputs.shape[:1]):
+    is_language = labels is not None and labels.ndim == 2 and labels.shape == inputs.shape
+    if not len(inputs) or not (labels is None or is_language or labels.shape == inputs.shape[:1]):
         raise ValueError(
-            f"there must be inputs, and a label for each if there are labels; got {len(inputs)} inputs and "
-            f"labels of shape {None if labels is None else tuple(labels.shape)}."
+            "there must be inputs, and if there are labels a label for each, or for each token; got inputs "
+            f"of shape {tuple(inputs.shape)}, labels of {None if labels is None else tuple(labels.shape)}."
         )
-    gates = gates_of(model)
-    classes = None if labels is None else int(labels.max()) + 1
+    found, places, frequency = _labelled(inputs if is_language else labels, is_language)
     seen = {
-        (name, level): _Seen(experts, classes, k)
-        for name, gate in gates.items()
+        (name, level): _Seen(experts, 0 if found is None else len(found), k)
+        for name, gate in gates_of(model).items()
         for level, experts in enumerate(gate.experts)
     }
-    batches = [(start, inputs[start : start + batch_size]) for start in range(0, len(inputs), batch_size)]
+    starts = range(0, len(inputs), batch_size)
     tell = progress or (lambda done, total, text: None)
-    total = len(batches) + len(seen)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for done, (start, batch) in enumerate(batches):
+    total = 2 * len(starts) + len(seen)
+
+    def update(name: str, coefficients: tuple[Tensor, ...], start: int) -> None:
+        count = min(batch_size, len(inputs) - start)
+        of_batch = None if places is None else places[start : start + count]
+        for level, rows in enumerate(coefficients):
+            by_input = _by_input(rows, count, passage)
+            if of_batch is not None and not is_language:
+                of_batch = of_batch.reshape(count, -1)[:, :1].expand(-1, len(by_input) // count)
+            pooled = by_input.amax(1) if pool == "max" else by_input.mean(1)
+            seen[name, level].update(rows, pooled, None if of_batch is None else of_batch.flatten())
+
+    with evaluating(model):
+        for done, start in enumerate(starts):
             tell(done, total, "coefficients")
-            of_batch = None if labels is None else labels[start : start + batch_size]
-
-            def update(
-                name: str, found: tuple[Tensor, ...], count: int = len(batch), y: Tensor | None = of_batch
-            ) -> None:
-                for level, coefficients in enumerate(found):
-                    seen[name, level].update(coefficients, count, y)
-
-            with watch_coefficients(model, update):
-                model(batch)
-        tokens = _tokens(model, inputs, seen)
+            with watch_coefficients(model, partial(update, start=start)):
+                model(inputs[start : start + batch_size])
+        shown = {key: _shown(counted.top.indices) for key, counted in seen.items()}
+        of_rows: dict[tuple[str, int], dict[tuple[int, int], list[float]]] = {key: {} for key in seen}
+        for done, start in enumerate(starts):
+            tell(len(starts) + done, total, "inputs that are shown")
+            _keep_rows(model, inputs[start : start + batch_size], start, passage, shown, of_rows)
         levels = []
         for done, ((name, level), counted) in enumerate(seen.items()):
             layer = name.rpartition(".")[0]
-            tell(len(batches) + done, total, f"experts of {layer or 'the model'}")
-            lost = None
-            if effects and labels is not None and classes is not None:
-                pairs = [(batch, labels[start : start + batch_size]) for start, batch in batches]
-                lost = ablation_effects(model, model.get_submodule(layer), pairs, classes, level=level)
+            tell(2 * len(starts) + done, total, f"experts of {layer or 'the model'}")
+            usage, lost = counted.usage.statistics(), None
+            if effects and labels is not None:
+                module = model.get_submodule(layer)
+                chosen = usage.mean.argsort(descending=True, stable=True)[:removed].sort().values
+                part = slice(0, effect_inputs)
+                batches = list(
+                    zip(inputs[part].split(batch_size), labels[part].split(batch_size), strict=True)
+                )
+                classes = None if is_language or found is None else len(found)
+                lost = _effects(model, module, batches, classes, level, chosen.tolist())
             levels.append(
                 ExpertLevel(
-                    layer, level, counted.usage.statistics(),
-                    None if counted.labels is None else counted.labels.counts,
-                    counted.top.indices, counted.top.coefficients, tokens[name, level], lost,
+                    layer, level, usage, found, frequency, None if found is None else counted.sums.T,
+                    counted.top.indices, counted.top.coefficients, of_rows[name, level], lost,
+                    is_language,
                 )
             )  # fmt: skip
         tell(total, total, "done")
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training
     return levels
 
 
-def _tokens(
-    model: nn.Module, inputs: Tensor, seen: dict[tuple[str, int], _Seen]
-) -> dict[tuple[str, int], dict[tuple[int, int], list[float]]]:
-    """Coefficients of every token of the texts that are shown, from a second look at these."""
-    found: dict[tuple[str, int], dict[tuple[int, int], list[float]]] = {key: {} for key in seen}
-    wanted: dict[int, list[tuple[tuple[str, int], int]]] = {}
-    for key, counted in seen.items():
-        for expert, row in (counted.top.indices >= 0).nonzero().tolist():
-            wanted.setdefault(int(counted.top.indices[expert, row]), []).append((key, expert))
-    for index, users in wanted.items():
-        passed: dict[str, tuple[Tensor, ...]] = {}
-        with watch_coefficients(model, passed.__setitem__):
-            model(inputs[index : index + 1])
-        for (name, level), expert in users:
-            coefficients = passed[name][level]
-            if len(coefficients) == 1:  # no text: nothing to shade
-                return found
-            found[name, level][expert, index] = coefficients[:, expert].tolist()
-    return found
+def _labelled(labels: Tensor | None, is_language: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Labels that there are, the place of each input's (token's) among them, and their frequency."""
+    if labels is None:
+        return None, None, None
+    if is_language:
+        found, places, counts = labels.unique(return_inverse=True, return_counts=True)
+    else:
+        if int(labels.min()) < 0:
+            raise ValueError(f"labels are counted from 0, got {int(labels.min())}.")
+        found, places = torch.arange(int(labels.max()) + 1), labels
+        counts = labels.bincount(minlength=len(found))
+    return found, places, counts / counts.sum()
 
 
-def as_plain(levels: list[ExpertLevel]) -> list[dict[str, Any]]:
-    """Levels as the plain values that the page reads."""
-    return [
-        {
-            "layer": level.layer or "model",
-            "level": level.level,
-            "experts": [_plain_expert(level, n) for n in range(len(level.top))],
-        }
-        for level in levels
-    ]
+def _by_input(rows: Tensor, count: int, passage: int | None) -> Tensor:
+    """Coefficients of a batch as (inputs, rows of an input, experts)."""
+    each, rest = divmod(len(rows), count)
+    size = passage or each
+    if rest or each % size:
+        raise ValueError(
+            f"a gate must have the rows of {count} inputs, each of them some passages of {passage} rows; it "
+            f"has {len(rows)} rows."
+        )
+    return rows.reshape(-1, size, rows.shape[-1])
 
 
-def _plain_expert(level: ExpertLevel, n: int) -> dict[str, Any]:
-    effects = None if level.effects is None else level.effects[n].nan_to_num()
-    shown = [(int(i), float(a)) for i, a in zip(level.top[n], level.coefficients[n], strict=True) if i >= 0]
-    return {
-        "n": n,
-        "mean": float(level.usage.mean[n]),
-        "load": float(level.usage.load[n]),
-        "classes": None if level.labels is None else level.labels[n].tolist(),
-        "effect": None if effects is None else float(effects.abs().sum()),
-        "effects": None if effects is None else effects.tolist(),
-        "top": [{"i": index, "a": a, "tokens": level.tokens.get((n, index))} for index, a in shown],
-    }
+def _shown(top: Tensor) -> dict[int, list[int]]:
+    """By input the experts that it is shown for."""
+    users: dict[int, list[int]] = {}
+    for expert, place in (top >= 0).nonzero().tolist():
+        users.setdefault(int(top[expert, place]), []).append(expert)
+    return users
+
+
+def _keep_rows(
+    model: nn.Module,
+    batch: Tensor,
+    start: int,
+    passage: int | None,
+    shown: dict[tuple[str, int], dict[int, list[int]]],
+    kept: dict[tuple[str, int], dict[tuple[int, int], list[float]]],
+) -> None:
+    """Keep the coefficient of every row of the inputs that are shown, if inputs have several."""
+
+    def look(name: str, coefficients: tuple[Tensor, ...]) -> None:
+        for level, rows in enumerate(coefficients):
+            by_input = _by_input(rows, len(batch), passage)
+            if by_input.shape[1] == 1:
+                continue
+            first = start * len(by_input) // len(batch)
+            for place, of_input in enumerate(by_input):
+                for expert in shown[name, level].get(first + place, ()):
+                    kept[name, level][expert, first + place] = of_input[:, expert].tolist()
+
+    with watch_coefficients(model, look):
+        model(batch)
+
+
+def _effects(
+    model: nn.Module,
+    layer: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    classes: int | None,
+    level: int,
+    experts: list[int],
+) -> Tensor:
+    """Effects of the experts that are removed, and NaN of the others; without classes, on the loss."""
+    if classes is None:
+        found = loss_effects(model, layer, batches, level=level, experts=experts)
+    else:
+        found = ablation_effects(model, layer, batches, classes, level=level, experts=experts)
+    effects = torch.full((gate_of(layer).experts[level], *found.shape[1:]), torch.nan)
+    effects[experts] = found
+    return effects

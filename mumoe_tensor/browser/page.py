@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mumoe_tensor.browser.collect import ExpertLevel, as_plain
+from mumoe_tensor.browser.collect import ExpertLevel
+from mumoe_tensor.browser.plain import Sample, plain_levels, plain_sample
 from mumoe_tensor.browser.samples import Images, Texts
 
 STYLE = """
@@ -20,20 +21,33 @@ nav { position: sticky; top: 0; z-index: 2; background: #fffffff2; border-bottom
       padding: 8px 0; display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center; }
 nav label { display: inline-flex; gap: 6px; align-items: center; }
 input, select { font: inherit; padding: 3px 6px; max-width: 60vw; }
+#sample { border: 1px solid #ddd; border-radius: 6px; padding: 8px 10px; margin: 8px 0 12px; }
+#sample h2 { font-size: 1rem; margin: 0; }
+#sample p { margin: 0 0 6px; color: #555; font-size: .85rem; }
+#sample .written { font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14em;
+                   overflow-y: auto; color: #1a1a1a; }
+.written span { cursor: pointer; border-bottom: 2px solid transparent; }
+.written .given { color: #777; }
+.written .chosen { border-bottom-color: #1a1a1a; }
 #cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); gap: 12px;
          margin-top: 12px; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 8px 10px; height: 310px; overflow: hidden; }
-.card.text { height: 420px; overflow-y: auto; }
+.text .card { height: 440px; overflow-y: auto; }
 .card h2 { font-size: 1rem; margin: 0; }
+.card h2 button { font: inherit; font-size: .8rem; margin-left: 8px; cursor: pointer; }
 .card p { margin: 0 0 6px; color: #555; font-size: .85rem; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, 56px); gap: 4px; max-height: 116px;
           overflow: hidden; }
+.images div { position: relative; width: 56px; height: 56px; }
 .images img { width: 56px; height: 56px; object-fit: contain; background: #f4f4f4;
               image-rendering: pixelated; }
+.images .patches { position: absolute; inset: 0; display: grid; }
 .line { font-size: .85rem; margin: 0 0 4px; padding: 2px 0; border-bottom: 1px solid #eee;
         white-space: pre-wrap; overflow-wrap: anywhere; }
+.card .line { color: #1a1a1a; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 1px 6px; font-size: .78rem;
-        margin-top: 6px; align-items: center; }
+        margin: 6px 0; align-items: center; }
+.bars span { white-space: pre; max-width: 11em; overflow: hidden; text-overflow: ellipsis; }
 .bars i { display: block; height: 8px; background: #0072B2; border-radius: 2px; }
 .bars b { font-weight: normal; color: #555; text-align: right; }
 """
@@ -48,62 +62,85 @@ const make = (tag, className, text) => {
   if (text != null) element.textContent = text;
   return element;
 };
+const visible = text => text.replace(/\\n/g, '↵').replace(/ /g, '·');
+const shade = (element, a, most) => {
+  element.style.background = a > 0 ? `rgba(213, 94, 0, ${(0.85 * a / most).toFixed(3)})` : '';
+};
+const nameOf = label => String(data.classes[label] ?? label);
+const shown = label => data.language ? visible(nameOf(label)) : nameOf(label);
 data.levels.forEach((level, k) => by('level').append(
   new Option(`${level.layer}, level ${level.level + 1} (${level.experts.length} experts)`, k)));
 
-// The classes of an expert, those it is used for most first.
-const ranked = expert => (expert.classes || []).map((count, c) => [count, c]).sort((a, b) => b[0] - a[0]);
-const clarity = expert => {
-  const sum = (expert.classes || []).reduce((a, b) => a + b, 0);
-  return sum ? ranked(expert)[0][0] / sum : 0;
-};
 const orders = {
   number: (a, b) => a.n - b.n,
   use: (a, b) => b.mean - a.mean,
-  effect: (a, b) => (b.effect || 0) - (a.effect || 0),
-  clarity: (a, b) => clarity(b) - clarity(a),
+  effect: (a, b) => (b.effect ?? -Infinity) - (a.effect ?? -Infinity) || a.n - b.n,
+  clarity: (a, b) => b.clarity - a.clarity,
 };
+const effectOf = expert => expert.effect == null ? '' : data.language
+  ? `, loss ${expert.effect < 0 ? '−' : '+'}${Math.abs(expert.effect).toFixed(4)} without it`
+  : `, effect ${expert.effect.toFixed(3)}`;
+
+function text(tokens, top, most) {
+  const line = make('p', 'line');
+  tokens.forEach((token, k) => {
+    const span = make('span', '', token), a = top.rows[k] || 0;
+    if (a > 0) { shade(span, a, most); span.title = a.toFixed(3); }
+    line.append(span);
+  });
+  return line;
+}
+
+function image(source, top, most, grid) {
+  const box = make('div'), picture = make('img');
+  picture.src = source;
+  picture.alt = box.title = `input ${top.i}, coefficient ${top.a.toFixed(3)}`;
+  box.append(picture);
+  if (grid && top.rows.length === grid[0] * grid[1]) {
+    const patches = make('div', 'patches');
+    patches.style.gridTemplate = `repeat(${grid[0]}, 1fr) / repeat(${grid[1]}, 1fr)`;
+    for (const a of top.rows) {
+      const patch = make('i');
+      // Seen through, so that the image is too.
+      shade(patch, 0.75 * a, most);
+      patches.append(patch);
+    }
+    box.append(patches);
+  }
+  return box;
+}
+
+function barsOf(expert) {
+  const bars = make('div', 'bars');
+  for (const [label, share, remark] of expert.bars) {
+    const bar = make('i'), told = percent(share) + (remark && ` (${remark})`);
+    bar.style.width = `${100 * share}%`;
+    bars.append(make('span', '', shown(label)), bar, make('b', '', told));
+  }
+  return bars;
+}
 
 function fill(card, expert) {
-  card.append(make('h2', '', `Expert ${expert.n}`));
-  const effect = expert.effect == null ? '' : `, effect ${expert.effect.toFixed(3)}`;
+  const level = data.levels[+by('level').value], heading = make('h2', '', `Expert ${expert.n}`);
+  if (data.sample) {
+    const button = make('button', '', 'in the text above');
+    button.addEventListener('click', () => { sampleExpert = expert.n; drawSample(); });
+    heading.append(button);
+  }
   const use = `mean coefficient ${percent(expert.mean)}, load ${percent(expert.load)}`;
-  card.append(make('p', '', use + effect));
+  card.append(heading, make('p', '', use + effectOf(expert)));
   if (!expert.top.length) card.append(make('p', '', 'No input uses it.'));
-  const images = make('div', 'images');
+  const most = Math.max(...expert.top.flatMap(top => top.rows), 1e-9);
+  const images = make('div', 'images'), lines = [];
   for (const top of expert.top) {
     const sample = data.samples[top.i];
-    if (sample == null) continue;
-    const told = `input ${top.i}, coefficient ${top.a.toFixed(3)}`;
-    if (typeof sample === 'string') {
-      const image = make('img');
-      image.src = sample; image.alt = image.title = told;
-      images.append(image);
-    } else {
-      card.classList.add('text');
-      const line = make('p', 'line');
-      line.title = told;
-      sample.forEach((token, k) => {
-        const span = make('span', '', token);
-        const a = top.tokens ? top.tokens[k] : 0;
-        if (a > 0) span.style.background = `rgba(213, 94, 0, ${Math.min(1, a)})`;
-        line.append(span);
-      });
-      card.append(line);
-    }
+    if (typeof sample === 'string') images.append(image(sample, top, most, data.grids[level.layer]));
+    else if (sample != null) lines.push(text(sample, top, most));
   }
   if (images.childElementCount) card.append(images);
-  const counts = ranked(expert).filter(pair => pair[0] > 0).slice(0, 5);
-  if (counts.length) {
-    const sum = expert.classes.reduce((a, b) => a + b, 0), bars = make('div', 'bars');
-    for (const [count, c] of counts) {
-      const bar = make('i');
-      bar.style.width = `${100 * count / sum}%`;
-      const change = expert.effects ? ` (${(100 * expert.effects[c]).toFixed(1)})` : '';
-      bars.append(make('span', '', data.classes[c] ?? c), bar, make('b', '', percent(count / sum) + change));
-    }
-    card.append(bars);
-  }
+  if (data.language && expert.bars.length) card.append(barsOf(expert));
+  card.append(...lines);
+  if (!data.language && expert.bars.length) card.append(barsOf(expert));
 }
 
 // A card is filled when it comes near the window, and emptied when it has gone.
@@ -114,8 +151,8 @@ const watcher = new IntersectionObserver(entries => entries.forEach(({target, is
 
 function show() {
   const experts = data.levels[+by('level').value].experts, text = by('search').value.trim().toLowerCase();
-  const isNamed = expert => ranked(expert).slice(0, 3)
-    .some(([count, c]) => count > 0 && String(data.classes[c] ?? c).toLowerCase().includes(text));
+  const isNamed = expert => expert.bars.slice(0, 3).some(([label]) =>
+    nameOf(label).toLowerCase().includes(text));
   const found = experts.filter(expert => !text || String(expert.n) === text || isNamed(expert))
     .sort(orders[by('sort').value]);
   watcher.disconnect();
@@ -127,10 +164,45 @@ function show() {
   }));
   by('count').textContent = `${found.length} of ${experts.length}`;
 }
+
+// The written text: shaded by one expert of the layer that is chosen.
+let sampleExpert = null, sampleToken = null;
+function drawSample() {
+  const tokens = data.sample.levels[+by('level').value], sums = {};
+  for (const token of tokens) for (const [n, a] of token) sums[n] = (sums[n] || 0) + a;
+  const busiest = Object.keys(sums).sort((a, b) => sums[b] - sums[a])[0];
+  const n = sampleExpert ?? +busiest;
+  const own = tokens.map(token => (token.find(pair => pair[0] === n) || [n, 0])[1]);
+  const most = Math.max(...own, 1e-9);
+  [...by('written').children].forEach((span, k) => {
+    shade(span, own[k], most);
+    span.classList.toggle('chosen', k === sampleToken);
+  });
+  by('shading').textContent = `Shaded: expert ${n}` + (sampleExpert == null ? ', the most active here' : '') +
+    `; darkest ${most > 1e-9 ? most.toFixed(3) : 'nowhere'}. Click a token for its experts.`;
+  by('strongest').textContent = sampleToken == null ? '' :
+    `${visible(data.sample.tokens[sampleToken])} — ` +
+    tokens[sampleToken].map(([m, a]) => `expert ${m}: ${a.toFixed(3)}`).join(', ');
+}
+if (data.sample) {
+  data.sample.tokens.forEach((token, k) => {
+    const span = make('span', k < data.sample.given ? 'given' : '', token);
+    span.addEventListener('click', () => { sampleToken = k; drawSample(); });
+    by('written').append(span);
+  });
+}
+if (data.text) by('cards').classList.add('text');
 for (const id of ['level', 'sort']) by(id).addEventListener('change', show);
+by('level').addEventListener('change', () => { sampleExpert = null; if (data.sample) drawSample(); });
 by('search').addEventListener('input', show);
 show();
+if (data.sample) drawSample();
 """
+
+
+#: Where a text that the model wrote stands.
+WRITTEN = """<section id="sample"><h2>A text it wrote</h2><p>{}</p>
+<p id="written" class="written"></p><p id="shading"></p><p id="strongest"></p></section>"""
 
 
 def page(
@@ -139,7 +211,9 @@ def page(
     *,
     title: str = "Experts",
     about: str = "",
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | Mapping[int, str] = (),
+    grids: Mapping[str, tuple[int, int]] | None = None,
+    written: Sample | None = None,
 ) -> str:
     """Make a page of experts.
 
@@ -148,11 +222,17 @@ def page(
     levels : list of ExpertLevel
         As of `collect`.
     samples : Images or Texts, optional
-        What the inputs look like; without, they are told by their numbers only.
+        What the inputs look like; without, they are told by their numbers only. Tokens of texts are shaded by
+        the expert's coefficients.
     title, about : str
         Above the experts.
-    classes : sequence of str, optional
-        Names of the classes; their numbers by default.
+    classes : sequence or mapping of int to str, optional
+        Names of the classes, or of tokens; their numbers by default.
+    grids : mapping of str to (int, int), optional
+        Layers that see the patches of images, and how many of these an image has below and beside each other:
+        patches are shaded by the expert's coefficients.
+    written : Sample, optional
+        A text that the model wrote, shown above the experts.
 
     Returns
     -------
@@ -164,15 +244,28 @@ def page(
     ValueError
         If there are fewer samples than inputs.
     """
-    plain = as_plain(levels)
-    used = sorted({top["i"] for level in plain for expert in level["experts"] for top in expert["top"]})
+    grids = grids or {}
+    plain = plain_levels(levels, True if isinstance(samples, Texts) else grids)
+    experts = [expert for level in plain for expert in level["experts"]]
+    used = sorted({top["i"] for expert in experts for top in expert["top"]})
     if samples is not None and used and used[-1] >= len(samples):
         raise ValueError(
             f"there must be a sample for every input; input {used[-1]} of {len(samples)} is shown."
         )
-    shown = {} if samples is None else {index: samples.shown(index) for index in used}
-    told: dict[str, Any] = {"levels": plain, "samples": shown, "classes": list(classes)}
+    labels = sorted({label for expert in experts for label, *_ in expert["bars"]})
+    known = classes if isinstance(classes, Mapping) else dict(enumerate(classes))
+    is_language = any(level.is_language for level in levels)
+    told: dict[str, Any] = {
+        "levels": plain,
+        "samples": {} if samples is None else {index: samples.shown(index) for index in used},
+        "classes": {label: known[label] for label in labels if label in known},
+        "grids": grids,
+        "language": is_language,
+        "text": isinstance(samples, Texts),
+        "sample": None if written is None else plain_sample(written, levels),
+    }
     content = json.dumps(told, separators=(",", ":")).replace("</", "<\\/")
+    label = "token" if is_language else "class"
     return "\n".join(
         [
             "<!doctype html>",
@@ -183,9 +276,11 @@ def page(
             '<nav><label>Layer <select id="level"></select></label>',
             '<label>Sort <select id="sort"><option value="number">by number</option>'
             '<option value="use">by use</option><option value="effect">by effect</option>'
-            '<option value="clarity">by largest share of a class</option></select></label>',
-            '<label>Find <input id="search" type="search" placeholder="number or class"></label>',
-            '<span id="count"></span></nav><main id="cards"></main>',
+            f'<option value="clarity">by largest share of a {label}</option></select></label>',
+            f'<label>Find <input id="search" type="search" placeholder="number or {label}"></label>',
+            '<span id="count"></span></nav>',
+            "" if written is None else WRITTEN.format(escape(written.about)),
+            '<main id="cards"></main>',
             f'<script id="data" type="application/json">{content}</script>',
             f"<script>{SCRIPT}</script></body></html>",
         ]

@@ -13,8 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
 
-from mumoe_tensor.analysis import ablate  # noqa: E402
-from mumoe_tensor.browser import Images, Texts, collect, page  # noqa: E402
+from mumoe_tensor.analysis import ablate, loss_effects  # noqa: E402
+from mumoe_tensor.browser import Images, Sample, Texts, collect, page  # noqa: E402
+from mumoe_tensor.models.gpt2 import GPT2, GPT2Config  # noqa: E402
 from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
 
 
@@ -62,7 +63,8 @@ def test_figures_are_those_of_the_model(model: Any, data: tuple[Any, Any]) -> No
             count = int((a[:, n] > 0).sum().clamp(max=4))
             assert first.top[n, :count].tolist() == best.indices[:count].tolist()
             torch.testing.assert_close(first.coefficients[n, :count].float(), best.values[:count])
-            assert first.labels[n].tolist() == torch.bincount(y[a[:, n] > 0], minlength=3).tolist()
+            sums = [a[y == c, n].sum().item() for c in range(3)]
+            torch.testing.assert_close(first.sums[n], torch.tensor(sums))
             with ablate(model.first, [n]):
                 without = model(x).argmax(1) == y
             for c in range(3):
@@ -73,7 +75,7 @@ def test_figures_are_those_of_the_model(model: Any, data: tuple[Any, Any]) -> No
 
 def test_without_labels_there_are_no_classes(model: Any, data: tuple[Any, Any]) -> None:
     levels = collect(model, data[0])
-    assert all(level.labels is None and level.effects is None for level in levels)
+    assert all(level.sums is None and level.effects is None and not level.rows for level in levels)
     with pytest.raises(ValueError, match="a label for each"):
         collect(model, data[0], data[1][:3])
     with pytest.raises(ValueError, match="must have an ExpertGate"):
@@ -92,8 +94,68 @@ def test_tokens_have_their_coefficients(data: tuple[Any, Any]) -> None:
         of_text = a[..., n].amax(1)
         assert level.top[n, 0] == of_text.argmax()
         for index in level.top[n].tolist():
-            torch.testing.assert_close(torch.tensor(level.tokens[n, index]), a[index, :, n])
+            torch.testing.assert_close(torch.tensor(level.rows[n, index]), a[index, :, n])
     assert level.usage.rows == 70
+
+
+def test_the_rows_of_an_input_may_count_on_average(data: tuple[Any, Any]) -> None:
+    torch.manual_seed(0)
+    layer = MuMoE(6, 3, experts=4, rank=2, gate_norm="layer")
+    torch.nn.init.normal_(layer.gate.weight)
+    x, y = data[0].reshape(10, 7, 6), torch.arange(10) % 2
+    (level,) = collect(layer, x, y, k=2, batch_size=4, pool="mean", effects=False)
+    with torch.no_grad():
+        a = layer.gate(x)[0].mean(1)
+    assert level.top.tolist() == a.topk(2, dim=0).indices.T.tolist()
+    torch.testing.assert_close(level.sums, torch.stack([a[y == c].sum(0) for c in range(2)], 1))
+
+
+class Language(torch.nn.Module):
+    """Predicts the next of 11 tokens from the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(11, 6)
+        self.layer = MuMoE(6, 11, experts=5, rank=4, gate_norm="layer")
+        torch.nn.init.normal_(self.layer.gate.weight)
+
+    def forward(self, tokens: Any) -> Any:
+        return self.layer(self.embedding(tokens))
+
+
+def test_passages_and_tokens_of_a_language_model() -> None:
+    torch.manual_seed(0)
+    model = Language()
+    found = torch.randint(11, (9, 13))
+    x, y = found[:, :-1], found[:, 1:]
+    (level,) = collect(model, x, y, k=3, batch_size=4, passage=4, removed=2, effect_inputs=5)
+    with torch.no_grad():
+        (a,) = model.layer.gate(model.embedding(x))
+    passages = a.reshape(27, 4, 5)
+    for n in range(5):
+        best = passages[..., n].amax(1)
+        assert level.coefficients[n].tolist() == pytest.approx(best.topk(3).values.tolist())
+        for index in level.top[n].tolist():
+            torch.testing.assert_close(torch.tensor(level.rows[n, index]), passages[index, :, n])
+        for place, token in enumerate(level.labels.tolist()):
+            assert level.sums[n, place].item() == pytest.approx(a[x == token][:, n].sum().item(), abs=1e-5)
+    assert level.frequency.tolist() == pytest.approx([(x == t).double().mean().item() for t in level.labels])
+    # The two most used experts were removed, in the first five texts.
+    used = level.usage.mean.topk(2).indices.sort().values.tolist()
+    expected = loss_effects(model, model.layer, [(x[:5], y[:5])], experts=used)
+    torch.testing.assert_close(level.effects[used], expected, atol=1e-6, rtol=1e-4)
+    assert level.is_language and level.effects.isnan().sum() == 3
+    with pytest.raises(ValueError, match="some passages of 5 rows"):
+        collect(model, x, y, passage=5)
+    # On the page: what the coefficients of the first expert go to beyond its frequency comes first.
+    told = content(page([level], Texts([["a", "b", "c", "d"]] * 27), classes={t: f"t{t}" for t in range(11)}))
+    (experts,) = (each["experts"] for each in told["levels"])
+    excess = level.sums[0] / level.sums[0].sum() - level.frequency
+    label, share, remark = experts[0]["bars"][0]
+    assert label == level.labels[excess.argmax()] and told["classes"][str(label)] == f"t{label}"
+    usual = level.frequency[excess.argmax()].item()
+    assert share == pytest.approx(excess.max().item() + usual, abs=1e-5) and remark == f"×{share / usual:.1f}"
+    assert [n for n in range(5) if experts[n]["effect"] is not None] == used
 
 
 def test_images_are_shown_as_they_are() -> None:
@@ -123,7 +185,7 @@ def test_the_page_has_the_samples_that_are_shown(model: Any, data: tuple[Any, An
     assert "<i>x" not in html and "<b>1" in str(content(html)["samples"]) and html.count("</script>") == 2
     told = content(html)
     shown = {top["i"] for level in told["levels"] for expert in level["experts"] for top in expert["top"]}
-    assert set(map(int, told["samples"])) == shown and told["classes"] == ["a", "b", "c"]
+    assert set(map(int, told["samples"])) == shown and told["classes"] == {"0": "a", "1": "b", "2": "c"}
     with pytest.raises(ValueError, match="a sample for every input"):
         page(levels, Texts([["only one"]]))
 
@@ -147,7 +209,7 @@ def test_a_trained_head_is_inspected(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.stderr
     told = content((tmp_path / "run" / "experts.html").read_text())
     ((level),) = told["levels"]
-    assert len(level["experts"]) == 4 and told["classes"] == ["a", "b", "c"]
+    assert len(level["experts"]) == 4 and told["classes"] == {"0": "a", "1": "b", "2": "c"}
     assert set(map(int, told["samples"])) <= set(range(6))
     # The images are those of the validation rows, in their order.
     from mumoe_tensor.training import read_npz, split
@@ -209,7 +271,75 @@ def test_the_page_in_a_browser(browser: Any, many: Path, width: int) -> None:
     assert tab.inner_text(".card h2") == "Expert 37" and tab.inner_text("#count") == "1 of 1000"
     tab.fill("#search", "class c")
     cards = "[...document.querySelectorAll('.card')]"
-    found = tab.evaluate(f"{cards}.every(c => ranked(c.expert).slice(0, 3).some(p => p[1] === 2))")
+    found = tab.evaluate(f"{cards}.every(c => c.expert.bars.slice(0, 3).some(bar => bar[0] === 2))")
     assert found and tab.locator(".card").count() > 0
+    assert told == []
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of 1,000 experts of a GPT-2, and of a text that it wrote."""
+    torch.manual_seed(0)
+    sizes = dict(vocabulary=50, context=16, width=12, depth=1, heads=2, hidden=8)
+    model = GPT2(GPT2Config(**sizes, format="cp", experts=(1000,), rank=(4,), gate="softmax"))
+    torch.nn.init.normal_(model.blocks[0].mlp.gate.weight)
+    found = torch.randint(50, (12, 17))
+    levels = collect(model, found[:, :-1], found[:, 1:], passage=8, removed=3, k=3)
+    tokens, coefficients = model.generate(found[:1, :3], 9, return_coefficients=True)
+    words = {token: f" word{token}" for token in range(50)}
+    ((gate, (a,)),) = coefficients.items()
+    written = Sample(
+        [words[t] for t in tokens[0].tolist()], 3, {(gate.removesuffix(".gate"), 0): a[0]}, "Drawn."
+    )
+    texts = Texts([[words[t] for t in row] for row in found[:, :-1].reshape(-1, 8).tolist()])
+    path = tmp_path_factory.mktemp("page") / "language.html"
+    path.write_text(page(levels, texts, classes=words, written=written), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_tokens_are_shaded_in_a_browser(browser: Any, language: Path, width: int) -> None:
+    context = browser.new_context(offline=True, viewport={"width": width, "height": 900})
+    tab = context.new_page()
+    told: list[str] = []
+    tab.on("console", lambda message: told.append(message.text))
+    tab.on("pageerror", lambda error: told.append(str(error)))
+    tab.goto(language.as_uri())
+    tab.wait_for_selector(".card .line")
+    assert tab.locator(".card").count() == 1000
+    assert 0 < tab.evaluate("document.querySelectorAll('.card h2').length") < 100
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    # The darkest token of a card is the one with the largest coefficient.
+    shades = """card => {
+        const rows = card.expert.top.flatMap(top => top.rows);
+        const spans = [...card.querySelectorAll('.line span')];
+        const alpha = span => parseFloat((span.style.background.match(/[0-9.]+(?=\\))/) || [0])[0]);
+        return [rows, spans.map(alpha)];
+    }"""
+    rows, alphas = tab.eval_on_selector(".card", shades)
+    assert len(rows) == len(alphas) == 24
+    assert alphas.index(max(alphas)) == rows.index(max(rows)) and max(alphas) == pytest.approx(0.85)
+    assert [a / 0.85 for a in alphas] == pytest.approx([row / max(rows) for row in rows], abs=0.01)
+    tab.select_option("#sort", "effect")
+    tab.wait_for_function("document.querySelector('.card h2') !== null")
+    effects = tab.evaluate("[...document.querySelectorAll('.card')].map(c => c.expert.effect)")
+    assert effects[:3] == sorted(effects[:3], reverse=True) and effects[3:] == [None] * 997
+    assert "without it" in tab.inner_text(".card p >> nth=0")
+    # The text it wrote: a token tells its experts, an expert shades the text.
+    assert tab.locator("#written span").count() == 12 and tab.locator("#written .given").count() == 3
+    tab.click("#written span >> nth=5")
+    strongest = tab.evaluate("data.sample.levels[0][5]")
+    assert len(strongest) == 8 and f"expert {strongest[0][0]}: " in tab.inner_text("#strongest")
+    tab.fill("#search", str(strongest[0][0]))
+    tab.click(".card h2 button")
+    assert tab.inner_text("#shading").startswith(f"Shaded: expert {strongest[0][0]};")
+    assert tab.evaluate("document.querySelectorAll('#written span')[5].style.background") != ""
+    tab.fill("#search", "word7")
+    named = (
+        "[...document.querySelectorAll('.card')].map(c => c.expert.bars.slice(0, 3).map(b => nameOf(b[0])))"
+    )
+    found = tab.evaluate(named)
+    assert found and all(any("word7" in name for name in names) for names in found)
     assert told == []
     context.close()

@@ -1,0 +1,171 @@
+"""The pages of a Mixer and a GPT-2 that `mumoe-tensor train` trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("PIL")
+pytest.importorskip("accelerate")
+pytest.importorskip("pydantic")
+pytest.importorskip("tokenizers")
+pytest.importorskip("typer")
+
+from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from mumoe_tensor.analysis import ablate, loss_effects  # noqa: E402
+from mumoe_tensor.browser import Images  # noqa: E402
+from mumoe_tensor.cli import app  # noqa: E402
+from mumoe_tensor.training.finished import read_run  # noqa: E402
+from mumoe_tensor.training.run import run  # noqa: E402
+from mumoe_tensor.training.settings import read_settings  # noqa: E402
+
+
+def content(page: Path) -> Any:
+    found = re.search(r'application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def inspect(*line: str) -> Any:
+    return CliRunner().invoke(app, ["inspect", *line])
+
+
+@pytest.fixture(scope="module")
+def mixer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixer")
+    generator = np.random.default_rng(0)
+    np.savez(folder / "x.npz", x=generator.random((60, 8, 8), dtype=np.float32), y=np.arange(60) % 3)
+    sizes = "image_size=8 patch=4 width=8 depth=2 token_hidden=6 channel_hidden=6 classes=3 format=cp"
+    ranks = "experts=[5] token_rank=[3] channel_rank=[4]"
+    overrides = [f"data.inputs={folder / 'x.npz'}", "data.labels=none", "data.validation=0.4"]
+    overrides += [f"model.{size}" for size in f"{sizes} {ranks}".split()]
+    overrides += ["train.epochs=2", "train.learning_rate=0.05", "train.batch_size=9"]
+    run(read_settings("mixer", None, overrides), folder / "run")
+    return folder / "run"
+
+
+def test_a_mixer_is_inspected(mixer: Path) -> None:
+    done = inspect(str(mixer), "--classes", "a,b,c", "--rows", "20", "--removed", "2", "--shown", "4")
+    assert done.exit_code == 0, done.stderr
+    told = content(mixer / "experts.html")
+    assert [level["layer"] for level in told["levels"]] == [
+        f"blocks.{block}.{kind}" for block in (0, 1) for kind in ("token_mlp", "channel_mlp")
+    ]
+    settings, model = read_run(mixer)
+    _, kept = settings.read_data()
+    x, y = kept.batch(torch.arange(20))
+    level = told["levels"][3]
+    with torch.no_grad():
+        seen: list[Any] = []
+        handle = model.blocks[1].channel_mlp.gate.register_forward_hook(lambda *found: seen.append(found[2]))
+        right = model(x).argmax(1) == y
+        handle.remove()
+        ((a,),) = seen
+        # Patches of the images with the largest mean, as they lie.
+        for expert in level["experts"]:
+            best = a[..., expert["n"]].mean(1).topk(4)
+            assert [top["i"] for top in expert["top"]] == best.indices.tolist()
+            for top in expert["top"]:
+                assert top["rows"] == pytest.approx(a[top["i"], :, expert["n"]].tolist(), abs=1e-3)
+        removed = [expert for expert in level["experts"] if expert["effect"] is not None]
+        assert len(removed) == 2
+        for expert in removed:
+            with ablate(model.blocks[1].channel_mlp, [expert["n"]]):
+                change = (model(x).argmax(1) == y).double() - right.double()
+            expected = sum(abs(change[y == c].mean().item()) for c in range(3))
+            assert expert["effect"] == pytest.approx(expected, abs=1e-5)
+    assert told["grids"]["blocks.1.channel_mlp"] == [2, 2] and "blocks.1.token_mlp" not in told["grids"]
+    assert not any(top["rows"] for expert in told["levels"][0]["experts"] for top in expert["top"])
+    shown = Images(x[:, 0].numpy())
+    assert all(uri == shown.shown(int(index)) for index, uri in told["samples"].items())
+    assert set(told["classes"].values()) <= {"a", "b", "c"} and not told["language"]
+
+
+def write_vocabulary(folder: Path) -> Path:
+    """Files as those of GPT-2, of two merges."""
+    folder.mkdir()
+    ids = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), "th", "the", "<|endoftext|>"])}
+    (folder / "encoder.json").write_text(json.dumps(ids))
+    (folder / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_vocabulary(folder / "vocabulary")
+    # Ids up to 263 are the model's; the text has those below 259.
+    for part, count in (("training", 200), ("validation", 90)):
+        tokens = np.random.default_rng(count).integers(0, 258, count)
+        (folder / f"{part}.bin").write_bytes(tokens.astype("<u2").tobytes())
+    sizes = "vocabulary=264 context=8 width=8 depth=1 heads=2 hidden=8 format=cp experts=[3,2] rank=[4]"
+    overrides = [f"data.{part}={folder / part}.bin" for part in ("training", "validation")]
+    overrides += [f"model.{size}" for size in f"{sizes} dropout=0.0".split()]
+    overrides += ["train.epochs=1", "train.batch_size=5"]
+    run(read_settings("gpt2", None, overrides), folder / "run")
+    return folder / "run"
+
+
+def test_a_gpt2_is_inspected(gpt2: Path) -> None:
+    vocabulary = str(gpt2.parent / "vocabulary")
+    done = inspect(str(gpt2), "--vocabulary-files", vocabulary, "--rows", "9", "--removed", "2")
+    assert done.exit_code == 0, done.stderr
+    told = content(gpt2 / "experts.html")
+    assert [(level["layer"], level["level"]) for level in told["levels"]] == [
+        ("blocks.0.mlp", 0), ("blocks.0.mlp", 1),
+    ]  # fmt: skip
+    settings, model = read_run(gpt2)
+    _, kept = settings.read_data()
+    x, y = kept.batch(torch.arange(9))
+    assert told["language"] and all(len(tokens) == 8 for tokens in told["samples"].values())
+    bytes_of = sorted(ByteLevel.alphabet())
+    letters = {row: "".join(bytes_of[t] if t < 256 else "?" for t in x[row].tolist()) for row in range(9)}
+    for row, tokens in told["samples"].items():
+        for letter, token in zip(letters[int(row)], tokens, strict=True):
+            # (What is no printed letter of one byte has another sign in the files of the vocabulary.)
+            assert token == letter or not letter.isascii() or letter == "?"
+    for level in told["levels"]:
+        measured = [expert for expert in level["experts"] if expert["effect"] is not None]
+        assert len(measured) == 2
+        for expert in measured:
+            (change,) = loss_effects(
+                model, model.blocks[0].mlp, [(x, y)], level=level["level"], experts=[expert["n"]]
+            )
+            assert expert["effect"] == pytest.approx(change.item(), abs=2e-6)
+    written = told["sample"]
+    assert written["given"] == 4 and len(written["tokens"]) == 8
+    _, coefficients = model.generate(
+        x[:1, :4], 4, temperature=0.8, top_k=40, generator=torch.Generator().manual_seed(0),
+        return_coefficients=True,
+    )  # fmt: skip
+    a = coefficients["blocks.0.mlp.gate"]
+    for level, of_level in enumerate(written["levels"]):
+        for token, strongest in enumerate(of_level):
+            for n, coefficient in strongest:
+                assert coefficient == pytest.approx(a[level][0, token, n].item(), abs=1e-3)
+
+
+def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> None:
+    for line, wrong in (
+        ([str(mixer), "--images", "x.npz"], "images are for a head on features"),
+        ([str(mixer), "--removed", "-1"], "removed not negative"),
+        ([str(gpt2), "--vocabulary-files", str(tmp_path)], "encoder.json"),
+    ):
+        done = inspect(*line)
+        assert done.exit_code == 2 and wrong in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    (tmp_path / "config.json").write_bytes((mixer / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="must have a finished run"):
+        read_run(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((mixer / "model.safetensors").read_bytes())
+    assert read_run(tmp_path)[0] == read_run(mixer)[0]
+    (tmp_path / "config.json").write_text('{"settings": {"kind": "mixer"}}')
+    with pytest.raises(ValueError, match=r"config\.json of a run has its settings"):
+        read_run(tmp_path)

@@ -1,0 +1,217 @@
+"""A run: the folder it leaves, that it is done once, goes on after an interruption, and is never mixed up."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+for package in ("accelerate", "safetensors", "tensorboardX"):
+    pytest.importorskip(package)
+
+from mumoe_tensor.models import GPT2, GPT2Config, Mixer, MixerConfig, load_model  # noqa: E402
+from mumoe_tensor.training import DamagedCheckpoint, TrainConfig, evaluate  # noqa: E402
+from mumoe_tensor.training import run as module  # noqa: E402
+from mumoe_tensor.training.images import ImageData  # noqa: E402
+from mumoe_tensor.training.run import run  # noqa: E402
+from mumoe_tensor.training.settings import GPT2Run, MixerRun  # noqa: E402
+from mumoe_tensor.training.tokens import TokenData, Tokens  # noqa: E402
+
+SHORT = TrainConfig(epochs=3, batch_size=16, learning_rate=0.03)
+FILES = ["checkpoints", "config.json", "metrics.csv", "model.safetensors", "tensorboard"]
+
+
+@pytest.fixture
+def mixer(tmp_path: Path) -> MixerRun:
+    """Images that are bright in one of three rows of patches."""
+    y = np.arange(80) % 3
+    x = np.random.default_rng(0).random((80, 6, 6))
+    x[np.arange(80)[:, None], 2 * y[:, None] + np.arange(2)] += 3
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    model = MixerConfig(
+        image_size=6, patch=2, width=8, depth=2, token_hidden=8, channel_hidden=16, classes=3, format="cp",
+        experts=(2,), token_rank=(3,),
+    )  # fmt: skip
+    return MixerRun(ImageData(str(tmp_path / "images.npz"), validation=0.2), model, SHORT)
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> GPT2Run:
+    """A text that repeats itself every five tokens."""
+    for part in ("training", "validation"):
+        (np.arange(700) % 5).astype("<u2").tofile(tmp_path / f"{part}.bin")
+    model = GPT2Config(vocabulary=6, context=8, width=16, depth=1, heads=2, hidden=32, dropout=0.1)
+    data = TokenData(str(tmp_path / "training.bin"), str(tmp_path / "validation.bin"))
+    return GPT2Run(data, model, SHORT)
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return load_model(folder / "model.safetensors").state_dict()
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in {*first, *second})
+
+
+# ---- what a run leaves ------------------------------------------------------------------------------------
+
+
+def test_a_run_of_a_mixer(mixer: MixerRun, tmp_path: Path) -> None:
+    out, state = tmp_path / "out", torch.random.get_rng_state()
+    found = run(mixer, out)
+    assert torch.equal(state, torch.random.get_rng_state())
+    model = load_model(out / "model.safetensors")
+    assert isinstance(model, Mixer) and model.config.token_rank == (3,)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["ranks"] == {"token_rank": (3,), "channel_rank": model.config.channel_rank}
+    assert (found["steps"], found["trained"]) == (12, True) and found["seconds"] > 0
+    # The figures are those of the model that was left, and it has learnt something.
+    loss, accuracy = evaluate(model, mixer.read_data()[1])
+    assert (loss, accuracy) == pytest.approx((found["validation_loss"], found["accuracy"]), rel=1e-5)
+    assert accuracy > 0.6
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    told = json.loads((out / "config.json").read_text())
+    assert told["settings"]["kind"] == "mixer" and told["settings"]["model"]["token_rank"] == [3]
+    assert (
+        told["settings"]["train"]["learning_rate"] == 0.03 and told["settings"]["data"]["validation"] == 0.2
+    )
+    assert told["model"]["parameters"] == found["parameters"]
+    with (out / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["step"] for line in lines] == ["4", "8", "12"]
+    assert any((out / "tensorboard").iterdir())
+
+
+def test_a_run_of_a_gpt2(gpt2: GPT2Run, tmp_path: Path) -> None:
+    found = run(gpt2, tmp_path / "out")
+    model = load_model(tmp_path / "out" / "model.safetensors")
+    assert isinstance(model, GPT2) and found["ranks"] == {"rank": None}
+    # 87 windows of 8 tokens and the next are 5 batches of 16, thrice.
+    assert found["steps"] == 15 and found["accuracy"] > 0.9
+    assert evaluate(model, gpt2.read_data()[1])[0] == pytest.approx(found["validation_loss"], rel=1e-5)
+
+
+def test_the_first_weights_are_those_of_the_seed(mixer: MixerRun, tmp_path: Path) -> None:
+    def trained(seed: int, name: str) -> dict[str, Any]:
+        run(replace(mixer, train=replace(SHORT, epochs=1, seed=seed)), tmp_path / name)
+        return weights(tmp_path / name)
+
+    torch.manual_seed(5)
+    first = trained(1, "a")
+    torch.manual_seed(6)
+    assert same(first, trained(1, "b")) and not same(first, trained(2, "c"))
+
+
+def test_figures_and_weights_are_of_the_best_evaluation_or_of_the_last(gpt2: GPT2Run, tmp_path: Path) -> None:
+    # Backwards: what is learnt makes it worse from the first step on.
+    (np.arange(700)[::-1] % 5).astype("<u2").tofile(tmp_path / "validation.bin")
+    found = {}
+    for keep in ("best", "last"):
+        settings = replace(gpt2, train=replace(SHORT, keep=keep, evaluate_every=5))
+        found[keep] = run(settings, tmp_path / keep)
+        model = load_model(tmp_path / keep / "model.safetensors")
+        loss, _ = evaluate(model, gpt2.read_data()[1])
+        assert loss == pytest.approx(found[keep]["validation_loss"], rel=1e-4)
+    assert found["best"]["validation_loss"] < found["last"]["validation_loss"]
+    assert found["best"]["steps"] == found["last"]["steps"] == 15
+
+
+# ---- once, and again --------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_not_done_again(
+    mixer: MixerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(mixer, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    monkeypatch.setattr(module, "train", None)
+    (tmp_path / "images.npz").unlink()
+    again = run(mixer, tmp_path / "out")
+    assert json.dumps(again | {"trained": True}) == json.dumps(first) and again["trained"] is False
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    # How rows are loaded makes no other run.
+    run(replace(mixer, train=replace(SHORT, workers=2, evaluation_batch_size=7)), tmp_path / "out")
+
+
+def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(mixer, out)
+    before = (out / "config.json").read_bytes()
+    others = [
+        (replace(mixer, train=replace(SHORT, seed=1)), "train.seed is 0 there, 1 here"),
+        (replace(mixer, model=replace(mixer.model, depth=1)), "model.depth is 2 there, 1 here"),
+        (replace(mixer, data=replace(mixer.data, seed=3)), "data.seed is 0 there, 3 here"),
+        (gpt2, "kind is 'mixer' there, 'gpt2' here"),
+    ]
+    for settings, told in others:
+        with pytest.raises(ValueError, match=f"run of other settings \\({told}\\): .*--fresh"):
+            run(settings, out)
+    assert (out / "config.json").read_bytes() == before
+    (out / "note.txt").write_text("mine")
+    found = run(gpt2, out, fresh=True)
+    assert found["trained"] and (out / "note.txt").read_text() == "mine"
+    assert isinstance(load_model(out / "model.safetensors"), GPT2)
+    with (out / "metrics.csv").open() as file:
+        assert [line["step"] for line in csv.DictReader(file)] == ["5", "10", "15"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"setting": {}, "head": {}}'])
+def test_a_folder_of_something_else(content: str, mixer: MixerRun, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="is not of a run"):
+        run(mixer, tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_bad_data_leave_no_folder(mixer: MixerRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model takes images"):
+        run(replace(mixer, model=replace(mixer.model, channels=3)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- interrupted ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 7, 12])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    step: int, gpt2: GPT2Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(gpt2, tmp_path / "whole")
+    calls = 0
+    batch = Tokens.batch
+
+    def interrupted(self: Any, rows: Any) -> Any:
+        nonlocal calls
+        calls += len(rows) == SHORT.batch_size
+        if calls == step:
+            raise KeyboardInterrupt
+        return batch(self, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokens, "batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(gpt2, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    found = run(gpt2, tmp_path / "out")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+    assert found["trained"] and found["validation_loss"] == whole["validation_loss"]
+    assert found["steps"] == whole["steps"]
+
+
+def test_from_the_checkpoint_of_a_step(gpt2: GPT2Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(gpt2, out)
+    first = weights(out)
+    (out / "model.safetensors").unlink()
+    last = sorted((out / "checkpoints").iterdir())[-1]
+    last.write_bytes(last.read_bytes()[:-9])
+    with pytest.raises(DamagedCheckpoint, match=r"step 15.* last good checkpoint is that of step 10"):
+        run(gpt2, out)
+    run(gpt2, out, from_step=10)
+    assert same(first, weights(out))

@@ -116,7 +116,7 @@ class GPT2(nn.Module):
     >>> model(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 100])
     >>> model.config.rank
-    (4, 4, 4, 3)
+    (4, 4, 4, 6)
     """
 
     def __init__(self, config: GPT2Config, device: torch.device | str | None = None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from dataclasses import replace
@@ -466,6 +467,13 @@ def timm(torchvision_schemas: None) -> Any:
     return pytest.importorskip("timm", reason="timm is not installed")
 
 
+@pytest.fixture
+def transformers(request: pytest.FixtureRequest) -> Any:
+    if importlib.util.find_spec("torchvision") is not None:  # which transformers imports where it is
+        request.getfixturevalue("torchvision_schemas")
+    return pytest.importorskip("transformers")
+
+
 @pytest.mark.parametrize(
     ("format", "ranks", "parameters"),
     [("cp", (147, 384), 18_630_616), ("tr", ((4, 4, 37), (4, 4, 97)), 18_290_792)],
@@ -507,8 +515,7 @@ def test_timms_mixer_computes_the_same(timm: Any) -> None:
 
 
 @pytest.mark.parametrize(("format", "rank"), [("cp", 7), ("tr", (2, 3, 4))])
-def test_a_gpt2_of_transformers_with_our_blocks(format: str, rank: Any) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_a_gpt2_of_transformers_with_our_blocks(transformers: Any, format: str, rank: Any) -> None:
     config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=12)
     model = transformers.GPT2LMHeadModel(config)
     # Biases in all linear layers and norms, which the head has none of.
@@ -529,9 +536,8 @@ def test_a_gpt2_of_transformers_with_our_blocks(format: str, rank: Any) -> None:
     assert len(gates) == 2 and torch.isfinite(loss.detach())
 
 
-def test_transformers_gpt2_computes_the_same() -> None:
+def test_transformers_gpt2_computes_the_same(transformers: Any) -> None:
     """With all its biases zero it is ours."""
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     ours: Any = GPT2(SMALL_GPT2).eval()
     theirs = transformers.GPT2LMHeadModel(

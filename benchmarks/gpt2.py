@@ -1,0 +1,79 @@
+"""Our GPT-2 beside transformers' of the same sizes: ``python -m benchmarks.gpt2``.
+
+That of transformers has biases in all linear layers and norms, and no setting without. With experts its MLPs
+are replaced by the same blocks. Tokens per second of a forward pass and of a training step (forward and
+backward), each the median of rounds in which the models take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from mumoe_tensor.models import GPT2, GPT2Config
+from mumoe_tensor.nn import replace_mlp
+
+SIZES = dict(vocabulary=4096, context=128, width=256, depth=4, heads=4, hidden=1024)
+ROWS, ROUNDS, EXPERTS = 4, 9, 64
+
+
+def ours(format: str) -> Callable[[Any], Any]:
+    return GPT2(GPT2Config(**SIZES, format=format, experts=(EXPERTS,)))
+
+
+def theirs(format: str) -> Callable[[Any], Any]:
+    # transformers imports torchvision, which beside another build of torch than its own lacks these.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import transformers
+
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=SIZES["vocabulary"], n_positions=SIZES["context"], n_embd=SIZES["width"],
+            n_layer=SIZES["depth"], n_head=SIZES["heads"], n_inner=SIZES["hidden"],
+            activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        )
+    )  # fmt: skip
+    if format != "mlp":
+        replace_mlp(model, "transformer.h.*.mlp", experts=EXPERTS, format=format, gate_norm="layer")
+    model.train()
+    return lambda tokens: model(tokens).logits
+
+
+def forward(model: Callable[[Any], Any], tokens: Any) -> None:
+    with torch.no_grad():
+        model(tokens)
+
+
+def step(model: Callable[[Any], Any], tokens: Any) -> None:
+    cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+
+
+def main() -> None:
+    tokens = torch.randint(SIZES["vocabulary"], (ROWS, SIZES["context"]))
+    print(f"{SIZES}, {ROWS} rows, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for format in ("mlp", "cp", "tr"):
+        torch.manual_seed(0)
+        models = {"ours": ours(format), "transformers": theirs(format)}
+        for call in (forward, step):
+            seconds: dict[str, list[float]] = {name: [] for name in models}
+            for _ in range(ROUNDS + 1):
+                for name, model in models.items():
+                    start = perf_counter()
+                    call(model, tokens)
+                    seconds[name].append(perf_counter() - start)
+            # The first of each is not counted.
+            speed = {name: tokens.numel() / median(times[1:]) for name, times in seconds.items()}
+            told = ", ".join(f"{name} {value:,.0f}" for name, value in speed.items())
+            print(f"{format:>4} {call.__name__:>8}: {told} tokens per second")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,25 +27,33 @@ def timm(torchvision_schemas: None) -> Any:
     return pytest.importorskip("timm")
 
 
+def warmed(network: nn.Module) -> nn.Module:
+    """The network with the statistics of some images in its norms: at first features are all but zero."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    network.train()(torch.rand(4, 3, SIZE, SIZE))
+    return network.eval()
+
+
 @pytest.fixture
 def saved(timm: Any, tmp_path: Path) -> Any:
-    """A model of timm with statistics that are not those of the start, and its file."""
+    """A model of timm, and its file."""
 
     def make(name: str, suffix: str = ".safetensors") -> tuple[nn.Module, Path]:
         torch.manual_seed(0)
-        network, path = timm.create_model(name, num_classes=1000), tmp_path / f"{name}{suffix}"
-        network.train()(torch.rand(4, 3, SIZE, SIZE))
+        network, path = warmed(timm.create_model(name)), tmp_path / f"{name}{suffix}"
         state = network.state_dict()
         if suffix == ".safetensors":
             save_file(state, path)
         else:
             torch.save(state, path)
-        return network.eval(), path
+        return network, path
 
     return make
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("test_resnet", ".pth"), ("test_vit3", ".safetensors")])
+@pytest.mark.parametrize(("name", "suffix"), [("test_efficientnet", ".pth"), ("test_vit3", ".safetensors")])
 def test_features_are_what_the_classifier_of_timm_sees(name: str, suffix: str, saved: Any) -> None:
     network, path = saved(name, suffix)
     backbone, x = load_backbone(name, path, SIZE), torch.rand(3, 3, SIZE, SIZE)
@@ -54,23 +62,23 @@ def test_features_are_what_the_classifier_of_timm_sees(name: str, suffix: str, s
     with torch.no_grad():
         expected = network.forward_head(network.forward_features((x - mean) / std), pre_logits=True)
         found = backbone(x)
-    assert not backbone.training and expected.std() > 0
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not backbone.training and expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_features_are_those_of_the_last_block(tmp_path: Path) -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
     torch.manual_seed(0)
-    whole = package.EfficientNet.from_name("efficientnet-lite0")
+    whole = warmed(package.EfficientNet.from_name("efficientnet-lite0"))
     torch.save(whole.state_dict(), tmp_path / "lite0.pth")
     seen: list[Tensor] = []
     whole._conv_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        whole.eval().extract_features((x * 255 - 127) / 128)
+        whole.extract_features((x * 255 - 127) / 128)
         found = load_backbone("efficientnet-lite0", tmp_path / "lite0.pth")(x)
-    assert found.shape == (2, 320)
-    torch.testing.assert_close(found, seen[0].mean((2, 3)), rtol=1e-4, atol=1e-6)
+    assert found.shape == (2, 320) and found.std() > 0.1
+    torch.testing.assert_close(found, seen[0].mean((2, 3)), rtol=1e-3, atol=1e-5)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------
@@ -82,8 +90,8 @@ def test_names_sizes_and_weights_that_do_not_fit(saved: Any, tmp_path: Path) -> 
         load_backbone("nothing", path)
     with pytest.raises(ValueError, match=r"scaled to 64 it says: .*\(160\)"):
         load_backbone("test_vit3", path, 64)
-    with pytest.raises(ValueError, match=r"must have the weights of test_resnet; .* for one"):
-        load_backbone("test_resnet", path, SIZE)
+    with pytest.raises(ValueError, match=r"must have the weights of test_efficientnet; .* for one"):
+        load_backbone("test_efficientnet", path, SIZE)
     state = load_file(path)
     state["head.bias"] = torch.zeros(7)
     save_file(state, tmp_path / "other.safetensors")
@@ -125,14 +133,12 @@ def invoke(line: str) -> Any:
 
 
 def test_command_trains_a_model_of_timm_by_its_name(saved: Any, tmp_path: Path) -> None:
-    network, path = saved("test_resnet")
+    network, path = saved("test_efficientnet")
     y = torch.arange(60) % 2
     x = 0.3 * torch.rand(60, 12, 12)
     x[y == 1, :6] += 0.7
     write_npz(Dataset(x, y), tmp_path / "images.npz")
-    line = (
-        f"--images {tmp_path / 'images.npz'} --backbone test_resnet --weights {path} --size 48 --experts 4 "
-    )
+    line = f"--images {tmp_path / 'images.npz'} --backbone test_efficientnet --weights {path} --size 48 --experts 4 "
     line += "--rank 4 --epochs 6 --batch-size 16 --learning-rate 0.01 --json "
     for trained in ("", "--train-backbone"):
         out = tmp_path / f"out{trained}"

@@ -138,8 +138,8 @@ def test_command_trains_a_model_of_timm_by_its_name(saved: Any, tmp_path: Path) 
     x = 0.3 * torch.rand(60, 12, 12)
     x[y == 1, :6] += 0.7
     write_npz(Dataset(x, y), tmp_path / "images.npz")
-    line = f"--images {tmp_path / 'images.npz'} --backbone test_efficientnet --weights {path} --size 48 --experts 4 "
-    line += "--rank 4 --epochs 6 --batch-size 16 --learning-rate 0.01 --json "
+    line = f"--images {tmp_path / 'images.npz'} --backbone test_efficientnet --weights {path} --size 48 "
+    line += "--experts 4 --rank 4 --epochs 6 --batch-size 16 --learning-rate 0.01 --json "
     for trained in ("", "--train-backbone"):
         out = tmp_path / f"out{trained}"
         result = invoke(f"{line} {trained} --out {out}")

@@ -753,9 +753,8 @@ def _train(
 ) -> None:
     """Train a model of settings and print its figures."""
     with _bad_input():
-        from accelerate import PartialState
-
         from mumoe_tensor.training.checkpoint import DamagedCheckpoint
+        from mumoe_tensor.training.processes import processes
         from mumoe_tensor.training.run import run
         from mumoe_tensor.training.settings import read_settings
 
@@ -770,7 +769,9 @@ def _train(
             raise
         except (FloatingPointError, DamagedCheckpoint, OSError) as error:
             raise typer.Exit(_fail(str(error), 1)) from error
-    if not PartialState().is_main_process:
+    own = processes()
+    own.destroy_process_group()
+    if not own.is_main_process:
         return
     if as_json:
         _print_json(found)

@@ -15,6 +15,7 @@ from mumoe_tensor.files import whole_file
 from mumoe_tensor.models.saved import save_model
 from mumoe_tensor.training.checkpoint import model_state
 from mumoe_tensor.training.log import Evaluation, read_evaluations
+from mumoe_tensor.training.processes import processes
 from mumoe_tensor.training.settings import Settings
 from mumoe_tensor.training.trainer import FREE, train
 
@@ -61,9 +62,7 @@ def run(
     FloatingPointError, DamagedCheckpoint, OSError
         See `train`.
     """
-    from accelerate import PartialState
-
-    processes = PartialState()
+    own = processes()
     config, weights = folder / "config.json", folder / "model.safetensors"
     told: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(settings)}))
     if config.exists() and not fresh:
@@ -79,24 +78,24 @@ def run(
     training, validation = settings.read_data()
     with torch.random.fork_rng():
         torch.manual_seed(settings.train.seed)
-        model = settings.make_model().to(processes.device)
+        model = settings.make_model().to(own.device)
     about = {"parameters": sum(p.numel() for p in model.parameters()), "ranks": _ranks(model)}
-    if processes.is_main_process:
+    if own.is_main_process:
         if fresh:
             _clear(folder)
         with whole_file(config) as file:
             file.write(json.dumps({"settings": told, "model": about}, indent=2).encode())
-    processes.wait_for_everyone()
+    own.wait_for_everyone()
     evaluations = train(
         model, training, validation, settings.train, folder=folder, from_step=from_step, progress=progress
     )
     # Trained by several processes, the model may be wrapped, and have a part of each weight.
     state = model_state(model)
-    if processes.is_main_process:
+    if own.is_main_process:
         whole: Any = settings.make_model("meta")
         whole.load_state_dict(state, assign=True)
         save_model(whole, weights)
-    processes.wait_for_everyone()
+    own.wait_for_everyone()
     return {**about, **_figures(settings, evaluations), "trained": True}
 
 

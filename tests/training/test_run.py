@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from mumoe_tensor.models import GPT2, GPT2Config, Mixer, MixerConfig, load_model
 from mumoe_tensor.training import DamagedCheckpoint, TrainConfig, evaluate  # noqa: E402
 from mumoe_tensor.training import run as module  # noqa: E402
 from mumoe_tensor.training.images import ImageData  # noqa: E402
+from mumoe_tensor.training.processes import processes  # noqa: E402
 from mumoe_tensor.training.run import run  # noqa: E402
 from mumoe_tensor.training.settings import GPT2Run, MixerRun  # noqa: E402
 from mumoe_tensor.training.tokens import TokenData, Tokens  # noqa: E402
@@ -215,3 +218,39 @@ def test_from_the_checkpoint_of_a_step(gpt2: GPT2Run, tmp_path: Path) -> None:
         run(gpt2, out)
     run(gpt2, out, from_step=10)
     assert same(first, weights(out))
+
+
+# ---- on two processes -------------------------------------------------------------------------------------
+
+
+def worker(rank: int, port: int, settings: GPT2Run, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    found = [run(settings, folder / "two"), run(settings, folder / "two")]
+    own = processes()
+    (folder / f"{rank}.json").write_text(json.dumps([own.process_index, own.num_processes, found]))
+    own.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes would share one accelerator")
+def test_two_processes_leave_one_folder(gpt2: GPT2Run, tmp_path: Path) -> None:
+    settings = replace(gpt2, model=replace(gpt2.model, dropout=0.0), train=replace(SHORT, epochs=1))
+    found = run(settings, tmp_path / "one")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, settings, tmp_path), nprocs=2)
+    for rank in range(2):
+        index, count, (first, again) = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (index, count) == (rank, 2)
+        assert (first["trained"], again["trained"]) == (True, False)
+        assert first["validation_loss"] == pytest.approx(found["validation_loss"], rel=1e-5)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
+    alone, shared = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in alone.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,157 @@
+"""Heads with the network below them trained too, on few images: see ``docs/experiments/heads.md``.
+
+Steps of ``python -m paper_figures.experiments.heads``: ``fine-tune``, and ``fine-tuning`` for what came out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mumoe_tensor.interval import interval
+from mumoe_tensor.models import Head, load_backbone
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
+from mumoe_tensor.training.head import fine_tune, train_head
+from paper_figures.common import Row
+from paper_figures.experiments.heads import (
+    DATA,
+    HIDDEN,
+    TRAINING,
+    go_through,
+    images,
+    is_same,
+    table,
+    write_table,
+)
+
+TABLE = "heads_fine_tuning"
+ROWS, VALIDATED, BATCH = 400, 2_000, 50
+EXPERTS = 32
+FORMATS = ("linear", "cp")
+#: Passes over the rows, and learning rates that are tried, with the network frozen and trained.
+EPOCHS = {"frozen": 40, "trained": 5}
+RATES = {"frozen": (0.001, 0.003, 0.01), "trained": (0.0003, 0.001, 0.003)}
+SEEDS, TUNING_SEED = range(3), 100
+#: That of torch. The network's own, 0.01, is for trainings of many more steps.
+MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training."""
+
+    network: str
+    format: str
+    seed: int
+    learning_rate: float
+
+    @property
+    def key(self) -> Row:
+        """The columns that tell it apart from others."""
+        return {
+            "network": self.network, "format": self.format, "seed": self.seed,
+            "learning_rate": self.learning_rate,
+        }  # fmt: skip
+
+
+def network() -> nn.Module:
+    """EfficientNet-Lite0 as it is trained here."""
+    (weights,) = (DATA / "efficientnet-lite0").glob("*.pth")
+    backbone = load_backbone("efficientnet-lite0", weights)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = MOMENTUM
+    return backbone
+
+
+def parts() -> tuple[Dataset, Dataset]:
+    """Images that train and that validate: the first of those of the experiment with a frozen network."""
+    data = images("train")
+    return data.rows(torch.arange(ROWS)), data.rows(TRAINING + torch.arange(VALIDATED))
+
+
+def fit(case: Case) -> Row:
+    """Train a head, and with it the network or not; the accuracy on validation rows at the end."""
+    torch.set_num_threads(1)
+    training, validation = parts()
+    backbone = network()
+    torch.manual_seed(case.seed)
+    options: dict[str, Any] = {} if case.format == "linear" else {"experts": EXPERTS}
+    head = Head(320, 10, HIDDEN, format=case.format, **options)
+    config = TrainConfig(
+        epochs=EPOCHS[case.network], batch_size=BATCH, learning_rate=case.learning_rate, seed=case.seed,
+        keep="last", evaluate_every=EPOCHS[case.network] * (ROWS // BATCH), evaluation_batch_size=200,
+    )  # fmt: skip
+    if case.network == "trained":
+        found = fine_tune(backbone, head, training, validation, config)
+    else:
+        training, validation = extract(backbone, training), extract(backbone, validation)
+        found = train_head(head, training, validation, config)
+    model = nn.Sequential(backbone, head) if case.network == "trained" else head
+    return {
+        **case.key, "parameters": sum(p.numel() for p in head.parameters()), "accuracy": found[-1].accuracy,
+        "loss": found[-1].validation_loss, "training_accuracy": evaluate(model, training, batch_size=200)[1],
+        "seconds": round(found[-1].seconds, 1),
+    }  # fmt: skip
+
+
+def rate(network: str, format: str) -> float:
+    """The learning rate with the highest validation accuracy."""
+    tried = [
+        row
+        for row in table(TABLE)
+        if is_same(row, {"network": network, "format": format, "seed": TUNING_SEED})
+    ]
+    if len(tried) != len(RATES[network]):
+        raise ValueError(f"{len(RATES[network])} learning rates must be tried first, got {len(tried)}.")
+    return float(max(tried, key=lambda row: row["accuracy"])["learning_rate"])
+
+
+def fine_tune_all(processes: int) -> None:
+    """Try the learning rates, then train with the best of each kind of head."""
+    kinds = [(network, format) for network in EPOCHS for format in FORMATS]
+    do(processes, [Case(*kind, TUNING_SEED, each) for kind in kinds for each in RATES[kind[0]]])
+    do(processes, [Case(*kind, seed, rate(*kind)) for seed in SEEDS for kind in kinds])
+
+
+def do(processes: int, cases: list[Case]) -> None:
+    """Do what is not in the table yet."""
+    rows = table(TABLE)
+    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+    left = [(case,) for case in cases if not any(is_same(row, case.key) for row in rows)]
+    for row in go_through(left, fit, processes):
+        rows.append(row | {"measured": where})
+        write_table(TABLE, rows)
+
+
+def differences() -> list[Row]:
+    """What the claims are about, seed by seed: mean in % and half width of the 95 % interval."""
+    rows = [row for row in table(TABLE) if row["seed"] in SEEDS]
+    accuracy = {
+        (network, format): [100 * row["accuracy"] for row in sorted(rows, key=lambda row: row["seed"])
+                            if (row["network"], row["format"]) == (network, format)]
+        for network in EPOCHS for format in FORMATS
+    }  # fmt: skip
+
+    def minus(one: list[float], other: list[float]) -> list[float]:
+        return [a - b for a, b in zip(one, other, strict=True)]
+
+    gap = {network: minus(accuracy[network, "cp"], accuracy[network, "linear"]) for network in EPOCHS}
+    wanted = {f"accuracy, {network}, {format}": accuracy[network, format] for network, format in accuracy}
+    wanted |= {
+        f"1: trained - frozen, {format}": minus(accuracy["trained", format], accuracy["frozen", format])
+        for format in FORMATS
+    }
+    wanted |= {f"cp - MLP, {network}": gap[network] for network in EPOCHS}
+    wanted["2: (cp - MLP, trained) - (cp - MLP, frozen)"] = minus(gap["trained"], gap["frozen"])
+    found = []
+    for text, values in wanted.items():
+        mean, half = interval(values)
+        found.append(
+            {"in %": text.replace("linear", "MLP"), "mean": mean, "half": half, "seeds": len(values)}
+        )
+    return found

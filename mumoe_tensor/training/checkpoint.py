@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,21 +24,18 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint that is missing, or not what was written."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of a model and of its optimizer, whole, on the CPU.
+class Snapshot(NamedTuple):
+    """The state of a model and of its optimizer, whole, on the CPU; empty on all processes but the first.
 
     Attributes
     ----------
-    model, optimizer : dict of str to Tensor
-        Empty on all processes but the first.
-    numbers : dict
-        What the optimizer has besides tensors.
+    model : dict of str to Tensor
+    optimizer : dict of str to Tensor
+        Under the name of a parameter, a slash, and the name of what the optimizer keeps of it.
     """
 
     model: State
     optimizer: State
-    numbers: dict[str, Any]
 
 
 def model_state(model: nn.Module) -> State:
@@ -62,11 +58,14 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
     """The state of a model and of its optimizer, gathered from all processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: Any = get_optimizer_state_dict(model, optimizer, options=options)
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in found.items() if name not in tensors}
-    return Snapshot(model_state(model), tensors, numbers)
+    kept = {
+        f"{name}/{key}": value
+        for name, values in found.get("state", {}).items()
+        for key, value in values.items()
+    }
+    return Snapshot(model_state(model), kept)
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot) -> None:
@@ -74,17 +73,22 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     restore_model(model, state.model)
-    flat: Any = {**state.optimizer, **state.numbers}
-    set_optimizer_state_dict(model, optimizer, flat, options=_whole())
+    kept: dict[str, State] = {}
+    for path, value in state.optimizer.items():
+        name, _, key = path.rpartition("/")
+        kept.setdefault(name, {})[key] = value
+    # What the optimizer has besides is its config, which it was made with.
+    (group,) = optimizer.param_groups
+    groups = [{**group, "params": [name for name, _ in model.named_parameters()]}]
+    whole: Any = {"state": kept, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, whole, options=_whole())
 
 
 def _whole() -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     shared = distributed.is_available() and distributed.is_initialized()
-    return StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=shared, flatten_optimizer_state_dict=True
-    )
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=shared)
 
 
 class Checkpoints:
@@ -142,7 +146,7 @@ class Checkpoints:
             for name, value in found.items()
         }
         sums = {name: _checksum(value) for name, value in tensors.items()}
-        about = {"progress": progress, "numbers": state.numbers, "checksums": sums}
+        about = {"progress": progress, "checksums": sums}
         try:
             with whole_file(self.path(step)) as file:
                 file.write(save(tensors, {"checkpoint": json.dumps(about)}))
@@ -184,11 +188,7 @@ class Checkpoints:
                     parts[part][own] = value
         except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
             raise DamagedCheckpoint(self._damaged(step, f"it cannot be read, {error}")) from error
-        return (
-            Snapshot(parts["model"], parts["optimizer"], about["numbers"]),
-            parts["best"],
-            about["progress"],
-        )
+        return Snapshot(parts["model"], parts["optimizer"]), parts["best"], about["progress"]
 
     def _damaged(self, step: int, how: str) -> str:
         return f"the checkpoint of step {step}, {self.path(step)}, is damaged: {how}; {self.last(step)}."

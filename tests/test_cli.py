@@ -6,8 +6,10 @@ import json
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mumoe_tensor as mt
@@ -23,6 +25,11 @@ COST = "cost cp --experts 256 --in-features 768 --hidden 3072 --out-features 768
 SIZES = "--experts 64 --in-features 768 --out-features 1000"
 FIT = f"fit tr {SIZES} --rank '4,4,?' --parameters 769000 --bias --gate"
 SMALL = "--experts 4 --in-features 3 --out-features 2"
+
+needs_training = pytest.mark.skipif(
+    not all(map(find_spec, ("accelerate", "pydantic", "safetensors", "tensorboardX", "tokenizers", "torch"))),
+    reason="training needs the extra train",
+)
 
 
 def run(line: str) -> str:
@@ -166,7 +173,7 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_version_and_help() -> None:
     assert run("--version") == f"{mt.__version__}\n"
     assert "Usage" in run("") and "Usage" in run("--help")
-    for command in ("formats", "plan", "cost", "fit", "study", "figures", "inspect"):
+    for command in ("formats", "plan", "cost", "fit", "study", "figures", "inspect", "tokenize"):
         assert command in run("--help")
         told = " ".join(run(f"{command} --help").split())
         assert f"Example: mumoe-tensor {command}" in told and "--json" in told
@@ -184,6 +191,108 @@ def test_help_of_the_study_names_its_layers() -> None:
 def test_examples_in_the_help_are_the_documented_ones(command: str) -> None:
     told = "".join(run(f"{command.split()[0]} --help").split())
     assert "".join(f"mumoe-tensor {command}".split()) in told
+
+
+def own_tokens(folder: Path) -> str:
+    """Options for a tiny GPT-2 on a file of tokens that repeat themselves."""
+    (np.arange(300) % 5).astype("<u2").tofile(folder / "tokens.bin")
+    model = {"vocabulary": 6, "context": 8, "width": 16, "depth": 1, "heads": 2, "hidden": 32, "dropout": 0}
+    train = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}
+    settings = {"data.training": folder / "tokens.bin", "data.validation": folder / "tokens.bin"}
+    settings |= {f"model.{k}": v for k, v in model.items()} | {f"train.{k}": v for k, v in train.items()}
+    return " ".join(f"--set {k}={v}" for k, v in settings.items())
+
+
+@needs_training
+def test_train_gpt2(tmp_path: Path) -> None:
+    line = f"train gpt2 {own_tokens(tmp_path)} --set model.format=cp --set model.experts=[4]"
+    line += f" --set model.rank=[3] --out {tmp_path}/out"
+    found = figures(line)
+    assert found["ranks"] == {"rank": [3]} and found["steps"] == 8 and found["trained"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoints", "config.json", "metrics.csv", "model.safetensors", "tensorboard"
+    ]  # fmt: skip
+    told = run(line)
+    assert f"{found['parameters']:,} parameters, rank [3]" in told
+    assert f"loss {found['validation_loss']:.4f} on validation rows, after 8 steps" in told
+    assert "it was trained before, --fresh trains it again" in told and f"Written to {tmp_path}/out" in told
+    assert figures(f"{line} --fresh")["trained"]
+    other = CliRunner().invoke(app, shlex.split(f"{line} --set train.seed=1"))
+    assert other.exit_code == 2 and "train.seed is 0 there, 1 here" in other.stderr
+
+
+@needs_training
+def test_train_mixer_from_a_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", x=np.random.default_rng(0).random((40, 4, 4)), y=np.arange(40) % 3)
+    (tmp_path / "own.toml").write_text(
+        f"[data]\ninputs = '{tmp_path}/images.npz'\nvalidation = 0.25\n"
+        "[model]\nimage_size = 4\npatch = 2\nwidth = 8\ndepth = 1\ntoken_hidden = 8\nchannel_hidden = 8\n"
+        "classes = 3\n[train]\nepochs = 1\nbatch_size = 10\n"
+    )
+    line = f"train mixer {tmp_path}/own.toml --set train.steps=2 --out {tmp_path}/out"
+    found = figures(line)
+    assert found["steps"] == 2 and 0 <= found["accuracy"] <= 1 and found["seconds"] > 0
+    assert found["ranks"] == {"token_rank": None, "channel_rank": None}
+    # A model without experts has no rank to be told.
+    assert run(line).startswith(f"{found['parameters']:,} parameters\n")
+
+
+@needs_training
+def test_a_training_that_fails_is_one_line_and_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = shlex.split(f"train gpt2 {own_tokens(tmp_path)} --out {tmp_path}/out")
+    result = CliRunner().invoke(app, [*line, "--set", "train.learning_rate=1e30", "--set", "train.clip=none"])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "must be finite" in result.stderr or "must be a finite number" in result.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+    assert CliRunner().invoke(app, [*line, "--fresh"]).exit_code == 0
+    (tmp_path / "out" / "model.safetensors").unlink()
+    for path in (tmp_path / "out" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 1 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
+    result = CliRunner().invoke(app, [*line, "--from-step", "3"])
+    assert result.exit_code == 1 and "no checkpoint of step 3" in result.stderr
+
+    from mumoe_tensor.training import run as runs
+
+    for error, code, told in [
+        (OSError("no space left"), 1, "no space left"),
+        (KeyboardInterrupt(), 130, "the same command goes on"),
+    ]:
+
+        def fails(*args: object, error: BaseException = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(runs, "train", fails)
+        result = CliRunner().invoke(app, [*line, "--fresh"])
+        assert result.exit_code == code and told in result.stderr and result.stderr.count("\n") == 1
+
+
+@needs_training
+def test_tokenize(tmp_path: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    ids = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), "th", "the", "<|endoftext|>"])}
+    (tmp_path / "encoder.json").write_text(json.dumps(ids))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, text in {"one": "the", "two": "the the", "three": "t"}.items():
+        (texts / f"{name}.txt").write_text(text)
+    line = f"tokenize {texts} --vocabulary-files {tmp_path} --hold-out 'tw*' --leave-out three*"
+    line += f" --out {tmp_path}/t"
+    found = figures(line)
+    assert found["vocabulary"] == 259 and found["training"] == [{"file": "one.txt", "tokens": 2}]
+    assert found["validation"] == [{"file": "two.txt", "tokens": 4}]
+    assert np.fromfile(tmp_path / "t" / "training.bin", "<u2").tolist() == [257, 258]
+    told = run(f"{line} --vocabulary 258")
+    assert "two.txt" in told and "validation" in told and "three.txt" not in told and "258 ids" in told
+    assert np.fromfile(tmp_path / "t" / "training.bin", "<u2").tolist() == [256, ids["e"], 257]
+    result = CliRunner().invoke(app, shlex.split(f"{line} --hold-out none*"))
+    assert result.exit_code == 2 and "'none*' fits none" in result.stderr
 
 
 # ---- bad input --------------------------------------------------------------------------------------------
@@ -239,6 +348,14 @@ BAD = [
     ("study --seed -1", "seed must not be negative, got -1"),
     ("study --parameters some", "parameters must be match, a positive number, or a multiple"),
     ("study --parameters 10 --formats cp,tr", "some format must fit the budget"),
+    ("train gpt3", "gpt3"),
+    ("train mixer nothing.toml", "nothing.toml"),
+    ("train mixer gpt2", "one of mixer, mixer-s16-cp, mixer-s16-mlp, mixer-s16-tr; got 'gpt2'"),
+    ("train gpt2 --set train.batch_size=-1", "train.batch_size: must be positive, got -1"),
+    ("train gpt2 --set train.batch_size", "as train.epochs=3; got 'train.batch_size'"),
+    ("train gpt2", "training.bin"),
+    ("train mixer", "train-images-idx3-ubyte.gz"),
+    ("tokenize nothing.txt --hold-out no*", "encoder.json"),
 ]
 
 

@@ -120,8 +120,9 @@ def _clear(folder: Path) -> None:
 
 
 def _ranks(model: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = asdict(model.config)  # type: ignore[call-overload]
-    return {name: value for name, value in found.items() if name.endswith("rank")}
+    config: dict[str, Any] = asdict(model.config)  # type: ignore[call-overload]
+    ranks = {name: value for name, value in config.items() if name.endswith("rank")}
+    return {name: None if value is None else list(value) for name, value in ranks.items()}
 
 
 def _figures(settings: Settings, evaluations: list[Evaluation]) -> dict[str, Any]:

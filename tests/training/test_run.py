@@ -72,7 +72,7 @@ def test_a_run_of_a_mixer(mixer: MixerRun, tmp_path: Path) -> None:
     model = load_model(out / "model.safetensors")
     assert isinstance(model, Mixer) and model.config.token_rank == (3,)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert found["ranks"] == {"token_rank": (3,), "channel_rank": model.config.channel_rank}
+    assert found["ranks"] == {"token_rank": [3], "channel_rank": list(model.config.channel_rank or ())}
     assert (found["steps"], found["trained"]) == (12, True) and found["seconds"] > 0
     # The figures are those of the model that was left, and it has learnt something.
     loss, accuracy = evaluate(model, mixer.read_data()[1])
@@ -136,7 +136,7 @@ def test_what_is_done_is_not_done_again(
     monkeypatch.setattr(module, "train", None)
     (tmp_path / "images.npz").unlink()
     again = run(mixer, tmp_path / "out")
-    assert json.dumps(again | {"trained": True}) == json.dumps(first) and again["trained"] is False
+    assert again == first | {"trained": False}
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     # How rows are loaded makes no other run.
     run(replace(mixer, train=replace(SHORT, workers=2, evaluation_batch_size=7)), tmp_path / "out")

@@ -1,0 +1,289 @@
+"""Mixers and GPT-2s trained from nothing, by the protocols of ``docs/experiments/mixer.md`` and ``gpt2.md``.
+
+    python -m paper_figures.experiments.pretraining mixer tune      learning rates, on validation rows
+    python -m paper_figures.experiments.pretraining mixer runs      all trainings; test images for Mixers
+    python -m paper_figures.experiments.pretraining mixer causes    other settings, on validation rows
+    python -m paper_figures.experiments.pretraining mixer svd       dense models of lower rank
+    python -m paper_figures.experiments.pretraining mixer claims    the differences the claims are about
+
+and the same with ``gpt2``. Needs `make data`, and for GPT-2 the tokens, whose command is in
+``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they stopped, in the middle of a training too.
+``--processes`` says how many trainings run at once, each on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from math import exp
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mumoe_tensor.analysis import truncate
+from mumoe_tensor.interval import interval
+from mumoe_tensor.models import load_model
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.training import evaluate, read_idx
+from mumoe_tensor.training.log import read_evaluations
+from mumoe_tensor.training.run import run
+from mumoe_tensor.training.settings import read_settings
+from paper_figures.common import Row
+from paper_figures.common import table as as_text
+from paper_figures.experiments.heads import ROOT, table, write_table
+
+#: What is compared, and how its settings differ from those that come with the library.
+ARMS: dict[str, dict[str, list[str]]] = {
+    "mixer": {
+        "dense": ["model.format=mlp"],
+        "CP": ["model.format=cp"],
+        # (The nearest rank of each block alone would be off by two and three percent in sum.)
+        "TR": ["model.format=tr", "model.token_rank=[4, 4, 3]", "model.channel_rank=[4, 4, 12]"],
+        "CP, two levels": ["model.format=cp", "model.experts=[4, 4]"],
+        "TR, two levels": [
+            "model.format=tr",
+            "model.experts=[4, 4]",
+            "model.token_rank=[4, 4, 4, 5]",
+            "model.channel_rank=[4, 4, 4, 12]",
+        ],
+    },
+    "gpt2": {"dense": ["model.format=mlp"], "CP": ["model.format=cp"], "TR": ["model.format=tr"]},
+}
+SEEDS, TUNING_SEED = range(3), 100
+LEARNING_RATES = {"mixer": (1e-3, 2e-3, 4e-3), "gpt2": (2e-3, 4e-3, 8e-3)}
+#: Trainings that learning rates and other settings are tried in are shorter.
+TUNING = {"mixer": ["train.epochs=2"], "gpt2": ["train.steps=180"]}
+CAUSING = {"mixer": ["train.epochs=3"], "gpt2": ["train.steps=300"]}
+#: What a learning rate ends at.
+FINAL = {"mixer": 0.0, "gpt2": 0.1}
+#: One thing changed at a time, in blocks of CP.
+CAUSES: dict[str, dict[str, list[str]]] = {
+    "mixer": {
+        "as in the protocol": [],
+        "published initialisation": ["model.init=published"],
+        "layer norm of the logits": ["model.gate_norm=layer"],
+        "no norm of the logits": ["model.gate_norm=none"],
+        "64 experts": ["model.experts=[64]"],
+        "softmax gate": ["model.gate=softmax"],
+    },
+    "gpt2": {
+        "as in the protocol": [],
+        "published initialisation": ["model.init=published"],
+        "batch norm of the logits": ["model.gate_norm=batch"],
+        "no norm of the logits": ["model.gate_norm=none"],
+        "128 experts": ["model.experts=[128]"],
+        "two levels": ["model.experts=[8, 4]"],
+        "softmax gate": ["model.gate=softmax"],
+    },
+}
+CAUSE_SEEDS = {"mixer": (100, 101), "gpt2": (100,)}
+#: Shares of the singular values that are kept.
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+#: Tokens a row of the training has.
+ROW = {"mixer": 1, "gpt2": 128}
+
+
+def settings_of(kind: str, overrides: Sequence[str], learning_rate: float, seed: int) -> Any:
+    """Settings of a training."""
+    rates = [
+        f"train.learning_rate={learning_rate}",
+        f"train.final_learning_rate={FINAL[kind] * learning_rate}",
+    ]
+    return read_settings(kind, None, [*overrides, *rates, f"train.seed={seed}"])
+
+
+def trained(kind: str, folder: str, overrides: Sequence[str], learning_rate: float, seed: int) -> Row:
+    """Train, or go on with it; the figures of the last evaluation. In a process of its own."""
+    torch.set_num_threads(1)
+    settings = settings_of(kind, overrides, learning_rate, seed)
+    found = run(settings, Path(folder))
+    rows = found["steps"] * settings.train.batch_size
+    return {
+        "parameters": found["parameters"],
+        "ranks": " ".join(f"{name} {value}" for name, value in found["ranks"].items() if value) or "none",
+        "learning_rate": learning_rate,
+        "steps": found["steps"],
+        "seconds": found["seconds"],
+        "per_second": rows * ROW[kind] / found["seconds"],
+        # (Of the whole process; in KiB on Linux.)
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "validation_loss": found["validation_loss"],
+        "validation_accuracy": found["accuracy"],
+    }
+
+
+def go_through(kind: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> Iterator[Row]:
+    """Rows of trainings as they are done, each from a new process, so that memory is its own."""
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = {}
+        for key, overrides, rate in tasks:
+            name = "-".join(str(value).replace(", ", "-").replace(" ", "-") for value in key.values())
+            folder = ROOT / "results" / kind / name
+            futures[pool.submit(trained, kind, str(folder), overrides, rate, key["seed"])] = key, folder
+        for future in as_completed(futures):
+            key, folder = futures[future]
+            yield key | future.result() | {"folder": folder.name}
+
+
+def keep(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> None:
+    """Do what a table does not have yet."""
+    rows = table(name)
+    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+    done = [{key: str(row[key]) for key in row} for row in rows]
+    left = [
+        task
+        for task in tasks
+        if not any(all(row[key] == str(value) for key, value in task[0].items()) for row in done)
+    ]
+    for row in go_through(kind, left, processes):
+        rows.append(row | {"measured": where})
+        write_table(name, rows)
+        print(f"{len(rows)} of {len(tasks)}: {row['folder']}", file=sys.stderr, flush=True)
+
+
+def tune(kind: str, processes: int) -> None:
+    """Try every learning rate with one level of experts of each format, and without."""
+    tasks = [
+        ({"tuning": arm, "rate": rate, "seed": TUNING_SEED}, [*ARMS[kind][arm], *TUNING[kind]], rate)
+        for arm in ("dense", "CP", "TR")
+        for rate in LEARNING_RATES[kind]
+    ]
+    keep(kind, f"{kind}_tuning", tasks, processes)
+
+
+def learning_rate(kind: str, arm: str) -> float:
+    """The rate with the lowest validation loss; two levels have that of one."""
+    mine = [row for row in table(f"{kind}_tuning") if row["tuning"] == arm.partition(",")[0]]
+    if len(mine) != len(LEARNING_RATES[kind]):
+        raise ValueError(f"learning rates must be tried first, by `tune`; {arm} has {len(mine)}.")
+    return float(min(mine, key=lambda row: row["validation_loss"])["rate"])
+
+
+def run_all(kind: str, processes: int) -> None:
+    """All trainings of the protocol, their curves, and for Mixers the test images."""
+    tasks = [
+        ({"arm": arm, "seed": seed}, ARMS[kind][arm], learning_rate(kind, arm))
+        for seed in SEEDS
+        for arm in ARMS[kind]
+    ]
+    keep(kind, kind, tasks, processes)
+    rows = table(kind)
+    curves = [
+        {
+            "arm": row["arm"],
+            "seed": row["seed"],
+            "step": e.step,
+            "loss": e.loss,
+            "validation_loss": e.validation_loss,
+            "validation_accuracy": e.accuracy,
+        }
+        for row in rows
+        for e in read_evaluations(ROOT / "results" / kind / row["folder"] / "metrics.csv")
+    ]
+    write_table(f"{kind}_curves", curves)
+    if kind == "mixer":
+        folder = ROOT / "data" / "fashion-mnist"
+        data = read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")
+        tested = []
+        for row in rows:
+            model = load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
+            loss, accuracy = evaluate(model, data)
+            tested.append({"arm": row["arm"], "seed": row["seed"], "loss": loss, "accuracy": accuracy})
+        write_table("mixer_test", tested)
+
+
+def find_causes(kind: str, processes: int) -> None:
+    """Blocks of CP with one thing changed, and with other learning rates."""
+    rate = learning_rate(kind, "CP")
+    changed = [(name, change, rate) for name, change in CAUSES[kind].items()]
+    changed += [(f"learning rate x {factor}", [], factor * rate) for factor in (0.5, 2)]
+    tasks = [
+        ({"changed": name, "seed": seed}, [*ARMS[kind]["CP"], *CAUSING[kind], *change], own)
+        for seed in CAUSE_SEEDS[kind]
+        for name, change, own in changed
+    ]
+    tasks += [
+        (
+            {"changed": "dense", "seed": seed},
+            [*ARMS[kind]["dense"], *CAUSING[kind]],
+            learning_rate(kind, "dense"),
+        )
+        for seed in CAUSE_SEEDS[kind]
+    ]
+    keep(kind, f"{kind}_causes", tasks, processes)
+
+
+def truncated(kind: str) -> None:
+    """Dense models on validation rows, the linear layers of their MLPs without small singular values."""
+    rows = []
+    for seed in SEEDS:
+        settings = settings_of(kind, ARMS[kind]["dense"], learning_rate(kind, "dense"), seed)
+        _, validation = settings.read_data()
+        folder = next(row["folder"] for row in table(kind) if (row["arm"], row["seed"]) == ("dense", seed))
+        model: Any = load_model(ROOT / "results" / kind / folder / "model.safetensors")
+        layers = [
+            layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and "mlp" in name
+        ]
+        for share in SHARES:
+            with truncate(layers, share):
+                loss, accuracy = evaluate(model, validation, batch_size=64)
+            rows.append(
+                {"seed": seed, "share": share, "layers": len(layers), "loss": loss, "accuracy": accuracy}
+            )
+    write_table(f"{kind}_svd", rows)
+
+
+def claims(kind: str) -> list[Row]:
+    """Differences from the dense models, seed by seed, with their intervals."""
+    rows = table(kind)
+    measures = {"validation loss, %": ({(r["arm"], r["seed"]): r["validation_loss"] for r in rows}, True)}
+    if kind == "mixer":
+        tested = table("mixer_test")
+        measures["test accuracy, points"] = (
+            {(r["arm"], r["seed"]): 100 * r["accuracy"] for r in tested},
+            False,
+        )
+    found = []
+    for measure, (values, relative) in measures.items():
+        for arm in ARMS[kind]:
+            own = [values[arm, seed] for seed in SEEDS]
+            base = [values["dense", seed] for seed in SEEDS]
+            gaps = [100 * (a / b - 1) if relative else a - b for a, b in zip(own, base, strict=True)]
+            mean, half = interval(gaps)
+            found.append(
+                {
+                    "measure": measure, "arm": arm, "value": interval(own)[0],
+                    "minus dense": mean, "half": half, "seeds": len(own),
+                }
+            )  # fmt: skip
+    if kind == "gpt2":
+        for row in found:
+            row["perplexity"] = exp(row["value"])
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do a step of an experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("kind", choices=list(ARMS))
+    parser.add_argument("step", choices=("tune", "runs", "causes", "svd", "claims"))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if options.step == "claims":
+        print(as_text(claims(options.kind)))
+    elif options.step == "svd":
+        truncated(options.kind)
+    else:
+        {"tune": tune, "runs": run_all, "causes": find_causes}[options.step](options.kind, options.processes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

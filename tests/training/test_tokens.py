@@ -76,6 +76,9 @@ def test_a_vocabulary_has_the_bytes_and_some_of_the_merges(size: int, vocabulary
 
 
 def test_ids_out_of_the_vocabulary_are_no_text(vocabulary: Path) -> None:
+    assert [Tokenizer(vocabulary, size).decode([size - 1]) for size in (257, 259, 262)] == [
+        "<|endoftext|>"
+    ] * 3
     with pytest.raises(ValueError, match="from 0 to 258, got 259"):
         Tokenizer(vocabulary, 259).decode([3, 259])
 
@@ -134,7 +137,8 @@ def test_windows_follow_one_another_and_labels_are_one_ahead(tmp_path: Path) -> 
     assert x.dtype == y.dtype == torch.int64
     assert x.tolist() == [[108, 109, 110, 111], [100, 101, 102, 103]]
     assert y.tolist() == [[109, 110, 111, 112], [101, 102, 103, 104]]
-    assert len(Tokens(bin_of(tmp_path / "t.bin", range(17)), context=4)) == 4
+    for count, windows in ((15, 3), (16, 3), (17, 4)):
+        assert len(Tokens(bin_of(tmp_path / "t.bin", range(count)), context=4)) == windows
 
 
 @pytest.mark.parametrize(("chunk", "place"), [(4, 9), (4, 0), (4, 3), (100, 9), (5, 5)])

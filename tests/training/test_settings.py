@@ -87,7 +87,7 @@ def test_published_training_of_gpt2(name: str) -> None:
         assert train.batch_size % (train.accumulation * processes) == 0
 
 
-def test_the_laptops_models_have_as_many_parameters_with_experts_as_without() -> None:
+def test_the_laptops_models_have_about_as_many_parameters_with_experts_as_without() -> None:
     for kind in RUNS:
         counts = [
             sum(
@@ -96,7 +96,8 @@ def test_the_laptops_models_have_as_many_parameters_with_experts_as_without() ->
             )
             for format in ("mlp", "cp", "tr")
         ]
-        assert max(counts) / min(counts) < 1.02, (kind, counts)
+        # Ranks are whole numbers, and the smallest blocks have few parameters for each.
+        assert all(abs(count / counts[0] - 1) < 0.03 for count in counts), (kind, counts)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------

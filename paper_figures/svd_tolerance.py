@@ -1,12 +1,14 @@
-"""Error of trained linear layers over the share of singular values that is kept.
+"""Trained linear layers without their smallest singular values: error, accuracy and loss.
 
 Oldfield et al. (2024), tolerance of linear layers to a truncated SVD: trained layers keep their accuracy
-without many of their singular values, so experts of low rank may do. Here: the relative error of the weight.
-The accuracy takes the models.
+without many of their singular values, so experts of low rank may do.
 
-Settings: the expanding 1×1 convolutions of blocks 6, 7 and 8 of EfficientNet-Lite0, trained on ImageNet,
-80 → 480. For comparison a matrix of that shape with normal entries, seed 0. The error is in the Frobenius
-norm; its square is the share of the energy that is lost.
+Settings: the relative error of the weight is that of the expanding 1×1 convolutions of blocks 6, 7 and 8 of
+EfficientNet-Lite0, trained on ImageNet, 80 → 480; for comparison of a matrix of that shape with normal
+entries, seed 0. It is in the Frobenius norm; its square is the share of the energy that is lost. Accuracy and
+loss are those of the dense Mixer and GPT-2 of ``docs/experiments`` on validation rows, all linear layers of
+their MLPs truncated at once; means and 95 % intervals over seeds. Without their tables, which
+``python -m paper_figures.experiments.pretraining mixer svd`` (and ``gpt2 svd``) makes, the error alone.
 """
 
 from __future__ import annotations
@@ -17,13 +19,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, new_figure, pretrained
+from paper_figures.experiments.heads import over_seeds, table
 
 BLOCKS = ("6", "7", "8")
 STYLES = {"6": "-", "7": "--", "8": ":", "normal": "-"}
+#: Tables of networks; the column that is drawn, in what unit, and its label.
+NETWORKS = {
+    "mixer": ("accuracy", 100, "validation accuracy, %"),
+    "gpt2": ("loss", 1, "validation loss, nats"),
+}
+TITLES = {"mixer": "Mixer", "gpt2": "GPT-2"}
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a layer and number of singular values kept."""
+    """One row a layer or network and number of singular values kept."""
     weights = dict(zip(BLOCKS, pretrained(), strict=True))
     weights["normal"] = np.random.default_rng(0).standard_normal(weights["6"].shape)
     found = []
@@ -32,21 +41,32 @@ def rows(quick: bool) -> list[Row]:
         count = len(squares)
         for kept in range(0, count + 1, count // 4 if quick else count // 20):
             energy = float(squares[:kept].sum() / squares.sum())
+            error = float((squares[kept:].sum() / squares.sum()) ** 0.5)
             found.append(
                 {
-                    "layer": layer,
-                    "kept": kept,
-                    "share_kept": kept / count,
-                    "energy": energy,
-                    "relative_error": float((squares[kept:].sum() / squares.sum()) ** 0.5),
+                    "layer": layer, "kept": kept, "share_kept": kept / count, "energy": energy,
+                    "relative_error": error, "value": None, "value_low": None, "value_high": None,
                 }
-            )
+            )  # fmt: skip
+    for network, (column, unit, _) in NETWORKS.items():
+        measured = table(f"{network}_svd")
+        for share in sorted({row["share"] for row in measured}):
+            figures = over_seeds([row for row in measured if row["share"] == share], column)
+            value, low, high = (unit * figures[f"{column}{end}"] for end in ("", "_low", "_high"))
+            found.append(
+                {
+                    "layer": network, "kept": None, "share_kept": share, "energy": None,
+                    "relative_error": None, "value": value, "value_low": low, "value_high": high,
+                }
+            )  # fmt: skip
     return found
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Relative error over the share kept, one line a layer."""
-    figure, (ax,) = new_figure()
+    """Relative error over the share kept, one line a layer; beside it accuracy and loss of networks."""
+    networks = [name for name in NETWORKS if any(row["layer"] == name for row in rows)]
+    figure, axes = new_figure(1 + len(networks))
+    ax = axes[0]
     for layer, style in STYLES.items():
         mine = [row for row in rows if str(row["layer"]) == layer]
         trained = layer != "normal"
@@ -58,5 +78,20 @@ def draw(rows: Sequence[Row]) -> Figure:
             label=f"trained, block {layer}" if trained else "normal entries",
         )
     ax.set(xlabel="singular values kept, %", ylabel="relative error", xlim=(0, 100), ylim=(0, 1.02))
-    ax.legend(frameon=False, loc="lower left")
+    ax.legend(frameon=False, loc="upper right")
+    for ax, network in zip(axes[1:], networks, strict=True):
+        mine = [row for row in rows if row["layer"] == network]
+        shares = [100 * row["share_kept"] for row in mine]
+        ax.plot(shares, [row["value"] for row in mine], color="black", marker="o", markersize=3)
+        ax.fill_between(
+            shares, [row["value_low"] for row in mine], [row["value_high"] for row in mine],
+            color="black", alpha=0.15, linewidth=0,
+        )  # fmt: skip
+        ax.axhline(mine[-1]["value"], color="0.65", linestyle="--", linewidth=0.8)
+        ax.set(
+            xlabel="singular values kept, %",
+            ylabel=NETWORKS[network][2],
+            xlim=(0, 100),
+            title=TITLES[network],
+        )
     return figure

@@ -167,6 +167,25 @@ def test_truncated_svds_have_the_error_of_the_rebuilt_matrix(tmp_path: Path) -> 
     assert all(half[block] < half["normal"] for block in svd_tolerance.BLOCKS)
 
 
+def test_networks_without_small_singular_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = [
+        {"seed": seed, "share": share, "layers": 4, "loss": 3 - share - seed, "accuracy": share / 2}
+        for seed in (0, 1)
+        for share in (0.0, 0.5, 1.0)
+    ]
+    monkeypatch.setattr(svd_tolerance, "table", lambda name: measured if name == "gpt2_svd" else [])
+    rows = svd_tolerance.rows(True)
+    assert [(row["share_kept"], row["value"]) for row in rows if row["layer"] == "gpt2"] == [
+        (0.0, 2.5), (0.5, 2.0), (1.0, 1.5),
+    ]  # fmt: skip
+    assert not any(row["layer"] == "mixer" for row in rows)
+    figure = svd_tolerance.draw(rows)
+    assert len(figure.axes) == 2 and list(figure.axes[1].lines[0].get_ydata()) == [2.5, 2.0, 1.5]
+    monkeypatch.setattr(svd_tolerance, "table", lambda name: measured)
+    (last,) = [row for row in svd_tolerance.rows(True) if row["layer"] == "mixer" and row["share_kept"] == 1]
+    assert last["value"] == last["value_low"] == 50.0
+
+
 def test_errors_of_the_formats_fall_with_the_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(decomposition_error, "OPEN", {"tt": (3, None)})
     rows = rows_of(decomposition_error, tmp_path, quick=True)

@@ -387,3 +387,50 @@ def test_command(command: Callable[[str], Any], data: Path, monkeypatch: pytest.
     other = json.loads(command(f"--embeddings {data / 'e.npz'} --json"))
     assert other["task"] != found["task"]
     assert len(list((data / "out" / "models").iterdir())) == 2 * len(MODELS)
+
+
+#: The attributes of CelebA, in the order of its file.
+ALL = """
+5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair
+Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup
+High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose
+Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat
+Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
+"""
+CELEBA = ALL.split()
+
+
+def test_these_are_the_attributes_of_celeba() -> None:
+    path = Path(__file__).parents[2] / "data" / "celeba" / "celeba.csv.zip"
+    if not path.exists():
+        pytest.skip("needs make data")
+    with zipfile.ZipFile(path) as archive, archive.open("celeba.csv") as file:
+        assert file.readline() == f"filename,{','.join(CELEBA)}\r\n".encode()
+        assert file.readline().startswith(b"000001.jpg,-1,1,1,-1,")
+
+
+def test_command_with_embeddings_and_all_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of which one number tells an attribute of their image let it be predicted."""
+    monkeypatch.setattr(attributes, "CELEBA_PARTS", (600, 300, 300))
+    batches = {name: replace(recipe, batch_size=16) for name, recipe in bias.RECIPES.items()}
+    monkeypatch.setattr(bias, "RECIPES", batches)
+    draw = np.random.default_rng(0)
+    values = draw.choice([-1, 1], (1200, len(CELEBA)))
+    lines = [f"{k:06}.jpg,{','.join(map(str, row))}" for k, row in enumerate(values, 1)]
+    (tmp_path / "celeba").mkdir()
+    with zipfile.ZipFile(tmp_path / "celeba" / "celeba.csv.zip", "w") as archive:
+        archive.writestr("celeba.csv", "\r\n".join([",".join(["filename", *CELEBA]), *lines, ""]))
+    x = draw.normal(size=(1200, 6))
+    x[:, 0] += 3 * values[:, CELEBA.index("Blond_Hair")]
+    np.savez(tmp_path / "embeddings.npz", x=x)
+    line = (
+        f"bias --target Blond_Hair --group Male --quick --folder {tmp_path} --out {tmp_path / 'out'} --json "
+    )
+    line += f"--embeddings {tmp_path / 'embeddings.npz'} "
+    for split in ("validation", "test"):
+        result = CliRunner().invoke(app, shlex.split(line + "--test" * (split == "test")))
+        assert result.exit_code == 0 and result.stderr == "", result.stderr
+        found = json.loads(result.stdout)
+        assert found["split"] == split and [row["method"] for row in found["methods"]] == list(METHODS)
+        (model,) = (row for row in found["methods"] if row["method"] == "mumoe")
+        assert model["accuracy"] > 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -16,6 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 import mumoe_tensor
+from mumoe_tensor.training import scale
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,23 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"
 myst_heading_anchors = 3
 
 
+def markdown(rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def scale_tables(kind: str) -> dict[str, str]:
+    """What the published trainings are predicted to take: their work, and on accelerators."""
+    found = {}
+    for name, (heading, *lines) in zip(
+        ("work", "scale"), scale.tables(kind, scale.published(kind)), strict=True
+    ):
+        # Names of settings stay on one line.
+        marked = ([f"`{text}`" if "-" in text else text for text in line] for line in lines)
+        found[f"{name}_of_{kind}"] = markdown([heading, ["---:"] * len(heading), *marked])
+    return found
+
+
 def cost_table(**layer: Any) -> str:
     """The costs of a layer in every registered format, as a table in Markdown."""
     columns = (
@@ -58,13 +77,13 @@ def cost_table(**layer: Any) -> str:
         "saved",
         "max rank of an expert",
     )
-    rows = [columns, tuple(["---"] + ["---:"] * (len(columns) - 1))]
+    rows: list[Iterable[str]] = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     for name, format in mumoe_tensor.formats().items():
         rank = mumoe_tensor.fit_rank(name, **layer) if format.bonds(levels=1) else None
         cost = mumoe_tensor.cost(name, rank=rank, **layer)
         figures = (cost.parameters, cost.gate_parameters, cost.flops, cost.saved, cost.max_expert_rank)
         rows.append((f"`{name}`", f"`{rank}`" if rank else "none", *(f"{figure:,}" for figure in figures)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 #: Tables that pages show by these names.
@@ -73,6 +92,8 @@ myst_substitutions = {
     "cost_of_block": cost_table(
         experts=256, in_features=768, hidden=3072, out_features=768, bias=True, gate=True
     ),
+    **scale_tables("gpt2"),
+    **scale_tables("mixer"),
 }
 
 autosummary_generate = False

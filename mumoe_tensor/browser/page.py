@@ -27,7 +27,7 @@ input, select { font: inherit; padding: 3px 6px; max-width: 60vw; }
 #sample .written { font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14em;
                    overflow-y: auto; color: #1a1a1a; }
 .written span { cursor: pointer; border-bottom: 2px solid transparent; }
-.written .given { color: #777; }
+.written .given { font-style: italic; color: #444; }
 .written .chosen { border-bottom-color: #1a1a1a; }
 #cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); gap: 12px;
          margin-top: 12px; }

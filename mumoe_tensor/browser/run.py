@@ -46,7 +46,7 @@ def browse(
     removed: int = 16,
     progress: Progress | None = None,
 ) -> str:
-    """Make the page of a run of `mumoe-tensor train`, from rows that it was not trained on.
+    """Make the page of a run of ``mumoe-tensor train``, from rows that it was not trained on.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def browse(
     classes : sequence of str, optional
         Names of the classes of images.
     vocabulary : str or Path, default "data/gpt2-vocabulary"
-        Of a GPT-2: the folder with the byte pairs, see `.training.Tokenizer`.
+        Of a GPT-2: the folder with the byte pairs, ``encoder.json`` and ``vocab.bpe``.
     rows : int, optional
         Validation rows to look at: 2000 images by default, or whole windows of at least 65,536 tokens.
     k : int, default 8
@@ -173,7 +173,7 @@ def _browse_gpt2(
             f"{looked * context:,} tokens. Load: tokens with a coefficient of 0.5 or more."
         ),
         classes=names,
-        written=_written(model, x[0], decode),
+        written=_written(model, x[len(x) // 2], decode),
     )
 
 
@@ -195,8 +195,8 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
             for level, each in enumerate(of_gate)
         },
         about=(
-            f"After the {given} grey tokens of the validation text: temperature {TEMPERATURE}, the {top_k} "
-            f"most probable tokens, seed 0. Of each token the {STRONGEST} most active experts are kept."
+            f"After the {given} tokens in italics, of the validation text: temperature {TEMPERATURE}, the "
+            f"{top_k} most probable tokens, seed 0. Of each token the {STRONGEST} most active experts are kept."
         ),
     )
 

@@ -309,10 +309,12 @@ def _kept(found: Cost) -> int:
     return total // BATCH
 
 
-# ---- the table --------------------------------------------------------------------------------------------
+# ---- tables -----------------------------------------------------------------------------------------------
+
+Table = list[tuple[str, ...]]
 
 
-def table(
+def tables(
     kind: str,
     names: Sequence[str],
     accelerators: Sequence[int] = (4, 64),
@@ -320,8 +322,8 @@ def table(
     *,
     overrides: Sequence[str] = (),
     rows: int = IMAGENET,
-) -> list[tuple[str, ...]]:
-    """Predictions as text: a heading, and a line for each settings and number of accelerators.
+) -> tuple[Table, Table]:
+    """What settings take, and predictions of their trainings, as text.
 
     Parameters
     ----------
@@ -337,39 +339,46 @@ def table(
 
     Returns
     -------
-    list of tuple of str
+    list of tuple of str, list of tuple of str
+        A heading, and a line for each settings; and for each number of accelerators and settings.
     """
     unit, row = ("token", "window") if kind == GPT2Run.kind else ("image", "image")
-    lines: list[tuple[str, ...]] = [
+    works: Table = [("settings", "parameters", f"GFLOP per {unit}", f"MB per {row}", "state, GB")]
+    predictions: Table = [
         (
-            "settings", "parameters", f"GFLOP per {unit}", f"MB per {row}", "accelerators", "accumulation",
-            f"{row}s at once", "DDP: state, all, GB", "FSDP2: state, all, GB", f"{unit}s/s", "hours", "GB/s",
+            "on", "settings", "accumulation", f"{row}s at once", "GB, DDP", "GB, FSDP2", f"{unit}s/s",
+            "hours", "GB/s",
         )
     ]  # fmt: skip
+    known = []
     for name in names:
         settings = read_settings(kind, name, overrides)
-        known = work(settings)
-        for count in accelerators:
+        found = work(settings)
+        known.append((name.removesuffix(".toml"), settings, found))
+        kept = (found.activations + found.loss) / 1e6
+        state = _state(found, 1, False, settings.train.precision != "no") / 1e9
+        works.append(
+            (
+                known[-1][0], f"{found.parameters:,}", f"{found.flops / 1e9:.3g}", f"{kept:,.0f}",
+                f"{state:.2f}",
+            )
+        )  # fmt: skip
+    for count in accelerators:
+        for name, settings, found in known:
             ddp, fsdp = (
-                predict(settings, count, is_sharded=sharded, machine=machine, rows=rows, known=known)
+                predict(settings, count, is_sharded=sharded, machine=machine, rows=rows, known=found)
                 for sharded in (False, True)
             )
-            lines.append(
+            # With the rows of DDP, so that both are of one accumulation.
+            sharded_memory = fsdp.state + ddp.memory - ddp.state
+            predictions.append(
                 (
-                    name.removesuffix(".toml"),
-                    f"{known.parameters:,}",
-                    f"{known.flops / 1e9:.3g}",
-                    f"{(known.activations + known.loss) / 1e6:,.0f}",
-                    f"{count}",
-                    f"{ddp.accumulation}",
-                    f"{ddp.rows:,}",
-                    *(f"{p.state / 1e9:.2f}, {p.memory / 1e9:.1f}" for p in (ddp, fsdp)),
-                    f"{ddp.units_per_second:,.0f}",
-                    f"{24 * ddp.days:.1f}",
+                    f"{count}", name, f"{ddp.accumulation}", f"{ddp.rows:,}", f"{ddp.memory / 1e9:.1f}",
+                    f"{sharded_memory / 1e9:.1f}", f"{ddp.units_per_second:,.0f}", f"{24 * ddp.days:.1f}",
                     f"{ddp.sent / 1e9:.1f}",
                 )
-            )
-    return lines
+            )  # fmt: skip
+    return works, predictions
 
 
 def published(kind: str) -> list[str]:
@@ -411,18 +420,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         machine = Machine(given.peak, given.utilisation, given.memory)
-        tables = [
-            table(kind, given.settings or published(kind), given.accelerators, machine,
-                  overrides=given.overrides, rows=given.rows)
+        found = [
+            lines
             for kind in ([given.kind] if given.kind else RUNS)
+            for lines in tables(kind, given.settings or published(kind), given.accelerators, machine,
+                                overrides=given.overrides, rows=given.rows)
         ]  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"scale: {error}", file=sys.stderr)
         return 2
-    for lines in tables:
+    for lines in found:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+        print()
     return 0
 
 

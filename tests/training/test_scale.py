@@ -14,7 +14,7 @@ pytest.importorskip("pydantic")
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from mumoe_tensor.training.scale import Machine, main, predict, published, table, work  # noqa: E402
+from mumoe_tensor.training.scale import Machine, main, predict, published, tables, work  # noqa: E402
 from mumoe_tensor.training.settings import RUNS, read_settings  # noqa: E402
 from mumoe_tensor.training.trainer import cross_entropy  # noqa: E402
 
@@ -138,11 +138,12 @@ def test_published_parameters() -> None:
     }  # fmt: skip
     assert {name for kind in RUNS for name in published(kind)} == set(totals)
     for kind in RUNS:
-        heading, *lines = table(kind, published(kind), [4])
+        (heading, *lines), predictions = tables(kind, published(kind), [4])
         assert lines[0][0].endswith("mlp") and heading[1] == "parameters"
         assert {line[0]: int(line[1].replace(",", "")) for line in lines} == {
             name: total for name, total in totals.items() if name.startswith(kind)
         }
+        assert [line[:2] for line in predictions[1:]] == [("4", line[0]) for line in lines]
 
 
 def test_time_and_memory_over_accelerators() -> None:
@@ -187,9 +188,12 @@ def test_what_cannot_be_predicted() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["gpt2", "gpt2-124m-mlp", "--accelerators", "8", "--peak", "1e15", "--set", "train.steps=10"]
+    line = ["gpt2", "gpt2-124m-mlp", "--accelerators", "8", "--peak", "1e15", "--set", "train.steps=10000"]
     assert main(line) == 0
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 and "124,373,760" in told[1] and "tokens/s" in told[0]
+    assert "124,373,760" in told[1] and "tokens/s" in told[3] and told[4].split()[:2] == ["8", line[1]]
+    # 10,000 steps of 983,040 tokens at 8 × 0.4e15 FLOPs a second.
+    hours = 10_000 * 983_040 * work(read_settings("gpt2", "gpt2-124m-mlp")).flops / (8 * 0.4e15) / 3600
+    assert float(told[4].split()[-2]) == pytest.approx(hours, abs=0.05)
     assert main(["gpt2", "nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

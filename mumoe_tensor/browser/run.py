@@ -196,7 +196,8 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
         },
         about=(
             f"After the {given} tokens in italics, of the validation text: temperature {TEMPERATURE}, the "
-            f"{top_k} most probable tokens, seed 0. Of each token the {STRONGEST} most active experts are kept."
+            f"{top_k} most probable tokens, seed 0. Of each token the {STRONGEST} most active experts are "
+            "kept."
         ),
     )
 

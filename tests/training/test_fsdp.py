@@ -88,21 +88,25 @@ def worker(rank: int, port: int, folder: str) -> None:
 
     assert PartialState(cpu=True).num_processes == 2
 
-    def has_accelerators() -> None:
+    def use(kind: DistributedType) -> None:
         # (Once for each training: accelerate takes processes that had FSDP2 for ones without settings of it.)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        PartialState._shared_state["distributed_type"] = kind
 
-    for make, block in ((gpt2, "GPT2Block"), (mixer, "MixerBlock")):
+    # Begun under DDP, and under FSDP2.
+    for make, block, first in (
+        (gpt2, "GPT2Block", DistributedType.MULTI_CPU),
+        (mixer, "MixerBlock", DistributedType.MULTI_GPU),
+    ):
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = block
         place = Path(folder, make.__name__)
         model, data = make()
         # Stopped in the fifth step, of two batches each.
-        has_accelerators()
+        use(first)
         with contextlib.suppress(KeyboardInterrupt):
             train(model, Stopping(data, 9), data, CONFIG, folder=place)
         assert len(list((place / "checkpoints").iterdir())) > 0
         model, data = make()
-        has_accelerators()
+        use(DistributedType.MULTI_GPU)
         history = train(model, data, data, CONFIG, folder=place)
         assert all(hasattr(p, "full_tensor") for p in model.parameters()), "it was not divided"
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))

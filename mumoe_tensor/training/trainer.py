@@ -28,6 +28,7 @@ from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.finite import first_layer_not_finite, not_finite
 from mumoe_tensor.training.log import Evaluation, NoBoard, TensorBoard, evaluation_of, write_evaluations
+from mumoe_tensor.training.processes import processes
 from mumoe_tensor.training.progress import Bar
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -151,12 +152,13 @@ def train(
 
 def _accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import AcceleratorState
 
+    own = processes()
     # Accelerate keeps the precision of a process; every run is to have its own.
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(
-        device_placement=PartialState().num_processes > 1,
+        device_placement=own.num_processes > 1,
         mixed_precision=config.precision,
         dynamo_backend="inductor" if config.compile else "no",
     )

@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_names_the_layer_and_the_last_good_one(tmp_path: Pa
     path.write_bytes(content[:-5])
     with pytest.raises(DamagedCheckpoint, match=r"step 30, .*cannot be read.*good checkpoint .*step 28"):
         go_on()
-    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint of step 30 .*step 28"):
+    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint of step 3 .*step 28"):
         go_on(from_step=3)
     assert go_on(from_step=28)[-1].step == 30
     for step in kept.steps:
@@ -290,6 +290,9 @@ def worker(rank: int, port: int, folder: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
     )  # fmt: skip
+    from mumoe_tensor.training.processes import processes
+
+    assert processes().num_processes == 2
     for name, config in SHARED.items():
         net = model().double()
         # An odd number of rows: the last batch cannot be shared out evenly.

@@ -76,7 +76,17 @@ class Dataset:
         return int(self.y.max()) + 1
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of some rows."""
+        """Inputs and labels of some rows.
+
+        Parameters
+        ----------
+        rows : Tensor of int64 of shape (n,)
+
+        Returns
+        -------
+        Tensor of shape (n, ...)
+        Tensor of shape (n,)
+        """
         return self.x[rows], self.y[rows]
 
     def rows(self, index: Tensor) -> Dataset:

@@ -73,6 +73,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     restore_model(model, state.model)
+    # (Where a parameter has a gradient, torch would not make room for the state.)
+    optimizer.zero_grad(set_to_none=True)
     kept: dict[str, State] = {}
     for path, value in state.optimizer.items():
         name, _, key = path.rpartition("/")

@@ -126,7 +126,8 @@ def train(
     Raises
     ------
     ValueError
-        If there are fewer rows than a batch has, or the checkpoint is that of another config.
+        If there are fewer rows than a batch has, the checkpoint is that of another config, or the precision
+        is fp16 on CPUs.
     FloatingPointError
         If a loss or a gradient is no finite number; says in which step and layer, and what the last good
         checkpoint is.
@@ -155,6 +156,9 @@ def _accelerator(config: TrainConfig) -> Any:
     from accelerate.state import AcceleratorState
 
     own = processes()
+    if config.precision == "fp16" and own.device.type == "cpu":
+        # (Accelerate would compute in float32 and say nothing.)
+        raise ValueError("precision 'fp16' needs an accelerator; on CPUs there is 'bf16'.")
     # Accelerate keeps the precision of a process; every run is to have its own.
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(

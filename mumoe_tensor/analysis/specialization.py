@@ -83,7 +83,9 @@ class Labels:
         else:
             torch.gt(a, 0, out=is_active)
         # (Sums of floats, a pass over the rows: whole numbers are exact up to 2^24 rows a batch.)
-        counts = is_active.new_zeros(classes, experts).index_add_(0, labels.to(a.device, torch.long), is_active)
+        counts = is_active.new_zeros(classes, experts).index_add_(
+            0, labels.to(a.device, torch.long), is_active
+        )
         self.counts += counts.T.to(self.counts.device, self.counts.dtype)
         self.all += torch.bincount(labels.to(self.all.device), minlength=classes)
 

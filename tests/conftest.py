@@ -63,6 +63,14 @@ def torchvision_schemas() -> Iterator[None]:
     del library
 
 
+@pytest.fixture
+def transformers(request: pytest.FixtureRequest) -> Any:
+    """The package, which imports torchvision where that is."""
+    if importlib.util.find_spec("torchvision") is not None:
+        request.getfixturevalue("torchvision_schemas")
+    return pytest.importorskip("transformers")
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A headless Chromium, where there is one."""

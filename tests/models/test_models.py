@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 from dataclasses import replace
@@ -465,13 +464,6 @@ def test_wrong_choices_of_generation_are_told() -> None:
 @pytest.fixture
 def timm(torchvision_schemas: None) -> Any:
     return pytest.importorskip("timm", reason="timm is not installed")
-
-
-@pytest.fixture
-def transformers(request: pytest.FixtureRequest) -> Any:
-    if importlib.util.find_spec("torchvision") is not None:  # which transformers imports where it is
-        request.getfixturevalue("torchvision_schemas")
-    return pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,7 @@ def test_what_cannot_be_replaced_is_told() -> None:
         MuMoEMLP.from_linears(nn.Linear(3, 4), nn.Linear(4, 3, bias=False), 2, rank=2)
 
 
-def test_a_gpt2_of_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
+def test_a_gpt2_of_transformers(transformers: Any) -> None:
     config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=12)
     gpt2 = transformers.GPT2LMHeadModel(config).eval()
     tokens = torch.randint(50, (2, 12))

@@ -197,7 +197,7 @@ def own_tokens(folder: Path) -> str:
     """Options for a tiny GPT-2 on a file of tokens that repeat themselves."""
     (np.arange(300) % 5).astype("<u2").tofile(folder / "tokens.bin")
     model = {"vocabulary": 6, "context": 8, "width": 16, "depth": 1, "heads": 2, "hidden": 32, "dropout": 0}
-    train = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01}
+    train = {"steps": 8, "evaluate_every": 4, "batch_size": 8, "learning_rate": 0.01}
     settings = {"data.training": folder / "tokens.bin", "data.validation": folder / "tokens.bin"}
     settings |= {f"model.{k}": v for k, v in model.items()} | {f"train.{k}": v for k, v in train.items()}
     return " ".join(f"--set {k}={v}" for k, v in settings.items())

@@ -81,7 +81,13 @@ def fit(case: Case) -> Row:
     backbone = network()
     torch.manual_seed(case.seed)
     options: dict[str, Any] = {} if case.format == "linear" else {"experts": EXPERTS}
-    head = Head(320, 10, HIDDEN, format=case.format, **options)
+    head = Head(
+        extract(backbone, training.rows(torch.arange(1))).x.shape[1],
+        10,
+        HIDDEN,
+        format=case.format,
+        **options,
+    )
     config = TrainConfig(
         epochs=EPOCHS[case.network], batch_size=BATCH, learning_rate=case.learning_rate, seed=case.seed,
         keep="last", evaluate_every=EPOCHS[case.network] * (ROWS // BATCH), evaluation_batch_size=200,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("fairlearn")
 
 import torch
+from torch import nn
 
-from paper_figures import accuracy_over_experts, expert_load, softmax_and_entmax
-from paper_figures.experiments import heads
+from mumoe_tensor.analysis import ablate
+from mumoe_tensor.models import Backbone
+from paper_figures import accuracy_over_experts, expert_load, expert_removal, softmax_and_entmax
+from paper_figures.experiments import fine_tuning, heads, removal
 from paper_figures.experiments.heads import Run
 
 MLP = 320 * 512 + 512 + 512 * 10 + 10
@@ -99,3 +103,111 @@ def test_a_training_of_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     heads.write_table("some", [row])
     assert heads.is_same(heads.table("some")[0], Run("single", "cp", (32,)).key)
     assert not heads.is_same(heads.table("some")[0], Run("single", "cp", (32,), seed=1).key)
+
+
+# ---- the network below, trained too -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Trainings of the experiment set one thread for their process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("format", fine_tuning.FORMATS)
+def test_fine_tuning_trains_the_network_where_it_says(
+    format: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y = torch.arange(400) % 10
+    x = torch.rand(400, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[torch.arange(400), y % 8] += 1 + (y[:, None] > 7)
+    data, made = heads.Dataset(x, y), []
+
+    def network() -> Backbone:
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12, momentum=0.1), nn.ReLU(), nn.Flatten())
+        made.append(Backbone(layers, 8, 0.5, 1.0).eval())
+        return made[-1]
+
+    monkeypatch.setattr(fine_tuning, "parts", lambda: (data, data.rows(torch.arange(200))))
+    monkeypatch.setattr(fine_tuning, "network", network)
+    monkeypatch.setitem(fine_tuning.EPOCHS, "frozen", 10)
+    first = network().network[0].weight
+    for kind in fine_tuning.EPOCHS:
+        row = fine_tuning.fit(fine_tuning.Case(kind, format, 0, 0.003))
+        assert row["accuracy"] > 0.8 and row["training_accuracy"] > 0.8
+        assert torch.equal(made[-1].network[0].weight, first) == (kind == "frozen")
+        torch.manual_seed(0)
+        head = heads.Head(432, 10, 512, format=format, **({"experts": 32} if format == "cp" else {}))
+        assert row["parameters"] == sum(p.numel() for p in head.parameters())
+
+
+def test_differences_of_fine_tuning_are_those_of_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    kinds = [(network, format) for network in fine_tuning.EPOCHS for format in fine_tuning.FORMATS]
+    rows = [
+        {"network": network, "format": format, "seed": seed, "learning_rate": rate, "accuracy": draw.random()}
+        for network, format in kinds
+        for seed, rate in [
+            *((100, rate) for rate in fine_tuning.RATES[network]),
+            *((s, 0.1) for s in range(3)),
+        ]
+    ]
+    monkeypatch.setattr(fine_tuning, "table", lambda name: rows[::-1])
+    for network, format in kinds:
+        mine = [r for r in rows if (r["network"], r["format"]) == (network, format)]
+        best = max((r for r in mine if r["seed"] == 100), key=lambda row: row["accuracy"])
+        assert fine_tuning.rate(network, format) == best["learning_rate"]
+    values = {
+        kind: [100 * r["accuracy"] for r in rows if (r["network"], r["format"]) == kind][3:] for kind in kinds
+    }
+    mlp = np.subtract(values["trained", "linear"], values["frozen", "linear"])
+    cp = np.subtract(values["trained", "cp"], values["frozen", "cp"])
+    found = {row["in %"]: row for row in fine_tuning.differences()}
+    text = "2: (cp - MLP, trained) - (cp - MLP, frozen)"
+    for name, expected in (("1: trained - frozen, MLP", mlp), (text, cp - mlp)):
+        assert found[name]["mean"] == pytest.approx(expected.mean())
+        # Of three values Student's t has the quantile 4.303.
+        assert found[name]["half"] == pytest.approx(4.303 * expected.std(ddof=1) / np.sqrt(3), rel=1e-3)
+    monkeypatch.setattr(fine_tuning, "table", lambda name: rows[1:])
+    with pytest.raises(ValueError, match="3 learning rates must be tried first, got 2"):
+        fine_tuning.rate(*kinds[0])
+
+
+# ---- experts removed --------------------------------------------------------------------------------------
+
+
+def test_removal_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    y = torch.arange(600) % 10
+    x = torch.randn(600, 24, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(24)[y]
+    data, made, build = heads.Dataset(x, y), [], Run.build
+    monkeypatch.setattr(removal, "parts", lambda: (data, data))
+    monkeypatch.setattr(Run, "build", lambda *args: made.append(build(*args)) or made[-1])
+    rows = removal.changes(Run("single", "cp", (8,)))
+    assert [(r["experts"], r["expert"], r["label"]) for r in rows] == [
+        (8, k, c) for k in range(8) for c in range(10)
+    ]
+    (head,) = made
+
+    @torch.no_grad()
+    def accuracies() -> Any:
+        right = (head(x).argmax(-1) == y).float()
+        return np.array([float(right[y == label].mean()) for label in range(10)])
+
+    intact = accuracies()
+    for expert in range(8):
+        with ablate(head, [expert]):
+            change = accuracies() - intact
+        np.testing.assert_allclose([r["change"] for r in rows if r["expert"] == expert], change, atol=2e-6)
+    assert any(r["change"] for r in rows)
+
+
+def test_figure_of_removed_experts_has_the_rows_of_the_table() -> None:
+    kept = heads.table(removal.TABLE)
+    rows = expert_removal.rows(False)
+    assert len(kept) == 10 * len(rows) == 10 * sum(heads.LOOKED_AT)
+    for row in kept[:: len(kept) // 50]:
+        (mine,) = (r for r in rows if (r["experts"], r["expert"]) == (row["experts"], row["expert"]))
+        assert mine[expert_removal.CLASSES[row["label"]]] == pytest.approx(100 * row["change"])

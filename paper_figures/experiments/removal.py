@@ -1,0 +1,36 @@
+"""What each class loses without an expert, on validation rows: see ``docs/experiments/heads.md``.
+
+The step ``removal`` of ``python -m paper_figures.experiments.heads``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mumoe_tensor.analysis import ablation_effects
+from mumoe_tensor.training import TrainConfig
+from mumoe_tensor.training.head import train_head
+from paper_figures.common import Row
+from paper_figures.experiments.heads import LOOKED_AT, Run, learning_rate, parts, write_table
+
+TABLE = "heads_removal"
+
+
+def changes(run: Run) -> list[Row]:
+    """Change of the accuracy of every class of the validation rows, one expert removed at a time."""
+    training, validation = parts()
+    head = run.build(training.x.shape[1], 10)
+    config = TrainConfig(epochs=10, batch_size=256, learning_rate=learning_rate(run), seed=run.seed)
+    train_head(head, training, validation, config)
+    effects = ablation_effects(head, head, [(validation.x, validation.y)], 10)
+    return [
+        {"experts": run.experts[0], "expert": expert, "label": label, "change": round(change, 6)}
+        for expert, row in enumerate(effects.tolist())
+        for label, change in enumerate(row)
+    ]
+
+
+def remove_all(processes: int = 1) -> None:
+    """Remove every expert of the layers whose images are shown, those of seed 0."""
+    torch.set_num_threads(1)
+    write_table(TABLE, [row for n in LOOKED_AT for row in changes(Run("single", "cp", (n,)))])

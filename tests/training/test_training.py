@@ -109,7 +109,9 @@ def test_idx_that_is_refused(content: bytes, message: str, tmp_path: Path) -> No
         read_idx(tmp_path / "x", tmp_path / "x")
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(idx(np.zeros(500, dtype=np.uint8)))[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(idx(np.zeros(500, dtype=np.uint8)), mtime=0)[:-9]]
+)
 def test_idx_that_is_not_gzipped(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.gz").write_bytes(content)
     with pytest.raises(ValueError, match="gzipped and whole"):

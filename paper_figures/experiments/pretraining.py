@@ -7,7 +7,7 @@
     python -m paper_figures.experiments.pretraining mixer claims    the differences the claims are about
 
 and the same with ``gpt2``. Needs `make data`, and for GPT-2 the tokens, whose command is in
-``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they stopped, in the middle of a training too.
+``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they stopped, even within a training.
 ``--processes`` says how many trainings run at once, each on one thread.
 """
 
@@ -18,7 +18,6 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from math import exp
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -243,7 +242,17 @@ def truncated(kind: str) -> None:
 def claims(kind: str) -> list[Row]:
     """Differences from the dense models, seed by seed, with their intervals."""
     rows = table(kind)
-    measures = {"validation loss, %": ({(r["arm"], r["seed"]): r["validation_loss"] for r in rows}, True)}
+    unit = "images" if kind == "mixer" else "tokens"
+    columns = {
+        "validation loss, %": "validation_loss",
+        f"{unit} per second, %": "per_second",
+        "peak memory in MiB, %": "peak_mib",
+        "parameters, %": "parameters",
+    }
+    measures = {
+        measure: ({(r["arm"], r["seed"]): r[column] for r in rows}, True)
+        for measure, column in columns.items()
+    }
     if kind == "mixer":
         tested = table("mixer_test")
         measures["test accuracy, points"] = (
@@ -263,9 +272,6 @@ def claims(kind: str) -> list[Row]:
                     "minus dense": mean, "half": half, "seeds": len(own),
                 }
             )  # fmt: skip
-    if kind == "gpt2":
-        for row in found:
-            row["perplexity"] = exp(row["value"])
     return found
 
 

@@ -1,0 +1,63 @@
+"""Validation loss over training steps: a Mixer and a GPT-2 with dense MLPs, and with experts in every layer.
+
+Oldfield et al. (2024), loss curves of models of equal parameters.
+
+Settings: Fashion-MNIST and Shakespeare at the size of a laptop, parameters matched to ± 1 %, three seeds,
+means and 95 % intervals; see ``docs/experiments/mixer.md`` and ``docs/experiments/gpt2.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from paper_figures.common import Row, colour_of, new_figure
+from paper_figures.experiments.heads import over_seeds, table
+
+#: Titles of networks.
+NETWORKS = {"mixer": "Mixer, Fashion-MNIST", "gpt2": "GPT-2, Shakespeare"}
+COLOURS = {"dense": "linear", "CP": "cp", "TR": "tr"}
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a network, kind of block and evaluation."""
+    found = []
+    for network in NETWORKS:
+        curves = table(f"{network}_curves")
+        for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in curves):
+            mine = [row for row in curves if (row["arm"], row["step"]) == (arm, step)]
+            found.append(
+                {
+                    "network": network,
+                    "arm": arm,
+                    "step": step,
+                    "seeds": len(mine),
+                    **over_seeds(mine, "validation_loss"),
+                }
+            )
+    return found
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A picture a network; two levels are dashed."""
+    networks = [network for network in NETWORKS if any(row["network"] == network for row in rows)]
+    figure, axes = new_figure(len(networks), height=2.8)
+    for ax, network in zip(axes, networks, strict=True):
+        own = [row for row in rows if row["network"] == network]
+        for arm in dict.fromkeys(row["arm"] for row in own):
+            mine = [row for row in own if row["arm"] == arm]
+            format, _, levels = arm.partition(", ")
+            colour, steps = colour_of(COLOURS[format]), [row["step"] for row in mine]
+            ax.plot(
+                steps,
+                [row["validation_loss"] for row in mine],
+                color=colour,
+                linestyle="--" if levels else "-",
+                label=arm,
+            )
+            low, high = ([row[f"validation_loss_{end}"] for row in mine] for end in ("low", "high"))
+            ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.set(title=NETWORKS[network], xlabel="training steps", ylabel="validation loss, nats")
+        ax.legend(frameon=False)
+    return figure

@@ -34,7 +34,7 @@ class Tokenizer:
     Parameters
     ----------
     folder : str or Path
-        Has ``encoder.json`` and ``vocab.bpe``; `make data` puts them into ``data/gpt2-vocabulary``.
+        Has ``encoder.json`` and ``vocab.bpe``; ``make data`` puts them into ``data/gpt2-vocabulary``.
     vocabulary : int, optional
         Number of ids. By default all: 50,257.
 

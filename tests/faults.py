@@ -183,7 +183,7 @@ FAULTS = [
           "training/test_batches"),
     Fault("training: what is drawn does not depend on the step", "mumoe_tensor/training/trainer.py",
           "seed_of(self.config.seed, self.state.step, self.accelerator.process_index)",
-          "seed_of(self.config.seed, self.batches.steps)", "training/test_trainer"),
+          "seed_of(self.config.seed, self.batches.steps)", "training/test_batches"),
     Fault("training: a file that is cut off is read", "mumoe_tensor/training/data.py",
           "if len(content) != expected:", "if False:", "training/test_training"),
     Fault("training: half a source left behind", "mumoe_tensor/training/fetch.py",

@@ -112,6 +112,20 @@ def test_accumulated_gradients_are_those_of_the_whole() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_every_step_draws_anew_and_a_seed_draws_the_same() -> None:
+    drawn: list[float] = []
+
+    class Draws(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            if self.training:
+                drawn.append(float(torch.rand(())))
+            return super().forward(x)
+
+    for seed in (0, 0, 1):
+        train(Draws(3, 3), clouds(), clouds(seed=1), TrainConfig(epochs=1, batch_size=16, seed=seed))
+    assert drawn[:10] == drawn[10:20] and len(set(drawn)) == 20
+
+
 def test_workers_load_the_same_rows() -> None:
     found = []
     for workers in (0, 2):

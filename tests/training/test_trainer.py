@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,8 @@ def filling(folder: Path) -> None:
     """Train until the disk is full, in a process of its own."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # Compiled modules would be cut off too, and be there for others.
+    sys.dont_write_bytecode = True
     data = clouds()
     try:
         train(model(), Fills(data.x, data.y), clouds(seed=1), STOPS, folder=folder)

@@ -163,6 +163,29 @@ def learning_rate(kind: str, arm: str) -> float:
     return float(min(mine, key=lambda row: row["validation_loss"])["rate"])
 
 
+def curves(kind: str, rows: Sequence[Row]) -> list[Row]:
+    """Evaluations of trainings; of those whose folder is not here any more, what the table has."""
+    found = []
+    for row in rows:
+        metrics = ROOT / "results" / kind / row["folder"] / "metrics.csv"
+        if metrics.exists():
+            found += [
+                {
+                    "arm": row["arm"],
+                    "seed": row["seed"],
+                    "step": e.step,
+                    "loss": e.loss,
+                    "validation_loss": e.validation_loss,
+                    "validation_accuracy": e.accuracy,
+                }
+                for e in read_evaluations(metrics)
+            ]
+        else:
+            key = (row["arm"], row["seed"])
+            found += [old for old in table(f"{kind}_curves") if (old["arm"], old["seed"]) == key]
+    return found
+
+
 def run_all(kind: str, processes: int) -> None:
     """All trainings of the protocol, their curves, and for Mixers the test images."""
     tasks = [
@@ -172,19 +195,7 @@ def run_all(kind: str, processes: int) -> None:
     ]
     keep(kind, kind, tasks, processes)
     rows = table(kind)
-    curves = [
-        {
-            "arm": row["arm"],
-            "seed": row["seed"],
-            "step": e.step,
-            "loss": e.loss,
-            "validation_loss": e.validation_loss,
-            "validation_accuracy": e.accuracy,
-        }
-        for row in rows
-        for e in read_evaluations(ROOT / "results" / kind / row["folder"] / "metrics.csv")
-    ]
-    write_table(f"{kind}_curves", curves)
+    write_table(f"{kind}_curves", curves(kind, rows))
     if kind == "mixer":
         folder = ROOT / "data" / "fashion-mnist"
         data = read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")

@@ -64,11 +64,15 @@ class ImageData:
         ------
         ValueError
             If choices do not fit together, or see `read_idx`, `read_npz` and `split`.
+        FileNotFoundError
+            If there are no such inputs.
         ImportError
             If inputs are a folder and torchvision is not installed.
         """
         if Path(self.inputs).is_dir():
             return self._folders(size)
+        if not Path(self.inputs).exists():
+            raise FileNotFoundError(f"there are no images {self.inputs}; `make data` fetches some into data.")
         if isinstance(self.validation, str) or self.augment is not None:
             raise ValueError(
                 "a folder for validation and augment are for a folder of images; of a file a share is for "

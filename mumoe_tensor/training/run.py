@@ -58,7 +58,8 @@ def run(
     Raises
     ------
     ValueError
-        If the folder has a run of other settings, or data and model do not fit together.
+        If the folder has a run of other settings, or one that is done where a step to go on from is given,
+        or data and model do not fit together.
     FloatingPointError, DamagedCheckpoint, OSError
         See `train`.
     """
@@ -72,6 +73,8 @@ def run(
             raise ValueError(
                 f"{folder} has a run of other settings ({difference}): give another folder, or --fresh."
             )
+        if weights.exists() and from_step is not None:
+            raise ValueError(f"the run in {folder} is done, there is no step to go on from; see --fresh.")
         if weights.exists():
             evaluations = read_evaluations(folder / "metrics.csv")
             return {**known["model"], **_figures(settings, evaluations), "trained": False}

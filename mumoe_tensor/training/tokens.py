@@ -214,10 +214,14 @@ class Tokens:
     ------
     ValueError
         If the file is no whole number of tokens, or has less than one window and the token after it.
+    FileNotFoundError
+        If there is no such file.
     """
 
     def __init__(self, path: str | Path, context: int):
         self.path, self.context = Path(path), context
+        if not self.path.exists():
+            raise FileNotFoundError(f"there are no tokens {path}; `mumoe-tensor tokenize` writes such files.")
         size = self.path.stat().st_size
         if context < 1:
             raise ValueError(f"context must be positive, got {context}.")

@@ -13,7 +13,6 @@ from torch import nn
 
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head, load_backbone
-from mumoe_tensor.study.environment import environment
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
 from mumoe_tensor.training.head import fine_tune, train_head
 from paper_figures.common import Row
@@ -21,11 +20,10 @@ from paper_figures.experiments.heads import (
     DATA,
     HIDDEN,
     TRAINING,
-    go_through,
     images,
     is_same,
+    keep,
     table,
-    write_table,
 )
 
 TABLE = "heads_fine_tuning"
@@ -126,12 +124,7 @@ def fine_tune_all(processes: int) -> None:
 
 def do(processes: int, cases: list[Case]) -> None:
     """Do what is not in the table yet."""
-    rows = table(TABLE)
-    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
-    left = [(case,) for case in cases if not any(is_same(row, case.key) for row in rows)]
-    for row in go_through(left, fit, processes):
-        rows.append(row | {"measured": where})
-        write_table(TABLE, rows)
+    keep(TABLE, [(case.key, (case,)) for case in cases], fit, processes)
 
 
 def differences() -> list[Row]:

@@ -219,10 +219,13 @@ def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]
     return row, loads, {f"indices_{n}": top.indices[:SHOWN].numpy()}
 
 
-def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, processes: int) -> Iterator[Any]:
-    """Results as they come, from several processes."""
+def go_through(
+    tasks: Sequence[tuple[Any, ...]], work: Any, processes: int, one_each: bool = False
+) -> Iterator[Any]:
+    """Results as they come, from several processes; or from one each, so that peaks of memory are own."""
     # (Started anew, not forked: the threads of products do not survive a fork.)
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    lasting = {"max_tasks_per_child": 1} if one_each else {}
+    with ProcessPoolExecutor(processes, get_context("spawn"), **lasting) as pool:
         futures = [pool.submit(work, *task) for task in tasks]
         for count, future in enumerate(as_completed(futures), 1):
             yield future.result()
@@ -249,6 +252,18 @@ def write_table(name: str, rows: Sequence[Row]) -> None:
     writer.writerows(rows)
     with whole_file(TABLES / f"{name}.csv") as file:
         file.write(text.getvalue().encode())
+
+
+def keep(
+    name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, processes: int, one_each: bool = False
+) -> None:
+    """Do what a table has no row of yet; a task is the columns that tell its row, and its arguments."""
+    rows = table(name)
+    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+    left = [arguments for key, arguments in tasks if not any(is_same(row, key) for row in rows)]
+    for row in go_through(left, work, processes, one_each):
+        rows.append(row | {"measured": where})
+        write_table(name, rows)
 
 
 def is_same(row: Row, key: Row) -> bool:

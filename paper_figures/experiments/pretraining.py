@@ -16,10 +16,7 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,14 +24,13 @@ import torch
 from mumoe_tensor.analysis import truncate
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import load_model
-from mumoe_tensor.study.environment import environment
 from mumoe_tensor.training import evaluate, read_idx
 from mumoe_tensor.training.log import read_evaluations
 from mumoe_tensor.training.run import run
 from mumoe_tensor.training.settings import read_settings
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import ROOT, table, write_table
+from paper_figures.experiments.heads import ROOT, keep, table, write_table
 
 #: What is compared, and how its settings differ from those that come with the library.
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -96,13 +92,15 @@ def settings_of(kind: str, overrides: Sequence[str], learning_rate: float, seed:
     return read_settings(kind, None, [*overrides, *rates, f"train.seed={seed}"])
 
 
-def trained(kind: str, folder: str, overrides: Sequence[str], learning_rate: float, seed: int) -> Row:
+def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float) -> Row:
     """Train, or go on with it; the figures of the last evaluation. In a process of its own."""
     torch.set_num_threads(1)
-    settings = settings_of(kind, overrides, learning_rate, seed)
-    found = run(settings, Path(folder))
+    settings = settings_of(kind, overrides, learning_rate, key["seed"])
+    name = "-".join(str(value).replace(", ", "-").replace(" ", "-") for value in key.values())
+    found = run(settings, ROOT / "results" / kind / name)
     rows = found["steps"] * settings.train.batch_size
     return {
+        **key,
         "parameters": found["parameters"],
         "ranks": " ".join(f"{name} {value}" for name, value in found["ranks"].items() if value) or "none",
         "learning_rate": learning_rate,
@@ -113,36 +111,14 @@ def trained(kind: str, folder: str, overrides: Sequence[str], learning_rate: flo
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "validation_loss": found["validation_loss"],
         "validation_accuracy": found["accuracy"],
+        "folder": name,
     }
 
 
-def go_through(kind: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> Iterator[Row]:
-    """Rows of trainings as they are done, each from a new process, so that memory is its own."""
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {}
-        for key, overrides, rate in tasks:
-            name = "-".join(str(value).replace(", ", "-").replace(" ", "-") for value in key.values())
-            folder = ROOT / "results" / kind / name
-            futures[pool.submit(trained, kind, str(folder), overrides, rate, key["seed"])] = key, folder
-        for future in as_completed(futures):
-            key, folder = futures[future]
-            yield key | future.result() | {"folder": folder.name}
-
-
-def keep(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> None:
-    """Do what a table does not have yet."""
-    rows = table(name)
-    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
-    done = [{key: str(row[key]) for key in row} for row in rows]
-    left = [
-        task
-        for task in tasks
-        if not any(all(row[key] == str(value) for key, value in task[0].items()) for row in done)
-    ]
-    for row in go_through(kind, left, processes):
-        rows.append(row | {"measured": where})
-        write_table(name, rows)
-        print(f"{len(rows)} of {len(tasks)}: {row['folder']}", file=sys.stderr, flush=True)
+def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> None:
+    """Train what a table does not have yet: the columns that tell it, what is set, the learning rate."""
+    work = [(key, (kind, key, overrides, rate)) for key, overrides, rate in tasks]
+    keep(name, work, trained, processes, one_each=True)
 
 
 def tune(kind: str, processes: int) -> None:
@@ -152,7 +128,7 @@ def tune(kind: str, processes: int) -> None:
         for arm in ("dense", "CP", "TR")
         for rate in LEARNING_RATES[kind]
     ]
-    keep(kind, f"{kind}_tuning", tasks, processes)
+    train_all(kind, f"{kind}_tuning", tasks, processes)
 
 
 def learning_rate(kind: str, arm: str) -> float:
@@ -193,14 +169,16 @@ def run_all(kind: str, processes: int) -> None:
         for seed in SEEDS
         for arm in ARMS[kind]
     ]
-    keep(kind, kind, tasks, processes)
+    train_all(kind, kind, tasks, processes)
     rows = table(kind)
     write_table(f"{kind}_curves", curves(kind, rows))
     if kind == "mixer":
         folder = ROOT / "data" / "fashion-mnist"
         data = read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")
-        tested = []
-        for row in rows:
+        # What was judged is not judged again: the images are read once.
+        tested = table("mixer_test")
+        judged = {(row["arm"], row["seed"]) for row in tested}
+        for row in (row for row in rows if (row["arm"], row["seed"]) not in judged):
             model = load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
             loss, accuracy = evaluate(model, data)
             tested.append({"arm": row["arm"], "seed": row["seed"], "loss": loss, "accuracy": accuracy})
@@ -225,7 +203,7 @@ def find_causes(kind: str, processes: int) -> None:
         )
         for seed in CAUSE_SEEDS[kind]
     ]
-    keep(kind, f"{kind}_causes", tasks, processes)
+    train_all(kind, f"{kind}_causes", tasks, processes)
 
 
 def truncated(kind: str) -> None:

@@ -218,6 +218,9 @@ def test_from_the_checkpoint_of_a_step(gpt2: GPT2Run, tmp_path: Path) -> None:
         run(gpt2, out)
     run(gpt2, out, from_step=10)
     assert same(first, weights(out))
+    with pytest.raises(ValueError, match="is done, there is no step to go on from"):
+        run(gpt2, out, from_step=10)
+    assert same(first, weights(out))
 
 
 # ---- on two processes -------------------------------------------------------------------------------------

@@ -1,10 +1,16 @@
 """Heads with the network below them trained too, on few images: see ``docs/experiments/heads.md``.
 
-Steps of ``python -m paper_figures.experiments.heads``: ``fine-tune``, and ``fine-tuning`` for what came out.
+    python -m paper_figures.experiments.fine_tuning runs      all trainings, on validation rows
+    python -m paper_figures.experiments.fine_tuning claims    the differences the claims are about
+
+Interrupted, the trainings go on where they stopped.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +22,7 @@ from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
 from mumoe_tensor.training.head import fine_tune, train_head
 from paper_figures.common import Row
+from paper_figures.common import table as as_text
 from paper_figures.experiments.heads import (
     DATA,
     HIDDEN,
@@ -154,3 +161,20 @@ def differences() -> list[Row]:
             {"in %": text.replace("linear", "MLP"), "mean": mean, "half": half, "seeds": len(values)}
         )
     return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do a step of the experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("step", choices=("runs", "claims"))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if options.step == "claims":
+        print(as_text(differences()))
+    else:
+        fine_tune_all(options.processes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

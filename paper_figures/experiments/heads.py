@@ -5,9 +5,6 @@
     python -m paper_figures.experiments.heads causes      other settings, on validation rows; afterwards
     python -m paper_figures.experiments.heads test        all results, on test rows
     python -m paper_figures.experiments.heads claims      the differences that the claims are about
-    python -m paper_figures.experiments.heads removal     what classes lose without an expert, validation rows
-    python -m paper_figures.experiments.heads fine-tune   few heads with the network below, validation rows
-    python -m paper_figures.experiments.heads fine-tuning the differences of these
 
 Needs `make data`. Interrupted, all but the first go on where they stopped. ``--processes`` says how many
 trainings run at once, each on one thread.
@@ -408,25 +405,15 @@ def keep_images(top: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    steps = ("features", "tune", "test", "causes", "claims", "removal", "fine-tune", "fine-tuning")
-    parser.add_argument("step", choices=steps)
+    parser.add_argument("step", choices=("features", "tune", "test", "causes", "claims"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    from paper_figures.experiments import fine_tuning, removal  # which draw on this module
-
     if options.step == "features":
         make_features("train", DATA / "heads-training.npz")
-    elif options.step in ("claims", "fine-tuning"):
-        print(as_text(claims() if options.step == "claims" else fine_tuning.differences()))
+    elif options.step == "claims":
+        print(as_text(claims()))
     else:
-        work = {
-            "tune": tune_all,
-            "test": test_all,
-            "causes": find_causes,
-            "removal": removal.remove_all,
-            "fine-tune": fine_tuning.fine_tune_all,
-        }
-        work[options.step](options.processes)
+        {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.processes)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What each class loses without an expert, on validation rows: see ``docs/experiments/heads.md``.
 
-The step ``removal`` of ``python -m paper_figures.experiments.heads``.
+python -m paper_figures.experiments.removal
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def changes(run: Run) -> list[Row]:
     ]
 
 
-def remove_all(processes: int = 1) -> None:
+def remove_all() -> None:
     """Remove every expert of the layers whose images are shown, those of seed 0."""
     torch.set_num_threads(1)
     write_table(TABLE, [row for n in LOOKED_AT for row in changes(Run("single", "cp", (n,)))])
+
+
+if __name__ == "__main__":
+    remove_all()

@@ -5,8 +5,9 @@
     python -m paper_figures.experiments.pretraining mixer causes    other settings, on validation rows
     python -m paper_figures.experiments.pretraining mixer svd       dense models of lower rank
     python -m paper_figures.experiments.pretraining mixer claims    the differences the claims are about
+    python -m paper_figures.experiments.pretraining gpt2 samples    texts of the models of seed 0
 
-and the same with ``gpt2``. Needs `make data`, and for GPT-2 the tokens, whose command is in
+and the same with ``gpt2``, all but the last. Needs `make data`, and for GPT-2 the tokens, whose command is in
 ``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they stopped, even within a training.
 ``--processes`` says how many trainings run at once, each on one thread.
 """
@@ -22,15 +23,17 @@ from typing import Any
 import torch
 
 from mumoe_tensor.analysis import truncate
+from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import load_model
 from mumoe_tensor.training import evaluate, read_idx
 from mumoe_tensor.training.log import read_evaluations
 from mumoe_tensor.training.run import run
 from mumoe_tensor.training.settings import read_settings
+from mumoe_tensor.training.tokens import Tokenizer
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import ROOT, keep, table, write_table
+from paper_figures.experiments.heads import ROOT, TABLES, keep, table, write_table
 
 #: What is compared, and how its settings differ from those that come with the library.
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -79,6 +82,8 @@ CAUSES: dict[str, dict[str, list[str]]] = {
 CAUSE_SEEDS = {"mixer": (100, 101), "gpt2": (100,)}
 #: Shares of the singular values that are kept.
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+#: What GPT-2s go on with, from a play that they were not trained on; how many tokens, and how they are drawn.
+START, WRITTEN, TEMPERATURE, TOP_K = "FIRST WITCH.\nWhen shall we three meet again?\n", 100, 0.8, 40
 #: Tokens a row of the training has.
 ROW = {"mixer": 1, "gpt2": 128}
 
@@ -228,16 +233,28 @@ def truncated(kind: str) -> None:
     write_table(f"{kind}_svd", rows)
 
 
+def write_samples() -> None:
+    """Have each arm's GPT-2 of seed 0 go on with the same words."""
+    texts = []
+    for row in (row for row in table("gpt2") if row["seed"] == 0):
+        model: Any = load_model(ROOT / "results" / "gpt2" / row["folder"] / "model.safetensors")
+        tokenizer = Tokenizer(ROOT / "data" / "gpt2-vocabulary", model.config.vocabulary)
+        tokens = model.generate(
+            torch.tensor([tokenizer.encode(START)]), WRITTEN, temperature=TEMPERATURE, top_k=TOP_K,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        texts.append(f"---- {row['arm']} ----\n{tokenizer.decode(tokens[0].tolist())}\n")
+    with whole_file(TABLES / "gpt2_samples.txt") as file:
+        file.write("\n".join(texts).encode())
+
+
 def claims(kind: str) -> list[Row]:
-    """Differences from the dense models, seed by seed, with their intervals."""
+    """Differences from the dense models, seed by seed, with their intervals.
+
+    Not those of speed and memory, which the load of the machine changes: see ``benchmarks/pretraining.py``.
+    """
     rows = table(kind)
-    unit = "images" if kind == "mixer" else "tokens"
-    columns = {
-        "validation loss, %": "validation_loss",
-        f"{unit} per second, %": "per_second",
-        "peak memory in MiB, %": "peak_mib",
-        "parameters, %": "parameters",
-    }
+    columns = {"validation loss, %": "validation_loss", "parameters, %": "parameters"}
     measures = {
         measure: ({(r["arm"], r["seed"]): r[column] for r in rows}, True)
         for measure, column in columns.items()
@@ -268,10 +285,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of an experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kind", choices=list(ARMS))
-    parser.add_argument("step", choices=("tune", "runs", "causes", "svd", "claims"))
+    parser.add_argument("step", choices=("tune", "runs", "causes", "svd", "claims", "samples"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    if options.step == "claims":
+    if options.step == "samples":
+        if options.kind != "gpt2":
+            parser.error("samples are of gpt2: a Mixer writes no text")
+        write_samples()
+    elif options.step == "claims":
         print(as_text(claims(options.kind)))
     elif options.step == "svd":
         truncated(options.kind)

@@ -1,0 +1,120 @@
+"""Training steps of the experiments' Mixers and GPT-2s: ``python -m benchmarks.pretraining [mixer | gpt2]``.
+
+A step is zero_grad, forward, loss, backward, clipping and AdamW, on one batch of the experiment's size. Speed
+is of steps in which the models take turns, memory of a process for each model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Report, threads
+from mumoe_tensor.study.environment import environment
+from mumoe_tensor.study.memory import growth
+from mumoe_tensor.study.timing import compare
+from mumoe_tensor.training.settings import MixerRun, read_settings
+from mumoe_tensor.training.trainer import cross_entropy
+from paper_figures.experiments.pretraining import ARMS
+
+ROUNDS, SECONDS, MIB = 31, 120.0, 2**20
+UNIT = {"mixer": "images", "gpt2": "tokens"}
+
+
+def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
+    """A step of an arm, which tells its loss; the images or tokens in it; the model's parameters."""
+    settings = read_settings(kind, None, ARMS[kind][arm])
+    torch.manual_seed(0)
+    model = settings.make_model()
+    config, rows = settings.train, settings.train.batch_size
+    if isinstance(settings, MixerRun):
+        side = settings.model.image_size
+        x: Any = torch.rand(rows, settings.model.channels, side, side)
+        y = torch.randint(settings.model.classes, (rows,))
+    else:
+        x, y = torch.randint(settings.model.vocabulary, (2, rows, settings.model.context))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step, y.numel(), sum(p.numel() for p in model.parameters())
+
+
+def peak(kind: str, arm: str) -> int:
+    """Bytes by which this process grows by a model, its optimizer and some steps."""
+    # What libraries load and allocate once is there after another model, a small one.
+    small = torch.nn.Linear(8, 8)
+    cross_entropy(small(torch.randn(4, 8)), torch.zeros(4, dtype=torch.int64)).backward()
+    torch.optim.AdamW(small.parameters()).step()
+
+    def run() -> None:
+        step, *_ = make(kind, arm)
+        for _ in range(3):
+            step()
+
+    return growth(run)
+
+
+def measure(kind: str) -> Report:
+    """Speed and memory of all arms of an experiment."""
+    made = {arm: make(kind, arm) for arm in ARMS[kind]}
+    found = compare({arm: step for arm, (step, *_) in made.items()}, "dense", rounds=ROUNDS, limit=SECONDS)
+    rows = []
+    for arm, (_, inputs, parameters) in made.items():
+        order = [sys.executable, "-m", "benchmarks.pretraining", kind, "--peak-of", arm]
+        told = subprocess.run(order, capture_output=True, text=True, check=True)
+        ratio = found.ratio(arm)
+        rows.append(
+            {
+                "model": arm,
+                "parameters": parameters,
+                f"{UNIT[kind]} a second": inputs / found.spread(arm).median,
+                "time of a step / dense": ratio.median,
+                "q1": ratio.low,
+                "q3": ratio.high,
+                "peak MiB": json.loads(told.stdout) / MIB,
+            }
+        )
+    return Report(
+        kind,
+        f"Training steps of {kind}, {found.rounds} rounds",
+        dict(zip(rows[0], ("", ",d", ",.0f", ".2f", ".2f", ".2f", ",.0f"), strict=True)),
+        rows,
+        [f"{UNIT[kind]} a second: of the median step. Peak: growth of a process by model, AdamW and steps."],
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pretraining", description=__doc__)
+    parser.add_argument("kind", nargs="?", choices=list(ARMS))
+    parser.add_argument("--peak-of", metavar="ARM", help="print the peak of one model in bytes, nothing else")
+    options = parser.parse_args(arguments)
+    if options.peak_of and not options.kind:
+        parser.error("--peak-of needs the kind of model")
+    with threads(1) as used:
+        if options.peak_of:
+            print(peak(options.kind, options.peak_of))
+            return
+        about = environment() | {"threads": used}
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
+        for kind in [options.kind] if options.kind else ARMS:
+            print(f"\n{measure(kind)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The experiments with Mixers and GPT-2s: runs of the protocol, tables of the runs, claims of the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pydantic")
+
+from benchmarks import pretraining as benchmark  # noqa: E402
+from mumoe_tensor.training.data import Dataset  # noqa: E402
+from mumoe_tensor.training.settings import MixerRun  # noqa: E402
+from paper_figures.experiments import heads, pretraining  # noqa: E402
+
+ARMS = [(kind, arm) for kind, arms in pretraining.ARMS.items() for arm in arms]
+
+
+@pytest.mark.parametrize(("kind", "arm"), ARMS)
+def test_arms_have_the_parameters_of_the_dense_one(kind: str, arm: str) -> None:
+    counts = []
+    for each in ("dense", arm):
+        model = pretraining.settings_of(kind, pretraining.ARMS[kind][each], 1e-3, 0).make_model("meta")
+        counts.append(sum(p.numel() for p in model.parameters()))
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
+    rows = [row for row in pretraining.table(kind) if row["arm"] == arm]
+    assert [row["seed"] for row in rows] == list(pretraining.SEEDS)
+    assert {row["parameters"] for row in rows} == {counts[1]}
+    assert {row["learning_rate"] for row in rows} == {pretraining.learning_rate(kind, arm)}
+
+
+def test_the_rate_is_that_of_the_lowest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"tuning": arm, "rate": rate, "validation_loss": loss}
+        for arm, losses in {"dense": (3.0, 2.0, 4.0), "CP": (1.0, 2.0, 3.0)}.items()
+        for rate, loss in zip(pretraining.LEARNING_RATES["mixer"], losses, strict=True)
+    ]
+    monkeypatch.setattr(pretraining, "table", lambda name: rows)
+    assert pretraining.learning_rate("mixer", "dense") == 2e-3
+    assert pretraining.learning_rate("mixer", "CP, two levels") == 1e-3
+    with pytest.raises(ValueError, match="by `tune`; TR has 0"):
+        pretraining.learning_rate("mixer", "TR")
+
+
+def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    arms = list(pretraining.ARMS["mixer"])
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "validation_loss": draw.uniform(1, 2),
+            "parameters": 100 + (arm == "CP"),
+            "accuracy": draw.uniform(),
+        }
+        for seed in reversed(pretraining.SEEDS)
+        for arm in arms
+    ]
+    monkeypatch.setattr(pretraining, "table", lambda name: rows)
+    found = {(row["measure"], row["arm"]): row for row in pretraining.claims("mixer")}
+    assert len(found) == 3 * len(arms)
+
+    def of(arm: str, column: str) -> Any:
+        return np.array([row[column] for row in rows if row["arm"] == arm])
+
+    ratios = 100 * (of("TR", "validation_loss") / of("dense", "validation_loss") - 1)
+    points = 100 * (of("TR", "accuracy") - of("dense", "accuracy"))
+    for measure, gaps in (("validation loss, %", ratios), ("test accuracy, points", points)):
+        row = found[measure, "TR"]
+        # Of three values Student's t has the quantile 4.303.
+        half = 4.303 * np.std(gaps, ddof=1) / 3**0.5
+        assert (row["minus dense"], row["half"]) == pytest.approx((gaps.mean(), half), rel=1e-3)
+    assert found["parameters, %", "CP"]["minus dense"] == pytest.approx(1)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Trainings of an experiment set one thread for their process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_training_is_kept_and_goes_into_its_table(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    y = torch.arange(256) % 10
+    # A bright column tells the class.
+    data = Dataset(torch.rand(256, 1, 28, 28) + 2 * torch.eye(28)[y][:, None, None], y)
+    monkeypatch.setattr(MixerRun, "read_data", lambda self: (data, data.rows(torch.arange(200))))
+    monkeypatch.setattr(pretraining, "ROOT", tmp_path)
+    monkeypatch.setattr(heads, "TABLES", tmp_path)
+    key = {"arm": "CP, two levels", "seed": 7}
+    changes = [*pretraining.ARMS["mixer"]["CP, two levels"], "train.epochs=4"]
+    row = pretraining.trained("mixer", key, changes, 0.004)
+    assert row["steps"] == 8 and row["validation_accuracy"] > 0.3 and row["folder"] == "CP-two-levels-7"
+    heads.write_table("mixer", [row])
+    curve = pretraining.curves("mixer", heads.table("mixer"))
+    assert [point["step"] for point in curve] == [2, 4, 6, 8]
+    assert curve[-1]["validation_loss"] == pytest.approx(row["validation_loss"])
+    # Without the folder the curve is what the table has of it.
+    heads.write_table("mixer_curves", curve)
+    assert pretraining.curves("mixer", [row | {"folder": "gone"}]) == heads.table("mixer_curves")
+    assert pretraining.curves("mixer", [row | {"folder": "gone", "seed": 8}]) == []
+
+
+# ---- the benchmark of its training steps ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "arm"), ARMS)
+def test_steps_that_are_timed_train_the_arm(kind: str, arm: str) -> None:
+    settings = pretraining.settings_of(kind, pretraining.ARMS[kind][arm], 1e-3, 0)
+    step, inputs, parameters = benchmark.make(kind, arm)
+    assert parameters == sum(p.numel() for p in settings.make_model("meta").parameters())
+    assert inputs == settings.train.batch_size * (1 if kind == "mixer" else settings.model.context)
+    losses = [step() for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_the_table_of_the_benchmark_has_all_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = {arm: pretraining.ARMS["mixer"][arm] for arm in ("dense", "CP, two levels")}
+    monkeypatch.setitem(pretraining.ARMS, "mixer", arms)
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    report = benchmark.measure("mixer")
+    assert [row["model"] for row in report.rows] == list(arms)
+    for row in report.rows:
+        # A training keeps weights, gradients and two moments of each parameter, and what is between.
+        assert row["peak MiB"] > 4 * 4 * row["parameters"] / 2**20 and row["images a second"] > 0
+    assert report.rows[0]["time of a step / dense"] == 1
+    assert "CP, two levels" in str(report)
+
+
+def test_the_peak_of_no_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--peak-of", "CP"])
+    assert "--peak-of needs the kind" in capsys.readouterr().err

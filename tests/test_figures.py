@@ -310,7 +310,7 @@ def test_unknown_figure_is_one_line(tmp_path: Path) -> None:
 
 
 def test_without_a_checkout_the_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mumoe_tensor.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("mumoe_tensor.cli.studies.find_spec", lambda name: None)
     result = invoke(f"levels --out {tmp_path / 'out'}")
     assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "checkout" in result.stderr

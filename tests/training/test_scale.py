@@ -169,6 +169,30 @@ def test_time_and_memory_over_accelerators() -> None:
     assert predict(faster, 4, machine=machine, known=known).days == pytest.approx(four.days / 2)
 
 
+@pytest.mark.parametrize("precision", ("no", "bf16"))
+def test_state_and_traffic_by_hand(precision: str) -> None:
+    settings = small("gpt2", "mlp", f"train.precision={precision}", "train.batch_size=8")
+    known = work(settings)
+    model = settings.make_model("meta")
+    p, block = known.parameters, sum(x.numel() for x in model.blocks[0].parameters())
+    assert known.outside == p - 3 * block
+    item = {"no": 4, "bf16": 2}[precision]
+    copies = {"no": 0, "bf16": 2}[precision]
+    one, four = (predict(settings, n, known=known) for n in (1, 4))
+    sharded = predict(settings, 4, is_sharded=True, known=known)
+    # Weights, gradients, two numbers of AdamW; DDP's buckets; FSDP2's two blocks and what is outside of them,
+    # weights and gradients.
+    assert (one.state, four.state) == ((16 + copies) * p, (20 + copies) * p)
+    assert sharded.state == 4 * p + 2 * item * (known.outside + 2 * block)
+    # A ring of four passes three quarters on: gradients twice, or weights twice and gradients once.
+    seconds = 8 * 64 / four.units_per_second
+    assert four.sent * seconds == pytest.approx(8 * p * 3 / 4)
+    assert sharded.sent * seconds == pytest.approx(3 * item * p * 3 / 4)
+    # The logits of the model, in float32 where they are not, and their gradient.
+    logits = 64 * 311
+    assert known.loss == {"no": 8, "bf16": 10}[precision] * logits
+
+
 def test_mixed_rows_stay_together() -> None:
     settings = small("mixer", "mlp", "train.batch_size=8", "train.mixup=0.5")
     assert predict(settings, 4).accumulation == 1

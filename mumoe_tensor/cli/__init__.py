@@ -1,0 +1,49 @@
+"""The command line: parse, call the library, print.
+
+Bad input ends with exit code 2 and one line on stderr. With ``--json`` stdout has JSON and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ImportError as missing:
+    # The package is nothing but the command: a traceback would tell its user less.
+    print("mumoe-tensor: the command line needs an extra; pip install 'mumoe_tensor[cli]'.", file=sys.stderr)
+    raise SystemExit(2) from missing
+
+from mumoe_tensor.cli.app import OneLineErrors, main
+from mumoe_tensor.cli.browser import inspect
+from mumoe_tensor.cli.layers import cost, fit, formats, plan
+from mumoe_tensor.cli.studies import bias, figures, study
+from mumoe_tensor.cli.training import tokenize, train_gpt2, train_head, train_mixer
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Multilinear mixture-of-experts layers: formats, plans, costs, ranks, and the study of a layer.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.callback(invoke_without_command=True)(main)
+commands: list[Callable[..., None]] = [formats, plan, cost, fit, study, bias, figures, tokenize, inspect]
+for command in commands:
+    app.command()(command)
+
+train = typer.Typer(
+    cls=OneLineErrors,
+    help="Train on data of your own.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+train.command("head")(train_head)
+train.command("mixer")(train_mixer)
+train.command("gpt2")(train_gpt2)
+app.add_typer(train, name="train")
+
+__all__ = ["app"]

@@ -1,0 +1,57 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+FormatName = Annotated[
+    str, typer.Argument(help="Name of the format; `mumoe-tensor formats` lists them.", show_default=False)
+]
+Experts = Annotated[
+    str,
+    typer.Option(help="Number of experts, levels as 64x64, or none for no level.", show_default=False),
+]
+InFeatures = Annotated[int, typer.Option(help="Size of the input.", show_default=False)]
+OutFeatures = Annotated[int, typer.Option(help="Size of the output.", show_default=False)]
+Hidden = Annotated[
+    int | None, typer.Option(help="Count two layers with this size between them.", show_default=False)
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(help="One number a bond, e.g. 64,128,128; see `mumoe-tensor formats`.", show_default=False),
+]
+OpenRank = Annotated[
+    str | None,
+    typer.Option(
+        help="One number a bond, ? for the one to solve, e.g. 4,4,?; by default the format's convention.",
+        show_default=False,
+    ),
+]
+Batch = Annotated[int, typer.Option(help="Number of inputs.")]
+Bias = Annotated[
+    bool,
+    typer.Option(
+        "--bias/--no-bias", help="Every expert has a bias: one more row in the weight's input mode."
+    ),
+]
+Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="Count the gate.")]
+Minimize = Annotated[str, typer.Option(help="time, flops or peak.")]
+Implementation = Annotated[str, typer.Option(help="factorized, reconstructed or auto.")]
+MemoryLimit = Annotated[
+    int | None,
+    typer.Option(help="Largest intermediate, in elements, or in bytes of --dtype.", show_default=False),
+]
+Constants = Annotated[
+    str | None,
+    typer.Option(help="weights: make products of weights alone ahead, uncounted.", show_default=False),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Count bytes of float64, float32, bfloat16 or float16 instead of elements.", show_default=False
+    ),
+]
+Parameters = Annotated[str, typer.Option(help="The budget: a number, or match for that of the dense layer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

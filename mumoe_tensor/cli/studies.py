@@ -1,0 +1,295 @@
+"""Commands that measure: study, bias, figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mumoe_tensor.cli.console import bad_input, fail, new_table, print_json, progress_bar
+from mumoe_tensor.cli.options import Hidden, Json
+from mumoe_tensor.cli.values import read_names, read_several
+
+
+def study(
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.", show_default="gpt2-mlp"
+        ),
+    ] = None,
+    in_features: Annotated[
+        int | None, typer.Option(help="In the place of --layer: size of the input.", show_default=False)
+    ] = None,
+    out_features: Annotated[int | None, typer.Option(help="Size of the output.", show_default=False)] = None,
+    hidden: Hidden = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of experts, e.g. 256,64x64.",
+            show_default="the layer's, a quarter, four times as many",
+        ),
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Names with commas between, e.g. cp,tr.", show_default="all")
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            help="The budget: a number, match for that of the dense layer, or a multiple of it as 0.5x.",
+            show_default="match",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Inputs of a forward pass and a step.", show_default="1024; quick 32")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cpu,cuda.", show_default="all there are")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time of a timing.", show_default="0.6; quick 0.05")
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="What needs more GiB is not run, but told by its formula.", show_default="2"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Train heads on digits, or on an .npz file with x and y; or none.", show_default="digits"
+        ),
+    ] = None,
+    head_hidden: Annotated[
+        int | None,
+        typer.Option(
+            help="Heads are an MLP with this size between.",
+            show_default="128 for digits; else a linear layer",
+        ),
+    ] = None,
+    head_experts: Annotated[
+        str | None,
+        typer.Option(help="Numbers of experts of heads.", show_default="8,32 for digits; else --experts"),
+    ] = None,
+    head_parameters: Annotated[
+        str | None, typer.Option(help="Budgets of heads.", show_default="0.5x,match")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Trainings of a head.", show_default="3; quick 1")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a training.", show_default="15; quick 1")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
+    setting: Annotated[
+        Path | None,
+        typer.Option(
+            help="The study.json of a study to run again, in the place of all above.", show_default=False
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/study"),
+    as_json: Json = False,
+) -> None:
+    """Set mixtures of every format beside the dense layer they may take the place of.
+
+    Ranks are fitted to a budget. Beside the dense layer, the dense and a sparse mixture: parameters, FLOPs,
+    memory, expert rank; measured time and peak memory; accuracy of heads trained on real data. Leaves a page
+    (report.html), the table (results.csv), pictures, and the setting (study.json). Interrupted, the same
+    command goes on where it stopped.
+
+    Example: `mumoe-tensor study --layer gpt2-mlp --experts 256,64x64`
+    """
+    from mumoe_tensor import study as studies
+
+    with bad_input():
+        options: dict[str, Any] = {
+            "experts": read_several(experts),
+            "formats": read_names(formats),
+            "parameters": parameters,
+            "batch": batch,
+            "devices": read_names(device),
+            "seconds": seconds,
+            "memory": memory,
+            "data": data,
+            "head_hidden": head_hidden,
+            "head_experts": read_several(head_experts),
+            "head_parameters": read_names(head_parameters),
+            "seeds": seeds,
+            "epochs": epochs,
+            "seed": seed,
+        }
+        sizes = (in_features, hidden, out_features)
+        if setting is not None:
+            given = [name for name, value in {**options, "layer": layer}.items() if value is not None]
+            if given or quick or any(sizes):
+                raise ValueError("--setting takes the place of all options but --fresh, --out and --json.")
+            chosen = studies.Setting.from_json(setting)
+        else:
+            chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
+        planned = studies.plan(chosen)
+        results = studies.open_folder(chosen, out, fresh=fresh)
+    try:
+        with progress_bar(chosen.title) as progress:
+            studies.measure(planned, results, progress)
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(fail("interrupted; the same command goes on where it stopped.", 130)) from stop
+    with bad_input():
+        paths = studies.write(planned, results, out)
+    if as_json:
+        print_json({**studies.to_json(planned, results), "files": [str(path) for path in paths]})
+        return
+    console = Console()
+    for table in studies.tables(planned, results):
+        console.print(table)
+    for sentence in studies.paragraph(planned, results):
+        console.print(sentence, highlight=False, markup=False)
+    console.print()
+    for note in studies.notes(planned, results):
+        console.print(f"• {note}", highlight=False, markup=False)
+    print(f"\nWritten to {out}: " + ", ".join(path.name for path in paths))
+
+
+def bias(
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What is predicted, and its value in the subpopulation, e.g. Young=0; 1 if left out."
+        ),
+    ],
+    group: Annotated[str, typer.Option(help="The group, and its value in the subpopulation, e.g. Male=0.")],
+    data: Annotated[str, typer.Option(help="celeba or adult.")] = "celeba",
+    folder: Annotated[Path, typer.Option(help="Where `make data` has put the data.")] = Path("data"),
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="An .npz file with x, a row an image of CelebA: the input, in the place of attributes.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each model.")] = 5,
+    test: Annotated[bool, typer.Option("--test", help="Read test rows, after all is chosen.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bias"),
+    as_json: Json = False,
+) -> None:
+    """Correct a bias against a subpopulation by the experts' biases, beside other ways to do so.
+
+    Trains a linear, a high-rank linear and a μMoE classifier, with oversampling or adversarial debiasing too;
+    corrects them by the edit of the experts and by thresholds. Settings are chosen on validation rows; once
+    that is finished, `--test` reads the test rows. Leaves results.csv, to which every task adds its rows.
+    Interrupted, the same command goes on where it stopped.
+
+    Example: `mumoe-tensor bias --target Blond_Hair --group Male`
+    """
+    with bad_input():
+        from mumoe_tensor.experiments import bias as experiments
+        from mumoe_tensor.training.attributes import read_adult, read_celeba
+
+        if seeds < 1:
+            raise ValueError(f"--seeds must be positive, got {seeds}.")
+        sides, place = (_side("target", target), _side("group", group)), folder / data
+        if data not in experiments.RECIPES:
+            raise ValueError(f"--data must be one of {', '.join(experiments.RECIPES)}, got {data!r}.")
+        if not place.is_dir():
+            raise OSError(f"there is no folder {place}; `make data` fetches the data into data.")
+        if data == "celeba":
+            task = read_celeba(place, *sides, embeddings)
+        elif embeddings is None:
+            task = read_adult(place, *sides)
+        else:
+            raise ValueError(f"--embeddings are of the images of celeba, {data} has none.")
+        recipe = replace(experiments.RECIPES[data], seeds=seeds)
+        if quick:
+            task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
+        experiment = experiments.Experiment(task, recipe, out)
+        split = "test" if test else "validation"
+        try:
+            with progress_bar(task.name) as progress:
+                (experiment.test if test else experiment.validate)(progress)
+        except KeyboardInterrupt as stop:
+            message = "interrupted; the same command goes on where it stopped."
+            raise typer.Exit(fail(message, 130)) from stop
+    rows = experiment.rows(split)
+    found, differences = experiments.summary(rows), experiments.comparisons(rows)
+    if as_json:
+        print_json({"task": task.name, "split": split, "methods": found, "differences": differences})
+        return
+    console = Console()
+    names = (*experiments.METRICS, "area")
+    table = new_table("", *names, title=f"{task.name}, {split} rows")
+    for row in found:
+        cells = (_with_half(row[name], row[f"{name}_half"]) if name in row else "" for name in names)
+        table.add_row(row["method"], *cells)
+    console.print(table)
+    table = new_table("difference", "of", "minus", "")
+    for row in differences:
+        table.add_row(row["metric"], row["of"], row["minus"], _with_half(row["difference"], row["half"]))
+    console.print(table)
+    print(f"Means and 95 % intervals over {recipe.seeds} seed(s). Written to {out / 'results.csv'}.")
+
+
+def figures(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Which figures; by default all.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("results/figures"),
+    as_json: Json = False,
+) -> None:
+    """Draw the figures of the papers, in a checkout of the repository.
+
+    Prints the numbers of each and leaves them as CSV, the picture as PNG and PDF. What was measured is
+    measured once.
+
+    Example: `mumoe-tensor figures levels gate_share --quick`
+    """
+    with bad_input():
+        if find_spec("paper_figures") is None:
+            raise ImportError("figures are drawn in a checkout of the repository; the package has none.")
+        common = import_module("paper_figures.common")
+        modules = [common.load(name) for name in names or common.FIGURES]
+        out.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    with progress_bar("figures") as progress:
+        for done, module in enumerate(modules):
+            name = common.name_of(module)
+            progress(done, len(modules), name)
+            rows = common.rows_of(module, out, quick, fresh)
+            with bad_input():
+                paths = common.write(module, rows, out)
+            drawn[name] = {"rows": rows, "files": [str(path) for path in paths]}
+            if not as_json:
+                print(common.told(module, rows), *paths, sep="\n", end="\n\n")
+    if as_json:
+        print_json(drawn)
+
+
+def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -> Any:
+    """A published layer by its name, or one of these sizes."""
+    from mumoe_tensor.study import Layer
+
+    in_features, hidden, out_features = sizes
+    if all(size is None for size in sizes):
+        return name or "gpt2-mlp"
+    if name is not None or in_features is None or out_features is None:
+        raise ValueError("a layer is told by --layer, or by --in-features and --out-features.")
+    return Layer("Layer" if hidden is None else "MLP", in_features, out_features, hidden)
+
+
+def _side(option: str, text: str) -> tuple[str, int]:
+    """An attribute and its value, from NAME or NAME=0."""
+    name, _, value = text.partition("=")
+    if not name or value not in ("", "0", "1"):
+        raise ValueError(f"--{option} must be an attribute, with =0 or =1 after it or nothing, got {text!r}.")
+    return name, int(value or 1)
+
+
+def _with_half(value: float, half: float | None) -> str:
+    """A mean, and the half width of its interval where there is one."""
+    return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"

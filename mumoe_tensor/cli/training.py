@@ -1,0 +1,290 @@
+"""Commands that train: train head, mixer and gpt2, and tokenize for its texts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mumoe_tensor.cli.console import bad_input, fail, new_table, print_json
+from mumoe_tensor.cli.options import Json, OpenRank
+from mumoe_tensor.cli.values import read_budget, read_experts, read_rank
+
+ConfigName = Annotated[
+    str | None,
+    typer.Argument(
+        help="A TOML file, or the name of settings that come with the library.",
+        show_default="those of the command's name, for a laptop",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting in the place of the file's, as train.epochs=3; as many as you like.",
+        show_default=False,
+    ),
+]
+FromStep = Annotated[
+    int | None,
+    typer.Option(help="Go on from the checkpoint of this step, not from the last.", show_default=False),
+]
+FreshRun = Annotated[bool, typer.Option("--fresh", help="Train anew, whatever the folder has.")]
+
+
+def train_head(
+    features: Annotated[
+        Path | None,
+        typer.Option(help="An .npz file with features x and labels y.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="In the place of --features: an .npz file with images x and labels y, or images in IDX.",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels of images in IDX.", show_default=False)] = None,
+    backbone: Annotated[
+        str, typer.Option(help="The network below the head: efficientnet-lite0, or a model of timm.")
+    ] = "efficientnet-lite0",
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Its weights.", show_default="those that `make data` fetches"),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Height and width images are scaled to.")] = 64,
+    train_backbone: Annotated[
+        bool, typer.Option("--train-backbone", help="Train the network too, not the head alone.")
+    ] = False,
+    format: Annotated[str, typer.Option(help="Of the experts; linear for a head without.")] = "cp",
+    experts: Annotated[str, typer.Option(help="Number of experts, levels as 8x8.")] = "64",
+    hidden: Annotated[
+        int | None,
+        typer.Option(
+            help="The head is a block of two layers with this size between.", show_default="one layer"
+        ),
+    ] = None,
+    rank: OpenRank = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            help="In the place of a whole rank: a number, or match for that of the head without experts.",
+            show_default="match",
+        ),
+    ] = None,
+    gate: Annotated[str, typer.Option(help="entmax15, sparsemax or softmax.")] = "entmax15",
+    gate_norm: Annotated[str, typer.Option(help="Norm of the logits: batch, layer or none.")] = "batch",
+    validation: Annotated[float, typer.Option(help="Share of the rows kept for validation.")] = 0.2,
+    epochs: Annotated[int, typer.Option(help="Epochs; the best one counts.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Largest, after a warm-up.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many epochs without a lower loss.", show_default="never"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first weights and of the order of rows.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again what the folder has.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the head.")] = Path("results/head"),
+    as_json: Json = False,
+) -> None:
+    """Train a head of experts, or a dense one, on features or on images.
+
+    Leaves config.json, metrics.csv with a line an epoch, and head.safetensors for
+    `mumoe_tensor.models.load_head`. What the folder has already is not trained again.
+
+    Example: `mumoe-tensor train head --features features.npz --format cp --experts 64 --rank 64
+    --out results/head`
+    """
+    with bad_input():
+        from mumoe_tensor.training import TrainConfig
+        from mumoe_tensor.training.head import HeadSetting, run_head
+
+        given = [path for path in (features, images) if path is not None]
+        if len(given) != 1:
+            raise ValueError("give either --features or --images.")
+        options: dict[str, Any] = {"format": format, "hidden": hidden}
+        if format != "linear":
+            options |= {"experts": read_experts(experts), "gate": gate, "gate_norm": gate_norm}
+        if rank is not None or parameters is not None:
+            options |= {
+                "rank": read_rank(rank),
+                "parameters": None if parameters is None else read_budget(parameters),
+            }
+        network: dict[str, Any] = {}
+        if images is not None:
+            network = {"backbone": backbone, "weights": str(_weights(backbone, weights))}
+        setting = HeadSetting(
+            inputs=str(given[0]),
+            labels=None if labels is None else str(labels),
+            **network,
+            size=size,
+            train_backbone=train_backbone,
+            head=options,
+            validation=validation,
+            training=TrainConfig(
+                epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+                weight_decay=weight_decay, patience=patience, seed=seed,
+            ),
+        )  # fmt: skip
+    try:
+        with bad_input():
+            found = run_head(setting, out, fresh=fresh, progress=sys.stdout.isatty() and not as_json)
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(fail("interrupted; nothing was kept.", 130)) from stop
+    except FloatingPointError as error:
+        raise typer.Exit(fail(str(error), 1)) from error
+    if as_json:
+        print_json(found)
+        return
+    trained = "" if found["trained"] else "; it was trained before, --fresh trains it again"
+    print(f"{found['parameters']:,} parameters, rank {found['rank'] or 'none'}")
+    print(f"accuracy {found['accuracy']:.4f} on validation rows, best epoch {found['epoch']}{trained}")
+    print(f"Written to {out}: config.json, metrics.csv, head.safetensors")
+
+
+def train_mixer(
+    config: ConfigName = None,
+    overrides: Overrides = None,
+    from_step: FromStep = None,
+    fresh: FreshRun = False,
+    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/mixer"),
+    as_json: Json = False,
+) -> None:
+    """Train an MLP-Mixer on images, with dense blocks or with experts in every block.
+
+    The settings say which model, which data and how. By default they are for Fashion-MNIST, which `make data`
+    fetches. Leaves config.json, metrics.csv, curves for TensorBoard, checkpoints, and last model.safetensors
+    for `mumoe_tensor.models.load_model`. Interrupted, the same command goes on where it stopped.
+
+    Example: `mumoe-tensor train mixer --set model.format=cp --out results/mixer-cp`
+    """
+    _train("mixer", config, overrides, from_step, fresh, out, as_json)
+
+
+def train_gpt2(
+    config: ConfigName = None,
+    overrides: Overrides = None,
+    from_step: FromStep = None,
+    fresh: FreshRun = False,
+    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/gpt2"),
+    as_json: Json = False,
+) -> None:
+    """Train a GPT-2 on files of tokens, with dense blocks or with experts in every block.
+
+    The settings say which model, which data and how. By default they are for the works of Shakespeare, whose
+    tokens `mumoe-tensor tokenize` writes. Leaves what `train mixer` leaves. Interrupted, the same command
+    goes on where it stopped.
+
+    Example: `mumoe-tensor train gpt2 --set model.format=cp --out results/gpt2-cp`
+    """
+    _train("gpt2", config, overrides, from_step, fresh, out, as_json)
+
+
+def _train(
+    kind: str,
+    config: str | None,
+    overrides: list[str] | None,
+    from_step: int | None,
+    fresh: bool,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Train a model of settings and print its figures."""
+    with bad_input():
+        from mumoe_tensor.training.checkpoint import DamagedCheckpoint
+        from mumoe_tensor.training.processes import processes
+        from mumoe_tensor.training.run import run
+        from mumoe_tensor.training.settings import read_settings
+
+        settings = read_settings(kind, config, overrides or ())
+        progress = sys.stdout.isatty() and not as_json
+        try:
+            found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
+        except KeyboardInterrupt as stop:
+            message = "interrupted; the same command goes on where it stopped."
+            raise typer.Exit(fail(message, 130)) from stop
+        except FileNotFoundError:
+            raise
+        except (FloatingPointError, DamagedCheckpoint, OSError) as error:
+            raise typer.Exit(fail(str(error), 1)) from error
+    own = processes()
+    own.destroy_process_group()
+    if not own.is_main_process:
+        return
+    if as_json:
+        print_json(found)
+        return
+    ranks = ", ".join(f"{name} {value}" for name, value in found["ranks"].items() if value)
+    print(f"{found['parameters']:,} parameters" + (f", {ranks}" if ranks else ""))
+    trained = "" if found["trained"] else "; it was trained before, --fresh trains it again"
+    print(
+        f"accuracy {found['accuracy']:.4f}, loss {found['validation_loss']:.4f} on validation rows, after "
+        f"{found['steps']:,} steps in {found['seconds']:.0f} s{trained}"
+    )
+    print(f"Written to {out}: config.json, metrics.csv, tensorboard, checkpoints, model.safetensors")
+
+
+def tokenize(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Files of text, or folders with files *.txt.", show_default=False)
+    ],
+    vocabulary_files: Annotated[
+        Path, typer.Option(help="Folder of encoder.json and vocab.bpe, which `make data` fetches.")
+    ] = Path("data/gpt2-vocabulary"),
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Number of ids: the bytes and the first merges.", show_default="all")
+    ] = None,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Files for validation, as 'macbeth*'; as many as you like.",
+            show_default=False,
+        ),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Files that go nowhere; as many as you like.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tokens.")] = Path("results/tokens"),
+    as_json: Json = False,
+) -> None:
+    """Write texts as tokens of GPT-2's byte pairs, parted into training and validation, file by file.
+
+    Leaves training.bin and validation.bin, numbers of two bytes, for `train gpt2`, and tokens.json: what
+    went where.
+
+    Example: `mumoe-tensor tokenize texts --hold-out 'macbeth*' --vocabulary 8192`
+    """
+    with bad_input():
+        from mumoe_tensor.training import tokens
+
+        tokenizer = tokens.Tokenizer(vocabulary_files, vocabulary)
+        found = tokens.tokenize(sources, tokenizer, out, hold_out=hold_out or (), leave_out=leave_out or ())
+    if as_json:
+        print_json(found)
+        return
+    table = new_table("file", "part", "tokens")
+    for part in ("training", "validation"):
+        for entry in found[part]:
+            table.add_row(entry["file"], part, f"{entry['tokens']:,}")
+        table.add_row("", part, f"{sum(entry['tokens'] for entry in found[part]):,}", end_section=True)
+    Console().print(table)
+    print(f"{found['vocabulary']:,} ids. Written to {out}: training.bin, validation.bin, tokens.json")
+
+
+def _weights(backbone: str, weights: Path | None) -> Path:
+    """The file of weights of a network, by default what `make data` fetched."""
+    if weights is not None:
+        return weights
+    found = sorted(Path("data", backbone).glob("*.pth"))
+    if not found:
+        raise ValueError(f"weights of {backbone} must be given by --weights; data/{backbone} has none.")
+    return found[0]

@@ -1,0 +1,60 @@
+"""From the text of an option to its value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def read_experts(text: str) -> tuple[int, ...]:
+    """Numbers of experts of the levels, from 64, 8x8 or none."""
+    if text == "none":
+        return ()
+    try:
+        return tuple(int(n) for n in text.split("x"))
+    except ValueError:
+        rule = "--experts must be a number, levels as 64x64, or none"
+        raise ValueError(f"{rule}, got {text!r}.") from None
+
+
+def read_several(text: str | None) -> list[tuple[int, ...]] | None:
+    """Several of what `read_experts` reads, with commas between."""
+    return None if text is None else [read_experts(levels.strip()) for levels in text.split(",")]
+
+
+def read_names(text: str | None) -> list[str] | None:
+    """Names with commas between."""
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def read_rank(text: str | None) -> tuple[int | None, ...] | None:
+    """Entries of a rank, None for one to be solved for."""
+    if text is None:
+        return None
+    try:
+        return tuple(None if r.strip() == "?" else int(r) for r in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--rank must be numbers with commas between, e.g. 64,128,128; for fit one may be ?; "
+            f"got {text!r}."
+        ) from None
+
+
+def read_known_rank(text: str | None) -> tuple[int, ...] | None:
+    """Entries of a rank, all of them numbers."""
+    entries = read_rank(text)
+    if entries is None:
+        return None
+    known = tuple(r for r in entries if r is not None)
+    if len(known) < len(entries):
+        raise ValueError(f"every entry of --rank must be a number here, got {text!r}; `fit` solves for a ?.")
+    return known
+
+
+def read_budget(text: str) -> Any:
+    """A number of parameters, or match."""
+    if text == "match":
+        return text
+    try:
+        return int(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise ValueError(f"--parameters must be a number or match, got {text!r}.") from None

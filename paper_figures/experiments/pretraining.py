@@ -251,7 +251,7 @@ def write_samples() -> None:
 def claims(kind: str) -> list[Row]:
     """Differences from the dense models, seed by seed, with their intervals.
 
-    Not those of speed and memory, which the load of the machine changes: see ``benchmarks/pretraining.py``.
+    Not those of speed and memory, which the load of the machine changes: see `speed`.
     """
     rows = table(kind)
     columns = {"validation loss, %": "validation_loss", "parameters, %": "parameters"}

@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pydantic")
 
-from benchmarks import pretraining as benchmark  # noqa: E402
+
 from mumoe_tensor.training.data import Dataset  # noqa: E402
 from mumoe_tensor.training.settings import MixerRun  # noqa: E402
-from paper_figures.experiments import heads, pretraining  # noqa: E402
+from paper_figures.experiments import heads, pretraining, speed  # noqa: E402
 
 ARMS = [(kind, arm) for kind, arms in pretraining.ARMS.items() for arm in arms]
 
@@ -115,7 +115,7 @@ def test_a_training_is_kept_and_goes_into_its_table(
 @pytest.mark.parametrize(("kind", "arm"), ARMS)
 def test_steps_that_are_timed_train_the_arm(kind: str, arm: str) -> None:
     settings = pretraining.settings_of(kind, pretraining.ARMS[kind][arm], 1e-3, 0)
-    step, inputs, parameters = benchmark.make(kind, arm)
+    step, inputs, parameters = speed.make(kind, arm)
     assert parameters == sum(p.numel() for p in settings.make_model("meta").parameters())
     assert inputs == settings.train.batch_size * (1 if kind == "mixer" else settings.model.context)
     losses = [step() for _ in range(4)]
@@ -125,17 +125,11 @@ def test_steps_that_are_timed_train_the_arm(kind: str, arm: str) -> None:
 def test_the_table_of_the_benchmark_has_all_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     arms = {arm: pretraining.ARMS["mixer"][arm] for arm in ("dense", "CP, two levels")}
     monkeypatch.setitem(pretraining.ARMS, "mixer", arms)
-    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
-    report = benchmark.measure("mixer")
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    report = speed.measure("mixer")
     assert [row["model"] for row in report.rows] == list(arms)
     for row in report.rows:
         # A training keeps weights, gradients and two moments of each parameter, and what is between.
         assert row["peak MiB"] > 4 * 4 * row["parameters"] / 2**20 and row["images a second"] > 0
     assert report.rows[0]["time of a step / dense"] == 1
     assert "CP, two levels" in str(report)
-
-
-def test_the_peak_of_no_kind_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        benchmark.main(["--peak-of", "CP"])
-    assert "--peak-of needs the kind" in capsys.readouterr().err

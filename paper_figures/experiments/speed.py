@@ -1,4 +1,6 @@
-"""Training steps of the experiments' Mixers and GPT-2s: ``python -m benchmarks.pretraining [mixer | gpt2]``.
+"""Speed and memory of training steps of the experiments' Mixers and GPT-2s.
+
+    python -m paper_figures.experiments.speed [mixer | gpt2]
 
 A step is zero_grad, forward, loss, backward, clipping and AdamW, on one batch of the experiment's size. Speed
 is of steps in which the models take turns, memory of a process for each model.
@@ -7,10 +9,9 @@ is of steps in which the models take turns, memory of a process for each model.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
 
 
 def peak(kind: str, arm: str) -> int:
-    """Bytes by which this process grows by a model, its optimizer and some steps."""
+    """Bytes by which this process grows by a model, its optimizer and some steps, on one thread."""
+    torch.set_num_threads(1)
     # What libraries load and allocate once is there after another model, a small one.
     small = torch.nn.Linear(8, 8)
     cross_entropy(small(torch.randn(4, 8)), torch.zeros(4, dtype=torch.int64)).backward()
@@ -75,8 +77,8 @@ def measure(kind: str) -> Report:
     found = compare({arm: step for arm, (step, *_) in made.items()}, "dense", rounds=ROUNDS, limit=SECONDS)
     rows = []
     for arm, (_, inputs, parameters) in made.items():
-        order = [sys.executable, "-m", "benchmarks.pretraining", kind, "--peak-of", arm]
-        told = subprocess.run(order, capture_output=True, text=True, check=True)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            bytes_more = fresh.submit(peak, kind, arm).result()
         ratio = found.ratio(arm)
         rows.append(
             {
@@ -86,7 +88,7 @@ def measure(kind: str) -> Report:
                 "time of a step / dense": ratio.median,
                 "q1": ratio.low,
                 "q3": ratio.high,
-                "peak MiB": json.loads(told.stdout) / MIB,
+                "peak MiB": bytes_more / MIB,
             }
         )
     return Report(
@@ -100,16 +102,10 @@ def measure(kind: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pretraining", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kind", nargs="?", choices=list(ARMS))
-    parser.add_argument("--peak-of", metavar="ARM", help="print the peak of one model in bytes, nothing else")
     options = parser.parse_args(arguments)
-    if options.peak_of and not options.kind:
-        parser.error("--peak-of needs the kind of model")
     with threads(1) as used:
-        if options.peak_of:
-            print(peak(options.kind, options.peak_of))
-            return
         about = environment() | {"threads": used}
         print(", ".join(f"{key} {value}" for key, value in about.items()))
         for kind in [options.kind] if options.kind else ARMS:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.files import whole_file, write_table
 
 
 @contextmanager
@@ -88,15 +86,10 @@ def read_json(path: Path) -> tuple[list[Report], dict[str, Any]]:
 
 def write_csv(path: Path, reports: Sequence[Report], about: Mapping[str, Any]) -> None:
     """Write a tidy table: one line a figure, with the report, its row and what it belongs to in each."""
-    text = io.StringIO(newline="")
     lines = [
         {"report": report.name, "row": k, "column": column, "value": row.get(column), **about}
         for report in reports
         for k, row in enumerate(report.rows)
         for column in report.columns
     ]
-    writer = csv.DictWriter(text, ["report", "row", "column", "value", *about], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+    write_table(path, ["report", "row", "column", "value", *about], lines)

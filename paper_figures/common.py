@@ -7,7 +7,6 @@ whose numbers are measured, or take long, has ``measure(quick)`` in place of `ro
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import threads
 from mumoe_tensor import Cost, cost, fit_rank
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.files import whole_file, write_table
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.plots import STYLE, colour
@@ -199,12 +198,7 @@ def read(path: Path) -> list[Row]:
 def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write a figure's numbers as CSV and its picture as PNG and PDF, each whole or not at all."""
     paths = [folder / f"{name_of(module)}{suffix}" for suffix in (".csv", ".png", ".pdf")]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with whole_file(paths[0]) as file:
-        file.write(text.getvalue().encode())
+    write_table(paths[0], list(rows[0]), rows)
     with matplotlib.rc_context(PRINT_STYLE):
         figure = module.draw(rows)
         for path in paths[1:]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.files import write_table
 
 Row = dict[str, Any]
 
@@ -54,12 +53,7 @@ class Records:
     def add(self, run: str, rows: Sequence[Row]) -> None:
         """Add all rows of a run at once."""
         self._rows += [{name: {"run": run, **row}[name] for name in self._columns} for row in rows]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(self._columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._rows)
-        with whole_file(self.path) as file:
-            file.write(text.getvalue().encode())
+        write_table(self.path, list(self._columns), self._rows)
 
     def of(self, **known: Any) -> list[Row]:
         """Rows that have these values."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.files import write_table
 from mumoe_tensor.study.subjects import UNITS, Subject
 
 
@@ -159,13 +158,8 @@ class Results:
         """
         self._rows += [(row, environment) for row in rows]
         if self.path is not None:
-            text = io.StringIO(newline="")
             lines = [asdict(row) | about for row, about in self._rows]
-            writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-            with whole_file(self.path) as file:
-                file.write(text.getvalue().encode())
+            write_table(self.path, list(lines[0]), lines)
 
     def of(self, quantity: str, **known: Any) -> list[Measurement]:
         """Measurements of a quantity that have these values.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.files import write_table
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,8 @@ def write_evaluations(evaluations: Sequence[Evaluation], path: Path) -> None:
     evaluations : sequence of Evaluation
     path : Path
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Evaluation)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(e) | {"is_best": int(e.is_best)} for e in evaluations)
-    with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+    columns = [field.name for field in fields(Evaluation)]
+    write_table(path, columns, (asdict(e) | {"is_best": int(e.is_best)} for e in evaluations))
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:

@@ -13,8 +13,6 @@ trainings run at once, each on one thread.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
-from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.study.environment import environment
@@ -243,12 +241,7 @@ def over_seeds(rows: Sequence[Row], column: str) -> Row:
 
 def write_table(name: str, rows: Sequence[Row]) -> None:
     """Write a table, whole."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with whole_file(TABLES / f"{name}.csv") as file:
-        file.write(text.getvalue().encode())
+    files.write_table(TABLES / f"{name}.csv", list(rows[0]), rows)
 
 
 def keep(
@@ -270,13 +263,9 @@ def is_same(row: Row, key: Row) -> bool:
 
 def tune_all(processes: int) -> None:
     """Try every learning rate of every kind of head."""
-    rows = table("heads_tuning")
-    wanted = [(run, rate) for run in dict.fromkeys(run.tuned_as for run in runs()) for rate in LEARNING_RATES]
-    left = [(run, rate) for run, rate in wanted
-            if not any(is_same(row, run.key | {"learning_rate": rate}) for row in rows)]  # fmt: skip
-    for row in go_through(left, tune, processes):
-        rows.append(row)
-        write_table("heads_tuning", rows)
+    tuned = dict.fromkeys(run.tuned_as for run in runs())
+    tasks = [(run.key | {"learning_rate": rate}, (run, rate)) for run in tuned for rate in LEARNING_RATES]
+    keep("heads_tuning", tasks, tune, processes)
 
 
 def learning_rate(run: Run) -> float:
@@ -398,7 +387,7 @@ def keep_images(top: dict[str, Any]) -> None:
         pixels[indices < 0] = 255
         labels = np.where(indices < 0, -1, data.y[indices.clip(0)].numpy())
         kept |= {name: indices, f"images_{n}": pixels, f"labels_{n}": labels}
-    with whole_file(path) as file:
+    with files.whole_file(path) as file:
         np.savez_compressed(file, **kept)
 
 

@@ -13,7 +13,6 @@ from matplotlib.text import Text
 from samples import RATIOS
 
 from mumoe_tensor import study as studies
-from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
 from mumoe_tensor.study import plots
 from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front, limits
@@ -208,23 +207,6 @@ def test_colours_and_markers_tell_subjects_apart(made_up: Made) -> None:
     for chart in charts(*made_up):
         assert len({plots.colour(name) for name in chart.titles}) == len(chart.titles)
         assert len({plots.marker(name) for name in chart.titles}) == len(chart.titles)
-
-
-@pytest.mark.parametrize("before", [None, b"old"])
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, before: bytes | None) -> None:
-    path = tmp_path / "file.csv"
-    if before is not None:
-        path.write_bytes(before)
-    with pytest.raises(RuntimeError, match="half way"), whole_file(path) as file:
-        file.write(b"half")
-        file.flush()
-        assert not path.exists() if before is None else path.read_bytes() == before
-        raise RuntimeError("half way")
-    assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["file.csv"])
-    assert before is None or path.read_bytes() == before
-    with whole_file(path) as file:
-        file.write(b"new")
-    assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
 
 
 # ---- the page ---------------------------------------------------------------------------------------------

@@ -191,23 +191,18 @@ def run_all(kind: str, processes: int) -> None:
 
 
 def find_causes(kind: str, processes: int) -> None:
-    """Blocks of CP with one thing changed, and with other learning rates."""
-    rate = learning_rate(kind, "CP")
-    changed = [(name, change, rate) for name, change in CAUSES[kind].items()]
-    changed += [(f"learning rate x {factor}", [], factor * rate) for factor in (0.5, 2)]
-    tasks = [
-        ({"changed": name, "seed": seed}, [*ARMS[kind]["CP"], *CAUSING[kind], *change], own)
-        for seed in CAUSE_SEEDS[kind]
-        for name, change, own in changed
-    ]
-    tasks += [
-        (
-            {"changed": "dense", "seed": seed},
-            [*ARMS[kind]["dense"], *CAUSING[kind]],
-            learning_rate(kind, "dense"),
-        )
-        for seed in CAUSE_SEEDS[kind]
-    ]
+    """Blocks of CP with one thing changed; these and the dense model with other learning rates."""
+    tasks = []
+    for seed in CAUSE_SEEDS[kind]:
+        for arm, changes in (("CP", CAUSES[kind]), ("dense", {"dense": []})):
+            rate = learning_rate(kind, arm)
+            changed = [(name, change, rate) for name, change in changes.items()]
+            start = "" if arm == "CP" else "dense, "
+            changed += [(f"{start}learning rate x {factor}", [], factor * rate) for factor in (0.5, 2)]
+            tasks += [
+                ({"changed": name, "seed": seed}, [*ARMS[kind][arm], *CAUSING[kind], *change], own)
+                for name, change, own in changed
+            ]
     train_all(kind, f"{kind}_causes", tasks, processes)
 
 
@@ -261,6 +256,7 @@ def claims(kind: str) -> list[Row]:
     }
     if kind == "mixer":
         tested = table("mixer_test")
+        measures["test loss, %"] = ({(r["arm"], r["seed"]): r["loss"] for r in tested}, True)
         measures["test accuracy, points"] = (
             {(r["arm"], r["seed"]): 100 * r["accuracy"] for r in tested},
             False,

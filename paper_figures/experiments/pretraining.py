@@ -3,13 +3,14 @@
     python -m paper_figures.experiments.pretraining mixer tune      learning rates, on validation rows
     python -m paper_figures.experiments.pretraining mixer runs      all trainings; test images for Mixers
     python -m paper_figures.experiments.pretraining mixer causes    other settings, on validation rows
+    python -m paper_figures.experiments.pretraining mixer follow    the best of them, with all experts
     python -m paper_figures.experiments.pretraining mixer svd       dense models of lower rank
     python -m paper_figures.experiments.pretraining mixer claims    the differences the claims are about
     python -m paper_figures.experiments.pretraining gpt2 samples    texts of the models of seed 0
 
-and the same with ``gpt2``, all but the last. Needs `make data`, and for GPT-2 the tokens, whose command is in
-``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they stopped, even within a training.
-``--processes`` says how many trainings run at once, each on one thread.
+and the same with ``gpt2``, all but ``follow``; samples are of ``gpt2`` alone. Needs `make data`, and for
+GPT-2 the tokens, whose command is in ``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they
+stopped, even within a training. ``--processes`` says how many trainings run at once, each on one thread.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ CAUSES: dict[str, dict[str, list[str]]] = {
         "softmax gate": ["model.gate=softmax"],
     },
 }
+#: What was best of these, tried with all experts for the whole length, on validation rows.
+FOLLOWED = {"mixer": "published initialisation"}
 CAUSE_SEEDS = {"mixer": (100, 101), "gpt2": (100,)}
 #: Shares of the singular values that are kept.
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -206,6 +209,17 @@ def find_causes(kind: str, processes: int) -> None:
     train_all(kind, f"{kind}_causes", tasks, processes)
 
 
+def follow(kind: str, processes: int) -> None:
+    """Train all arms of experts as the protocol says but for what was found."""
+    tasks = [
+        ({"followed": arm, "seed": seed}, [*changes, *CAUSES[kind][FOLLOWED[kind]]], learning_rate(kind, arm))
+        for seed in SEEDS
+        for arm, changes in ARMS[kind].items()
+        if arm != "dense"
+    ]
+    train_all(kind, f"{kind}_followed", tasks, processes)
+
+
 def truncated(kind: str) -> None:
     """Dense models on validation rows, the linear layers of their MLPs without small singular values."""
     rows = []
@@ -248,25 +262,23 @@ def claims(kind: str) -> list[Row]:
 
     Not those of speed and memory, which the load of the machine changes: see `speed`.
     """
-    rows = table(kind)
-    columns = {"validation loss, %": "validation_loss", "parameters, %": "parameters"}
-    measures = {
-        measure: ({(r["arm"], r["seed"]): r[column] for r in rows}, True)
-        for measure, column in columns.items()
-    }
-    if kind == "mixer":
-        tested = table("mixer_test")
-        measures["test loss, %"] = ({(r["arm"], r["seed"]): r["loss"] for r in tested}, True)
-        measures["test accuracy, points"] = (
-            {(r["arm"], r["seed"]): 100 * r["accuracy"] for r in tested},
-            False,
-        )
+    followed = [row | {"arm": f"{row['followed']}, {FOLLOWED[kind]}"} for row in table(f"{kind}_followed")]
+    rows, tested = [*table(kind), *followed], table(f"{kind}_test")
+    measures = [
+        ("validation loss, %", rows, "validation_loss"),
+        ("validation accuracy, points", rows, "validation_accuracy"),
+        ("test loss, %", tested, "loss"),
+        ("test accuracy, points", tested, "accuracy"),
+        ("parameters, %", rows, "parameters"),
+    ]
     found = []
-    for measure, (values, relative) in measures.items():
-        for arm in ARMS[kind]:
+    for measure, of, column in measures:
+        is_share = measure.endswith("points")
+        values = {(row["arm"], row["seed"]): (100 if is_share else 1) * row[column] for row in of}
+        for arm in dict.fromkeys(row["arm"] for row in of):
             own = [values[arm, seed] for seed in SEEDS]
             base = [values["dense", seed] for seed in SEEDS]
-            gaps = [100 * (a / b - 1) if relative else a - b for a, b in zip(own, base, strict=True)]
+            gaps = [a - b if is_share else 100 * (a / b - 1) for a, b in zip(own, base, strict=True)]
             mean, half = interval(gaps)
             found.append(
                 {
@@ -281,9 +293,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of an experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kind", choices=list(ARMS))
-    parser.add_argument("step", choices=("tune", "runs", "causes", "svd", "claims", "samples"))
+    parser.add_argument("step", choices=("tune", "runs", "causes", "follow", "svd", "claims", "samples"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
+    if options.step == "follow" and options.kind not in FOLLOWED:
+        parser.error(f"nothing is followed of {options.kind}")
     if options.step == "samples":
         if options.kind != "gpt2":
             parser.error("samples are of gpt2: a Mixer writes no text")
@@ -293,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.step == "svd":
         truncated(options.kind)
     else:
-        {"tune": tune, "runs": run_all, "causes": find_causes}[options.step](options.kind, options.processes)
+        steps = {"tune": tune, "runs": run_all, "causes": find_causes, "follow": follow}
+        steps[options.step](options.kind, options.processes)
     return 0
 
 

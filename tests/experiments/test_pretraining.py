@@ -49,36 +49,48 @@ def test_the_rate_is_that_of_the_lowest_loss(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
-    arms = list(pretraining.ARMS["mixer"])
-    rows = [
-        {
-            "arm": arm,
-            "seed": seed,
-            "validation_loss": draw.uniform(1, 2),
-            "parameters": 100 + (arm == "CP"),
-            "accuracy": draw.uniform(),
-            "loss": draw.uniform(1, 2),
-        }
-        for seed in reversed(pretraining.SEEDS)
-        for arm in arms
-    ]
-    monkeypatch.setattr(pretraining, "table", lambda name: rows)
+    arms, columns = list(pretraining.ARMS["mixer"]), ("validation_loss", "validation_accuracy")
+
+    def rows(name: str, arms: list[str], columns: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [
+            {name: arm, "seed": seed, "parameters": 100 + (arm == "CP")}
+            | {column: draw.uniform(1, 2) for column in columns}
+            for seed in reversed(pretraining.SEEDS)
+            for arm in arms
+        ]
+
+    tables = {
+        "mixer": rows("arm", arms, columns),
+        "mixer_test": rows("arm", arms, ("loss", "accuracy")),
+        "mixer_followed": rows("followed", ["TR"], columns),
+    }
+    monkeypatch.setattr(pretraining, "table", tables.__getitem__)
     found = {(row["measure"], row["arm"]): row for row in pretraining.claims("mixer")}
-    assert len(found) == 4 * len(arms)
+    assert len(found) == 5 * len(arms) + 3
 
-    def of(arm: str, column: str) -> Any:
-        return np.array([row[column] for row in rows if row["arm"] == arm])
+    def of(name: str, arm: str, column: str) -> Any:
+        return np.array([r[column] for r in tables[name] if arm in (r.get("arm"), r.get("followed"))])
 
-    ratios = 100 * (of("TR", "validation_loss") / of("dense", "validation_loss") - 1)
-    test_ratios = 100 * (of("TR", "loss") / of("dense", "loss") - 1)
-    points = 100 * (of("TR", "accuracy") - of("dense", "accuracy"))
-    told = {"validation loss, %": ratios, "test loss, %": test_ratios, "test accuracy, points": points}
-    for measure, gaps in told.items():
-        row = found[measure, "TR"]
+    def check(measure: str, arm: str, gaps: Any) -> None:
+        row = found[measure, arm]
         # Of three values Student's t has the quantile 4.303.
         half = 4.303 * np.std(gaps, ddof=1) / 3**0.5
         assert (row["minus dense"], row["half"]) == pytest.approx((gaps.mean(), half), rel=1e-3)
+
+    for name, measure, column in (
+        ("mixer", "validation", "validation_"),
+        ("mixer_test", "test", ""),
+        ("mixer_followed", "validation", "validation_"),
+    ):
+        dense = name.removesuffix("_followed")
+        arm = "TR, published initialisation" if dense != name else "TR"
+        ratios = of(name, "TR", f"{column}loss") / of(dense, "dense", f"{column}loss") - 1
+        check(f"{measure} loss, %", arm, 100 * ratios)
+        points = of(name, "TR", f"{column}accuracy") - of(dense, "dense", f"{column}accuracy")
+        check(f"{measure} accuracy, points", arm, 100 * points)
     assert found["parameters, %", "CP"]["minus dense"] == pytest.approx(1)
+    mean = 100 * of("mixer_test", "CP", "accuracy").mean()
+    assert found["test accuracy, points", "CP"]["value"] == pytest.approx(mean)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -289,6 +290,26 @@ def claims(kind: str) -> list[Row]:
     return found
 
 
+def tried(kind: str) -> list[Row]:
+    """What `find_causes` found, as means over seeds."""
+    rows = table(f"{kind}_causes")
+    found = []
+    for changed in dict.fromkeys(row["changed"] for row in rows):
+        mine = [row for row in rows if row["changed"] == changed]
+        loss, accuracy = (fmean(r[name] for r in mine) for name in ("validation_loss", "validation_accuracy"))
+        found.append(
+            {
+                "changed": changed,
+                "learning rate": mine[0]["learning_rate"],
+                "parameters": mine[0]["parameters"],
+                "validation loss": loss,
+                "accuracy, %": 100 * accuracy,
+                "seeds": len(mine),
+            }
+        )
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of an experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -304,6 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_samples()
     elif options.step == "claims":
         print(as_text(claims(options.kind)))
+        if table(f"{options.kind}_causes"):
+            print(f"\n{as_text(tried(options.kind))}")
     elif options.step == "svd":
         truncated(options.kind)
     else:

@@ -93,6 +93,47 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
     assert found["test accuracy, points", "CP"]["value"] == pytest.approx(mean)
 
 
+def test_causes_are_means_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {
+            "changed": changed, "seed": seed, "learning_rate": 1e-3, "parameters": 7,
+            "validation_loss": loss + seed, "validation_accuracy": loss / 10,
+        }
+        for changed, loss in (("dense", 1.0), ("softmax gate", 3.0))
+        for seed in (0, 1)
+    ]  # fmt: skip
+    monkeypatch.setattr(pretraining, "table", {"mixer_causes": rows}.__getitem__)
+    first, second = pretraining.tried("mixer")
+    assert first == {
+        "changed": "dense", "learning rate": 1e-3, "parameters": 7, "validation loss": 1.5, "accuracy, %": 10,
+        "seeds": 2,
+    }  # fmt: skip
+    assert (second["changed"], second["validation loss"], second["accuracy, %"]) == ("softmax gate", 3.5, 30)
+
+
+def test_every_cause_changes_one_thing_of_the_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[Any] = []
+    monkeypatch.setattr(pretraining, "train_all", lambda kind, name, given, processes: tasks.extend(given))
+    pretraining.find_causes("mixer", 1)
+    seeds = len(pretraining.CAUSE_SEEDS["mixer"])
+    assert len(tasks) == seeds * (len(pretraining.CAUSES["mixer"]) + 2 + 3)
+    start = {}
+    for key, changes, rate in tasks:
+        settings = pretraining.settings_of("mixer", changes, rate, 0)
+        flat = {**vars(settings.model), **vars(settings.train)}
+        if key["changed"] in ("as in the protocol", "dense"):
+            start[settings.model.format] = flat
+        else:
+            changed = {name for name, value in flat.items() if value != start[settings.model.format][name]}
+            assert len(changed - {"final_learning_rate"}) == 1, key
+    tasks.clear()
+    pretraining.follow("mixer", 1)
+    assert [key["followed"] for key, _, _ in tasks] == list(pretraining.ARMS["mixer"])[1:] * 3
+    for key, changes, rate in tasks:
+        assert changes == [*pretraining.ARMS["mixer"][key["followed"]], "model.init=published"]
+        assert rate == pretraining.learning_rate("mixer", key["followed"])
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Trainings of an experiment set one thread for their process."""

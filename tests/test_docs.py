@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -243,6 +244,12 @@ def test_links_are_checked(
 
 def test_a_folder_without_pages_is_wrong(tmp_path: Path, problems: Callable[[Path], list[str]]) -> None:
     assert problems(tmp_path)
+
+
+def test_the_readme_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    told = README.read_text(encoding="utf-8").partition("The extras are")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", told)) == set(project["optional-dependencies"])
 
 
 def test_links_of_the_readme() -> None:

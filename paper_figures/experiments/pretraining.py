@@ -213,7 +213,11 @@ def find_causes(kind: str, processes: int) -> None:
 def follow(kind: str, processes: int) -> None:
     """Train all arms of experts as the protocol says but for what was found."""
     tasks = [
-        ({"followed": arm, "seed": seed}, [*changes, *CAUSES[kind][FOLLOWED[kind]]], learning_rate(kind, arm))
+        (
+            {"arm": f"{arm}, {FOLLOWED[kind]}", "seed": seed},
+            [*changes, *CAUSES[kind][FOLLOWED[kind]]],
+            learning_rate(kind, arm),
+        )
         for seed in SEEDS
         for arm, changes in ARMS[kind].items()
         if arm != "dense"
@@ -263,8 +267,7 @@ def claims(kind: str) -> list[Row]:
 
     Not those of speed and memory, which the load of the machine changes: see `speed`.
     """
-    followed = [row | {"arm": f"{row['followed']}, {FOLLOWED[kind]}"} for row in table(f"{kind}_followed")]
-    rows, tested = [*table(kind), *followed], table(f"{kind}_test")
+    rows, tested = [*table(kind), *table(f"{kind}_followed")], table(f"{kind}_test")
     measures = [
         ("validation loss, %", rows, "validation_loss"),
         ("validation accuracy, points", rows, "validation_accuracy"),

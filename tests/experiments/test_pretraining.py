@@ -51,25 +51,25 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
     draw = np.random.default_rng(0)
     arms, columns = list(pretraining.ARMS["mixer"]), ("validation_loss", "validation_accuracy")
 
-    def rows(name: str, arms: list[str], columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    def rows(arms: list[str], columns: tuple[str, ...]) -> list[dict[str, Any]]:
         return [
-            {name: arm, "seed": seed, "parameters": 100 + (arm == "CP")}
+            {"arm": arm, "seed": seed, "parameters": 100 + (arm == "CP")}
             | {column: draw.uniform(1, 2) for column in columns}
             for seed in reversed(pretraining.SEEDS)
             for arm in arms
         ]
 
     tables = {
-        "mixer": rows("arm", arms, columns),
-        "mixer_test": rows("arm", arms, ("loss", "accuracy")),
-        "mixer_followed": rows("followed", ["TR"], columns),
+        "mixer": rows(arms, columns),
+        "mixer_test": rows(arms, ("loss", "accuracy")),
+        "mixer_followed": rows(["TR, published initialisation"], columns),
     }
     monkeypatch.setattr(pretraining, "table", tables.__getitem__)
     found = {(row["measure"], row["arm"]): row for row in pretraining.claims("mixer")}
     assert len(found) == 5 * len(arms) + 3
 
     def of(name: str, arm: str, column: str) -> Any:
-        return np.array([r[column] for r in tables[name] if arm in (r.get("arm"), r.get("followed"))])
+        return np.array([row[column] for row in tables[name] if row["arm"] == arm])
 
     def check(measure: str, arm: str, gaps: Any) -> None:
         row = found[measure, arm]
@@ -84,9 +84,9 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
     ):
         dense = name.removesuffix("_followed")
         arm = "TR, published initialisation" if dense != name else "TR"
-        ratios = of(name, "TR", f"{column}loss") / of(dense, "dense", f"{column}loss") - 1
+        ratios = of(name, arm, f"{column}loss") / of(dense, "dense", f"{column}loss") - 1
         check(f"{measure} loss, %", arm, 100 * ratios)
-        points = of(name, "TR", f"{column}accuracy") - of(dense, "dense", f"{column}accuracy")
+        points = of(name, arm, f"{column}accuracy") - of(dense, "dense", f"{column}accuracy")
         check(f"{measure} accuracy, points", arm, 100 * points)
     assert found["parameters, %", "CP"]["minus dense"] == pytest.approx(1)
     mean = 100 * of("mixer_test", "CP", "accuracy").mean()
@@ -128,10 +128,11 @@ def test_every_cause_changes_one_thing_of_the_arm(monkeypatch: pytest.MonkeyPatc
             assert len(changed - {"final_learning_rate"}) == 1, key
     tasks.clear()
     pretraining.follow("mixer", 1)
-    assert [key["followed"] for key, _, _ in tasks] == list(pretraining.ARMS["mixer"])[1:] * 3
-    for key, changes, rate in tasks:
-        assert changes == [*pretraining.ARMS["mixer"][key["followed"]], "model.init=published"]
-        assert rate == pretraining.learning_rate("mixer", key["followed"])
+    arms = list(pretraining.ARMS["mixer"])[1:]
+    for arm, (key, changes, rate) in zip(arms * 3, tasks, strict=True):
+        assert key["arm"] == f"{arm}, published initialisation"
+        assert changes == [*pretraining.ARMS["mixer"][arm], "model.init=published"]
+        assert rate == pretraining.learning_rate("mixer", arm)
 
 
 @pytest.fixture

@@ -212,14 +212,11 @@ def find_causes(kind: str, processes: int) -> None:
 
 def follow(kind: str, processes: int) -> None:
     """Train all arms of experts as the protocol says but for what was found."""
+    name = FOLLOWED[kind]
     tasks = [
-        (
-            {"arm": f"{arm}, {FOLLOWED[kind]}", "seed": seed},
-            [*changes, *CAUSES[kind][FOLLOWED[kind]]],
-            learning_rate(kind, arm),
-        )
+        ({"arm": f"{arm}, {name}", "seed": seed}, [*given, *CAUSES[kind][name]], learning_rate(kind, arm))
         for seed in SEEDS
-        for arm, changes in ARMS[kind].items()
+        for arm, given in ARMS[kind].items()
         if arm != "dense"
     ]
     train_all(kind, f"{kind}_followed", tasks, processes)

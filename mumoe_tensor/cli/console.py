@@ -29,6 +29,16 @@ def bad_input() -> Iterator[None]:
         raise typer.Exit(fail(str(error), 2)) from error
 
 
+@contextmanager
+def can_go_on() -> Iterator[None]:
+    """Make an interruption one line and exit code 130, where the same command goes on afterwards."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        message = "interrupted; the same command goes on where it stopped."
+        raise typer.Exit(fail(message, 130)) from stop
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mumoe_tensor.cli.console import bad_input, fail, new_table, print_json, progress_bar
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar
 from mumoe_tensor.cli.options import Hidden, Json
 from mumoe_tensor.cli.values import read_names, read_several
 
@@ -132,11 +132,8 @@ def study(
             chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
         planned = studies.plan(chosen)
         results = studies.open_folder(chosen, out, fresh=fresh)
-    try:
-        with progress_bar(chosen.title) as progress:
-            studies.measure(planned, results, progress)
-    except KeyboardInterrupt as stop:
-        raise typer.Exit(fail("interrupted; the same command goes on where it stopped.", 130)) from stop
+    with can_go_on(), progress_bar(chosen.title) as progress:
+        studies.measure(planned, results, progress)
     with bad_input():
         paths = studies.write(planned, results, out)
     if as_json:
@@ -207,12 +204,8 @@ def bias(
             task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
         experiment = experiments.Experiment(task, recipe, out)
         split = "test" if test else "validation"
-        try:
-            with progress_bar(task.name) as progress:
-                (experiment.test if test else experiment.validate)(progress)
-        except KeyboardInterrupt as stop:
-            message = "interrupted; the same command goes on where it stopped."
-            raise typer.Exit(fail(message, 130)) from stop
+        with can_go_on(), progress_bar(task.name) as progress:
+            (experiment.test if test else experiment.validate)(progress)
     rows = experiment.rows(split)
     found, differences = experiments.summary(rows), experiments.comparisons(rows)
     if as_json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mumoe_tensor.cli.console import bad_input, fail, new_table, print_json
+from mumoe_tensor.cli.console import bad_input, can_go_on, fail, new_table, print_json
 from mumoe_tensor.cli.options import Json, OpenRank
 from mumoe_tensor.cli.values import read_budget, read_experts, read_rank
 
@@ -204,10 +204,8 @@ def _train(
         settings = read_settings(kind, config, overrides or ())
         progress = sys.stdout.isatty() and not as_json
         try:
-            found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
-        except KeyboardInterrupt as stop:
-            message = "interrupted; the same command goes on where it stopped."
-            raise typer.Exit(fail(message, 130)) from stop
+            with can_go_on():
+                found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
         except FileNotFoundError:
             raise
         except (FloatingPointError, DamagedCheckpoint, OSError) as error:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -239,19 +240,28 @@ def over_seeds(rows: Sequence[Row], column: str) -> Row:
     return {column: mean, f"{column}_low": mean - (half or 0), f"{column}_high": mean + (half or 0)}
 
 
+def means(rows: Sequence[Row], by: str, columns: Sequence[str]) -> list[Row]:
+    """Means over the seeds of each value of a column, in the order of their first rows."""
+    found = []
+    for value in dict.fromkeys(row[by] for row in rows):
+        mine = [row for row in rows if row[by] == value]
+        same = {c: mine[0][c] for c in columns if len({row[c] for row in mine}) == 1}
+        own = {c: same[c] if c in same else fmean(row[c] for row in mine) for c in columns}
+        found.append({by: value, **own, "seeds": len(mine)})
+    return found
+
+
 def write_table(name: str, rows: Sequence[Row]) -> None:
     """Write a table, whole."""
     files.write_table(TABLES / f"{name}.csv", list(rows[0]), rows)
 
 
-def keep(
-    name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, processes: int, one_each: bool = False
-) -> None:
+def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, processes: int) -> None:
     """Do what a table has no row of yet; a task is the columns that tell its row, and its arguments."""
     rows = table(name)
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     left = [arguments for key, arguments in tasks if not any(is_same(row, key) for row in rows)]
-    for row in go_through(left, work, processes, one_each):
+    for row in go_through(left, work, processes):
         rows.append(row | {"measured": where})
         write_table(name, rows)
 
@@ -326,9 +336,12 @@ def find_causes(processes: int) -> None:
         write_table("heads_causes", rows)
 
 
-def claims() -> list[Row]:
-    """Every difference that a claim of the protocol is about, seed by seed: mean and 95 % interval."""
-    rows = table("heads")
+def claims(name: str = "heads") -> list[Row]:
+    """Every difference that a claim of the protocol is about, seed by seed: mean and 95 % interval.
+
+    And the losses of blocks beside the MLP's, which no claim is about.
+    """
+    rows = table(name)
 
     def values(column: str, **key: Any) -> dict[int, float]:
         known = {"gate": "entmax15", "gate_norm": "batch"} | key
@@ -337,7 +350,7 @@ def claims() -> list[Row]:
     found = []
 
     def compare(
-        claim: int, text: str, one: dict[int, float], other: dict[int, float], unit: float = 1
+        claim: int | str, text: str, one: dict[int, float], other: dict[int, float], unit: float = 1
     ) -> None:
         differences = [unit * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
         mean, half = interval(differences)
@@ -373,6 +386,11 @@ def claims() -> list[Row]:
             name = "x".join(map(str, levels))
             two = values("accuracy", kind="matched", format=format, experts=name)
             compare(5, f"accuracy in %, {format} of {name} - 256", two, one, 100)
+    mlp = values("loss", kind="matched", format="linear")
+    for format in FORMATS:
+        for (n,) in MATCHED:
+            mine = values("loss", kind="matched", format=format, experts=n)
+            compare("no", f"loss, {format} of {n} experts - MLP", mine, mlp)
     return found
 
 
@@ -396,11 +414,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("step", choices=("features", "tune", "test", "causes", "claims"))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--table", default="heads", help="of the claims: heads, or heads_repeated")
     options = parser.parse_args(arguments)
     if options.step == "features":
         make_features("train", DATA / "heads-training.npz")
     elif options.step == "claims":
-        print(as_text(claims()))
+        print(as_text(claims(options.table)))
+        columns = ("parameters", "accuracy", "accuracy_at_the_end")
+        print(f"\n{as_text(means(table('heads_causes'), 'cause', columns))}")
+        rows = [row for row in table(options.table) if row["kind"] == "single" and row["format"] == "cp"]
+        own = [row for row in rows if (row["gate"], row["gate_norm"]) == ("entmax15", "batch")]
+        print(f"\n{as_text(means(own, 'experts', ('dead', 'polysemanticity', 'polysemanticity_random')))}")
     else:
         {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.processes)
     return 0

@@ -16,10 +16,8 @@ stopped, even within a training. ``--processes`` says how many trainings run at 
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,7 +33,7 @@ from mumoe_tensor.training.settings import read_settings
 from mumoe_tensor.training.tokens import Tokenizer
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import ROOT, TABLES, keep, table, write_table
+from paper_figures.experiments.heads import ROOT, TABLES, keep, means, table, write_table
 
 #: What is compared, and how its settings differ from those that come with the library.
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -88,8 +86,6 @@ CAUSE_SEEDS = {"mixer": (100, 101), "gpt2": (100,)}
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 #: What GPT-2s go on with, from a play that they were not trained on; how many tokens, and how they are drawn.
 START, WRITTEN, TEMPERATURE, TOP_K = "FIRST WITCH.\nWhen shall we three meet again?\n", 100, 0.8, 40
-#: Tokens a row of the training has.
-ROW = {"mixer": 1, "gpt2": 128}
 
 
 def settings_of(kind: str, overrides: Sequence[str], learning_rate: float, seed: int) -> Any:
@@ -107,7 +103,6 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
     settings = settings_of(kind, overrides, learning_rate, key["seed"])
     name = "-".join(str(value).replace(", ", "-").replace(" ", "-") for value in key.values())
     found = run(settings, ROOT / "results" / kind / name)
-    rows = found["steps"] * settings.train.batch_size
     return {
         **key,
         "parameters": found["parameters"],
@@ -115,9 +110,6 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
         "learning_rate": learning_rate,
         "steps": found["steps"],
         "seconds": found["seconds"],
-        "per_second": rows * ROW[kind] / found["seconds"],
-        # (Of the whole process; in KiB on Linux.)
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "validation_loss": found["validation_loss"],
         "validation_accuracy": found["accuracy"],
         "folder": name,
@@ -127,7 +119,7 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
 def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> None:
     """Train what a table does not have yet: the columns that tell it, what is set, the learning rate."""
     work = [(key, (kind, key, overrides, rate)) for key, overrides, rate in tasks]
-    keep(name, work, trained, processes, one_each=True)
+    keep(name, work, trained, processes)
 
 
 def tune(kind: str, processes: int) -> None:
@@ -292,22 +284,8 @@ def claims(kind: str) -> list[Row]:
 
 def tried(kind: str) -> list[Row]:
     """What `find_causes` found, as means over seeds."""
-    rows = table(f"{kind}_causes")
-    found = []
-    for changed in dict.fromkeys(row["changed"] for row in rows):
-        mine = [row for row in rows if row["changed"] == changed]
-        loss, accuracy = (fmean(r[name] for r in mine) for name in ("validation_loss", "validation_accuracy"))
-        found.append(
-            {
-                "changed": changed,
-                "learning rate": mine[0]["learning_rate"],
-                "parameters": mine[0]["parameters"],
-                "validation loss": loss,
-                "accuracy, %": 100 * accuracy,
-                "seeds": len(mine),
-            }
-        )
-    return found
+    columns = ("learning_rate", "parameters", "validation_loss", "validation_accuracy")
+    return means(table(f"{kind}_causes"), "changed", columns)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from math import inf
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from mumoe_tensor.study.memory import growth
 from mumoe_tensor.study.timing import compare
 from mumoe_tensor.training.settings import MixerRun, read_settings
 from mumoe_tensor.training.trainer import cross_entropy
+from paper_figures.experiments.heads import go_through
 from paper_figures.experiments.pretraining import ARMS
 
 ROUNDS, SECONDS, MIB = 31, 120.0, 2**20
@@ -48,15 +48,15 @@ def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
         optimizer.zero_grad()
         loss = cross_entropy(model(x), y)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or inf)
         optimizer.step()
         return loss.item()
 
     return step, y.numel(), sum(p.numel() for p in model.parameters())
 
 
-def peak(kind: str, arm: str) -> int:
-    """Bytes by which this process grows by a model, its optimizer and some steps, on one thread."""
+def peak(kind: str, arm: str) -> tuple[str, int]:
+    """The arm, and bytes by which this process grows by its model, its optimizer and some steps."""
     torch.set_num_threads(1)
     # What libraries load and allocate once is there after another model, a small one.
     small = torch.nn.Linear(8, 8)
@@ -68,17 +68,16 @@ def peak(kind: str, arm: str) -> int:
         for _ in range(3):
             step()
 
-    return growth(run)
+    return arm, growth(run)
 
 
 def measure(kind: str) -> Report:
     """Speed and memory of all arms of an experiment."""
     made = {arm: make(kind, arm) for arm in ARMS[kind]}
     found = compare({arm: step for arm, (step, *_) in made.items()}, "dense", rounds=ROUNDS, limit=SECONDS)
+    peaks = dict(go_through([(kind, arm) for arm in made], peak, processes=1, one_each=True))
     rows = []
     for arm, (_, inputs, parameters) in made.items():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            bytes_more = fresh.submit(peak, kind, arm).result()
         ratio = found.ratio(arm)
         rows.append(
             {
@@ -88,7 +87,7 @@ def measure(kind: str) -> Report:
                 "time of a step / dense": ratio.median,
                 "q1": ratio.low,
                 "q3": ratio.high,
-                "peak MiB": bytes_more / MIB,
+                "peak MiB": peaks[arm] / MIB,
             }
         )
     return Report(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pydantic")
+pytest.importorskip("tokenizers")
 
+from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 
+from mumoe_tensor.models import GPT2, GPT2Config  # noqa: E402
+from mumoe_tensor.models.saved import save_model  # noqa: E402
 from mumoe_tensor.training.data import Dataset  # noqa: E402
 from mumoe_tensor.training.settings import MixerRun  # noqa: E402
 from paper_figures.experiments import heads, pretraining, speed  # noqa: E402
@@ -105,10 +111,10 @@ def test_causes_are_means_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining, "table", {"mixer_causes": rows}.__getitem__)
     first, second = pretraining.tried("mixer")
     assert first == {
-        "changed": "dense", "learning rate": 1e-3, "parameters": 7, "validation loss": 1.5, "accuracy, %": 10,
-        "seeds": 2,
+        "changed": "dense", "learning_rate": 1e-3, "parameters": 7, "validation_loss": 1.5,
+        "validation_accuracy": 0.1, "seeds": 2,
     }  # fmt: skip
-    assert (second["changed"], second["validation loss"], second["accuracy, %"]) == ("softmax gate", 3.5, 30)
+    assert (second["changed"], second["validation_loss"]) == ("softmax gate", 3.5)
 
 
 def test_every_cause_changes_one_thing_of_the_arm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +139,41 @@ def test_every_cause_changes_one_thing_of_the_arm(monkeypatch: pytest.MonkeyPatc
         assert key["arm"] == f"{arm}, published initialisation"
         assert changes == [*pretraining.ARMS["mixer"][arm], "model.init=published"]
         assert rate == pretraining.learning_rate("mixer", arm)
+
+
+def test_samples_go_on_with_the_same_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary = tmp_path / "data" / "gpt2-vocabulary"
+    vocabulary.mkdir(parents=True)
+    ids = {token: k for k, token in enumerate([*letters, "th", "<|endoftext|>"])}
+    (vocabulary / "encoder.json").write_text(json.dumps(ids))
+    (vocabulary / "vocab.bpe").write_text("#version: 0.2\nt h\n", encoding="utf-8")
+    rows = []
+    for seed, arm in enumerate(("dense", "CP")):
+        torch.manual_seed(seed)
+        config = GPT2Config(vocabulary=258, context=64, width=8, depth=1, heads=2, hidden=8)
+        folder = tmp_path / "results" / "gpt2" / arm
+        folder.mkdir(parents=True)
+        save_model(GPT2(config), folder / "model.safetensors")
+        rows += [{"arm": arm, "seed": seed, "folder": arm} for seed in (0, 1)]
+    monkeypatch.setattr(pretraining, "ROOT", tmp_path)
+    monkeypatch.setattr(pretraining, "TABLES", tmp_path)
+    monkeypatch.setattr(pretraining, "table", {"gpt2": rows}.__getitem__)
+    assert pretraining.main(["gpt2", "samples"]) == 0
+    text = (tmp_path / "gpt2_samples.txt").read_text(encoding="utf-8")
+    _, dense, cp = re.split("---- .* ----\n", text)
+    assert text.count("----") == 4 and text.index("---- dense ----") < text.index("---- CP ----")
+    assert dense.startswith(pretraining.START) and cp.startswith(pretraining.START)
+    assert dense.rstrip() != cp.rstrip() and len(dense) > len(pretraining.START) + 50
+
+
+@pytest.mark.parametrize(
+    ("line", "told"), [("gpt2 follow", "nothing is followed"), ("mixer samples", "no text")]
+)
+def test_steps_that_a_kind_does_not_have(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretraining.main(line.split())
+    assert told in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -82,6 +82,20 @@ def test_claims_are_differences_of_the_same_seed() -> None:
     told = found["accuracy in %, cp of 32 experts - MLP"]
     assert told["mean"] == pytest.approx(np.mean(mine)) and told["seeds"] == 5
     assert told["half"] == pytest.approx(2.776 * np.std(mine, ddof=1) / np.sqrt(5), rel=1e-3)
+    losses: dict[Any, list[float]] = {}
+    for row in sorted(heads.table("heads_repeated"), key=lambda row: row["seed"]):
+        if row["kind"] == "matched" and str(row["experts"]) in ("none", "8"):
+            losses.setdefault(row["format"], []).append(row["loss"])
+    again = {row["difference"]: row for row in heads.claims("heads_repeated")}
+    gaps = np.subtract(losses["tr"], losses["linear"])
+    assert again["loss, tr of 8 experts - MLP"]["mean"] == pytest.approx(gaps.mean())
+
+
+def test_means_are_over_seeds() -> None:
+    rows = [{"cause": name, "seed": s, "size": 7, "loss": s} for name in "ba" for s in (0, 1)]
+    assert heads.means(rows, "cause", ("size", "loss")) == [
+        {"cause": name, "size": 7, "loss": 0.5, "seeds": 2} for name in "ba"
+    ]
 
 
 def test_a_training_of_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ FAULTS = [
           "distributed.get_world_size() > 1", "False", "nn/test_distributed"),
     Fault("parallel: gradients of shared tensors not summed", "mumoe_tensor/nn/parallel.py",
           "_Sum.apply(ctx.group, gradient) if need", "gradient if need", "nn/test_parallel"),
+    Fault("states with the earlier names of factors not read", "mumoe_tensor/nn/experts.py",
+          'state[f"{prefix}factor_{key.removeprefix(old)}"] = state.pop(key)', "pass", "nn/test_torch"),
     Fault("parallel: factors without the bond not shared", "mumoe_tensor/nn/parallel.py",
           "factors[k] = factor\n", "pass\n", "nn/test_parallel"),
     Fault("parallel: outputs not summed", "mumoe_tensor/nn/parallel.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -57,8 +57,9 @@ class Experts(nn.Module):
 
     Attributes
     ----------
-    factors : ParameterList
-        The factors that are not all ones, each in the memory order its format declares (``Factor.storage``).
+    factor_0, factor_1, ... : Parameter
+        The factors that are not all ones, in declared order, each in the memory order its format declares
+        (``Factor.storage``).
     axes : tuple of tuple of str
         The axes of each of these factors, by the names of the format.
     plan : ContractionPlan
@@ -107,10 +108,10 @@ class Experts(nn.Module):
         self._network, self._batch_hint = network, batch_hint
         sizes = dict(network.sizes)
         self.axes = network.storage[: network.weights]
-        self.factors = nn.ParameterList(
-            nn.Parameter(torch.empty([sizes[x] for x in axes], device=device, dtype=dtype))
-            for axes in self.axes
-        )
+        self._factor_names = tuple(f"factor_{k}" for k in range(len(self.axes)))
+        for name, axes in zip(self._factor_names, self.axes, strict=True):
+            empty = torch.empty([sizes[x] for x in axes], device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty))
         self.edits = None  # a child only where there are some
         self.reset_parameters()
 
@@ -128,6 +129,11 @@ class Experts(nn.Module):
         init.draw(self.weight, self.in_features)
         if self.init == "linear":
             init.scale_to_linear(self.weight, self.in_features)
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """The attributes ``factor_0``, …: parameters, unless pruning or a parametrization computes them."""
+        return [getattr(self, name) for name in self._factor_names]
 
     @property
     def weight(self) -> FactorizedTensor:
@@ -193,7 +199,7 @@ class Experts(nn.Module):
         ValueError
             If the shapes do not fit together.
         """
-        y = self._mix([*self.factors], z, coefficients, activation, sparse_gradient)
+        y = self._mix(self.factors, z, coefficients, activation, sparse_gradient)
         return y if self.edits is None else self.edits(y, coefficients)
 
     def _mix(
@@ -243,8 +249,9 @@ class Experts(nn.Module):
         return super().train(mode)
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        rename_factors(state_dict, prefix)
         # Nothing is loaded that there is no place for: edits of the state alone get one, which adds nothing.
         start = f"{prefix}edits."
         for key in (key for key in state_dict if key.startswith(start)):
@@ -274,3 +281,18 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, experts={self.experts}"
         return f"{sizes}, format={self.format.name!r}, rank={self.rank}, bias={self.bias}"
+
+
+def rename_factors(state: MutableMapping[str, Any], prefix: str) -> None:
+    """Give the factors in a state of an earlier version, ``factors.0``, …, their present names, in place.
+
+    Parameters
+    ----------
+    state : dict
+        Of a model. What stands after a factor's name, as in the state of an optimizer, stays.
+    prefix : str
+        What the names of an `Experts` start with in this state, the last dot included.
+    """
+    old = f"{prefix}factors."
+    for key in [key for key in state if key.startswith(old)]:
+        state[f"{prefix}factor_{key.removeprefix(old)}"] = state.pop(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
 from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
-from mumoe_tensor.nn.experts import Experts, Init
+from mumoe_tensor.nn.experts import Experts, Init, rename_factors
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.linear import matrix_of
@@ -195,7 +195,7 @@ class _Layer(nn.Module):
             if isinstance(child, Experts):
                 for k, axes in enumerate(child.axes):
                     if mode in axes:
-                        key = f"{name}.factors.{k}"
+                        key = f"{name}.factor_{k}"
                         index = torch.tensor(kept, device=state[key].device)
                         state[key] = state[key].index_select(axes.index(mode), index)
                 for edit in child.edits or ():
@@ -205,8 +205,11 @@ class _Layer(nn.Module):
         return layer
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        for name, child in self.named_children():
+            if isinstance(child, Experts):
+                rename_factors(state_dict, f"{prefix}{name}.")
         # Comes before the children load theirs, so nothing is touched yet.
         wrong = [
             f"{name} has shape {tuple(state_dict[prefix + name].shape)} and should have {tuple(own.shape)}"

@@ -90,7 +90,7 @@ class DividedExperts(Experts):
         self.group, self.bond, self.start, self.whole_size = group, bond, start, sizes[bond]
         for k, factor in enumerate(whole.factors):
             part = self._part_of(k, factor.detach()).clone(memory_format=torch.contiguous_format)
-            self.factors[k] = nn.Parameter(part, factor.requires_grad)
+            setattr(self, f"factor_{k}", nn.Parameter(part, factor.requires_grad))
         self.edits = copy.deepcopy(whole.edits)
         self.train(whole.training)
 
@@ -139,7 +139,7 @@ class DividedExperts(Experts):
         activation: Activation | None = None,
         sparse_gradient: bool = False,
     ) -> Tensor:
-        factors = list(self.factors)
+        factors = self.factors
         common = [k for k, axes in enumerate(self.axes) if self.bond not in axes]
         z, *shared = _Share.apply(self.group, z, *coefficients, *(factors[k] for k in common))
         for k, factor in zip(common, shared[len(coefficients) :], strict=True):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.nn.experts import Experts, rename_factors
 
 State = dict[str, Tensor]
 
@@ -51,7 +52,7 @@ def restore_model(model: nn.Module, state: State) -> None:
     """Give a model the state that `model_state` gave; on several processes that of the first."""
     from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
-    set_model_state_dict(model, dict(state), options=_whole())
+    set_model_state_dict(model, _renamed(model, state), options=_whole())
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
@@ -76,7 +77,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
     # (Where a parameter has a gradient, torch would not make room for the state.)
     optimizer.zero_grad(set_to_none=True)
     kept: dict[str, State] = {}
-    for path, value in state.optimizer.items():
+    for path, value in _renamed(model, state.optimizer).items():
         name, _, key = path.rpartition("/")
         kept.setdefault(name, {})[key] = value
     # What the optimizer has besides is its config, which it was made with.
@@ -84,6 +85,15 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
     groups = [{**group, "params": [name for name, _ in model.named_parameters()]}]
     whole: Any = {"state": kept, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, whole, options=_whole())
+
+
+def _renamed(model: nn.Module, state: State) -> dict[str, Any]:
+    """A state that an earlier version may have written, under the names of today."""
+    renamed = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            rename_factors(renamed, f"{name}." if name else "")
+    return renamed
 
 
 def _whole() -> Any:

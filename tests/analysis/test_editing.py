@@ -102,10 +102,10 @@ def test_a_fresh_layer_takes_edits_up_from_the_state(experts: Any, tmp_path: Pat
 
 
 def test_states_without_edits_are_as_ever() -> None:
-    keys = {"experts.factors.0", "experts.factors.1", "experts.factors.2", "gate.weight"}
+    keys = {"experts.factor_0", "experts.factor_1", "experts.factor_2", "gate.weight"}
     layer, edited = layer_of(), edited_of()
     assert set(layer.state_dict()) == keys and not dict(layer.named_buffers())
-    assert layer.experts.edits is None and len([*layer.modules()]) == 4
+    assert layer.experts.edits is None and len([*layer.modules()]) == 3
     assert set(edited.state_dict()) - keys == {
         f"experts.edits.{name}.{buffer}" for name in ("up", "down") for buffer in ("mean_0", "outputs")
     }

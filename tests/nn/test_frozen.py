@@ -94,7 +94,7 @@ def trained(module: Any) -> None:
 
 def replaced(module: Any) -> None:
     for k, factor in enumerate(module.experts.factors):
-        module.experts.factors[k] = nn.Parameter(factor.detach() * 2)
+        setattr(module.experts, f"factor_{k}", nn.Parameter(factor.detach() * 2))
 
 
 def changed_in_place(module: Any) -> None:

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
+from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP  # noqa: E402
 
 FORMATS = ["cp", "tucker", "tr", "tt", "hadamard"]
 
@@ -180,9 +180,44 @@ def through_safetensors(state: Any, folder: Any) -> Any:
 def test_a_state_of_another_config_is_refused_before_any_weight_is_touched() -> None:
     block, other = block_of("cp", (4,)), block_of("cp", (5,))
     before = {name: value.clone() for name, value in block.state_dict().items()}
-    with pytest.raises(ValueError, match=r"up.factors.0 has shape \(5, 3\) and should have \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"up.factor_0 has shape \(5, 3\) and should have \(4, 3\)"):
         block.load_state_dict(other.state_dict())
     assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+
+
+def test_a_state_of_an_earlier_version_loads() -> None:
+    from mumoe_tensor.training.checkpoint import Snapshot, restore, snapshot
+
+    def model() -> nn.Module:
+        return nn.Sequential(MuMoE(7, 8, 4, rank=3), block_of("tr", (4, 3)), Experts(8, 5, 4, "cp", 3)).eval()
+
+    def run(made: nn.Module) -> torch.Tensor:
+        layer, block, experts = made
+        return experts(block(layer(x)), [coefficients])
+
+    def optimizer_of(made: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(made.parameters())
+        run(made).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    def earlier(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.replace("factor_", "factors."): value.clone() for name, value in state.items()}
+
+    x, coefficients = torch.randn(5, 7), torch.rand(5, 4)
+    written, read = model(), model()
+    state = snapshot(written, optimizer := optimizer_of(written))
+    assert sum("factors." in name for name in earlier(written.state_dict())) == 3 + 2 * 4 + 3
+    read.load_state_dict(earlier(written.state_dict()))
+    torch.testing.assert_close(run(read), run(written))
+    for whole, made in zip(written, model(), strict=True):
+        made.load_state_dict(earlier(whole.state_dict()))
+    restore(read, other := optimizer_of(read), Snapshot(earlier(state.model), earlier(state.optimizer)))
+    for made, its in ((written, optimizer), (read, other)):
+        run(made).sum().backward()
+        its.step()
+    torch.testing.assert_close(read.state_dict(), written.state_dict())
 
 
 def test_no_tensor_is_kept_between_calls() -> None:
@@ -230,9 +265,9 @@ def test_factors_that_are_pruned_or_parametrized() -> None:
     layer, x = MuMoE(7, 8, 8, "cp", 4, gate_norm="none"), torch.randn(5, 7)
     nn.init.normal_(layer.gate.weight)
     expected = layer(x)
-    prune.l1_unstructured(layer.experts.factors, "0", amount=0.0)
+    prune.l1_unstructured(layer.experts, "factor_0", amount=0.0)
     torch.testing.assert_close(layer(x), expected)
-    parametrize.register_parametrization(layer.experts.factors, "2", nn.Identity())
+    parametrize.register_parametrization(layer.experts, "factor_2", nn.Identity())
     torch.testing.assert_close(layer(x), expected)
 
 

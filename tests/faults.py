@@ -48,6 +48,12 @@ FAULTS = [
     Fault("CP: the weights of a container are dropped", f"{FORMATS}/cp.py",
           "return [container.weights, *container.factors]", "return [None, *container.factors]",
           "properties formats"),
+    Fault("formats: the batch's name taken for a bond", f"{FORMATS}/base.py",
+          "if bond == BATCH or re", "if re", "declarations"),
+    Fault("formats: registered unseen", f"{FORMATS}/base.py",
+          "        declared.declaration(levels)\n", "        pass\n", "declarations"),
+    Fault("testing: a problem's inputs not those of its seed", "mumoe_tensor/testing/strategies.py",
+          "np.random.default_rng(self.seed)", "np.random.default_rng()", "properties"),
     Fault("bias row dropped", f"{CONTRACTION}/execute.py",
           "result = add_product(row, left, right)", "result = left @ right", "properties"),
     Fault("bias taken from the first row", f"{CONTRACTION}/execute.py",
@@ -215,7 +221,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def caught_by(fault: Fault, folder: Path) -> str | None:
+def caught_by(fault: Fault, folder: Path, timeout: float | None = None) -> str | None:
     """Plant a fault in a copy of the repository and name the first test that fails, if one does."""
     copy = folder / re.sub(r"\W+", "-", fault.name)
     ignored = shutil.ignore_patterns(".*", "__pycache__", "docs", "results", "dist", "build")
@@ -225,10 +231,16 @@ def caught_by(fault: Fault, folder: Path) -> str | None:
     tests = [f"tests/{'' if '/' in name else 'test_'}{name}.py" for name in fault.tests.split()]
     environment = {**os.environ, "PYTHONPATH": str(copy), "MUMOE_HYPOTHESIS_PROFILE": "ci"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    shutil.rmtree(copy)
+    try:
+        run = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {timeout:g} s"
+    finally:
+        shutil.rmtree(copy)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
-    if run.returncode == 1 and failed:
+    if run.returncode in (1, 2) and failed:  # 2: a test file could not be imported
         return failed.group(1)
     if run.returncode == 0:
         return None

@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 Rank = tuple[int, ...]
@@ -336,6 +337,15 @@ def as_positive(value: Any, what: str) -> int:
     if value < 1:
         raise ValueError(f"{what} must be positive, got {value}.")
     return value
+
+
+def as_finite(value: Any, what: str) -> float:
+    """Return `value` as a float, or say that `what` must be a finite number."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what} must be a number, got {value!r}.")
+    if not isfinite(value):
+        raise ValueError(f"{what} must be finite, got {value}.")
+    return float(value)
 
 
 def check_modes(

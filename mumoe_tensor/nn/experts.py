@@ -26,6 +26,7 @@ from mumoe_tensor.nn.contraction import (
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits
 from mumoe_tensor.nn.frozen import Folded, are_values_known, is_frozen
 from mumoe_tensor.nn.sparse import is_supported
+from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor
 
 Init = Literal["linear", "published"]
@@ -145,7 +146,7 @@ class Experts(nn.Module):
         ]
         return FactorizedTensor(self.format, views)
 
-    def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
 
         Parameters
@@ -158,10 +159,11 @@ class Experts(nn.Module):
         ValueError, TypeError
             If the index does not name an expert.
         """
+        index = read_index(index, self.experts)
         found = expert_matrix(self.weight, index, bias=self.bias)
         matrix, bias = found if self.bias else (found, None)
         if self.edits is not None:
-            entries = torch.tensor(index, device=matrix.device).reshape(-1)
+            entries = torch.tensor(index, device=matrix.device)
             one_hot = [
                 nn.functional.one_hot(k, n).to(matrix.dtype)
                 for k, n in zip(entries, self.experts, strict=True)

@@ -15,6 +15,7 @@ from mumoe_tensor.nn.experts import Experts, Init, rename_factors
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.linear import matrix_of
+from mumoe_tensor.selections import Index, Selection, read_number, read_selection
 from mumoe_tensor.tensors import FactorizedTensor
 
 #: Activations that are known to have neither parameters nor chance in them.
@@ -152,8 +153,8 @@ class _Layer(nn.Module):
             )
         return write_published(self.gate, self._layers, version)
 
-    def keep_experts(self, level: int, indices: Sequence[int]) -> Any:
-        """A new layer that has only some of the experts of a level, in this order.
+    def keep_experts(self, level: int, indices: Selection) -> Any:
+        """A new layer that has only some of the experts of a level, in the order of the indices.
 
         Its gate is the same map to the logits of the experts kept: the gate function shares the coefficients
         out among these, and a layer norm of the logits is taken over these.
@@ -162,21 +163,19 @@ class _Layer(nn.Module):
         ----------
         level : int
             0 for the first.
-        indices : sequence of int
+        indices : sequence of int, or mask of shape (N,)
+            One or more. The experts of a mask are in ascending order.
 
         Raises
         ------
         ValueError
-            If there is no such level or expert, no index is given, or one twice.
+            If there is no such level or expert, one occurs twice, or there is none.
+        TypeError
+            If the level or an index is no integer.
         """
         experts = self.gate.experts
-        kept = [int(k) for k in indices]
-        if not 0 <= level < len(experts):
-            raise ValueError(f"level must be one of the {len(experts)} level(s), from 0 on, got {level}.")
-        if not kept or len(set(kept)) < len(kept) or not all(0 <= k < experts[level] for k in kept):
-            raise ValueError(
-                f"indices must be different experts of the {experts[level]} of level {level}, got {kept}."
-            )
+        level = read_number(level, len(experts), "level")
+        kept = read_selection(indices, experts[level], f"indices of level {level}", empty=False)
         like = self.gate.weight
         smaller = (*experts[:level], len(kept), *experts[level + 1 :])
         # (The format itself: its name is of use only if it is registered. That of the weight: of experts
@@ -366,7 +365,7 @@ class MuMoE(_Layer):
         """The weight of all experts: a `.FactorizedTensor` of views of the parameters."""
         return self.experts.weight
 
-    def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
 
         Parameters

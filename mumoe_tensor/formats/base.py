@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -227,13 +228,13 @@ class Format(ABC):
             If the number of entries is wrong or an entry is not positive.
         """
         bonds = self.bonds(levels)
-        entries = () if rank is None else rank if isinstance(rank, Iterable) else (rank,)
-        entries = tuple(None if r is None else as_positive(r, "every rank") for r in entries)
+        given = None if rank is None else as_entries(rank, "rank")
+        entries = tuple(None if r is None else as_positive(r, "every rank") for r in given or ())
         if len(entries) != len(bonds):
             wanted = f"({', '.join(bonds)}{',' * (len(bonds) == 1)})" if bonds else "no entries"
             raise ValueError(
                 f"a rank of format {self.name!r} with {levels} level(s) of experts has {len(bonds)} "
-                f"entries, {wanted}, got {rank!r}."
+                f"entries, {wanted}, got {given}."
             )
         return entries
 
@@ -330,13 +331,30 @@ def _declared(format: Format, levels: int) -> tuple[Factor, ...]:
 
 
 def as_positive(value: Any, what: str) -> int:
-    """Return `value` as an int, or say that `what` must be a positive integer."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    """Return an integer of any library as an int, or say that `what` must be a positive integer."""
+    number = _as_python(value)
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise TypeError(f"{what} must be an integer, got {value!r}.")
-    value = value.__index__()
-    if value < 1:
-        raise ValueError(f"{what} must be positive, got {value}.")
-    return value
+    number = number.__index__()
+    if number < 1:
+        raise ValueError(f"{what} must be positive, got {number}.")
+    return int(number)
+
+
+def as_probability(value: Any, what: str) -> float:
+    """Return a number of any library as a float, or say that `what` must be a probability below one."""
+    number = _as_python(value)
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number < 1:
+        raise ValueError(f"{what} must be a probability, at least 0 and below 1, got {value!r}.")
+    return float(number)
+
+
+def as_entries(value: Any, what: str) -> tuple[Any, ...]:
+    """Return the entries of a sequence or an array, read once; a number is its only entry."""
+    value = _as_python(value)
+    if isinstance(value, (str, bytes, Mapping, AbstractSet)):
+        raise TypeError(f"{what} must be an integer or a sequence of integers, got {value!r}.")
+    return tuple(value) if isinstance(value, Iterable) else (value,)
 
 
 def as_finite(value: Any, what: str) -> float:
@@ -358,10 +376,9 @@ def check_modes(
     TypeError, ValueError
         If a size is not a positive integer, or `bias` not a bool.
     """
-    levels = tuple(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else (experts,)
     check_flag(bias, "bias")
     return (
-        *(as_positive(n, "every number of experts") for n in levels),
+        *(as_positive(n, "every number of experts") for n in as_entries(experts, "experts")),
         as_positive(in_features, "in_features") + bias,
         as_positive(out_features, "out_features"),
     )
@@ -373,11 +390,18 @@ def check_flag(value: Any, what: str) -> None:
         raise TypeError(f"{what} must be True or False, got {value!r}.")
 
 
-def check_choice(value: Any, choices: Iterable[Any], what: str) -> None:
-    """Raise a ValueError that lists the choices if `value` is none of them."""
+def check_choice(value: Any, choices: Iterable[Any], what: str) -> Any:
+    """Return the choice that `value` equals, or raise a ValueError that lists the choices."""
     choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    for choice in choices:
+        if isinstance(value, type(choice)) and value == choice:
+            return choice
+    raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _as_python(value: Any) -> Any:
+    """A number or a list of Python for a number or an array of any library; other values as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.contraction.network import forward_network
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
-from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
+from mumoe_tensor.formats.base import Format, as_positive, check_choice, check_flag, check_modes, get_format
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
 from mumoe_tensor.nn.contraction import (
@@ -92,14 +92,15 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_choice(init, ("linear", "published"), "init")
         check_flag(recompute, "recompute")
         self.format = get_format(format)
         modes = check_modes(experts, in_features, out_features, bias)
         self.experts = modes[:-2]
         self.in_features, self.out_features = modes[-2] - bias, modes[-1]
         self.rank = self.format.full_rank(rank, len(self.experts))
-        self.bias, self.init, self.recompute = bias, init, recompute
+        self.bias, self.recompute = bias, recompute
+        self.init = check_choice(init, get_args(Init), "init")
+        batch_hint = as_positive(batch_hint, "batch_hint")
         network = forward_network(self.format, modes, self.rank, self.format.units(len(self.experts)), bias)
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)

@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.budget import fit_rank
-from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
+from mumoe_tensor.formats.base import (
+    Format,
+    as_positive,
+    as_probability,
+    check_choice,
+    check_flag,
+    check_modes,
+    formats,
+    get_format,
+)
 from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
 from mumoe_tensor.nn.experts import Experts, Init, rename_factors
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.linear import matrix_of
+from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, is_elementwise
 from mumoe_tensor.selections import Index, Selection, read_number, read_selection
 from mumoe_tensor.tensors import FactorizedTensor
-
-#: Activations that are known to have neither parameters nor chance in them.
-_FORMED_AGAIN = [
-    getattr(nn.functional, name)
-    for name in (
-        "gelu",
-        "relu",
-        "silu",
-        "mish",
-        "elu",
-        "leaky_relu",
-        "softplus",
-        "tanh",
-        "sigmoid",
-        "hardswish",
-    )
-]
 
 
 class _Layer(nn.Module):
     """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
 
-    def __init__(self, config: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        gate: str | dict[str, Any] | Gate,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
         super().__init__()
-        check_flag(config["input_norm"], "input_norm")
+        for name in ("bias", "input_norm", "recompute"):
+            check_flag(config[name], name)
+        config["batch_hint"] = as_positive(config["batch_hint"], "batch_hint")
+        config["init"] = check_choice(config["init"], get_args(Init), "init")
+        config["gate_norm"] = check_choice(config["gate_norm"], get_args(GateNorm), "gate_norm")
         self._config = config
         self.gate = ExpertGate(
             config["in_features"],
             config["experts"],
-            gate=config["gate"],
+            gate=gate,
             gate_norm=config["gate_norm"],
             device=device,
             dtype=dtype,
@@ -57,15 +61,42 @@ class _Layer(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make a layer like this one, by `from_config`.
+        """The arguments that make a layer like this one, by `from_config`, in types of JSON.
 
-        They can be written as JSON if gate and activation were given by name.
+        A gate or an activation is written by its name, see `register_gate`; a module of torch, as ``GELU``,
+        by the name of its class and its arguments. Device and dtype are not in it.
+
+        Raises
+        ------
+        ValueError
+            If the format, the gate or the activation has no registered name.
         """
-        return dict(self._config)
+        format = self._config["format"]
+        if formats().get(format.name) != format:
+            raise ValueError(f"format must be registered to be written in a config, got {format!r}.")
+        return {**self._config, "format": format.name, "gate": GATES.write(self.gate.gate)}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """As `config`, but with the format and the functions themselves; modules are copied."""
+        return {**self._config, "gate": copy.deepcopy(self.gate.gate)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **options: Any) -> Any:
-        """Make a layer from the `config` of another; `options` are further arguments such as `device`."""
+        """Make a layer from the `config` of another; nothing that it names is imported.
+
+        Parameters
+        ----------
+        config : dict
+            As it was, or read from JSON.
+        **options
+            Further arguments: `device` and `dtype`.
+
+        Raises
+        ------
+        ValueError
+            If a format, a gate or an activation is not registered.
+        """
         return cls(**config, **options)
 
     #: How many weights the layer has, one after the other.
@@ -180,7 +211,7 @@ class _Layer(nn.Module):
         smaller = (*experts[:level], len(kept), *experts[level + 1 :])
         # (The format itself: its name is of use only if it is registered. That of the weight: of experts
         # divided over processes there is none to be seen, which raises.)
-        config = {**self._config, "experts": smaller, "format": self._layers[0].weight.format}
+        config = {**self._arguments, "experts": smaller, "format": self._layers[0].weight.format}
         layer = type(self).from_config(config, device=like.device, dtype=like.dtype)
         layer.train(self.training)
         offset = sum(experts[:level])
@@ -315,7 +346,7 @@ class MuMoE(_Layer):
         *,
         parameters: int | Literal["match"] | None = None,
         bias: bool = True,
-        gate: str | Gate = "entmax15",
+        gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
         input_norm: bool = False,
         init: Init = "linear",
@@ -324,14 +355,15 @@ class MuMoE(_Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        levels = check_modes(experts, in_features, out_features, bias)[:-2]
+        check_flag(bias, "bias")
+        *levels, in_features, out_features = check_modes(experts, in_features, out_features)
         rank = _solve(format, levels, in_features, None, out_features, rank, parameters, bias)
         config = dict(
-            in_features=in_features, out_features=out_features, experts=levels,
-            format=get_format(format).name, rank=rank, bias=bias, gate=gate, gate_norm=gate_norm,
+            in_features=in_features, out_features=out_features, experts=tuple(levels),
+            format=get_format(format), rank=rank, bias=bias, gate_norm=gate_norm,
             input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
-        super().__init__(config, device, dtype)
+        super().__init__(config, gate, device, dtype)
         self.experts = Experts(
             in_features, out_features, levels, format, rank,
             bias=bias, init=init, batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
@@ -395,11 +427,13 @@ class MuMoEMLP(_Layer):
     parameters : int or "match", optional
         Parameters the block shall have at least; ``"match"`` for those of two `torch.nn.Linear`.
     bias : bool, default True
-    activation : str or callable, default "gelu"
-        The name of a function of `torch.nn.functional` or any function of a tensor. The result of a usual one
-        (gelu, relu, silu, …) is not kept for the backward pass but formed again, which is quick.
+    activation : str, dict or callable, default "gelu"
+        The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
+        function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
+        of the instance. The result of torch's elementwise functions and modules without parameters (gelu,
+        relu, silu, …) is not kept for the backward pass but formed again, which is quick.
     dropout : float, default 0
-        Probability of dropping an output while training.
+        Probability of dropping an output while training, below one.
     gate, gate_norm, input_norm, init, batch_hint, recompute, device, dtype : optional
         As of `MuMoE`.
 
@@ -430,9 +464,9 @@ class MuMoEMLP(_Layer):
         *,
         parameters: int | Literal["match"] | None = None,
         bias: bool = True,
-        activation: str | Callable[[Tensor], Tensor] = "gelu",
+        activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "gelu",
         dropout: float = 0.0,
-        gate: str | Gate = "entmax15",
+        gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
         input_norm: bool = False,
         init: Init = "linear",
@@ -441,15 +475,17 @@ class MuMoEMLP(_Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        levels = check_modes(experts, in_features, out_features, bias)[:-2]
+        check_flag(bias, "bias")
+        *levels, in_features, out_features = check_modes(experts, in_features, out_features)
+        hidden_features = as_positive(hidden_features, "hidden_features")
+        dropout = as_probability(dropout, "dropout")
         rank = _solve(format, levels, in_features, hidden_features, out_features, rank, parameters, bias)
         config = dict(
             in_features=in_features, hidden_features=hidden_features, out_features=out_features,
-            experts=levels, format=get_format(format).name, rank=rank, bias=bias, activation=activation,
-            dropout=dropout, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
-            batch_hint=batch_hint, recompute=recompute,
+            experts=tuple(levels), format=get_format(format), rank=rank, bias=bias, dropout=dropout,
+            gate_norm=gate_norm, input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
-        super().__init__(config, device, dtype)
+        super().__init__(config, gate, device, dtype)
 
         def layer(inner: int, outer: int) -> Experts:
             return Experts(
@@ -458,16 +494,16 @@ class MuMoEMLP(_Layer):
             )  # fmt: skip
 
         self.up, self.down = layer(in_features, hidden_features), layer(hidden_features, out_features)
-        if isinstance(activation, str):
-            if not callable(getattr(nn.functional, activation, None)):
-                raise ValueError(
-                    "an activation is a function or the name of one in torch.nn.functional, got "
-                    f"{activation!r}."
-                )
-            self.activation: Callable[[Tensor], Tensor] = getattr(nn.functional, activation)
-        else:
-            self.activation = activation
+        self.activation = ACTIVATIONS.read(activation, device, dtype)
         self.dropout = nn.Dropout(dropout)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "activation": ACTIVATIONS.write(self.activation)}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments, "activation": copy.deepcopy(self.activation)}
 
     @classmethod
     def from_linears(
@@ -504,7 +540,7 @@ class MuMoEMLP(_Layer):
 
     def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
         hidden = self.up(x, coefficients, sparse_gradient=sparse_gradient)
-        activation = self.activation if self.activation in _FORMED_AGAIN else None
+        activation = self.activation if is_elementwise(self.activation) else None
         if activation is None:
             hidden = self.activation(hidden)
         y = self.down(hidden, coefficients, activation, sparse_gradient)
@@ -514,7 +550,7 @@ class MuMoEMLP(_Layer):
 
 def _solve(
     format: str | Format,
-    experts: tuple[int, ...],
+    experts: Sequence[int],
     in_features: int,
     hidden: int | None,
     out_features: int,
@@ -529,11 +565,11 @@ def _solve(
         if parameters is not None:
             raise ValueError(f"format {format.name!r} has no rank, so parameters must be left out.")
         return format.full_rank(rank, levels)
-    if rank is not None and None not in format.check_rank(rank, levels):
+    entries = None if rank is None else format.check_rank(rank, levels)
+    if entries is not None and None not in entries:
         if parameters is not None:
             raise ValueError(f"give a rank or parameters, got rank={rank!r} and parameters={parameters!r}.")
-        return format.full_rank(rank, levels)
-    entries = None if rank is None else format.check_rank(rank, levels)
+        return format.full_rank(entries, levels)
     try:
         solved = fit_rank(
             format, experts=experts, in_features=in_features, out_features=out_features, hidden=hidden,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mumoe_tensor.analysis.coefficients import evaluating, experts_of, gate_of, watch_coefficients
 from mumoe_tensor.analysis.usage import Usage
 from mumoe_tensor.formats.base import as_finite
+from mumoe_tensor.nn.edits import check_edit_name
 from mumoe_tensor.selections import Selection, read_selection
 
 
@@ -109,8 +110,7 @@ def edit_bias(
     True
     """
     experts = experts_of(layer)
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"the name of an edit must be that of a module, without dots, got {name!r}.")
+    check_edit_name(name)
     if name in (experts.edits or ()):
         raise ValueError(f"an edit must have a name of its own; {name!r} is one already.")
     means = [means] if isinstance(means, Tensor) else list(means)

@@ -341,14 +341,6 @@ def as_positive(value: Any, what: str) -> int:
     return int(number)
 
 
-def as_probability(value: Any, what: str) -> float:
-    """Return a number of any library as a float, or say that `what` must be a probability below one."""
-    number = _as_python(value)
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number < 1:
-        raise ValueError(f"{what} must be a probability, at least 0 and below 1, got {value!r}.")
-    return float(number)
-
-
 def as_entries(value: Any, what: str) -> tuple[Any, ...]:
     """Return the entries of a sequence or an array, read once; a number is its only entry."""
     value = _as_python(value)
@@ -358,12 +350,21 @@ def as_entries(value: Any, what: str) -> tuple[Any, ...]:
 
 
 def as_finite(value: Any, what: str) -> float:
-    """Return `value` as a float, or say that `what` must be a finite number."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+    """Return a number of any library as a float, or say that `what` must be a finite number."""
+    number = _as_python(value)
+    if isinstance(number, (bool, str)) or not hasattr(number, "__float__"):
         raise TypeError(f"{what} must be a number, got {value!r}.")
-    if not isfinite(value):
-        raise ValueError(f"{what} must be finite, got {value}.")
-    return float(value)
+    if not isfinite(number):
+        raise ValueError(f"{what} must be finite, got {number}.")
+    return float(number)
+
+
+def as_probability(value: Any, what: str) -> float:
+    """As `as_finite`, but `what` must be a probability below one."""
+    number = as_finite(value, what)
+    if not 0 <= number < 1:
+        raise ValueError(f"{what} must be a probability, at least 0 and below 1, got {number}.")
+    return number
 
 
 def check_modes(

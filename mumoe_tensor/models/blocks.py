@@ -179,9 +179,9 @@ def check_config(
     checked["gate_norm"] = check_choice(config.gate_norm, get_args(GateNorm), "gate_norm")
     checked["init"] = check_choice(config.init, get_args(Init), "init")
     given = {name: getattr(config, name) for name in ranks if getattr(config, name) is not None}
+    checked["format"] = DENSE if config.format == DENSE else get_format(config.format).name
     if config.format != DENSE:
         format = get_format(config.format)
-        checked["format"] = format.name
         for name, rank in given.items():
             checked[name] = format.full_rank(rank, len(config.experts))
     elif given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, Self, get_args
@@ -23,16 +23,17 @@ from mumoe_tensor.nn.contraction import (
     kept_results,
     sparse_products,
 )
-from mumoe_tensor.nn.edits import BiasEdit, BiasEdits
+from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
 from mumoe_tensor.nn.frozen import Folded, are_values_known, is_frozen
 from mumoe_tensor.nn.sparse import is_supported
+from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor
 
 Init = Literal["linear", "published"]
 
 
-class Experts(nn.Module):
+class Experts(WholeState):
     """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
     Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W; W is never formed.
@@ -251,17 +252,23 @@ class Experts(nn.Module):
             self._folded.clear()
         return super().train(mode)
 
-    def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        rename_factors(state_dict, prefix)
-        # Nothing is loaded that there is no place for: edits of the state alone get one, which adds nothing.
-        start = f"{prefix}edits."
-        for key in (key for key in state_dict if key.startswith(start)):
-            name = key.removeprefix(start).split(".")[0]
+    def _expected(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
+        rename_factors(state, prefix)
+        expected = super()._expected(state, prefix)
+        sizes = {f"mean_{level}": n for level, n in enumerate(self.experts)} | {"outputs": self.out_features}
+        for name, entries in edits_in(state, prefix).items():
+            check_edit_name(name)
+            if entries != sizes.keys():
+                raise ValueError(f"an edit must have {[*sizes]} in a state; {name!r} has {sorted(entries)}.")
+            start = f"{prefix}edits.{name}."
+            expected |= {start + entry: torch.empty(n, device="meta") for entry, n in sizes.items()}
+        return expected
+
+    def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
+        # Edits of the state alone get a place, and are loaded like all else.
+        for name in edits_in(state, prefix):
             if self.edits is None or name not in self.edits:
                 self.add_edit(name, [torch.zeros(n) for n in self.experts], torch.zeros(self.out_features))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def add_edit(self, name: str, means: Sequence[Tensor], outputs: Tensor) -> None:
         """Give every expert one more bias: the product of its means times `outputs`.

@@ -14,6 +14,7 @@ from mumoe_tensor.nn.contraction import autocast_dtype
 from mumoe_tensor.nn.frozen import is_frozen
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
+from mumoe_tensor.nn.states import WholeState
 
 #: A map from logits of shape (..., N) to coefficients of that shape.
 Gate = Callable[[Tensor], Tensor]
@@ -26,7 +27,7 @@ _HOOKS_ON_ALL = (
 )
 
 
-class ExpertGate(nn.Module):
+class ExpertGate(WholeState):
     r"""Expert coefficients of an input: ``a_e = gate(norm(G_e^T z))`` for every level e.
 
     Equation (2) of Oldfield et al. (2024). The weight is zero at first, so that every expert of a level

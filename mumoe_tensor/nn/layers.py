@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -21,16 +21,17 @@ from mumoe_tensor.formats.base import (
     get_format,
 )
 from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
-from mumoe_tensor.nn.experts import Experts, Init, rename_factors
+from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.linear import matrix_of
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, is_elementwise
+from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection, read_number, read_selection
 from mumoe_tensor.tensors import FactorizedTensor
 
 
-class _Layer(nn.Module):
+class _Layer(WholeState):
     """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
 
     def __init__(
@@ -233,22 +234,6 @@ class _Layer(nn.Module):
                     state[key] = state[key][kept]
         layer.load_state_dict(state)
         return layer
-
-    def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for name, child in self.named_children():
-            if isinstance(child, Experts):
-                rename_factors(state_dict, f"{prefix}{name}.")
-        # Comes before the children load theirs, so nothing is touched yet.
-        wrong = [
-            f"{name} has shape {tuple(state_dict[prefix + name].shape)} and should have {tuple(own.shape)}"
-            for name, own in self.state_dict().items()
-            if prefix + name in state_dict and state_dict[prefix + name].shape != own.shape
-        ]
-        if wrong:
-            raise ValueError(f"a state must be that of a layer of the same config; {'; '.join(wrong)}.")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
         """Map inputs.

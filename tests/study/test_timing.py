@@ -40,6 +40,29 @@ def test_callables_take_turns() -> None:
     assert found.loops == {"a": 1, "b": 1, "c": 1}
 
 
+def test_a_turn_on_a_device_ends_with_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A call returns at once and leaves two seconds of work, which the device has done when it is waited for.
+    torch = pytest.importorskip("torch")
+    clock = FakeTime()
+    launched: list[str] = []
+
+    def wait() -> None:
+        clock.now += 2.0 * len(launched)
+        launched.clear()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    calls = {"launch": lambda: launched.append("kernel")}
+    found = timing.compare(calls, "launch", rounds=4, turn=3, limit=1e9, device="cuda", clock=clock)
+    assert found.seconds == {"launch": (2.0,) * 4}
+    assert found.loops == {"launch": 2}
+    assert not launched
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="device must be one of 'cpu', 'cuda', got 'tpu'"):
+        timing.compare({"a": lambda: None}, "a", device="tpu")
+
+
 def test_known_durations_give_known_ratios() -> None:
     clock = FakeTime()
     callables = {name: clock.taking(name, seconds) for name, seconds in (("b", 6e-6), ("a", 2e-6))}

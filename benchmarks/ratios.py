@@ -2,8 +2,8 @@
 
     python -m benchmarks.ratios [NAME ...] [--device cuda] [--quick] [--json FILE] [--csv FILE] [--list]
 
-A comparison is a function of `quick` and a device to a `Report`, entered in `COMPARISONS`. What is counted and
-the search for plans are the same on every device.
+A comparison is a function of `quick` and a device to a `Report`, entered in `COMPARISONS`. Counts, and the
+search for plans, are the same on every device.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Experts(WholeState):
 
     Notes
     -----
-    After ``eval()`` and under ``torch.no_grad()`` products of weights alone are made ahead where that takes
-    less time, and made again once a weight has changed.
+    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are made ahead where
+    that takes less time, and made again once a weight has changed.
     """
 
     edits: BiasEdits | None

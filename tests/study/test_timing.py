@@ -41,21 +41,21 @@ def test_callables_take_turns() -> None:
 
 
 def test_a_turn_on_a_device_ends_with_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A call returns at once and leaves two seconds of work, which the device has done when it is waited for.
+    # A call returns after a second and leaves two of work, which the device has done when it is waited for.
     torch = pytest.importorskip("torch")
     clock = FakeTime()
-    launched: list[str] = []
+    launch = clock.taking("launch", 1)
+    waited: list[int] = []
 
     def wait() -> None:
-        clock.now += 2.0 * len(launched)
-        launched.clear()
+        clock.now += 2.0 * (len(clock.calls) - sum(waited))
+        waited.append(len(clock.calls) - sum(waited))
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    calls = {"launch": lambda: launched.append("kernel")}
-    found = timing.compare(calls, "launch", rounds=4, turn=3, limit=1e9, device="cuda", clock=clock)
-    assert found.seconds == {"launch": (2.0,) * 4}
-    assert found.loops == {"launch": 2}
-    assert not launched
+    found = timing.compare({"a": launch}, "a", rounds=4, turn=4, limit=1e9, device="cuda", clock=clock)
+    # Three calls to warm up are done before the first turn; a turn has two.
+    assert found.seconds == {"a": (3.0,) * 4}
+    assert waited == [3, 1, 0, 2, *[0, 2] * 4]
 
 
 def test_an_unknown_device_is_refused() -> None:

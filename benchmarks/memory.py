@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-def made(case: str, recompute: bool, device: str) -> Any:
+def made(case: str, recompute: bool) -> Any:
     """The module of a case; "dense" is an MLP of the block's sizes."""
     torch.manual_seed(0)
     shape = CASES.get(case)
@@ -32,49 +32,42 @@ def made(case: str, recompute: bool, device: str) -> Any:
         first, hidden, last = GPT2
         return torch.nn.Sequential(
             torch.nn.Linear(first, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, last)
-        ).to(device)
-    layer = shape.layer(recompute=recompute, device=device)
+        )
+    layer = shape.layer(recompute=recompute)
     assert isinstance(layer, MuMoEMLP)
     return layer
 
 
-def tensors(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """An input, and a gradient of the output."""
-    x = torch.randn(ROWS, GPT2[0], device=device, requires_grad=True)
-    return x, torch.randn(ROWS, GPT2[-1], device=device)
-
-
-def peak_of_a_step(case: str, recompute: bool, device: str) -> int:
-    """Bytes by which memory grows at most in a step, over the built model and its input."""
-    module = made(case, recompute, device)
-    x, gradient = tensors(device)
+def peak_of_a_step(case: str, recompute: bool) -> int:
+    """Bytes by which the resident set grows at most in a step, over the built model and its input."""
+    module = made(case, recompute)
+    x, gradient = torch.randn(ROWS, GPT2[0], requires_grad=True), torch.randn(ROWS, GPT2[-1])
     # The libraries' own buffers are there after a small step.
     module(x[:2]).sum().backward()
     module.zero_grad()
     x.grad = None
-    return growth(lambda: module(x).backward(gradient), device)
+    return growth(lambda: module(x).backward(gradient))
 
 
-def memory(quick: bool, device: str) -> Report:
+def memory(quick: bool) -> Report:
     """Kept for the backward pass, and the peak of a step in fresh processes, against a dense MLP."""
     cases = [("dense", False), *((case, recompute) for case in CASES for recompute in (False, True))]
-    x, gradient = tensors(device)
+    x = torch.randn(ROWS, GPT2[0], requires_grad=True)
     peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}
     for _ in range(1 if quick else 5):
         for case in cases[: 2 if quick else None]:
-            peaks[case].append(in_a_fresh_process("benchmarks.memory", *case, device))
+            peaks[case].append(in_a_fresh_process("benchmarks.memory", *case))
     dense = peaks["dense", False]
+    gradient = torch.randn(ROWS, GPT2[-1])
     times: dict[tuple[str, bool], float] = {}
     for case in () if quick else CASES:
-        calls = {
-            str(recompute): step(made(case, recompute, device), x, gradient) for recompute in (False, True)
-        }
-        times[case, True] = compare(calls, "False", limit=20.0, device=device).ratio("True").median
+        calls = {str(recompute): step(made(case, recompute), x, gradient) for recompute in (False, True)}
+        times[case, True] = compare(calls, "False", limit=20.0).ratio("True").median
     rows = [
         {
             "module": case,
             "recompute": "yes" if recompute else "no",
-            "kept MiB": kept_bytes(made(case, recompute, device), x) / MIB,
+            "kept MiB": kept_bytes(made(case, recompute), x) / MIB,
             "peak MiB": median(found) / MIB,
             "to dense": median(mine / theirs for mine, theirs in zip(found, dense, strict=True)),
             "step": times.get((case, recompute)),
@@ -86,8 +79,7 @@ def memory(quick: bool, device: str) -> Report:
     columns |= {"to dense": ".2f", "step": ".2f"}
     title = f"Memory of a step of the GPT-2 block, 256 experts, {ROWS:,} tokens, float32"
     notes = [
-        "kept: for the backward pass, besides the parameters. peak: growth in a step of the resident set,",
-        "or of what is allocated on the device.",
+        "kept: for the backward pass, besides the parameters. peak: growth of the resident set in a step.",
         "step: time of a step over the same module's without recompute.",
     ]
     return Report("memory", title, columns, rows, notes)

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from benchmarks.common import (
+    DEVICES,
     Benchmark,
     finish,
     layer,
@@ -29,7 +30,7 @@ class Module(Benchmark):
     """`MuMoE` and `MuMoEMLP`, with as many parameters as the dense layer, or block of two, has."""
 
     param_names = [*Benchmark.param_names, "module", "dtype", "device"]
-    params = [*Benchmark.params, ["MuMoE", "MuMoEMLP"], list(profile().dtypes), list(profile().devices)]
+    params = [*Benchmark.params, ["MuMoE", "MuMoEMLP"], list(profile().dtypes), list(DEVICES)]
 
     def prepare(self, format: str, experts: int, levels: int, module: str, dtype: str, device: str) -> None:
         need_device(device)

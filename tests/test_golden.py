@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,15 @@ import mumoe_tensor as mt
 from mumoe_tensor.gates import entmax15
 
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors")
 
-from published import CASES, read  # noqa: E402
+CASES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    with safetensors.safe_open(path, "pt") as file:
+        settings = {name: json.loads(value) for name, value in file.metadata().items()}
+        return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def weight(settings: dict[str, Any], tensors: dict[str, Any], prefix: str) -> mt.FactorizedTensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, read_experts
-from mumoe_tensor.formats.base import as_finite
-from mumoe_tensor.selections import Selection
+from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, numbers_of
 
 
-def ablate(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
+def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> AbstractContextManager[None]:
     """While the context lasts, a layer is without some experts: their coefficients are zero.
 
     The layer equals one whose weight tensor is zero in the slices of these experts, biases included. What is
@@ -24,47 +22,42 @@ def ablate(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractCont
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
         Or a module that has one gate.
-    experts : int, sequence of int, or mask of shape (N,)
-        A mask selects the experts where it is true. There may be none.
+    experts : sequence of int
     level : int, default 0
         The level they belong to, 0 for the first.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, one occurs twice, or there is not one gate.
-    TypeError
-        If the level or an expert is no integer.
+        If there is no such level or expert, or not one gate.
     """
     return scale(layer, experts, 0.0, level)
 
 
-def keep_only(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
+def keep_only(layer: nn.Module, experts: Sequence[int], level: int = 0) -> AbstractContextManager[None]:
     """While the context lasts, a layer is without all experts of a level but some; see `ablate`.
 
     Parameters
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
         Or a module that has one gate.
-    experts : int, sequence of int, or mask of shape (N,)
-        Those to keep; without any, all are removed. What is left is not normalised again.
+    experts : sequence of int
+        Those to keep. What is left is not normalised again.
     level : int, default 0
         The level they belong to, 0 for the first.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, one occurs twice, or there is not one gate.
-    TypeError
-        If the level or an expert is no integer.
+        If there is no such level or expert, or not one gate.
     """
     gate = gate_of(layer)
-    level, kept = read_experts(gate, level, experts)
-    return ablate(gate, sorted(set(range(gate.experts[level])) - set(kept)), level)
+    kept = set(numbers_of(gate, level, experts))
+    return ablate(gate, [k for k in range(gate.experts[level]) if k not in kept], level)
 
 
 @contextmanager
-def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -> Iterator[None]:
+def scale(layer: nn.Module, experts: Sequence[int], factor: float, level: int = 0) -> Iterator[None]:
     """While the context lasts, the coefficients of some experts are a factor times what they are.
 
     The layer equals one whose weight tensor has this factor in the slices of these experts, biases included.
@@ -74,24 +67,18 @@ def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
         Or a module that has one gate.
-    experts : int, sequence of int, or mask of shape (N,)
-        A mask selects the experts where it is true. There may be none.
+    experts : sequence of int
     factor : float
-        Finite.
     level : int, default 0
         The level they belong to, 0 for the first.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, one occurs twice, the factor is not finite, or there is not one
-        gate.
-    TypeError
-        If the level or an expert is no integer, or the factor no number.
+        If there is no such level or expert, or not one gate.
     """
     gate = gate_of(layer)
-    level, changed = read_experts(gate, level, experts)
-    factor = as_finite(factor, "factor")
+    changed = numbers_of(gate, level, experts)
 
     def hook(module: nn.Module, inputs: Any, coefficients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         a = coefficients[level]

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mumoe_tensor.selections import Selection, read_selection
-
 #: The types of entries that the IDX format knows, by their code; all big-endian.
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -77,31 +75,28 @@ class Dataset:
         """Number of classes: one more than the largest label."""
         return int(self.y.max()) + 1
 
-    def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and labels of some rows.
 
         Parameters
         ----------
-        rows : sequence of int, or mask of shape (len(self),)
-            A row may occur more than once.
+        rows : Tensor of int64 of shape (n,)
 
         Returns
         -------
         Tensor of shape (n, ...)
         Tensor of shape (n,)
         """
-        numbers = torch.tensor(read_selection(rows, len(self), "rows", repeats=True), dtype=torch.long)
-        return self.x[numbers], self.y[numbers]
+        return self.x[rows], self.y[rows]
 
-    def rows(self, index: Selection) -> Dataset:
+    def rows(self, index: Tensor) -> Dataset:
         """Some of the rows.
 
         Parameters
         ----------
-        index : sequence of int, slice, or mask of shape (len(self),)
-            A row may occur more than once.
+        index : Tensor of int of shape (n,)
         """
-        return Dataset(*self.batch(index))
+        return Dataset(self.x[index], self.y[index])
 
 
 def split(data: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -37,12 +37,14 @@ class Profile:
     features: int
     dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16")
     minimize: tuple[str, ...] = ("time", "flops", "peak")
+    devices: tuple[str, ...] = DEVICES
 
 
 PROFILES = {
     "quick": Profile((64,), (1, 2), batch=64, features=128, dtypes=("float32",), minimize=("time",)),
     "regular": Profile(experts=(16, 256), levels=(0, 1, 2, 3), batch=1024, features=768),
     "large": Profile(experts=(16, 256, 4096), levels=(0, 1, 2, 3), batch=8192, features=768),
+    "cuda": Profile((256,), (1, 2), 8192, 768, dtypes=("float32", "bfloat16"), devices=("cuda",)),
 }
 
 

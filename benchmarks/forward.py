@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import mumoe_tensor as mt
-from benchmarks.common import BACKENDS, DEVICES, Benchmark, finish, inputs, layer, need_memory, profile
+from benchmarks.common import BACKENDS, Benchmark, finish, inputs, layer, need_memory, profile
 
 
 class Forward(Benchmark):
     """`multilinear_moe`, its plan known."""
 
     param_names = [*Benchmark.param_names, "backend", "dtype", "device"]
-    params = [*Benchmark.params, list(BACKENDS), list(profile().dtypes), list(DEVICES)]
+    params = [*Benchmark.params, list(BACKENDS), list(profile().dtypes), list(profile().devices)]
 
     def prepare(self, format: str, experts: int, levels: int, backend: str, dtype: str, device: str) -> None:
         described = layer(format, experts, levels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.common import BACKENDS, DEVICES, Benchmark, finish, inputs, profile
+from benchmarks.common import BACKENDS, Benchmark, finish, inputs, profile
 
 
 class Gate(Benchmark):
@@ -16,7 +16,7 @@ class Gate(Benchmark):
         ["entmax15", "sparsemax", "softmax", "top_k"],
         [*profile().experts, 16 * max(profile().experts)],
         list(BACKENDS),
-        list(DEVICES),
+        list(profile().devices),
     ]
 
     def prepare(self, gate: str, experts: int, backend: str, device: str) -> None:

@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import entmax
 import torch
 from torch import nn
 
+from benchmarks.devices import graphed
 from benchmarks.harness import Report
 from mumoe_tensor.contraction.network import BATCH
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, entmax15
 from mumoe_tensor.study.timing import Comparison, Spread, compare
+
+try:
+    import entmax
+except ImportError:  # what is compared with it is left out
+    entmax = None
 
 Call = Callable[[], object]
 
@@ -71,7 +76,12 @@ SHAPES = (
 
 def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Operands of every matrix product of a forward pass, the gate's included."""
-    pairs = [(torch.randn(rows, layer.gate.in_features), layer.gate.weight.detach().T)]
+    weight = layer.gate.weight.detach()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=weight.device, dtype=weight.dtype)
+
+    pairs = [(random(rows, layer.gate.in_features), weight.T)]
     for experts in layer.children():
         if isinstance(experts, Experts):
             sizes = {**dict(experts.plan.program.network.sizes), BATCH: rows}
@@ -83,7 +93,7 @@ def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
                         prod(sizes[x] for x in axes) for axes in (shared, left - right, summed, right - left)
                     )
                     stack = [batch] if shared else []
-                    pairs.append((torch.randn(*stack, m, k), torch.randn(*stack, k, n)))
+                    pairs.append((random(*stack, m, k), random(*stack, k, n)))
     return pairs
 
 
@@ -129,24 +139,27 @@ def step(module: Any, x: torch.Tensor, gradient: torch.Tensor) -> Call:
 
 def elementwise(layer: Any, rows: int, backward: bool) -> Call:
     """What is no matrix product: the gate, elementwise products, the activation; with their gradients."""
-    logits = torch.randn(rows, layer.gate.weight.shape[0], requires_grad=backward)
-    jobs: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
-        (layer.gate.coefficients_of, (logits,))
-    ]
+    weight = layer.gate.weight
+
+    def random(*shape: int, dtype: torch.dtype = weight.dtype) -> torch.Tensor:
+        return torch.randn(shape, device=weight.device, dtype=dtype, requires_grad=backward)
+
+    def coefficients(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = layer.gate.coefficients_of(logits, weight.dtype)
+        return found
+
+    logits = random(rows, len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
+    jobs: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [(coefficients, (logits,))]
     children = [child for child in layer.children() if isinstance(child, Experts)]
     for experts in children:
         sizes = {**dict(experts.plan.program.network.sizes), BATCH: rows}
         for step in experts.plan.steps:
             if step.kind == "mul":
                 left, right, result = step.axes
-                pair = (
-                    torch.randn([sizes[x] if x in axes else 1 for x in result], requires_grad=backward)
-                    for axes in (left, right)
-                )
+                pair = (random(*(sizes[x] if x in axes else 1 for x in result)) for axes in (left, right))
                 jobs.append((torch.mul, tuple(pair)))
     if len(children) == 2:
-        hidden = torch.randn(rows, children[0].out_features, requires_grad=backward)
-        jobs.append((layer.activation, (hidden,)))
+        jobs.append((layer.activation, (random(rows, children[0].out_features),)))
 
     def run() -> None:
         with torch.set_grad_enabled(backward):
@@ -197,39 +210,53 @@ def over_limit(found: Comparison, name: str) -> Spread:
     return Spread.of((layer - rest) / bare for layer, rest, bare in seconds)
 
 
-def layers(quick: bool) -> Report:
+class Beside:
+    """A layer with its inputs, and the dense one in its place."""
+
+    def __init__(self, shape: Shape, rows: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        torch.manual_seed(0)
+        self.rows, self.device = rows, device
+        self.layer = shape.layer(device=device, dtype=dtype)
+        self.dense = shape.dense(sum(p.numel() for p in self.layer.parameters())).to(device, dtype)
+        self.x = torch.randn(rows, shape.sizes[0], device=device, dtype=dtype, requires_grad=True)
+        self.gradient = torch.randn(rows, shape.sizes[-1], device=device, dtype=dtype)
+        self.products = products(self.layer, rows)
+
+    def calls(self, kind: str, run: str = "eager") -> dict[str, Call]:
+        """Calls to compare: a "forward" pass or a "step", "eager", "compiled" or captured as a "graph"."""
+        backward = kind == "step"
+        modules = {"dense": self.dense, "layer": self.layer}
+        if entmax is not None and run != "graph":
+            modules["as written"] = AsWritten(self.layer)
+        calls: dict[str, Call] = {
+            "limit": limit(self.products, backward),
+            "elementwise": elementwise(self.layer, self.rows, backward),
+        }
+        for name, module in modules.items():
+            module = torch.compile(module) if run == "compiled" else module
+            calls[name] = step(module, self.x, self.gradient) if backward else forward(module, self.x)
+        return {name: graphed(call, self.device) for name, call in calls.items()} if run == "graph" else calls
+
+
+def layers(quick: bool, device: str) -> Report:
     """Forward pass and step of a layer against a dense one, the bare products, and the equations."""
     rows: list[dict[str, Any]] = []
     for shape in SHAPES[:1] if quick else SHAPES:
-        torch.manual_seed(0)
-        layer = shape.layer()
-        parameters = sum(p.numel() for p in layer.parameters())
-        dense = shape.dense(parameters)
-        count = 32 if quick else shape.rows
-        x = torch.randn(count, shape.sizes[0], requires_grad=True)
-        gradient = torch.randn(count, shape.sizes[-1])
-        pairs = products(layer, count)
-        for compiled in (False,) if quick else (False, True):
+        beside = Beside(shape, 32 if quick else shape.rows, device)
+        for run in ("eager",) if quick else ("eager", "compiled"):
             torch._dynamo.reset()
-            modules = {"dense": dense, "layer": layer, "as written": AsWritten(layer)}
-            if compiled:
-                modules = {name: torch.compile(module) for name, module in modules.items()}
             for kind in ("forward", "step"):
-                backward = kind == "step"
-                calls: dict[str, Call] = {
-                    "limit": limit(pairs, backward),
-                    "elementwise": elementwise(layer, count, backward),
-                }
-                for name, module in modules.items():
-                    calls[name] = step(module, x, gradient) if backward else forward(module, x)
-                found = compare(calls, "dense", rounds=3 if quick else 15, limit=2.0 if quick else 20.0)
+                calls = beside.calls(kind, run)
+                found = compare(
+                    calls, "dense", rounds=3 if quick else 15, limit=2.0 if quick else 20.0, device=device
+                )
                 ratio = found.ratio("layer")
                 rows.append(
                     {
                         "shape": shape.name,
                         "experts": "x".join(map(str, shape.experts)),
                         "format": shape.format,
-                        "run": "compiled" if compiled else "eager",
+                        "run": run,
                         "pass": kind,
                         "dense ms": 1e3 * found.spread("dense").median,
                         "layer ms": 1e3 * found.spread("layer").median,
@@ -238,7 +265,9 @@ def layers(quick: bool) -> Report:
                         "low": ratio.low,
                         "high": ratio.high,
                         "to limit": over_limit(found, "layer").median,
-                        "as written": found.ratio("as written").median / ratio.median,
+                        "as written": found.ratio("as written").median / ratio.median
+                        if "as written" in calls
+                        else None,
                     }
                 )
     columns = dict.fromkeys(("shape", "experts", "format", "run", "pass"), "")
@@ -263,7 +292,7 @@ def sharpened(gate_of: Callable[[torch.Tensor], torch.Tensor], logits: torch.Ten
     return low
 
 
-def sparse(quick: bool) -> Report:
+def sparse(quick: bool, device: str) -> Report:
     """The sparse route at several shares of coefficients that are not zero, against the dense products."""
     experts, count = (1024, 32) if quick else (4096, 1024)
     rows: list[dict[str, Any]] = []
@@ -277,8 +306,9 @@ def sparse(quick: bool) -> Report:
 
         gate.sparse_gradient = True  # type: ignore[attr-defined]
         shape = Shape("GPT-2 block", count, GPT2, (experts,), "cp", (556,), "layer", {"gate": gate})
-        layer, x = shape.layer(), torch.randn(count, GPT2[0], requires_grad=True)
-        gradient, pairs = torch.randn(count, GPT2[-1]), products(layer, count)
+        layer = shape.layer(device=device)
+        x = torch.randn(count, GPT2[0], device=device, requires_grad=True)
+        gradient, pairs = torch.randn(count, GPT2[-1], device=device), products(layer, count)
         measured = float((layer.gate(x)[0] > 0).float().mean())
 
         def dense_route(x: torch.Tensor, layer: Any = layer) -> torch.Tensor:
@@ -296,7 +326,9 @@ def sparse(quick: bool) -> Report:
             }
             for name, module in (("dense route", route), ("layer", layer)):
                 calls[name] = step(module, x, gradient) if backward else forward(module, x)
-            found = compare(calls, "limit", rounds=3 if quick else 15, limit=2.0 if quick else 20.0)
+            found = compare(
+                calls, "limit", rounds=3 if quick else 15, limit=2.0 if quick else 20.0, device=device
+            )
             rows.append(
                 {
                     "not zero": measured,
@@ -318,14 +350,14 @@ def sparse(quick: bool) -> Report:
     return Report("sparse", title, columns, rows, notes)
 
 
-def one_token(quick: bool) -> Report:
+def one_token(quick: bool, device: str) -> Report:
     """Inference on one token against the same torch operations written by hand, eager and compiled."""
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     for shape in (SHAPES[0], SHAPES[-1]):
-        layer = shape.layer().eval()
+        layer = shape.layer(device=device).eval()
         weights = [[f.detach() for f in e.factors] for e in layer.children() if isinstance(e, Experts)]
-        gate, x = layer.gate.weight.detach(), torch.randn(1, shape.sizes[0])
+        gate, x = layer.gate.weight.detach(), torch.randn(1, shape.sizes[0], device=device)
         statistics = layer.gate.norm
 
         def by_hand(
@@ -347,7 +379,14 @@ def one_token(quick: bool) -> Report:
             calls["compiled"] = forward(torch.compile(layer, fullgraph=True), x)
         for name in calls:
             torch.testing.assert_close(calls[name](), calls["by hand"](), rtol=1e-4, atol=1e-5)
-        found = compare(calls, "by hand", rounds=3 if quick else 101, turn=1e-3, limit=2.0 if quick else 20.0)
+        found = compare(
+            calls,
+            "by hand",
+            rounds=3 if quick else 101,
+            turn=1e-3,
+            limit=2.0 if quick else 20.0,
+            device=device,
+        )
         rows.append(
             {
                 "shape": shape.name,
@@ -363,10 +402,10 @@ def one_token(quick: bool) -> Report:
     return Report("one-token", "Inference on one token, CP", columns, rows, notes)
 
 
-def gates(quick: bool) -> Report:
+def gates(quick: bool, device: str) -> Report:
     """entmax15 against the `entmax` package, forward and backward, eager and compiled."""
     size = (32, 256) if quick else (256, 4096)
-    logits, gradient = torch.randn(size, requires_grad=True), torch.randn(size)
+    logits, gradient = torch.randn(size, device=device, requires_grad=True), torch.randn(size, device=device)
     compiled = torch.compile(entmax15, fullgraph=True)
 
     def both(function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
@@ -379,7 +418,7 @@ def gates(quick: bool) -> Report:
     calls = {"package": both(entmax.entmax15), "eager": both(entmax15)}
     if not quick:
         calls["compiled"] = both(compiled)
-    found = compare(calls, "package", rounds=3 if quick else 15, limit=30)
+    found = compare(calls, "package", rounds=3 if quick else 15, limit=30, device=device)
     rows = [
         {"run": name, "ms": 1e3 * found.spread(name).median, "times as fast": 1 / found.ratio(name).median}
         for name in calls

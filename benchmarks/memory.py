@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-def made(case: str, recompute: bool) -> Any:
+def made(case: str, recompute: bool, device: str) -> Any:
     """The module of a case; "dense" is an MLP of the block's sizes."""
     torch.manual_seed(0)
     shape = CASES.get(case)
@@ -32,42 +32,49 @@ def made(case: str, recompute: bool) -> Any:
         first, hidden, last = GPT2
         return torch.nn.Sequential(
             torch.nn.Linear(first, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, last)
-        )
-    layer = shape.layer(recompute=recompute)
+        ).to(device)
+    layer = shape.layer(recompute=recompute, device=device)
     assert isinstance(layer, MuMoEMLP)
     return layer
 
 
-def peak_of_a_step(case: str, recompute: bool) -> int:
-    """Bytes by which the resident set grows at most in a step, over the built model and its input."""
-    module = made(case, recompute)
-    x, gradient = torch.randn(ROWS, GPT2[0], requires_grad=True), torch.randn(ROWS, GPT2[-1])
+def tensors(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An input, and a gradient of the output."""
+    x = torch.randn(ROWS, GPT2[0], device=device, requires_grad=True)
+    return x, torch.randn(ROWS, GPT2[-1], device=device)
+
+
+def peak_of_a_step(case: str, recompute: bool, device: str) -> int:
+    """Bytes by which memory grows at most in a step, over the built model and its input."""
+    module = made(case, recompute, device)
+    x, gradient = tensors(device)
     # The libraries' own buffers are there after a small step.
     module(x[:2]).sum().backward()
     module.zero_grad()
     x.grad = None
-    return growth(lambda: module(x).backward(gradient))
+    return growth(lambda: module(x).backward(gradient), device)
 
 
-def memory(quick: bool) -> Report:
+def memory(quick: bool, device: str) -> Report:
     """Kept for the backward pass, and the peak of a step in fresh processes, against a dense MLP."""
     cases = [("dense", False), *((case, recompute) for case in CASES for recompute in (False, True))]
-    x = torch.randn(ROWS, GPT2[0], requires_grad=True)
+    x, gradient = tensors(device)
     peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}
     for _ in range(1 if quick else 5):
         for case in cases[: 2 if quick else None]:
-            peaks[case].append(in_a_fresh_process("benchmarks.memory", *case))
+            peaks[case].append(in_a_fresh_process("benchmarks.memory", *case, device))
     dense = peaks["dense", False]
-    gradient = torch.randn(ROWS, GPT2[-1])
     times: dict[tuple[str, bool], float] = {}
     for case in () if quick else CASES:
-        calls = {str(recompute): step(made(case, recompute), x, gradient) for recompute in (False, True)}
-        times[case, True] = compare(calls, "False", limit=20.0).ratio("True").median
+        calls = {
+            str(recompute): step(made(case, recompute, device), x, gradient) for recompute in (False, True)
+        }
+        times[case, True] = compare(calls, "False", limit=20.0, device=device).ratio("True").median
     rows = [
         {
             "module": case,
             "recompute": "yes" if recompute else "no",
-            "kept MiB": kept_bytes(made(case, recompute), x) / MIB,
+            "kept MiB": kept_bytes(made(case, recompute, device), x) / MIB,
             "peak MiB": median(found) / MIB,
             "to dense": median(mine / theirs for mine, theirs in zip(found, dense, strict=True)),
             "step": times.get((case, recompute)),
@@ -79,7 +86,8 @@ def memory(quick: bool) -> Report:
     columns |= {"to dense": ".2f", "step": ".2f"}
     title = f"Memory of a step of the GPT-2 block, 256 experts, {ROWS:,} tokens, float32"
     notes = [
-        "kept: for the backward pass, besides the parameters. peak: growth of the resident set in a step.",
+        "kept: for the backward pass, besides the parameters. peak: growth in a step of the resident set,",
+        "or of what is allocated on the device.",
         "step: time of a step over the same module's without recompute.",
     ]
     return Report("memory", title, columns, rows, notes)

@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 from benchmarks.common import (
-    DEVICES,
     Benchmark,
     finish,
     layer,
@@ -30,7 +29,7 @@ class Module(Benchmark):
     """`MuMoE` and `MuMoEMLP`, with as many parameters as the dense layer, or block of two, has."""
 
     param_names = [*Benchmark.param_names, "module", "dtype", "device"]
-    params = [*Benchmark.params, ["MuMoE", "MuMoEMLP"], list(profile().dtypes), list(DEVICES)]
+    params = [*Benchmark.params, ["MuMoE", "MuMoEMLP"], list(profile().dtypes), list(profile().devices)]
 
     def prepare(self, format: str, experts: int, levels: int, module: str, dtype: str, device: str) -> None:
         need_device(device)

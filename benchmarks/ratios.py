@@ -1,8 +1,9 @@
 """Ratios to code written by hand and to opt_einsum, measured in one process.
 
-    python -m benchmarks.ratios [NAME ...] [--quick] [--json FILE] [--csv FILE] [--list]
+    python -m benchmarks.ratios [NAME ...] [--device cuda] [--quick] [--json FILE] [--csv FILE] [--list]
 
-A comparison is a function from `quick` to a `Report`, entered in `COMPARISONS`.
+A comparison is a function of `quick` and a device to a `Report`, entered in `COMPARISONS`. Counts, and the
+search for plans, are the same on every device.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import opt_einsum
 
 import mumoe_tensor as mt
-from benchmarks.common import inputs, torch
+from benchmarks.common import DEVICES, inputs, need_device, torch
 from benchmarks.harness import Report, threads, write_csv, write_json
 from mumoe_tensor.backend import backend_of
 from mumoe_tensor.contraction.execute import execute
@@ -62,16 +63,24 @@ class Case:
         """Plan the forward pass."""
         return mt.plan(**vars(self), batch=batch, **options)
 
-    def arrays(self, backend: str, batch: int) -> tuple[mt.FactorizedTensor, Any, list[Any]]:
+    def arrays(
+        self, backend: str, batch: int, device: str = "cpu"
+    ) -> tuple[mt.FactorizedTensor, Any, list[Any]]:
         """A random weight, inputs and coefficients, in float32."""
-        z, *coefficients = inputs(backend, *((batch, n) for n in (self.in_features, *self.experts)))
+        shapes = ((batch, n) for n in (self.in_features, *self.experts))
+        z, *coefficients = inputs(backend, *shapes, device=device)
         weight = mt.FactorizedTensor.random(**vars(self), like=z, seed=0)
         return weight, z, coefficients
 
 
-def backends() -> list[str]:
-    """Backends to measure on."""
-    return ["numpy"] if torch is None else ["numpy", "torch"]
+def backends(device: str) -> list[str]:
+    """Backends to measure on a device."""
+    return [*(["numpy"] if device == "cpu" else []), *([] if torch is None else ["torch"])]
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """Any array as one of NumPy."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
 
 def without_gradient(backend: str) -> Any:
@@ -116,12 +125,12 @@ def cp_by_hand(backend: str, weight: mt.FactorizedTensor, bias: bool) -> Callabl
     return forward
 
 
-def overhead(quick: bool) -> Report:
+def overhead(quick: bool, device: str) -> Report:
     """Planned CP forward, and the public function, against array operations by hand, at batch 1."""
     rows = []
-    for backend in backends():
+    for backend in backends(device):
         for case in CP_CASES[::3] if quick else CP_CASES:
-            weight, z, coefficients = case.arrays(backend, 1)
+            weight, z, coefficients = case.arrays(backend, 1, device)
             hand = cp_by_hand(backend, weight, case.bias)
             plan, tl, operands = case.plan(1), backend_of(z), [*weight.arrays, *coefficients, z]
 
@@ -133,11 +142,16 @@ def overhead(quick: bool) -> Report:
                 ),
             }
             with without_gradient(backend):
-                expected, *others = (np.asarray(f()) for f in callables.values())
+                expected, *others = (as_numpy(f()) for f in callables.values())
                 for other in others:
                     np.testing.assert_allclose(other, expected, rtol=1e-3, atol=1e-4)
                 found = compare(
-                    callables, "by hand", rounds=25 if quick else 301, turn=2e-4, limit=1 if quick else 6
+                    callables,
+                    "by hand",
+                    rounds=25 if quick else 301,
+                    turn=2e-4,
+                    limit=1 if quick else 6,
+                    device=device,
                 )
             planned, public = found.excess("planned"), found.excess("public")
             rows.append(
@@ -189,7 +203,7 @@ def rank_of(format: str, experts: tuple[int, ...]) -> tuple[int, ...] | None:
     return known.get(format, (8,) * len(bonds)) if bonds else None
 
 
-def search(quick: bool) -> Report:
+def search(quick: bool, device: str) -> Report:
     """Planning from a cold cache: every format, 0 to 5 levels, batches 1 and 65,536, all three objectives."""
     fresh = count(1)
 
@@ -299,7 +313,7 @@ def rival(case: Case, batch: int, optimizer: str) -> Rival:
     return Rival(case, batch, optimizer, path, flops, size, flops / case.plan(batch, minimize="flops").flops)
 
 
-def planner(quick: bool) -> Report:
+def planner(quick: bool, device: str) -> Report:
     """Planned paths against opt_einsum's: FLOPs over a grid of layers, time where both can run."""
     cases = PLANNER_CASES[::2] if quick else PLANNER_CASES
     batches = PLANNER_BATCHES[::2] if quick else PLANNER_BATCHES
@@ -311,7 +325,7 @@ def planner(quick: bool) -> Report:
         rows.append(_row(max(mine, key=_badness)))
         if not quick or optimizer == "auto":
             worst = max(runnable, key=_badness)
-            rows += [_row(worst) | _measured(backend, worst, quick) for backend in backends()]
+            rows += [_row(worst) | _measured(backend, worst, quick, device) for backend in backends(device)]
     return Report(
         "planner",
         "opt_einsum's paths against planned ones: FLOPs, and time in float32",
@@ -344,20 +358,22 @@ def _row(rival: Rival) -> dict[str, Any]:
     }
 
 
-def _measured(backend: str, rival: Rival, quick: bool) -> dict[str, Any]:
+def _measured(backend: str, rival: Rival, quick: bool, device: str) -> dict[str, Any]:
     case, batch = rival.case, rival.batch
     equation, shapes, _ = einsum_of(case, batch)
     expression = opt_einsum.contract_expression(equation, *shapes, optimize=rival.path)
-    weight, z, coefficients = case.arrays(backend, batch)
+    weight, z, coefficients = case.arrays(backend, batch, device)
     plan, operands = case.plan(batch), [*weight.arrays, *coefficients, z]
     callables = {
         "planned": lambda: mt.multilinear_moe(weight, z, coefficients, plan=plan),
         "opt_einsum": lambda: expression(*operands),
     }
     with without_gradient(backend):
-        ours, theirs = (np.asarray(f()) for f in callables.values())
+        ours, theirs = (as_numpy(f()) for f in callables.values())
         np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-3 * np.abs(ours).max())
-        found = compare(callables, "planned", rounds=3 if quick else 15, limit=0.5 if quick else 1.5)
+        found = compare(
+            callables, "planned", rounds=3 if quick else 15, limit=0.5 if quick else 1.5, device=device
+        )
     ratio = found.ratio("opt_einsum")
     milliseconds = 1e3 * found.spread("planned").median
     return {
@@ -393,7 +409,7 @@ def batch_loss(case: Case) -> tuple[float, float]:
     return flops(few, MANY) / flops(many, MANY), flops(many, ONE) / flops(few, ONE)
 
 
-def batch(quick: bool) -> Report:
+def batch(quick: bool, device: str) -> Report:
     """What the best path for one batch size costs at another."""
     rows = []
     for case in BATCH_CASES:
@@ -412,14 +428,14 @@ def batch(quick: bool) -> Report:
     )
 
 
-COMPARISONS: dict[str, Callable[[bool], Report]] = {
+COMPARISONS: dict[str, Callable[[bool, str], Report]] = {
     "overhead": overhead,
     "search": search,
     "planner": planner,
     "batch": batch,
 }
 if torch is not None:
-    from benchmarks.layers import gates, layers, one_token, sparse
+    from benchmarks.layers import entmax, gates, layers, one_token, sparse
     from benchmarks.memory import memory
 
     COMPARISONS |= {
@@ -429,6 +445,8 @@ if torch is not None:
         "memory": memory,
         "layers": layers,
     }
+    if entmax is None:
+        del COMPARISONS["gates"]  # it is compared with nothing else
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -436,6 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.split("\n")[0])
     known = ", ".join(COMPARISONS)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; default: all")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute; default: cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a tidy table, one line a figure")
@@ -448,13 +467,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.names:
         if name not in COMPARISONS:
             parser.error(f"unknown comparison {name!r}; the comparisons are {known}")
+    if options.device != "cpu":
+        try:
+            need_device(options.device)
+        except NotImplementedError as error:
+            parser.error(f"argument --device: {error}")
     reports: list[Report] = []
     with threads(THREADS) as used:
-        about = environment() | {"threads": used, "quick": str(options.quick)}
+        about = environment() | {"device": options.device, "threads": used, "quick": str(options.quick)}
         print(", ".join(f"{key} {value}" for key, value in about.items()))
         for name in options.names or COMPARISONS:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            reports.append(COMPARISONS[name](options.quick))
+            reports.append(COMPARISONS[name](options.quick, options.device))
             print(f"\n{reports[-1]}", flush=True)
             # Written again after each comparison: what was measured is kept if a later one is stopped.
             if options.json:

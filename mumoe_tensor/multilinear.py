@@ -23,6 +23,7 @@ from mumoe_tensor.contraction.network import Network, forward_network, weight_ne
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
 from mumoe_tensor.contraction.search import Case, Objective, SearchSpace, best_trees
 from mumoe_tensor.formats.base import Format, check_flag
+from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
 #: A compiled function does not look at its batch, so that it serves all of them; it plans for this one.
@@ -153,7 +154,7 @@ def to_dense(weight: Any) -> Array:
     return execute(_whole(network), weight.arrays, backend_of(*weight.arrays))
 
 
-def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False) -> Any:
+def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
     """The matrix of one expert, and its bias.
 
     Parameters
@@ -180,7 +181,7 @@ def expert_matrix(weight: Any, index: int | Sequence[int], *, bias: bool = False
     """
     weight = as_factorized(weight)
     check_flag(bias, "bias")
-    entries = _check_index(index, weight.experts)
+    entries = read_index(index, weight.experts)
     network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
     of_mode = dict(zip(network.output, entries, strict=False))
     arrays = list(weight.arrays)
@@ -302,16 +303,3 @@ def _check_inputs(
                 f"should have shape {(*leading, n)}, got {tuple(a.shape)}."
             )
     return backend, leading
-
-
-def _check_index(index: int | Sequence[int], experts: tuple[int, ...]) -> tuple[int, ...]:
-    entries = tuple(index) if isinstance(index, (list, tuple)) else (index,)
-    if len(entries) != len(experts):
-        raise ValueError(f"an index must have one entry a level, {len(experts)} here, got {index!r}.")
-    for entry in entries:
-        if isinstance(entry, bool) or not hasattr(entry, "__index__"):
-            raise TypeError(f"every entry of an index must be an integer, got {entry!r}.")
-    whole = tuple(int(entry) for entry in entries)
-    if any(not 0 <= entry < n for entry, n in zip(whole, experts, strict=True)):
-        raise ValueError(f"an index must lie within the experts {experts}, got {index!r}.")
-    return whole

@@ -15,10 +15,7 @@ from mumoe_tensor.backend import (
     is_array,
     tensorly_backend,
 )
-from mumoe_tensor.formats.base import Format, check_modes, formats, get_format, mode_names
-
-#: More levels of experts than anybody has; where the number of levels is looked for.
-MOST_LEVELS = 16
+from mumoe_tensor.formats.base import MOST_LEVELS, Format, check_modes, formats, get_format, mode_names
 
 
 class FactorizedTensor:

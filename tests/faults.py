@@ -48,6 +48,12 @@ FAULTS = [
     Fault("CP: the weights of a container are dropped", f"{FORMATS}/cp.py",
           "return [container.weights, *container.factors]", "return [None, *container.factors]",
           "properties formats"),
+    Fault("formats: the batch's name taken for a bond", f"{FORMATS}/base.py",
+          "if bond == BATCH or re", "if re", "declarations"),
+    Fault("formats: registered unseen", f"{FORMATS}/base.py",
+          "        declared.declaration(levels)\n", "        pass\n", "declarations"),
+    Fault("testing: a problem's inputs not those of its seed", "mumoe_tensor/testing/strategies.py",
+          "np.random.default_rng(self.seed)", "np.random.default_rng()", "properties"),
     Fault("bias row dropped", f"{CONTRACTION}/execute.py",
           "result = add_product(row, left, right)", "result = left @ right", "properties"),
     Fault("bias taken from the first row", f"{CONTRACTION}/execute.py",
@@ -156,12 +162,17 @@ FAULTS = [
           "rows_seen = count / self.copies", "rows_seen = count", "nn/test_parallel"),
     Fault("layers: published bias row taken for an input", "mumoe_tensor/nn/checkpoints.py",
           "weights, extra == 1, statistics", "weights, False, statistics", "nn/test_published"),
-    Fault("layers: a wrong state half loaded", "mumoe_tensor/nn/layers.py",
-          "        if wrong:", "        if False:", "nn/test_torch"),
+    Fault("layers: a wrong state half loaded", "mumoe_tensor/nn/states.py",
+          "    if wrong:", "    if False:", "nn/test_torch"),
+    Fault("layers: a state with an unexpected name loaded", "mumoe_tensor/nn/states.py",
+          "[name for name in state if name not in expected]", "[]", "nn/test_configs"),
+    Fault("configs: arguments of a module left out", "mumoe_tensor/nn/registry.py",
+          "**self._arguments(function)", "", "nn/test_configs"),
     Fault("surgery: the error of the fit left out", "mumoe_tensor/nn/init.py",
           "s[rank:].square().sum() / total", "s[:0].square().sum() / total", "nn/test_surgery"),
-    Fault("surgery: outputs are not compared", "mumoe_tensor/nn/reading.py",
-          "    if are_equal(y, expected):\n        return None", "    return None", "nn/test_surgery"),
+    Fault("a mask of experts is read as the numbers 0 and 1", "mumoe_tensor/selections.py",
+          "[k for k, is_selected in enumerate(entries) if is_selected]", "[int(entry) for entry in entries]",
+          "selections"),
     Fault("analysis: experts are not taken away", "mumoe_tensor/analysis/interventions.py",
           "return scale(layer, experts, 0.0, level)", "return scale(layer, experts, 1.0, level)",
           "analysis/test_analysis"),
@@ -206,6 +217,10 @@ FAULTS = [
           "Spread.of(mine / base for mine, base in self._pairs(name))",
           "Spread.of(mine / self.seconds[self.baseline][0] for mine in self.seconds[name])",
           "study/test_timing"),
+    Fault("study: a turn that does not wait for the device", "mumoe_tensor/study/timing.py",
+          "            function()\n        finish()\n", "            function()\n", "study/test_timing"),
+    Fault("GPT-2 asks a device for the range of tokens", "mumoe_tensor/models/gpt2.py",
+          "_are_functorch_transforms_active() or not on_cpu", "_are_functorch_transforms_active()", "cuda"),
     Fault("study: the dense mixture among the best at the budget", "mumoe_tensor/study/charts.py",
           "if row.budget and row.value is not None]", "if row.value is not None]", "study/test_report"),
     Fault("study: a crossover that larger sizes do not keep", "mumoe_tensor/study/words.py",
@@ -217,7 +232,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def caught_by(fault: Fault, folder: Path) -> str | None:
+def caught_by(fault: Fault, folder: Path, timeout: float | None = None) -> str | None:
     """Plant a fault in a copy of the repository and name the first test that fails, if one does."""
     copy = folder / re.sub(r"\W+", "-", fault.name)
     ignored = shutil.ignore_patterns(".*", "__pycache__", "docs", "results", "dist", "build")
@@ -227,10 +242,16 @@ def caught_by(fault: Fault, folder: Path) -> str | None:
     tests = [f"tests/{'' if '/' in name else 'test_'}{name}.py" for name in fault.tests.split()]
     environment = {**os.environ, "PYTHONPATH": str(copy), "MUMOE_HYPOTHESIS_PROFILE": "ci"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    shutil.rmtree(copy)
+    try:
+        run = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {timeout:g} s"
+    finally:
+        shutil.rmtree(copy)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
-    if run.returncode == 1 and failed:
+    if run.returncode in (1, 2) and failed:  # 2: a test file could not be imported
         return failed.group(1)
     if run.returncode == 0:
         return None

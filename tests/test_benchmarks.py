@@ -76,7 +76,7 @@ def test_csv_has_a_line_for_each_figure(report: harness.Report, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("case", ratios.CP_CASES[:3], ids=str)
-@pytest.mark.parametrize("backend", ratios.backends())
+@pytest.mark.parametrize("backend", ratios.backends("cpu"))
 def test_code_by_hand_computes_and_does_what_the_plan_does(case: ratios.Case, backend: str) -> None:
     weight, z, coefficients = case.arrays(backend, 3)
     expected = mt.multilinear_moe(weight, z, coefficients, bias=case.bias)
@@ -124,7 +124,7 @@ def test_every_comparison_fills_its_table(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ratios, "PLANNER_CASES", (ratios.Case("tucker", (4,), 9, 5, (2, 3, 4)),))
     monkeypatch.setattr(ratios, "PLANNER_BATCHES", (1, 3))
     monkeypatch.setattr(ratios, "SEARCH_EXPERTS", {"experts": ((), (4,), (4,), (4,), (4,))})
-    report = ratios.COMPARISONS[name](True)
+    report = ratios.COMPARISONS[name](True, "cpu")
     assert report.name == name
     assert report.rows
     for row in report.rows:
@@ -147,6 +147,26 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="2"):
         ratios.main(["no-such-comparison"])
     assert "unknown comparison 'no-such-comparison'" in capsys.readouterr().err
+
+
+def test_comparisons_are_made_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices: list[str] = []
+
+    def demo(quick: bool, device: str) -> harness.Report:
+        devices.append(device)
+        return harness.Report("demo", "A title", {"a": ""}, [], [])
+
+    monkeypatch.setattr(ratios, "COMPARISONS", {"demo": demo})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        ratios.main(["--device", "cuda"])
+    assert "--device: there is no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(ratios, "need_device", lambda device: None)
+    ratios.main(["--device", "cuda"])
+    assert devices == ["cuda"]
+    assert "device cuda" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -342,8 +362,9 @@ def test_profile_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     for name, profile in common.PROFILES.items():
         monkeypatch.setenv(common.VARIABLE, name)
         assert common.profile() is profile
+    assert common.PROFILES["cuda"].devices == ("cuda",)
     monkeypatch.setenv(common.VARIABLE, "huge")
-    with pytest.raises(ValueError, match="must be one of quick, regular, large, got 'huge'"):
+    with pytest.raises(ValueError, match="must be one of quick, regular, large, cuda, got 'huge'"):
         common.profile()
     assert common.experts_of(256, 0) == ()
     assert common.experts_of(256, 2) == (16, 16)

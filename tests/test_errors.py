@@ -125,9 +125,9 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "binding another weight": (lambda: mt.bind(PLAN, TWO), ValueError, ("made for", "'r': 6")),
     "binding with another bias": (lambda: mt.bind(PLAN, W, bias=True), ValueError, ("made for", "bias=False")),
     # expert_matrix
-    "expert that is not there": (lambda: mt.expert_matrix(W, 4), ValueError, ("within", "(4,)", "4")),
-    "negative expert": (lambda: mt.expert_matrix(W, -1), ValueError, ("within", "-1")),
-    "index of wrong length": (lambda: mt.expert_matrix(TWO, 3), ValueError, ("one entry a level", "2", "3")),
+    "expert that is not there": (lambda: mt.expert_matrix(W, 4), ValueError, ("less than 4", "got 4")),
+    "negative expert": (lambda: mt.expert_matrix(W, -1), ValueError, ("at least 0", "got -1")),
+    "index of wrong length": (lambda: mt.expert_matrix(TWO, 3), ValueError, ("one entry a level", "2 here", "[3]")),
     "index that is no integer": (lambda: mt.expert_matrix(W, 1.0), TypeError, ("integer", "1.0")),
     "index that is a bool": (lambda: mt.expert_matrix(W, (True,)), TypeError, ("integer", "True")),
     "expert's bias that is no bool": (lambda: mt.expert_matrix(W, 0, bias=1), TypeError, ("True or", "1")),

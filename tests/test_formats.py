@@ -179,7 +179,7 @@ def test_random_takes_everything_after_an_array() -> None:
 def test_repr(text: str) -> None:
     weight = mt.FactorizedTensor.random("tt", experts=2, in_features=3, out_features=4, rank=(5, 6))
     assert repr(weight) == text
-    assert repr(weight.format) == "<format 'tt'>"
+    assert repr(weight.format) == "TensorTrain()"
 
 
 # ---- the registry ------------------------------------------------------------------------------------
@@ -224,40 +224,6 @@ def test_register_makes_a_format_known_by_its_name(registry: None) -> None:
     assert mt.get_format("split") == Split()
     mt.register(Split)  # once more is no mistake: modules are reloaded
     assert list(mt.formats()).count("split") == 1
-
-
-def declared(name: str, factors: list[str], unit: int = -1) -> type[mt.Format]:
-    class Declared(mt.Format):
-        def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
-            experts, io = " ".join(modes[:-2]), " ".join(modes[-2:])
-            return [
-                mt.Factor(text.format(experts=experts, io=io, modes=" ".join(modes)), unit=k == unit)
-                for k, text in enumerate(factors)
-            ]
-
-    Declared.name = Declared.title = name
-    return Declared
-
-
-@pytest.mark.parametrize(
-    ("format", "message"),
-    [
-        (declared("no-output", ["{experts} i"]), "every mode must be in a factor; Declared leaves out 'o'"),
-        (declared("no-experts", ["{io}"]), "every mode must be in a factor; Declared leaves out 'n1'"),
-        (declared("mode-in-unit", ["{experts}", "{io}"], unit=0), "leaves out 'n1'"),
-        (
-            declared("loose-bond", ["{modes} r"]),
-            "join two factors or more; Declared has 'r' once",
-        ),
-        (declared("unit-bond", ["r", "{modes} r"], unit=0), "a bond must join two factors or more"),
-        (declared("cp", ["{modes}"]), "a format's name must be its own; 'cp' is CP"),
-    ],
-)
-def test_register_refuses(format: type[mt.Format], message: str, registry: None) -> None:
-    before = mt.formats()
-    with pytest.raises(ValueError, match=message):
-        mt.register(format)
-    assert mt.formats() == before
 
 
 def test_equality_and_hash_go_by_type() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,8 @@ import mumoe_tensor as mt
 from mumoe_tensor.gates import entmax15
 
 torch = pytest.importorskip("torch")
-safetensors = pytest.importorskip("safetensors")
 
-CASES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    with safetensors.safe_open(path, "pt") as file:
-        settings = {name: json.loads(value) for name, value in file.metadata().items()}
-        return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+from published import CASES, read  # noqa: E402
 
 
 def weight(settings: dict[str, Any], tensors: dict[str, Any], prefix: str) -> mt.FactorizedTensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.analysis.coefficients import evaluating, experts_of
 from mumoe_tensor.nn.experts import Experts
+from mumoe_tensor.selections import read_number
 
 
 def attribute(
@@ -48,6 +49,8 @@ def attribute(
     ------
     ValueError
         If there is no such layer, level or output, or the layer is not called once.
+    TypeError
+        If the level is no integer, or the output neither an integer nor a tensor.
 
     Examples
     --------
@@ -59,8 +62,7 @@ def attribute(
     (torch.Size([5, 8]), True)
     """
     experts = experts_of(layer)
-    if not 0 <= level < len(experts.experts):
-        raise ValueError(f"level must be one of the {len(experts.experts)} level(s), from 0 on, got {level}.")
+    level = read_number(level, len(experts.experts), "level")
     direction = _direction(output, experts.out_features)
     arguments = _arguments_of(experts, model, inputs)
     coefficients = [a.detach() for a in arguments["coefficients"]]
@@ -78,9 +80,7 @@ def _direction(output: int | Tensor, count: int) -> Tensor:
         if output.shape != (count,):
             raise ValueError(f"a direction must have shape {(count,)}, got {tuple(output.shape)}.")
         return output
-    if not 0 <= output < count:
-        raise ValueError(f"output must be one of the {count}, from 0 on, got {output}.")
-    return nn.functional.one_hot(torch.tensor(int(output)), count)
+    return nn.functional.one_hot(torch.tensor(read_number(output, count, "output")), count)
 
 
 def _arguments_of(experts: Experts, model: nn.Module, inputs: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.selections import Selection, read_number, read_selection
 
 #: Called with the name of a gate and its coefficients, one tensor a level, of shape (rows, experts).
 Consumer = Callable[[str, tuple[Tensor, ...]], object]
@@ -47,32 +48,12 @@ def gate_of(layer: nn.Module) -> ExpertGate:
     return gate
 
 
-def level_of(gate: ExpertGate, level: int) -> int:
-    """The level, if the gate has it.
-
-    Raises
-    ------
-    ValueError
-        If it has not.
-    """
-    if not 0 <= level < len(gate.experts):
-        raise ValueError(f"level must be one of the {len(gate.experts)} level(s), from 0 on, got {level}.")
-    return level
-
-
-def numbers_of(gate: ExpertGate, level: int, experts: Iterable[int]) -> list[int]:
-    """The numbers of experts of a level, if it has them.
-
-    Raises
-    ------
-    ValueError
-        If there is no such level, or it has not.
-    """
-    count = gate.experts[level_of(gate, level)]
-    numbers = [int(k) for k in experts]
-    if not all(0 <= k < count for k in numbers):
-        raise ValueError(f"experts must be some of the {count} of level {level}, got {numbers}.")
-    return numbers
+def read_experts(gate: ExpertGate, level: int, experts: Selection | None) -> tuple[int, list[int]]:
+    """A level and some of its experts, or all of them; for errors see `read_number` and `read_selection`."""
+    level = read_number(level, len(gate.experts), "level")
+    count = gate.experts[level]
+    selection = range(count) if experts is None else experts
+    return level, read_selection(selection, count, f"experts of level {level}")
 
 
 def experts_of(layer: nn.Module) -> Experts:

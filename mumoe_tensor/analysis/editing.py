@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from mumoe_tensor.analysis.coefficients import evaluating, experts_of, gate_of, watch_coefficients
 from mumoe_tensor.analysis.usage import Usage
+from mumoe_tensor.formats.base import as_finite
+from mumoe_tensor.nn.edits import check_edit_name
+from mumoe_tensor.selections import Selection, read_selection
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def edit_bias(
     layer: nn.Module,
     name: str,
     means: Tensor | Sequence[Tensor],
-    outputs: int | Sequence[int],
+    outputs: Selection,
     strength: float,
 ) -> None:
     r"""Correct outputs by the biases of the experts, the more so the more an input looks like some others.
@@ -70,8 +73,8 @@ def edit_bias(
         What the edit is called in the state, and by `remove_edit`.
     means : Tensor of shape (N,), or sequence of these
         One a level. They are copied.
-    outputs : int or sequence of int
-        Those to correct.
+    outputs : int, sequence of int, or mask of shape (out_features,)
+        Those to correct; one or more.
     strength : float
         May be negative.
 
@@ -79,7 +82,9 @@ def edit_bias(
     ------
     ValueError
         If the layer has not one module `.Experts`, the name cannot be one of a module or is taken, shapes do
-        not fit, or there is no such output.
+        not fit, there is no such output, or one twice, or a mean or the strength is not finite.
+    TypeError
+        If outputs are no integers, or the strength no number.
 
     Notes
     -----
@@ -105,8 +110,7 @@ def edit_bias(
     True
     """
     experts = experts_of(layer)
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"the name of an edit must be that of a module, without dots, got {name!r}.")
+    check_edit_name(name)
     if name in (experts.edits or ()):
         raise ValueError(f"an edit must have a name of its own; {name!r} is one already.")
     means = [means] if isinstance(means, Tensor) else list(means)
@@ -115,11 +119,14 @@ def edit_bias(
             f"there must be one mean coefficient for each of {experts.experts} experts; got means of shapes "
             f"{[tuple(mean.shape) for mean in means]}."
         )
-    changed = [int(o) for o in ([outputs] if isinstance(outputs, int) else outputs)]
-    if not changed or not all(0 <= o < experts.out_features for o in changed):
-        raise ValueError(f"outputs must be some of the {experts.out_features}, from 0 on, got {changed}.")
+    if not all(bool(mean.isfinite().all()) for mean in means):
+        raise ValueError(f"mean coefficients must be finite, got {means}.")
+    changed = read_selection(outputs, experts.out_features, "outputs", empty=False)
     strengths = torch.zeros(experts.out_features, dtype=torch.float64)
-    strengths[changed] = strength
+    strengths[changed] = as_finite(strength, "strength")
+    dtype = next(experts.parameters()).dtype
+    if not strengths.to(dtype).isfinite().all():
+        raise ValueError(f"strength must be finite in {dtype}, got {strength}.")
     experts.add_edit(name, means, strengths)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, numbers_of
+from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, read_experts
+from mumoe_tensor.formats.base import as_finite
+from mumoe_tensor.selections import Selection
 
 
-def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> AbstractContextManager[None]:
+def ablate(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
     """While the context lasts, a layer is without some experts: their coefficients are zero.
 
     The layer equals one whose weight tensor is zero in the slices of these experts, biases included. What is
@@ -22,42 +24,47 @@ def ablate(layer: nn.Module, experts: Sequence[int], level: int = 0) -> Abstract
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
         Or a module that has one gate.
-    experts : sequence of int
+    experts : int, sequence of int, or mask of shape (N,)
+        A mask selects the experts where it is true. There may be none.
     level : int, default 0
         The level they belong to, 0 for the first.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, or not one gate.
+        If there is no such level or expert, one occurs twice, or there is not one gate.
+    TypeError
+        If the level or an expert is no integer.
     """
     return scale(layer, experts, 0.0, level)
 
 
-def keep_only(layer: nn.Module, experts: Sequence[int], level: int = 0) -> AbstractContextManager[None]:
+def keep_only(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
     """While the context lasts, a layer is without all experts of a level but some; see `ablate`.
 
     Parameters
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
         Or a module that has one gate.
-    experts : sequence of int
-        Those to keep. What is left is not normalised again.
+    experts : int, sequence of int, or mask of shape (N,)
+        Those to keep; without any, all are removed. What is left is not normalised again.
     level : int, default 0
         The level they belong to, 0 for the first.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, or not one gate.
+        If there is no such level or expert, one occurs twice, or there is not one gate.
+    TypeError
+        If the level or an expert is no integer.
     """
     gate = gate_of(layer)
-    kept = set(numbers_of(gate, level, experts))
-    return ablate(gate, [k for k in range(gate.experts[level]) if k not in kept], level)
+    level, kept = read_experts(gate, level, experts)
+    return ablate(gate, sorted(set(range(gate.experts[level])) - set(kept)), level)
 
 
 @contextmanager
-def scale(layer: nn.Module, experts: Sequence[int], factor: float, level: int = 0) -> Iterator[None]:
+def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -> Iterator[None]:
     """While the context lasts, the coefficients of some experts are a factor times what they are.
 
     The layer equals one whose weight tensor has this factor in the slices of these experts, biases included.
@@ -67,18 +74,24 @@ def scale(layer: nn.Module, experts: Sequence[int], factor: float, level: int = 
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
         Or a module that has one gate.
-    experts : sequence of int
+    experts : int, sequence of int, or mask of shape (N,)
+        A mask selects the experts where it is true. There may be none.
     factor : float
+        Finite.
     level : int, default 0
         The level they belong to, 0 for the first.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, or not one gate.
+        If there is no such level or expert, one occurs twice, the factor is not finite, or there is not one
+        gate.
+    TypeError
+        If the level or an expert is no integer, or the factor no number.
     """
     gate = gate_of(layer)
-    changed = numbers_of(gate, level, experts)
+    level, changed = read_experts(gate, level, experts)
+    factor = as_finite(factor, "factor")
 
     def hook(module: nn.Module, inputs: Any, coefficients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         a = coefficients[level]

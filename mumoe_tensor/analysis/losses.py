@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import evaluating, gate_of, level_of, numbers_of
+from mumoe_tensor.analysis.coefficients import evaluating, gate_of, read_experts
 from mumoe_tensor.analysis.interventions import ablate
+from mumoe_tensor.selections import Selection
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def loss_effects(
     batches: Sequence[tuple[Tensor, Tensor]],
     *,
     level: int = 0,
-    experts: Iterable[int] | None = None,
+    experts: Selection | None = None,
 ) -> Tensor:
     """Change of the cross-entropy of every token when one expert is removed, as by `ablate`.
 
@@ -32,7 +33,7 @@ def loss_effects(
     batches : sequence of (tokens, next tokens)
         Of shape (rows, tokens) both. Gone through once for the intact model and once for every expert.
     level : int, default 0
-    experts : iterable of int, optional
+    experts : int, sequence of int, or mask of shape (N,), optional
         Those to remove, one after the other; all of the level by default.
 
     Returns
@@ -45,10 +46,11 @@ def loss_effects(
     ------
     ValueError
         If the layer has not one gate, there is no such level or expert, or there is no token.
+    TypeError
+        If the level or an expert is no integer.
     """
     gate = gate_of(layer)
-    count = gate.experts[level_of(gate, level)]
-    removed = numbers_of(gate, level, range(count) if experts is None else experts)
+    level, removed = read_experts(gate, level, experts)
     if not sum(following.numel() for _, following in batches):
         raise ValueError("there must be tokens whose loss can change, got none.")
     with evaluating(model):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import evaluating, gate_of, hooked, level_of, numbers_of
+from mumoe_tensor.analysis.coefficients import evaluating, gate_of, hooked, read_experts
 from mumoe_tensor.analysis.interventions import random_gate
 from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.selections import Selection
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def ablation_effects(
     classes: int,
     *,
     level: int = 0,
-    experts: Iterable[int] | None = None,
+    experts: Selection | None = None,
     random_seed: int | None = None,
 ) -> Tensor:
     """Change of the accuracy of every class when one expert is removed.
@@ -140,7 +141,7 @@ def ablation_effects(
         Gone through once for the intact model and once for every expert.
     classes : int
     level : int, default 0
-    experts : iterable of int, optional
+    experts : int, sequence of int, or mask of shape (N,), optional
         Those to remove, one after the other; all of the level by default.
     random_seed : int, optional
         Compare under `random_gate` with this seed, which gives the baseline.
@@ -155,10 +156,12 @@ def ablation_effects(
     ValueError
         If the layer is none, there is no such level, expert or label, or its gate is not called once, with
         the rows of the batch.
+    TypeError
+        If the level, an expert or a label is no integer.
     """
     gate = gate_of(layer)
-    count = gate.experts[level_of(gate, level)]
-    removed = numbers_of(gate, level, range(count) if experts is None else experts)
+    level, removed = read_experts(gate, level, experts)
+    count = gate.experts[level]
     total = torch.zeros(classes, dtype=torch.long)
     change = torch.zeros(len(removed), classes, dtype=torch.long)
     with evaluating(model):

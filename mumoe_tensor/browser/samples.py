@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mumoe_tensor.selections import read_number
+
 #: Pixels of the longer side of an image on the page.
 SIDE = 64
 
@@ -50,7 +52,7 @@ class Images:
         """
         from PIL import Image
 
-        pixels = np.asarray(self.pixels[index])
+        pixels = np.asarray(self.pixels[read_number(index, len(self), "index")])
         if pixels.dtype != np.uint8:
             pixels = np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
         image = Image.fromarray(pixels)
@@ -81,4 +83,4 @@ class Texts:
         ----------
         index : int
         """
-        return list(self.tokens[index])
+        return list(self.tokens[read_number(index, len(self), "index")])

@@ -16,8 +16,8 @@ from itertools import groupby
 from math import prod
 from typing import Literal, NamedTuple
 
-from mumoe_tensor.contraction.network import BATCH, Indices, Network
-from mumoe_tensor.formats.base import Tree
+from mumoe_tensor.contraction.network import Indices, Network
+from mumoe_tensor.formats.base import BATCH, Tree
 
 Kind = Literal["mm", "bmm", "mul"]
 

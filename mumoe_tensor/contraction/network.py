@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from mumoe_tensor.formats.base import Format, Rank, Tree, mode_names
+from mumoe_tensor.formats.base import BATCH, Format, Rank, Tree, mode_names
 
-BATCH = "B"
 Indices = tuple[str, ...]
 
 

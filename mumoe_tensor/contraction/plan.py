@@ -14,7 +14,7 @@ from math import inf, prod
 from typing import Literal, NamedTuple
 
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
-from mumoe_tensor.contraction.network import BATCH, Indices, Network, forward_network
+from mumoe_tensor.contraction.network import Indices, Network, forward_network
 from mumoe_tensor.contraction.search import (
     ELEMENT,
     Case,
@@ -25,7 +25,7 @@ from mumoe_tensor.contraction.search import (
     peaks_of,
     substitute,
 )
-from mumoe_tensor.formats.base import Format, Tree, as_positive, check_choice, check_modes, get_format
+from mumoe_tensor.formats.base import BATCH, Format, Tree, as_positive, check_choice, check_modes, get_format
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from opt_einsum.paths import ssa_greedy_optimize
 
-from mumoe_tensor.contraction.network import BATCH, Network
-from mumoe_tensor.formats.base import Tree
+from mumoe_tensor.contraction.network import Network
+from mumoe_tensor.formats.base import BATCH, Tree
 
 #: An element read or written takes about the time of this many FLOPs where memory is the limit.
 ELEMENT = 16

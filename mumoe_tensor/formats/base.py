@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 Rank = tuple[int, ...]
 #: A contraction order as nested pairs. A leaf is the position of a factor (int) or the name of the
 #: mode whose vector it is (str), e.g. ``(("n1", 0), 1)``.
 Tree = Any
+#: Index of the batch in a contraction.
+BATCH = "B"
+#: More levels of experts than anybody has: declarations are checked up to it, and levels looked for.
+MOST_LEVELS = 16
 
 
 @dataclass(frozen=True, init=False)
@@ -21,7 +28,8 @@ class Factor:
     ----------
     indices : str
         Names of the axes, separated by spaces, e.g. ``"b1 n1 b2"``. A name that is a mode stands for that
-        mode; every other name is a bond, whose size the rank gives.
+        mode; every other name is a bond, whose size the rank gives. Names are identifiers; ``B``, the
+        batch, and modes of other levels (``n2`` where there is one level) name no bond.
     storage : str, optional
         The same names in the memory order the factor's usual product wants, slowest first. Defaults to
         `indices`.
@@ -35,9 +43,17 @@ class Factor:
     unit: bool
 
     def __init__(self, indices: str, storage: str | None = None, unit: bool = False):
+        storage = indices if storage is None else storage
+        for text in (indices, storage):
+            if not isinstance(text, str):
+                raise TypeError(f"a factor's indices must be names in one string, 'b1 n1 b2', got {text!r}.")
+        check_flag(unit, "unit")
         object.__setattr__(self, "indices", tuple(indices.split()))
-        object.__setattr__(self, "storage", tuple((storage or indices).split()))
+        object.__setattr__(self, "storage", tuple(storage.split()))
         object.__setattr__(self, "unit", unit)
+        for name in self.indices:
+            if not name.isidentifier():
+                raise ValueError(f"every index must be an identifier, such as 'r' or 'b1', got {name!r}.")
         if len(set(self.indices)) != len(self.indices):
             raise ValueError(f"a factor's indices must differ from each other, got {indices!r}.")
         if sorted(self.indices) != sorted(self.storage):
@@ -163,24 +179,26 @@ class Format(ABC):
         levels : int
             Number of levels of experts.
         """
-        modes = mode_names(levels)
-        seen = dict.fromkeys(index for f in self.declaration(levels) for index in f.indices)
-        return tuple(index for index in seen if index not in modes)
+        return _bonds(self.declaration(levels), mode_names(levels))
 
     def declaration(self, levels: int) -> tuple[Factor, ...]:
-        """The declared factors for a number of levels of experts.
+        """The declared factors for a number of levels of experts, checked.
 
         Parameters
         ----------
         levels : int
             Number of levels of experts.
+
+        Raises
+        ------
+        ValueError
+            If `factors` raises an error, or what it declares is not a tensor network of these modes.
+        TypeError
+            If it does not list factors.
         """
         known: dict[int, tuple[Factor, ...]] = self.__dict__.setdefault("_declarations", {})
         if levels not in known:
-            declared = self.factors(mode_names(levels))
-            if not isinstance(declared, (list, tuple)) or not all(isinstance(f, Factor) for f in declared):
-                raise TypeError(f"factors() of {type(self).__name__} must list Factors, got {declared!r}.")
-            known[levels] = tuple(declared)
+            known[levels] = _declared(self, levels)
         return known[levels]
 
     def units(self, levels: int) -> tuple[int, ...]:
@@ -210,13 +228,13 @@ class Format(ABC):
             If the number of entries is wrong or an entry is not positive.
         """
         bonds = self.bonds(levels)
-        entries = () if rank is None else rank if isinstance(rank, Iterable) else (rank,)
-        entries = tuple(None if r is None else as_positive(r, "every rank") for r in entries)
+        given = None if rank is None else as_entries(rank, "rank")
+        entries = tuple(None if r is None else as_positive(r, "every rank") for r in given or ())
         if len(entries) != len(bonds):
             wanted = f"({', '.join(bonds)}{',' * (len(bonds) == 1)})" if bonds else "no entries"
             raise ValueError(
                 f"a rank of format {self.name!r} with {levels} level(s) of experts has {len(bonds)} "
-                f"entries, {wanted}, got {rank!r}."
+                f"entries, {wanted}, got {given}."
             )
         return entries
 
@@ -260,7 +278,7 @@ class Format(ABC):
         return [tuple(sizes[x] for x in f.indices) for f in self.declaration(len(modes) - 2)]
 
     def __repr__(self) -> str:
-        return f"<format {self.name!r}>"
+        return f"{type(self).__name__}()"
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -280,14 +298,73 @@ def mode_names(levels: int) -> tuple[str, ...]:
     return (*(f"n{e}" for e in range(1, levels + 1)), "i", "o")
 
 
+def _bonds(declared: Iterable[Factor], modes: tuple[str, ...]) -> tuple[str, ...]:
+    seen = dict.fromkeys(index for f in declared for index in f.indices)
+    return tuple(index for index in seen if index not in modes)
+
+
+def _declared(format: Format, levels: int) -> tuple[Factor, ...]:
+    """Let a format declare its factors, and check that they are a tensor network.
+
+    Registered or not, every format passes here before anything is derived from it.
+    """
+    modes, name, at = mode_names(levels), type(format).__name__, f"level count {levels}:"
+    try:
+        declared = format.factors(modes)
+    except Exception as error:
+        raise ValueError(f"{at} factors() of {name} raises {type(error).__name__}: {error}") from error
+    if not isinstance(declared, (list, tuple)) or not all(isinstance(f, Factor) for f in declared):
+        raise TypeError(f"{at} factors() of {name} must list Factors, got {declared!r}.")
+    ends = [index for f in declared if not f.unit for index in f.indices]
+    for mode in modes:
+        if mode not in ends:
+            raise ValueError(f"{at} every mode must be in a factor; {name} leaves out {mode!r}.")
+    for bond in _bonds(declared, modes):
+        if bond == BATCH or re.fullmatch("n[1-9][0-9]*", bond):
+            raise ValueError(
+                f"{at} a bond must not be named {BATCH!r}, as the batch, or as a mode of more levels; "
+                f"{name} has {bond!r}."
+            )
+        if ends.count(bond) < 2:
+            raise ValueError(f"{at} a bond must join two factors or more; {name} has {bond!r} once.")
+    return tuple(declared)
+
+
 def as_positive(value: Any, what: str) -> int:
-    """Return `value` as an int, or say that `what` must be a positive integer."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    """Return an integer of any library as an int, or say that `what` must be a positive integer."""
+    number = _as_python(value)
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise TypeError(f"{what} must be an integer, got {value!r}.")
-    value = value.__index__()
-    if value < 1:
-        raise ValueError(f"{what} must be positive, got {value}.")
-    return value
+    number = number.__index__()
+    if number < 1:
+        raise ValueError(f"{what} must be positive, got {number}.")
+    return int(number)
+
+
+def as_entries(value: Any, what: str) -> tuple[Any, ...]:
+    """Return the entries of a sequence or an array, read once; a number is its only entry."""
+    value = _as_python(value)
+    if isinstance(value, (str, bytes, Mapping, AbstractSet)):
+        raise TypeError(f"{what} must be an integer or a sequence of integers, got {value!r}.")
+    return tuple(value) if isinstance(value, Iterable) else (value,)
+
+
+def as_finite(value: Any, what: str) -> float:
+    """Return a number of any library as a float, or say that `what` must be a finite number."""
+    number = _as_python(value)
+    if isinstance(number, (bool, str)) or not hasattr(number, "__float__"):
+        raise TypeError(f"{what} must be a number, got {value!r}.")
+    if not isfinite(number):
+        raise ValueError(f"{what} must be finite, got {number}.")
+    return float(number)
+
+
+def as_probability(value: Any, what: str) -> float:
+    """As `as_finite`, but `what` must be a probability below one."""
+    number = as_finite(value, what)
+    if not 0 <= number < 1:
+        raise ValueError(f"{what} must be a probability, at least 0 and below 1, got {number}.")
+    return number
 
 
 def check_modes(
@@ -300,10 +377,9 @@ def check_modes(
     TypeError, ValueError
         If a size is not a positive integer, or `bias` not a bool.
     """
-    levels = tuple(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else (experts,)
     check_flag(bias, "bias")
     return (
-        *(as_positive(n, "every number of experts") for n in levels),
+        *(as_positive(n, "every number of experts") for n in as_entries(experts, "experts")),
         as_positive(in_features, "in_features") + bias,
         as_positive(out_features, "out_features"),
     )
@@ -315,11 +391,18 @@ def check_flag(value: Any, what: str) -> None:
         raise TypeError(f"{what} must be True or False, got {value!r}.")
 
 
-def check_choice(value: Any, choices: Iterable[Any], what: str) -> None:
-    """Raise a ValueError that lists the choices if `value` is none of them."""
+def check_choice(value: Any, choices: Iterable[Any], what: str) -> Any:
+    """Return the choice that `value` equals, or raise a ValueError that lists the choices."""
     choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    for choice in choices:
+        if isinstance(value, type(choice)) and value == choice:
+            return choice
+    raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _as_python(value: Any) -> Any:
+    """A number or a list of Python for a number or an array of any library; other values as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
@@ -357,25 +440,21 @@ def register(format: type[Format]) -> type[Format]:
     Raises
     ------
     ValueError
-        If the name is taken by another format, or the declaration is not a tensor network: each mode
-        must be an index of some factor, and each bond must join at least two factors.
+        If the name is taken by another format, or the declaration is not a tensor network at some number of
+        levels up to 16: each mode must be an index of some factor, and each bond must join at least two
+        factors and have a name that the library does not use itself.
     TypeError
-        If it is no class of formats, or its declaration no list of factors.
+        If it is no class of formats, has no name or title, or its declaration is no list of factors.
     """
     if not (isinstance(format, type) and issubclass(format, Format)):
         raise TypeError(f"register takes a class derived from Format, got {format!r}; use it as a decorator.")
     declared = format()
-    for levels in range(4):
-        modes = mode_names(levels)
-        indices = [index for f in declared.declaration(levels) if not f.unit for index in f.indices]
-        for mode in modes:
-            if mode not in indices:
-                raise ValueError(f"every mode must be in a factor; {format.__name__} leaves out {mode!r}.")
-        for bond in declared.bonds(levels):
-            if indices.count(bond) < 2:
-                raise ValueError(
-                    f"a bond must join two factors or more; {format.__name__} has {bond!r} once."
-                )
+    for what in ("name", "title"):
+        text = getattr(declared, what, None)
+        if not isinstance(text, str) or not text.strip():
+            raise TypeError(f"a format must have a {what}, a string; {format.__name__} has {text!r}.")
+    for levels in range(MOST_LEVELS + 1):
+        declared.declaration(levels)
     taken = type(_registry.get(declared.name, declared))
     if (taken.__module__, taken.__qualname__) != (format.__module__, format.__qualname__):
         raise ValueError(f"a format's name must be its own; {declared.name!r} is {taken.__qualname__}.")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.budget import fit_rank
-from mumoe_tensor.formats.base import as_positive, check_choice, get_format
+from mumoe_tensor.formats.base import as_positive, as_probability, check_choice, get_format
 from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.nn.experts import Init
-from mumoe_tensor.nn.gate import GATES, GateNorm
+from mumoe_tensor.nn.gate import GateNorm
+from mumoe_tensor.nn.registry import GATES
 
 #: The format of a model without experts.
 DENSE = "mlp"
@@ -156,7 +157,7 @@ def drop_probabilities(last: float, depth: int) -> list[float]:
 def check_config(
     config: Any, sizes: Sequence[str], probabilities: Sequence[str], ranks: Sequence[str]
 ) -> None:
-    """Check what the configs of both models have in common.
+    """Check what the configs of both models have in common, and make it plain data.
 
     Parameters
     ----------
@@ -169,22 +170,21 @@ def check_config(
     ValueError, TypeError
         If a size is not positive, a probability not below one, or there are no such experts.
     """
-    for name in sizes:
-        as_positive(getattr(config, name), name)
-    for name in probabilities:
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be a probability below one, got {getattr(config, name)!r}.")
+    checked: dict[str, Any] = {name: as_positive(getattr(config, name), name) for name in sizes}
+    checked |= {name: as_probability(getattr(config, name), name) for name in probabilities}
     if not isinstance(config.experts, tuple):
         raise TypeError(f"experts must be a tuple with one number a level, got {config.experts!r}.")
-    for number in config.experts:
-        as_positive(number, "every number of experts")
-    check_choice(config.gate, GATES, "gate")
-    check_choice(config.gate_norm, get_args(GateNorm), "gate_norm")
-    check_choice(config.init, get_args(Init), "init")
+    checked["experts"] = tuple(as_positive(number, "every number of experts") for number in config.experts)
+    checked["gate"] = check_choice(config.gate, GATES, "gate")
+    checked["gate_norm"] = check_choice(config.gate_norm, get_args(GateNorm), "gate_norm")
+    checked["init"] = check_choice(config.init, get_args(Init), "init")
     given = {name: getattr(config, name) for name in ranks if getattr(config, name) is not None}
+    checked["format"] = DENSE if config.format == DENSE else get_format(config.format).name
     if config.format != DENSE:
         format = get_format(config.format)
-        for rank in given.values():
-            format.full_rank(rank, len(config.experts))
+        for name, rank in given.items():
+            checked[name] = format.full_rank(rank, len(config.experts))
     elif given:
         raise ValueError(f"a model without experts (format {DENSE!r}) has no rank, got {given}.")
+    for name, value in checked.items():
+        object.__setattr__(config, name, value)  # (a config is frozen)

@@ -150,8 +150,8 @@ class GPT2(nn.Module):
         Raises
         ------
         ValueError
-            If tokens are more than the context, or none of the vocabulary, which a compiled model does not
-            check.
+            If tokens are more than the context, or none of the vocabulary. A compiled model does not check
+            the latter, and on CUDA it is a device-side assertion that fails.
         """
         self._check(tokens)
         if tokens.shape[1] > self.config.context:
@@ -170,8 +170,9 @@ class GPT2(nn.Module):
                 "tokens must be integers (int64) of shape (rows, tokens), one row and token at least, got "
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}."
             )
-        # Not where values cannot be asked for.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tokens.is_meta:
+        # Not where values cannot be asked for, and not where that would wait for a device.
+        on_cpu = tokens.device.type == "cpu"
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not on_cpu:
             return
         least, most = (int(x) for x in tokens.aminmax())
         if least < 0 or most >= self.config.vocabulary:

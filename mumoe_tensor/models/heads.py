@@ -13,7 +13,7 @@ from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.cost import dense_parameters
 from mumoe_tensor.cost import parameters as count_parameters
 from mumoe_tensor.files import whole_file
-from mumoe_tensor.formats.base import get_format
+from mumoe_tensor.formats.base import as_entries, as_positive, check_modes, get_format
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 
 #: The name of a head without experts, where others have that of a format.
@@ -74,16 +74,19 @@ class Head(nn.Module):
         init: Literal["linear", "published"] = "linear",
     ):
         super().__init__()
+        in_features, classes = as_positive(in_features, "in_features"), as_positive(classes, "classes")
+        hidden = None if hidden is None else as_positive(hidden, "hidden")
         if format == LINEAR:
             if rank is not None or parameters is not None:
                 raise ValueError("a head without experts has no rank, and its own number of parameters.")
             self.config: dict[str, Any] = dict(
-                in_features=in_features, classes=classes, hidden=hidden, format=format
+                in_features=in_features, classes=classes, hidden=hidden, format=LINEAR
             )
             self.body = _dense(in_features, hidden, classes)
         else:
-            levels = (experts,) if isinstance(experts, int) else tuple(experts)
-            is_open = rank is None or (not isinstance(rank, int) and None in rank)
+            levels = check_modes(experts, in_features, classes)[:-2]
+            rank = None if rank is None else as_entries(rank, "rank")
+            is_open = rank is None or None in rank
             if not is_open and parameters is not None:
                 raise ValueError(f"give a rank or parameters, got rank={rank} and parameters={parameters}.")
             if is_open:
@@ -99,8 +102,8 @@ class Head(nn.Module):
             own = self.body.config
             self.config = dict(
                 in_features=in_features, classes=classes, hidden=hidden, format=own["format"],
-                experts=list(levels), rank=list(own["rank"]), gate=gate, gate_norm=gate_norm,
-                init=init,
+                experts=list(levels), rank=list(own["rank"]), gate=own["gate"], gate_norm=own["gate_norm"],
+                init=own["init"],
             )  # fmt: skip
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("scale", torch.ones(()))

@@ -5,6 +5,7 @@ from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
 from mumoe_tensor.nn.parallel import gather, parallelize
+from mumoe_tensor.nn.registry import register_activation, register_gate
 from mumoe_tensor.nn.surgery import Replacement, replace_linear, replace_mlp
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "entmax15",
     "gather",
     "parallelize",
+    "register_activation",
+    "register_gate",
     "replace_linear",
     "replace_mlp",
 ]

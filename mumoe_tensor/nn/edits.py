@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,3 +43,19 @@ class BiasEdits(nn.ModuleDict):
         for edit in self.values():
             y = y + edit(coefficients).to(y.dtype)
         return y
+
+
+def check_edit_name(name: str) -> None:
+    """Raise a ValueError unless a module of edits can have a child of that name."""
+    if not name or "." in name or hasattr(BiasEdits(), name):
+        raise ValueError(f"the name of an edit must be that of a module, without dots, got {name!r}.")
+
+
+def edits_in(state: Mapping[str, Any], prefix: str) -> dict[str, set[str]]:
+    """The names of the edits in the state of an `Experts`, each with the names of its entries."""
+    start, found = f"{prefix}edits.", dict[str, set[str]]()
+    for key in state:
+        if key.startswith(start):
+            name, _, entry = key.removeprefix(start).partition(".")
+            found.setdefault(name, set()).add(entry)
+    return found

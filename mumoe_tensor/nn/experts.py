@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.contraction.network import forward_network
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
-from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
+from mumoe_tensor.formats.base import Format, as_positive, check_choice, check_flag, check_modes, get_format
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
 from mumoe_tensor.nn.contraction import (
@@ -23,15 +23,17 @@ from mumoe_tensor.nn.contraction import (
     kept_results,
     sparse_products,
 )
-from mumoe_tensor.nn.edits import BiasEdit, BiasEdits
+from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
 from mumoe_tensor.nn.frozen import Folded, are_values_known, is_frozen
 from mumoe_tensor.nn.sparse import is_supported
+from mumoe_tensor.nn.states import WholeState
+from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor
 
 Init = Literal["linear", "published"]
 
 
-class Experts(nn.Module):
+class Experts(WholeState):
     """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
     Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W; W is never formed.
@@ -69,8 +71,8 @@ class Experts(nn.Module):
 
     Notes
     -----
-    After ``eval()`` and under ``torch.no_grad()`` products of weights alone are made ahead where that takes
-    less time, and made again once a weight has changed.
+    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are made ahead where
+    that takes less time, and made again once a weight has changed.
     """
 
     edits: BiasEdits | None
@@ -91,14 +93,15 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_choice(init, ("linear", "published"), "init")
         check_flag(recompute, "recompute")
         self.format = get_format(format)
         modes = check_modes(experts, in_features, out_features, bias)
         self.experts = modes[:-2]
         self.in_features, self.out_features = modes[-2] - bias, modes[-1]
         self.rank = self.format.full_rank(rank, len(self.experts))
-        self.bias, self.init, self.recompute = bias, init, recompute
+        self.bias, self.recompute = bias, recompute
+        self.init = check_choice(init, get_args(Init), "init")
+        batch_hint = as_positive(batch_hint, "batch_hint")
         network = forward_network(self.format, modes, self.rank, self.format.units(len(self.experts)), bias)
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
@@ -145,7 +148,7 @@ class Experts(nn.Module):
         ]
         return FactorizedTensor(self.format, views)
 
-    def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
 
         Parameters
@@ -158,10 +161,11 @@ class Experts(nn.Module):
         ValueError, TypeError
             If the index does not name an expert.
         """
+        index = read_index(index, self.experts)
         found = expert_matrix(self.weight, index, bias=self.bias)
         matrix, bias = found if self.bias else (found, None)
         if self.edits is not None:
-            entries = torch.tensor(index, device=matrix.device).reshape(-1)
+            entries = torch.tensor(index, device=matrix.device)
             one_hot = [
                 nn.functional.one_hot(k, n).to(matrix.dtype)
                 for k, n in zip(entries, self.experts, strict=True)
@@ -248,17 +252,23 @@ class Experts(nn.Module):
             self._folded.clear()
         return super().train(mode)
 
-    def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        rename_factors(state_dict, prefix)
-        # Nothing is loaded that there is no place for: edits of the state alone get one, which adds nothing.
-        start = f"{prefix}edits."
-        for key in (key for key in state_dict if key.startswith(start)):
-            name = key.removeprefix(start).split(".")[0]
+    def _expected(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
+        rename_factors(state, prefix)
+        expected = super()._expected(state, prefix)
+        sizes = {f"mean_{level}": n for level, n in enumerate(self.experts)} | {"outputs": self.out_features}
+        for name, entries in edits_in(state, prefix).items():
+            check_edit_name(name)
+            if entries != sizes.keys():
+                raise ValueError(f"an edit must have {[*sizes]} in a state; {name!r} has {sorted(entries)}.")
+            start = f"{prefix}edits.{name}."
+            expected |= {start + entry: torch.empty(n, device="meta") for entry, n in sizes.items()}
+        return expected
+
+    def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
+        # Edits of the state alone get a place, and are loaded like all else.
+        for name in edits_in(state, prefix):
             if self.edits is None or name not in self.edits:
                 self.add_edit(name, [torch.zeros(n) for n in self.experts], torch.zeros(self.out_features))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def add_edit(self, name: str, means: Sequence[Tensor], outputs: Tensor) -> None:
         """Give every expert one more bias: the product of its means times `outputs`.

@@ -78,8 +78,12 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def are_values_known(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors are parameters with values: one of a transform in their place cannot be compared."""
-    return all(type(x) is nn.Parameter and not x.is_meta for x in tensors)
+    """Whether tensors are parameters on the CPU.
+
+    The tensor of a transform has no values to compare. Those on another device do, but the processor would
+    wait for it, and a CUDA graph cannot be captured then.
+    """
+    return all(type(x) is nn.Parameter and x.device.type == "cpu" for x in tensors)
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

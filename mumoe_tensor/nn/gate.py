@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module
 
 from mumoe_tensor.formats.base import as_positive, check_choice
-from mumoe_tensor.gates import softmax, sparsemax
 from mumoe_tensor.nn.contraction import autocast_dtype
 from mumoe_tensor.nn.frozen import is_frozen
-from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.norm import LogitBatchNorm
+from mumoe_tensor.nn.registry import GATES
+from mumoe_tensor.nn.states import WholeState
 
 #: A map from logits of shape (..., N) to coefficients of that shape.
 Gate = Callable[[Tensor], Tensor]
 GateNorm = Literal["batch", "layer", "none"]
-
-GATES: dict[str, Gate] = {"entmax15": entmax15, "sparsemax": sparsemax, "softmax": softmax}
 
 _HOOKS_ON_ALL = (
     module._global_forward_hooks,
@@ -29,7 +27,7 @@ _HOOKS_ON_ALL = (
 )
 
 
-class ExpertGate(nn.Module):
+class ExpertGate(WholeState):
     r"""Expert coefficients of an input: ``a_e = gate(norm(G_e^T z))`` for every level e.
 
     Equation (2) of Oldfield et al. (2024). The weight is zero at first, so that every expert of a level
@@ -40,10 +38,11 @@ class ExpertGate(nn.Module):
     in_features : int
     experts : sequence of int
         Number of experts of each level.
-    gate : str or callable, default "entmax15"
-        ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, or any map of logits along the last axis. Called in
-        float32 (float64 for float64 inputs), also under autocast. See `is_sparse_gradient` for what one of
-        your own may declare.
+    gate : str, dict or callable, default "entmax15"
+        ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, a name of `.register_gate`, or any map of logits along
+        the last axis. A dict has the name of a class and the arguments of the instance. Called in float32
+        (float64 for float64 inputs), also under autocast. See `is_sparse_gradient` for what one of your own
+        may declare.
     gate_norm : {"batch", "layer", "none"}, default "batch"
         Norm of the logits, without affine parameters: over all rows of the batch, or over the experts of a
         level.
@@ -53,6 +52,8 @@ class ExpertGate(nn.Module):
     ----------
     weight : Parameter of shape (sum of experts, in_features)
         The rows of ``G^T``, level after level.
+    gate : callable
+        The map from logits to coefficients. A module is a child, with its parameters.
     norm : LogitBatchNorm or None
     """
 
@@ -61,21 +62,19 @@ class ExpertGate(nn.Module):
         in_features: int,
         experts: Sequence[int],
         *,
-        gate: str | Gate = "entmax15",
+        gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_choice(gate_norm, ("batch", "layer", "none"), "gate_norm")
-        if not callable(gate):
-            check_choice(gate, GATES, "gate")
         self.in_features = as_positive(in_features, "in_features")
         self.experts = tuple(as_positive(n, "every number of experts") for n in experts)
-        self.gate, self.gate_norm = gate, gate_norm
+        self.gate = GATES.read(gate, device, dtype)
+        self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
         total = sum(self.experts)
         self.weight = nn.Parameter(torch.empty(total, self.in_features, device=device, dtype=dtype))
-        self.norm = LogitBatchNorm(total, device, dtype) if gate_norm == "batch" and total else None
+        self.norm = LogitBatchNorm(total, device, dtype) if self.gate_norm == "batch" and total else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,11 +91,7 @@ class ExpertGate(nn.Module):
         its own derivative is zero there, and no hook on the gate sees coefficients.
         """
         hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *_HOOKS_ON_ALL)
-        return type(self) is ExpertGate and getattr(self._gate, "sparse_gradient", False) and not any(hooks)
-
-    @property
-    def _gate(self) -> Gate:
-        return GATES[self.gate] if isinstance(self.gate, str) else self.gate
+        return type(self) is ExpertGate and getattr(self.gate, "sparse_gradient", False) and not any(hooks)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Coefficients of inputs.
@@ -149,8 +144,8 @@ class ExpertGate(nn.Module):
         parts = logits.split(self.experts, -1) if len(self.experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
-        return tuple(self._gate(part).to(dtype or logits.dtype) for part in parts)
+        return tuple(self.gate(part).to(dtype or logits.dtype) for part in parts)
 
     def extra_repr(self) -> str:
-        gate = self.gate if isinstance(self.gate, str) else getattr(self.gate, "__name__", repr(self.gate))
+        gate = getattr(self.gate, "__name__", type(self.gate).__name__)
         return f"{self.in_features}, experts={self.experts}, gate={gate!r}, gate_norm={self.gate_norm!r}"

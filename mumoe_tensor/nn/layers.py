@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Literal, Self
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.budget import fit_rank
-from mumoe_tensor.formats.base import Format, check_choice, check_flag, check_modes, get_format
+from mumoe_tensor.formats.base import (
+    Format,
+    as_positive,
+    as_probability,
+    check_choice,
+    check_flag,
+    check_modes,
+    formats,
+    get_format,
+)
 from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
-from mumoe_tensor.nn.experts import Experts, Init, rename_factors
+from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.init import fit_every_expert
-from mumoe_tensor.nn.linear import check_linear, matrix_of
+from mumoe_tensor.nn.linear import matrix_of
+from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, is_elementwise
+from mumoe_tensor.nn.states import WholeState
+from mumoe_tensor.selections import Index, Selection, read_number, read_selection
 from mumoe_tensor.tensors import FactorizedTensor
 
-#: Activations that are known to have neither parameters nor chance in them.
-_FORMED_AGAIN = [
-    getattr(nn.functional, name)
-    for name in (
-        "gelu",
-        "relu",
-        "silu",
-        "mish",
-        "elu",
-        "leaky_relu",
-        "softplus",
-        "tanh",
-        "sigmoid",
-        "hardswish",
-    )
-]
 
-
-class _Layer(nn.Module):
+class _Layer(WholeState):
     """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
 
-    def __init__(self, config: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        gate: str | dict[str, Any] | Gate,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
         super().__init__()
-        check_flag(config["input_norm"], "input_norm")
+        for name in ("bias", "input_norm", "recompute"):
+            check_flag(config[name], name)
+        config["batch_hint"] = as_positive(config["batch_hint"], "batch_hint")
+        config["init"] = check_choice(config["init"], get_args(Init), "init")
+        config["gate_norm"] = check_choice(config["gate_norm"], get_args(GateNorm), "gate_norm")
         self._config = config
         self.gate = ExpertGate(
             config["in_features"],
             config["experts"],
-            gate=config["gate"],
+            gate=gate,
             gate_norm=config["gate_norm"],
             device=device,
             dtype=dtype,
@@ -56,15 +62,42 @@ class _Layer(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make a layer like this one, by `from_config`.
+        """The arguments that make a layer like this one, by `from_config`, in types of JSON.
 
-        They can be written as JSON if gate and activation were given by name.
+        A gate or an activation is written by its name, see `register_gate`; a module of torch, as ``GELU``,
+        by the name of its class and its arguments. Device and dtype are not in it.
+
+        Raises
+        ------
+        ValueError
+            If the format, the gate or the activation has no registered name.
         """
-        return dict(self._config)
+        format = self._config["format"]
+        if formats().get(format.name) != format:
+            raise ValueError(f"format must be registered to be written in a config, got {format!r}.")
+        return {**self._config, "format": format.name, "gate": GATES.write(self.gate.gate)}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """As `config`, but with the format and the functions themselves; modules are copied."""
+        return {**self._config, "gate": copy.deepcopy(self.gate.gate)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **options: Any) -> Any:
-        """Make a layer from the `config` of another; `options` are further arguments such as `device`."""
+        """Make a layer from the `config` of another; nothing that it names is imported.
+
+        Parameters
+        ----------
+        config : dict
+            As it was, or read from JSON.
+        **options
+            Further arguments: `device` and `dtype`.
+
+        Raises
+        ------
+        ValueError
+            If a format, a gate or an activation is not registered.
+        """
         return cls(**config, **options)
 
     #: How many weights the layer has, one after the other.
@@ -73,36 +106,20 @@ class _Layer(nn.Module):
     fit_errors: tuple[float, ...] = ()
 
     @classmethod
-    def _start_as(cls, linears: list[nn.Module], experts: int | Sequence[int], **options: Any) -> Self:
-        """A layer whose experts all are these linear layers, with a gate that is not zero."""
-        matrices, biases = zip(*map(matrix_of, linears), strict=True)
-        bias, first = biases[0], matrices[0]
+    def _start_as(
+        cls, matrices: list[Tensor], bias: bool, experts: int | Sequence[int], options: dict[str, Any]
+    ) -> Self:
+        """A layer whose experts all are these matrices, bias row last, with a gate that is not zero."""
+        first = matrices[0]
         sizes = (first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices))
-        inputs = [matrix.shape[0] - bias for matrix in matrices]
-        if len(set(biases)) > 1 or inputs != [*sizes[:-1]]:
-            raise ValueError(
-                "both linear layers must have a bias or none, and the second as many inputs as the first has "
-                f"outputs; got matrices of {[tuple(matrix.shape) for matrix in matrices]}, bias rows counted."
-            )
-        trained = {parameter.requires_grad for linear in linears for parameter in linear.parameters()}
-        if len(trained) > 1:
-            raise ValueError(
-                "the parameters of the linear layers must be all frozen or none of them, as those of experts "
-                "hold weight and bias in one; set requires_grad_ first."
-            )
         own = {"bias": bias, "device": first.device, "dtype": first.dtype}
         make: Any = cls
         layer = make(*sizes, experts, **{**own, **options})
-        if first.is_meta and not layer.gate.weight.is_meta:
-            raise ValueError("a linear layer on the meta device has no values to start as.")
         # Equal experts mix to the same map whatever the gate says: it may tell inputs apart from the start.
         if not layer.gate.weight.is_meta:
             nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
             pairs = zip(layer._layers, matrices, strict=True)
             layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)
-        for part in (layer.gate, layer.input_norm, *layer._layers):
-            if part is not None:
-                part.requires_grad_(trained == {True})
         return layer
 
     @classmethod
@@ -168,8 +185,8 @@ class _Layer(nn.Module):
             )
         return write_published(self.gate, self._layers, version)
 
-    def keep_experts(self, level: int, indices: Sequence[int]) -> Any:
-        """A new layer that has only some of the experts of a level, in this order.
+    def keep_experts(self, level: int, indices: Selection) -> Any:
+        """A new layer that has only some of the experts of a level, in the order of the indices.
 
         Its gate is the same map to the logits of the experts kept: the gate function shares the coefficients
         out among these, and a layer norm of the logits is taken over these.
@@ -178,26 +195,24 @@ class _Layer(nn.Module):
         ----------
         level : int
             0 for the first.
-        indices : sequence of int
+        indices : sequence of int, or mask of shape (N,)
+            One or more. The experts of a mask are in ascending order.
 
         Raises
         ------
         ValueError
-            If there is no such level or expert, no index is given, or one twice.
+            If there is no such level or expert, one occurs twice, or there is none.
+        TypeError
+            If the level or an index is no integer.
         """
         experts = self.gate.experts
-        kept = [int(k) for k in indices]
-        if not 0 <= level < len(experts):
-            raise ValueError(f"level must be one of the {len(experts)} level(s), from 0 on, got {level}.")
-        if not kept or len(set(kept)) < len(kept) or not all(0 <= k < experts[level] for k in kept):
-            raise ValueError(
-                f"indices must be different experts of the {experts[level]} of level {level}, got {kept}."
-            )
+        level = read_number(level, len(experts), "level")
+        kept = read_selection(indices, experts[level], f"indices of level {level}", empty=False)
         like = self.gate.weight
         smaller = (*experts[:level], len(kept), *experts[level + 1 :])
         # (The format itself: its name is of use only if it is registered. That of the weight: of experts
         # divided over processes there is none to be seen, which raises.)
-        config = {**self._config, "experts": smaller, "format": self._layers[0].weight.format}
+        config = {**self._arguments, "experts": smaller, "format": self._layers[0].weight.format}
         layer = type(self).from_config(config, device=like.device, dtype=like.dtype)
         layer.train(self.training)
         offset = sum(experts[:level])
@@ -219,22 +234,6 @@ class _Layer(nn.Module):
                     state[key] = state[key][kept]
         layer.load_state_dict(state)
         return layer
-
-    def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for name, child in self.named_children():
-            if isinstance(child, Experts):
-                rename_factors(state_dict, f"{prefix}{name}.")
-        # Comes before the children load theirs, so nothing is touched yet.
-        wrong = [
-            f"{name} has shape {tuple(state_dict[prefix + name].shape)} and should have {tuple(own.shape)}"
-            for name, own in self.state_dict().items()
-            if prefix + name in state_dict and state_dict[prefix + name].shape != own.shape
-        ]
-        if wrong:
-            raise ValueError(f"a state must be that of a layer of the same config; {'; '.join(wrong)}.")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
         """Map inputs.
@@ -332,7 +331,7 @@ class MuMoE(_Layer):
         *,
         parameters: int | Literal["match"] | None = None,
         bias: bool = True,
-        gate: str | Gate = "entmax15",
+        gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
         input_norm: bool = False,
         init: Init = "linear",
@@ -341,14 +340,15 @@ class MuMoE(_Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        levels = check_modes(experts, in_features, out_features, bias)[:-2]
+        check_flag(bias, "bias")
+        *levels, in_features, out_features = check_modes(experts, in_features, out_features)
         rank = _solve(format, levels, in_features, None, out_features, rank, parameters, bias)
         config = dict(
-            in_features=in_features, out_features=out_features, experts=levels,
-            format=get_format(format).name, rank=rank, bias=bias, gate=gate, gate_norm=gate_norm,
+            in_features=in_features, out_features=out_features, experts=tuple(levels),
+            format=get_format(format), rank=rank, bias=bias, gate_norm=gate_norm,
             input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
-        super().__init__(config, device, dtype)
+        super().__init__(config, gate, device, dtype)
         self.experts = Experts(
             in_features, out_features, levels, format, rank,
             bias=bias, init=init, batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
@@ -365,7 +365,6 @@ class MuMoE(_Layer):
         Parameters
         ----------
         linear : torch.nn.Linear, or Conv1D of transformers
-            If it is frozen, the layer is too.
         experts : int or sequence of int
         **options
             Further arguments of the layer, such as format and rank.
@@ -374,19 +373,16 @@ class MuMoE(_Layer):
         ------
         TypeError
             If `linear` is no linear layer.
-        ValueError
-            If it computes something else or more, as with a hook or a forward method of its own, or if only a
-            part of it is frozen.
         """
-        check_linear(linear)
-        return cls._start_as([linear], experts, **options)
+        matrix, bias = matrix_of(linear)
+        return cls._start_as([matrix], bias, experts, options)
 
     @property
     def weight(self) -> FactorizedTensor:
         """The weight of all experts: a `.FactorizedTensor` of views of the parameters."""
         return self.experts.weight
 
-    def expert(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
 
         Parameters
@@ -416,11 +412,13 @@ class MuMoEMLP(_Layer):
     parameters : int or "match", optional
         Parameters the block shall have at least; ``"match"`` for those of two `torch.nn.Linear`.
     bias : bool, default True
-    activation : str or callable, default "gelu"
-        The name of a function of `torch.nn.functional` or any function of a tensor. The result of a usual one
-        (gelu, relu, silu, …) is not kept for the backward pass but formed again, which is quick.
-    dropout, hidden_dropout : float, default 0
-        Probability of dropping an output, and a result of the activation, while training.
+    activation : str, dict or callable, default "gelu"
+        The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
+        function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
+        of the instance. The result of torch's elementwise functions and modules without parameters (gelu,
+        relu, silu, …) is not kept for the backward pass but formed again, which is quick.
+    dropout : float, default 0
+        Probability of dropping an output while training, below one.
     gate, gate_norm, input_norm, init, batch_hint, recompute, device, dtype : optional
         As of `MuMoE`.
 
@@ -451,10 +449,9 @@ class MuMoEMLP(_Layer):
         *,
         parameters: int | Literal["match"] | None = None,
         bias: bool = True,
-        activation: str | Callable[[Tensor], Tensor] = "gelu",
+        activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "gelu",
         dropout: float = 0.0,
-        hidden_dropout: float = 0.0,
-        gate: str | Gate = "entmax15",
+        gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
         input_norm: bool = False,
         init: Init = "linear",
@@ -463,15 +460,17 @@ class MuMoEMLP(_Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        levels = check_modes(experts, in_features, out_features, bias)[:-2]
+        check_flag(bias, "bias")
+        *levels, in_features, out_features = check_modes(experts, in_features, out_features)
+        hidden_features = as_positive(hidden_features, "hidden_features")
+        dropout = as_probability(dropout, "dropout")
         rank = _solve(format, levels, in_features, hidden_features, out_features, rank, parameters, bias)
         config = dict(
             in_features=in_features, hidden_features=hidden_features, out_features=out_features,
-            experts=levels, format=get_format(format).name, rank=rank, bias=bias, activation=activation,
-            dropout=dropout, hidden_dropout=hidden_dropout, gate=gate, gate_norm=gate_norm,
-            input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
+            experts=tuple(levels), format=get_format(format), rank=rank, bias=bias, dropout=dropout,
+            gate_norm=gate_norm, input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
-        super().__init__(config, device, dtype)
+        super().__init__(config, gate, device, dtype)
 
         def layer(inner: int, outer: int) -> Experts:
             return Experts(
@@ -480,16 +479,16 @@ class MuMoEMLP(_Layer):
             )  # fmt: skip
 
         self.up, self.down = layer(in_features, hidden_features), layer(hidden_features, out_features)
-        if isinstance(activation, str):
-            if not callable(getattr(nn.functional, activation, None)):
-                raise ValueError(
-                    "an activation is a function or the name of one in torch.nn.functional, got "
-                    f"{activation!r}."
-                )
-            self.activation: Callable[[Tensor], Tensor] = getattr(nn.functional, activation)
-        else:
-            self.activation = activation
-        self.dropout, self.hidden_dropout = nn.Dropout(dropout), nn.Dropout(hidden_dropout)
+        self.activation = ACTIVATIONS.read(activation, device, dtype)
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "activation": ACTIVATIONS.write(self.activation)}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments, "activation": copy.deepcopy(self.activation)}
 
     @classmethod
     def from_linears(
@@ -509,12 +508,15 @@ class MuMoEMLP(_Layer):
         TypeError
             If `up` or `down` is no linear layer.
         ValueError
-            If one of them computes something else or more; if only one of them has a bias, or is frozen, or
-            their sizes do not fit together.
+            If only one of them has a bias, or their sizes do not fit together.
         """
-        check_linear(up)
-        check_linear(down)
-        return cls._start_as([up, down], experts, **options)
+        (first, bias), (second, other) = matrix_of(up), matrix_of(down)
+        if bias != other or first.shape[1] != second.shape[0] - other:
+            raise ValueError(
+                "both linear layers must have a bias or none, and the second as many inputs as the first has "
+                f"outputs; got matrices of {tuple(first.shape)} and {tuple(second.shape)}, bias rows counted."
+            )
+        return cls._start_as([first, second], bias, experts, options)
 
     @property
     def weights(self) -> tuple[FactorizedTensor, FactorizedTensor]:
@@ -523,10 +525,9 @@ class MuMoEMLP(_Layer):
 
     def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
         hidden = self.up(x, coefficients, sparse_gradient=sparse_gradient)
-        drops = self.hidden_dropout.training and self.hidden_dropout.p > 0
-        activation = self.activation if self.activation in _FORMED_AGAIN and not drops else None
+        activation = self.activation if is_elementwise(self.activation) else None
         if activation is None:
-            hidden = self.hidden_dropout(self.activation(hidden))
+            hidden = self.activation(hidden)
         y = self.down(hidden, coefficients, activation, sparse_gradient)
         mixed: Tensor = self.dropout(y)
         return mixed
@@ -534,7 +535,7 @@ class MuMoEMLP(_Layer):
 
 def _solve(
     format: str | Format,
-    experts: tuple[int, ...],
+    experts: Sequence[int],
     in_features: int,
     hidden: int | None,
     out_features: int,
@@ -549,11 +550,11 @@ def _solve(
         if parameters is not None:
             raise ValueError(f"format {format.name!r} has no rank, so parameters must be left out.")
         return format.full_rank(rank, levels)
-    if rank is not None and None not in format.check_rank(rank, levels):
+    entries = None if rank is None else format.check_rank(rank, levels)
+    if entries is not None and None not in entries:
         if parameters is not None:
             raise ValueError(f"give a rank or parameters, got rank={rank!r} and parameters={parameters!r}.")
-        return format.full_rank(rank, levels)
-    entries = None if rank is None else format.check_rank(rank, levels)
+        return format.full_rank(entries, levels)
     try:
         solved = fit_rank(
             format, experts=experts, in_features=in_features, out_features=out_features, hidden=hidden,

@@ -73,14 +73,15 @@ def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     return forward, meter.peak() - before
 
 
-def growth(call: Callable[[], object]) -> int:
-    """Bytes by which the resident set of this process grows at most in a call.
+def growth(call: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes by which memory grows at most in a call: the resident set, on CUDA what torch allocates.
 
     Parameters
     ----------
     call : callable
+    device : {"cpu", "cuda"}, default "cpu"
     """
-    meter = METERS["cpu"]
+    meter = METERS[device]
     meter.reset()
     before = meter.now()
     call()

@@ -183,7 +183,7 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, passes:
             }
             first = next(iter(calls))
             limit = setting.seconds if "step" in passes else setting.seconds / 2
-            times = compare(calls, first, rounds=setting.rounds, limit=limit)
+            times = compare(calls, first, rounds=setting.rounds, limit=limit, device=device)
             seconds, ratio = times.spread("this"), times.ratio("this")
             row = Measurement.of(
                 key, subject, each, seconds.median, low=seconds.low, high=seconds.high, ratio=ratio.median,
@@ -227,12 +227,11 @@ def _training(setting: Setting, subject: Subject, seed: int) -> Task:
 
 
 def forward(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A forward pass in evaluation, without gradients; on CUDA until it is finished."""
+    """A forward pass in evaluation, without gradients."""
 
     def run() -> None:
         with torch.no_grad():
             module(x)
-        _finish(x)
 
     module.eval()
     return run
@@ -248,15 +247,9 @@ def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
         module.zero_grad()
         x.grad = None
         module(x).backward(gradient)
-        _finish(x)
 
     module.train()
     return run
-
-
-def _finish(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
 
 
 def _experts(subject: Subject) -> str:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 #: Rounds that are run even if the time for them has passed.
 FEWEST_ROUNDS = 3
+#: Calls before the first that is timed. On CUDA the first ones load, choose and compile kernels.
+WARM_UP = {"cpu": 1, "cuda": 3}
 
 
 class Spread(NamedTuple):
@@ -80,6 +82,7 @@ def compare(
     rounds: int = 15,
     turn: float = 2e-3,
     limit: float = 5.0,
+    device: str = "cpu",
     clock: Callable[[], float] = perf_counter,
 ) -> Comparison:
     """Time callables in turns A B C A B C ..., after a warm-up that also sets how often a turn calls.
@@ -96,6 +99,8 @@ def compare(
         Seconds that a turn lasts at least: quick callables are called in a loop.
     limit : float
         Seconds after which no new round begins, but for the first three.
+    device : {"cpu", "cuda"}, default "cpu"
+        Where the callables compute. A turn begins and ends when the device has no work left.
     clock : callable
 
     Raises
@@ -105,7 +110,22 @@ def compare(
     """
     if baseline not in callables:
         raise ValueError(f"the baseline must be one of {', '.join(map(repr, callables))}, got {baseline!r}.")
-    loops = {name: _calibrated(function, turn, clock) for name, function in callables.items()}
+    finish = synchronizer(device)
+
+    def timed(function: Callable[[], object], loops: int) -> float:
+        finish()
+        start = clock()
+        for _ in repeat(None, loops):
+            function()
+        finish()
+        return clock() - start
+
+    loops = {name: 1 for name in callables}
+    for name, function in callables.items():
+        for _ in range(WARM_UP[device]):
+            function()
+        while timed(function, loops[name]) < turn:
+            loops[name] *= 2
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     with _no_collection():
         start = clock()
@@ -113,24 +133,29 @@ def compare(
             if done >= FEWEST_ROUNDS and clock() - start > limit:
                 break
             for name, function in callables.items():
-                seconds[name].append(_timed(function, loops[name], clock) / loops[name])
+                seconds[name].append(timed(function, loops[name]) / loops[name])
     return Comparison(baseline, {name: tuple(s) for name, s in seconds.items()}, loops)
 
 
-def _calibrated(function: Callable[[], object], turn: float, clock: Callable[[], float]) -> int:
-    """Warm a callable up; the number of calls that last at least a turn."""
-    function()
-    loops = 1
-    while _timed(function, loops, clock) < turn:
-        loops *= 2
-    return loops
+def synchronizer(device: str) -> Callable[[], object]:
+    """A function that waits until the device has done its work; on a CPU it does nothing.
 
+    Parameters
+    ----------
+    device : {"cpu", "cuda"}
 
-def _timed(function: Callable[[], object], loops: int, clock: Callable[[], float]) -> float:
-    start = clock()
-    for _ in repeat(None, loops):
-        function()
-    return clock() - start
+    Raises
+    ------
+    ValueError
+        If the device is another.
+    """
+    if device not in WARM_UP:
+        raise ValueError(f"device must be one of {', '.join(map(repr, WARM_UP))}, got {device!r}.")
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    return torch.cuda.synchronize
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from mumoe_tensor.backend import Array, backend_of, dtype_name
+from mumoe_tensor.backend import Array
 from mumoe_tensor.formats import Format, get_format
 from mumoe_tensor.formats import formats as registered
 from mumoe_tensor.multilinear import multilinear_moe
@@ -22,42 +23,70 @@ PACKAGES = {"numpy": "numpy", "pytorch": "torch", "jax": "jax"}
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Problem:
-    """A weight and inputs for it.
+    """A weight with normal factors, and inputs for it. Its `repr` can be pasted back.
 
     Attributes
     ----------
-    weight : FactorizedTensor
-    z : array
-        Inputs of shape (..., I); the input mode of the weight has one row more with `bias`.
-    coefficients : list of array
-        One array a level.
+    format : str or Format
+    shape : tuple of int
+        Shape (N1, ..., NE, I, O) of the weight; with `bias` the input mode has one row more than `z`.
+    rank : tuple of int
+    ones : tuple of int
+        Positions of the factors that are None.
+    stored : tuple of int
+        Positions of the factors that lie in the memory order their declaration asks for.
+    leading : tuple of int
+        Leading shape of the inputs.
     bias : bool
+    backend : {"numpy", "pytorch", "jax"}
+    dtype : str
+        Name of the dtype, ``"float32"``. JAX has float64 only within `jax_float64`.
     seed : int
-        For whatever else a check draws; see `generator`.
+        For the arrays, and for whatever else a check draws; see `generator`.
     """
 
-    weight: FactorizedTensor
-    z: Array
-    coefficients: list[Array]
-    bias: bool
-    seed: int
+    format: str | Format
+    shape: tuple[int, ...]
+    rank: tuple[int, ...]
+    ones: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
+    leading: tuple[int, ...] = ()
+    bias: bool = False
+    backend: str = "numpy"
+    dtype: str = "float64"
+    seed: int = 0
 
-    @property
-    def backend(self) -> str:
-        """TensorLy's name of the backend."""
-        return str(backend_of(self.z).backend_name)
+    @cached_property
+    def weight(self) -> FactorizedTensor:
+        """The weight."""
+        format, levels = get_format(self.format), len(self.shape) - 2
+        size = format.sizes(self.shape, self.rank)
+        generator = np.random.default_rng([self.seed, 2])
+        factors: list[Array | None] = []
+        for k, f in enumerate(format.declaration(levels)):
+            order = f.storage if k in self.stored else f.indices
+            values = generator.standard_normal([size[x] for x in order])
+            values = values.transpose([order.index(x) for x in f.indices])
+            factors.append(None if k in self.ones else self.array(values))
+        return FactorizedTensor(format, factors)
 
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype, ``"float32"``."""
-        return dtype_name(self.z)
+    @cached_property
+    def z(self) -> Array:
+        """Inputs of shape (..., I), without the bias row."""
+        return self._vectors[0]
 
-    @property
-    def leading(self) -> tuple[int, ...]:
-        """Leading shape of the inputs."""
-        return tuple(self.z.shape[:-1])
+    @cached_property
+    def coefficients(self) -> list[Array]:
+        """One array of shape (..., Ne) a level."""
+        return self._vectors[1:]
+
+    @cached_property
+    def _vectors(self) -> list[Array]:
+        generator = np.random.default_rng(self.seed)
+        *experts, i, _ = self.shape
+        return [self.array(generator.standard_normal((*self.leading, n))) for n in (i - self.bias, *experts)]
 
     def generator(self) -> np.random.Generator:
         """A generator of random numbers, the same at every call and not the one that drew the inputs."""
@@ -92,9 +121,6 @@ class Problem:
             bias=self.bias,
             **options,
         )
-
-    def __repr__(self) -> str:
-        return f"Problem({self.weight!r}, leading={self.leading}, bias={self.bias}, seed={self.seed})"
 
 
 def make_array(values: Any, backend: str, dtype: str) -> Array:
@@ -204,50 +230,6 @@ def leading_shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def weights(
-    draw: Callable,
-    format: str | Format | None = None,
-    levels: int | None = None,
-    *,
-    backend: str | None = None,
-    dtype: str | None = None,
-    bias: bool | None = None,
-) -> FactorizedTensor:
-    """Weights with normal factors; every parameter that is not given is drawn.
-
-    A factor declared as a unit is now and then held, with entries other than one. Factors lie in the memory
-    order the format asks for, or in any other.
-
-    Parameters
-    ----------
-    format : str or Format, optional
-    levels : int, optional
-    backend : {"numpy", "pytorch", "jax"}, optional
-    dtype : str, optional
-    bias : bool, optional
-        With True the input mode has at least two rows, the last of which may serve as the bias.
-    """
-    format = draw(formats()) if format is None else get_format(format)
-    levels = draw(_levels()) if levels is None else levels
-    backend = draw(backends()) if backend is None else backend
-    dtype = draw(dtypes(backend)) if dtype is None else dtype
-    bias = draw(st.booleans()) if bias is None else bias
-    most = 4 if levels < 2 else 3
-    *experts, i, o = (draw(sizes(most)) for _ in range(levels + 2))
-    size = format.sizes((*experts, i + bias, o), draw(ranks(format, levels, most)))
-    generator = np.random.default_rng(draw(SEEDS))
-    factors: list[Array | None] = []
-    for f in format.declaration(levels):
-        if f.unit and draw(st.booleans()):
-            factors.append(None)
-            continue
-        order = f.storage if draw(st.booleans()) else f.indices
-        values = generator.standard_normal([size[x] for x in order])
-        factors.append(make_array(values.transpose([order.index(x) for x in f.indices]), backend, dtype))
-    return FactorizedTensor(format, factors)
-
-
-@st.composite
 def problems(
     draw: Callable,
     format: str | Format | None = None,
@@ -260,6 +242,9 @@ def problems(
 ) -> Problem:
     """Weights with inputs and coefficients for them; every parameter that is not given is drawn.
 
+    A factor declared as a unit is now and then held, with entries other than one. Factors lie in the memory
+    order the format asks for, or in any other.
+
     Parameters
     ----------
     format : str or Format, optional
@@ -270,16 +255,48 @@ def problems(
     backend : {"numpy", "pytorch", "jax"}, optional
     dtype : str, optional
     bias : bool, optional
+        With True the input mode has at least two rows, the last of which serves as the bias.
     """
+    format = draw(formats()) if format is None else get_format(format)
+    levels = draw(_levels()) if levels is None else levels
     bias = draw(st.booleans()) if bias is None else bias
     backend = draw(backends()) if backend is None else backend
-    dtype = draw(dtypes(backend)) if dtype is None else dtype
-    weight = draw(weights(format, levels, backend=backend, dtype=dtype, bias=bias))
-    leading = draw(leading_shapes()) if leading is None else leading
-    seed = draw(SEEDS)
-    generator = np.random.default_rng(seed)
-    *experts, i, _ = weight.shape
-    z, *coefficients = (
-        make_array(generator.standard_normal((*leading, n)), backend, dtype) for n in (i - bias, *experts)
+    most = 4 if levels < 2 else 3
+    *experts, i, o = (draw(sizes(most)) for _ in range(levels + 2))
+    factors = format.declaration(levels)
+    return Problem(
+        format.name if registered().get(format.name) == format else format,
+        shape=(*experts, i + bias, o),
+        rank=draw(ranks(format, levels, most)),
+        ones=tuple(k for k in format.units(levels) if draw(st.booleans())),
+        stored=tuple(k for k in range(len(factors)) if draw(st.booleans())),
+        leading=draw(leading_shapes()) if leading is None else leading,
+        bias=bias,
+        backend=backend,
+        dtype=draw(dtypes(backend)) if dtype is None else dtype,
+        seed=draw(SEEDS),
     )
-    return Problem(weight, z, coefficients, bias, seed)
+
+
+def weights(
+    format: str | Format | None = None,
+    levels: int | None = None,
+    *,
+    backend: str | None = None,
+    dtype: str | None = None,
+    bias: bool | None = None,
+) -> st.SearchStrategy[FactorizedTensor]:
+    """Weights of `problems`.
+
+    Parameters
+    ----------
+    format : str or Format, optional
+    levels : int, optional
+        Number of levels of experts.
+    backend : {"numpy", "pytorch", "jax"}, optional
+    dtype : str, optional
+    bias : bool, optional
+        With True the input mode has at least two rows, the last of which may serve as the bias.
+    """
+    drawn = problems(format, levels, leading=(), backend=backend, dtype=dtype, bias=bias)
+    return drawn.map(lambda problem: problem.weight)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.selections import Selection, read_selection
+
 #: Rows of CelebA for training, validation and test: the official split, in the order of the rows.
 CELEBA_PARTS = (162_770, 19_867, 19_962)
 #: What the columns of Adult are. One that is skipped is a sampling weight, one stands in a number too.
@@ -45,14 +47,16 @@ class Population:
     def __len__(self) -> int:
         return len(self.group)
 
-    def rows(self, index: Tensor | slice) -> Population:
+    def rows(self, index: Selection) -> Population:
         """Some of the rows.
 
         Parameters
         ----------
-        index : Tensor of int of shape (n,), or slice
+        index : sequence of int, slice, or mask of shape (len(self),)
+            A row may occur more than once.
         """
-        return Population(self.x[index], self.y[index], self.group[index])
+        numbers = torch.tensor(read_selection(index, len(self), "rows", repeats=True), dtype=torch.long)
+        return Population(self.x[numbers], self.y[numbers], self.group[numbers])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.selections import Selection, read_selection
+
 #: The types of entries that the IDX format knows, by their code; all big-endian.
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -75,28 +77,31 @@ class Dataset:
         """Number of classes: one more than the largest label."""
         return int(self.y.max()) + 1
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
         """Inputs and labels of some rows.
 
         Parameters
         ----------
-        rows : Tensor of int64 of shape (n,)
+        rows : sequence of int, or mask of shape (len(self),)
+            A row may occur more than once.
 
         Returns
         -------
         Tensor of shape (n, ...)
         Tensor of shape (n,)
         """
-        return self.x[rows], self.y[rows]
+        numbers = torch.tensor(read_selection(rows, len(self), "rows", repeats=True), dtype=torch.long)
+        return self.x[numbers], self.y[numbers]
 
-    def rows(self, index: Tensor) -> Dataset:
+    def rows(self, index: Selection) -> Dataset:
         """Some of the rows.
 
         Parameters
         ----------
-        index : Tensor of int of shape (n,)
+        index : sequence of int, slice, or mask of shape (len(self),)
+            A row may occur more than once.
         """
-        return Dataset(self.x[index], self.y[index])
+        return Dataset(*self.batch(index))
 
 
 def split(data: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:

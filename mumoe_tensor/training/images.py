@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mumoe_tensor.selections import Selection, read_selection
 from mumoe_tensor.training.data import Dataset, read_idx, read_npz, split
 
 #: Means and standard deviations of ImageNet's colours, from 0 to 1, that inputs are normalised by.
@@ -132,20 +133,22 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
         """Some of the images.
 
         Parameters
         ----------
-        rows : Tensor of int64 of shape (n,)
+        rows : sequence of int, or mask of shape (len(self),)
+            A row may occur more than once.
 
         Returns
         -------
         Tensor of float32 of shape (n, 3, height, width), Tensor of int64 of shape (n,)
         """
+        chosen = [self._files[i] for i in read_selection(rows, len(self), "rows", repeats=True)]
+
         from torchvision.datasets.folder import pil_loader
 
-        chosen = [self._files[i] for i in rows.tolist()]
         x = torch.stack([self._transform(pil_loader(path)) for path, _ in chosen])
         return x, torch.tensor([label for _, label in chosen])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.selections import Selection, read_selection
 from mumoe_tensor.training.data import read_text
 
 #: A token on disk, as the files that nanoGPT's scripts write have it.
@@ -243,19 +244,21 @@ class Tokens:
         edges = [*range(0, len(self._tokens), CHUNK), len(self._tokens)]
         return max(int(self._tokens[a:b].max()) for a, b in pairwise(edges))
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
         """Some of the windows.
 
         Parameters
         ----------
-        rows : Tensor of int64 of shape (n,)
+        rows : sequence of int, or mask of shape (len(self),)
+            A window may occur more than once.
 
         Returns
         -------
         x, y : Tensor of int64 of shape (n, context)
             ``y`` is the tokens that follow those of ``x``.
         """
-        places = rows.numpy()[:, None] * self.context + np.arange(self.context + 1)
+        numbers = np.array(read_selection(rows, len(self), "rows", repeats=True), dtype=np.int64)
+        places = numbers[:, None] * self.context + np.arange(self.context + 1)
         found = torch.from_numpy(self._tokens[places].astype(np.int64))
         return found[:, :-1], found[:, 1:]
 

@@ -279,7 +279,7 @@ def test_effects_refuse_a_gate_that_sees_other_rows() -> None:
     model = nn.Sequential(nn.Flatten(0, 1), layer)
     with pytest.raises(ValueError, match="called once"):
         ablation_effects(model, layer, [(torch.randn(3, 2, 8).double(), torch.tensor([0, 1, 2]))], C)
-    with pytest.raises(ValueError, match="must be some of"):
+    with pytest.raises(ValueError, match="experts of level 0 must be different integers"):
         ablation_effects(layer, layer, batches(), C, experts=[N])
 
 

@@ -61,7 +61,7 @@ def close(found: Any, expected: Any) -> None:
 
 
 def some(data: Any, count: int) -> list[int]:
-    return data.draw(st.lists(st.integers(0, count - 1), max_size=count))
+    return data.draw(st.lists(st.integers(0, count - 1), unique=True))
 
 
 @settings(max_examples=EXAMPLES)
@@ -104,7 +104,7 @@ def edits(draw: Callable, layer: Any) -> Any:
     shares = st.floats(0, 1)
     lists = [st.lists(shares, min_size=n, max_size=n) for n in layer.gate.experts]
     means = [torch.tensor(draw(each), dtype=torch.float64) for each in lists]
-    changed = draw(st.lists(st.integers(0, layer.experts.out_features - 1), min_size=1))
+    changed = draw(st.lists(st.integers(0, layer.experts.out_features - 1), min_size=1, unique=True))
     return means, changed, draw(st.floats(-9, 9))
 
 

@@ -283,10 +283,17 @@ def test_divided_layers_add_edits_once(tmp_path: Path) -> None:
         ({"name": "training"}, "got 'training'"),
         ({"means": torch.rand(N + 1)}, r"\(6,\) experts; got means of shapes \[\(7,\)\]"),
         ({"means": [torch.rand(N), torch.rand(N)]}, "got means of shapes"),
-        ({"outputs": OUT}, r"some of the 3, from 0 on, got \[3\]"),
-        ({"outputs": [0, -1]}, "some of the 3"),
-        ({"outputs": []}, "some of the 3"),
+        ({"outputs": OUT}, r"outputs must be one or more different integers .* less than 3, .* got \[3\]"),
+        ({"outputs": [0, -1]}, r"got \[-1\]"),
+        ({"outputs": []}, "one or more .* got none"),
         ({"layer": nn.Linear(2, 2)}, "Linear has"),
+        ({"strength": float("nan")}, "strength must be finite, got nan"),
+        ({"strength": -float("inf")}, "strength must be finite, got -inf"),
+        ({"strength": 1e39}, "finite in torch.float32, got 1e"),
+        (
+            {"means": torch.tensor([torch.nan, *[0.5] * (N - 1)])},
+            "mean coefficients must be finite, got .*nan",
+        ),
     ],
 )
 def test_edits_that_cannot_be(change: Any, message: str) -> None:
@@ -300,6 +307,21 @@ def test_edits_that_cannot_be(change: Any, message: str) -> None:
         remove_edit(layer, "new")
     with pytest.raises(ValueError, match=r"one of \[\]"):
         remove_edit(layer_of(), "new")
+
+
+@pytest.mark.parametrize("strength", ["1", None, True, 1j])
+def test_strengths_are_numbers(strength: Any) -> None:
+    with pytest.raises(TypeError, match="strength must be a number, got "):
+        edit_bias(layer_of(), "new", torch.rand(N), 0, strength)
+
+
+def test_edits_are_as_precise_as_their_layer() -> None:
+    experts = Experts(4, OUT, N, "cp", 5, bias=False, dtype=torch.float64)
+    mean = torch.rand(N, dtype=torch.float64)
+    edit_bias(experts, "one", mean, 1, 0.1)
+    torch.testing.assert_close(
+        experts.expert(2)[1], 0.1 * mean[2] * torch.eye(OUT).double()[1], rtol=1e-14, atol=0
+    )
 
 
 def test_experts_alone() -> None:

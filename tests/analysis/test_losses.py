@@ -61,7 +61,7 @@ def test_there_must_be_tokens_and_experts() -> None:
     batch = (torch.zeros(1, 2, dtype=torch.long),) * 2
     with pytest.raises(ValueError, match="got none"):
         loss_effects(model, model.layer, [])
-    with pytest.raises(ValueError, match="experts must be some"):
+    with pytest.raises(ValueError, match="experts of level 0 must be"):
         loss_effects(model, model.layer, [batch], experts=[9])
-    with pytest.raises(ValueError, match="level must be one"):
+    with pytest.raises(ValueError, match="level must be an integer"):
         loss_effects(model, model.layer, [batch], level=2)

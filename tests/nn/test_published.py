@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-safetensors = pytest.importorskip("safetensors")
+
+from published import CASES, layer_of, read, state_of  # noqa: E402
 
 from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
-
-CASES = sorted((Path(__file__).parent.parent / "golden").glob("*.safetensors"))
-NORMS = {"bn": "batch", "ln": "layer"}
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    with safetensors.safe_open(path, "pt") as file:
-        settings = {name: json.loads(value) for name, value in file.metadata().items()}
-        return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def state_of(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name.removeprefix("state_dict."): value
-        for name, value in tensors.items()
-        if name.startswith("state_dict.")
-    }
-
-
-def layer_of(settings: dict[str, Any], state: dict[str, Any]) -> Any:
-    layer = MuMoEMLP if settings["second_dim"] else MuMoE
-    return layer.from_published(state, settings["format"], gate_norm=NORMS[settings["normalization"]])
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)

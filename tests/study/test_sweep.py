@@ -195,6 +195,21 @@ def test_peaks_grow_with_what_is_held() -> None:
     assert 31 * 2**20 < step < 44 * 2**20
 
 
+def test_on_a_device_memory_is_what_is_allocated_once_its_work_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    bytes_of = {"reset_peak_memory_stats": None, "memory_allocated": 5, "max_memory_allocated": 12}
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: calls.append("synchronize"))
+    meter = {name: lambda name=name: calls.append(name) or bytes_of[name] for name in bytes_of}
+    monkeypatch.setitem(
+        memory.METERS, "cuda", memory.Meter(*(meter[name] for name in list(bytes_of)[:2]), memory._cuda_peak)
+    )
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", meter["max_memory_allocated"])
+    assert memory.growth(lambda: calls.append("call"), "cuda") == 7
+    assert calls == [*list(bytes_of)[:2], "call", "synchronize", "max_memory_allocated"]
+
+
 def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = Subject("nope", (3, 2), (2,), ())
     with pytest.raises(OSError, match="unknown format 'nope'"):

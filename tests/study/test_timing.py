@@ -40,6 +40,29 @@ def test_callables_take_turns() -> None:
     assert found.loops == {"a": 1, "b": 1, "c": 1}
 
 
+def test_a_turn_on_a_device_ends_with_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A call returns after a second and leaves two of work, which the device has done when it is waited for.
+    torch = pytest.importorskip("torch")
+    clock = FakeTime()
+    launch = clock.taking("launch", 1)
+    waited: list[int] = []
+
+    def wait() -> None:
+        clock.now += 2.0 * (len(clock.calls) - sum(waited))
+        waited.append(len(clock.calls) - sum(waited))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    found = timing.compare({"a": launch}, "a", rounds=4, turn=4, limit=1e9, device="cuda", clock=clock)
+    # Three calls to warm up are done before the first turn; a turn has two.
+    assert found.seconds == {"a": (3.0,) * 4}
+    assert waited == [3, 1, 0, 2, *[0, 2] * 4]
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="device must be one of 'cpu', 'cuda', got 'tpu'"):
+        timing.compare({"a": lambda: None}, "a", device="tpu")
+
+
 def test_known_durations_give_known_ratios() -> None:
     clock = FakeTime()
     callables = {name: clock.taking(name, seconds) for name, seconds in (("b", 6e-6), ("a", 2e-6))}

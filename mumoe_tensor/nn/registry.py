@@ -1,0 +1,310 @@
+"""Gates and activations by name: what a config writes, and what it means when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from inspect import Parameter, signature
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor import gates
+from mumoe_tensor.nn.functional import entmax15
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+#: How a config writes a function: its name, or the name of a class with the arguments of the instance.
+Written = str | dict[str, Any]
+
+#: Elementwise functions of `torch.nn.functional` without parameters and randomness, and their modules.
+ELEMENTWISE: dict[str, type[nn.Module]] = {
+    "celu": nn.CELU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "hardshrink": nn.Hardshrink,
+    "hardsigmoid": nn.Hardsigmoid,
+    "hardswish": nn.Hardswish,
+    "hardtanh": nn.Hardtanh,
+    "leaky_relu": nn.LeakyReLU,
+    "logsigmoid": nn.LogSigmoid,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "softshrink": nn.Softshrink,
+    "softsign": nn.Softsign,
+    "tanh": nn.Tanh,
+    "tanhshrink": nn.Tanhshrink,
+}
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {name: getattr(nn.functional, name) for name in ELEMENTWISE}
+#: The modules of torch.nn that a config may name.
+_MODULES: dict[str, type[nn.Module]] = {
+    module.__name__: module
+    for module in (
+        *ELEMENTWISE.values(), nn.Identity, nn.PReLU, nn.RReLU, nn.Softmax, nn.Softmin, nn.Threshold
+    )
+}  # fmt: skip
+#: Activations of transformers that compute what a module of torch does, by class name.
+_OF_TRANSFORMERS: dict[str, Written] = {
+    "AccurateGELUActivation": {"name": "GELU", "approximate": "tanh"},
+    "FastGELUActivation": {"name": "GELU", "approximate": "tanh"},
+    "GELUActivation": "GELU",
+    "GELUTanh": {"name": "GELU", "approximate": "tanh"},
+    "LinearActivation": "Identity",
+    "MishActivation": "Mish",
+    "NewGELUActivation": {"name": "GELU", "approximate": "tanh"},
+    "PytorchGELUTanh": {"name": "GELU", "approximate": "tanh"},
+    "SiLUActivation": "SiLU",
+}
+#: Arguments that do not change what a module computes, or (of Hardtanh) are older names of others.
+_NOT_WRITTEN = ("device", "dtype", "min_value", "max_value")
+
+
+class Registry:
+    """Functions, and classes whose instances are functions, by name.
+
+    Parameters
+    ----------
+    what : str
+        The argument of the layers they are for.
+    entries : mapping of str to callable
+        The names that are there from the start, besides the modules of torch.
+    same : mapping of callable to str
+        Other functions that compute what that of a name computes.
+    """
+
+    def __init__(
+        self, what: str, entries: Mapping[str, Callable[..., Any]], same: Mapping[Callable[..., Any], str]
+    ):
+        self.what, self._entries, self._same = what, dict(entries), same
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def register(self, name: str, function: Function) -> Function:
+        """Add a function or a class; see `register_gate`."""
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"the name of a {self.what} must be a string, got {name!r}.")
+        if not callable(function) or isinstance(function, nn.Module):
+            raise TypeError(f"a registered {self.what} must be a function or a class, got {function!r}.")
+        taken = {**_MODULES, **self._entries}.get(name, function)
+        if not _is_definition_of_both(taken, function):
+            raise ValueError(f"a {self.what} must have a name of its own; {name!r} is {taken!r}.")
+        self._entries[name] = function
+        return function
+
+    def read(
+        self, value: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Callable[..., Tensor]:
+        """The function that an argument means: itself, or what a config wrote.
+
+        Device and dtype are those of the parameters of a module that is made here.
+
+        Raises
+        ------
+        ValueError
+            If a name is not registered, or a class has no such arguments.
+        TypeError
+            If it is neither a function nor what a config writes.
+        """
+        if isinstance(value, type):
+            raise TypeError(f"{self.what} must be a function or an instance, got the class {value.__name__}.")
+        if callable(value):
+            return self._equivalent(value)
+        if not isinstance(value, (str, Mapping)):
+            raise TypeError(f"{self.what} must be a function or the name of one, got {value!r}.")
+        arguments = {"name": value} if isinstance(value, str) else dict(value)
+        name = arguments.pop("name", None)
+        entry: Any = {**_MODULES, **self._entries}.get(name) if isinstance(name, str) else None
+        if entry is None:
+            raise ValueError(
+                f"{self.what} must be one of {', '.join(self)}, an activation of torch.nn such as 'GELU', or "
+                f"a name: register it first, by register_{self.what}; got {value!r}."
+            )
+        if not isinstance(entry, type):
+            if arguments:
+                raise ValueError(f"{self.what} {name!r} is a function without arguments, got {arguments}.")
+            found: Callable[..., Tensor] = entry
+            return found
+        try:
+            made: Any = entry(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{self.what} {name!r} cannot be made with {arguments}: {error}.") from None
+        return made.to(device=device, dtype=dtype) if isinstance(made, nn.Module) else made
+
+    def write(self, function: Any) -> Written:
+        """What a config writes of a function, in types of JSON.
+
+        Raises
+        ------
+        ValueError
+            If it is not registered, or an argument of its class cannot be written.
+        """
+        for name, entry in {**_MODULES, **self._entries}.items():
+            if entry is function:
+                return name
+            if entry is type(function):
+                return {"name": name, **self._arguments(function)}
+        raise ValueError(
+            f"{self.what} must be registered to be written in a config: give it a name by "
+            f"register_{self.what}; got {function!r}."
+        )
+
+    def _arguments(self, instance: Any) -> dict[str, Any]:
+        """The arguments an instance was made with: its attributes of the same names."""
+        kind = type(instance)
+        if kind.__init__ in (nn.Module.__init__, nn.Identity.__init__):  # which take any, and have none
+            return {}
+        found: dict[str, Any] = {}
+        for name, parameter in signature(kind).parameters.items():
+            if name in _NOT_WRITTEN:
+                continue
+            is_named = parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+            if not is_named or name == "name" or not hasattr(instance, name):
+                raise ValueError(
+                    f"{self.what} must have every argument of its class as an attribute to be written in a "
+                    f"config; {kind.__name__} has no such attribute for {name!r}."
+                )
+            value = getattr(instance, name)
+            try:
+                # (Numbers of NumPy and torch have `item`.)
+                text = json.dumps(value, allow_nan=False, default=lambda x: x.item())
+            except (TypeError, ValueError, AttributeError, RuntimeError):
+                raise ValueError(
+                    f"{self.what} must have arguments that JSON can hold to be written in a config; "
+                    f"{kind.__name__} has {name}={value!r}."
+                ) from None
+            found[name] = json.loads(text)
+        return found
+
+    def _equivalent(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The registered function that computes the same, if there is one; else the function itself."""
+        kind = type(function)
+        if isinstance(function, nn.Module):
+            if kind.__module__ == "transformers.activations" and kind.__name__ in _OF_TRANSFORMERS:
+                equivalent = self.read(_OF_TRANSFORMERS[kind.__name__])
+                if not has_hooks(function) and _are_equal(function, equivalent):
+                    return equivalent
+            return function
+        return next((self._entries[name] for same, name in self._same.items() if same is function), function)
+
+
+def _is_definition_of_both(one: Any, other: Any) -> bool:
+    """Whether two objects are one, or come from one definition that was run twice, as in a notebook."""
+    if one is other:
+        return True
+    if not all(isinstance(x, (FunctionType, type)) for x in (one, other)):
+        return False
+    places = {(x.__module__, x.__qualname__) for x in (one, other)}
+    return len(places) == 1 and "<" not in one.__qualname__  # <lambda>s and functions within functions differ
+
+
+def _are_equal(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool:
+    """Whether two elementwise functions differ by less than float32 can show."""
+    x = torch.linspace(-12, 12, 2001, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        return torch.allclose(one(x), other(x), rtol=1e-9, atol=1e-9)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module does more in a call than its `forward`."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    )
+
+
+def is_elementwise(function: Callable[..., Any]) -> bool:
+    """Whether a function is known to be elementwise, without parameters, randomness and changes in place."""
+    if isinstance(function, nn.Module):
+        is_known = type(function) in ELEMENTWISE.values() and not getattr(function, "inplace", False)
+        return is_known and not has_hooks(function)
+    return any(function is known for known in _FUNCTIONS.values())
+
+
+GATES = Registry(
+    "gate",
+    {"entmax15": entmax15, "sparsemax": gates.sparsemax, "softmax": gates.softmax},
+    {gates.entmax15: "entmax15"},
+)
+ACTIVATIONS = Registry(
+    "activation",
+    _FUNCTIONS,
+    {getattr(torch, name): name for name in ELEMENTWISE if hasattr(torch, name)},
+)
+
+
+def register_gate(name: str) -> Callable[[Function], Function]:
+    """Give a gate a name, by which the config of a layer writes it. Works as a decorator.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    callable
+        Takes a map from logits of shape (..., N) to coefficients, or a class whose instances are such maps,
+        and returns it. An instance has each argument of its class as an attribute of the same name, of a
+        type that JSON has. Instances that are modules have their parameters in the state of the layer.
+
+    Raises
+    ------
+    ValueError
+        If the name is that of another gate.
+    TypeError
+        If `name` is no string, or it is neither a function nor a class.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mumoe_tensor.nn import MuMoE, entmax15
+    >>> @register_gate("tempered")
+    ... class Tempered(torch.nn.Module):
+    ...     def __init__(self, start: float = 1.0):
+    ...         super().__init__()
+    ...         self.start = start
+    ...         self.temperature = torch.nn.Parameter(torch.tensor(start))
+    ...     def forward(self, logits):
+    ...         return entmax15(logits / self.temperature)
+    >>> layer = MuMoE(16, 8, experts=4, rank=2, gate=Tempered(2.0))
+    >>> layer.config["gate"]
+    {'name': 'tempered', 'start': 2.0}
+    """
+    return lambda function: GATES.register(name, function)
+
+
+def register_activation(name: str) -> Callable[[Function], Function]:
+    """Give an activation a name, by which the config of a block writes it. Works as a decorator.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    callable
+        Takes a function of a tensor, or a class whose instances are such functions, and returns it; see
+        `register_gate`.
+
+    Raises
+    ------
+    ValueError
+        If the name is that of another activation.
+    TypeError
+        If `name` is no string, or it is neither a function nor a class.
+
+    Examples
+    --------
+    >>> from mumoe_tensor.nn import MuMoEMLP
+    >>> @register_activation("squared_relu")
+    ... def squared_relu(x):
+    ...     return x.relu() ** 2
+    >>> MuMoEMLP(16, 32, 16, experts=4, rank=2, activation=squared_relu).config["activation"]
+    'squared_relu'
+    """
+    return lambda function: ACTIVATIONS.register(name, function)

@@ -1,0 +1,94 @@
+"""States that are loaded whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WholeState(nn.Module):
+    """A module that a state which does not fit leaves as it was.
+
+    (Torch copies what fits, and raises afterwards.)
+    """
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of every module, but a state that does not fit changes nothing.
+
+        In a model that contains the layer, torch loads one module after another. There shapes, types and
+        edits are checked before the layer is touched, but modules before it have been loaded by then. Missing
+        and unexpected names torch reports after it has loaded all others; so it does for a layer with hooks
+        that change the names in its state.
+
+        Parameters
+        ----------
+        state_dict : dict
+        strict : bool, default True
+            Whether names that are missing or unexpected are errors.
+        assign : bool, default False
+            Take the tensors themselves, instead of copying their values.
+
+        Raises
+        ------
+        ValueError
+            If shapes, types or edits are not those of a layer of the same config.
+        RuntimeError
+            As of every module, if names are missing or unexpected.
+        """
+        state = dict(state_dict)
+        expected = self._expected(state, "")
+        _raise_if(_differences(state, expected))
+        if strict and not any(module._load_state_dict_pre_hooks for module in self.modules()):
+            missing = [name for name in expected if name not in state]
+            unexpected = [name for name in state if name not in expected]
+            if missing or unexpected:
+                raise RuntimeError(
+                    f"Error(s) in loading state_dict for {type(self).__name__}: Missing key(s): {missing}. "
+                    f"Unexpected key(s): {unexpected}."
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Comes before the children load theirs, so nothing is touched yet.
+        _raise_if(_differences(state_dict, self._expected(state_dict, prefix)))
+        self._make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _expected(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
+        """What is to be loaded, by its name in the state; old names in the state become the present ones."""
+        expected = dict(self.state_dict(prefix=prefix, keep_vars=True))
+        for name, child in self.named_children():
+            if isinstance(child, WholeState):
+                expected |= child._expected(state, f"{prefix}{name}.")
+        return expected
+
+    def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Make the children that a state which fits has, and the module has not."""
+
+
+def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the entries of a state that are expected."""
+    wrong = []
+    for name, own in expected.items():
+        if name not in state or not isinstance(own, Tensor):
+            continue
+        value = state[name]
+        if not torch.overrides.is_tensor_like(value):
+            wrong.append(f"{name} is no tensor but of type {type(value).__name__}")
+        elif value.shape != own.shape and not (own.ndim == 0 and value.shape == (1,)):  # as of old states
+            wrong.append(f"{name} has shape {tuple(value.shape)} and should have {tuple(own.shape)}")
+        elif value.is_complex() or (own.is_floating_point() and not value.is_floating_point()):
+            wrong.append(f"{name} has dtype {value.dtype} and should have one like {own.dtype}")
+    return wrong
+
+
+def _raise_if(wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError(f"a state must be that of a layer of the same config; {'; '.join(wrong)}.")

@@ -1,0 +1,119 @@
+"""Which experts, outputs, levels or rows a call is about: every call that takes some reads them here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from reprlib import repr as shortened
+from typing import Any, TypeAlias
+
+#: An integer, a slice, an iterable or array of integers, or one of booleans that means "where true".
+Selection: TypeAlias = Any
+
+#: One integer a level; of one level also the integer alone.
+Index: TypeAlias = Any
+
+
+def read_number(value: Any, count: int, what: str) -> int:
+    """Read one of `count` things: an integer of any library, also in an array without axes.
+
+    Raises
+    ------
+    TypeError
+        If it is no integer; a bool, a float or an array with axes is none.
+    ValueError
+        If it is negative, or `count` or more.
+    """
+    number = _plain(value)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{what} must be an integer {_interval(count)}, got {shortened(number)}.")
+    if not 0 <= number < count:
+        raise ValueError(f"{what} must be an integer {_interval(count)}, got {number}.")
+    return number
+
+
+def read_selection(
+    selection: Selection, count: int, what: str, *, empty: bool = True, repeats: bool = False
+) -> list[int]:
+    """Read some of `count` things, in the order of the selection; those of a mask are in ascending order.
+
+    Parameters
+    ----------
+    selection : int, slice, iterable of int, iterable of bool, or array of these
+        A mask has `count` booleans. An iterable is read once.
+    count : int
+    what : str
+        What they are called in errors.
+    empty, repeats : bool
+        Whether there may be none, and whether one may occur twice.
+
+    Raises
+    ------
+    TypeError
+        If it has entries that are no integers, or integers among booleans.
+    ValueError
+        If it has integers that are out of range or occur twice, is a mask of another length, or is empty.
+    """
+    numbers = "integers" if repeats else "different integers"
+    rule = (
+        f"{what} must be {'' if empty else 'one or more '}{numbers} {_interval(count)}, "
+        f"or a boolean mask of length {count}"
+    )
+    values = _plain(range(count)[selection] if isinstance(selection, slice) else selection)
+    entries = _entries(values)
+    is_mask = not isinstance(values, bool) and all(isinstance(entry, bool) for entry in entries)
+    if entries and is_mask:
+        if len(entries) != count:
+            raise ValueError(f"{rule}; got a mask of length {len(entries)}.")
+        entries = [k for k, is_selected in enumerate(entries) if is_selected]
+    if wrong := [entry for entry in entries if not isinstance(entry, int) or isinstance(entry, bool)]:
+        raise TypeError(f"{rule}; got {shortened(wrong)}.")
+    if wrong := [number for number in entries if not 0 <= number < count]:
+        raise ValueError(f"{rule}; got {shortened(wrong)}.")
+    if not repeats and len(set(entries)) < len(entries):
+        twice = [number for number, times in Counter(entries).items() if times > 1]
+        raise ValueError(f"{rule}; got {shortened(twice)} more than once.")
+    if not entries and not empty:
+        raise ValueError(f"{rule}; got none.")
+    return entries
+
+
+def read_index(value: Index, counts: Sequence[int]) -> tuple[int, ...]:
+    """Read the index of one expert: one integer a level.
+
+    Raises
+    ------
+    TypeError
+        If an entry is no integer.
+    ValueError
+        If an entry is out of range, or there is not one a level.
+    """
+    entries = _entries(value)
+    if len(entries) != len(counts):
+        raise ValueError(
+            f"an index must have one entry a level, {len(counts)} here, got {shortened(entries)}."
+        )
+    return tuple(
+        read_number(entry, n, f"the index at level {level}")
+        for level, (entry, n) in enumerate(zip(entries, counts, strict=True))
+    )
+
+
+def _interval(count: int) -> str:
+    return f"at least 0 and less than {count}"
+
+
+def _entries(values: Any) -> list[Any]:
+    """The entries in plain Python; what has none is the only one."""
+    values = _plain(values)
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        return [values]
+    return [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """Python's integers, or lists, for those of any library and on any device; other values as they are."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value

@@ -56,8 +56,10 @@ def read_published(state: State, format: str | Format, layers: int) -> Published
         return found
 
     gates = numbered("projs.")
-    if not gates:
-        raise ValueError(f"a published layer has its gates at 'projs.0', ...; the names are {sorted(state)}.")
+    if not gates or any(gate.ndim != 2 for gate in gates):
+        raise ValueError(
+            f"a published layer has its gates, matrices, at 'projs.0', ...; the names are {sorted(state)}."
+        )
     weights = []
     for prefix in prefixes[:layers]:
         core = state.get(f"{prefix}core")
@@ -82,13 +84,18 @@ def read_published(state: State, format: str | Format, layers: int) -> Published
     if left := sorted(set(state) - used):
         raise ValueError(f"a published layer of {layers} weight(s) has no parameters of the names {left}.")
     experts = tuple(gate.shape[1] for gate in gates)
-    extra = weights[0].shape[-2] - gates[0].shape[0]
-    if extra not in (0, 1) or any(weight.experts != experts for weight in weights):
+    features = {gate.shape[0] for gate in gates}
+    inputs = (gates[0].shape[0], *(weight.shape[-1] for weight in weights))
+    # A bias is one more row of the input mode, of all weights or of none.
+    extra = {weight.shape[-2] - n for weight, n in zip(weights, inputs, strict=False)}
+    has_experts = all(weight.experts == experts for weight in weights)
+    if len(features) > 1 or extra not in ({0}, {1}) or not has_experts:
         raise ValueError(
-            f"gates and weights must fit together; the gates map {gates[0].shape[0]} features to {experts} "
-            f"experts, the weights have shapes {[weight.shape for weight in weights]}."
+            "gates and weights must fit together; the gates have shapes "
+            f"{[tuple(gate.shape) for gate in gates]} (features x experts), the weights "
+            f"{[weight.shape for weight in weights]} (experts x input x output)."
         )
-    return Published(torch.cat([gate.T for gate in gates]), experts, weights, extra == 1, statistics)
+    return Published(torch.cat([gate.T for gate in gates]), experts, weights, extra == {1}, statistics)
 
 
 @torch.no_grad()

@@ -60,3 +60,44 @@ def test_what_does_not_fit_is_told() -> None:
         MuMoEMLP.from_published(state, "cp")
     with pytest.raises(ValueError, match="version must be one of 'v1', 'v2'"):
         MuMoE.from_published(state, "cp").to_published("v3")
+
+
+def published() -> dict[str, Any]:
+    state: dict[str, Any] = MuMoEMLP(5, 6, 4, (3, 2), "cp", 2).to_published()
+    return state
+
+
+def widened(state: dict[str, Any], name: str, axis: int, by: int) -> dict[str, Any]:
+    """The state with one tensor larger, or smaller, along an axis."""
+    value = state[name]
+    size = value.shape[axis] + by
+    return {**state, name: torch.cat([value, value], axis).narrow(axis, 0, size)}
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [(f"{prefix}.factors.{k}", 0) for prefix in ("MuMoE", "MuMoE2") for k in range(3)]
+    + [("MuMoE.factors.3", 0), ("projs.0", 0), ("projs.0", 1), ("projs.1", 0), ("projs.1", 1)],
+)
+@pytest.mark.parametrize("by", [-2, -1, 1, 2])
+def test_sizes_that_do_not_fit_together_are_refused(name: str, axis: int, by: int) -> None:
+    state = published()
+    if state[name].shape[axis] + by < 1:
+        return
+    with pytest.raises(ValueError, match="gates and weights must fit together"):
+        MuMoEMLP.from_published(widened(state, name, axis, by), "cp")
+
+
+def test_a_bias_is_in_all_weights_or_in_none() -> None:
+    state = published()
+    for name in ("MuMoE.factors.2", "MuMoE2.factors.2"):
+        with pytest.raises(ValueError, match="gates and weights must fit together"):
+            MuMoEMLP.from_published(widened(state, name, 0, -1), "cp")
+    without = widened(widened(state, "MuMoE.factors.2", 0, -1), "MuMoE2.factors.2", 0, -1)
+    assert MuMoEMLP.from_published(without, "cp").config["bias"] is False
+    assert MuMoEMLP.from_published(state, "cp").config["bias"] is True
+
+
+def test_gates_that_are_no_matrices_are_refused() -> None:
+    with pytest.raises(ValueError, match="its gates, matrices"):
+        MuMoE.from_published({"projs.0": torch.ones(3)}, "cp")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from inspect import Parameter, signature
+from math import isfinite
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -61,8 +61,8 @@ _OF_TRANSFORMERS: dict[str, Written] = {
     "PytorchGELUTanh": {"name": "GELU", "approximate": "tanh"},
     "SiLUActivation": "SiLU",
 }
-#: Arguments that do not change what a module computes, or (of Hardtanh) are older names of others.
-_NOT_WRITTEN = ("device", "dtype", "min_value", "max_value")
+#: Arguments of torch's modules that are not written: where parameters lie, and old names of other arguments.
+_NOT_WRITTEN = {nn.PReLU: ("device", "dtype"), nn.Hardtanh: ("min_value", "max_value")}
 
 
 class Registry:
@@ -162,7 +162,7 @@ class Registry:
             return {}
         found: dict[str, Any] = {}
         for name, parameter in signature(kind).parameters.items():
-            if name in _NOT_WRITTEN:
+            if name in _NOT_WRITTEN.get(kind, ()):
                 continue
             is_named = parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
             if not is_named or name == "name" or not hasattr(instance, name):
@@ -172,14 +172,12 @@ class Registry:
                 )
             value = getattr(instance, name)
             try:
-                # (Numbers of NumPy and torch have `item`.)
-                text = json.dumps(value, allow_nan=False, default=lambda x: x.item())
-            except (TypeError, ValueError, AttributeError, RuntimeError):
+                found[name] = _as_json(value)
+            except (TypeError, RuntimeError):  # (a tensor on the meta device has no value)
                 raise ValueError(
-                    f"{self.what} must have arguments that JSON can hold to be written in a config; "
+                    f"{self.what} must have arguments of types that JSON has to be written in a config; "
                     f"{kind.__name__} has {name}={value!r}."
                 ) from None
-            found[name] = json.loads(text)
         return found
 
     def _equivalent(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,6 +190,17 @@ class Registry:
                     return equivalent
             return function
         return next((self._entries[name] for same, name in self._same.items() if same is function), function)
+
+
+def _as_json(value: Any) -> Any:
+    """A value in types that JSON has; numbers of NumPy and torch become Python's."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_as_json(entry) for entry in value]
+    if type(value) in (bool, int, str, type(None)) or (type(value) is float and isfinite(value)):
+        return value
+    raise TypeError
 
 
 def _is_definition_of_both(one: Any, other: Any) -> bool:

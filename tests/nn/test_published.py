@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_what_does_not_fit_is_told() -> None:
         MuMoE.from_published(state, "cp").to_published("v3")
 
 
-def published() -> dict[str, Any]:
+def block_state() -> dict[str, Any]:
     state: dict[str, Any] = MuMoEMLP(5, 6, 4, (3, 2), "cp", 2).to_published()
     return state
 
@@ -81,7 +82,7 @@ def widened(state: dict[str, Any], name: str, axis: int, by: int) -> dict[str, A
 )
 @pytest.mark.parametrize("by", [-2, -1, 1, 2])
 def test_sizes_that_do_not_fit_together_are_refused(name: str, axis: int, by: int) -> None:
-    state = published()
+    state = block_state()
     if state[name].shape[axis] + by < 1:
         return
     with pytest.raises(ValueError, match="gates and weights must fit together"):
@@ -89,7 +90,7 @@ def test_sizes_that_do_not_fit_together_are_refused(name: str, axis: int, by: in
 
 
 def test_a_bias_is_in_all_weights_or_in_none() -> None:
-    state = published()
+    state = block_state()
     for name in ("MuMoE.factors.2", "MuMoE2.factors.2"):
         with pytest.raises(ValueError, match="gates and weights must fit together"):
             MuMoEMLP.from_published(widened(state, name, 0, -1), "cp")

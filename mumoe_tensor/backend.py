@@ -90,12 +90,12 @@ def backend_of(*arrays: Array) -> Any:
 
 
 def is_traced(array: Array) -> bool:
-    """Whether the array stands in a function that torch is compiling, where its batch may vary."""
+    """Whether the array stands in a call that torch records."""
     if _backend_name(type(array)) != "pytorch":
         return False
-    import torch
+    from mumoe_tensor.recording import is_recorded
 
-    return torch.compiler.is_compiling()
+    return is_recorded()
 
 
 def dtype_name(array: Array) -> str:

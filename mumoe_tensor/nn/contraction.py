@@ -13,6 +13,7 @@ from mumoe_tensor.backend import load_backend
 from mumoe_tensor.contraction.execute import arrange, arranged, read, run
 from mumoe_tensor.contraction.layout import Bias, Operand, Program, Step
 from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, sparse_product, sum_of_rows_backward
+from mumoe_tensor.recording import is_recorded
 
 #: An intermediate is formed again rather than kept if that takes at most this many FLOPs an element.
 CHEAP = 32
@@ -79,8 +80,8 @@ def contract(
 ) -> Tensor:
     """Contract operands, the input vector last.
 
-    The same as `execute`, but for what is kept for the backward pass. A compiler decides that by itself, and
-    sees the plain steps.
+    The same as `execute`, but for what is kept for the backward pass. What is recorded are the plain steps: a
+    compiler decides by itself what to keep.
 
     Parameters
     ----------
@@ -98,7 +99,7 @@ def contract(
         with torch.autocast(operands[0].device.type, enabled=False):
             return contract(recipe, operands, activation, folded)
     arrays = arranged(recipe.program, operands, BACKEND)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or is_recorded():
         y = _run(recipe, activation, arrays, folded or _NONE)[0]
     else:
         y = _Contraction.apply(recipe, activation, *arrays)[0]

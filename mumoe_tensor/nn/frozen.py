@@ -14,6 +14,7 @@ from mumoe_tensor.contraction.network import Network
 from mumoe_tensor.contraction.plan import plan_network
 from mumoe_tensor.contraction.search import ELEMENT
 from mumoe_tensor.nn.contraction import BACKEND, Recipe
+from mumoe_tensor.recording import is_recorded
 
 
 class Folded:
@@ -74,7 +75,7 @@ class Folded:
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether a module runs in evaluation and without gradients."""
-    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return not (module.training or torch.is_grad_enabled() or is_recorded())
 
 
 def are_values_known(tensors: Sequence[Tensor]) -> bool:

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mumoe_tensor import gates
+from mumoe_tensor.backend import constant_under_compile
+from mumoe_tensor.recording import is_exported, is_recorded
+
 __all__ = ["entmax15"]
 
 
@@ -24,6 +28,8 @@ def entmax15(logits: Tensor) -> Tensor:
     Tensor of shape (..., N)
         Computed in float32, or in float64 where the logits are; in the dtype of `logits`.
     """
+    if is_exported():
+        return _plain(logits)
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         result: Tensor = _Entmax15.apply(logits)
         return result
@@ -34,6 +40,27 @@ def entmax15(logits: Tensor) -> Tensor:
 entmax15.sparse_gradient = True  # type: ignore[attr-defined]  # see ExpertGate.is_sparse_gradient
 
 
+def _plain(logits: Tensor) -> Tensor:
+    """The same from operations of torch that have derivatives, and in one precision."""
+    p: Tensor = gates.entmax15(logits)
+    return p
+
+
+@constant_under_compile
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64, tried once a kind of device: Apple's MPS does not."""
+    kind = device.type
+    if kind not in _HAS_FLOAT64:
+        try:
+            torch.zeros((), dtype=torch.float64, device=device)
+            _HAS_FLOAT64[kind] = True
+        except (TypeError, RuntimeError):
+            _HAS_FLOAT64[kind] = False
+    return _HAS_FLOAT64[kind]
+
+
+_HAS_FLOAT64: dict[str, bool] = {}
+
 #: Elements worked on at a time on a CPU: every step reads and writes them, so they stay in its cache.
 CHUNK = 2**19
 
@@ -41,6 +68,8 @@ CHUNK = 2**19
 class _Entmax15(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor) -> Tensor:
+        if not has_float64(logits.device):
+            return _plain(logits)
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not _is_eager_on_cpu(z):
             return _solve(z).to(logits.dtype)
@@ -78,7 +107,7 @@ class _Entmax15(torch.autograd.Function):
 
 def _is_eager_on_cpu(x: Tensor) -> bool:
     """Whether values can be looked at, and memory be written into."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and x.device.type == "cpu" and not is_recorded()
     return plain and not torch._C._are_functorch_transforms_active()
 
 
@@ -102,8 +131,9 @@ def _solve(z: Tensor, result: Tensor | None = None, can_stop: bool = False) -> T
     # The last step goes back too, from where rounding errors have led: with a finer norm, and only on the
     # support, which it leaves as it is.
     norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64)
-    step = norm * (norm - 2) / u.sum(-1, keepdim=True)
-    u.addcmul_(u.sign(), step.to(u.dtype), value=-1).mul_(0.5)
+    step = norm * (2 - norm) / u.sum(-1, keepdim=True)
+    # (Without `value`, of which torch.compile makes an operation that torch.func.grad cannot differentiate.)
+    u.addcmul_(u.sign(), step.to(u.dtype)).mul_(0.5)
     return u.mul_(u)
 
 
@@ -112,4 +142,4 @@ def _gradient(p: Tensor, gradient: Tensor) -> Tensor:
     # (The root of zero takes many times longer than that of other numbers.)
     s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
     scaled = s * gradient
-    return scaled.addcmul_(s, scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True), value=-1)
+    return scaled.addcmul_(s, -scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from mumoe_tensor.recording import is_recorded
+
 
 class _AllReduce(torch.autograd.Function):
     """The sum over all processes; its derivative is the sum of theirs."""
@@ -89,7 +91,7 @@ class LogitBatchNorm(nn.Module):
             distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         )
         # A forward pass inside of a backward pass is one that is made again, for activation checkpointing.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        again = not is_recorded() and torch._C._current_graph_task_id() != -1
         if mask is None and not shared and rows.dtype == self.running_mean.dtype:
             self._check_rows(rows.shape[0])
             if again:
@@ -112,7 +114,7 @@ class LogitBatchNorm(nn.Module):
         count = sums[-1].detach()
         # Copies of a row change nothing in a mean, but are no further samples.
         rows_seen = count / self.copies
-        if not torch.compiler.is_compiling():
+        if not is_recorded():
             self._check_rows(int(rows_seen))
         mean = sums[:-1] / count
         centred = rows - mean

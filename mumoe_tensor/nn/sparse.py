@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mumoe_tensor.recording import is_exported
+
 #: Fewest experts of a level for which zeros are looked for: below, the dense product takes no longer.
 FEWEST_EXPERTS = 1024
 #: Largest share of coefficients that are not zero at which the rows they name are summed.
@@ -19,10 +21,8 @@ SAMPLE = 32
 def is_supported(coefficients: Tensor) -> bool:
     """Whether `sparse_product` takes them: plain tensors on a CPU, as it is measured there only."""
     plain = torch.compiler.is_compiling() or type(coefficients) in (Tensor, torch.nn.Parameter)
-    # What is exported must run where this package is not.
-    exported = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     known = coefficients.dtype in (torch.float32, torch.float64) and coefficients.device.type == "cpu"
-    return plain and known and not exported and not torch.is_autocast_enabled("cpu")
+    return plain and known and not is_exported() and not torch.is_autocast_enabled("cpu")
 
 
 def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:

@@ -50,8 +50,10 @@ class ExpertGate(WholeState):
 
     Attributes
     ----------
-    weight : Parameter of shape (sum of experts, in_features)
-        The rows of ``G^T``, level after level.
+    weight : Parameter of shape (out_features, in_features)
+        The rows of ``G^T``, level after level; a buffer without entries if there is no level.
+    out_features : int
+        Sum of the numbers of experts.
     gate : callable
         The map from logits to coefficients. A module is a child, with its parameters.
     norm : LogitBatchNorm or None
@@ -72,16 +74,26 @@ class ExpertGate(WholeState):
         self.experts = tuple(as_positive(n, "every number of experts") for n in experts)
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
-        total = sum(self.experts)
-        self.weight = nn.Parameter(torch.empty(total, self.in_features, device=device, dtype=dtype))
+        self.out_features = total = sum(self.experts)
+        weight = torch.empty(total, self.in_features, device=device, dtype=dtype)
+        if total:
+            self.weight = nn.Parameter(weight)
+        else:  # no parameter: nothing would use it, which tools for training on many devices do not expect
+            self.register_buffer("weight", weight)
         self.norm = LogitBatchNorm(total, device, dtype) if self.gate_norm == "batch" and total else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Give every expert of a level the same coefficient."""
         nn.init.zeros_(self.weight)
-        if self.norm is not None:
-            self.norm.reset_parameters()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As of every module, but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves the norm as it is.
+
+        Its statistics are those of all processes anyway.
+        """
+        if name != "norm" or not isinstance(module, nn.SyncBatchNorm):
+            super().add_module(name, module)
 
     @property
     def is_sparse_gradient(self) -> bool:
@@ -125,6 +137,9 @@ class ExpertGate(WholeState):
         norm = self.norm
         assert norm is not None
         if not is_frozen(self) or norm.training or norm._forward_hooks or norm._forward_pre_hooks:
+            return False
+        # Tools take the statistics away, or bring them to the device only when the norm itself is called.
+        if norm.running_var is None or norm.running_var.device != z.device:
             return False
         return z.dtype in (torch.float32, torch.float64) and z.numel() > self.in_features**2
 

@@ -26,13 +26,13 @@ class _AllReduce(torch.autograd.Function):
         return gradient
 
 
-class LogitBatchNorm(nn.Module):
+class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm without affine parameters over all axes but the last; a mask may leave rows out.
 
     In distributed training the statistics are those of the batches of all processes. A forward pass that
     activation checkpointing makes again does not advance the running statistics (but it does where a compiled
-    layer is inside of the checkpoint). It is none of torch's own batch norms, so
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves it alone.
+    layer is inside of the checkpoint). It is one of torch's batch norms to tools that look for these, such as
+    `torch.optim.swa_utils.update_bn`.
 
     Parameters
     ----------
@@ -61,19 +61,8 @@ class LogitBatchNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        self.num_features, self.eps = num_features, 1e-5
-        self.momentum: float | None = 0.1
-        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
-        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
-
-    def reset_parameters(self) -> None:
-        """Forget the running statistics."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
+        super().__init__(num_features, affine=False, device=device, dtype=dtype)
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise logits of shape (..., features); `mask` of shape (...) is true where a row counts.
@@ -84,7 +73,7 @@ class LogitBatchNorm(nn.Module):
             In training with fewer than two rows that count.
         """
         rows = logits.reshape(-1, logits.shape[-1])
-        if not self.training:
+        if not self.training and self.track_running_stats:
             scale, shift = self.affine_map(rows.dtype)
             return torch.addcmul(shift, rows, scale).reshape(logits.shape)
         shared = (
@@ -92,16 +81,16 @@ class LogitBatchNorm(nn.Module):
         )
         # A forward pass inside of a backward pass is one that is made again, for activation checkpointing.
         again = not is_recorded() and torch._C._current_graph_task_id() != -1
-        if mask is None and not shared and rows.dtype == self.running_mean.dtype:
+        advances = self.track_running_stats and not again
+        running = self.running_mean, self.running_var
+        if mask is None and not shared and (running[0] is None or rows.dtype == running[0].dtype):
             self._check_rows(rows.shape[0])
-            if again:
-                running = self.running_mean.clone(), self.running_var.clone()
-            else:
-                running = self.running_mean, self.running_var
+            if advances:
                 self.num_batches_tracked.add_(1)
-            normed = nn.functional.batch_norm(
-                rows, *running, training=True, momentum=self._weight(), eps=self.eps
-            )
+            elif running[0] is not None:
+                running = running[0].clone(), running[1].clone()
+            weight = self._weight() if advances else 0.0
+            normed = nn.functional.batch_norm(rows, *running, training=True, momentum=weight, eps=self.eps)
             return normed.reshape(logits.shape)
         counts = rows.new_ones(rows.shape[0], 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
 
@@ -119,7 +108,7 @@ class LogitBatchNorm(nn.Module):
         mean = sums[:-1] / count
         centred = rows - mean
         variance = total(counted(centred).square().sum(0)) / count
-        if not again:
+        if advances:
             self._advance(mean.detach(), variance.detach() * (rows_seen / (rows_seen - 1)))
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
 

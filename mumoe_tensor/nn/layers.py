@@ -25,7 +25,7 @@ from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.linear import matrix_of
-from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, is_elementwise
+from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection, read_number, read_selection
 from mumoe_tensor.tensors import FactorizedTensor
@@ -525,7 +525,7 @@ class MuMoEMLP(_Layer):
 
     def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
         hidden = self.up(x, coefficients, sparse_gradient=sparse_gradient)
-        activation = self.activation if is_elementwise(self.activation) else None
+        activation = elementwise(self.activation)
         if activation is None:
             hidden = self.activation(hidden)
         y = self.down(hidden, coefficients, activation, sparse_gradient)

@@ -216,8 +216,11 @@ def _is_definition_of_both(one: Any, other: Any) -> bool:
 def _are_equal(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool:
     """Whether two elementwise functions differ by less than float32 can show."""
     x = torch.linspace(-12, 12, 2001, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        return torch.allclose(one(x), other(x), rtol=1e-9, atol=1e-9)
+    try:
+        with torch.no_grad():
+            return torch.allclose(one(x), other(x), rtol=1e-9, atol=1e-9)
+    except RuntimeError:  # fake tensors have no values
+        return False
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -227,12 +230,16 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_elementwise(function: Callable[..., Any]) -> bool:
-    """Whether a function is known to be elementwise, without parameters, randomness and changes in place."""
+def elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """The function, if it is known to be elementwise, without parameters, randomness and changes in place.
+
+    Of a module its `forward`: it may be called more than once, and no hook that a tool of torch has on all
+    modules is to see that.
+    """
     if isinstance(function, nn.Module):
         is_known = type(function) in ELEMENTWISE.values() and not getattr(function, "inplace", False)
-        return is_known and not has_hooks(function)
-    return any(function is known for known in _FUNCTIONS.values())
+        return function.forward if is_known and not has_hooks(function) else None
+    return function if any(function is known for known in _FUNCTIONS.values()) else None
 
 
 GATES = Registry(

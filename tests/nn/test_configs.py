@@ -370,7 +370,7 @@ def test_elementwise_activations_are_formed_again(name: str, monkeypatch: pytest
         again = MuMoEMLP.from_config({**block.config, "activation": "gelu"} | {"activation": activation})
         again.load_state_dict(block.state_dict())
         again(x).sum().backward()
-        assert forms[1] is again.activation
+        assert forms[1] == getattr(again.activation, "forward", again.activation)
         for key, p in again.named_parameters():
             assert torch.equal(p.grad, expected[key])
     # With hooks, or in place, a module is called as it is.
@@ -381,6 +381,18 @@ def test_elementwise_activations_are_formed_again(name: str, monkeypatch: pytest
     again.activation = hooked
     again(x).sum().backward()
     assert forms == [None, None] and seen == [1]
+
+
+def test_torch_counts_the_flops_of_a_layer_with_a_module_as_activation() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = []
+    for activation in ("gelu", nn.GELU()):
+        block, counter = made("activation", activation), FlopCounterMode(display=False)
+        with counter:
+            block(torch.randn(8, 5)).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 def test_an_activation_in_place_is_not_formed_again() -> None:

@@ -363,7 +363,7 @@ def as_probability(value: Any, what: str) -> float:
     """As `as_finite`, but `what` must be a probability below one."""
     number = as_finite(value, what)
     if not 0 <= number < 1:
-        raise ValueError(f"{what} must be a probability, at least 0 and below 1, got {number}.")
+        raise ValueError(f"{what} must be a probability below one, got {number}.")
     return number
 
 

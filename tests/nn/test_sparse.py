@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
+import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.nn import ExpertGate, MuMoE, MuMoEMLP, entmax15, sparse  # noqa: E402
 from mumoe_tensor.nn.sparse import sparse_product, sum_of_rows, sum_of_rows_backward  # noqa: E402
 
@@ -164,7 +165,7 @@ class OtherGate(ExpertGate):
     ("change", "taken"),
     [
         (lambda m: None, True),
-        (lambda m: setattr(m.gate, "gate", "sparsemax"), True),
+        (lambda m: setattr(m.gate, "gate", mt.sparsemax), True),
         (lambda m: setattr(m.gate, "gate", declared), True),
         (lambda m: setattr(m.gate, "gate", lambda logits: entmax15(logits)), False),
         (lambda m: m.gate.register_forward_hook(lambda *_: None), False),

@@ -18,6 +18,7 @@ import mumoe_tensor.study as study  # noqa: E402
 from mumoe_tensor.browser import browse  # noqa: E402
 from mumoe_tensor.formats import formats  # noqa: E402
 from mumoe_tensor.models import load_head, load_model  # noqa: E402
+from mumoe_tensor.training.data import as_features  # noqa: E402
 from mumoe_tensor.training.run import run  # noqa: E402
 from mumoe_tensor.training.settings import RUNS, Settings  # noqa: E402
 
@@ -111,7 +112,11 @@ def settings_of(folder: Path) -> Settings:
 
 
 @pytest.mark.parametrize("kind", ["mixer", "gpt2"])
-def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(runs: Path, kind: str) -> None:
+def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(
+    runs: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The run was trained on bytes as they are; since then images of bytes are scaled.
+    monkeypatch.setattr("mumoe_tensor.training.data.as_pixels", as_features)
     folder = runs / kind
     settings = settings_of(folder)
     done = run(settings, folder)

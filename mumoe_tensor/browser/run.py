@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.plain import STRONGEST, Sample
 from mumoe_tensor.browser.samples import Images, Texts
 from mumoe_tensor.models.backbones import load_backbone
-from mumoe_tensor.models.heads import load_head
-from mumoe_tensor.training.data import Dataset, read_idx, read_npz, split
+from mumoe_tensor.models.weights import load_tensors, read_tensors
+from mumoe_tensor.readers import read_arrays, read_json, reading
+from mumoe_tensor.training.data import Dataset, as_pixels, split
 from mumoe_tensor.training.features import extract
-from mumoe_tensor.training.finished import read_run
+from mumoe_tensor.training.finished import read_head_run, read_run
+from mumoe_tensor.training.folder import HEAD
 from mumoe_tensor.training.images import DEVIATION, MEAN
 from mumoe_tensor.training.settings import GPT2Run, MixerRun
-from mumoe_tensor.training.tokens import Tokenizer
+from mumoe_tensor.training.tokens import Tokenizer, read_vocabulary_size
 
 Progress = Callable[[int, int, str], None]
 #: Validation rows to look at: of images, or of a language model so many tokens in whole windows.
@@ -84,8 +85,8 @@ def browse(
             f"rows and k must be positive, and removed not negative, got {rows}, {k} and {removed}."
         )
     if (folder / "config.json").exists():
-        known = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "settings" not in known:
+        known = read_json(folder / "config.json")
+    if HEAD[0] in known:
         return browse_head(
             folder, images=images, classes=classes, rows=ROWS if rows is None else rows, k=k,
             progress=progress,
@@ -205,8 +206,7 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
 def _decoder(settings: GPT2Run, folder: Path) -> Callable[[int], str]:
     """From a token to its text. Ids that no text has, which fill a vocabulary up, are marked as such."""
     about = Path(settings.data.validation).with_name("tokens.json")
-    size = json.loads(about.read_text(encoding="utf-8"))["vocabulary"] if about.exists() else None
-    tokenizer = Tokenizer(folder, size)
+    tokenizer = Tokenizer(folder, read_vocabulary_size(about) if about.exists() else None)
 
     def decode(token: int) -> str:
         return tokenizer.decode([token]) if token < tokenizer.vocabulary else "�"
@@ -264,35 +264,33 @@ def browse_head(
         If the folder has no finished run, the head has no experts, or images and features differ in number.
     """
     folder = Path(folder)
-    if not (folder / "head.safetensors").exists() or not (folder / "config.json").exists():
-        raise ValueError(f"{folder} must have a finished run: config.json, and the weights it ends with.")
     if rows < 1 or k < 1:
         raise ValueError(f"rows and k must be positive, got {rows} and {k}.")
-    setting = json.loads((folder / "config.json").read_text(encoding="utf-8"))["setting"]
-    head = load_head(folder / "head.safetensors")
-    has_labels = setting["labels"] is not None
-    data = read_idx(setting["inputs"], setting["labels"]) if has_labels else read_npz(setting["inputs"])
-    _, kept = split(data, setting["validation"], seed=0)
+    setting, head = read_head_run(folder)
+    data = setting.read_data()
+    _, kept = split(data, setting.validation, seed=0)
     kept = kept.rows(torch.arange(min(rows, len(kept))))
     samples = None
     if images is not None:
-        pictures = read_npz(images)
-        if len(pictures) != len(data):
-            raise ValueError(
-                f"there must be an image for every input; {images} has {len(pictures)}, the run {len(data)}."
-            )
-        # Split as the features are, so in the same order.
-        _, shown = split(Dataset(pictures.x, data.y), setting["validation"], seed=0)
-        samples = Images(shown.x[: len(kept)].numpy() / max(1.0, float(pictures.x.max())))
+        (pictures,) = read_arrays(images, ("x",))
+        with reading(images):
+            if pictures.shape[:1] != (len(data),):
+                raise ValueError(
+                    f"there must be an image for every input; x has shape {pictures.shape}, the run has "
+                    f"{len(data)} inputs."
+                )
+            # Split as the features are, so in the same order.
+            _, shown = split(Dataset(as_pixels(pictures), data.y), setting.validation, seed=0)
+            samples = Images(shown.x[: len(kept)].numpy())
     elif kept.x.ndim == 3:
         samples = Images(kept.x.numpy())
-    if setting["backbone"] is not None:
-        weights = folder / "backbone.safetensors"
-        backbone = load_backbone(setting["backbone"], setting["weights"], setting["size"])
-        if weights.exists():
-            from safetensors.torch import load_file
-
-            backbone.load_state_dict(load_file(weights))
+    if setting.backbone is not None and setting.weights is not None:
+        backbone = load_backbone(setting.backbone, setting.weights, setting.size)
+        if setting.train_backbone:
+            weights = folder / "backbone.safetensors"
+            tensors, _ = read_tensors(weights)
+            with reading(weights):
+                load_tensors(backbone, tensors)
         kept = extract(backbone, kept)
     levels = collect(head, kept.x.flatten(1), kept.y, k=k, progress=progress)
     return page(

@@ -196,7 +196,6 @@ def _train(
 ) -> None:
     """Train a model of settings and print its figures."""
     with bad_input():
-        from mumoe_tensor.training.checkpoint import DamagedCheckpoint
         from mumoe_tensor.training.processes import processes
         from mumoe_tensor.training.run import run
         from mumoe_tensor.training.settings import read_settings
@@ -206,9 +205,7 @@ def _train(
         try:
             with can_go_on():
                 found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
-        except FileNotFoundError:
-            raise
-        except (FloatingPointError, DamagedCheckpoint, OSError) as error:
+        except FloatingPointError as error:
             raise typer.Exit(fail(str(error), 1)) from error
     own = processes()
     own.destroy_process_group()

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
 from mumoe_tensor.experiments.records import Records, Row
-from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
+from mumoe_tensor.models.weights import load_tensors, read_weights, write_tensors
 from mumoe_tensor.nn import MuMoE
+from mumoe_tensor.readers import reading
 from mumoe_tensor.training import Dataset, TrainConfig, train
 from mumoe_tensor.training.attributes import Population, Task
 
@@ -201,16 +202,18 @@ class Experiment:
     def _judged(self, method: str, seed: int, split: str) -> list[Row]:
         """A model of a seed, as it is and under its corrections, on the rows of a split."""
         value = self._chosen(method)
-        path = self.folder / "models" / f"{self._key(f'{method} {seed}').replace(' ', '-')}.pt"
+        path = self.folder / "models" / f"{self._key(f'{method} {seed}').replace(' ', '-')}.safetensors"
         loss = nan
         if split == "validation":
             model, loss = self._trained(method, seed, value)
-            with whole_file(path) as file:
-                torch.save(model.state_dict(), file)
+            write_tensors(path, model.state_dict(), {})
         else:
             model = self._built(method)
-            model.load_state_dict(torch.load(path, weights_only=True))
-            model.eval()
+            # (Version 0.1 wrote .pt.)
+            path = path if path.exists() else path.with_suffix(".pt")
+            tensors = read_weights(path)
+            with reading(path):
+                load_tensors(model, tensors)
         rows: Population = getattr(self.task, split)
         logits = logits_of(model, rows.x)
         setting = {"oversampling": "repetitions", "adversarial": "alpha"}.get(method, "learning rate")

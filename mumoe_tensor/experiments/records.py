@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.files import write_table
+from mumoe_tensor.readers import read_table
 
 Row = dict[str, Any]
 
@@ -25,7 +25,7 @@ class Records:
     Raises
     ------
     ValueError
-        If the file has other columns, or an entry that is not of its type.
+        If the file has other columns, or an entry that is not of its type; see `read_table`.
     """
 
     def __init__(self, path: Path, columns: dict[str, type]):
@@ -33,15 +33,7 @@ class Records:
         self._columns = {"run": str, **columns}
         self._rows: list[Row] = []
         if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                if list(reader.fieldnames or ()) != list(self._columns):
-                    raise ValueError(
-                        f"{path} must have the columns {', '.join(self._columns)}; it has others."
-                    )
-                self._rows = [
-                    {name: self._columns[name](text) for name, text in row.items()} for row in reader
-                ]
+            self._rows = read_table(path, self._columns)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)

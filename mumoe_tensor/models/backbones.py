@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mumoe_tensor.models.weights import read_weights
 
 #: The name of the network that ``make data`` fetches weights of.
 LITE0 = "efficientnet-lite0"
@@ -93,7 +94,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
         If there is no model of that name, the file has not its weights, or it takes no images of that size.
     """
     network: Any
-    state = _read(Path(weights))
+    state = read_weights(weights)
     if name == LITE0:
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -137,18 +138,3 @@ def _load(network: nn.Module, state: dict[str, Tensor], name: str, weights: str 
             f"of another shape, {wrong[0]!r} for one."
         )
     network.load_state_dict(state)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError):
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"weights are a whole file with a dict of tensors and nothing else; {path} is not.")
-    return found

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.cost import dense_parameters
 from mumoe_tensor.cost import parameters as count_parameters
-from mumoe_tensor.files import whole_file
 from mumoe_tensor.formats.base import as_entries, as_positive, check_modes, get_format
+from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
+from mumoe_tensor.readers import parse_json, reading
 
 #: The name of a head without experts, where others have that of a format.
 LINEAR = "linear"
@@ -145,11 +146,7 @@ def save_head(head: Head, path: Path) -> None:
     head : Head
     path : Path
     """
-    from safetensors.torch import save
-
-    state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    with whole_file(path) as file:
-        file.write(save(state, {"head": json.dumps(head.config)}))
+    write_tensors(path, head.state_dict(), {"head": json.dumps(head.config)})
 
 
 def load_head(path: str | Path) -> Head:
@@ -167,19 +164,21 @@ def load_head(path: str | Path) -> Head:
     Raises
     ------
     ValueError
-        If it is no such file.
+        If it is no such file, or not what was written.
+    OSError
+        If it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["head"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, KeyError, json.JSONDecodeError):
-        raise ValueError(f"a head is a file of safetensors with its config; {path} is not.") from None
-    head = Head(**config)
-    head.load_state_dict(state)
-    return head.eval()
+    tensors, about = read_tensors(path)
+    with reading(path):
+        if "head" not in about:
+            raise ValueError(f"a head is a file of safetensors with its config; this has {sorted(about)}.")
+        config = parse_json(about["head"])
+        try:
+            with torch.device("meta"):
+                head = Head(**config)
+        except TypeError as error:
+            raise ValueError(f"the config of a head must have its arguments: {error}") from None
+        return load_tensors(head, tensors)
 
 
 def _dense(in_features: int, hidden: int | None, classes: int) -> nn.Module:

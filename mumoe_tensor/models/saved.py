@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from mumoe_tensor.files import whole_file
 from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
 from mumoe_tensor.models.mixer import Mixer, MixerConfig
+from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
+from mumoe_tensor.readers import parse_json, reading
 
 #: By the name that a file gives.
 _KINDS: dict[str, tuple[type[Any], type[Any]]] = {"mixer": (Mixer, MixerConfig), "gpt2": (GPT2, GPT2Config)}
@@ -30,15 +31,11 @@ def save_model(model: Mixer | GPT2, path: str | Path) -> None:
     TypeError
         If it is another model, or wrapped in one.
     """
-    from safetensors.torch import save
-
     kinds = [name for name, (kind, _) in _KINDS.items() if type(model) is kind]
     if not kinds:
         raise TypeError(f"a model to be saved is a Mixer or a GPT2, got {type(model).__name__}.")
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    data = save(state, {"kind": kinds[0], "config": json.dumps(asdict(model.config))})
-    with whole_file(Path(path)) as file:
-        file.write(data)
+    about = {"kind": kinds[0], "config": json.dumps(asdict(model.config))}
+    write_tensors(path, model.state_dict(), about)
 
 
 def load_model(path: str | Path, device: torch.device | str | None = None) -> Mixer | GPT2:
@@ -58,24 +55,24 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Mi
     Raises
     ------
     ValueError
-        If it is no such file.
-    FileNotFoundError
-        If there is none.
+        If it is no such file, or not what was written.
+    OSError
+        If it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt", device=str(device or "cpu")) as file:
-            about = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    tensors, about = read_tensors(path)
+    with reading(path):
+        if not {"kind", "config"} <= set(about) or about["kind"] not in _KINDS:
+            raise ValueError(
+                f"a model is a file of safetensors with its kind, {' or '.join(_KINDS)}, and config; this "
+                f"has {sorted(about)}."
+            )
         kind, kind_of_config = _KINDS[about["kind"]]
-        told = json.loads(about["config"])
-        config = kind_of_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
-        model: Mixer | GPT2 = kind(config, "meta")
-        model.load_state_dict(state, assign=True)
-    except (SafetensorError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"a model is a file of safetensors with its kind and config; {path} is not: "
-            f"{' '.join(str(error).split())}"
-        ) from None
-    return model.eval()
+        told = parse_json(about["config"])
+        try:
+            config = kind_of_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+        except TypeError as error:
+            raise ValueError(f"the config of a model must have the arguments of one: {error}") from None
+        if config.depth > len(tensors):
+            raise ValueError(f"every block has tensors; got {len(tensors)} for a depth of {config.depth:,}.")
+        model: Mixer | GPT2 = load_tensors(kind(config, "meta"), tensors)
+    return model if device is None else model.to(device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.files import write_table
+from mumoe_tensor.readers import read_table
 from mumoe_tensor.study.subjects import UNITS, Subject
 
 
@@ -159,7 +160,8 @@ class Results:
         self._rows += [(row, environment) for row in rows]
         if self.path is not None:
             lines = [asdict(row) | about for row, about in self._rows]
-            write_table(self.path, list(lines[0]), lines)
+            # Another version tells other things of the machine.
+            write_table(self.path, list(dict.fromkeys(name for line in lines for name in line)), lines)
 
     def of(self, quantity: str, **known: Any) -> list[Measurement]:
         """Measurements of a quantity that have these values.
@@ -178,22 +180,14 @@ class Results:
 
 
 def _read(path: Path) -> Iterator[tuple[Measurement, dict[str, Any]]]:
-    names = {f.name: str(f.type) for f in fields(Measurement)}
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not set(names) <= set(reader.fieldnames or ()):
-            raise ValueError(
-                f"{path} must be the results of a study; it lacks the columns "
-                f"{sorted(set(names) - set(reader.fieldnames or ()))}."
-            )
-        for line in reader:
-            values = {name: _parsed(line.pop(name), kind) for name, kind in names.items()}
-            yield Measurement(**values), line
+    names = {f.name: partial(_parsed, kind=str(f.type)) for f in fields(Measurement)}
+    for row in read_table(path, names, more=True):
+        yield Measurement(**{name: row.pop(name) for name in names}), row
 
 
 def _parsed(text: str, kind: str) -> Any:
     if kind == "str":
         return text
-    if not text:
+    if not text and kind.endswith("None"):
         return None
     return int(text) if kind.startswith("int") else float(text)

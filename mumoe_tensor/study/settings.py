@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from mumoe_tensor.formats.base import as_positive, check_modes, get_format
 from mumoe_tensor.formats.base import formats as registered
+from mumoe_tensor.readers import checked, read_json, reading
 from mumoe_tensor.study.layers import Layer, get_layer
 from mumoe_tensor.study.subjects import budget_of
 
@@ -121,18 +122,10 @@ class Setting:
         ValueError
             If the file is no setting; it names what is wrong.
         """
-        try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
-            layer = Layer(**told.pop("layer"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} must be the study.json of a study: {error}.") from None
-        missing, unknown = set(cls.__annotations__) - {"layer", *told}, set(told) - set(cls.__annotations__)
-        if missing or unknown:
-            raise ValueError(
-                f"{path} must have the entries of a study; missing: {sorted(missing)}, unknown: "
-                f"{sorted(unknown)}."
-            )
-        return prepare(layer, **told)
+        told = read_json(path)
+        with reading(path):
+            found = checked(cls, told)
+            return prepare(**{f.name: getattr(found, f.name) for f in fields(cls)})
 
 
 #: What is measured unless another is asked for. The first default of `experts` and `devices` is the layer's

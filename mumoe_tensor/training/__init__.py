@@ -1,8 +1,17 @@
 """Real data and one small trainer, for the study and the experiments."""
 
+from mumoe_tensor.readers import read_text
 from mumoe_tensor.training.checkpoint import DamagedCheckpoint
 from mumoe_tensor.training.config import TrainConfig
-from mumoe_tensor.training.data import Dataset, Rows, digits, read_idx, read_npz, read_text, split
+from mumoe_tensor.training.data import (
+    Dataset,
+    Rows,
+    digits,
+    read_idx,
+    read_images,
+    read_npz,
+    split,
+)
 from mumoe_tensor.training.features import extract, write_npz
 from mumoe_tensor.training.log import Evaluation
 from mumoe_tensor.training.trainer import cross_entropy, evaluate, train
@@ -18,6 +27,7 @@ __all__ = [
     "evaluate",
     "extract",
     "read_idx",
+    "read_images",
     "read_npz",
     "read_text",
     "split",

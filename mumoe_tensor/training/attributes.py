@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.readers import read_arrays, read_text, reading
 from mumoe_tensor.selections import Selection, read_selection
+from mumoe_tensor.training.data import as_features
 
 #: Rows of CelebA for training, validation and test: the official split, in the order of the rows.
 CELEBA_PARTS = (162_770, 19_867, 19_962)
@@ -128,9 +131,17 @@ def read_celeba(folder: Path, target: Side, group: Side, embeddings: Path | None
     import pandas
 
     path = folder / "celeba.csv.zip"
-    table = pandas.read_csv(path).drop(columns="filename")
-    if len(table) != sum(CELEBA_PARTS):
-        raise ValueError(f"{path} must have the {sum(CELEBA_PARTS):,} rows of CelebA, it has {len(table):,}.")
+    with reading(path):
+        table = pandas.read_csv(path, compression="zip", encoding="utf-8-sig", index_col=False)
+        if table.columns[0] != "filename" or len(table) != sum(CELEBA_PARTS):
+            raise ValueError(
+                f"it must have the {sum(CELEBA_PARTS):,} rows of CelebA, with the column filename first; it "
+                f"has {len(table):,}, with {table.columns[0]!r} first."
+            )
+        table = table.drop(columns="filename")
+        odd = [name for name in table.columns if not table[name].isin((-1, 1)).all()]
+        if odd:
+            raise ValueError(f"attributes must be 1 or -1; {odd[0]!r} has others.")
     names = list(table.columns)
     output, by = (_column(names, side) for side in (target, group))
     values = torch.tensor(table.to_numpy(np.float32))
@@ -170,12 +181,21 @@ def read_adult(folder: Path, target: Side, group: Side) -> Task:
         _column([name], side)
 
     def read(name: str, skip: int) -> Any:
-        table = pandas.read_csv(
-            folder / name, names=list(ADULT_COLUMNS), skiprows=skip, skipinitialspace=True, na_values="?"
-        )
-        if table["income"].isna().all():
-            raise ValueError(f"{folder / name} must have {len(ADULT_COLUMNS)} columns; it has fewer.")
-        return table.dropna().drop(columns=list(ADULT_SKIPPED))
+        lines = read_text(folder / name).splitlines()[skip:]
+        with reading(folder / name):
+            rows = [row for row in csv.reader(lines, skipinitialspace=True, strict=True) if row]
+            for number, row in enumerate(rows, 1):
+                if len(row) != len(ADULT_COLUMNS):
+                    raise ValueError(
+                        f"every row must have {len(ADULT_COLUMNS)} columns; row {number} has {len(row)}."
+                    )
+            table = pandas.DataFrame([row for row in rows if "?" not in row], columns=list(ADULT_COLUMNS))
+            table[list(ADULT_NUMBERS)] = table[list(ADULT_NUMBERS)].apply(pandas.to_numeric)
+            for column, known in (("sex", ("Male", "Female")), ("income", ("<=50K", ">50K"))):
+                odd = set(table[column].str.removesuffix(".")) - set(known)
+                if odd:
+                    raise ValueError(f"{column} must be {' or '.join(known)}, got {sorted(odd)[0]!r}.")
+        return table.drop(columns=list(ADULT_SKIPPED))
 
     known, test = read("adult.data", 0), read("adult.test", 1)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).numpy()
@@ -210,15 +230,12 @@ def _said(side: Side) -> str:
 
 def _embeddings(path: Path, rows: int) -> Tensor:
     """Embeddings, centred, and scaled by one number, both those of the training rows."""
-    with np.load(path, allow_pickle=False) as archive:
-        if "x" not in archive.files:
-            raise ValueError(f"{path} must have an array x; it has {sorted(archive.files)}.")
-        x = archive["x"]
-    if x.ndim != 2 or len(x) != rows or not np.isfinite(x).all():
-        raise ValueError(
-            f"x of {path} must be finite, with {rows:,} rows of features, one a row of the attributes, got "
-            f"shape {x.shape}."
-        )
-    found = torch.from_numpy(x.astype(np.float32))
+    (x,) = read_arrays(path, ("x",))
+    with reading(path):
+        if x.ndim != 2 or len(x) != rows:
+            raise ValueError(
+                f"x must have shape ({rows}, features), a row for each of the attributes, got {x.shape}."
+            )
+        found = as_features(x)
     training = found[: CELEBA_PARTS[0]]
     return (found - training.mean(0)) / (training - training.mean(0)).square().mean().sqrt()

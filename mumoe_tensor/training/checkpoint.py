@@ -7,16 +7,15 @@ learning rate are functions of the step: for these the file needs the step and n
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.models.weights import check_tensors, checksum_of_bytes, read_tensors, write_tensors
 from mumoe_tensor.nn.experts import Experts, rename_factors
+from mumoe_tensor.readers import parse_json
 
 State = dict[str, Tensor]
 
@@ -49,10 +48,21 @@ def model_state(model: nn.Module) -> State:
 
 
 def restore_model(model: nn.Module, state: State) -> None:
-    """Give a model the state that `model_state` gave; on several processes that of the first."""
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+    """Give a model the state that `model_state` gave; on several processes that of the first.
 
-    set_model_state_dict(model, _renamed(model, state), options=_whole())
+    Raises
+    ------
+    ValueError
+        If the state has not the names of the model.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    options, renamed = _whole(), _renamed(model, state)
+    # Torch takes a state that lacks tensors. (Of several processes only the first has one.)
+    odd = sorted(set(get_model_state_dict(model)) ^ set(renamed))
+    if odd and (state or not options.broadcast_from_rank0):
+        raise ValueError(f"the tensors must be those of the model; {odd[0]} is missing or unknown.")
+    set_model_state_dict(model, renamed, options=options)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
@@ -80,6 +90,9 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
     for path, value in _renamed(model, state.optimizer).items():
         name, _, key = path.rpartition("/")
         kept.setdefault(name, {})[key] = value
+    names = {name for name, _ in model.named_parameters()}
+    if len({frozenset(values) for values in kept.values()}) > 1 or not names.issuperset(kept):
+        raise ValueError("the optimizer must have the same of every parameter, and of no other.")
     # What the optimizer has besides is its config, which it was made with.
     (group,) = optimizer.param_groups
     groups = [{**group, "params": [name for name, _ in model.named_parameters()]}]
@@ -149,21 +162,10 @@ class Checkpoints:
         OSError
             If it cannot be written; says which step, and the last checkpoint there is.
         """
-        from safetensors.torch import save
-
         parts = {"model": state.model, "optimizer": state.optimizer, "best": best}
-        tensors = {
-            f"{part}/{name}": value.contiguous()
-            for part, found in parts.items()
-            for name, value in found.items()
-        }
-        sums = {name: _checksum(value) for name, value in tensors.items()}
-        about = {"progress": progress, "checksums": sums}
+        tensors = {f"{part}/{name}": value for part, found in parts.items() for name, value in found.items()}
         try:
-            with whole_file(self.path(step)) as file:
-                file.write(save(tensors, {"checkpoint": json.dumps(about)}))
-                file.flush()
-                os.fsync(file.fileno())
+            write_tensors(self.path(step), tensors, {"checkpoint": json.dumps({"progress": progress})})
         except OSError as error:
             raise OSError(
                 f"the checkpoint of step {step} could not be written ({error.strerror or error}); "
@@ -181,8 +183,6 @@ class Checkpoints:
             If there is no checkpoint of this step, or a tensor in it is not what was written; says which, and
             the last checkpoint that is whole.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = self.path(step)
         if not path.exists():
             raise DamagedCheckpoint(
@@ -190,20 +190,28 @@ class Checkpoints:
             )
         parts: dict[str, State] = {"model": {}, "optimizer": {}, "best": {}}
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["checkpoint"])
-                for name, expected in about["checksums"].items():
-                    value = file.get_tensor(name)
-                    if _checksum(value) != expected:
-                        raise DamagedCheckpoint(self._damaged(step, f"{name} is not what was written"))
-                    part, _, own = name.partition("/")
-                    parts[part][own] = value
-        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-            raise DamagedCheckpoint(self._damaged(step, f"it cannot be read, {error}")) from error
-        return Snapshot(parts["model"], parts["optimizer"]), parts["best"], about["progress"]
+            tensors, about = read_tensors(path)
+            told = parse_json(about.get("checkpoint", "{}"))
+            if "progress" not in told:
+                raise ValueError("it must say how far the run is.")
+            if "checksums" in told:  # where version 0.1 has them, of the bytes alone
+                check_tensors(tensors, told["checksums"], checksum_of_bytes)
+            for name, value in tensors.items():
+                part, _, own = name.partition("/")
+                if part not in parts:
+                    raise ValueError(f"tensors must be of {', '.join(parts)}; {name} is not.")
+                parts[part][own] = value
+            return Snapshot(parts["model"], parts["optimizer"]), parts["best"], told["progress"]
+        except (ValueError, OSError) as error:
+            raise self.damaged(step, str(error)) from error
 
-    def _damaged(self, step: int, how: str) -> str:
-        return f"the checkpoint of step {step}, {self.path(step)}, is damaged: {how}; {self.last(step)}."
+    def damaged(self, step: int, how: str) -> DamagedCheckpoint:
+        """The complaint about the checkpoint of a step."""
+        path = self.path(step)
+        how = how.removeprefix(f"{path}: ")
+        return DamagedCheckpoint(
+            f"the checkpoint of step {step}, {path}, cannot be read: {how} {self.last(step)}."
+        )
 
     def last(self, before: int | None = None) -> str:
         """Words for the last checkpoint there is that is whole, of those before a step.
@@ -221,9 +229,3 @@ class Checkpoints:
                     continue
                 return f"the last good checkpoint is that of step {step}, {self.path(step)}"
         return "there is no good checkpoint"
-
-
-def _checksum(value: Tensor) -> int:
-    # bfloat16 is unknown to NumPy, so the bytes are seen as such.
-    content: Any = value.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(content)

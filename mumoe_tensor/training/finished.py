@@ -1,19 +1,23 @@
-"""What a finished run of `mumoe-tensor train mixer` or `train gpt2` left, read again."""
+"""What a run of `mumoe-tensor train` left in its folder, read again."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mumoe_tensor.models.heads import Head, load_head
 from mumoe_tensor.models.saved import load_model
-from mumoe_tensor.training.settings import RUNS, Settings
+from mumoe_tensor.readers import checked, reading
+from mumoe_tensor.training.folder import HEAD, MODEL, read_config
+from mumoe_tensor.training.head import HeadSetting
+from mumoe_tensor.training.settings import Settings, settings_of
 
 
 def read_run(folder: str | Path) -> tuple[Settings, nn.Module]:
-    """Settings and trained model of a run.
+    """Settings and trained model of a run of a Mixer or a GPT-2.
 
     Parameters
     ----------
@@ -28,21 +32,52 @@ def read_run(folder: str | Path) -> tuple[Settings, nn.Module]:
     Raises
     ------
     ValueError
-        If the folder has no finished run, or not one of these.
+        If the folder has no finished run, or not one of these, or a file of it is damaged.
     """
-    from pydantic import TypeAdapter, ValidationError
+    config, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
+    _need(config)
+    told = read_config(config, MODEL)["settings"]
+    with reading(config):
+        settings = settings_of(told)
+    _need(weights)
+    model: Any = load_model(weights)
+    with reading(weights):
+        for field in fields(settings.model):
+            asked, there = (getattr(config, field.name, None) for config in (settings.model, model.config))
+            if asked is not None and asked != there:
+                raise ValueError(
+                    f"the model must be that of config.json; {field.name} is {there!r} here, {asked!r} there."
+                )
+    return settings, model
 
-    folder = Path(folder)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    if not config.exists() or not weights.exists():
-        raise ValueError(f"{folder} must have a finished run: config.json and model.safetensors.")
-    try:
-        told: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        kind = RUNS[told.pop("kind")]
-        settings: Settings = TypeAdapter(kind).validate_json(json.dumps(told), strict=True)
-    except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
-        raise ValueError(
-            f"config.json of a run has its settings, with the kind {' or '.join(RUNS)}; that of {folder} has "
-            f"not: {error}"
-        ) from None
-    return settings, load_model(weights)
+
+def read_head_run(folder: str | Path) -> tuple[HeadSetting, Head]:
+    """Setting and trained head of a run of `mumoe-tensor train head`.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Returns
+    -------
+    HeadSetting
+    Head
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the folder has no finished run, or not one of a head, or a file of it is damaged.
+    """
+    config, weights = Path(folder, "config.json"), Path(folder, "head.safetensors")
+    _need(config)
+    told = read_config(config, HEAD)["setting"]
+    with reading(config):
+        setting = checked(HeadSetting, told)
+    _need(weights)
+    return setting, load_head(weights)
+
+
+def _need(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path.parent} must have a finished run; it has no {path.name}.")

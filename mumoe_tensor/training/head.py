@@ -13,9 +13,11 @@ from torch import nn
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head, save_head
+from mumoe_tensor.models.weights import write_tensors
 from mumoe_tensor.training.config import TrainConfig
-from mumoe_tensor.training.data import Dataset, read_idx, read_npz, split
+from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract
+from mumoe_tensor.training.folder import HEAD, read_config
 from mumoe_tensor.training.log import Evaluation, read_evaluations, write_evaluations
 from mumoe_tensor.training.trainer import train
 
@@ -27,7 +29,8 @@ class HeadSetting:
     Attributes
     ----------
     inputs : str
-        An ``.npz`` file with x and y as `read_npz` reads it, or with `labels` a file of images in IDX.
+        An ``.npz`` file with x and y, features as `read_npz` reads them or images as `read_images`; or with
+        `labels` a file of images in IDX.
     labels : str or None
     backbone, weights : str or None
         Where inputs are images: the network below the head, see `load_backbone`.
@@ -67,6 +70,16 @@ class HeadSetting:
             raise ValueError("images need a backbone below the head; without one inputs are features.")
         if self.size < 1:
             raise ValueError(f"the size of images must be positive, got {self.size}.")
+
+    def read_data(self) -> Dataset:
+        """Features, or where there is a backbone images, with their labels.
+
+        Raises
+        ------
+        ValueError
+            See `read_npz` and `read_images`.
+        """
+        return read_npz(self.inputs) if self.backbone is None else read_images(self.inputs, self.labels)
 
 
 def train_head(
@@ -154,17 +167,15 @@ def run_head(
     ValueError
         If the folder has a run of another setting, or data and setting do not fit together.
     """
-    from safetensors.torch import save
-
     paths = {name: folder / name for name in ("config.json", "metrics.csv", "head.safetensors")}
     told: dict[str, Any] = json.loads(json.dumps(asdict(setting)))
     if paths["config.json"].exists() and not fresh:
-        known = json.loads(paths["config.json"].read_text(encoding="utf-8"))
+        known = read_config(paths["config.json"], HEAD)
         if known["setting"] != told:
             raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
         if paths["head.safetensors"].exists():
             return {**_best(read_evaluations(paths["metrics.csv"])), **known["head"], "trained": False}
-    data = read_npz(setting.inputs) if setting.labels is None else read_idx(setting.inputs, setting.labels)
+    data = setting.read_data()
     classes = data.classes
     backbone = None
     if setting.backbone is not None and setting.weights is not None:
@@ -192,9 +203,7 @@ def run_head(
         file.write(json.dumps({"setting": told, "head": about}, indent=2).encode())
     if backbone is not None and setting.train_backbone:
         epochs = fine_tune(backbone, head, training, validation, setting.training, progress=progress)
-        state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-        with whole_file(folder / "backbone.safetensors") as file:
-            file.write(save(state))
+        write_tensors(folder / "backbone.safetensors", backbone.state_dict(), {})
     else:
         epochs = train_head(head, training, validation, setting.training, progress=progress)
     write_evaluations(epochs, paths["metrics.csv"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.selections import Selection, read_selection
-from mumoe_tensor.training.data import Dataset, read_idx, read_npz, split
+from mumoe_tensor.training.data import Dataset, read_images, split
 
 #: Means and standard deviations of ImageNet's colours, from 0 to 1, that inputs are normalised by.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,7 +26,7 @@ class ImageData:
     Attributes
     ----------
     inputs : str
-        An ``.npz`` file with x and y as `read_npz` reads it; with `labels` a file of images in IDX; or a
+        An ``.npz`` file with x and y as `read_images` reads it; with `labels` a file of images in IDX; or a
         folder with a folder of images for each class (needs torchvision).
     labels : str or None
         Labels in IDX.
@@ -64,7 +64,7 @@ class ImageData:
         Raises
         ------
         ValueError
-            If choices do not fit together, or see `read_idx`, `read_npz` and `split`.
+            If choices do not fit together, or see `read_images` and `split`.
         FileNotFoundError
             If there are no such inputs.
         ImportError
@@ -79,7 +79,7 @@ class ImageData:
                 "a folder for validation and augment are for a folder of images; of a file a share is for "
                 f"validation; got the inputs {self.inputs}."
             )
-        data = read_npz(self.inputs) if self.labels is None else read_idx(self.inputs, self.labels)
+        data = read_images(self.inputs, self.labels)
         if data.x.ndim not in (3, 4):
             raise ValueError(
                 "images must be of shape (rows, height, width) or (rows, channels, height, width); those of "

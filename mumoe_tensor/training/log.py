@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.files import write_table
+from mumoe_tensor.readers import finite, read_table, reading
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,23 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     Parameters
     ----------
     path : Path
+
+    Raises
+    ------
+    ValueError
+        If the table is not what was written, see `read_table`.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        return [evaluation_of(row) for row in csv.DictReader(file)]
-
-
-def evaluation_of(row: dict[str, Any]) -> Evaluation:
-    """An evaluation from a row of a table."""
-    return Evaluation(
-        int(row["epoch"]),
-        float(row["loss"]),
-        float(row["validation_loss"]),
-        float(row["accuracy"]),
-        float(row["seconds"]),
-        bool(int(row["is_best"])),
-        int(row["step"]),
-    )
+    kinds: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": finite,
+        "bool": lambda text: bool(int(text)),
+    }
+    columns = {field.name: kinds[str(field.type)] for field in fields(Evaluation)}
+    found = [Evaluation(**row) for row in read_table(path, columns)]
+    with reading(path):
+        if not found or not found[0].is_best:
+            raise ValueError("a run must have evaluations, the first of them the best so far.")
+    return found
 
 
 class TensorBoard:

@@ -14,6 +14,7 @@ from torch import nn
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.models.saved import save_model
 from mumoe_tensor.training.checkpoint import model_state
+from mumoe_tensor.training.folder import MODEL, read_config
 from mumoe_tensor.training.log import Evaluation, read_evaluations
 from mumoe_tensor.training.processes import processes
 from mumoe_tensor.training.settings import Settings
@@ -67,11 +68,11 @@ def run(
     config, weights = folder / "config.json", folder / "model.safetensors"
     told: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(settings)}))
     if config.exists() and not fresh:
-        known = _read(config)
+        known = read_config(config, MODEL)
         difference = _difference(known["settings"], told)
         if difference:
             raise ValueError(
-                f"{folder} has a run of other settings ({difference}): give another folder, or --fresh."
+                f"{config} is of a run of other settings ({difference}): give another folder, or --fresh."
             )
         if weights.exists() and from_step is not None:
             raise ValueError(f"the run in {folder} is done, there is no step to go on from; see --fresh.")
@@ -102,17 +103,6 @@ def run(
     return {**about, **_figures(settings, evaluations), "trained": True}
 
 
-def _read(config: Path) -> dict[str, Any]:
-    """What another run left."""
-    try:
-        known = json.loads(config.read_text(encoding="utf-8"))
-        if set(known) == {"settings", "model"}:
-            return dict(known)
-    except ValueError:
-        pass
-    raise ValueError(f"{config} is not of a run of these: give another folder, or --fresh.")
-
-
 def _clear(folder: Path) -> None:
     """Remove what a run leaves, and nothing else."""
     for name in ("model.safetensors", "metrics.csv", "config.json"):
@@ -141,8 +131,8 @@ def _figures(settings: Settings, evaluations: list[Evaluation]) -> dict[str, Any
 def _difference(known: dict[str, Any], told: dict[str, Any]) -> str | None:
     """Words for the first setting that is another one and makes a difference."""
     flat = [
-        {"kind": given["kind"]}
-        | {f"{part}.{name}": value for part in PARTS for name, value in given[part].items()}
+        {"kind": given.get("kind")}
+        | {f"{part}.{name}": value for part in PARTS for name, value in dict(given.get(part, {})).items()}
         for given in (known, told)
     ]
     free = {f"train.{name}" for name in FREE}

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -16,6 +16,7 @@ from torch import nn
 
 from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
 from mumoe_tensor.models.mixer import Mixer, MixerConfig
+from mumoe_tensor.readers import read_toml
 from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.images import ImageData
@@ -143,15 +144,31 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
 def _tables(kind: str, config: str | Path) -> dict[str, Any]:
     known = packaged(kind)
     if config in known:
-        text = (files("mumoe_tensor") / "configs" / f"{config}.toml").read_text(encoding="utf-8")
-    elif Path(config).suffix == ".toml":
-        text = Path(config).read_text(encoding="utf-8")
-    else:
-        raise ValueError(f"settings are a TOML file or one of {', '.join(known)}; got {str(config)!r}.")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"settings must be TOML; {config} is not: {error}.") from None
+        with as_file(files("mumoe_tensor") / "configs" / f"{config}.toml") as path:
+            return read_toml(path)
+    if Path(config).suffix == ".toml":
+        return read_toml(config)
+    raise ValueError(f"settings are a TOML file or one of {', '.join(known)}; got {str(config)!r}.")
+
+
+def settings_of(told: Mapping[str, Any]) -> Settings:
+    """Settings from what ``config.json`` has of them.
+
+    Parameters
+    ----------
+    told : mapping
+        With ``kind``.
+
+    Raises
+    ------
+    ValueError
+        If the kind or a key is unknown, or a value is wrong.
+    """
+    tables = dict(told)
+    kind = tables.pop("kind", None)
+    if kind not in RUNS:
+        raise ValueError(f"kind: settings are of the kind {' or '.join(RUNS)}, got {kind!r}.")
+    return _checked(RUNS[kind], tables)
 
 
 def _value(text: str) -> Any:

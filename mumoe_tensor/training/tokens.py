@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.formats.base import as_positive
+from mumoe_tensor.readers import read_json, read_text, reading
 from mumoe_tensor.selections import Selection, read_selection
-from mumoe_tensor.training.data import read_text
 
 #: A token on disk, as the files that nanoGPT's scripts write have it.
 TOKEN = np.dtype("<u2")
@@ -91,18 +92,17 @@ class Tokenizer:
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Ids of all tokens, and the merges, checked against each other."""
     path = folder / "encoder.json"
-    try:
-        ids = dict(json.loads(read_text(path)))
-    except (ValueError, TypeError):
-        raise ValueError(f"encoder.json must be an object of tokens and their ids; {path} is not.") from None
+    ids = read_json(path)
     # Only "\n" ends a line: some tokens have characters that `splitlines` takes for an end.
     lines = read_text(folder / "vocab.bpe").split("\n")
     merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines[1:] if line)]
     expected = {a + b: 256 + k for k, (a, b) in enumerate(merges)} | {END_OF_TEXT: 256 + len(merges)}
-    if len(ids) != 256 + len(expected) or any(ids.get(token) != i for token, i in expected.items()):
+    numbers = {i for i in ids.values() if type(i) is int}
+    is_whole = len(ids) == 256 + len(expected) and numbers == set(range(len(ids)))
+    if not is_whole or any(ids.get(token) != i for token, i in expected.items()):
         raise ValueError(
-            "ids must be the bytes, then the merges in their order, then the end of a text; those of "
-            f"{folder} are not."
+            f"{path}: ids must be the bytes, then the merges in their order, that of {folder / 'vocab.bpe'}, "
+            "then the end of a text."
         )
     return ids, merges
 
@@ -197,6 +197,23 @@ def tokenize(
 
 def _fits(path: Path, patterns: Sequence[str]) -> bool:
     return any(path.match(pattern) for pattern in patterns)
+
+
+def read_vocabulary_size(path: Path) -> int:
+    """The number of ids from the ``tokens.json`` that `tokenize` wrote.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    ValueError
+        If the file does not say it.
+    """
+    told = read_json(path)
+    with reading(path):
+        return as_positive(told.get("vocabulary"), "vocabulary")
 
 
 class Tokens:

@@ -8,12 +8,14 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
+from textwrap import shorten
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.readers import checked
 from mumoe_tensor.training.batches import Batch, Batches, seed_of
 from mumoe_tensor.training.checkpoint import (
     Checkpoints,
@@ -27,7 +29,7 @@ from mumoe_tensor.training.checkpoint import (
 from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.finite import first_layer_not_finite, not_finite
-from mumoe_tensor.training.log import Evaluation, NoBoard, TensorBoard, evaluation_of, write_evaluations
+from mumoe_tensor.training.log import Evaluation, NoBoard, TensorBoard, write_evaluations
 from mumoe_tensor.training.processes import processes
 from mumoe_tensor.training.progress import Bar
 
@@ -82,6 +84,14 @@ class Progress:
         for e in self.evaluations:
             since = 0 if e.is_best else since + 1
         return since
+
+
+@dataclass
+class _Kept(Progress):
+    """What a checkpoint keeps besides tensors."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None
 
 
 def train(
@@ -332,22 +342,27 @@ class _Run:
                     f"a run that has {metrics} must have a checkpoint to go on from; {self.folder} has none."
                 )
             return
-        state, self.best_state, told = self.checkpoints.read(
-            self.checkpoints.steps[-1] if from_step is None else from_step
-        )
+        step = self.checkpoints.steps[-1] if from_step is None else from_step
+        state, self.best_state, told = self.checkpoints.read(step)
+        try:
+            kept = checked(_Kept, told)
+        except ValueError as error:
+            raise self.checkpoints.damaged(step, f"progress, {error}") from None
         own = json.loads(json.dumps(asdict(self.config)))
-        others = [name for name in own if name not in FREE and own[name] != told["config"].get(name)]
+        others = [name for name in own if name not in FREE and own[name] != kept.config.get(name)]
         if others:
             raise ValueError(
                 f"a run goes on with the config it began with; {', '.join(others)} in {self.folder} was "
-                f"{', '.join(str(told['config'].get(name)) for name in others)}."
+                f"{', '.join(str(kept.config.get(name)) for name in others)}."
             )
-        restore(self.model, self.optimizer.optimizer, state)
-        if told["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(told["scaler"])
-        self.state = Progress(
-            told["step"], [evaluation_of(row) for row in told["evaluations"]], told["total"], told["seconds"]
-        )
+        try:
+            restore(self.model, self.optimizer.optimizer, state)
+        except (ValueError, RuntimeError, KeyError) as error:
+            what = shorten(str(error), 300)  # torch lists every tensor
+            raise self.checkpoints.damaged(step, f"it must fit the model, {what};") from error
+        if kept.scaler is not None:
+            self.accelerator.scaler.load_state_dict(kept.scaler)
+        self.state = Progress(kept.step, kept.evaluations, kept.total, kept.seconds)
         if is_main:
             write_evaluations(self.state.evaluations, metrics)
 

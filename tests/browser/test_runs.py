@@ -167,5 +167,8 @@ def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> No
     (tmp_path / "model.safetensors").write_bytes((mixer / "model.safetensors").read_bytes())
     assert read_run(tmp_path)[0] == read_run(mixer)[0]
     (tmp_path / "config.json").write_text('{"settings": {"kind": "mixer"}}')
-    with pytest.raises(ValueError, match=r"config\.json of a run has its settings"):
+    with pytest.raises(
+        ValueError,
+        match=r"config\.json: a run of .* has the objects settings and model",
+    ):
         read_run(tmp_path)

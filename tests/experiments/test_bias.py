@@ -27,6 +27,7 @@ from mumoe_tensor.experiments import bias
 from mumoe_tensor.experiments.bias import CORRECTIONS, METHODS, METRICS, MODELS, Experiment, Recipe
 from mumoe_tensor.experiments.records import Records
 from mumoe_tensor.interval import interval
+from mumoe_tensor.models.weights import read_weights
 from mumoe_tensor.training import attributes
 from mumoe_tensor.training.attributes import Population, Task, read_adult, read_celeba
 
@@ -125,9 +126,9 @@ def test_settings_are_chosen_on_validation_rows(finished: Experiment) -> None:
 
 def test_test_rows_are_those_of_the_test_part(finished: Experiment) -> None:
     """The figures of a kept model, counted by hand."""
-    (path,) = finished.folder.glob("models/*mumoe-1.pt")
+    (path,) = finished.folder.glob("models/*mumoe-1.safetensors")
     model = bias.build("mumoe", 4, 1, RECIPE).eval()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(read_weights(path))
     rows = finished.task.test
     with torch.no_grad():
         right = (model(rows.x)[:, 0] > 0).long() == rows.y[:, 0]
@@ -330,8 +331,8 @@ def test_adult(data: Path) -> None:
         ("--target Smiling --group Male --data adult", "must be one of income"),
         ("--target income --group Male --data adult --embeddings e.npz", "--embeddings are of the images"),
         ("--target Smiling --group Male --embeddings missing.npz", "missing.npz"),
-        ("--target Smiling --group Male --embeddings {data}/short.npz", "with 800 rows"),
-        ("--target Smiling --group Male --embeddings {data}/empty.npz", "must have an array x"),
+        ("--target Smiling --group Male --embeddings {data}/short.npz", "must have shape (800, features)"),
+        ("--target Smiling --group Male --embeddings {data}/empty.npz", "must have arrays x"),
         ("--target Smiling --group Male --folder nowhere", "make data"),
         ("--target Smiling --group Male --seeds 0", "--seeds must be positive"),
         ("--target Smiling --group Male --test", "after all validation"),
@@ -352,7 +353,7 @@ def test_bad_input_is_one_line(line: str, words: str, data: Path) -> None:
 
 def test_wrong_files_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (data / "results.csv").write_text("run,other\na,b\n")
-    with pytest.raises(ValueError, match="must have the columns"):
+    with pytest.raises(ValueError, match=r"results\.csv: the table must have the columns"):
         Records(data / "results.csv", {"value": float})
     (data / "adult" / "adult.data").write_text("1, 2\n")
     with pytest.raises(ValueError, match="15 columns"):

@@ -50,8 +50,10 @@ def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": None}, "must be the study.json of a study"),
-        ({"seeds": None, "bogus": 3}, r"missing: \['seeds'\], unknown: \['bogus'\]"),
+        ({"layer": None}, r"study\.json: layer: Field required"),
+        ({"seeds": None}, "seeds: Field required"),
+        ({"bogus": 3}, "bogus: Unexpected keyword argument"),
+        ({"batch": "32"}, "batch: .*integer, got '32'"),
         ({"batch": 0}, "batch must be positive, got 0"),
     ],
 )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import io
 import subprocess
 import tarfile
+import threading
 import zipfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +24,36 @@ from mumoe_tensor.training.fetch import SOURCES, Source, download, extract, fetc
 FILES = {"inner/deep/a.data": b"A", "inner/b.txt": b"B", "other/c.txt": b"C"}
 
 
-def wheel(folder: Path) -> Path:
+def wheel(folder: Path, files: dict[str, bytes] = FILES, link: str = "") -> Path:
     path = folder / "package-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in FILES.items():
-            archive.writestr(name, content)
+        for name, content in files.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (0o120777 if name == link else 0o100644) << 16
+            archive.writestr(info, content)
     return path
 
 
-def source_archive(folder: Path) -> Path:
+def source_archive(folder: Path, files: dict[str, bytes] = FILES, link: str = "") -> Path:
     path = folder / "package-1.0.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
-        for name, content in FILES.items():
+        for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
+            if name == link:
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
             archive.addfile(member, io.BytesIO(content))
     return path
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = [Source(name, "what", "MIT", name, ("*.txt",)) for name in ("one", "two")]
+def sources(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sha256(wheel(tmp_path_factory.mktemp("right")))
+    pair = [Source(name, "what", "MIT", name, ("*.txt",), (right,)) for name in ("one", "two")]
     monkeypatch.setattr(module, "SOURCES", pair)
 
 
@@ -109,10 +123,11 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, debian in enumerate((False, True)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        assert download(Source("n", "w", "MIT", "p==1", (), debian), folder) == folder / "file"
-    assert "--no-deps" in commands[0] and commands[1] == ["apt-get", "download", "p==1"]
+        assert download(Source("n", "w", "MIT", "p==1", (), (), debian=debian), folder) == folder / "file"
+    assert commands[0][-5:] == ["download", "--no-deps", "--only-binary", ":all:", "p==1"]
+    assert commands[1] == ["apt-get", "download", "p==1"]
     with pytest.raises(OSError, match=r"missing could not be downloaded .* ERROR: not found"):
-        download(Source("n", "w", "MIT", "missing", ()), tmp_path)
+        download(Source("n", "w", "MIT", "missing", (), ()), tmp_path)
 
 
 @pytest.mark.usefixtures("sources")
@@ -132,3 +147,111 @@ def test_sources_are_named_once_with_a_licence() -> None:
     names = [source.name for source in SOURCES]
     assert len(set(names)) == len(names)
     assert all(s.licence and s.files and ("==" in s.package or s.debian) for s in SOURCES)
+    assert all(s.sha256 and all(len(h) == 64 and int(h, 16) for h in s.sha256) for s in SOURCES)
+
+
+# ---- what is downloaded is what was meant -----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("sources")
+def test_another_package_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = FILES | {"other/c.txt": b"changed"}
+    opened: list[Path] = []
+    real = extract
+    monkeypatch.setattr(
+        module, "extract", lambda archive, *rest: opened.append(archive) or real(archive, *rest)
+    )
+
+    def get(source: Source, folder: Path) -> Path:
+        return wheel(folder, other if source.name == "one" else FILES)
+
+    outcome = fetch(tmp_path, get=get)
+    assert "SHA-256 of package-1.0-py3-none-any.whl must be" in outcome["one"] and outcome["two"] == "fetched"
+    assert len(opened) == 1 and [p.name for p in tmp_path.iterdir()] == ["two"]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_files_of_a_debian_package_are_checked(
+    right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = tuple(hashlib.sha256(content if right else b"").hexdigest() for content in (b"B", b"C"))
+    source = Source("one", "what", "MIT", "one", ("*.txt",), hashes, debian=True)
+    monkeypatch.setattr(module, "SOURCES", [source])
+    # (Its version varies, and so does the package.)
+    outcome = fetch(tmp_path, get=lambda source, folder: wheel(folder, FILES | {"changelog": b"new"}))
+    assert (outcome["one"] == "fetched") == right == (tmp_path / "one").exists()
+
+
+EVIL = b"from pathlib import Path; Path(__file__).with_name('was-run').touch(); raise SystemExit(1)"
+
+
+@pytest.fixture(params=["html", "json", "file"])
+def index(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An index with a source archive whose setup.py must never run, as pip is configured with it."""
+    folder = tmp_path / "index"
+    (folder / "simple" / "package").mkdir(parents=True)
+    archive = source_archive(folder, FILES | {"setup.py": EVIL, "pyproject.toml": b"[build-system]"})
+    page = folder / "simple" / "package" / "index.html"
+    if request.param == "json":
+        page.write_text('{"files": [{"url": "../../package-1.0.tar.gz"}]}')
+    else:
+        page.write_text(f'<a href="../../{archive.name}#sha256=0">{archive.name}</a>')
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def guess_type(self, path: Any) -> str:
+            is_json = request.param == "json" and str(path).endswith(".html")
+            return "application/vnd.pypi.simple.v1+json" if is_json else super().guess_type(path)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    at = folder.as_uri() if request.param == "file" else f"http://127.0.0.1:{server.server_port}"
+    options = f":env:.index-url='{at}/simple'\nglobal.index-url='http://127.0.0.1:1/no'\nglobal.timeout='5'\n"
+    real = subprocess.run
+
+    def run(command: list[str], **options_of_run: Any) -> Any:
+        if command[1:] == ["-m", "pip", "config", "list"]:
+            return subprocess.CompletedProcess(command, 0, options, "")
+        assert "pip" not in command, "a source archive must not go to pip"
+        return real(command, **options_of_run)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_source_archive_is_opened_and_not_run(index: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    archive = index / "package-1.0.tar.gz"
+    right = Source("one", "w", "MIT", "package==1.0", ("*.txt",), (sha256(archive),), archive=archive.name)
+    wrong = Source("two", "w", "MIT", "package==1.0", ("*.txt",), ("0" * 64,), archive=archive.name)
+    gone = Source("three", "w", "MIT", "package==2.0", ("*.txt",), ("0" * 64,), archive="package-2.0.tar.gz")
+    monkeypatch.setattr(module, "SOURCES", [right, wrong, gone])
+    outcome = fetch(tmp_path / "data")
+    assert outcome["one"] == "fetched" and "SHA-256" in outcome["two"]
+    assert outcome["three"] == "no index has package-2.0.tar.gz"
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["one"]
+    assert sorted(p.name for p in (tmp_path / "data" / "one").iterdir()) == ["b.txt", "c.txt"]
+    assert not list(tmp_path.rglob("was-run"))
+
+
+@pytest.mark.parametrize("archive", [wheel, source_archive])
+@pytest.mark.parametrize(
+    ("name", "link", "message"),
+    [
+        ("../out.txt", "", "must stay in it"),
+        ("inner/../../out.txt", "", "must stay in it"),
+        ("/tmp/out.txt", "", "must stay in it"),
+        ("inner/out.txt", "inner/out.txt", "it is a link"),
+    ],
+)
+def test_what_leads_out_of_an_archive_is_refused(
+    archive: Any, name: str, link: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    path = archive(tmp_path, {name: b"x", "a.data": b"A"}, link)
+    with pytest.raises(ValueError, match=message):
+        extract(path, ("*.txt",), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -86,10 +86,18 @@ def test_ids_out_of_the_vocabulary_are_no_text(vocabulary: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("encoder.json", "[3]", "must be an object of tokens"),
-        ("encoder.json", "{", "must be an object of tokens"),
-        ("vocab.bpe", "#version\nt h\nb e\n", "the bytes, then the merges in their order"),
-        ("vocab.bpe", "#version\nth e\nt h\nĠ the\nb e\nĠ be\n", "the bytes, then the merges in their order"),
+        ("encoder.json", "[3]", r"encoder\.json: it must be a JSON object, got \[3\]"),
+        ("encoder.json", "{", r"encoder\.json: it must be JSON: .*line 1"),
+        (
+            "vocab.bpe",
+            "#version\nt h\nb e\n",
+            r"encoder\.json: ids must be the bytes, then the merges in their order",
+        ),
+        (
+            "vocab.bpe",
+            "#version\nth e\nt h\nĠ the\nb e\nĠ be\n",
+            r"encoder\.json: ids must be the bytes, then the merges in their order",
+        ),
     ],
 )
 def test_files_that_are_no_vocabulary(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -224,7 +232,7 @@ def test_sources_without_text(texts: Path, vocabulary: Path, tmp_path: Path) -> 
     pairs, out = Tokenizer(vocabulary), tmp_path / "out"
     tokenize([texts], pairs, out, hold_out=["c*"])
     (texts / "c.txt").write_bytes(b"\xe9")
-    with pytest.raises(ValueError, match=r"must be UTF-8; .*c\.txt"):
+    with pytest.raises(ValueError, match=r"c\.txt: a text must be UTF-8"):
         tokenize([texts], pairs, out, hold_out=["c*"])
     assert not (out / "validation.bin").exists(), "tokens of an earlier call are not beside those of this one"
     with pytest.raises(ValueError, match=r"must have files \*\.txt"):

@@ -69,7 +69,7 @@ def test_npz_that_is_refused(arrays: Any, message: str, tmp_path: Path) -> None:
 
 def test_objects_are_not_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.array([{}], dtype=object), y=np.array([0]))
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match="real numbers, got an array of object"):
         read_npz(tmp_path / "d.npz")
 
 
@@ -87,10 +87,10 @@ def test_idx(zipped: bool, tmp_path: Path) -> None:
 
 
 def test_idx_of_other_types(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(idx(np.array([[1.5, -2]]).astype(">f4"), 0x0D))
+    (tmp_path / "x").write_bytes(idx(np.array([[0.5, 1]]).astype(">f4"), 0x0D))
     (tmp_path / "y").write_bytes(idx(np.array([7]).astype(">i4"), 0x0C))
     data = read_idx(tmp_path / "x", tmp_path / "y")
-    assert data.x.tolist() == [[1.5, -2]] and data.y.tolist() == [7]
+    assert data.x.tolist() == [[0.5, 1]] and data.y.tolist() == [7]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,419 @@
+"""Every file that a command reads, with every damage: one line names the file, and nothing is changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+for package in (
+    "accelerate",
+    "fairlearn",
+    "matplotlib",
+    "plotly",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "typer",
+):
+    pytest.importorskip(package)
+
+from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from mumoe_tensor.cli import app  # noqa: E402
+from mumoe_tensor.models import load_head, load_model, save_head, save_model  # noqa: E402
+from mumoe_tensor.models.weights import read_tensors, write_tensors  # noqa: E402
+from mumoe_tensor.training import attributes  # noqa: E402
+from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402
+
+RUNS = Path(__file__).parent / "data" / "states" / "runs.tar.xz"
+Damage = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of finished runs, their models written anew, and what else commands read."""
+    folder = tmp_path_factory.mktemp("recorded")
+    with tarfile.open(RUNS) as archive:
+        archive.extractall(folder, filter="data")
+    shutil.rmtree(folder / "mixer" / "tensorboard")
+    save_model(load_model(folder / "mixer" / "model.safetensors"), folder / "mixer" / "model.safetensors")
+    save_head(load_head(folder / "head" / "head.safetensors"), folder / "head" / "head.safetensors")
+    shutil.copytree(folder / "mixer", folder / "begun")
+    (folder / "begun" / "model.safetensors").unlink()
+    checkpoints = Checkpoints(folder / "begun" / "checkpoints")
+    checkpoints.write(4, *checkpoints.read(4))
+    checkpoints.path(2).unlink()
+    settings = json.loads((folder / "mixer" / "config.json").read_text())["settings"]
+    (folder / "own.toml").write_text(toml(settings))
+    texts = folder / "texts"
+    texts.mkdir()
+    for name in "ab":
+        (texts / f"{name}.txt").write_text("Wherefore art\nthou\n")
+    pairs = folder / "pairs"
+    pairs.mkdir()
+    ids = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), "th", "<|endoftext|>"])}
+    (pairs / "encoder.json").write_text(json.dumps(ids))
+    (pairs / "vocab.bpe").write_text("#version: 0.2\nt h\n", encoding="utf-8")
+    (folder / "celeba").mkdir()
+    names, values = ["Blond_Hair", "Male", "Smiling"], np.random.default_rng(0).choice([-1, 1], (80, 3))
+    rows = [f"{k:06}.jpg,{','.join(map(str, row))}\n" for k, row in enumerate(values)]
+    with zipfile.ZipFile(folder / "celeba" / "celeba.csv.zip", "w") as archive:
+        archive.writestr("celeba.csv", "".join([f"filename,{','.join(names)}\n", *rows]))
+    np.savez(folder / "embeddings.npz", x=np.random.default_rng(0).random((80, 4)))
+    return folder
+
+
+@pytest.fixture
+def work(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it as the working folder."""
+    monkeypatch.setattr(attributes, "CELEBA_PARTS", (60, 10, 10))
+    shutil.copytree(recorded, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def toml(settings: dict[str, Any]) -> str:
+    lines = []
+    for name, table in settings.items():
+        if isinstance(table, dict):
+            lines.append(f"[{name}]")
+            lines += [f"{key} = {json.dumps('none' if v is None else v)}" for key, v in table.items()]
+    return "\n".join(lines)
+
+
+HEAD = "train head --features features.npz --experts 4 --rank 3 --epochs 1 --out new"
+STUDY = (
+    "study --in-features 8 --out-features 3 --formats cp --data features.npz --quick --experts 2 "
+    "--parameters 1000 --head-experts 4 --head-parameters 1000 --out new"
+)
+MIXER = "train mixer own.toml --out"
+TOKENIZE = "tokenize texts --hold-out b.txt --vocabulary-files pairs --out new"
+CELEBA = "bias --target Smiling --group Male --folder . --out new"
+ADULT = "bias --target income --group Male=0 --data adult --folder . --quick --seeds 1 --out"
+GPT2 = (
+    "train gpt2 --set data.training=training.bin --set data.validation=validation.bin --set model.context=8 "
+    "--set model.vocabulary=41 --out new"
+)
+#: What a command reads: its format, its file, and the command.
+READS = [
+    ("features", "features.npz", HEAD),
+    ("features", "features.npz", STUDY),
+    ("images", "images.npz", f"{MIXER} new"),
+    ("array", "embeddings.npz", f"{CELEBA} --embeddings embeddings.npz"),
+    ("array", "pictures.npz", "inspect head --images pictures.npz"),
+    ("toml", "own.toml", f"{MIXER} new"),
+    ("text", "texts/a.txt", TOKENIZE),
+    ("json", "pairs/encoder.json", TOKENIZE),
+    ("text", "pairs/vocab.bpe", TOKENIZE),
+    ("config", "mixer/config.json", "inspect mixer"),
+    ("config", "head/config.json", "inspect head"),
+    ("config", "mixer/config.json", f"{MIXER} mixer"),
+    ("model", "mixer/model.safetensors", "inspect mixer"),
+    ("model", "head/head.safetensors", "inspect head"),
+    ("tensors", "begun/checkpoints/step-00000004.safetensors", f"{MIXER} begun"),
+    ("table", "mixer/metrics.csv", f"{MIXER} mixer"),
+    ("json", "study/study.json", "study --setting study/study.json --out study"),
+    ("config", "study/study.json", "study --setting study/study.json --out study"),
+    ("table", "study/results.csv", "study --setting study/study.json --out study"),
+    ("table", "bias/results.csv", f"{ADULT} bias"),
+    ("lines", "adult/adult.data", f"{ADULT} new"),
+    ("zip", "celeba/celeba.csv.zip", CELEBA),
+    ("bytes", "training.bin", GPT2),
+]
+
+
+# ---- damages ----------------------------------------------------------------------------------------------
+
+
+def content(make: Callable[[bytes], bytes]) -> Damage:
+    return lambda path: path.write_bytes(make(path.read_bytes()))
+
+
+def told(make: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Change what a file of JSON says."""
+    return lambda path: path.write_text(json.dumps(make(json.loads(path.read_text()))))
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def arrays(change: Callable[..., Any]) -> Damage:
+    """Change the arrays of an archive; what has no labels gets none."""
+
+    def damage(path: Path) -> None:
+        with np.load(path) as archive:
+            before = dict(archive)
+        after = change(**before)
+        np.savez(path, **{name: after[name] for name in after if name in before or name not in "xy"})
+
+    return damage
+
+
+def header(shape: str) -> Damage:
+    """An array that declares another shape than it has."""
+
+    def damage(path: Path) -> None:
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        entries["x.npy"] = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 64
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, entry in entries.items():
+                archive.writestr(name, entry)
+
+    return damage
+
+
+def double_entry(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("x.npy", archive.read("x.npy"))
+
+
+def single_array(path: Path) -> None:
+    with np.load(path) as archive, path.with_suffix(".npy").open("wb") as file:
+        np.save(file, archive["x"])
+    path.with_suffix(".npy").rename(path)
+
+
+def with_value(value: Any) -> Callable[..., Any]:
+    def change(x: Any, **others: Any) -> Any:
+        x = x.astype(np.float64)
+        x.flat[0] = value
+        return {"x": x, **others}
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, Any], dict[str, str]], Any], checked: bool = True) -> Damage:
+    """Write a file of tensors anew, with checksums that are right, or without."""
+
+    def damage(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        state, about = read_tensors(path)
+        state = {name: value.clone() for name, value in state.items()}
+        change(state, about)
+        if checked:
+            write_tensors(path, state, about)
+        else:
+            save_file(state, path, about)
+
+    return damage
+
+
+def huge(*names: str) -> Damage:
+    """Sizes in the description that no memory has room for."""
+
+    def change(state: dict[str, Any], about: dict[str, str]) -> None:
+        for key in about:
+            for name in names:
+                about[key] = about[key].replace(f'"{name}": ', f'"{name}": 1000000000')
+
+    return tensors(change)
+
+
+def flip(place: Callable[[bytes], int]) -> Damage:
+    """Flip one bit."""
+
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[place(data)] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+EVERY: dict[str, Damage] = {
+    "a folder": folder,
+    "empty": content(lambda old: b""),
+    "cut": content(lambda old: old[: len(old) // 2 - 1 + len(old) // 2 % 2]),
+    "binary": content(lambda old: bytes(range(255, 0, -1)) * 3),
+}
+TEXT: dict[str, Damage] = EVERY | {
+    "latin-1": content(lambda old: old + b"caf\xe9\n"),
+    "NUL": content(lambda old: old.replace(b"\n", b"\0\n") + b"\0\n"),
+}
+JSON: dict[str, Damage] = TEXT | {
+    "a list": content(lambda old: b"[" + old + b"]"),
+    "deep": content(lambda old: b'{"a":' * 100_000),
+    "a key twice": content(lambda old: old.replace(b"{", b'{"k": 1, "k": 2, ', 1)),
+    "NaN": content(lambda old: old.replace(b"{", b'{"k": NaN, ', 1)),
+    "too large a number": content(lambda old: old.replace(b"{", b'{"k": 1e999, ', 1)),
+    "a key too many": told(lambda found: found | {"k": 1}),
+    "a key missing": told(lambda found: dict(list(found.items())[1:])),
+}
+
+
+def inside(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Change the first object in a file of JSON."""
+
+    def make(found: dict[str, Any]) -> Any:
+        change(found[next(iter(found))])
+        return found
+
+    return told(make)
+
+
+def deepest(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    """Change the first object that has no object in it."""
+
+    def make(found: dict[str, Any]) -> None:
+        inner = [value for value in found.values() if isinstance(value, dict)]
+        (deepest(change) if inner else change)(inner[-1] if inner else found)
+
+    return make
+
+
+ARRAY: dict[str, Damage] = EVERY | {
+    "a single array": single_array,
+    "strings": arrays(lambda x, **rest: {"x": x.astype(str), **rest}),
+    "dates": arrays(lambda x, **rest: {"x": x.astype("int64").astype("datetime64[D]"), **rest}),
+    "complex": arrays(lambda x, **rest: {"x": x.astype(complex), **rest}),
+    "objects": arrays(lambda x, **rest: {"x": x.astype(object), **rest}),
+    "no axis": arrays(lambda x, **rest: {"x": x.sum() * 0, **rest}),
+    "a row too few": arrays(lambda x, **rest: {"x": x[1:], **rest}),
+    "no row": arrays(lambda x, **rest: {"x": x[:0], **rest}),
+    "no x": arrays(lambda x, **rest: {"z": x, **rest}),
+    "NaN": arrays(with_value(np.nan)),
+    "infinity": arrays(with_value(-np.inf)),
+    "beyond float32": arrays(with_value(1e300)),
+    "twice": double_entry,
+    "a huge shape": header("(1000000000000,)"),
+    "a shape that is none": header("(1000000000000"),
+    "one bit": flip(lambda data: 200),
+}
+LABELS: dict[str, Damage] = {
+    "no labels": arrays(lambda x, y: {"x": x, "z": y}),
+    "labels of halves": arrays(lambda x, y: {"x": x, "y": y / 2}),
+    "labels that are bools": arrays(lambda x, y: {"x": x, "y": y > 0}),
+    "negative labels": arrays(lambda x, y: {"x": x, "y": y - 1}),
+    "labels beyond int64": arrays(lambda x, y: {"x": x, "y": y.astype(np.uint64) + np.uint64(2**63)}),
+    "labels that are dates": arrays(lambda x, y: {"x": x, "y": y + 20_260_101}),
+    "a column of labels": arrays(lambda x, y: {"x": x, "y": y[:, None]}),
+}
+TENSORS: dict[str, Damage] = EVERY | {
+    "no safetensors": content(lambda old: b"no tensors at all, but a text"),
+    "one bit of a tensor": flip(lambda data: -1),
+    "one bit of the description": flip(lambda data: data.index(b"checksums") + 20),
+    "one bit of the word for checksums": flip(lambda data: data.index(b"checksums")),
+    "one bit of a shape": flip(lambda data: data.index(b'"shape":[') + 9),
+    "a tensor dropped": tensors(lambda state, about: state.pop(sorted(state)[0])),
+    "a tensor dropped, no checksums": tensors(lambda state, about: state.pop(sorted(state)[0]), False),
+    "a tensor too many": tensors(lambda state, about: state.update(bogus=torch.ones(2))),
+    "another shape": tensors(lambda state, about: state.update({sorted(state)[0]: torch.ones(7, 5)})),
+    "no description": tensors(lambda state, about: about.clear()),
+    "no description or checksums": tensors(lambda state, about: about.clear(), False),
+    "a description that is none": tensors(lambda state, about: about.update(dict.fromkeys(about, "{"))),
+    "an empty description": tensors(lambda state, about: about.update(dict.fromkeys(about, "{}"))),
+}
+DAMAGES: dict[str, dict[str, Damage]] = {
+    "bytes": {name: EVERY[name] for name in ("a folder", "empty", "cut")},
+    "text": TEXT,
+    "toml": TEXT
+    | {
+        "deep": content(lambda old: b"a = " + b"[" * 100_000),
+        "a key twice": content(lambda old: old + b"\n[data]\n"),
+    },
+    "json": JSON,
+    "config": JSON
+    | {
+        "a value of another type": inside(deepest(lambda found: found.update({next(iter(found)): [{}]}))),
+        "an unknown key": inside(deepest(lambda found: found.update(bogus=1))),
+        "a list inside": told(lambda found: found | {next(iter(found)): [1]}),
+        "another kind of run": told(lambda found: {"setting": {}, "head": {}} if "settings" in found else
+                                    {"settings": {}, "model": {}}),
+    },
+    "lines": TEXT
+    | {
+        "a row too short": content(lambda old: old + b"\n39, Private, 3\n"),
+        "a row too long": content(lambda old: old + old.splitlines()[0] + b", 4\n"),
+        "words for numbers": content(lambda old: b"x" + old),
+        "another income": content(lambda old: old.replace(b">50K", b">60K", 1)),
+    },
+    "zip": EVERY
+    | {
+        "no table": lambda path: zipfile.ZipFile(path, "w").close(),
+        "a row too few": lambda path: _table(path, lambda text: text[:-20]),
+        "other values": lambda path: _table(path, lambda text: text.replace("-1", "0", 1)),
+        "no filename": lambda path: _table(path, lambda text: text.replace("filename", "file", 1)),
+    },
+    "table": TEXT
+    | {
+        "the last line cut": content(lambda old: old[:-2]),
+        "a row twice": content(lambda old: old + old.splitlines(keepends=True)[-1]),
+        "a row too short": content(lambda old: old + b"1,2\n"),
+        "another column": content(lambda old: old.replace(b",", b",bogus,", 1)),
+        "another version": content(lambda old: old.replace(b"seconds", b"time").replace(b"value", b"worth")),
+        "words for numbers": content(lambda old: old + old.splitlines(keepends=True)[-1].replace(b"0", b"x")),
+        "only the columns": content(lambda old: old.splitlines(keepends=True)[0] + b"\n"),
+    },
+    "array": ARRAY,
+    "features": ARRAY | LABELS,
+    "images": ARRAY
+    | LABELS
+    | {
+        "above 255": arrays(lambda x, y: {"x": x.astype(np.int32) + 1, "y": y}),
+        "below 0": arrays(lambda x, y: {"x": x.astype(np.int16) - 1, "y": y}),
+        "floats up to 255": arrays(lambda x, y: {"x": x.astype(np.float32), "y": y}),
+        "two axes": arrays(lambda x, y: {"x": x[:, 0], "y": y}),
+    },
+    "tensors": TENSORS,
+    "model": TENSORS | {"huge sizes": huge("width", "in_features"), "many blocks": huge("depth", "classes")},
+}  # fmt: skip
+
+
+def _table(path: Path, change: Callable[[str], str]) -> None:
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read("celeba.csv").decode()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("celeba.csv", change(text))
+
+
+#: What is no damage there.
+FINE = {
+    ("text", "a.txt", "cut"), ("images", "images.npz", "a folder"),
+}  # fmt: skip
+CASES = [
+    pytest.param(command, file, damage, id=f"{command.split(' --')[0]}-{file}-{name}".replace("/", "."))
+    for kind, file, command in READS
+    for name, damage in DAMAGES[kind].items()
+    if (kind, file.rpartition("/")[2], name) not in FINE
+]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(command: str, file: str, work: Path) -> str:
+    """A command that must be refused: one line that names a file, and nothing is changed."""
+    before = tree(work)
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), (
+        result.output,
+        result.exception,
+    )
+    assert result.stdout == "" and result.stderr.count("\n") == 1, result.output
+    assert file in result.stderr, result.stderr
+    assert tree(work) == before
+    return result.stderr
+
+
+@pytest.mark.parametrize(("command", "file", "damage"), CASES)
+def test_a_damage_is_told_in_one_line(command: str, file: str, damage: Damage, work: Path) -> None:
+    if file == "pictures.npz":
+        shutil.copy("images.npz", file)
+    damage(work / file)
+    refused(command, file, work)

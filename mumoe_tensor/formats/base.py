@@ -332,7 +332,7 @@ def _declared(format: Format, levels: int) -> tuple[Factor, ...]:
 
 def as_positive(value: Any, what: str) -> int:
     """Return an integer of any library as an int, or say that `what` must be a positive integer."""
-    number = _as_python(value)
+    number = as_python(value)
     if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise TypeError(f"{what} must be an integer, got {value!r}.")
     number = number.__index__()
@@ -343,7 +343,7 @@ def as_positive(value: Any, what: str) -> int:
 
 def as_entries(value: Any, what: str) -> tuple[Any, ...]:
     """Return the entries of a sequence or an array, read once; a number is its only entry."""
-    value = _as_python(value)
+    value = as_python(value)
     if isinstance(value, (str, bytes, Mapping, AbstractSet)):
         raise TypeError(f"{what} must be an integer or a sequence of integers, got {value!r}.")
     return tuple(value) if isinstance(value, Iterable) else (value,)
@@ -351,7 +351,7 @@ def as_entries(value: Any, what: str) -> tuple[Any, ...]:
 
 def as_finite(value: Any, what: str) -> float:
     """Return a number of any library as a float, or say that `what` must be a finite number."""
-    number = _as_python(value)
+    number = as_python(value)
     if isinstance(number, (bool, str)) or not hasattr(number, "__float__"):
         raise TypeError(f"{what} must be a number, got {value!r}.")
     if not isfinite(number):
@@ -400,7 +400,7 @@ def check_choice(value: Any, choices: Iterable[Any], what: str) -> Any:
     raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def _as_python(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """A number or a list of Python for a number or an array of any library; other values as they are."""
     return value.tolist() if hasattr(value, "tolist") else value
 

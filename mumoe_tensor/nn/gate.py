@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module
 
-from mumoe_tensor.formats.base import as_positive, check_choice
+from mumoe_tensor.formats.base import as_entries, as_positive, check_choice
 from mumoe_tensor.nn.contraction import autocast_dtype
 from mumoe_tensor.nn.frozen import is_frozen
 from mumoe_tensor.nn.norm import LogitBatchNorm
@@ -71,7 +71,9 @@ class ExpertGate(WholeState):
     ):
         super().__init__()
         self.in_features = as_positive(in_features, "in_features")
-        self.experts = tuple(as_positive(n, "every number of experts") for n in experts)
+        self.experts = tuple(
+            as_positive(n, "every number of experts") for n in as_entries(experts, "experts")
+        )
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
         self.out_features = total = sum(self.experts)

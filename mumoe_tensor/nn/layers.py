@@ -220,7 +220,8 @@ class _Layer(WholeState):
         mode = f"n{level + 1}"
         state = self.state_dict()
         for name, value in state.items():
-            if name.startswith("gate.") and value.ndim:
+            # (A gate that is a module is the same for all experts.)
+            if name.startswith("gate.") and not name.startswith("gate.gate.") and value.ndim:
                 state[name] = value[rows]
         for name, child in self.named_children():
             if isinstance(child, Experts):

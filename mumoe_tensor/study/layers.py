@@ -40,9 +40,9 @@ class Layer:
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", "experts"):
-            as_positive(getattr(self, name), name)
+            object.__setattr__(self, name, as_positive(getattr(self, name), name))  # (it is frozen)
         if self.hidden is not None:
-            as_positive(self.hidden, "hidden")
+            object.__setattr__(self, "hidden", as_positive(self.hidden, "hidden"))
 
     def __str__(self) -> str:
         return f"{self.title}, {' → '.join(map(str, self.sizes))}"

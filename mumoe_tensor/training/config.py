@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import cos, isfinite, pi
 from typing import Literal
+
+from mumoe_tensor.formats.base import as_python
 
 Schedule = Literal["cosine", "linear"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -91,6 +93,10 @@ class TrainConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        # What is written beside a checkpoint are numbers of Python, whatever library they come from.
+        for field in fields(self):
+            object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
+        object.__setattr__(self, "betas", tuple(map(as_python, self.betas)))
         for name in (
             "epochs", "batch_size", "learning_rate", "clip", "patience", "steps", "accumulation",
             "evaluate_every", "evaluation_batch_size", "checkpoint_every",

@@ -341,6 +341,20 @@ def test_parameters_of_gate_and_activation_belong_to_the_layer() -> None:
     assert {p.device.type for p in layer.to("meta").parameters()} == {"meta"}
 
 
+def test_a_gate_with_parameters_of_any_shape_keeps_them_for_fewer_experts() -> None:
+    class Scaled(Tempered):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = nn.Parameter(torch.tensor([0.5, 2.0]))
+
+        def forward(self, logits: Any) -> Any:
+            return super().forward(logits * self.scales.prod())
+
+    layer = MuMoEMLP(5, 6, 4, (3, 2), rank=2, gate=Scaled())
+    smaller = layer.keep_experts(0, [2])
+    assert torch.equal(smaller.gate.gate.scales, layer.gate.gate.scales)
+
+
 def test_modules_that_a_config_names_are_made_where_the_layer_is() -> None:
     layer = made("activation", nn.PReLU(6))
     for place in ({"device": "meta"}, {"dtype": torch.float64}, {"device": "meta", "dtype": torch.bfloat16}):
@@ -459,6 +473,21 @@ def test_configs_of_models_are_plain(kind: Any) -> None:
         }  # fmt: skip
         assert through_json(asdict(kind(**strange))) == through_json(plain)
         assert through_a_file(asdict(kind(**strange))) == plain
+
+
+def test_settings_of_a_training_and_of_a_layer_to_study_are_plain() -> None:
+    from dataclasses import asdict
+
+    from mumoe_tensor.study import Layer
+    from mumoe_tensor.training import TrainConfig
+
+    plain = dict(epochs=3, batch_size=8, learning_rate=0.5, warmup=2, steps=7, betas=(0.5, 0.75), seed=1)
+    strange = {name: np.asarray(value) for name, value in plain.items()}
+    config = TrainConfig(**strange, clip=torch.tensor(0.5), compile=np.True_)
+    assert through_a_file(asdict(config)) == asdict(TrainConfig(**plain, clip=0.5, compile=True))
+    assert through_json(asdict(config))["betas"] == [0.5, 0.75]
+    layer = Layer("own", np.int64(5), torch.tensor(4), np.int64(6), np.uint8(3))
+    assert through_a_file(asdict(layer)) == asdict(Layer("own", 5, 4, 6, 3))
 
 
 @pytest.mark.parametrize("hidden", [None, np.int64(6)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ def jax_x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", before)
 
 
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """The registry of formats, put back after the test."""
+    from mumoe_tensor.formats import base
+
+    before = dict(base._registry)
+    yield
+    base._registry.clear()
+    base._registry.update(before)
+
+
 @pytest.fixture(scope="session")
 def torchvision_schemas() -> Iterator[None]:
     """What torchvision, and so timm, needs to be imported beside another build of torch than its own.
@@ -73,14 +84,64 @@ def transformers(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """A headless Chromium, where there is one."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    """A headless Chromium. Tests that need it are skipped where there is none; under CI they fail."""
+    give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+    if importlib.util.find_spec("playwright") is None:
+        give_up("playwright is not installed")
+    from playwright.sync_api import sync_playwright
+
     names = ("chromium", "chromium-browser", "google-chrome")
     chromium = next((path for path in map(shutil.which, names) if path), None)
     if chromium is None:
-        pytest.skip("no Chromium on this machine")
+        give_up("no Chromium on this machine")
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    with playwright.sync_playwright() as run:
+    with sync_playwright() as run:
         started = run.chromium.launch(executable_path=chromium, args=arguments)
         yield started
         started.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[[Path, int], tuple[Any, list[str]]]]:
+    """Opens a page in a window of some width, without a network: its tab, and the list of its complaints.
+
+    These are errors, what is written to the console, and requests to the network.
+    """
+    contexts = []
+
+    def opened(path: Path, width: int) -> tuple[Any, list[str]]:
+        contexts.append(browser.new_context(offline=True, viewport={"width": width, "height": 900}))
+        tab, told = contexts[-1].new_page(), []
+        tab.on("console", lambda message: told.append(message.text))
+        tab.on("pageerror", lambda error: told.append(str(error)))
+        tab.on("request", lambda sent: told.append(sent.url) if sent.url.startswith("http") else None)
+        tab.goto(path.as_uri())
+        return tab, told
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="session")
+def hostile() -> list[str]:
+    """Names that must appear as they are, and do nothing."""
+    return [
+        "<!--<script>",
+        "--></script><script>window.hacked=1</script>",
+        "</title></style></textarea><img src=x onerror=window.hacked=1>",
+        '"><img src=x onerror=window.hacked=1>',
+        "' onmouseover='window.hacked=1",
+        "${window.hacked=1} `${1}` %{x} {{1}} {0} %s",
+        "back\\slash \\u003c \\n \\",
+        "line\u2028separator\u2029s",
+        "&lt;b&gt; &amp; &#60; &copy",
+        "<b>bold</b><br><a href='javascript:window.hacked=1'>a</a><sub>2</sub>",
+        "$x$ ${1}$ $\\frac$",
+        "עברית \u202eabc\u202c",
+        "👩\u200d🔬 é e\u0301 ∞",
+        "NaN",
+        "__proto__",
+        '=1+1,"a";b\t',
+        "long " * 200,
+    ]

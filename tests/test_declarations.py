@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 import mumoe_tensor as mt
-from mumoe_tensor.formats import base
 
-
-@pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
-    """The registry, put back after the test."""
-    before = dict(base._registry)
-    yield
-    base._registry.clear()
-    base._registry.update(before)
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 def declared(factors: Callable[[tuple[str, ...]], Any], **attributes: Any) -> type[mt.Format]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -14,7 +13,6 @@ from tensorly.random import random_cp, random_tr, random_tt, random_tucker
 
 import mumoe_tensor as mt
 from mumoe_tensor.backend import load_backend, tensorly_backend
-from mumoe_tensor.formats import base
 from mumoe_tensor.testing import (
     check_equals_dense,
     dense_weight,
@@ -55,15 +53,6 @@ DECLARED = {
         2: ("b2 b3 b4", "n1 b2 | b2 n2 b3 | b3 i b4 | b4 o"),
     },
 }
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """The registry, put back after the test."""
-    before = dict(base._registry)
-    yield
-    base._registry.clear()
-    base._registry.update(before)
 
 
 def test_registered_formats() -> None:

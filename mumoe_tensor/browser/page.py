@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from mumoe_tensor.browser.collect import ExpertLevel
 from mumoe_tensor.browser.plain import Sample, plain_levels, plain_sample
 from mumoe_tensor.browser.samples import Images, Texts
+from mumoe_tensor.html import html_text, script_json
 
 STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.45 system-ui, 'Helvetica Neue', Arial, sans-serif; color: #1a1a1a; margin: 0 auto;
-       max-width: 1280px; padding: 0 16px 48px; }
+       max-width: 1280px; padding: 0 16px 48px; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; margin: 20px 0 4px; }
 .about { color: #555; margin: 0 0 8px; max-width: 80ch; }
 nav { position: sticky; top: 0; z-index: 2; background: #fffffff2; border-bottom: 1px solid #ddd;
@@ -55,7 +54,11 @@ input, select { font: inherit; padding: 3px 6px; max-width: 60vw; }
 SCRIPT = """
 const data = JSON.parse(document.getElementById('data').textContent);
 const by = id => document.getElementById(id);
-const percent = x => x == null ? '–' : (100 * x).toFixed(x < 0.1 ? 2 : 1) + ' %';
+// NaN and infinity come as strings, which Number reads.
+const fixed = (x, digits) => x == null ? '–' : Number.isFinite(+x) ? (+x).toFixed(digits)
+  : Number.isNaN(+x) ? 'NaN' : x > 0 ? '∞' : '−∞';
+const percent = x => fixed(Number.isFinite(x) ? 100 * x : x, x < 0.1 ? 2 : 1) + (x == null ? '' : ' %');
+const largest = numbers => Math.max(...numbers.filter(Number.isFinite), 1e-9);
 const make = (tag, className, text) => {
   const element = document.createElement(tag);
   if (className) element.className = className;
@@ -64,28 +67,33 @@ const make = (tag, className, text) => {
 };
 const visible = text => text.replace(/\\n/g, '↵').replace(/ /g, '·');
 const shade = (element, a, most) => {
-  element.style.background = a > 0 ? `rgba(213, 94, 0, ${(0.85 * a / most).toFixed(3)})` : '';
+  element.style.background = a > 0 ? `rgba(213, 94, 0, ${(0.85 * Math.min(a / most, 1)).toFixed(3)})` : '';
 };
 const nameOf = label => String(data.classes[label] ?? label);
 const shown = label => data.language ? visible(nameOf(label)) : nameOf(label);
 data.levels.forEach((level, k) => by('level').append(
   new Option(`${level.layer}, level ${level.level + 1} (${level.experts.length} experts)`, k)));
 
+// From the largest on; what is missing or NaN comes last.
+const descending = key => (a, b) => {
+  const [x, y] = [a, b].map(expert => Number.isNaN(+(expert[key] ?? NaN)) ? -Infinity : +expert[key]);
+  return x === y ? a.n - b.n : x < y ? 1 : -1;
+};
 const orders = {
   number: (a, b) => a.n - b.n,
-  use: (a, b) => b.mean - a.mean,
-  effect: (a, b) => (b.effect ?? -Infinity) - (a.effect ?? -Infinity) || a.n - b.n,
-  clarity: (a, b) => b.clarity - a.clarity,
+  use: descending('mean'),
+  effect: descending('effect'),
+  clarity: descending('clarity'),
 };
 const effectOf = expert => expert.effect == null ? '' : data.language
-  ? `, loss ${expert.effect < 0 ? '−' : '+'}${Math.abs(expert.effect).toFixed(4)} without it`
-  : `, effect ${expert.effect.toFixed(3)}`;
+  ? `, loss ${expert.effect < 0 ? '−' : '+'}${fixed(Math.abs(expert.effect), 4)} without it`
+  : `, effect ${fixed(expert.effect, 3)}`;
 
 function text(tokens, top, most) {
   const line = make('p', 'line');
   tokens.forEach((token, k) => {
     const span = make('span', '', token), a = top.rows[k] || 0;
-    if (a > 0) { shade(span, a, most); span.title = a.toFixed(3); }
+    if (a !== 0) { shade(span, a, most); span.title = fixed(a, 3); }
     line.append(span);
   });
   return line;
@@ -94,7 +102,7 @@ function text(tokens, top, most) {
 function image(source, top, most, grid) {
   const box = make('div'), picture = make('img');
   picture.src = source;
-  picture.alt = box.title = `input ${top.i}, coefficient ${top.a.toFixed(3)}`;
+  picture.alt = box.title = `input ${top.i}, coefficient ${fixed(top.a, 3)}`;
   box.append(picture);
   if (grid && top.rows.length === grid[0] * grid[1]) {
     const patches = make('div', 'patches');
@@ -130,7 +138,7 @@ function fill(card, expert) {
   const use = `mean coefficient ${percent(expert.mean)}, load ${percent(expert.load)}`;
   card.append(heading, make('p', '', use + effectOf(expert)));
   if (!expert.top.length) card.append(make('p', '', 'No input uses it.'));
-  const most = Math.max(...expert.top.flatMap(top => top.rows), 1e-9);
+  const most = largest(expert.top.flatMap(top => top.rows));
   const images = make('div', 'images'), lines = [];
   for (const top of expert.top) {
     const sample = data.samples[top.i];
@@ -169,11 +177,11 @@ function show() {
 let sampleExpert = null, sampleToken = null;
 function drawSample() {
   const tokens = data.sample.levels[+by('level').value], sums = {};
-  for (const token of tokens) for (const [n, a] of token) sums[n] = (sums[n] || 0) + a;
+  for (const token of tokens) for (const [n, a] of token) if (a > 0) sums[n] = (sums[n] || 0) + Number(a);
   const busiest = Object.keys(sums).sort((a, b) => sums[b] - sums[a])[0];
-  const n = sampleExpert ?? +busiest;
+  const n = sampleExpert ?? +(busiest ?? 0);
   const own = tokens.map(token => (token.find(pair => pair[0] === n) || [n, 0])[1]);
-  const most = Math.max(...own, 1e-9);
+  const most = largest(own);
   [...by('written').children].forEach((span, k) => {
     shade(span, own[k], most);
     span.classList.toggle('chosen', k === sampleToken);
@@ -182,7 +190,7 @@ function drawSample() {
     `; darkest ${most > 1e-9 ? most.toFixed(3) : 'nowhere'}. Click a token for its experts.`;
   by('strongest').textContent = sampleToken == null ? '' :
     `${visible(data.sample.tokens[sampleToken])} — ` +
-    tokens[sampleToken].map(([m, a]) => `expert ${m}: ${a.toFixed(3)}`).join(', ');
+    tokens[sampleToken].map(([m, a]) => `expert ${m}: ${fixed(a, 3)}`).join(', ');
 }
 if (data.sample) {
   data.sample.tokens.forEach((token, k) => {
@@ -264,24 +272,23 @@ def page(
         "text": isinstance(samples, Texts),
         "sample": None if written is None else plain_sample(written, levels),
     }
-    content = json.dumps(told, separators=(",", ":")).replace("</", "<\\/")
     label = "token" if is_language else "class"
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-            f'<h1>{escape(title)}</h1><p class="about">{escape(about)}</p>',
+            f"<title>{html_text(title)}</title><style>{STYLE}</style></head><body>",
+            f'<h1>{html_text(title)}</h1><p class="about">{html_text(about)}</p>',
             '<nav><label>Layer <select id="level"></select></label>',
             '<label>Sort <select id="sort"><option value="number">by number</option>'
             '<option value="use">by use</option><option value="effect">by effect</option>'
             f'<option value="clarity">by largest share of a {label}</option></select></label>',
             f'<label>Find <input id="search" type="search" placeholder="number or {label}"></label>',
             '<span id="count"></span></nav>',
-            "" if written is None else WRITTEN.format(escape(written.about)),
+            "" if written is None else WRITTEN.format(html_text(written.about)),
             '<main id="cards"></main>',
-            f'<script id="data" type="application/json">{content}</script>',
+            f'<script id="data" type="application/json">{script_json(told)}</script>',
             f"<script>{SCRIPT}</script></body></html>",
         ]
     )

@@ -82,7 +82,7 @@ def _effect(level: ExpertLevel, n: int) -> float | None:
     """Sum of the changes of the classes, or the change of the loss; None if the expert was not removed."""
     if level.effects is None or level.effects[n].isnan().all():
         return None
-    effects = level.effects[n].nan_to_num()
+    effects = level.effects[n].nan_to_num(0.0, float("inf"), -float("inf"))
     return round(float(effects.abs().sum() if effects.ndim else effects), 6)
 
 
@@ -117,7 +117,7 @@ def plain_sample(sample: Sample, levels: list[ExpertLevel]) -> dict[str, Any]:
         values, experts = of_level.topk(min(STRONGEST, of_level.shape[1]))
         found.append(
             [
-                [[int(n), round(float(a), 3)] for n, a in zip(ns, each, strict=True) if a > 0]
+                [[int(n), round(float(a), 3)] for n, a in zip(ns, each, strict=True) if not a <= 0]
                 for ns, each in zip(experts, values, strict=True)
             ]
         )

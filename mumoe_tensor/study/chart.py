@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import isfinite
 from typing import NamedTuple
 
 #: A place on an axis, or the name of a category.
@@ -130,7 +130,7 @@ def limits(panel: Panel, axis: str) -> tuple[float, float]:
     is_log = panel.xlog if axis == "x" else panel.ylog
     if panel.reference and panel.reference[0] == axis:
         values += [panel.reference[1] * factor for factor in (0.8, 1.25)]
-    values = [value for value in values if not isnan(value) and (value > 0 or not is_log)] or [1.0]
+    values = [value for value in values if isfinite(value) and (value > 0 or not is_log)] or [1.0]
     low, high = min(values), max(values)
     room = 0.45 if panel.shown and axis == "x" else 0.08
     if is_log:
@@ -144,7 +144,8 @@ def limits(panel: Panel, axis: str) -> tuple[float, float]:
 def front(points: Iterable[Point]) -> list[Point]:
     """The points for which no other one has less x and more y, from left to right."""
     found: list[Point] = []
-    for point in sorted(points, key=lambda point: (float(point.x), -float(point.y))):
+    measured = [point for point in points if isfinite(float(point.x)) and isfinite(float(point.y))]
+    for point in sorted(measured, key=lambda point: (float(point.x), -float(point.y))):
         if not found or float(point.y) > float(found[-1].y):
             found.append(point)
     return found

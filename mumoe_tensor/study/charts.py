@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from math import isnan
+from math import isfinite
 from statistics import mean
 from typing import Any
 
@@ -105,7 +105,7 @@ def best_formats(planned: Plan, results: Results) -> Chart:
     for title, rows, best_of in measures:
         for experts, of_experts in _grouped(rows, lambda row: row.experts).items():
             # What has no rank costs what it costs: it is not at the budget.
-            fitted = [row for row in of_experts if row.budget and row.value is not None]
+            fitted = [row for row in of_experts if row.budget and is_figure(row.value)]
             means = {
                 name: mean(row.value or 0.0 for row in mine)
                 for name, mine in _grouped(fitted, lambda row: row.subject).items()
@@ -265,7 +265,7 @@ def specialisation(planned: Plan, results: Results) -> Chart:
         series = []
         for quantity in quantities:
             rows = _at_budget(planned, results.of(quantity, sizes=sizes))
-            known = [row for row in rows if row.value is not None and not isnan(row.value)]
+            known = [row for row in rows if is_figure(row.value)]
             for name, mine in _grouped(known, lambda row: row.subject).items():
                 points = [
                     _mean_of(runs, total(runs[0].experts), scale) for runs in _grouped(mine, _head).values()
@@ -317,6 +317,11 @@ def _mean_of(runs: list[Measurement], x: float, scale: float) -> Point:
     low, high = centre - (half or 0.0), centre + (half or 0.0)
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     return Point(x, centre, low, high, ", ".join(part for part in (_told(runs[0]), count) if part))
+
+
+def is_figure(value: float | None) -> bool:
+    """Whether a value was measured, and is a finite number."""
+    return value is not None and isfinite(value)
 
 
 def _grouped(rows: Iterable[Measurement], key: Callable[[Measurement], Any]) -> dict[Any, list[Measurement]]:

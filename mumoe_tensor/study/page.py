@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from math import log10
 from typing import Any
 
-from mumoe_tensor.study.chart import Chart, Panel, Series, limits
+from mumoe_tensor.html import html_text, script_json
+from mumoe_tensor.study.chart import Chart, Panel, Place, Series, limits
 from mumoe_tensor.study.plots import colour, marker, short
 from mumoe_tensor.study.results import Results
 from mumoe_tensor.study.sweep import Plan
@@ -32,7 +32,8 @@ FONT = "system-ui, 'Helvetica Neue', Arial, sans-serif"
 STYLE = f"""
 :root {{ color-scheme: light; }}
 * {{ box-sizing: border-box; }}
-body {{ font: 16px/1.5 {FONT}; color: #1a1a1a; margin: 0 auto; max-width: 1200px; padding: 0 16px 48px; }}
+body {{ font: 16px/1.5 {FONT}; color: #1a1a1a; margin: 0 auto; max-width: 1200px; padding: 0 16px 48px;
+        overflow-wrap: anywhere; }}
 h1 {{ font-size: 1.6rem; line-height: 1.2; margin: 24px 0 4px; }}
 h2 {{ font-size: 1.2rem; margin: 40px 0 4px; }}
 h3 {{ font-size: 1rem; margin: 8px 0 0; }}
@@ -40,8 +41,8 @@ p {{ max-width: 75ch; }}
 .setting, figcaption, footer {{ color: #555; font-size: .9rem; }}
 nav {{ position: sticky; top: 0; z-index: 5; background: #fffffff2; border-bottom: 1px solid #ddd;
        padding: 8px 0; display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: .9rem; }}
-nav label {{ display: inline-flex; align-items: center; gap: 6px; cursor: pointer; white-space: nowrap; }}
-nav i {{ display: inline-block; width: 12px; height: 12px; border-radius: 3px; }}
+nav label {{ display: inline-flex; align-items: center; gap: 6px; cursor: pointer; }}
+nav i {{ display: inline-block; flex: none; width: 12px; height: 12px; border-radius: 3px; }}
 figure {{ margin: 0; }}
 .panels {{ display: grid; gap: 8px 16px;
            grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); }}
@@ -103,22 +104,22 @@ def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(planned.setting.layer.title)}: a study of mixtures of experts</title>",
+        f"<title>{html_text(planned.setting.layer.title)}: a study of mixtures of experts</title>",
         f"<style>{STYLE}</style></head><body>",
-        f"<h1>{escape(str(planned.setting.layer))}</h1>",
-        f'<p class="setting">{escape(planned.setting.title)}</p>',
-        f"<p>{escape(' '.join(paragraph(planned, results)))}</p>",
+        f"<h1>{html_text(str(planned.setting.layer))}</h1>",
+        f'<p class="setting">{html_text(planned.setting.title)}</p>',
+        f"<p>{html_text(' '.join(paragraph(planned, results)))}</p>",
         f"<nav>{_switches(titles)}</nav>",
         *(_section(chart) for chart in charts),
         *(
-            f'<h2>{escape(title)}</h2><div class="wide">{_table(headings, rows)}</div>'
+            f'<h2>{html_text(title)}</h2><div class="wide">{_table(headings, rows)}</div>'
             for title, headings, rows in cells(planned, results)
         ),
         '<p class="setting">Every figure, with its spread: results.csv, beside this page.</p>',
         "<h2>How to read this</h2>",
-        "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes(planned, results)) + "</ul>",
+        "<ul>" + "".join(f"<li>{html_text(note)}</li>" for note in notes(planned, results)) + "</ul>",
         f"<footer>{_environments(results)}</footer>",
-        f'<script id="panels" type="application/json">{_script_safe(figures)}</script>',
+        f'<script id="panels" type="application/json">{script_json(figures)}</script>',
         f"<script>{get_plotlyjs()}</script>",
         f"<script>{SCRIPT}</script>",
         "</body></html>",
@@ -128,8 +129,8 @@ def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
 
 def _switches(titles: dict[str, str]) -> str:
     boxes = [
-        f'<label><input type="checkbox" data-subject="{escape(name)}" checked>'
-        f'<i style="background:{colour(name)}"></i>{escape(title)}</label>'
+        f'<label><input type="checkbox" data-subject="{html_text(name)}" checked>'
+        f'<i style="background:{colour(name)}"></i>{html_text(title)}</label>'
         for name, title in titles.items()
     ]
     return "".join([*boxes, '<label><input type="checkbox" id="log" checked>logarithmic axes</label>'])
@@ -137,15 +138,15 @@ def _switches(titles: dict[str, str]) -> str:
 
 def _section(chart: Chart) -> str:
     plots = "".join(
-        f"<div>{f'<h3>{escape(panel.title)}</h3>' if panel.title else ''}"
+        f"<div>{f'<h3>{html_text(panel.title)}</h3>' if panel.title else ''}"
         f'<div class="wide"><div class="plot" style="{_size(panel)}"></div></div></div>'
         for panel in chart.panels
     )
     one = " one" if len(chart.panels) == 1 else ""
     return (
-        f'<section id="{chart.name}"><h2>{escape(chart.title)}</h2>'
+        f'<section id="{chart.name}"><h2>{html_text(chart.title)}</h2>'
         f'<figure><div class="panels{one}">{plots}</div>'
-        f"<figcaption>{escape(chart.caption)}</figcaption></figure></section>"
+        f"<figcaption>{html_text(chart.caption)}</figcaption></figure></section>"
     )
 
 
@@ -156,19 +157,19 @@ def _size(panel: Panel) -> str:
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{html_text(text)}</th>" for text in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html_text(text)}</td>" for text in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _environments(results: Results) -> str:
     lines = ("; ".join(f"{k} {v}" for k, v in about.items() if v) for about in results.environments)
-    return "<br>".join(escape(line) for line in lines)
+    return "<br>".join(html_text(line) for line in lines)
 
 
-def _script_safe(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
-    return json.dumps(value).replace("</", "<\\/")
+def _place(place: Place) -> Place:
+    """A number as it is; text such that plotly, which reads tags, entities and TeX, shows it as it is."""
+    return escape(place, quote=False).replace("$", "&#36;") if isinstance(place, str) else place
 
 
 def _figure(panel: Panel) -> dict[str, Any]:
@@ -209,12 +210,12 @@ def _axis(panel: Panel, axis: str) -> dict[str, Any]:
         (panel.xs, panel.xlog, panel.xlabel) if axis == "x" else (panel.ys, panel.ylog, panel.ylabel)
     )
     found: dict[str, Any] = {
-        "title": {"text": label, "standoff": 6}, "automargin": True, "gridcolor": "#eee", "zeroline": False,
-        "fixedrange": False,
+        "title": {"text": _place(label), "standoff": 6}, "automargin": True, "gridcolor": "#eee",
+        "zeroline": False, "fixedrange": False,
     }  # fmt: skip
     if categories:
         # Plotly counts categories from below.
-        order = list(categories) if axis == "x" else list(reversed(categories))
+        order = [_place(x) for x in (categories if axis == "x" else reversed(categories))]
         return found | {
             "type": "category", "categoryorder": "array", "categoryarray": order, "showgrid": False,
             "range": [-0.6, len(order) - 0.4],
@@ -237,11 +238,11 @@ def _trace(panel: Panel, series: Series) -> dict[str, Any]:
     found: dict[str, Any] = {
         "type": "scatter",
         "meta": series.subject,
-        "name": series.title,
-        "x": [p.x for p in points],
-        "y": [p.y for p in points],
-        "text": [p.text for p in points],
-        "hovertemplate": f"<b>{escape(series.title)}</b><br>%{{text}}<br>%{{x}}, %{{y}}<extra></extra>",
+        "name": _place(series.title),
+        "x": [_place(p.x) for p in points],
+        "y": [_place(p.y) for p in points],
+        "text": [_place(p.text) for p in points],
+        "hovertemplate": "<b>%{fullData.name}</b><br>%{text}<br>%{x}, %{y}<extra></extra>",
         "mode": "lines+markers" if series.line else "markers",
         "marker": {"symbol": SYMBOLS[marker(series.subject)], "size": 8, "color": shade},
         "line": {"color": shade, "width": 1.8},
@@ -252,7 +253,7 @@ def _trace(panel: Panel, series: Series) -> dict[str, Any]:
     if panel.is_map:
         found["mode"] = "markers+text"
         found["marker"] = {"symbol": "square", "size": 32, "color": shade, "opacity": 0.35}
-        found["text"] = [p.text.replace(", ", "<br>") for p in points]
+        found["text"] = [text.replace(", ", "<br>") for text in found["text"]]
     elif panel.shown:
         found |= {"mode": "markers+text", "textposition": "middle right", "cliponaxis": False}
     if any(p.low is not None for p in points):

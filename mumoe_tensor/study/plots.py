@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "figure.titlesize": 10,
+    "text.parse_math": False,  # names are text, also with a "$"
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -178,8 +180,8 @@ def _points(ax: Any, panel: Panel, series: Series) -> None:
     ax.errorbar(
         x,
         y,
-        # A median of ratios may lie beside the quartiles by a rounding error.
-        **{f"{panel.errors}err": [[max(e, 0.0) for e in below], [max(e, 0.0) for e in above]]},
+        # A median of ratios may lie beside the quartiles by a rounding error, and a figure may be infinite.
+        **{f"{panel.errors}err": [[e if 0 < e < inf else 0.0 for e in es] for es in (below, above)]},
         marker=marker(series.subject),
         linestyle=(":" if series.hollow else "-") if series.line else "",
         color=colour(series.subject),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mumoe_tensor.interval import interval
-from mumoe_tensor.study.charts import words
+from mumoe_tensor.study.charts import is_figure, words
 from mumoe_tensor.study.results import Measurement, Results, joined, total
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import Plan
@@ -70,7 +70,7 @@ def _times(planned: Plan, results: Results, device: str) -> list[str]:
         rows = [
             row
             for row in results.of(quantity, sizes=sizes, experts=experts, device=device, batch=setting.batch)
-            if row.budget and row.ratio is not None
+            if row.budget and is_figure(row.ratio)
         ]
         if rows:
             best, worst = min(rows, key=_ratio), max(rows, key=_ratio)
@@ -85,7 +85,7 @@ def _times(planned: Plan, results: Results, device: str) -> list[str]:
     small = [
         row
         for row in results.of("forward", sizes=sizes, experts=experts, device=device)
-        if row.budget and row.ratio is not None and row.batch != setting.batch
+        if row.budget and is_figure(row.ratio) and row.batch != setting.batch
     ]
     if small:
         batch = min(row.batch or 0 for row in small)
@@ -100,7 +100,8 @@ def _times(planned: Plan, results: Results, device: str) -> list[str]:
 def _ranks(planned: Plan, results: Results) -> list[str]:
     setting = planned.setting
     sizes = joined(setting.layer.sizes)
-    rows = [row for row in results.of("expert rank", sizes=sizes) if row.budget and "x" not in row.experts]
+    rows = results.of("expert rank", sizes=sizes)
+    rows = [row for row in rows if row.budget and "x" not in row.experts and is_figure(row.value)]
     if not rows:
         return []
     experts = joined(setting.experts[0])
@@ -127,7 +128,7 @@ def _accuracy(planned: Plan, results: Results) -> list[str]:
         return []
     sizes = joined(planned.heads[0].sizes)
     runs: dict[tuple[str, str, str], list[Measurement]] = {}
-    for row in results.of("accuracy", sizes=sizes):
+    for row in filter(lambda row: is_figure(row.value), results.of("accuracy", sizes=sizes)):
         runs.setdefault((row.subject, row.experts, row.rank), []).append(row)
     dense = runs.pop((BASELINE, "", ""), [])
     fitted = {key: rows for key, rows in runs.items() if rows[0].budget}
@@ -163,7 +164,7 @@ def _crossover(planned: Plan, results: Results, device: str) -> list[str]:
     rows = [
         row
         for row in results.of("forward", device=device, experts=str(setting.square_experts))
-        if row.sizes in names and row.ratio is not None and row.batch in setting.square_batches
+        if row.sizes in names and is_figure(row.ratio) and row.batch in setting.square_batches
     ]
     found = []
     for batch in setting.square_batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,14 +244,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("width", [1280, 420])
-def test_the_page_in_a_browser(browser: Any, many: Path, width: int) -> None:
-    context = browser.new_context(offline=True, viewport={"width": width, "height": 900})
-    tab = context.new_page()
-    told: list[str] = []
-    tab.on("console", lambda message: told.append(message.text))
-    tab.on("pageerror", lambda error: told.append(str(error)))
-    tab.on("request", lambda request: told.append(request.url) if request.url.startswith("http") else None)
-    tab.goto(many.as_uri())
+def test_the_page_in_a_browser(visit: Any, many: Path, width: int) -> None:
+    tab, told = visit(many, width)
     tab.wait_for_selector(".card img")
     assert tab.locator(".card").count() == 1000 and tab.inner_text("#count") == "1000 of 1000"
     # Only what is near the window is drawn: that is why a thousand do not lag.
@@ -274,7 +269,6 @@ def test_the_page_in_a_browser(browser: Any, many: Path, width: int) -> None:
     found = tab.evaluate(f"{cards}.every(c => c.expert.bars.slice(0, 3).some(bar => bar[0] === 2))")
     assert found and tab.locator(".card").count() > 0
     assert told == []
-    context.close()
 
 
 @pytest.fixture(scope="module")
@@ -299,13 +293,8 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("width", [1280, 420])
-def test_tokens_are_shaded_in_a_browser(browser: Any, language: Path, width: int) -> None:
-    context = browser.new_context(offline=True, viewport={"width": width, "height": 900})
-    tab = context.new_page()
-    told: list[str] = []
-    tab.on("console", lambda message: told.append(message.text))
-    tab.on("pageerror", lambda error: told.append(str(error)))
-    tab.goto(language.as_uri())
+def test_tokens_are_shaded_in_a_browser(visit: Any, language: Path, width: int) -> None:
+    tab, told = visit(language, width)
     tab.wait_for_selector(".card .line")
     assert tab.locator(".card").count() == 1000
     assert 0 < tab.evaluate("document.querySelectorAll('.card h2').length") < 100
@@ -342,4 +331,89 @@ def test_tokens_are_shaded_in_a_browser(browser: Any, language: Path, width: int
     found = tab.evaluate(named)
     assert found and all(any("word7" in name for name in names) for names in found)
     assert told == []
-    context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_names_and_figures_appear_as_they_are(
+    visit: Any, hostile: list[str], tmp_path: Path, width: int
+) -> None:
+    torch.manual_seed(0)
+    head = MuMoE(6, len(hostile), experts=(6, 3), rank=4, gate_norm="layer")
+    torch.nn.init.normal_(head.gate.weight)
+    x, y = torch.randn(170, 6), torch.arange(170) % len(hostile)
+    levels = collect(head, x, y, k=2)
+    x[3, 0], x[4, 0] = torch.inf, torch.nan
+    levels += collect(head, x, y, k=2)
+    usage = replace(levels[0].usage, mean=torch.tensor([0.5, torch.nan, torch.inf, -torch.inf, 0.1, 0.2]))
+    lost = torch.tensor([0.5, -torch.inf, torch.nan, torch.inf, 0.0, 0.1])
+    levels.append(replace(levels[0], usage=usage, effects=lost))
+    levels = [replace(level, layer=name) for level, name in zip(levels * 4, hostile, strict=False)]
+    assert [level.layer for level in levels] == hostile
+    images = Images(np.random.default_rng(0).random((170, 4, 4)))
+    path = tmp_path / "experts.html"
+    title = " ".join(hostile)
+    path.write_text(page(levels, images, title=title, about=title, classes=hostile), encoding="utf-8")
+    tab, told = visit(path, width)
+    tab.evaluate("document.getElementById('cards').scrollIntoView()")
+    tab.wait_for_selector(".card h2")
+    shown = "selector => [...document.querySelectorAll(selector)].map(element => element.textContent)"
+    assert tab.evaluate(shown, "title, h1, .about") == [title] * 3
+    assert [text.partition(", level ")[0] for text in tab.evaluate(shown, "#level option")] == hostile
+    named = set()
+    for k, level in enumerate(levels):
+        tab.select_option("#level", str(k))
+        for order in ("use", "effect", "clarity", "number"):
+            tab.select_option("#sort", order)
+            tab.wait_for_function(
+                "[...document.querySelectorAll('.card')].some(card => card.childElementCount)"
+            )
+        assert tab.locator(".card").count() == len(level.top)
+        named.update(tab.evaluate(shown, ".bars span"))
+    assert named <= set(hostile) and len(named) > 10
+    tab.select_option("#level", "4")
+    means = ["50.0 %", "NaN %", "∞ %", "−∞ %", "10.0 %", "20.0 %"]
+    effects = ["0.500", "−∞", None, "∞", "0.000", "0.100"]
+    for n, (mean, effect) in enumerate(zip(means, effects, strict=True)):
+        tab.evaluate("n => document.querySelectorAll('.card')[n].scrollIntoView()", n)
+        line = tab.inner_text(f".card:nth-child({n + 1}) h2 + p")
+        assert line.startswith(f"mean coefficient {mean}, load ")
+        assert line.endswith(f", effect {effect}") if effect else "effect" not in line
+    for order, first in (("use", [2, 0, 5, 4]), ("effect", [3, 0, 5, 4])):
+        tab.select_option("#sort", order)
+        cards = tab.evaluate("[...document.querySelectorAll('.card')].map(card => card.expert.n)")
+        assert cards[:4] == first
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("window.hacked") is None and told == []
+
+
+def test_tokens_appear_as_they_are(visit: Any, hostile: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = dict(vocabulary=len(hostile), context=8, width=12, depth=1, heads=2, hidden=8)
+    model = GPT2(GPT2Config(**sizes, format="cp", experts=(4,), rank=(4,), gate="softmax"))
+    torch.nn.init.normal_(model.blocks[0].mlp.gate.weight)
+    found = torch.arange(len(hostile)).repeat(9)[: 16 * 9].reshape(16, 9)
+    levels = collect(model, found[:, :-1], found[:, 1:], k=3)
+    rows = {key: [torch.nan, torch.inf, -torch.inf, *row[3:]] for key, row in levels[0].rows.items()}
+    levels = [replace(levels[0], rows=rows)]
+    coefficients = torch.rand(len(hostile), 4)
+    coefficients[1], coefficients[2], coefficients[3, 0] = torch.nan, torch.inf, -torch.inf
+    written = Sample(hostile, 2, {(levels[0].layer, 0): coefficients}, " ".join(hostile))
+    texts = Texts([[hostile[t] for t in row] for row in found[:, :-1].tolist()])
+    path = tmp_path / "language.html"
+    path.write_text(page(levels, texts, classes=hostile, written=written), encoding="utf-8")
+    tab, told = visit(path, 1280)
+    tab.wait_for_selector(".card .line")
+    assert tab.locator(".card").count() == 4
+    shown = "selector => [...document.querySelectorAll(selector)].map(element => element.textContent)"
+    assert tab.evaluate(shown, "#written span") == hostile
+    assert tab.evaluate(shown, "#sample h2 + p") == [" ".join(hostile)]
+    spans = tab.evaluate(shown, ".card .line span")
+    assert len(spans) == 4 * 3 * 8 and set(spans) <= set(hostile)
+    titles = tab.evaluate(
+        "[...document.querySelectorAll('.card .line')].map(x => [...x.children].map(s => s.title))"
+    )
+    assert all(each[:3] == ["NaN", "∞", "−∞"] for each in titles)
+    for place, strongest in ((1, "NaN"), (2, "∞")):
+        tab.evaluate("place => document.querySelectorAll('#written span')[place].click()", place)
+        assert f"expert 0: {strongest}" in tab.inner_text("#strongest")
+    assert tab.evaluate("window.hacked") is None and told == []

@@ -165,7 +165,7 @@ FAULTS = [
     Fault("layers: published sizes between two weights not compared", "mumoe_tensor/nn/checkpoints.py",
           "extra not in ({0}, {1})", "not extra & {0, 1}", "nn/test_published"),
     Fault("layers: a wrong state half loaded", "mumoe_tensor/nn/states.py",
-          "    if wrong:", "    if False:", "nn/test_torch"),
+          "    if wrong:", "    if False:", "nn/test_configs"),
     Fault("layers: a state with an unexpected name loaded", "mumoe_tensor/nn/states.py",
           "[name for name in state if name not in expected]", "[]", "nn/test_configs"),
     Fault("configs: arguments of a module left out", "mumoe_tensor/nn/registry.py",

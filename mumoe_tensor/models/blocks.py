@@ -175,7 +175,10 @@ def check_config(
     if not isinstance(config.experts, tuple):
         raise TypeError(f"experts must be a tuple with one number a level, got {config.experts!r}.")
     checked["experts"] = tuple(as_positive(number, "every number of experts") for number in config.experts)
-    checked["gate"] = check_choice(config.gate, GATES, "gate")
+    if not isinstance(config.gate, str):
+        raise TypeError(f"gate must be a name, got {config.gate!r}; see register_gate.")
+    GATES.read(config.gate)
+    checked["gate"] = str(config.gate)
     checked["gate_norm"] = check_choice(config.gate_norm, get_args(GateNorm), "gate_norm")
     checked["init"] = check_choice(config.init, get_args(Init), "init")
     given = {name: getattr(config, name) for name in ranks if getattr(config, name) is not None}

@@ -475,6 +475,16 @@ def test_configs_of_models_are_plain(kind: Any) -> None:
         assert through_a_file(asdict(kind(**strange))) == plain
 
 
+@pytest.mark.parametrize("kind", [MixerConfig, GPT2Config], ids=lambda kind: kind.__name__)
+def test_the_gate_of_a_model_is_a_registered_name(kind: Any) -> None:
+    register_gate("tempered")(Tempered)
+    assert kind(gate="tempered").gate == "tempered"
+    with pytest.raises(ValueError, match=r"gate must be one of.*register it first"):
+        kind(gate="no_such")
+    with pytest.raises(TypeError, match="gate must be a name"):
+        kind(gate=entmax15)
+
+
 def test_settings_of_a_training_and_of_a_layer_to_study_are_plain() -> None:
     from dataclasses import asdict
 

@@ -30,6 +30,7 @@ from mumoe_tensor.nn import (  # noqa: E402
     register_activation,
     register_gate,
     registry,
+    replace_mlp,
 )
 from mumoe_tensor.nn.contraction import contract  # noqa: E402
 
@@ -444,6 +445,21 @@ def test_activations_of_transformers() -> None:
             continue
         with pytest.raises(ValueError, match="register_activation"):
             _ = layer.config
+
+
+def test_a_block_of_a_model_is_made_again_from_its_config(transformers: Any) -> None:
+    sizes = dict(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=12)
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    tokens = torch.randint(50, (2, 12))
+    replace_mlp(gpt2, "transformer.h.*.mlp", experts=4, rank=16, gate_norm="layer")
+    before, block = gpt2(tokens).logits, gpt2.transformer.h[0].mlp
+    again = MuMoEMLP.from_config(through_json(block.config)).eval()
+    again.load_state_dict(block.state_dict())
+    gpt2.transformer.h[0].mlp = again
+    assert torch.equal(gpt2(tokens).logits, before)
+    assert block.config["activation"] == {"name": "GELU", "approximate": "tanh"}
 
 
 def test_an_activation_of_transformers_that_computes_something_else_stays() -> None:

@@ -109,6 +109,19 @@ def others(group: Any) -> list[Any]:
     return found
 
 
+def gradients_of_zeros(group: Any) -> list[Any]:
+    """Gradients of coefficients, most of them zero, of many experts called by themselves: divided, whole."""
+    torch.manual_seed(0)
+    whole = Experts(6, 8, 1024, "cp", 4)
+    coefficients = torch.zeros(3, 1024).index_fill_(1, torch.tensor([5, 700]), 0.5)
+    gradients = []
+    for experts in (parallelize(whole, group), whole):
+        leaf = coefficients.clone().requires_grad_()
+        experts(torch.ones(3, 6), [leaf]).sum().backward()
+        gradients.append(leaf.grad)
+    return gradients
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
@@ -133,6 +146,7 @@ def worker(rank: int, folder: str) -> None:
             "layer unchanged": all(torch.equal(v, before[name]) for name, v in layer.state_dict().items()),
         }
     results["others"] = others(group)
+    results["zeros"] = gradients_of_zeros(group)
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -217,6 +231,13 @@ def test_divided_and_replicated(tmp_path: Path) -> None:
     for rank, (name, value) in product(range(4), alone.state_dict().items()):
         trained = torch.load(tmp_path / f"{rank}.pt")[name]
         torch.testing.assert_close(trained, value, rtol=1e-5, atol=1e-5)
+
+
+def test_coefficients_that_are_zero_have_gradients(results: list[dict[Any, Any]]) -> None:
+    for result in results:
+        divided, whole = result["zeros"]
+        torch.testing.assert_close(divided, whole, rtol=1e-5, atol=1e-6)
+        assert (divided != 0).all()
 
 
 def test_of_processes_only_those_of_the_group(results: list[dict[Any, Any]]) -> None:

@@ -50,10 +50,10 @@ def mutations(node: ast.AST) -> Iterator[ast.AST]:
             yield changed(node, op=OPERATORS[type(op)]())
         case ast.BinOp(op=ast.MatMult()):
             yield changed(node, left=node.right, right=node.left)
-        case ast.UnaryOp(op=ast.Not() | ast.USub()):
-            yield node.operand
-        case ast.Constant(value=bool()):
-            yield changed(node, value=not node.value)
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+            yield operand
+        case ast.Constant(value=bool(value)):
+            yield changed(node, value=not value)
         case ast.Constant(value=int() | float()):
             yield from (changed(node, value=node.value + step) for step in (-1, 1))
         case ast.Call(args=[first, second, *rest]) if not isinstance(first, ast.Starred):
@@ -67,10 +67,11 @@ def mutations(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def code(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run, but not those in f-strings, whose places Python 3.11 does not know."""
+    """The nodes that run; no f-strings, whose places Python 3.11 does not know, and not `strict` of zip."""
     yield node
+    is_left_out = isinstance(node, ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg == "strict")
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list") or isinstance(node, ast.JoinedStr):
+        if is_left_out or name in ("annotation", "returns", "decorator_list"):
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

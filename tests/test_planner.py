@@ -16,9 +16,9 @@ import mumoe_tensor as mt
 from mumoe_tensor.backend import load_backend
 from mumoe_tensor.contraction import plan as planner
 from mumoe_tensor.contraction.execute import execute
-from mumoe_tensor.contraction.layout import Compiler
+from mumoe_tensor.contraction.layout import Compiler, Program
 from mumoe_tensor.contraction.network import BATCH, Network, forward_network
-from mumoe_tensor.contraction.plan import planned_steps
+from mumoe_tensor.contraction.plan import PlannedStep, planned_steps
 from mumoe_tensor.formats.base import Tree
 
 ALL = list(mt.formats().values())
@@ -164,22 +164,48 @@ def orders(network: Network, operands: tuple[int, ...]) -> Iterator[tuple[Tree, 
             yield (one, other), good and fine and admitted
 
 
+def all_programs(layer: dict, batch: int) -> list[tuple[Program, tuple[PlannedStep, ...]]]:
+    """Programs of every order of a small network, but of those that form the weight, and their steps."""
+    network = network_of(layer)
+    assume(len(network.operands) <= 5)
+    assume(min(size for _, size in network.sizes) > 1)
+    found = []
+    for order, admitted in orders(network, tuple(range(len(network.operands)))):
+        for layout_batch in (1, 65_536) if admitted else ():
+            program = Compiler(network, layout_batch)(order)
+            steps = planned_steps(program, batch)
+            if len(modes_of(layer)) < 2 or not any(carries_all(step, layer) for step in steps):
+                found.append((program, steps))
+    return found
+
+
 @settings(max_examples=max(1, settings().max_examples // 5))
 @given(layers(levels=2), st.sampled_from([1, 256, 65_536]))
 def test_peak_is_the_smallest_of_all_orders_of_a_small_network(layer, batch) -> None:
     """Exact but for copies of intermediates, which the search does not foresee."""
-    network = network_of(layer)
-    assume(len(network.operands) <= 5)
-    assume(min(size for _, size in network.sizes) > 1)
-    peaks = []
-    for order, admitted in orders(network, tuple(range(len(network.operands)))):
-        for layout_batch in (1, 65_536) if admitted else ():
-            steps = planned_steps(Compiler(network, layout_batch)(order), batch)
-            if len(modes_of(layer)) < 2 or not any(carries_all(step, layer) for step in steps):
-                peaks.append(max(step.live for step in steps))
+    peaks = [max(step.live for step in steps) for _, steps in all_programs(layer, batch)]
     peak = mt.plan(**layer, batch=batch, minimize="peak").peak
-    exact = all(len(operand) <= 2 for operand in network.operands)
+    exact = all(len(operand) <= 2 for operand in network_of(layer).operands)
     assert min(peaks) <= peak <= (1 if exact else 1.25) * min(peaks)
+
+
+@pytest.mark.parametrize("batch", [1, 256, 65_536])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [((5,), 2, 5), ((10,), 18, 11), ((4,), 30, 3)])
+@pytest.mark.parametrize("format", ["cp", "hadamard", "dense", "tr", "tt"])
+def test_time_is_the_least_of_all_orders_of_a_small_network(format, sizes, bias, batch) -> None:
+    """Of those of at most 5 % more FLOPs than the fewest, by the planner's own model of time."""
+    rank = {"cp": (7,), "tr": (11, 2, 10), "tt": (3, 8)}.get(format, ())
+    layer = {**layer_of(format, *sizes, rank), "bias": bias}
+
+    def modelled(program: Program) -> float:
+        alpha, beta = planner._candidate(program, "factorized", free=False).time
+        return alpha + beta * batch
+
+    programs = [(sum(step.flops for step in steps), made) for made, steps in all_programs(layer, batch)]
+    most = 1.05 * min(flops for flops, _ in programs)
+    least = min(modelled(program) for flops, program in programs if flops <= most)
+    assert modelled(mt.plan(**layer, batch=batch).program) == least
 
 
 def test_peak_counts_copies_of_weights() -> None:

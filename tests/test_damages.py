@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
+import gzip
+import io
 import json
+import re
 import shutil
+import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +37,11 @@ from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from mumoe_tensor.cli import app  # noqa: E402
+from mumoe_tensor.experiments import bias  # noqa: E402
 from mumoe_tensor.models import load_head, load_model, save_head, save_model  # noqa: E402
-from mumoe_tensor.models.weights import read_tensors, write_tensors  # noqa: E402
-from mumoe_tensor.training import attributes  # noqa: E402
+from mumoe_tensor.models.weights import read_tensors, read_weights, write_tensors  # noqa: E402
+from mumoe_tensor.study import Results, Setting  # noqa: E402
+from mumoe_tensor.training import attributes, read_images, read_npz  # noqa: E402
 from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402
 
 RUNS = Path(__file__).parent / "data" / "states" / "runs.tar.xz"
@@ -224,6 +233,10 @@ def huge(*names: str) -> Damage:
     return tensors(change)
 
 
+#: In a description, one that the shapes of the tensors do not tell.
+NUMBER: Any = re.compile(rb'(stochastic_depth|total|in_features)\\": \d')
+
+
 def flip(place: Callable[[bytes], int]) -> Damage:
     """Flip one bit."""
 
@@ -307,6 +320,7 @@ TENSORS: dict[str, Damage] = EVERY | {
     "no safetensors": content(lambda old: b"no tensors at all, but a text"),
     "one bit of a tensor": flip(lambda data: -1),
     "one bit of the description": flip(lambda data: data.index(b"checksums") + 20),
+    "one bit of a number": flip(lambda data: NUMBER.search(data).end() - 1),
     "one bit of the word for checksums": flip(lambda data: data.index(b"checksums")),
     "one bit of a shape": flip(lambda data: data.index(b'"shape":[') + 9),
     "a tensor dropped": tensors(lambda state, about: state.pop(sorted(state)[0])),
@@ -397,10 +411,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def refused(command: str, file: str, work: Path) -> str:
+def refused(command: str, file: str, work: Path, around: Any = None) -> None:
     """A command that must be refused: one line that names a file, and nothing is changed."""
     before = tree(work)
-    result = CliRunner().invoke(app, command.split())
+    with around or nullcontext():
+        result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit), (
         result.output,
         result.exception,
@@ -408,7 +423,6 @@ def refused(command: str, file: str, work: Path) -> str:
     assert result.stdout == "" and result.stderr.count("\n") == 1, result.output
     assert file in result.stderr, result.stderr
     assert tree(work) == before
-    return result.stderr
 
 
 @pytest.mark.parametrize(("command", "file", "damage"), CASES)
@@ -417,3 +431,160 @@ def test_a_damage_is_told_in_one_line(command: str, file: str, damage: Damage, w
         shutil.copy("images.npz", file)
     damage(work / file)
     refused(command, file, work)
+
+
+# ---- what is no file of a kind of its own -----------------------------------------------------------------
+
+
+def idx(array: Any, code: int) -> bytes:
+    return bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+BYTES = idx(np.zeros((60, 8, 8), np.uint8), 0x08)
+IDX: dict[str, tuple[str, bytes]] = {
+    "empty": ("x", b""),
+    "cut": ("x", BYTES[:-1]),
+    "binary": ("x", bytes(range(255))),
+    "not gzipped": ("x.gz", BYTES),
+    "cut gzip": ("x.gz", gzip.compress(BYTES)[:-9]),
+    "a huge shape": ("x", bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**31, 2**31, 2**31)),
+    "255 axes": ("x", bytes([0, 0, 8, 255]) + struct.pack(">255I", *[1] * 255) + b"1"),
+    "NaN": ("x", idx(np.full((60, 8, 8), np.nan, ">f4"), 0x0D)),
+    "above 255": ("x", idx(np.full((60, 8, 8), 256, ">i2"), 0x0B)),
+    "halves": ("y", idx(np.full(60, 0.5, ">f4"), 0x0D)),
+    "negative": ("y", idx(np.full(60, -1, ">i4"), 0x0C)),
+    "a column": ("y", idx(np.zeros((60, 1), np.uint8), 0x08)),
+    "a label too few": ("y", idx(np.zeros(59, np.uint8), 0x08)),
+}
+
+
+@pytest.mark.parametrize("damage", IDX)
+def test_idx(damage: str, work: Path) -> None:
+    files = {"x": BYTES, "y": idx(np.arange(60, dtype=np.uint8) % 3, 0x08)}
+    name, data = IDX[damage]
+    files[name] = data
+    for file, written in files.items():
+        (work / file).write_bytes(written)
+    x, y = ("x.gz" if "x.gz" in files else "x"), "y"
+    refused(f"{MIXER} new --set data.inputs={x} --set data.labels={y}", name, work)
+
+
+PATHS = {
+    HEAD.replace("features.npz", "{}"): "text",
+    f"{MIXER} new".replace("own.toml", "{}.toml"): "toml",
+    f"{MIXER} new --set data.inputs={{}}": "images",
+    f"{CELEBA} --embeddings {{}}": "array",
+    "inspect head --images {}": "array",
+    TOKENIZE.replace("texts", "{} texts/b.txt"): "text",
+    TOKENIZE.replace("pairs", "{}"): "folder",
+    "inspect {}": "folder",
+    "study --setting {} --out new": "json",
+    GPT2.replace("training.bin", "{}"): "bytes",
+    "bias --target Smiling --group Male --folder {} --out new": "folder",
+}
+
+
+@contextmanager
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files of this name cannot be opened. (To an administrator every file is readable.)"""
+    real = io.open
+
+    def opened(file: Any, *arguments: Any, **options: Any) -> Any:
+        if "unreadable" in str(file):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        for module in (io, builtins):
+            patch.setattr(module, "open", opened)
+        yield
+
+
+@pytest.mark.parametrize("command", PATHS)
+@pytest.mark.parametrize("path", ["missing", "own.toml/inside", "unreadable", "texts"])
+def test_a_path_that_cannot_be_read(
+    command: str, path: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "texts" and (PATHS[command] in ("folder", "images") or "tokenize" in command):
+        pytest.skip("takes a folder")
+    line = command.format(path)
+    if path == "texts":
+        (work / "texts.toml").mkdir()
+    if path == "unreadable":
+        if PATHS[command] == "folder":
+            shutil.copytree("pairs" if "tokenize" in command else "head", path)
+            shutil.copytree("celeba", f"{path}/celeba")
+        else:
+            (work / (f"{path}.toml" if PATHS[command] == "toml" else path)).write_bytes(b"12345678" * 100)
+    refused(line, path, work, unreadable(monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{MIXER} new --set model.width=1000000000",
+        f"{MIXER} new --set model.depth=1000000000",
+        f"{MIXER} new --set model.channel_hidden=1000000000",
+        f"{GPT2} --set model.vocabulary=60000000000",
+        f"{GPT2} --set model.width=3000000000",
+        f"{GPT2} --set model.depth=1000000000",
+        HEAD.replace("--rank 3", "--hidden 1000000000 --format hadamard"),
+        HEAD.replace("--rank 3", "--rank 1000000000"),
+    ],
+)
+def test_sizes_that_no_memory_has_room_for(command: str, work: Path) -> None:
+    refused(command, "memory", work)
+
+
+@pytest.mark.parametrize("damage", ["cut", "a tensor dropped", "one bit of a tensor", "missing"])
+def test_models_of_an_experiment(damage: str, work: Path) -> None:
+    (old,) = (work / "bias" / "models").glob("*mumoe-0.pt")
+    path = old.with_suffix(".safetensors")
+    write_tensors(path, read_weights(old), {})
+    old.unlink()
+    (TENSORS | {"missing": Path.unlink})[damage](path)
+    task = attributes.read_adult(work / "adult", ("income", 1), ("Male", 0))
+    experiment = bias.Experiment(task, bias.RECIPES["adult"].quick(), work / "bias")
+    with pytest.raises((ValueError, FileNotFoundError), match="mumoe-0"):
+        experiment.test()
+
+
+# ---- what is no damage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [b"", BOM_UTF8])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_marks_and_ends_of_lines_are_read(mark: bytes, end: bytes, work: Path) -> None:
+    before = {}
+    files = "own.toml mixer/config.json mixer/metrics.csv study/study.json study/results.csv texts/a.txt"
+    for file in f"{files} pairs/encoder.json pairs/vocab.bpe adult/adult.data".split():
+        before[file] = (work / file).read_bytes()
+        (work / file).write_bytes(mark + before[file].replace(b"\n", end))
+    for command in (f"{MIXER} mixer --json", TOKENIZE, "inspect mixer --rows 4 --removed 1"):
+        result = CliRunner().invoke(app, command.split())
+        assert result.exit_code == 0, result.stderr
+    assert not json.loads(CliRunner().invoke(app, f"{MIXER} mixer --json".split()).stdout)["trained"]
+    tokens = json.loads((work / "new" / "tokens.json").read_text())
+    assert tokens["training"][0]["tokens"] == tokens["validation"][0]["tokens"]
+    assert len(Results(work / "study" / "results.csv")) == before["study/results.csv"].count(b"\n") - 1
+    assert Setting.from_json(work / "study" / "study.json").batch == 4
+    assert len(attributes.read_adult(work / "adult", ("income", 1), ("Male", 0)).test) == 59
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">i2", "<i4", ">u4", "<i8", ">u8"])
+def test_images_of_any_integers_are_scaled_and_features_are_not(dtype: str, tmp_path: Path) -> None:
+    x, y = np.arange(256).reshape(4, 8, 8), np.array([0, 1, 0, 2])
+    np.savez(tmp_path / "d.npz", x=x.astype(dtype), y=y.astype(dtype))
+    images, features = read_images(tmp_path / "d.npz"), read_npz(tmp_path / "d.npz")
+    np.testing.assert_allclose(images.x, x / 255, rtol=1e-6)
+    assert np.array_equal(features.x, x) and images.y.tolist() == features.y.tolist() == y.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8", ">f8", "?"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_other_numbers_are_read_as_they_are(dtype: str, order: Any, tmp_path: Path) -> None:
+    x = np.array([[0, 1, 0.5], [0.25, 1, 0.75]]).astype(dtype, order=order)
+    np.savez_compressed(tmp_path / "d.npz", x=x, y=np.array([0, 1]), more=np.array(["a"]))
+    for read in (read_images, read_npz):
+        data = read(tmp_path / "d.npz")
+        assert data.x.dtype == torch.float32 and np.array_equal(data.x, x.astype(np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract
 from mumoe_tensor.training.folder import HEAD, read_config
 from mumoe_tensor.training.log import Evaluation, read_evaluations, write_evaluations
+from mumoe_tensor.training.memory import check_memory, made, parameters_of
 from mumoe_tensor.training.trainer import train
 
 
@@ -192,7 +194,10 @@ def run_head(
             if backbone is not None and setting.train_backbone
             else data.x.shape[1]
         )
-        head = Head(width, classes, **setting.head)
+        make = partial(Head, width, classes, **setting.head)
+        with torch.device("meta"):
+            check_memory(parameters_of(make))
+        head = made(make)
     paths["head.safetensors"].unlink(missing_ok=True)
     about = {
         "parameters": sum(p.numel() for p in head.parameters()),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from types import NoneType
@@ -20,6 +21,7 @@ from mumoe_tensor.readers import read_toml
 from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.images import ImageData
+from mumoe_tensor.training.memory import check_memory, made, parameters_of
 from mumoe_tensor.training.tokens import TokenData
 
 
@@ -40,8 +42,9 @@ class MixerRun:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def make_model(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, with weights drawn from torch's random numbers."""
-        return Mixer(self.model, device=device)
+        """The model, with weights drawn from torch's random numbers; a ValueError if it has no room."""
+        _check_memory(Mixer, self.model)
+        return made(partial(Mixer, self.model, device=device))
 
     def read_data(self) -> tuple[Rows, Rows]:
         """Rows for training and for validation.
@@ -81,8 +84,9 @@ class GPT2Run:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def make_model(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, with weights drawn from torch's random numbers."""
-        return GPT2(self.model, device=device)
+        """The model, with weights drawn from torch's random numbers; a ValueError if it has no room."""
+        _check_memory(GPT2, self.model)
+        return made(partial(GPT2, self.model, device=device))
 
     def read_data(self) -> tuple[Rows, Rows]:
         """Windows for training and for validation; raises as `TokenData.read` does."""
@@ -91,6 +95,12 @@ class GPT2Run:
 
 Settings = MixerRun | GPT2Run
 RUNS: dict[str, type[MixerRun] | type[GPT2Run]] = {run.kind: run for run in (MixerRun, GPT2Run)}
+
+
+def _check_memory(kind: Any, config: Any) -> None:
+    # All blocks are alike, so two models on meta tell how many parameters one of any depth has.
+    first, second = (parameters_of(partial(kind, replace(config, depth=depth), "meta")) for depth in (1, 2))
+    check_memory(first + (config.depth - 1) * (second - first))
 
 
 def packaged(kind: str) -> list[str]:

@@ -168,6 +168,8 @@ def tokenize(
     """
     files: list[Path] = []
     for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"texts are files, or folders with files *.txt; there is no {source}.")
         found = sorted(source.glob("*.txt")) if source.is_dir() else [source]
         if not found:
             raise ValueError(f"a folder of texts must have files *.txt; {source} has none.")

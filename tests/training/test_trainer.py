@@ -230,6 +230,36 @@ def test_a_damaged_checkpoint_names_the_layer_and_the_last_good_one(tmp_path: Pa
         go_on()
 
 
+def test_a_step_to_go_on_from_needs_its_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(DamagedCheckpoint, match=r"no checkpoint of step 3 .*there is no good checkpoint"):
+        train(model(), clouds(), clouds(seed=1), CONFIG, folder=tmp_path, from_step=3)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in (".step-00000001.safetensors.a1b2", "note.txt", ".hidden"):
+        (folder / name).write_text("half")
+    train(model(), clouds(), clouds(seed=1), replace(CONFIG, steps=2), folder=tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == [".hidden", "note.txt", "step-00000002.safetensors"]
+
+
+@pytest.mark.parametrize("change", [None, {"step": "2"}, {"evaluations": [{}]}, {"config": 3}, {"bogus": 1}])
+def test_how_far_a_run_is_must_be_said_in_the_checkpoint(change: Any, tmp_path: Path) -> None:
+    train(model(), clouds(), clouds(seed=1), replace(CONFIG, steps=2), folder=tmp_path)
+    kept = Checkpoints(tmp_path / "checkpoints")
+    if change is None:  # a file of tensors without a description
+        from safetensors.torch import save_file
+
+        save_file({"model/1.weight": torch.ones(2)}, kept.path(2))
+    else:
+        state, best, progress = kept.read(2)
+        kept.write(2, state, best, progress | change)
+    with pytest.raises(DamagedCheckpoint, match=r"step 2, .*00000002\.safetensors, cannot be read: "):
+        train(model(), clouds(), clouds(seed=1), replace(CONFIG, steps=2), folder=tmp_path)
+
+
 class Fills(Dataset):
     """Data in the sixth batch of which the disk becomes full: files may not grow any more."""
 

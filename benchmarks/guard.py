@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from asv_runner.discovery import disc_benchmarks
 
@@ -25,22 +26,29 @@ STORED = Path(__file__).with_name("stored.json")
 RENEW = "python -m benchmarks.guard --write"
 
 
-def figures(start: str = "") -> dict[str, int]:
-    """The figures by the names that asv has for them, of those that start so."""
-    found = {}
+def prepared(kind: str, chosen: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
+    """Benchmarks of a kind that are set up, one case after the other, by the names that asv has for them."""
     for benchmark in disc_benchmarks(str(Path(__file__).parent)):
-        if benchmark.type != "track":
+        if benchmark.type != kind:
             continue
         for k, values in enumerate(product(*benchmark.params)):
             name = f"{benchmark.name}({', '.join(values)})"
-            if "'cuda'" in values or not name.startswith(start):
+            if not chosen(name):
                 continue
             benchmark.set_param_idx(k)
             with redirect_stdout(None):  # asv says what is skipped
                 skipped = benchmark.do_setup()
             if not skipped:
-                found[name] = benchmark.do_run()
-    return found
+                yield name, benchmark
+
+
+def figures(start: str = "") -> dict[str, int]:
+    """The figures by name, of those that start so."""
+
+    def chosen(name: str) -> bool:
+        return name.startswith(start) and "'cuda'" not in name
+
+    return {name: benchmark.do_run() for name, benchmark in prepared("track", chosen)}
 
 
 def changes(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:

@@ -222,7 +222,9 @@ class Beside:
         self.gradient = torch.randn(rows, shape.sizes[-1], device=device, dtype=dtype)
         self.products = products(self.layer, rows)
 
-    def calls(self, kind: str, run: str = "eager") -> dict[str, Call]:
+    def calls(
+        self, kind: str, run: str = "eager", compiler: Callable[[Any], Any] = torch.compile
+    ) -> dict[str, Call]:
         """Calls to compare: a "forward" pass or a "step", "eager", "compiled" or captured as a "graph"."""
         backward = kind == "step"
         modules = {"dense": self.dense, "layer": self.layer}
@@ -233,7 +235,7 @@ class Beside:
             "elementwise": elementwise(self.layer, self.rows, backward),
         }
         for name, module in modules.items():
-            module = torch.compile(module) if run == "compiled" else module
+            module = compiler(module) if run == "compiled" else module
             calls[name] = step(module, self.x, self.gradient) if backward else forward(module, self.x)
         return {name: graphed(call, self.device) for name, call in calls.items()} if run == "graph" else calls
 

@@ -229,6 +229,8 @@ FAULTS = [
           "            function()\n        finish()\n", "            function()\n", "study/test_timing"),
     Fault("GPT-2 asks a device for the range of tokens", "mumoe_tensor/models/gpt2.py",
           "_are_functorch_transforms_active() or not on_cpu", "_are_functorch_transforms_active()", "cuda"),
+    Fault("GPU check: a row is not saved before the next", "benchmarks/gpu/__main__.py",
+          "report.rows.append(row)\n            save()", "report.rows.append(row)", "gpu_check"),
     Fault("study: the dense mixture among the best at the budget", "mumoe_tensor/study/charts.py",
           "if row.budget and is_figure(row.value)]", "if is_figure(row.value)]", "study/test_report"),
     Fault("pages: a comment may open in a script", "mumoe_tensor/html.py",

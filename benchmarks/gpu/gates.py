@@ -1,0 +1,83 @@
+"""Gates over the time of moving what has to be moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.rows import BRIEF, Row
+from benchmarks.layers import entmax
+from mumoe_tensor.gates import sparsemax
+from mumoe_tensor.nn import entmax15
+from mumoe_tensor.study.timing import compare
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+#: What a pass moves at least, in copies of the logits. A step reads logits and writes coefficients; then it
+#: reads these and their gradient, and writes that of the logits.
+COPIES = {"forward": 1, "step": 2.5}
+
+
+def functions_of_torch() -> dict[str, Gate]:
+    """The gates of this library, and softmax."""
+    return {"entmax15": entmax15, "sparsemax": sparsemax, "softmax of torch": partial(torch.softmax, dim=-1)}
+
+
+def functions_of_packages(device: str) -> dict[str, Gate]:
+    """entmax15 of those that are installed."""
+    functions: dict[str, Gate] = {}
+    if entmax is not None:
+        functions["entmax package"] = partial(entmax.entmax15, dim=-1)
+    if device == "cuda" and find_spec("adasplash"):
+        import adasplash
+
+        functions["adasplash"] = adasplash.triton_entmax15
+    return functions
+
+
+def gates(device: str, toy: bool) -> Iterator[Row]:
+    """All of them eagerly, then ours compiled."""
+    sizes = (64, 256) if toy else (64, 256, 1024, 4096, 16_384, 65_536)
+    ours, packages = functions_of_torch(), functions_of_packages(device)
+    grid = product(("float32", "bfloat16"), sizes)
+    for dtype, size in grid:
+        yield from times(ours, packages, dtype, size, device, toy)
+    for size in () if toy else sizes:
+        compiled = {"entmax15, compiled": torch.compile(entmax15, dynamic=False)}
+        yield from times(compiled, {}, "float32", size, device, toy)
+
+
+def times(
+    ours: dict[str, Gate], packages: dict[str, Gate], dtype: str, size: int, device: str, toy: bool
+) -> Iterator[Row]:
+    """Forward passes and steps of gates over so many experts."""
+    elements = 2**12 if toy else 2**26
+    logits = torch.randn(elements // size, size, device=device, dtype=getattr(torch, dtype))
+    gradient, copied = torch.randn_like(logits), torch.empty_like(logits)
+
+    def step(gate: Gate) -> None:
+        leaf = logits.detach().requires_grad_()
+        torch.autograd.grad(gate(leaf), leaf, gradient)
+
+    for kind, copies in COPIES.items():
+        place = {"experts": size, "dtype": dtype, "pass": kind}
+        calls: dict[str, Callable[[], Any]] = {"copy": partial(copied.copy_, logits)}
+        for name, gate in (ours | packages).items():
+            calls[name] = partial(gate, logits) if kind == "forward" else partial(step, gate)
+        for name in packages:
+            try:
+                calls[name]()
+            except Exception as error:  # it may not take these sizes
+                del calls[name]
+                yield {"gate": name} | place | {"note": f"{type(error).__name__}: {error}"[:60]}
+        found = compare(calls, "copy", **BRIEF, device=device)
+        speed = 2e-9 * logits.nbytes / found.spread("copy").median
+        for name in list(calls)[1:]:
+            ratio = found.ratio(name)
+            row = {"gate": name} | place | {"ms": 1e3 * found.spread(name).median, "copy GB/s": speed}
+            row |= {"to limit": ratio.median / copies, "low": ratio.low / copies, "high": ratio.high / copies}
+            yield row

@@ -1,0 +1,69 @@
+"""The product of coefficients that are mostly zero with a factor, by the share that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from benchmarks.gpu.rows import BRIEF, Row
+from mumoe_tensor.nn.sparse import _support
+from mumoe_tensor.study.timing import compare
+
+Route = Callable[[Tensor, Tensor], Tensor]
+#: Most elements that a gather may copy.
+MOST_COPIED = 2**31
+
+
+def routes(coefficients: Tensor) -> dict[str, Route]:
+    """Ways to form the product, the first of them dense."""
+    support = _support(coefficients)
+    most = int((coefficients != 0).sum(1).max())
+
+    def bag(a: Tensor, factor: Tensor, support: tuple[Tensor, ...]) -> Tensor:
+        position, _, column, starts = support
+        return embedding_bag(column, factor, starts, mode="sum", per_sample_weights=a.reshape(-1)[position])
+
+    def gather(a: Tensor, factor: Tensor) -> Tensor:
+        values, index = a.topk(most)
+        return torch.bmm(values.unsqueeze(1), factor[index]).squeeze(1)
+
+    return {
+        "dense": torch.matmul,
+        "embedding_bag": lambda a, factor: bag(a, factor, _support(a.detach())),
+        "bag, indices given": lambda a, factor: bag(a, factor, support),
+        "gather": gather,
+    }
+
+
+def sparse(device: str, toy: bool) -> Iterator[Row]:
+    """Times over the dense product's."""
+    rank, tokens = (8, 16) if toy else (556, 4096)
+    densities = (0.05,) if toy else (0.002, 0.01, 0.05, 0.2)
+    for experts, density in product((64,) if toy else (4096, 1024, 16_384), densities):
+        torch.manual_seed(0)
+        chosen = torch.rand(tokens, experts, device=device) < density
+        a = (torch.rand(tokens, experts, device=device) * chosen).requires_grad_()
+        factor = torch.randn(experts, rank, device=device, requires_grad=True)
+        gradient = torch.randn(tokens, rank, device=device)
+        ways = routes(a.detach())
+        if tokens * experts * density * rank > MOST_COPIED:
+            del ways["gather"]
+
+        def forward(way: Route, a: Tensor = a, factor: Tensor = factor) -> None:
+            with torch.no_grad():
+                way(a, factor)
+
+        def step(way: Route, a: Tensor = a, factor: Tensor = factor, gradient: Tensor = gradient) -> None:
+            torch.autograd.grad(way(a, factor), (a, factor), gradient)
+
+        for call in (forward, step):
+            calls = {name: partial(call, way) for name, way in ways.items()}
+            found = compare(calls, "dense", **BRIEF, device=device)
+            row = {"experts": experts, "density": density, "pass": call.__name__}
+            row |= {"dense ms": 1e3 * found.spread("dense").median}
+            yield row | {name: found.ratio(name).median for name in calls if name != "dense"}

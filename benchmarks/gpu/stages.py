@@ -1,0 +1,107 @@
+"""The stages of the check: ``python -m benchmarks.gpu.stages NAME DEVICE SIZES`` prints the rows of one.
+
+A stage is a function of a device, and of whether sizes are toys, to rows. A line of JSON is printed for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.gpu.gates import gates
+from benchmarks.gpu.layers import kernels, layers, memory
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.sparse import sparse
+from benchmarks.gpu.suites import asv_suites, marked_tests
+from benchmarks.gpu.training import gpt2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the check: its table, and the seconds that it may take."""
+
+    rows: Callable[[str, bool], Iterable[Row]]
+    seconds: float
+    title: str
+    columns: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+QUARTILES = {"low": ".2f", "high": ".2f"}
+SHAPE = {"shape": "", "experts": "", "format": ""}
+TIMES = {"dense ms": ".3f", "layer ms": ".3f", "to dense": ".2f"} | QUARTILES
+LAYERS = SHAPE | {"tokens": ",d", "precision": "", "run": "", "pass": ""} | TIMES
+LAYERS |= {"to limit": ".2f", "TFLOP/s": ".1f"}
+LAYER_NOTES = (
+    "to dense: time over a dense layer's of as many parameters, median of the turns, with quartiles.",
+    "to limit: less the elementwise part, over the products of plan and gate, with results in place.",
+)
+#: In the order in which they run: the most telling first.
+STAGES = {
+    "tests": Stage(
+        marked_tests,
+        80,
+        "Tests on the device",
+        {"test": "", "passed": "d", "failed": "d", "error": "d", "skipped": "d"},
+    ),
+    "gates": Stage(
+        gates,
+        40,
+        "Gates",
+        {"gate": "", "experts": ",d", "dtype": "", "pass": "", "ms": ".3f", "to limit": ".2f"}
+        | QUARTILES
+        | {"copy GB/s": ",.0f", "note": ""},
+        ("to limit: over the time to move what has to be moved, by a copy of the logits in the same turn.",),
+    ),
+    "layers": Stage(layers, 75, "Layers, eager and as CUDA graphs", LAYERS, LAYER_NOTES),
+    "kernels": Stage(
+        kernels,
+        20,
+        "Kernels launched in an eager pass",
+        SHAPE | {"pass": "", "dense": ",d", "layer": ",d", "elementwise": ",d"},
+    ),
+    "compiled": Stage(partial(layers, runs=("compiled",)), 75, "Layers, compiled", LAYERS, LAYER_NOTES),
+    "memory": Stage(
+        memory,
+        20,
+        "Memory of a step, float32",
+        SHAPE
+        | {"tokens": ",d", "recompute": ""}
+        | dict.fromkeys(("dense peak MiB", "layer peak MiB", "layer kept MiB"), ",.1f"),
+        ("peak: growth in a step, gradients included. kept: for the backward pass.",),
+    ),
+    "sparse": Stage(
+        sparse,
+        25,
+        "Coefficients times a factor of rank 556, by the share that is not zero",
+        {"experts": ",d", "density": ".1%", "pass": "", "dense ms": ".3f"}
+        | dict.fromkeys(("embedding_bag", "bag, indices given", "gather"), ".2f"),
+        ("Times over the dense product's.",),
+    ),
+    "suites": Stage(asv_suites, 35, "asv suites", {"case": "", "ms": ".3f"}),
+    "gpt2": Stage(
+        gpt2,
+        90,
+        "A training step of GPT-2 124M, 8,192 tokens, bfloat16 by autocast, AdamW",
+        {"model": "", "run": "", "ms": ".1f", "tokens/s": ",.0f", "to dense": ".2f"}
+        | QUARTILES
+        | {"peak MiB": ",.0f"},
+        ("peak: growth in a step, over parameters and moments.",),
+    ),
+}
+
+
+def main(name: str, device: str, sizes: str) -> None:
+    """Print the rows of a stage; what else is printed goes to the standard error."""
+    with os.fdopen(os.dup(1), "w") as channel:
+        os.dup2(2, 1)
+        for row in STAGES[name].rows(device, sizes == "toy"):
+            print(json.dumps(row), file=channel, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

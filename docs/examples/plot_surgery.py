@@ -76,9 +76,9 @@ for planned in replace_mlp(model, "blocks.*.mlp", dry_run=True, **options):
 # %%
 # Change it
 # ---------
-# The errors are zero and the outputs the same. The gate of a new block is drawn at random:
-# whatever it says, a mixture of equal experts is that expert. A copy keeps its MLPs, to
-# compare with.
+# The errors of weights and outputs are those of rounding. The gate of a new block is drawn
+# at random: whatever it says, a mixture of equal experts is that expert. A copy keeps its
+# MLPs, to compare with.
 
 plain = copy.deepcopy(model)
 for done in replace_mlp(model, "blocks.*.mlp", **options):

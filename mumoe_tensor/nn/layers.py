@@ -24,7 +24,7 @@ from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.init import fit_every_expert
-from mumoe_tensor.nn.linear import matrix_of
+from mumoe_tensor.nn.linear import check_linear, matrix_of
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection, read_number, read_selection
@@ -106,20 +106,36 @@ class _Layer(WholeState):
     fit_errors: tuple[float, ...] = ()
 
     @classmethod
-    def _start_as(
-        cls, matrices: list[Tensor], bias: bool, experts: int | Sequence[int], options: dict[str, Any]
-    ) -> Self:
-        """A layer whose experts all are these matrices, bias row last, with a gate that is not zero."""
-        first = matrices[0]
+    def _start_as(cls, linears: list[nn.Module], experts: int | Sequence[int], **options: Any) -> Self:
+        """A layer whose experts all are these linear layers, with a gate that is not zero."""
+        matrices, biases = zip(*map(matrix_of, linears), strict=True)
+        bias, first = biases[0], matrices[0]
         sizes = (first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices))
+        inputs = [matrix.shape[0] - bias for matrix in matrices]
+        if len(set(biases)) > 1 or inputs != [*sizes[:-1]]:
+            raise ValueError(
+                "both linear layers must have a bias or none, and the second as many inputs as the first has "
+                f"outputs; got matrices of {[tuple(matrix.shape) for matrix in matrices]}, bias rows counted."
+            )
+        trained = {parameter.requires_grad for linear in linears for parameter in linear.parameters()}
+        if len(trained) > 1:
+            raise ValueError(
+                "the parameters of the linear layers must be all frozen or none of them, as those of experts "
+                "hold weight and bias in one; set requires_grad_ first."
+            )
         own = {"bias": bias, "device": first.device, "dtype": first.dtype}
         make: Any = cls
         layer = make(*sizes, experts, **{**own, **options})
+        if first.is_meta and not layer.gate.weight.is_meta:
+            raise ValueError("a linear layer on the meta device has no values to start as.")
         # Equal experts mix to the same map whatever the gate says: it may tell inputs apart from the start.
         if not layer.gate.weight.is_meta:
             nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
             pairs = zip(layer._layers, matrices, strict=True)
             layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)
+        for part in (layer.gate, layer.input_norm, *layer._layers):
+            if part is not None:
+                part.requires_grad_(trained == {True})
         return layer
 
     @classmethod
@@ -366,6 +382,7 @@ class MuMoE(_Layer):
         Parameters
         ----------
         linear : torch.nn.Linear, or Conv1D of transformers
+            If it is frozen, the layer is too.
         experts : int or sequence of int
         **options
             Further arguments of the layer, such as format and rank.
@@ -374,9 +391,12 @@ class MuMoE(_Layer):
         ------
         TypeError
             If `linear` is no linear layer.
+        ValueError
+            If it computes something else or more, as with a hook or a forward method of its own, or if only a
+            part of it is frozen.
         """
-        matrix, bias = matrix_of(linear)
-        return cls._start_as([matrix], bias, experts, options)
+        check_linear(linear)
+        return cls._start_as([linear], experts, **options)
 
     @property
     def weight(self) -> FactorizedTensor:
@@ -418,8 +438,8 @@ class MuMoEMLP(_Layer):
         function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
         of the instance. The result of torch's elementwise functions and modules without parameters (gelu,
         relu, silu, …) is not kept for the backward pass but formed again, which is quick.
-    dropout : float, default 0
-        Probability of dropping an output while training, below one.
+    dropout, hidden_dropout : float, default 0
+        Probability of dropping an output, and a result of the activation, while training, below one.
     gate, gate_norm, input_norm, init, batch_hint, recompute, device, dtype : optional
         As of `MuMoE`.
 
@@ -452,6 +472,7 @@ class MuMoEMLP(_Layer):
         bias: bool = True,
         activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "gelu",
         dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
         gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
         input_norm: bool = False,
@@ -465,11 +486,13 @@ class MuMoEMLP(_Layer):
         *levels, in_features, out_features = check_modes(experts, in_features, out_features)
         hidden_features = as_positive(hidden_features, "hidden_features")
         dropout = as_probability(dropout, "dropout")
+        hidden_dropout = as_probability(hidden_dropout, "hidden_dropout")
         rank = _solve(format, levels, in_features, hidden_features, out_features, rank, parameters, bias)
         config = dict(
             in_features=in_features, hidden_features=hidden_features, out_features=out_features,
             experts=tuple(levels), format=get_format(format), rank=rank, bias=bias, dropout=dropout,
-            gate_norm=gate_norm, input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
+            hidden_dropout=hidden_dropout, gate_norm=gate_norm, input_norm=input_norm, init=init,
+            batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
         super().__init__(config, gate, device, dtype)
 
@@ -481,7 +504,7 @@ class MuMoEMLP(_Layer):
 
         self.up, self.down = layer(in_features, hidden_features), layer(hidden_features, out_features)
         self.activation = ACTIVATIONS.read(activation, device, dtype)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.hidden_dropout = nn.Dropout(dropout), nn.Dropout(hidden_dropout)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -509,15 +532,12 @@ class MuMoEMLP(_Layer):
         TypeError
             If `up` or `down` is no linear layer.
         ValueError
-            If only one of them has a bias, or their sizes do not fit together.
+            If one of them computes something else or more; if only one of them has a bias, or is frozen, or
+            their sizes do not fit together.
         """
-        (first, bias), (second, other) = matrix_of(up), matrix_of(down)
-        if bias != other or first.shape[1] != second.shape[0] - other:
-            raise ValueError(
-                "both linear layers must have a bias or none, and the second as many inputs as the first has "
-                f"outputs; got matrices of {tuple(first.shape)} and {tuple(second.shape)}, bias rows counted."
-            )
-        return cls._start_as([first, second], bias, experts, options)
+        check_linear(up)
+        check_linear(down)
+        return cls._start_as([up, down], experts, **options)
 
     @property
     def weights(self) -> tuple[FactorizedTensor, FactorizedTensor]:
@@ -526,9 +546,10 @@ class MuMoEMLP(_Layer):
 
     def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
         hidden = self.up(x, coefficients, sparse_gradient=sparse_gradient)
-        activation = elementwise(self.activation)
+        drops = self.hidden_dropout.training and self.hidden_dropout.p > 0
+        activation = None if drops else elementwise(self.activation)
         if activation is None:
-            hidden = self.activation(hidden)
+            hidden = self.hidden_dropout(self.activation(hidden))
         y = self.down(hidden, coefficients, activation, sparse_gradient)
         mixed: Tensor = self.dropout(y)
         return mixed

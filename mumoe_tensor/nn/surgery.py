@@ -6,11 +6,22 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from mumoe_tensor.formats.base import check_flag
-from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
-from mumoe_tensor.nn.linear import is_linear
+from mumoe_tensor.nn.layers import MuMoE
+from mumoe_tensor.nn.linear import check_linear, is_linear
+from mumoe_tensor.nn.mlp import is_mlp, read_mlp
+from mumoe_tensor.nn.reading import call, copy_of
+
+#: Children whose weights torch's own modules read instead of calling them.
+_READ_BY_PARENT = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+#: Classes that take hold of all parameters when a model is wrapped in them.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
 class Replacement(NamedTuple):
@@ -18,29 +29,45 @@ class Replacement(NamedTuple):
 
     Attributes
     ----------
-    name : str
-        The module's name in the model.
+    names : tuple of str
+        The module's names in the model: several if it is used in several places.
     before, after : int
         Parameters of the old module and of the new.
     errors : tuple of float
         How far the experts are from each old linear layer: relative errors in the Frobenius norm, zero where
-        the rank allows for it. Empty in a dry run.
+        the rank allows for it. Empty where nothing is fitted: in a dry run, or on the meta device.
+    output_error : float or None
+        How far the outputs of the new module are from those of the old on random inputs, in evaluation and in
+        float32: the norm of the difference over the norm of the outputs. None where nothing is fitted.
     """
 
-    name: str
+    names: tuple[str, ...]
     before: int
     after: int
-    errors: tuple[float, ...]
+    errors: tuple[float, ...] = ()
+    output_error: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of the names."""
+        return self.names[0]
 
     def __str__(self) -> str:
-        errors = ", ".join(f"{error:.2%}" for error in self.errors) or "not fitted"
-        return f"{self.name}: {self.before:,} -> {self.after:,} parameters, error {errors}"
+        start = f"{', '.join(self.names)}: {self.before:,} -> {self.after:,} parameters"
+        if self.output_error is None:
+            return f"{start}, not fitted"
+        errors = ", ".join(f"{error:.1e}" for error in self.errors)
+        return f"{start}, relative error of weights {errors}, of outputs {self.output_error:.1e}"
 
 
 def replace_linear(
     model: nn.Module, pattern: str, *, dry_run: bool = False, **options: Any
 ) -> list[Replacement]:
     """Replace linear layers by `MuMoE` layers that start as they are, in place.
+
+    All layers are checked and all new ones made before the first is replaced: an error leaves the model as
+    it is. A layer that stands in the model under several names is replaced by one layer under all of them, if
+    one of the names fits. A frozen layer is replaced by a frozen one.
 
     Parameters
     ----------
@@ -59,9 +86,11 @@ def replace_linear(
     Raises
     ------
     ValueError
-        If the pattern names no linear layer.
+        If the pattern names no linear layer, or one that cannot be replaced: it does something else or more,
+        as with a hook, a parametrization or a forward method of its own; it shares parameters with another
+        module; or its parent reads the weight instead of calling the layer.
     """
-    return _replace(model, pattern, is_linear, MuMoE.from_linear, "linear layer", dry_run, options)
+    return _replace(model, pattern, is_linear, _plan_linear, "linear layer", dry_run, options)
 
 
 def replace_mlp(
@@ -69,7 +98,12 @@ def replace_mlp(
 ) -> list[Replacement]:
     """Replace MLP blocks by `MuMoEMLP` blocks that start as they are, in place.
 
-    A block is a module with two linear layers, called one after the other, and an activation between them.
+    A block is a module with two linear layers, called one after the other, and an activation between them;
+    a dropout may follow the activation and the second linear layer. Before anything is replaced, a copy of
+    each block is compared with its parts one after the other, in evaluation and in training.
+
+    An error leaves the model as it is. A block that stands in the model under several names is replaced by
+    one block under all of them, if one of the names fits. A frozen block is replaced by a frozen one.
 
     Parameters
     ----------
@@ -79,8 +113,8 @@ def replace_mlp(
     dry_run : bool, default False
         Change nothing, and only say what would be done.
     **options
-        Of `MuMoEMLP`: experts, format, rank or parameters, and so on; and `activation`, where the block does
-        not tell.
+        Of `MuMoEMLP`: experts, format, rank or parameters, and so on; and `activation`, if it is no module of
+        the block.
 
     Returns
     -------
@@ -89,60 +123,123 @@ def replace_mlp(
     Raises
     ------
     ValueError
-        If the pattern names no such block, or its activation cannot be told.
+        If the pattern names no such block, or one that cannot be replaced: it does something else or more,
+        as with a norm, a residual connection, a second input or a hook; or it shares parameters with another
+        module.
     """
-    return _replace(model, pattern, _is_mlp, _from_block, "block of two linear layers", dry_run, options)
+    return _replace(model, pattern, is_mlp, _plan_mlp, "block of two linear layers", dry_run, options)
+
+
+#: Makes the new module, with further options.
+_Make = Callable[..., Any]
+
+
+def _plan_linear(linear: nn.Module, options: dict[str, Any]) -> _Make:
+    check_linear(linear)
+    return lambda **more: MuMoE._start_as([linear], **{**options, **more}).train(linear.training)
+
+
+def _plan_mlp(block: nn.Module, options: dict[str, Any]) -> _Make:
+    options = dict(options)
+    parts = read_mlp(block, options.pop("activation", None))
+    return lambda **more: parts.with_experts(training=block.training, **{**options, **more})
 
 
 def _replace(
     model: nn.Module,
     pattern: str,
     fits: Callable[[nn.Module], bool],
-    make: Callable[..., Any],
+    plan: Callable[[nn.Module, dict[str, Any]], _Make],
     what: str,
     dry_run: bool,
     options: dict[str, Any],
 ) -> list[Replacement]:
     check_flag(dry_run, "dry_run")
-    found = [
-        (name, old)
-        for name, old in model.named_modules()
-        if name and fnmatchcase(name, pattern) and fits(old)
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            places.setdefault(module, []).append(name)
+    candidates = {module: names for module, names in places.items() if fits(module)}
+    chosen = {
+        module: names
+        for module, names in candidates.items()
+        if any(fnmatchcase(name, pattern) for name in names)
+    }
+    if not chosen:
+        near = [name for names in candidates.values() for name in names]
+        raise ValueError(f"the pattern must name a {what} in the model; {pattern!r} names none of {near}.")
+    # On the meta device a layer has sizes but no values: what the options get wrong shows there.
+    makes, replacements = {}, []
+    for old, names in chosen.items():
+        try:
+            _check_place(model, old, names, chosen)
+            makes[old] = plan(old, options)
+            before, after = (
+                sum(p.numel() for p in module.parameters()) for module in (old, makes[old](device="meta"))
+            )
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{names[0]!r} cannot be replaced: {error}") from error
+        replacements.append(Replacement(tuple(names), before, after))
+    if dry_run:
+        return replacements
+    made = {old: make() for old, make in makes.items()}
+    replacements = [
+        done._replace(errors=new.fit_errors, output_error=_output_error(old, new))
+        for done, (old, new) in zip(replacements, made.items(), strict=True)
     ]
-    if not found:
-        near = [name for name, module in model.named_modules() if name and fits(module)]
-        raise ValueError(f"the pattern must name a {what}; {pattern!r} names none of {near}.")
-    replacements = []
-    for name, old in found:
-        # On the meta device a layer has sizes but no values.
-        new = make(old, **options, **({"device": "meta"} if dry_run else {}))
-        before, after = (sum(p.numel() for p in module.parameters()) for module in (old, new))
-        replacements.append(Replacement(name, before, after, () if dry_run else new.fit_errors))
-        if not dry_run:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new.train(old.training))
+    try:
+        for old, new in made.items():
+            for name in chosen[old]:
+                model.set_submodule(name, new)
+    except BaseException:
+        for old, names in chosen.items():
+            for name in names:
+                model.set_submodule(name, old)
+        raise
     return replacements
 
 
-def _linears(block: nn.Module) -> list[nn.Module]:
-    return [child for child in block.children() if is_linear(child)]
+def _check_place(
+    model: nn.Module, module: nn.Module, names: list[str], chosen: dict[nn.Module, list[str]]
+) -> None:
+    """Refuse a module that the rest of the model uses otherwise than by calling it."""
+    for name in names:
+        *above, child = name.split(".")
+        ancestors = [model.get_submodule(".".join(above[:k])) for k in range(len(above) + 1)]
+        for kind, children in _READ_BY_PARENT.items():
+            if isinstance(ancestors[-1], kind) and child in children:
+                raise ValueError(
+                    f"a {kind.__name__} reads the weight of {child!r} instead of calling the module, as in "
+                    "its fast path of evaluation."
+                )
+        classes = {base.__name__ for ancestor in ancestors for base in type(ancestor).__mro__}
+        if wrappers := classes & _WRAPPERS:
+            raise ValueError(f"the model is wrapped in {', '.join(wrappers)}: replace first, then wrap.")
+        if around := [n for other in chosen.values() for n in other if name.startswith(f"{n}.")]:
+            raise ValueError(f"the pattern names {around[0]!r} too, which it is a part of.")
+    parameters = {_memory(parameter) for parameter in module.parameters()}
+    for other, holder in model.named_modules(remove_duplicate=False):
+        if not any(other == name or other.startswith(f"{name}.") for name in names):
+            for own, parameter in holder.named_parameters(recurse=False):
+                if _memory(parameter) in parameters:
+                    shared = f"{other}.{own}" if other else own
+                    raise ValueError(f"it shares a parameter with the rest of the model, {shared!r}.")
 
 
-def _is_mlp(module: nn.Module) -> bool:
-    return len(_linears(module)) == 2
+def _memory(parameter: nn.Parameter) -> int:
+    """What two parameters have in common if they are one, or views of the same values."""
+    ordinary = type(parameter) is nn.Parameter
+    return (ordinary and parameter.data_ptr()) or id(parameter)
 
 
-def _from_block(block: nn.Module, **options: Any) -> MuMoEMLP:
-    up, down = _linears(block)
-    dropouts = [child.p for child in block.children() if isinstance(child, nn.Dropout)]
-    others = [
-        child for child in block.children() if not is_linear(child) and not isinstance(child, nn.Dropout)
-    ]
-    if "activation" not in options:
-        if len(others) != 1 or any(others[0].parameters()):
-            raise ValueError(
-                "a block must have one module besides its linear layers and dropout, the activation, or "
-                f"`activation` must be given; it has {[type(other).__name__ for other in others]}."
-            )
-        options["activation"] = others[0]
-    return MuMoEMLP.from_linears(up, down, **{"dropout": dropouts[-1] if dropouts else 0.0, **options})
+def _output_error(old: nn.Module, new: Any) -> float | None:
+    """Relative error of the outputs on normal inputs, or None if the new module has no values."""
+    if not new.fit_errors:
+        return None
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
+        x = torch.randn(64, new.gate.in_features, device="cpu", dtype=torch.float32)
+        expected, y = (call(copy_of(module).eval(), x) for module in (old, new))
+    norm = torch.linalg.vector_norm(expected)
+    return float(torch.linalg.vector_norm(y - expected) / norm) if norm else float(y.norm())

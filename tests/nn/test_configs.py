@@ -127,8 +127,9 @@ VALUES: dict[str, list[tuple[Any, Any]]] = {
         (nn.Softplus(2), {"name": "Softplus", "beta": 2, "threshold": 20.0}),
         ("Mish", {"name": "Mish", "inplace": False}), ({"name": "ELU", "alpha": np.float64(0.5)}, ELU),
     ],
-    "dropout": [*((value, 0.25) for value in (0.25, np.float32(0.25), np.float64(0.25), torch.tensor(0.25))),
-                (0, 0.0), (np.int64(0), 0.0)],
+    **{name: [*((value, 0.25) for value in (0.25, np.float32(0.25), np.float64(0.25), torch.tensor(0.25))),
+              (0, 0.0), (np.int64(0), 0.0)]
+       for name in ("dropout", "hidden_dropout")},
 }  # fmt: skip
 #: Values that no argument may have, with what the error names.
 BAD: dict[str, list[Any]] = {
@@ -147,8 +148,8 @@ BAD: dict[str, list[Any]] = {
     "activation": ["no_such", "linear", "dropout", "has_torch_function", "__name__", "Linear", None, 3,
                    nn.GELU, {"name": "GELU", "slope": 1}, {"name": "PReLU", "num_parameters": "many"},
                    {"slope": 1}, ["gelu"]],
-    "dropout": [1, 1.0, -0.1, float("nan"), float("inf"), "0.1", None, True, np.True_,
-                torch.tensor([0.1, 0.2])],
+    **{name: [1, 1.0, -0.1, float("nan"), float("inf"), "0.1", None, True, np.True_, torch.tensor([0.1, 0.2])]
+       for name in ("dropout", "hidden_dropout")},
 }  # fmt: skip
 
 

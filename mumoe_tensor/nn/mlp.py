@@ -1,0 +1,150 @@
+"""Read the MLP blocks of others: two linear layers with an activation between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.nn.layers import MuMoEMLP
+from mumoe_tensor.nn.linear import check_linear, is_linear, matrix_of
+from mumoe_tensor.nn.reading import call, check_one_input, check_readable, check_same, copy_of, probes
+
+Activation = str | Callable[[Tensor], Tensor]
+
+
+class Block(NamedTuple):
+    """The parts of an MLP block, each applied to the result of the one before."""
+
+    up: nn.Module
+    activation: Activation
+    hidden_dropout: nn.Module | None
+    down: nn.Module
+    dropout: nn.Module | None
+
+    def with_experts(self, experts: Any, training: bool, **options: Any) -> MuMoEMLP:
+        """A `MuMoEMLP` whose experts all start as the linear layers, with copies of the other parts."""
+        rates = {name: getattr(getattr(self, name), "p", 0.0) for name in ("hidden_dropout", "dropout")}
+        options = {"activation": copy.deepcopy(self.activation), **rates, **options}
+        block = MuMoEMLP._start_as([self.up, self.down], experts, **options).train(training)
+        for name in ("activation", "hidden_dropout", "dropout"):
+            old, new = getattr(self, name), getattr(block, name)
+            if isinstance(old, nn.Module) and isinstance(new, nn.Module):
+                new.train(old.training)
+        return block
+
+
+def is_mlp(module: nn.Module) -> bool:
+    """Whether a module has a forward method and two linear layers among its children."""
+    return sum(map(is_linear, module.children())) == 2 and type(module).forward is not nn.Module.forward
+
+
+def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
+    """Read a block, and check that it computes nothing else.
+
+    The order of its parts is that in which a copy calls them.
+
+    Parameters
+    ----------
+    block : Module
+        One with two linear layers among its children.
+    activation : str or callable, optional
+        Needed if it is no child of the block.
+
+    Raises
+    ------
+    ValueError
+        If the block does something else or more, with the cause.
+    """
+    check_readable(block)
+    check_one_input(block)
+    children = dict(block.named_children())
+    linears = [name for name, child in children.items() if is_linear(child)]
+    for name in linears:
+        try:
+            check_linear(children[name])
+        except ValueError as error:
+            raise ValueError(f"of its linear layer {name!r}, {error}") from error
+    called = _calls(block, linears)
+    names = _parts(children, called, activation)
+    values = [name for name, _ in (*block.named_parameters(), *block.named_buffers())]
+    if lost := [name for name in values if name.split(".")[0] not in names.values()]:
+        raise ValueError(
+            "parameters and buffers must be those of the linear layers, or of an activation that is a module "
+            f"of the block; it has {lost} and calls {_classes(children, called)}."
+        )
+
+    def parts_of(module: nn.Module) -> Block:
+        parts: dict[str, Any] = {part: module.get_submodule(name) for part, name in names.items()}
+        return Block(**{"hidden_dropout": None, "dropout": None, "activation": activation, **parts})
+
+    def rebuild(copied: nn.Module) -> MuMoEMLP:
+        return parts_of(copied).with_experts((), copied.training, format="dense")
+
+    try:
+        matrix, bias = matrix_of(children[names["up"]])
+        check_same(block, rebuild, matrix.shape[0] - bias)
+    except ValueError as error:
+        raise ValueError(f"{error} It calls {_classes(children, called)}.") from error
+    return parts_of(block)
+
+
+def _calls(block: nn.Module, linears: list[str]) -> list[str]:
+    """Names of the children in the order in which the block calls them."""
+    called: list[str] = []
+    errors = []
+    with torch.random.fork_rng(devices=()):
+        copied = copy_of(block).eval()
+        for name, child in copied.named_children():
+            child.register_forward_hook(lambda *_, name=name: called.append(name))
+        # Either linear layer may be the first.
+        for linear in linears:
+            matrix, bias = matrix_of(copied.get_submodule(linear))
+            for x in probes(matrix.shape[0] - bias):
+                called.clear()
+                try:
+                    call(copied, x)
+                    return called
+                except ValueError as error:
+                    errors.append(error)
+    raise errors[0]
+
+
+def _parts(
+    children: dict[str, nn.Module], called: list[str], activation: Activation | None
+) -> dict[str, str]:
+    """Which child is what, by the order of calls."""
+    order = [name for name in called if not _is_nothing(children[name])]
+    linears = [name for name in order if is_linear(children[name])]
+    if len(linears) != 2 or len(set(linears)) != 2:
+        raise ValueError(
+            f"both linear layers must be called once; the block calls {_classes(children, called)}."
+        )
+    names = dict(zip(("up", "down"), linears, strict=True))
+    first, second = map(order.index, linears)
+    between, after = order[first + 1 : second], order[second + 1 :]
+    if between and type(children[between[-1]]) is nn.Dropout:
+        names["hidden_dropout"] = between.pop()
+    if len(between) == 1 and activation is None:
+        names["activation"] = between.pop()
+    if len(after) == 1 and type(children[after[0]]) is nn.Dropout:
+        names["dropout"] = after.pop()
+    # Whether an activation that is given is that of the block is left to the comparison.
+    if first > 0 or after or (activation is None and "activation" not in names):
+        raise ValueError(
+            "a block must be a linear layer, an activation, perhaps a dropout, a linear layer and perhaps a "
+            "dropout; an activation that is no module of the block must be given as `activation`; the block "
+            f"calls {_classes(children, called)}."
+        )
+    return names
+
+
+def _is_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+
+
+def _classes(children: dict[str, nn.Module], called: list[str]) -> str:
+    return ", ".join(type(children[name]).__name__ for name in called)

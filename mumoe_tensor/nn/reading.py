@@ -1,0 +1,202 @@
+"""Whether a module of someone else computes what was read from it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+#: Largest relative difference, in float32, of outputs that count as equal.
+TOLERANCE = 1e-5
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_HOOKS = {
+    "forward hook": "_forward_hooks",
+    "forward pre-hook": "_forward_pre_hooks",
+    "backward hook": "_backward_hooks",
+    "backward pre-hook": "_backward_pre_hooks",
+    "state dict hook": "_state_dict_hooks",
+    "state dict pre-hook": "_state_dict_pre_hooks",
+    "hook on loading": "_load_state_dict_pre_hooks",
+    "hook after loading": "_load_state_dict_post_hooks",
+}
+
+
+def check_readable(module: nn.Module) -> None:
+    """Refuse a module with anything that a copy could not show, or a layer in its place would lose.
+
+    Nothing is called.
+
+    Raises
+    ------
+    ValueError
+        If the module or one inside of it has a hook, a parametrization, a forward method set on the instance,
+        or a parameter that is not an ordinary tensor of finite floats.
+    """
+    for name, parameter in module.named_parameters():
+        _check_parameter(parameter, name)
+    for name, child in module.named_modules():
+        where = f" on {name!r}" if name else ""
+        if nn.utils.parametrize.is_parametrized(child):
+            raise ValueError(f"the module has a parametrization{where}: remove it first.")
+        for kind, attribute in _HOOKS.items():
+            if hooks := getattr(child, attribute):
+                names = [getattr(hook, "__name__", type(hook).__name__) for hook in hooks.values()]
+                raise ValueError(f"the module has a {kind}{where}: {names}; a new one has none.")
+        if "forward" in vars(child):
+            raise ValueError(
+                f"the module has a forward method set on the instance{where}, as by accelerate's offloading."
+            )
+
+
+def _check_parameter(parameter: nn.Parameter, name: str) -> None:
+    if nn.parameter.is_lazy(parameter):
+        raise ValueError(f"the parameter {name!r} is lazy and has no values yet: call the model once.")
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        raise ValueError(
+            f"the parameter {name!r} must be an ordinary tensor, got {type(parameter).__name__}."
+        )
+    if parameter.dtype not in _DTYPES:
+        raise ValueError(f"the parameter {name!r} must have a float dtype, got {parameter.dtype}.")
+    if not parameter.is_meta and not parameter.detach().isfinite().all():
+        raise ValueError(f"the parameter {name!r} must be finite.")
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        raise ValueError(f"the parameter {name!r} has a hook, which a new one would not have.")
+
+
+def check_one_input(module: nn.Module) -> None:
+    """Refuse a module whose forward method takes more than one input, required or not."""
+    inputs = inspect.signature(module.forward).parameters
+    if len(inputs) != 1 or any(x.kind in (x.VAR_POSITIONAL, x.VAR_KEYWORD) for x in inputs.values()):
+        raise ValueError(f"the forward method must take one input, got {[*inputs]}.")
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy to be called, on the CPU and in float32: the state of the module itself stays as it is.
+
+    Values of a module on the meta device are drawn.
+    """
+    try:
+        copied = copy.deepcopy(module)
+    except Exception as error:
+        raise ValueError(f"the module cannot be copied: {type(error).__name__}: {error}") from error
+    if any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers())):
+        return draw(copied.to_empty(device="cpu").float())
+    return copied.to("cpu", torch.float32)
+
+
+@torch.no_grad()
+def draw(module: nn.Module) -> nn.Module:
+    """Draw the values of a copy: a weight of zeros or a scale of one hides nothing then."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.normal_(std=max(tensor.shape[-1:], default=1) ** -0.5)
+    return module
+
+
+def probes(in_features: int) -> list[Tensor]:
+    """Random inputs of shapes (112, in_features) and (16, 7, in_features), at seven scales, 0.1 to 100."""
+    scales = torch.logspace(-1, 2, 7, device="cpu", dtype=torch.float32)
+    x = torch.randn(16, 7, in_features, device="cpu", dtype=torch.float32) * scales[:, None]
+    return [x.flatten(0, 1), x]
+
+
+def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Outputs of a copy, always with the same random numbers: to be called under `torch.random.fork_rng`.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be called with one tensor, or gives something else than one.
+    """
+    torch.default_generator.manual_seed(0)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            y = module(x.clone())
+    except Exception as error:
+        raise ValueError(
+            f"the module cannot be called with one tensor of shape {tuple(x.shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(y, Tensor):
+        raise ValueError(f"the module must return a tensor, got {type(y).__name__}.")
+    return y
+
+
+def check_same(
+    module: nn.Module, rebuild: Callable[[nn.Module], Callable[[Tensor], Tensor]], in_features: int
+) -> None:
+    """Refuse a module that does not compute what was read from it, in evaluation and in training.
+
+    It is compared with what is rebuilt from it on random inputs, with its own and with random parameters. An
+    activation such as `torch.nn.PReLU` takes only some shapes of inputs: one is enough.
+
+    Parameters
+    ----------
+    module : Module
+        One that `check_readable` lets pass. It is not called: copies are.
+    rebuild : callable
+        Makes, of a copy, what it should compute. It is called once for each comparison.
+    in_features : int
+
+    Raises
+    ------
+    ValueError
+        If the outputs differ, with the cause where it can be seen.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
+        copied, inputs = copy_of(module), probes(in_features)
+        for drawn in (False, True):
+            if drawn:
+                draw(copied)
+            for training in (False, True):
+                plain = rebuild(copied.train(training))
+                for x, y in _outputs(copied, inputs):
+                    if cause := _difference(y, call(plain, x), x):
+                        when = " while training" if training else ""
+                        raise ValueError(f"the module computes more than its layers{when}: {cause}.")
+
+
+def _outputs(module: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Inputs that a copy can be called with, at least one, each with its outputs."""
+    called, errors = [], []
+    for x in inputs:
+        try:
+            called.append((x, call(module, x)))
+        except ValueError as error:
+            errors.append(error)
+    if not called:
+        raise errors[0]
+    return called
+
+
+def _difference(y: Tensor, expected: Tensor, x: Tensor) -> str | None:
+    """What is different in outputs, or None if they are equal."""
+    if y.shape != expected.shape:
+        return f"outputs have shape {tuple(y.shape)} instead of {tuple(expected.shape)}"
+    if are_equal(y, expected):
+        return None
+    if y.shape == x.shape and are_equal(y - x, expected, 1e-3):
+        return "it adds its input, as a residual connection"
+    scale = (y * expected).sum() / expected.square().sum()
+    if are_equal(y, scale * expected):
+        return f"it multiplies by {scale:.4g}"
+    return f"the relative difference of outputs is {relative_difference(y, expected).max():.1e}"
+
+
+def relative_difference(y: Tensor, expected: Tensor) -> Tensor:
+    """Norm of the difference over the norm of what is expected, for each of the scales of `probes`."""
+    difference, norm = (
+        torch.linalg.vector_norm(z.reshape(-1, 7, z.shape[-1]), dim=(0, 2)) for z in (y - expected, expected)
+    )
+    return torch.where(difference == 0, 0.0, difference / norm)
+
+
+def are_equal(y: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether outputs are equal but for rounding, at each of the scales."""
+    return bool((relative_difference(y, expected) <= tolerance).all())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mumoe_tensor.formats.base import as_positive, check_modes, get_format
+from mumoe_tensor.formats.base import as_positive, as_python, check_modes, get_format
 from mumoe_tensor.formats.base import formats as registered
 from mumoe_tensor.readers import checked, read_json, reading
 from mumoe_tensor.study.layers import Layer, get_layer
@@ -195,7 +195,7 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     layer = get_layer(layer)
     if unknown := set(options) - set(DEFAULTS):
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
-    told = DEFAULTS | (QUICK if quick else {}) | {k: v for k, v in options.items() if v is not None}
+    told = DEFAULTS | (QUICK if quick else {}) | _plain(options)
     told["experts"] = _counts(_or(told["experts"], _around(layer, quick)))
     told["formats"] = tuple(dict.fromkeys(get_format(f).name for f in _or(told["formats"], registered())))
     if not told["formats"]:
@@ -227,6 +227,11 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
         budget_of(text, layer.sizes)
     told["devices"] = _devices(told["devices"])
     return Setting(layer=layer, **told)
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for, in numbers and lists of Python: it is written as JSON."""
+    return {name: as_python(value) for name, value in options.items() if value is not None}
 
 
 def _or(value: Any, default: Any) -> Any:

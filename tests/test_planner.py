@@ -166,10 +166,7 @@ def orders(network: Network, operands: tuple[int, ...]) -> Iterator[tuple[Tree, 
 
 def all_programs(layer: dict, batch: int) -> list[tuple[Program, tuple[PlannedStep, ...]]]:
     """Programs of every order of a small network, but of those that form the weight, and their steps."""
-    network = network_of(layer)
-    assume(len(network.operands) <= 5)
-    assume(min(size for _, size in network.sizes) > 1)
-    found = []
+    network, found = network_of(layer), []
     for order, admitted in orders(network, tuple(range(len(network.operands)))):
         for layout_batch in (1, 65_536) if admitted else ():
             program = Compiler(network, layout_batch)(order)
@@ -183,9 +180,12 @@ def all_programs(layer: dict, batch: int) -> list[tuple[Program, tuple[PlannedSt
 @given(layers(levels=2), st.sampled_from([1, 256, 65_536]))
 def test_peak_is_the_smallest_of_all_orders_of_a_small_network(layer, batch) -> None:
     """Exact but for copies of intermediates, which the search does not foresee."""
+    network = network_of(layer)
+    assume(len(network.operands) <= 5)
+    assume(min(size for _, size in network.sizes) > 1)
     peaks = [max(step.live for step in steps) for _, steps in all_programs(layer, batch)]
     peak = mt.plan(**layer, batch=batch, minimize="peak").peak
-    exact = all(len(operand) <= 2 for operand in network_of(layer).operands)
+    exact = all(len(operand) <= 2 for operand in network.operands)
     assert min(peaks) <= peak <= (1 if exact else 1.25) * min(peaks)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 Array = Any
@@ -11,11 +12,16 @@ Array = Any
 #: Package an array class comes from -> name of TensorLy's backend.
 _BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax"}
 _ARRAY_CLASSES = {"ndarray", "Tensor", "ArrayImpl", "Tracer"}
+#: Subclasses whose operations mean something else: results would be wrong, or not what was asked for.
+_REFUSED_CLASSES = {"MaskedArray", "matrix", "MaskedTensor", "NestedTensor"}
+#: Names of the dtypes that can be computed with, in the machine's byte order.
+_FLOATING = {"float16", "bfloat16", "float32", "float64", "float96", "float128"}
 
 
 # Dictionaries and not lru_cache, through which torch.compile would look with a warning.
 _names: dict[type, str | None] = {}
 _loaded: dict[str, Any] = {}
+_loading = RLock()
 
 
 def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +35,9 @@ def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
 def _backend_name(cls: type) -> str | None:
     if cls not in _names:
         arrays = [base for base in cls.__mro__ if base.__name__ in _ARRAY_CLASSES]
-        _names[cls] = _BACKENDS.get(arrays[0].__module__.partition(".")[0]) if arrays else None
+        is_refused = any(base.__name__ in _REFUSED_CLASSES for base in cls.__mro__)
+        is_array = bool(arrays) and not is_refused
+        _names[cls] = _BACKENDS.get(arrays[0].__module__.partition(".")[0]) if is_array else None
     return _names[cls]
 
 
@@ -44,8 +52,12 @@ def load_backend(name: str) -> Any:
 
 @constant_under_compile
 def _ensure_loaded(name: str) -> None:
-    if name not in _loaded:
-        _loaded[name] = _load_jax() if name == "jax" else _manager().load_backend(name)
+    if name in _loaded:
+        return
+    # One thread at a time: another would take the flag that JAX's backend switches on for that of before.
+    with _loading:
+        if name not in _loaded:
+            _loaded[name] = _load_jax() if name == "jax" else _manager().load_backend(name)
 
 
 def _manager() -> Any:
@@ -76,17 +88,28 @@ def backend_of(*arrays: Array) -> Any:
     Raises
     ------
     TypeError
-        If one of them is no array, or they belong to different backends.
+        If one of them is no plain array, or they belong to different backends. Masked arrays, `numpy.matrix`,
+        nested and sparse tensors are not plain.
     """
     first = _backend_name(type(arrays[0]))
     for array in arrays:
         name = _backend_name(type(array))
         if name is None:
-            raise TypeError(f"arrays must be NumPy, PyTorch or JAX arrays, got {type(array).__name__}.")
+            raise TypeError(f"arrays must be plain NumPy, PyTorch or JAX arrays, got {type(array).__name__}.")
         if name != first:
             raise TypeError(f"all arrays must belong to one backend, got {first} and {name}.")
     assert first is not None
+    if first == "pytorch":
+        _check_dense(arrays)
     return load_backend(first)
+
+
+def _check_dense(tensors: Sequence[Array]) -> None:
+    import torch
+
+    for tensor in tensors:
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise TypeError(f"tensors must be dense, got {'nested' if tensor.is_nested else tensor.layout}.")
 
 
 def is_traced(array: Array) -> bool:
@@ -114,9 +137,12 @@ def check_floating(arrays: dict[str, Array]) -> Any:
     values = list(arrays.values())
     backend = backend_of(*values)
     first = values[0]
-    if any(a.dtype != first.dtype for a in values) or "float" not in str(first.dtype):
+    if any(a.dtype != first.dtype for a in values) or dtype_name(first) not in _FLOATING:
         told = ", ".join(f"{name}: {dtype_name(a)}" for name, a in arrays.items())
-        raise TypeError(f"all arrays must have one floating dtype, got {told}.")
+        raise TypeError(
+            "all arrays must have one floating dtype, of 16 bits or more and in the machine's byte order, "
+            f"got {told}."
+        )
     if backend.backend_name == "pytorch" and any(a.device != first.device for a in values):
         told = ", ".join(f"{name}: {a.device}" for name, a in arrays.items())
         raise TypeError(f"all tensors must be on one device, got {told}.")

@@ -80,6 +80,7 @@ def fit_rank(
     format = get_format(format)
     check_choice(rounding, ("up", "down", "nearest"), "rounding")
     check_flag(gate, "gate")
+    experts = check_modes(experts, in_features, out_features)[:-2]
     layers = [
         check_modes(experts, inner, outer, bias)
         for inner, outer in layer_sizes(in_features, hidden, out_features)

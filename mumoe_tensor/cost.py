@@ -163,7 +163,9 @@ def cost(
     """
     format = get_format(format)
     check_flag(gate, "gate")
-    gate_size = in_features * sum(check_modes(experts, in_features, out_features)[:-2]) if gate else 0
+    experts = check_modes(experts, in_features, out_features)[:-2]
+    entries = format.full_rank(rank, len(experts))
+    gate_size = in_features * sum(experts) if gate else 0
     layers = []
     for inner, outer in layer_sizes(in_features, hidden, out_features):
         planned = plan(
@@ -171,7 +173,7 @@ def cost(
             experts=experts,
             in_features=inner,
             out_features=outer,
-            rank=rank,
+            rank=entries,
             batch=batch,
             bias=bias,
             minimize=minimize,
@@ -181,7 +183,6 @@ def cost(
             dtype=dtype,
         )
         modes = check_modes(experts, inner, outer, bias)
-        entries = format.full_rank(rank, len(modes) - 2)
         reference = format.reference_flops(check_modes(experts, inner, outer), entries)
         layers.append(
             LayerCost(
@@ -196,6 +197,8 @@ def cost(
 
 def layer_sizes(in_features: int, hidden: int | None, out_features: int) -> list[tuple[int, int]]:
     """Input and output size of each layer."""
+    in_features = as_positive(in_features, "in_features")
+    out_features = as_positive(out_features, "out_features")
     if hidden is None:
         return [(in_features, out_features)]
     hidden = as_positive(hidden, "hidden")
@@ -247,5 +250,11 @@ def dense_parameters(
     hidden : int, optional
         Two layers, `in_features` to `hidden` to `out_features`.
     bias : bool, default True
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a size is not a positive integer, or `bias` not a bool.
     """
+    check_flag(bias, "bias")
     return sum((inner + bias) * outer for inner, outer in layer_sizes(in_features, hidden, out_features))

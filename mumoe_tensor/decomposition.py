@@ -160,7 +160,7 @@ def _with_bias(dense: Array, bias: bool | Array) -> Array:
     if isinstance(bias, bool):
         return dense
     if not is_array(bias):
-        raise TypeError(f"bias must be True, False or an array, got {type(bias).__name__}.")
+        raise TypeError(f"bias must be True, False or a plain array, got {type(bias).__name__}.")
     tl = check_floating({"dense": dense, "bias": bias})
     if tuple(bias.shape) != (*dense.shape[:-2], *dense.shape[-1:]):
         raise ValueError(

@@ -26,7 +26,7 @@ from mumoe_tensor.formats.base import Format, check_flag
 from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
-#: A compiled function does not look at its batch, so that it serves all of them; it plans for this one.
+#: A function that is compiled or exported for any batch plans for this one.
 TRACED_BATCH = 1024
 
 
@@ -90,7 +90,8 @@ def multilinear_moe(
     backend, leading = _check_inputs(weight, z, coefficients, bias)
     batch = prod(leading)
     if plan is None:
-        hint = TRACED_BATCH if is_traced(z) else batch
+        # (A symbolic batch of JAX or torch is no int.)
+        hint = batch if isinstance(batch, int) and not is_traced(z) else TRACED_BATCH
         program = _program(*_key(weight, bias), hint, minimize, implementation, memory_limit)
     else:
         program = _check_plan(plan, weight, bias)

@@ -102,7 +102,7 @@ class FactorizedTensor:
                         factors[k] = cast(factors[k], dtype_name(factors[-1]))
                 return cls(format, factors)
         raise TypeError(
-            "a weight is a FactorizedTensor, a container of TensorLy or a dense array, "
+            "a weight is a FactorizedTensor, a container of TensorLy or a plain array, "
             f"got {type(container).__name__}."
         )
 
@@ -179,8 +179,15 @@ class FactorizedTensor:
         return cls(format, factors)
 
     def __repr__(self) -> str:
+        if not hasattr(self, "shape"):  # a tree of JAX's: arrays to map over, abstract values, anything
+            factors = ", ".join(map(_described, self.factors))
+            return f"FactorizedTensor({self.format.name!r}, factors=({factors}))"
         kind = f"{dtype_name(self.arrays[0])}, {backend_of(*self.arrays).backend_name}"
         return f"FactorizedTensor({self.format.name!r}, shape={self.shape}, rank={self.rank}, {kind})"
+
+
+def _described(factor: Any) -> str:
+    return f"{type(factor).__name__}{tuple(factor.shape)}" if hasattr(factor, "shape") else repr(factor)
 
 
 def as_factorized(weight: Any) -> FactorizedTensor:
@@ -194,9 +201,8 @@ def as_factorized(weight: Any) -> FactorizedTensor:
 
 def _match(format: Format, factors: Sequence[Any]) -> tuple[int, tuple[Any, ...]]:
     """Find the number of levels whose declaration these factors fit."""
-    for factor in factors:
-        if factor is not None and not is_array(factor):
-            raise TypeError(f"every factor must be an array, got {type(factor).__name__}.")
+    if arrays := [factor for factor in factors if factor is not None]:
+        backend_of(*arrays)
     for levels in range(MOST_LEVELS + 1):
         declared = format.declaration(levels)
         filled = list(factors)

@@ -131,6 +131,14 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "index that is no integer": (lambda: mt.expert_matrix(W, 1.0), TypeError, ("integer", "1.0")),
     "index that is a bool": (lambda: mt.expert_matrix(W, (True,)), TypeError, ("integer", "True")),
     "expert's bias that is no bool": (lambda: mt.expert_matrix(W, 0, bias=1), TypeError, ("True or", "1")),
+    # dense_parameters
+    "dense layer of no size": (
+        lambda: mt.dense_parameters(-3, 4), ValueError, ("in_features", "positive", "-3")),
+    "dense block of no size": (lambda: mt.dense_parameters(3, 4, 0), ValueError, ("hidden", "0")),
+    "dense layer of half a feature": (
+        lambda: mt.dense_parameters(3, 4.5), TypeError, ("out_features", "integer", "4.5")),
+    "dense layer whose bias is no bool": (
+        lambda: mt.dense_parameters(3, 4, bias=2), TypeError, ("True or False", "2")),
     # plan
     "zero experts": (
         lambda: mt.plan("cp", experts=0, in_features=3, out_features=2, rank=6), ValueError, ("experts", "0")),

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mumoe_tensor.analysis.labels import as_integers
+
 
 @dataclass(frozen=True)
 class Fairness:
@@ -61,6 +63,8 @@ def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[
     ValueError
         If shapes differ, predictions or labels are others than 0 and 1, a group has no input of label 1, or
         there is no input of the target.
+    TypeError
+        If predictions, labels or groups are no integers.
     ImportError
         If fairlearn is not installed.
 
@@ -73,6 +77,8 @@ def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[
     (0.5, 0.5, 0.5)
     """
     MetricFrame, equal_opportunity_difference = _fairlearn()
+    named = {"predictions": predictions, "labels": labels, "groups": groups}
+    predictions, labels, groups = (as_integers(x, name) for name, x in named.items())
     _check(predictions, labels, groups, target)
     y, predicted, group = (x.detach().cpu().numpy() for x in (labels, predictions, groups))
     frame = MetricFrame(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.coefficients import evaluating, gate_of, read_experts
 from mumoe_tensor.analysis.interventions import ablate
+from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.selections import Selection
 
 
@@ -16,7 +17,7 @@ from mumoe_tensor.selections import Selection
 def loss_effects(
     model: nn.Module,
     layer: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
     level: int = 0,
     experts: Selection | None = None,
@@ -30,8 +31,9 @@ def loss_effects(
         ``eval()``.
     layer : Module
         The layer of the model that the expert belongs to.
-    batches : sequence of (tokens, next tokens)
-        Of shape (rows, tokens) both. Gone through once for the intact model and once for every expert.
+    batches : iterable of (tokens, next tokens)
+        Of shape (rows, tokens) both. Kept in memory: they are read once for the intact model and once for
+        every expert.
     level : int, default 0
     experts : int, sequence of int, or mask of shape (N,), optional
         Those to remove, one after the other; all of the level by default.
@@ -51,6 +53,7 @@ def loss_effects(
     """
     gate = gate_of(layer)
     level, removed = read_experts(gate, level, experts)
+    batches = [(tokens, read_labels(following, what="next tokens")) for tokens, following in batches]
     if not sum(following.numel() for _, following in batches):
         raise ValueError("there must be tokens whose loss can change, got none.")
     with evaluating(model):

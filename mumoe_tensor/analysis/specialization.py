@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.analysis.coefficients import evaluating, gate_of, hooked, read_experts
 from mumoe_tensor.analysis.interventions import random_gate
+from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.selections import Selection
 
@@ -66,6 +67,8 @@ class Labels:
         ------
         ValueError
             If the shapes do not fit, or a label is out of range.
+        TypeError
+            If labels are no integers.
         """
         experts, classes = self.counts.shape
         if coefficients.shape != (*labels.shape, experts) or labels.ndim != 1:
@@ -73,10 +76,7 @@ class Labels:
                 f"there must be a label for every row of {experts} coefficients; got coefficients of "
                 f"{tuple(coefficients.shape)}, labels of {tuple(labels.shape)}."
             )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(
-                f"labels must lie from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}."
-            )
+        labels = read_labels(labels, classes)
         a = coefficients.detach()
         is_active = torch.empty_like(a, dtype=torch.float32)
         if self.threshold > 0:
@@ -84,9 +84,7 @@ class Labels:
         else:
             torch.gt(a, 0, out=is_active)
         # (Sums of floats, a pass over the rows: whole numbers are exact up to 2^24 rows a batch.)
-        counts = is_active.new_zeros(classes, experts).index_add_(
-            0, labels.to(a.device, torch.long), is_active
-        )
+        counts = is_active.new_zeros(classes, experts).index_add_(0, labels.to(a.device), is_active)
         self.counts += counts.T.to(self.counts.device, self.counts.dtype)
         self.all += torch.bincount(labels.to(self.all.device), minlength=classes)
 
@@ -119,7 +117,7 @@ class Labels:
 def ablation_effects(
     model: nn.Module,
     layer: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
     classes: int,
     *,
     level: int = 0,
@@ -137,8 +135,8 @@ def ablation_effects(
         A classifier: inputs of shape (rows, ...) to logits of shape (rows, classes). Runs as in ``eval()``.
     layer : Module
         The layer of the model that the expert belongs to.
-    batches : sequence of (inputs, labels)
-        Gone through once for the intact model and once for every expert.
+    batches : iterable of (inputs, labels)
+        Read once.
     classes : int
     level : int, default 0
     experts : int, sequence of int, or mask of shape (N,), optional
@@ -166,9 +164,9 @@ def ablation_effects(
     change = torch.zeros(len(removed), classes, dtype=torch.long)
     with evaluating(model):
         for place, (inputs, labels) in enumerate(batches):
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-                least, most = int(labels.min()), int(labels.max())
-                raise ValueError(f"labels must lie from 0 to {classes - 1}, got {least} to {most}.")
+            labels = read_labels(labels, classes)
+            if not len(labels):
+                continue
             total += torch.bincount(labels.cpu(), minlength=classes)
             coefficients, intact = _intact(model, layer, gate, inputs, random_seed, place)
             is_right = intact == labels

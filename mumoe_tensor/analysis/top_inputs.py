@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mumoe_tensor.analysis.labels import read_labels
+
 
 class TopInputs:
     """Finds the inputs with the largest coefficients of every expert of one level, batch by batch.
@@ -55,12 +57,14 @@ class TopInputs:
         ----------
         coefficients : Tensor of shape (..., N)
         indices : Tensor of int of shape (...), optional
-            Numbers of these inputs; from the number of those seen so far on, by default.
+            Numbers of these inputs, at least 0; from the number of those seen so far on, by default.
 
         Raises
         ------
         ValueError
-            If the shapes do not fit.
+            If the shapes do not fit, or an index is negative.
+        TypeError
+            If indices are no integers.
         """
         experts, k = self.indices.shape
         leading = coefficients.shape[:-1]
@@ -71,7 +75,10 @@ class TopInputs:
                 f"{None if indices is None else tuple(indices.shape)}."
             )
         new = coefficients.detach().reshape(-1, experts)
-        numbers = torch.arange(len(new)) + self.rows if indices is None else indices.reshape(-1).cpu()
+        if indices is None:
+            numbers = torch.arange(len(new)) + self.rows
+        else:
+            numbers = read_labels(indices, what="indices").reshape(-1).cpu()
         self.rows += len(new)
         # Few inputs are better than the k best so far: the more are seen, the fewer.
         row, expert = (new > self.coefficients[:, -1].to(new.device)).nonzero().unbind(1)

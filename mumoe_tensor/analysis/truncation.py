@@ -68,6 +68,7 @@ def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
 
 
 def _largest(matrix: torch.Tensor, kept: int) -> torch.Tensor:
-    """The part of a matrix that belongs to its largest singular values."""
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    """The part of a matrix that belongs to its largest singular values, in float32 at least."""
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    u, s, v = torch.linalg.svd(wide, full_matrices=False)
     return (u[:, :kept] * s[:kept]) @ v[:kept]

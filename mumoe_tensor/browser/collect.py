@@ -19,6 +19,7 @@ from mumoe_tensor.analysis import (
     watch_coefficients,
 )
 from mumoe_tensor.analysis.coefficients import evaluating, gate_of, gates_of
+from mumoe_tensor.analysis.labels import read_labels
 
 Progress = Callable[[int, int, str], None]
 
@@ -145,6 +146,7 @@ def collect(
             "there must be inputs, and if there are labels a label for each, or for each token; got inputs "
             f"of shape {tuple(inputs.shape)}, labels of {None if labels is None else tuple(labels.shape)}."
         )
+    labels = None if labels is None else read_labels(labels)
     found, places, frequency = _labelled(inputs if is_language else labels, is_language)
     seen = {
         (name, level): _Seen(experts, 0 if found is None else len(found), k)
@@ -207,8 +209,6 @@ def _labelled(labels: Tensor | None, is_language: bool) -> tuple[Tensor | None, 
     if is_language:
         found, places, counts = labels.unique(return_inverse=True, return_counts=True)
     else:
-        if int(labels.min()) < 0:
-            raise ValueError(f"labels are counted from 0, got {int(labels.min())}.")
         found, places = torch.arange(int(labels.max()) + 1), labels
         counts = labels.bincount(minlength=len(found))
     return found, places, counts / counts.sum()

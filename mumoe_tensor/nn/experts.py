@@ -203,6 +203,7 @@ class Experts(WholeState):
         ValueError
             If the shapes do not fit together.
         """
+        coefficients = tuple(coefficients)
         y = self._mix(self.factors, z, coefficients, activation, sparse_gradient)
         return y if self.edits is None else self.edits(y, coefficients)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.readers import read_arrays, reading
 from mumoe_tensor.selections import Selection, read_selection
 
@@ -51,12 +52,14 @@ class Dataset:
     ----------
     x : Tensor of float32 of shape (rows, ...)
     y : Tensor of int64 of shape (rows,)
-        From 0 to classes − 1.
+        From 0 to classes − 1. Labels of other integer dtypes are converted.
 
     Raises
     ------
     ValueError
         If there is no row, there are not as many labels as inputs, or a label is negative.
+    TypeError
+        If labels are no integers.
     """
 
     x: Tensor
@@ -68,8 +71,7 @@ class Dataset:
                 f"there must be inputs, and one label for each; got inputs of shape {tuple(self.x.shape)}, "
                 f"labels of {tuple(self.y.shape)}."
             )
-        if int(self.y.min()) < 0:
-            raise ValueError(f"labels are counted from 0, got {int(self.y.min())}.")
+        object.__setattr__(self, "y", read_labels(self.y))
 
     def __len__(self) -> int:
         return len(self.y)

@@ -320,7 +320,7 @@ def test_effects_leave_the_modes_of_modules_and_refuse_labels() -> None:
     model[1].eval()
     ablation_effects(model, layer, batches(1), C)
     assert [m.training for m in model] == [True, False, True]
-    with pytest.raises(ValueError, match="labels must lie from 0 to 2"):
+    with pytest.raises(ValueError, match="labels must be at least 0 and less than 3"):
         ablation_effects(model, layer, batches(1), C - 1)
 
 

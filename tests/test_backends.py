@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import mumoe_tensor as mt
-from mumoe_tensor.backend import dtype_name, tensorly_backend
+from mumoe_tensor.backend import dtype_name, load_backend, tensorly_backend
 from mumoe_tensor.testing import (
     Problem,
     assert_close,
@@ -79,6 +80,33 @@ def test_all_backends_agree(problem: Problem) -> None:
             assert dtype_name(y) == problem.dtype
             assert type(y) is type(arrays[0])
             assert_close(y, expected, scale, backend, problem.dtype)
+
+
+def test_threads_that_load_jax_at_once_leave_float64_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    jax = pytest.importorskip("jax")
+    is_loading, loaded = threading.Event(), []
+
+    class Manager:
+        """Switches float64 on as TensorLy does, and takes long enough for the others to look at the flag."""
+
+        @staticmethod
+        def load_backend(name: str) -> Any:
+            jax.config.update("jax_enable_x64", True)
+            is_loading.set()
+            time.sleep(0.05)
+            loaded.append(name)
+            return loaded
+
+    monkeypatch.setattr("mumoe_tensor.backend._manager", lambda: Manager)
+    monkeypatch.setattr("mumoe_tensor.backend._loaded", {})
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(load_backend, "jax")
+        is_loading.wait()
+        others = [pool.submit(load_backend, "jax") for _ in range(7)]
+        assert all(thread.result() is first.result() for thread in others)
+    found = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", False)
+    assert not found and loaded == ["jax"]
 
 
 def test_jax_gives_float32_where_float64_is_not_enabled() -> None:

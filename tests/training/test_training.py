@@ -56,7 +56,7 @@ def test_npz(tmp_path: Path) -> None:
         ({"x": np.ones((2, 3))}, "arrays x and y"),
         ({"x": np.ones((2, 3)), "y": np.array([0, 1, 1])}, "one label for each"),
         ({"x": np.ones((2, 3)), "y": np.array([0.0, 1.0])}, "must be integers"),
-        ({"x": np.ones((2, 3)), "y": np.array([0, -1])}, "labels must be at least 0, got -1"),
+        ({"x": np.ones((2, 3)), "y": np.array([0, -1])}, "counted from 0"),
         ({"x": np.array([[1.0, np.nan]]), "y": np.array([0])}, "must be finite"),
         ({"x": np.ones((0, 3)), "y": np.array([], dtype=int)}, "there must be inputs"),
     ],

@@ -178,7 +178,7 @@ def test_experts_of_one_label_each_are_clear() -> None:
     [
         (torch.ones(2, 3), torch.tensor([0]), "a label for every row"),
         (torch.ones(2, 4), torch.tensor([0, 1]), "3 coefficients"),
-        (torch.ones(2, 3), torch.tensor([0, 2]), "from 0 to 1"),
+        (torch.ones(2, 3), torch.tensor([0, 2]), "at least 0 and less than 2"),
     ],
 )
 def test_labels_that_do_not_fit(a: Any, labels: Any, message: str) -> None:

@@ -685,6 +685,28 @@ def test_what_fits_is_loaded() -> None:
     assert result.unexpected_keys == ["more"] and "gate.weight" in result.missing_keys
 
 
+def test_parameters_of_other_kinds_are_loaded() -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+            self.counts = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+
+        def forward(self, x: Any) -> Any:
+            return x.relu() * self.phase.abs().prod()
+
+    layer, state = made("activation", Strange()), made("activation", Strange()).state_dict()
+    state["activation.phase"] = 2j * torch.ones(2)
+    state["activation.counts"] = torch.tensor([1.0, 2, 3])
+    layer.load_state_dict(state)
+    assert torch.equal(layer.activation.phase, 2j * torch.ones(2))
+    assert layer.activation.counts.tolist() == [1, 2, 3]
+    lazy, known = made("activation", nn.LazyLinear(6)), made("activation", nn.LazyLinear(6))
+    known(torch.randn(2, 5))
+    lazy.load_state_dict(known.state_dict())
+    assert torch.equal(lazy.activation.weight, known.activation.weight)
+
+
 def test_a_hook_may_change_the_names() -> None:
     def rename(module: Any, state: Any, *_: Any) -> None:
         for key in list(state):

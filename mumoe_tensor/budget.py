@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from mumoe_tensor.cost import dense_parameters, layer_sizes
+from mumoe_tensor.cost import dense_parameters, layer_sizes, max_expert_rank
 from mumoe_tensor.cost import parameters as count_parameters
 from mumoe_tensor.formats.base import (
     Format,
@@ -26,7 +27,7 @@ def fit_rank(
     experts: int | Sequence[int],
     in_features: int,
     out_features: int,
-    parameters: int | Literal["match"] = "match",
+    parameters: int | str = "match",
     rank: int | Sequence[int | None] | None = None,
     hidden: int | None = None,
     bias: bool = False,
@@ -41,9 +42,9 @@ def fit_rank(
     experts : int or sequence of int
         Number of experts, one number a level; ``()`` for no level.
     in_features, out_features : int
-    parameters : int or "match", default "match"
+    parameters : int or str, default "match"
         The budget; ``"match"`` for what the dense layer (or block) of these sizes has, with biases if
-        `bias` is true.
+        `bias` is true, or a multiple of that as ``"2x"``.
     rank : sequence of int and None, optional
         The rank with None in the one place to be solved for. If it is left out, the format's convention:
         the one rank of CP, ``(4, ..., 4, None)`` for Tensor Ring and Train, and for Tucker ranks
@@ -86,10 +87,7 @@ def fit_rank(
         for inner, outer in layer_sizes(in_features, hidden, out_features)
     ]
     gate_parameters = in_features * sum(layers[0][:-2]) if gate else 0
-    if parameters == "match":
-        budget = dense_parameters(in_features, out_features, hidden, bias)
-    else:
-        budget = as_positive(parameters, "parameters")
+    budget = as_budget(parameters, dense_parameters(in_features, out_features, hidden, bias))
     family = _family(format, rank, layers)
 
     def total(t: int) -> int:
@@ -120,6 +118,83 @@ def fit_rank(
     if rounding == "down" or budget - total(below) <= total(above) - budget:
         return _as_given(family(below), rank)
     return _as_given(family(above), rank)
+
+
+def as_budget(parameters: int | str, dense: int) -> int:
+    """The number of parameters that is asked for.
+
+    Parameters
+    ----------
+    parameters : int or str
+        A number, also as text; ``"match"``, or a multiple as ``"0.5x"``, for those of the dense layer.
+    dense : int
+        Parameters of the dense layer.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these, or not positive.
+    TypeError
+        If it is a number and no integer.
+    """
+    if not isinstance(parameters, str):
+        return as_positive(parameters, "parameters")
+    text = "1x" if parameters == "match" else parameters.replace(",", "").replace("_", "")
+    try:
+        budget = round(float(text[:-1]) * dense) if text.endswith("x") else int(text)
+    except (ValueError, OverflowError):
+        budget = 0
+    if budget < 1:
+        raise ValueError(
+            f"parameters must be match, a positive number, or a multiple such as 0.5x; got {parameters!r}."
+        )
+    return budget
+
+
+def full_rank(
+    format: str | Format,
+    *,
+    experts: int | Sequence[int],
+    in_features: int,
+    out_features: int,
+    hidden: int | None = None,
+) -> Rank:
+    """The smallest rank of a format's convention at which the matrix of an expert can have full rank.
+
+    With less an expert is a bottleneck, and may not learn what the linear layer does in its place.
+
+    Parameters
+    ----------
+    format : str or Format
+    experts : int or sequence of int
+    in_features, out_features : int
+    hidden : int, optional
+        Two layers of one rank, with this size between them; both are to have full rank.
+
+    Returns
+    -------
+    tuple of int
+        One entry a bond. Those of the expert modes do not raise the rank of an expert: in Tucker they are at
+        most 4, as the other bonds of Tensor Ring and Train.
+
+    Examples
+    --------
+    >>> from mumoe_tensor.budget import full_rank
+    >>> full_rank("tr", experts=64, in_features=512, out_features=100)
+    (4, 4, 25)
+    """
+    format = get_format(format)
+    layers = [
+        check_modes(experts, inner, outer) for inner, outer in layer_sizes(in_features, hidden, out_features)
+    ]
+    needed = max(min(modes[-2:]) for modes in layers)
+    sizes = (*(min(n, 4) for n in layers[0][:-2]), needed, needed)
+
+    def is_full(t: int) -> bool:
+        rank = format.default_rank(sizes, t)
+        return all(max_expert_rank(format, modes, rank) >= min(modes[-2:]) for modes in layers)
+
+    return format.default_rank(sizes, bisect_left(range(1, max(sizes)), True, key=is_full) + 1)
 
 
 def _family(

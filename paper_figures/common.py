@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import threads
 from mumoe_tensor import Cost, cost, fit_rank
-from mumoe_tensor.files import whole_file, write_table
+from mumoe_tensor.files import replacing, whole_file, write_table
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.plots import STYLE, colour
@@ -196,17 +196,18 @@ def read(path: Path) -> list[Row]:
 
 
 def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write a figure's numbers as CSV and its picture as PNG and PDF, each whole or not at all."""
-    paths = [folder / f"{name_of(module)}{suffix}" for suffix in (".csv", ".png", ".pdf")]
-    write_table(paths[0], list(rows[0]), rows)
-    with matplotlib.rc_context(PRINT_STYLE):
+    """Write a figure's numbers as CSV and its picture as PNG and PDF, all of them or none."""
+    names = [f"{name_of(module)}{suffix}" for suffix in (".csv", ".png", ".pdf")]
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder, names) as new, matplotlib.rc_context(PRINT_STYLE):
+        write_table(new / names[0], list(rows[0]), rows)
         figure = module.draw(rows)
-        for path in paths[1:]:
+        for name in names[1:]:
             # Without a date in it the same figure is the same file.
-            metadata = {"CreationDate": None} if path.suffix == ".pdf" else {}
-            with whole_file(path) as file:
-                figure.savefig(file, format=path.suffix[1:], dpi=300, metadata=metadata)
-    return paths
+            metadata = {"CreationDate": None} if name.endswith(".pdf") else {}
+            with whole_file(new / name) as file:
+                figure.savefig(file, format=name[-3:], dpi=300, metadata=metadata)
+    return [folder / name for name in names]
 
 
 def name_of(module: ModuleType) -> str:

@@ -259,7 +259,7 @@ def test_a_training_that_fails_is_one_line_and_exit_code_1(
     from mumoe_tensor.training import run as runs
 
     for error, code, told in [
-        (OSError("no space left"), 1, "no space left"),
+        (OSError("no space left"), 2, "no space left"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
     ]:
 
@@ -328,8 +328,12 @@ BAD = [
     (f"fit hadamard {SMALL}", "hadamard"),
     (f"fit cp {SMALL} --rank 3", "exactly one entry of the rank must be None"),
     (f"fit tr {SMALL} --rank ?,?,2", "exactly one entry of the rank must be None"),
-    (f"fit cp {SMALL} --parameters lots", "--parameters must be a number or match, got 'lots'"),
+    (
+        f"fit cp {SMALL} --parameters lots",
+        "parameters must be match, a positive number, or a multiple such as 0.5x; got 'lots'",
+    ),
     (f"fit cp {SMALL} --parameters 0", "parameters must be positive, got 0"),
+    (f"fit cp {SMALL} --parameters nanx", "or a multiple such as 0.5x; got 'nanx'"),
     (f"fit cp {SMALL} --rounding off", "'up', 'down', 'nearest', got 'off'"),
     ("fit tr --experts 2000 --in-features 768 --out-features 1000 --gate", "the gate alone has 1,536,000"),
     ("study --layer gpt5", "'gpt2-mlp', 'clip-head'"),
@@ -343,8 +347,8 @@ BAD = [
     ("study --setting nothing.json --seed 1", "--setting takes the place of all options"),
     ("study --data nothing.npz", "there is no file 'nothing.npz'"),
     ("study --device tpu", "'cpu' or 'cuda', got 'tpu'"),
-    ("study --seconds 0", "seconds must be positive, got 0"),
-    ("study --memory -1", "memory must be positive, got -1"),
+    ("study --seconds 0", "seconds must be positive and finite, got 0"),
+    ("study --memory -1", "memory must be positive and finite, got -1"),
     ("study --seed -1", "seed must not be negative, got -1"),
     ("study --parameters some", "parameters must be match, a positive number, or a multiple"),
     ("study --parameters 10 --formats cp,tr", "some format must fit the budget"),
@@ -384,9 +388,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_study_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mumoe_tensor.study as study
-
-    monkeypatch.setattr(study, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "mumoe_tensor[study]" in result.stderr
     assert result.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

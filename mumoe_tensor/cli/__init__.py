@@ -8,15 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from mumoe_tensor.extras import missing as told
+
 try:
     import rich  # noqa: F401
     import typer
 except ImportError as missing:
     # The package is nothing but the command: a traceback would tell its user less.
-    print("mumoe-tensor: the command line needs an extra; pip install 'mumoe_tensor[cli]'.", file=sys.stderr)
+    print(f"mumoe-tensor: {told(missing.name or '') or missing}", file=sys.stderr)
     raise SystemExit(2) from missing
 
-from mumoe_tensor.cli.app import OneLineErrors, main
+from mumoe_tensor.cli.app import Command, OneLineErrors, main
 from mumoe_tensor.cli.browser import inspect
 from mumoe_tensor.cli.layers import cost, fit, formats, plan
 from mumoe_tensor.cli.studies import bias, figures, study
@@ -33,17 +35,16 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(main)
 commands: list[Callable[..., None]] = [formats, plan, cost, fit, study, bias, figures, tokenize, inspect]
 for command in commands:
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 train = typer.Typer(
     cls=OneLineErrors,
     help="Train on data of your own.",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-train.command("head")(train_head)
-train.command("mixer")(train_mixer)
-train.command("gpt2")(train_gpt2)
+train.command("head", cls=Command)(train_head)
+train.command("mixer", cls=Command)(train_mixer)
+train.command("gpt2", cls=Command)(train_gpt2)
 app.add_typer(train, name="train")
 
 __all__ = ["app"]

@@ -1,19 +1,35 @@
-"""How the command line behaves as a whole: help, version, errors in one line."""
+"""How the command line behaves as a whole: help, version, numbers, errors in one line."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
+from math import isfinite
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import mumoe_tensor as mt
-from mumoe_tensor.cli.console import fail
+from mumoe_tensor.cli.console import fail, failures, take_any_encoding
 
 #: What typer raises for a line it cannot parse. It exports only this subclass of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+#: What seeds and sizes must stay below: torch and NumPy count in 64 bits.
+LIMIT = 2**63
+
+
+class Command(TyperCommand):
+    """A command whose numbers are finite and fit into 64 bits, whatever option they belong to."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        left: list[str] = super().parse_args(ctx, args)
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if isinstance(value, int | float) and not (isfinite(value) and abs(value) < LIMIT):
+                rule = f"must be a finite number below 2**63, got {value}"
+                raise typer.BadParameter(rule, ctx=ctx, param=param)  # type: ignore[arg-type]
+        return left
 
 
 class OneLineErrors(TyperGroup):
@@ -23,15 +39,20 @@ class OneLineErrors(TyperGroup):
         run = partial(super().main, *args, **extra)
         if not standalone_mode:
             return run(standalone_mode=False)
+        take_any_encoding()
         try:
             code = run(standalone_mode=False)
-        except (typer.Abort, KeyboardInterrupt):
+        except typer.Abort:
             code = fail("interrupted.", 130)
         except _UsageError as error:
             told: Any = error
             command = told.ctx.command_path if told.ctx else "mumoe-tensor"
             code = fail(f"{told.format_message().rstrip('.')}; see '{command} --help'.", 2)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        with failures():
+            return super().invoke(ctx)
 
 
 def main(

@@ -10,6 +10,7 @@ import typer
 from mumoe_tensor.cli.console import bad_input, print_json, progress_bar
 from mumoe_tensor.cli.options import Json
 from mumoe_tensor.cli.values import read_names
+from mumoe_tensor.extras import require
 
 
 def inspect(
@@ -51,11 +52,14 @@ def inspect(
 
     Example: `mumoe-tensor inspect results/head`
     """
+    require("torch", "train")
     from mumoe_tensor.browser import browse
-    from mumoe_tensor.files import whole_file
+    from mumoe_tensor.files import alone_in, whole_file
 
     path = run / "experts.html" if out is None else out
-    with bad_input(), progress_bar("experts") as progress:
+    if not run.is_dir():
+        raise NotADirectoryError(f"there is no folder {run}; `train` leaves one.")
+    with bad_input(), alone_in(path.parent), progress_bar("experts") as progress:
         text = browse(
             run,
             images=images,

@@ -1,17 +1,22 @@
-"""What commands print: JSON, tables, progress, and bad input in one line."""
+"""What commands print: JSON, tables, progress, and failures in one line."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from mumoe_tensor.extras import missing
 
 
 def fail(message: str, code: int) -> int:
@@ -21,11 +26,49 @@ def fail(message: str, code: int) -> int:
 
 
 @contextmanager
-def bad_input() -> Iterator[None]:
-    """Make the library's complaint, or the operating system's about a path, one line and exit code 2."""
+def failures() -> Iterator[None]:
+    """Make what may happen to any command one line and an exit code.
+
+    That is 2 for what the operating system refuses, such as a full disk, and for a package that is missing;
+    1 for numbers that are not finite; 130 for an interruption.
+    """
     try:
         yield
-    except (ValueError, TypeError, ImportError, OSError) as error:
+        sys.stdout.flush()  # a full disk is to be told of here, not when Python ends
+    except BrokenPipeError:
+        raise  # typer ends quietly
+    except ImportError as error:
+        raise typer.Exit(fail(missing(error.name or "") or str(error), 2)) from error
+    except OSError as error:
+        _drop_output()
+        raise typer.Exit(fail(_words(error), 2)) from error
+    except FloatingPointError as error:
+        raise typer.Exit(fail(str(error), 1)) from error
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(fail("interrupted.", 130)) from stop
+
+
+def _drop_output() -> None:
+    """Keep Python from trying once more, when it ends, to write what could not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _words(error: OSError) -> str:
+    """What the system refused, and the file."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Make the library's complaint about an argument or a file one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
         raise typer.Exit(fail(str(error), 2)) from error
 
 
@@ -39,14 +82,57 @@ def can_go_on() -> Iterator[None]:
         raise typer.Exit(fail(message, 130)) from stop
 
 
+def take_any_encoding() -> None:
+    """Let no character stop a command: one that the output's encoding lacks becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a value as JSON, in ASCII, which says the same in every encoding."""
+    print(json.dumps(value, indent=2))
 
 
 def new_table(*headings: str, title: str | None = None) -> Table:
     """An empty table in the style of all."""
     return Table(*headings, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def show(table: Table) -> None:
+    """Print a table whole.
+
+    Columns that do not fit beside the others come below them, after the first column once more. A pipe or a
+    file takes any width, unless ``COLUMNS`` says otherwise.
+    """
+    console = Console()
+    natural = console.measure(table, options=console.options.update(max_width=10**6)).maximum
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, natural)
+    for columns in _side_by_side(table, console):
+        console.print(_part(table, columns))
+
+
+def _side_by_side(table: Table, console: Console) -> list[list[int]]:
+    """Which columns are printed side by side: the first one, and those that fit."""
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(table.columns)):
+        together = _part(table, [*parts[-1], column])
+        width = console.measure(together, options=console.options.update(max_width=10**6)).maximum
+        if width > console.width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(column)
+    return parts
+
+
+def _part(table: Table, columns: list[int]) -> Table:
+    """Some columns of a table. Should a cell be wider than the console, it is folded."""
+    part = copy(table)
+    part.columns = [
+        replace(table.columns[column], _index=place, no_wrap=False, overflow="fold")
+        for place, column in enumerate(columns)
+    ]
+    return part
 
 
 @contextmanager

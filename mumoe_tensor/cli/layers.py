@@ -6,10 +6,10 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 import mumoe_tensor as mt
-from mumoe_tensor.cli.console import bad_input, new_table, print_json
+from mumoe_tensor.budget import as_budget
+from mumoe_tensor.cli.console import bad_input, new_table, print_json, show
 from mumoe_tensor.cli.options import (
     Batch,
     Bias,
@@ -65,7 +65,7 @@ def formats(as_json: Json = False) -> None:
         table.add_row(
             entry["name"], entry["title"], "\n".join(entry["factors"]), rank, units + terms, end_section=True
         )
-    Console().print(table)
+    show(table)
 
 
 def plan(
@@ -173,7 +173,7 @@ def cost(
         table.add_row(title, *("" if value is None else f"{value:,}" for value in values))
     for column in table.columns[1:]:
         column.justify = "right"
-    Console().print(table)
+    show(table)
 
 
 def fit(
@@ -207,7 +207,7 @@ def fit(
         )
         found = mt.cost(format, rank=fitted, **layer)
     entries = [fitted] if isinstance(fitted, int) else list(fitted)
-    budget = mt.dense_parameters(**sizes, bias=bias) if wanted == "match" else wanted
+    budget = as_budget(wanted, mt.dense_parameters(**sizes, bias=bias))
     if as_json:
         result = {"format": format, "rank": entries, "parameters": found.parameters, "budget": budget}
         print_json({**result, "gate_parameters": found.gate_parameters})

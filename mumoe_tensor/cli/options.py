@@ -53,5 +53,7 @@ Dtype = Annotated[
         help="Count bytes of float64, float32, bfloat16 or float16 instead of elements.", show_default=False
     ),
 ]
-Parameters = Annotated[str, typer.Option(help="The budget: a number, or match for that of the dense layer.")]
+Parameters = Annotated[
+    str, typer.Option(help="The budget: a number, match for that of the dense layer, or a multiple as 2x.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,9 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
 from mumoe_tensor.cli.options import Hidden, Json
 from mumoe_tensor.cli.values import read_names, read_several
+from mumoe_tensor.extras import require
+from mumoe_tensor.files import alone_in
 
 
 def study(
@@ -67,20 +70,25 @@ def study(
     head_hidden: Annotated[
         int | None,
         typer.Option(
-            help="Heads are an MLP with this size between.",
-            show_default="128 for digits; else a linear layer",
+            help="Heads are an MLP with this size between; 0 for a linear layer.", show_default="128"
         ),
     ] = None,
     head_experts: Annotated[
         str | None,
-        typer.Option(help="Numbers of experts of heads.", show_default="8,32 for digits; else --experts"),
+        typer.Option(help="Numbers of experts of heads.", show_default="8,32; quick 8"),
     ] = None,
     head_parameters: Annotated[
-        str | None, typer.Option(help="Budgets of heads.", show_default="0.5x,match")
+        str | None, typer.Option(help="Budgets of heads.", show_default="0.5x,match; quick match")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Trainings of a head.", show_default="3; quick 1")] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of a training.", show_default="15; quick 1")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of a step of a training; all, where these are fewer than 128.", show_default="128"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
@@ -103,6 +111,7 @@ def study(
 
     Example: `mumoe-tensor study --layer gpt2-mlp --experts 256,64x64`
     """
+    require("torch", "train", "study")
     from mumoe_tensor import study as studies
 
     with bad_input():
@@ -120,6 +129,7 @@ def study(
             "head_parameters": read_names(head_parameters),
             "seeds": seeds,
             "epochs": epochs,
+            "batch_size": batch_size,
             "seed": seed,
         }
         sizes = (in_features, hidden, out_features)
@@ -131,23 +141,24 @@ def study(
         else:
             chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
         planned = studies.plan(chosen)
-        results = studies.open_folder(chosen, out, fresh=fresh)
-    with can_go_on(), progress_bar(chosen.title) as progress:
-        studies.measure(planned, results, progress)
-    with bad_input():
-        paths = studies.write(planned, results, out)
+    with ExitStack() as stack:
+        with bad_input():
+            folder, results = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
+        with can_go_on(), progress_bar(chosen.title) as progress:
+            studies.measure(planned, results, progress)
+        names = [path.name for path in studies.write(planned, results, folder)]
     if as_json:
-        print_json({**studies.to_json(planned, results), "files": [str(path) for path in paths]})
+        print_json({**studies.to_json(planned, results), "files": [str(out / name) for name in names]})
         return
-    console = Console()
     for table in studies.tables(planned, results):
-        console.print(table)
+        show(table)
+    console = Console()
     for sentence in studies.paragraph(planned, results):
         console.print(sentence, highlight=False, markup=False)
     console.print()
     for note in studies.notes(planned, results):
         console.print(f"• {note}", highlight=False, markup=False)
-    print(f"\nWritten to {out}: " + ", ".join(path.name for path in paths))
+    print(f"\nWritten to {out}: " + ", ".join(names))
 
 
 def bias(
@@ -182,6 +193,7 @@ def bias(
 
     Example: `mumoe-tensor bias --target Blond_Hair --group Male`
     """
+    require("torch", "train", "experiments")
     with bad_input():
         from mumoe_tensor.experiments import bias as experiments
         from mumoe_tensor.training.attributes import read_adult, read_celeba
@@ -202,26 +214,25 @@ def bias(
         recipe = replace(experiments.RECIPES[data], seeds=seeds)
         if quick:
             task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
-        experiment = experiments.Experiment(task, recipe, out)
         split = "test" if test else "validation"
-        with can_go_on(), progress_bar(task.name) as progress:
+        with alone_in(out, "models"), can_go_on(), progress_bar(task.name) as progress:
+            experiment = experiments.Experiment(task, recipe, out)
             (experiment.test if test else experiment.validate)(progress)
     rows = experiment.rows(split)
     found, differences = experiments.summary(rows), experiments.comparisons(rows)
     if as_json:
         print_json({"task": task.name, "split": split, "methods": found, "differences": differences})
         return
-    console = Console()
     names = (*experiments.METRICS, "area")
     table = new_table("", *names, title=f"{task.name}, {split} rows")
     for row in found:
         cells = (_with_half(row[name], row[f"{name}_half"]) if name in row else "" for name in names)
         table.add_row(row["method"], *cells)
-    console.print(table)
+    show(table)
     table = new_table("difference", "of", "minus", "")
     for row in differences:
         table.add_row(row["metric"], row["of"], row["minus"], _with_half(row["difference"], row["half"]))
-    console.print(table)
+    show(table)
     print(f"Means and 95 % intervals over {recipe.seeds} seed(s). Written to {out / 'results.csv'}.")
 
 
@@ -242,20 +253,19 @@ def figures(
 
     Example: `mumoe-tensor figures levels gate_share --quick`
     """
+    require("torch", "train", "study")
     with bad_input():
         if find_spec("paper_figures") is None:
             raise ImportError("figures are drawn in a checkout of the repository; the package has none.")
         common = import_module("paper_figures.common")
         modules = [common.load(name) for name in names or common.FIGURES]
-        out.mkdir(parents=True, exist_ok=True)
     drawn = {}
-    with progress_bar("figures") as progress:
+    with alone_in(out), progress_bar("figures") as progress:
         for done, module in enumerate(modules):
             name = common.name_of(module)
             progress(done, len(modules), name)
             rows = common.rows_of(module, out, quick, fresh)
-            with bad_input():
-                paths = common.write(module, rows, out)
+            paths = common.write(module, rows, out)
             drawn[name] = {"rows": rows, "files": [str(path) for path in paths]}
             if not as_json:
                 print(common.told(module, rows), *paths, sep="\n", end="\n\n")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from mumoe_tensor.cli.console import bad_input, can_go_on, fail, new_table, print_json
-from mumoe_tensor.cli.options import Json, OpenRank
+from mumoe_tensor.cli.console import bad_input, can_go_on, fail, new_table, print_json, show
+from mumoe_tensor.cli.options import Json
 from mumoe_tensor.cli.values import read_budget, read_experts, read_rank
+from mumoe_tensor.extras import require
 
 ConfigName = Annotated[
     str | None,
@@ -68,19 +68,28 @@ def train_head(
             help="The head is a block of two layers with this size between.", show_default="one layer"
         ),
     ] = None,
-    rank: OpenRank = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="One number a bond, ? for the one that --parameters solve, e.g. 4,4,?.",
+            show_default="the smallest at which an expert can have full rank",
+        ),
+    ] = None,
     parameters: Annotated[
         str | None,
         typer.Option(
-            help="In the place of a whole rank: a number, or match for that of the head without experts.",
-            show_default="match",
+            help="In the place of a whole rank: a number, match for that of the head without experts, or a "
+            "multiple as 2x; gate and biases are counted.",
+            show_default=False,
         ),
     ] = None,
     gate: Annotated[str, typer.Option(help="entmax15, sparsemax or softmax.")] = "entmax15",
     gate_norm: Annotated[str, typer.Option(help="Norm of the logits: batch, layer or none.")] = "batch",
     validation: Annotated[float, typer.Option(help="Share of the rows kept for validation.")] = 0.2,
     epochs: Annotated[int, typer.Option(help="Epochs; the best one counts.")] = 20,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 128,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows of a step; all there are for training, where these are fewer than 128.")
+    ] = 128,
     learning_rate: Annotated[float, typer.Option(help="Largest, after a warm-up.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
     patience: Annotated[
@@ -100,6 +109,7 @@ def train_head(
     Example: `mumoe-tensor train head --features features.npz --format cp --experts 64 --rank 64
     --out results/head`
     """
+    require("torch", "train")
     with bad_input():
         from mumoe_tensor.training import TrainConfig
         from mumoe_tensor.training.head import HeadSetting, run_head
@@ -136,8 +146,6 @@ def train_head(
             found = run_head(setting, out, fresh=fresh, progress=sys.stdout.isatty() and not as_json)
     except KeyboardInterrupt as stop:
         raise typer.Exit(fail("interrupted; nothing was kept.", 130)) from stop
-    except FloatingPointError as error:
-        raise typer.Exit(fail(str(error), 1)) from error
     if as_json:
         print_json(found)
         return
@@ -195,6 +203,7 @@ def _train(
     as_json: bool,
 ) -> None:
     """Train a model of settings and print its figures."""
+    require("torch", "train")
     with bad_input():
         from mumoe_tensor.training.processes import processes
         from mumoe_tensor.training.run import run
@@ -258,6 +267,7 @@ def tokenize(
 
     Example: `mumoe-tensor tokenize texts --hold-out 'macbeth*' --vocabulary 8192`
     """
+    require("torch", "train")
     with bad_input():
         from mumoe_tensor.training import tokens
 
@@ -271,7 +281,7 @@ def tokenize(
         for entry in found[part]:
             table.add_row(entry["file"], part, f"{entry['tokens']:,}")
         table.add_row("", part, f"{sum(entry['tokens'] for entry in found[part]):,}", end_section=True)
-    Console().print(table)
+    show(table)
     print(f"{found['vocabulary']:,} ids. Written to {out}: training.bin, validation.bin, tokens.json")
 
 

@@ -51,10 +51,6 @@ def read_known_rank(text: str | None) -> tuple[int, ...] | None:
 
 
 def read_budget(text: str) -> Any:
-    """A number of parameters, or match."""
-    if text == "match":
-        return text
-    try:
-        return int(text.replace(",", "").replace("_", ""))
-    except ValueError:
-        raise ValueError(f"--parameters must be a number or match, got {text!r}.") from None
+    """A number of parameters; match or a multiple as it is."""
+    number = text.replace(",", "").replace("_", "")
+    return int(number) if number.isdecimal() else text

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.budget import fit_rank
+from mumoe_tensor.budget import as_budget, fit_rank, full_rank
 from mumoe_tensor.cost import dense_parameters
 from mumoe_tensor.cost import parameters as count_parameters
 from mumoe_tensor.formats.base import as_entries, as_positive, check_modes, get_format
@@ -34,11 +34,11 @@ class Head(nn.Module):
     experts : int or sequence of int, default 64
         One number a level.
     rank : int or sequence of int, optional
-        As of `mumoe_tensor.nn.MuMoE`; an entry may be None. Of a format without a rank, ``()`` says that
-        `hidden` stays as it is.
-    parameters : int or "match", optional
+        As of `mumoe_tensor.nn.MuMoE`; an entry may be None. By default the smallest rank at which an expert
+        can have full rank, and so can learn what the head without experts does.
+    parameters : int or str, optional
         In the place of a whole rank: the head has the rank that comes nearest to these, gate and biases
-        counted; ``"match"`` (the default without a rank) for those of the head without experts. A format
+        counted; ``"match"`` for those of the head without experts, a multiple of them as ``"2x"``. A format
         without a rank has the size between its layers that comes nearest; of it a single layer is as it is.
     gate, gate_norm, init : optional
         As of `mumoe_tensor.nn.MuMoE`.
@@ -69,7 +69,7 @@ class Head(nn.Module):
         format: str = "cp",
         experts: Any = 64,
         rank: Any = None,
-        parameters: int | Literal["match"] | None = None,
+        parameters: int | str | None = None,
         gate: str = "entmax15",
         gate_norm: Literal["batch", "layer", "none"] = "batch",
         init: Literal["linear", "published"] = "linear",
@@ -90,7 +90,11 @@ class Head(nn.Module):
             is_open = rank is None or None in rank
             if not is_open and parameters is not None:
                 raise ValueError(f"give a rank or parameters, got rank={rank} and parameters={parameters}.")
-            if is_open:
+            if rank is None and parameters is None:
+                rank = full_rank(
+                    format, experts=levels, in_features=in_features, hidden=hidden, out_features=classes
+                )
+            elif is_open:
                 budget = "match" if parameters is None else parameters
                 hidden, rank = _fitted(format, levels, rank, in_features, hidden, classes, budget)
             common: Any = dict(
@@ -194,7 +198,7 @@ def _fitted(
     in_features: int,
     hidden: int | None,
     classes: int,
-    parameters: int | Literal["match"],
+    parameters: int | str,
 ) -> tuple[int | None, Any]:
     """The size between the layers and the rank that come nearest to a number of parameters."""
     if get_format(format).bonds(len(experts)):
@@ -206,7 +210,7 @@ def _fitted(
     if hidden is None:
         return None, ()
     dense = dense_parameters(in_features, classes, hidden, bias=True)
-    budget = dense if parameters == "match" else parameters
+    budget = as_budget(parameters, dense)
 
     def total(size: int) -> int:
         modes = ((*experts, in_features + 1, size), (*experts, size + 1, classes))

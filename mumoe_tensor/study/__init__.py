@@ -6,14 +6,15 @@ that runs it again. `prepare`, `plan`, `measure` and `write` are its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.extras import require
+from mumoe_tensor.files import alone_in, replacing, whole_file
 from mumoe_tensor.study.layers import LAYERS, Layer, get_layer
-from mumoe_tensor.study.report import to_json, write
+from mumoe_tensor.study.report import RESULTS, to_json, write
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting, prepare
 from mumoe_tensor.study.subjects import UNITS, Subject, fitted
@@ -77,7 +78,8 @@ def run(
     ValueError, TypeError
         As `prepare`; or if the folder holds another study.
     ImportError
-        If `out` is given and matplotlib or plotly is not installed. That is said before anything is measured.
+        If `out` is given and a package of the extra study is not installed. That is said before anything is
+        measured.
     OSError
         If the folder cannot be made.
 
@@ -89,25 +91,34 @@ def run(
     [('Linear layer', ()), ('CP', (424,)), ('Tensor Ring', (4, 4, 107)), ('Sparse mixture, top 2', ())]
     """
     planned = plan(prepare(layer, **options))
-    results = Results() if out is None else open_folder(planned.setting, out, fresh=fresh)
-    measure(planned, results, progress)
-    if out is not None:
-        write(planned, results, Path(out))
+    if out is None:
+        results = Results()
+        measure(planned, results, progress)
+        return results
+    with open_folder(planned.setting, out, fresh=fresh) as (folder, results):
+        measure(planned, results, progress)
+        write(planned, results, folder)
     return results
 
 
-def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> Results:
+@contextmanager
+def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> Iterator[tuple[Path, Results]]:
     """Make the folder of a study, or go on with the one that is there.
+
+    What is measured afresh stands in a hidden folder, ``.new``, until it is whole and takes the place of the
+    older study. Interrupted, the same call goes on there.
 
     Parameters
     ----------
     setting : Setting
     out : str or Path
     fresh : bool, default False
-        Forget what was measured.
+        Measure again, also what was measured with another setting.
 
-    Returns
-    -------
+    Yields
+    ------
+    Path
+        The folder to write into.
     Results
         What was measured already; what is added to it is kept in ``results.csv``.
 
@@ -116,23 +127,33 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> Re
     ValueError
         If the folder holds a study with another setting.
     ImportError
-        If matplotlib or plotly is not installed.
+        If a package of the extra study is not installed.
     OSError
-        If the folder cannot be made.
+        If the folder cannot be made, or another process writes into it.
     """
-    for package in ("matplotlib", "plotly"):
-        if find_spec(package) is None:
-            raise ImportError(f"the study draws with {package}; pip install 'mumoe_tensor[study]'.")
+    require("study")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    table, told = folder / "results.csv", folder / "study.json"
-    if fresh:
-        table.unlink(missing_ok=True)
-    elif told.exists() and table.exists() and Setting.from_json(told) != setting:
-        raise ValueError(
-            f"{folder} holds a study with another setting (study.json); choose another folder, or measure "
-            "afresh to replace it."
-        )
-    with whole_file(told) as file:
-        file.write(setting.to_json().encode())
-    return Results(table)
+
+    def goes_on(folder: Path) -> bool:
+        told, table = folder / "study.json", folder / "results.csv"
+        return told.exists() and table.exists() and Setting.from_json(told) == setting
+
+    def begin(folder: Path) -> tuple[Path, Results]:
+        results = Results(folder / "results.csv")
+        with whole_file(folder / "study.json") as file:
+            file.write(setting.to_json().encode())
+        return folder, results
+
+    with alone_in(folder):
+        if not (folder / "results.csv").exists():
+            yield begin(folder)
+        elif fresh:
+            with replacing(folder, RESULTS, goes_on) as new:
+                yield begin(new)
+        elif (folder / "study.json").exists() and not goes_on(folder):
+            raise ValueError(
+                f"{folder} holds a study with another setting (study.json); choose another folder, or "
+                "measure afresh to replace it."
+            )
+        else:
+            yield begin(folder)

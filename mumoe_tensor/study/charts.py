@@ -18,6 +18,11 @@ from mumoe_tensor.study.sweep import HEAD_BATCH, Plan
 TIE = 0.01
 ALIKE = "alike"
 
+#: Names of all charts.
+NAMES = (
+    "pareto", "beside-dense", "which-format", "over-experts", "over-batches", "crossover", "specialisation",
+)  # fmt: skip
+
 
 def charts(planned: Plan, results: Results) -> list[Chart]:
     """All charts of a study that have something to show.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mumoe_tensor.analysis import Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.study.layers import LAYERS
 from mumoe_tensor.study.settings import DIGITS, NO_DATA, Setting
 from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, budget_of, fitted
 from mumoe_tensor.training import Dataset, TrainConfig, digits, evaluate, read_npz, split, train
@@ -27,7 +28,9 @@ def data_of(data: str) -> tuple[Dataset, Dataset]:
     training, validation = split(rows, VALIDATION, seed=0)
     flat = training.x.flatten(1)
     # One scale for all: a feature that hardly varies in training may vary later.
-    mean, scale = flat.mean(0), (flat - flat.mean(0)).square().mean().sqrt()
+    mean = flat.mean(0)
+    spread = (flat - mean).square().mean().sqrt()
+    scale = spread if spread > 0 else torch.ones(())
     training, validation = (
         Dataset((part.x.flatten(1) - mean) / scale, part.y) for part in (training, validation)
     )
@@ -48,10 +51,26 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
         dense experts, which have no budget.
     dict of str to str
         What cannot be had for its budget, and why.
+
+    Raises
+    ------
+    ValueError
+        If the data do not fit the layer or the batch, or no format fits a budget.
     """
     if setting.data == NO_DATA:
         return [], {}
     training, validation = data_of(setting.data)
+    layer, features = setting.layer, training.x.shape[1]
+    if setting.data != DIGITS and layer not in LAYERS.values() and layer.in_features != features:
+        raise ValueError(
+            f"the layer must take the data's inputs; in_features is {layer.in_features:,}, {setting.data} "
+            f"has {features:,} features."
+        )
+    if not 2 <= setting.batch_size <= len(training) and setting.batch_size != Setting.batch_size:
+        raise ValueError(
+            f"batch_size must be at least 2, for the batch norm of a step, and at most the {len(training):,} "
+            f"rows for training; got {setting.batch_size:,}."
+        )
     classes = max(training.classes, validation.classes)
     sizes = tuple(n for n in (training.x.shape[1], setting.head_hidden, classes) if n is not None)
     found = [Subject(BASELINE, sizes)]
@@ -65,6 +84,11 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
                 for name, why in missing.items()
             }
         found.append(Subject(SPARSE, sizes, experts, top_k=setting.top_k))
+    if unfitted and not any(subject.budget for subject in found):
+        raise ValueError(
+            "some head of experts must fit its budget; a larger one (--head-parameters 4x), fewer experts "
+            f"(--head-experts) or a layer between (--head-hidden) may help. {' '.join(unfitted.values())}"
+        )
     return found, unfitted
 
 
@@ -87,8 +111,13 @@ def judge(setting: Setting, subject: Subject, seed: int) -> dict[str, float]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = subject.build()
-        config = TrainConfig(epochs=setting.epochs, learning_rate=setting.learning_rate, seed=seed)
-        epochs = train(head, training, validation, config)
+        config = TrainConfig(
+            epochs=setting.epochs,
+            batch_size=setting.batch_size,
+            learning_rate=setting.learning_rate,
+            seed=seed,
+        )
+        epochs = train(head, training, validation, config.for_rows(len(training)))
     loss, accuracy = evaluate(head, validation)
     found = {
         "accuracy": accuracy,

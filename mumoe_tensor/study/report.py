@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.files import whole_file
-from mumoe_tensor.study.charts import charts
+from mumoe_tensor.study.charts import NAMES, charts
 from mumoe_tensor.study.results import Results
 from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.words import paragraph
+
+#: What a study leaves.
+RESULTS = (
+    "results.csv", "study.json", "report.html",
+    *(f"{name}{suffix}" for name in NAMES for suffix in (".png", ".svg")),
+)  # fmt: skip
 
 
 def write(planned: Plan, results: Results, folder: Path) -> list[Path]:

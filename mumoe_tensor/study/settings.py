@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from mumoe_tensor.study.subjects import budget_of
 Levels = tuple[int, ...]
 #: Names of `data` that are no files.
 DIGITS, NO_DATA = "digits", "none"
-#: The head on the digits is an MLP: their linear layer has fewer parameters than a gate.
-DIGITS_HIDDEN = 128
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ class Setting:
         Epochs of a training.
     learning_rate : float
         The largest one of a training.
+    batch_size : int
+        Rows of a step of a training; all, where these are fewer than the default.
     """
 
     layer: Layer
@@ -93,6 +94,7 @@ class Setting:
     seeds: int
     epochs: int
     learning_rate: float
+    batch_size: int = 128
 
     @property
     def data_name(self) -> str:
@@ -125,7 +127,8 @@ class Setting:
         told = read_json(path)
         with reading(path):
             found = checked(cls, told)
-            return prepare(**{f.name: getattr(found, f.name) for f in fields(cls)})
+            given = {f.name: getattr(found, f.name) for f in fields(cls)}
+            return prepare(**given | {"head_hidden": found.head_hidden or 0})
 
 
 #: What is measured unless another is asked for. The first default of `experts` and `devices` is the layer's
@@ -146,12 +149,13 @@ DEFAULTS: dict[str, Any] = {
     "devices": None,
     "seed": 0,
     "data": DIGITS,
-    "head_hidden": None,
-    "head_experts": None,
+    "head_hidden": 128,  # a linear layer may have fewer parameters than a gate
+    "head_experts": (8, 32),
     "head_parameters": ("0.5x", "match"),
     "seeds": 3,
     "epochs": 15,
     "learning_rate": 3e-3,
+    "batch_size": Setting.batch_size,
 }
 #: Small batches, few repetitions, short trainings, to see that all works.
 QUICK: dict[str, Any] = {
@@ -162,6 +166,7 @@ QUICK: dict[str, Any] = {
     "square_experts": 8,
     "seconds": 0.05,
     "rounds": 3,
+    "head_experts": (8,),
     "head_parameters": ("match",),
     "seeds": 1,
     "epochs": 1,
@@ -180,8 +185,8 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     **options
         The attributes of `Setting`; what is left out or None has its default. `experts` and `head_experts`
         may be a number or a sequence, in which a sequence in the place of a number has one number a level.
-        By default `experts` are those of the layer, a quarter and four times as many; heads have 8 and 32
-        on the digits, and `experts` on other data; `head_hidden` is 128 on the digits, and none otherwise.
+        By default `experts` are those of the layer, a quarter and four times as many. `head_hidden` may be 0,
+        for heads of one layer.
 
     Returns
     -------
@@ -205,18 +210,15 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
         raise ValueError(
             f"data must be digits, none, or an .npz file with x and y; there is no file {data!r}."
         )
-    heads = told["experts"] if data != DIGITS else (8,) if quick else (8, 32)
-    told["head_experts"] = _counts(_or(told["head_experts"], heads))
-    told["head_hidden"] = _or(told["head_hidden"], DIGITS_HIDDEN if data == DIGITS else None)
-    for name in ("batch", "square_experts", "rounds", "top_k", "seeds", "epochs"):
+    told["head_experts"] = _counts(told["head_experts"])
+    told["head_hidden"] = as_positive(told["head_hidden"], "head_hidden") if told["head_hidden"] else None
+    for name in ("batch", "square_experts", "rounds", "top_k", "seeds", "epochs", "batch_size"):
         as_positive(told[name], name)
-    if told["head_hidden"] is not None:
-        as_positive(told["head_hidden"], "head_hidden")
     for name in ("batches", "squares", "square_batches"):
         told[name] = tuple(sorted({as_positive(n, f"every entry of {name}") for n in told[name]}))
     for name in ("seconds", "memory", "learning_rate"):
-        if not told[name] > 0:
-            raise ValueError(f"{name} must be positive, got {told[name]}.")
+        if not (told[name] > 0 and isfinite(told[name])):
+            raise ValueError(f"{name} must be positive and finite, got {told[name]}.")
     if told["batch"] < 2:
         raise ValueError(f"batch must be at least 2, for the batch norm of a step; got {told['batch']}.")
     if told["seed"] < 0:
@@ -249,10 +251,6 @@ def _counts(experts: Any) -> tuple[Levels, ...]:
     if not listed:
         raise ValueError("a study needs at least one number of experts, got none.")
     return tuple(dict.fromkeys(check_modes(levels, 1, 1)[:-2] for levels in listed))
-
-
-def _sizes(sizes: Iterable[int], name: str) -> tuple[int, ...]:
-    return tuple(sorted({as_positive(n, f"every entry of {name}") for n in sizes}))
 
 
 def _devices(devices: Sequence[str] | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mumoe_tensor.budget import fit_rank
+from mumoe_tensor.budget import as_budget, fit_rank
 from mumoe_tensor.contraction.plan import ITEMSIZE
 from mumoe_tensor.cost import Cost, cost, dense_parameters
 from mumoe_tensor.formats.base import get_format
@@ -229,17 +229,7 @@ def budget_of(parameters: str, sizes: Sequence[int]) -> int:
     ValueError
         If it is none of these, or not positive.
     """
-    dense = dense_parameters(**_named(sizes), bias=True)
-    text = "1x" if parameters == "match" else parameters.replace(",", "").replace("_", "")
-    try:
-        budget = round(float(text[:-1]) * dense) if text.endswith("x") else int(text)
-    except (ValueError, OverflowError):
-        budget = 0
-    if budget < 1:
-        raise ValueError(
-            f"parameters must be match, a positive number, or a multiple such as 0.5x; got {parameters!r}."
-        )
-    return budget
+    return as_budget(parameters, dense_parameters(**_named(sizes), bias=True))
 
 
 def _named(sizes: Sequence[int]) -> dict[str, Any]:

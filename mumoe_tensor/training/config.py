@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import cos, isfinite, pi
 from typing import Literal
 
@@ -124,6 +124,19 @@ class TrainConfig:
                 f"batch_size must be a multiple of accumulation, got {self.batch_size} and "
                 f"{self.accumulation}."
             )
+
+    def for_rows(self, rows: int) -> TrainConfig:
+        """The same with a batch of all rows, where these are fewer than the default batch has.
+
+        A batch of another size stays: one that was asked for and is too large is refused, not replaced.
+
+        Parameters
+        ----------
+        rows : int
+            For training.
+        """
+        default = type(self).batch_size
+        return replace(self, batch_size=rows) if rows < self.batch_size == default else self
 
     def factor(self, step: int, steps: int) -> float:
         """The learning rate of a step, as a factor of the largest.

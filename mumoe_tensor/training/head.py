@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.files import alone_in, replacing, whole_file
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head, save_head
 from mumoe_tensor.models.weights import write_tensors
@@ -22,6 +22,9 @@ from mumoe_tensor.training.folder import HEAD, read_config
 from mumoe_tensor.training.log import Evaluation, read_evaluations, write_evaluations
 from mumoe_tensor.training.memory import check_memory, made, parameters_of
 from mumoe_tensor.training.trainer import train
+
+#: What a run leaves.
+RESULTS = ("config.json", "metrics.csv", "backbone.safetensors", "head.safetensors")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class HeadSetting:
     validation : float
         Share of the rows that are kept for validation.
     training : TrainConfig
+        See `TrainConfig.for_rows`.
 
     Raises
     ------
@@ -143,11 +147,12 @@ def run_head(
     fresh: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train the head of a setting and leave it in a folder, each file whole.
+    """Train the head of a setting and leave it in a folder.
 
     ``config.json`` is the setting with the solved rank, ``metrics.csv`` has a line an epoch, and
-    ``head.safetensors`` is for `load_head`; it is written last, so where it is the run is done, and the same
-    setting does nothing again. A trained backbone is in ``backbone.safetensors``.
+    ``head.safetensors`` is for `load_head`. A trained backbone is in ``backbone.safetensors``. They appear,
+    and take the place of an older run's, once all are whole; where they are, the same setting does nothing
+    again.
 
     Parameters
     ----------
@@ -168,15 +173,16 @@ def run_head(
     ------
     ValueError
         If the folder has a run of another setting, or data and setting do not fit together.
+    OSError
+        If another process writes into the folder, or the results cannot be written.
     """
-    paths = {name: folder / name for name in ("config.json", "metrics.csv", "head.safetensors")}
     told: dict[str, Any] = json.loads(json.dumps(asdict(setting)))
-    if paths["config.json"].exists() and not fresh:
-        known = read_config(paths["config.json"], HEAD)
-        if known["setting"] != told:
-            raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
-        if paths["head.safetensors"].exists():
-            return {**_best(read_evaluations(paths["metrics.csv"])), **known["head"], "trained": False}
+    if not fresh and (folder / "config.json").exists():
+        known = read_config(folder / "config.json", HEAD)
+        if (folder / "head.safetensors").exists():
+            if known["setting"] != told:
+                raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
+            return {**_best(read_evaluations(folder / "metrics.csv")), **known["head"], "trained": False}
     data = setting.read_data()
     classes = data.classes
     backbone = None
@@ -198,21 +204,24 @@ def run_head(
         with torch.device("meta"):
             check_memory(parameters_of(make))
         head = made(make)
-    paths["head.safetensors"].unlink(missing_ok=True)
+    config = setting.training.for_rows(len(training))
     about = {
         "parameters": sum(p.numel() for p in head.parameters()),
         "rank": head.config.get("rank"),
         "hidden": head.config["hidden"],
     }
-    with whole_file(paths["config.json"]) as file:
-        file.write(json.dumps({"setting": told, "head": about}, indent=2).encode())
-    if backbone is not None and setting.train_backbone:
-        epochs = fine_tune(backbone, head, training, validation, setting.training, progress=progress)
-        write_tensors(folder / "backbone.safetensors", backbone.state_dict(), {})
-    else:
-        epochs = train_head(head, training, validation, setting.training, progress=progress)
-    write_evaluations(epochs, paths["metrics.csv"])
-    save_head(head, paths["head.safetensors"])
+    with alone_in(folder):
+        if backbone is not None and setting.train_backbone:
+            epochs = fine_tune(backbone, head, training, validation, config, progress=progress)
+        else:
+            epochs = train_head(head, training, validation, config, progress=progress)
+        with replacing(folder, RESULTS) as new:
+            with whole_file(new / "config.json") as file:
+                file.write(json.dumps({"setting": told, "head": about}, indent=2).encode())
+            write_evaluations(epochs, new / "metrics.csv")
+            if backbone is not None and setting.train_backbone:
+                write_tensors(new / "backbone.safetensors", backbone.state_dict(), {})
+            save_head(head, new / "head.safetensors")
     return {**_best(epochs), **about, "trained": True}
 
 

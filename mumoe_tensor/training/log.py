@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from time import time
 from typing import Any
 
 from mumoe_tensor.files import write_table
@@ -80,22 +81,41 @@ def read_evaluations(path: Path) -> list[Evaluation]:
 class TensorBoard:
     """Curves for TensorBoard; curves of a run that goes on lose what came after the step it goes on from.
 
+    (The `SummaryWriter` of tensorboardX writes in a thread, and waits forever for it on a full disk.)
+
     Parameters
     ----------
     folder : Path
     step : int
         Steps that are done already.
+
+    Raises
+    ------
+    OSError
+        Here and later, if the curves cannot be written.
     """
 
     def __init__(self, folder: Path, step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if step:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time(), step=step + 1, session_log=start))
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Add figures of a step to their curves."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.write_event(Event(wall_time=time(), step=step, summary=scalar(name, value)))
+
+    def flush(self) -> None:
+        """Write what was added to the disk."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is left."""
@@ -106,6 +126,9 @@ class NoBoard:
     """In the place of `TensorBoard` where nothing is to be written."""
 
     def add(self, step: int, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mumoe_tensor.files import whole_file
+from mumoe_tensor.files import alone_in, replacing, whole_file
 from mumoe_tensor.formats.base import as_positive
 from mumoe_tensor.readers import read_json, read_text, reading
 from mumoe_tensor.selections import Selection, read_selection
@@ -142,7 +142,7 @@ def tokenize(
     """Write the tokens of files of text, parted into files for training and files for validation.
 
     ``training.bin`` and ``validation.bin`` have the tokens, ``tokens.json`` says how many ids there are and
-    which files went where, with their tokens.
+    which files went where, with their tokens. They take the place of older ones once all are whole.
 
     Parameters
     ----------
@@ -165,6 +165,8 @@ def tokenize(
     ------
     ValueError
         If a source has no text, a pattern fits no file, or a part would be empty.
+    OSError
+        If a source is missing, another process writes into the folder, or the tokens cannot be written.
     """
     files: list[Path] = []
     for source in sources:
@@ -185,15 +187,14 @@ def tokenize(
     for part, held in parts.items():
         if not held:
             raise ValueError(f"both parts must have files; for {part} there is none.")
-    for name in ("tokens.json", *(f"{part}.bin" for part in parts)):
-        # Should this fail half way, no old part must be taken for one of this vocabulary.
-        (out / name).unlink(missing_ok=True)
     told: dict[str, Any] = {"vocabulary": tokenizer.vocabulary}
-    for part, held in parts.items():
-        counts = write_tokens(map(read_text, held), tokenizer, out / f"{part}.bin")
-        told[part] = [{"file": f.name, "tokens": n} for f, n in zip(held, counts, strict=True)]
-    with whole_file(out / "tokens.json") as file:
-        file.write(json.dumps(told, indent=2).encode())
+    # All three change at once: no old part must be taken for one of this vocabulary.
+    with alone_in(out), replacing(out, ("tokens.json", *(f"{part}.bin" for part in parts))) as new:
+        for part, held in parts.items():
+            counts = write_tokens(map(read_text, held), tokenizer, new / f"{part}.bin")
+            told[part] = [{"file": f.name, "tokens": n} for f, n in zip(held, counts, strict=True)]
+        with whole_file(new / "tokens.json") as file:
+            file.write(json.dumps(told, indent=2).encode())
     return told
 
 

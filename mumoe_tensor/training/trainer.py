@@ -223,8 +223,10 @@ class _Run:
                 state.seconds = perf_counter() - start
                 if self._is_due(self.evaluate_every):
                     self._evaluate()
-                    board.add(state.step, {"validation loss": state.evaluations[-1].validation_loss})
-                    board.add(state.step, {"accuracy": state.evaluations[-1].accuracy})
+                    last = state.evaluations[-1]
+                    told = {"validation loss": last.validation_loss, "accuracy": last.accuracy}
+                    board.add(state.step, told)
+                    board.flush()
                     start = perf_counter()
                 if self._is_due(self.checkpoint_every) or self._is_over():
                     self._write()

@@ -85,7 +85,7 @@ def fit(case: Case) -> Row:
     training, validation = parts()
     backbone = network()
     torch.manual_seed(case.seed)
-    options: dict[str, Any] = {} if case.format == "linear" else {"experts": EXPERTS}
+    options: dict[str, Any] = {} if case.format == "linear" else {"experts": EXPERTS, "parameters": "match"}
     head = Head(
         extract(backbone, training.rows(torch.arange(1))).x.shape[1],
         10,

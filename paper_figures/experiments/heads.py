@@ -55,7 +55,7 @@ MOST_REMOVED = 128
 #: One thing changed at a time, in blocks of CP with 32 experts; what the protocol has comes first.
 CAUSES: dict[str, dict[str, Any]] = {
     "as in the protocol": {},
-    "dense MLP": {"head": {"format": "linear"}},
+    "dense MLP": {"head": {"format": "linear", "parameters": None}},
     "learning rate 0.0003": {"training": {"learning_rate": 0.0003}},
     "weight decay 0.3": {"training": {"weight_decay": 0.3}},
     "layer norm of the logits": {"head": {"gate_norm": "layer"}},
@@ -100,7 +100,10 @@ class Run:
         if self.format != "linear":
             options |= {"experts": self.experts, "gate": self.gate, "gate_norm": self.gate_norm}
             rank = TUCKER_RANK if self.format == "tucker" else None
-            options["rank"] = SINGLE_RANK if self.kind == "single" else rank
+            if self.kind == "single":
+                options["rank"] = SINGLE_RANK
+            else:
+                options |= {"rank": rank, "parameters": "match"}
         torch.manual_seed(self.seed)
         return Head(features, classes, **options)
 
@@ -310,7 +313,7 @@ def try_cause(name: str, seed: int) -> Row:
     training, validation = parts()
     torch.manual_seed(seed)
     changed = CAUSES[name]
-    head_options = {"hidden": HIDDEN, "experts": 32} | changed.get("head", {})
+    head_options = {"hidden": HIDDEN, "experts": 32, "parameters": "match"} | changed.get("head", {})
     head = Head(training.x.shape[1], 10, **head_options)
     base = learning_rate(Run("matched", head_options.get("format", "cp"), (32,)))
     settings: Any = {"learning_rate": base} | changed.get("training", {})

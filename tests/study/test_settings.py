@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import mumoe_tensor as mt
 from mumoe_tensor import study as studies
+from mumoe_tensor.study.quality import judge
 
 
 def test_defaults() -> None:
@@ -31,11 +34,59 @@ def test_published_layers() -> None:
     assert str(studies.LAYERS["clip-head"]) == "CLIP ViT-B/32 head, 768 → 1000"
 
 
-def test_heads_on_other_data_are_linear_and_have_the_experts_of_the_study(tmp_path: Path) -> None:
+def test_heads_on_other_data_are_those_on_the_digits(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.touch()
     found = studies.prepare("clip-head", experts=[16, (4, 4)], data=path)
-    assert found.head_hidden is None and found.head_experts == ((16,), (4, 4))
+    assert found.head_hidden == 128 and found.head_experts == ((8,), (32,))
+    assert studies.prepare("clip-head", data=path, head_hidden=0).head_hidden is None
+
+
+def write(path: Path, rows: int, features: int, classes: int, *, constant: bool = False) -> Path:
+    """Clusters of Gaussians, or inputs that are all the same."""
+    draw = np.random.default_rng(0)
+    y = np.arange(rows) % classes
+    x = draw.normal(size=(classes, features))[y] + draw.normal(size=(rows, features))
+    np.savez(path, x=np.ones_like(x) if constant else x, y=y)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "classes", "constant"),
+    [
+        (2000, 64, 20, False),
+        (3000, 512, 100, False),
+        (60, 16, 2, False),
+        (60, 2, 2, False),
+        (300, 16, 2, True),
+    ],
+)
+def test_heads_have_ordinary_data_without_further_options(
+    rows: int, features: int, classes: int, constant: bool, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "x.npz", rows, features, classes, constant=constant)
+    setting = studies.prepare("clip-head", data=data, epochs=2)
+    planned = studies.plan(setting)
+    assert "cp" in {subject.name for subject in planned.heads}
+    found = judge(setting, next(subject for subject in planned.heads if subject.name == "cp"), 0)
+    assert all(isfinite(found[name]) for name in ("accuracy", "loss", "training time"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": studies.Layer("Own", 8, 4)}, "in_features is 8, .*x.npz has 16 features"),
+        ({"head_hidden": 0, "head_experts": 64}, "some head of experts must fit its budget; a larger one"),
+        ({"batch_size": 49}, "at most the 48 rows for training; got 49"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_anything_is_measured(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "x.npz", 60, 16, 2)
+    with pytest.raises(ValueError, match=message):
+        studies.plan(studies.prepare(**{"layer": "clip-head", "data": data} | options))
 
 
 def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -45,6 +96,11 @@ def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "study.json"
     path.write_text(found.to_json())
     assert studies.Setting.from_json(path) == found
+    # Studies of heads of one layer, and from before there was a batch size.
+    told = json.loads(found.to_json()) | {"head_hidden": None}
+    del told["batch_size"]
+    path.write_text(json.dumps(told))
+    assert studies.Setting.from_json(path) == replace(found, head_hidden=None, batch_size=128)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +131,11 @@ def test_a_file_that_is_no_setting_is_refused(tmp_path: Path, change: dict[str, 
         ({"head_parameters": ["1.x.x"]}, "got '1.x.x'"),
         ({"batch": 1}, "at least 2, for the batch norm"),
         ({"batches": [0]}, "every entry of batches must be positive, got 0"),
-        ({"seconds": 0}, "seconds must be positive, got 0"),
-        ({"memory": -1}, "memory must be positive, got -1"),
+        ({"seconds": 0}, "seconds must be positive and finite, got 0"),
+        ({"memory": -1}, "memory must be positive and finite, got -1"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"seeds": 0}, "seeds must be positive, got 0"),
-        ({"head_hidden": 0}, "head_hidden must be positive, got 0"),
+        ({"head_hidden": -1}, "head_hidden must be positive, got -1"),
         ({"head_experts": []}, "at least one number of experts"),
         ({"experts": []}, "at least one number of experts"),
         ({"experts": 0}, "must be positive"),

@@ -154,7 +154,9 @@ def test_fine_tuning_trains_the_network_where_it_says(
         assert row["accuracy"] > 0.8 and row["training_accuracy"] > 0.8
         assert torch.equal(made[-1].network[0].weight, first) == (kind == "frozen")
         torch.manual_seed(0)
-        head = heads.Head(432, 10, 512, format=format, **({"experts": 32} if format == "cp" else {}))
+        head = heads.Head(
+            432, 10, 512, format=format, **({"experts": 32, "parameters": "match"} if format == "cp" else {})
+        )
         assert row["parameters"] == sum(p.numel() for p in head.parameters())
 
 

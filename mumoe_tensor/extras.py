@@ -1,0 +1,48 @@
+"""Which extra brings a package that is missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+#: The packages that are imported, by the extra that brings them.
+EXTRAS = {
+    "cli": ("typer", "rich"),
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "train": ("accelerate", "filelock", "pydantic", "safetensors", "tensorboardX", "tokenizers"),
+    "timm": ("timm", "torchvision"),
+    "experiments": ("fairlearn", "pandas", "efficientnet_lite_pytorch"),
+    "study": ("matplotlib", "PIL", "plotly", "sklearn"),
+}
+
+
+def missing(package: str) -> str | None:
+    """What to install for a package; None for one that no extra brings.
+
+    Parameters
+    ----------
+    package : str
+        As it is imported.
+    """
+    for extra, packages in EXTRAS.items():
+        if package.partition(".")[0] in packages:
+            return f"{package.partition('.')[0]} is not installed; pip install 'mumoe_tensor[{extra}]'."
+    return None
+
+
+def require(*extras: str) -> None:
+    """Check that everything an extra brings is installed, before any work.
+
+    Parameters
+    ----------
+    *extras : str
+
+    Raises
+    ------
+    ModuleNotFoundError
+        That names the package and the extra.
+    """
+    for extra in extras:
+        for package in EXTRAS[extra]:
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(missing(package), name=package)

@@ -196,9 +196,11 @@ def read(path: Path) -> list[Row]:
 
 
 def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write a figure's numbers as CSV and its picture as PNG and PDF, all of them or none."""
+    """Write a figure's numbers as CSV and its picture as PNG and PDF; they replace older ones together."""
     names = [f"{name_of(module)}{suffix}" for suffix in (".csv", ".png", ".pdf")]
-    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / names[0]).exists():
+        # They took long to measure, and are not to be lost where the picture fails.
+        write_table(folder / names[0], list(rows[0]), rows)
     with replacing(folder, names) as new, matplotlib.rc_context(PRINT_STYLE):
         write_table(new / names[0], list(rows[0]), rows)
         figure = module.draw(rows)

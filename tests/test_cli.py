@@ -238,9 +238,7 @@ def test_train_mixer_from_a_file(tmp_path: Path) -> None:
 
 
 @needs_training
-def test_a_training_that_fails_is_one_line_and_exit_code_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = shlex.split(f"train gpt2 {own_tokens(tmp_path)} --out {tmp_path}/out")
     result = CliRunner().invoke(app, [*line, "--set", "train.learning_rate=1e30", "--set", "train.clip=none"])
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
@@ -252,9 +250,9 @@ def test_a_training_that_fails_is_one_line_and_exit_code_1(
     for path in (tmp_path / "out" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     result = CliRunner().invoke(app, line)
-    assert result.exit_code == 1 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 2 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
     result = CliRunner().invoke(app, [*line, "--from-step", "3"])
-    assert result.exit_code == 1 and "no checkpoint of step 3" in result.stderr
+    assert result.exit_code == 2 and "no checkpoint of step 3" in result.stderr
 
     from mumoe_tensor.training import run as runs
 

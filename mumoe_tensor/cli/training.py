@@ -211,11 +211,8 @@ def _train(
 
         settings = read_settings(kind, config, overrides or ())
         progress = sys.stdout.isatty() and not as_json
-        try:
-            with can_go_on():
-                found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
-        except FloatingPointError as error:
-            raise typer.Exit(fail(str(error), 1)) from error
+        with can_go_on():
+            found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
     own = processes()
     own.destroy_process_group()
     if not own.is_main_process:

@@ -203,6 +203,8 @@ def _checked(run: type[MixerRun] | type[GPT2Run], tables: Mapping[str, Any]) -> 
         for key in values:
             if key not in known[table]:
                 raise ValueError(f"{table}.{key}: no such key; there are {', '.join(sorted(known[table]))}.")
+            if isinstance(values[key], int) and abs(values[key]) >= 2**63:
+                raise ValueError(f"{table}.{key}: must fit into 64 bits, got {values[key]}.")
         given[table] = {key: _none(value, hints[key]) for key, value in values.items()}
     try:
         # As JSON, so that no value is made into one of another type: a "3" is no number.

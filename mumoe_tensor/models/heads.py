@@ -123,9 +123,9 @@ class Head(nn.Module):
         ----------
         features : Tensor of shape (rows, in_features)
         """
-        self.mean.copy_(features.mean(0))
-        spread = (features - self.mean).square().mean().sqrt()
-        self.scale.copy_(spread if spread > 0 else torch.ones(()))
+        mean, scale = centring(features)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits.
@@ -140,6 +140,24 @@ class Head(nn.Module):
         """
         logits: Tensor = self.body((features - self.mean) / self.scale)
         return logits
+
+
+def centring(features: Tensor) -> tuple[Tensor, Tensor]:
+    """What is subtracted from features, and divided out of them: their mean, and one spread for all.
+
+    Parameters
+    ----------
+    features : Tensor of shape (rows, features)
+
+    Returns
+    -------
+    Tensor of shape (features,)
+    Tensor of shape ()
+        Of features that are all constant, 1.
+    """
+    mean = features.mean(0)
+    spread = (features - mean).square().mean().sqrt()
+    return mean, spread if spread > 0 else torch.ones_like(spread)
 
 
 def save_head(head: Head, path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mumoe_tensor.analysis import Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.models.heads import centring
 from mumoe_tensor.study.layers import LAYERS
 from mumoe_tensor.study.settings import DIGITS, NO_DATA, Setting
 from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, budget_of, fitted
@@ -27,10 +28,7 @@ def data_of(data: str) -> tuple[Dataset, Dataset]:
     rows = digits() if data == DIGITS else read_npz(Path(data))
     training, validation = split(rows, VALIDATION, seed=0)
     flat = training.x.flatten(1)
-    # One scale for all: a feature that hardly varies in training may vary later.
-    mean = flat.mean(0)
-    spread = (flat - mean).square().mean().sqrt()
-    scale = spread if spread > 0 else torch.ones(())
+    mean, scale = centring(flat)
     training, validation = (
         Dataset((part.x.flatten(1) - mean) / scale, part.y) for part in (training, validation)
     )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.models.heads import centring
 from mumoe_tensor.readers import read_arrays, read_text, reading
 from mumoe_tensor.selections import Selection, read_selection
 from mumoe_tensor.training.data import as_features
@@ -205,7 +206,7 @@ def read_adult(folder: Path, target: Side, group: Side) -> Task:
     categories = {c: sorted(set(tables[0][c])) for c in ADULT_CATEGORIES}
 
     def population(table: Any) -> Population:
-        scaled = (table[list(ADULT_NUMBERS)] - numbers.mean()) / numbers.std()
+        scaled = (table[list(ADULT_NUMBERS)] - numbers.mean()) / numbers.std().replace(0, 1)
         one_hot = [table[c] == value for c, values in categories.items() for value in values]
         male = table["sex"] == "Male"
         x = np.column_stack([scaled.to_numpy(), *one_hot, male]).astype(np.float32)
@@ -238,4 +239,5 @@ def _embeddings(path: Path, rows: int) -> Tensor:
             )
         found = as_features(x)
     training = found[: CELEBA_PARTS[0]]
-    return (found - training.mean(0)) / (training - training.mean(0)).square().mean().sqrt()
+    mean, scale = centring(training)
+    return (found - mean) / scale

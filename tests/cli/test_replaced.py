@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,12 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    from mumoe_tensor.study import report, settings, sweep
+    from mumoe_tensor.study import report, settings, sweep, timing
+    from mumoe_tensor.study.charts import over_batches
 
     # To save time:
-    drawn = report.charts
-    monkeypatch.setattr(report, "charts", lambda *study: drawn(*study)[:1])
+    monkeypatch.setattr(report, "charts", lambda *study: [over_batches(*study)])
+    monkeypatch.setattr(timing, "_no_collection", nullcontext)
     monkeypatch.setattr(sweep, "peaks", lambda *_: (1, 2))
     monkeypatch.setattr(sweep, "GRID", (8,))
     monkeypatch.setitem(settings.QUICK, "squares", (8,))

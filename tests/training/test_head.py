@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 import mumoe_tensor as mt
 from mumoe_tensor.models import Backbone, Head, load_head, save_head
-from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, write_npz
+from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, split, write_npz
 from mumoe_tensor.training.head import HeadSetting, fine_tune, run_head, train_head
 
 CLASSES = 3
@@ -50,11 +51,54 @@ def features(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("format", [name for name in mt.formats() if name != "dense"])
 def test_a_head_has_the_parameters_of_the_one_without_experts(format: str, experts: Any) -> None:
     budget = count(Head(128, 10, 256, format="linear"))
-    head = Head(128, 10, 256, format=format, experts=experts)
+    head = Head(128, 10, 256, format=format, experts=experts, parameters="match")
     assert count(head) == pytest.approx(budget, rel=0.05)
     assert head(torch.randn(5, 128)).shape == (5, 10)
-    less = Head(128, 10, 256, format=format, experts=experts, parameters=4 * budget // 5)
-    assert count(less) == pytest.approx(0.8 * budget, rel=0.05)
+    for less in (4 * budget // 5, "0.8x"):
+        head = Head(128, 10, 256, format=format, experts=experts, parameters=less)
+        assert count(head) == pytest.approx(0.8 * budget, rel=0.05)
+
+
+@pytest.mark.parametrize("experts", [16, (4, 4)])
+@pytest.mark.parametrize("sizes", [(64, 20, None), (20, 64, None), (12, 3, 40)])
+@pytest.mark.parametrize("format", mt.formats())
+def test_by_default_an_expert_can_learn_what_a_linear_layer_does(
+    format: str, sizes: tuple[int, int, int | None], experts: Any
+) -> None:
+    features, classes, hidden = sizes
+    head = Head(features, classes, hidden, format=format, experts=experts)
+    widths = [n for n in (features, hidden, classes) if n is not None]
+    full = [min(pair) for pair in pairwise(widths)]
+    assert head.config["hidden"] == hidden
+
+    def ranks(rank: tuple[int, ...]) -> list[int]:
+        named = {"in_features": features, "hidden": hidden, "out_features": classes}
+        found = mt.cost(format, experts=experts, rank=rank or None, **named)
+        return [layer.max_expert_rank for layer in found.layers]
+
+    rank = tuple(head.config["rank"])
+    assert ranks(rank) == full
+    if rank:  # and it is no larger than that takes
+        assert ranks((*rank[:-1], rank[-1] - 1)) != full
+
+
+def test_the_default_head_learns_as_much_as_a_linear_one() -> None:
+    """20 clusters in 64 dimensions; a head of the parameters of the linear one is a third as good."""
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(2000) % 20
+    x = torch.randn(20, 64, generator=draw)[y] + 1.5 * torch.randn(2000, 64, generator=draw)
+    training, validation = split(Dataset(x, y), 0.2)
+    accuracy = {}
+    for name, options in {
+        "linear": {"format": "linear"},
+        "default": {"experts": 16},
+        "matched": {"experts": 16, "parameters": "match"},
+    }.items():
+        torch.manual_seed(0)
+        epochs = train_head(Head(64, 20, **options), training, validation, TrainConfig(learning_rate=3e-3))
+        accuracy[name] = max(epoch.accuracy for epoch in epochs)
+    assert accuracy["default"] > accuracy["linear"] - 0.03 > 0.85
+    assert accuracy["matched"] < accuracy["linear"] - 0.2
 
 
 def test_an_open_rank_is_solved_and_a_whole_one_kept() -> None:
@@ -70,9 +114,11 @@ def test_rules_of_a_head() -> None:
     with pytest.raises(ValueError, match="without experts"):
         Head(8, 3, format="linear", rank=5)
     with pytest.raises(ValueError, match="smallest rank"):
-        Head(64, 10, experts=64)
+        Head(64, 10, experts=64, parameters="match")
     with pytest.raises(ValueError, match="one between the layers"):
-        Head(64, 10, 8, format="hadamard", experts=64)
+        Head(64, 10, 8, format="hadamard", experts=64, parameters="match")
+    with pytest.raises(ValueError, match=r"a multiple such as 0\.5x; got 'twice'"):
+        Head(64, 10, parameters="twice")
 
 
 @pytest.mark.parametrize("format", [*mt.formats(), "linear"])

@@ -137,10 +137,10 @@ def test_recorded_runs_are_browsed(runs: Path, kind: str) -> None:
 
 def test_a_recorded_study_resumes(runs: Path) -> None:
     setting = study.Setting.from_json(runs / "study" / "study.json")
-    results = study.open_folder(setting, runs / "study")
     lines = (runs / "study" / "results.csv").read_text().count("\n")
     assert lines > 100
-    study.measure(study.plan(setting), results)
+    with study.open_folder(setting, runs / "study") as (_, results):
+        study.measure(study.plan(setting), results)
     assert (runs / "study" / "results.csv").read_text().count("\n") == lines  # nothing was measured again
 
 

@@ -181,6 +181,8 @@ FAULTS = [
     Fault("a mask of experts is read as the numbers 0 and 1", "mumoe_tensor/selections.py",
           "[k for k, is_selected in enumerate(entries) if is_selected]", "[int(entry) for entry in entries]",
           "selections"),
+    Fault("keep_experts: parts shared with the original", "mumoe_tensor/nn/layers.py",
+          "setattr(layer, name, copy.deepcopy(child))", "setattr(layer, name, child)", "nn/test_layers"),
     Fault("surgery: outputs are not compared", "mumoe_tensor/nn/reading.py",
           "    if are_equal(y, expected):\n        return None", "    return None", "nn/test_surgery"),
     Fault("analysis: experts are not taken away", "mumoe_tensor/analysis/interventions.py",

@@ -205,7 +205,9 @@ class _Layer(WholeState):
         """A new layer that has only some of the experts of a level, in the order of the indices.
 
         Its gate is the same map to the logits of the experts kept: the gate function shares the coefficients
-        out among these, and a layer norm of the logits is taken over these.
+        out among these, and a layer norm of the logits is taken over these. The new layer shares nothing with
+        this one and has the same edits, statistics, modes and frozen parameters, but no hooks on its gate and
+        experts.
 
         Parameters
         ----------
@@ -224,17 +226,22 @@ class _Layer(WholeState):
         experts = self.gate.experts
         level = read_number(level, len(experts), "level")
         kept = read_selection(indices, experts[level], f"indices of level {level}", empty=False)
-        like = self.gate.weight
         smaller = (*experts[:level], len(kept), *experts[level + 1 :])
         # (The format itself: its name is of use only if it is registered. That of the weight: of experts
         # divided over processes there is none to be seen, which raises.)
         config = {**self._arguments, "experts": smaller, "format": self._layers[0].weight.format}
-        layer = type(self).from_config(config, device=like.device, dtype=like.dtype)
-        layer.train(self.training)
+        layer = type(self).from_config(config, device="meta")
+        for name, child in self.named_children():
+            if child is not self.gate and not isinstance(child, Experts):
+                setattr(layer, name, copy.deepcopy(child))
+        if self.gate.norm is not None:
+            for name in ("eps", "momentum", "copies"):
+                setattr(layer.gate.norm, name, getattr(self.gate.norm, name))
+        layer.fit_errors = self.fit_errors
         offset = sum(experts[:level])
         rows = [*range(offset), *(offset + k for k in kept), *range(offset + experts[level], sum(experts))]
         mode = f"n{level + 1}"
-        state = self.state_dict()
+        state = {name: value.clone() for name, value in self.state_dict().items()}
         for name, value in state.items():
             # (A gate that is a module is the same for all experts.)
             if name.startswith("gate.") and not name.startswith("gate.gate.") and value.ndim:
@@ -249,7 +256,12 @@ class _Layer(WholeState):
                 for edit in child.edits or ():
                     key = f"{name}.edits.{edit}.mean_{level}"
                     state[key] = state[key][kept]
-        layer.load_state_dict(state)
+        layer.load_state_dict(state, assign=True)
+        modules, parameters = dict(self.named_modules()), dict(self.named_parameters())
+        for name, module in layer.named_modules():
+            module.training = modules[name].training
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(parameters[name].requires_grad)
         return layer
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:

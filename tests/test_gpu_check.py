@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +111,21 @@ def test_stages_fill_their_tables(reports: list[harness.Report]) -> None:
         assert len(str(report).splitlines()) == len(report.rows) + 4 + len(report.notes)
 
 
+def test_a_layer_without_room_is_noted_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def compare(*_: Any, **__: Any) -> Any:
+        calls.append("compare")
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("benchmarks.gpu.layers.compare", compare)
+    rows = list(stages.STAGES["layers"].rows("cpu", True))
+    assert len(rows) == len(calls) == 2 * len(devices.PRECISIONS)
+    assert {row["note"] for row in rows} == {"out of memory"}
+    report = harness.Report("layers", "Layers", stages.LAYERS, rows, [])
+    assert "| toy block, cp, 4x4 experts | 32 | TF32 | –, – | –, – | –, – |" in table.markdown([report])
+
+
 def test_the_asv_suites_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("asv_runner")
     monkeypatch.setenv("MUMOE_BENCHMARK_PROFILE", "quick")
@@ -184,6 +200,29 @@ def test_a_graph_is_captured_once_the_call_is_warm(monkeypatch: pytest.MonkeyPat
     replay()
     warm = ["wait", "enter stream", "call", "call", "call", "leave stream", "wait"]
     assert events == [*warm, "enter graph", "call", "leave graph", "replay"]
+
+
+def test_kernels_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Profile:
+        """Saw two kernels, and the processor launching them."""
+
+        def __enter__(self) -> Profile:
+            events.append("profile")
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            events.append("end")
+
+        def events(self) -> list[Any]:
+            kinds = (torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA)
+            return [SimpleNamespace(device_type=kind) for kind in 2 * kinds]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profile())
+    assert devices.launches(lambda: events.append("call"), "cuda") == 2
+    assert events == ["call", "synchronize", "profile", "call", "synchronize", "end"]
 
 
 def test_nothing_is_needed_that_a_bare_machine_lacks() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -48,30 +48,38 @@ def flops_of(layer: Any, tokens: int) -> int:
 
 def layers(device: str, toy: bool, runs: tuple[str, ...] = ("eager", "graph")) -> Iterator[Row]:
     """Times over the dense layer's, and over those of the bare products."""
-    compiler = partial(torch.compile, backend="aot_eager") if toy else torch.compile
     shapes, counts = (TOY, (32,)) if toy else (BLOCKS, TOKENS)
     for tokens, run, name, shape in product(counts, runs, reversed(PRECISIONS), shapes):
         if shape.gate_norm == "batch" and tokens < 2:
             continue
         place = described(shape) | {"tokens": tokens, "precision": name, "run": run}
+        compiler = partial(torch.compile, backend="aot_eager") if toy else torch.compile
         torch._dynamo.reset()
-        with precision(name) as dtype:
-            pair = beside(shape, tokens, device, dtype)
-            for kind, passes in (("forward", 1), ("step", 3)):
-                calls = pair.calls(kind, run, compiler)
-                calls.pop("as written", None)
-                found = compare(calls, "dense", **BRIEF, device=device)
-                seconds, ratio = found.spread("layer").median, found.ratio("layer")
-                yield place | {
-                    "pass": kind,
-                    "dense ms": 1e3 * found.spread("dense").median,
-                    "layer ms": 1e3 * seconds,
-                    "to dense": ratio.median,
-                    "low": ratio.low,
-                    "high": ratio.high,
-                    "to limit": over_limit(found, "layer").median,
-                    "TFLOP/s": 1e-12 * passes * flops_of(pair.layer, tokens) / seconds,
-                }
+        try:
+            with precision(name) as dtype:
+                for row in times(beside(shape, tokens, device, dtype), run, compiler):
+                    yield place | row
+        except torch.OutOfMemoryError:
+            yield place | {"note": "out of memory"}
+
+
+def times(pair: Beside, run: str, compiler: Callable[[Any], Any]) -> Iterator[Row]:
+    """Those of a forward pass, and of a step."""
+    for kind, passes in (("forward", 1), ("step", 3)):
+        calls = pair.calls(kind, run, compiler)
+        calls.pop("as written", None)
+        found = compare(calls, "dense", **BRIEF, device=pair.device)
+        seconds, ratio = found.spread("layer").median, found.ratio("layer")
+        yield {
+            "pass": kind,
+            "dense ms": 1e3 * found.spread("dense").median,
+            "layer ms": 1e3 * seconds,
+            "to dense": ratio.median,
+            "low": ratio.low,
+            "high": ratio.high,
+            "to limit": over_limit(found, "layer").median,
+            "TFLOP/s": 1e-12 * passes * flops_of(pair.layer, pair.rows) / seconds,
+        }
 
 
 def kernels(device: str, toy: bool) -> Iterator[Row]:

@@ -35,7 +35,7 @@ QUARTILES = {"low": ".2f", "high": ".2f"}
 SHAPE = {"shape": "", "experts": "", "format": ""}
 TIMES = {"dense ms": ".3f", "layer ms": ".3f", "to dense": ".2f"} | QUARTILES
 LAYERS = SHAPE | {"tokens": ",d", "precision": "", "run": "", "pass": ""} | TIMES
-LAYERS |= {"to limit": ".2f", "TFLOP/s": ".1f"}
+LAYERS |= {"to limit": ".2f", "TFLOP/s": ".1f", "note": ""}
 LAYER_NOTES = (
     "to dense: time over a dense layer's of as many parameters, median of the turns, with quartiles.",
     "to limit: less the elementwise part, over the products of plan and gate, with results in place.",

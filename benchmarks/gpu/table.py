@@ -22,13 +22,13 @@ def as_text(reports: Sequence[Report], about: Mapping[str, Any]) -> str:
 
 def markdown(reports: Sequence[Report]) -> str:
     """Times of layers over the dense ones', and those of GPT-2, as Markdown."""
-    ratios: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
+    ratios: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
     models = []
     for report in reports:
         for row in report.rows:
             if report.name in ("layers", "compiled"):
                 key = tuple(row[name] for name in ("shape", "format", "experts", "tokens", "precision"))
-                ratios.setdefault(key, {})[row["run"], row["pass"]] = row["to dense"]
+                ratios.setdefault(key, {})[row["run"], row.get("pass")] = row.get("to dense")
             if report.name == "gpt2":
                 models.append(row)
     lines = [f"| layer | tokens | precision | {' | '.join(f'{run}: forward, step' for run in RUNS)} |"]

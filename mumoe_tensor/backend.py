@@ -161,6 +161,14 @@ def stop_gradient(array: Array) -> Array:
     return array
 
 
+def to_float64(array: Array) -> Any:
+    """Copy of an array as NumPy's float64. Short dtypes go through float32: NumPy has no bfloat16."""
+    import numpy as np
+
+    array = stop_gradient(cast(array, "float32") if array.dtype.itemsize < 4 else array)
+    return np.array(backend_of(array).to_numpy(array), dtype=np.float64, order="C")
+
+
 def add_product(bias: Array, left: Array, right: Array) -> Array:
     """``bias + left @ right``, in one pass over the result where the backend has one."""
     if _backend_name(type(left)) == "pytorch":

@@ -11,11 +11,10 @@ import numpy as np
 from mumoe_tensor.backend import (
     Array,
     backend_of,
-    cast,
     check_floating,
     is_array,
-    stop_gradient,
     tensorly_backend,
+    to_float64,
 )
 from mumoe_tensor.formats.base import Format, as_positive, check_modes, get_format, mode_names, stop_rule
 from mumoe_tensor.multilinear import to_dense
@@ -118,7 +117,7 @@ def decompose(
     *experts, i, o = dense.shape
     has_bias = bias is not False
     sizes = format.sizes(check_modes(experts, i - has_bias, o, has_bias), rank)
-    target = _to_float64(dense)
+    target = to_float64(dense)
     if not np.isfinite(target).all():
         raise ValueError(
             f"every entry of dense must be finite, got {np.sum(~np.isfinite(target))} that are not."
@@ -133,7 +132,7 @@ def decompose(
     with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
         for factors in _fits(format, target, sizes, generators, n_iter, tolerance):
             weight = _as_weight(format, _balanced(factors, exponent), sizes, dense)
-            held = [None if f is None else _to_float64(f) for f in weight.factors]
+            held = [None if f is None else to_float64(f) for f in weight.factors]
             returned = np.ldexp(to_dense(FactorizedTensor(format, held)), -exponent)
             error = float(np.linalg.norm(returned - target) / norm)
             # A fit that the dtype cannot hold has error NaN: no other is less.
@@ -168,12 +167,6 @@ def _with_bias(dense: Array, bias: bool | Array) -> Array:
             f"shape {tuple(dense.shape)}."
         )
     return tl.concatenate([dense, bias[..., None, :]], axis=-2)
-
-
-def _to_float64(array: Array) -> Any:
-    """Copy of an array as NumPy's float64. Short dtypes go through float32: NumPy has no bfloat16."""
-    array = stop_gradient(cast(array, "float32") if array.dtype.itemsize < 4 else array)
-    return np.array(backend_of(array).to_numpy(array), dtype=np.float64, order="C")
 
 
 def _fits(

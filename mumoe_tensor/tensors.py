@@ -63,6 +63,12 @@ class FactorizedTensor:
         self.shape = tuple(sizes[m] for m in mode_names(self.levels))
         self.rank = tuple(sizes[b] for b in self.format.bonds(self.levels))
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a FactorizedTensor has no attribute {name!r}: it holds factors, and to_dense makes a tensor of "
+            "them."
+        )
+
     @property
     def experts(self) -> tuple[int, ...]:
         """Number of experts of each level."""

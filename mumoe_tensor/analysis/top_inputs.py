@@ -26,7 +26,7 @@ class TopInputs:
         Numbers of the inputs, that of the largest coefficient first; −1 where an expert has a coefficient
         above zero for fewer than `k`.
     coefficients : Tensor of shape (N, k)
-        Theirs, in float64; zero where there is none.
+        Theirs, in float32, or in float64 once some in float64 were seen; zero where there is none.
     rows : int
         Inputs that were seen.
 
@@ -48,7 +48,8 @@ class TopInputs:
             raise ValueError(f"experts and k must be positive, got {experts} and {k}.")
         self.rows = 0
         self.indices = torch.full((experts, k), -1)
-        self.coefficients = torch.zeros(experts, k, dtype=torch.float64)
+        # (Not in float64 from the start: not every device has it.)
+        self.coefficients = torch.zeros(experts, k, dtype=torch.float32)
 
     def update(self, coefficients: Tensor, indices: Tensor | None = None) -> None:
         """Look at further inputs.

@@ -92,7 +92,7 @@ class Usage:
 
     @staticmethod
     def _add(total: Tensor, part: Tensor) -> None:
-        total += part.to(total.device, total.dtype)
+        total += part.cpu().to(total.dtype)  # (in this order: not every device has float64)
 
     def statistics(self) -> UsageStatistics:
         """The figures so far.

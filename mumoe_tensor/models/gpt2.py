@@ -20,6 +20,7 @@ from mumoe_tensor.models.blocks import (
 )
 from mumoe_tensor.nn.experts import Init
 from mumoe_tensor.nn.gate import GateNorm
+from mumoe_tensor.recording import is_recorded
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class GPT2(nn.Module):
             )
         # Not where values cannot be asked for, and not where that would wait for a device.
         on_cpu = tokens.device.type == "cpu"
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not on_cpu:
+        if is_recorded() or torch._C._are_functorch_transforms_active() or not on_cpu:
             return
         least, most = (int(x) for x in tokens.aminmax())
         if least < 0 or most >= self.config.vocabulary:

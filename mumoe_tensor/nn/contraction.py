@@ -106,6 +106,19 @@ def contract(
     return arrange(y, recipe.program.output, BACKEND)
 
 
+def check_dense(x: Tensor) -> None:
+    """Raise a TypeError unless an input is a tensor with a value for every entry."""
+    if not isinstance(x, Tensor):
+        # Most often a Proxy of torch.fx.
+        raise TypeError(
+            f"an input must be a torch.Tensor, got {type(x).__name__}; a Tracer of torch.fx must take the "
+            "layers as leaves, see its method is_leaf_module."
+        )
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor: pad it" if x.is_nested else f"layout {x.layout}: make it dense"
+        raise TypeError(f"an input must be a dense tensor, got {kind}.")
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on this device, None where it is off."""
     kind = device.type

@@ -19,6 +19,7 @@ from mumoe_tensor.nn.contraction import (
     Activation,
     Recipe,
     autocast_dtype,
+    check_dense,
     contract,
     kept_results,
     sparse_products,
@@ -129,9 +130,22 @@ class Experts(WholeState):
         input, such that the outputs have the variance of those of `torch.nn.Linear`, whatever the format,
         the rank and the levels are.
         """
-        init.draw(self.weight, self.in_features)
+        weight = self.weight
+        is_sharded = hasattr(weight.arrays[0], "placements")  # by FSDP2: a DTensor
+        if is_sharded:
+            whole = [
+                x if x is None else torch.empty(x.shape, device=x.device, dtype=x.dtype)
+                for x in weight.factors
+            ]
+            weight = FactorizedTensor(self.format, whole)
+        init.draw(weight, self.in_features)
         if self.init == "linear":
-            init.scale_to_linear(self.weight, self.in_features)
+            init.scale_to_linear(weight, self.in_features)
+        if is_sharded:
+            from torch.distributed.tensor import distribute_tensor
+
+            for part, values in zip(self.weight.arrays, weight.arrays, strict=True):
+                part.copy_(distribute_tensor(values, part.device_mesh, part.placements))
 
     @property
     def factors(self) -> list[Tensor]:
@@ -216,6 +230,7 @@ class Experts(WholeState):
         sparse_gradient: bool = False,
     ) -> Tensor:
         """The same with factors that may be others than the parameters."""
+        check_dense(z)
         leading = z.shape[:-1]
         given = [a.shape for a in coefficients]
         if z.shape[-1] != self.in_features or given != [(*leading, n) for n in self.experts]:

@@ -71,7 +71,7 @@ class _Entmax15(torch.autograd.Function):
         if not has_float64(logits.device):
             return _plain(logits)
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if not _is_eager_on_cpu(z):
+        if not is_eager_on_cpu(z):
             return _solve(z).to(logits.dtype)
         p = torch.empty_like(z, memory_format=torch.contiguous_format)
         for part, result in zip(_chunks(z), _chunks(p), strict=True):
@@ -92,7 +92,7 @@ class _Entmax15(torch.autograd.Function):
             scaled = s * gradient
             return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
         dtype = torch.promote_types(p.dtype, torch.float32)
-        if not _is_eager_on_cpu(gradient):
+        if not is_eager_on_cpu(gradient):
             return _gradient(p.to(dtype), gradient.to(dtype)).to(p.dtype)
         # (Nothing is written into memory made ahead: the gradient may be a batch of them.)
         parts = zip(_chunks(p.to(dtype)), _chunks(gradient.to(dtype)), strict=True)
@@ -105,7 +105,7 @@ class _Entmax15(torch.autograd.Function):
         return _Entmax15.apply(logits.movedim(axis, 0)), 0
 
 
-def _is_eager_on_cpu(x: Tensor) -> bool:
+def is_eager_on_cpu(x: Tensor) -> bool:
     """Whether values can be looked at, and memory be written into."""
     plain = type(x) is Tensor and x.device.type == "cpu" and not is_recorded()
     return plain and not torch._C._are_functorch_transforms_active()

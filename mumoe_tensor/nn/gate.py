@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 
 from mumoe_tensor.formats.base import as_entries, as_positive, check_choice
-from mumoe_tensor.nn.contraction import autocast_dtype
+from mumoe_tensor.nn.contraction import autocast_dtype, check_dense
 from mumoe_tensor.nn.frozen import is_frozen
+from mumoe_tensor.nn.functional import is_eager_on_cpu
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
 from mumoe_tensor.nn.states import WholeState
@@ -113,14 +114,30 @@ class ExpertGate(WholeState):
         Parameters
         ----------
         z : Tensor of shape (..., in_features)
-        mask : Tensor of bool of shape (...), optional
+        mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
             False for rows (padded tokens) that batch norm shall not count.
 
         Returns
         -------
         tuple of Tensor of shape (..., N_e)
             One a level, of the dtype of `z`.
+
+        Raises
+        ------
+        TypeError
+            If an input is no dense tensor, or the mask not of bool or integers.
+        ValueError
+            If the input has another number of features, or the mask another shape or other values. (On a
+            device, or where the call is recorded, any integer but 0 counts as 1: values are not looked at.)
         """
+        check_dense(z)
+        if z.ndim == 0 or z.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the last axis of the input must have in_features = {self.in_features} entries, got "
+                f"shape {tuple(z.shape)}."
+            )
+        if mask is not None:
+            mask = _read_mask(mask, z.shape[:-1])
         if not self.experts:
             return ()
         if autocast_dtype(z.device):
@@ -166,3 +183,21 @@ class ExpertGate(WholeState):
     def extra_repr(self) -> str:
         gate = getattr(self.gate, "__name__", type(self.gate).__name__)
         return f"{self.in_features}, experts={self.experts}, gate={gate!r}, gate_norm={self.gate_norm!r}"
+
+
+def _read_mask(mask: Tensor, shape: torch.Size) -> Tensor:
+    """A mask of rows as one of bool."""
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"a mask must be a tensor of bool or of integers 0 and 1, got {kind}.")
+    if mask.shape != shape:
+        raise ValueError(
+            f"a mask must have an entry for every row of the input, {tuple(shape)}, got shape "
+            f"{tuple(mask.shape)}."
+        )
+    if mask.dtype == torch.bool:
+        return mask
+    kept = mask.bool()
+    if is_eager_on_cpu(mask) and not torch.equal(kept.to(mask.dtype), mask):
+        raise ValueError(f"a mask must be 0 or 1 if it is of integers, got {mask.min()} to {mask.max()}.")
+    return kept

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.backend import to_float64
 from mumoe_tensor.formats.base import mode_names
 from mumoe_tensor.multilinear import mixed_matrix
 from mumoe_tensor.tensors import FactorizedTensor
@@ -116,25 +119,25 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
         turned = matrix if inner.index("i") < inner.index("o") else matrix.T
         a.copy_(turned.reshape(shape).expand_as(a))
         return 0.0
-    # K by einsum: a bond that both factors have gets a second name through an identity.
+    # K by einsum: a bond that both factors have gets a second name through an identity. By NumPy, because not
+    # every device has float64.
     number = {x: k for k, x in enumerate(dict.fromkeys(x for indices, _ in held for x in indices))}
-    operands: list[object] = []
+    operands: list[Any] = []
     for indices, factor in others:
-        averaged = [k for k, x in enumerate(indices) if x in modes]
-        mean = factor.double().mean(averaged) if averaged else factor.double()
-        operands += [mean, [number[x] for x in indices if x not in modes]]
+        averaged = tuple(k for k, x in enumerate(indices) if x in modes)
+        operands += [to_float64(factor).mean(averaged), [number[x] for x in indices if x not in modes]]
     second = dict(number)
     for x in set(inner_bonds) & set(outer_bonds):
         second[x] = len(number) + number[x]
         size = a.shape[inner.index(x)]
-        operands += [torch.eye(size, device=a.device, dtype=torch.float64), [number[x], second[x]]]
+        operands += [np.eye(size), [number[x], second[x]]]
     result = [number[x] for x in inner_bonds] + [second[x] for x in outer_bonds]
     rows = prod(a.shape[inner.index(x)] for x in inner_bonds)
-    constant = torch.einsum(*operands, result).reshape(rows, -1)
-    p, d, q = torch.linalg.svd(constant, full_matrices=False)
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    constant = np.einsum(*operands, result, optimize="greedy").reshape(rows, -1)
+    p, d, q = np.linalg.svd(constant, full_matrices=False)
+    u, s, v = np.linalg.svd(to_float64(matrix), full_matrices=False)
     rank = min(int((d > 1e-9 * d[0]).sum()), len(s))
-    scale = (s[:rank] / d[:rank]).sqrt()
+    scale = np.sqrt(s[:rank] / d[:rank])
     for mode, factor, indices, left, right in (
         ("i", a, inner, u[:, :rank], p[:, :rank].T),
         ("o", b, outer, v[:rank].T, q[:rank]),
@@ -142,7 +145,9 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
         axes = [mode, *(x for x in indices if x not in modes)]
         size = dict(zip(indices, factor.shape, strict=True))
         value = ((left * scale) @ right).reshape([size[x] for x in axes])
-        value = value.permute([axes.index(x) for x in indices if x in axes])
-        factor.copy_(value.reshape([n if x in axes else 1 for x, n in size.items()]).expand_as(factor))
-    total = s.square().sum()
-    return float((s[rank:].square().sum() / total).sqrt()) if total else 0.0
+        value = value.transpose([axes.index(x) for x in indices if x in axes])
+        value = value.reshape([n if x in axes else 1 for x, n in size.items()])
+        value = value.astype(np.float64 if factor.dtype == torch.float64 else np.float32)
+        factor.copy_(torch.from_numpy(value).expand_as(factor))
+    total = np.linalg.norm(s)
+    return float(np.linalg.norm(s[rank:]) / total) if total else 0.0

@@ -48,6 +48,8 @@ class _Layer(WholeState):
         config["init"] = check_choice(config["init"], get_args(Init), "init")
         config["gate_norm"] = check_choice(config["gate_norm"], get_args(GateNorm), "gate_norm")
         self._config = config
+        self.in_features: int = config["in_features"]
+        self.out_features: int = config["out_features"]
         self.gate = ExpertGate(
             config["in_features"],
             config["experts"],
@@ -176,6 +178,19 @@ class _Layer(WholeState):
         return layer
 
     @property
+    def bias(self) -> None:
+        """None: there is no vector that all outputs get. Each expert has its bias, as part of the weight."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module, but the weight or bias of another layer is refused, as to tie weights."""
+        if name in ("weight", "bias"):
+            raise TypeError(
+                f"a {type(self).__name__} has factors and no {name} that can be set or shared with another "
+                "module: do not tie it (in transformers, config.tie_word_embeddings = False)."
+            )
+        super().register_parameter(name, param)
+
+    @property
     def _layers(self) -> list[Experts]:
         return [child for child in self.children() if isinstance(child, Experts)]
 
@@ -270,7 +285,7 @@ class _Layer(WholeState):
         Parameters
         ----------
         x : Tensor of shape (..., in_features)
-        mask : Tensor of bool of shape (...), optional
+        mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
             False for rows (padded tokens) that batch norm shall not count.
         return_coefficients : bool, default False
 
@@ -280,7 +295,6 @@ class _Layer(WholeState):
         tuple of Tensor of shape (..., N_e)
             The coefficients, one tensor a level; only with `return_coefficients`.
         """
-        self._check_input(x)
         coefficients = self.gate(x, mask)
         normed = x if self.input_norm is None else self.input_norm(x)
         y = self._mix(normed, coefficients, not return_coefficients and self.gate.is_sparse_gradient)
@@ -288,13 +302,6 @@ class _Layer(WholeState):
 
     def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
         raise NotImplementedError
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.ndim == 0 or x.shape[-1] != self.gate.in_features:
-            raise ValueError(
-                f"the last axis of the input must have in_features = {self.gate.in_features} entries, got "
-                f"shape {tuple(x.shape)}."
-            )
 
 
 class MuMoE(_Layer):
@@ -515,6 +522,7 @@ class MuMoEMLP(_Layer):
             )  # fmt: skip
 
         self.up, self.down = layer(in_features, hidden_features), layer(hidden_features, out_features)
+        self.hidden_features: int = self.up.out_features
         self.activation = ACTIVATIONS.read(activation, device, dtype)
         self.dropout, self.hidden_dropout = nn.Dropout(dropout), nn.Dropout(hidden_dropout)
 

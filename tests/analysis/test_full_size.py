@@ -32,7 +32,7 @@ def test_a_stream_has_the_figures_of_all_coefficients_together() -> None:
     torch.testing.assert_close(usage.mean, a.double().mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(usage.load, (a >= 0.5).double().mean(0))
     assert torch.equal(analysis.by_label.statistics().counts.sum(1), (a > 0).sum(0))
-    torch.testing.assert_close(analysis.top.coefficients, a.double().topk(KEPT, dim=0).values.T)
+    torch.testing.assert_close(analysis.top.coefficients, a.topk(KEPT, dim=0).values.T)
 
 
 def test_sizes_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:

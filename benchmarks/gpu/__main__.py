@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 from time import monotonic
 from typing import Any
 
@@ -40,7 +40,7 @@ def command(name: str, device: str, sizes: str) -> list[str]:
 
 def run(order: Sequence[str], limit: float, log: Path, add: Callable[[Row], None]) -> str:
     """Run a process that prints rows, and add each; its end in words."""
-    cut: list[str] = []
+    expired = Event()
     with (
         log.open("ab") as errors,
         subprocess.Popen(
@@ -48,24 +48,30 @@ def run(order: Sequence[str], limit: float, log: Path, add: Callable[[Row], None
         ) as process,
     ):
 
-        def kill(reason: str = "") -> None:
-            cut.append(reason)
+        def kill() -> None:
+            """End the process and those that it started."""
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        timer = Timer(limit, kill, [f"cut after {limit:.0f} s"])
+        def expire() -> None:
+            expired.set()
+            kill()
+
+        timer = Timer(limit, expire)
         timer.start()
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.endswith("\n"):
+                if line.endswith("\n"):  # else it was killed while it printed
                     add(json.loads(line))
             process.wait()
         finally:
             timer.cancel()
-            kill()  # and what the stage has started itself
-    if cut[0] or not process.returncode:
-        return cut[0] or "done"
+            kill()
+    if expired.is_set():
+        return f"cut after {limit:.0f} s"
+    if process.returncode == 0:
+        return "done"
     last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
     return f"failed with exit status {process.returncode}: {last[:100]}"
 

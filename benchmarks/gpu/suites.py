@@ -21,12 +21,19 @@ def marked_tests(device: str, toy: bool) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "-o", "addopts=", "-W", "default"]
     command += ["-p", "no:cacheprovider", "tests/test_cuda.py", *(["-k", "launches or few"] if toy else [])]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = (print(line, end="", file=sys.stderr) or RESULT.match(line) for line in process.stdout)
-        for test, results in groupby(filter(None, lines), lambda result: result["test"]):
+        for test, results in groupby(results_of(process), lambda result: result["test"]):
             yield {"test": test, **Counter(result["outcome"].lower() for result in results)}
     if process.returncode:
         raise SystemExit(f"pytest ended with exit status {process.returncode}")
+
+
+def results_of(process: subprocess.Popen[str]) -> Iterator[re.Match[str]]:
+    """Results in what pytest prints, which goes to the log."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", file=sys.stderr)
+        if result := RESULT.match(line):
+            yield result
 
 
 def asv_suites(device: str, toy: bool) -> Iterator[Row]:

@@ -49,7 +49,7 @@ def check_readable(module: nn.Module) -> None:
                 raise ValueError(f"the module has a {kind}{where}: {names}; a new one has none.")
         if "forward" in vars(child):
             raise ValueError(
-                f"the module has a forward method set on the instance{where}, as by accelerate's offloading."
+                f"the module has a forward method of the instance{where}, as accelerate's offloading sets."
             )
 
 
@@ -159,7 +159,7 @@ def check_same(
                 for x, y in _outputs(copied, inputs):
                     if cause := _difference(y, call(plain, x), x):
                         when = " while training" if training else ""
-                        raise ValueError(f"the module computes more than its layers{when}: {cause}.")
+                        raise ValueError(f"its outputs are not those of its layers alone{when}: {cause}.")
 
 
 def _outputs(module: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

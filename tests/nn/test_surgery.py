@@ -262,7 +262,7 @@ REFUSED_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(6, 6)), "parametrization"),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), "pre-hook.*SpectralNorm"),
     "pruned": (lambda: prune.random_unstructured(nn.Linear(6, 6), "weight", 0.5), "pre-hook.*RandomUnstr"),
-    "offloaded": (lambda: with_forward(nn.Linear(6, 6)), "forward method set on the instance"),
+    "offloaded": (lambda: with_forward(nn.Linear(6, 6)), "forward method of the instance"),
     "lazy": (lambda: nn.LazyLinear(6), "lazy"),
     "a tensor of another class": (lambda: tagged(nn.Linear(6, 6)), "ordinary tensor, got Tagged"),
     "float8": (lambda: nn.Linear(6, 6).to(torch.float8_e4m3fn), "float8_e4m3fn"),
@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an adapter": (lambda: Block(usual, up=Adapted(6, 10)), "Adapted has a forward"),
     "one bias": (lambda: Block(usual, up=nn.Linear(6, 10, bias=False)), "a bias or none"),
     "half frozen": (lambda: Block(usual, up=nn.Linear(6, 10).requires_grad_(False)), "all frozen or none"),
-    "offloaded": (lambda: with_forward(plain(nn.ReLU())), "forward method set on the instance"),
+    "offloaded": (lambda: with_forward(plain(nn.ReLU())), "forward method of the instance"),
     **{
         f"{kind} on {part}": (
             lambda kind=kind, part=part: hooked(kind, block := Block(usual), block.get_submodule(part)),
@@ -486,15 +486,41 @@ def test_layers_whose_weight_torch_reads_directly_are_refused(pattern: str) -> N
         torch.testing.assert_close(decoder.eval()(x, x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_is_wrapped_already_is_refused() -> None:
-    class DistributedDataParallel(nn.Module):
-        def __init__(self, module: nn.Module):
-            super().__init__()
-            self.module = module
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
-    network = DistributedDataParallel(model(plain(nn.ReLU())))
-    with unchanged(network), pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
-        replace_mlp(network, "*.mlp", **OPTIONS)
+
+def offloaded(network: nn.Module) -> nn.Module:
+    accelerated: nn.Module = pytest.importorskip("accelerate").cpu_offload(network, execution_device="cpu")
+    return accelerated
+
+
+def sharded(network: nn.Module) -> nn.Module:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    fsdp.fully_shard(network, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("wrap", "cause"),
+    [
+        (nn.parallel.DistributedDataParallel, "wrapped in DistributedDataParallel"),
+        (sharded, "ordinary tensor, got DTensor"),
+        (offloaded, "forward method of the instance"),
+    ],
+)
+def test_a_model_that_is_wrapped_already_is_refused(group: None, wrap: Any, cause: str) -> None:
+    network = wrap(nn.Sequential(nn.Linear(6, 6), plain(nn.ReLU())))
+    modules = dict(network.named_modules())
+    for replace, pattern in ((replace_linear, "*0"), (replace_mlp, "*1")):
+        with pytest.raises(ValueError, match=cause):
+            replace(network, pattern, **OPTIONS)
+    assert dict(network.named_modules()) == modules
 
 
 def test_a_block_within_a_block_is_refused() -> None:
@@ -530,3 +556,43 @@ def test_a_gpt2_of_transformers(transformers: Any) -> None:
     )
     assert len(done) == 2 and max(e for r in done for e in r.errors) < 1e-5
     torch.testing.assert_close(gpt2(tokens).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_layers_of_transformers(transformers: Any) -> None:
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=6)
+    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(20, (2, 6))
+    before = gpt2(tokens).logits
+    done = replace_linear(gpt2, "transformer.h.*.attn.c_*", experts=4, rank=9, gate_norm="layer")
+    assert len(done) == 2
+    torch.testing.assert_close(gpt2(tokens).logits, before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"'lm_head' cannot be replaced: it shares .*'transformer.wte.weight'"
+    ):
+        replace_linear(gpt2, "lm_head", experts=4, rank=9)
+
+
+@pytest.mark.parametrize("kind", ["T5", "CLIP", "timm"])
+def test_blocks_of_other_libraries(kind: str, request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
+    network = nn.ModuleDict()
+    if kind == "timm":
+        request.getfixturevalue("torchvision_schemas")
+        network["mlp"] = pytest.importorskip("timm").layers.Mlp(6, 10, drop=0.3)
+    else:
+        transformers = request.getfixturevalue("transformers")
+        if kind == "T5":
+            config = transformers.T5Config(d_model=6, d_ff=10, dropout_rate=0.3)
+            network["mlp"] = transformers.models.t5.modeling_t5.T5DenseActDense(config)
+        else:
+            config = transformers.CLIPTextConfig(hidden_size=6, intermediate_size=10, num_attention_heads=2)
+            network["mlp"] = transformers.models.clip.modeling_clip.CLIPMLP(config)
+    old = network["mlp"]
+    replace_mlp(network, "mlp", **OPTIONS)
+    x = torch.randn(3, 4, 6)
+    for training in (False, True):
+        outputs = []
+        for module in (old, network["mlp"]):
+            torch.manual_seed(1)
+            outputs.append(module.train(training)(x))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)

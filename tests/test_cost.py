@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
+from mumoe_tensor.backend import backend_of
+from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler
 from mumoe_tensor.contraction.network import forward_network, tree_of_operands
 from mumoe_tensor.contraction.plan import planned_steps
@@ -171,6 +173,27 @@ def test_reference_path_costs_exactly_the_closed_form(layer, batch) -> None:
     flops, closed = sum(step.flops for step in steps), batch * format.reference_flops(modes, rank)
     # A sum over an index of size one is none, and costs nothing.
     assert flops <= closed if 1 in (*modes, *rank) else flops == closed
+
+
+@pytest.mark.parametrize("levels", range(5))
+@pytest.mark.parametrize("name", [n for n, f in mt.formats().items() if f.reference_path(1) is not None])
+def test_reference_path_of_every_format_and_number_of_levels(name: str, levels: int) -> None:
+    format = mt.get_format(name)
+    modes = (*(3, 7, 2, 5)[:levels], 11, 13)
+    rank = tuple(range(2, 2 + len(format.bonds(levels))))
+    units = format.units(levels)
+    network = forward_network(format, modes, rank, ones=units)
+    tree = tree_of_operands(network, format.reference_path(levels), units)
+    steps = planned_steps(Compiler(network, 17)(tree), 17)
+    assert sum(step.flops for step in steps) == 17 * format.reference_flops(modes, rank)
+    weight = mt.FactorizedTensor.random(
+        format, experts=modes[:-2], in_features=11, out_features=13, rank=rank, seed=0
+    )
+    generator = np.random.default_rng(0)
+    z, *coefficients = (generator.standard_normal((4, n)) for n in (11, *modes[:-2]))
+    arrays = [*weight.arrays, *coefficients, z]
+    y = execute(Compiler(network, 4)(tree), arrays, backend_of(*arrays))
+    np.testing.assert_allclose(y, mt.multilinear_moe(weight, z, coefficients), rtol=1e-9, atol=1e-12)
 
 
 @given(layers(largest=40), st.sampled_from([1, 2, 30, 1000, 65_536]), st.booleans())

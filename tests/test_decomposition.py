@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,75 @@ def test_stacked_experts_and_biases() -> None:
         weight, error = decompose(arguments, "cp", 3, bias=bias, n_restarts=1)
         assert error == expected[1]
         np.testing.assert_array_equal(weight.arrays[0], expected[0].arrays[0])
+
+
+@pytest.mark.parametrize("experts", [(), (3,), (2, 3)])
+def test_biases_are_the_last_row_of_the_input_mode(experts: tuple[int, ...]) -> None:
+    dense = np.random.default_rng(0).standard_normal((*experts, 5, 4))
+    weight, error = decompose(dense[..., :-1, :], "dense", bias=dense[..., -1, :])
+    np.testing.assert_array_equal(weight.arrays[0], dense)
+    assert error == 0
+    for shape in ((*experts, 4, 4), (*experts, 5), (*experts[1:], 4, 1), (4, *experts)[: len(experts)]):
+        with pytest.raises(ValueError, match="bias must have the shape of dense without its input mode"):
+            decompose(dense[..., :-1, :], "dense", bias=np.ones(shape))
+
+
+class SharedMode(mt.Format):
+    """The input mode is in two factors: each of its entries has factors for itself."""
+
+    name, title = "shared-mode", "Shared mode"
+
+    def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+        return [mt.Factor(" ".join([*modes[:-1], "r"])), mt.Factor("i o r")]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_mode_in_two_factors(rank: int) -> None:
+    dense = np.random.default_rng(0).standard_normal((6, 3, 4))
+    weight, error = decompose(dense, SharedMode(), rank, n_restarts=2, n_iter=2000, tolerance=1e-9)
+    # Every entry of the mode is a problem of its own, whose best solution is a truncated SVD.
+    values = np.linalg.svd(dense.transpose(1, 0, 2), compute_uv=False)
+    assert error == pytest.approx(np.linalg.norm(values[:, rank:]) / np.linalg.norm(dense), abs=1e-4)
+    assert relative(weight, dense) == pytest.approx(error, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "format, function", [("cp", "parafac"), ("tucker", "tucker"), ("tr", "tensor_ring_als")]
+)
+def test_sweeps_and_starts_are_those_asked_for(
+    format: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorly.decomposition
+
+    original, calls = getattr(tensorly.decomposition, function), []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        calls.append(inspect.signature(original).bind(*arguments, **options).arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(tensorly.decomposition, function, recorded)
+    dense = np.random.default_rng(0).standard_normal((4, 5, 3))
+    decompose(dense, format, some_rank(format, 1), n_restarts=3, n_iter=7, tolerance=0.25)
+    assert [call["n_iter_max"] for call in calls] == [7] * 3
+    if format == "tucker":
+        assert [call["tol"] for call in calls] == [0.25] * 3
+        assert calls[0]["init"] == "svd"
+        starts = [call["init"][1] for call in calls[1:]]
+        ranks = some_rank("tucker", 1)
+        for start in starts:
+            assert [f.shape for f in start] == [
+                (n, min(n, r)) for n, r in zip(dense.shape, ranks, strict=True)
+            ]
+        assert not np.array_equal(starts[0][0], starts[1][0])
+
+
+def test_alternating_least_squares_makes_as_many_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[float] = []
+    stop = lambda tolerance: lambda _, error: bool(errors.append(error))  # noqa: E731
+    monkeypatch.setattr("mumoe_tensor.decomposition.stop_rule", stop)
+    dense = np.random.default_rng(0).standard_normal((4, 5, 3))
+    decompose(dense, SharedMode(), 2, n_restarts=2, n_iter=7)
+    assert len(errors) == 14 and (np.diff(errors[:7]) < 1e-9).all()
 
 
 @settings(max_examples=settings().max_examples // 2)

@@ -16,7 +16,7 @@ import mumoe_tensor as mt
 from mumoe_tensor.backend import load_backend
 from mumoe_tensor.contraction import plan as planner
 from mumoe_tensor.contraction.execute import execute
-from mumoe_tensor.contraction.layout import Compiler, Program
+from mumoe_tensor.contraction.layout import Compiler, Operand, Program
 from mumoe_tensor.contraction.network import BATCH, Network, forward_network
 from mumoe_tensor.contraction.plan import PlannedStep, planned_steps
 from mumoe_tensor.formats.base import Tree
@@ -537,3 +537,25 @@ def test_padding_of_axes_makes_no_copy() -> None:
     tree = (((0, 2), 1), 3)
     live = max(s.live for s in planned_steps(Compiler(network, 2)(tree), 2))
     assert peaks_of(SearchSpace(network), tree, [2]) == [live]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_reordered", "is_stored_anew"),
+    [
+        ((2, 3, 5), True, True),  # b a c for a b c, and a and c as one axis
+        ((1, 3, 5), False, False),  # an axis of size one lies anywhere
+        ((2, 1, 5), False, False),
+        ((2, 3, 1), True, False),
+        ((1, 1, 5), False, False),
+    ],
+)
+def test_axes_of_size_one_are_not_copied(
+    sizes: tuple[int, ...], is_reordered: bool, is_stored_anew: bool
+) -> None:
+    order, groups = (1, 0, 2), (("b",), ("a", "c"))
+    operand = Operand(0, ("a", "b", "c"), order, groups, (-1, 10), None)
+    found = dict(zip("abc", sizes, strict=True))
+    assert operand.is_reordered(found) is is_reordered
+    assert operand.is_stored_anew(found) is is_stored_anew
+    as_it_is = Operand(0, ("a", "b", "c"), None, groups, (-1, 10), None)
+    assert not as_it_is.is_reordered(found) and not as_it_is.is_stored_anew(found)

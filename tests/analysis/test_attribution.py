@@ -80,6 +80,15 @@ def test_many_experts_need_memory_for_their_coefficients_alone() -> None:
     torch.testing.assert_close(found.sum(-1), layer(x)[:, 3].detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_a_direction_of_the_outputs() -> None:
+    whole = model()
+    each = torch.stack([attribute(whole, whole[3], X, output) for output in range(4)], -1)
+    for direction in (torch.eye(4)[2], torch.tensor([0, 1, 0, 3]), torch.tensor([0.5, -1, 0, 2]).double()):
+        found = attribute(whole, whole[3], X, direction)
+        torch.testing.assert_close(found, each @ direction.double())
+        assert found.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("output", "level", "message"),
     [

@@ -22,10 +22,10 @@ import numpy as np
 
 T = TypeVar("T")
 
-#: What the readers of the standard library raise for a damaged file. `RuntimeError`: too deeply nested, or
-#: an archive with a password; `TokenError`: the header of an array.
+#: What is raised for a damaged file. `TypeError`: a value is of another type; `RuntimeError`: too deeply
+#: nested, or an archive with a password; `TokenError`: the header of an array.
 _DAMAGED = (
-    ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, csv.Error,
+    ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, csv.Error,
     tokenize.TokenError,
 )  # fmt: skip
 #: Readers of the headers of NumPy's format. Version 3 is for structured arrays alone.

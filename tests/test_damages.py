@@ -6,6 +6,7 @@ import builtins
 import gzip
 import io
 import json
+import pickle
 import re
 import shutil
 import struct
@@ -101,6 +102,7 @@ def toml(settings: dict[str, Any]) -> str:
 
 
 HEAD = "train head --features features.npz --experts 4 --rank 3 --epochs 1 --out new"
+ABOVE = "train head --images images.npz --out new --weights"
 STUDY = (
     "study --in-features 8 --out-features 3 --formats cp --data features.npz --quick --experts 2 "
     "--parameters 1000 --head-experts 4 --head-parameters 1000 --out new"
@@ -138,6 +140,10 @@ READS = [
     ("lines", "adult/adult.data", f"{ADULT} new"),
     ("zip", "celeba/celeba.csv.zip", CELEBA),
     ("bytes", "training.bin", GPT2),
+    ("json", "head/config.json", HEAD.replace("--out new", "--out head")),
+    ("json", "tokens.json", "inspect gpt2 --vocabulary-files pairs"),
+    ("weights", "weights.pth", f"{ABOVE} weights.pth"),
+    ("weights", "weights.safetensors", f"{ABOVE} weights.safetensors"),
 ]
 
 
@@ -235,6 +241,20 @@ def huge(*names: str) -> Damage:
 
 #: In a description, one that the shapes of the tensors do not tell.
 NUMBER: Any = re.compile(rb'(stochastic_depth|total|in_features)\\": \d')
+
+
+def write(path: Path, x: Any) -> None:
+    if path.suffix == ".pth":
+        torch.save({"x": x}, path)
+    else:
+        write_tensors(path, {"x": x}, {})
+
+
+class Evil:
+    """Leaves a file where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("was-run"),)
 
 
 def flip(place: Callable[[bytes], int]) -> Damage:
@@ -384,6 +404,13 @@ DAMAGES: dict[str, dict[str, Damage]] = {
         "two axes": arrays(lambda x, y: {"x": x[:, 0], "y": y}),
     },
     "tensors": TENSORS,
+    "weights": EVERY
+    | {
+        "a number": lambda path: torch.save(3, path),
+        "a list": lambda path: torch.save([torch.ones(2)], path),
+        "code": lambda path: path.write_bytes(pickle.dumps(Evil())),
+        "other tensors": lambda path: write(path, torch.ones(2)),
+    },
     "model": TENSORS | {"huge sizes": huge("width", "in_features"), "many blocks": huge("depth", "classes")},
 }  # fmt: skip
 
@@ -397,6 +424,7 @@ def _table(path: Path, change: Callable[[str], str]) -> None:
 
 #: What is no damage there.
 FINE = {
+    ("json", "tokens.json", "a key too many"),
     ("text", "a.txt", "cut"), ("images", "images.npz", "a folder"),
 }  # fmt: skip
 CASES = [
@@ -429,6 +457,10 @@ def refused(command: str, file: str, work: Path, around: Any = None) -> None:
 def test_a_damage_is_told_in_one_line(command: str, file: str, damage: Damage, work: Path) -> None:
     if file == "pictures.npz":
         shutil.copy("images.npz", file)
+    elif file.startswith("weights"):
+        write(work / file, torch.ones(3))
+    elif file == "tokens.json":
+        (work / file).write_text(json.dumps({"vocabulary": 258, "training": []}))
     damage(work / file)
     refused(command, file, work)
 

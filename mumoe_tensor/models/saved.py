@@ -68,10 +68,7 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Mi
             )
         kind, kind_of_config = _KINDS[about["kind"]]
         told = parse_json(about["config"])
-        try:
-            config = kind_of_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
-        except TypeError as error:
-            raise ValueError(f"the config of a model must have the arguments of one: {error}") from None
+        config = kind_of_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
         if config.depth > len(tensors):
             raise ValueError(f"every block has tensors; got {len(tensors)} for a depth of {config.depth:,}.")
         model: Mixer | GPT2 = load_tensors(kind(config, "meta"), tensors)

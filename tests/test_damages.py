@@ -359,6 +359,9 @@ DAMAGES: dict[str, dict[str, Damage]] = {
     | {
         "deep": content(lambda old: b"a = " + b"[" * 100_000),
         "a key twice": content(lambda old: old + b"\n[data]\n"),
+        "an unknown key": content(lambda old: old + b"\nbogus = 1\n"),
+        "an unknown table": content(lambda old: old + b"\n[bogus]\n"),
+        "a value of another type": content(lambda old: old.replace(b"epochs = ", b"epochs = 0.")),
     },
     "json": JSON,
     "config": JSON

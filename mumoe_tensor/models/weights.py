@@ -103,15 +103,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     if Path(path).suffix == ".safetensors":
         return read_tensors(path)[0]
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # a damaged pickle may raise anything
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path}: weights are a whole file with a dict of tensors and nothing else.")
-    return found
+    with reading(path):
+        try:
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception:  # a damaged pickle may raise anything
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise ValueError("weights are a whole file with a dict of tensors and nothing else.")
+        return found
 
 
 def check_tensors(

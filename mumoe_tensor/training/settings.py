@@ -148,7 +148,15 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
             )
         if isinstance(tables.setdefault(table, {}), dict):
             tables[table][name] = _value(text.strip())
-    return _checked(run, tables)
+    try:
+        return _checked(run, tables)
+    except ValueError as error:
+        key = str(error).partition(":")[0]
+        if Path(str(config)).suffix != ".toml" or any(
+            override.strip().startswith(key) for override in overrides
+        ):
+            raise
+        raise ValueError(f"{config}: {error}") from None
 
 
 def _tables(kind: str, config: str | Path) -> dict[str, Any]:

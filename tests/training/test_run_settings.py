@@ -164,10 +164,11 @@ def test_a_complaint_names_the_key(override: str, told: str) -> None:
 def test_files_that_are_no_settings(config: Path, tmp_path: Path) -> None:
     for text, told in [
         ("[data", r"own\.toml: settings must be TOML: "),
-        ("data = 3", "data: settings of mixer have the tables"),
+        ("data = 3", r"own\.toml: data: settings of mixer have the tables"),
         ("", r"own\.toml: .*empty"),
         ("\n", "data: .*required"),
-        ("[data]", r"data\.inputs: .*required"),
+        ("[data]", r"own\.toml: data\.inputs: .*required"),
+        ('[data]\ninputs = "a"\n[train]\nepochs = "3"', r"own\.toml: train\.epochs: .*integer, got '3'"),
     ]:
         config.write_text(text)
         with pytest.raises(ValueError, match=told):

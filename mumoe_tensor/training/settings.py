@@ -152,11 +152,10 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
         return _checked(run, tables)
     except ValueError as error:
         key = str(error).partition(":")[0]
-        if Path(str(config)).suffix != ".toml" or any(
-            override.strip().startswith(key) for override in overrides
-        ):
-            raise
-        raise ValueError(f"{config}: {error}") from None
+        is_overridden = any(override.strip().startswith(key) for override in overrides)
+        if Path(str(config)).suffix == ".toml" and not is_overridden:
+            raise ValueError(f"{config}: {error}") from None
+        raise
 
 
 def _tables(kind: str, config: str | Path) -> dict[str, Any]:

@@ -164,10 +164,18 @@ def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) 
         assert [line["step"] for line in csv.DictReader(file)] == ["5", "10", "15"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"setting": {}, "head": {}}'])
-def test_a_folder_of_something_else(content: str, mixer: MixerRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "it must be JSON"),
+        ("[]", "it must be a JSON object"),
+        ('{"setting": {}, "head": {}}', "this is a run of train head"),
+        ('{"settings": {}}', "has the objects settings and model"),
+    ],
+)
+def test_a_folder_of_something_else(content: str, told: str, mixer: MixerRun, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: "):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{told}"):
         run(mixer, tmp_path)
     assert (tmp_path / "config.json").read_text() == content
 

@@ -70,6 +70,16 @@ class FactorizedTensor:
         )
 
     @property
+    def dtype(self) -> Any:
+        """The dtype of the factors, as their backend has it."""
+        return self.arrays[0].dtype
+
+    @property
+    def device(self) -> Any:
+        """The device of the factors, as their backend has it."""
+        return self.arrays[0].device
+
+    @property
     def experts(self) -> tuple[int, ...]:
         """Number of experts of each level."""
         return self.shape[:-2]

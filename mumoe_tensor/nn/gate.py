@@ -94,6 +94,11 @@ class ExpertGate(WholeState):
         """As of every module, but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves the norm as it is.
 
         Its statistics are those of all processes anyway.
+
+        Parameters
+        ----------
+        name : str
+        module : Module or None
         """
         if name != "norm" or not isinstance(module, nn.SyncBatchNorm):
             super().add_module(name, module)

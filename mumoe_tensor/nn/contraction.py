@@ -19,6 +19,12 @@ from mumoe_tensor.recording import is_recorded
 CHEAP = 32
 
 BACKEND = load_backend("pytorch")
+#: Kinds of devices. (Not asked in a call: torch 2.11 cannot compile the question.)
+_WITH_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
 Activation = Callable[[Tensor], Tensor]
 _NONE: Mapping[int, Tensor] = {}
 
@@ -122,7 +128,7 @@ def check_dense(x: Tensor) -> None:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on this device, None where it is off."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

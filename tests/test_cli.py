@@ -250,7 +250,7 @@ def test_a_training_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     for path in (tmp_path / "out" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     result = CliRunner().invoke(app, line)
-    assert result.exit_code == 2 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 2 and "no good checkpoint" in result.stderr and result.stderr.count("\n") == 1
     result = CliRunner().invoke(app, [*line, "--from-step", "3"])
     assert result.exit_code == 2 and "no checkpoint of step 3" in result.stderr
 

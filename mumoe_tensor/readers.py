@@ -181,9 +181,9 @@ def read_table(
         missing = [name for name in columns if name not in names]
         others = [name for name in names if name not in columns]
         if missing or len(set(names)) < len(names) or (others and not more):
+            wrong = sorted(set(others) if not more else ()) + [n for n in names if names.count(n) > 1]
             raise ValueError(
-                f"the table must have the columns {', '.join(columns)}, each once; it lacks {missing}, and "
-                f"has {names}."
+                f"a table must have its columns, each once; missing {missing}, unknown or doubled {wrong}."
             )
         seen: set[tuple[str, ...]] = set()
         found = []

@@ -235,7 +235,7 @@ FAULTS = [
     Fault("training: a package is opened unchecked", "mumoe_tensor/training/fetch.py",
           "check([archive], source.sha256)", "pass", "training/test_fetch"),
     Fault("files: a table that is cut off is read", "mumoe_tensor/readers.py",
-          'if not text.endswith("\n"):', "if False:", "damages"),
+          'if not text.endswith("\\n"):', "if False:", "damages"),
     Fault("files: a description of tensors is read unchecked", "mumoe_tensor/models/weights.py",
           "if whole != _checksum_of(about):", "if False:", "damages"),
     Fault("study: the sparse mixture weighs no output", "mumoe_tensor/study/mixtures.py",

@@ -125,9 +125,9 @@ class _Layer(WholeState):
                 "the parameters of the linear layers must be all frozen or none of them, as those of experts "
                 "hold weight and bias in one; set requires_grad_ first."
             )
-        own = {"bias": bias, "device": first.device, "dtype": first.dtype}
+        own = {"device": first.device, "dtype": first.dtype}
         make: Any = cls
-        layer = make(*sizes, experts, **{**own, **options})
+        layer = make(*sizes, experts, bias=bias, **{**own, **options})
         if first.is_meta and not layer.gate.weight.is_meta:
             raise ValueError("a linear layer on the meta device has no values to start as.")
         # Equal experts mix to the same map whatever the gate says: it may tell inputs apart from the start.

@@ -110,10 +110,10 @@ def plain(*between: nn.Module, after: tuple[nn.Module, ...] = (), bias: bool = T
     return nn.Sequential(nn.Linear(6, 10, bias), *between, nn.Linear(10, 6, bias), *after)
 
 
-def zero_start() -> nn.Module:
-    made = plain(nn.Tanh(), nn.Dropout(0.4))
-    nn.init.zeros_(made[3].weight)
-    return made
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def scaled(scale: Any) -> nn.Module:
@@ -148,7 +148,7 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     "PReLU of channels": lambda: plain(nn.PReLU(10)),
     "GELU by tanh": lambda: plain(nn.GELU(approximate="tanh")),
     "an activation with chance": lambda: plain(nn.RReLU()),
-    "zeros in the second layer": zero_start,
+    "zeros in the second layer": lambda: Block(usual, down=zeroed(nn.Linear(10, 6))),
 }  # fmt: skip
 
 
@@ -295,6 +295,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a residual": (lambda: Block(lambda self, x: x + usual(self, x)), "adds its input"),
     "a scale": (lambda: scaled(2.0), "multiplies by 2"),
+    "a scale that zeros hide": (
+        lambda: Block(lambda self, x: 2 * usual(self, x), down=zeroed(nn.Linear(10, 6))), "multiplies by 2"
+    ),
     "a trained scale that is one": (lambda: scaled(nn.Parameter(torch.ones(()))), r"\['scale'\]"),
     "a buffer": (lambda: scaled(nn.Buffer(torch.ones(()))), r"\['scale'\]"),
     "a mean over positions": (
@@ -542,6 +545,8 @@ def test_what_is_no_linear_layer_is_left_alone() -> None:
         replace_linear(model(), "layers.*.norm", experts=3, rank=2)
     with pytest.raises(TypeError, match=r"a linear layer is torch\.nn\.Linear or a Conv1D, got LayerNorm"):
         MuMoE.from_linear(nn.LayerNorm(3), 2)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'bias'"):
+        MuMoE.from_linear(nn.Linear(3, 3), 2, bias=False)
     with pytest.raises(ValueError, match="both linear layers must have a bias or none"):
         MuMoEMLP.from_linears(nn.Linear(3, 4), nn.Linear(4, 3, bias=False), 2, rank=2)
 

@@ -131,9 +131,9 @@ def _parts(
     if len(between) == 1 and activation is None:
         names["activation"] = between.pop()
     if len(after) == 1 and type(children[after[0]]) is nn.Dropout:
-        names["dropout"] = after.pop()
-    # Whether an activation that is given is that of the block is left to the comparison.
-    if first > 0 or after or (activation is None and "activation" not in names):
+        names["dropout"] = after[0]
+    # Whether there is more, and an activation that is given is that of the block, the comparison shows.
+    if activation is None and "activation" not in names:
         raise ValueError(
             "a block must be a linear layer, an activation, perhaps a dropout, a linear layer and perhaps a "
             "dropout; an activation that is no module of the block must be given as `activation`; the block "

@@ -212,6 +212,11 @@ class Adapted(nn.Linear):
         return super().forward(x) + x @ self.low.T @ self.high.T
 
 
+class Doubled(nn.Linear):
+    def __call__(self, x: Any) -> Any:
+        return 2 * super().__call__(x)
+
+
 class Router(nn.Linear):
     def forward(self, x: Any) -> Any:
         return super().forward(x).sigmoid(), x
@@ -258,6 +263,7 @@ HOOKS = (
 REFUSED_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an adapter": (lambda: Adapted(6, 6), "Adapted has a forward method of its own"),
     "a router": (lambda: Router(6, 6), "Router has a forward method of its own"),
+    "a call of its own": (lambda: Doubled(6, 6), "multiplies by 2"),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), "parametrization"),
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(6, 6)), "parametrization"),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), "pre-hook.*SpectralNorm"),

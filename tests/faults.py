@@ -265,8 +265,9 @@ FAULTS = [
           "and not isfinite(value)", "and False", "html"),
     Fault("study: a crossover that larger sizes do not keep", "mumoe_tensor/study/words.py",
           "slow[row.subject] = max(slow[row.subject], names[row.sizes])", "pass", "study/test_report"),
-    Fault("study: features scaled one by one", "mumoe_tensor/study/quality.py",
-          "(flat - flat.mean(0)).square().mean().sqrt()", "flat.std(0).clamp_min(1e-6)", "study/test_sweep"),
+    Fault("heads: features scaled one by one", "mumoe_tensor/models/heads.py",
+          "spread if spread > 0 else torch.ones_like(spread)", "features.std(0).clamp_min(1e-6)",
+          "training/test_head"),
     Fault("top_k: the last of equal logits wins", "mumoe_tensor/gates.py",
           "backend.cumsum(ties, -1) > places", "backend.cumsum(ties, -1) < places", "gates"),
 ]  # fmt: skip

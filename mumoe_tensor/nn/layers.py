@@ -234,13 +234,20 @@ class _Layer(WholeState):
         Raises
         ------
         ValueError
-            If there is no such level or expert, one occurs twice, or there is none.
+            If there is no such level or expert, one occurs twice, or there is none; if pruning or a
+            parametrization computes the factors.
         TypeError
             If the level or an index is no integer.
         """
         experts = self.gate.experts
         level = read_number(level, len(experts), "level")
         kept = read_selection(indices, experts[level], f"indices of level {level}", empty=False)
+        if not all(isinstance(factor, nn.Parameter) for child in self._layers for factor in child.factors):
+            raise ValueError(
+                "factors must be parameters for some of their experts to be taken; pruning or a "
+                "parametrization computes them: make it permanent first (prune.remove, "
+                "remove_parametrizations)."
+            )
         smaller = (*experts[:level], len(kept), *experts[level + 1 :])
         # (The format itself: its name is of use only if it is registered. That of the weight: of experts
         # divided over processes there is none to be seen, which raises.)

@@ -99,28 +99,28 @@ def new_table(*headings: str, title: str | None = None) -> Table:
     return Table(*headings, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
-def show(table: Table) -> None:
+def show(table: Table, labels: int = 1) -> None:
     """Print a table whole.
 
-    Columns that do not fit beside the others come below them, after the first column once more. A pipe or a
-    file takes any width, unless ``COLUMNS`` says otherwise.
+    Columns that do not fit beside the others come below them, after the labels of the rows once more. A pipe
+    or a file takes any width, unless ``COLUMNS`` says otherwise.
     """
     console = Console()
     natural = console.measure(table, options=console.options.update(max_width=10**6)).maximum
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = max(console.width, natural)
-    for columns in _side_by_side(table, console):
+    for columns in _side_by_side(table, labels, console):
         console.print(_part(table, columns))
 
 
-def _side_by_side(table: Table, console: Console) -> list[list[int]]:
-    """Which columns are printed side by side: the first one, and those that fit."""
-    parts: list[list[int]] = [[0]]
-    for column in range(1, len(table.columns)):
+def _side_by_side(table: Table, labels: int, console: Console) -> list[list[int]]:
+    """Which columns are printed side by side: the labels, and those that fit."""
+    parts = [list(range(labels))]
+    for column in range(labels, len(table.columns)):
         together = _part(table, [*parts[-1], column])
         width = console.measure(together, options=console.options.update(max_width=10**6)).maximum
-        if width > console.width and len(parts[-1]) > 1:
-            parts.append([0])
+        if width > console.width and len(parts[-1]) > labels:
+            parts.append(list(range(labels)))
         parts[-1].append(column)
     return parts
 

@@ -151,7 +151,7 @@ def study(
         print_json({**studies.to_json(planned, results), "files": [str(out / name) for name in names]})
         return
     for table in studies.tables(planned, results):
-        show(table)
+        show(table, labels=2)
     console = Console()
     for sentence in studies.paragraph(planned, results):
         console.print(sentence, highlight=False, markup=False)
@@ -232,7 +232,7 @@ def bias(
     table = new_table("difference", "of", "minus", "")
     for row in differences:
         table.add_row(row["metric"], row["of"], row["minus"], _with_half(row["difference"], row["half"]))
-    show(table)
+    show(table, labels=3)
     print(f"Means and 95 % intervals over {recipe.seeds} seed(s). Written to {out / 'results.csv'}.")
 
 

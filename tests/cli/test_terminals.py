@@ -100,6 +100,10 @@ def test_columns_that_do_not_fit_come_below(
     cells = "".join(f"column {k}value-{k}" for k in range(8))
     assert letters == sorted(re.sub(r"\s|-", "", row * parts + cells))
     assert (parts == 1) == (width == 200)
+    console.show(table, labels=2)
+    told = capsys.readouterr().out
+    if width == 60:  # both labels with each part
+        assert told.count("value-0") == told.count("a row with a name") > 1
 
 
 def test_tables_of_a_study_and_of_bias_are_shown_by_the_same_function() -> None:

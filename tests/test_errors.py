@@ -170,7 +170,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "budget below the smallest rank": (
         lambda: mt.fit_rank("cp", parameters=3, **SIZES), ValueError, ("budget of 3", "has 9")),
     "budget of zero": (lambda: mt.fit_rank("cp", parameters=0, **SIZES), ValueError, ("parameters", "0")),
-    "budget in words": (lambda: mt.fit_rank("cp", parameters="all", **SIZES), TypeError, ("integer", "'all'")),
+    "budget in words": (
+        lambda: mt.fit_rank("cp", parameters="all", **SIZES), ValueError, ("multiple such as 0.5x", "'all'")),
     "budget beyond full rank": (
         lambda: mt.fit_rank("tucker", parameters=10_000, **SIZES), ValueError, ("full rank", "10,000")),
     "two open ranks": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import mumoe_tensor.study as study  # noqa: E402
 from mumoe_tensor.browser import browse  # noqa: E402
 from mumoe_tensor.formats import formats  # noqa: E402
 from mumoe_tensor.models import load_head, load_model  # noqa: E402
-from mumoe_tensor.training.data import as_features  # noqa: E402
+from mumoe_tensor.training.folder import HEAD, MODEL, read_config  # noqa: E402
+from mumoe_tensor.training.head import HeadSetting, run_head  # noqa: E402
 from mumoe_tensor.training.run import run  # noqa: E402
 from mumoe_tensor.training.settings import RUNS, Settings  # noqa: E402
 
@@ -107,16 +109,12 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def settings_of(folder: Path) -> Settings:
     from pydantic import TypeAdapter
 
-    settings = json.loads((folder / "config.json").read_text())["settings"]
+    settings = read_config(folder / "config.json", MODEL)["settings"]
     return TypeAdapter(RUNS[settings.pop("kind")]).validate_python(settings)
 
 
 @pytest.mark.parametrize("kind", ["mixer", "gpt2"])
-def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(
-    runs: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The run was trained on bytes as they are; since then images of bytes are scaled.
-    monkeypatch.setattr("mumoe_tensor.training.data.as_pixels", as_features)
+def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(runs: Path, kind: str) -> None:
     folder = runs / kind
     settings = settings_of(folder)
     done = run(settings, folder)
@@ -128,6 +126,24 @@ def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(
     assert resumed["trained"] and resumed["steps"] == done["steps"] == 4
     for name, value in load_model(folder / "model.safetensors").state_dict().items():
         torch.testing.assert_close(value, expected[name], **CLOSE)
+
+
+def test_a_finished_head_is_not_trained_again(runs: Path) -> None:
+    from pydantic import TypeAdapter
+
+    recorded = read_config(runs / "head" / "config.json", HEAD)["setting"]
+    done = run_head(TypeAdapter(HeadSetting).validate_python(recorded), runs / "head")
+    assert not done["trained"] and done["rank"] == [3]
+
+
+def test_a_run_on_images_that_were_not_scaled_does_not_go_on_with_scaled_ones(runs: Path) -> None:
+    settings = settings_of(runs / "mixer")
+    assert not settings.data.scale
+    scaled = replace(settings, data=replace(settings.data, scale=True))
+    with pytest.raises(ValueError, match=r"data\.scale is False there, True here"):
+        run(scaled, runs / "mixer")
+    raw, pixels = (made.read_data()[0].batch(torch.arange(5))[0] for made in (settings, scaled))
+    torch.testing.assert_close(raw, 255 * pixels)
 
 
 @pytest.mark.parametrize("kind", ["head", "mixer"])

@@ -120,6 +120,9 @@ def _browse_mixer(
     pixels = x.permute(0, 2, 3, 1)
     if Path(settings.data.inputs).is_dir():  # whose images are normalised
         pixels = pixels * torch.tensor(DEVIATION) + torch.tensor(MEAN)
+    elif not settings.data.scale:
+        least, most = pixels.aminmax()
+        pixels = (pixels - least) / (most - least).clamp_min(1e-30)
     looked = min(EFFECT_IMAGES, len(x))
     return page(
         levels,

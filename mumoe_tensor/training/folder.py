@@ -32,4 +32,8 @@ def read_config(path: Path, kind: tuple[str, str]) -> dict[str, dict[str, Any]]:
             others = [name for entries, name in runs.items() if set(found) == set(entries) != set(kind)]
             what = f"this is a run of {others[0]}" if others else f"this has {sorted(found)}"
             raise ValueError(f"a run of {runs[kind]} has the objects {' and '.join(kind)}; {what}.")
+    data = found[kind[0]].get("data")
+    if isinstance(data, dict) and str(data.get("inputs")).endswith(".npz"):
+        # Version 0.1 took images of an .npz file as they were.
+        data.setdefault("scale", False)
     return found

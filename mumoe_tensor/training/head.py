@@ -48,7 +48,7 @@ class HeadSetting:
     validation : float
         Share of the rows that are kept for validation.
     training : TrainConfig
-        See `TrainConfig.for_rows`.
+        See `.TrainConfig.for_rows`.
 
     Raises
     ------

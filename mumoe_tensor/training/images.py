@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.selections import Selection, read_selection
-from mumoe_tensor.training.data import Dataset, read_images, split
+from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 
 #: Means and standard deviations of ImageNet's colours, from 0 to 1, that inputs are normalised by.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,6 +37,8 @@ class ImageData:
     augment : tuple of two int, or None
         For a folder: how many operations of RandAugment (Cubuk et al., 2020) an image goes through, and how
         strong they are, from 0 to 30. An image of a folder is cropped and flipped at random in any case.
+    scale : bool
+        For an ``.npz`` file: False takes any finite numbers as they are, such as standardised images.
     """
 
     inputs: str
@@ -44,6 +46,7 @@ class ImageData:
     validation: float | str = 0.1
     seed: int = 0
     augment: tuple[int, int] | None = None
+    scale: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
@@ -52,6 +55,8 @@ class ImageData:
             raise ValueError(
                 f"augment must be a number of operations and a strength from 0 to 30, got {self.augment}."
             )
+        if not self.scale and self.labels is not None:
+            raise ValueError("scale=False is for an .npz file; images in IDX are always scaled.")
 
     def read(self, size: int) -> tuple[Images, Images]:
         """Images for training and for validation, of shape (rows, channels, height, width).
@@ -79,7 +84,7 @@ class ImageData:
                 "a folder for validation and augment are for a folder of images; of a file a share is for "
                 f"validation; got the inputs {self.inputs}."
             )
-        data = read_images(self.inputs, self.labels)
+        data = read_images(self.inputs, self.labels) if self.scale else read_npz(self.inputs)
         if data.x.ndim not in (3, 4):
             raise ValueError(
                 "images must be of shape (rows, height, width) or (rows, channels, height, width); those of "

@@ -426,7 +426,7 @@ def test_compiled_gradients(gate: str) -> None:
 # ---- adapters --------------------------------------------------------------------------------------------
 
 
-def test_adapters_of_peft_on_factors() -> None:
+def test_adapters_of_peft_on_factors(transformers: Any) -> None:
     peft = pytest.importorskip("peft")
     for kind in KINDS:
         layer, x = made(kind), inputs()

@@ -53,6 +53,7 @@ PRINT_STYLE = {
     "lines.linewidth": 1.3,
     "legend.handlelength": 2.6,
     "pdf.fonttype": 42,
+    "text.parse_math": True,  # labels of figures have formulas
 }
 
 

@@ -225,14 +225,15 @@ def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row.value, row.note) for row in rows] == [(None, "no memory")] * 2
 
 
-def test_heads_on_data_of_a_file_are_linear(tmp_path: Path) -> None:
+def test_linear_heads_on_data_of_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     y = torch.arange(900) % 3
     x = 3 * torch.nn.functional.one_hot(y, 16) + torch.randn(900, 16)
     np.savez(tmp_path / "x.npz", x=x.numpy(), y=y.numpy())
     options = SMALL | {
+        "layer": "clip-head",
         "data": tmp_path / "x.npz",
-        "head_hidden": None,
+        "head_hidden": 0,
         "head_parameters": ["3x"],
         "epochs": 30,
     }

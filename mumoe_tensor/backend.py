@@ -138,14 +138,14 @@ def check_floating(arrays: dict[str, Array]) -> Any:
     backend = backend_of(*values)
     first = values[0]
     if any(a.dtype != first.dtype for a in values) or dtype_name(first) not in _FLOATING:
-        told = ", ".join(f"{name}: {dtype_name(a)}" for name, a in arrays.items())
+        listed = ", ".join(f"{name}: {dtype_name(a)}" for name, a in arrays.items())
         raise TypeError(
             "all arrays must have one floating dtype, of 16 bits or more and in the machine's byte order, "
-            f"got {told}."
+            f"got {listed}."
         )
     if backend.backend_name == "pytorch" and any(a.device != first.device for a in values):
-        told = ", ".join(f"{name}: {a.device}" for name, a in arrays.items())
-        raise TypeError(f"all tensors must be on one device, got {told}.")
+        listed = ", ".join(f"{name}: {a.device}" for name, a in arrays.items())
+        raise TypeError(f"all tensors must be on one device, got {listed}.")
     return backend
 
 

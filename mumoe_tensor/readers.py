@@ -113,23 +113,23 @@ def parse_json(text: str) -> dict[str, Any]:
         If it is no JSON object, has a key twice, NaN or infinity, or is nested too deeply.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=finite, parse_float=finite)
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=finite, parse_float=finite)
     except RecursionError:
         raise ValueError("JSON must not be nested this deeply.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it must be JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"it must be a JSON object, got {short(found)}.")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a JSON object, got {short(value)}.")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"an object of JSON must have a key once, got {twice!r} twice.")
-    return found
+    return entries
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def read_table(
                 f"a table must have its columns, each once; missing {missing}, unknown or doubled {wrong}."
             )
         seen: set[tuple[str, ...]] = set()
-        found = []
+        table = []
         for number, row in enumerate(rows, 1):
             if len(row) != len(names) or tuple(row) in seen:
                 what = "is there twice" if tuple(row) in seen else f"has {len(row)}"
@@ -198,8 +198,8 @@ def read_table(
                     values[name] = of_text(values[name])
                 except ValueError as error:
                     raise ValueError(f"row {number}, column {name}: {error}.") from None
-            found.append(values)
-    return found
+            table.append(values)
+    return table
 
 
 def finite(text: str) -> float:

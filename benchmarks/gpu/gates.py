@@ -74,10 +74,10 @@ def times(
             except Exception as error:  # it may not take these sizes
                 del calls[name]
                 yield {"gate": name} | place | {"note": f"{type(error).__name__}: {error}"[:60]}
-        found = compare(calls, "copy", **BRIEF, device=device)
-        speed = 2e-9 * logits.nbytes / found.spread("copy").median
+        timings = compare(calls, "copy", **BRIEF, device=device)
+        speed = 2e-9 * logits.nbytes / timings.spread("copy").median
         for name in list(calls)[1:]:
-            ratio = found.ratio(name)
-            row = {"gate": name} | place | {"ms": 1e3 * found.spread(name).median, "copy GB/s": speed}
+            ratio = timings.ratio(name)
+            row = {"gate": name} | place | {"ms": 1e3 * timings.spread(name).median, "copy GB/s": speed}
             row |= {"to limit": ratio.median / copies, "low": ratio.low / copies, "high": ratio.high / copies}
             yield row

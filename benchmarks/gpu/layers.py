@@ -68,16 +68,16 @@ def times(pair: Beside, run: str, compiler: Callable[[Any], Any]) -> Iterator[Ro
     for kind, passes in (("forward", 1), ("step", 3)):
         calls = pair.calls(kind, run, compiler)
         calls.pop("as written", None)
-        found = compare(calls, "dense", **BRIEF, device=pair.device)
-        seconds, ratio = found.spread("layer").median, found.ratio("layer")
+        timings = compare(calls, "dense", **BRIEF, device=pair.device)
+        seconds, ratio = timings.spread("layer").median, timings.ratio("layer")
         yield {
             "pass": kind,
-            "dense ms": 1e3 * found.spread("dense").median,
+            "dense ms": 1e3 * timings.spread("dense").median,
             "layer ms": 1e3 * seconds,
             "to dense": ratio.median,
             "low": ratio.low,
             "high": ratio.high,
-            "to limit": over_limit(found, "layer").median,
+            "to limit": over_limit(timings, "layer").median,
             "TFLOP/s": 1e-12 * passes * flops_of(pair.layer, pair.rows) / seconds,
         }
 

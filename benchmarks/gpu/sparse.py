@@ -63,7 +63,7 @@ def sparse(device: str, toy: bool) -> Iterator[Row]:
 
         for call in (forward, step):
             calls = {name: partial(call, way) for name, way in ways.items()}
-            found = compare(calls, "dense", **BRIEF, device=device)
+            timings = compare(calls, "dense", **BRIEF, device=device)
             row = {"experts": experts, "density": density, "pass": call.__name__}
-            row |= {"dense ms": 1e3 * found.spread("dense").median}
-            yield row | {name: found.ratio(name).median for name in calls if name != "dense"}
+            row |= {"dense ms": 1e3 * timings.spread("dense").median}
+            yield row | {name: timings.ratio(name).median for name in calls if name != "dense"}

@@ -33,10 +33,10 @@ def markdown(reports: Sequence[Report]) -> str:
                 models.append(row)
     lines = [f"| layer | tokens | precision | {' | '.join(f'{run}: forward, step' for run in RUNS)} |"]
     lines += ["|---|---|---|" + "---|" * len(RUNS)]
-    for (shape, format, experts, tokens, precision), found in ratios.items():
+    for (shape, format, experts, tokens, precision), timings in ratios.items():
         cells = []
         for run in RUNS:
-            pair = [found.get((run, kind)) for kind in ("forward", "step")]
+            pair = [timings.get((run, kind)) for kind in ("forward", "step")]
             cells.append(", ".join("–" if value is None else f"{value:.2f}" for value in pair))
         place = f"{shape}, {format}, {experts} experts | {tokens:,} | {precision}"
         lines.append(f"| {place} | {' | '.join(cells)} |")

@@ -54,9 +54,9 @@ def gpt2(device: str, toy: bool) -> Iterator[Row]:
             )
             for name in (DENSE, experts)
         }
-        found = compare(calls, DENSE, rounds=9, limit=4, device=device)
+        timings = compare(calls, DENSE, rounds=9, limit=4, device=device)
         for name, call in calls.items():
-            seconds, ratio = found.spread(name).median, found.ratio(name)
+            seconds, ratio = timings.spread(name).median, timings.ratio(name)
             yield {
                 "model": name,
                 "run": run,

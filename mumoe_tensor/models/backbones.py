@@ -130,9 +130,9 @@ def _tried(backbone: Backbone, name: str) -> Backbone:
 
 def _load(network: nn.Module, state: dict[str, Tensor], name: str, weights: str | Path) -> None:
     own = {key: value.shape for key, value in network.state_dict().items()}
-    found = {key: value.shape for key, value in state.items()}
-    if own != found:
-        wrong = sorted(key for key in own | found if own.get(key) != found.get(key))
+    shapes = {key: value.shape for key, value in state.items()}
+    if own != shapes:
+        wrong = sorted(key for key in own | shapes if own.get(key) != shapes.get(key))
         raise ValueError(
             f"{weights} must have the weights of {name}; {len(wrong)} of its tensors are missing, unknown or "
             f"of another shape, {wrong[0]!r} for one."

@@ -105,14 +105,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return read_tensors(path)[0]
     with reading(path):
         try:
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception:  # a damaged pickle may raise anything
-            found = None
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            content = None
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise ValueError("weights are a whole file with a dict of tensors and nothing else.")
-        return found
+        return content
 
 
 def check_tensors(

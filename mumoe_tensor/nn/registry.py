@@ -129,8 +129,8 @@ class Registry:
         if not isinstance(entry, type):
             if arguments:
                 raise ValueError(f"{self.what} {name!r} is a function without arguments, got {arguments}.")
-            found: Callable[..., Tensor] = entry
-            return found
+            function: Callable[..., Tensor] = entry
+            return function
         try:
             made: Any = entry(**arguments)
         except TypeError as error:
@@ -160,7 +160,7 @@ class Registry:
         kind = type(instance)
         if kind.__init__ in (nn.Module.__init__, nn.Identity.__init__):  # which take any, and have none
             return {}
-        found: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for name, parameter in signature(kind).parameters.items():
             if name in _NOT_WRITTEN.get(kind, ()):
                 continue
@@ -172,13 +172,13 @@ class Registry:
                 )
             value = getattr(instance, name)
             try:
-                found[name] = _as_json(value)
+                arguments[name] = _as_json(value)
             except (TypeError, RuntimeError):  # (a tensor on the meta device has no value)
                 raise ValueError(
                     f"{self.what} must have arguments of types that JSON has to be written in a config; "
                     f"{kind.__name__} has {name}={value!r}."
                 ) from None
-        return found
+        return arguments
 
     def _equivalent(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The registered function that computes the same, if there is one; else the function itself."""

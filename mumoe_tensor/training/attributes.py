@@ -237,7 +237,7 @@ def _embeddings(path: Path, rows: int) -> Tensor:
             raise ValueError(
                 f"x must have shape ({rows}, features), a row for each of the attributes, got {x.shape}."
             )
-        found = as_features(x)
-    training = found[: CELEBA_PARTS[0]]
+        features = as_features(x)
+    training = features[: CELEBA_PARTS[0]]
     mean, scale = centring(training)
-    return (found - mean) / scale
+    return (features - mean) / scale

@@ -144,8 +144,8 @@ def digits() -> Dataset:
     """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return Dataset(torch.tensor(found.data / 16, dtype=torch.float32), torch.tensor(found.target))
+    loaded = load_digits()
+    return Dataset(torch.tensor(loaded.data / 16, dtype=torch.float32), torch.tensor(loaded.target))
 
 
 def read_npz(path: str | Path) -> Dataset:
@@ -230,9 +230,9 @@ def as_pixels(x: np.ndarray[Any, Any]) -> Tensor:
             f"images must be integers from 0 to 255, or other numbers from 0 to 1; got {x.dtype} from "
             f"{x.min()} to {x.max()}."
         )
-    found = x.astype(np.float32)
-    found /= top
-    return torch.from_numpy(found)
+    pixels = x.astype(np.float32)
+    pixels /= top
+    return torch.from_numpy(pixels)
 
 
 def as_features(x: np.ndarray[Any, Any]) -> Tensor:
@@ -244,12 +244,12 @@ def as_features(x: np.ndarray[Any, Any]) -> Tensor:
         If a number is not finite.
     """
     with np.errstate(over="ignore"):
-        found = x.astype(np.float32)
-    if not np.isfinite(found).all():
+        features = x.astype(np.float32)
+    if not np.isfinite(features).all():
         raise ValueError(
-            f"inputs must be finite in float32; x has {int((~np.isfinite(found)).sum())} that are not."
+            f"inputs must be finite in float32; x has {int((~np.isfinite(features)).sum())} that are not."
         )
-    return torch.from_numpy(found)
+    return torch.from_numpy(features)
 
 
 def as_labels(y: np.ndarray[Any, Any]) -> Tensor:

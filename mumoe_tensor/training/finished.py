@@ -36,9 +36,9 @@ def read_run(folder: str | Path) -> tuple[Settings, nn.Module]:
     """
     config, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
     _need(config)
-    told = read_config(config, MODEL)["settings"]
+    recorded = read_config(config, MODEL)["settings"]
     with reading(config):
-        settings = settings_of(told)
+        settings = settings_of(recorded)
     _need(weights)
     model: Any = load_model(weights)
     with reading(weights):
@@ -71,9 +71,9 @@ def read_head_run(folder: str | Path) -> tuple[HeadSetting, Head]:
     """
     config, weights = Path(folder, "config.json"), Path(folder, "head.safetensors")
     _need(config)
-    told = read_config(config, HEAD)["setting"]
+    recorded = read_config(config, HEAD)["setting"]
     with reading(config):
-        setting = checked(HeadSetting, told)
+        setting = checked(HeadSetting, recorded)
     _need(weights)
     return setting, load_head(weights)
 

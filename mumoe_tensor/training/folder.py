@@ -25,15 +25,15 @@ def read_config(path: Path, kind: tuple[str, str]) -> dict[str, dict[str, Any]]:
     ValueError
         If it is that of another kind of run, or of none.
     """
-    found = read_json(path)
+    config = read_json(path)
     with reading(path):
-        if set(found) != set(kind) or not all(isinstance(entry, dict) for entry in found.values()):
+        if set(config) != set(kind) or not all(isinstance(entry, dict) for entry in config.values()):
             runs = {MODEL: "train mixer or train gpt2", HEAD: "train head"}
-            others = [name for entries, name in runs.items() if set(found) == set(entries) != set(kind)]
-            what = f"this is a run of {others[0]}" if others else f"this has {sorted(found)}"
+            others = [name for entries, name in runs.items() if set(config) == set(entries) != set(kind)]
+            what = f"this is a run of {others[0]}" if others else f"this has {sorted(config)}"
             raise ValueError(f"a run of {runs[kind]} has the objects {' and '.join(kind)}; {what}.")
-    data = found[kind[0]].get("data")
+    data = config[kind[0]].get("data")
     if isinstance(data, dict) and str(data.get("inputs")).endswith(".npz"):
         # Version 0.1 took images of an .npz file as they were.
         data.setdefault("scale", False)
-    return found
+    return config

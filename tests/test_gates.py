@@ -404,7 +404,9 @@ X = np.zeros((2, 3))
 @every_gate
 def test_no_array(gate: str, x: Any) -> None:
     call = partial(gates.top_k, k=1) if gate == "top_k" else GATES[gate]
-    with pytest.raises(TypeError, match=f"must be NumPy, PyTorch or JAX arrays, got {type(x).__name__}"):
+    with pytest.raises(
+        TypeError, match=f"must be plain NumPy, PyTorch or JAX arrays, got {type(x).__name__}"
+    ):
         call(x)
 
 
@@ -412,7 +414,7 @@ def test_no_array(gate: str, x: Any) -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 def test_not_floating(gate: str, backend: str, dtype: str) -> None:
-    with pytest.raises(TypeError, match=f"floating dtype, got x: {dtype}"):
+    with pytest.raises(TypeError, match=f"floating dtype, .* got x: {dtype}"):
         GATES[gate](array(backend, np.ones(3), dtype))
 
 

@@ -63,12 +63,12 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Mi
     with reading(path):
         if not {"kind", "config"} <= set(about) or about["kind"] not in _KINDS:
             raise ValueError(
-                f"a model is a file of safetensors with its kind, {' or '.join(_KINDS)}, and config; this "
-                f"has {sorted(about)}."
+                f"a model is a file of safetensors with its kind, {' or '.join(_KINDS)}, and its config; got "
+                f"kind {about.get('kind')!r} and the entries {sorted(about)}."
             )
         kind, kind_of_config = _KINDS[about["kind"]]
-        told = parse_json(about["config"])
-        config = kind_of_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
+        values = parse_json(about["config"])
+        config = kind_of_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         if config.depth > len(tensors):
             raise ValueError(f"every block has tensors; got {len(tensors)} for a depth of {config.depth:,}.")
         model: Mixer | GPT2 = load_tensors(kind(config, "meta"), tensors)

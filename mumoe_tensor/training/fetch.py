@@ -196,10 +196,13 @@ class _Links(HTMLParser):
 
 def pip_options() -> dict[str, str]:
     """How pip downloads here, by its environment and its files; the index is pip's own by default."""
-    from pip._internal.models.index import PyPI
-
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
-    options = {"index-url": PyPI.simple_url}
+    # In a process of its own: pip and setuptools change modules of the standard library when imported.
+    default = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
+    index, listed = (
+        subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        for arguments in (["-c", default], ["-m", "pip", "config", "list"])
+    )
+    options = {"index-url": index.stdout.strip()}
     # The command's options come before the global ones, the environment's before both.
     for section in ("global", "download", ":env:"):
         for line in listed.stdout.splitlines():

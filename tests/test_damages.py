@@ -44,6 +44,7 @@ from mumoe_tensor.models.weights import read_tensors, read_weights, write_tensor
 from mumoe_tensor.study import Results, Setting  # noqa: E402
 from mumoe_tensor.training import attributes, read_images, read_npz  # noqa: E402
 from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402
+from mumoe_tensor.training.folder import MODEL, read_config  # noqa: E402
 
 RUNS = Path(__file__).parent / "data" / "states" / "runs.tar.xz"
 Damage = Callable[[Path], Any]
@@ -63,8 +64,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints = Checkpoints(folder / "begun" / "checkpoints")
     checkpoints.write(4, *checkpoints.read(4))
     checkpoints.path(2).unlink()
-    settings = json.loads((folder / "mixer" / "config.json").read_text())["settings"]
-    (folder / "own.toml").write_text(toml(settings))
+    config = read_config(folder / "mixer" / "config.json", MODEL)
+    (folder / "begun" / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "own.toml").write_text(toml(config["settings"]))
     texts = folder / "texts"
     texts.mkdir()
     for name in "ab":

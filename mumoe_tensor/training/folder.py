@@ -33,7 +33,7 @@ def read_config(path: Path, kind: tuple[str, str]) -> dict[str, dict[str, Any]]:
             what = f"this is a run of {others[0]}" if others else f"this has {sorted(config)}"
             raise ValueError(f"a run of {runs[kind]} has the objects {' and '.join(kind)}; {what}.")
     data = config[kind[0]].get("data")
-    if isinstance(data, dict) and str(data.get("inputs")).endswith(".npz"):
-        # Version 0.1 took images of an .npz file as they were.
-        data.setdefault("scale", False)
+    if isinstance(data, dict) and "inputs" in data:
+        # Version 0.1 took images of an .npz file as they were, and always scaled the others.
+        data.setdefault("scale", not str(data["inputs"]).endswith(".npz"))
     return config

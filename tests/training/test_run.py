@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import socket
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,19 @@ def test_what_is_done_is_not_done_again(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     # How rows are loaded makes no other run.
     run(replace(mixer, train=replace(SHORT, workers=2, evaluation_batch_size=7)), tmp_path / "out")
+
+
+def test_an_older_run_on_idx_goes_on(mixer: MixerRun, tmp_path: Path) -> None:
+    pixels, labels = np.zeros((80, 6, 6), np.uint8), np.arange(80, dtype=np.uint8) % 3
+    (tmp_path / "x.idx").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape) + pixels.tobytes())
+    (tmp_path / "y.idx").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, len(labels)) + labels.tobytes())
+    data = ImageData(str(tmp_path / "x.idx"), labels=str(tmp_path / "y.idx"), validation=0.2)
+    settings, out = replace(mixer, data=data, train=replace(SHORT, epochs=1)), tmp_path / "out"
+    run(settings, out)
+    config = json.loads((out / "config.json").read_text())
+    del config["settings"]["data"]["scale"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert not run(settings, out)["trained"]
 
 
 def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) -> None:

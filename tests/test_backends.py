@@ -84,6 +84,7 @@ def test_all_backends_agree(problem: Problem) -> None:
 
 def test_threads_that_load_jax_at_once_leave_float64_off(monkeypatch: pytest.MonkeyPatch) -> None:
     jax = pytest.importorskip("jax")
+    before = jax.config.read("jax_enable_x64")
     is_loading, loaded = threading.Event(), []
 
     class Manager:
@@ -99,14 +100,16 @@ def test_threads_that_load_jax_at_once_leave_float64_off(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("mumoe_tensor.backend._manager", lambda: Manager)
     monkeypatch.setattr("mumoe_tensor.backend._loaded", {})
-    with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(load_backend, "jax")
-        is_loading.wait()
-        others = [pool.submit(load_backend, "jax") for _ in range(7)]
-        assert all(thread.result() is first.result() for thread in others)
-    found = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", False)
-    assert not found and loaded == ["jax"]
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            first = pool.submit(load_backend, "jax")
+            assert is_loading.wait(timeout=60)
+            others = [pool.submit(load_backend, "jax") for _ in range(7)]
+            assert all(thread.result(timeout=60) is first.result(timeout=60) for thread in others)
+        assert not jax.config.read("jax_enable_x64") and loaded == ["jax"]
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def test_jax_gives_float32_where_float64_is_not_enabled() -> None:

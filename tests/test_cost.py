@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import mumoe_tensor as mt
 from mumoe_tensor.backend import backend_of
+from mumoe_tensor.budget import as_budget
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler
 from mumoe_tensor.contraction.network import forward_network, tree_of_operands
@@ -335,6 +336,10 @@ def test_match_is_the_dense_layer_without_biases_if_there_are_none() -> None:
     sizes = dict(experts=2, in_features=30, out_features=40)
     dense = mt.dense_parameters(30, 40, bias=False)
     assert mt.fit_rank("cp", **sizes) == mt.fit_rank("cp", parameters=dense, **sizes) == 17
+
+
+def test_a_multiple_is_rounded_to_the_nearest_budget() -> None:
+    assert as_budget("0.29x", 100) == 29
 
 
 def test_a_cost_reads_as_two_lines() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import errno
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +34,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, before: bytes | N
     with whole_file(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with whole_file(tmp_path / "file") as file:
+            file.write(b"new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -95,6 +107,17 @@ def test_a_failure_changes_nothing(old: Path) -> None:
         write(new, table="new")
         raise OSError("full")
     assert contents(old) == before
+
+
+def test_a_link_in_the_place_of_a_result_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", **{"1": "old"})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "steps").symlink_to(tmp_path / "elsewhere")
+    with alone_in(out), replacing(out, ["steps"]) as new:
+        write(new, table="new")
+    assert [path.name for path in out.iterdir()] == ["table"]
+    assert contents(tmp_path / "elsewhere") == {"1": b"old"}
 
 
 def test_what_can_go_on_is_kept(old: Path) -> None:
@@ -175,6 +198,13 @@ def test_the_lock_of_a_process_that_was_killed_is_none(tmp_path: Path) -> None:
     with alone_in(tmp_path), replacing(tmp_path, ["table"]) as new:
         write(new, table="newer")
     assert contents(tmp_path) == {"table": b"newer", ".hidden": b"mine", "a.part": b"mine"}
+
+
+def test_halves_in_a_folder_of_results_are_removed(tmp_path: Path) -> None:
+    write(tmp_path, **{"steps/.step.part": "half", "steps/step": "whole"})
+    with alone_in(tmp_path, "steps"):
+        pass
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["step"]
 
 
 def test_where_nothing_is_written_no_folder_is_left(tmp_path: Path) -> None:

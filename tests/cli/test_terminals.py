@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from rich.table import Table
 from typer.main import get_command
 
 from mumoe_tensor.cli import app, console
-from mumoe_tensor.extras import EXTRAS
+from mumoe_tensor.extras import EXTRAS, missing
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,12 +107,51 @@ def test_columns_that_do_not_fit_come_below(
         assert told.count("value-0") == told.count("a row with a name") > 1
 
 
+def test_a_terminal_without_a_size_is_80_wide(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = console.new_table("name", *(f"column {k}" for k in range(20)))
+    table.add_row("row", *(f"value-{k}" for k in range(20)))
+    console.show(table)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, printed.splitlines())) <= 80 and "value-19" in printed
+
+
 def test_tables_of_a_study_and_of_bias_are_shown_by_the_same_function() -> None:
     """No command prints a table that a narrow terminal would cut."""
     for path in (ROOT / "mumoe_tensor" / "cli").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert path.name == "console.py" or not re.search(r"print\(table\)", text), path
     assert isinstance(console.new_table("a"), Table) and Console is not None
+
+
+# ---- where the output goes --------------------------------------------------------------------------------
+
+
+def print_formats(stdout: Any) -> Any:
+    """A process whose output waits in a buffer."""
+    code = "from mumoe_tensor.cli import app; app()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "formats", "--json"], stdout=stdout, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+
+
+def test_a_reader_that_is_gone_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = print_formats(writer)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = print_formats(full)
+    assert done.returncode == 2 and done.stderr == "mumoe-tensor: No space left on device.\n"
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------
@@ -202,6 +242,10 @@ def test_a_missing_package_is_named_with_its_extra(
     expected = f"{package} is not installed; pip install 'mumoe_tensor[{extra}]'."
     assert result.stderr == f"mumoe-tensor: {expected}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_of_a_package_is_missing_as_the_package_is() -> None:
+    assert missing("torch.nn") == missing("torch") is not None
 
 
 def test_without_any_extra_but_the_command_lines(data: Path, tmp_path: Path) -> None:

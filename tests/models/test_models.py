@@ -26,6 +26,7 @@ from mumoe_tensor.models import (  # noqa: E402
     save_model,
 )
 from mumoe_tensor.models.blocks import StochasticDepth, drop_probabilities  # noqa: E402
+from mumoe_tensor.models.weights import read_tensors, write_tensors  # noqa: E402
 from mumoe_tensor.nn import ExpertGate, replace_mlp  # noqa: E402
 
 S16 = MixerConfig(
@@ -375,6 +376,30 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="is a Mixer or a GPT2, got Linear"):
         save_model(nn.Linear(2, 2), path)  # type: ignore[arg-type]
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a": torch.ones(4), "b": torch.ones(1)}, "b is in one of them alone"),
+        ({"a": torch.ones(2, 2)}, "a is not what was written"),
+        ({"a": torch.ones(4).view(torch.int32)}, "a is not what was written"),
+    ],
+    ids=["one too many", "another shape", "another type"],
+)
+def test_tensors_that_are_not_those_of_the_checksums(
+    tensors: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.ones(4)}, {"kind": "test"})
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata()
+    save_file(tensors, path, about)
+    with pytest.raises(ValueError, match=message):
+        read_tensors(path)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from mumoe_tensor.nn import (  # noqa: E402
     replace_mlp,
 )
 from mumoe_tensor.nn.contraction import contract  # noqa: E402
+from mumoe_tensor.nn.experts import rename_factors  # noqa: E402
 
 BASE: dict[type[Any], dict[str, Any]] = {
     MuMoE: {"in_features": 5, "out_features": 20, "experts": (3, 2), "rank": 2},
@@ -470,6 +471,12 @@ def test_an_activation_of_transformers_that_computes_something_else_stays() -> N
     assert made("activation", module).activation is module
 
 
+def test_an_activation_of_transformers_with_a_hook_stays() -> None:
+    module = pytest.importorskip("transformers.activations").GELUActivation()
+    module.register_forward_hook(lambda *_: None)
+    assert made("activation", module).activation is module
+
+
 # ---- configs of models -------------------------------------------------------------------------------------
 
 
@@ -589,6 +596,7 @@ DAMAGES: dict[str, dict[str, Any]] = {
     "complex": {"down.factor_0": torch.ones(3, 2, dtype=torch.complex64)},
     "integers": {"down.factor_0": torch.ones(3, 2, dtype=torch.int8)},
     "bools": {"gate.norm.running_mean": torch.ones(5, dtype=torch.bool)},
+    "complex count": {"gate.norm.num_batches_tracked": torch.tensor(1j)},
     "edit of a wrong shape": edit("new", mean_1=torch.ones(3)),
     "edit of a wrong output": edit("new", outputs=torch.ones(6)),
     "edit of a level too few": edit("new", mean_1=None),
@@ -705,6 +713,12 @@ def test_parameters_of_other_kinds_are_loaded() -> None:
     known(torch.randn(2, 5))
     lazy.load_state_dict(known.state_dict())
     assert torch.equal(lazy.activation.weight, known.activation.weight)
+
+
+def test_old_names_of_factors_change_and_what_stands_after_them_stays() -> None:
+    state = {"a.factors.1.exp_avg": 1, "a.factors.0": 2, "b.factors.0": 3}
+    rename_factors(state, "a.")
+    assert state == {"a.factor_1.exp_avg": 1, "a.factor_0": 2, "b.factors.0": 3}
 
 
 def test_a_hook_may_change_the_names() -> None:

@@ -201,6 +201,11 @@ class TwoInputs(nn.Sequential):
         return super().forward(x)
 
 
+class AnyInputs(nn.Sequential):
+    def forward(self, *inputs: Any) -> Any:
+        return super().forward(*inputs)
+
+
 class Adapted(nn.Linear):
     """A linear layer with an adapter, which starts at zero."""
 
@@ -281,6 +286,10 @@ REFUSED_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a hook on the weight": (
         lambda: hooked("hook", linear := nn.Linear(6, 6), linear.weight), "'weight' has a hook"
     ),
+    "a hook after the gradient of the weight": (
+        lambda: hooked("post_accumulate_grad_hook", linear := nn.Linear(6, 6), linear.weight),
+        "'weight' has a hook",
+    ),
 }  # fmt: skip
 
 #: Blocks that are refused, with words of the cause.
@@ -313,6 +322,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Block(lambda self, x: usual(self, x - x.mean(1, keepdim=True) if x.ndim == 3 else x)),
         "relative difference",
     ),
+    "a limit of large outputs": (
+        lambda: Block(lambda self, x: usual(self, x).clamp(-10, 10)), "relative difference"
+    ),
+    "a change of its input": (lambda: Block(lambda self, x: usual(self, x.relu_())), "relative difference"),
+    "any number of inputs": (lambda: AnyInputs(*plain(nn.ReLU())), r"one input, got \['inputs'\]"),
     "a second input": (lambda: TwoInputs(*plain(nn.ReLU())), "one input.*'mask'"),
     "a tuple": (lambda: Block(lambda self, x: (usual(self, x), x)), "must return a tensor, got tuple"),
     "one layer called twice": (
@@ -394,11 +408,18 @@ def test_a_parent_that_refuses_a_new_child_leaves_the_model_as_it_is() -> None:
                 raise RuntimeError("fixed")
             super().__setattr__(name, value)
 
-    network = nn.ModuleDict({"a": nn.Linear(6, 6), "fixed": Fixed({"b": nn.Linear(6, 6)})})
-    modules = dict(network.named_modules())
+    shared = nn.Linear(6, 6)
+    network = nn.ModuleDict({"a": shared, "again": shared, "fixed": Fixed({"b": nn.Linear(6, 6)})})
+    modules = dict(network.named_modules(remove_duplicate=False))
     with pytest.raises(RuntimeError, match="fixed"):
         replace_linear(network, "*", experts=4, rank=7)
-    assert dict(network.named_modules()) == modules
+    assert dict(network.named_modules(remove_duplicate=False)) == modules
+
+
+def test_an_error_that_names_the_module_is_of_the_same_kind() -> None:
+    network = nn.ModuleDict({"a": nn.Linear(6, 6)})
+    with unchanged(network), pytest.raises(TypeError, match="'a' cannot be replaced: "):
+        replace_linear(network, "a", experts=4.5, rank=7)
 
 
 def test_a_module_with_several_names_stays_one() -> None:
@@ -456,6 +477,7 @@ def test_what_is_frozen_stays_so_and_dtype_and_modes_stay(kind: str, dtype: Any)
 
 
 def test_the_error_of_outputs_is_of_what_they_are() -> None:
+    torch.manual_seed(0)
     linear = nn.Linear(6, 6)
     network = nn.ModuleDict({"a": linear, "rounded": nn.Linear(6, 6, dtype=torch.float16)})
     (exact,) = replace_linear(copy.deepcopy(network), "a", **OPTIONS)
@@ -467,6 +489,14 @@ def test_the_error_of_outputs_is_of_what_they_are() -> None:
     x = torch.randn(500, 6)
     error = float(((network["a"](x) - linear(x)).norm() / linear(x).norm()).detach())
     assert small.output_error == pytest.approx(error, rel=0.3)
+
+
+def test_the_error_of_outputs_is_measured_without_autocast() -> None:
+    torch.manual_seed(0)
+    network = model(plain(nn.GELU()))
+    with torch.autocast("cpu", torch.bfloat16):
+        (done,) = replace_mlp(network, "layers.0.mlp", **OPTIONS)
+    assert done.output_error is not None and done.output_error < 1e-5
 
 
 def test_modules_on_the_meta_device_are_read_and_not_fitted() -> None:
@@ -495,6 +525,15 @@ def test_layers_whose_weight_torch_reads_directly_are_refused(pattern: str) -> N
         torch.testing.assert_close(decoder.eval()(x, x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_so_are_those_of_a_subclass() -> None:
+    class Own(nn.TransformerEncoderLayer):
+        pass
+
+    network = nn.ModuleDict({"own": Own(6, 2, 10, batch_first=True)})
+    with unchanged(network), pytest.raises(ValueError, match="reads the weight of 'linear1'"):
+        replace_linear(network, "*.linear1", **OPTIONS)
+
+
 @pytest.fixture
 def group() -> Iterator[None]:
     """A process group of this process alone."""
@@ -515,10 +554,15 @@ def sharded(network: nn.Module) -> nn.Module:
     return network
 
 
+class OwnParallel(nn.parallel.DistributedDataParallel):
+    pass
+
+
 @pytest.mark.parametrize(
     ("wrap", "cause"),
     [
         (nn.parallel.DistributedDataParallel, "wrapped in DistributedDataParallel"),
+        (OwnParallel, "wrapped in DistributedDataParallel"),
         (sharded, "ordinary tensor, got DTensor"),
         (offloaded, "forward method of the instance"),
     ],

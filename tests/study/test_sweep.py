@@ -247,6 +247,17 @@ def test_linear_heads_on_data_of_a_file(tmp_path: Path) -> None:
     assert quality.judge(setting, cp, 0)["accuracy"] > 0.6
 
 
+def test_heads_have_the_classes_of_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).normal(size=(90, 16))
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(90) % 2)
+    options = SMALL | {"layer": "clip-head", "data": tmp_path / "x.npz", "head_parameters": ["9x"]}
+    setting = studies.prepare(**options, batch_size=8)
+    training, validation = quality.data_of(setting.data)
+    validation = quality.Dataset(validation.x, torch.arange(len(validation)) % 3)
+    monkeypatch.setattr(quality, "data_of", lambda data: (training, validation))
+    assert {head.sizes[-1] for head in quality.heads(setting)[0]} == {3}
+
+
 def test_training_learns_and_the_seed_decides() -> None:
     setting = studies.prepare(**(SMALL | {"epochs": 8}))
     heads, _ = quality.heads(setting)

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("torch")
 
 from mumoe_tensor.training import fetch as module
-from mumoe_tensor.training.fetch import SOURCES, Source, download, extract, fetch, main
+from mumoe_tensor.training.fetch import SOURCES, Source, check, download, extract, fetch, main
 
 FILES = {"inner/deep/a.data": b"A", "inner/b.txt": b"B", "other/c.txt": b"C"}
 
@@ -180,6 +180,14 @@ def test_files_of_a_debian_package_are_checked(
     # (Its version varies, and so does the package.)
     outcome = fetch(tmp_path, get=lambda source, folder: wheel(folder, FILES | {"changelog": b"new"}))
     assert (outcome["one"] == "fetched") == right == (tmp_path / "one").exists()
+
+
+def test_a_file_too_many_is_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"must be 1 file\(s\) to check, got 2"):
+        check(paths, [sha256(paths[0])])
 
 
 EVIL = b"from pathlib import Path; Path(__file__).with_name('was-run').touch(); raise SystemExit(1)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,21 @@ def test_a_run_on_images(trained: bool, tmp_path: Path, monkeypatch: pytest.Monk
 
         backbone.load_state_dict(load_file(tmp_path / "out" / "backbone.safetensors"))
     assert evaluate(nn.Sequential(backbone, head), images())[1] > 0.5
+
+
+def test_a_run_anew_leaves_no_network_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mumoe_tensor.training.head.load_backbone", lambda name, weights, size: tiny())
+    write_npz(images(), tmp_path / "images.npz")
+    setting = HeadSetting(
+        str(tmp_path / "images.npz"), {"experts": 4, "rank": 4}, replace(SHORT, epochs=1), backbone="tiny",
+        weights="tiny.pth", train_backbone=True,
+    )  # fmt: skip
+    run_head(setting, tmp_path / "out")
+    assert (tmp_path / "out" / "backbone.safetensors").exists()
+    run_head(replace(setting, train_backbone=False), tmp_path / "out", fresh=True)
+    assert not (tmp_path / "out" / "backbone.safetensors").exists()
 
 
 # ---- the command ------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,30 @@ def weights(folder: Path) -> dict[str, Any]:
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in {*first, *second})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a run, without those that are not yet in their place."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {name.as_posix(): path.read_bytes() for name, path in files.items() if ".new" not in name.parts}
+
+
+@contextmanager
+def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run on tokens is interrupted at a step."""
+    calls = 0
+    batch = Tokens.batch
+
+    def counted(self: Any, rows: Any) -> Any:
+        nonlocal calls
+        calls += len(rows) == SHORT.batch_size
+        if calls == step:
+            raise KeyboardInterrupt
+        return batch(self, rows)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Tokens, "batch", counted)
+        yield
 
 
 # ---- what a run leaves ------------------------------------------------------------------------------------
@@ -194,6 +220,15 @@ def test_a_folder_of_something_else(content: str, told: str, mixer: MixerRun, tm
     assert (tmp_path / "config.json").read_text() == content
 
 
+def test_results_of_no_run_are_left_alone(gpt2: GPT2Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.csv").write_text("mine")
+    with pytest.raises(DamagedCheckpoint):
+        run(gpt2, out)
+    assert (out / "metrics.csv").read_text() == "mine"
+
+
 def test_bad_data_leave_no_folder(mixer: MixerRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model takes images"):
         run(replace(mixer, model=replace(mixer.model, channels=3)), tmp_path / "out")
@@ -208,25 +243,29 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     step: int, gpt2: GPT2Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(gpt2, tmp_path / "whole")
-    calls = 0
-    batch = Tokens.batch
-
-    def interrupted(self: Any, rows: Any) -> Any:
-        nonlocal calls
-        calls += len(rows) == SHORT.batch_size
-        if calls == step:
-            raise KeyboardInterrupt
-        return batch(self, rows)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Tokens, "batch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(gpt2, tmp_path / "out")
+    with interrupted(step, monkeypatch):
+        run(gpt2, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     found = run(gpt2, tmp_path / "out")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
     assert found["trained"] and found["validation_loss"] == whole["validation_loss"]
     assert found["steps"] == whole["steps"]
+
+
+def test_what_was_begun_stays_until_another_run_has_something(
+    gpt2: GPT2Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", replace(gpt2, train=replace(SHORT, seed=1))
+    with interrupted(12, monkeypatch):
+        run(gpt2, out)
+    before = contents(out)
+    assert any(name.startswith("checkpoints/") for name in before)
+    with pytest.raises(ValueError, match=r"run of other settings \(train.seed is 0 there, 1 here\)"):
+        run(other, out)
+    with interrupted(1, monkeypatch):
+        run(other, out, fresh=True)
+    assert contents(out) == before
+    assert run(gpt2, out)["trained"]
 
 
 def test_from_the_checkpoint_of_a_step(gpt2: GPT2Run, tmp_path: Path) -> None:

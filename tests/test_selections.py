@@ -240,6 +240,18 @@ def test_what_no_experts_mean() -> None:
     assert SELECTIONS["ablation_effects(experts)"].run([]).shape == (0, N)
 
 
+def test_none_is_no_selection_of_experts() -> None:
+    layer = MuMoE(5, 4, experts=3, rank=2)
+    contexts = (
+        lambda: analysis.ablate(layer, None),
+        lambda: analysis.keep_only(layer, None),
+        lambda: analysis.scale(layer, None, 2.0),
+    )
+    for context in contexts:
+        with pytest.raises(TypeError, match=r"experts of level 0 must be .*got \[None\]"), context():
+            pass
+
+
 def test_the_order_is_that_of_the_selection() -> None:
     # Gates and experts are put in another order together: the outputs are the same, the coefficients are not.
     smaller = layer().keep_experts(1, [4, 1])

@@ -79,6 +79,8 @@ def _direction(output: int | Tensor, count: int) -> Tensor:
     if isinstance(output, Tensor) and output.ndim:
         if output.shape != (count,):
             raise ValueError(f"a direction must have shape {(count,)}, got {tuple(output.shape)}.")
+        if output.is_complex() or not output.isfinite().all():
+            raise ValueError(f"a direction must be real and finite, got {output}.")
         return output
     return nn.functional.one_hot(torch.tensor(read_number(output, count, "output")), count)
 

@@ -48,12 +48,10 @@ def gate_of(layer: nn.Module) -> ExpertGate:
     return gate
 
 
-def read_experts(gate: ExpertGate, level: int, experts: Selection | None) -> tuple[int, list[int]]:
-    """A level and some of its experts, or all of them; for errors see `read_number` and `read_selection`."""
+def read_experts(gate: ExpertGate, level: int, experts: Selection) -> tuple[int, list[int]]:
+    """A level and some of its experts; for errors see `read_number` and `read_selection`."""
     level = read_number(level, len(gate.experts), "level")
-    count = gate.experts[level]
-    selection = range(count) if experts is None else experts
-    return level, read_selection(selection, count, f"experts of level {level}")
+    return level, read_selection(experts, gate.experts[level], f"experts of level {level}")
 
 
 def experts_of(layer: nn.Module) -> Experts:

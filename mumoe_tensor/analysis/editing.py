@@ -114,19 +114,21 @@ def edit_bias(
     if name in (experts.edits or ()):
         raise ValueError(f"an edit must have a name of its own; {name!r} is one already.")
     means = [means] if isinstance(means, Tensor) else list(means)
+    if wrong := [type(mean).__name__ for mean in means if not isinstance(mean, Tensor)]:
+        raise TypeError(f"mean coefficients must be tensors, one a level, got {wrong}.")
     if [tuple(mean.shape) for mean in means] != [(count,) for count in experts.experts]:
         raise ValueError(
             f"there must be one mean coefficient for each of {experts.experts} experts; got means of shapes "
             f"{[tuple(mean.shape) for mean in means]}."
         )
-    if not all(bool(mean.isfinite().all()) for mean in means):
-        raise ValueError(f"mean coefficients must be finite, got {means}.")
     changed = read_selection(outputs, experts.out_features, "outputs", empty=False)
     strengths = torch.zeros(experts.out_features, dtype=torch.float64)
     strengths[changed] = as_finite(strength, "strength")
-    dtype = next(experts.parameters()).dtype
-    if not strengths.to(dtype).isfinite().all():
-        raise ValueError(f"strength must be finite in {dtype}, got {strength}.")
+    like = next(experts.parameters())
+    if not all(mean.is_floating_point() and mean.to(like.dtype).isfinite().all() for mean in means):
+        raise ValueError(f"mean coefficients must be floats that are finite in {like.dtype}, got {means}.")
+    if not strengths.to(like.dtype).isfinite().all():
+        raise ValueError(f"strength must be finite in {like.dtype}, got {strength}.")
     experts.add_edit(name, means, strengths)
 
 

@@ -52,7 +52,7 @@ def loss_effects(
         If the level or an expert is no integer.
     """
     gate = gate_of(layer)
-    level, removed = read_experts(gate, level, experts)
+    level, removed = read_experts(gate, level, slice(None) if experts is None else experts)
     batches = [(tokens, read_labels(following, what="next tokens")) for tokens, following in batches]
     if not sum(following.numel() for _, following in batches):
         raise ValueError("there must be tokens whose loss can change, got none.")

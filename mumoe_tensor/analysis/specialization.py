@@ -158,7 +158,7 @@ def ablation_effects(
         If the level, an expert or a label is no integer.
     """
     gate = gate_of(layer)
-    level, removed = read_experts(gate, level, experts)
+    level, removed = read_experts(gate, level, slice(None) if experts is None else experts)
     count = gate.experts[level]
     total = torch.zeros(classes, dtype=torch.long)
     change = torch.zeros(len(removed), classes, dtype=torch.long)

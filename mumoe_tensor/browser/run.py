@@ -100,6 +100,11 @@ def browse(
     return _browse_gpt2(settings, model, Path(vocabulary), rows, k, removed, progress)
 
 
+def _check_names(classes: Sequence[str], count: int) -> None:
+    if classes and len(classes) != count:
+        raise ValueError(f"there must be a name for each of {count} classes, or none; got {len(classes)}.")
+
+
 def _browse_mixer(
     settings: MixerRun,
     model: Any,
@@ -109,6 +114,7 @@ def _browse_mixer(
     removed: int,
     progress: Progress | None,
 ) -> str:
+    _check_names(classes, model.config.classes)
     _, kept = settings.read_data()
     x, y = kept.batch(torch.arange(min(rows, len(kept))))
     levels = collect(
@@ -295,6 +301,7 @@ def browse_head(
             with reading(weights):
                 load_tensors(backbone, tensors)
         kept = extract(backbone, kept)
+    _check_names(classes, head.config["classes"])
     levels = collect(head, kept.x.flatten(1), kept.y, k=k, progress=progress)
     return page(
         levels,

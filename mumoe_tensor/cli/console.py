@@ -29,7 +29,7 @@ def fail(message: str, code: int) -> int:
 def failures() -> Iterator[None]:
     """Make what may happen to any command one line and an exit code.
 
-    That is 2 for what the operating system refuses, such as a full disk, and for a package that is missing;
+    That is 2 for what the system refuses, such as a full disk or memory, and for a package that is missing;
     1 for numbers that are not finite; 130 for an interruption.
     """
     try:
@@ -44,6 +44,8 @@ def failures() -> Iterator[None]:
         raise typer.Exit(fail(_words(error), 2)) from error
     except FloatingPointError as error:
         raise typer.Exit(fail(str(error), 1)) from error
+    except MemoryError as error:
+        raise typer.Exit(fail(f"there is not enough memory: {error}", 2)) from error
     except KeyboardInterrupt as stop:
         raise typer.Exit(fail("interrupted.", 130)) from stop
 

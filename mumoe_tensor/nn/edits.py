@@ -46,7 +46,9 @@ class BiasEdits(nn.ModuleDict):
 
 
 def check_edit_name(name: str) -> None:
-    """Raise a ValueError unless a module of edits can have a child of that name."""
+    """Raise an error unless a module of edits can have a child of that name."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an edit must be a string, got {name!r}.")
     if not name or "." in name or hasattr(BiasEdits(), name):
         raise ValueError(f"the name of an edit must be that of a module, without dots, got {name!r}.")
 

@@ -125,6 +125,10 @@ class _Layer(WholeState):
                 "the parameters of the linear layers must be all frozen or none of them, as those of experts "
                 "hold weight and bias in one; set requires_grad_ first."
             )
+        if len({matrix.dtype for matrix in matrices}) > 1:
+            raise ValueError(
+                f"the linear layers must have one dtype, got {[str(matrix.dtype) for matrix in matrices]}."
+            )
         own = {"device": first.device, "dtype": first.dtype}
         make: Any = cls
         layer = make(*sizes, experts, bias=bias, **{**own, **options})
@@ -235,16 +239,18 @@ class _Layer(WholeState):
         ------
         ValueError
             If there is no such level or expert, one occurs twice, or there is none; if pruning or a
-            parametrization computes the factors.
+            parametrization computes the weight of the gate or a factor.
         TypeError
             If the level or an index is no integer.
         """
         experts = self.gate.experts
         level = read_number(level, len(experts), "level")
         kept = read_selection(indices, experts[level], f"indices of level {level}", empty=False)
-        if not all(isinstance(factor, nn.Parameter) for child in self._layers for factor in child.factors):
+        weights: list[Tensor] = [self.gate.weight] if experts else []
+        weights += [factor for child in self._layers for factor in child.factors]
+        if not all(isinstance(weight, nn.Parameter) for weight in weights):
             raise ValueError(
-                "factors must be parameters for some of their experts to be taken; pruning or a "
+                "weights and factors must be parameters for some of their experts to be taken; pruning or a "
                 "parametrization computes them: make it permanent first (prune.remove, "
                 "remove_parametrizations)."
             )

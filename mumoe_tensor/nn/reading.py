@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +147,7 @@ def check_same(
     Raises
     ------
     ValueError
-        If the outputs differ, with the cause where it can be seen.
+        If the outputs differ, with the cause where it can be seen, or the gradients do.
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
@@ -160,6 +161,19 @@ def check_same(
                     if cause := _difference(y, call(plain, x), x):
                         when = " while training" if training else ""
                         raise ValueError(f"its outputs are not those of its layers alone{when}: {cause}.")
+        x, _ = _outputs(copied.eval(), inputs)[0]
+        gradient, expected = (_gradient(function, x) for function in (copied, rebuild(copied)))
+        # (Rounding may change the side of a kink that a hidden feature is on, and the gradient with it.)
+        if gradient is None or not are_equal(gradient, expected, 0.05):
+            raise ValueError("the gradient of its input is not that of its layers alone.")
+
+
+def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """The gradient of the inputs for the sum of the outputs, or None if there is none."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        y = function(x)
+    return torch.autograd.grad(y.sum(), x, allow_unused=True)[0] if y.requires_grad else None
 
 
 def _outputs(module: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -89,12 +89,14 @@ class Registry:
     def register(self, name: str, function: Function) -> Function:
         """Add a function or a class; see `register_gate`."""
         if not isinstance(name, str) or not name:
-            raise TypeError(f"the name of a {self.what} must be a string, got {name!r}.")
+            raise TypeError(
+                f"the name of a registered {self.what} must be a string, not empty, got {name!r}."
+            )
         if not callable(function) or isinstance(function, nn.Module):
             raise TypeError(f"a registered {self.what} must be a function or a class, got {function!r}.")
         taken = {**_MODULES, **self._entries}.get(name, function)
         if not _is_definition_of_both(taken, function):
-            raise ValueError(f"a {self.what} must have a name of its own; {name!r} is {taken!r}.")
+            raise ValueError(f"every {self.what} must have its own name; {name!r} is {taken!r}.")
         self._entries[name] = function
         return function
 
@@ -149,7 +151,13 @@ class Registry:
             if entry is function:
                 return name
             if entry is type(function):
-                return {"name": name, **self._arguments(function)}
+                written = {"name": name, **(arguments := self._arguments(function))}
+                if arguments and self._arguments(self.read(written)) != arguments:
+                    raise ValueError(
+                        f"an instance of a registered {self.what} must keep its arguments as they are; made "
+                        f"with {arguments}, {name!r} has {self._arguments(self.read(written))}."
+                    )
+                return written
         raise ValueError(
             f"{self.what} must be registered to be written in a config: give it a name by "
             f"register_{self.what}; got {function!r}."

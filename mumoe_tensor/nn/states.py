@@ -82,6 +82,9 @@ def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
         value = state[name]
         if not torch.overrides.is_tensor_like(value):
             wrong.append(f"{name} is no tensor but of type {type(value).__name__}")
+        elif value.layout != own.layout or (value.is_meta and not own.is_meta):
+            where = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+            wrong.append(f"{name} must be a tensor with values like those of the layer, and is {where}")
         elif value.shape != own.shape and not (own.ndim == 0 and value.shape == (1,)):  # as of old states
             wrong.append(f"{name} has shape {tuple(value.shape)} and should have {tuple(own.shape)}")
         elif (value.is_complex() and not own.is_complex()) or (

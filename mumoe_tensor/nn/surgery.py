@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +156,12 @@ def _replace(
     options: dict[str, Any],
 ) -> list[Replacement]:
     check_flag(dry_run, "dry_run")
+    if not isinstance(pattern, str):
+        raise TypeError(f"the pattern must be a string, got {pattern!r}.")
+    if "experts" not in options or "bias" in options:
+        raise TypeError(
+            f"the options must have experts, and not bias, which is that of the old layer; got {options}."
+        )
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
@@ -188,6 +195,12 @@ def _replace(
         done._replace(errors=new.fit_errors, output_error=_output_error(old, new))
         for done, (old, new) in zip(replacements, made.items(), strict=True)
     ]
+    for done in replacements:
+        if done.output_error is not None and not isfinite(done.output_error):
+            raise ValueError(
+                f"{done.name!r} cannot be replaced: the outputs of the new module must be finite, their "
+                f"relative error is {done.output_error}."
+            )
     try:
         for old, new in made.items():
             for name in chosen[old]:

@@ -154,7 +154,7 @@ def read_npz(path: str | Path) -> Dataset:
     Parameters
     ----------
     path : str or Path
-        Of an ``.npz`` file with ``x``, real numbers of shape (rows, ...), and ``y``, integers of
+        Of an ``.npz`` file with ``x``, real numbers of shape (rows, features, ...), and ``y``, integers of
         shape (rows,).
 
     Raises
@@ -165,6 +165,8 @@ def read_npz(path: str | Path) -> Dataset:
     """
     x, y = read_arrays(path, ("x", "y"))
     with reading(path):
+        if x.ndim < 2:
+            raise ValueError(f"x must be of shape (rows, features) or have more axes, got {x.shape}.")
         return Dataset(as_features(x), as_labels(y))
 
 

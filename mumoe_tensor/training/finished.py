@@ -75,7 +75,15 @@ def read_head_run(folder: str | Path) -> tuple[HeadSetting, Head]:
     with reading(config):
         setting = checked(HeadSetting, recorded)
     _need(weights)
-    return setting, load_head(weights)
+    head = load_head(weights)
+    with reading(weights):
+        for name, asked in setting.head.items():
+            there = head.config.get(name, asked)
+            if name in ("format", "gate", "gate_norm", "init") and there != asked:
+                raise ValueError(
+                    f"the head must be that of config.json; {name} is {there!r} here, {asked!r} there."
+                )
+    return setting, head
 
 
 def _need(path: Path) -> None:

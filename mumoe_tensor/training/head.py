@@ -176,15 +176,12 @@ def run_head(
     OSError
         If another process writes into the folder, or the results cannot be written.
     """
-    told: dict[str, Any] = json.loads(json.dumps(asdict(setting)))
-    if not fresh and (folder / "config.json").exists():
-        known = read_config(folder / "config.json", HEAD)
-        if (folder / "head.safetensors").exists():
-            if known["setting"] != told:
-                raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
-            return {**_best(read_evaluations(folder / "metrics.csv")), **known["head"], "trained": False}
+    if not fresh and (done := _done(setting, folder)) is not None:
+        return done
     data = setting.read_data()
     classes = data.classes
+    if classes < 2:
+        raise ValueError(f"labels must be of two classes or more; those of {setting.inputs} are all 0.")
     backbone = None
     if setting.backbone is not None and setting.weights is not None:
         backbone = load_backbone(setting.backbone, setting.weights, setting.size)
@@ -211,18 +208,33 @@ def run_head(
         "hidden": head.config["hidden"],
     }
     with alone_in(folder):
+        # (Another process may have finished one while the data were read.)
+        if not fresh and (done := _done(setting, folder)) is not None:
+            return done
         if backbone is not None and setting.train_backbone:
             epochs = fine_tune(backbone, head, training, validation, config, progress=progress)
         else:
             epochs = train_head(head, training, validation, config, progress=progress)
         with replacing(folder, RESULTS) as new:
             with whole_file(new / "config.json") as file:
-                file.write(json.dumps({"setting": told, "head": about}, indent=2).encode())
+                file.write(json.dumps({"setting": asdict(setting), "head": about}, indent=2).encode())
             write_evaluations(epochs, new / "metrics.csv")
             if backbone is not None and setting.train_backbone:
                 write_tensors(new / "backbone.safetensors", backbone.state_dict(), {})
             save_head(head, new / "head.safetensors")
     return {**_best(epochs), **about, "trained": True}
+
+
+def _done(setting: HeadSetting, folder: Path) -> dict[str, Any] | None:
+    """What `run_head` returns of a run that is done; raises if it is one of another setting."""
+    if not (folder / "config.json").exists():
+        return None
+    recorded = read_config(folder / "config.json", HEAD)
+    if not (folder / "head.safetensors").exists():
+        return None
+    if recorded["setting"] != json.loads(json.dumps(asdict(setting))):
+        raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
+    return {**_best(read_evaluations(folder / "metrics.csv")), **recorded["head"], "trained": False}
 
 
 def _best(epochs: list[Evaluation]) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def test_a_direction_of_the_outputs() -> None:
         (4, 0, "output must be an integer at least 0 and less than 4, got 4"),
         (-1, 0, "output must be an integer"),
         (torch.ones(3), 0, r"shape \(4,\), got \(3,\)"),
+        (torch.tensor([1j, 0, 0, 0]), 0, "direction must be real and finite"),
+        (torch.tensor([torch.nan, 0, 0, 0]), 0, "direction must be real and finite"),
         (0, 1, "level must be an integer"),
     ],
 )

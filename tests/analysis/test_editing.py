@@ -292,7 +292,7 @@ def test_divided_layers_add_edits_once(tmp_path: Path) -> None:
         ({"strength": 1e39}, "finite in torch.float32, got 1e"),
         (
             {"means": torch.tensor([torch.nan, *[0.5] * (N - 1)])},
-            "mean coefficients must be finite, got .*nan",
+            "finite in torch.float32, got .*nan",
         ),
     ],
 )
@@ -307,6 +307,23 @@ def test_edits_that_cannot_be(change: Any, message: str) -> None:
         remove_edit(layer, "new")
     with pytest.raises(ValueError, match=r"one of \[\]"):
         remove_edit(layer_of(), "new")
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [torch.full((N,), 1e300, dtype=torch.float64), torch.ones(N) * 1j, torch.ones(N, dtype=torch.int64)],
+)
+def test_means_are_floats_that_the_layer_can_hold(mean: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"floats that are finite in torch\.float32"):
+        edit_bias(layer_of(), "new", mean, 0, 1.0)
+
+
+@pytest.mark.parametrize("change", [{"means": [[0.1] * N]}, {"means": [None]}, {"name": 1}])
+def test_means_and_names_of_other_types(change: Any) -> None:
+    with pytest.raises(TypeError, match=r"must be tensors, one a level|must be a string, got 1"):
+        edit_bias(
+            layer_of(), **{"name": "new", "means": torch.rand(N), "outputs": 0, "strength": 1.0} | change
+        )
 
 
 @pytest.mark.parametrize("strength", ["1", None, True, 1j])

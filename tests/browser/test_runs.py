@@ -157,6 +157,7 @@ def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> No
     for line, wrong in (
         ([str(mixer), "--images", "x.npz"], "images are for a head on features"),
         ([str(mixer), "--removed", "-1"], "removed not negative"),
+        ([str(mixer), "--classes", "a,b"], "a name for each of"),
         ([str(gpt2), "--vocabulary-files", str(tmp_path)], "encoder.json"),
     ):
         done = inspect(*line)

@@ -104,13 +104,14 @@ def test_parametrized_factors(kind: str) -> None:
     }
 
 
-def test_experts_are_taken_only_of_factors_that_are_parameters() -> None:
+def test_experts_are_taken_only_of_weights_that_are_parameters() -> None:
     layer = made("layer")
-    prune.l1_unstructured(layer.experts, "factor_0", amount=0.5)
-    with pytest.raises(ValueError, match=r"computes them: make it permanent first \(prune\.remove"):
-        layer.keep_experts(0, [1, 2])
-    prune.remove(layer.experts, "factor_0")
-    assert layer.keep_experts(0, [1, 2]).experts.experts == (2,)
+    for part, name in ((layer.experts, "factor_0"), (layer.gate, "weight")):
+        prune.l1_unstructured(part, name, amount=0.5)
+        with pytest.raises(ValueError, match=r"computes them: make it permanent first \(prune\.remove"):
+            layer.keep_experts(0, [1, 2])
+        prune.remove(part, name)
+        assert layer.keep_experts(0, [1, 2]).experts.experts == (2,)
 
 
 # ---- batch norm ------------------------------------------------------------------------------------------

@@ -253,11 +253,11 @@ def test_names_of_registered_functions() -> None:
         register("own")(squared_relu)
         register("own")(squared_relu)  # as when a module is imported again
         for name in ("own", "PReLU", "softmax" if register is register_gate else "gelu"):
-            with pytest.raises(ValueError, match="a name of its own"):
+            with pytest.raises(ValueError, match="must have its own name"):
                 register(name)(torch.tanh)
         first, second = (eval("lambda x: x") for _ in range(2))
         register("lambda")(first)
-        with pytest.raises(ValueError, match="a name of its own"):
+        with pytest.raises(ValueError, match="must have its own name"):
             register("lambda")(second)
         with pytest.raises(TypeError, match="must be a function or a class"):
             register("module")(nn.GELU())
@@ -564,6 +564,19 @@ def layer_with_edit() -> Any:
     return layer.eval()
 
 
+def test_an_instance_that_changes_its_arguments_is_not_written() -> None:
+    @register_gate("twice")
+    class Twice:
+        def __init__(self, factor: float):
+            self.factor = 2 * factor
+
+        def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+            return (self.factor * logits).softmax(-1)
+
+    with pytest.raises(ValueError, match=r"made with {'factor': 4.0}, 'twice' has {'factor': 8.0}"):
+        _ = MuMoE(5, 4, 3, rank=2, gate=Twice(2.0)).config
+
+
 def other_state() -> dict[str, Any]:
     torch.manual_seed(1)
     layer = layer_with_edit()
@@ -597,6 +610,7 @@ DAMAGES: dict[str, dict[str, Any]] = {
     "integers": {"down.factor_0": torch.ones(3, 2, dtype=torch.int8)},
     "bools": {"gate.norm.running_mean": torch.ones(5, dtype=torch.bool)},
     "complex count": {"gate.norm.num_batches_tracked": torch.tensor(1j)},
+    "sparse": {"down.factor_0": torch.ones(3, 2).to_sparse()},
     "edit of a wrong shape": edit("new", mean_1=torch.ones(3)),
     "edit of a wrong output": edit("new", outputs=torch.ones(6)),
     "edit of a level too few": edit("new", mean_1=None),
@@ -632,6 +646,17 @@ def assert_unchanged(layer: Any, before: dict[str, Any]) -> None:
     for name, (identity, value) in now.items():
         assert identity == before[name][0], name
         assert value is None or value.is_meta or torch.equal(value, before[name][1]), name
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_state_without_values_changes_nothing(assign: bool) -> None:
+    layer = layer_with_edit()
+    before = snapshot(layer)
+    with pytest.raises(
+        ValueError, match=r"down\.factor_0 must be a tensor with values .* on the meta device"
+    ):
+        layer.load_state_dict(damaged({"down.factor_0": torch.ones(3, 2, device="meta")}), assign=assign)
+    assert_unchanged(layer, before)
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])

@@ -304,6 +304,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "dropout before the activation": (lambda: plain(nn.Dropout(0.5), nn.GELU()), "Dropout, GELU"),
     "dropout of another kind": (lambda: plain(nn.GELU(), nn.AlphaDropout(0.5)), "GELU, AlphaDropout"),
+    "a detached output": (lambda: Block(lambda self, x: usual(self, x).detach()), "gradient of its input"),
+    "a detached branch": (
+        lambda: Block(lambda self, x: self.down(self.act(self.up(x)).detach())), "gradient of its input"
+    ),
     "dropout of no module": (
         lambda: Block(lambda self, x: nn.functional.dropout(usual(self, x), 0.5, self.training)),
         "while training",
@@ -651,3 +655,21 @@ def test_blocks_of_other_libraries(kind: str, request: pytest.FixtureRequest) ->
             torch.manual_seed(1)
             outputs.append(module.train(training)(x))
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_options_and_layers_that_do_not_go_together() -> None:
+    network = nn.ModuleDict({"a": nn.Linear(6, 6), "block": plain(nn.ReLU())})
+    before = {name: id(module) for name, module in network.named_modules()}
+    for options in ({}, {**OPTIONS, "bias": False}):
+        with pytest.raises(TypeError, match="must have experts, and not bias"):
+            replace_linear(network, "a", **options)
+    with pytest.raises(TypeError, match="pattern must be a string, got 1"):
+        replace_linear(network, 1, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="'a' cannot be replaced: the outputs of the new module must be finite"
+    ):
+        replace_linear(network, "a", **OPTIONS, gate=lambda logits: logits * torch.nan)
+    network["block"][2].to(torch.float64)
+    with pytest.raises(ValueError, match=r"one dtype, got \['torch.float32', 'torch.float64'\]"):
+        replace_mlp(network, "block", **OPTIONS)
+    assert {name: id(module) for name, module in network.named_modules()} == before

@@ -21,6 +21,7 @@ from torch import nn
 import mumoe_tensor as mt
 from mumoe_tensor.models import Backbone, Head, load_head, save_head
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, split, write_npz
+from mumoe_tensor.training.finished import read_head_run
 from mumoe_tensor.training.head import HeadSetting, fine_tune, run_head, train_head
 
 CLASSES = 3
@@ -244,6 +245,42 @@ def test_a_run_is_kept_and_not_done_again(features: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="another setting"):
         run_head(other, out)
     assert run_head(other, out, fresh=True)["trained"]
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_kept(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (HeadSetting(str(features), {"experts": 4, "rank": (r,)}, SHORT) for r in (5, 6))
+    read, out = HeadSetting.read_data, tmp_path / "out"
+
+    def read_slowly(setting: HeadSetting) -> Any:
+        if setting is second:
+            run_head(first, out)
+        return read(setting)
+
+    monkeypatch.setattr(HeadSetting, "read_data", read_slowly)
+    with pytest.raises(ValueError, match="another setting"):
+        run_head(second, out)
+    assert not run_head(first, out)["trained"]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [(np.zeros((9, 4)), "two classes or more"), (np.zeros(9), r"x must be of shape \(rows, ")],
+)
+def test_data_that_no_head_can_learn(x: Any, message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", x=x, y=np.zeros(9, int))
+    with pytest.raises(ValueError, match=message):
+        run_head(HeadSetting(str(tmp_path / "f.npz"), {}, SHORT), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_is_not_that_of_the_head(features: Path, tmp_path: Path) -> None:
+    run_head(HeadSetting(str(features), {"experts": 4, "rank": (5,), "gate": "softmax"}, SHORT), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("softmax", "sparsemax"))
+    with pytest.raises(ValueError, match="gate is 'softmax' here, 'sparsemax' there"):
+        read_head_run(tmp_path)
 
 
 def test_settings_that_do_not_fit_together() -> None:

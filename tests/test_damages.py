@@ -66,7 +66,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.path(2).unlink()
     config = read_config(folder / "mixer" / "config.json", MODEL)
     config["settings"]["data"]["scale"] = True
-    (folder / "begun" / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("mixer", "begun"):
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "own.toml").write_text(toml(config["settings"]))
     texts = folder / "texts"
     texts.mkdir()

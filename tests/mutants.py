@@ -111,7 +111,7 @@ def tests_of(file: str) -> str:
     inside = sorted({*folder.glob("test_*.py")} - {TESTS / f"test_{name}.py" for name in DISTANT})
     paths = [TESTS / room.parent / f"test_{room.name}.py", TESTS / f"test_{room.parts[0]}.py"]
     near = [name_of(path) for path in paths if path.exists()]
-    seen = [name for fault in FAULTS if fault.file == file for name in fault.tests.split()]
+    seen = [name.partition("::")[0] for fault in FAULTS if fault.file == file for name in fault.tests.split()]
     return " ".join(dict.fromkeys([*near, *seen, *map(name_of, inside)]))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from groups import leave  # noqa: E402
 from torch import distributed, nn  # noqa: E402
 
 from mumoe_tensor.nn import MuMoEMLP  # noqa: E402
@@ -57,7 +58,7 @@ def worker(rank: int, folder: str, spread: Any) -> None:
     state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in state.items()}
     if rank == 0:
         torch.save(state, f"{folder}/trained.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("spread", [replicated, sharded])

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from groups import leave  # noqa: E402
 from torch import distributed, nn  # noqa: E402
 
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, gather, parallelize  # noqa: E402
@@ -148,7 +149,7 @@ def worker(rank: int, folder: str) -> None:
     results["others"] = others(group)
     results["zeros"] = gradients_of_zeros(group)
     torch.save(results, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def worker_of_four(rank: int, folder: str) -> None:
     replicated = nn.parallel.DistributedDataParallel(divided, process_group=others[rank % 2])
     train(replicated, inputs()[rank // 2 :: 2])
     torch.save(gather(divided).state_dict(), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 def test_divided_and_replicated(tmp_path: Path) -> None:

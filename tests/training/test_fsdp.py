@@ -19,6 +19,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
 pytest.importorskip("tensorboardX")
 
+from groups import leave  # noqa: E402
+
 from mumoe_tensor.models import GPT2, GPT2Config, Mixer, MixerConfig  # noqa: E402
 from mumoe_tensor.training import Dataset, TrainConfig, train  # noqa: E402
 
@@ -113,7 +115,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         if rank == 0:
             told = [[e.loss, e.validation_loss] for e in history]
             torch.save([whole, told], place / "end.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")

@@ -23,6 +23,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
 pytest.importorskip("tensorboardX")
 
+from groups import leave  # noqa: E402
 from torch import nn  # noqa: E402
 
 from mumoe_tensor.nn import MuMoEMLP  # noqa: E402
@@ -341,7 +342,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     train(net, doubled(), doubled(33, seed=1), CONFIG, folder=Path(folder, "alone"))
     if rank == 0:
         torch.save(net.state_dict(), Path(folder, "alone.pt"))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")

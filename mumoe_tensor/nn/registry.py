@@ -151,13 +151,14 @@ class Registry:
             if entry is function:
                 return name
             if entry is type(function):
-                written = {"name": name, **(arguments := self._arguments(function))}
-                if arguments and self._arguments(self.read(written)) != arguments:
+                arguments = self._arguments(function)
+                again = self._arguments(self.read({"name": name, **arguments}))
+                if again != arguments:
                     raise ValueError(
                         f"an instance of a registered {self.what} must keep its arguments as they are; made "
-                        f"with {arguments}, {name!r} has {self._arguments(self.read(written))}."
+                        f"with {arguments}, {name!r} has {again}."
                     )
-                return written
+                return {"name": name, **arguments}
         raise ValueError(
             f"{self.what} must be registered to be written in a config: give it a name by "
             f"register_{self.what}; got {function!r}."

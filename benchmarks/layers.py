@@ -145,8 +145,8 @@ def elementwise(layer: Any, rows: int, backward: bool) -> Call:
         return torch.randn(shape, device=weight.device, dtype=dtype, requires_grad=backward)
 
     def coefficients(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found: tuple[torch.Tensor, ...] = layer.gate.coefficients_of(logits, weight.dtype)
-        return found
+        levels: tuple[torch.Tensor, ...] = layer.gate.coefficients_of(logits, weight.dtype)
+        return levels
 
     logits = random(rows, len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
     jobs: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [(coefficients, (logits,))]
@@ -204,9 +204,9 @@ class AsWritten(nn.Module):
         return torch.einsum(equation, *experts.factors, *coefficients, x)
 
 
-def over_limit(found: Comparison, name: str) -> Spread:
+def over_limit(timings: Comparison, name: str) -> Spread:
     """The layer's time without its elementwise part, over the products' of the same turn."""
-    seconds = zip(*(found.seconds[x] for x in (name, "elementwise", "limit")), strict=True)
+    seconds = zip(*(timings.seconds[x] for x in (name, "elementwise", "limit")), strict=True)
     return Spread.of((layer - rest) / bare for layer, rest, bare in seconds)
 
 
@@ -249,10 +249,10 @@ def layers(quick: bool, device: str) -> Report:
             torch._dynamo.reset()
             for kind in ("forward", "step"):
                 calls = beside.calls(kind, run)
-                found = compare(
+                timings = compare(
                     calls, "dense", rounds=3 if quick else 15, limit=2.0 if quick else 20.0, device=device
                 )
-                ratio = found.ratio("layer")
+                ratio = timings.ratio("layer")
                 rows.append(
                     {
                         "shape": shape.name,
@@ -260,14 +260,14 @@ def layers(quick: bool, device: str) -> Report:
                         "format": shape.format,
                         "run": run,
                         "pass": kind,
-                        "dense ms": 1e3 * found.spread("dense").median,
-                        "layer ms": 1e3 * found.spread("layer").median,
-                        "elementwise ms": 1e3 * found.spread("elementwise").median,
+                        "dense ms": 1e3 * timings.spread("dense").median,
+                        "layer ms": 1e3 * timings.spread("layer").median,
+                        "elementwise ms": 1e3 * timings.spread("elementwise").median,
                         "to dense": ratio.median,
                         "low": ratio.low,
                         "high": ratio.high,
-                        "to limit": over_limit(found, "layer").median,
-                        "as written": found.ratio("as written").median / ratio.median
+                        "to limit": over_limit(timings, "layer").median,
+                        "as written": timings.ratio("as written").median / ratio.median
                         if "as written" in calls
                         else None,
                     }
@@ -328,18 +328,18 @@ def sparse(quick: bool, device: str) -> Report:
             }
             for name, module in (("dense route", route), ("layer", layer)):
                 calls[name] = step(module, x, gradient) if backward else forward(module, x)
-            found = compare(
+            timings = compare(
                 calls, "limit", rounds=3 if quick else 15, limit=2.0 if quick else 20.0, device=device
             )
             rows.append(
                 {
                     "not zero": measured,
                     "pass": kind,
-                    "limit ms": 1e3 * found.spread("limit").median,
-                    "layer ms": 1e3 * found.spread("layer").median,
-                    "elementwise ms": 1e3 * found.spread("elementwise").median,
-                    "to limit": over_limit(found, "layer").median,
-                    "dense route to limit": over_limit(found, "dense route").median,
+                    "limit ms": 1e3 * timings.spread("limit").median,
+                    "layer ms": 1e3 * timings.spread("layer").median,
+                    "elementwise ms": 1e3 * timings.spread("elementwise").median,
+                    "to limit": over_limit(timings, "layer").median,
+                    "dense route to limit": over_limit(timings, "dense route").median,
                 }
             )
     columns = {"not zero": ".2%", "pass": ""}
@@ -381,7 +381,7 @@ def one_token(quick: bool, device: str) -> Report:
             calls["compiled"] = forward(torch.compile(layer, fullgraph=True), x)
         for name in calls:
             torch.testing.assert_close(calls[name](), calls["by hand"](), rtol=1e-4, atol=1e-5)
-        found = compare(
+        timings = compare(
             calls,
             "by hand",
             rounds=3 if quick else 101,
@@ -392,11 +392,11 @@ def one_token(quick: bool, device: str) -> Report:
         rows.append(
             {
                 "shape": shape.name,
-                "by hand us": 1e6 * found.spread("by hand").median,
-                "layer us": 1e6 * found.spread("layer").median,
-                "more us": 1e6 * found.excess("layer").median,
-                "compiled us": None if quick else 1e6 * found.spread("compiled").median,
-                "more than by hand us": None if quick else 1e6 * found.excess("compiled").median,
+                "by hand us": 1e6 * timings.spread("by hand").median,
+                "layer us": 1e6 * timings.spread("layer").median,
+                "more us": 1e6 * timings.excess("layer").median,
+                "compiled us": None if quick else 1e6 * timings.spread("compiled").median,
+                "more than by hand us": None if quick else 1e6 * timings.excess("compiled").median,
             }
         )
     columns = {"shape": ""} | dict.fromkeys(list(rows[0])[1:], ".0f")
@@ -420,9 +420,13 @@ def gates(quick: bool, device: str) -> Report:
     calls = {"package": both(entmax.entmax15), "eager": both(entmax15)}
     if not quick:
         calls["compiled"] = both(compiled)
-    found = compare(calls, "package", rounds=3 if quick else 15, limit=30, device=device)
+    timings = compare(calls, "package", rounds=3 if quick else 15, limit=30, device=device)
     rows = [
-        {"run": name, "ms": 1e3 * found.spread(name).median, "times as fast": 1 / found.ratio(name).median}
+        {
+            "run": name,
+            "ms": 1e3 * timings.spread(name).median,
+            "times as fast": 1 / timings.ratio(name).median,
+        }
         for name in calls
     ]
     title = f"entmax15 of {size[0]} x {size[1]} logits, forward and backward, against the entmax package"

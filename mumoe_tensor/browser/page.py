@@ -230,7 +230,7 @@ def page(
     levels : list of ExpertLevel
         As of `collect`.
     samples : Images or Texts, optional
-        What the inputs look like; without, they are told by their numbers only. Tokens of texts are shaded by
+        What the inputs look like; without, only their numbers are shown. Tokens of texts are shaded by
         the expert's coefficients.
     title, about : str
         Above the experts.
@@ -263,7 +263,7 @@ def page(
     labels = sorted({label for expert in experts for label, *_ in expert["bars"]})
     known = classes if isinstance(classes, Mapping) else dict(enumerate(classes))
     is_language = any(level.is_language for level in levels)
-    told: dict[str, Any] = {
+    data: dict[str, Any] = {
         "levels": plain,
         "samples": {} if samples is None else {index: samples.shown(index) for index in used},
         "classes": {label: known[label] for label in labels if label in known},
@@ -288,7 +288,7 @@ def page(
             '<span id="count"></span></nav>',
             "" if written is None else WRITTEN.format(html_text(written.about)),
             '<main id="cards"></main>',
-            f'<script id="data" type="application/json">{script_json(told)}</script>',
+            f'<script id="data" type="application/json">{script_json(data)}</script>',
             f"<script>{SCRIPT}</script></body></html>",
         ]
     )

@@ -8,15 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from mumoe_tensor.extras import missing as told
+from mumoe_tensor import extras
 
 try:
     import rich  # noqa: F401
     import typer
-except ImportError as missing:
+except ImportError as error:
     # The package is nothing but the command: a traceback would tell its user less.
-    print(f"mumoe-tensor: {told(missing.name or '') or missing}", file=sys.stderr)
-    raise SystemExit(2) from missing
+    print(f"mumoe-tensor: {extras.missing(error.name or '') or error}", file=sys.stderr)
+    raise SystemExit(2) from error
 
 from mumoe_tensor.cli.app import Command, OneLineErrors, main
 from mumoe_tensor.cli.browser import inspect

@@ -17,12 +17,13 @@ from mumoe_tensor.backend import (
     select,
     without_last,
 )
+from mumoe_tensor.checks import check_flag
 from mumoe_tensor.contraction.execute import execute, fold
 from mumoe_tensor.contraction.layout import Compiler, Program
 from mumoe_tensor.contraction.network import Network, forward_network, weight_network
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
 from mumoe_tensor.contraction.search import Case, Objective, SearchSpace, best_trees
-from mumoe_tensor.formats.base import Format, check_flag
+from mumoe_tensor.formats.base import Format
 from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 

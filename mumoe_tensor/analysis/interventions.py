@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, read_experts
-from mumoe_tensor.formats.base import as_finite
+from mumoe_tensor.checks import as_finite
 from mumoe_tensor.selections import Selection
 
 

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from math import inf, prod
 from typing import Literal, NamedTuple
 
+from mumoe_tensor.checks import as_positive, check_choice
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
 from mumoe_tensor.contraction.network import Indices, Network, forward_network
 from mumoe_tensor.contraction.search import (
@@ -25,7 +26,7 @@ from mumoe_tensor.contraction.search import (
     peaks_of,
     substitute,
 )
-from mumoe_tensor.formats.base import BATCH, Format, Tree, as_positive, check_choice, check_modes, get_format
+from mumoe_tensor.formats.base import BATCH, Format, Tree, check_modes, get_format
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.budget import fit_rank
-from mumoe_tensor.formats.base import as_positive, as_probability, check_choice, get_format
+from mumoe_tensor.checks import as_positive, as_probability, check_choice
+from mumoe_tensor.formats.base import get_format
 from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.nn.experts import Init
 from mumoe_tensor.nn.gate import GateNorm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.coefficients import evaluating, watch_coefficients
-from mumoe_tensor.formats.base import as_positive
+from mumoe_tensor.checks import as_positive
 from mumoe_tensor.models.blocks import (
     DENSE,
     StochasticDepth,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module
 
-from mumoe_tensor.formats.base import as_entries, as_positive, check_choice
+from mumoe_tensor.checks import as_entries, as_positive, check_choice
 from mumoe_tensor.nn.contraction import autocast_dtype, check_dense
 from mumoe_tensor.nn.frozen import is_frozen
 from mumoe_tensor.nn.functional import is_eager_on_cpu

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.budget import fit_rank
-from mumoe_tensor.formats.base import (
-    Format,
-    as_positive,
-    as_probability,
-    check_choice,
-    check_flag,
-    check_modes,
-    formats,
-    get_format,
-)
+from mumoe_tensor.checks import as_positive, as_probability, check_choice, check_flag
+from mumoe_tensor.formats.base import Format, check_modes, formats, get_format
 from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm

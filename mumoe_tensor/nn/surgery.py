@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mumoe_tensor.formats.base import check_flag
+from mumoe_tensor.checks import check_flag
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear
 from mumoe_tensor.nn.mlp import is_mlp, read_mlp

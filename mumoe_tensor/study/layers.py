@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mumoe_tensor.formats.base import as_positive
+from mumoe_tensor.checks import as_positive
 
 
 @dataclass(frozen=True)

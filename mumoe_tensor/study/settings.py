@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mumoe_tensor.formats.base import as_positive, as_python, check_modes, get_format
+from mumoe_tensor.checks import as_positive, as_python
+from mumoe_tensor.formats.base import check_modes, get_format
 from mumoe_tensor.formats.base import formats as registered
 from mumoe_tensor.readers import checked, read_json, reading
 from mumoe_tensor.study.layers import Layer, get_layer

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from math import cos, isfinite, pi
 from typing import Literal
 
-from mumoe_tensor.formats.base import as_python
+from mumoe_tensor.checks import as_python
 
 Schedule = Literal["cosine", "linear"]
 Precision = Literal["no", "bf16", "fp16"]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mumoe_tensor.checks import as_positive
 from mumoe_tensor.files import alone_in, replacing, whole_file
-from mumoe_tensor.formats.base import as_positive
 from mumoe_tensor.readers import read_json, read_text, reading
 from mumoe_tensor.selections import Selection, read_selection
 

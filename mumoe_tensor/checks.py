@@ -1,0 +1,65 @@
+"""Reading and checking arguments: numbers of any library become Python's, and an error states the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from math import isfinite
+from typing import Any
+
+
+def as_positive(value: Any, what: str) -> int:
+    """Return an integer of any library as an int, or say that `what` must be a positive integer."""
+    number = as_python(value)
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise TypeError(f"{what} must be an integer, got {value!r}.")
+    number = number.__index__()
+    if number < 1:
+        raise ValueError(f"{what} must be positive, got {number}.")
+    return int(number)
+
+
+def as_finite(value: Any, what: str) -> float:
+    """Return a number of any library as a float, or say that `what` must be a finite number."""
+    number = as_python(value)
+    if isinstance(number, (bool, str)) or not hasattr(number, "__float__"):
+        raise TypeError(f"{what} must be a number, got {value!r}.")
+    if not isfinite(number):
+        raise ValueError(f"{what} must be finite, got {number}.")
+    return float(number)
+
+
+def as_probability(value: Any, what: str) -> float:
+    """As `as_finite`, but `what` must be a probability below one."""
+    number = as_finite(value, what)
+    if not 0 <= number < 1:
+        raise ValueError(f"{what} must be a probability below one, got {number}.")
+    return number
+
+
+def as_entries(value: Any, what: str) -> tuple[Any, ...]:
+    """Return the entries of a sequence or an array, read once; a number is its only entry."""
+    value = as_python(value)
+    if isinstance(value, (str, bytes, Mapping, AbstractSet)):
+        raise TypeError(f"{what} must be an integer or a sequence of integers, got {value!r}.")
+    return tuple(value) if isinstance(value, Iterable) else (value,)
+
+
+def as_python(value: Any) -> Any:
+    """A number or a list of Python for a number or an array of any library; other values as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def check_flag(value: Any, what: str) -> None:
+    """Raise a TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, got {value!r}.")
+
+
+def check_choice(value: Any, choices: Iterable[Any], what: str) -> Any:
+    """Return the choice that `value` equals, or raise a ValueError that lists the choices."""
+    choices = list(choices)
+    for choice in choices:
+        if isinstance(value, type(choice)) and value == choice:
+            return choice
+    raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

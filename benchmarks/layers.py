@@ -184,7 +184,7 @@ class AsWritten(nn.Module):
         logits = nn.functional.linear(x, layer.gate.weight)
         if layer.gate.norm is not None:
             logits = layer.gate.norm(logits)
-        parts = logits.split(layer.gate.experts, -1)
+        parts = logits.split(layer.gate.num_experts, -1)
         if layer.gate.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
         coefficients = [entmax.entmax15(part, dim=-1) for part in parts]

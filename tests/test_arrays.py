@@ -278,7 +278,7 @@ ITERABLES: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
         [(Y[None], Y[None]), (Y[None], 1 - Y[None])]),
     "mean_coefficients": (lambda b: analysis.mean_coefficients(m := layer(), m, b)[0], [X]),
     "Experts(coefficients)": (lambda a: layer().experts(X, a), [X.softmax(1)]),
-    "MuMoE(experts)": (lambda n: torch.tensor(MuMoE(4, 2, n, rank=3).gate.experts), [4, 3]),
+    "MuMoE(experts)": (lambda n: torch.tensor(MuMoE(4, 2, n, rank=3).gate.num_experts), [4, 3]),
     "MuMoE(parameters)": (lambda n: torch.tensor(MuMoE(4, 2, n, parameters=200).experts.rank), [4, 3]),
     "random(experts)": (lambda n: mt.FactorizedTensor.random("cp", experts=n, rank=2, **SIZES).shape, [4, 3]),
     "plan(experts)": (lambda n: mt.plan("cp", experts=n, rank=2, **SIZES).flops, [4, 3]),

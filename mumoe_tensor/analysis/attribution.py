@@ -62,7 +62,7 @@ def attribute(
     (torch.Size([5, 8]), True)
     """
     experts = experts_of(layer)
-    level = read_number(level, len(experts.experts), "level")
+    level = read_number(level, len(experts.num_experts), "level")
     direction = _direction(output, experts.out_features)
     arguments = _arguments_of(experts, model, inputs)
     coefficients = [a.detach() for a in arguments["coefficients"]]

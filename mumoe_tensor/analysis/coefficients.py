@@ -50,8 +50,8 @@ def gate_of(layer: nn.Module) -> ExpertGate:
 
 def read_experts(gate: ExpertGate, level: int, experts: Selection) -> tuple[int, list[int]]:
     """A level and some of its experts; for errors see `read_number` and `read_selection`."""
-    level = read_number(level, len(gate.experts), "level")
-    return level, read_selection(experts, gate.experts[level], f"experts of level {level}")
+    level = read_number(level, len(gate.num_experts), "level")
+    return level, read_selection(experts, gate.num_experts[level], f"experts of level {level}")
 
 
 def experts_of(layer: nn.Module) -> Experts:

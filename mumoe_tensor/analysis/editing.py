@@ -38,7 +38,7 @@ def mean_coefficients(model: nn.Module, layer: nn.Module, batches: Iterable[Any]
     ValueError
         If the layer has not one gate, or there are no inputs.
     """
-    usage = [Usage(count) for count in gate_of(layer).experts]
+    usage = [Usage(count) for count in gate_of(layer).num_experts]
 
     def count(name: str, coefficients: tuple[Tensor, ...]) -> None:
         for each, a in zip(usage, coefficients, strict=True):
@@ -116,10 +116,10 @@ def edit_bias(
     means = [means] if isinstance(means, Tensor) else list(means)
     if wrong := [type(mean).__name__ for mean in means if not isinstance(mean, Tensor)]:
         raise TypeError(f"mean coefficients must be tensors, one a level, got {wrong}.")
-    if [tuple(mean.shape) for mean in means] != [(count,) for count in experts.experts]:
+    if [tuple(mean.shape) for mean in means] != [(count,) for count in experts.num_experts]:
         raise ValueError(
-            f"there must be one mean coefficient for each of {experts.experts} experts; got means of shapes "
-            f"{[tuple(mean.shape) for mean in means]}."
+            f"there must be one mean coefficient for each of {experts.num_experts} experts; got means of "
+            f"shapes {[tuple(mean.shape) for mean in means]}."
         )
     changed = read_selection(outputs, experts.out_features, "outputs", empty=False)
     strengths = torch.zeros(experts.out_features, dtype=torch.float64)

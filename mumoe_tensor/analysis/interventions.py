@@ -60,7 +60,7 @@ def keep_only(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractC
     """
     gate = gate_of(layer)
     level, kept = read_experts(gate, level, experts)
-    return ablate(gate, sorted(set(range(gate.experts[level])) - set(kept)), level)
+    return ablate(gate, sorted(set(range(gate.num_experts[level])) - set(kept)), level)
 
 
 @contextmanager

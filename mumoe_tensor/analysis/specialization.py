@@ -159,7 +159,7 @@ def ablation_effects(
     """
     gate = gate_of(layer)
     level, removed = read_experts(gate, level, slice(None) if experts is None else experts)
-    count = gate.experts[level]
+    count = gate.num_experts[level]
     total = torch.zeros(classes, dtype=torch.long)
     change = torch.zeros(len(removed), classes, dtype=torch.long)
     with evaluating(model):

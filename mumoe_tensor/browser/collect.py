@@ -151,7 +151,7 @@ def collect(
     seen = {
         (name, level): _Seen(experts, 0 if found is None else len(found), k)
         for name, gate in gates_of(model).items()
-        for level, experts in enumerate(gate.experts)
+        for level, experts in enumerate(gate.num_experts)
     }
     starts = range(0, len(inputs), batch_size)
     tell = progress or (lambda done, total, text: None)
@@ -271,6 +271,6 @@ def _effects(
         found = loss_effects(model, layer, batches, level=level, experts=experts)
     else:
         found = ablation_effects(model, layer, batches, classes, level=level, experts=experts)
-    effects = torch.full((gate_of(layer).experts[level], *found.shape[1:]), torch.nan)
+    effects = torch.full((gate_of(layer).num_experts[level], *found.shape[1:]), torch.nan)
     effects[experts] = found
     return effects

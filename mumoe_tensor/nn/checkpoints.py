@@ -112,11 +112,11 @@ def load_published(published: Published, gate: ExpertGate, layers: list[Experts]
 def write_published(gate: ExpertGate, layers: list[Experts], version: str) -> dict[str, Tensor]:
     """The parameters of a layer under their published names, as copies."""
     state: dict[str, Any] = {}
-    for e, weight in enumerate(gate.weight.split(gate.experts)):
+    for e, weight in enumerate(gate.weight.split(gate.num_experts)):
         state[f"projs.{e}"] = weight.T
     if gate.norm is not None:
         for name, value in gate.norm.state_dict().items():
-            levels = value.split(gate.experts) if value.ndim else [value] * len(gate.experts)
+            levels = value.split(gate.num_experts) if value.ndim else [value] * len(gate.num_experts)
             state |= {f"bn.{e}.{name}": level for e, level in enumerate(levels)}
     prefixes = PREFIXES[version]
     if len(layers) > len(prefixes):

@@ -61,6 +61,8 @@ class Experts(WholeState):
 
     Attributes
     ----------
+    num_experts : tuple of int
+        One number a level.
     factor_0, factor_1, ... : Parameter
         The factors that are not all ones, in declared order, each in the memory order its format declares
         (``Factor.storage``).
@@ -98,13 +100,14 @@ class Experts(WholeState):
         check_flag(recompute, "recompute")
         self.format = get_format(format)
         modes = check_modes(experts, in_features, out_features, bias)
-        self.experts = modes[:-2]
+        self.num_experts = modes[:-2]
         self.in_features, self.out_features = modes[-2] - bias, modes[-1]
-        self.rank = self.format.full_rank(rank, len(self.experts))
+        self.rank = self.format.full_rank(rank, len(self.num_experts))
         self.bias, self.recompute = bias, recompute
         self.init = check_choice(init, get_args(Init), "init")
         batch_hint = as_positive(batch_hint, "batch_hint")
-        network = forward_network(self.format, modes, self.rank, self.format.units(len(self.experts)), bias)
+        ones = self.format.units(len(self.num_experts))
+        network = forward_network(self.format, modes, self.rank, ones, bias)
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
@@ -159,7 +162,7 @@ class Experts(WholeState):
         factors = iter(self.factors)
         views: list[Any] = [
             None if f.unit else next(factors).permute([f.storage.index(x) for x in f.indices])
-            for f in self.format.declaration(len(self.experts))
+            for f in self.format.declaration(len(self.num_experts))
         ]
         return FactorizedTensor(self.format, views)
 
@@ -176,14 +179,14 @@ class Experts(WholeState):
         ValueError, TypeError
             If the index does not name an expert.
         """
-        index = read_index(index, self.experts)
+        index = read_index(index, self.num_experts)
         found = expert_matrix(self.weight, index, bias=self.bias)
         matrix, bias = found if self.bias else (found, None)
         if self.edits is not None:
             entries = torch.tensor(index, device=matrix.device)
             one_hot = [
                 nn.functional.one_hot(k, n).to(matrix.dtype)
-                for k, n in zip(entries, self.experts, strict=True)
+                for k, n in zip(entries, self.num_experts, strict=True)
             ]
             bias = self.edits(matrix.new_zeros(self.out_features) if bias is None else bias, one_hot)
         return matrix, bias
@@ -234,11 +237,11 @@ class Experts(WholeState):
         check_dense(z)
         leading = z.shape[:-1]
         given = [a.shape for a in coefficients]
-        if z.shape[-1] != self.in_features or given != [(*leading, n) for n in self.experts]:
+        if z.shape[-1] != self.in_features or given != [(*leading, n) for n in self.num_experts]:
             raise ValueError(
                 f"inputs must have {self.in_features} features, and there must be coefficients of shapes "
-                f"{[(*leading, n) for n in self.experts]}; got inputs of {tuple(z.shape)}, coefficients of "
-                f"{[*map(tuple, given)]}."
+                f"{[(*leading, n) for n in self.num_experts]}; got inputs of {tuple(z.shape)}, coefficients "
+                f"of {[*map(tuple, given)]}."
             )
         # (No needless views: in-place changes of these are restricted.)
         is_matrix = len(leading) == 1
@@ -272,7 +275,8 @@ class Experts(WholeState):
     def _expected(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
         rename_factors(state, prefix)
         expected = super()._expected(state, prefix)
-        sizes = {f"mean_{level}": n for level, n in enumerate(self.experts)} | {"outputs": self.out_features}
+        sizes = {f"mean_{level}": n for level, n in enumerate(self.num_experts)}
+        sizes["outputs"] = self.out_features
         for name, entries in edits_in(state, prefix).items():
             check_edit_name(name)
             if entries != sizes.keys():
@@ -285,7 +289,8 @@ class Experts(WholeState):
         # Edits of the state alone get a place, and are loaded like all else.
         for name in edits_in(state, prefix):
             if self.edits is None or name not in self.edits:
-                self.add_edit(name, [torch.zeros(n) for n in self.experts], torch.zeros(self.out_features))
+                means = [torch.zeros(n) for n in self.num_experts]
+                self.add_edit(name, means, torch.zeros(self.out_features))
 
     def add_edit(self, name: str, means: Sequence[Tensor], outputs: Tensor) -> None:
         """Give every expert one more bias: the product of its means times `outputs`.
@@ -306,7 +311,7 @@ class Experts(WholeState):
         self.edits[name] = BiasEdit(kept, last)
 
     def extra_repr(self) -> str:
-        sizes = f"{self.in_features}, {self.out_features}, experts={self.experts}"
+        sizes = f"{self.in_features}, {self.out_features}, experts={self.num_experts}"
         return f"{sizes}, format={self.format.name!r}, rank={self.rank}, bias={self.bias}"
 
 

@@ -53,6 +53,8 @@ class ExpertGate(WholeState):
     ----------
     weight : Parameter of shape (out_features, in_features)
         The rows of ``G^T``, level after level; a buffer without entries if there is no level.
+    num_experts : tuple of int
+        One number a level.
     out_features : int
         Sum of the numbers of experts.
     gate : callable
@@ -72,12 +74,12 @@ class ExpertGate(WholeState):
     ):
         super().__init__()
         self.in_features = as_positive(in_features, "in_features")
-        self.experts = tuple(
+        self.num_experts = tuple(
             as_positive(n, "every number of experts") for n in as_entries(experts, "experts")
         )
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
-        self.out_features = total = sum(self.experts)
+        self.out_features = total = sum(self.num_experts)
         weight = torch.empty(total, self.in_features, device=device, dtype=dtype)
         if total:
             self.weight = nn.Parameter(weight)
@@ -143,7 +145,7 @@ class ExpertGate(WholeState):
             )
         if mask is not None:
             mask = _read_mask(mask, z.shape[:-1])
-        if not self.experts:
+        if not self.num_experts:
             return ()
         if autocast_dtype(z.device):
             logits = nn.functional.linear(z, self.weight)
@@ -180,14 +182,14 @@ class ExpertGate(WholeState):
         dtype : torch.dtype, optional
             Of the coefficients; that of the logits by default.
         """
-        parts = logits.split(self.experts, -1) if len(self.experts) > 1 else (logits,)
+        parts = logits.split(self.num_experts, -1) if len(self.num_experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
         return tuple(self.gate(part).to(dtype or logits.dtype) for part in parts)
 
     def extra_repr(self) -> str:
         gate = getattr(self.gate, "__name__", type(self.gate).__name__)
-        return f"{self.in_features}, experts={self.experts}, gate={gate!r}, gate_norm={self.gate_norm!r}"
+        return f"{self.in_features}, experts={self.num_experts}, gate={gate!r}, gate_norm={self.gate_norm!r}"
 
 
 def _read_mask(mask: Tensor, shape: torch.Size) -> Tensor:

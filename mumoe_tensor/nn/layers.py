@@ -235,7 +235,7 @@ class _Layer(WholeState):
         TypeError
             If the level or an index is no integer.
         """
-        experts = self.gate.experts
+        experts = self.gate.num_experts
         level = read_number(level, len(experts), "level")
         kept = read_selection(indices, experts[level], f"indices of level {level}", empty=False)
         weights: list[Tensor] = [self.gate.weight] if experts else []

@@ -67,7 +67,7 @@ class DividedExperts(Experts):
 
     def __init__(self, whole: Experts, group: distributed.ProcessGroup | None):
         processes, index = distributed.get_world_size(group), distributed.get_rank(group)
-        bonds = whole.format.bonds(len(whole.experts))
+        bonds = whole.format.bonds(len(whole.num_experts))
         if not bonds:
             raise ValueError(f"experts are divided along a bond; format {whole.format.name!r} has none.")
         sizes = dict(zip(bonds, whole.rank, strict=True))
@@ -82,7 +82,7 @@ class DividedExperts(Experts):
         start, stop = (sizes[bond] * k // processes for k in (index, index + 1))
         # Nothing is drawn on the meta device: processes with parts of different sizes draw the same later.
         super().__init__(
-            whole.in_features, whole.out_features, whole.experts, whole.format,
+            whole.in_features, whole.out_features, whole.num_experts, whole.format,
             tuple(stop - start if x == bond else size for x, size in sizes.items()),
             bias=whole.bias, init=whole.init, batch_hint=whole.plan.batch,
             recompute=whole.recompute, device="meta",
@@ -98,16 +98,16 @@ class DividedExperts(Experts):
         """The slice of a whole factor that this process holds, as a view."""
         if self.bond not in self.axes[k]:
             return factor
-        size = self.rank[self.format.bonds(len(self.experts)).index(self.bond)]
+        size = self.rank[self.format.bonds(len(self.num_experts)).index(self.bond)]
         return factor.narrow(self.axes[k].index(self.bond), self.start, size)
 
     @torch.no_grad()
     def gathered(self) -> Experts:
         """The whole experts, on every process."""
-        bonds = self.format.bonds(len(self.experts))
+        bonds = self.format.bonds(len(self.num_experts))
         like = self.factors[0]
         whole = Experts(
-            self.in_features, self.out_features, self.experts, self.format,
+            self.in_features, self.out_features, self.num_experts, self.format,
             tuple(self.whole_size if x == self.bond else n for x, n in zip(bonds, self.rank, strict=True)),
             bias=self.bias, init=self.init, batch_hint=self.plan.batch,
             recompute=self.recompute, device="meta", dtype=like.dtype,

@@ -251,7 +251,7 @@ def test_effects_are_those_of_ablating_everywhere(experts: Any, level: int, remo
     layer = head(experts)
     model, data = model_of(layer).train(), batches()
     found = ablation_effects(model, layer, data, C, level=level, experts=removed, random_seed=seed)
-    count = layer.gate.experts[level]
+    count = layer.gate.num_experts[level]
     expected = brute_force(model, layer, data, level, removed or range(count), seed)
     torch.testing.assert_close(found, expected)
     assert expected.abs().sum() > 0 and model.training and hooks(model) == 0

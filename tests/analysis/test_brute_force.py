@@ -69,9 +69,9 @@ def some(data: Any, count: int) -> list[int]:
 def test_coefficients_changed_are_slices_changed(drawn: Any, data: Any) -> None:
     layer, x = drawn
     intact = layer(x)
-    level = data.draw(st.integers(0, len(layer.gate.experts) - 1))
-    experts = some(data, layer.gate.experts[level])
-    others = [k for k in range(layer.gate.experts[level]) if k not in experts]
+    level = data.draw(st.integers(0, len(layer.gate.num_experts) - 1))
+    experts = some(data, layer.gate.num_experts[level])
+    others = [k for k in range(layer.gate.num_experts[level]) if k not in experts]
     for context, changed, factor in (
         (ablate(layer, experts, level), experts, 0.0),
         (scale(layer, experts, -1.5, level), experts, -1.5),
@@ -102,7 +102,7 @@ def test_interventions_add_up() -> None:
 @st.composite
 def edits(draw: Callable, layer: Any) -> Any:
     shares = st.floats(0, 1)
-    lists = [st.lists(shares, min_size=n, max_size=n) for n in layer.gate.experts]
+    lists = [st.lists(shares, min_size=n, max_size=n) for n in layer.gate.num_experts]
     means = [torch.tensor(draw(each), dtype=torch.float64) for each in lists]
     changed = draw(st.lists(st.integers(0, layer.experts.out_features - 1), min_size=1, unique=True))
     return means, changed, draw(st.floats(-9, 9))
@@ -129,10 +129,10 @@ def test_edited_biases_are_those_of_the_dense_tensor(drawn: Any, data: Any) -> N
     weight = edited(edited(dense(layer), *one), *other)
     with torch.set_grad_enabled(data.draw(st.booleans())):
         close(layer(x), outputs(weight, layer, x))
-    for index in product(*map(range, layer.gate.experts)):
+    for index in product(*map(range, layer.gate.num_experts)):
         matrix, bias = layer.expert(index)
         close(torch.cat([matrix, bias[None]]), torch.from_numpy(weight[index]))
-    if layer.gate.experts:
+    if layer.gate.num_experts:
         with ablate(layer, [0]):
             weight[0] = 0
             close(layer(x), outputs(weight, layer, x))
@@ -147,12 +147,12 @@ def test_edited_biases_are_those_of_the_dense_tensor(drawn: Any, data: Any) -> N
 def test_contributions_are_those_of_single_experts(drawn: Any, data: Any) -> None:
     layer, x = drawn
     edit_bias(layer, "edit", *data.draw(edits(layer)))
-    level = data.draw(st.integers(0, len(layer.gate.experts) - 1))
+    level = data.draw(st.integers(0, len(layer.gate.num_experts) - 1))
     output = data.draw(st.integers(0, layer.experts.out_features - 1))
     direction = torch.randn(layer.experts.out_features, dtype=torch.float64)
     coefficients = [a.detach() for a in layer.gate(x)]
     one, any_direction = torch.zeros(2, *coefficients[level].shape, dtype=torch.float64)
-    for index in product(*map(range, layer.gate.experts)):
+    for index in product(*map(range, layer.gate.num_experts)):
         matrix, bias = layer.expert(index)
         share = torch.ones(x.shape[:-1], dtype=torch.float64)
         for a, n in zip(coefficients, index, strict=True):

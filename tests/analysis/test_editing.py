@@ -39,7 +39,7 @@ def edited_of(*arguments: Any, **options: Any) -> Any:
     layer = layer_of(*arguments, **options)
     for name, outputs, strength in (("up", [0, 2], 3.0), ("down", 1, -2.0)):
         generator = torch.Generator().manual_seed(len(name))
-        means = [torch.rand(n, generator=generator) for n in layer.gate.experts]
+        means = [torch.rand(n, generator=generator) for n in layer.gate.num_experts]
         edit_bias(layer, name, means, outputs, strength)
     return layer
 

@@ -111,7 +111,7 @@ def test_experts_are_taken_only_of_weights_that_are_parameters() -> None:
         with pytest.raises(ValueError, match=r"computes them: make it permanent first \(prune\.remove"):
             layer.keep_experts(0, [1, 2])
         prune.remove(part, name)
-        assert layer.keep_experts(0, [1, 2]).experts.experts == (2,)
+        assert layer.keep_experts(0, [1, 2]).experts.num_experts == (2,)
 
 
 # ---- batch norm ------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_offloading_by_accelerate(kind: str, with_buffers: bool, where: str, tmp
     accelerate = pytest.importorskip("accelerate")
     layer, x = made(kind).eval(), inputs(200)
     if isinstance(layer, MuMoE):
-        edit_bias(layer, "more", [torch.rand(n) for n in layer.experts.experts], 1, 2.0)
+        edit_bias(layer, "more", [torch.rand(n) for n in layer.experts.num_experts], 1, 2.0)
     model = nn.Sequential(nn.Linear(8, 8), layer).eval()
     device = torch.device("cpu")
     with torch.no_grad():

@@ -131,7 +131,7 @@ def test_layers_give_the_same_either_way(format: str, rank: Any, experts: Any, s
         result = module(x, return_coefficients=returned)
         (result[0] if returned else result).square().sum().backward()
         found.append((x.grad, [p.grad.clone() for p in module.parameters()]))
-        large = sum(n >= 1024 for n in module.gate.experts)
+        large = sum(n >= 1024 for n in module.gate.num_experts)
         assert len(supports) == (0 if returned else 4 * large)
     torch.testing.assert_close(*found)
 

@@ -151,4 +151,4 @@ def test_a_budget_that_is_none_is_refused(text: str) -> None:
 
 def test_sizes_of_levels_multiply_for_the_sparse_mixture() -> None:
     subject = Subject(SPARSE, (4, 3), (3, 2))
-    assert subject.build().gate.experts == (prod((3, 2)),)
+    assert subject.build().gate.num_experts == (prod((3, 2)),)

@@ -76,7 +76,7 @@ def record_layers(folder: Path) -> None:
         x = torch.randn(9, INPUTS)
         settle(layer, x)
         edits = []
-        if layer.gate.experts:
+        if layer.gate.num_experts:
             means = mean_coefficients(layer, layer, [x])
             if isinstance(layer, MuMoE):
                 edits = [("first", layer, 1), ("second", layer, [0, 3])]

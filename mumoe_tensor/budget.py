@@ -9,7 +9,8 @@ from typing import Literal
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.cost import dense_parameters, layer_sizes, max_expert_rank
 from mumoe_tensor.cost import parameters as count_parameters
-from mumoe_tensor.formats.base import Format, Rank, check_modes, get_format
+from mumoe_tensor.formats.base import Format, Rank, check_modes
+from mumoe_tensor.formats.registry import get_format
 
 Rounding = Literal["up", "down", "nearest"]
 

@@ -11,7 +11,8 @@ from typing import Literal
 from mumoe_tensor.checks import as_positive, check_flag
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan
 from mumoe_tensor.contraction.search import Objective
-from mumoe_tensor.formats.base import Format, check_modes, get_format, mode_names
+from mumoe_tensor.formats.base import Format, check_modes, mode_names
+from mumoe_tensor.formats.registry import get_format
 
 
 @dataclass(frozen=True)

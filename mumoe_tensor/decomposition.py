@@ -17,7 +17,8 @@ from mumoe_tensor.backend import (
     to_float64,
 )
 from mumoe_tensor.checks import as_positive
-from mumoe_tensor.formats.base import Format, check_modes, get_format, mode_names, stop_rule
+from mumoe_tensor.formats.base import Format, check_modes, mode_names, stop_rule
+from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.multilinear import to_dense
 from mumoe_tensor.tensors import FactorizedTensor
 

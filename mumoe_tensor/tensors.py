@@ -15,7 +15,8 @@ from mumoe_tensor.backend import (
     is_array,
     tensorly_backend,
 )
-from mumoe_tensor.formats.base import MOST_LEVELS, Format, check_modes, formats, get_format, mode_names
+from mumoe_tensor.formats.base import MOST_LEVELS, Format, check_modes, mode_names
+from mumoe_tensor.formats.registry import formats, get_format
 
 
 class FactorizedTensor:

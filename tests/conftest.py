@@ -45,12 +45,12 @@ def jax_x64() -> Iterator[None]:
 @pytest.fixture
 def registry() -> Iterator[None]:
     """The registry of formats, put back after the test."""
-    from mumoe_tensor.formats import base
+    from mumoe_tensor.formats import registry
 
-    before = dict(base._registry)
+    before = dict(registry._registry)
     yield
-    base._registry.clear()
-    base._registry.update(before)
+    registry._registry.clear()
+    registry._registry.update(before)
 
 
 @pytest.fixture(scope="session")

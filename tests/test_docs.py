@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import mumoe_tensor as mt
 from benchmarks import readme
-from mumoe_tensor.formats import base
+from mumoe_tensor.formats import registry
 from mumoe_tensor.testing import check_format
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def library_formats(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, format in mt.formats().items()
         if type(format).__module__.startswith("mumoe_tensor.")
     }
-    monkeypatch.setattr(base, "_registry", own)
+    monkeypatch.setattr(registry, "_registry", own)
 
 
 @pytest.fixture

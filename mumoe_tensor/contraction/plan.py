@@ -26,7 +26,8 @@ from mumoe_tensor.contraction.search import (
     peaks_of,
     substitute,
 )
-from mumoe_tensor.formats.base import BATCH, Format, Tree, check_modes, get_format
+from mumoe_tensor.formats.base import BATCH, Format, Tree, check_modes
+from mumoe_tensor.formats.registry import get_format
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
 

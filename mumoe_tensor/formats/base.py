@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mumoe_tensor.checks import as_entries, as_positive, check_flag
@@ -66,6 +67,10 @@ class Format(ABC):
     Subclasses set `name` and `title` and implement `factors`. Everything else in the library is derived
     from that one declaration. `default_rank` and the reference path may be given where the field has a
     convention; the ``*_container`` methods where TensorLy has a counterpart.
+
+    A format is a value. Its settings are arguments of the class with defaults, stored as attributes of the
+    same names; two formats are equal if their classes and their attributes are. Settings must be hashable,
+    and must not change once the format is in use.
     """
 
     name: str
@@ -196,10 +201,7 @@ class Format(ABC):
         TypeError
             If it does not list factors.
         """
-        known: dict[int, tuple[Factor, ...]] = self.__dict__.setdefault("_declarations", {})
-        if levels not in known:
-            known[levels] = _declared(self, levels)
-        return known[levels]
+        return _declared(self, levels)
 
     def units(self, levels: int) -> tuple[int, ...]:
         """Positions of the factors that are all ones unless given.
@@ -277,14 +279,18 @@ class Format(ABC):
         sizes = self.sizes(modes, rank)
         return [tuple(sizes[x] for x in f.indices) for f in self.declaration(len(modes) - 2)]
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+    # A format is a value: declarations, plans and programs are cached by it.
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
+        # (The state that pickle takes: attributes, those in slots too.)
+        return type(self) is type(other) and object.__getstate__(self) == object.__getstate__(other)
 
     def __hash__(self) -> int:
-        return hash(type(self))
+        return hash((type(self), *sorted(vars(self).items())))
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
 
 def mode_names(levels: int) -> tuple[str, ...]:
@@ -303,6 +309,7 @@ def _bonds(declared: Iterable[Factor], modes: tuple[str, ...]) -> tuple[str, ...
     return tuple(index for index in seen if index not in modes)
 
 
+@lru_cache(maxsize=4096)
 def _declared(format: Format, levels: int) -> tuple[Factor, ...]:
     """Let a format declare its factors, and check that they are a tensor network.
 
@@ -362,72 +369,3 @@ def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
         return stalled == 2
 
     return callback
-
-
-_registry: dict[str, Format] = {}
-
-
-def register(format: type[Format]) -> type[Format]:
-    """Make a format available by its name. Works as a class decorator.
-
-    Parameters
-    ----------
-    format : type
-        A class derived from `Format`, whose instances need no arguments.
-
-    Returns
-    -------
-    type
-        The same class.
-
-    Raises
-    ------
-    ValueError
-        If the name is taken by another format, or the declaration is not a tensor network at some number of
-        levels up to 16: each mode must be an index of some factor, and each bond must join at least two
-        factors and have a name that the library does not use itself.
-    TypeError
-        If it is no class of formats, has no name or title, or its declaration is no list of factors.
-    """
-    if not (isinstance(format, type) and issubclass(format, Format)):
-        raise TypeError(f"register takes a class derived from Format, got {format!r}; use it as a decorator.")
-    declared = format()
-    for what in ("name", "title"):
-        text = getattr(declared, what, None)
-        if not isinstance(text, str) or not text.strip():
-            raise TypeError(f"a format must have a {what}, a string; {format.__name__} has {text!r}.")
-    for levels in range(MOST_LEVELS + 1):
-        declared.declaration(levels)
-    taken = type(_registry.get(declared.name, declared))
-    if (taken.__module__, taken.__qualname__) != (format.__module__, format.__qualname__):
-        raise ValueError(f"a format's name must be its own; {declared.name!r} is {taken.__qualname__}.")
-    _registry[declared.name] = declared
-    return format
-
-
-def formats() -> dict[str, Format]:
-    """All registered formats by name, in the order of their registration."""
-    return dict(_registry)
-
-
-def get_format(format: str | Format) -> Format:
-    """Look a format up by its name; a `Format` is returned as it is.
-
-    Parameters
-    ----------
-    format : str or Format
-
-    Raises
-    ------
-    ValueError
-        If no format has that name.
-    TypeError
-        If `format` is neither a name nor a `Format`.
-    """
-    if isinstance(format, Format):
-        return format
-    if not isinstance(format, str):
-        raise TypeError(f"a format is a name or a Format instance, got {format!r}.")
-    if format not in _registry:
-        raise ValueError(f"unknown format {format!r}; the formats are {', '.join(map(repr, _registry))}.")
-    return _registry[format]

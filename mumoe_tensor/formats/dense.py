@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
-from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register
+from mumoe_tensor.formats.base import Factor, Format, Rank, Tree
+from mumoe_tensor.formats.registry import register
 
 
 @register

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mumoe_tensor.formats.base import Factor, Format, Rank, Tree, register
+from mumoe_tensor.formats.base import Factor, Format, Rank, Tree
+from mumoe_tensor.formats.registry import register
 from mumoe_tensor.formats.tensor_ring import chain_flops, chain_path
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.checks import as_positive, as_probability, check_choice
-from mumoe_tensor.formats.base import get_format
+from mumoe_tensor.formats.registry import config_entry, get_format
 from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.nn.experts import Init
 from mumoe_tensor.nn.gate import GateNorm
@@ -183,7 +183,7 @@ def check_config(
     checked["gate_norm"] = check_choice(config.gate_norm, get_args(GateNorm), "gate_norm")
     checked["init"] = check_choice(config.init, get_args(Init), "init")
     given = {name: getattr(config, name) for name in ranks if getattr(config, name) is not None}
-    checked["format"] = DENSE if config.format == DENSE else get_format(config.format).name
+    checked["format"] = DENSE if config.format == DENSE else config_entry(get_format(config.format))
     if config.format != DENSE:
         format = get_format(config.format)
         for name, rank in given.items():

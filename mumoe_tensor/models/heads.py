@@ -13,7 +13,8 @@ from mumoe_tensor.budget import as_budget, fit_rank, full_rank
 from mumoe_tensor.checks import as_entries, as_positive
 from mumoe_tensor.cost import dense_parameters
 from mumoe_tensor.cost import parameters as count_parameters
-from mumoe_tensor.formats.base import check_modes, get_format
+from mumoe_tensor.formats.base import check_modes
+from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.readers import parse_json, reading

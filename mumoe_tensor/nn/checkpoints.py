@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mumoe_tensor.formats.base import Format, get_format
+from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.tensors import FactorizedTensor

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.network import forward_network
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
-from mumoe_tensor.formats.base import Format, check_modes, get_format
+from mumoe_tensor.formats.base import Format, check_modes
+from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
 from mumoe_tensor.nn.contraction import (

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.checks import as_positive, as_probability, check_choice, check_flag
-from mumoe_tensor.formats.base import Format, check_modes, formats, get_format
+from mumoe_tensor.formats.base import Format, check_modes
+from mumoe_tensor.formats.registry import config_entry, get_format
 from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
@@ -66,10 +67,8 @@ class _Layer(WholeState):
         ValueError
             If the format, the gate or the activation has no registered name.
         """
-        format = self._config["format"]
-        if formats().get(format.name) != format:
-            raise ValueError(f"format must be registered to be written in a config, got {format!r}.")
-        return {**self._config, "format": format.name, "gate": GATES.write(self.gate.gate)}
+        format = config_entry(self._config["format"])
+        return {**self._config, "format": format, "gate": GATES.write(self.gate.gate)}
 
     @property
     def _arguments(self) -> dict[str, Any]:

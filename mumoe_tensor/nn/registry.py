@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from inspect import Parameter, signature
-from math import isfinite
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor import gates
+from mumoe_tensor.arguments import arguments_of
 from mumoe_tensor.nn.functional import entmax15
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -169,25 +168,7 @@ class Registry:
         kind = type(instance)
         if kind.__init__ in (nn.Module.__init__, nn.Identity.__init__):  # which take any, and have none
             return {}
-        arguments: dict[str, Any] = {}
-        for name, parameter in signature(kind).parameters.items():
-            if name in _NOT_WRITTEN.get(kind, ()):
-                continue
-            is_named = parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-            if not is_named or name == "name" or not hasattr(instance, name):
-                raise ValueError(
-                    f"{self.what} must have every argument of its class as an attribute to be written in a "
-                    f"config; {kind.__name__} has no such attribute for {name!r}."
-                )
-            value = getattr(instance, name)
-            try:
-                arguments[name] = _as_json(value)
-            except (TypeError, RuntimeError):  # (a tensor on the meta device has no value)
-                raise ValueError(
-                    f"{self.what} must have arguments of types that JSON has to be written in a config; "
-                    f"{kind.__name__} has {name}={value!r}."
-                ) from None
-        return arguments
+        return arguments_of(instance, self.what, _NOT_WRITTEN.get(kind, ()))
 
     def _equivalent(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The registered function that computes the same, if there is one; else the function itself."""
@@ -199,17 +180,6 @@ class Registry:
                     return equivalent
             return function
         return next((self._entries[name] for same, name in self._same.items() if same is function), function)
-
-
-def _as_json(value: Any) -> Any:
-    """A value in types that JSON has; numbers of NumPy and torch become Python's."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_as_json(entry) for entry in value]
-    if type(value) in (bool, int, str, type(None)) or (type(value) is float and isfinite(value)):
-        return value
-    raise TypeError
 
 
 def _is_definition_of_both(one: Any, other: Any) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from mumoe_tensor.checks import as_positive, as_python
-from mumoe_tensor.formats.base import check_modes, get_format
-from mumoe_tensor.formats.base import formats as registered
+from mumoe_tensor.formats.base import check_modes
+from mumoe_tensor.formats.registry import config_entry, get_format
+from mumoe_tensor.formats.registry import formats as registered
 from mumoe_tensor.readers import checked, read_json, reading
 from mumoe_tensor.study.layers import Layer, get_layer
 from mumoe_tensor.study.subjects import budget_of
@@ -203,7 +204,7 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
     told = DEFAULTS | (QUICK if quick else {}) | _plain(options)
     told["experts"] = _counts(_or(told["experts"], _around(layer, quick)))
-    told["formats"] = tuple(dict.fromkeys(get_format(f).name for f in _or(told["formats"], registered())))
+    told["formats"] = tuple(dict.fromkeys(map(_name, _or(told["formats"], registered()))))
     if not told["formats"]:
         raise ValueError("a study needs at least one format, got none.")
     told["data"] = data = str(told["data"])
@@ -235,6 +236,14 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """What is asked for, in numbers and lists of Python: it is written as JSON."""
     return {name: as_python(value) for name, value in options.items() if value is not None}
+
+
+def _name(format: Any) -> str:
+    """The name of a format, which must stand for it: results and charts have names only."""
+    entry = config_entry(get_format(format))
+    if not isinstance(entry, str):
+        raise ValueError(f"a study takes formats by name, so one with settings needs a class; got {entry!r}.")
+    return entry
 
 
 def _or(value: Any, default: Any) -> Any:

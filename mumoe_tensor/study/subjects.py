@@ -14,7 +14,7 @@ from torch import nn
 from mumoe_tensor.budget import as_budget, fit_rank
 from mumoe_tensor.contraction.plan import ITEMSIZE
 from mumoe_tensor.cost import Cost, cost, dense_parameters
-from mumoe_tensor.formats.base import get_format
+from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.study.mixtures import SparseMixture
 

@@ -1,0 +1,121 @@
+"""Formats by name: what a config writes of a format, and which format a name or a config stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mumoe_tensor.arguments import arguments_of
+from mumoe_tensor.formats.base import MOST_LEVELS, Format
+
+_registry: dict[str, Format] = {}
+
+
+def register(format: type[Format]) -> type[Format]:
+    """Make a format available by its name. Works as a class decorator.
+
+    Parameters
+    ----------
+    format : type
+        A class derived from `Format`, whose instances need no arguments.
+
+    Returns
+    -------
+    type
+        The same class.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken by another format, or the declaration is not a tensor network at some number of
+        levels up to 16: each mode must be an index of some factor, and each bond must join at least two
+        factors and have a name that the library does not use itself.
+    TypeError
+        If it is no class of formats, has no name or title, has a setting that cannot be hashed, or its
+        declaration is no list of factors.
+    """
+    if not (isinstance(format, type) and issubclass(format, Format)):
+        raise TypeError(f"register takes a class derived from Format, got {format!r}; use it as a decorator.")
+    declared = get_format(format())
+    for what in ("name", "title"):
+        text = getattr(declared, what, None)
+        if not isinstance(text, str) or not text.strip():
+            raise TypeError(f"a format must have a {what}, a string; {format.__name__} has {text!r}.")
+    for levels in range(MOST_LEVELS + 1):
+        declared.declaration(levels)
+    taken = type(_registry.get(declared.name, declared))
+    if (taken.__module__, taken.__qualname__) != (format.__module__, format.__qualname__):
+        raise ValueError(f"a format's name must be its own; {declared.name!r} is {taken.__qualname__}.")
+    _registry[declared.name] = declared
+    return format
+
+
+def formats() -> dict[str, Format]:
+    """All registered formats by name, in the order of their registration."""
+    return dict(_registry)
+
+
+def get_format(format: str | Mapping[str, Any] | Format) -> Format:
+    """Look a format up by its name; a `Format` is returned as it is.
+
+    Parameters
+    ----------
+    format : str, dict or Format
+        A dict is what a config writes of a format with settings: its name, and arguments of its class.
+
+    Raises
+    ------
+    ValueError
+        If no format has that name, or its class has no such arguments.
+    TypeError
+        If `format` is neither of these, or a setting of the format cannot be hashed.
+    """
+    if isinstance(format, Format):
+        try:
+            hash(format)
+        except TypeError as error:
+            raise TypeError(
+                "every setting of a format must be hashable, such as a number, a string or a tuple of them; "
+                f"got {format!r}: {error}."
+            ) from None
+        return format
+    if not isinstance(format, (str, Mapping)):
+        raise TypeError(f"a format is a name or a Format instance, got {format!r}.")
+    settings = {"name": format} if isinstance(format, str) else dict(format)
+    name = settings.pop("name", None)
+    if not isinstance(name, str) or name not in _registry:
+        raise ValueError(f"unknown format {name!r}; the formats are {', '.join(map(repr, _registry))}.")
+    if not settings:
+        return _registry[name]
+    try:
+        made = type(_registry[name])(**{key: _as_tuples(value) for key, value in settings.items()})
+    except TypeError as error:
+        raise ValueError(f"format {name!r} cannot be made with {settings}: {error}.") from None
+    return get_format(made)
+
+
+def config_entry(format: Format) -> str | dict[str, Any]:
+    """What a config writes of a format: its name, or its name with the settings that are not the default.
+
+    Raises
+    ------
+    ValueError
+        If the format is not registered, or the arguments of its class do not make it again.
+    """
+    registered = _registry.get(format.name)
+    if type(registered) is not type(format):
+        raise ValueError(f"format must be registered to be written in a config, got {format!r}.")
+    default, arguments = (arguments_of(each, "format") for each in (registered, format))
+    settings = {key: value for key, value in arguments.items() if value != default[key]}
+    entry = {"name": format.name, **settings} if settings else format.name
+    if get_format(entry) != format:
+        raise ValueError(
+            f"a format must keep the arguments of its class as they are to be written in a config; {entry!r} "
+            f"does not make {format!r} again."
+        )
+    return entry
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON has for tuples, as tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
@@ -13,18 +12,18 @@ from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.checks import as_positive, as_probability, check_choice, check_flag
 from mumoe_tensor.formats.base import Format, check_modes
 from mumoe_tensor.formats.registry import config_entry, get_format
-from mumoe_tensor.nn.checkpoints import PREFIXES, load_published, read_published, write_published
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
-from mumoe_tensor.nn.init import fit_every_expert
-from mumoe_tensor.nn.linear import check_linear, matrix_of
+from mumoe_tensor.nn.linear import check_linear, layer_like
+from mumoe_tensor.nn.pruning import keep_experts
+from mumoe_tensor.nn.published import read_published, write_published
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
 from mumoe_tensor.nn.states import WholeState
-from mumoe_tensor.selections import Index, Selection, read_number, read_selection
+from mumoe_tensor.selections import Index, Selection
 from mumoe_tensor.tensors import FactorizedTensor
 
 
-class _Layer(WholeState):
+class Layer(WholeState):
     """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
 
     def __init__(
@@ -72,11 +71,11 @@ class _Layer(WholeState):
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        """As `config`, but with the format and the functions themselves; modules are copied."""
-        return {**self._config, "gate": copy.deepcopy(self.gate.gate)}
+        """As `config`, but with the format and the functions themselves."""
+        return {**self._config, "gate": self.gate.gate}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], **options: Any) -> Any:
+    def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
         """Make a layer from the `config` of another; nothing that it names is imported.
 
         Parameters
@@ -93,47 +92,10 @@ class _Layer(WholeState):
         """
         return cls(**config, **options)
 
-    #: How many weights the layer has, one after the other.
-    _depth = 1
+    #: Numbers of features before, between and after the weights, by the names of the arguments.
+    _features: tuple[str, ...] = ("in_features", "out_features")
     #: Relative errors of what `from_linear` was given; empty for a layer made otherwise.
     fit_errors: tuple[float, ...] = ()
-
-    @classmethod
-    def _start_as(cls, linears: list[nn.Module], experts: int | Sequence[int], **options: Any) -> Self:
-        """A layer whose experts all are these linear layers, with a gate that is not zero."""
-        matrices, biases = zip(*map(matrix_of, linears), strict=True)
-        bias, first = biases[0], matrices[0]
-        sizes = (first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices))
-        inputs = [matrix.shape[0] - bias for matrix in matrices]
-        if len(set(biases)) > 1 or inputs != [*sizes[:-1]]:
-            raise ValueError(
-                "both linear layers must have a bias or none, and the second as many inputs as the first has "
-                f"outputs; got matrices of {[tuple(matrix.shape) for matrix in matrices]}, bias rows counted."
-            )
-        trained = {parameter.requires_grad for linear in linears for parameter in linear.parameters()}
-        if len(trained) > 1:
-            raise ValueError(
-                "the parameters of the linear layers must be all frozen or none of them, as those of experts "
-                "hold weight and bias in one; set requires_grad_ first."
-            )
-        if len({matrix.dtype for matrix in matrices}) > 1:
-            raise ValueError(
-                f"the linear layers must have one dtype, got {[str(matrix.dtype) for matrix in matrices]}."
-            )
-        own = {"device": first.device, "dtype": first.dtype}
-        make: Any = cls
-        layer = make(*sizes, experts, bias=bias, **{**own, **options})
-        if first.is_meta and not layer.gate.weight.is_meta:
-            raise ValueError("a linear layer on the meta device has no values to start as.")
-        # Equal experts mix to the same map whatever the gate says: it may tell inputs apart from the start.
-        if not layer.gate.weight.is_meta:
-            nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
-            pairs = zip(layer._layers, matrices, strict=True)
-            layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)
-        for part in (layer.gate, layer.input_norm, *layer._layers):
-            if part is not None:
-                part.requires_grad_(trained == {True})
-        return layer
 
     @classmethod
     def from_published(
@@ -161,15 +123,17 @@ class _Layer(WholeState):
         ValueError
             If parameters are missing, left over, or do not fit together.
         """
-        read = read_published(state_dict, format, cls._depth)
-        ranks = {weight.rank for weight in read.weights}
-        if len(ranks) > 1:
-            raise ValueError(f"all weights of a layer must have one rank, got {sorted(ranks)}.")
-        sizes = (read.gate.shape[1], *(weight.shape[-1] for weight in read.weights))
-        own = {"bias": read.bias, "gate_norm": gate_norm, "dtype": read.gate.dtype}
-        make: Any = cls
-        layer = make(*sizes, read.experts, format, read.weights[0].rank, **{**own, **options})
-        load_published(read, layer.gate, layer._layers)
+        published = read_published(state_dict, format, len(cls._features) - 1)
+        options = {"bias": published.bias, "dtype": published.gate.dtype, **options}
+        layer = cls.from_config(
+            dict(zip(cls._features, published.sizes, strict=True)),
+            experts=published.num_experts,
+            format=format,
+            rank=published.weights[0].rank,
+            gate_norm=gate_norm,
+            **options,
+        )
+        published.copy_to(layer.gate, layer.mixtures)
         return layer
 
     @property
@@ -186,7 +150,8 @@ class _Layer(WholeState):
         super().register_parameter(name, param)
 
     @property
-    def _layers(self) -> list[Experts]:
+    def mixtures(self) -> list[Experts]:
+        """The experts of each weight, in the order in which they are applied."""
         return [child for child in self.children() if isinstance(child, Experts)]
 
     def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
@@ -204,14 +169,9 @@ class _Layer(WholeState):
         TypeError
             If TensorLy has no container of the format.
         """
-        check_choice(version, PREFIXES, "version")
-        if edits := [name for experts in self._layers for name in experts.edits or ()]:
-            raise ValueError(
-                f"published layers have no bias edits: remove them first; the layer has {edits}."
-            )
-        return write_published(self.gate, self._layers, version)
+        return write_published(self.gate, self.mixtures, version)
 
-    def keep_experts(self, level: int, indices: Selection) -> Any:
+    def keep_experts(self, level: int, indices: Selection) -> Self:
         """A new layer that has only some of the experts of a level, in the order of the indices.
 
         Its gate is the same map to the logits of the experts kept: the gate function shares the coefficients
@@ -234,54 +194,7 @@ class _Layer(WholeState):
         TypeError
             If the level or an index is no integer.
         """
-        experts = self.gate.num_experts
-        level = read_number(level, len(experts), "level")
-        kept = read_selection(indices, experts[level], f"indices of level {level}", empty=False)
-        weights: list[Tensor] = [self.gate.weight] if experts else []
-        weights += [factor for child in self._layers for factor in child.factors]
-        if not all(isinstance(weight, nn.Parameter) for weight in weights):
-            raise ValueError(
-                "weights and factors must be parameters for some of their experts to be taken; pruning or a "
-                "parametrization computes them: make it permanent first (prune.remove, "
-                "remove_parametrizations)."
-            )
-        smaller = (*experts[:level], len(kept), *experts[level + 1 :])
-        # (The format itself: its name is of use only if it is registered. That of the weight: of experts
-        # divided over processes there is none to be seen, which raises.)
-        config = {**self._arguments, "experts": smaller, "format": self._layers[0].weight.format}
-        layer = type(self).from_config(config, device="meta")
-        for name, child in self.named_children():
-            if child is not self.gate and not isinstance(child, Experts):
-                setattr(layer, name, copy.deepcopy(child))
-        if self.gate.norm is not None:
-            for name in ("eps", "momentum", "copies"):
-                setattr(layer.gate.norm, name, getattr(self.gate.norm, name))
-        layer.fit_errors = self.fit_errors
-        offset = sum(experts[:level])
-        rows = [*range(offset), *(offset + k for k in kept), *range(offset + experts[level], sum(experts))]
-        mode = f"n{level + 1}"
-        state = {name: value.clone() for name, value in self.state_dict().items()}
-        for name, value in state.items():
-            # (A gate that is a module is the same for all experts.)
-            if name.startswith("gate.") and not name.startswith("gate.gate.") and value.ndim:
-                state[name] = value[rows]
-        for name, child in self.named_children():
-            if isinstance(child, Experts):
-                for k, axes in enumerate(child.axes):
-                    if mode in axes:
-                        key = f"{name}.factor_{k}"
-                        index = torch.tensor(kept, device=state[key].device)
-                        state[key] = state[key].index_select(axes.index(mode), index)
-                for edit in child.edits or ():
-                    key = f"{name}.edits.{edit}.mean_{level}"
-                    state[key] = state[key][kept]
-        layer.load_state_dict(state, assign=True)
-        modules, parameters = dict(self.named_modules()), dict(self.named_parameters())
-        for name, module in layer.named_modules():
-            module.training = modules[name].training
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(parameters[name].requires_grad)
-        return layer
+        return keep_experts(self, level, indices)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
         """Map inputs.
@@ -308,7 +221,7 @@ class _Layer(WholeState):
         raise NotImplementedError
 
 
-class MuMoE(_Layer):
+class MuMoE(Layer):
     """A linear layer of many experts, in place of `torch.nn.Linear`.
 
     Every input is mapped by a mixture of all experts, ``y = W x_1 a_1 … x_E a_E x_(E+1) x``. Their weights
@@ -419,7 +332,7 @@ class MuMoE(_Layer):
             part of it is frozen.
         """
         check_linear(linear)
-        return cls._start_as([linear], experts, **options)
+        return layer_like(cls, [linear], experts, **options)
 
     @property
     def weight(self) -> FactorizedTensor:
@@ -441,7 +354,7 @@ class MuMoE(_Layer):
         return mixed
 
 
-class MuMoEMLP(_Layer):
+class MuMoEMLP(Layer):
     """Two linear layers of many experts with an activation between them, and one gate for both.
 
     Takes the place of the MLP block of a transformer. The coefficients are computed once, from the input of
@@ -480,7 +393,7 @@ class MuMoEMLP(_Layer):
     (torch.Size([5, 16]), [torch.Size([5, 4]), torch.Size([5, 4])])
     """
 
-    _depth = 2
+    _features = ("in_features", "hidden_features", "out_features")
 
     def __init__(
         self,
@@ -536,7 +449,7 @@ class MuMoEMLP(_Layer):
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        return {**super()._arguments, "activation": copy.deepcopy(self.activation)}
+        return {**super()._arguments, "activation": self.activation}
 
     @classmethod
     def from_linears(
@@ -561,7 +474,7 @@ class MuMoEMLP(_Layer):
         """
         check_linear(up)
         check_linear(down)
-        return cls._start_as([up, down], experts, **options)
+        return layer_like(cls, [up, down], experts, **options)
 
     @property
     def weights(self) -> tuple[FactorizedTensor, FactorizedTensor]:

@@ -1,15 +1,24 @@
-"""Linear layers of others: `torch.nn.Linear`, and transformers' Conv1D, whose matrix is transposed."""
+"""Linear layers of others, and layers of experts that start as they are.
+
+They are `torch.nn.Linear`, and transformers' Conv1D, whose matrix is transposed.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.reading import check_readable, check_same
+
+if TYPE_CHECKING:
+    from mumoe_tensor.nn.layers import Layer
+
+L = TypeVar("L", bound="Layer")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -51,6 +60,48 @@ def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
     if layer.bias is None:
         return matrix, False
     return torch.cat([matrix, layer.bias.detach()[None]]), True
+
+
+def layer_like(kind: type[L], linears: list[nn.Module], experts: int | Sequence[int], **options: Any) -> L:
+    """A layer whose experts all are these linear layers, one after the other, with a gate that is not zero.
+
+    Raises
+    ------
+    ValueError
+        If their sizes do not fit together, or they differ in dtype, in having a bias or in being frozen.
+    """
+    matrices, biases = zip(*map(matrix_of, linears), strict=True)
+    first, bias = matrices[0], biases[0]
+    sizes = [first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices)]
+    if len(set(biases)) > 1 or [matrix.shape[0] - bias for matrix in matrices] != sizes[:-1]:
+        raise ValueError(
+            "both linear layers must have a bias or none, and the second as many inputs as the first has "
+            f"outputs; got matrices of {[tuple(matrix.shape) for matrix in matrices]}, bias rows counted."
+        )
+    trained = {parameter.requires_grad for linear in linears for parameter in linear.parameters()}
+    if len(trained) > 1:
+        raise ValueError(
+            "the parameters of the linear layers must be all frozen or none of them, as those of experts "
+            "hold weight and bias in one; set requires_grad_ first."
+        )
+    if len({matrix.dtype for matrix in matrices}) > 1:
+        raise ValueError(
+            f"the linear layers must have one dtype, got {[str(matrix.dtype) for matrix in matrices]}."
+        )
+    config = {**dict(zip(kind._features, sizes, strict=True)), "experts": experts, "bias": bias}
+    layer = kind.from_config(config, **{"device": first.device, "dtype": first.dtype, **options})
+    is_meta = layer.gate.weight.is_meta
+    if first.is_meta and not is_meta:
+        raise ValueError("a linear layer on the meta device has no values to start as.")
+    if not is_meta:
+        # Equal experts mix to the same map whatever the gate says: it may tell inputs apart from the start.
+        nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
+        pairs = zip(layer.mixtures, matrices, strict=True)
+        layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)
+    for part in (layer.gate, layer.input_norm, *layer.mixtures):
+        if part is not None:
+            part.requires_grad_(trained == {True})
+    return layer
 
 
 def _rebuild(module: nn.Module) -> Callable[[Tensor], Tensor]:

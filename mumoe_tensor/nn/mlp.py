@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.nn.layers import MuMoEMLP
-from mumoe_tensor.nn.linear import check_linear, is_linear, matrix_of
+from mumoe_tensor.nn.linear import check_linear, is_linear, layer_like, matrix_of
 from mumoe_tensor.nn.reading import call, check_one_input, check_readable, check_same, copy_of, probes
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -29,7 +29,7 @@ class Block(NamedTuple):
         """A `MuMoEMLP` whose experts all start as the linear layers, with copies of the other parts."""
         rates = {name: getattr(getattr(self, name), "p", 0.0) for name in ("hidden_dropout", "dropout")}
         options = {"activation": copy.deepcopy(self.activation), **rates, **options}
-        block = MuMoEMLP._start_as([self.up, self.down], experts, **options).train(training)
+        block = layer_like(MuMoEMLP, [self.up, self.down], experts, **options).train(training)
         for name in ("activation", "hidden_dropout", "dropout"):
             old, new = getattr(self, name), getattr(block, name)
             if isinstance(old, nn.Module) and isinstance(new, nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 from mumoe_tensor.checks import check_flag
 from mumoe_tensor.nn.layers import MuMoE
-from mumoe_tensor.nn.linear import check_linear, is_linear
+from mumoe_tensor.nn.linear import check_linear, is_linear, layer_like
 from mumoe_tensor.nn.mlp import is_mlp, read_mlp
 from mumoe_tensor.nn.reading import call, copy_of
 
@@ -137,7 +137,7 @@ _Make = Callable[..., Any]
 
 def _plan_linear(linear: nn.Module, options: dict[str, Any]) -> _Make:
     check_linear(linear)
-    return lambda **more: MuMoE._start_as([linear], **{**options, **more}).train(linear.training)
+    return lambda **more: layer_like(MuMoE, [linear], **{**options, **more}).train(linear.training)
 
 
 def _plan_mlp(block: nn.Module, options: dict[str, Any]) -> _Make:

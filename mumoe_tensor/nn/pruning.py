@@ -1,0 +1,84 @@
+"""Layers with only some of their experts."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.nn.experts import Experts
+from mumoe_tensor.selections import Selection, read_number, read_selection
+
+if TYPE_CHECKING:
+    from mumoe_tensor.nn.layers import Layer
+
+L = TypeVar("L", bound="Layer")
+
+
+def keep_experts(layer: L, level: int, indices: Selection) -> L:
+    """A new layer with some of the experts of a level; see `MuMoE.keep_experts`."""
+    counts = layer.mixtures[0].weight.experts  # (those of a layer divided over processes raise)
+    level = read_number(level, len(counts), "level")
+    indices = read_selection(indices, counts[level], f"indices of level {level}", empty=False)
+    _check_parameters(layer)
+    smaller = type(layer).from_config(
+        {
+            **layer._arguments,
+            "gate": copy.deepcopy(layer.gate.gate),
+            "experts": (*counts[:level], len(indices), *counts[level + 1 :]),
+        },
+        device="meta",
+    )
+    for name, child in layer.named_children():
+        if child is not layer.gate and not isinstance(child, Experts):
+            setattr(smaller, name, copy.deepcopy(child))
+    if layer.gate.norm is not None and smaller.gate.norm is not None:
+        for name in ("eps", "momentum", "copies"):
+            setattr(smaller.gate.norm, name, getattr(layer.gate.norm, name))
+    smaller.fit_errors = layer.fit_errors
+    smaller.load_state_dict(_select(layer, level, indices), assign=True)
+    for name, module in smaller.named_modules():
+        module.training = layer.get_submodule(name).training
+    for name, parameter in smaller.named_parameters():
+        parameter.requires_grad_(layer.get_parameter(name).requires_grad)
+    return smaller
+
+
+def _check_parameters(layer: Layer) -> None:
+    """Refuse weights that something computes from other parameters."""
+    weights = [factor for experts in layer.mixtures for factor in experts.factors]
+    if layer.gate.num_experts:
+        weights.append(layer.gate.weight)
+    if not all(isinstance(weight, nn.Parameter) for weight in weights):
+        raise ValueError(
+            "weights and factors must be parameters for some of their experts to be taken; pruning or a "
+            "parametrization computes them: make it permanent first (prune.remove, "
+            "remove_parametrizations)."
+        )
+
+
+def _select(layer: Layer, level: int, indices: list[int]) -> dict[str, Tensor]:
+    """A copy of the state, in which tensors with an axis of the experts have only the selected ones."""
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+
+    def select(name: str, axis: int, entries: list[int]) -> None:
+        state[name] = state[name].index_select(axis, torch.tensor(entries, device=state[name].device))
+
+    # The rows of the gate are the experts of all levels, one level after the other.
+    counts = layer.gate.num_experts
+    start = sum(counts[:level])
+    rows = [*range(start), *(start + k for k in indices), *range(start + counts[level], sum(counts))]
+    for name in ("gate.weight", "gate.norm.running_mean", "gate.norm.running_var"):
+        if name in state:
+            select(name, 0, rows)
+    mode = f"n{level + 1}"
+    for name, experts in layer.named_children():
+        if isinstance(experts, Experts):
+            for k, axes in enumerate(experts.axes):
+                if mode in axes:
+                    select(f"{name}.factor_{k}", axes.index(mode), indices)
+            for edit in experts.edits or ():
+                select(f"{name}.edits.{edit}.mean_{level}", 0, indices)
+    return state

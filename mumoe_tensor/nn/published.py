@@ -1,0 +1,143 @@
+"""Parameters of the published layers, read and written.
+
+Both published generations of the layers name the gate of level e ``projs.e`` (input × experts) and its batch
+norm ``bn.e``. Version 1 (one layer) has ``factors.k`` and, for Tucker, ``core``; version 2 has
+``MuMoE.factors.k`` and, in a block of two layers, ``MuMoE2.factors.k``. A weight's factors are those of
+TensorLy's container of its format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count, takewhile
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mumoe_tensor.checks import check_choice
+from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.nn.experts import Experts
+from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.tensors import FactorizedTensor
+
+#: Prefixes of the weights of one layer and of two, by version.
+PREFIXES = {"v1": [""], "v2": ["MuMoE.", "MuMoE2."]}
+
+
+class Published(NamedTuple):
+    """The parameters of a published layer, and what they say about it."""
+
+    gate: Tensor  #: of shape (experts of all levels, in_features)
+    num_experts: tuple[int, ...]
+    weights: list[FactorizedTensor]
+    bias: bool
+    statistics: dict[str, Tensor]  #: of batch norm, of all levels
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of features before, between and after the weights."""
+        return (self.gate.shape[1], *(weight.shape[-1] for weight in self.weights))
+
+    @torch.no_grad()
+    def copy_to(self, gate: ExpertGate, layers: list[Experts]) -> None:
+        """Copy the parameters into a layer of these sizes."""
+        gate.weight.copy_(self.gate)
+        if gate.norm is not None:
+            gate.norm.load_state_dict(self.statistics, strict=bool(self.statistics))
+        for layer, weight in zip(layers, self.weights, strict=True):
+            for view, array in zip(layer.weight.arrays, weight.arrays, strict=True):
+                view.copy_(array)
+
+
+def read_published(state: Mapping[str, Tensor], format: str | Format, num_weights: int) -> Published:
+    """Read the parameters of a published layer.
+
+    Raises
+    ------
+    ValueError
+        If parameters are missing or left over, or their shapes do not fit together.
+    """
+    format, unread = get_format(format), dict(state)
+
+    def take(prefix: str, suffix: str = "") -> list[Tensor]:
+        names = (f"{prefix}{k}{suffix}" for k in count())
+        return [unread.pop(name) for name in takewhile(unread.__contains__, names)]
+
+    gates = take("projs.")
+    if not gates or any(gate.ndim != 2 for gate in gates):
+        raise ValueError(
+            f"a published layer has its gates, matrices, at 'projs.0', ...; the names are {sorted(state)}."
+        )
+    weights = []
+    version = "v2" if any(name.startswith("MuMoE") for name in state) else "v1"
+    for prefix in PREFIXES[version][:num_weights]:
+        core, factors = unread.pop(f"{prefix}core", None), take(f"{prefix}factors.")
+        if len(factors) != len(gates) + 2:
+            raise ValueError(
+                f"a published weight has a factor for each of {len(gates)} level(s), the input and the "
+                f"output at '{prefix}factors.k'; found {len(factors)}."
+            )
+        container = SimpleNamespace(weights=None, core=core, factors=factors)
+        weights.append(FactorizedTensor(format, format.from_container(container)))
+    statistics = {
+        name: torch.cat(levels)
+        for name in ("running_mean", "running_var")
+        if (levels := take("bn.", f".{name}"))
+    }
+    if batches := take("bn.", ".num_batches_tracked"):
+        if any(int(number) != int(batches[0]) for number in batches):
+            raise ValueError(f"all levels must have seen equally many batches, got {batches}.")
+        statistics["num_batches_tracked"] = batches[0]
+    if unread:
+        raise ValueError(
+            f"a published layer of {num_weights} weight(s) has no parameters of the names {sorted(unread)}."
+        )
+    num_experts = tuple(gate.shape[1] for gate in gates)
+    features = {gate.shape[0] for gate in gates}
+    inputs = (gates[0].shape[0], *(weight.shape[-1] for weight in weights))
+    # A bias is one more row of the input mode, of all weights or of none.
+    extra_rows = {weight.shape[-2] - n for weight, n in zip(weights, inputs, strict=False)}
+    has_experts = all(weight.experts == num_experts for weight in weights)
+    if len(features) > 1 or extra_rows not in ({0}, {1}) or not has_experts:
+        raise ValueError(
+            "gates and weights must fit together; the gates have shapes "
+            f"{[tuple(gate.shape) for gate in gates]} (features x experts), the weights "
+            f"{[weight.shape for weight in weights]} (experts x input x output)."
+        )
+    ranks = {weight.rank for weight in weights}
+    if len(ranks) > 1:
+        raise ValueError(f"all weights of a layer must have one rank, got {sorted(ranks)}.")
+    gate = torch.cat([gate.T for gate in gates])
+    return Published(gate, num_experts, weights, extra_rows == {1}, statistics)
+
+
+def write_published(gate: ExpertGate, layers: list[Experts], version: str) -> dict[str, Tensor]:
+    """The parameters of a layer under their published names, as copies.
+
+    Raises
+    ------
+    ValueError
+        If the version has no block of two weights, or the layer has bias edits.
+    TypeError
+        If TensorLy has no container of the format.
+    """
+    prefixes = PREFIXES[check_choice(version, PREFIXES, "version")]
+    if edits := [name for layer in layers for name in layer.edits or ()]:
+        raise ValueError(f"published layers have no bias edits: remove them first; the layer has {edits}.")
+    if len(layers) > len(prefixes):
+        raise ValueError(
+            f"version {version!r} of the published layers has no block of {len(layers)} weights."
+        )
+    state = {f"projs.{e}": weight.T for e, weight in enumerate(gate.weight.split(gate.num_experts))}
+    for name, value in gate.norm.state_dict().items() if gate.norm is not None else ():
+        levels = value.split(gate.num_experts) if value.ndim else [value] * len(gate.num_experts)
+        state |= {f"bn.{e}.{name}": level for e, level in enumerate(levels)}
+    for prefix, layer in zip(prefixes, layers, strict=False):
+        container = layer.weight.to_tensorly()
+        if hasattr(container, "core"):
+            state[f"{prefix}core"] = container.core
+        state |= {f"{prefix}factors.{k}": factor for k, factor in enumerate(container.factors)}
+    return {name: value.detach().clone().contiguous() for name, value in state.items()}

@@ -1,12 +1,12 @@
 """Multilinear mixtures of experts: layers whose experts are one factorized weight tensor."""
 
-from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.contraction.plan import ContractionPlan, plan
-from mumoe_tensor.cost import Cost, LayerCost, cost, dense_parameters, max_expert_rank
+from mumoe_tensor.cost import Cost, LayerCost, cost
 from mumoe_tensor.decomposition import decompose
 from mumoe_tensor.formats import Factor, Format, formats, get_format, register
 from mumoe_tensor.gates import entmax15, softmax, sparsemax, top_k
 from mumoe_tensor.multilinear import bind, expert_matrix, multilinear_moe, to_dense
+from mumoe_tensor.spec import LayerSpec, dense_parameters, fit_rank
 from mumoe_tensor.tensors import FactorizedTensor
 
 __version__ = "0.1.0.dev0"
@@ -18,6 +18,7 @@ __all__ = [
     "FactorizedTensor",
     "Format",
     "LayerCost",
+    "LayerSpec",
     "bind",
     "cost",
     "decompose",
@@ -27,7 +28,6 @@ __all__ = [
     "fit_rank",
     "formats",
     "get_format",
-    "max_expert_rank",
     "multilinear_moe",
     "plan",
     "register",

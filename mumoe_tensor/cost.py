@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
-from math import inf, prod
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Unpack
 
-from mumoe_tensor.checks import as_positive, check_flag
+from mumoe_tensor.checks import check_flag
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan
 from mumoe_tensor.contraction.search import Objective
-from mumoe_tensor.formats.base import Format, check_modes, mode_names
-from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.formats.base import Format
+from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 
 @dataclass(frozen=True)
@@ -110,14 +107,8 @@ class Cost:
 
 
 def cost(
-    format: str | Format,
+    format: str | Format | LayerSpec,
     *,
-    experts: int | Sequence[int],
-    in_features: int,
-    out_features: int,
-    rank: int | Sequence[int] | None = None,
-    hidden: int | None = None,
-    bias: bool = False,
     gate: bool = False,
     batch: int = 1,
     minimize: Objective = "time",
@@ -125,26 +116,20 @@ def cost(
     memory_limit: int | None = None,
     constants: Literal["weights"] | None = None,
     dtype: str | None = None,
+    **sizes: Unpack[Sizes],
 ) -> Cost:
-    """Cost of a multilinear mixture of experts, or of a block of two.
+    """Cost of a layer of experts, or of a block of two; the gate is counted only with ``gate=True``.
 
     Parameters
     ----------
-    format : str or Format
-    experts : int or sequence of int
-        Number of experts, one number a level; ``()`` for no level.
-    in_features, out_features : int
-    rank : int or sequence of int, optional
-        One entry a bond of the format; see `Format.bonds`.
-    hidden : int, optional
-        Count two layers, ``in_features`` to `hidden` to ``out_features``, of the same rank, which share
-        the gate's coefficients.
-    bias : bool, default False
-        Whether the input mode has the bias as one more row.
+    format : str, Format or LayerSpec
+        A format, with `sizes` beside it, or the spec of a layer or a block.
     gate : bool, default False
-        Count the gate: a matrix ``in_features x experts`` a level, without bias.
+        Count the gate, as `.nn.MuMoE` has one: a matrix ``in_features x experts`` a level, without bias.
     batch, minimize, implementation, memory_limit, constants, dtype : optional
         See `plan`.
+    **sizes
+        The arguments of a `LayerSpec`, unless `format` is one. Biases are counted with ``bias=True``.
 
     Returns
     -------
@@ -153,110 +138,37 @@ def cost(
     Raises
     ------
     ValueError, TypeError
-        As `plan`.
+        As `LayerSpec` and `plan`.
 
     Examples
     --------
     >>> import mumoe_tensor as mt
-    >>> head = dict(experts=16, in_features=768, out_features=1000, bias=True, gate=True)
-    >>> print(mt.cost("cp", rank=424, **head))
+    >>> head = mt.LayerSpec("cp", experts=16, in_features=768, out_features=1000, rank=424, bias=True)
+    >>> print(mt.cost(head, gate=True))
     769,128 parameters (12,288 of the gate), 1,537,832 FLOPs, largest expert rank 424
     write 2,272, size 424, peak 1,424, saved 1,272 elements
     """
-    format = get_format(format)
+    spec = as_spec(format, **sizes)
     check_flag(gate, "gate")
-    experts = check_modes(experts, in_features, out_features)[:-2]
-    entries = format.full_rank(rank, len(experts))
-    gate_size = in_features * sum(experts) if gate else 0
     layers = []
-    for inner, outer in layer_sizes(in_features, hidden, out_features):
+    for part in spec.layers:
         planned = plan(
-            format,
-            experts=experts,
-            in_features=inner,
-            out_features=outer,
-            rank=entries,
+            part,
             batch=batch,
-            bias=bias,
             minimize=minimize,
             implementation=implementation,
             memory_limit=memory_limit,
             constants=constants,
             dtype=dtype,
         )
-        modes = check_modes(experts, inner, outer, bias)
-        reference = format.reference_flops(check_modes(experts, inner, outer), entries)
+        reference = spec.format.reference_flops(replace(part, bias=False).mode_sizes, spec.full_rank)
         layers.append(
             LayerCost(
-                parameters=parameters(format, modes, entries),
-                max_expert_rank=max_expert_rank(format, check_modes(experts, inner, outer), entries),
+                parameters=part.weight_parameters,
+                max_expert_rank=part.max_expert_rank,
                 reference_flops=None if reference is None else batch * reference,
                 plan=planned,
             )
         )
-    return Cost(tuple(layers), gate_size, 2 * batch * gate_size, 2 * batch * hidden if hidden else 0)
-
-
-def layer_sizes(in_features: int, hidden: int | None, out_features: int) -> list[tuple[int, int]]:
-    """Input and output size of each layer."""
-    in_features = as_positive(in_features, "in_features")
-    out_features = as_positive(out_features, "out_features")
-    if hidden is None:
-        return [(in_features, out_features)]
-    hidden = as_positive(hidden, "hidden")
-    return [(in_features, hidden), (hidden, out_features)]
-
-
-def parameters(format: Format, modes: tuple[int, ...], rank: tuple[int, ...]) -> int:
-    """Entries of the factors of a format; unit factors are none."""
-    units = format.units(len(modes) - 2)
-    return sum(prod(shape) for k, shape in enumerate(format.shapes(modes, rank)) if k not in units)
-
-
-def max_expert_rank(format: Format, modes: tuple[int, ...], rank: tuple[int, ...]) -> int:
-    """Largest rank the matrix of an expert can have.
-
-    With the expert modes sliced the factors are a network between the input and the output. Each way to
-    part the factors into a side of the input and a side of the output writes the matrix as a product
-    whose inner size is that of the indices with an end on both sides; the smallest is the bound (the min
-    cut of Cui et al., "Quantum max-flow/min-cut", 2016, with bonds that join more than two factors
-    counted once).
-
-    Parameters
-    ----------
-    format : Format
-    modes : tuple of int
-        Sizes of the modes, without the bias row.
-    rank : tuple of int
-    """
-    levels = len(modes) - 2
-    sizes = format.sizes(modes, rank)
-    experts = mode_names(levels)[:-2]
-    factors = [{x for x in f.indices if x not in experts} for f in format.declaration(levels)]
-    smallest = inf
-    for sides in product((False, True), repeat=len(factors)):
-        near = {"i"}.union(*(f for f, side in zip(factors, sides, strict=True) if not side))
-        far = {"o"}.union(*(f for f, side in zip(factors, sides, strict=True) if side))
-        smallest = min(smallest, prod(sizes[x] for x in near & far))
-    return int(smallest)
-
-
-def dense_parameters(
-    in_features: int, out_features: int, hidden: int | None = None, bias: bool = True
-) -> int:
-    """Parameters of the dense layer, or the dense block of two, that a mixture takes the place of.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-    hidden : int, optional
-        Two layers, `in_features` to `hidden` to `out_features`.
-    bias : bool, default True
-
-    Raises
-    ------
-    ValueError, TypeError
-        If a size is not a positive integer, or `bias` not a bool.
-    """
-    check_flag(bias, "bias")
-    return sum((inner + bias) * outer for inner, outer in layer_sizes(in_features, hidden, out_features))
+    gate_parameters = spec.gate_parameters if gate else 0
+    return Cost(tuple(layers), gate_parameters, 2 * batch * gate_parameters, 2 * batch * (spec.hidden or 0))

@@ -17,9 +17,10 @@ from mumoe_tensor.backend import (
     to_float64,
 )
 from mumoe_tensor.checks import as_positive
-from mumoe_tensor.formats.base import Format, check_modes, mode_names, stop_rule
+from mumoe_tensor.formats.base import Format, mode_names, stop_rule
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.multilinear import to_dense
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
 
 
@@ -118,7 +119,10 @@ def decompose(
     dense = _with_bias(dense, bias)
     *experts, i, o = dense.shape
     has_bias = bias is not False
-    sizes = format.sizes(check_modes(experts, i - has_bias, o, has_bias), rank)
+    spec = LayerSpec(
+        format, experts=experts, in_features=i - has_bias, out_features=o, rank=rank, bias=has_bias
+    )
+    sizes = format.sizes(spec.mode_sizes, spec.full_rank)
     target = to_float64(dense)
     if not np.isfinite(target).all():
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Unpack
 
 from mumoe_tensor.backend import (
     Array,
@@ -15,8 +15,9 @@ from mumoe_tensor.backend import (
     is_array,
     tensorly_backend,
 )
-from mumoe_tensor.formats.base import MOST_LEVELS, Format, check_modes, mode_names
+from mumoe_tensor.formats.base import MOST_LEVELS, Format, mode_names
 from mumoe_tensor.formats.registry import formats, get_format
+from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 
 class FactorizedTensor:
@@ -139,61 +140,51 @@ class FactorizedTensor:
     @classmethod
     def random(
         cls,
-        format: str | Format,
+        format: str | Format | LayerSpec,
         *,
-        experts: int | Sequence[int],
-        in_features: int,
-        out_features: int,
-        rank: int | Sequence[int] | None = None,
-        bias: bool = False,
         like: Array | None = None,
         seed: int | None = None,
+        **sizes: Unpack[Sizes],
     ) -> FactorizedTensor:
         """Draw a weight with normal factors, scaled so that its entries have variance 1 / in_features.
 
         Parameters
         ----------
-        format : str or Format
-        experts : int or sequence of int
-            Number of experts, one number a level; ``()`` for no level.
-        in_features, out_features : int
-        rank : int or sequence of int, optional
-            One entry a bond of the format; see `Format.bonds`.
-        bias : bool, default False
-            Whether the input mode has the bias as one more row.
+        format : str, Format or LayerSpec
+            A single layer: its format, with `sizes` beside it, or its spec.
         like : array, optional
             The factors take its backend, dtype and device. NumPy's float64 by default.
         seed : int, optional
+        **sizes
+            The arguments of a `LayerSpec`, unless `format` is one.
 
         Raises
         ------
         ValueError, TypeError
-            If a size is not a positive integer, or the rank does not fit the format.
+            As `LayerSpec`; for a block, each of whose `layers` has its weight.
         """
         import numpy as np
 
-        format = get_format(format)
-        modes = check_modes(experts, in_features, out_features, bias)
-        sizes = format.sizes(modes, rank)
-        levels = len(modes) - 2
+        spec = as_spec(format, **sizes)
+        index_sizes = spec.format.sizes(spec.mode_sizes, spec.full_rank)
         like = np.empty(0) if like is None else like
         tl = check_floating({"like": like})
         context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
         generator = np.random.default_rng(seed)
-        declared = [f for f in format.declaration(levels) if not f.unit]
+        declared = spec.format.declaration(spec.num_levels)
         # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
-        terms = prod(sizes[b] for b in format.bonds(levels))
-        scale = (1 / (in_features * terms)) ** (0.5 / len(declared))
+        terms = prod(index_sizes[b] for b in spec.format.bonds(spec.num_levels))
+        scale = (1 / (spec.in_features * terms)) ** (0.5 / sum(not f.unit for f in declared))
         factors: list[Array | None] = []
-        for f in format.declaration(levels):
+        for f in declared:
             if f.unit:
                 factors.append(None)
                 continue
-            values = scale * generator.standard_normal([sizes[x] for x in f.storage])
+            values = scale * generator.standard_normal([index_sizes[x] for x in f.storage])
             factors.append(
                 tl.transpose(tl.tensor(values, **context), [f.storage.index(x) for x in f.indices])
             )
-        return cls(format, factors)
+        return cls(spec.format, factors)
 
     def __repr__(self) -> str:
         if not hasattr(self, "shape"):  # a tree of JAX's: arrays to map over, abstract values, anything

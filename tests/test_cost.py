@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import mumoe_tensor as mt
 from mumoe_tensor.backend import backend_of
-from mumoe_tensor.budget import as_budget
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler
 from mumoe_tensor.contraction.network import forward_network, tree_of_operands
@@ -34,16 +33,6 @@ def layers(draw: st.DrawFn, largest: int = 12) -> tuple[mt.Format, tuple[int, ..
 
 
 @pytest.mark.parametrize(
-    ("experts", "cp", "tr"),
-    [(16, 424, 107), (32, 414, 106), (64, 393, 102), (128, 354, 95), (256, 283, 81), (512, 165, 52)],
-)
-def test_fit_rank_gives_the_published_clip_heads(experts: int, cp: int, tr: int) -> None:
-    assert mt.fit_rank("cp", experts=experts, parameters=769_000, **CLIP) == cp
-    assert mt.fit_rank("cp", experts=experts, **CLIP) == cp  # 769,000 is the linear layer
-    assert mt.fit_rank("tr", experts=experts, rank=(4, 4, None), parameters=769_000, **CLIP) == (4, 4, tr)
-
-
-@pytest.mark.parametrize(
     ("format", "experts", "rank", "parameters"),
     [
         ("cp", 16, 424, 769_128),
@@ -56,13 +45,6 @@ def test_fit_rank_gives_the_published_clip_heads(experts: int, cp: int, tr: int)
 )
 def test_cost_counts_the_published_clip_heads(format, experts, rank, parameters) -> None:
     assert mt.cost(format, experts=experts, rank=rank, **CLIP).parameters == parameters
-
-
-@pytest.mark.parametrize(("format", "rank"), [("cp", 599), ("tr", (4, 4, 153))])
-def test_fit_rank_gives_the_published_gpt2_blocks(format, rank) -> None:
-    open_rank = None if format == "cp" else (4, 4, None)
-    assert mt.dense_parameters(768, 768, hidden=3072) == 4_722_432
-    assert mt.fit_rank(format, experts=64, rank=open_rank, parameters=4_722_432, **GPT2) == rank
 
 
 @pytest.mark.parametrize(
@@ -222,124 +204,9 @@ def test_the_block_adds_up() -> None:
     assert block.max_expert_rank == min(first.max_expert_rank, second.max_expert_rank)
 
 
-# ---- rank of an expert -------------------------------------------------------------------------------
-
-
-@given(layers(largest=6), st.integers(0, 2**31))
-def test_max_expert_rank_is_the_numerical_rank_of_random_experts(layer, seed) -> None:
-    format, modes, rank = layer
-    *experts, i, o = modes
-    weight = mt.FactorizedTensor.random(
-        format, experts=experts, in_features=i, out_features=o, rank=rank, seed=seed
-    )
-    matrix = mt.expert_matrix(weight, [n - 1 for n in experts])
-    singular = np.linalg.svd(matrix, compute_uv=False)
-    assert np.sum(singular > 1e-9 * singular[0]) == mt.max_expert_rank(format, modes, rank)
-
-
-@pytest.mark.parametrize(
-    ("format", "rank", "expected"),
-    [("cp", (5,), 5), ("tr", (2, 3, 4), 8), ("tr", (3, 2, 4), 8), ("tt", (3, 4), 4), ("tucker", (9, 6, 7), 6),
-     ("hadamard", (), 20), ("dense", (), 20)],
-)  # fmt: skip
-def test_max_expert_rank_of_the_table(format, rank, expected) -> None:
-    assert mt.max_expert_rank(mt.get_format(format), (16, 30, 20), rank) == expected
-
-
-def test_max_expert_rank_of_the_ring_without_experts() -> None:
-    assert mt.max_expert_rank(mt.get_format("tr"), (30, 20), (2, 3)) == 6
-
-
-# ---- rank for a budget -------------------------------------------------------------------------------
-
-
-@given(
-    layers(largest=30).filter(lambda layer: layer[2]),
-    st.integers(1, 40_000),
-    st.sampled_from(["up", "down", "nearest"]),
-    st.booleans(),
-    st.booleans(),
-    st.one_of(st.none(), st.integers(0, 6)),
-)
-def test_fit_rank_is_the_last_rank_before_the_budget(layer, budget, rounding, bias, gate, place) -> None:
-    format, modes, rank = layer
-    *experts, i, o = modes
-    sizes = dict(experts=experts, in_features=i, out_features=o, bias=bias, gate=gate)
-    template = None if place is None else tuple(
-        None if k == place % len(rank) else r for k, r in enumerate(rank)
-    )  # fmt: skip
-
-    def family(t: int) -> tuple[int, ...]:
-        if template is not None:
-            return tuple(t if r is None else r for r in template)
-        return format.default_rank((*experts, i + bias, o), t)
-
-    def total(t: int) -> int:
-        return mt.cost(format, rank=family(t), **sizes).parameters
-
-    if total(1) > budget:
-        with pytest.raises(ValueError, match="gate alone has"):
-            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
-        return
-    below, above = 1, 50_000
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if total(middle) <= budget else (below, middle)
-    reached = total(below) == budget
-    saturated = family(below + 1) == family(below)
-    if rounding == "up" and saturated and not reached:
-        with pytest.raises(ValueError, match="full rank"):
-            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
-        return
-    fitted = mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
-    fitted_total = mt.cost(format, rank=fitted, **sizes).parameters
-    over = total(below) if reached or saturated else total(below + 1)
-    expected = {
-        "up": over,
-        "down": total(below),
-        "nearest": min((total(below), over), key=lambda cost: abs(cost - budget)),
-    }[rounding]
-    assert fitted_total == expected
-
-
-@pytest.mark.parametrize("format", ["cp", "tr", "tt", "tucker"])
-def test_fit_rank_refuses_what_the_gate_alone_exceeds(format) -> None:
-    with pytest.raises(ValueError, match="769,536"):
-        mt.fit_rank(format, experts=1002, parameters=769_000, **CLIP)
-
-
-def test_fit_rank_is_proportional_for_tucker_and_capped() -> None:
-    rank = mt.fit_rank("tucker", experts=8, in_features=768, out_features=96, bias=False, parameters=200_000)
-    ratios = [r / n for r, n in zip(rank, (8, 768, 96), strict=True)]
-    assert max(ratios) <= 1
-    assert max(ratios) - min(ratios) < 1 / 8
-
-
-def test_the_bias_row_is_no_part_of_rank_and_closed_form() -> None:
-    sizes = dict(experts=2, in_features=3, out_features=9, batch=5)
-    without, with_bias = mt.cost("dense", **sizes), mt.cost("dense", **sizes, bias=True)
-    assert with_bias.max_expert_rank == without.max_expert_rank == 3
-
-
 def test_the_bias_row_is_no_part_of_the_closed_form() -> None:
     sizes = dict(experts=2, in_features=3, out_features=9, batch=5)
     assert mt.cost("dense", **sizes, bias=True).reference_flops == mt.cost("dense", **sizes).reference_flops
-
-
-def test_tucker_rank_of_a_block_is_capped_by_both_layers() -> None:
-    block = dict(experts=4, in_features=6, hidden=30, out_features=5)
-    rank = mt.fit_rank("tucker", parameters=1200, rounding="down", **block)
-    assert all(r <= n for r, n in zip(rank, (4, 6, 5), strict=True))
-
-
-def test_match_is_the_dense_layer_without_biases_if_there_are_none() -> None:
-    sizes = dict(experts=2, in_features=30, out_features=40)
-    dense = mt.dense_parameters(30, 40, bias=False)
-    assert mt.fit_rank("cp", **sizes) == mt.fit_rank("cp", parameters=dense, **sizes) == 17
-
-
-def test_a_multiple_is_rounded_to_the_nearest_budget() -> None:
-    assert as_budget("0.29x", 100) == 29
 
 
 def test_a_cost_reads_as_two_lines() -> None:

@@ -198,7 +198,7 @@ def test_a_format_that_is_not_registered_works_everywhere() -> None:
     assert mt.to_dense(weight).shape == (4, 3, 5)
     assert mt.plan(format, experts=4, in_features=3, out_features=5, rank=(2, 3)).flops > 0
     assert mt.cost(format, experts=4, in_features=3, out_features=5, rank=(2, 3)).parameters == 8 + 18 + 30
-    assert mt.max_expert_rank(format, (4, 3, 5), (2, 3)) == 3
+    assert mt.LayerSpec(format, experts=4, in_features=3, out_features=5, rank=(2, 3)).max_expert_rank == 3
     fit = mt.fit_rank(
         format, experts=4, in_features=3, out_features=5, rank=(2, None), parameters=60, rounding="down"
     )

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 import mumoe_tensor as mt
-from mumoe_tensor.budget import as_budget
 from mumoe_tensor.cli.console import bad_input, new_table, print_json, show
 from mumoe_tensor.cli.options import (
     Batch,
@@ -31,6 +30,7 @@ from mumoe_tensor.cli.options import (
 )
 from mumoe_tensor.cli.values import read_budget, read_experts, read_known_rank, read_rank
 from mumoe_tensor.formats import Format, mode_names
+from mumoe_tensor.spec import as_budget
 
 #: Figures of a cost, and how they are written.
 _COST = {

@@ -7,11 +7,10 @@ where a dtype is named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import inf, prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 from mumoe_tensor.checks import as_positive, check_choice
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
@@ -26,8 +25,8 @@ from mumoe_tensor.contraction.search import (
     peaks_of,
     substitute,
 )
-from mumoe_tensor.formats.base import BATCH, Format, Tree, check_modes
-from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.formats.base import BATCH, Format, Tree
+from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
 
@@ -379,37 +378,27 @@ def _plan_network(
 
 
 def plan(
-    format: str | Format,
+    format: str | Format | LayerSpec,
     *,
-    experts: int | Sequence[int],
-    in_features: int,
-    out_features: int,
-    rank: int | Sequence[int] | None = None,
     batch: int = 1,
-    bias: bool = False,
     minimize: Objective = "time",
     implementation: Implementation = "factorized",
     memory_limit: int | None = None,
     constants: Literal["weights"] | None = None,
     dtype: str | None = None,
+    **sizes: Unpack[Sizes],
 ) -> ContractionPlan:
-    """Plan the forward pass of a multilinear mixture of experts.
+    """Plan the forward pass of a layer of experts, without its gate.
 
     The search is made once for all batch sizes: the orders that are best at some batch are kept, and a
     call with another batch only picks among them.
 
     Parameters
     ----------
-    format : str or Format
-    experts : int or sequence of int
-        Number of experts, one number a level; ``()`` for no level.
-    in_features, out_features : int
-    rank : int or sequence of int, optional
-        One entry a bond of the format; see `Format.bonds`.
+    format : str, Format or LayerSpec
+        A single layer: its format, with `sizes` beside it, or its spec.
     batch : int, default 1
         Number of inputs the figures are for.
-    bias : bool, default False
-        Whether the input mode has the bias as one more row.
     minimize : {"time", "flops", "peak"}, default "time"
         ``"time"`` weighs FLOPs and elements moved, copies included, and takes at most 5 % more FLOPs than
         the least. ``"flops"`` takes the fewest. ``"peak"`` takes the order with the fewest elements live
@@ -424,6 +413,8 @@ def plan(
         Leave products of weights alone out of the cost: they are made ahead, once.
     dtype : {"float64", "float32", "bfloat16", "float16"}, optional
         Report bytes of this dtype instead of elements.
+    **sizes
+        The arguments of a `LayerSpec`, unless `format` is one.
 
     Returns
     -------
@@ -433,7 +424,7 @@ def plan(
     ------
     ValueError
         If a size is not positive, the rank does not fit the format, a choice is unknown, or no order keeps
-        within `memory_limit`.
+        within `memory_limit`; for a block, each of whose `layers` has its plan.
     TypeError
         If a size is not an integer.
 
@@ -450,9 +441,8 @@ def plan(
     4  B r, o r -> B o    mm    786,432  8 x 768       0  6,656
     FLOPs 1,835,520; write 7,680, size 512, peak 6,656, saved 1,536 elements
     """
-    format = get_format(format)
-    modes = check_modes(experts, in_features, out_features, bias)
-    entries = format.full_rank(rank, len(modes) - 2)
-    network = forward_network(format, modes, entries, ones=format.units(len(modes) - 2), bias=bias)
+    spec = as_spec(format, **sizes)
+    optional = spec.format.units(spec.num_levels)
+    network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, ones=optional, bias=spec.bias)
     batch = 0 if batch == 0 else as_positive(batch, "batch")
     return plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)

@@ -337,24 +337,6 @@ def _declared(format: Format, levels: int) -> tuple[Factor, ...]:
     return tuple(declared)
 
 
-def check_modes(
-    experts: int | Sequence[int], in_features: int, out_features: int, bias: bool = False
-) -> tuple[int, ...]:
-    """Sizes of the modes of a weight tensor, the bias row counted.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a size is not a positive integer, or `bias` not a bool.
-    """
-    check_flag(bias, "bias")
-    return (
-        *(as_positive(n, "every number of experts") for n in as_entries(experts, "experts")),
-        as_positive(in_features, "in_features") + bias,
-        as_positive(out_features, "out_features"),
-    )
-
-
 def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
     """Callback of TensorLy's ALS that ends it when two sweeps running gain less than a fraction each.
 

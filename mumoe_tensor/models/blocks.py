@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.checks import as_positive, as_probability, check_choice
 from mumoe_tensor.formats.registry import config_entry, get_format
 from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.nn.experts import Init
 from mumoe_tensor.nn.gate import GateNorm
 from mumoe_tensor.nn.registry import GATES
+from mumoe_tensor.spec import LayerSpec
 
 #: The format of a model without experts.
 DENSE = "mlp"
@@ -95,11 +95,10 @@ def expert_block(
                 f"a block has the parameters of a dense one by its rank, and format {format!r} has none: the "
                 "rank () takes it as it is."
             )
-        solved = fit_rank(
-            format, experts=experts, in_features=features, out_features=features, hidden=hidden,
-            parameters=parameters, bias=True, gate=True, rounding="nearest",
-        )  # fmt: skip
-        rank = (solved,) if isinstance(solved, int) else solved
+        block = LayerSpec(
+            format, experts=experts, in_features=features, hidden=hidden, out_features=features, bias=True
+        )
+        rank = block.fitted(parameters, rounding="nearest").full_rank
     return MuMoEMLP(features, hidden, features, experts, format, rank or None, **options)
 
 

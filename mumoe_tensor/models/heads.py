@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.budget import as_budget, fit_rank, full_rank
 from mumoe_tensor.checks import as_entries, as_positive
-from mumoe_tensor.cost import dense_parameters
-from mumoe_tensor.cost import parameters as count_parameters
-from mumoe_tensor.formats.base import check_modes
-from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.readers import parse_json, reading
+from mumoe_tensor.spec import LayerSpec, as_budget
 
 #: The name of a head without experts, where others have that of a format.
 LINEAR = "linear"
@@ -87,20 +84,21 @@ class Head(nn.Module):
             )
             self.body = _dense(in_features, hidden, classes)
         else:
-            levels = check_modes(experts, in_features, classes)[:-2]
             rank = None if rank is None else as_entries(rank, "rank")
             is_open = rank is None or None in rank
             if not is_open and parameters is not None:
                 raise ValueError(f"give a rank or parameters, got rank={rank} and parameters={parameters}.")
+            spec = LayerSpec(
+                format, experts=experts, in_features=in_features, hidden=hidden, out_features=classes,
+                rank=rank, bias=True,
+            )  # fmt: skip
             if rank is None and parameters is None:
-                rank = full_rank(
-                    format, experts=levels, in_features=in_features, hidden=hidden, out_features=classes
-                )
+                spec = spec.with_full_rank_experts()
             elif is_open:
-                budget = "match" if parameters is None else parameters
-                hidden, rank = _fitted(format, levels, rank, in_features, hidden, classes, budget)
+                spec = _nearest(spec, "match" if parameters is None else parameters)
+            hidden = spec.hidden
             common: Any = dict(
-                experts=levels, format=format, rank=rank or None, gate=gate, gate_norm=gate_norm, init=init
+                experts=spec.experts, format=format, rank=spec.rank, gate=gate, gate_norm=gate_norm, init=init
             )
             if hidden is None:
                 self.body = MuMoE(in_features, classes, **common)
@@ -109,8 +107,8 @@ class Head(nn.Module):
             own = self.body.config
             self.config = dict(
                 in_features=in_features, classes=classes, hidden=hidden, format=own["format"],
-                experts=list(levels), rank=list(own["rank"]), gate=own["gate"], gate_norm=own["gate_norm"],
-                init=own["init"],
+                experts=list(spec.experts), rank=list(own["rank"]), gate=own["gate"],
+                gate_norm=own["gate_norm"], init=own["init"],
             )  # fmt: skip
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("scale", torch.ones(()))
@@ -208,39 +206,20 @@ def _dense(in_features: int, hidden: int | None, classes: int) -> nn.Module:
     return nn.Sequential(nn.Linear(in_features, hidden), nn.GELU(), nn.Linear(hidden, classes))
 
 
-def _fitted(
-    format: str,
-    experts: tuple[int, ...],
-    rank: Any,
-    in_features: int,
-    hidden: int | None,
-    classes: int,
-    parameters: int | str,
-) -> tuple[int | None, Any]:
-    """The size between the layers and the rank that come nearest to a number of parameters."""
-    if get_format(format).bonds(len(experts)):
-        rank = fit_rank(
-            format, rank=rank, experts=experts, in_features=in_features, hidden=hidden,
-            out_features=classes, parameters=parameters, bias=True, gate=True, rounding="nearest",
-        )  # fmt: skip
-        return hidden, rank
-    if hidden is None:
-        return None, ()
-    dense = dense_parameters(in_features, classes, hidden, bias=True)
-    budget = as_budget(parameters, dense)
-
-    def total(size: int) -> int:
-        modes = ((*experts, in_features + 1, size), (*experts, size + 1, classes))
-        return in_features * sum(experts) + sum(
-            count_parameters(get_format(format), sizes, ()) for sizes in modes
-        )
-
-    # Every layer is linear in the size between them.
-    step = total(2) - total(1)
-    size = round((budget - total(1)) / step) + 1
-    if size < 1:
+def _nearest(spec: LayerSpec, parameters: int | str) -> LayerSpec:
+    """The spec with the rank, or for want of one the hidden size, nearest to a number of parameters."""
+    if spec.format.bonds(spec.num_levels):
+        return spec.fitted(parameters, rounding="nearest")
+    if spec.hidden is None:
+        return spec
+    budget = as_budget(parameters, spec.dense_parameters)
+    # Both layers are linear in the hidden size.
+    smallest, next_size = (replace(spec, hidden=size).parameters for size in (1, 2))
+    hidden = round((budget - smallest) / (next_size - smallest)) + 1
+    if hidden < 1:
         raise ValueError(
-            f"the budget of {budget:,} parameters must allow for one between the layers; format {format!r} "
-            f"with {experts} experts has {total(1):,} even so. The rank () leaves the size as given."
+            f"the budget of {budget:,} parameters must allow for a hidden size of 1; format "
+            f"{spec.format.name!r} with {spec.experts} experts has {smallest:,} even so. The rank () leaves "
+            "the size as it is."
         )
-    return size, ()
+    return replace(spec, hidden=hidden)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.network import forward_network
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
-from mumoe_tensor.formats.base import Format, check_modes
-from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.formats.base import Format
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
 from mumoe_tensor.nn.contraction import (
@@ -31,6 +30,7 @@ from mumoe_tensor.nn.frozen import Folded, are_values_known, is_frozen
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, read_index
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
 
 Init = Literal["linear", "published"]
@@ -99,16 +99,16 @@ class Experts(WholeState):
     ):
         super().__init__()
         check_flag(recompute, "recompute")
-        self.format = get_format(format)
-        modes = check_modes(experts, in_features, out_features, bias)
-        self.num_experts = modes[:-2]
-        self.in_features, self.out_features = modes[-2] - bias, modes[-1]
-        self.rank = self.format.full_rank(rank, len(self.num_experts))
+        spec = LayerSpec(
+            format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias
+        )
+        self.format, self.num_experts, self.rank = spec.format, spec.experts, spec.full_rank
+        self.in_features, self.out_features = spec.in_features, spec.out_features
         self.bias, self.recompute = bias, recompute
         self.init = check_choice(init, get_args(Init), "init")
         batch_hint = as_positive(batch_hint, "batch_hint")
-        ones = self.format.units(len(self.num_experts))
-        network = forward_network(self.format, modes, self.rank, ones, bias)
+        ones = self.format.units(spec.num_levels)
+        network = forward_network(self.format, spec.mode_sizes, self.rank, ones, bias)
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)

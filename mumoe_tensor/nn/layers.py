@@ -8,10 +8,9 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.budget import fit_rank
 from mumoe_tensor.checks import as_positive, as_probability, check_choice, check_flag
-from mumoe_tensor.formats.base import Format, check_modes
-from mumoe_tensor.formats.registry import config_entry, get_format
+from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.registry import config_entry
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
 from mumoe_tensor.nn.linear import check_linear, layer_like
@@ -20,6 +19,7 @@ from mumoe_tensor.nn.published import read_published, write_published
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
 
 
@@ -293,12 +293,18 @@ class MuMoE(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_flag(bias, "bias")
-        *levels, in_features, out_features = check_modes(experts, in_features, out_features)
-        rank = _solve(format, levels, in_features, None, out_features, rank, parameters, bias)
+        spec = _solved(
+            LayerSpec(
+                format, experts=experts, in_features=in_features, out_features=out_features, rank=rank,
+                bias=bias,
+            ),
+            parameters,
+        )  # fmt: skip
+        in_features, out_features, rank = spec.in_features, spec.out_features, spec.full_rank
+        levels = spec.experts
         config = dict(
-            in_features=in_features, out_features=out_features, experts=tuple(levels),
-            format=get_format(format), rank=rank, bias=bias, gate_norm=gate_norm,
+            in_features=in_features, out_features=out_features, experts=levels,
+            format=spec.format, rank=rank, bias=bias, gate_norm=gate_norm,
             input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
         super().__init__(config, gate, device, dtype)
@@ -418,15 +424,21 @@ class MuMoEMLP(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        check_flag(bias, "bias")
-        *levels, in_features, out_features = check_modes(experts, in_features, out_features)
         hidden_features = as_positive(hidden_features, "hidden_features")
         dropout = as_probability(dropout, "dropout")
         hidden_dropout = as_probability(hidden_dropout, "hidden_dropout")
-        rank = _solve(format, levels, in_features, hidden_features, out_features, rank, parameters, bias)
+        spec = _solved(
+            LayerSpec(
+                format, experts=experts, in_features=in_features, hidden=hidden_features,
+                out_features=out_features, rank=rank, bias=bias,
+            ),
+            parameters,
+        )  # fmt: skip
+        in_features, out_features, rank = spec.in_features, spec.out_features, spec.full_rank
+        levels = spec.experts
         config = dict(
             in_features=in_features, hidden_features=hidden_features, out_features=out_features,
-            experts=tuple(levels), format=get_format(format), rank=rank, bias=bias, dropout=dropout,
+            experts=levels, format=spec.format, rank=rank, bias=bias, dropout=dropout,
             hidden_dropout=hidden_dropout, gate_norm=gate_norm, input_norm=input_norm, init=init,
             batch_hint=batch_hint, recompute=recompute,
         )  # fmt: skip
@@ -492,38 +504,20 @@ class MuMoEMLP(Layer):
         return mixed
 
 
-def _solve(
-    format: str | Format,
-    experts: Sequence[int],
-    in_features: int,
-    hidden: int | None,
-    out_features: int,
-    rank: int | Sequence[int | None] | None,
-    parameters: int | Literal["match"] | None,
-    bias: bool,
-) -> tuple[int, ...]:
-    """The whole rank: as given, or what a number of parameters asks for."""
-    format = get_format(format)
-    levels = len(experts)
-    if not format.bonds(levels):
-        if parameters is not None:
-            raise ValueError(f"format {format.name!r} has no rank, so parameters must be left out.")
-        return format.full_rank(rank, levels)
-    entries = None if rank is None else format.check_rank(rank, levels)
-    if entries is not None and None not in entries:
-        if parameters is not None:
-            raise ValueError(f"give a rank or parameters, got rank={rank!r} and parameters={parameters!r}.")
-        return format.full_rank(entries, levels)
+def _solved(spec: LayerSpec, parameters: int | Literal["match"] | None) -> LayerSpec:
+    """The spec with its whole rank: as it stands, or what a number of parameters asks for."""
+    if spec.rank is not None and None not in spec.rank:
+        if parameters is None:
+            return spec
+        if not spec.rank:
+            raise ValueError(f"format {spec.format.name!r} has no rank, so parameters must be left out.")
+        raise ValueError(f"give a rank or parameters, got rank={spec.rank} and parameters={parameters!r}.")
     try:
-        solved = fit_rank(
-            format, experts=experts, in_features=in_features, out_features=out_features, hidden=hidden,
-            parameters="match" if parameters is None else parameters, rank=entries, bias=bias, gate=True,
-        )  # fmt: skip
+        return spec.fitted("match" if parameters is None else parameters)
     except ValueError as error:
-        if parameters is not None or rank is not None:
+        if parameters is not None or spec.rank is not None:
             raise
         raise ValueError(
             f"{error} Without a rank or parameters the budget is that of the dense layer: give a rank or "
             "parameters, or use fewer experts or more levels."
         ) from None
-    return format.full_rank(solved, levels)

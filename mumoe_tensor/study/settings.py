@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mumoe_tensor.checks import as_positive, as_python
-from mumoe_tensor.formats.base import check_modes
 from mumoe_tensor.formats.registry import config_entry, get_format
 from mumoe_tensor.formats.registry import formats as registered
 from mumoe_tensor.readers import checked, read_json, reading
+from mumoe_tensor.spec import expert_counts
 from mumoe_tensor.study.layers import Layer, get_layer
 from mumoe_tensor.study.subjects import budget_of
 
@@ -260,7 +260,7 @@ def _counts(experts: Any) -> tuple[Levels, ...]:
     listed = [experts] if isinstance(experts, int) else list(experts)
     if not listed:
         raise ValueError("a study needs at least one number of experts, got none.")
-    return tuple(dict.fromkeys(check_modes(levels, 1, 1)[:-2] for levels in listed))
+    return tuple(dict.fromkeys(expert_counts(levels) for levels in listed))
 
 
 def _devices(devices: Sequence[str] | None) -> tuple[str, ...]:

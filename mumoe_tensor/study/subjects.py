@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mumoe_tensor.budget import as_budget, fit_rank
 from mumoe_tensor.contraction.plan import ITEMSIZE
-from mumoe_tensor.cost import Cost, cost, dense_parameters
+from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
+from mumoe_tensor.spec import as_budget, dense_parameters, fit_rank
 from mumoe_tensor.study.mixtures import SparseMixture
 
 #: Names of what is no factorized format: the dense layer itself, and the sparse mixture.

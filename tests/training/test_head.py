@@ -117,7 +117,7 @@ def test_rules_of_a_head() -> None:
         Head(8, 3, format="linear", rank=5)
     with pytest.raises(ValueError, match="smallest rank"):
         Head(64, 10, experts=64, parameters="match")
-    with pytest.raises(ValueError, match="one between the layers"):
+    with pytest.raises(ValueError, match="a hidden size of 1"):
         Head(64, 10, 8, format="hadamard", experts=64, parameters="match")
     with pytest.raises(ValueError, match=r"a multiple such as 0\.5x; got 'twice'"):
         Head(64, 10, parameters="twice")

@@ -1,0 +1,432 @@
+"""The sizes of a layer of experts: the one place that checks them and solves for a rank."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Literal, TypedDict, Unpack
+
+from mumoe_tensor.checks import as_entries, as_positive, check_choice, check_flag
+from mumoe_tensor.formats.base import Format, Rank, mode_names
+from mumoe_tensor.formats.registry import formats, get_format
+
+Rounding = Literal["up", "down", "nearest"]
+
+
+class Sizes(TypedDict, total=False):
+    """The keyword arguments of a `LayerSpec`, which functions of layers take in its place."""
+
+    experts: int | Sequence[int]
+    in_features: int
+    out_features: int
+    hidden: int | None
+    rank: int | Sequence[int | None] | None
+    bias: bool
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class LayerSpec:
+    """Format and sizes of a layer of experts, or of a block of two layers that share one gate.
+
+    Functions of layers (`plan`, `cost`, `fit_rank`, `FactorizedTensor.random`) take a spec, or its arguments.
+
+    Parameters
+    ----------
+    format : str or Format
+    experts : int or sequence of int
+        Number of experts, one number a level; ``()`` for no level.
+    in_features, out_features : int
+    hidden : int, optional
+        Size between the two layers of a block, which have one rank.
+    rank : int or sequence of int and None, optional
+        One entry a bond of the format; see `Format.bonds`. `fitted` solves for a rank that is left out, or
+        for the one entry that is None.
+    bias : bool, default False
+        Whether the input mode has the bias as one more row.
+
+    Attributes
+    ----------
+    format : Format
+    experts : tuple of int
+    rank : tuple of int and None, or None
+        ``()`` for a format without bonds.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive, the rank does not fit the format, or the format is unknown.
+    TypeError
+        If a size is not an integer, or `bias` not a bool.
+
+    Examples
+    --------
+    >>> import mumoe_tensor as mt
+    >>> head = mt.LayerSpec("cp", experts=128, in_features=768, out_features=1000, bias=True)
+    >>> head.fitted("match")
+    LayerSpec('cp', experts=(128,), in_features=768, out_features=1000, rank=(354,), bias=True)
+    >>> head.fitted("match").parameters, head.dense_parameters
+    (769842, 769000)
+    """
+
+    format: Format
+    experts: tuple[int, ...]
+    in_features: int
+    out_features: int
+    hidden: int | None
+    rank: tuple[int | None, ...] | None
+    bias: bool
+
+    def __init__(
+        self,
+        format: str | Format,
+        *,
+        experts: int | Sequence[int],
+        in_features: int,
+        out_features: int,
+        hidden: int | None = None,
+        rank: int | Sequence[int | None] | None = None,
+        bias: bool = False,
+    ):
+        format = get_format(format)
+        check_flag(bias, "bias")
+        counts = expert_counts(experts)
+        is_open = rank is None and format.bonds(len(counts))
+        checked = {
+            "format": format,
+            "experts": counts,
+            "in_features": as_positive(in_features, "in_features"),
+            "out_features": as_positive(out_features, "out_features"),
+            "hidden": None if hidden is None else as_positive(hidden, "hidden"),
+            "rank": None if is_open else format.check_rank(rank, len(counts)),
+            "bias": bias,
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # a spec is frozen
+
+    def __repr__(self) -> str:
+        is_registered = formats().get(self.format.name) == self.format
+        parts = [repr(self.format.name if is_registered else self.format)]
+        parts += [f"{name}={getattr(self, name)}" for name in ("experts", "in_features", "out_features")]
+        parts += [f"{name}={value}" for name in ("hidden", "rank", "bias") if (value := getattr(self, name))]
+        return f"LayerSpec({', '.join(parts)})"
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels of experts."""
+        return len(self.experts)
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The specs of the single layers: this one, or the two of a block."""
+        if self.hidden is None:
+            return (self,)
+        up = replace(self, out_features=self.hidden, hidden=None)
+        return up, replace(up, in_features=self.hidden, out_features=self.out_features)
+
+    @property
+    def mode_sizes(self) -> tuple[int, ...]:
+        """Shape (N1, ..., NE, I, O) of the weight of a single layer, the bias row counted in I.
+
+        Raises
+        ------
+        ValueError
+            For a block, which has two weights.
+        """
+        if self.hidden is not None:
+            raise ValueError(f"a block has two weights, each with its spec in `layers`; got {self!r}.")
+        return (*self.experts, self.in_features + self.bias, self.out_features)
+
+    @property
+    def full_rank(self) -> Rank:
+        """The rank without open entries.
+
+        Raises
+        ------
+        ValueError
+            If an entry is open.
+        """
+        return self.format.full_rank(self.rank, self.num_levels)
+
+    @property
+    def weight_parameters(self) -> int:
+        """Entries of all factors, those of the bias rows included; optional factors are left out."""
+        optional = self.format.units(self.num_levels)
+        return sum(
+            prod(shape)
+            for layer in self.layers
+            for k, shape in enumerate(self.format.shapes(layer.mode_sizes, self.full_rank))
+            if k not in optional
+        )
+
+    @property
+    def gate_parameters(self) -> int:
+        """``in_features * sum(experts)``: a matrix a level, without bias."""
+        return self.in_features * sum(self.experts)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of `.nn.MuMoE` or `.nn.MuMoEMLP`: those of the weights and of the gate."""
+        return self.weight_parameters + self.gate_parameters
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense layer, or of the two of a block, with biases if `bias` is true."""
+        return sum((layer.in_features + self.bias) * layer.out_features for layer in self.layers)
+
+    @cached_property
+    def max_expert_rank(self) -> int:
+        """Largest rank the matrix of an expert can have, the bias row left out; the smaller of a block's two.
+
+        With the expert modes sliced the factors are a network between the input and the output. Each
+        partition of the factors into an input side and an output side writes the matrix as a product whose
+        inner size is that of the indices on both sides; the smallest is the bound (the min cut of Cui et al.,
+        "Quantum max-flow/min-cut", 2016, a bond of more than two factors counted once).
+        """
+        return min(
+            _smallest_cut(self.format, replace(layer, bias=False).mode_sizes, self.full_rank)
+            for layer in self.layers
+        )
+
+    def fitted(
+        self, parameters: int | str = "match", *, rounding: Rounding = "up", gate: bool = True
+    ) -> LayerSpec:
+        """The same layer with the rank that gives a number of parameters, bias rows and gate included.
+
+        Parameters
+        ----------
+        parameters : int or str, default "match"
+            The budget; ``"match"`` for `dense_parameters`, or a multiple of them as ``"2x"``.
+        rounding : {"up", "down", "nearest"}, default "up"
+            The smallest rank with at least the budget, the largest with at most it, or the nearer of the two.
+        gate : bool, default True
+            Count `gate_parameters`.
+
+        Raises
+        ------
+        ValueError
+            If even the smallest rank has more parameters than the budget, or no rank reaches it; if the
+            format has no rank, or more than one entry or none is open.
+
+        Notes
+        -----
+        A rank left out follows the format's convention, `Format.default_rank`: the one rank of CP,
+        ``(4, ..., 4, R)`` for Tensor Ring and Train, and for Tucker ranks proportional to the sizes of the
+        modes and at most those.
+        """
+        check_choice(rounding, ("up", "down", "nearest"), "rounding")
+        check_flag(gate, "gate")
+        budget = as_budget(parameters, self.dense_parameters)
+        family = self._family()
+
+        def total(t: int) -> int:
+            candidate = replace(self, rank=family(t))
+            return candidate.weight_parameters + gate * self.gate_parameters
+
+        if total(1) > budget:
+            raise ValueError(
+                f"the smallest rank must fit the budget of {budget:,} parameters; format "
+                f"{self.format.name!r} has {total(1):,} at rank {family(1)}, of which the gate alone has "
+                f"{gate * self.gate_parameters:,}."
+            )
+        above = 1
+        while total(above) < budget:
+            if family(2 * above) == family(above):
+                if rounding == "up":
+                    raise ValueError(
+                        f"some rank must reach the budget of {budget:,} parameters; format "
+                        f"{self.format.name!r} has {total(above):,} at its full rank {family(above)}."
+                    )
+                return replace(self, rank=family(above))
+            above *= 2
+        above = bisect_left(range(above), budget, lo=1, key=total)
+        if total(above) == budget or rounding == "up":
+            return replace(self, rank=family(above))
+        below = above - 1
+        if rounding == "down" or budget - total(below) <= total(above) - budget:
+            return replace(self, rank=family(below))
+        return replace(self, rank=family(above))
+
+    def with_full_rank_experts(self) -> LayerSpec:
+        """The same layer with the smallest rank of the format's convention that allows experts of full rank.
+
+        With less an expert is a bottleneck, and may not learn what the linear layer in its place learns. The
+        bonds of expert modes do not raise the rank of an expert: in Tucker they are at most 4, as the other
+        bonds of Tensor Ring and Train.
+
+        Examples
+        --------
+        >>> from mumoe_tensor import LayerSpec
+        >>> LayerSpec("tr", experts=64, in_features=512, out_features=100).with_full_rank_experts().rank
+        (4, 4, 25)
+        """
+        full = [min(layer.in_features, layer.out_features) for layer in self.layers]
+        sizes = (*(min(n, 4) for n in self.experts), max(full), max(full))
+
+        def at(t: int) -> LayerSpec:
+            return replace(self, rank=self.format.default_rank(sizes, t))
+
+        def is_full(t: int) -> bool:
+            parts = zip(at(t).layers, full, strict=True)
+            return all(layer.max_expert_rank >= rank for layer, rank in parts)
+
+        return at(bisect_left(range(1, max(sizes)), True, key=is_full) + 1)
+
+    def _family(self) -> Callable[[int], Rank]:
+        """Ranks that grow with one integer: the format's, or `rank` with that integer for None."""
+        if not self.format.bonds(self.num_levels):
+            raise ValueError(
+                f"a format must have a rank to be fitted; format {self.format.name!r} has none and costs "
+                f"{self.weight_parameters:,} parameters without the gate."
+            )
+        if (rank := self.rank) is None:
+            # Two layers share a rank, so the smaller of their sizes bounds it.
+            sizes = tuple(map(min, zip(*(layer.mode_sizes for layer in self.layers), strict=True)))
+            return lambda t: self.format.default_rank(sizes, t)
+        if rank.count(None) != 1:
+            raise ValueError(f"exactly one entry of the rank must be None, the one to solve for, got {rank}.")
+        return lambda t: tuple(t if r is None else r for r in rank)
+
+
+def expert_counts(experts: int | Sequence[int]) -> tuple[int, ...]:
+    """The number of experts of each level, of which there may be one or none.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a number is not a positive integer.
+    """
+    return tuple(as_positive(n, "every number of experts") for n in as_entries(experts, "experts"))
+
+
+def as_spec(format: str | Format | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:
+    """The spec of a layer given as one, or as a format and the other arguments of a spec.
+
+    Raises
+    ------
+    TypeError
+        If a spec comes with further sizes.
+    """
+    if not isinstance(format, LayerSpec):
+        return LayerSpec(format, **sizes)
+    if sizes:
+        raise TypeError(
+            f"a LayerSpec has all sizes; dataclasses.replace changes them, got {', '.join(sizes)} beside it."
+        )
+    return format
+
+
+def fit_rank(
+    format: str | Format | LayerSpec,
+    *,
+    parameters: int | str = "match",
+    gate: bool = False,
+    rounding: Rounding = "up",
+    **sizes: Unpack[Sizes],
+) -> int | Rank:
+    """Solve for the rank that gives a number of parameters; the gate is counted only with ``gate=True``.
+
+    Parameters
+    ----------
+    format : str, Format or LayerSpec
+        A format, with `sizes` beside it, or the spec of a layer or a block.
+    parameters : int or str, default "match"
+        See `LayerSpec.fitted`.
+    gate : bool, default False
+        Count the gate's ``in_features * sum(experts)``, as `.nn.MuMoE` does.
+    rounding : {"up", "down", "nearest"}, default "up"
+        See `LayerSpec.fitted`.
+    **sizes
+        The arguments of a `LayerSpec`, unless `format` is one.
+
+    Returns
+    -------
+    int or tuple of int
+        A tuple with one entry a bond; an int for a format of one bond whose rank was left out.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `LayerSpec` and `LayerSpec.fitted`.
+
+    Examples
+    --------
+    >>> import mumoe_tensor as mt
+    >>> head = dict(experts=64, in_features=768, out_features=1000, bias=True)
+    >>> mt.fit_rank("tr", rank=(4, 4, None), gate=True, **head)
+    (4, 4, 102)
+    """
+    spec = as_spec(format, **sizes)
+    rank = spec.fitted(parameters, rounding=rounding, gate=gate).full_rank
+    return rank[0] if spec.rank is None and len(rank) == 1 else rank
+
+
+def as_budget(parameters: int | str, dense: int) -> int:
+    """The number of parameters of a budget.
+
+    Parameters
+    ----------
+    parameters : int or str
+        A number, also as text; ``"match"``, or a multiple as ``"0.5x"``, for those of the dense layer.
+    dense : int
+        Parameters of the dense layer.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these, or not positive.
+    TypeError
+        If it is a number and no integer.
+    """
+    if not isinstance(parameters, str):
+        return as_positive(parameters, "parameters")
+    text = "1x" if parameters == "match" else parameters.replace(",", "").replace("_", "")
+    try:
+        budget = round(float(text[:-1]) * dense) if text.endswith("x") else int(text)
+    except (ValueError, OverflowError):
+        budget = 0
+    if budget < 1:
+        raise ValueError(
+            f"parameters must be match, a positive number, or a multiple such as 0.5x; got {parameters!r}."
+        )
+    return budget
+
+
+def dense_parameters(
+    in_features: int, out_features: int, hidden: int | None = None, bias: bool = True
+) -> int:
+    """Parameters of the dense layer, or the dense block of two, that a mixture takes the place of.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    hidden : int, optional
+        Two layers, `in_features` to `hidden` to `out_features`.
+    bias : bool, default True
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a size is not a positive integer, or `bias` not a bool.
+    """
+    return LayerSpec(
+        "dense", experts=(), in_features=in_features, out_features=out_features, hidden=hidden, bias=bias
+    ).dense_parameters
+
+
+def _smallest_cut(format: Format, mode_sizes: tuple[int, ...], rank: Rank) -> int:
+    """Smallest product of the sizes of the indices between an input and an output side of the factors."""
+    num_levels = len(mode_sizes) - 2
+    index_sizes, experts = format.sizes(mode_sizes, rank), mode_names(num_levels)[:-2]
+    sliced = {frozenset(f.indices).difference(experts) for f in format.declaration(num_levels)}
+    # A factor with the indices of another, or some of them, adds nothing to the cut on that one's side.
+    factors = [f for f in sliced if not any(f < other for other in sliced)]
+    cuts = []
+    for sides in product((False, True), repeat=len(factors)):
+        near = {"i"}.union(*(f for f, is_far in zip(factors, sides, strict=True) if not is_far))
+        far = {"o"}.union(*(f for f, is_far in zip(factors, sides, strict=True) if is_far))
+        cuts.append(prod(index_sizes[x] for x in near & far))
+    return min(cuts)

@@ -1,0 +1,262 @@
+"""Specs: sizes checked once, and the ranks they are solved for."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mumoe_tensor as mt
+from mumoe_tensor import LayerSpec
+from mumoe_tensor.spec import as_budget
+
+ALL = list(mt.formats().values())
+CLIP = dict(in_features=768, out_features=1000, bias=True, gate=True)
+GPT2 = dict(in_features=768, hidden=3072, out_features=768, bias=True, gate=True)
+
+
+@st.composite
+def layers(draw: st.DrawFn, largest: int = 12) -> tuple[mt.Format, tuple[int, ...], tuple[int, ...]]:
+    """A format, sizes of its modes, and a rank."""
+    sizes = st.integers(1, largest)
+    format = draw(st.sampled_from(ALL))
+    modes = tuple(draw(st.lists(sizes, min_size=2, max_size=5)))
+    rank = tuple(draw(sizes) for _ in format.bonds(len(modes) - 2))
+    return format, modes, rank
+
+
+def spec_of(format: str | mt.Format, modes: tuple[int, ...], rank: tuple[int, ...]) -> mt.LayerSpec:
+    *experts, i, o = modes
+    return mt.LayerSpec(format, experts=experts, in_features=i, out_features=o, rank=rank)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> LayerSpec:
+    """Specs of layers and blocks with their ranks."""
+    format, (*experts, i, o), rank = draw(layers())
+    hidden = draw(st.none() | st.integers(1, 12))
+    return LayerSpec(
+        format,
+        experts=experts,
+        in_features=i,
+        hidden=hidden,
+        out_features=o,
+        rank=rank,
+        bias=draw(st.booleans()),
+    )
+
+
+# ---- the value ---------------------------------------------------------------------------------------
+
+
+@given(specs())
+def test_a_spec_is_a_value(spec: LayerSpec) -> None:
+    same = eval(repr(spec), {"LayerSpec": LayerSpec})
+    assert same == spec and hash(same) == hash(spec)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert replace(spec, in_features=spec.in_features + 1) != spec
+    assert replace(spec, bias=not spec.bias) != spec
+
+
+@given(specs())
+def test_parameters_are_those_of_the_torch_layer(spec: LayerSpec) -> None:
+    nn = pytest.importorskip("mumoe_tensor.nn")
+    sizes = [n for n in (spec.in_features, spec.hidden, spec.out_features) if n is not None]
+    make = nn.MuMoE if spec.hidden is None else nn.MuMoEMLP
+    module = make(*sizes, spec.experts, spec.format, spec.rank, bias=spec.bias, device="meta")
+    counted = sum(parameter.numel() for parameter in module.parameters())
+    assert spec.parameters == spec.weight_parameters + spec.gate_parameters == counted
+    assert mt.cost(spec, gate=True).parameters == counted
+
+
+@given(specs(), st.integers(1, 100))
+def test_functions_take_a_spec_or_its_arguments(spec: LayerSpec, batch: int) -> None:
+    sizes = {name: getattr(spec, name) for name in ("experts", "in_features", "out_features", "rank", "bias")}
+    assert mt.cost(spec, batch=batch) == mt.cost(spec.format, hidden=spec.hidden, batch=batch, **sizes)
+    if spec.hidden is not None:
+        for function in (mt.plan, mt.FactorizedTensor.random):
+            with pytest.raises(ValueError, match="a block has two weights"):
+                function(spec)
+        return
+    assert mt.plan(spec, batch=batch) == mt.plan(format=spec.format, batch=batch, **sizes)
+    one, other = (
+        mt.FactorizedTensor.random(*args, **kwargs, seed=0)
+        for args, kwargs in (((spec,), {}), ((spec.format,), sizes))
+    )
+    assert one.shape == other.shape == spec.mode_sizes and one.rank == spec.rank
+    np.testing.assert_array_equal(mt.to_dense(one), mt.to_dense(other))
+
+
+def test_the_layers_of_a_block() -> None:
+    block = LayerSpec(
+        "tr", experts=(4, 2), in_features=5, hidden=7, out_features=3, rank=(1, 2, 3, 4), bias=True
+    )
+    assert [layer.mode_sizes for layer in block.layers] == [(4, 2, 6, 7), (4, 2, 8, 3)]
+    assert block.weight_parameters == sum(layer.weight_parameters for layer in block.layers)
+    (up, _) = block.layers
+    assert up.layers == (up,) and up.rank == block.rank
+
+
+SIZES = dict(experts=4, in_features=6, out_features=5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: LayerSpec("cp", **SIZES | {"experts": 0}), ValueError, "every number of experts must be"),
+        (lambda: LayerSpec("cp", **SIZES, hidden=-1), ValueError, "hidden must be positive, got -1"),
+        (lambda: LayerSpec("cp", **SIZES, hidden=2.0), TypeError, "hidden must be an integer"),
+        (lambda: LayerSpec("cp", **SIZES, bias=1), TypeError, "bias must be True or False"),
+        (lambda: LayerSpec("cp", **SIZES, rank=(2, 3)), ValueError, "has 1 entries"),
+        (lambda: LayerSpec("dense", **SIZES, rank=2), ValueError, "no entries"),
+        (lambda: LayerSpec("no", **SIZES), ValueError, "unknown format 'no'"),
+        (lambda: mt.plan(LayerSpec("cp", **SIZES, rank=2), bias=True), TypeError, "has all sizes.*got bias"),
+        (lambda: mt.plan(LayerSpec("cp", **SIZES)), ValueError, r"has 1 entries, \(r,\), got None"),
+        (lambda: LayerSpec("cp", **SIZES).parameters, ValueError, r"has 1 entries, \(r,\), got None"),
+        (lambda: LayerSpec("tr", **SIZES, rank=(None, 2, None)).fitted(), ValueError, "exactly one entry"),
+        (lambda: LayerSpec("cp", **SIZES, rank=2).fitted(), ValueError, "exactly one entry of the rank"),
+        (lambda: LayerSpec("dense", **SIZES).fitted(), ValueError, "must have a rank to be fitted"),
+        (lambda: LayerSpec("cp", **SIZES).fitted(rounding="even"), ValueError, "rounding must be one of"),
+        (lambda: LayerSpec("cp", **SIZES).fitted("3y"), ValueError, "parameters must be match"),
+        (lambda: LayerSpec("cp", **SIZES).fitted(gate=None), TypeError, "gate must be True or False"),
+    ],
+)  # fmt: skip
+def test_what_is_no_spec_is_refused(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---- rank of an expert -------------------------------------------------------------------------------
+
+
+@given(layers(largest=6), st.integers(0, 2**31))
+def test_max_expert_rank_is_the_numerical_rank_of_random_experts(layer, seed) -> None:
+    format, modes, rank = layer
+    *experts, i, o = modes
+    weight = mt.FactorizedTensor.random(
+        format, experts=experts, in_features=i, out_features=o, rank=rank, seed=seed
+    )
+    matrix = mt.expert_matrix(weight, [n - 1 for n in experts])
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    assert np.sum(singular > 1e-9 * singular[0]) == spec_of(format, modes, rank).max_expert_rank
+
+
+@pytest.mark.parametrize(
+    ("format", "rank", "expected"),
+    [("cp", (5,), 5), ("tr", (2, 3, 4), 8), ("tr", (3, 2, 4), 8), ("tt", (3, 4), 4), ("tucker", (9, 6, 7), 6),
+     ("hadamard", (), 20), ("dense", (), 20)],
+)  # fmt: skip
+def test_max_expert_rank_of_the_table(format, rank, expected) -> None:
+    assert spec_of(format, (16, 30, 20), rank).max_expert_rank == expected
+
+
+def test_max_expert_rank_of_the_ring_without_experts() -> None:
+    assert spec_of("tr", (30, 20), (2, 3)).max_expert_rank == 6
+
+
+# ---- rank for a budget -------------------------------------------------------------------------------
+
+
+@given(
+    layers(largest=30).filter(lambda layer: layer[2]),
+    st.integers(1, 40_000),
+    st.sampled_from(["up", "down", "nearest"]),
+    st.booleans(),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(0, 6)),
+)
+def test_fit_rank_is_the_last_rank_before_the_budget(layer, budget, rounding, bias, gate, place) -> None:
+    format, modes, rank = layer
+    *experts, i, o = modes
+    sizes = dict(experts=experts, in_features=i, out_features=o, bias=bias, gate=gate)
+    template = None if place is None else tuple(
+        None if k == place % len(rank) else r for k, r in enumerate(rank)
+    )  # fmt: skip
+
+    def family(t: int) -> tuple[int, ...]:
+        if template is not None:
+            return tuple(t if r is None else r for r in template)
+        return format.default_rank((*experts, i + bias, o), t)
+
+    def total(t: int) -> int:
+        return mt.cost(format, rank=family(t), **sizes).parameters
+
+    if total(1) > budget:
+        with pytest.raises(ValueError, match="gate alone has"):
+            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+        return
+    below, above = 1, 50_000
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if total(middle) <= budget else (below, middle)
+    reached = total(below) == budget
+    saturated = family(below + 1) == family(below)
+    if rounding == "up" and saturated and not reached:
+        with pytest.raises(ValueError, match="full rank"):
+            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+        return
+    fitted = mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+    fitted_total = mt.cost(format, rank=fitted, **sizes).parameters
+    over = total(below) if reached or saturated else total(below + 1)
+    expected = {
+        "up": over,
+        "down": total(below),
+        "nearest": min((total(below), over), key=lambda cost: abs(cost - budget)),
+    }[rounding]
+    assert fitted_total == expected
+
+
+@pytest.mark.parametrize("format", ["cp", "tr", "tt", "tucker"])
+def test_fit_rank_refuses_what_the_gate_alone_exceeds(format) -> None:
+    with pytest.raises(ValueError, match="769,536"):
+        mt.fit_rank(format, experts=1002, parameters=769_000, **CLIP)
+
+
+def test_fit_rank_is_proportional_for_tucker_and_capped() -> None:
+    rank = mt.fit_rank("tucker", experts=8, in_features=768, out_features=96, bias=False, parameters=200_000)
+    ratios = [r / n for r, n in zip(rank, (8, 768, 96), strict=True)]
+    assert max(ratios) <= 1
+    assert max(ratios) - min(ratios) < 1 / 8
+
+
+def test_the_bias_row_is_no_part_of_rank_and_closed_form() -> None:
+    sizes = dict(experts=2, in_features=3, out_features=9, batch=5)
+    without, with_bias = mt.cost("dense", **sizes), mt.cost("dense", **sizes, bias=True)
+    assert with_bias.max_expert_rank == without.max_expert_rank == 3
+
+
+@pytest.mark.parametrize(
+    ("experts", "cp", "tr"),
+    [(16, 424, 107), (32, 414, 106), (64, 393, 102), (128, 354, 95), (256, 283, 81), (512, 165, 52)],
+)
+def test_fit_rank_gives_the_published_clip_heads(experts: int, cp: int, tr: int) -> None:
+    assert mt.fit_rank("cp", experts=experts, parameters=769_000, **CLIP) == cp
+    assert mt.fit_rank("cp", experts=experts, **CLIP) == cp  # 769,000 is the linear layer
+    assert mt.fit_rank("tr", experts=experts, rank=(4, 4, None), parameters=769_000, **CLIP) == (4, 4, tr)
+
+
+@pytest.mark.parametrize(("format", "rank"), [("cp", 599), ("tr", (4, 4, 153))])
+def test_fit_rank_gives_the_published_gpt2_blocks(format, rank) -> None:
+    open_rank = None if format == "cp" else (4, 4, None)
+    assert mt.dense_parameters(768, 768, hidden=3072) == 4_722_432
+    assert mt.fit_rank(format, experts=64, rank=open_rank, parameters=4_722_432, **GPT2) == rank
+
+
+def test_tucker_rank_of_a_block_is_capped_by_both_layers() -> None:
+    block = dict(experts=4, in_features=6, hidden=30, out_features=5)
+    rank = mt.fit_rank("tucker", parameters=1200, rounding="down", **block)
+    assert all(r <= n for r, n in zip(rank, (4, 6, 5), strict=True))
+
+
+def test_match_is_the_dense_layer_without_biases_if_there_are_none() -> None:
+    sizes = dict(experts=2, in_features=30, out_features=40)
+    dense = mt.dense_parameters(30, 40, bias=False)
+    assert mt.fit_rank("cp", **sizes) == mt.fit_rank("cp", parameters=dense, **sizes) == 17
+
+
+def test_a_multiple_is_rounded_to_the_nearest_budget() -> None:
+    assert as_budget("0.29x", 100) == 29

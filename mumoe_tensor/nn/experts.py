@@ -122,7 +122,8 @@ class Experts(WholeState):
             empty = torch.empty([sizes[x] for x in axes], device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
         self.edits = None  # a child only where there are some
-        self.reset_parameters()
+        if not self.factors[0].is_meta:  # no values are drawn there
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

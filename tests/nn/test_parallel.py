@@ -197,7 +197,7 @@ SAYS = {
     "no bond": ("has none", "'hadamard'"),
     "small bond": ("as large as the group", "size 1", "2 processes"),
     "no experts": ("must have experts", "Linear"),
-    "divided already": ("not divided yet", "DividedExperts"),
+    "divided already": ("not divided yet", "ShardedExperts"),
     "whole state": ("same config", "experts.factor_0"),
     **dict.fromkeys(("expert", "weight", "keep_experts"), ("must be whole", "'r'", "of 3", "gather")),
     **dict.fromkeys(

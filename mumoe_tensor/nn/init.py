@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mumoe_tensor.backend import to_float64
 from mumoe_tensor.formats.base import mode_names
-from mumoe_tensor.multilinear import mixed_matrix
+from mumoe_tensor.multilinear import mixed_matrix, to_dense
 from mumoe_tensor.tensors import FactorizedTensor
 
 
@@ -33,15 +33,16 @@ def draw(weight: FactorizedTensor, in_features: int) -> None:
     for declared, factor in zip(weight.format.declaration(weight.levels), weight.factors, strict=True):
         if factor is None:
             continue
-        held = [x for x in declared.indices if x in modes]
-        bonds = [n for x, n in zip(declared.indices, factor.shape, strict=True) if x not in modes]
-        if "i" in held:
+        factor_modes = [x for x in declared.indices if x in modes]
+        bonds = [k for k, x in enumerate(declared.indices) if x not in modes]
+        if "i" in factor_modes:
             factor.uniform_(-(in_features**-0.5), in_features**-0.5)
-        elif "o" in held and not any(x.startswith("n") for x in held):
-            factor.uniform_(-(prod(bonds) ** -0.5), prod(bonds) ** -0.5)
-        elif held:
-            fill_neutral(factor, [k for k, x in enumerate(declared.indices) if x not in modes])
-            if "n1" in held:
+        elif factor_modes == ["o"]:
+            bound = prod(factor.shape[k] for k in bonds) ** -0.5
+            factor.uniform_(-bound, bound)
+        elif factor_modes:
+            fill_neutral(factor, bonds)
+            if "n1" in factor_modes:
                 factor.mul_(1 + torch.randn_like(factor))
         else:
             factor.normal_()
@@ -77,11 +78,11 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
 
 @torch.no_grad()
 def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
-    """Fill the factors in place so that every expert is one matrix, or what is closest to it at this rank.
+    """Fill the factors in place so that every expert is one matrix, or the best fit to it at this rank.
 
-    Expert modes and cores become neutral, which leaves the product ``A K B`` of the factor of the input, a
-    constant matrix K and the factor of the output. With the singular value decompositions of K and of the
-    matrix it is the best approximation of the rank of K.
+    All factors but A, that of the input, and B, that of the output, become neutral. The matrix of an expert
+    is then ``A K B`` with a constant K, and the singular value decompositions of K and of the matrix give the
+    best approximation of the rank of K. All is done in NumPy, because not every device has float64.
 
     Parameters
     ----------
@@ -94,60 +95,70 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
     float
         Error in the Frobenius norm over the norm of the matrix.
     """
-    modes = mode_names(weight.levels)
-    held = [
-        (f.indices, factor)
-        for f, factor in zip(weight.format.declaration(weight.levels), weight.factors, strict=True)
-        if factor is not None
-    ]
-    inner, a = next((x, factor) for x, factor in held if "i" in x)
-    outer, b = (inner, a) if "o" in inner else next((x, factor) for x, factor in held if "o" in x)
-    inner_bonds, outer_bonds = ([x for x in indices if x not in modes] for indices in (inner, outer))
-    others = [(x, factor) for x, factor in held if factor is not a and factor is not b]
-    for indices, factor in others:
-        bonds = [k for k, x in enumerate(indices) if x not in modes]
-        if len(bonds) == len(indices):
-            # A core: the identity between a bond of the input and one of the output.
-            ends = [next((k for k in bonds if indices[k] in side), None) for side in (inner, outer)]
-            bonds = [k for k in ends if k is not None]
-            fill_neutral(factor, list(dict.fromkeys(bonds)))
-            factor.div_(prod(n for k, n in enumerate(factor.shape) if k not in bonds))
-        else:
-            fill_neutral(factor, bonds)
-    if a is b:
-        shape = [n if x in ("i", "o") else 1 for x, n in zip(inner, a.shape, strict=True)]
-        turned = matrix if inner.index("i") < inner.index("o") else matrix.T
-        a.copy_(turned.reshape(shape).expand_as(a))
+    indices = [f.indices for f in weight.format.declaration(weight.levels)]
+    bonds = dict(zip(weight.format.bonds(weight.levels), weight.rank, strict=True))
+    factors: dict[int, Tensor] = {k: x for k, x in enumerate(weight.factors) if x is not None}
+    a = next(k for k in factors if "i" in indices[k])
+    b = a if "o" in indices[a] else next(k for k in factors if "o" in indices[k])
+    for k, factor in factors.items():
+        if k not in (a, b):
+            _pass_on(factor, indices[k], bonds, (indices[a], indices[b]))
+
+    def assign(k: int, value: np.ndarray, axes: Sequence[str]) -> None:
+        dtype = np.float64 if factors[k].dtype == torch.float64 else np.float32
+        value = _with_axes(value, axes, indices[k]).astype(dtype)
+        factors[k].copy_(torch.from_numpy(value).expand_as(factors[k]))
+
+    if a == b:
+        ones = np.ones([bonds.get(x, 1) for x in indices[a]])
+        assign(a, to_float64(matrix) / _expert(weight, {a: ones}), ["i", "o"])
         return 0.0
-    # K by einsum: a bond that both factors have gets a second name through an identity. By NumPy, because not
-    # every device has float64.
-    number = {x: k for k, x in enumerate(dict.fromkeys(x for indices, _ in held for x in indices))}
-    operands: list[Any] = []
-    for indices, factor in others:
-        averaged = tuple(k for k, x in enumerate(indices) if x in modes)
-        operands += [to_float64(factor).mean(averaged), [number[x] for x in indices if x not in modes]]
-    second = dict(number)
-    for x in set(inner_bonds) & set(outer_bonds):
-        second[x] = len(number) + number[x]
-        size = a.shape[inner.index(x)]
-        operands += [np.eye(size), [number[x], second[x]]]
-    result = [number[x] for x in inner_bonds] + [second[x] for x in outer_bonds]
-    rows = prod(a.shape[inner.index(x)] for x in inner_bonds)
-    constant = np.einsum(*operands, result, optimize="greedy").reshape(rows, -1)
+    axes = {k: [mode, *(x for x in indices[k] if x in bonds)] for k, mode in ((a, "i"), (b, "o"))}
+    shapes = {k: [bonds[x] for x in axes[k][1:]] for k in (a, b)}
+    identities = {k: np.eye(prod(shape)).reshape(-1, *shape) for k, shape in shapes.items()}
+    constant = _expert(weight, {k: _with_axes(eye, axes[k], indices[k]) for k, eye in identities.items()})
     p, d, q = np.linalg.svd(constant, full_matrices=False)
     u, s, v = np.linalg.svd(to_float64(matrix), full_matrices=False)
     rank = min(int((d > 1e-9 * d[0]).sum()), len(s))
     scale = np.sqrt(s[:rank] / d[:rank])
-    for mode, factor, indices, left, right in (
-        ("i", a, inner, u[:, :rank], p[:, :rank].T),
-        ("o", b, outer, v[:rank].T, q[:rank]),
-    ):
-        axes = [mode, *(x for x in indices if x not in modes)]
-        size = dict(zip(indices, factor.shape, strict=True))
-        value = ((left * scale) @ right).reshape([size[x] for x in axes])
-        value = value.transpose([axes.index(x) for x in indices if x in axes])
-        value = value.reshape([n if x in axes else 1 for x, n in size.items()])
-        value = value.astype(np.float64 if factor.dtype == torch.float64 else np.float32)
-        factor.copy_(torch.from_numpy(value).expand_as(factor))
+    assign(a, ((u[:, :rank] * scale) @ p[:, :rank].T).reshape(-1, *shapes[a]), axes[a])
+    assign(b, ((v[:rank].T * scale) @ q[:rank]).reshape(-1, *shapes[b]), axes[b])
     total = np.linalg.norm(s)
     return float(np.linalg.norm(s[rank:]) / total) if total else 0.0
+
+
+def _pass_on(
+    factor: Tensor, indices: Sequence[str], bonds: Collection[str], ends: tuple[Sequence[str], Sequence[str]]
+) -> None:
+    """Make a factor neutral; a core, which has no modes, between a bond of each end of the network."""
+    axes = [k for k, x in enumerate(indices) if x in bonds]
+    if len(axes) < len(indices):
+        fill_neutral(factor, axes)
+        return
+    shared = [next((k for k in axes if indices[k] in end), None) for end in ends]
+    passed = list(dict.fromkeys(k for k in shared if k is not None))
+    fill_neutral(factor, passed)
+    factor.div_(prod(n for k, n in enumerate(factor.shape) if k not in passed))
+
+
+def _with_axes(value: np.ndarray, axes: Sequence[str], indices: Sequence[str]) -> np.ndarray:
+    """An array with named axes as a factor with these indices, of size one where it has no such axis."""
+    value = value.transpose([axes.index(x) for x in indices if x in axes])
+    return np.expand_dims(value, [k for k, x in enumerate(indices) if x not in axes])
+
+
+def _expert(weight: FactorizedTensor, replaced: dict[int, np.ndarray]) -> np.ndarray:
+    """The matrix of any expert, with other factors for some of the weight's; all others are neutral."""
+    declared, modes = weight.format.declaration(weight.levels), mode_names(weight.levels)
+    sizes = dict.fromkeys(modes, 1)
+    for k, value in replaced.items():
+        sizes |= {x: n for x, n in zip(declared[k].indices, value.shape, strict=True) if n > 1}
+    factors = [replaced.get(k) for k in range(len(declared))]
+    for k, (f, factor) in enumerate(zip(declared, weight.factors, strict=True)):
+        if factor is not None and k not in replaced:
+            mode_axes = tuple(axis for axis, x in enumerate(f.indices) if x in modes)
+            value = to_float64(factor).mean(mode_axes, keepdims=True)
+            shape = [sizes.get(x, n) for x, n in zip(f.indices, value.shape, strict=True)]
+            factors[k] = np.broadcast_to(value, shape)
+    matrix: np.ndarray = to_dense(FactorizedTensor(weight.format, factors))
+    return matrix.reshape(sizes["i"], sizes["o"])

@@ -1,7 +1,7 @@
 """Multilinear mixtures of experts: layers whose experts are one factorized weight tensor."""
 
 from mumoe_tensor.contraction.plan import ContractionPlan, plan
-from mumoe_tensor.cost import Cost, LayerCost, cost
+from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.decomposition import decompose
 from mumoe_tensor.formats import Factor, Format, formats, get_format, register
 from mumoe_tensor.gates import entmax15, softmax, sparsemax, top_k
@@ -17,7 +17,6 @@ __all__ = [
     "Factor",
     "FactorizedTensor",
     "Format",
-    "LayerCost",
     "LayerSpec",
     "bind",
     "cost",

@@ -13,93 +13,86 @@ from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 
 @dataclass(frozen=True)
-class LayerCost:
-    """Cost of one multilinear mixture of experts.
-
-    Attributes
-    ----------
-    parameters : int
-        Entries of the factors, the bias row included.
-    max_expert_rank : int
-        Largest rank the matrix of an expert can have.
-    reference_flops : int or None
-        Closed form of the FLOPs: those of the format's reference path.
-    plan : ContractionPlan
-        The planned forward pass; its figures are those of the layer.
-    """
-
-    parameters: int
-    max_expert_rank: int
-    reference_flops: int | None
-    plan: ContractionPlan
-
-
-@dataclass(frozen=True)
 class Cost:
-    """Cost of one layer, or of two with a hidden size between them, and of the gate they share.
+    """Cost of a layer, or of a block of two, and of the gate where that is counted.
 
     Attributes
     ----------
-    layers : tuple of LayerCost
-    gate_parameters : int
-        ``in_features * sum(experts)``, or 0 without a gate.
-    gate_flops : int
-        FLOPs of the gate's matrix product.
-    hidden_elements : int
-        Elements of the two activations between the layers, before and after the nonlinearity.
+    spec : LayerSpec
+    plans : tuple of ContractionPlan
+        The forward pass of each layer. (The costs of the layers of a block are those of ``spec.layers``.)
+    gate : bool
+        Whether the gate is counted.
     """
 
-    layers: tuple[LayerCost, ...]
-    gate_parameters: int
-    gate_flops: int
-    hidden_elements: int
+    spec: LayerSpec
+    plans: tuple[ContractionPlan, ...]
+    gate: bool = False
 
     @property
     def parameters(self) -> int:
-        """Parameters of layers and gate."""
-        return sum(layer.parameters for layer in self.layers) + self.gate_parameters
+        """Entries of the factors, bias rows included, and parameters of the gate."""
+        return self.spec.weight_parameters + self.gate_parameters
+
+    @property
+    def gate_parameters(self) -> int:
+        """``in_features * sum(experts)``, or 0 without a gate."""
+        return self.spec.gate_parameters if self.gate else 0
 
     @property
     def flops(self) -> int:
         """FLOPs of the planned layers and of the gate's product, multiply and add counted apart."""
-        return sum(layer.plan.flops for layer in self.layers) + self.gate_flops
+        return sum(plan.flops for plan in self.plans) + self.gate_flops
+
+    @property
+    def gate_flops(self) -> int:
+        """FLOPs of the gate's matrix product."""
+        return 2 * self.plans[0].batch * self.gate_parameters
 
     @property
     def reference_flops(self) -> int | None:
-        """The same from the closed forms, or None where the format has none."""
-        known = [layer.reference_flops for layer in self.layers]
-        return None if None in known else sum(f for f in known if f is not None) + self.gate_flops
+        """FLOPs by the closed form of the format, `Format.reference_flops`, or None where it has none."""
+        format, rank, batch = self.spec.format, self.spec.full_rank, self.plans[0].batch
+        layers = replace(self.spec, bias=False).layers
+        per_input = [format.reference_flops(layer.mode_sizes, rank) for layer in layers]
+        if None in per_input:
+            return None
+        return batch * sum(flops or 0 for flops in per_input) + self.gate_flops
 
     @property
     def write(self) -> int:
         """Elements (or bytes) written by the contractions."""
-        return sum(layer.plan.write for layer in self.layers)
+        return sum(plan.write for plan in self.plans)
 
     @property
     def size(self) -> int:
         """Largest intermediate of a contraction."""
-        return max(layer.plan.size for layer in self.layers)
+        return max(plan.size for plan in self.plans)
 
     @property
     def peak(self) -> int:
         """Most that is live at once in a contraction besides its parameters and inputs."""
-        return max(layer.plan.peak for layer in self.layers)
+        return max(plan.peak for plan in self.plans)
 
     @property
     def saved(self) -> int:
-        """Kept for the backward pass besides parameters, coefficients and the inputs of the first layer."""
-        itemsize = self.layers[0].plan.itemsize
-        return sum(layer.plan.saved for layer in self.layers) + self.hidden_elements * itemsize
+        """Kept for the backward pass besides parameters, coefficients and the inputs of the first layer.
+
+        Between two layers these are the activations before and after the nonlinearity.
+        """
+        first = self.plans[0]
+        hidden = 2 * first.batch * (self.spec.hidden or 0) * first.itemsize
+        return sum(plan.saved for plan in self.plans) + hidden
 
     @property
     def max_expert_rank(self) -> int:
         """Largest rank the matrix of an expert can have, the smaller one of two layers."""
-        return min(layer.max_expert_rank for layer in self.layers)
+        return self.spec.max_expert_rank
 
     def __str__(self) -> str:
         gate = f" ({self.gate_parameters:,} of the gate)" if self.gate_parameters else ""
         memory = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
-        unit = "bytes" if self.layers[0].plan.dtype else "elements"
+        unit = "bytes" if self.plans[0].dtype else "elements"
         return (
             f"{self.parameters:,} parameters{gate}, {self.flops:,} FLOPs, largest expert rank "
             f"{self.max_expert_rank:,}\n{memory} {unit}"
@@ -150,10 +143,9 @@ def cost(
     """
     spec = as_spec(format, **sizes)
     check_flag(gate, "gate")
-    layers = []
-    for part in spec.layers:
-        planned = plan(
-            part,
+    plans = tuple(
+        plan(
+            layer,
             batch=batch,
             minimize=minimize,
             implementation=implementation,
@@ -161,14 +153,6 @@ def cost(
             constants=constants,
             dtype=dtype,
         )
-        reference = spec.format.reference_flops(replace(part, bias=False).mode_sizes, spec.full_rank)
-        layers.append(
-            LayerCost(
-                parameters=part.weight_parameters,
-                max_expert_rank=part.max_expert_rank,
-                reference_flops=None if reference is None else batch * reference,
-                plan=planned,
-            )
-        )
-    gate_parameters = spec.gate_parameters if gate else 0
-    return Cost(tuple(layers), gate_parameters, 2 * batch * gate_parameters, 2 * batch * (spec.hidden or 0))
+        for layer in spec.layers
+    )
+    return Cost(spec, plans, gate)

@@ -135,7 +135,7 @@ FAULTS = [
           "return 2 * (projections + matrices)", "return 2 * projections",
           "cost::test_reference_flops_equal_the_closed_form_of_the_literature"),
     Fault("cost: gate not counted", "mumoe_tensor/cost.py",
-          "for layer in self.layers) + self.gate_parameters", "for layer in self.layers)",
+          "self.spec.weight_parameters + self.gate_parameters", "self.spec.weight_parameters",
           "cost::test_cost_counts_the_published_clip_heads"),
     Fault("spec: rank of an expert by the largest cut", "mumoe_tensor/spec.py",
           "return min(cuts)", "return max(cuts)",

@@ -110,8 +110,10 @@ def test_cost() -> None:
     names = ("parameters", "flops", "reference_flops", "write", "size", "peak", "saved", "max_expert_rank")
     for name in (*names, "gate_parameters", "gate_flops"):
         assert found[name] == getattr(expected, name), name
-    assert [layer["parameters"] for layer in found["layers"]] == [x.parameters for x in expected.layers]
-    assert [layer["flops"] for layer in found["layers"]] == [x.plan.flops for x in expected.layers]
+    assert [layer["parameters"] for layer in found["layers"]] == [
+        x.weight_parameters for x in expected.spec.layers
+    ]
+    assert [layer["flops"] for layer in found["layers"]] == [x.flops for x in expected.plans]
     table = run(COST)
     for name in names:
         assert f"{getattr(expected, name):,}" in table

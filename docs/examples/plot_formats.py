@@ -83,7 +83,7 @@ names = [*costs, "MLP"]
 parameters = [cost.parameters for cost in costs.values()] + [
     mt.dense_parameters(64, 10, hidden=64)
 ]
-expert_ranks = [cost.layers[0].max_expert_rank for cost in costs.values()] + [64]
+expert_ranks = [cost.spec.layers[0].max_expert_rank for cost in costs.values()] + [64]
 colours = [colour(name) for name in costs] + ["#000000"]
 
 figure, (size, rank, right) = plt.subplots(

@@ -149,10 +149,8 @@ def cost(
             dtype=dtype,
         )
     total = {name: getattr(found, name) for name in _COST}
-    layers = [
-        {name: getattr(layer if hasattr(layer, name) else layer.plan, name) for name in _COST}
-        for layer in found.layers
-    ]
+    parts = [mt.Cost(spec, (plan,)) for spec, plan in zip(found.spec.layers, found.plans, strict=True)]
+    layers = [{name: getattr(part, name) for name in _COST} for part in parts]
     unit = "bytes" if dtype else "elements"
     if as_json:
         gate_figures = {"gate_parameters": found.gate_parameters, "gate_flops": found.gate_flops}

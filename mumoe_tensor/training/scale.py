@@ -302,8 +302,7 @@ def _block(
 def _kept(found: Cost) -> int:
     """Elements of one input that layers of experts keep, besides inputs, coefficients and hidden features."""
     total = 0
-    for layer in found.layers:
-        plan = layer.plan
+    for plan in found.plans:
         first = len(plan.program.network.operands)
         total += sum(prod(plan.steps[k - first].shape) for k in kept_results(plan.program, False))
     return total // BATCH

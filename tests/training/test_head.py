@@ -75,8 +75,8 @@ def test_by_default_an_expert_can_learn_what_a_linear_layer_does(
 
     def ranks(rank: tuple[int, ...]) -> list[int]:
         named = {"in_features": features, "hidden": hidden, "out_features": classes}
-        found = mt.cost(format, experts=experts, rank=rank or None, **named)
-        return [layer.max_expert_rank for layer in found.layers]
+        spec = mt.LayerSpec(format, experts=experts, rank=rank, **named)
+        return [layer.max_expert_rank for layer in spec.layers]
 
     rank = tuple(head.config["rank"])
     assert ranks(rank) == full

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from mumoe_tensor.formats.base import BATCH, Format, Rank, Tree, mode_names
+from mumoe_tensor.formats.base import BATCH, Format, Rank, mode_names
 
 Indices = tuple[str, ...]
 
@@ -101,13 +101,3 @@ def forward_network(
         weights=weight.weights,
         bias=bias,
     )
-
-
-def tree_of_operands(network: Network, tree: Tree, ones: Sequence[int]) -> Tree:
-    """Translate a format's reference path (factor positions, mode names) into operand positions."""
-    if isinstance(tree, tuple):
-        left, right = (tree_of_operands(network, branch, ones) for branch in tree)
-        return (left, right)
-    if isinstance(tree, str):
-        return network.operands.index((BATCH, tree))
-    return tree - sum(k < tree for k in ones)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 from mumoe_tensor.checks import as_entries, as_positive, check_flag
 
 Rank = tuple[int, ...]
-#: A contraction order as nested pairs. A leaf is the position of a factor (int) or the name of the
-#: mode whose vector it is (str), e.g. ``(("n1", 0), 1)``.
+#: A contraction order as nested pairs of operand positions.
 Tree = Any
 #: Index of the batch in a contraction.
 BATCH = "B"
@@ -65,7 +64,7 @@ class Format(ABC):
     """A tensor format, declared by the index strings of its factors.
 
     Subclasses set `name` and `title` and implement `factors`. Everything else in the library is derived
-    from that one declaration. `default_rank` and the reference path may be given where the field has a
+    from that one declaration. `default_rank` and `reference_flops` may be given where the field has a
     convention; the ``*_container`` methods where TensorLy has a counterpart.
 
     A format is a value. Its settings are arguments of the class with defaults, stored as attributes of the
@@ -100,18 +99,8 @@ class Format(ABC):
         """
         return (t,) * len(self.bonds(len(sizes) - 2))
 
-    def reference_path(self, levels: int) -> Tree | None:
-        """Order of the contraction whose cost is the format's closed form, or None.
-
-        Parameters
-        ----------
-        levels : int
-            Number of levels of experts.
-        """
-        return None
-
     def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int | None:
-        """Closed form: FLOPs of the reference path for one input, or None where none is known.
+        """FLOPs for one input as the literature writes them, or None where it has no closed form.
 
         Parameters
         ----------
@@ -145,34 +134,6 @@ class Format(ABC):
             TensorLy's backend of these arrays.
         """
         raise TypeError(f"format {self.name!r} has no container in TensorLy.")
-
-    def decompose(
-        self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
-    ) -> Iterable[Sequence[Any]] | None:
-        """Fit the format to a tensor, once a start; None where it has no method of its own.
-
-        `mumoe_tensor.decompose` calls it, keeps the best fit, and alternates least squares over the
-        declared factors where it gives None. It runs with TensorLy set to NumPy.
-
-        Parameters
-        ----------
-        dense : numpy.ndarray of float64
-            Not all zero, of largest entry near one.
-        rank : tuple of int
-        generators : sequence of numpy.random.Generator
-            One a start. The first start is the one from singular vectors, where there is one.
-        n_iter : int
-            Most sweeps over the factors a start.
-        tolerance : float
-            A start ends when sweeps lower the error by less than this fraction; see `stop_rule`.
-
-        Returns
-        -------
-        iterable of sequence of array or None
-            Factors in the order of their declaration, for some or all of the starts. A bond may come out
-            smaller than the rank has it: it is filled up with zeros.
-        """
-        return None
 
     # ---- derived; not to be overridden -------------------------------------------------------------
 
@@ -335,19 +296,3 @@ def _declared(format: Format, levels: int) -> tuple[Factor, ...]:
         if ends.count(bond) < 2:
             raise ValueError(f"{at} a bond must join two factors or more; {name} has {bond!r} once.")
     return tuple(declared)
-
-
-def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
-    """Callback of TensorLy's ALS that ends it when two sweeps running gain less than a fraction each.
-
-    Two, because after a line search TensorLy tells the error of the sweep before once more.
-    """
-    last, stalled = float("inf"), 0
-
-    def callback(_: Any, error: float) -> bool:
-        nonlocal last, stalled
-        stalled = stalled + 1 if error >= (1 - tolerance) * last else 0
-        last = error
-        return stalled == 2
-
-    return callback

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from mumoe_tensor.formats.base import Factor, Format, Rank, Tree
+from mumoe_tensor.formats.base import Factor, Format, Rank
 from mumoe_tensor.formats.registry import register
-from mumoe_tensor.formats.tensor_ring import chain_flops, chain_path
+from mumoe_tensor.formats.tensor_ring import chain_flops
 
 
 @register
@@ -31,9 +31,6 @@ class TensorTrain(Format):
     def default_rank(self, sizes: tuple[int, ...], t: int) -> Rank:
         return (*(4,) * (len(sizes) - 2), t)
 
-    def reference_path(self, levels: int) -> Tree:
-        return chain_path(levels)
-
     def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
         return chain_flops(sizes, (1, *rank, 1))
 
@@ -46,11 +43,3 @@ class TensorTrain(Format):
 
         first, *inner, last = factors
         return TTTensor([first[None], *inner, last[:, :, None]])
-
-    def decompose(
-        self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
-    ) -> Iterator[list[Any]]:
-        # TT-SVD (Oseledets 2011, algorithm 1): one fit, within sqrt(E + 1) of the best there is.
-        from tensorly.decomposition import tensor_train
-
-        yield self.from_container(tensor_train(dense, (1, *rank, 1)))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from mumoe_tensor.formats.base import Factor, Format, Rank, Tree
+from mumoe_tensor.formats.base import Factor, Format, Rank
 from mumoe_tensor.formats.registry import register
 
 
@@ -27,13 +27,6 @@ class Tucker(Format):
     def default_rank(self, sizes: tuple[int, ...], t: int) -> Rank:
         return tuple(max(1, min(size, round(size * t / max(sizes)))) for size in sizes)
 
-    def reference_path(self, levels: int) -> Tree:
-        # The input meets the core first, then the levels from the last to the first.
-        tree: Tree = (("i", levels + 1), 0)
-        for e in range(levels, 0, -1):
-            tree = ((f"n{e}", e), tree)
-        return (tree, levels + 2)
-
     def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
         *experts, _, o = rank
         projections = sum(n * r for n, r in zip(sizes, rank, strict=True))
@@ -47,18 +40,3 @@ class Tucker(Format):
         from tensorly.tucker_tensor import TuckerTensor
 
         return TuckerTensor((factors[0], list(factors[1:])))
-
-    def decompose(
-        self, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
-    ) -> Iterator[list[Any]]:
-        # Higher-order orthogonal iteration (De Lathauwer et al. 2000).
-        from tensorly.decomposition import tucker
-
-        # No rank can be used beyond the size of its mode or the product of the other ranks.
-        capped = [min(n, r) for n, r in zip(dense.shape, rank, strict=True)]
-        capped = [min(r, prod(capped) // r) for r in capped]
-        for k, generator in enumerate(generators):
-            start = [generator.standard_normal(shape) for shape in zip(dense.shape, capped, strict=True)]
-            init = (None, start) if k else "svd"
-            core, factors = tucker(dense, capped, n_iter_max=n_iter, init=init, tol=tolerance)
-            yield [core, *factors]

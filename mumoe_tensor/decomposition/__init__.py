@@ -1,9 +1,8 @@
-"""From a dense weight tensor to a factorized one, and the error that makes."""
+"""From a dense weight tensor to a factorized one. Each method of fitting a format has a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,16 @@ from mumoe_tensor.backend import (
     to_float64,
 )
 from mumoe_tensor.checks import as_positive
-from mumoe_tensor.formats.base import Format, mode_names, stop_rule
+from mumoe_tensor.decomposition import cp, hadamard, tensor_ring, tensor_train, tucker  # noqa: F401
+from mumoe_tensor.decomposition.alternating import fits
+from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.dense import Dense
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.multilinear import to_dense
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
+
+fits.register(Dense, lambda format, dense, *_: [[dense]])
 
 
 def decompose(
@@ -37,11 +41,11 @@ def decompose(
 ) -> tuple[FactorizedTensor, float]:
     """Approximate a weight tensor in a format.
 
-    CP by alternating least squares [1]_, Tucker by higher-order orthogonal iteration [2]_, Tensor Train
-    by TT-SVD [3]_, Tensor Ring by alternating least squares from TR-SVD and from random cores [4]_, all of
-    them TensorLy's; Hadamard by the best tensor of rank one for every output. Any other format, one of
-    your own too, by alternating least squares over its declared factors, unless its `Format.decompose`
-    knows better.
+    CP by alternating least squares with a line search [1]_, Tucker by higher-order orthogonal iteration
+    [2]_, Tensor Train by TT-SVD [3]_, all three TensorLy's; Tensor Ring by alternating least squares from
+    TensorLy's TR-SVD and from random cores [4]_; Hadamard by the best tensor of rank one for each output;
+    any other format by alternating least squares over its declared factors, unless a method is registered
+    for it by `.fits`.
 
     Parameters
     ----------
@@ -54,12 +58,12 @@ def decompose(
     bias : bool or array of shape (N1, ..., NE, O), default False
         Whether the last row of the input mode is the bias; or the biases, which become that row.
     n_restarts : int, default 8
-        Number of starts, the first from singular vectors, the others random. The best fit is kept. Where
-        one start gives all that the method has to give (Dense, TT, Hadamard with one level), there is one.
+        Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
+        TT and Hadamard with one level have one start.
     n_iter : int, default 500
-        Most sweeps over the factors a start.
+        Most sweeps over the factors for each start.
     tolerance : float, default 1e-5
-        A start ends when two sweeps running lower the error by less than this fraction each.
+        A start ends when two sweeps in a row lower the error by less than this fraction each.
     seed : int, optional
         The same seed gives the same weight; None draws a new one.
 
@@ -68,8 +72,8 @@ def decompose(
     weight : FactorizedTensor
         With the backend, dtype and device of `dense`; its factors have norms within a factor of four.
     error : float
-        ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm; of the weight as it is returned, its dtype's
-        rounding included. Zero for a tensor of zeros.
+        ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm, rounding to the dtype included.
+        Zero for a tensor of zeros.
 
     Raises
     ------
@@ -81,8 +85,8 @@ def decompose(
 
     Notes
     -----
-    The arithmetic is NumPy's in float64 whatever the input, so that a dtype or a backend decides nothing but
-    the rounding of the result. Gradients do not pass. The time is that of `n_restarts` fits.
+    All arithmetic is NumPy's in float64; dtype and backend of the input only decide how the result is
+    rounded. The result has no gradient with respect to `dense`.
 
     References
     ----------
@@ -122,7 +126,7 @@ def decompose(
     spec = LayerSpec(
         format, experts=experts, in_features=i - has_bias, out_features=o, rank=rank, bias=has_bias
     )
-    sizes = format.sizes(spec.mode_sizes, spec.full_rank)
+    shapes = format.shapes(spec.mode_sizes, spec.full_rank)
     target = to_float64(dense)
     if not np.isfinite(target).all():
         raise ValueError(
@@ -136,12 +140,17 @@ def decompose(
     generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_restarts)]
     best: tuple[FactorizedTensor, float] | None = None
     with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
-        for factors in _fits(format, target, sizes, generators, n_iter, tolerance):
-            weight = _as_weight(format, _balanced(factors, exponent), sizes, dense)
-            held = [None if f is None else to_float64(f) for f in weight.factors]
-            returned = np.ldexp(to_dense(FactorizedTensor(format, held)), -exponent)
+        if target.any():
+            candidates = fits(format, target, spec.full_rank, generators, n_iter, tolerance)
+        else:
+            declared = zip(format.declaration(len(experts)), shapes, strict=True)
+            candidates = [[None if f.unit else np.zeros(shape) for f, shape in declared]]
+        for factors in candidates:
+            weight = _as_weight(format, _balanced(factors, exponent), shapes, dense)
+            exact = [None if f is None else to_float64(f) for f in weight.factors]
+            returned = np.ldexp(to_dense(FactorizedTensor(format, exact)), -exponent)
             error = float(np.linalg.norm(returned - target) / norm)
-            # A fit that the dtype cannot hold has error NaN: no other is less.
+            # A fit that the dtype cannot hold has error NaN, and gives way to any other.
             if best is None or error < best[1] or np.isnan(best[1]):
                 best = weight, error
     assert best is not None
@@ -175,70 +184,6 @@ def _with_bias(dense: Array, bias: bool | Array) -> Array:
     return tl.concatenate([dense, bias[..., None, :]], axis=-2)
 
 
-def _fits(
-    format: Format,
-    dense: Any,
-    sizes: dict[str, int],
-    generators: Sequence[Any],
-    n_iter: int,
-    tolerance: float,
-) -> Iterable[Sequence[Any]]:
-    """The fits among which to choose, factors in the order of their declaration."""
-    levels = dense.ndim - 2
-    if not dense.any():
-        declared = format.declaration(levels)
-        return [[None if f.unit else np.zeros([sizes[x] for x in f.indices]) for f in declared]]
-    rank = tuple(sizes[b] for b in format.bonds(levels))
-    fits = format.decompose(dense, rank, generators, n_iter, tolerance)
-    if fits is None:
-        return (_alternate(format, dense, sizes, generator, n_iter, tolerance) for generator in generators)
-    return fits
-
-
-def _alternate(
-    format: Format, dense: Any, sizes: dict[str, int], generator: Any, n_iter: int, tolerance: float
-) -> list[Any]:
-    """Alternating least squares over the factors of any format, from random ones.
-
-    W is linear in each factor. Modes that only this factor has are so many right-hand sides; over a mode
-    that it shares with another factor the problem falls apart into one for each entry.
-    """
-    modes = mode_names(dense.ndim - 2)
-    declared = format.declaration(dense.ndim - 2)
-    number = {x: k for k, x in enumerate(sizes)}
-    factors: list[Any] = [
-        None if f.unit else generator.standard_normal([sizes[x] for x in f.indices]) for f in declared
-    ]
-    free = [k for k, f in enumerate(declared) if not f.unit]
-    empty: Any = (np.ones(()), [])
-    paths: dict[int, Any] = {}
-    stop = stop_rule(tolerance)
-    for _ in range(n_iter):
-        for k in free:
-            others = [j for j in free if j != k]
-            elsewhere = {x for j in others for x in declared[j].indices}
-            rest = [x for x in modes if x not in declared[k].indices]
-            shared = [x for x in modes if x not in rest and x in elsewhere]
-            own = [x for x in modes if x not in rest and x not in elsewhere]
-            bonds = [x for x in declared[k].indices if x not in modes]
-            s, r, b, p = (prod(sizes[x] for x in group) for group in (shared, rest, bonds, own))
-            operands: list[Any] = [
-                y for j in others for y in (factors[j], [number[x] for x in declared[j].indices])
-            ]
-            out = [number[x] for x in (*shared, *rest, *bonds)]
-            paths[k] = paths.get(k) or np.einsum_path(*empty, *operands, out)[0]
-            design = np.einsum(*empty, *operands, out, optimize=paths[k]).reshape(s, r, b)
-            known = dense.transpose([modes.index(x) for x in (*shared, *rest, *own)]).reshape(s, r, p)
-            solution = np.linalg.pinv(design) @ known
-            order = [*shared, *bonds, *own]
-            factors[k] = solution.reshape([sizes[x] for x in order]).transpose(
-                [order.index(x) for x in declared[k].indices]
-            )
-        if stop(None, float(np.linalg.norm(design @ solution - known))):
-            break
-    return factors
-
-
 def _balanced(factors: Sequence[Any], exponent: int) -> list[Any]:
     """Bring 2^exponent into the factors and their norms near one another, by powers of two: no rounding."""
     held = [k for k, factor in enumerate(factors) if factor is not None]
@@ -251,18 +196,18 @@ def _balanced(factors: Sequence[Any], exponent: int) -> list[Any]:
 
 
 def _as_weight(
-    format: Format, factors: Sequence[Any], sizes: dict[str, int], like: Array
+    format: Format, factors: Sequence[Any], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> FactorizedTensor:
     """Fill bonds up with zeros, and take on the kind of `like` and the memory order of the format."""
     tl = backend_of(like)
     context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
     arrays: list[Array | None] = []
-    for factor, f in zip(factors, format.declaration(len(like.shape) - 2), strict=True):
+    for factor, shape, f in zip(factors, shapes, format.declaration(len(like.shape) - 2), strict=True):
         if factor is None:
             arrays.append(None)
             continue
-        missing = [(0, sizes[x] - n) for x, n in zip(f.indices, factor.shape, strict=True)]
-        stored = np.pad(factor, missing).transpose([f.indices.index(x) for x in f.storage])
+        padded = np.pad(factor, [(0, size - n) for size, n in zip(shape, factor.shape, strict=True)])
+        stored = padded.transpose([f.indices.index(x) for x in f.storage])
         array = tl.tensor(np.ascontiguousarray(stored), **context)
         arrays.append(tl.transpose(array, [f.storage.index(x) for x in f.indices]))
     return FactorizedTensor(format, arrays)

@@ -218,7 +218,7 @@ FAULTS = [
           "rows_seen = count / self.copies", "rows_seen = count",
           "nn/test_parallel::test_divided_equals_whole"),
     Fault("layers: published bias row taken for an input", "mumoe_tensor/nn/published.py",
-          "weights, extra_rows == {1}, statistics", "weights, False, statistics",
+          "bias=extra_rows == {1},", "bias=False,",
           "nn/test_published::test_outputs_and_gradients_are_the_recorded_ones"),
     Fault("layers: published sizes between two weights not compared", "mumoe_tensor/nn/published.py",
           "extra_rows not in ({0}, {1})", "not extra_rows & {0, 1}",

@@ -62,6 +62,8 @@ class Experts(WholeState):
 
     Attributes
     ----------
+    spec : LayerSpec
+        Format, sizes and rank.
     num_experts : tuple of int
         One number a level.
     factor_0, factor_1, ... : Parameter
@@ -102,7 +104,7 @@ class Experts(WholeState):
         spec = LayerSpec(
             format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias
         )
-        self.format, self.num_experts, self.rank = spec.format, spec.experts, spec.full_rank
+        self.spec, self.format, self.num_experts, self.rank = spec, spec.format, spec.experts, spec.full_rank
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.bias, self.recompute = bias, recompute
         self.init = check_choice(init, get_args(Init), "init")
@@ -124,6 +126,34 @@ class Experts(WholeState):
         self.edits = None  # a child only where there are some
         if not self.factors[0].is_meta:  # no values are drawn there
             self.reset_parameters()
+
+    @classmethod
+    def from_spec(cls, spec: LayerSpec, **options: Any) -> Self:
+        """Make experts of the format, sizes and rank of a spec, which then is their `spec`.
+
+        Parameters
+        ----------
+        spec : LayerSpec
+            Of one layer: without `hidden`.
+        **options
+            Further arguments: `init`, `batch_hint`, `recompute`, `device`, `dtype`.
+
+        Raises
+        ------
+        ValueError
+            If the spec is that of a block, which has two weights.
+        """
+        if spec.hidden is not None:
+            raise ValueError(
+                f"experts have one weight, and a block two, with specs in `layers`; got {spec!r}."
+            )
+        sizes = spec.in_features, spec.out_features, spec.experts
+        return cls(*sizes, spec.format, spec.full_rank, bias=spec.bias, **options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments besides those of the spec, device and dtype."""
+        return {"init": self.init, "batch_hint": self._batch_hint, "recompute": self.recompute}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

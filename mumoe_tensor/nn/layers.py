@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.checks import as_positive, as_probability, check_choice, check_flag
+from mumoe_tensor.checks import as_positive, as_probability, check_flag
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import config_entry
 from mumoe_tensor.nn.experts import Experts, Init
@@ -26,53 +26,55 @@ from mumoe_tensor.tensors import FactorizedTensor
 class Layer(WholeState):
     """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
 
+    #: Names of the `Experts`, each of which takes the result of the one before.
+    _mixtures: tuple[str, ...] = ("experts",)
+    #: Relative errors of the fit to linear layers by `from_linear`; empty for other layers.
+    fit_errors: tuple[float, ...] = ()
+
     def __init__(
         self,
-        config: dict[str, Any],
+        spec: LayerSpec,
+        *,
+        parameters: int | Literal["match"] | None,
         gate: str | dict[str, Any] | Gate,
+        gate_norm: GateNorm,
+        input_norm: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        **options: Any,
     ):
         super().__init__()
-        for name in ("bias", "input_norm", "recompute"):
-            check_flag(config[name], name)
-        config["batch_hint"] = as_positive(config["batch_hint"], "batch_hint")
-        config["init"] = check_choice(config["init"], get_args(Init), "init")
-        config["gate_norm"] = check_choice(config["gate_norm"], get_args(GateNorm), "gate_norm")
-        self._config = config
-        self.in_features: int = config["in_features"]
-        self.out_features: int = config["out_features"]
-        self.gate = ExpertGate(
-            config["in_features"],
-            config["experts"],
-            gate=gate,
-            gate_norm=config["gate_norm"],
-            device=device,
-            dtype=dtype,
-        )
-        self.input_norm = (
-            nn.LayerNorm(config["in_features"], device=device, dtype=dtype) if config["input_norm"] else None
-        )
+        check_flag(input_norm, "input_norm")
+        self.spec = spec = _solved(spec, parameters)
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        place: Any = {"device": device, "dtype": dtype}
+        self.gate = ExpertGate(spec.in_features, spec.experts, gate=gate, gate_norm=gate_norm, **place)
+        self.input_norm = nn.LayerNorm(spec.in_features, **place) if input_norm else None
+        for name, part in zip(self._mixtures, spec.layers, strict=True):
+            self.add_module(name, Experts.from_spec(part, **options, **place))
+        self._options = {
+            "gate_norm": self.gate.gate_norm, "input_norm": input_norm, **self.mixtures[0].options
+        }  # fmt: skip
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that make a layer like this one, by `from_config`, in types of JSON.
 
         A gate or an activation is written by its name, see `register_gate`; a module of torch, as ``GELU``,
-        by the name of its class and its arguments. Device and dtype are not in it.
+        by the name of its class and its arguments. Device and dtype are left out.
 
         Raises
         ------
         ValueError
             If the format, the gate or the activation has no registered name.
         """
-        format = config_entry(self._config["format"])
-        return {**self._config, "format": format, "gate": GATES.write(self.gate.gate)}
+        format = config_entry(self.spec.format)
+        return {**self._arguments, "format": format, "gate": GATES.write(self.gate.gate)}
 
     @property
     def _arguments(self) -> dict[str, Any]:
         """As `config`, but with the format and the functions themselves."""
-        return {**self._config, "gate": self.gate.gate}
+        return {**_arguments_of(self.spec), **self._options, "gate": self.gate.gate}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
@@ -92,10 +94,28 @@ class Layer(WholeState):
         """
         return cls(**config, **options)
 
-    #: Numbers of features before, between and after the weights, by the names of the arguments.
-    _features: tuple[str, ...] = ("in_features", "out_features")
-    #: Relative errors of what `from_linear` was given; empty for a layer made otherwise.
-    fit_errors: tuple[float, ...] = ()
+    @classmethod
+    def from_spec(cls, spec: LayerSpec, **options: Any) -> Self:
+        """Make a layer of the format, sizes and rank of a spec, which then is its `spec`.
+
+        Parameters
+        ----------
+        spec : LayerSpec
+            With `hidden` for a block of two weights, else without. A rank that is left out is solved for by
+            `parameters`.
+        **options
+            Further arguments of the layer.
+
+        Raises
+        ------
+        ValueError
+            If the spec is that of a layer of another kind.
+        """
+        if len(spec.layers) != len(cls._mixtures):
+            raise ValueError(
+                f"a spec of {cls.__name__} must be of {len(cls._mixtures)} weight(s), got {spec!r}."
+            )
+        return cls.from_config(_arguments_of(spec), **options)
 
     @classmethod
     def from_published(
@@ -111,10 +131,10 @@ class Layer(WholeState):
         Parameters
         ----------
         state_dict : mapping of str to Tensor
-            Its names and shapes tell the levels, sizes, ranks and whether there is a bias.
+            Levels, sizes, rank and bias follow from its names and shapes.
         format : str or Format
         gate_norm : {"batch", "layer", "none"}, default "batch"
-            It cannot be read off a `state_dict`; where statistics of batch norm are missing they start anew.
+            A `state_dict` does not say; where statistics of batch norm are missing they start anew.
         **options
             Further arguments of the layer, such as `input_norm`.
 
@@ -123,16 +143,9 @@ class Layer(WholeState):
         ValueError
             If parameters are missing, left over, or do not fit together.
         """
-        published = read_published(state_dict, format, len(cls._features) - 1)
-        options = {"bias": published.bias, "dtype": published.gate.dtype, **options}
-        layer = cls.from_config(
-            dict(zip(cls._features, published.sizes, strict=True)),
-            experts=published.num_experts,
-            format=format,
-            rank=published.weights[0].rank,
-            gate_norm=gate_norm,
-            **options,
-        )
+        published = read_published(state_dict, format, len(cls._mixtures))
+        options = {"dtype": published.gate.dtype, **options}
+        layer = cls.from_spec(published.spec, gate_norm=gate_norm, **options)
         published.copy_to(layer.gate, layer.mixtures)
         return layer
 
@@ -152,7 +165,7 @@ class Layer(WholeState):
     @property
     def mixtures(self) -> list[Experts]:
         """The experts of each weight, in the order in which they are applied."""
-        return [child for child in self.children() if isinstance(child, Experts)]
+        return [getattr(self, name) for name in self._mixtures]
 
     def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
         """The parameters under the names of the published layers; the opposite of `from_published`.
@@ -274,6 +287,8 @@ class MuMoE(Layer):
     torch.Size([2, 5, 8])
     """
 
+    experts: Experts
+
     def __init__(
         self,
         in_features: int,
@@ -293,24 +308,12 @@ class MuMoE(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        spec = _solved(
-            LayerSpec(
-                format, experts=experts, in_features=in_features, out_features=out_features, rank=rank,
-                bias=bias,
-            ),
-            parameters,
-        )  # fmt: skip
-        in_features, out_features, rank = spec.in_features, spec.out_features, spec.full_rank
-        levels = spec.experts
-        config = dict(
-            in_features=in_features, out_features=out_features, experts=levels,
-            format=spec.format, rank=rank, bias=bias, gate_norm=gate_norm,
-            input_norm=input_norm, init=init, batch_hint=batch_hint, recompute=recompute,
-        )  # fmt: skip
-        super().__init__(config, gate, device, dtype)
-        self.experts = Experts(
-            in_features, out_features, levels, format, rank,
-            bias=bias, init=init, batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
+        spec = LayerSpec(
+            format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias
+        )
+        super().__init__(
+            spec, parameters=parameters, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
+            batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
         )  # fmt: skip
 
     @classmethod
@@ -399,7 +402,11 @@ class MuMoEMLP(Layer):
     (torch.Size([5, 16]), [torch.Size([5, 4]), torch.Size([5, 4])])
     """
 
-    _features = ("in_features", "hidden_features", "out_features")
+    _mixtures = ("up", "down")
+    up: Experts
+    down: Experts
+    dropout: nn.Dropout
+    hidden_dropout: nn.Dropout
 
     def __init__(
         self,
@@ -424,36 +431,19 @@ class MuMoEMLP(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        hidden_features = as_positive(hidden_features, "hidden_features")
-        dropout = as_probability(dropout, "dropout")
-        hidden_dropout = as_probability(hidden_dropout, "hidden_dropout")
-        spec = _solved(
-            LayerSpec(
-                format, experts=experts, in_features=in_features, hidden=hidden_features,
-                out_features=out_features, rank=rank, bias=bias,
-            ),
-            parameters,
+        spec = LayerSpec(
+            format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias,
+            hidden=as_positive(hidden_features, "hidden_features"),
         )  # fmt: skip
-        in_features, out_features, rank = spec.in_features, spec.out_features, spec.full_rank
-        levels = spec.experts
-        config = dict(
-            in_features=in_features, hidden_features=hidden_features, out_features=out_features,
-            experts=levels, format=spec.format, rank=rank, bias=bias, dropout=dropout,
-            hidden_dropout=hidden_dropout, gate_norm=gate_norm, input_norm=input_norm, init=init,
-            batch_hint=batch_hint, recompute=recompute,
+        super().__init__(
+            spec, parameters=parameters, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
+            batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
         )  # fmt: skip
-        super().__init__(config, gate, device, dtype)
-
-        def layer(inner: int, outer: int) -> Experts:
-            return Experts(
-                inner, outer, levels, format, rank,
-                bias=bias, init=init, batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
-            )  # fmt: skip
-
-        self.up, self.down = layer(in_features, hidden_features), layer(hidden_features, out_features)
-        self.hidden_features: int = self.up.out_features
+        self.hidden_features = self.up.out_features
         self.activation = ACTIVATIONS.read(activation, device, dtype)
-        self.dropout, self.hidden_dropout = nn.Dropout(dropout), nn.Dropout(hidden_dropout)
+        for name, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
+            self._options[name] = as_probability(p, name)
+            self.add_module(name, nn.Dropout(self._options[name]))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -502,6 +492,13 @@ class MuMoEMLP(Layer):
         y = self.down(hidden, coefficients, activation, sparse_gradient)
         mixed: Tensor = self.dropout(y)
         return mixed
+
+
+def _arguments_of(spec: LayerSpec) -> dict[str, Any]:
+    """The arguments of a layer that a spec gives."""
+    hidden = {} if spec.hidden is None else {"hidden_features": spec.hidden}
+    names = ("in_features", "out_features", "experts", "format", "rank", "bias")
+    return {**{name: getattr(spec, name) for name in names}, **hidden}
 
 
 def _solved(spec: LayerSpec, parameters: int | Literal["match"] | None) -> LayerSpec:

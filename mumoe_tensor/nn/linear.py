@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.formats.base import Format
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.reading import check_readable, check_same
+from mumoe_tensor.spec import LayerSpec
 
 if TYPE_CHECKING:
     from mumoe_tensor.nn.layers import Layer
@@ -62,7 +64,14 @@ def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
     return torch.cat([matrix, layer.bias.detach()[None]]), True
 
 
-def layer_like(kind: type[L], linears: list[nn.Module], experts: int | Sequence[int], **options: Any) -> L:
+def layer_like(
+    kind: type[L],
+    linears: list[nn.Module],
+    experts: int | Sequence[int],
+    format: str | Format = "cp",
+    rank: int | Sequence[int | None] | None = None,
+    **options: Any,
+) -> L:
     """A layer whose experts all are these linear layers, one after the other, with a gate that is not zero.
 
     Raises
@@ -88,8 +97,11 @@ def layer_like(kind: type[L], linears: list[nn.Module], experts: int | Sequence[
         raise ValueError(
             f"the linear layers must have one dtype, got {[str(matrix.dtype) for matrix in matrices]}."
         )
-    config = {**dict(zip(kind._features, sizes, strict=True)), "experts": experts, "bias": bias}
-    layer = kind.from_config(config, **{"device": first.device, "dtype": first.dtype, **options})
+    spec = LayerSpec(
+        format, experts=experts, in_features=sizes[0], hidden=sizes[1] if len(sizes) > 2 else None,
+        out_features=sizes[-1], rank=rank, bias=bias,
+    )  # fmt: skip
+    layer = kind.from_spec(spec, **{"device": first.device, "dtype": first.dtype, **options})
     is_meta = layer.gate.weight.is_meta
     if first.is_meta and not is_meta:
         raise ValueError("a linear layer on the meta device has no values to start as.")

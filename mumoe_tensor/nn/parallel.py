@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -84,11 +85,10 @@ class ShardedExperts(Experts):
             )
         start, stop = (sizes[bond] * k // num_processes for k in (index, index + 1))
         # Nothing is drawn on the meta device, so the random numbers of all processes stay the same.
+        rank = tuple(stop - start if x == bond else size for x, size in sizes.items())
         super().__init__(
-            whole.in_features, whole.out_features, whole.num_experts, whole.format,
-            tuple(stop - start if x == bond else size for x, size in sizes.items()),
-            bias=whole.bias, init=whole.init, batch_hint=whole.plan.batch,
-            recompute=whole.recompute, device="meta",
+            whole.in_features, whole.out_features, whole.num_experts, whole.format, rank,
+            bias=whole.bias, **whole.options, device="meta",
         )  # fmt: skip
         self.group, self.bond, self.start, self.whole_size = group, bond, start, sizes[bond]
         for k, factor in enumerate(whole.factors):
@@ -107,14 +107,11 @@ class ShardedExperts(Experts):
     @torch.no_grad()
     def gathered(self) -> Experts:
         """The whole experts, on every process."""
-        bonds = self.format.bonds(len(self.num_experts))
-        like = self.factors[0]
-        whole = Experts(
-            self.in_features, self.out_features, self.num_experts, self.format,
-            tuple(self.whole_size if x == self.bond else n for x, n in zip(bonds, self.rank, strict=True)),
-            bias=self.bias, init=self.init, batch_hint=self.plan.batch,
-            recompute=self.recompute, device="meta", dtype=like.dtype,
-        ).to_empty(device=like.device)  # fmt: skip
+        bonds, like = self.format.bonds(len(self.num_experts)), self.factors[0]
+        rank = tuple(self.whole_size if x == self.bond else n for x, n in zip(bonds, self.rank, strict=True))
+        whole = Experts.from_spec(
+            replace(self.spec, rank=rank), **self.options, device="meta", dtype=like.dtype
+        ).to_empty(device=like.device)
         for k, (factor, shard) in enumerate(zip(whole.factors, self.factors, strict=True)):
             factor.requires_grad_(shard.requires_grad)
             self._shard_of(k, factor.zero_()).copy_(shard)

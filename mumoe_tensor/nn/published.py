@@ -21,6 +21,7 @@ from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
 
 #: Prefixes of the weights of one layer and of two, by version.
@@ -31,15 +32,9 @@ class Published(NamedTuple):
     """The parameters of a published layer, and what they say about it."""
 
     gate: Tensor  #: of shape (experts of all levels, in_features)
-    num_experts: tuple[int, ...]
     weights: list[FactorizedTensor]
-    bias: bool
     statistics: dict[str, Tensor]  #: of batch norm, of all levels
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Numbers of features before, between and after the weights."""
-        return (self.gate.shape[1], *(weight.shape[-1] for weight in self.weights))
+    spec: LayerSpec
 
     @torch.no_grad()
     def copy_to(self, gate: ExpertGate, layers: list[Experts]) -> None:
@@ -110,8 +105,11 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
     ranks = {weight.rank for weight in weights}
     if len(ranks) > 1:
         raise ValueError(f"all weights of a layer must have one rank, got {sorted(ranks)}.")
-    gate = torch.cat([gate.T for gate in gates])
-    return Published(gate, num_experts, weights, extra_rows == {1}, statistics)
+    spec = LayerSpec(
+        format, experts=num_experts, in_features=inputs[0], hidden=inputs[1] if len(weights) > 1 else None,
+        out_features=inputs[-1], rank=ranks.pop(), bias=extra_rows == {1},
+    )  # fmt: skip
+    return Published(torch.cat([gate.T for gate in gates]), weights, statistics, spec)
 
 
 def write_published(gate: ExpertGate, layers: list[Experts], version: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,6 +157,31 @@ def test_parameters_match_a_linear_layer(format: str, experts: Any) -> None:
 def test_published_ranks_by_budget() -> None:
     assert MuMoE(768, 1000, 64, "cp", device="meta").config["rank"] == (393,)
     assert MuMoE(768, 1000, 64, "tr", (4, 4, None), device="meta").config["rank"] == (4, 4, 102)
+
+
+@pytest.mark.parametrize("kind", [MuMoE, MuMoEMLP, Experts])
+def test_a_layer_is_made_of_a_spec_and_gives_it_back(kind: Any) -> None:
+    sizes: Any = dict(experts=(3, 2), in_features=30, out_features=20, bias=True)
+    layer, block = mt.LayerSpec("tr", rank=(2, 2, 2, 3), **sizes), mt.LayerSpec("cp", hidden=40, **sizes)
+    block = block.fitted("match")
+    spec, other = (block, layer) if kind is MuMoEMLP else (layer, block)
+    made = kind.from_spec(spec, batch_hint=8)
+    assert made.spec == spec
+    weights = spec.weight_parameters if kind is Experts else spec.parameters
+    assert count(made) == weights
+    if kind is not Experts:
+        assert kind.from_config(made.config).spec == spec and made.config["batch_hint"] == 8
+        assert made.keep_experts(0, [2]).spec == replace(spec, experts=(1, 2))
+    with pytest.raises(ValueError, match="weight"):
+        kind.from_spec(other)
+
+
+@pytest.mark.parametrize("kind", [MuMoE, MuMoEMLP])
+def test_a_rank_that_a_spec_leaves_out_is_solved_for(kind: Any) -> None:
+    sizes: Any = dict(experts=8, in_features=30, out_features=20, bias=True)
+    spec = mt.LayerSpec("cp", hidden=40 if kind is MuMoEMLP else None, **sizes)
+    assert kind.from_spec(spec).spec == spec.fitted("match")
+    assert kind.from_spec(spec, parameters=5000).spec == spec.fitted(5000)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def moved(array: np.ndarray, backend: str, dtype: str) -> Any:
 @given(problems(backend="numpy"))
 def test_all_backends_agree(problem: Problem) -> None:
     expected = problem.output()
-    scale = magnitude(problem.weight, problem.z, problem.coefficients, bias=problem.bias)
+    scale = magnitude(problem.weight, problem.z, problem.coefficients, bias=problem.layer.bias)
     for backend in HERE:
         if backend == "jax" and problem.seed % 8:
             continue  # which compiles every operation for every shape: every eighth will do
@@ -76,7 +76,7 @@ def test_all_backends_agree(problem: Problem) -> None:
             ]
             weight = mt.FactorizedTensor(problem.weight.format, factors)
             arrays = [make_array(x, backend, problem.dtype) for x in (problem.z, *problem.coefficients)]
-            y = mt.multilinear_moe(weight, arrays[0], arrays[1:], bias=problem.bias)
+            y = mt.multilinear_moe(weight, arrays[0], arrays[1:], bias=problem.layer.bias)
             assert dtype_name(y) == problem.dtype
             assert type(y) is type(arrays[0])
             assert_close(y, expected, scale, backend, problem.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ from mumoe_tensor.testing import (
     Problem,
     assert_close,
     check_declaration,
+    check_equals_dense,
     check_format,
+    check_one_hot,
+    check_plan,
     installed_backends,
     magnitude,
     problems,
     run_check,
     to_numpy,
 )
-from mumoe_tensor.testing.checks import check_equals_dense, check_one_hot, check_plan
 
 HERE = installed_backends()
 FORMATS = list(mt.formats())
@@ -56,7 +59,7 @@ def test_declaration(format: str) -> None:
 def same(problem: Problem, other: mt.FactorizedTensor, coefficients: list | None = None) -> None:
     """Assert that another weight gives the problem's result."""
     given_coefficients = problem.coefficients if coefficients is None else coefficients
-    scale = magnitude(problem.weight, problem.z, problem.coefficients, bias=problem.bias)
+    scale = magnitude(problem.weight, problem.z, problem.coefficients, bias=problem.layer.bias)
     result = problem.output(other, coefficients=given_coefficients)
     assert_close(result, problem.output(), scale, f"the result of {other}")
 
@@ -163,10 +166,12 @@ def test_a_default_rank_that_does_not_fit_fails_the_declaration() -> None:
 
 
 def test_a_declaration_that_changes_fails() -> None:
+    calls = count()
+
     class Moody(Unregistered):
         def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
-            self.calls = getattr(self, "calls", 0) + 1
-            return [mt.Factor(f"{m} q{self.calls}") for m in modes]
+            call = next(calls)
+            return [mt.Factor(f"{m} q{call}") for m in modes]
 
     with pytest.raises(AssertionError, match="declares other factors each time"):
         check_declaration(Moody())
@@ -191,14 +196,14 @@ def test_checks_have_no_deadline_and_no_health_check() -> None:
 
     with profile(deadline=1, suppress_health_check=(), max_examples=2), pytest.MonkeyPatch.context() as patch:
         run_check(slow, "cp")
-        patch.setattr("mumoe_tensor.testing.checks.problems", slow_strategy)
+        patch.setattr("mumoe_tensor.testing.run.problems", slow_strategy)
         run_check(check_equals_dense, "cp")
 
 
 @given(st.data())
 def test_a_problem_can_be_pasted_back(data: st.DataObject) -> None:
     problem = data.draw(problems(data.draw(st.sampled_from([None, Unregistered()])), dtype="float32"))
-    again = eval(repr(problem))  # with the names that this file has
+    again = eval(repr(problem), globals() | {"LayerSpec": mt.LayerSpec})
     assert again == problem
     arrays = [(*x.weight.factors, x.z, *x.coefficients) for x in (problem, again)]
     for mine, theirs in zip(*arrays, strict=True):
@@ -221,7 +226,10 @@ def test_lines_of_a_failing_check_can_be_pasted_back(
 ) -> None:
     check = check_plan if isinstance(format, Boasting) else check_equals_dense
     if check is check_equals_dense:
-        wrong = lambda problem, *_, **__: problem.array(np.full((*problem.leading, problem.shape[-1]), 7.0))  # noqa: E731
+
+        def wrong(problem: Problem, *_: Any, **__: Any) -> Any:
+            return problem.array(np.full((*problem.leading, problem.layer.out_features), 7.0))
+
         monkeypatch.setattr(Problem, "output", wrong)
     with pytest.raises(AssertionError) as failed:
         run_check(check, format, backend=backend)

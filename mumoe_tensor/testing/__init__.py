@@ -19,9 +19,7 @@ from mumoe_tensor.testing.checks import (
     check_equals_dense,
     check_equals_tensorly,
     check_expert_permutation,
-    check_format,
     check_gauge,
-    check_gradients,
     check_level_of_one,
     check_linear_in_coefficients,
     check_linear_in_factors,
@@ -30,9 +28,10 @@ from mumoe_tensor.testing.checks import (
     check_paths,
     check_plan,
     check_result_kind,
-    run_check,
 )
+from mumoe_tensor.testing.gradients import check_gradients
 from mumoe_tensor.testing.oracle import TOLERANCE, assert_close, dense_moe, dense_weight, magnitude, to_numpy
+from mumoe_tensor.testing.run import check_format, run_check
 from mumoe_tensor.testing.strategies import (
     Problem,
     backends,
@@ -46,6 +45,7 @@ from mumoe_tensor.testing.strategies import (
     problems,
     ranks,
     sizes,
+    specs,
     weights,
 )
 
@@ -84,6 +84,7 @@ __all__ = [
     "ranks",
     "run_check",
     "sizes",
+    "specs",
     "to_numpy",
     "weights",
 ]

@@ -5,15 +5,13 @@ A check raises an AssertionError where its property does not hold, and returns n
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from itertools import product
 from math import prod
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, given, note, settings
 
 from mumoe_tensor.backend import Array, backend_of, tensorly_backend
 from mumoe_tensor.contraction.execute import execute
@@ -22,20 +20,13 @@ from mumoe_tensor.contraction.network import Network, forward_network
 from mumoe_tensor.contraction.plan import plan_network
 from mumoe_tensor.formats import Format, get_format, mode_names
 from mumoe_tensor.formats.base import MOST_LEVELS, Tree
-from mumoe_tensor.multilinear import bind, expert_matrix, multilinear_moe, to_dense
+from mumoe_tensor.multilinear import bind, expert_matrix, to_dense
 from mumoe_tensor.tensors import FactorizedTensor
-from mumoe_tensor.testing.oracle import (
-    Float64,
-    assert_close,
-    dense_moe,
-    dense_weight,
-    magnitude,
-    subscripts,
-    to_numpy,
-)
-from mumoe_tensor.testing.strategies import Problem, installed_backends, jax_float64, problems
+from mumoe_tensor.testing.gradients import check_gradients
+from mumoe_tensor.testing.oracle import Float64, assert_close, dense_moe, dense_weight, magnitude, to_numpy
+from mumoe_tensor.testing.strategies import Problem
 
-#: TensorLy's container -> where its own reconstruction lies.
+#: TensorLy's container -> module and name of its reconstruction.
 RECONSTRUCTIONS = {
     "CPTensor": ("tensorly.cp_tensor", "cp_to_tensor"),
     "TuckerTensor": ("tensorly.tucker_tensor", "tucker_to_tensor"),
@@ -45,74 +36,59 @@ RECONSTRUCTIONS = {
 
 
 def check_equals_dense(problem: Problem) -> None:
-    """The forward pass and `to_dense` equal a naive sum over all indices; so does the dense tensor's own.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
+    """The forward pass and `to_dense` equal a naive sum over all indices; also with the dense tensor."""
     dense = dense_weight(problem.weight)
     formed = to_dense(problem.weight)
     assert_close(formed, dense, dense_weight(problem.weight, absolute=True), "to_dense", problem.dtype)
-    expected = dense_moe(dense, *_inputs(problem), bias=problem.bias)
-    scale = _magnitude(problem)
+    expected, scale = _dense_output(problem, dense), _magnitude(problem)
     assert_close(problem.output(), expected, scale, "multilinear_moe", problem.dtype)
-    assert_close(
-        problem.output(formed), expected, scale, "multilinear_moe of the dense tensor", problem.dtype
-    )
+    what = "multilinear_moe of the dense tensor"
+    assert_close(problem.output(formed), expected, scale, what, problem.dtype)
 
 
 def check_equals_tensorly(problem: Problem) -> None:
-    """TensorLy's own reconstruction of the weight's container is the second oracle, if it has one.
+    """TensorLy's reconstruction of the weight's container, if it has one, is the second oracle.
 
-    The container is accepted where a weight is, and read back to the same factors.
-
-    Parameters
-    ----------
-    problem : Problem
+    The container is accepted in place of the weight, and read back to the same factors.
     """
+    weight = problem.weight
     try:
-        container = problem.weight.to_tensorly()
+        container = weight.to_tensorly()
     except TypeError:
-        assert problem.weight.format.container is None
+        assert weight.format.container is None
         return
+    tensor = container
     if type(container).__name__ in RECONSTRUCTIONS:
         module, name = RECONSTRUCTIONS[type(container).__name__]
-        reconstruct = getattr(__import__(module, fromlist=[name]), name)
         with tensorly_backend(problem.backend):
-            whole = reconstruct(container)
-    else:
-        whole = container
-    scale = dense_weight(problem.weight, absolute=True)
-    assert_close(to_dense(problem.weight), whole, scale, "TensorLy's tensor", problem.dtype)
+            tensor = getattr(import_module(module), name)(container)
+    scale = dense_weight(weight, absolute=True)
+    assert_close(to_dense(weight), tensor, scale, "TensorLy's tensor", problem.dtype)
     scale = _magnitude(problem)
     assert_close(problem.output(container), problem.output(), scale, "the container's result", problem.dtype)
-    if problem.weight.format.container is not None:
-        back = FactorizedTensor.from_tensorly(container)
-        assert back.format == problem.weight.format
-        assert back.shape == problem.weight.shape
-        assert back.rank == problem.weight.rank
-        declared = back.format.declaration(back.levels)
-        for mine, theirs, f in zip(problem.weight.factors, back.factors, declared, strict=True):
-            if mine is None:
-                assert f.unit
-                assert theirs is None or np.all(to_numpy(theirs) == 1)
-            else:
-                np.testing.assert_array_equal(to_numpy(mine), to_numpy(theirs))
+    if weight.format.container is None:
+        return
+    back = FactorizedTensor.from_tensorly(container)
+    assert (back.format, back.shape, back.rank) == (weight.format, weight.shape, weight.rank)
+    declared = back.format.declaration(back.levels)
+    for factor, read, f in zip(weight.factors, back.factors, declared, strict=True):
+        if factor is None:
+            assert f.unit
+            assert read is None or np.all(to_numpy(read) == 1)
+        else:
+            np.testing.assert_array_equal(to_numpy(factor), to_numpy(read))
 
 
 def check_result_kind(problem: Problem) -> None:
-    """Leading shape, backend, dtype and device of the inputs are those of the result.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
-    dense, matrix = to_dense(problem.weight), _first_expert(problem)
-    results = {"multilinear_moe": problem.output(), "to_dense": dense, "expert_matrix": matrix}
-    *_, i, o = problem.weight.shape
-    shapes = ((*problem.leading, o), problem.weight.shape, (i, o))
-    for (name, result), shape in zip(results.items(), shapes, strict=True):
+    """Leading shape, backend, dtype and device of the inputs are those of the result."""
+    weight = problem.weight
+    *_, i, o = weight.shape
+    results = {
+        "multilinear_moe": (problem.output(), (*problem.leading, o)),
+        "to_dense": (to_dense(weight), weight.shape),
+        "expert_matrix": (expert_matrix(weight, (0,) * weight.levels), (i, o)),
+    }
+    for name, (result, shape) in results.items():
         assert backend_of(result) is backend_of(problem.z), f"{name} changed the backend."
         assert result.dtype == problem.z.dtype, f"{name} is {result.dtype}, not {problem.z.dtype}."
         assert tuple(result.shape) == shape, f"{name} has shape {tuple(result.shape)}, not {shape}."
@@ -121,136 +97,77 @@ def check_result_kind(problem: Problem) -> None:
 
 
 def check_linear_in_input(problem: Problem) -> None:
-    """Linear in the inputs, affine with a bias.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
+    """Linear in the inputs, affine with a bias."""
     generator = problem.generator()
-    z = to_numpy(problem.z)
-    inputs = [problem.array(x) for x in (z, generator.standard_normal(z.shape), np.zeros(z.shape))]
     alpha, beta = generator.uniform(-2, 2, 2)
-    shares = [alpha, beta, 1 - alpha - beta]
-    combined = problem.array(sum(s * to_numpy(x) for s, x in zip(shares, inputs, strict=True)))
-    outputs = [problem.output(z=x) for x in inputs]
-    if not problem.bias:
-        assert not np.any(to_numpy(outputs[-1])), "without a bias, input 0 must give 0."
-    _assert_combination(
-        problem,
-        problem.output(z=combined),
-        [(s, y, _magnitude(problem, z=x)) for s, x, y in zip(shares, inputs, outputs, strict=True)],
-        "the result for a combination of inputs",
-    )
+    zeros = problem.array(np.zeros(problem.z.shape))
+    inputs = [problem.z, problem.array(generator.standard_normal(problem.z.shape)), zeros]
+    _assert_linear(problem, inputs, [alpha, beta, 1 - alpha - beta], lambda z: {"z": z}, "inputs")
+    if not problem.layer.bias:
+        assert not np.any(to_numpy(problem.output(z=zeros))), "without a bias, input 0 must give 0."
 
 
 def check_linear_in_coefficients(problem: Problem) -> None:
-    """Linear in the coefficients of each level.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
+    """Linear in the coefficients of each level."""
     generator = problem.generator()
-    for e, a in enumerate(problem.coefficients):
-        arrays = [problem.array(x) for x in (to_numpy(a), generator.standard_normal(a.shape))]
-        shares = list(generator.uniform(-2, 2, 2))
-        combined = problem.array(sum(s * to_numpy(x) for s, x in zip(shares, arrays, strict=True)))
+    for level, a in enumerate(problem.coefficients):
 
-        def at(x: Array, level: int = e) -> list[Array]:
-            return [*problem.coefficients[:level], x, *problem.coefficients[level + 1 :]]
+        def at(x: Array, level: int = level) -> dict[str, Any]:
+            return {"coefficients": [*problem.coefficients[:level], x, *problem.coefficients[level + 1 :]]}
 
-        _assert_combination(
-            problem,
-            problem.output(coefficients=at(combined)),
-            [
-                (s, problem.output(coefficients=at(x)), _magnitude(problem, coefficients=at(x)))
-                for s, x in zip(shares, arrays, strict=True)
-            ],
-            f"the result for a combination of coefficients of level {e + 1}",
-        )
+        other = problem.array(generator.standard_normal(a.shape))
+        shares = generator.uniform(-2, 2, 2).tolist()
+        _assert_linear(problem, [a, other], shares, at, f"coefficients of level {level + 1}")
 
 
 def check_linear_in_factors(problem: Problem) -> None:
-    """Linear in each factor, with the others held.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
-    generator = problem.generator()
-    for k, factor in enumerate(problem.weight.factors):
+    """Linear in each factor, with the others held."""
+    generator, factors = problem.generator(), problem.weight.factors
+    for k, factor in enumerate(factors):
         if factor is None:
             continue
-        arrays = [problem.array(x) for x in (to_numpy(factor), generator.standard_normal(factor.shape))]
-        shares = list(generator.uniform(-2, 2, 2))
-        combined = problem.array(sum(s * to_numpy(x) for s, x in zip(shares, arrays, strict=True)))
 
-        def at(x: Array, position: int = k) -> FactorizedTensor:
-            factors = list(problem.weight.factors)
-            factors[position] = x
-            return FactorizedTensor(problem.weight.format, factors)
+        def at(x: Array, k: int = k) -> dict[str, Any]:
+            changed = [*factors[:k], x, *factors[k + 1 :]]
+            return {"weight": FactorizedTensor(problem.weight.format, changed)}
 
-        _assert_combination(
-            problem,
-            problem.output(at(combined)),
-            [
-                (s, problem.output(at(x)), _magnitude(problem, at(x)))
-                for s, x in zip(shares, arrays, strict=True)
-            ],
-            f"the result for a combination of factor {k}",
-        )
+        other = problem.array(generator.standard_normal(factor.shape))
+        shares = generator.uniform(-2, 2, 2).tolist()
+        _assert_linear(problem, [factor, other], shares, at, f"factor {k}")
 
 
 def check_expert_permutation(problem: Problem) -> None:
-    """Experts permuted together with their coefficients give the same result.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
-    generator = problem.generator()
-    order = {m: generator.permutation(n) for m, n in _sizes(problem.weight).items() if m.startswith("n")}
-    order = {m: order[m] for m in mode_names(problem.weight.levels)[:-2]}
+    """Experts permuted together with their coefficients give the same result."""
+    generator, weight = problem.generator(), problem.weight
+    modes = mode_names(weight.levels)[:-2]
+    order = {mode: generator.permutation(n) for mode, n in zip(modes, weight.experts, strict=True)}
     permuted = _transformed(problem, lambda index, values, axis: values.take(order[index], axis), order)
     coefficients = [
         problem.array(to_numpy(a)[..., p]) for a, p in zip(problem.coefficients, order.values(), strict=True)
     ]
-    assert_close(
-        problem.output(permuted, coefficients=coefficients),
-        problem.output(),
-        _magnitude(problem),
-        "the result with permuted experts",
-        problem.dtype,
-    )
+    result = problem.output(permuted, coefficients=coefficients)
+    what = "the result with permuted experts"
+    assert_close(result, problem.output(), _magnitude(problem), what, problem.dtype)
 
 
 def check_one_hot(problem: Problem) -> None:
-    """One-hot coefficients give the output of one expert, whose matrix and bias `expert_matrix` returns.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
-    generator = problem.generator()
-    weight = problem.weight
+    """One-hot coefficients give the output of one expert, whose matrix and bias `expert_matrix` returns."""
+    generator, weight, bias = problem.generator(), problem.weight, problem.layer.bias
     expert = tuple(int(generator.integers(n)) for n in weight.experts)
-    whole, scale = (dense_weight(weight, absolute=absolute)[expert] for absolute in (False, True))
-    assert_close(expert_matrix(weight, expert), whole, scale, f"the matrix of expert {expert}", problem.dtype)
-    z = to_numpy(problem.z)
-    expected = z @ (whole[:-1] if problem.bias else whole)
-    if problem.bias:
-        matrix, bias = expert_matrix(weight, expert, bias=True)
-        assert_close(matrix, whole[:-1], scale[:-1], f"the matrix of expert {expert}", problem.dtype)
-        assert_close(bias, whole[-1], scale[-1], f"the bias of expert {expert}", problem.dtype)
-        expected = expected + whole[-1]
+    matrix, scale = (dense_weight(weight, absolute=absolute)[expert] for absolute in (False, True))
+    what = f"the matrix of expert {expert}"
+    assert_close(expert_matrix(weight, expert), matrix, scale, what, problem.dtype)
+    if bias:
+        split, row = expert_matrix(weight, expert, bias=True)
+        assert_close(split, matrix[:-1], scale[:-1], what, problem.dtype)
+        assert_close(row, matrix[-1], scale[-1], f"the bias of expert {expert}", problem.dtype)
     one_hot = [
         problem.array(np.broadcast_to(np.eye(n)[k], (*problem.leading, n)))
         for n, k in zip(weight.experts, expert, strict=True)
     ]
     assert_close(
         problem.output(coefficients=one_hot),
-        expected,
+        dense_moe(matrix, to_numpy(problem.z), [], bias=bias),
         _magnitude(problem, coefficients=one_hot),
         f"the result for expert {expert} alone",
         problem.dtype,
@@ -263,39 +180,33 @@ def check_gauge(problem: Problem) -> None:
     A matrix and its inverse inserted into a bond that joins two factors change nothing (the basis of
     Tucker's factors, the cores of a ring); nor do the entries of any bond, permuted in all its factors, and
     scaled in one and unscaled in another (the components of CP).
-
-    Parameters
-    ----------
-    problem : Problem
     """
-    generator = problem.generator()
-    format, levels = problem.weight.format, problem.weight.levels
-    size = _sizes(problem.weight)
-    declared = format.declaration(levels)
-    for bond in format.bonds(levels):
+    generator, weight = problem.generator(), problem.weight
+    declared, bonds = weight.format.declaration(weight.levels), weight.format.bonds(weight.levels)
+    for bond, size in zip(bonds, weight.rank, strict=True):
         holders = [
             k
-            for k, (f, factor) in enumerate(zip(declared, problem.weight.factors, strict=True))
+            for k, (f, factor) in enumerate(zip(declared, weight.factors, strict=True))
             if factor is not None and bond in f.indices
         ]
-        order = generator.permutation(size[bond])
-        matrix = np.diag(generator.choice([-1, 1], size[bond]) * generator.uniform(0.5, 2, size[bond]))[order]
+        order = generator.permutation(size)
+        matrix = np.diag(generator.choice([-1, 1], size) * generator.uniform(0.5, 2, size))[order]
         if len(holders) == 2:
             matrix = np.linalg.qr(generator.standard_normal(matrix.shape))[0] @ matrix
         first, second, *_ = generator.permutation(holders).tolist()
-        changes = dict.fromkeys(holders, np.eye(size[bond])[order])
+        changes = dict.fromkeys(holders, np.eye(size)[order])
         changes |= {first: matrix, second: np.linalg.inv(matrix).T}
         # The rounding errors of the changed factors are relative to the terms of each entry.
-        factors, bound = list(problem.weight.factors), list(problem.weight.factors)
+        factors, bound = list(weight.factors), list(weight.factors)
         for k, change in changes.items():
             axis = declared[k].indices.index(bond)
             values = np.moveaxis(to_numpy(factors[k]), axis, -1)
             factors[k] = problem.array(np.moveaxis(values @ change, -1, axis))
             bound[k] = problem.array(np.moveaxis(abs(values) @ abs(change), -1, axis))
         assert_close(
-            problem.output(FactorizedTensor(format, factors)),
+            problem.output(FactorizedTensor(weight.format, factors)),
             problem.output(),
-            _magnitude(problem, FactorizedTensor(format, bound)),
+            _magnitude(problem, FactorizedTensor(weight.format, bound)),
             f"the result after a change of basis of {bond}",
             problem.dtype,
         )
@@ -306,13 +217,8 @@ def check_level_of_one(problem: Problem) -> None:
 
     The weight is cut to the first expert of a level; the result is that of its dense tensor without the
     level.
-
-    Parameters
-    ----------
-    problem : Problem
     """
-    for e in range(problem.weight.levels):
-        mode = mode_names(problem.weight.levels)[e]
+    for e, mode in enumerate(mode_names(problem.weight.levels)[:-2]):
         single = _transformed(problem, lambda index, values, axis: values.take([0], axis), [mode])
         others = [*problem.coefficients[:e], *problem.coefficients[e + 1 :]]
         one = problem.array(np.ones((*problem.leading, 1)))
@@ -327,52 +233,30 @@ def check_level_of_one(problem: Problem) -> None:
         )
 
 
-def check_gradients(problem: Problem) -> None:
-    """Gradients in every factor, the input and all coefficients equal those of the dense formula.
-
-    With PyTorch in float64 also finite differences (`torch.autograd.gradcheck`). NumPy has none to check.
-
-    Parameters
-    ----------
-    problem : Problem
-    """
-    if problem.backend == "pytorch":
-        _check_torch_gradients(problem)
-    elif problem.backend == "jax":
-        _check_jax_gradients(problem)
-
-
 def check_paths(problem: Problem) -> None:
     """Every way to contract gives the same result.
 
-    All combinations of what to minimise, implementation and folded constants, planned for some batch and
-    bound to the weight, and pairwise orders at random.
-
-    Parameters
-    ----------
-    problem : Problem
+    All combinations of objective, implementation and folded weights, planned for some batch and bound to the
+    weight, and random pairwise orders.
     """
     generator = problem.generator()
-    expected = dense_moe(dense_weight(problem.weight), *_inputs(problem), bias=problem.bias)
-    scale = _magnitude(problem)
+    expected, scale = _dense_output(problem, dense_weight(problem.weight)), _magnitude(problem)
     network = _network(problem)
     batches = (1, max(1, prod(problem.leading)), 65_536)
     choices: list[tuple[Any, Any, Any]] = list(
         product(("time", "flops", "peak"), ("factorized", "reconstructed", "auto"), (None, "weights"))
     )
-    if problem.backend == "jax":  # which compiles every operation: a few of them will do
+    if problem.backend == "jax":  # it compiles every operation, so a few combinations have to do
         choices = [choices[k] for k in generator.choice(len(choices), 3, replace=False)]
     for minimize, implementation, constants in choices:
         batch = int(generator.choice(batches))
         plan = plan_network(network, batch, minimize, implementation, None, constants)
         what = f"{minimize=}, {implementation=}, {constants=}, {batch=}: the result"
-        result = problem.output(plan=plan)
-        assert_close(result, expected, scale, what, problem.dtype)
-        bound = bind(plan, problem.weight, bias=problem.bias)
+        assert_close(problem.output(plan=plan), expected, scale, what, problem.dtype)
+        bound = bind(plan, problem.weight, bias=problem.layer.bias)
         for _ in range(2):
-            assert_close(
-                bound(problem.z, problem.coefficients), expected, scale, f"{what} of bind", problem.dtype
-            )
+            result = bound(problem.z, problem.coefficients)
+            assert_close(result, expected, scale, f"{what} of bind", problem.dtype)
     batch = prod(problem.leading)
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
     for _ in range(2 if problem.backend == "jax" else 5):
@@ -390,38 +274,29 @@ def check_plan(problem: Problem) -> None:
     Steps are pairwise; ``"factorized"`` forms no intermediate with all experts, the input and the output;
     ``"auto"`` takes the cheaper way; ``"time"`` spends at most 5 % more FLOPs than ``"flops"``; no plan costs
     more than the format's closed form.
-
-    Parameters
-    ----------
-    problem : Problem
     """
-    network = _network(problem)
+    network, weight = _network(problem), problem.weight
     batch = max(1, prod(problem.leading))
-    operands = len(network.operands)
-    every = {*mode_names(problem.weight.levels)}
-    least = {}
+    modes = {*mode_names(weight.levels)}
+    flops = {}
     for implementation in ("factorized", "reconstructed", "auto"):
         plan = plan_network(network, batch, "flops", implementation)
-        least[implementation] = plan.flops
-        assert len(plan.steps) == operands - 1, "n operands take n - 1 pairwise steps."
+        flops[implementation] = plan.flops
+        assert len(plan.steps) == len(network.operands) - 1, "n operands take n - 1 pairwise steps."
         if plan.implementation == "factorized":
             for step in plan.steps[:-1]:
                 formed = step.equation.partition(" -> ")[2].split()
-                assert not every <= set(formed), f"{step.equation} forms the weight tensor."
+                assert not modes <= set(formed), f"{step.equation} forms the weight tensor."
         timed = plan_network(network, batch, "time", implementation)
         assert plan.flops <= timed.flops <= 1.05 * plan.flops, "the default may spend 5 % more FLOPs."
-    assert least["auto"] == min(least["factorized"], least["reconstructed"])
-    closed = problem.weight.format.reference_flops(problem.weight.shape, problem.weight.rank)
-    if closed is not None and problem.weight.ones == problem.weight.format.units(problem.weight.levels):
-        assert min(least.values()) <= closed * batch, "a plan must not cost more than the closed form."
+    assert flops["auto"] == min(flops["factorized"], flops["reconstructed"])
+    closed = weight.format.reference_flops(weight.shape, weight.rank)
+    if closed is not None and weight.ones == weight.format.units(weight.levels):
+        assert min(flops.values()) <= closed * batch, "a plan must not cost more than the closed form."
 
 
 def check_declaration(format: str | Format) -> None:
     """A declaration is a tensor network, the same each time, and has a default rank.
-
-    Parameters
-    ----------
-    format : str or Format
 
     Raises
     ------
@@ -431,13 +306,13 @@ def check_declaration(format: str | Format) -> None:
         If anything else does not hold.
     """
     format = get_format(format)
-    for levels in range(MOST_LEVELS + 1):
-        modes, bonds = mode_names(levels), format.bonds(levels)
-        declared = format.declaration(levels)
+    for num_levels in range(MOST_LEVELS + 1):
+        modes, bonds = mode_names(num_levels), format.bonds(num_levels)
+        declared = format.declaration(num_levels)
         mode_sizes = tuple(range(2, 2 + len(modes)))
         assert len(format.shapes(mode_sizes, (2,) * len(bonds))) == len(declared)
         default = format.default_rank(mode_sizes, 1)
-        assert format.check_rank(default, levels) == default
+        assert format.check_rank(default, num_levels) == default
         assert tuple(format.factors(modes)) == declared, f"{format!r} declares other factors each time."
 
 
@@ -462,99 +337,6 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
 }
 
 
-#: Checks that take longest, and what share of the examples they get.
-SHARES = {"check_paths": 4, "check_gradients": 2}
-
-
-def run_check(
-    check: Callable[[Problem], None],
-    format: str | Format | None = None,
-    *,
-    backend: str = "numpy",
-    share: int = 1,
-) -> None:
-    """Run one check on problems that Hypothesis draws, as many as its profile says.
-
-    Parameters
-    ----------
-    check : callable
-        A function of one `Problem`; see ``CHECKS``.
-    format : str or Format, optional
-        All registered formats by default.
-    backend : {"numpy", "pytorch", "jax"}, default "numpy"
-    share : int, default 1
-        Divides the number of examples. The slowest checks divide it further, and so does JAX, which
-        compiles each operation for each shape.
-
-    Raises
-    ------
-    AssertionError
-        If the property does not hold; Hypothesis reports the smallest problem it found.
-    """
-    divisor = share * SHARES.get(check.__name__, 1) * (10 if backend == "jax" else 1)
-
-    def run(problem: Problem) -> None:
-        note(f"To see it again:\n\n{pasteable(check, problem)}\n")
-        check(problem)
-
-    # Hypothesis tells tests apart, and remembers what failed, by their names.
-    name = "any" if format is None else get_format(format).name
-    run.__name__ = run.__qualname__ = re.sub(r"\W", "_", f"{check.__name__}_{name}_{backend}")
-    options = settings(
-        max_examples=max(2, settings().max_examples // divisor),
-        # JAX compiles, and checks of many sizes take long: that is no fault of the format.
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    with jax_float64() if backend == "jax" else nullcontext():
-        options(given(problems(format, backend=backend))(run))()
-
-
-def pasteable(check: Callable[[Problem], None], problem: Problem) -> str:
-    """Lines that run a check on a problem again.
-
-    Parameters
-    ----------
-    check : callable
-    problem : Problem
-    """
-    format = type(get_format(problem.format))
-    lines = ["from mumoe_tensor.testing import Problem, jax_float64"]
-    # (What is defined within a function cannot be imported.)
-    objects = [x for x in (check, format) if "<" not in x.__qualname__]
-    lines += [f"from {x.__module__} import {x.__qualname__}" for x in objects]
-    call = f"{check.__name__}({problem!r})"
-    return "\n".join([*lines, "", f"with jax_float64():\n    {call}" if problem.backend == "jax" else call])
-
-
-def check_format(format: str | Format) -> None:
-    """Run every check on a format, over levels, sizes, ranks, dtypes and all backends that are installed.
-
-    The number of problems follows the Hypothesis profile in use. It takes about half a minute with the
-    default one.
-
-    Parameters
-    ----------
-    format : str or Format
-        A registered name, or an instance of a format of one's own, registered or not.
-
-    Raises
-    ------
-    AssertionError
-        If a property does not hold; Hypothesis reports the smallest problem it found.
-
-    Examples
-    --------
-    >>> from mumoe_tensor.testing import check_format
-    >>> check_format("cp")  # doctest: +SKIP
-    """
-    format = get_format(format)
-    check_declaration(format)
-    for check in CHECKS.values():
-        for backend in installed_backends():
-            run_check(check, format, backend=backend, share=4)
-
-
 def random_tree(network: Network, generator: np.random.Generator) -> Tree:
     """Draw a pairwise order of contraction of a network.
 
@@ -565,19 +347,23 @@ def random_tree(network: Network, generator: np.random.Generator) -> Tree:
     with_input = {k for k in range(network.weights) if "i" in network.operands[k]}
     while len(nodes) > 1:
         first, second = (int(k) for k in generator.choice(len(nodes), 2, replace=False))
-        (left, has), (right, adds) = nodes[first], nodes[second]
-        if (left == vector and not with_input <= adds) or (right == vector and not with_input <= has):
+        (left, left_leaves), (right, right_leaves) = nodes[first], nodes[second]
+        if (left == vector and not with_input <= right_leaves) or (
+            right == vector and not with_input <= left_leaves
+        ):
             continue
         nodes = [node for k, node in enumerate(nodes) if k not in (first, second)]
-        nodes.append(((left, right), has | adds))
+        nodes.append(((left, right), left_leaves | right_leaves))
     return nodes[0][0]
 
 
 # ---- helpers ---------------------------------------------------------------------------------------
 
 
-def _inputs(problem: Problem) -> tuple[Float64, list[Float64]]:
-    return to_numpy(problem.z), [to_numpy(a) for a in problem.coefficients]
+def _dense_output(problem: Problem, dense: Float64) -> Float64:
+    """The forward pass by the oracle."""
+    coefficients = [to_numpy(a) for a in problem.coefficients]
+    return dense_moe(dense, to_numpy(problem.z), coefficients, bias=problem.layer.bias)
 
 
 def _magnitude(
@@ -587,38 +373,37 @@ def _magnitude(
     z: Array = None,
     coefficients: list[Array] | None = None,
 ) -> Float64:
+    """The scale of rounding errors of `Problem.output` with the same arguments."""
     return magnitude(
         problem.weight if weight is None else weight,
         problem.z if z is None else z,
         problem.coefficients if coefficients is None else coefficients,
-        bias=problem.bias,
+        bias=problem.layer.bias,
     )
 
 
-def _assert_combination(
-    problem: Problem, actual: Array, terms: list[tuple[float, Array, Float64]], what: str
+def _assert_linear(
+    problem: Problem,
+    arrays: Sequence[Array],
+    shares: Sequence[float],
+    at: Callable[[Array], dict[str, Any]],
+    what: str,
 ) -> None:
-    """Assert that a result is the sum of (share, result, magnitude) terms."""
-    expected = sum(share * to_numpy(y) for share, y, _ in terms)
-    scale = sum(abs(share) * size for share, _, size in terms)
-    assert_close(actual, expected, scale, what, problem.dtype)
-
-
-def _sizes(weight: FactorizedTensor) -> dict[str, int]:
-    return weight.format.sizes(weight.shape, weight.rank)
+    """Assert that a combination of arrays gives that of their results; `at` makes arguments of the output."""
+    combined = problem.array(sum(share * to_numpy(x) for share, x in zip(shares, arrays, strict=True)))
+    expected = sum(s * to_numpy(problem.output(**at(x))) for s, x in zip(shares, arrays, strict=True))
+    scale = sum(abs(s) * _magnitude(problem, **at(x)) for s, x in zip(shares, arrays, strict=True))
+    what = f"the result for a combination of {what}"
+    assert_close(problem.output(**at(combined)), expected, scale, what, problem.dtype)
 
 
 def _network(problem: Problem) -> Network:
     weight = problem.weight
-    return forward_network(weight.format, weight.shape, weight.rank, weight.ones, problem.bias)
-
-
-def _first_expert(problem: Problem) -> Array:
-    return expert_matrix(problem.weight, (0,) * problem.weight.levels)
+    return forward_network(weight.format, weight.shape, weight.rank, weight.ones, problem.layer.bias)
 
 
 def _transformed(
-    problem: Problem, transform: Callable[[str, Float64, int], Float64], indices: Any
+    problem: Problem, transform: Callable[[str, Float64, int], Float64], indices: Collection[str]
 ) -> FactorizedTensor:
     """The weight with every axis that belongs to one of the indices transformed."""
     weight = problem.weight
@@ -631,90 +416,3 @@ def _transformed(
             factor = problem.array(values)
         factors.append(factor)
     return FactorizedTensor(weight.format, factors)
-
-
-def _dense_formula(problem: Problem, einsum: Callable, ones: Callable, concat: Callable) -> Callable:
-    """The forward pass from the dense tensor as a function of (held factors..., coefficients..., z)."""
-    weight, bias = problem.weight, problem.bias
-    size, declared = _sizes(weight), weight.format.declaration(weight.levels)
-    factor_letters, whole = subscripts(weight.format, weight.levels)
-    *attached, o = list(whole)
-    joined = ",".join([whole, *(f"Z{x}" for x in attached)])
-    shapes = [tuple(size[x] for x in f.indices) for f in declared]
-
-    def formula(*arrays: Array) -> Array:
-        held: Iterator[Array] = iter(arrays)
-        factors = [ones(s) if k in weight.ones else next(held) for k, s in enumerate(shapes)]
-        *coefficients, z = held
-        tensor = einsum(f"{','.join(factor_letters)}->{whole}", *factors)
-        if bias:
-            z = concat([z, ones((*z.shape[:-1], 1))])
-        vectors = [x.reshape(-1, x.shape[-1]) if x.shape[-1] else x for x in (*coefficients, z)]
-        return einsum(f"{joined}->Z{o}", tensor, *vectors).reshape(*z.shape[:-1], tensor.shape[-1])
-
-    return formula
-
-
-def _forward(problem: Problem) -> Callable:
-    """The library's forward pass as a function of (held factors..., coefficients..., z)."""
-
-    def forward(*arrays: Array) -> Array:
-        held = iter(arrays)
-        factors = [None if factor is None else next(held) for factor in problem.weight.factors]
-        *coefficients, z = held
-        return multilinear_moe(
-            FactorizedTensor(problem.weight.format, factors), z, coefficients, bias=problem.bias
-        )
-
-    return forward
-
-
-def _check_torch_gradients(problem: Problem) -> None:
-    import torch
-
-    def ones(shape: tuple[int, ...], like: torch.Tensor = problem.z) -> torch.Tensor:
-        return torch.ones(shape, dtype=torch.float64)
-
-    arrays = [*problem.weight.arrays, *problem.coefficients, problem.z]
-    leaves = [x.detach().clone().requires_grad_() for x in arrays]
-    y = _forward(problem)(*leaves)
-    cotangent = torch.from_numpy(problem.generator().standard_normal(tuple(y.shape))).to(y.dtype)
-    found = torch.autograd.grad(y, leaves, cotangent)
-
-    formula = _dense_formula(problem, torch.einsum, ones, lambda parts: torch.cat(parts, -1))
-
-    def gradients(absolute: bool) -> tuple[torch.Tensor, ...]:
-        doubles = [x.detach().double() for x in (*arrays, cotangent)]
-        *inputs, direction = [x.abs() if absolute else x for x in doubles]
-        inputs = [x.requires_grad_() for x in inputs]
-        return torch.autograd.grad(formula(*inputs), inputs, direction)
-
-    for k, (mine, expected, scale) in enumerate(zip(found, gradients(False), gradients(True), strict=True)):
-        assert_close(mine, expected, to_numpy(scale), f"the gradient of argument {k}", problem.dtype)
-    if problem.dtype == "float64" and y.numel():
-        assert torch.autograd.gradcheck(_forward(problem), leaves, eps=1e-6, atol=1e-5, rtol=1e-5)
-
-
-def _check_jax_gradients(problem: Problem) -> None:
-    import jax
-    import jax.numpy as jnp
-
-    def ones(shape: tuple[int, ...]) -> jax.Array:
-        return jnp.ones(shape, problem.z.dtype)
-
-    def concat(parts: list[jax.Array]) -> jax.Array:
-        return jnp.concatenate(parts, -1)
-
-    arrays = [*problem.weight.arrays, *problem.coefficients, problem.z]
-    formula = _dense_formula(problem, jnp.einsum, ones, concat)
-    shape = (*problem.leading, problem.weight.shape[-1])
-    cotangent = problem.array(problem.generator().standard_normal(shape))
-
-    def gradients(function: Callable, inputs: list[jax.Array], direction: jax.Array) -> Any:
-        return jax.jit(lambda inputs, direction: jax.vjp(function, *inputs)[1](direction))(inputs, direction)
-
-    found = gradients(_forward(problem), arrays, cotangent)
-    expected = gradients(formula, arrays, cotangent)
-    scales = gradients(formula, [abs(x) for x in arrays], abs(cotangent))
-    for k, (mine, theirs, scale) in enumerate(zip(found, expected, scales, strict=True)):
-        assert_close(mine, theirs, to_numpy(scale), f"the gradient of argument {k}", problem.dtype)

@@ -22,22 +22,17 @@ SMALLEST = {"float64": 1e-290, "float32": 1e-30, "float16": 1e-4, "bfloat16": 1e
 
 
 def to_numpy(array: Array) -> Float64:
-    """Values of an array of any backend, in float64.
-
-    Parameters
-    ----------
-    array : array
-    """
+    """Values of an array of any backend, in float64."""
     if hasattr(array, "detach"):
         array = array.detach().cpu().double()
     return np.asarray(array).astype(np.float64)
 
 
-def subscripts(format: Format, levels: int) -> tuple[list[str], str]:
+def subscripts(format: Format, num_levels: int) -> tuple[list[str], str]:
     """Letters of the axes of every factor of a format, and of the weight tensor, for an `einsum`."""
-    modes = mode_names(levels)
-    letter = dict(zip((*modes, *format.bonds(levels)), ascii_letters, strict=False))
-    factors = ["".join(letter[x] for x in f.indices) for f in format.declaration(levels)]
+    modes = mode_names(num_levels)
+    letter = dict(zip((*modes, *format.bonds(num_levels)), ascii_letters, strict=False))
+    factors = ["".join(letter[x] for x in f.indices) for f in format.declaration(num_levels)]
     return factors, "".join(letter[m] for m in modes)
 
 
@@ -54,15 +49,12 @@ def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64
     -------
     array of shape (N1, ..., NE, I, O)
     """
-    format, levels = weight.format, weight.levels
-    sizes = dict(
-        zip((*mode_names(levels), *format.bonds(levels)), (*weight.shape, *weight.rank), strict=True)
-    )
+    shapes = weight.format.shapes(weight.shape, weight.rank)
     values = [
-        np.ones([sizes[x] for x in f.indices]) if factor is None else to_numpy(factor)
-        for factor, f in zip(weight.factors, format.declaration(levels), strict=True)
+        np.ones(shape) if factor is None else to_numpy(factor)
+        for factor, shape in zip(weight.factors, shapes, strict=True)
     ]
-    factors, whole = subscripts(format, levels)
+    factors, whole = subscripts(weight.format, weight.levels)
     return np.einsum(f"{','.join(factors)}->{whole}", *(map(np.abs, values) if absolute else values))
 
 
@@ -130,13 +122,13 @@ def assert_close(
         Dtype whose tolerance holds; that of `actual` by default.
     """
     dtype = dtype or dtype_name(actual)
-    found, wanted = to_numpy(actual), to_numpy(expected)
-    assert found.shape == wanted.shape, f"{what} has shape {found.shape}, expected {wanted.shape}."
+    actual, expected = to_numpy(actual), to_numpy(expected)
+    assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, expected {expected.shape}."
     allowed = TOLERANCE[dtype] * np.asarray(scale) + SMALLEST[dtype]
-    error = np.abs(found - wanted)
+    error = np.abs(actual - expected)
     if not np.all(error <= allowed):  # also where there is a NaN
         worst = np.max(error / allowed)
         raise AssertionError(
             f"{what} is off by {np.max(error):.3g}, {worst:.3g} times what {dtype} allows:\n"
-            f"{found}\nexpected\n{wanted}"
+            f"{actual}\nexpected\n{expected}"
         )

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: formats, sizes, weights, and whole problems on any backend."""
+"""Hypothesis strategies: formats, sizes, specs, weights, and whole problems on any backend."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mumoe_tensor.backend import Array
 from mumoe_tensor.formats import Format, get_format
 from mumoe_tensor.formats import formats as registered
 from mumoe_tensor.multilinear import multilinear_moe
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
 
 #: TensorLy's name of each backend -> the package it needs.
@@ -29,17 +30,14 @@ class Problem:
 
     Attributes
     ----------
-    format : str or Format
-    shape : tuple of int
-        Shape (N1, ..., NE, I, O) of the weight; with `bias` the input mode has one row more than `z`.
-    rank : tuple of int
-    ones : tuple of int
+    layer : LayerSpec
+        A single layer with its rank.
+    missing : tuple of int
         Positions of the factors that are None.
-    stored : tuple of int
+    in_memory_order : tuple of int
         Positions of the factors that lie in the memory order their declaration asks for.
     leading : tuple of int
         Leading shape of the inputs.
-    bias : bool
     backend : {"numpy", "pytorch", "jax"}
     dtype : str
         Name of the dtype, ``"float32"``. JAX has float64 only within `jax_float64`.
@@ -47,29 +45,26 @@ class Problem:
         For the arrays, and for whatever else a check draws; see `generator`.
     """
 
-    format: str | Format
-    shape: tuple[int, ...]
-    rank: tuple[int, ...]
-    ones: tuple[int, ...] = ()
-    stored: tuple[int, ...] = ()
+    layer: LayerSpec
+    missing: tuple[int, ...] = ()
+    in_memory_order: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
-    bias: bool = False
     backend: str = "numpy"
     dtype: str = "float64"
     seed: int = 0
 
     @cached_property
     def weight(self) -> FactorizedTensor:
-        """The weight."""
-        format, levels = get_format(self.format), len(self.shape) - 2
-        size = format.sizes(self.shape, self.rank)
+        """The weight, of shape `layer.mode_sizes`."""
+        format = self.layer.format
+        index_sizes = format.sizes(self.layer.mode_sizes, self.layer.full_rank)
         generator = np.random.default_rng([self.seed, 2])
         factors: list[Array | None] = []
-        for k, f in enumerate(format.declaration(levels)):
-            order = f.storage if k in self.stored else f.indices
-            values = generator.standard_normal([size[x] for x in order])
+        for k, f in enumerate(format.declaration(self.layer.num_levels)):
+            order = f.storage if k in self.in_memory_order else f.indices
+            values = generator.standard_normal([index_sizes[x] for x in order])
             values = values.transpose([order.index(x) for x in f.indices])
-            factors.append(None if k in self.ones else self.array(values))
+            factors.append(None if k in self.missing else self.array(values))
         return FactorizedTensor(format, factors)
 
     @cached_property
@@ -85,26 +80,21 @@ class Problem:
     @cached_property
     def _vectors(self) -> list[Array]:
         generator = np.random.default_rng(self.seed)
-        *experts, i, _ = self.shape
-        return [self.array(generator.standard_normal((*self.leading, n))) for n in (i - self.bias, *experts)]
+        sizes = (self.layer.in_features, *self.layer.experts)
+        return [self.array(generator.standard_normal((*self.leading, n))) for n in sizes]
 
     def generator(self) -> np.random.Generator:
         """A generator of random numbers, the same at every call and not the one that drew the inputs."""
         return np.random.default_rng([self.seed, 1])
 
     def array(self, values: Any) -> Array:
-        """Put values into an array of this problem's backend and dtype.
-
-        Parameters
-        ----------
-        values : array_like
-        """
+        """Put values into an array of this problem's backend and dtype."""
         return make_array(values, self.backend, self.dtype)
 
     def output(
         self, weight: Any = None, z: Array = None, coefficients: list[Array] | None = None, **options: Any
     ) -> Array:
-        """Result of `multilinear_moe`, with whatever is given in place of what the problem has.
+        """Result of `multilinear_moe` for the problem's weight and inputs, or others in their place.
 
         Parameters
         ----------
@@ -118,20 +108,13 @@ class Problem:
             self.weight if weight is None else weight,
             self.z if z is None else z,
             self.coefficients if coefficients is None else coefficients,
-            bias=self.bias,
+            bias=self.layer.bias,
             **options,
         )
 
 
 def make_array(values: Any, backend: str, dtype: str) -> Array:
-    """Put values into an array of a backend, keeping their memory order where the backend has one.
-
-    Parameters
-    ----------
-    values : array_like
-    backend : {"numpy", "pytorch", "jax"}
-    dtype : str
-    """
+    """Put values into an array of a backend, keeping their memory order where the backend has one."""
     values = np.asarray(values, np.float64)
     if backend == "pytorch":
         import torch
@@ -146,7 +129,7 @@ def make_array(values: Any, backend: str, dtype: str) -> Array:
 
 @contextmanager
 def jax_float64() -> Iterator[None]:
-    """Within it JAX has float64, where JAX is installed; the setting is put back."""
+    """A context in which JAX, where it is installed, has float64."""
     if find_spec("jax") is None:
         yield
         return
@@ -189,39 +172,50 @@ def dtypes(draw: Callable, backend: str) -> str:
 
 
 def levels(most: int = 3) -> st.SearchStrategy[int]:
-    """Numbers of levels of experts, none included; the most, which takes long to plan, is the rarest.
-
-    Parameters
-    ----------
-    most : int, default 3
-    """
+    """Numbers of levels of experts, from none; the most, which take long to plan, are the rarest."""
     return st.sampled_from([*range(most + 1), *range(most), *range(most)])
 
 
-_levels = levels  # where a parameter has that name
-
-
 def sizes(most: int = 4) -> st.SearchStrategy[int]:
-    """Sizes of a mode or a bond, one included.
-
-    Parameters
-    ----------
-    most : int, default 4
-    """
+    """Sizes of a mode or a bond, from one."""
     return st.integers(1, most)
 
 
-def ranks(format: str | Format, levels: int, most: int = 3) -> st.SearchStrategy[tuple[int, ...]]:
-    """Ranks of a format: one size a bond.
+def ranks(format: str | Format, num_levels: int, most: int = 3) -> st.SearchStrategy[tuple[int, ...]]:
+    """Ranks of a format: one size a bond, at most `most`."""
+    return st.tuples(*[sizes(most)] * len(get_format(format).bonds(num_levels)))
+
+
+@st.composite
+def specs(
+    draw: Callable,
+    format: str | Format | None = None,
+    num_levels: int | None = None,
+    *,
+    most: int = 4,
+    bias: bool | None = None,
+) -> LayerSpec:
+    """Single layers with their rank; each argument that is None is drawn.
 
     Parameters
     ----------
-    format : str or Format
-    levels : int
-    most : int, default 3
-        The largest size of a bond.
+    format : str or Format, optional
+    num_levels : int, optional
+    most : int, default 4
+        The largest size of a mode or a bond.
+    bias : bool, optional
     """
-    return st.tuples(*[sizes(most)] * len(get_format(format).bonds(levels)))
+    format = draw(formats()) if format is None else get_format(format)
+    num_levels = draw(levels()) if num_levels is None else num_levels
+    *experts, i, o = (draw(sizes(most)) for _ in range(num_levels + 2))
+    return LayerSpec(
+        format,
+        experts=experts,
+        in_features=i,
+        out_features=o,
+        rank=draw(ranks(format, num_levels, most)),
+        bias=draw(st.booleans()) if bias is None else bias,
+    )
 
 
 def leading_shapes() -> st.SearchStrategy[tuple[int, ...]]:
@@ -233,45 +227,37 @@ def leading_shapes() -> st.SearchStrategy[tuple[int, ...]]:
 def problems(
     draw: Callable,
     format: str | Format | None = None,
-    levels: int | None = None,
+    num_levels: int | None = None,
     *,
     leading: tuple[int, ...] | None = None,
     backend: str | None = None,
     dtype: str | None = None,
     bias: bool | None = None,
 ) -> Problem:
-    """Weights with inputs and coefficients for them; every parameter that is not given is drawn.
+    """Weights with inputs and coefficients for them; each argument that is None is drawn.
 
-    A factor declared as a unit is now and then held, with entries other than one. Factors lie in the memory
-    order the format asks for, or in any other.
+    Optional factors are there now and then, with entries other than one. Factors lie in the memory order the
+    format asks for, or in any other.
 
     Parameters
     ----------
     format : str or Format, optional
-    levels : int, optional
-        Number of levels of experts.
+    num_levels : int, optional
     leading : tuple of int, optional
         Leading shape of the inputs.
     backend : {"numpy", "pytorch", "jax"}, optional
     dtype : str, optional
     bias : bool, optional
-        With True the input mode has at least two rows, the last of which serves as the bias.
     """
-    format = draw(formats()) if format is None else get_format(format)
-    levels = draw(_levels()) if levels is None else levels
-    bias = draw(st.booleans()) if bias is None else bias
+    num_levels = draw(levels()) if num_levels is None else num_levels
     backend = draw(backends()) if backend is None else backend
-    most = 4 if levels < 2 else 3
-    *experts, i, o = (draw(sizes(most)) for _ in range(levels + 2))
-    factors = format.declaration(levels)
+    layer = draw(specs(format, num_levels, most=4 if num_levels < 2 else 3, bias=bias))
+    factors = layer.format.declaration(num_levels)
     return Problem(
-        format.name if registered().get(format.name) == format else format,
-        shape=(*experts, i + bias, o),
-        rank=draw(ranks(format, levels, most)),
-        ones=tuple(k for k in format.units(levels) if draw(st.booleans())),
-        stored=tuple(k for k in range(len(factors)) if draw(st.booleans())),
+        layer,
+        missing=tuple(k for k in layer.format.units(num_levels) if draw(st.booleans())),
+        in_memory_order=tuple(k for k in range(len(factors)) if draw(st.booleans())),
         leading=draw(leading_shapes()) if leading is None else leading,
-        bias=bias,
         backend=backend,
         dtype=draw(dtypes(backend)) if dtype is None else dtype,
         seed=draw(SEEDS),
@@ -280,23 +266,12 @@ def problems(
 
 def weights(
     format: str | Format | None = None,
-    levels: int | None = None,
+    num_levels: int | None = None,
     *,
     backend: str | None = None,
     dtype: str | None = None,
     bias: bool | None = None,
 ) -> st.SearchStrategy[FactorizedTensor]:
-    """Weights of `problems`.
-
-    Parameters
-    ----------
-    format : str or Format, optional
-    levels : int, optional
-        Number of levels of experts.
-    backend : {"numpy", "pytorch", "jax"}, optional
-    dtype : str, optional
-    bias : bool, optional
-        With True the input mode has at least two rows, the last of which may serve as the bias.
-    """
-    drawn = problems(format, levels, leading=(), backend=backend, dtype=dtype, bias=bias)
+    """Weights of `problems`, with the same arguments."""
+    drawn = problems(format, num_levels, leading=(), backend=backend, dtype=dtype, bias=bias)
     return drawn.map(lambda problem: problem.weight)

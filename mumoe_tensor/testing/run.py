@@ -1,0 +1,98 @@
+"""Checks run on problems that Hypothesis draws."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from hypothesis import HealthCheck, given, note, settings
+
+from mumoe_tensor.formats import Format, get_format
+from mumoe_tensor.testing.checks import CHECKS, check_declaration
+from mumoe_tensor.testing.strategies import Problem, installed_backends, jax_float64, problems
+
+#: Checks that take longest -> what the number of their examples is divided by.
+DIVISORS = {"check_paths": 4, "check_gradients": 2}
+
+
+def check_format(format: str | Format) -> None:
+    """Run every check on a format, over levels, sizes, ranks, dtypes and all backends that are installed.
+
+    The number of problems follows the Hypothesis profile in use. It takes about half a minute with the
+    default one.
+
+    Parameters
+    ----------
+    format : str or Format
+        A registered name, or an instance of your format, registered or not.
+
+    Raises
+    ------
+    AssertionError
+        If a property does not hold; Hypothesis reports the smallest problem for which it does not.
+
+    Examples
+    --------
+    >>> from mumoe_tensor.testing import check_format
+    >>> check_format("cp")  # doctest: +SKIP
+    """
+    format = get_format(format)
+    check_declaration(format)
+    for check in CHECKS.values():
+        for backend in installed_backends():
+            run_check(check, format, backend=backend, share=4)
+
+
+def run_check(
+    check: Callable[[Problem], None],
+    format: str | Format | None = None,
+    *,
+    backend: str = "numpy",
+    share: int = 1,
+) -> None:
+    """Run one check on problems that Hypothesis draws, as many as its profile says.
+
+    Parameters
+    ----------
+    check : callable
+        A function of one `Problem`; see ``CHECKS``.
+    format : str or Format, optional
+        All registered formats by default.
+    backend : {"numpy", "pytorch", "jax"}, default "numpy"
+    share : int, default 1
+        Divides the number of examples. The slowest checks divide it further, and so does JAX, which
+        compiles each operation for each shape.
+
+    Raises
+    ------
+    AssertionError
+        If the property does not hold; Hypothesis reports the smallest problem for which it does not.
+    """
+    divisor = share * DIVISORS.get(check.__name__, 1) * (10 if backend == "jax" else 1)
+
+    def run(problem: Problem) -> None:
+        note(f"To see it again:\n\n{pasteable(check, problem)}\n")
+        check(problem)
+
+    # Hypothesis tells tests apart, and remembers what failed, by their names.
+    name = "any" if format is None else get_format(format).name
+    run.__name__ = run.__qualname__ = re.sub(r"\W", "_", f"{check.__name__}_{name}_{backend}")
+    options = settings(
+        max_examples=max(2, settings().max_examples // divisor),
+        # JAX compiles, and checks of many sizes take long: that is no fault of the format.
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    with jax_float64() if backend == "jax" else nullcontext():
+        options(given(problems(format, backend=backend))(run))()
+
+
+def pasteable(check: Callable[[Problem], None], problem: Problem) -> str:
+    """Lines that run a check on a problem again."""
+    lines = ["from mumoe_tensor import LayerSpec", "from mumoe_tensor.testing import Problem, jax_float64"]
+    # (What is defined within a function cannot be imported.)
+    objects = [x for x in (check, type(problem.layer.format)) if "<" not in x.__qualname__]
+    lines += [f"from {x.__module__} import {x.__qualname__}" for x in objects]
+    call = f"{check.__name__}({problem!r})"
+    return "\n".join([*lines, "", f"with jax_float64():\n    {call}" if problem.backend == "jax" else call])

@@ -1,4 +1,4 @@
-"""Biases given to experts after training, beside the weight, so that they can be taken away again."""
+"""Biases that experts get after training, beside the weight, so that they can be removed again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BiasEdit(nn.Module):
         self.register_buffer("outputs", outputs)
 
     def forward(self, coefficients: Sequence[Tensor]) -> Tensor:
-        """What is added to the outputs of inputs with these coefficients."""
+        """The addition to the outputs of inputs with these coefficients."""
         weight = self.outputs.new_ones(())
         for e, a in enumerate(coefficients):
             weight = weight * (a @ getattr(self, f"mean_{e}"))
@@ -39,7 +39,7 @@ class BiasEdits(nn.ModuleDict):
     """The edits of one layer of experts, by their names."""
 
     def forward(self, y: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
-        """Outputs with what all edits add to them, in the dtype they have."""
+        """The outputs with all edits added, in their dtype."""
         for edit in self.values():
             y = y + edit(coefficients).to(y.dtype)
         return y
@@ -55,9 +55,9 @@ def check_edit_name(name: str) -> None:
 
 def edits_in(state: Mapping[str, Any], prefix: str) -> dict[str, set[str]]:
     """The names of the edits in the state of an `Experts`, each with the names of its entries."""
-    start, found = f"{prefix}edits.", dict[str, set[str]]()
+    start, edits = f"{prefix}edits.", dict[str, set[str]]()
     for key in state:
         if key.startswith(start):
             name, _, entry = key.removeprefix(start).partition(".")
-            found.setdefault(name, set()).add(entry)
-    return found
+            edits.setdefault(name, set()).add(entry)
+    return edits

@@ -1,6 +1,6 @@
-"""Linear layers of others, and layers of experts that start as they are.
+"""Linear layers, and layers of experts that start equal to them.
 
-They are `torch.nn.Linear`, and transformers' Conv1D, whose matrix is transposed.
+A linear layer is a `torch.nn.Linear`, or a Conv1D of transformers, whose matrix is transposed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_linear(module: nn.Module) -> None:
     TypeError
         If the module is no linear layer.
     ValueError
-        If it is one that does something else or more, with the cause.
+        If it computes something else or more, with the cause.
     """
     kind = _kind(module)
     if kind is None:
@@ -72,7 +72,7 @@ def layer_like(
     rank: int | Sequence[int | None] | None = None,
     **options: Any,
 ) -> L:
-    """A layer whose experts all are these linear layers, one after the other, with a gate that is not zero.
+    """A layer whose experts all equal these linear layers, one after the other, with a gate that is not zero.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Read the MLP blocks of others: two linear layers with an activation between them."""
+"""Reading of MLP blocks of other libraries: two linear layers with an activation between them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def is_mlp(module: nn.Module) -> bool:
 
 
 def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
-    """Read a block, and check that it computes nothing else.
+    """Read the parts of a block, and check that it computes nothing else.
 
-    The order of its parts is that in which a copy calls them.
+    Their order is that in which a copy calls them.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
     Raises
     ------
     ValueError
-        If the block does something else or more, with the cause.
+        If the block computes something else or more, with the cause.
     """
     check_readable(block)
     check_one_input(block)
@@ -71,10 +71,10 @@ def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
     called = _calls(block, linears)
     names = _parts(children, called, activation)
     values = [name for name, _ in (*block.named_parameters(), *block.named_buffers())]
-    if lost := [name for name in values if name.split(".")[0] not in names.values()]:
+    if unread := [name for name in values if name.split(".")[0] not in names.values()]:
         raise ValueError(
             "parameters and buffers must be those of the linear layers, or of an activation that is a module "
-            f"of the block; it has {lost} and calls {_classes(children, called)}."
+            f"of the block; it has {unread} and calls {_classes(children, called)}."
         )
 
     def parts_of(module: nn.Module) -> Block:
@@ -116,8 +116,8 @@ def _calls(block: nn.Module, linears: list[str]) -> list[str]:
 def _parts(
     children: dict[str, nn.Module], called: list[str], activation: Activation | None
 ) -> dict[str, str]:
-    """Which child is what, by the order of calls."""
-    order = [name for name in called if not _is_nothing(children[name])]
+    """Names of the children for the parts of a `Block`, by the order of calls."""
+    order = [name for name in called if not _is_identity(children[name])]
     linears = [name for name in order if is_linear(children[name])]
     if len(linears) != 2 or len(set(linears)) != 2:
         raise ValueError(
@@ -132,7 +132,7 @@ def _parts(
         names["activation"] = between.pop()
     if len(after) == 1 and type(children[after[0]]) is nn.Dropout:
         names["dropout"] = after[0]
-    # Whether there is more, and an activation that is given is that of the block, the comparison shows.
+    # The comparison of outputs shows whether there is more, and whether `activation` is that of the block.
     if activation is None and "activation" not in names:
         raise ValueError(
             "a block must be a linear layer, an activation, perhaps a dropout, a linear layer and perhaps a "
@@ -142,7 +142,7 @@ def _parts(
     return names
 
 
-def _is_nothing(module: nn.Module) -> bool:
+def _is_identity(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
 
 

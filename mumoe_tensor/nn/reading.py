@@ -1,4 +1,4 @@
-"""Whether a module of someone else computes what was read from it."""
+"""Checks that a module of another library computes what its parts say."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HOOKS = {
 
 
 def check_readable(module: nn.Module) -> None:
-    """Refuse a module with anything that a copy could not show, or a layer in its place would lose.
+    """Refuse a module with something that a copy does not show, or that a layer in its place would lose.
 
     Nothing is called.
 
@@ -77,9 +77,9 @@ def check_one_input(module: nn.Module) -> None:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A copy to be called, on the CPU and in float32: the state of the module itself stays as it is.
+    """A copy for calls, on the CPU and in float32, which leaves the state of the module as it is.
 
-    Values of a module on the meta device are drawn.
+    The values of a module on the meta device are drawn.
     """
     try:
         copied = copy.deepcopy(module)
@@ -92,7 +92,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def draw(module: nn.Module) -> nn.Module:
-    """Draw the values of a copy: a weight of zeros or a scale of one hides nothing then."""
+    """Draw the values of a copy, so that a weight of zeros or a scale of one hides nothing."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             tensor.normal_(std=max(tensor.shape[-1:], default=1) ** -0.5)
@@ -107,12 +107,12 @@ def probes(in_features: int) -> list[Tensor]:
 
 
 def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Outputs of a copy, always with the same random numbers: to be called under `torch.random.fork_rng`.
+    """Outputs of a copy, always with the same random numbers; call it under `torch.random.fork_rng`.
 
     Raises
     ------
     ValueError
-        If it cannot be called with one tensor, or gives something else than one.
+        If it cannot be called with one tensor, or does not return one.
     """
     torch.default_generator.manual_seed(0)
     try:
@@ -131,23 +131,24 @@ def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def check_same(
     module: nn.Module, rebuild: Callable[[nn.Module], Callable[[Tensor], Tensor]], in_features: int
 ) -> None:
-    """Refuse a module that does not compute what was read from it, in evaluation and in training.
+    """Refuse a module that computes something else than its parts, in evaluation and in training.
 
-    It is compared with what is rebuilt from it on random inputs, with its own and with random parameters. An
-    activation such as `torch.nn.PReLU` takes only some shapes of inputs: one is enough.
+    A copy is compared with the function that `rebuild` makes of its parts, on random inputs, with its
+    parameters and with random ones. An activation such as `torch.nn.PReLU` takes only some shapes of inputs:
+    one is enough.
 
     Parameters
     ----------
     module : Module
-        One that `check_readable` lets pass. It is not called: copies are.
+        One that `check_readable` passes. Only copies of it are called.
     rebuild : callable
-        Makes, of a copy, what it should compute. It is called once for each comparison.
+        Takes a copy and returns the function that it should compute. Called once for each comparison.
     in_features : int
 
     Raises
     ------
     ValueError
-        If the outputs differ, with the cause where it can be seen, or the gradients do.
+        If the outputs differ, with the cause where there is a likely one, or the gradients do.
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
@@ -190,7 +191,7 @@ def _outputs(module: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[t
 
 
 def _difference(y: Tensor, expected: Tensor, x: Tensor) -> str | None:
-    """What is different in outputs, or None if they are equal."""
+    """The difference between outputs in words, or None if they are equal."""
     if y.shape != expected.shape:
         return f"outputs have shape {tuple(y.shape)} instead of {tuple(expected.shape)}"
     if are_equal(y, expected):
@@ -204,7 +205,7 @@ def _difference(y: Tensor, expected: Tensor, x: Tensor) -> str | None:
 
 
 def relative_difference(y: Tensor, expected: Tensor) -> Tensor:
-    """Norm of the difference over the norm of what is expected, for each of the scales of `probes`."""
+    """Norm of the difference over the norm of the expected outputs, at each of the scales of `probes`."""
     difference, norm = (
         torch.linalg.vector_norm(z.reshape(-1, 7, z.shape[-1]), dim=(0, 2)) for z in (y - expected, expected)
     )

@@ -1,4 +1,4 @@
-"""Gates and activations by name: what a config writes, and what it means when it is read."""
+"""Gates and activations by name: how a config writes them and reads them again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _OF_TRANSFORMERS: dict[str, Written] = {
     "PytorchGELUTanh": {"name": "GELU", "approximate": "tanh"},
     "SiLUActivation": "SiLU",
 }
-#: Arguments of torch's modules that are not written: where parameters lie, and old names of other arguments.
+#: Arguments of torch's modules that a config leaves out: device and dtype, and old names of other arguments.
 _NOT_WRITTEN = {nn.PReLU: ("device", "dtype"), nn.Hardtanh: ("min_value", "max_value")}
 
 
@@ -70,20 +70,24 @@ class Registry:
     Parameters
     ----------
     what : str
-        The argument of the layers they are for.
+        The argument of the layers that takes them: ``"gate"`` or ``"activation"``.
     entries : mapping of str to callable
-        The names that are there from the start, besides the modules of torch.
-    same : mapping of callable to str
-        Other functions that compute what that of a name computes.
+        The first entries, besides the modules of torch.
+    aliases : mapping of callable to str
+        Other functions that compute the same as that of a name.
     """
 
     def __init__(
-        self, what: str, entries: Mapping[str, Callable[..., Any]], same: Mapping[Callable[..., Any], str]
+        self, what: str, entries: Mapping[str, Callable[..., Any]], aliases: Mapping[Callable[..., Any], str]
     ):
-        self.what, self._entries, self._same = what, dict(entries), same
+        self.what, self._entries, self._aliases = what, dict(entries), aliases
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+    @property
+    def _all(self) -> dict[str, Callable[..., Any]]:
+        return {**_MODULES, **self._entries}
 
     def register(self, name: str, function: Function) -> Function:
         """Add a function or a class; see `register_gate`."""
@@ -93,25 +97,25 @@ class Registry:
             )
         if not callable(function) or isinstance(function, nn.Module):
             raise TypeError(f"a registered {self.what} must be a function or a class, got {function!r}.")
-        taken = {**_MODULES, **self._entries}.get(name, function)
-        if not _is_definition_of_both(taken, function):
-            raise ValueError(f"every {self.what} must have its own name; {name!r} is {taken!r}.")
+        present = self._all.get(name, function)
+        if not _have_one_definition(present, function):
+            raise ValueError(f"every {self.what} must have its own name; {name!r} is {present!r}.")
         self._entries[name] = function
         return function
 
     def read(
         self, value: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Callable[..., Tensor]:
-        """The function that an argument means: itself, or what a config wrote.
+        """The function for an argument, which is a function or the entry of a config.
 
-        Device and dtype are those of the parameters of a module that is made here.
+        Device and dtype are those of the parameters of a module that is made of an entry.
 
         Raises
         ------
         ValueError
             If a name is not registered, or a class has no such arguments.
         TypeError
-            If it is neither a function nor what a config writes.
+            If it is neither a function nor an entry.
         """
         if isinstance(value, type):
             raise TypeError(f"{self.what} must be a function or an instance, got the class {value.__name__}.")
@@ -121,7 +125,7 @@ class Registry:
             raise TypeError(f"{self.what} must be a function or the name of one, got {value!r}.")
         arguments = {"name": value} if isinstance(value, str) else dict(value)
         name = arguments.pop("name", None)
-        entry: Any = {**_MODULES, **self._entries}.get(name) if isinstance(name, str) else None
+        entry: Any = self._all.get(name) if isinstance(name, str) else None
         if entry is None:
             raise ValueError(
                 f"{self.what} must be one of {', '.join(self)}, an activation of torch.nn such as 'GELU', or "
@@ -139,14 +143,14 @@ class Registry:
         return made.to(device=device, dtype=dtype) if isinstance(made, nn.Module) else made
 
     def write(self, function: Any) -> Written:
-        """What a config writes of a function, in types of JSON.
+        """The entry of a function in a config, in types of JSON.
 
         Raises
         ------
         ValueError
             If it is not registered, or an argument of its class cannot be written.
         """
-        for name, entry in {**_MODULES, **self._entries}.items():
+        for name, entry in self._all.items():
             if entry is function:
                 return name
             if entry is type(function):
@@ -173,17 +177,15 @@ class Registry:
     def _equivalent(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The registered function that computes the same, if there is one; else the function itself."""
         kind = type(function)
-        if isinstance(function, nn.Module):
-            if kind.__module__ == "transformers.activations" and kind.__name__ in _OF_TRANSFORMERS:
-                equivalent = self.read(_OF_TRANSFORMERS[kind.__name__])
-                if not has_hooks(function) and _are_equal(function, equivalent):
-                    return equivalent
-            return function
-        return next((self._entries[name] for same, name in self._same.items() if same is function), function)
+        if kind.__module__ == "transformers.activations" and kind.__name__ in _OF_TRANSFORMERS:
+            equivalent = self.read(_OF_TRANSFORMERS[kind.__name__])
+            return equivalent if not has_hooks(function) and _are_equal(function, equivalent) else function
+        names = (name for alias, name in self._aliases.items() if alias is function)
+        return next((self._entries[name] for name in names), function)
 
 
-def _is_definition_of_both(one: Any, other: Any) -> bool:
-    """Whether two objects are one, or come from one definition that was run twice, as in a notebook."""
+def _have_one_definition(one: Any, other: Any) -> bool:
+    """Whether two objects are one, or of one definition that ran twice, as in a notebook."""
     if one is other:
         return True
     if not all(isinstance(x, (FunctionType, type)) for x in (one, other)):
@@ -202,23 +204,23 @@ def _are_equal(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool
         return False
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module does more in a call than its `forward`."""
+def has_hooks(module: Any) -> bool:
+    """Whether a call of a module does more than its `forward`."""
     return any(
         (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     )
 
 
 def elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    """The function, if it is known to be elementwise, without parameters, randomness and changes in place.
+    """The function, if it is one of torch's elementwise ones and changes nothing in place; else None.
 
-    Of a module its `forward`: it may be called more than once, and no hook that a tool of torch has on all
-    modules is to see that.
+    For a module it is its `forward`, because it may be called more than once, and the hooks that tools of
+    torch have on all modules shall not see that.
     """
     if isinstance(function, nn.Module):
-        is_known = type(function) in ELEMENTWISE.values() and not getattr(function, "inplace", False)
-        return function.forward if is_known and not has_hooks(function) else None
-    return function if any(function is known for known in _FUNCTIONS.values()) else None
+        is_listed = type(function) in ELEMENTWISE.values() and not getattr(function, "inplace", False)
+        return function.forward if is_listed and not has_hooks(function) else None
+    return function if any(function is listed for listed in _FUNCTIONS.values()) else None
 
 
 GATES = Registry(
@@ -234,7 +236,7 @@ ACTIVATIONS = Registry(
 
 
 def register_gate(name: str) -> Callable[[Function], Function]:
-    """Give a gate a name, by which the config of a layer writes it. Works as a decorator.
+    """Give a gate a name, under which the config of a layer has it. Works as a decorator.
 
     Parameters
     ----------
@@ -274,7 +276,7 @@ def register_gate(name: str) -> Callable[[Function], Function]:
 
 
 def register_activation(name: str) -> Callable[[Function], Function]:
-    """Give an activation a name, by which the config of a block writes it. Works as a decorator.
+    """Give an activation a name, under which the config of a block has it. Works as a decorator.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""States that are loaded whole or not at all."""
+"""States that a module loads whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 class WholeState(nn.Module):
-    """A module that a state which does not fit leaves as it was.
+    """A module that refuses a state that does not fit, and then is as it was.
 
-    (Torch copies what fits, and raises afterwards.)
+    (Torch loads all that fits and raises an error afterwards.)
     """
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As of every module, but a state that does not fit changes nothing.
+        """As that of every module, but a state that does not fit changes nothing.
 
         In a model that contains the layer, torch loads one module after another. There shapes, types and
         edits are checked before the layer is touched, but modules before it have been loaded by then. Missing
@@ -38,7 +38,7 @@ class WholeState(nn.Module):
         ValueError
             If shapes, types or edits are not those of a layer of the same config.
         RuntimeError
-            As of every module, if names are missing or unexpected.
+            If names are missing or unexpected, as every module raises it.
         """
         state = dict(state_dict)
         expected = self._expected(state, "")
@@ -62,7 +62,7 @@ class WholeState(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _expected(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
-        """What is to be loaded, by its name in the state; old names in the state become the present ones."""
+        """The entries to be loaded, by name; old names in the state become the present ones."""
         expected = dict(self.state_dict(prefix=prefix, keep_vars=True))
         for name, child in self.named_children():
             if isinstance(child, WholeState):
@@ -70,27 +70,29 @@ class WholeState(nn.Module):
         return expected
 
     def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
-        """Make the children that a state which fits has, and the module has not."""
+        """Make the children that the module lacks, for a state that fits."""
 
 
 def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the entries of a state that are expected."""
+    """What is wrong with those entries of a state that are expected."""
     wrong = []
-    for name, own in expected.items():
-        if name not in state or not isinstance(own, Tensor) or nn.parameter.is_lazy(own):
+    for name, present in expected.items():
+        if name not in state or not isinstance(present, Tensor) or nn.parameter.is_lazy(present):
             continue
         value = state[name]
         if not torch.overrides.is_tensor_like(value):
             wrong.append(f"{name} is no tensor but of type {type(value).__name__}")
-        elif value.layout != own.layout or (value.is_meta and not own.is_meta):
+        elif value.layout != present.layout or (value.is_meta and not present.is_meta):
             where = "on the meta device" if value.is_meta else f"of layout {value.layout}"
             wrong.append(f"{name} must be a tensor with values like those of the layer, and is {where}")
-        elif value.shape != own.shape and not (own.ndim == 0 and value.shape == (1,)):  # as of old states
-            wrong.append(f"{name} has shape {tuple(value.shape)} and should have {tuple(own.shape)}")
-        elif (value.is_complex() and not own.is_complex()) or (
-            own.is_floating_point() and not value.is_floating_point()
+        elif value.shape != present.shape and not (
+            present.ndim == 0 and value.shape == (1,)
+        ):  # as of old states
+            wrong.append(f"{name} has shape {tuple(value.shape)} and should have {tuple(present.shape)}")
+        elif (value.is_complex() and not present.is_complex()) or (
+            present.is_floating_point() and not value.is_floating_point()
         ):
-            wrong.append(f"{name} has dtype {value.dtype} and should have one like {own.dtype}")
+            wrong.append(f"{name} has dtype {value.dtype} and should have one like {present.dtype}")
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""Put layers of experts into a model of someone else, in the place of its linear layers and MLP blocks."""
+"""Replace linear layers and MLP blocks of a model by layers of experts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEn
 
 
 class Replacement(NamedTuple):
-    """What was, or in a dry run would be, put in the place of a module.
+    """The replacement of one module, or in a dry run what it would be.
 
     Attributes
     ----------
@@ -35,11 +35,11 @@ class Replacement(NamedTuple):
     before, after : int
         Parameters of the old module and of the new.
     errors : tuple of float
-        How far the experts are from each old linear layer: relative errors in the Frobenius norm, zero where
-        the rank allows for it. Empty where nothing is fitted: in a dry run, or on the meta device.
+        Relative error of the experts in the Frobenius norm, one for each old linear layer. Empty where
+        nothing is fitted: in a dry run, or on the meta device.
     output_error : float or None
-        How far the outputs of the new module are from those of the old on random inputs, in evaluation and in
-        float32: the norm of the difference over the norm of the outputs. None where nothing is fitted.
+        Relative error of the outputs on random inputs, in evaluation and in float32: the norm of the
+        difference over the norm of the outputs. None where nothing is fitted.
     """
 
     names: tuple[str, ...]
@@ -67,8 +67,8 @@ def replace_linear(
     """Replace linear layers by `MuMoE` layers that start as they are, in place.
 
     All layers are checked and all new ones made before the first is replaced: an error leaves the model as
-    it is. A layer that stands in the model under several names is replaced by one layer under all of them, if
-    one of the names fits. A frozen layer is replaced by a frozen one.
+    it is. A layer with several names in the model is replaced by one layer under all of them, if one of the
+    names fits. A frozen layer is replaced by a frozen one.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def replace_linear(
     pattern : str
         Shell pattern of the names to replace, e.g. ``"encoder.*.proj"``.
     dry_run : bool, default False
-        Change nothing, and only say what would be done.
+        Change nothing, and only return what would be replaced.
     **options
         Of `MuMoE`: experts, format, rank or parameters, and so on.
 
@@ -87,11 +87,11 @@ def replace_linear(
     Raises
     ------
     ValueError
-        If the pattern names no linear layer, or one that cannot be replaced: it does something else or more,
-        as with a hook, a parametrization or a forward method of its own; it shares parameters with another
+        If the pattern names no linear layer, or one that cannot be replaced: it computes something else or
+        more, as with a hook, a parametrization or another forward method; it shares parameters with another
         module; or its parent reads the weight instead of calling the layer.
     """
-    return _replace(model, pattern, is_linear, _plan_linear, "linear layer", dry_run, options)
+    return _replace(model, pattern, is_linear, _linear_maker, "linear layer", dry_run, options)
 
 
 def replace_mlp(
@@ -103,8 +103,8 @@ def replace_mlp(
     a dropout may follow the activation and the second linear layer. Before anything is replaced, a copy of
     each block is compared with its parts one after the other, in evaluation and in training.
 
-    An error leaves the model as it is. A block that stands in the model under several names is replaced by
-    one block under all of them, if one of the names fits. A frozen block is replaced by a frozen one.
+    An error leaves the model as it is. A block with several names in the model is replaced by one block under
+    all of them, if one of the names fits. A frozen block is replaced by a frozen one.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def replace_mlp(
     pattern : str
         Shell pattern of the names to replace, e.g. ``"transformer.h.*.mlp"``.
     dry_run : bool, default False
-        Change nothing, and only say what would be done.
+        Change nothing, and only return what would be replaced.
     **options
         Of `MuMoEMLP`: experts, format, rank or parameters, and so on; and `activation`, if it is no module of
         the block.
@@ -124,23 +124,23 @@ def replace_mlp(
     Raises
     ------
     ValueError
-        If the pattern names no such block, or one that cannot be replaced: it does something else or more,
-        as with a norm, a residual connection, a second input or a hook; or it shares parameters with another
-        module.
+        If the pattern names no such block, or one that cannot be replaced: it computes something else or
+        more, as with a norm, a residual connection, a second input or a hook; or it shares parameters with
+        another module.
     """
-    return _replace(model, pattern, is_mlp, _plan_mlp, "block of two linear layers", dry_run, options)
+    return _replace(model, pattern, is_mlp, _mlp_maker, "block of two linear layers", dry_run, options)
 
 
 #: Makes the new module, with further options.
-_Make = Callable[..., Any]
+_Maker = Callable[..., Any]
 
 
-def _plan_linear(linear: nn.Module, options: dict[str, Any]) -> _Make:
+def _linear_maker(linear: nn.Module, options: dict[str, Any]) -> _Maker:
     check_linear(linear)
     return lambda **more: layer_like(MuMoE, [linear], **{**options, **more}).train(linear.training)
 
 
-def _plan_mlp(block: nn.Module, options: dict[str, Any]) -> _Make:
+def _mlp_maker(block: nn.Module, options: dict[str, Any]) -> _Maker:
     options = dict(options)
     parts = read_mlp(block, options.pop("activation", None))
     return lambda **more: parts.with_experts(training=block.training, **{**options, **more})
@@ -150,7 +150,7 @@ def _replace(
     model: nn.Module,
     pattern: str,
     fits: Callable[[nn.Module], bool],
-    plan: Callable[[nn.Module, dict[str, Any]], _Make],
+    maker: Callable[[nn.Module, dict[str, Any]], _Maker],
     what: str,
     dry_run: bool,
     options: dict[str, Any],
@@ -162,11 +162,43 @@ def _replace(
         raise TypeError(
             f"the options must have experts, and not bias, which is that of the old layer; got {options}."
         )
-    places: dict[nn.Module, list[str]] = {}
+    chosen = _choose(model, pattern, fits, what)
+    makers, replacements = {}, []
+    for old, names in chosen.items():
+        try:
+            _check_place(model, old, names, chosen)
+            makers[old] = maker(old, options)
+            # On the meta device a layer has sizes but no values: wrong options show there.
+            before, after = map(_count_parameters, (old, makers[old](device="meta")))
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{names[0]!r} cannot be replaced: {error}") from error
+        replacements.append(Replacement(tuple(names), before, after))
+    if dry_run:
+        return replacements
+    new = {old: make() for old, make in makers.items()}
+    replacements = [
+        replacement._replace(errors=layer.fit_errors, output_error=_output_error(old, layer))
+        for replacement, (old, layer) in zip(replacements, new.items(), strict=True)
+    ]
+    for replacement in replacements:
+        if replacement.output_error is not None and not isfinite(replacement.output_error):
+            raise ValueError(
+                f"{replacement.name!r} cannot be replaced: the outputs of the new module must be finite, "
+                f"their relative error is {replacement.output_error}."
+            )
+    _put_all(model, chosen, new)
+    return replacements
+
+
+def _choose(
+    model: nn.Module, pattern: str, fits: Callable[[nn.Module], bool], what: str
+) -> dict[nn.Module, list[str]]:
+    """The modules that fit and have a name of the pattern, each with all its names in the model."""
+    candidates: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            places.setdefault(module, []).append(name)
-    candidates = {module: names for module, names in places.items() if fits(module)}
+        if name and (module in candidates or fits(module)):
+            candidates.setdefault(module, []).append(name)
     chosen = {
         module: names
         for module, names in candidates.items()
@@ -175,48 +207,30 @@ def _replace(
     if not chosen:
         near = [name for names in candidates.values() for name in names]
         raise ValueError(f"the pattern must name a {what} in the model; {pattern!r} names none of {near}.")
-    # On the meta device a layer has sizes but no values: what the options get wrong shows there.
-    makes, replacements = {}, []
-    for old, names in chosen.items():
-        try:
-            _check_place(model, old, names, chosen)
-            makes[old] = plan(old, options)
-            before, after = (
-                sum(p.numel() for p in module.parameters()) for module in (old, makes[old](device="meta"))
-            )
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{names[0]!r} cannot be replaced: {error}") from error
-        replacements.append(Replacement(tuple(names), before, after))
-    if dry_run:
-        return replacements
-    made = {old: make() for old, make in makes.items()}
-    replacements = [
-        done._replace(errors=new.fit_errors, output_error=_output_error(old, new))
-        for done, (old, new) in zip(replacements, made.items(), strict=True)
-    ]
-    for done in replacements:
-        if done.output_error is not None and not isfinite(done.output_error):
-            raise ValueError(
-                f"{done.name!r} cannot be replaced: the outputs of the new module must be finite, their "
-                f"relative error is {done.output_error}."
-            )
+    return chosen
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.Module, nn.Module]) -> None:
+    """Replace all modules, or none if one cannot be replaced."""
     try:
-        for old, new in made.items():
-            for name in chosen[old]:
-                model.set_submodule(name, new)
+        for old, module in new.items():
+            for name in names[old]:
+                model.set_submodule(name, module)
     except BaseException:
-        for old, names in chosen.items():
-            for name in names:
+        for old in new:
+            for name in names[old]:
                 model.set_submodule(name, old)
         raise
-    return replacements
 
 
 def _check_place(
     model: nn.Module, module: nn.Module, names: list[str], chosen: dict[nn.Module, list[str]]
 ) -> None:
-    """Refuse a module that the rest of the model uses otherwise than by calling it."""
+    """Refuse a module that the rest of the model uses in another way than by calling it."""
     for name in names:
         *above, child = name.split(".")
         ancestors = [model.get_submodule(".".join(above[:k])) for k in range(len(above) + 1)]
@@ -234,14 +248,14 @@ def _check_place(
     parameters = {_memory(parameter) for parameter in module.parameters()}
     for other, holder in model.named_modules(remove_duplicate=False):
         if not any(other == name or other.startswith(f"{name}.") for name in names):
-            for own, parameter in holder.named_parameters(recurse=False):
+            for key, parameter in holder.named_parameters(recurse=False):
                 if _memory(parameter) in parameters:
-                    shared = f"{other}.{own}" if other else own
+                    shared = f"{other}.{key}" if other else key
                     raise ValueError(f"it shares a parameter with the rest of the model, {shared!r}.")
 
 
 def _memory(parameter: nn.Parameter) -> int:
-    """What two parameters have in common if they are one, or views of the same values."""
+    """A number that two parameters share if they are one, or views of the same values."""
     ordinary = type(parameter) is nn.Parameter
     return (ordinary and parameter.data_ptr()) or id(parameter)
 

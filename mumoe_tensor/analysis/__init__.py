@@ -1,7 +1,6 @@
 """What experts do: how they are used, what they know and contribute, and what a model is without them."""
 
 from mumoe_tensor.analysis.attribution import attribute
-from mumoe_tensor.analysis.coefficients import watch_coefficients
 from mumoe_tensor.analysis.editing import edit_bias, mean_coefficients, remove_edit
 from mumoe_tensor.analysis.fairness import Fairness, fairness
 from mumoe_tensor.analysis.interventions import ablate, keep_only, random_gate, scale
@@ -15,6 +14,7 @@ from mumoe_tensor.analysis.specialization import (
 from mumoe_tensor.analysis.top_inputs import TopInputs
 from mumoe_tensor.analysis.truncation import truncate
 from mumoe_tensor.analysis.usage import Usage, UsageStatistics
+from mumoe_tensor.nn.watch import watch_coefficients
 
 __all__ = [
     "Fairness",

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import evaluating, experts_of
+from mumoe_tensor.analysis.parts import experts_of
 from mumoe_tensor.nn.experts import Experts
+from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.selections import read_number
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import evaluating, experts_of, gate_of, watch_coefficients
+from mumoe_tensor.analysis.parts import experts_of, gate_of
 from mumoe_tensor.analysis.usage import Usage
 from mumoe_tensor.checks import as_finite
 from mumoe_tensor.nn.edits import check_edit_name
+from mumoe_tensor.nn.watch import evaluating, watch_coefficients
 from mumoe_tensor.selections import Selection, read_selection
 
 

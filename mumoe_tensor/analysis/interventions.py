@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import gate_of, gates_of, hooked, read_experts
+from mumoe_tensor.analysis.parts import gate_of, read_experts
 from mumoe_tensor.checks import as_finite
+from mumoe_tensor.nn.watch import gates_of, hooked
 from mumoe_tensor.selections import Selection
 
 

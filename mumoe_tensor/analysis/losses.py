@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import evaluating, gate_of, read_experts
 from mumoe_tensor.analysis.interventions import ablate
 from mumoe_tensor.analysis.labels import read_labels
+from mumoe_tensor.analysis.parts import gate_of, read_experts
+from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.selections import Selection
 
 

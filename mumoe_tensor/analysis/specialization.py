@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import evaluating, gate_of, hooked, read_experts
 from mumoe_tensor.analysis.interventions import random_gate
 from mumoe_tensor.analysis.labels import read_labels
+from mumoe_tensor.analysis.parts import gate_of, read_experts
 from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.nn.watch import evaluating, hooked
 from mumoe_tensor.selections import Selection
 
 

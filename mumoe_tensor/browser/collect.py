@@ -18,8 +18,9 @@ from mumoe_tensor.analysis import (
     loss_effects,
     watch_coefficients,
 )
-from mumoe_tensor.analysis.coefficients import evaluating, gate_of, gates_of
 from mumoe_tensor.analysis.labels import read_labels
+from mumoe_tensor.analysis.parts import gate_of
+from mumoe_tensor.nn.watch import evaluating, gates_of
 
 Progress = Callable[[int, int, str], None]
 

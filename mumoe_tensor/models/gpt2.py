@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.coefficients import evaluating, watch_coefficients
 from mumoe_tensor.checks import as_positive
 from mumoe_tensor.models.blocks import (
     DENSE,
@@ -20,6 +19,7 @@ from mumoe_tensor.models.blocks import (
 )
 from mumoe_tensor.nn.experts import Init
 from mumoe_tensor.nn.gate import GateNorm
+from mumoe_tensor.nn.watch import evaluating, watch_coefficients
 from mumoe_tensor.recording import is_recorded
 
 

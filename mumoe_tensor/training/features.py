@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.training.data import Dataset
 from mumoe_tensor.training.progress import Bar
 
@@ -43,18 +44,13 @@ def extract(
         If the features are not of that shape.
     """
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
     found = []
     batches = data.x.split(batch_size)
-    try:
-        with Bar(len(batches)) if progress else nullcontext(lambda text: None) as advance:
-            for rows in batches:
-                found.append(backbone(rows.to(device)).cpu())
-                advance("features")
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training
+    bar = Bar(len(batches)) if progress else nullcontext(lambda text: None)
+    with evaluating(backbone), bar as advance:
+        for rows in batches:
+            found.append(backbone(rows.to(device)).cpu())
+            advance("features")
     if found[0].ndim != 2:
         raise ValueError(
             f"a backbone must give features of shape (rows, features), got {tuple(found[0].shape)}."

@@ -1,4 +1,4 @@
-"""The coefficients a model gives its experts, seen as they pass."""
+"""A model in evaluation for a while, and the coefficients of its gates during a forward pass."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.gate import ExpertGate
-from mumoe_tensor.selections import Selection, read_number, read_selection
 
 #: Called with the name of a gate and its coefficients, one tensor a level, of shape (rows, experts).
 Consumer = Callable[[str, tuple[Tensor, ...]], object]
@@ -25,51 +23,12 @@ def gates_of(model: nn.Module) -> dict[str, ExpertGate]:
     ValueError
         If there is none.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGate)}
-    if not found:
+    gates = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGate)}
+    if not gates:
         raise ValueError(
             f"a model must have an ExpertGate, as every μMoE layer has; {type(model).__name__} has none."
         )
-    return found
-
-
-def gate_of(layer: nn.Module) -> ExpertGate:
-    """The gate of one layer: the layer may be a gate itself, or have one and no more.
-
-    Raises
-    ------
-    ValueError
-        If it has none or several.
-    """
-    found = gates_of(layer)
-    if len(found) > 1:
-        raise ValueError(f"a layer has one gate; {type(layer).__name__} has several: {sorted(found)}.")
-    (gate,) = found.values()
-    return gate
-
-
-def read_experts(gate: ExpertGate, level: int, experts: Selection) -> tuple[int, list[int]]:
-    """A level and some of its experts; for errors see `read_number` and `read_selection`."""
-    level = read_number(level, len(gate.num_experts), "level")
-    return level, read_selection(experts, gate.num_experts[level], f"experts of level {level}")
-
-
-def experts_of(layer: nn.Module) -> Experts:
-    """The experts of one layer: the layer may be these themselves, or have them and no others.
-
-    Raises
-    ------
-    ValueError
-        If it has none, or several as a block has.
-    """
-    found = {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
-    if len(found) != 1:
-        raise ValueError(
-            "a layer has one module Experts, and of a block (up, down) it must be said which; "
-            f"{type(layer).__name__} has {sorted(found)}."
-        )
-    (experts,) = found.values()
-    return experts
+    return gates
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ try:
     import torch.fx.experimental.symbolic_shapes
 except ImportError:
     torch = None
+
+if TYPE_CHECKING:
+    from mumoe_tensor import LayerSpec
 
 BACKENDS = ("numpy", "torch")
 DEVICES = ("cpu", "cuda")
@@ -63,27 +66,28 @@ def experts_of(total: int, levels: int) -> tuple[int, ...]:
 
 def layer(
     format: str, experts: int, levels: int, features: int | None = None, hidden: int | None = None
-) -> dict[str, Any]:
-    """Arguments that describe a layer: its rank is fitted to the parameters of the dense layer."""
+) -> LayerSpec:
+    """A layer, or a block, of at most the dense one's parameters besides those of the gate."""
+    # Here and not above: a benchmark of a commit that has none is skipped.
+    from mumoe_tensor import LayerSpec
+
     if levels == 0 and experts != profile().experts[0]:
         raise NotImplementedError("without a level there is no number of experts")
     features = features or profile().features
-    sizes: dict[str, Any] = {
-        "format": format,
-        "experts": experts_of(experts, levels),
-        "in_features": features,
-        "out_features": features,
-        "bias": True,
-    }
-    if hidden is not None:
-        sizes["hidden"] = hidden
-    rank = mt.fit_rank(**sizes, rounding="down") if mt.get_format(format).bonds(levels) else None
-    return sizes | {"rank": rank}
+    spec = LayerSpec(
+        format,
+        experts=experts_of(experts, levels),
+        in_features=features,
+        hidden=hidden,
+        out_features=features,
+        bias=True,
+    )
+    return spec.fitted(rounding="down", gate=False) if spec.rank is None else spec
 
 
-def need_memory(layer: dict[str, Any]) -> None:
+def need_memory(layer: LayerSpec) -> None:
     """Have asv show a benchmark as skipped whose weight is too large."""
-    if mt.cost(**layer).parameters > MOST_ELEMENTS:
+    if layer.weight_parameters > MOST_ELEMENTS:
         raise NotImplementedError(f"more than {MOST_ELEMENTS:,} parameters")
 
 

@@ -15,8 +15,8 @@ class Cost(Benchmark):
     """Cost of a layer whose rank is fitted to the dense layer's parameters, in float32."""
 
     def prepare(self, format: str, experts: int, levels: int) -> None:
-        described = layer(format, experts, levels, FULL.features)
-        self.cost = mt.cost(**described, batch=FULL.batch, dtype="float32")
+        spec = layer(format, experts, levels, FULL.features)
+        self.cost = mt.cost(spec, batch=FULL.batch, dtype="float32")
 
     def track_flops(self, *_: Any) -> int:
         return self.cost.flops

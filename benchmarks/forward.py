@@ -9,18 +9,17 @@ from benchmarks.common import BACKENDS, Benchmark, finish, inputs, layer, need_m
 
 
 class Forward(Benchmark):
-    """`multilinear_moe`, its plan known."""
+    """`multilinear_moe` with a cached plan."""
 
     param_names = [*Benchmark.param_names, "backend", "dtype", "device"]
     params = [*Benchmark.params, list(BACKENDS), list(profile().dtypes), list(profile().devices)]
 
     def prepare(self, format: str, experts: int, levels: int, backend: str, dtype: str, device: str) -> None:
-        described = layer(format, experts, levels)
-        need_memory(described)
-        sizes = (*described["experts"], described["in_features"])
-        shapes = [(profile().batch, n) for n in sizes]
+        spec = layer(format, experts, levels)
+        need_memory(spec)
+        shapes = [(profile().batch, n) for n in (*spec.experts, spec.in_features)]
         *self.coefficients, self.z = inputs(backend, *shapes, dtype=dtype, device=device)
-        self.weight = mt.FactorizedTensor.random(**described, like=self.z, seed=0)
+        self.weight = mt.FactorizedTensor.random(spec, like=self.z, seed=0)
         self.device = device
         self.forward()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.devices import graphed
 from benchmarks.harness import Report
 from mumoe_tensor.contraction.network import BATCH
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, entmax15
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.timing import Comparison, Spread, compare
 
 try:
@@ -25,52 +26,63 @@ Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A published place for a layer: sizes, rows of a batch, and what stands there densely."""
+class Workload:
+    """A layer in a published place, and the rows of a batch there."""
 
     name: str
+    spec: LayerSpec
     rows: int
-    sizes: tuple[int, ...]
-    experts: tuple[int, ...]
-    format: str
-    rank: tuple[int, ...] | None
     gate_norm: str = "batch"
-    options: dict[str, Any] = field(default_factory=dict)
 
-    def layer(self, **more: Any) -> Any:
-        """The layer, with a gate that tells inputs apart; `more` are further arguments."""
-        make = MuMoE if len(self.sizes) == 2 else MuMoEMLP
-        options: dict[str, Any] = {
-            "gate_norm": self.gate_norm,
-            "batch_hint": self.rows,
-            **self.options,
-            **more,
-        }
-        made = make(*self.sizes, self.experts, self.format, self.rank, **options)
-        nn.init.normal_(made.gate.weight, std=self.sizes[0] ** -0.5)
-        return made
+    def layer(self, **options: Any) -> Any:
+        """The layer, with a gate that tells inputs apart; `options` are further arguments."""
+        spec = self.spec
+        sizes = [n for n in (spec.in_features, spec.hidden, spec.out_features) if n is not None]
+        defaults = {"bias": spec.bias, "gate_norm": self.gate_norm, "batch_hint": self.rows}
+        make = MuMoE if spec.hidden is None else MuMoEMLP
+        module = make(*sizes, spec.experts, spec.format, spec.rank, **defaults | options)
+        nn.init.normal_(module.gate.weight, std=spec.in_features**-0.5)
+        return module
 
     def dense(self, parameters: int) -> Any:
-        """A dense layer in its place; of two, the hidden size is such that the parameters are as many."""
-        first, *others = self.sizes
-        if len(others) == 1:
-            return nn.Linear(first, others[0])
-        hidden = round((parameters - others[1]) / (first + 1 + others[1]))
-        return nn.Sequential(nn.Linear(first, hidden), nn.GELU(), nn.Linear(hidden, others[1]))
+        """A dense layer in its place, or a block whose hidden size gives as many parameters."""
+        i, o = self.spec.in_features, self.spec.out_features
+        if self.spec.hidden is None:
+            return nn.Linear(i, o)
+        hidden = round((parameters - o) / (i + 1 + o))
+        return nn.Sequential(nn.Linear(i, hidden), nn.GELU(), nn.Linear(hidden, o))
 
 
-GPT2 = (768, 3072, 768)
-SHAPES = (
-    Shape("GPT-2 block", 1024, GPT2, (256,), "cp", (556,), "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (256,), "tr", (4, 4, 149), "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (256,), "tucker", (8, 346, 341), "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (256,), "hadamard", None, "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (4096,), "cp", (556,), "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (1024, 1024), "cp", None, "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (128, 128, 128), "cp", None, "layer"),
-    Shape("GPT-2 block", 1024, GPT2, (64, 64, 64, 64), "cp", None, "layer"),
-    Shape("Mixer channel block", 784, (512, 2048, 512), (64,), "cp", (384,)),
-    Shape("CLIP head", 256, (768, 1000), (128,), "cp", (354,)),
+GPT2 = LayerSpec("dense", experts=(), in_features=768, hidden=3072, out_features=768, bias=True)
+
+
+def gpt2_block(
+    format: str, experts: int | Sequence[int], rank: int | Sequence[int] | None, rows: int = 1024
+) -> Workload:
+    """The MLP block of GPT-2 as a layer of experts; a rank of None gives as many parameters."""
+    spec = replace(GPT2, format=format, experts=experts, rank=rank)
+    return Workload("GPT-2 block", spec.fitted() if spec.rank is None else spec, rows, "layer")
+
+
+WORKLOADS = (
+    gpt2_block("cp", 256, 556),
+    gpt2_block("tr", 256, (4, 4, 149)),
+    gpt2_block("tucker", 256, (8, 346, 341)),
+    gpt2_block("hadamard", 256, ()),
+    gpt2_block("cp", 4096, 556),
+    gpt2_block("cp", (1024, 1024), None),
+    gpt2_block("cp", (128, 128, 128), None),
+    gpt2_block("cp", (64, 64, 64, 64), None),
+    Workload(
+        "Mixer channel block",
+        LayerSpec("cp", experts=64, in_features=512, hidden=2048, out_features=512, rank=384, bias=True),
+        rows=784,
+    ),
+    Workload(
+        "CLIP head",
+        LayerSpec("cp", experts=128, in_features=768, out_features=1000, rank=354, bias=True),
+        rows=256,
+    ),
 )
 
 
@@ -211,15 +223,18 @@ def over_limit(timings: Comparison, name: str) -> Spread:
 
 
 class Beside:
-    """A layer with its inputs, and the dense one in its place."""
+    """The layer of a workload with its inputs, and the dense one in its place."""
 
-    def __init__(self, shape: Shape, rows: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
+    ):
         torch.manual_seed(0)
-        self.rows, self.device = rows, device
-        self.layer = shape.layer(device=device, dtype=dtype)
-        self.dense = shape.dense(sum(p.numel() for p in self.layer.parameters())).to(device, dtype)
-        self.x = torch.randn(rows, shape.sizes[0], device=device, dtype=dtype, requires_grad=True)
-        self.gradient = torch.randn(rows, shape.sizes[-1], device=device, dtype=dtype)
+        self.workload, self.device = workload, device
+        spec, rows = workload.spec, workload.rows
+        self.layer = workload.layer(device=device, dtype=dtype, **options)
+        self.dense = workload.dense(spec.parameters).to(device, dtype)
+        self.x = torch.randn(rows, spec.in_features, device=device, dtype=dtype, requires_grad=True)
+        self.gradient = torch.randn(rows, spec.out_features, device=device, dtype=dtype)
         self.products = products(self.layer, rows)
 
     def calls(
@@ -232,7 +247,7 @@ class Beside:
             modules["as written"] = AsWritten(self.layer)
         calls: dict[str, Call] = {
             "limit": limit(self.products, backward),
-            "elementwise": elementwise(self.layer, self.rows, backward),
+            "elementwise": elementwise(self.layer, self.workload.rows, backward),
         }
         for name, module in modules.items():
             module = compiler(module) if run == "compiled" else module
@@ -243,8 +258,8 @@ class Beside:
 def layers(quick: bool, device: str) -> Report:
     """Forward pass and step of a layer against a dense one, the bare products, and the equations."""
     rows: list[dict[str, Any]] = []
-    for shape in SHAPES[:1] if quick else SHAPES:
-        beside = Beside(shape, 32 if quick else shape.rows, device)
+    for workload in [replace(WORKLOADS[0], rows=32)] if quick else WORKLOADS:
+        beside, spec = Beside(workload, device), workload.spec
         for run in ("eager",) if quick else ("eager", "compiled"):
             torch._dynamo.reset()
             for kind in ("forward", "step"):
@@ -255,9 +270,9 @@ def layers(quick: bool, device: str) -> Report:
                 ratio = timings.ratio("layer")
                 rows.append(
                     {
-                        "shape": shape.name,
-                        "experts": "x".join(map(str, shape.experts)),
-                        "format": shape.format,
+                        "shape": workload.name,
+                        "experts": "x".join(map(str, spec.experts)),
+                        "format": spec.format.name,
                         "run": run,
                         "pass": kind,
                         "dense ms": 1e3 * timings.spread("dense").median,
@@ -307,10 +322,9 @@ def sparse(quick: bool, device: str) -> Report:
             return entmax15(factor * logits)
 
         gate.sparse_gradient = True  # type: ignore[attr-defined]
-        shape = Shape("GPT-2 block", count, GPT2, (experts,), "cp", (556,), "layer", {"gate": gate})
-        layer = shape.layer(device=device)
-        x = torch.randn(count, GPT2[0], device=device, requires_grad=True)
-        gradient, pairs = torch.randn(count, GPT2[-1], device=device), products(layer, count)
+        layer = gpt2_block("cp", experts, 556, count).layer(gate=gate, device=device)
+        x = torch.randn(count, GPT2.in_features, device=device, requires_grad=True)
+        gradient, pairs = torch.randn(count, GPT2.out_features, device=device), products(layer, count)
         measured = float((layer.gate(x)[0] > 0).float().mean())
 
         def dense_route(x: torch.Tensor, layer: Any = layer) -> torch.Tensor:
@@ -356,10 +370,10 @@ def one_token(quick: bool, device: str) -> Report:
     """Inference on one token against the same torch operations written by hand, eager and compiled."""
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    for shape in (SHAPES[0], SHAPES[-1]):
-        layer = shape.layer(device=device).eval()
+    for workload in (WORKLOADS[0], WORKLOADS[-1]):
+        layer = workload.layer(device=device).eval()
         weights = [[f.detach() for f in e.factors] for e in layer.children() if isinstance(e, Experts)]
-        gate, x = layer.gate.weight.detach(), torch.randn(1, shape.sizes[0], device=device)
+        gate, x = layer.gate.weight.detach(), torch.randn(1, workload.spec.in_features, device=device)
         statistics = layer.gate.norm
 
         def by_hand(
@@ -391,7 +405,7 @@ def one_token(quick: bool, device: str) -> Report:
         )
         rows.append(
             {
-                "shape": shape.name,
+                "shape": workload.name,
                 "by hand us": 1e6 * timings.spread("by hand").median,
                 "layer us": 1e6 * timings.spread("layer").median,
                 "more us": 1e6 * timings.excess("layer").median,

@@ -10,38 +10,31 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report
-from benchmarks.layers import GPT2, Shape, step
+from benchmarks.layers import GPT2, gpt2_block, step
 from benchmarks.probes import in_a_fresh_process, kept_bytes
-from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.study.memory import growth
 from mumoe_tensor.study.timing import compare
 
 MIB = 2**20
 ROWS = 1024
 CASES = {
-    "cp": Shape("GPT-2 block", ROWS, GPT2, (256,), "cp", (556,), "layer"),
-    "tr": Shape("GPT-2 block", ROWS, GPT2, (256,), "tr", (4, 4, 149), "layer"),
+    "cp": gpt2_block("cp", 256, 556, ROWS),
+    "tr": gpt2_block("tr", 256, (4, 4, 149), ROWS),
 }
 
 
 def made(case: str, recompute: bool, device: str) -> Any:
     """The module of a case; "dense" is an MLP of the block's sizes."""
     torch.manual_seed(0)
-    shape = CASES.get(case)
-    if shape is None:
-        first, hidden, last = GPT2
-        return torch.nn.Sequential(
-            torch.nn.Linear(first, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, last)
-        ).to(device)
-    layer = shape.layer(recompute=recompute, device=device)
-    assert isinstance(layer, MuMoEMLP)
-    return layer
+    if case in CASES:
+        return CASES[case].layer(recompute=recompute, device=device)
+    return gpt2_block("dense", (), (), ROWS).dense(GPT2.dense_parameters).to(device)
 
 
 def tensors(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """An input, and a gradient of the output."""
-    x = torch.randn(ROWS, GPT2[0], device=device, requires_grad=True)
-    return x, torch.randn(ROWS, GPT2[-1], device=device)
+    x = torch.randn(ROWS, GPT2.in_features, device=device, requires_grad=True)
+    return x, torch.randn(ROWS, GPT2.out_features, device=device)
 
 
 def peak_of_a_step(case: str, recompute: bool, device: str) -> int:
@@ -75,12 +68,12 @@ def memory(quick: bool, device: str) -> Report:
             "module": case,
             "recompute": "yes" if recompute else "no",
             "kept MiB": kept_bytes(made(case, recompute, device), x) / MIB,
-            "peak MiB": median(found) / MIB,
-            "to dense": median(mine / theirs for mine, theirs in zip(found, dense, strict=True)),
+            "peak MiB": median(values) / MIB,
+            "to dense": median(value / reference for value, reference in zip(values, dense, strict=True)),
             "step": times.get((case, recompute)),
         }
-        for (case, recompute), found in peaks.items()
-        if found
+        for (case, recompute), values in peaks.items()
+        if values
     ]
     columns = {"module": "", "recompute": "", "kept MiB": ".1f", "peak MiB": ".1f"}
     columns |= {"to dense": ".2f", "step": ".2f"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     Benchmark,
@@ -16,13 +16,15 @@ from benchmarks.common import (
     torch,
 )
 
+if TYPE_CHECKING:
+    from mumoe_tensor import LayerSpec
 
-def described(format: str, experts: int, levels: int, module: str) -> dict[str, Any]:
-    """Arguments that describe a layer or a block, unless it is too large."""
-    hidden = 4 * profile().features if module == "MuMoEMLP" else None
-    arguments = layer(format, experts, levels, hidden=hidden)
-    need_memory(arguments)
-    return arguments
+
+def spec_of(format: str, experts: int, levels: int, module: str) -> LayerSpec:
+    """A layer or a block, unless it is too large."""
+    spec = layer(format, experts, levels, hidden=4 * profile().features if module == "MuMoEMLP" else None)
+    need_memory(spec)
+    return spec
 
 
 class Module(Benchmark):
@@ -36,12 +38,13 @@ class Module(Benchmark):
         from mumoe_tensor import nn
 
         features, batch = profile().features, profile().batch
-        arguments = described(format, experts, levels, module)
-        names = [name for name in ("in_features", "hidden", "out_features") if name in arguments]
-        sizes = [arguments.pop(name) for name in names]
+        spec = spec_of(format, experts, levels, module)
+        sizes = [n for n in (spec.in_features, spec.hidden, spec.out_features) if n is not None]
         options = {"device": device, "dtype": getattr(torch, dtype)}
         torch.manual_seed(0)
-        self.module = getattr(nn, module)(*sizes, **arguments, batch_hint=batch, **options)
+        self.module = getattr(nn, module)(
+            *sizes, spec.experts, spec.format, spec.rank, bias=True, batch_hint=batch, **options
+        )
         # A gate of zeros, as at the start of training, gives all experts the same coefficient.
         torch.nn.init.normal_(self.module.gate.weight, std=features**-0.5)
         self.x = torch.randn(batch, features, **options, requires_grad=True)
@@ -104,7 +107,7 @@ class CudaStep(Benchmark):
 
     def prepare(self, format: str, experts: int, levels: int, module: str, dtype: str, device: str) -> None:
         need_device(device)
-        described(format, experts, levels, module)  # what a step would skip
+        spec_of(format, experts, levels, module)  # what a step would skip
 
     def track_cuda_peak_bytes(self, *values: Any) -> int:
         from benchmarks.probes import in_a_fresh_process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -19,21 +20,23 @@ class Planning(Benchmark):
     params = [*Benchmark.params, list(profile().minimize)]
 
     def prepare(self, format: str, experts: int, levels: int, minimize: str) -> None:
-        described = layer(format, experts, levels) | {"batch": profile().batch, "minimize": minimize}
-        mt.plan(**described)  # once, so that what the first search of all imports and makes is there
-        self.layer = described | {"out_features": next(SIZES)}
+        spec = layer(format, experts, levels)
+        self.options = {"batch": profile().batch, "minimize": minimize}
+        mt.plan(spec, **self.options)  # once, so that what the first search of all imports and makes is there
+        self.spec = replace(spec, out_features=next(SIZES))
 
     def time_cold_search(self, *_: Any) -> None:
-        mt.plan(**self.layer)
+        mt.plan(self.spec, **self.options)
 
 
 class FitRank(Benchmark):
     """Rank of a layer for the parameters of the dense one."""
 
     def prepare(self, format: str, experts: int, levels: int) -> None:
-        self.layer = layer(format, experts, levels)
-        if self.layer.pop("rank") is None:
+        spec = layer(format, experts, levels)
+        if not spec.rank:
             raise NotImplementedError("the format has no rank")
+        self.spec = replace(spec, rank=None)
 
     def time_fit_rank(self, *_: Any) -> None:
-        mt.fit_rank(**self.layer, rounding="down")
+        self.spec.fitted(rounding="down", gate=False)

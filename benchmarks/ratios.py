@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -27,7 +26,8 @@ from benchmarks.common import DEVICES, inputs, need_device, torch
 from benchmarks.harness import Report, threads, write_csv, write_json
 from mumoe_tensor.backend import backend_of
 from mumoe_tensor.contraction.execute import execute
-from mumoe_tensor.contraction.plan import planned_steps
+from mumoe_tensor.contraction.plan import Objective, planned_steps
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.timing import Spread, compare
 
@@ -38,39 +38,44 @@ GOAL_SEARCH = {0: 20.0, 1: 20.0, 2: 20.0, 3: 20.0, 5: 1000.0}
 #: Seconds after which a search is not repeated any more.
 LONG_SEARCH = 0.5
 OPTIMIZERS = ("auto", "dp", "auto-hq")
-#: A case is run only if no path makes a larger intermediate, or takes more FLOPs: it must end.
+#: A path is run only if it makes no larger intermediate and takes no more FLOPs: it must end.
 LARGEST, MOST_FLOPS = 2**26, 2e10
 
 
-@dataclass(frozen=True)
-class Case:
-    """The sizes of one layer."""
+def layer(
+    format: str,
+    experts: int | Sequence[int],
+    in_features: int,
+    out_features: int,
+    rank: int | Sequence[int] | None,
+    bias: bool = False,
+) -> LayerSpec:
+    """A spec from positional arguments, short enough for tables."""
+    return LayerSpec(
+        format,
+        experts=experts,
+        in_features=in_features,
+        out_features=out_features,
+        rank=rank,
+        bias=bias,
+    )
 
-    format: str
-    experts: tuple[int, ...]
-    in_features: int
-    out_features: int
-    rank: tuple[int, ...] | None
-    bias: bool = False
 
-    def __str__(self) -> str:
-        experts = "x".join(map(str, self.experts)) or "no"
-        rank = ",".join(map(str, self.rank or ())) or "-"
-        bias = ", bias" if self.bias else ""
-        return f"{experts} experts {self.in_features}->{self.out_features} rank {rank}{bias}"
+def label(spec: LayerSpec) -> str:
+    """The sizes of a layer in a table."""
+    experts = "x".join(map(str, spec.experts)) or "no"
+    rank = ",".join(map(str, spec.full_rank)) or "-"
+    bias = ", bias" if spec.bias else ""
+    return f"{experts} experts {spec.in_features}->{spec.out_features} rank {rank}{bias}"
 
-    def plan(self, batch: int, **options: Any) -> mt.ContractionPlan:
-        """Plan the forward pass."""
-        return mt.plan(**vars(self), batch=batch, **options)
 
-    def arrays(
-        self, backend: str, batch: int, device: str = "cpu"
-    ) -> tuple[mt.FactorizedTensor, Any, list[Any]]:
-        """A random weight, inputs and coefficients, in float32."""
-        shapes = ((batch, n) for n in (self.in_features, *self.experts))
-        z, *coefficients = inputs(backend, *shapes, device=device)
-        weight = mt.FactorizedTensor.random(**vars(self), like=z, seed=0)
-        return weight, z, coefficients
+def arrays(
+    spec: LayerSpec, backend: str, batch: int, device: str = "cpu"
+) -> tuple[mt.FactorizedTensor, Any, list[Any]]:
+    """A random weight, inputs and coefficients, in float32."""
+    shapes = ((batch, n) for n in (spec.in_features, *spec.experts))
+    z, *coefficients = inputs(backend, *shapes, device=device)
+    return mt.FactorizedTensor.random(spec, like=z, seed=0), z, coefficients
 
 
 def backends(device: str) -> list[str]:
@@ -90,13 +95,13 @@ def without_gradient(backend: str) -> Any:
 
 # ---- overhead: what planned execution costs beside the same array operations by hand ----------------------
 
-CP_CASES = (
-    Case("cp", (4,), 8, 8, (4,)),
-    Case("cp", (4, 3), 8, 8, (4,)),
-    Case("cp", (16,), 32, 20, (8,), bias=True),
-    Case("cp", (64,), 768, 1000, (393,), bias=True),
-    Case("cp", (256,), 768, 3072, (556,)),
-    Case("cp", (256,), 3072, 768, (556,)),
+CP_LAYERS = (
+    layer("cp", 4, 8, 8, 4),
+    layer("cp", (4, 3), 8, 8, 4),
+    layer("cp", 16, 32, 20, 8, bias=True),
+    layer("cp", 64, 768, 1000, 393, bias=True),
+    layer("cp", 256, 768, 3072, 556),
+    layer("cp", 256, 3072, 768, 556),
 )
 
 
@@ -129,15 +134,15 @@ def overhead(quick: bool, device: str) -> Report:
     """Planned CP forward, and the public function, against array operations by hand, at batch 1."""
     rows = []
     for backend in backends(device):
-        for case in CP_CASES[::3] if quick else CP_CASES:
-            weight, z, coefficients = case.arrays(backend, 1, device)
-            hand = cp_by_hand(backend, weight, case.bias)
-            plan, tl, operands = case.plan(1), backend_of(z), [*weight.arrays, *coefficients, z]
+        for spec in CP_LAYERS[::3] if quick else CP_LAYERS:
+            weight, z, coefficients = arrays(spec, backend, 1, device)
+            hand = cp_by_hand(backend, weight, spec.bias)
+            plan, tl, operands = mt.plan(spec), backend_of(z), [*weight.arrays, *coefficients, z]
 
             callables = {
                 "by hand": lambda f=hand, z=z, a=coefficients: f(z, a),
                 "planned": lambda p=plan.program, x=operands, tl=tl: execute(p, x, tl),
-                "public": lambda w=weight, z=z, a=coefficients, b=case.bias: mt.multilinear_moe(
+                "public": lambda w=weight, z=z, a=coefficients, b=spec.bias: mt.multilinear_moe(
                     w, z, a, bias=b
                 ),
             }
@@ -145,7 +150,7 @@ def overhead(quick: bool, device: str) -> Report:
                 expected, *others = (as_numpy(f()) for f in callables.values())
                 for other in others:
                     np.testing.assert_allclose(other, expected, rtol=1e-3, atol=1e-4)
-                found = compare(
+                timings = compare(
                     callables,
                     "by hand",
                     rounds=25 if quick else 301,
@@ -153,12 +158,12 @@ def overhead(quick: bool, device: str) -> Report:
                     limit=1 if quick else 6,
                     device=device,
                 )
-            planned, public = found.excess("planned"), found.excess("public")
+            planned, public = timings.excess("planned"), timings.excess("public")
             rows.append(
                 {
                     "backend": backend,
-                    "case": str(case),
-                    "by hand us": 1e6 * found.spread("by hand").median,
+                    "case": label(spec),
+                    "by hand us": 1e6 * timings.spread("by hand").median,
                     "planned more us": 1e6 * planned.median,
                     "q1": 1e6 * planned.low,
                     "q3": 1e6 * planned.high,
@@ -192,28 +197,28 @@ SEARCH_EXPERTS = {
 
 
 def rank_of(format: str, experts: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A usual rank of a registered format; of one unknown here, all bonds 8."""
-    known = {
+    """A usual rank of a format, of which all bonds are 8 if it is none of the library's."""
+    usual = {
         "cp": (64,),
         "tucker": (*(min(8, n) for n in experts), 64, 64),
         "tr": (*(4,) * (len(experts) + 1), 64),
         "tt": (*(4,) * len(experts), 64),
     }
     bonds = mt.get_format(format).bonds(len(experts))
-    return known.get(format, (8,) * len(bonds)) if bonds else None
+    return usual.get(format, (8,) * len(bonds)) if bonds else None
 
 
 def search(quick: bool, device: str) -> Report:
     """Planning from a cold cache: every format, 0 to 5 levels, batches 1 and 65,536, all three objectives."""
     fresh = count(1)
 
-    def median(format: str, experts: tuple[int, ...], minimize: str) -> float:
+    def median(format: str, experts: tuple[int, ...], minimize: Objective) -> float:
         # Sizes that no call had before are not in any cache. The batch is no part of the search.
         seconds: list[float] = []
         for batch in (1, 65_536) * (1 if quick else 5):
-            case = Case(format, experts, 768 + next(fresh), 768, rank_of(format, experts))
+            spec = layer(format, experts, 768 + next(fresh), 768, rank_of(format, experts))
             start = process_time()
-            case.plan(batch, minimize=minimize)
+            mt.plan(spec, batch=batch, minimize=minimize)
             seconds.append(process_time() - start)
             if sum(seconds) > LONG_SEARCH:
                 break
@@ -243,37 +248,37 @@ def search(quick: bool, device: str) -> Report:
 
 # ---- planner: against the paths of opt_einsum ------------------------------------------------------------
 
-PLANNER_CASES = (
+PLANNER_LAYERS = (
     *(
-        Case("tucker", (n,), i, o, r)
+        layer("tucker", n, i, o, r)
         for n, i, o in ((128, 768, 40), (256, 768, 3072), (256, 3072, 768), (64, 768, 1000), (128, 128, 128))
         for r in ((32, 64, 64), (64, 128, 128), (8, 64, 64))
     ),
-    Case("tucker", (16, 16), 768, 768, (8, 8, 64, 64)),
-    Case("tucker", (16, 16), 768, 40, (16, 16, 64, 64)),
-    Case("tucker", (8, 8, 8), 768, 40, (16, 16, 16, 64, 64)),
-    Case("cp", (64,), 768, 1000, (393,)),
-    Case("cp", (256,), 768, 3072, (556,)),
-    Case("cp", (64, 64), 768, 3072, (556,)),
-    Case("hadamard", (256,), 768, 3072, None),
-    Case("tr", (64,), 768, 1000, (4, 4, 102)),
-    Case("tr", (256,), 3072, 768, (4, 4, 149)),
-    Case("tr", (8, 8, 8), 768, 40, (4, 4, 4, 4, 149)),
-    Case("tt", (256,), 768, 3072, (4, 149)),
-    Case("tt", (64,), 768, 3072, (32, 32)),
-    Case("tt", (8, 8, 8), 768, 40, (4, 4, 4, 149)),
+    layer("tucker", (16, 16), 768, 768, (8, 8, 64, 64)),
+    layer("tucker", (16, 16), 768, 40, (16, 16, 64, 64)),
+    layer("tucker", (8, 8, 8), 768, 40, (16, 16, 16, 64, 64)),
+    layer("cp", 64, 768, 1000, 393),
+    layer("cp", 256, 768, 3072, 556),
+    layer("cp", (64, 64), 768, 3072, 556),
+    layer("hadamard", 256, 768, 3072, None),
+    layer("tr", 64, 768, 1000, (4, 4, 102)),
+    layer("tr", 256, 3072, 768, (4, 4, 149)),
+    layer("tr", (8, 8, 8), 768, 40, (4, 4, 4, 4, 149)),
+    layer("tt", 256, 768, 3072, (4, 149)),
+    layer("tt", 64, 768, 3072, (32, 32)),
+    layer("tt", (8, 8, 8), 768, 40, (4, 4, 4, 149)),
 )
 PLANNER_BATCHES = (1, 16, 256, 4096, 65_536)
 
 
 class Rival(NamedTuple):
-    """A path that an optimizer of opt_einsum found for a case.
+    """A path that an optimizer of opt_einsum chooses for a layer.
 
     `flops` and `size`, the largest intermediate, are counted as a plan's are; `ratio` is that of the FLOPs to
     those of the plan with the fewest.
     """
 
-    case: Case
+    spec: LayerSpec
     batch: int
     optimizer: str
     path: list[tuple[int, ...]]
@@ -287,9 +292,9 @@ class Rival(NamedTuple):
         return self.size <= LARGEST and self.flops <= MOST_FLOPS
 
 
-def einsum_of(case: Case, batch: int) -> tuple[str, list[tuple[int, ...]], dict[str, int]]:
+def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]], dict[str, int]]:
     """The forward pass for opt_einsum: equation, shapes of the operands, sizes of the letters."""
-    network = case.plan(batch).program.network
+    network = mt.plan(spec, batch=batch).program.network
     named = {**dict(network.sizes), "B": batch}
     letter = {name: opt_einsum.get_symbol(k) for k, name in enumerate(named)}
     terms = ["".join(letter[x] for x in operand) for operand in (*network.operands, network.output)]
@@ -297,9 +302,9 @@ def einsum_of(case: Case, batch: int) -> tuple[str, list[tuple[int, ...]], dict[
     return f"{','.join(terms[:-1])}->{terms[-1]}", shapes, {letter[x]: size for x, size in named.items()}
 
 
-def rival(case: Case, batch: int, optimizer: str) -> Rival:
+def rival(spec: LayerSpec, batch: int, optimizer: str) -> Rival:
     """Have an optimizer of opt_einsum find a path."""
-    equation, shapes, sizes = einsum_of(case, batch)
+    equation, shapes, sizes = einsum_of(spec, batch)
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
     inputs, output = equation.split("->")
     terms = [set(term) for term in inputs.split(",")]
@@ -310,19 +315,20 @@ def rival(case: Case, batch: int, optimizer: str) -> Rival:
         flops += prod(sizes[x] for x in union) * (1 if kept == union else 2)
         size = max(size, prod(sizes[x] for x in kept)) if terms else size
         terms.append(kept)
-    return Rival(case, batch, optimizer, path, flops, size, flops / case.plan(batch, minimize="flops").flops)
+    ratio = flops / mt.plan(spec, batch=batch, minimize="flops").flops
+    return Rival(spec, batch, optimizer, path, flops, size, ratio)
 
 
 def planner(quick: bool, device: str) -> Report:
     """Planned paths against opt_einsum's: FLOPs over a grid of layers, time where both can run."""
-    cases = PLANNER_CASES[::2] if quick else PLANNER_CASES
+    specs = PLANNER_LAYERS[::2] if quick else PLANNER_LAYERS
     batches = PLANNER_BATCHES[::2] if quick else PLANNER_BATCHES
-    rivals = [rival(c, b, o) for c in cases for b in batches for o in OPTIMIZERS]
+    rivals = [rival(s, b, o) for s in specs for b in batches for o in OPTIMIZERS]
     rows = []
-    for format, optimizer in dict.fromkeys((r.case.format, r.optimizer) for r in rivals):
-        mine = [r for r in rivals if (r.case.format, r.optimizer) == (format, optimizer)]
-        runnable = [r for r in mine if r.can_run]
-        rows.append(_row(max(mine, key=_badness)))
+    for format, optimizer in dict.fromkeys((r.spec.format, r.optimizer) for r in rivals):
+        group = [r for r in rivals if (r.spec.format, r.optimizer) == (format, optimizer)]
+        runnable = [r for r in group if r.can_run]
+        rows.append(_row(max(group, key=_badness)))
         if not quick or optimizer == "auto":
             worst = max(runnable, key=_badness)
             rows += [_row(worst) | _measured(backend, worst, quick, device) for backend in backends(device)]
@@ -334,7 +340,7 @@ def planner(quick: bool, device: str) -> Report:
         | dict.fromkeys(("time ratio", "q1", "q3"), ".2f"),
         rows,
         [
-            f"Worst of {len(cases)} layers at batches {', '.join(f'{b:,}' for b in batches)}.",
+            f"Worst of {len(specs)} layers at batches {', '.join(f'{b:,}' for b in batches)}.",
             "FLOPs ratio: to the plan with the fewest FLOPs. Not run: the worst of all. Run: the worst with",
             f"no intermediate above {LARGEST:,} elements and at most {MOST_FLOPS:,.0f} FLOPs.",
             "Time ratio: opt_einsum's expression, made ahead, to multilinear_moe, given its default plan.",
@@ -349,21 +355,21 @@ def _badness(rival: Rival) -> tuple[float, int]:
 
 def _row(rival: Rival) -> dict[str, Any]:
     return {
-        "format": rival.case.format,
+        "format": rival.spec.format.name,
         "optimizer": rival.optimizer,
         "run on": "-",
-        "case": str(rival.case),
+        "case": label(rival.spec),
         "batch": rival.batch,
         "FLOPs ratio": rival.ratio,
     }
 
 
 def _measured(backend: str, rival: Rival, quick: bool, device: str) -> dict[str, Any]:
-    case, batch = rival.case, rival.batch
-    equation, shapes, _ = einsum_of(case, batch)
+    spec, batch = rival.spec, rival.batch
+    equation, shapes, _ = einsum_of(spec, batch)
     expression = opt_einsum.contract_expression(equation, *shapes, optimize=rival.path)
-    weight, z, coefficients = case.arrays(backend, batch, device)
-    plan, operands = case.plan(batch), [*weight.arrays, *coefficients, z]
+    weight, z, coefficients = arrays(spec, backend, batch, device)
+    plan, operands = mt.plan(spec, batch=batch), [*weight.arrays, *coefficients, z]
     callables = {
         "planned": lambda: mt.multilinear_moe(weight, z, coefficients, plan=plan),
         "opt_einsum": lambda: expression(*operands),
@@ -371,11 +377,11 @@ def _measured(backend: str, rival: Rival, quick: bool, device: str) -> dict[str,
     with without_gradient(backend):
         ours, theirs = (as_numpy(f()) for f in callables.values())
         np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-3 * np.abs(ours).max())
-        found = compare(
+        timings = compare(
             callables, "planned", rounds=3 if quick else 15, limit=0.5 if quick else 1.5, device=device
         )
-    ratio = found.ratio("opt_einsum")
-    milliseconds = 1e3 * found.spread("planned").median
+    ratio = timings.ratio("opt_einsum")
+    milliseconds = 1e3 * timings.spread("planned").median
     return {
         "run on": backend,
         "planned ms": milliseconds,
@@ -387,21 +393,21 @@ def _measured(backend: str, rival: Rival, quick: bool, device: str) -> dict[str,
 
 # ---- batch: no single path serves all batch sizes --------------------------------------------------------
 
-BATCH_CASES = (
-    Case("tucker", (128,), 768, 40, (32, 64, 64)),
-    Case("tucker", (256,), 768, 768, (64, 128, 128)),
-    Case("tucker", (16, 16), 768, 40, (16, 16, 64, 64)),
-    Case("cp", (256,), 768, 768, (556,)),
-    Case("tr", (128,), 768, 40, (4, 4, 95)),
-    Case("tr", (8, 8, 8), 768, 40, (4, 4, 4, 4, 95)),
-    Case("tt", (128,), 768, 40, (16, 95)),
+BATCH_LAYERS = (
+    layer("tucker", 128, 768, 40, (32, 64, 64)),
+    layer("tucker", 256, 768, 768, (64, 128, 128)),
+    layer("tucker", (16, 16), 768, 40, (16, 16, 64, 64)),
+    layer("cp", 256, 768, 768, 556),
+    layer("tr", 128, 768, 40, (4, 4, 95)),
+    layer("tr", (8, 8, 8), 768, 40, (4, 4, 4, 4, 95)),
+    layer("tt", 128, 768, 40, (16, 95)),
 )
 ONE, MANY = 1, 65_536
 
 
-def batch_loss(case: Case) -> tuple[float, float]:
+def batch_loss(spec: LayerSpec) -> tuple[float, float]:
     """FLOPs of the best path for one input at 65,536 over the best there, and the other way round."""
-    few, many = (case.plan(batch, minimize="flops").program for batch in (ONE, MANY))
+    few, many = (mt.plan(spec, batch=batch, minimize="flops").program for batch in (ONE, MANY))
 
     def flops(program: Any, batch: int) -> int:
         return sum(step.flops for step in planned_steps(program, batch))
@@ -412,10 +418,10 @@ def batch_loss(case: Case) -> tuple[float, float]:
 def batch(quick: bool, device: str) -> Report:
     """What the best path for one batch size costs at another."""
     rows = []
-    for case in BATCH_CASES:
-        at_many, at_one = batch_loss(case)
+    for spec in BATCH_LAYERS:
+        at_many, at_one = batch_loss(spec)
         rows.append(
-            {"format": case.format, "case": str(case), "best for 1, at 65,536": at_many}
+            {"format": spec.format.name, "case": label(spec), "best for 1, at 65,536": at_many}
             | {"best for 65,536, at 1": at_one}
         )
     columns = ["", "", ".3f", ".3f"]
@@ -452,8 +458,8 @@ if torch is not None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the named comparisons, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.split("\n")[0])
-    known = ", ".join(COMPARISONS)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; default: all")
+    names = ", ".join(COMPARISONS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; default: all")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute; default: cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
@@ -466,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for name in options.names:
         if name not in COMPARISONS:
-            parser.error(f"unknown comparison {name!r}; the comparisons are {known}")
+            parser.error(f"unknown comparison {name!r}; the comparisons are {names}")
     if options.device != "cpu":
         try:
             need_device(options.device)

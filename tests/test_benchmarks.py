@@ -24,7 +24,7 @@ from benchmarks.costs import Cost
 from benchmarks.planning import Planning
 
 ROOT = Path(__file__).parents[1]
-CELEBA = ratios.Case("tucker", (128,), 768, 40, (32, 64, 64))
+CELEBA = ratios.layer("tucker", 128, 768, 40, (32, 64, 64))
 
 
 def test_threads_are_set_and_put_back() -> None:
@@ -75,53 +75,53 @@ def test_csv_has_a_line_for_each_figure(report: harness.Report, tmp_path: Path) 
     assert lines[5]["value"] == ""
 
 
-@pytest.mark.parametrize("case", ratios.CP_CASES[:3], ids=str)
+@pytest.mark.parametrize("spec", ratios.CP_LAYERS[:3], ids=ratios.label)
 @pytest.mark.parametrize("backend", ratios.backends("cpu"))
-def test_code_by_hand_computes_and_does_what_the_plan_does(case: ratios.Case, backend: str) -> None:
-    weight, z, coefficients = case.arrays(backend, 3)
-    expected = mt.multilinear_moe(weight, z, coefficients, bias=case.bias)
-    by_hand = ratios.cp_by_hand(backend, weight, case.bias)(z, coefficients)
+def test_code_by_hand_computes_and_does_what_the_plan_does(spec: mt.LayerSpec, backend: str) -> None:
+    weight, z, coefficients = ratios.arrays(spec, backend, 3)
+    expected = mt.multilinear_moe(weight, z, coefficients, bias=spec.bias)
+    by_hand = ratios.cp_by_hand(backend, weight, spec.bias)(z, coefficients)
     np.testing.assert_allclose(by_hand, expected, rtol=1e-4, atol=1e-6)
     # A projection of every vector, a product for every level, the output: at batch 1 the plan has no more.
-    kinds = sorted(step.kind for step in case.plan(1).steps)
-    assert kinds == ["mm"] * (len(case.experts) + 2) + ["mul"] * len(case.experts)
+    kinds = sorted(step.kind for step in mt.plan(spec).steps)
+    assert kinds == ["mm"] * (spec.num_levels + 2) + ["mul"] * spec.num_levels
 
 
 @pytest.mark.parametrize("optimizer", ratios.OPTIMIZERS)
 def test_no_path_of_opt_einsum_beats_the_plan(optimizer: str) -> None:
-    for case in ratios.PLANNER_CASES[::3]:
+    for spec in ratios.PLANNER_LAYERS[::3]:
         for batch in (1, 256, 65_536):
-            rival = ratios.rival(case, batch, optimizer)
-            assert rival.ratio >= 1 / 1.001, f"{case}, batch {batch}"
+            rival = ratios.rival(spec, batch, optimizer)
+            assert rival.ratio >= 1 / 1.001, f"{spec}, batch {batch}"
 
 
 def test_auto_is_several_times_off_on_tucker() -> None:
-    tucker = [case for case in ratios.PLANNER_CASES if case.format == "tucker"]
-    worst = max(ratios.rival(case, batch, "auto").ratio for case in tucker for batch in (1, 65_536))
+    tucker = [spec for spec in ratios.PLANNER_LAYERS if spec.format.name == "tucker"]
+    worst = max(ratios.rival(spec, batch, "auto").ratio for spec in tucker for batch in (1, 65_536))
     assert worst > 5
     assert ratios.rival(CELEBA, 1, "dp").ratio < 1.02
 
 
 def test_flops_are_counted_as_opt_einsum_counts_them() -> None:
-    for case in (
+    for spec in (
         CELEBA,
-        ratios.Case("tr", (4, 3), 9, 5, (2, 3, 2, 3)),
-        ratios.Case("hadamard", (4,), 3, 5, None),
+        ratios.layer("tr", (4, 3), 9, 5, (2, 3, 2, 3)),
+        ratios.layer("hadamard", 4, 3, 5, None),
     ):
-        equation, shapes, _ = ratios.einsum_of(case, 16)
+        equation, shapes, _ = ratios.einsum_of(spec, 16)
         _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="dp")
-        assert ratios.rival(case, 16, "dp").flops == info.opt_cost
+        assert ratios.rival(spec, 16, "dp").flops == info.opt_cost
 
 
 def test_no_path_serves_all_batches() -> None:
     assert ratios.batch_loss(CELEBA) == pytest.approx((1.38, 28.6), rel=2e-3)
-    assert ratios.batch_loss(ratios.Case("cp", (256,), 768, 768, (556,))) == (1, 1)
+    assert ratios.batch_loss(ratios.layer("cp", 256, 768, 768, 556)) == (1, 1)
 
 
 @pytest.mark.parametrize("name", ratios.COMPARISONS)
 def test_every_comparison_fills_its_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ratios, "CP_CASES", ratios.CP_CASES[:1])
-    monkeypatch.setattr(ratios, "PLANNER_CASES", (ratios.Case("tucker", (4,), 9, 5, (2, 3, 4)),))
+    monkeypatch.setattr(ratios, "CP_LAYERS", ratios.CP_LAYERS[:1])
+    monkeypatch.setattr(ratios, "PLANNER_LAYERS", (ratios.layer("tucker", 4, 9, 5, (2, 3, 4)),))
     monkeypatch.setattr(ratios, "PLANNER_BATCHES", (1, 3))
     monkeypatch.setattr(ratios, "SEARCH_EXPERTS", {"experts": ((), (4,), (4,), (4,), (4,))})
     report = ratios.COMPARISONS[name](True, "cpu")
@@ -270,7 +270,7 @@ def test_no_search_of_a_plan_is_timed_twice() -> None:
     sizes = set()
     for _ in range(3):
         suite.setup("cp", 64, 1, "time")
-        sizes.add(suite.layer["out_features"])
+        sizes.add(suite.spec.out_features)
         suite.time_cold_search()
     assert len(sizes) == 3
 
@@ -278,9 +278,7 @@ def test_no_search_of_a_plan_is_timed_twice() -> None:
 def test_tracked_figures_are_those_of_the_library() -> None:
     suite = Cost()
     suite.setup("tr", 64, 1)
-    layer = common.layer("tr", 64, 1, 768)
-    expected = mt.cost(**layer, batch=1024, dtype="float32")
-    assert layer["rank"] == mt.fit_rank(**{k: v for k, v in layer.items() if k != "rank"}, rounding="down")
+    expected = mt.cost(common.layer("tr", 64, 1, 768), batch=1024, dtype="float32")
     assert suite.track_flops() == expected.flops
     assert suite.track_parameters() == expected.parameters
     assert suite.track_largest_intermediate() == expected.size

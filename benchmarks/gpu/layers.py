@@ -13,51 +13,54 @@ import torch
 import mumoe_tensor as mt
 from benchmarks.devices import PRECISIONS, launches, precision
 from benchmarks.gpu.rows import BRIEF, MIB, Row
-from benchmarks.layers import GPT2, SHAPES, Beside, Shape, over_limit
+from benchmarks.layers import WORKLOADS, Beside, Workload, gpt2_block, over_limit
 from benchmarks.probes import kept_bytes
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.memory import growth
 from mumoe_tensor.study.timing import compare
 
 BLOCKS = (
-    *(s for s in SHAPES if s.name == "GPT-2 block" and s.experts == (256,) and s.format in ("cp", "tr")),
-    Shape("GPT-2 block", 1024, GPT2, (4096, 4096), "cp", (256,), "layer"),
-    *(s for s in SHAPES if s.name == "Mixer channel block"),
-    Shape("Mixer token block", 512, (196, 256, 196), (64,), "cp", None),
-    *(s for s in SHAPES if s.name == "CLIP head"),
+    gpt2_block("cp", 256, 556),
+    gpt2_block("tr", 256, (4, 4, 149)),
+    gpt2_block("cp", (4096, 4096), 256),
+    *(w for w in WORKLOADS if w.name == "Mixer channel block"),
+    Workload(
+        "Mixer token block",
+        LayerSpec("cp", experts=64, in_features=196, hidden=256, out_features=196, bias=True).fitted(),
+        rows=512,
+    ),
+    *(w for w in WORKLOADS if w.name == "CLIP head"),
 )
-TOY = (Shape("toy block", 32, (8, 16, 8), (4, 4), "cp", (3,), "layer"),)
+TOY = (
+    Workload(
+        "toy block",
+        LayerSpec("cp", experts=(4, 4), in_features=8, hidden=16, out_features=8, rank=3, bias=True),
+        rows=32,
+        gate_norm="layer",
+    ),
+)
 TOKENS = (1024, 1, 65_536, 8192)
 
 
-def beside(shape: Shape, tokens: int, device: str, dtype: torch.dtype = torch.float32) -> Beside:
-    """A layer and a dense one for so many tokens."""
-    return Beside(replace(shape, rows=tokens), tokens, device, dtype)
-
-
-def described(shape: Shape) -> Row:
-    """The columns that tell shapes apart."""
-    return {"shape": shape.name, "experts": "x".join(map(str, shape.experts)), "format": shape.format}
-
-
-def flops_of(layer: Any, tokens: int) -> int:
-    """FLOPs of a forward pass, the gate's product included."""
-    sizes = ("format", "experts", "in_features", "out_features", "hidden", "rank", "bias")
-    config = {name: value for name, value in layer.config.items() if name in sizes}
-    return mt.cost(**config, gate=True, batch=tokens).flops
+def described(workload: Workload) -> Row:
+    """The columns that tell workloads apart."""
+    spec = workload.spec
+    experts = "x".join(map(str, spec.experts))
+    return {"shape": workload.name, "experts": experts, "format": spec.format.name}
 
 
 def layers(device: str, toy: bool, runs: tuple[str, ...] = ("eager", "graph")) -> Iterator[Row]:
     """Times over the dense layer's, and over those of the bare products."""
-    shapes, counts = (TOY, (32,)) if toy else (BLOCKS, TOKENS)
-    for tokens, run, name, shape in product(counts, runs, reversed(PRECISIONS), shapes):
-        if shape.gate_norm == "batch" and tokens < 2:
+    workloads, counts = (TOY, (32,)) if toy else (BLOCKS, TOKENS)
+    for tokens, run, name, workload in product(counts, runs, reversed(PRECISIONS), workloads):
+        if workload.gate_norm == "batch" and tokens < 2:
             continue
-        place = described(shape) | {"tokens": tokens, "precision": name, "run": run}
+        place = described(workload) | {"tokens": tokens, "precision": name, "run": run}
         compiler = partial(torch.compile, backend="aot_eager") if toy else torch.compile
         torch._dynamo.reset()
         try:
             with precision(name) as dtype:
-                for row in times(beside(shape, tokens, device, dtype), run, compiler):
+                for row in times(Beside(replace(workload, rows=tokens), device, dtype), run, compiler):
                     yield place | row
         except torch.OutOfMemoryError:
             yield place | {"note": "out of memory"}
@@ -65,6 +68,7 @@ def layers(device: str, toy: bool, runs: tuple[str, ...] = ("eager", "graph")) -
 
 def times(pair: Beside, run: str, compiler: Callable[[Any], Any]) -> Iterator[Row]:
     """Those of a forward pass, and of a step."""
+    flops = mt.cost(pair.workload.spec, gate=True, batch=pair.workload.rows).flops
     for kind, passes in (("forward", 1), ("step", 3)):
         calls = pair.calls(kind, run, compiler)
         calls.pop("as written", None)
@@ -78,30 +82,30 @@ def times(pair: Beside, run: str, compiler: Callable[[Any], Any]) -> Iterator[Ro
             "low": ratio.low,
             "high": ratio.high,
             "to limit": over_limit(timings, "layer").median,
-            "TFLOP/s": 1e-12 * passes * flops_of(pair.layer, pair.rows) / seconds,
+            "TFLOP/s": 1e-12 * passes * flops / seconds,
         }
 
 
 def kernels(device: str, toy: bool) -> Iterator[Row]:
     """Kernels that eager passes launch."""
-    for shape in TOY if toy else BLOCKS:
-        pair = beside(shape, shape.rows, device)
+    for workload in TOY if toy else BLOCKS:
+        pair = Beside(workload, device)
         for kind in ("forward", "step"):
             calls = pair.calls(kind)
             count = {name: launches(calls[name], device) for name in ("dense", "layer", "elementwise")}
-            yield described(shape) | {"pass": kind} | count
+            yield described(workload) | {"pass": kind} | count
 
 
 def memory(device: str, toy: bool) -> Iterator[Row]:
     """Peak memory of a step, and what is kept for its backward pass."""
     tokens = 32 if toy else 8192
-    for shape, recompute in product(TOY if toy else BLOCKS, (False, True)):
-        pair = beside(replace(shape, options={"recompute": recompute}), tokens, device)
+    for workload, recompute in product(TOY if toy else BLOCKS, (False, True)):
+        pair = Beside(replace(workload, rows=tokens), device, recompute=recompute)
         calls, peaks = pair.calls("step"), {}
         for name, module in (("dense", pair.dense), ("layer", pair.layer)):
             calls[name]()
             module.zero_grad()
             pair.x.grad = None
             peaks[f"{name} peak MiB"] = growth(calls[name], device) / MIB
-        row = described(shape) | {"tokens": tokens, "recompute": "yes" if recompute else "no"} | peaks
+        row = described(workload) | {"tokens": tokens, "recompute": "yes" if recompute else "no"} | peaks
         yield row | {"layer kept MiB": kept_bytes(pair.layer, pair.x) / MIB}

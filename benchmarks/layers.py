@@ -36,12 +36,10 @@ class Workload:
 
     def layer(self, **options: Any) -> Any:
         """The layer, with a gate that tells inputs apart; `options` are further arguments."""
-        spec = self.spec
-        sizes = [n for n in (spec.in_features, spec.hidden, spec.out_features) if n is not None]
-        defaults = {"bias": spec.bias, "gate_norm": self.gate_norm, "batch_hint": self.rows}
-        make = MuMoE if spec.hidden is None else MuMoEMLP
-        module = make(*sizes, spec.experts, spec.format, spec.rank, **defaults | options)
-        nn.init.normal_(module.gate.weight, std=spec.in_features**-0.5)
+        defaults = {"gate_norm": self.gate_norm, "batch_hint": self.rows}
+        make = MuMoE if self.spec.hidden is None else MuMoEMLP
+        module = make.from_spec(self.spec, **defaults | options)
+        nn.init.normal_(module.gate.weight, std=self.spec.in_features**-0.5)
         return module
 
     def dense(self, parameters: int) -> Any:

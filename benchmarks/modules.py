@@ -39,12 +39,9 @@ class Module(Benchmark):
 
         features, batch = profile().features, profile().batch
         spec = spec_of(format, experts, levels, module)
-        sizes = [n for n in (spec.in_features, spec.hidden, spec.out_features) if n is not None]
         options = {"device": device, "dtype": getattr(torch, dtype)}
         torch.manual_seed(0)
-        self.module = getattr(nn, module)(
-            *sizes, spec.experts, spec.format, spec.rank, bias=True, batch_hint=batch, **options
-        )
+        self.module = getattr(nn, module).from_spec(spec, batch_hint=batch, **options)
         # A gate of zeros, as at the start of training, gives all experts the same coefficient.
         torch.nn.init.normal_(self.module.gate.weight, std=features**-0.5)
         self.x = torch.randn(batch, features, **options, requires_grad=True)

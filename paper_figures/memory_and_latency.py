@@ -40,7 +40,8 @@ def module_of(name: str, inputs: int, features: int = SIZES["in_features"], expe
     if name == "linear":
         return nn.Linear(features, features)
     if name == "sparse moe":
-        return SparseMixture((features, features), experts, TOP_K).eval()
+        spec = mt.LayerSpec("dense", experts=experts, in_features=features, out_features=features, bias=True)
+        return SparseMixture(spec, TOP_K).eval()
     format = mt.get_format("dense" if name == "dense moe" else name)
     budget = "match" if format.bonds(1) else None
     module = MuMoE(features, features, experts, format, parameters=budget, batch_hint=inputs)

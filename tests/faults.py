@@ -305,7 +305,7 @@ FAULTS = [
           "if whole != _checksum_of(about):", "if False:", "damages::test_a_damage_is_told_in_one_line"),
     Fault("study: the sparse mixture weighs no output", "mumoe_tensor/study/mixtures.py",
           "torch.cat(outputs) * coefficients[row, expert, None]", "torch.cat(outputs)",
-          "study/test_subjects::test_the_dense_and_the_sparse_layer_keep_what_is_told"),
+          "study/test_subjects::test_the_dense_and_the_sparse_layer_save_what_their_figures_say"),
     Fault("study: ranks rounded up in the place of nearest", "mumoe_tensor/study/subjects.py",
           'rounding="nearest"', 'rounding="up"',
           "study/test_subjects::test_ranks_come_nearest_to_the_budget"),

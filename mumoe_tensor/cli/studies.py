@@ -275,14 +275,14 @@ def figures(
 
 def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -> Any:
     """A published layer by its name, or one of these sizes."""
-    from mumoe_tensor.study import Layer
+    from mumoe_tensor.study import Layer, dense
 
     in_features, hidden, out_features = sizes
     if all(size is None for size in sizes):
         return name or "gpt2-mlp"
     if name is not None or in_features is None or out_features is None:
         raise ValueError("a layer is told by --layer, or by --in-features and --out-features.")
-    return Layer("Layer" if hidden is None else "MLP", in_features, out_features, hidden)
+    return Layer("Layer" if hidden is None else "MLP", dense(in_features, out_features, hidden))
 
 
 def _side(option: str, text: str) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mumoe_tensor.extras import require
 from mumoe_tensor.files import alone_in, replacing, whole_file
-from mumoe_tensor.study.layers import LAYERS, Layer, get_layer
+from mumoe_tensor.study.layers import LAYERS, Layer, dense, get_layer
 from mumoe_tensor.study.report import RESULTS, to_json, write
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting, prepare
@@ -31,6 +31,7 @@ __all__ = [
     "Results",
     "Setting",
     "Subject",
+    "dense",
     "fitted",
     "get_layer",
     "measure",
@@ -59,7 +60,7 @@ def run(
     Parameters
     ----------
     layer : str or Layer, default "gpt2-mlp"
-        A name in `LAYERS`, or sizes of one's own.
+        A name in `LAYERS`, or another layer.
     out : str or Path, optional
         Folder for what it finds; nothing is written if it is left out. A study that was begun there goes on.
     fresh : bool, default False
@@ -87,7 +88,7 @@ def run(
     --------
     >>> import mumoe_tensor.study as study
     >>> planned = study.plan(study.prepare("clip-head", experts=16, formats=["cp", "tr"], data="none"))
-    >>> [(subject.title, subject.rank) for subject in planned.subjects]
+    >>> [(subject.title, subject.spec.rank) for subject in planned.subjects]
     [('Linear layer', ()), ('CP', (424,)), ('Tensor Ring', (4, 4, 107)), ('Sparse mixture, top 2', ())]
     """
     planned = plan(prepare(layer, **options))

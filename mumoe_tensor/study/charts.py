@@ -10,7 +10,8 @@ from typing import Any
 
 from mumoe_tensor.interval import interval
 from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front
-from mumoe_tensor.study.results import Measurement, Results, joined, total
+from mumoe_tensor.study.layers import dense
+from mumoe_tensor.study.results import Measurement, Results, joined, sizes_of, total
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import HEAD_BATCH, Plan
 
@@ -48,8 +49,8 @@ def charts(planned: Plan, results: Results) -> list[Chart]:
 def beside_dense(planned: Plan, results: Results) -> Chart:
     """Every subject beside the dense layer, at the first number of experts."""
     setting = planned.setting
-    sizes, experts = joined(setting.layer.sizes), joined(setting.experts[0])
-    titles = {s.name: s.title for s in planned.subjects if joined(s.experts) in ("", experts)}
+    sizes, experts = sizes_of(setting.layer.spec), joined(setting.experts[0])
+    titles = {s.name: s.title for s in planned.subjects if joined(s.spec.experts) in ("", experts)}
     computed = {"Parameters": "parameters", "FLOPs": "FLOPs", "Saved for backward": "saved"}
     computed |= {"Expert rank": "expert rank"}
     measured = {
@@ -89,7 +90,7 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
 
 def best_formats(planned: Plan, results: Results) -> Chart:
     """Which format is best at which number of experts, by several measures."""
-    setting, sizes = planned.setting, joined(planned.setting.layer.sizes)
+    setting, sizes = planned.setting, sizes_of(planned.setting.layer.spec)
     measures: list[tuple[str, list[Measurement], Callable[..., float]]] = [
         ("fewest FLOPs", results.of("FLOPs", sizes=sizes), min),
         ("least saved", results.of("saved", sizes=sizes), min),
@@ -103,7 +104,7 @@ def best_formats(planned: Plan, results: Results) -> Chart:
             (f"least peak, {device}", results.of("step peak", **known), min),
         ]
     if planned.heads:
-        found = results.of("accuracy", sizes=joined(planned.heads[0].sizes))
+        found = results.of("accuracy", sizes=sizes_of(planned.heads[0].spec))
         measures.append(("best accuracy*", _at_budget(planned, found), max))
     points: dict[str, list[Point]] = {}
     titles = {ALIKE: "several alike"}
@@ -147,7 +148,7 @@ def best_formats(planned: Plan, results: Results) -> Chart:
 
 def over_experts(planned: Plan, results: Results) -> Chart:
     """Time, rank and saved activations over the number of experts."""
-    setting, sizes = planned.setting, joined(planned.setting.layer.sizes)
+    setting, sizes = planned.setting, sizes_of(planned.setting.layer.spec)
     panels = []
     for device in setting.devices:
         for quantity in ("forward", "step"):
@@ -177,7 +178,7 @@ def over_experts(planned: Plan, results: Results) -> Chart:
 def over_batches(planned: Plan, results: Results) -> Chart:
     """Throughput and relative time over the batch size."""
     setting = planned.setting
-    sizes, experts = joined(setting.layer.sizes), joined(setting.experts[0])
+    sizes, experts = sizes_of(setting.layer.spec), joined(setting.experts[0])
 
     def throughput(row: Measurement) -> Point:
         batch = row.batch or 0
@@ -208,7 +209,7 @@ def crossover(planned: Plan, results: Results) -> Chart:
     """Where a square layer is as fast as `torch.nn.Linear`."""
     setting = planned.setting
     look: dict[str, Any] = {"ylog": True, "reference": ("y", 1.0), "measured": True}
-    squares = {joined((size, size)) for size in setting.squares}
+    squares = {sizes_of(dense(size, size)) for size in setting.squares}
     panels = []
     for device in setting.devices:
         for batch in setting.square_batches:
@@ -231,7 +232,7 @@ def crossover(planned: Plan, results: Results) -> Chart:
 
 def pareto(planned: Plan, results: Results) -> Chart:
     """Accuracy of heads over what they cost."""
-    sizes, device = joined(planned.heads[0].sizes), planned.setting.devices[0]
+    sizes, device = sizes_of(planned.heads[0].spec), planned.setting.devices[0]
     accuracy = _grouped(results.of("accuracy", sizes=sizes), _head)
     latency = results.of("forward", sizes=sizes, device=device, batch=HEAD_BATCH)
     panels = []
@@ -260,7 +261,7 @@ def pareto(planned: Plan, results: Results) -> Chart:
 
 def specialisation(planned: Plan, results: Results) -> Chart:
     """What became of the experts of the heads."""
-    sizes = joined(planned.heads[0].sizes)
+    sizes = sizes_of(planned.heads[0].spec)
     panels = []
     for title, label, quantities, scale in (
         ("Polysemanticity", "0 = one class", ("polysemanticity", "polysemanticity, random gate"), 1.0),

@@ -3,67 +3,90 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mumoe_tensor.checks import as_positive
+from mumoe_tensor.spec import LayerSpec
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of a dense layer, or of a block of two with GELU between, that a mixture takes the place of.
+    """A dense layer, or a block of two with GELU between, whose place a mixture may take.
 
     Attributes
     ----------
     title : str
-        What it is, for headings.
-    in_features, out_features : int
-    hidden : int or None
-        Size between the two layers of a block.
+        Its name in headings.
+    spec : LayerSpec
+        Of the dense layer; see `dense`.
     experts : int
-        Number of experts it is studied with unless another is asked for.
+        Number of experts it is studied with unless a study sets others.
+
+    Raises
+    ------
+    ValueError
+        If the layer has experts or no biases.
     """
 
     title: str
-    in_features: int
-    out_features: int
-    hidden: int | None = None
+    spec: LayerSpec
     experts: int = 256
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Sizes from the input to the output."""
-        return tuple(n for n in (self.in_features, self.hidden, self.out_features) if n is not None)
+    def __post_init__(self) -> None:
+        if self.spec != dense(self.spec.in_features, self.spec.out_features, self.spec.hidden):
+            raise ValueError(f"a layer to study must be dense and have biases, got {self.spec!r}.")
+        object.__setattr__(self, "experts", as_positive(self.experts, "experts"))  # a layer is frozen
+
+    def __str__(self) -> str:
+        return f"{self.title}, {' → '.join(map(str, features(self.spec)))}"
 
     @property
     def kind(self) -> str:
-        """What the dense original is called."""
-        return "linear layer" if self.hidden is None else "dense MLP"
+        """Name of the dense layer in sentences."""
+        return "linear layer" if self.spec.hidden is None else "dense MLP"
 
-    def __post_init__(self) -> None:
-        for name in ("in_features", "out_features", "experts"):
-            object.__setattr__(self, name, as_positive(getattr(self, name), name))  # (it is frozen)
-        if self.hidden is not None:
-            object.__setattr__(self, "hidden", as_positive(self.hidden, "hidden"))
+    # ``study.json`` has a flat object of title, sizes and experts.
 
-    def __str__(self) -> str:
-        return f"{self.title}, {' → '.join(map(str, self.sizes))}"
+    def entry(self) -> dict[str, Any]:
+        """Plain data, from which pydantic makes the layer again."""
+        sizes = {name: getattr(self.spec, name) for name in ("in_features", "out_features", "hidden")}
+        return {"title": self.title, **sizes, "experts": self.experts}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        return handler.generate_schema(_from_entry)
+
+
+def _from_entry(
+    title: str, in_features: int, out_features: int, hidden: int | None = None, experts: int = 256
+) -> Layer:
+    return Layer(title, dense(in_features, out_features, hidden), experts)
+
+
+def dense(in_features: int, out_features: int, hidden: int | None = None) -> LayerSpec:
+    """The spec of a linear layer with bias, or of a block of two with this size between them."""
+    return LayerSpec(
+        "dense", experts=(), in_features=in_features, hidden=hidden, out_features=out_features, bias=True
+    )
+
+
+def features(spec: LayerSpec) -> tuple[int, ...]:
+    """Sizes from the input to the output: two, or three of a block."""
+    return (spec.in_features, *(layer.out_features for layer in spec.layers))
 
 
 #: By the name the command line takes. Sizes as published: Radford et al. (2019) for GPT-2 124M, Tolstikhin
 #: et al. (2021) for MLP-Mixer S-16 at 224 px, Radford et al. (2021) for the CLIP ViT-B/32 features.
 LAYERS = {
-    "gpt2-mlp": Layer("GPT-2 MLP", 768, 768, hidden=3072),
-    "clip-head": Layer("CLIP ViT-B/32 head", 768, 1000),
-    "mixer-s16-token": Layer("MLP-Mixer S-16 token MLP", 196, 196, hidden=256, experts=64),
-    "mixer-s16-channel": Layer("MLP-Mixer S-16 channel MLP", 512, 512, hidden=2048, experts=64),
+    "gpt2-mlp": Layer("GPT-2 MLP", dense(768, 768, hidden=3072)),
+    "clip-head": Layer("CLIP ViT-B/32 head", dense(768, 1000)),
+    "mixer-s16-token": Layer("MLP-Mixer S-16 token MLP", dense(196, 196, hidden=256), experts=64),
+    "mixer-s16-channel": Layer("MLP-Mixer S-16 channel MLP", dense(512, 512, hidden=2048), experts=64),
 }
 
 
 def get_layer(layer: str | Layer) -> Layer:
     """Look a published layer up by its name; a `Layer` is returned as it is.
-
-    Parameters
-    ----------
-    layer : str or Layer
 
     Raises
     ------

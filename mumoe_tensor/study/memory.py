@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from mumoe_tensor.formats.registry import config_entry
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.subjects import Subject
 
 
@@ -35,7 +37,8 @@ def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     OSError
         If the process failed, or the system has no ``/proc`` to read it from.
     """
-    order = json.dumps([asdict(subject), batch, device])
+    spec = {f.name: getattr(subject.spec, f.name) for f in fields(subject.spec)}
+    order = json.dumps([{**vars(subject), "spec": spec}, batch, device], default=config_entry)
     command = [sys.executable, "-m", "mumoe_tensor.study.memory", order]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -56,13 +59,16 @@ class Meter(NamedTuple):
 def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     """What `peaks` tells, in this process."""
     # What libraries load and allocate once is there after a step of a small one.
-    sizes, experts, rank = subject.sizes, subject.experts, subject.rank
-    small = replace(subject, sizes=(8,) * len(sizes), experts=(2,) * len(experts), rank=(1,) * len(rank))
-    small.build(device)(torch.randn(4, 8, device=device)).sum().backward()
+    spec = subject.spec
+    small = replace(
+        spec, in_features=8, hidden=spec.hidden and 8, out_features=8, experts=(2,) * spec.num_levels,
+        rank=(1,) * len(spec.full_rank),
+    )  # fmt: skip
+    replace(subject, spec=small).build(device)(torch.randn(4, 8, device=device)).sum().backward()
     meter = METERS[device]
     before = meter.now()
     module = subject.build(device)
-    x = torch.randn(batch, subject.sizes[0], device=device)
+    x = torch.randn(batch, spec.in_features, device=device)
     meter.reset()
     module.eval()
     with torch.no_grad():
@@ -110,6 +116,5 @@ METERS = {
 
 
 if __name__ == "__main__":
-    given, *rest = json.loads(sys.argv[1])
-    told: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    print(json.dumps(measure(Subject(**told), *rest)))
+    values, *options = json.loads(sys.argv[1])
+    print(json.dumps(measure(Subject(LayerSpec(**values.pop("spec")), **values), *options)))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
-from math import sqrt
+from math import prod, sqrt
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.gates import top_k
 from mumoe_tensor.nn import ExpertGate
+from mumoe_tensor.spec import LayerSpec
 
 
 class SparseMixture(nn.Module):
@@ -22,12 +21,11 @@ class SparseMixture(nn.Module):
 
     Parameters
     ----------
-    sizes : sequence of int
-        Input and output of a linear expert, or input, hidden and output of an MLP with GELU.
-    experts : int
+    spec : LayerSpec
+        Of linear experts, or of MLPs with GELU; the levels make up one number of experts.
     k : int
         Experts that an input uses.
-    device : optional
+    device : torch.device or str, optional
 
     Attributes
     ----------
@@ -36,21 +34,20 @@ class SparseMixture(nn.Module):
         Of shape (experts, in, out) and (experts, out), layer after layer.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], experts: int, k: int, *, device: torch.device | str | None = None
-    ):
+    def __init__(self, spec: LayerSpec, k: int, *, device: torch.device | str | None = None):
         super().__init__()
+        experts, in_features = prod(spec.experts), spec.in_features
         self.gate = ExpertGate(
-            sizes[0], (experts,), gate=partial(top_k, k=k), gate_norm="none", device=device
+            in_features, (experts,), gate=partial(top_k, k=k), gate_norm="none", device=device
         )
         # Equal logits would send all inputs to the same experts.
-        nn.init.normal_(self.gate.weight, std=1 / sqrt(sizes[0]))
+        nn.init.normal_(self.gate.weight, std=1 / sqrt(in_features))
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for inner, outer in pairwise(sizes):
-            bound = 1 / sqrt(inner)  # as nn.Linear
+        for layer in spec.layers:
+            bound = 1 / sqrt(layer.in_features)  # as nn.Linear
             for parameters, shape in (
-                (self.weights, (experts, inner, outer)),
-                (self.biases, (experts, outer)),
+                (self.weights, (experts, layer.in_features, layer.out_features)),
+                (self.biases, (experts, layer.out_features)),
             ):
                 parameters.append(nn.Parameter(torch.empty(shape, device=device).uniform_(-bound, bound)))
 

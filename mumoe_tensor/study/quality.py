@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from torch import nn
 
 from mumoe_tensor.analysis import Usage, ablation_effects, polysemanticity, watch_coefficients
 from mumoe_tensor.models.heads import centring
-from mumoe_tensor.study.layers import LAYERS
+from mumoe_tensor.spec import as_budget
+from mumoe_tensor.study.layers import LAYERS, dense
 from mumoe_tensor.study.settings import DIGITS, NO_DATA, Setting
-from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, budget_of, fitted
+from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, fitted
 from mumoe_tensor.training import Dataset, TrainConfig, digits, evaluate, read_npz, split, train
 
 #: Share of the rows that heads are judged on, and not trained on.
@@ -59,10 +61,11 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
         return [], {}
     training, validation = data_of(setting.data)
     layer, features = setting.layer, training.x.shape[1]
-    if setting.data != DIGITS and layer not in LAYERS.values() and layer.in_features != features:
+    takes = layer.spec.in_features
+    if setting.data != DIGITS and layer not in LAYERS.values() and takes != features:
         raise ValueError(
-            f"the layer must take the data's inputs; in_features is {layer.in_features:,}, {setting.data} "
-            f"has {features:,} features."
+            f"the layer must take the data's inputs; in_features is {takes:,}, {setting.data} has "
+            f"{features:,} features."
         )
     if not 2 <= setting.batch_size <= len(training) and setting.batch_size != Setting.batch_size:
         raise ValueError(
@@ -70,18 +73,16 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
             f"rows for training; got {setting.batch_size:,}."
         )
     classes = max(training.classes, validation.classes)
-    sizes = tuple(n for n in (training.x.shape[1], setting.head_hidden, classes) if n is not None)
-    found = [Subject(BASELINE, sizes)]
+    head = dense(features, classes, setting.head_hidden)
+    found = [Subject(head, BASELINE)]
     unfitted: dict[str, str] = {}
     for experts in setting.head_experts:
         for parameters in setting.head_parameters:
-            subjects, missing = fitted(sizes, experts, setting.formats, parameters)
+            subjects, missing = fitted(head, experts, setting.formats, parameters)
             found += [subject for subject in subjects if subject not in found]
-            unfitted |= {
-                f"{name} head, {'x'.join(map(str, experts))} experts, {budget_of(parameters, sizes):,}": why
-                for name, why in missing.items()
-            }
-        found.append(Subject(SPARSE, sizes, experts, top_k=setting.top_k))
+            budget, counts = as_budget(parameters, head.dense_parameters), "x".join(map(str, experts))
+            unfitted |= {f"{name} head, {counts} experts, {budget:,}": why for name, why in missing.items()}
+        found.append(Subject(replace(head, experts=experts), SPARSE, top_k=setting.top_k))
     if unfitted and not any(subject.budget for subject in found):
         raise ValueError(
             "some head of experts must fit its budget; a larger one (--head-parameters 4x), fewer experts "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def to_json(planned: Plan, results: Results) -> dict[str, Any]:
     results : Results
     """
     return {
-        "setting": asdict(planned.setting),
+        "setting": json.loads(planned.setting.to_json()),
         "rows": [asdict(row) for row in results],
         "unfitted": planned.unfitted,
         "environments": results.environments,

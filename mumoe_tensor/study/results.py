@@ -10,6 +10,8 @@ from typing import Any
 
 from mumoe_tensor.files import write_table
 from mumoe_tensor.readers import read_table
+from mumoe_tensor.spec import LayerSpec
+from mumoe_tensor.study.layers import features
 from mumoe_tensor.study.subjects import UNITS, Subject
 
 
@@ -82,11 +84,11 @@ class Measurement:
         known: dict[str, Any] = {"device": "", "batch": None, "seed": None} | more
         return cls(
             task=task,
-            sizes=joined(subject.sizes),
+            sizes=sizes_of(subject.spec),
             subject=subject.name,
             title=subject.title,
-            experts=joined(subject.experts),
-            rank=joined(subject.rank),
+            experts=joined(subject.spec.experts),
+            rank=joined(subject.spec.full_rank),
             budget=subject.budget,
             quantity=quantity,
             unit=UNITS[quantity],
@@ -98,6 +100,11 @@ class Measurement:
 def joined(numbers: Iterable[int]) -> str:
     """Numbers with an x between."""
     return "x".join(map(str, numbers))
+
+
+def sizes_of(spec: LayerSpec) -> str:
+    """Sizes of a layer from the input to the output, with an x between."""
+    return joined(features(spec))
 
 
 def total(experts: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from mumoe_tensor.checks import as_positive, as_python
 from mumoe_tensor.formats.registry import config_entry, get_format
 from mumoe_tensor.formats.registry import formats as registered
 from mumoe_tensor.readers import checked, read_json, reading
-from mumoe_tensor.spec import expert_counts
+from mumoe_tensor.spec import as_budget, expert_counts
 from mumoe_tensor.study.layers import Layer, get_layer
-from mumoe_tensor.study.subjects import budget_of
 
 Levels = tuple[int, ...]
 #: Names of `data` that are no files.
@@ -37,7 +36,7 @@ class Setting:
         first.
     formats : tuple of str
     parameters : str
-        The budget; see `budget_of`.
+        The budget; see `LayerSpec.fitted`.
     batch : int
         Inputs of a forward pass and of a step.
     batches : tuple of int
@@ -111,7 +110,7 @@ class Setting:
 
     def to_json(self) -> str:
         """As text that `from_json` reads."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps({**vars(self), "layer": self.layer.entry()}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, path: str | Path) -> Setting:
@@ -181,7 +180,7 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     Parameters
     ----------
     layer : str or Layer, default "gpt2-mlp"
-        A name in `LAYERS`, or sizes of one's own.
+        A name in `LAYERS`, or another layer.
     quick : bool, default False
         Small batches, few repetitions, short trainings, to see that all works.
     **options
@@ -228,7 +227,7 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     told["parameters"] = str(told["parameters"])
     told["head_parameters"] = tuple(map(str, told["head_parameters"]))
     for text in (told["parameters"], *told["head_parameters"]):
-        budget_of(text, layer.sizes)
+        as_budget(text, layer.spec.dense_parameters)
     told["devices"] = _devices(told["devices"])
     return Setting(layer=layer, **told)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.study.environment import environment
+from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.memory import peaks
 from mumoe_tensor.study.quality import heads, judge
 from mumoe_tensor.study.results import Measurement, Results
@@ -85,12 +86,13 @@ def plan(setting: Setting) -> Plan:
     ValueError
         If no format fits the budget.
     """
-    baseline = Subject(BASELINE, setting.layer.sizes)
+    layer = setting.layer.spec
+    baseline = Subject(layer, BASELINE)
     subjects = [baseline]
     unfitted: dict[str, str] = {}
     for experts in setting.experts:
-        found, missing = fitted(baseline.sizes, experts, setting.formats, setting.parameters)
-        found.append(Subject(SPARSE, baseline.sizes, experts, top_k=setting.top_k))
+        found, missing = fitted(layer, experts, setting.formats, setting.parameters)
+        found.append(Subject(replace(layer, experts=experts), SPARSE, top_k=setting.top_k))
         subjects += [replace(subject, skip=_too_large(subject, setting.memory)) for subject in found]
         unfitted |= {f"{name}, {'x'.join(map(str, experts))} experts": why for name, why in missing.items()}
     if not any(subject.name in setting.formats for subject in subjects):
@@ -98,8 +100,8 @@ def plan(setting: Setting) -> Plan:
     trained, missing = heads(setting)
     squares = []
     for size in setting.squares:
-        squares += [Subject(BASELINE, (size, size))]
-        of_size, _ = fitted((size, size), (setting.square_experts,), setting.formats)
+        squares += [Subject(dense(size, size), BASELINE)]
+        of_size, _ = fitted(dense(size, size), (setting.square_experts,), setting.formats)
         squares += [subject for subject in of_size if subject.budget]
     found_plan = Plan(setting, subjects, trained, squares, unfitted | missing, [])
     found_plan.tasks.extend(_tasks(found_plan))
@@ -142,10 +144,10 @@ def _tasks(planned: Plan) -> Iterator[Task]:
     for device, subject in product(setting.devices, planned.heads):
         yield _timing(setting, subject, device, HEAD_BATCH, ("forward",))
     for device, subject in product(setting.devices, runnable):
-        if subject.experts in ((), main):
+        if subject.spec.experts in ((), main):
             yield _peak(setting, subject, device)
     for device, batch, subject in product(setting.devices, setting.batches, runnable):
-        if subject.experts in ((), main) and batch != setting.batch:
+        if subject.spec.experts in ((), main) and batch != setting.batch:
             yield _timing(setting, subject, device, batch, ("forward",))
     for device, subject, batch in product(setting.devices, planned.squares, setting.square_batches):
         yield _timing(setting, subject, device, batch, ("forward",))
@@ -157,7 +159,7 @@ def _costs(planned: Plan) -> Iterator[Measurement]:
     grid = []
     for n in GRID:
         if (n,) not in setting.experts:
-            found, _ = fitted(setting.layer.sizes, (n,), setting.formats, setting.parameters)
+            found, _ = fitted(setting.layer.spec, (n,), setting.formats, setting.parameters)
             grid += [subject for subject in found if subject.budget]
     everything = dict.fromkeys([*planned.subjects, *planned.heads, *planned.squares, *grid])
     for subject in everything:
@@ -170,12 +172,12 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, passes:
 
     def run() -> list[Measurement]:
         torch.manual_seed(setting.seed)
-        x = torch.randn(batch, subject.sizes[0], device=device)
+        x = torch.randn(batch, subject.spec.in_features, device=device)
         # The dense layer is measured against itself, and costs one turn only.
-        chosen = {"dense": replace(subject, name=BASELINE, experts=(), rank=(), budget=0), "this": subject}
-        modules = {
-            name: one.build(device) for name, one in chosen.items() if name == "this" or one != subject
-        }
+        spec = subject.spec
+        baseline = Subject(dense(spec.in_features, spec.out_features, spec.hidden), BASELINE)
+        chosen = {"this": subject} if subject.role == BASELINE else {"dense": baseline, "this": subject}
+        modules = {name: one.build(device) for name, one in chosen.items()}
         rows = []
         for each in passes:
             calls = {
@@ -253,7 +255,8 @@ def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def _experts(subject: Subject) -> str:
-    return f"{'×'.join(map(str, subject.experts))} experts, " if subject.experts else ""
+    experts = subject.spec.experts
+    return f"{'×'.join(map(str, experts))} experts, " if experts else ""
 
 
 def _too_large(subject: Subject, memory: float) -> str:

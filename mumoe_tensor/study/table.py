@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mumoe_tensor.study.charts import words
-from mumoe_tensor.study.results import Measurement, Results, joined
+from mumoe_tensor.study.results import Measurement, Results, joined, sizes_of
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import Plan
 
@@ -40,11 +40,12 @@ def cells(planned: Plan, results: Results) -> list[Cells]:
     )
     for subject in planned.subjects:
         figures = subject.figures(setting.batch)
-        head = [subject.title, words(joined(subject.experts)) if subject.experts else ""]
+        experts = joined(subject.spec.experts)
+        head = [subject.title, words(experts) if experts else ""]
         costs[2].append(
             [
                 *head,
-                ", ".join(map(str, subject.rank)),
+                ", ".join(map(str, subject.spec.full_rank)),
                 f"{figures['parameters']:,.0f}",
                 f"{figures['FLOPs'] / 1e6:,.2f}",
                 f"{figures['intensity']:,.1f}",
@@ -55,7 +56,7 @@ def cells(planned: Plan, results: Results) -> list[Cells]:
         of_times = list(head)
         for device in setting.devices:
             known: dict[str, Any] = {
-                "sizes": joined(subject.sizes), "subject": subject.name, "experts": joined(subject.experts),
+                "sizes": sizes_of(subject.spec), "subject": subject.name, "experts": experts,
                 "device": device, "batch": setting.batch,
             }  # fmt: skip
             for quantity in ("forward", "step"):
@@ -75,18 +76,19 @@ def tables(planned: Plan, results: Results) -> list[Table]:
     """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     found = []
     for k, (title, headings, rows) in enumerate(cells(planned, results)):
-        title = planned.setting.title if k == 0 else title
+        # A title may have brackets: Text is no markup.
         table = Table(
-            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
-            padding=(0, 1, 0, 0),
+            title=Text(planned.setting.title if k == 0 else title, "bold"), title_justify="left",
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
         )  # fmt: skip
         for heading in headings:
             table.add_column(heading, justify="left" if heading in ("", "rank") else "right", no_wrap=True)
         for n, row in enumerate(rows):
-            table.add_row(*row, end_section=n == 0)
+            table.add_row(*map(Text, row), end_section=n == 0)
         found.append(table)
     return found
 

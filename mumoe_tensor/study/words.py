@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mumoe_tensor.interval import interval
 from mumoe_tensor.study.charts import is_figure, words
-from mumoe_tensor.study.results import Measurement, Results, joined, total
+from mumoe_tensor.study.layers import dense
+from mumoe_tensor.study.results import Measurement, Results, joined, sizes_of, total
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import Plan
 
@@ -53,7 +54,7 @@ def notes(planned: Plan, results: Results) -> list[str]:
         f"Times are medians of {setting.rounds} turns at most, beside the dense layer in the same process.",
     ]
     found += dict.fromkeys(
-        f"{s.title}, {joined(s.experts)} experts: {s.skip}." for s in planned.subjects if s.skip
+        f"{s.title}, {joined(s.spec.experts)} experts: {s.skip}." for s in planned.subjects if s.skip
     )
     found += [f"{name}: {why}" for name, why in planned.unfitted.items()]
     found += dict.fromkeys(row.note for row in results if row.note and row.value is None)
@@ -64,7 +65,7 @@ def notes(planned: Plan, results: Results) -> list[str]:
 
 def _times(planned: Plan, results: Results, device: str) -> list[str]:
     setting = planned.setting
-    sizes, experts = joined(setting.layer.sizes), joined(setting.experts[0])
+    sizes, experts = sizes_of(setting.layer.spec), joined(setting.experts[0])
     found = []
     for quantity, name in (("forward", "forward pass"), ("step", "step")):
         rows = [
@@ -99,7 +100,7 @@ def _times(planned: Plan, results: Results, device: str) -> list[str]:
 
 def _ranks(planned: Plan, results: Results) -> list[str]:
     setting = planned.setting
-    sizes = joined(setting.layer.sizes)
+    sizes = sizes_of(setting.layer.spec)
     rows = results.of("expert rank", sizes=sizes)
     rows = [row for row in rows if row.budget and "x" not in row.experts and is_figure(row.value)]
     if not rows:
@@ -126,7 +127,7 @@ def _ranks(planned: Plan, results: Results) -> list[str]:
 def _accuracy(planned: Plan, results: Results) -> list[str]:
     if not planned.heads:
         return []
-    sizes = joined(planned.heads[0].sizes)
+    sizes = sizes_of(planned.heads[0].spec)
     runs: dict[tuple[str, str, str], list[Measurement]] = {}
     for row in filter(lambda row: is_figure(row.value), results.of("accuracy", sizes=sizes)):
         runs.setdefault((row.subject, row.experts, row.rank), []).append(row)
@@ -160,7 +161,7 @@ def _accuracy(planned: Plan, results: Results) -> list[str]:
 
 def _crossover(planned: Plan, results: Results, device: str) -> list[str]:
     setting = planned.setting
-    names = {joined((size, size)): size for size in setting.squares}
+    names = {sizes_of(dense(size, size)): size for size in setting.squares}
     rows = [
         row
         for row in results.of("forward", device=device, experts=str(setting.square_experts))

@@ -73,7 +73,8 @@ def test_the_best_format_of_each_measure(made_up: Made) -> None:
     # Of those at the budget: the dense mixture and Hadamard are not, the sparse one neither.
     assert told["4", "fastest step, cpu"] == "cp" and told["3 × 2", "fastest forward, cpu"] == "cp"
     assert told["4", "best accuracy*"] == "cp"
-    ranks = {s.name: s.figures(8)["expert rank"] for s in planned.subjects if s.budget and s.experts == (4,)}
+    at_budget = [s for s in planned.subjects if s.budget and s.spec.experts == (4,)]
+    ranks = {subject.name: subject.figures(8)["expert rank"] for subject in at_budget}
     best = [name for name, rank in ranks.items() if rank >= 0.99 * max(ranks.values())]
     assert told["4", "highest rank"] == (", ".join(best) if len(best) < 3 else f"{len(best)} alike")
     assert panel.ys[0] == "fewest FLOPs" and panel.xs[0] == "3"

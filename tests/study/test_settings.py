@@ -18,7 +18,7 @@ from mumoe_tensor.study.quality import judge
 
 def test_defaults() -> None:
     found = studies.prepare()
-    assert found.layer.sizes == (768, 3072, 768)
+    assert found.layer.spec == studies.dense(768, 768, hidden=3072)
     assert found.experts == ((256,), (64,), (1024,)) and found.formats == tuple(mt.formats())
     assert found.batch == 1024 and found.data == "digits" and found.head_hidden == 128
     quick = studies.prepare(quick=True)
@@ -29,8 +29,7 @@ def test_defaults() -> None:
 def test_published_layers() -> None:
     for name, layer in studies.LAYERS.items():
         planned = studies.plan(studies.prepare(name, formats=["cp"], data="none"))
-        budget = mt.dense_parameters(layer.in_features, layer.out_features, layer.hidden)
-        assert {subject.budget for subject in planned.subjects} == {0, budget}
+        assert {subject.budget for subject in planned.subjects} == {0, layer.spec.dense_parameters}
     assert str(studies.LAYERS["clip-head"]) == "CLIP ViT-B/32 head, 768 → 1000"
 
 
@@ -75,7 +74,7 @@ def test_heads_have_ordinary_data_without_further_options(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": studies.Layer("Own", 8, 4)}, "in_features is 8, .*x.npz has 16 features"),
+        ({"layer": studies.Layer("Own", studies.dense(8, 4))}, "in_features is 8, .*x.npz has 16 features"),
         ({"head_hidden": 0, "head_experts": 64}, "some head of experts must fit its budget; a larger one"),
         ({"batch_size": 49}, "at most the 48 rows for training; got 49"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
@@ -168,7 +167,9 @@ def test_a_budget_no_format_fits_is_refused() -> None:
         studies.plan(studies.prepare(parameters=10, formats=["cp", "tr"], data="none"))
 
 
-def test_a_layer_has_positive_sizes() -> None:
+def test_a_layer_is_dense_and_has_biases() -> None:
     with pytest.raises(ValueError, match="hidden must be positive, got 0"):
-        studies.Layer("Mine", 3, 2, hidden=0)
-    assert replace(studies.Layer("Mine", 3, 2), hidden=5).sizes == (3, 5, 2)
+        studies.dense(3, 2, hidden=0)
+    for change in ({"experts": (4,)}, {"bias": False}):
+        with pytest.raises(ValueError, match="must be dense and have biases, got LayerSpec"):
+            studies.Layer("Other", replace(studies.dense(3, 2), **change))

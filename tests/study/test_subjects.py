@@ -1,9 +1,8 @@
-"""What is compared costs what it is said to cost, and is what it is said to be."""
+"""The modules that a study compares are those of their specs, and cost what their figures say."""
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,43 +10,36 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mumoe_tensor as mt
+from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.mixtures import SparseMixture
-from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, budget_of, fitted
+from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, fitted
 
-SIZES = [(24, 20), (24, 40, 20)]
-
-
-def named(sizes: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "in_features": sizes[0],
-        "hidden": sizes[1] if len(sizes) == 3 else None,
-        "out_features": sizes[-1],
-    }
+LAYERS = [dense(24, 20), dense(24, 20, hidden=40)]
 
 
-def subjects(sizes: tuple[int, ...], experts: tuple[int, ...]) -> list[Subject]:
-    found, _ = fitted(sizes, experts, list(mt.formats()), "2x")
-    return [Subject(BASELINE, sizes), *found, Subject(SPARSE, sizes, experts)]
+def sparse(layer: mt.LayerSpec, *experts: int) -> Subject:
+    return Subject(replace(layer, experts=experts), SPARSE)
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def subjects(layer: mt.LayerSpec, experts: tuple[int, ...]) -> list[Subject]:
+    found, _ = fitted(layer, experts, list(mt.formats()), "2x")
+    return [Subject(layer, BASELINE), *found, sparse(layer, *experts)]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("experts", [(4,), (3, 2)], ids=str)
-def test_modules_have_the_parameters_that_are_told(sizes: tuple[int, ...], experts: tuple[int, ...]) -> None:
-    for subject in subjects(sizes, experts):
+def test_modules_have_the_parameters_of_their_figures(layer: mt.LayerSpec, experts: tuple[int, ...]) -> None:
+    for subject in subjects(layer, experts):
         module = subject.build()
-        told = subject.figures(8)
-        assert told["parameters"] == sum(p.numel() for p in module.parameters()), subject
-        assert module(torch.randn(8, sizes[0])).shape == (8, sizes[-1])
-    assert len({subject.key for subject in subjects(sizes, experts)}) == len(mt.formats()) + 2
+        assert subject.figures(8)["parameters"] == sum(p.numel() for p in module.parameters()), subject
+        assert module(torch.randn(8, 24)).shape == (8, 20)
+    assert len({subject.key for subject in subjects(layer, experts)}) == len(mt.formats()) + 2
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_figures_are_those_of_the_cost(sizes: tuple[int, ...]) -> None:
-    for subject in subjects(sizes, (4,))[1:-1]:
-        cost = mt.cost(
-            subject.name, experts=4, rank=subject.rank or None, bias=True, gate=True, batch=8,
-            dtype="float32", **named(sizes),
-        )  # fmt: skip
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_figures_are_those_of_the_cost(layer: mt.LayerSpec) -> None:
+    for subject in subjects(layer, (4,))[1:-1]:
+        cost = mt.cost(subject.spec, gate=True, batch=8, dtype="float32")
         assert subject.figures(8) == {
             "parameters": cost.parameters,
             "gate parameters": 4 * 24,
@@ -58,45 +50,45 @@ def test_figures_are_those_of_the_cost(sizes: tuple[int, ...]) -> None:
         }
 
 
-def kept_bytes(module: nn.Module, x: torch.Tensor) -> int:
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
+def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    sizes: dict[int, int] = {}
 
     def pack(saved: torch.Tensor) -> torch.Tensor:
-        if saved.is_floating_point() and saved.untyped_storage().data_ptr() not in own:
-            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        if saved.is_floating_point() and saved.untyped_storage().data_ptr() not in weights:
+            sizes[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         module(x).sum().backward()
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
-def test_the_dense_and_the_sparse_layer_keep_what_is_told() -> None:
+def test_the_dense_and_the_sparse_layer_save_what_their_figures_say() -> None:
     x = torch.randn(64, 240, requires_grad=True)
-    for sizes in ((240, 200), (240, 400, 200)):
-        dense = Subject(BASELINE, sizes)
-        assert kept_bytes(dense.build(), x) == 64 * dense.figures(64)["saved"]
-        sparse = Subject(SPARSE, sizes, (4,), top_k=2)
-        # Besides: the chosen coefficients, and what top k and softmax keep, small beside the rest.
-        assert kept_bytes(sparse.build(), x) == pytest.approx(64 * sparse.figures(64)["saved"], rel=0.1)
+    for layer in (dense(240, 200), dense(240, 200, hidden=400)):
+        baseline = Subject(layer, BASELINE)
+        assert saved_bytes(baseline.build(), x) == 64 * baseline.figures(64)["saved"]
+        mixture = sparse(layer, 4)
+        # Besides: the chosen coefficients, and what top k and softmax save, small beside the rest.
+        assert saved_bytes(mixture.build(), x) == pytest.approx(64 * mixture.figures(64)["saved"], rel=0.1)
 
 
 def test_flops_of_the_products() -> None:
     x = torch.randn(64, 24)
-    for sizes in SIZES:
-        for subject in (Subject(BASELINE, sizes), Subject(SPARSE, sizes, (4,), top_k=2)):
+    for layer in LAYERS:
+        for subject in (Subject(layer, BASELINE), sparse(layer, 4)):
             module = subject.build()
             with FlopCounterMode(display=False) as counter:
                 module(x)
             # The counter sees products only: not the weighting of two outputs.
-            extra = 2 * 2 * sizes[-1] if subject.name == SPARSE else 0
+            extra = 2 * 2 * 20 if subject.role == SPARSE else 0
             assert counter.get_total_flops() == 64 * (subject.figures(64)["FLOPs"] - extra)
 
 
 def test_the_sparse_mixture_is_the_sum_over_the_largest_logits() -> None:
     torch.manual_seed(0)
-    layer = SparseMixture((5, 7, 3), experts=6, k=2).double()
+    layer = SparseMixture(replace(dense(5, 3, hidden=7), experts=(6,)), k=2).double()
     x = torch.randn(4, 2, 5, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     expected = torch.zeros_like(y)
@@ -113,42 +105,37 @@ def test_the_sparse_mixture_is_the_sum_over_the_largest_logits() -> None:
     torch.testing.assert_close(y, expected)
     wanted = (x, *layer.parameters())
     gradients = [torch.autograd.grad(out.sin().sum(), wanted) for out in (y, expected)]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for gradient, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, reference)
 
 
 def test_ranks_come_nearest_to_the_budget() -> None:
     for text, budget in (("match", 25 * 40 + 41 * 20), ("2x", 2 * (25 * 40 + 41 * 20)), ("3,000", 3000)):
-        found, unfitted = fitted((24, 40, 20), (4,), list(mt.formats()), text)
-        assert not unfitted and budget_of(text, (24, 40, 20)) == budget
+        found, unfitted = fitted(dense(24, 20, hidden=40), (4,), list(mt.formats()), text)
+        assert not unfitted
         for subject in found:
-            layer = {"experts": 4, "bias": True, "gate": True, **named(subject.sizes)}
             if not subject.budget:
-                assert not mt.formats()[subject.name].bonds(1)
+                assert not subject.spec.format.bonds(1)
                 continue
             assert subject.budget == budget
-            sides = [
-                mt.cost(subject.name, rank=rank, **layer).parameters
-                for rank in (
-                    mt.fit_rank(subject.name, parameters=budget, rounding=r, **layer) for r in ("down", "up")
-                )
-            ]
-            mine = subject.figures(1)["parameters"]
-            assert mine in sides and abs(mine - budget) == min(abs(side - budget) for side in sides)
-
-
-def test_what_has_no_room_is_told() -> None:
-    found, unfitted = fitted((24, 20), (64,), list(mt.formats()))
-    assert {subject.name for subject in found} == {n for n, f in mt.formats().items() if not f.bonds(1)}
-    assert "the gate alone has 1,536" in unfitted["cp"]
+            unsolved = replace(subject.spec, rank=None)
+            sides = [unsolved.fitted(budget, rounding=rounding).parameters for rounding in ("down", "up")]
+            parameters = subject.figures(1)["parameters"]
+            assert parameters in sides
+            assert abs(parameters - budget) == min(abs(side - budget) for side in sides)
 
 
 @pytest.mark.parametrize("text", ["some", "0", "-5", "0x", "1e400x", "nanx", "x", ""])
 def test_a_budget_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="parameters must be match, a positive number, or a multiple"):
-        budget_of(text, (3, 2))
+        fitted(dense(3, 2), (4,), ["cp"], text)
+
+
+def test_formats_without_room_in_the_budget_have_a_reason() -> None:
+    found, unfitted = fitted(dense(24, 20), (64,), list(mt.formats()))
+    assert {subject.name for subject in found} == {n for n, f in mt.formats().items() if not f.bonds(1)}
+    assert "the gate alone has 1,536" in unfitted["cp"]
 
 
 def test_sizes_of_levels_multiply_for_the_sparse_mixture() -> None:
-    subject = Subject(SPARSE, (4, 3), (3, 2))
-    assert subject.build().gate.num_experts == (prod((3, 2)),)
+    assert sparse(dense(4, 3), 3, 2).build().gate.num_experts == (6,)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import pytest
 import torch
 from samples import SMALL
 
+from mumoe_tensor import LayerSpec
 from mumoe_tensor import study as studies
+from mumoe_tensor.formats import get_format, registry
 from mumoe_tensor.study import memory, quality
 from mumoe_tensor.study import sweep as sweeps
+from mumoe_tensor.study.layers import dense, features
 from mumoe_tensor.study.results import joined
 from mumoe_tensor.study.subjects import BASELINE, SPARSE, UNITS, Subject
 
@@ -29,14 +33,15 @@ Study = tuple[studies.Plan, studies.Results, Path]
 def test_every_subject_has_every_figure(study: Study) -> None:
     planned, results, _ = study
     for subject in planned.subjects:
-        known = {"sizes": "24x40x20", "subject": subject.name, "experts": joined(subject.experts)}
+        known = {"sizes": "24x40x20", "subject": subject.name, "experts": joined(subject.spec.experts)}
+        rank = joined(subject.spec.full_rank)
         for quantity, value in subject.figures(8).items():
-            assert [row.value for row in results.of(quantity, rank=joined(subject.rank), **known)] == [value]
+            assert [row.value for row in results.of(quantity, rank=rank, **known)] == [value]
         for quantity in ("forward", "step"):
             (row,) = results.of(quantity, device="cpu", batch=8, **known)
             assert row.value and row.low <= row.value <= row.high and row.repetitions == 3
             assert row.ratio_low <= row.ratio <= row.ratio_high
-        is_main = subject.experts in ((), (4,))
+        is_main = subject.spec.experts in ((), (4,))
         assert [row.value for row in results.of("step peak", **known)] == [2008] * is_main
         batches = {row.batch for row in results.of("forward", **known)}
         assert batches == ({1, 4, 8} if is_main else {8})
@@ -47,9 +52,9 @@ def test_every_subject_has_every_figure(study: Study) -> None:
 
 def test_heads_are_judged(study: Study) -> None:
     planned, results, _ = study
-    assert {head.sizes for head in planned.heads} == {(64, 32, 10)}
+    assert {features(head.spec) for head in planned.heads} == {(64, 32, 10)}
     for head in planned.heads:
-        known = {"sizes": "64x32x10", "subject": head.name, "experts": joined(head.experts)}
+        known = {"sizes": "64x32x10", "subject": head.name, "experts": joined(head.spec.experts)}
         accuracies = results.of("accuracy", **known)
         assert [row.seed for row in accuracies] == [3, 4] and all(0 <= row.value <= 1 for row in accuracies)
         assert accuracies[0].value != accuracies[1].value or head.name != BASELINE
@@ -90,11 +95,11 @@ def test_ratios_are_over_the_dense_layer(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(sweeps, "compare", compare)
     setting = studies.prepare(**SMALL)
-    subject = Subject("cp", (5, 4), (3,), (2,), 40)
+    subject = Subject(LayerSpec("cp", experts=3, in_features=5, out_features=4, rank=2, bias=True), budget=40)
     forward, step = sweeps._timing(setting, subject, "cpu", 4, ("forward", "step")).run()
     assert forward.quantity == "forward" and step.quantity == "step"
     assert (forward.value, forward.ratio) == (5.0, 2.0) and seen[0] == ["dense", "this", "dense"]
-    (alone,) = sweeps._timing(setting, Subject(BASELINE, (5, 4)), "cpu", 4, ("forward",)).run()
+    (alone,) = sweeps._timing(setting, Subject(dense(5, 4), BASELINE), "cpu", 4, ("forward",)).run()
     assert alone.ratio == 1.0 and seen[-1] == ["this", "this"]
 
 
@@ -145,8 +150,8 @@ from pathlib import Path
 from mumoe_tensor import study
 from mumoe_tensor.study import sweep
 sweep.peaks = lambda *_: (1, 2)
-study.run(study.Layer("Tiny", 24, 20), experts=[4], formats=["cp", "tr"], parameters="2x", data="none",
-          batch=4, seconds=0.01, quick=True, out=sys.argv[1])
+study.run(study.Layer("Tiny", study.dense(24, 20)), experts=[4], formats=["cp", "tr"], parameters="2x",
+          data="none", batch=4, seconds=0.01, quick=True, out=sys.argv[1])
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -192,7 +197,7 @@ def test_rows_come_back_as_they_were(study: Study) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
 def test_peaks_grow_with_what_is_held() -> None:
     # Parameters of 16 MiB: the forward holds them, the step their gradients too.
-    forward, step = memory.peaks(Subject(BASELINE, (2048, 2048)), 4, "cpu")
+    forward, step = memory.peaks(Subject(dense(2048, 2048), BASELINE), 4, "cpu")
     assert 15 * 2**20 < forward < 24 * 2**20
     assert 31 * 2**20 < step < 44 * 2**20
 
@@ -213,15 +218,19 @@ def test_on_a_device_memory_is_what_is_allocated_once_its_work_is_done(
 
 
 def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = Subject("nope", (3, 2), (2,), ())
-    with pytest.raises(OSError, match="unknown format 'nope'"):
-        memory.peaks(subject, 4, "cpu")
+    with monkeypatch.context() as patch:
+        # The other process does not have this format.
+        patch.setattr(type(get_format("cp")), "name", "here")
+        patch.setitem(registry._registry, "here", get_format("cp"))
+        subject = Subject(LayerSpec("here", experts=2, in_features=3, out_features=2, rank=2, bias=True))
+        with pytest.raises(OSError, match="unknown format 'here'"):
+            memory.peaks(subject, 4, "cpu")
 
     def fails(*_: object) -> None:
         raise OSError("no memory")
 
     monkeypatch.setattr(sweeps, "peaks", fails)
-    rows = sweeps._peak(studies.prepare(**SMALL), Subject(BASELINE, (3, 2)), "cpu").run()
+    rows = sweeps._peak(studies.prepare(**SMALL), Subject(dense(3, 2), BASELINE), "cpu").run()
     assert [(row.value, row.note) for row in rows] == [(None, "no memory")] * 2
 
 
@@ -239,11 +248,12 @@ def test_linear_heads_on_data_of_a_file(tmp_path: Path) -> None:
     }
     setting = studies.prepare(**options)
     heads, _ = quality.heads(setting)
-    assert {head.sizes for head in heads} == {(16, 3)} and {head.budget for head in heads} == {0, 3 * 17 * 3}
+    assert {features(head.spec) for head in heads} == {(16, 3)}
+    assert {head.budget for head in heads} == {0, 3 * 17 * 3}
     training, validation = quality.data_of(setting.data)
     assert len(training) == 720 and len(validation) == 180
     assert float(training.x.square().mean()) == pytest.approx(1, abs=1e-4)
-    (cp,) = [head for head in heads if head.name == "cp" and head.experts == (3,)]
+    (cp,) = [head for head in heads if head.name == "cp" and head.spec.experts == (3,)]
     assert quality.judge(setting, cp, 0)["accuracy"] > 0.6
 
 
@@ -255,7 +265,7 @@ def test_heads_have_the_classes_of_both_parts(tmp_path: Path, monkeypatch: pytes
     training, validation = quality.data_of(setting.data)
     validation = quality.Dataset(validation.x, torch.arange(len(validation)) % 3)
     monkeypatch.setattr(quality, "data_of", lambda data: (training, validation))
-    assert {head.sizes[-1] for head in quality.heads(setting)[0]} == {3}
+    assert {head.spec.out_features for head in quality.heads(setting)[0]} == {3}
 
 
 def test_training_learns_and_the_seed_decides() -> None:
@@ -306,12 +316,12 @@ def test_progress_counts_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_is_too_large_is_told_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
     options = SMALL | {"experts": [4], "data": "none", "formats": ["cp", "dense"], "squares": (16,)}
-    parameters = Subject("dense", (24, 40, 20), (4,)).figures(2)["parameters"]
+    parameters = Subject(replace(dense(24, 20, hidden=40), experts=(4,))).figures(2)["parameters"]
     needed = 2 * 4 * parameters / 2**30
     for memory_limit, is_skipped in ((needed, False), (0.999 * needed, True)):
         planned = studies.plan(studies.prepare(**options, memory=memory_limit))
-        (dense,) = [subject for subject in planned.subjects if subject.name == "dense"]
-        assert bool(dense.skip) is is_skipped
+        (mixture,) = [subject for subject in planned.subjects if subject.name == "dense"]
+        assert bool(mixture.skip) is is_skipped
     results = studies.Results()
     studies.measure(planned, results)
     assert results.of("parameters", subject="dense", sizes="24x40x20")[0].value == parameters

@@ -162,7 +162,7 @@ def record_runs() -> None:
     words: Any = dict(vocabulary=40, context=8, width=8, depth=1, heads=2, hidden=16)
     gpt2 = GPT2Config(**words, format="tr", experts=(2,), rank=(2, 2, 2))
     run(GPT2Run(TokenData("training.bin", "validation.bin"), gpt2, train), Path("gpt2"))
-    layer = study.Layer("Layer", 8, 6)
+    layer = study.Layer("Layer", study.dense(8, 6))
     study.run(
         layer,
         out="study",

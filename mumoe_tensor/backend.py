@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
+
+from mumoe_tensor.compiling import constant_under_compile
 
 Array = Any
 
@@ -22,13 +24,6 @@ _FLOATING = {"float16", "bfloat16", "float32", "float64", "float96", "float128"}
 _names: dict[type, str | None] = {}
 _loaded: dict[str, Any] = {}
 _loading = RLock()
-
-
-def constant_under_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have `torch.compile` call a function while it compiles and keep the result, not trace its code."""
-    # What torch.compiler.assume_constant_result sets; set here because torch must not be imported for it.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant_under_compile

@@ -12,12 +12,12 @@ from mumoe_tensor.backend import (
     Array,
     backend_of,
     check_floating,
-    constant_under_compile,
     is_traced,
     select,
     without_last,
 )
 from mumoe_tensor.checks import check_flag
+from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.contraction.execute import execute, fold
 from mumoe_tensor.contraction.layout import Compiler, Program
 from mumoe_tensor.contraction.network import Network, forward_network, weight_network
@@ -152,7 +152,7 @@ def to_dense(weight: Any) -> Array:
         I counts the bias row, if the weight has one.
     """
     weight = as_factorized(weight)
-    network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
+    network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
     return execute(_whole(network), weight.arrays, backend_of(*weight.arrays))
 
 
@@ -184,7 +184,7 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
     weight = as_factorized(weight)
     check_flag(bias, "bias")
     entries = read_index(index, weight.experts)
-    network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
+    network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
     of_mode = dict(zip(network.output, entries, strict=False))
     arrays = list(weight.arrays)
     for k, operand in enumerate(network.operands):
@@ -204,7 +204,7 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
 
 def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:
     """The matrix of shape (I, O) that an input meets at these coefficients, one vector a level."""
-    network = weight_network(weight.format, weight.shape, weight.rank, weight.ones)
+    network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
     vectors = tuple((mode,) for mode in network.output[:-2])
     mixed = Network(
         operands=network.operands + vectors,
@@ -248,7 +248,7 @@ def _key(
 ) -> tuple[Format, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
     # index() makes a constant of a size that torch.compile would leave symbolic.
     modes, rank = (tuple(index(size) for size in sizes) for sizes in (weight.shape, weight.rank))
-    return weight.format, modes, rank, weight.ones, bias
+    return weight.format, modes, rank, weight.missing, bias
 
 
 def _check_plan(plan: ContractionPlan, weight: FactorizedTensor, bias: bool) -> Program:
@@ -276,9 +276,9 @@ def _check_inputs(
             f"{type(coefficients).__name__}."
         )
     check_flag(bias, "bias")
-    if len(coefficients) != weight.levels:
+    if len(coefficients) != weight.num_levels:
         raise ValueError(
-            f"there must be one array of coefficients a level; the weight has {weight.levels} level(s), "
+            f"there must be one array of coefficients a level; the weight has {weight.num_levels} level(s), "
             f"got {len(coefficients)} array(s)."
         )
     named = {f"coefficients[{e}]": a for e, a in enumerate(coefficients)}

@@ -154,7 +154,7 @@ class LayerSpec:
     @property
     def weight_parameters(self) -> int:
         """Entries of all factors, those of the bias rows included; optional factors are left out."""
-        optional = self.format.units(self.num_levels)
+        optional = self.format.optional(self.num_levels)
         return sum(
             prod(shape)
             for layer in self.layers
@@ -420,7 +420,7 @@ def dense_parameters(
 def _smallest_cut(format: Format, mode_sizes: tuple[int, ...], rank: Rank) -> int:
     """Smallest product of the sizes of the indices between an input and an output side of the factors."""
     num_levels = len(mode_sizes) - 2
-    index_sizes, experts = format.sizes(mode_sizes, rank), mode_names(num_levels)[:-2]
+    index_sizes, experts = format.index_sizes(mode_sizes, rank), mode_names(num_levels)[:-2]
     sliced = {frozenset(f.indices).difference(experts) for f in format.declaration(num_levels)}
     # A factor with the indices of another, or some of them, adds nothing to the cut on that one's side.
     factors = [f for f in sliced if not any(f < other for other in sliced)]

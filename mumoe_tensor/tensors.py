@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Unpack
 
@@ -21,22 +21,22 @@ from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 
 class FactorizedTensor:
-    """A weight tensor of shape (experts..., input, output), held by its factors.
+    """A weight tensor of shape (experts..., input, output), as the factors of a format.
 
     Parameters
     ----------
     format : str or Format
-        A registered name, or a format of one's own.
+        A registered name, or a format that need not be registered.
     factors : sequence of array or None
-        In the order the format declares them, axes in the declared order. A factor that is all ones may
-        be None; one declared as a unit (the weights of CP) may also be left out.
+        In the order of the declaration, their axes too. None stands for a factor of all ones; an optional
+        factor (the weights of CP) may also be left out.
 
     Attributes
     ----------
     format : Format
     factors : tuple of array or None
-        None stands for a factor of all ones, such as the weights of CP; `arrays` are those that are held.
-    levels : int
+        All declared factors, None for those that are missing; `arrays` are the others.
+    num_levels : int
         Number of levels of experts.
 
     Raises
@@ -54,16 +54,16 @@ class FactorizedTensor:
     FactorizedTensor('hadamard', shape=(4, 3, 5), rank=(), float64, numpy)
     """
 
-    __slots__ = ("factors", "format", "levels", "rank", "shape")
+    __slots__ = ("factors", "format", "num_levels", "rank", "shape")
 
     def __init__(self, format: str | Format, factors: Sequence[Array | None]):
         self.format = get_format(format)
         if not isinstance(factors, (list, tuple)):
             raise TypeError(f"factors must be a list or a tuple of arrays, got {type(factors).__name__}.")
-        self.levels, self.factors = _match(self.format, factors)
-        sizes = _sizes(self.format, self.levels, self.factors)
-        self.shape = tuple(sizes[m] for m in mode_names(self.levels))
-        self.rank = tuple(sizes[b] for b in self.format.bonds(self.levels))
+        self.num_levels, self.factors = _match(self.format, factors)
+        index_sizes = _index_sizes(self.format, self.num_levels, self.factors)
+        self.shape = tuple(index_sizes[m] for m in mode_names(self.num_levels))
+        self.rank = tuple(index_sizes[b] for b in self.format.bonds(self.num_levels))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -87,22 +87,18 @@ class FactorizedTensor:
         return self.shape[:-2]
 
     @property
-    def ones(self) -> tuple[int, ...]:
-        """Positions of the factors that are all ones and not held."""
+    def missing(self) -> tuple[int, ...]:
+        """Positions of the factors that are None, which stand for ones."""
         return tuple(k for k, factor in enumerate(self.factors) if factor is None)
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """The factors that are held."""
+        """The factors that are not missing."""
         return tuple(factor for factor in self.factors if factor is not None)
 
     @classmethod
     def from_tensorly(cls, container: Any) -> FactorizedTensor:
-        """Take over a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, by attribute.
-
-        Parameters
-        ----------
-        container : CPTensor, TuckerTensor, TRTensor or TTTensor
+        """The weight of a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, its arrays shared.
 
         Raises
         ------
@@ -113,8 +109,8 @@ class FactorizedTensor:
         for format in formats().values():
             if format.container in names:
                 factors = list(format.from_container(container))
-                levels, _ = _match(format, factors)
-                for k in format.units(levels):
+                num_levels, _ = _match(format, factors)
+                for k in format.optional(num_levels):
                     # TensorLy makes weights of one in its default dtype, whatever the factors have.
                     if factors[k] is not None:
                         factors[k] = cast(factors[k], dtype_name(factors[-1]))
@@ -125,7 +121,7 @@ class FactorizedTensor:
         )
 
     def to_tensorly(self) -> Any:
-        """Give the weight back as TensorLy's container of its format, a dense one as its array.
+        """TensorLy's container of the weight; of a dense one its array.
 
         Hadamard becomes a `CPTensor` whose output factor is the identity.
 
@@ -166,7 +162,7 @@ class FactorizedTensor:
         import numpy as np
 
         spec = as_spec(format, **sizes)
-        index_sizes = spec.format.sizes(spec.mode_sizes, spec.full_rank)
+        index_sizes = spec.format.index_sizes(spec.mode_sizes, spec.full_rank)
         like = np.empty(0) if like is None else like
         tl = check_floating({"like": like})
         context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
@@ -174,20 +170,20 @@ class FactorizedTensor:
         declared = spec.format.declaration(spec.num_levels)
         # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
         terms = prod(index_sizes[b] for b in spec.format.bonds(spec.num_levels))
-        scale = (1 / (spec.in_features * terms)) ** (0.5 / sum(not f.unit for f in declared))
+        scale = (1 / (spec.in_features * terms)) ** (0.5 / sum(not f.optional for f in declared))
         factors: list[Array | None] = []
         for f in declared:
-            if f.unit:
+            if f.optional:
                 factors.append(None)
                 continue
-            values = scale * generator.standard_normal([index_sizes[x] for x in f.storage])
+            values = scale * generator.standard_normal([index_sizes[x] for x in f.memory_order])
             factors.append(
-                tl.transpose(tl.tensor(values, **context), [f.storage.index(x) for x in f.indices])
+                tl.transpose(tl.tensor(values, **context), [f.memory_order.index(x) for x in f.indices])
             )
         return cls(spec.format, factors)
 
     def __repr__(self) -> str:
-        if not hasattr(self, "shape"):  # a tree of JAX's: arrays to map over, abstract values, anything
+        if not hasattr(self, "shape"):  # a tree of JAX, whose leaves may be anything
             factors = ", ".join(map(_described, self.factors))
             return f"FactorizedTensor({self.format.name!r}, factors=({factors}))"
         kind = f"{dtype_name(self.arrays[0])}, {backend_of(*self.arrays).backend_name}"
@@ -199,7 +195,7 @@ def _described(factor: Any) -> str:
 
 
 def as_factorized(weight: Any) -> FactorizedTensor:
-    """Whatever may stand for a weight, as a `FactorizedTensor`; a dense array becomes format ``dense``."""
+    """A weight in any form as a `FactorizedTensor`; a dense array becomes format ``dense``."""
     if isinstance(weight, FactorizedTensor):
         return weight
     if is_array(weight):
@@ -208,55 +204,61 @@ def as_factorized(weight: Any) -> FactorizedTensor:
 
 
 def _match(format: Format, factors: Sequence[Any]) -> tuple[int, tuple[Any, ...]]:
-    """Find the number of levels whose declaration these factors fit."""
+    """The number of levels whose declaration the factors fit, and all of them, None for missing ones."""
     if arrays := [factor for factor in factors if factor is not None]:
         backend_of(*arrays)
-    for levels in range(MOST_LEVELS + 1):
-        declared = format.declaration(levels)
+    for num_levels in range(MOST_LEVELS + 1):
+        declared = format.declaration(num_levels)
         filled = list(factors)
-        if len(filled) == len(declared) - len(format.units(levels)):
-            for k in format.units(levels):
-                filled.insert(k, None)
+        if len(filled) == sum(not f.optional for f in declared):
+            for k, f in enumerate(declared):
+                if f.optional:
+                    filled.insert(k, None)
         if len(filled) == len(declared) and all(
             factor is None or len(factor.shape) == len(f.indices)
             for factor, f in zip(filled, declared, strict=True)
         ):
-            return levels, tuple(filled)
-    told = " | ".join(" ".join(f.indices) for f in format.declaration(1))
+            return num_levels, tuple(filled)
+    expected = " | ".join(" ".join(f.indices) for f in format.declaration(1))
     shapes = ", ".join("None" if factor is None else str(tuple(factor.shape)) for factor in factors)
     raise ValueError(
-        f"the factors of format {format.name!r} are {told} (for one level of experts), got arrays of "
+        f"the factors of format {format.name!r} are {expected} (for one level of experts), got arrays of "
         f"shapes {shapes or 'none'}."
     )
 
 
-def _sizes(format: Format, levels: int, factors: Sequence[Array | None]) -> dict[str, int]:
+def _index_sizes(format: Format, num_levels: int, factors: Sequence[Array | None]) -> dict[str, int]:
     """Size of every index, checked to be the same wherever it occurs."""
-    declared = format.declaration(levels)
-    arrays = {f"factor[{k}]": factor for k, factor in enumerate(factors) if factor is not None}
+    arrays = {k: factor for k, factor in enumerate(factors) if factor is not None}
     if arrays:
-        check_floating(arrays)
+        check_floating({f"factor[{k}]": factor for k, factor in arrays.items()})
+    indices = [f.indices for f in format.declaration(num_levels)]
     sizes: dict[str, int] = {}
-    found: dict[str, int] = {}
-    for k, (factor, f) in enumerate(zip(factors, declared, strict=True)):
-        if factor is None:
-            continue
-        for index, size in zip(f.indices, factor.shape, strict=True):
+    first: dict[str, int] = {}
+    for k, factor in arrays.items():
+        for index, size in zip(indices[k], factor.shape, strict=True):
             if size == 0:
                 raise ValueError(f"every size must be positive, factor[{k}] has shape {tuple(factor.shape)}.")
             if sizes.setdefault(index, size) != size:
                 raise ValueError(
                     f"factors that share an index must agree in its size; {index!r} has size "
-                    f"{sizes[index]} in factor[{found[index]}] and {size} in factor[{k}]."
+                    f"{sizes[index]} in factor[{first[index]}] and {size} in factor[{k}]."
                 )
-            found.setdefault(index, k)
-    ends = [x for factor, f in zip(factors, declared, strict=True) if factor is not None for x in f.indices]
-    modes = mode_names(levels)
-    for k in (k for k, factor in enumerate(factors) if factor is None):
-        missing = [x for x in declared[k].indices if ends.count(x) < (1 if x in modes else 2)]
-        if missing:
-            raise ValueError(
-                "a factor may be None only where others have its modes, and its bonds still join two of "
-                f"them; factor[{k}] of format {format.name!r} has {missing[0]!r}."
-            )
+            first.setdefault(index, k)
+    if len(arrays) < len(factors):
+        _check_missing(format, indices, arrays, mode_names(num_levels))
     return sizes
+
+
+def _check_missing(
+    format: Format, indices: Sequence[tuple[str, ...]], arrays: Mapping[int, Array], modes: tuple[str, ...]
+) -> None:
+    """Refuse factors whose modes and bonds need the missing ones."""
+    ends = [x for k in arrays for x in indices[k]]
+    for k in sorted(set(range(len(indices))) - set(arrays)):
+        for x in indices[k]:
+            if ends.count(x) < (1 if x in modes else 2):
+                raise ValueError(
+                    "a factor may be None only where others have its modes, and its bonds still join two of "
+                    f"them; factor[{k}] of format {format.name!r} has {x!r}."
+                )

@@ -38,8 +38,8 @@ class Fault:
 
 FAULTS = [
     Fault("TR: transposed bond in the output core", f"{FORMATS}/tensor_ring.py",
-          'last = Factor(f"{a} {o} {b}", storage=f"{b} {a} {o}")',
-          'last = Factor(f"{b} {o} {a}", storage=f"{b} {a} {o}")', "properties::test_property"),
+          'last = Factor(f"{a} {o} {b}", memory_order=f"{b} {a} {o}")',
+          'last = Factor(f"{b} {o} {a}", memory_order=f"{b} {a} {o}")', "properties::test_property"),
     Fault("TT: two inner bonds swapped", f"{FORMATS}/tensor_train.py",
           "Factor(f\"{a} {m} {b}\"", "Factor(f\"{b} {m} {a}\"", "properties::test_property"),
     Fault("Hadamard: to_tensorly gives ones for the identity", f"{FORMATS}/hadamard.py",

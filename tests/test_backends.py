@@ -310,7 +310,7 @@ def test_jax_transforms_over_weights_and_inputs(format: str, jax_x64: None) -> N
     gradient, of_z, of_a = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(weight, z, coefficients)
     assert isinstance(gradient, mt.FactorizedTensor)
     assert (gradient.format, gradient.shape, gradient.rank) == (weight.format, weight.shape, weight.rank)
-    assert gradient.ones == weight.ones
+    assert gradient.missing == weight.missing
 
     # The slope along a direction is that of finite differences.
     step = 1e-6
@@ -350,7 +350,7 @@ def test_jax_tree_of_a_weight() -> None:
     assert len(leaves) == 4  # the weights of one are no leaf
     again = jax.tree.unflatten(tree, leaves)
     assert isinstance(again, mt.FactorizedTensor)
-    assert (again.format, again.shape, again.ones) == (weight.format, weight.shape, (0,))
+    assert (again.format, again.shape, again.missing) == (weight.format, weight.shape, (0,))
     assert jax.tree.structure(weight) == jax.tree.structure(again)
     placeholders = jax.tree.unflatten(tree, [None, "x", 3, object()])  # JAX builds such trees itself
     assert isinstance(placeholders, mt.FactorizedTensor)

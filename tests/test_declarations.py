@@ -47,8 +47,8 @@ REFUSED: dict[str, tuple[Callable[[tuple[str, ...]], Any], int, str]] = {
         "every mode must be in a factor; Declared leaves out 'n1'",
     ),
     "no third level": (lambda m: dense((*m[:-2][:2], "i", "o")), 3, "Declared leaves out 'n3'"),
-    "a mode in a unit alone": (
-        lambda m: [mt.Factor("i o"), *(mt.Factor(x, unit=True) for x in m[:-2])],
+    "a mode in an optional factor alone": (
+        lambda m: [mt.Factor("i o"), *(mt.Factor(x, optional=True) for x in m[:-2])],
         1,
         "leaves out 'n1'",
     ),
@@ -58,8 +58,8 @@ REFUSED: dict[str, tuple[Callable[[tuple[str, ...]], Any], int, str]] = {
         0,
         "a bond must join two factors or more; Declared has 'r' once",
     ),
-    "a bond of one factor and a unit": (
-        lambda m: [mt.Factor("r", unit=True), *dense(m, " r")],
+    "a bond of one factor and an optional one": (
+        lambda m: [mt.Factor("r", optional=True), *dense(m, " r")],
         0,
         "has 'r' once",
     ),
@@ -91,17 +91,21 @@ REFUSED: dict[str, tuple[Callable[[tuple[str, ...]], Any], int, str]] = {
         0,
         "TypeError: a factor's indices must be names in one string",
     ),  # type: ignore[arg-type]
-    "a list as storage": (
-        lambda m: dense(m, storage=[*m]),
+    "a list as memory order": (
+        lambda m: dense(m, memory_order=[*m]),
         0,
         "TypeError: a factor's indices must be names in one string",
     ),
-    "an empty storage": (
-        lambda m: dense(m, storage=""),
+    "an empty memory order": (
+        lambda m: dense(m, memory_order=""),
         0,
-        "storage must reorder the factor's indices 'i o', got ''",
+        "memory_order must reorder the factor's indices 'i o', got ''",
     ),
-    "a unit that is no bool": (lambda m: dense(m, unit=1), 0, "TypeError: unit must be True or False, got 1"),
+    "an optional that is no bool": (
+        lambda m: dense(m, optional=1),
+        0,
+        "TypeError: optional must be True or False, got 1",
+    ),
     "an error": (
         lambda m: dense(m) if len(m) < 4 else m[9],
         2,

@@ -290,7 +290,7 @@ def test_table_has_every_format() -> None:
 @pytest.mark.parametrize("name", TABLE)
 def test_table_names_factors_and_rank(name: str) -> None:
     format = mt.get_format(name)
-    factors = [" ".join(f.indices) for f in format.declaration(1) if not f.unit]
+    factors = [" ".join(f.indices) for f in format.declaration(1) if not f.optional]
     assert TABLE[name]["factors"] == ", ".join(factors)
     assert TABLE[name]["rank"] == f"({', '.join(format.bonds(1))})"
 
@@ -304,7 +304,7 @@ def test_table_formulas(name: str, data: st.DataObject) -> None:
     n, i, o = (data.draw(size, label=mode) for mode in ("n1", "i", "o"))
     rank = tuple(data.draw(size, label=bond) for bond in format.bonds(1))
     bias = data.draw(st.booleans(), label="bias")
-    sizes = format.sizes((n, i, o), rank)
+    sizes = format.index_sizes((n, i, o), rank)
     cost = mt.cost(name, experts=n, in_features=i, out_features=o, rank=rank, bias=bias, minimize="flops")
     row = TABLE[name]
     assert evaluated(row["parameters"], {**sizes, "i": i + bias}) == cost.parameters

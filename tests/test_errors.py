@@ -42,7 +42,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "unknown format": (lambda: mt.get_format("cpd"), ValueError, ("'cpd'", "'cp', 'dense'", "'tucker'")),
     "format of a wrong type": (lambda: mt.get_format(3), TypeError, ("name or a Format", "3")),
     "factor with an index twice": (lambda: mt.Factor("r r"), ValueError, ("must differ", "'r r'")),
-    "storage of other indices": (lambda: mt.Factor("r i", "r o"), ValueError, ("reorder", "'r o'")),
+    "memory order of other indices": (lambda: mt.Factor("r i", "r o"), ValueError, ("reorder", "'r o'")),
     "format without a mode": (lambda: mt.register(declared("a", "i o")), ValueError, ("every mode", "'n1'")),
     "bond with one end": (
         lambda: mt.register(declared("b", bond=" r")), ValueError, ("two factors", "'r'")),

@@ -75,11 +75,11 @@ def test_declaration(format: str, levels: int) -> None:
     declared = mt.get_format(format).declaration(levels)
     assert " | ".join(" ".join(f.indices) for f in declared) == factors
     assert mt.get_format(format).bonds(levels) == tuple(bonds.split())
-    assert [k for k, f in enumerate(declared) if f.unit] == ([0] if format == "cp" else [])
+    assert [k for k, f in enumerate(declared) if f.optional] == ([0] if format == "cp" else [])
 
 
 @pytest.mark.parametrize(
-    ("format", "storage"),
+    ("format", "order"),
     [
         ("tr", "n1 b1 b2 | i b2 b3 | b1 b3 o"),
         ("tt", "n1 b2 | i b2 b3 | b3 o"),
@@ -89,16 +89,16 @@ def test_declaration(format: str, levels: int) -> None:
         ("dense", "n1 i o"),
     ],
 )
-def test_storage_order(format: str, storage: str) -> None:
+def test_memory_order(format: str, order: str) -> None:
     declared = mt.get_format(format).declaration(1)
-    assert " | ".join(" ".join(f.storage) for f in declared) == storage
+    assert " | ".join(" ".join(f.memory_order) for f in declared) == order
 
 
 @given(formats(), levels(), st.data())
 def test_shapes_follow_modes_and_rank(format: mt.Format, levels: int, data: st.DataObject) -> None:
     modes = data.draw(st.tuples(*[sizes(9)] * (levels + 2)))
     rank = data.draw(ranks(format, levels, 9))
-    size = format.sizes(modes, rank)
+    size = format.index_sizes(modes, rank)
     assert tuple(size.values()) == (*modes, *rank)
     assert format.shapes(modes, rank) == [
         tuple(size[x] for x in f.indices) for f in format.declaration(levels)
@@ -121,15 +121,15 @@ def test_random_has_the_sizes_asked_for(data: st.DataObject, levels: int, bias: 
     weight = mt.FactorizedTensor.random(format, **options)
     assert weight.shape == (*experts, i + bias, o)
     assert weight.experts == tuple(experts)
-    assert (weight.rank, weight.levels, weight.format) == (rank, levels, format)
-    assert weight.ones == format.units(levels)
+    assert (weight.rank, weight.num_levels, weight.format) == (rank, levels, format)
+    assert weight.missing == format.optional(levels)
     assert all(np.isfinite(f).all() for f in weight.arrays)
     again = mt.FactorizedTensor.random(format, **options)
     for mine, same in zip(weight.arrays, again.arrays, strict=True):
         np.testing.assert_array_equal(mine, same)
-    declared = (f for f in format.declaration(levels) if not f.unit)
+    declared = (f for f in format.declaration(levels) if not f.optional)
     for factor, f in zip(weight.arrays, declared, strict=True):
-        assert np.transpose(factor, [f.indices.index(x) for x in f.storage]).flags.c_contiguous
+        assert np.transpose(factor, [f.indices.index(x) for x in f.memory_order]).flags.c_contiguous
 
 
 @pytest.mark.parametrize("format", DECLARED)
@@ -175,7 +175,7 @@ def test_repr(text: str) -> None:
 
 
 class Split(mt.Format):
-    """Expert factors and a shared matrix joined by two bonds; storage other than the order of axes."""
+    """Expert factors and a shared matrix joined by two bonds; a memory order other than that of the axes."""
 
     name = "split"
     title = "Split"
@@ -183,10 +183,10 @@ class Split(mt.Format):
     def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
         *experts, i, o = modes
         return [
-            mt.Factor("p q", unit=True),
-            *(mt.Factor(f"{m} p", storage=f"p {m}") for m in experts),
+            mt.Factor("p q", optional=True),
+            *(mt.Factor(f"{m} p", memory_order=f"p {m}") for m in experts),
             mt.Factor(f"{i} q p"),
-            mt.Factor(f"q p {o}", storage=f"p q {o}"),
+            mt.Factor(f"q p {o}", memory_order=f"p q {o}"),
         ]
 
 
@@ -216,7 +216,7 @@ def test_register_makes_a_format_known_by_its_name(registry: None) -> None:
 
 
 def test_factors_are_values() -> None:
-    assert len({mt.Factor("a b"), mt.Factor("a b"), mt.Factor("a b", storage="b a")}) == 2
+    assert len({mt.Factor("a b"), mt.Factor("a b"), mt.Factor("a b", memory_order="b a")}) == 2
 
 
 # ---- None for ones -----------------------------------------------------------------------------------
@@ -227,8 +227,8 @@ def test_weights_of_cp_may_be_left_out_or_none_or_given() -> None:
     left_out = mt.FactorizedTensor("cp", factors)
     none = mt.FactorizedTensor("cp", [None, *factors])
     ones = mt.FactorizedTensor("cp", [np.ones(3), *factors])
-    assert left_out.ones == none.ones == (0,)
-    assert ones.ones == ()
+    assert left_out.missing == none.missing == (0,)
+    assert ones.missing == ()
     assert len(left_out.factors) == len(ones.factors) == 4
     np.testing.assert_array_equal(mt.to_dense(left_out), mt.to_dense(none))
     np.testing.assert_allclose(mt.to_dense(left_out), mt.to_dense(ones), atol=1e-14)

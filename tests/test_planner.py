@@ -55,7 +55,7 @@ def layer_of(format: str, experts: tuple, in_features: int, out_features: int, r
 def network_of(layer: dict) -> Network:
     format, experts, bias = layer["format"], layer["experts"], layer["bias"]
     modes = (*experts, layer["in_features"] + bias, layer["out_features"])
-    return forward_network(format, modes, layer["rank"], format.units(len(experts)), bias)
+    return forward_network(format, modes, layer["rank"], format.optional(len(experts)), bias)
 
 
 def fewest_flops(network: Network, batch: int, factorized: bool) -> float:

@@ -126,9 +126,9 @@ def test_a_level_of_one_expert_changes_nothing(format: str) -> None:
     @settings(max_examples=FEW)
     @given(st.integers(0, 2).flatmap(lambda levels: problems(format, levels, backend="numpy")), st.data())
     def run(problem: Problem, data: st.DataObject) -> None:
-        level = data.draw(st.integers(0, problem.weight.levels))
+        level = data.draw(st.integers(0, problem.weight.num_levels))
         more = with_level_of_one(problem.weight, level)
-        assert more.levels == problem.weight.levels + 1
+        assert more.num_levels == problem.weight.num_levels + 1
         coefficients = list(problem.coefficients)
         coefficients.insert(level, np.ones((*problem.leading, 1), problem.z.dtype))
         same(problem, more, coefficients)

@@ -28,7 +28,7 @@ sizes = dict(
 )
 ranks, costs = {}, {}
 for name, format in mt.formats().items():
-    has_rank = bool(format.bonds(levels=1))
+    has_rank = bool(format.bonds(num_levels=1))
     ranks[name] = (
         mt.fit_rank(name, parameters=BUDGET, rounding="down", **sizes) if has_rank else None
     )

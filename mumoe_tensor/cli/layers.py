@@ -219,11 +219,11 @@ def _declared(format: Format) -> dict[str, Any]:
     """A format in words, for one level of experts."""
     names = dict(zip(mode_names(1), "NIO", strict=True))
     factors = format.declaration(1)
-    held = [f for f in factors if not f.unit]
+    held = [f for f in factors if not f.optional]
     return {
         "name": format.name,
         "title": format.title,
-        "factors": [" ".join(names.get(x, x) for x in f.indices) + " (ones)" * f.unit for f in factors],
+        "factors": [" ".join(names.get(x, x) for x in f.indices) + " (ones)" * f.optional for f in factors],
         "rank": list(format.bonds(1)),
         "parameters": " + ".join("·".join(names.get(x, x) for x in f.indices) for f in held),
     }

@@ -79,9 +79,9 @@ def weight_network(
     factors = [f for k, f in enumerate(format.declaration(len(modes) - 2)) if k not in ones]
     return Network(
         operands=tuple(f.indices for f in factors),
-        storage=tuple(f.storage for f in factors),
+        storage=tuple(f.memory_order for f in factors),
         output=names,
-        sizes=tuple(format.sizes(modes, rank).items()),
+        sizes=tuple(format.index_sizes(modes, rank).items()),
         weights=len(factors),
     )
 

@@ -442,7 +442,7 @@ def plan(
     FLOPs 1,835,520; write 7,680, size 512, peak 6,656, saved 1,536 elements
     """
     spec = as_spec(format, **sizes)
-    optional = spec.format.units(spec.num_levels)
+    optional = spec.format.optional(spec.num_levels)
     network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, ones=optional, bias=spec.bias)
     batch = 0 if batch == 0 else as_positive(batch, "batch")
     return plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)

@@ -144,7 +144,7 @@ def decompose(
             candidates = fits(format, target, spec.full_rank, generators, n_iter, tolerance)
         else:
             declared = zip(format.declaration(len(experts)), shapes, strict=True)
-            candidates = [[None if f.unit else np.zeros(shape) for f, shape in declared]]
+            candidates = [[None if f.optional else np.zeros(shape) for f, shape in declared]]
         for factors in candidates:
             weight = _as_weight(format, _balanced(factors, exponent), shapes, dense)
             exact = [None if f is None else to_float64(f) for f in weight.factors]
@@ -207,7 +207,7 @@ def _as_weight(
             arrays.append(None)
             continue
         padded = np.pad(factor, [(0, size - n) for size, n in zip(shape, factor.shape, strict=True)])
-        stored = padded.transpose([f.indices.index(x) for x in f.storage])
+        stored = padded.transpose([f.indices.index(x) for x in f.memory_order])
         array = tl.tensor(np.ascontiguousarray(stored), **context)
-        arrays.append(tl.transpose(array, [f.storage.index(x) for x in f.indices]))
+        arrays.append(tl.transpose(array, [f.memory_order.index(x) for x in f.indices]))
     return FactorizedTensor(format, arrays)

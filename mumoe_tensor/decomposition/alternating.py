@@ -48,7 +48,7 @@ def fits(
     shapes = format.shapes(dense.shape, rank)
     for generator in generators:
         start = [
-            None if f.unit else generator.standard_normal(shape)
+            None if f.optional else generator.standard_normal(shape)
             for f, shape in zip(declared, shapes, strict=True)
         ]
         yield alternate(format, dense, start, n_iter, tolerance)

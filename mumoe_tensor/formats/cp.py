@@ -18,11 +18,11 @@ class CP(Format):
     container = "CPTensor"
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
-        return [Factor("r", unit=True), *(Factor(f"{m} r") for m in modes)]
+        return [Factor("r", optional=True), *(Factor(f"{m} r") for m in modes)]
 
-    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
+    def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int:
         (r,) = rank
-        return 2 * r * sum(sizes) + r * (len(sizes) - 2)
+        return 2 * r * sum(mode_sizes) + r * (len(mode_sizes) - 2)
 
     def from_container(self, container: Any) -> list[Any]:
         return [container.weights, *container.factors]

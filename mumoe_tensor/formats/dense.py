@@ -20,9 +20,9 @@ class Dense(Format):
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         return [Factor(" ".join(modes))]
 
-    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
-        *experts, _, o = sizes
-        return 2 * (prod(sizes) + sum(prod(experts[: e + 1]) * o for e in range(len(experts))))
+    def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int:
+        *experts, _, o = mode_sizes
+        return 2 * (prod(mode_sizes) + sum(prod(experts[: e + 1]) * o for e in range(len(experts))))
 
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
         return factors[0]

@@ -19,8 +19,8 @@ class Hadamard(Format):
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         return [Factor(f"{m} o") for m in modes[:-1]]
 
-    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
-        *others, o = sizes
+    def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int:
+        *others, o = mode_sizes
         return 2 * o * sum(others) + o * (len(others) - 1)
 
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:

@@ -21,14 +21,14 @@ class TensorRing(Format):
         bonds = [f"b{k}" for k in range(1, len(modes) + 1)]
         cores = list(zip(bonds, modes, [*bonds[1:], bonds[0]], strict=True))
         *inner, (a, o, b) = cores
-        last = Factor(f"{a} {o} {b}", storage=f"{b} {a} {o}")
-        return [*(Factor(f"{a} {m} {b}", storage=f"{m} {a} {b}") for a, m, b in inner), last]
+        last = Factor(f"{a} {o} {b}", memory_order=f"{b} {a} {o}")
+        return [*(Factor(f"{a} {m} {b}", memory_order=f"{m} {a} {b}") for a, m, b in inner), last]
 
-    def default_rank(self, sizes: tuple[int, ...], t: int) -> Rank:
-        return (*(4,) * (len(sizes) - 1), t)
+    def default_rank(self, mode_sizes: tuple[int, ...], t: int) -> Rank:
+        return (*(4,) * (len(mode_sizes) - 1), t)
 
-    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
-        return chain_flops(sizes, (*rank, rank[0]))
+    def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int:
+        return chain_flops(mode_sizes, (*rank, rank[0]))
 
     def from_container(self, container: Any) -> list[Any]:
         return list(container.factors)
@@ -39,9 +39,9 @@ class TensorRing(Format):
         return TRTensor(list(factors))
 
 
-def chain_flops(sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int:
-    """FLOPs of a chain of cores (bonds[k], sizes[k], bonds[k + 1]): vectors, then matrices from the left."""
+def chain_flops(mode_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int:
+    """FLOPs of the vectors times their cores, (bonds[k], mode_sizes[k], bonds[k + 1]), and of the chain."""
     first = bonds[0]
-    projections = sum(a * n * b for a, n, b in zip(bonds, sizes, bonds[1:], strict=False))
-    matrices = sum(first * bonds[k] * bonds[k + 1] for k in range(1, len(sizes) - 1))
+    projections = sum(a * n * b for a, n, b in zip(bonds, mode_sizes, bonds[1:], strict=False))
+    matrices = sum(first * bonds[k] * bonds[k + 1] for k in range(1, len(mode_sizes) - 1))
     return 2 * (projections + matrices)

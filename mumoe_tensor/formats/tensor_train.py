@@ -24,15 +24,15 @@ class TensorTrain(Format):
         cores = zip(bonds[:-1], inner, bonds[1:], strict=True)
         return [
             Factor(f"{first} {bonds[0]}"),
-            *(Factor(f"{a} {m} {b}", storage=f"{m} {a} {b}") for a, m, b in cores),
+            *(Factor(f"{a} {m} {b}", memory_order=f"{m} {a} {b}") for a, m, b in cores),
             Factor(f"{bonds[-1]} {last}"),
         ]
 
-    def default_rank(self, sizes: tuple[int, ...], t: int) -> Rank:
-        return (*(4,) * (len(sizes) - 2), t)
+    def default_rank(self, mode_sizes: tuple[int, ...], t: int) -> Rank:
+        return (*(4,) * (len(mode_sizes) - 2), t)
 
-    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
-        return chain_flops(sizes, (1, *rank, 1))
+    def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int:
+        return chain_flops(mode_sizes, (1, *rank, 1))
 
     def from_container(self, container: Any) -> list[Any]:
         first, *inner, last = container.factors

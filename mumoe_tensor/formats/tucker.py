@@ -21,15 +21,15 @@ class Tucker(Format):
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         bonds = [f"r_{m}" for m in modes]
         *experts, i, o = bonds
-        core = Factor(" ".join(bonds), storage=" ".join([i, *experts, o]))
+        core = Factor(" ".join(bonds), memory_order=" ".join([i, *experts, o]))
         return [core, *(Factor(f"{m} {r}") for m, r in zip(modes, bonds, strict=True))]
 
-    def default_rank(self, sizes: tuple[int, ...], t: int) -> Rank:
-        return tuple(max(1, min(size, round(size * t / max(sizes)))) for size in sizes)
+    def default_rank(self, mode_sizes: tuple[int, ...], t: int) -> Rank:
+        return tuple(max(1, min(size, round(size * t / max(mode_sizes)))) for size in mode_sizes)
 
-    def reference_flops(self, sizes: tuple[int, ...], rank: Rank) -> int:
+    def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int:
         *experts, _, o = rank
-        projections = sum(n * r for n, r in zip(sizes, rank, strict=True))
+        projections = sum(n * r for n, r in zip(mode_sizes, rank, strict=True))
         core = prod(rank) + sum(prod(experts[: e + 1]) * o for e in range(len(experts)))
         return 2 * (projections + core)
 

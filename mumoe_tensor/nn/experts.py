@@ -68,7 +68,7 @@ class Experts(WholeState):
         One number a level.
     factor_0, factor_1, ... : Parameter
         The factors that are not all ones, in declared order, each in the memory order its format declares
-        (``Factor.storage``).
+        (``Factor.memory_order``).
     axes : tuple of tuple of str
         The axes of each of these factors, by the names of the format.
     plan : ContractionPlan
@@ -109,7 +109,7 @@ class Experts(WholeState):
         self.bias, self.recompute = bias, recompute
         self.init = check_choice(init, get_args(Init), "init")
         batch_hint = as_positive(batch_hint, "batch_hint")
-        ones = self.format.units(spec.num_levels)
+        ones = self.format.optional(spec.num_levels)
         network = forward_network(self.format, spec.mode_sizes, self.rank, ones, bias)
         # The parameters lie in storage order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
@@ -193,7 +193,7 @@ class Experts(WholeState):
         """The factors as a `.FactorizedTensor`: views of the parameters, in declared order, without edits."""
         factors = iter(self.factors)
         views: list[Any] = [
-            None if f.unit else next(factors).permute([f.storage.index(x) for x in f.indices])
+            None if f.optional else next(factors).permute([f.memory_order.index(x) for x in f.indices])
             for f in self.format.declaration(len(self.num_experts))
         ]
         return FactorizedTensor(self.format, views)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor import gates
-from mumoe_tensor.backend import constant_under_compile
+from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.recording import is_exported, is_recorded
 
 __all__ = ["entmax15"]

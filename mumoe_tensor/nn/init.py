@@ -29,8 +29,8 @@ def draw(weight: FactorizedTensor, in_features: int) -> None:
     ----------
     Oldfield et al., "Multilinear Mixture of Experts", NeurIPS 2024.
     """
-    modes = mode_names(weight.levels)
-    for declared, factor in zip(weight.format.declaration(weight.levels), weight.factors, strict=True):
+    modes = mode_names(weight.num_levels)
+    for declared, factor in zip(weight.format.declaration(weight.num_levels), weight.factors, strict=True):
         if factor is None:
             continue
         factor_modes = [x for x in declared.indices if x in modes]
@@ -71,7 +71,7 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
     like = weight.arrays[0]
     uniform = [torch.full((n,), 1 / n, device=like.device, dtype=like.dtype) for n in weight.experts]
     variance = mixed_matrix(weight, uniform).square().mean()
-    for declared, factor in zip(weight.format.declaration(weight.levels), weight.factors, strict=True):
+    for declared, factor in zip(weight.format.declaration(weight.num_levels), weight.factors, strict=True):
         if "i" in declared.indices:
             factor.mul_((3 * in_features * variance).rsqrt())
 
@@ -95,8 +95,8 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
     float
         Error in the Frobenius norm over the norm of the matrix.
     """
-    indices = [f.indices for f in weight.format.declaration(weight.levels)]
-    bonds = dict(zip(weight.format.bonds(weight.levels), weight.rank, strict=True))
+    indices = [f.indices for f in weight.format.declaration(weight.num_levels)]
+    bonds = dict(zip(weight.format.bonds(weight.num_levels), weight.rank, strict=True))
     factors: dict[int, Tensor] = {k: x for k, x in enumerate(weight.factors) if x is not None}
     a = next(k for k in factors if "i" in indices[k])
     b = a if "o" in indices[a] else next(k for k in factors if "o" in indices[k])
@@ -149,7 +149,7 @@ def _with_axes(value: np.ndarray, axes: Sequence[str], indices: Sequence[str]) -
 
 def _expert(weight: FactorizedTensor, replaced: dict[int, np.ndarray]) -> np.ndarray:
     """The matrix of any expert, with other factors for some of the weight's; all others are neutral."""
-    declared, modes = weight.format.declaration(weight.levels), mode_names(weight.levels)
+    declared, modes = weight.format.declaration(weight.num_levels), mode_names(weight.num_levels)
     sizes = dict.fromkeys(modes, 1)
     for k, value in replaced.items():
         sizes |= {x: n for x, n in zip(declared[k].indices, value.shape, strict=True) if n > 1}

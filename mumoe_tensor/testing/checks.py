@@ -70,10 +70,10 @@ def check_equals_tensorly(problem: Problem) -> None:
         return
     back = FactorizedTensor.from_tensorly(container)
     assert (back.format, back.shape, back.rank) == (weight.format, weight.shape, weight.rank)
-    declared = back.format.declaration(back.levels)
+    declared = back.format.declaration(back.num_levels)
     for factor, read, f in zip(weight.factors, back.factors, declared, strict=True):
         if factor is None:
-            assert f.unit
+            assert f.optional
             assert read is None or np.all(to_numpy(read) == 1)
         else:
             np.testing.assert_array_equal(to_numpy(factor), to_numpy(read))
@@ -86,7 +86,7 @@ def check_result_kind(problem: Problem) -> None:
     results = {
         "multilinear_moe": (problem.output(), (*problem.leading, o)),
         "to_dense": (to_dense(weight), weight.shape),
-        "expert_matrix": (expert_matrix(weight, (0,) * weight.levels), (i, o)),
+        "expert_matrix": (expert_matrix(weight, (0,) * weight.num_levels), (i, o)),
     }
     for name, (result, shape) in results.items():
         assert backend_of(result) is backend_of(problem.z), f"{name} changed the backend."
@@ -139,7 +139,7 @@ def check_linear_in_factors(problem: Problem) -> None:
 def check_expert_permutation(problem: Problem) -> None:
     """Experts permuted together with their coefficients give the same result."""
     generator, weight = problem.generator(), problem.weight
-    modes = mode_names(weight.levels)[:-2]
+    modes = mode_names(weight.num_levels)[:-2]
     order = {mode: generator.permutation(n) for mode, n in zip(modes, weight.experts, strict=True)}
     permuted = _transformed(problem, lambda index, values, axis: values.take(order[index], axis), order)
     coefficients = [
@@ -182,7 +182,7 @@ def check_gauge(problem: Problem) -> None:
     scaled in one and unscaled in another (the components of CP).
     """
     generator, weight = problem.generator(), problem.weight
-    declared, bonds = weight.format.declaration(weight.levels), weight.format.bonds(weight.levels)
+    declared, bonds = weight.format.declaration(weight.num_levels), weight.format.bonds(weight.num_levels)
     for bond, size in zip(bonds, weight.rank, strict=True):
         holders = [
             k
@@ -218,7 +218,7 @@ def check_level_of_one(problem: Problem) -> None:
     The weight is cut to the first expert of a level; the result is that of its dense tensor without the
     level.
     """
-    for e, mode in enumerate(mode_names(problem.weight.levels)[:-2]):
+    for e, mode in enumerate(mode_names(problem.weight.num_levels)[:-2]):
         single = _transformed(problem, lambda index, values, axis: values.take([0], axis), [mode])
         others = [*problem.coefficients[:e], *problem.coefficients[e + 1 :]]
         one = problem.array(np.ones((*problem.leading, 1)))
@@ -277,7 +277,7 @@ def check_plan(problem: Problem) -> None:
     """
     network, weight = _network(problem), problem.weight
     batch = max(1, prod(problem.leading))
-    modes = {*mode_names(weight.levels)}
+    modes = {*mode_names(weight.num_levels)}
     flops = {}
     for implementation in ("factorized", "reconstructed", "auto"):
         plan = plan_network(network, batch, "flops", implementation)
@@ -291,7 +291,7 @@ def check_plan(problem: Problem) -> None:
         assert plan.flops <= timed.flops <= 1.05 * plan.flops, "the default may spend 5 % more FLOPs."
     assert flops["auto"] == min(flops["factorized"], flops["reconstructed"])
     closed = weight.format.reference_flops(weight.shape, weight.rank)
-    if closed is not None and weight.ones == weight.format.units(weight.levels):
+    if closed is not None and weight.missing == weight.format.optional(weight.num_levels):
         assert min(flops.values()) <= closed * batch, "a plan must not cost more than the closed form."
 
 
@@ -399,7 +399,7 @@ def _assert_linear(
 
 def _network(problem: Problem) -> Network:
     weight = problem.weight
-    return forward_network(weight.format, weight.shape, weight.rank, weight.ones, problem.layer.bias)
+    return forward_network(weight.format, weight.shape, weight.rank, weight.missing, problem.layer.bias)
 
 
 def _transformed(
@@ -408,7 +408,7 @@ def _transformed(
     """The weight with every axis that belongs to one of the indices transformed."""
     weight = problem.weight
     factors: list[Array | None] = []
-    for f, factor in zip(weight.format.declaration(weight.levels), weight.factors, strict=True):
+    for f, factor in zip(weight.format.declaration(weight.num_levels), weight.factors, strict=True):
         if factor is not None:
             values = to_numpy(factor)
             for axis, index in enumerate(f.indices):

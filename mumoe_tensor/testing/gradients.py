@@ -44,14 +44,14 @@ def _forward(problem: Problem) -> Callable:
 def _dense_formula(problem: Problem, einsum: Callable, ones: Callable, concat: Callable) -> Callable:
     """The forward pass from the dense tensor as a function of `_arguments`."""
     weight, bias = problem.weight, problem.layer.bias
-    factor_letters, whole = subscripts(weight.format, weight.levels)
+    factor_letters, whole = subscripts(weight.format, weight.num_levels)
     *attached, o = list(whole)
     joined = ",".join([whole, *(f"Z{x}" for x in attached)])
     shapes = weight.format.shapes(weight.shape, weight.rank)
 
     def formula(*arrays: Array) -> Array:
         remaining: Iterator[Array] = iter(arrays)
-        factors = [ones(s) if k in weight.ones else next(remaining) for k, s in enumerate(shapes)]
+        factors = [ones(s) if k in weight.missing else next(remaining) for k, s in enumerate(shapes)]
         *coefficients, z = remaining
         tensor = einsum(f"{','.join(factor_letters)}->{whole}", *factors)
         if bias:

@@ -54,7 +54,7 @@ def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64
         np.ones(shape) if factor is None else to_numpy(factor)
         for factor, shape in zip(weight.factors, shapes, strict=True)
     ]
-    factors, whole = subscripts(weight.format, weight.levels)
+    factors, whole = subscripts(weight.format, weight.num_levels)
     return np.einsum(f"{','.join(factors)}->{whole}", *(map(np.abs, values) if absolute else values))
 
 

@@ -57,11 +57,11 @@ class Problem:
     def weight(self) -> FactorizedTensor:
         """The weight, of shape `layer.mode_sizes`."""
         format = self.layer.format
-        index_sizes = format.sizes(self.layer.mode_sizes, self.layer.full_rank)
+        index_sizes = format.index_sizes(self.layer.mode_sizes, self.layer.full_rank)
         generator = np.random.default_rng([self.seed, 2])
         factors: list[Array | None] = []
         for k, f in enumerate(format.declaration(self.layer.num_levels)):
-            order = f.storage if k in self.in_memory_order else f.indices
+            order = f.memory_order if k in self.in_memory_order else f.indices
             values = generator.standard_normal([index_sizes[x] for x in order])
             values = values.transpose([order.index(x) for x in f.indices])
             factors.append(None if k in self.missing else self.array(values))
@@ -255,7 +255,7 @@ def problems(
     factors = layer.format.declaration(num_levels)
     return Problem(
         layer,
-        missing=tuple(k for k in layer.format.units(num_levels) if draw(st.booleans())),
+        missing=tuple(k for k in layer.format.optional(num_levels) if draw(st.booleans())),
         in_memory_order=tuple(k for k in range(len(factors)) if draw(st.booleans())),
         leading=draw(leading_shapes()) if leading is None else leading,
         backend=backend,

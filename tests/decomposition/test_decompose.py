@@ -256,7 +256,7 @@ def test_torch(format: str, dtype: str, bound: float) -> None:
         if array is None:
             continue
         assert (array.dtype, array.device, array.requires_grad) == (dense.dtype, dense.device, False)
-        assert array.permute([f.indices.index(x) for x in f.storage]).is_contiguous()
+        assert array.permute([f.indices.index(x) for x in f.memory_order]).is_contiguous()
     doubles = mt.FactorizedTensor(format, [a if a is None else a.double().numpy() for a in weight.factors])
     assert error == pytest.approx(relative(doubles, dense.detach().double().numpy()), rel=1e-6, abs=1e-14)
     assert error < bound

@@ -29,7 +29,7 @@ def drawn(data: Any) -> tuple[Recipe, Any, list[Any]]:
     """A contraction in some order that keeps any of its results, and its operands."""
     problem = data.draw(problems(backend="pytorch", dtype="float64"))
     weight, batch = problem.weight, problem.z[..., 0].numel()
-    network = forward_network(weight.format, weight.shape, weight.rank, weight.ones, problem.layer.bias)
+    network = forward_network(weight.format, weight.shape, weight.rank, weight.missing, problem.layer.bias)
     program = plan_network(
         network,
         data.draw(st.sampled_from([1, 3, 1000])),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness import threads
-from mumoe_tensor import Cost, cost, fit_rank
+from mumoe_tensor import Cost, LayerSpec, cost
 from mumoe_tensor.files import replacing, whole_file, write_table
 from mumoe_tensor.formats import formats
 from mumoe_tensor.study.environment import environment
@@ -30,8 +31,8 @@ from mumoe_tensor.study.timing import Spread
 Row = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
 FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common")))
-#: The layer of the figures over the number of experts, and where its ranks are matched to a linear layer.
-SIZES: dict[str, Any] = dict(in_features=768, out_features=768, bias=True)
+#: The linear layer of the figures over the number of experts, and the number at which mixtures match it.
+LINEAR = LayerSpec("dense", experts=(), in_features=768, out_features=768, bias=True)
 MATCHED_AT = 64
 #: Of a column of text, in inches.
 WIDTH = 3.4
@@ -109,11 +110,11 @@ def pretrained() -> np.ndarray:
 def over_experts(quick: bool, figure: str, of_cost: Callable[[Cost], int]) -> list[Row]:
     """A figure of every format's cost, one row a format and number of experts, up to a million.
 
-    The layer is `SIZES`, its gate counted. The rank is that of `matched_ranks`.
+    The layers are `matched_layers` with other numbers of experts; the gate is counted.
     """
     return [
-        {"name": name, "experts": n, figure: of_cost(cost(name, experts=n, rank=rank, gate=True, **SIZES))}
-        for name, rank in matched_ranks().items()
+        {"name": name, "experts": n, figure: of_cost(cost(replace(layer, experts=n), gate=True))}
+        for name, layer in matched_layers().items()
         for n in counts(quick)
     ]
 
@@ -123,14 +124,16 @@ def counts(quick: bool) -> list[int]:
     return [2**k for k in range(1, 21, 4 if quick else 1)]
 
 
-def matched_ranks() -> dict[str, Any]:
-    """By format the rank at which the layer has the parameters of the linear one; None if it has no rank."""
-    return {
-        name: fit_rank(name, experts=MATCHED_AT, parameters="match", gate=True, **SIZES)
-        if formats()[name].bonds(1)
-        else None
-        for name in FORMATS
-    }
+def matched_layers() -> dict[str, LayerSpec]:
+    """By format the layer of `MATCHED_AT` experts with the parameters of the linear one, if it has a rank."""
+    layers = {name: replace(LINEAR, format=name, experts=MATCHED_AT, rank=None) for name in FORMATS}
+    return {name: layer.fitted() if layer.rank is None else layer for name, layer in layers.items()}
+
+
+def rank_text(layer: LayerSpec) -> str:
+    """The rank of a layer in a table: a number if the format has one bond."""
+    rank = layer.full_rank
+    return str(rank[0] if len(rank) == 1 else rank or None)
 
 
 def draw_over_experts(rows: Sequence[Row], figure: str, label: str) -> Figure:

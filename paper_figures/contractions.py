@@ -11,6 +11,7 @@ over which it joins two tensors, or between them where they share none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
 from mumoe_tensor.contraction.network import BATCH, Indices, Network
-from paper_figures.common import FORMATS, MATCHED_AT, SIZES, Row, colour_of, matched_ranks
+from paper_figures.common import LINEAR, MATCHED_AT, Row, colour_of, matched_layers
 
 #: Where a mode lies, in degrees; its vector stands outside, its factor further in.
 ANGLES = {"n1": 210, "i": 330, "o": 90}
@@ -28,8 +29,8 @@ VECTORS = {"n1": "a", "i": "z"}
 
 def plans() -> dict[str, mt.ContractionPlan]:
     """By format the plan of its forward pass."""
-    ranks = {**dict.fromkeys((*FORMATS, "dense")), **matched_ranks()}
-    return {name: mt.plan(name, experts=MATCHED_AT, rank=rank, **SIZES) for name, rank in ranks.items()}
+    layers = matched_layers() | {"dense": replace(LINEAR, experts=MATCHED_AT)}
+    return {name: mt.plan(layer) for name, layer in layers.items()}
 
 
 def rows(quick: bool) -> list[Row]:

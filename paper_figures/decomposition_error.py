@@ -11,14 +11,15 @@ a truncated SVD of each expert alone. The error is relative, in the Frobenius no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from paper_figures.common import TITLES, Row, colour_of, draw_lines, new_figure, pretrained
+from paper_figures.common import TITLES, Row, colour_of, draw_lines, new_figure, pretrained, rank_text
 
-OPEN = {"cp": None, "tr": (2, 2, None), "tt": (3, None), "tucker": (3, 60, None)}
+OPEN = {"cp": (None,), "tr": (2, 2, None), "tt": (3, None), "tucker": (3, 60, None)}
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 
 
@@ -26,29 +27,28 @@ def measure(quick: bool) -> list[Row]:
     """One row a format and share of the parameters. Nothing is timed, but it takes a while."""
     weight = pretrained()
     n, i, o = weight.shape
-    layer = dict(experts=n, in_features=i, out_features=o)
+    dense = mt.LayerSpec("dense", experts=n, in_features=i, out_features=o)
     effort = dict(n_restarts=1, n_iter=5) if quick else dict(n_restarts=2, n_iter=200)
     shares = SHARES[:2] if quick else SHARES
     found = []
 
-    def add(name: str, rank: object, open_rank: int | None, parameters: int, error: float) -> None:
+    def add(name: str, rank: str, open_rank: int | None, parameters: int, error: float) -> None:
         values = {"parameters": parameters, "share": parameters / weight.size, "relative_error": error}
-        found.append({"name": name, "rank": str(rank), "open_rank": open_rank, **values})
+        found.append({"name": name, "rank": rank, "open_rank": open_rank, **values})
 
-    for name, unknown in OPEN.items():
+    for name, rank in OPEN.items():
         for share in shares:
             budget = round(share * weight.size)
-            rank = mt.fit_rank(name, rank=unknown, parameters=budget, rounding="down", **layer)
-            _, error = mt.decompose(weight, name, rank, **effort)
-            last = rank if isinstance(rank, int) else rank[-1]
-            add(name, rank, last, mt.cost(name, rank=rank, **layer).parameters, error)
+            spec = replace(dense, format=name, rank=rank).fitted(budget, rounding="down", gate=False)
+            _, error = mt.decompose(weight, name, spec.rank, **effort)
+            add(name, rank_text(spec), spec.rank[-1], spec.weight_parameters, error)
     _, error = mt.decompose(weight, "hadamard", **effort)
-    add("hadamard", "none", None, mt.cost("hadamard", **layer).parameters, error)
+    add("hadamard", "none", None, replace(dense, format="hadamard").weight_parameters, error)
     squares = np.linalg.svd(weight, compute_uv=False) ** 2
     for share in shares:
         rank = int(share * weight.size / (n * (i + o)))
         error = float((squares[:, rank:].sum() / squares.sum()) ** 0.5)
-        add("svd", rank, rank, n * rank * (i + o), error)
+        add("svd", str(rank), rank, n * rank * (i + o), error)
     return found
 
 

@@ -15,10 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from paper_figures.common import Row, colour_of, draw_lines, new_figure, set_experts_axis
+from paper_figures.common import Row, colour_of, draw_lines, new_figure, rank_text, set_experts_axis
 
-LAYER = dict(in_features=768, out_features=1000, bias=True)
-OPEN = {"cp": None, "tr": (4, 4, None)}
+OPEN = {"cp": (None,), "tr": (4, 4, None)}
 
 
 def rows(quick: bool) -> list[Row]:
@@ -26,18 +25,17 @@ def rows(quick: bool) -> list[Row]:
     found = []
     for name, rank in OPEN.items():
         for n in (16, 64, 256) if quick else (8, 16, 32, 64, 128, 256, 512):
-            fitted = mt.fit_rank(name, experts=n, rank=rank, parameters="match", gate=True, **LAYER)
-            cost = mt.cost(name, experts=n, rank=fitted, gate=True, **LAYER)
-            weight = mt.FactorizedTensor.random(
-                name, experts=n, rank=fitted, like=np.zeros(1), seed=0, **LAYER
-            )
+            spec = mt.LayerSpec(
+                name, experts=n, in_features=768, out_features=1000, rank=rank, bias=True
+            ).fitted()
+            weight = mt.FactorizedTensor.random(spec, like=np.zeros(1), seed=0)
             matrix, _ = mt.expert_matrix(weight, 0, bias=True)
             found.append(
                 {
                     "name": name,
                     "experts": n,
-                    "rank": str(fitted),
-                    "max_expert_rank": cost.max_expert_rank,
+                    "rank": rank_text(spec),
+                    "max_expert_rank": spec.max_expert_rank,
                     "numerical_rank": int(np.linalg.matrix_rank(matrix)),
                 }
             )

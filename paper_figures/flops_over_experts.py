@@ -13,23 +13,23 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import SIZES, Row, counts, draw_over_experts, over_experts
+from paper_figures.common import LINEAR, Row, counts, draw_over_experts, over_experts
 
 TOP_K = 2
 
 
 def rows(quick: bool) -> list[Row]:
     """One row a format and number of experts."""
-    found = over_experts(quick, "flops", lambda cost: cost.flops)
-    gate, outputs = 2 * SIZES["in_features"], SIZES["out_features"]
+    rows = over_experts(quick, "flops", lambda cost: cost.flops)
+    gate, outputs = 2 * LINEAR.in_features, LINEAR.out_features
     linear = gate * outputs
     # The output of an expert that is used is weighted and added.
     expert = linear + 2 * outputs
     for n in counts(quick):
-        found.append({"name": "dense moe", "experts": n, "flops": n * (expert + gate)})
-        found.append({"name": "sparse moe", "experts": n, "flops": TOP_K * expert + n * gate})
-        found.append({"name": "linear", "experts": n, "flops": linear})
-    return found
+        rows.append({"name": "dense moe", "experts": n, "flops": n * (expert + gate)})
+        rows.append({"name": "sparse moe", "experts": n, "flops": TOP_K * expert + n * gate})
+        rows.append({"name": "linear", "experts": n, "flops": linear})
+    return rows
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -8,12 +8,14 @@ Settings: GPT-2's MLP block, 768 → 3072 → 768 with biases, CP of rank 556, o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
 from paper_figures.common import Row, colour_of, new_figure
 
+LAYER = mt.LayerSpec("cp", experts=(), in_features=768, hidden=3072, out_features=768, rank=556, bias=True)
 #: Lines of the numbers of levels. The colour is that of CP.
 LEVELS = {1: "o-", 2: "s--", 3: "^:"}
 
@@ -26,10 +28,7 @@ def rows(quick: bool) -> list[Row]:
             if exponent % levels:
                 continue
             experts = (2 ** (exponent // levels),) * levels
-            cost = mt.cost(
-                "cp", experts=experts, in_features=768, hidden=3072, out_features=768, rank=556, bias=True,
-                gate=True,
-            )  # fmt: skip
+            cost = mt.cost(replace(LAYER, experts=experts), gate=True)
             found.append(
                 {
                     "levels": levels,

@@ -9,6 +9,7 @@ factors and gate, and FLOPs of one input.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
@@ -16,7 +17,7 @@ import mumoe_tensor as mt
 from paper_figures.common import Row, colour_of, new_figure
 
 TOTALS = (2**12, 2**24)
-RANK = 384
+LAYER = mt.LayerSpec("cp", experts=(), in_features=768, out_features=768, rank=384, bias=True)
 
 
 def rows(quick: bool) -> list[Row]:
@@ -25,9 +26,7 @@ def rows(quick: bool) -> list[Row]:
     for total in TOTALS[:1] if quick else TOTALS:
         for levels in (1, 2, 3, 4):
             experts = (round(total ** (1 / levels)),) * levels
-            cost = mt.cost(
-                "cp", experts=experts, in_features=768, out_features=768, rank=RANK, bias=True, gate=True
-            )
+            cost = mt.cost(replace(LAYER, experts=experts), gate=True)
             found.append(
                 {
                     "experts": total,
@@ -59,7 +58,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             places, [row["parameters"] for row in mine], 0.6, color=colour_of("cp"), alpha=0.35, label="gate"
         )
         ax.bar(places, experts, 0.6, color=colour_of("cp"), label="factors")
-        ax.axhline(mt.dense_parameters(768, 768), color="black", linestyle="--", label="linear layer")
+        ax.axhline(LAYER.dense_parameters, color="black", linestyle="--", label="linear layer")
         ax.set_xticks(places, [power(row) for row in mine])
         ax.set(yscale="log", title=f"{total:,} experts", xlabel="experts of the levels", ylabel="parameters")
         ax.set_ylim(1e5, 10 * max(row["parameters"] for row in mine))

@@ -28,13 +28,13 @@ from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.study.memory import growth
 from mumoe_tensor.study.mixtures import SparseMixture
 from mumoe_tensor.study.timing import compare
-from paper_figures.common import FORMATS, OTHERS, SIZES, Row, colour_of, new_figure, spread, title_of
+from paper_figures.common import FORMATS, LINEAR, OTHERS, Row, colour_of, new_figure, spread, title_of
 
 EXPERTS, TOP_K, BATCH = 128, 2, 256
 NAMES = (*OTHERS, *FORMATS)
 
 
-def module_of(name: str, inputs: int, features: int = SIZES["in_features"], experts: int = EXPERTS) -> Any:
+def module_of(name: str, inputs: int, features: int = LINEAR.in_features, experts: int = EXPERTS) -> Any:
     """The module for inference on so many inputs at once, with a gate that tells them apart."""
     torch.manual_seed(0)
     if name == "linear":
@@ -59,7 +59,7 @@ def peak(name: str, inputs: int) -> int:
     with torch.no_grad():
         # The libraries' own buffers are there after a small layer of the kind has run.
         module_of(name, 4, features=64, experts=4)(torch.randn(4, 64))
-        module, x = module_of(name, inputs), torch.randn(inputs, SIZES["in_features"])
+        module, x = module_of(name, inputs), torch.randn(inputs, LINEAR.in_features)
         return x.itemsize * parameters_of(module) + growth(lambda: module(x))
 
 
@@ -67,7 +67,7 @@ def measure(quick: bool) -> list[Row]:
     """One row a layer and number of inputs."""
     found = []
     for inputs in (BATCH,) if quick else (1, BATCH):
-        x = torch.randn(inputs, SIZES["in_features"])
+        x = torch.randn(inputs, LINEAR.in_features)
         modules = {name: module_of(name, inputs) for name in (("linear", "cp") if quick else NAMES)}
         with torch.no_grad():
             calls = {name: partial(module, x) for name, module in modules.items()}

@@ -9,25 +9,25 @@ the weight tensor in the cheapest order and contracts it with the coefficients a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from paper_figures.common import SIZES, Row, colour_of, matched_ranks, new_figure, title_of
+from paper_figures.common import Row, colour_of, matched_layers, new_figure, title_of
 
 EXPERTS = 512
 
 
 def rows(quick: bool) -> list[Row]:
     """One row a format."""
-    found = []
-    for name, rank in matched_ranks().items():
-        naive, planned = (
-            mt.plan(name, experts=EXPERTS, rank=rank, implementation=way, **SIZES).flops  # type: ignore[arg-type]
-            for way in ("reconstructed", "factorized")
-        )
-        found.append({"name": name, "naive": naive, "planned": planned, "ratio": naive / planned})
-    return found
+    rows = []
+    for name, layer in matched_layers().items():
+        layer = replace(layer, experts=EXPERTS)
+        naive = mt.plan(layer, implementation="reconstructed").flops
+        planned = mt.plan(layer, implementation="factorized").flops
+        rows.append({"name": name, "naive": naive, "planned": planned, "ratio": naive / planned})
+    return rows
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -14,18 +14,17 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from mumoe_tensor import dense_parameters
-from paper_figures.common import SIZES, Row, counts, draw_over_experts, over_experts
+from paper_figures.common import LINEAR, Row, counts, draw_over_experts, over_experts
 
 
 def rows(quick: bool) -> list[Row]:
     """One row a format and number of experts."""
-    linear, gate = dense_parameters(**SIZES), SIZES["in_features"]
-    found = over_experts(quick, "parameters", lambda cost: cost.parameters)
+    linear, gate = LINEAR.parameters, LINEAR.in_features
+    rows = over_experts(quick, "parameters", lambda cost: cost.parameters)
     for n in counts(quick):
-        found.append({"name": "dense moe", "experts": n, "parameters": n * (linear + gate)})
-        found.append({"name": "linear", "experts": n, "parameters": linear})
-    return found
+        rows.append({"name": "dense moe", "experts": n, "parameters": n * (linear + gate)})
+        rows.append({"name": "linear", "experts": n, "parameters": linear})
+    return rows
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -13,15 +13,13 @@ the rest of the network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.figure import Figure
 
-import mumoe_tensor as mt
+from mumoe_tensor import LayerSpec
 from paper_figures.common import TITLES, Row, new_figure
-
-Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -30,59 +28,61 @@ class Network:
 
     Attributes
     ----------
-    blocks : tuple of tuple of int
-        Sizes of the different blocks.
+    blocks : tuple of LayerSpec
+        The different dense blocks; those of experts always have biases.
     variants : tuple of tuple
         Format, experts, and the rank in each of the blocks.
     repeated : int
         How often the network has the blocks.
     rest : int
         Parameters of all else.
-    bias : bool
-        Whether the dense blocks have biases; those of experts always have.
     norms : tuple of int
         Parameters of the norms that belong to the blocks, dense ones and those of experts.
     """
 
     name: str
-    blocks: tuple[Sizes, ...]
+    blocks: tuple[LayerSpec, ...]
     variants: tuple[tuple[str, int, tuple[Any, ...]], ...]
     repeated: int = 1
     rest: int = 0
-    bias: bool = True
     norms: tuple[int, int] = (0, 0)
 
     @property
     def dense(self) -> int:
         """Parameters with dense blocks."""
-        blocks = sum(mt.dense_parameters(**named(sizes), bias=self.bias) for sizes in self.blocks)
-        return self.rest + self.repeated * (self.norms[0] + blocks)
+        return self.rest + self.repeated * (self.norms[0] + sum(block.parameters for block in self.blocks))
 
     def factorized(self, format: str, experts: int, ranks: Sequence[Any]) -> int:
         """Parameters with μMoE blocks."""
-        blocks = sum(
-            mt.cost(format, experts=experts, rank=rank, bias=True, gate=True, **named(sizes)).parameters
-            for sizes, rank in zip(self.blocks, ranks, strict=True)
+        mixtures = (
+            replace(block, format=format, experts=experts, rank=rank, bias=True)
+            for block, rank in zip(self.blocks, ranks, strict=True)
         )
-        return self.rest + self.repeated * (self.norms[1] + blocks)
+        return self.rest + self.repeated * (self.norms[1] + sum(block.parameters for block in mixtures))
 
     def dense_experts(self, experts: int) -> int:
         """Parameters of as many dense experts alone."""
-        blocks = sum(mt.dense_parameters(**named(sizes), bias=True) for sizes in self.blocks)
-        return self.repeated * experts * blocks
+        return self.repeated * experts * sum(replace(block, bias=True).parameters for block in self.blocks)
 
 
-def named(sizes: Sizes) -> dict[str, Any]:
-    """Sizes of a block as arguments of the library."""
-    first, *hidden, last = sizes
-    return {"in_features": first, "hidden": hidden[0] if hidden else None, "out_features": last}
+def dense(*widths: int, bias: bool = True) -> LayerSpec:
+    """A linear layer between two widths, or a block of two layers between three."""
+    first, *hidden, last = widths
+    return LayerSpec(
+        "dense",
+        experts=(),
+        in_features=first,
+        hidden=hidden[0] if hidden else None,
+        out_features=last,
+        bias=bias,
+    )
 
 
 CLIP = {16: (424, 107), 32: (414, 106), 64: (393, 102), 128: (354, 95), 256: (283, 81), 512: (165, 52)}
 NETWORKS = (
     Network(
         "CLIP ViT-B/32 head",
-        ((768, 1000),),
+        (dense(768, 1000),),
         (
             *(("cp", n, (r,)) for n, (r, _) in CLIP.items()),
             *(("tr", n, ((4, 4, r3),)) for n, (_, r3) in CLIP.items()),
@@ -90,7 +90,7 @@ NETWORKS = (
     ),
     Network(
         "MLP-Mixer S-16",
-        ((196, 256, 196), (512, 2048, 512)),
+        (dense(196, 256, 196), dense(512, 2048, 512)),
         (("cp", 64, (147, 384)), ("tr", 64, ((4, 4, 37), (4, 4, 97)))),
         repeated=8,
         # Embedding of the patches, two norms a block, the last norm, the head.
@@ -98,7 +98,7 @@ NETWORKS = (
     ),
     Network(
         "GPT-2 124M",
-        ((768, 3072, 768),),
+        (dense(768, 3072, 768, bias=False),),
         (
             ("cp", 64, (599,)),
             ("cp", 256, (556,)),
@@ -108,22 +108,21 @@ NETWORKS = (
         repeated=12,
         # Embeddings, attention and its norm, the last norm: of weights only.
         rest=(50_304 + 1024) * 768 + 12 * (4 * 768**2 + 768) + 768,
-        bias=False,
         norms=(768, 2 * 768),
     ),
-    Network("CelebA head", ((768, 40),), (("cp", 128, (512,)),)),
-    Network("CelebA head, 768 → 1024 → 40", ((768, 1024, 40),), (), bias=False),
+    Network("CelebA head", (dense(768, 40),), (("cp", 128, (512,)),)),
+    Network("CelebA head, 768 → 1024 → 40", (dense(768, 1024, 40, bias=False),), ()),
 )
 
 
 def rows(quick: bool) -> list[Row]:
     """One row a network and kind of its blocks."""
-    found: list[Row] = []
+    table: list[Row] = []
     for network in NETWORKS:
         of_dense = {"experts": None, "rank": None, "parameters": network.dense, "dense_experts": None}
-        found.append({"network": network.name, "layer": "dense", **of_dense})
+        table.append({"network": network.name, "layer": "dense", **of_dense})
         for format, experts, ranks in network.variants:
-            found.append(
+            table.append(
                 {
                     "network": network.name,
                     "layer": TITLES[format],
@@ -133,7 +132,7 @@ def rows(quick: bool) -> list[Row]:
                     "dense_experts": network.dense_experts(experts),
                 }
             )
-    return found
+    return table
 
 
 #: Columns: heading, place in inches, alignment.

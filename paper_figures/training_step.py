@@ -11,44 +11,36 @@ forward pass, besides parameters and buffers, every storage once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
-import mumoe_tensor as mt
-from benchmarks.layers import GPT2, Shape, step
+from benchmarks.layers import GPT2, gpt2_block, step
 from benchmarks.memory import MIB
 from benchmarks.probes import kept_bytes
 from mumoe_tensor.study.timing import compare
-from paper_figures.common import FORMATS, Row, draw_lines, new_figure, set_experts_axis, spread
+from paper_figures.common import FORMATS, Row, draw_lines, new_figure, rank_text, set_experts_axis, spread
 
 TOKENS, MATCHED_AT = 1024, 256
-BLOCK: dict[str, Any] = dict(in_features=GPT2[0], hidden=GPT2[1], out_features=GPT2[2], bias=True, gate=True)
 
 
 def measure(quick: bool) -> list[Row]:
     """One row a format and number of experts; the dense MLP in each number's turn."""
     names, tokens = (FORMATS[:2], 32) if quick else (FORMATS, TOKENS)
-    ranks = {
-        name: mt.fit_rank(name, experts=MATCHED_AT, **BLOCK) if mt.get_format(name).bonds(1) else None
-        for name in names
-    }
-    x, gradient = torch.randn(tokens, GPT2[0], requires_grad=True), torch.randn(tokens, GPT2[-1])
+    matched = {name: gpt2_block(name, MATCHED_AT, None, tokens).spec for name in names}
+    x = torch.randn(tokens, GPT2.in_features, requires_grad=True)
+    gradient = torch.randn(tokens, GPT2.out_features)
     found = []
     for experts in (16, 256) if quick else (16, 64, 256, 1024, 4096):
         torch.manual_seed(0)
-        shapes = {
-            name: Shape("", tokens, GPT2, (experts,), name, rank, "layer") for name, rank in ranks.items()
-        }
-        modules = {name: shape.layer() for name, shape in shapes.items()}
-        modules["dense"] = nn.Sequential(nn.Linear(*GPT2[:2]), nn.GELU(), nn.Linear(*GPT2[1:]))
+        blocks = {name: gpt2_block(name, experts, spec.rank, tokens) for name, spec in matched.items()}
+        modules = {name: block.layer() for name, block in blocks.items()}
+        modules["dense"] = blocks["cp"].dense(GPT2.parameters)
         calls = {name: step(module, x, gradient) for name, module in modules.items()}
         times = compare(calls, "dense", rounds=3 if quick else 15, limit=1 if quick else 30)
         kept = {name: kept_bytes(module, x) for name, module in modules.items()}
         for name in names:
-            row = {"name": name, "experts": experts, "rank": str(ranks[name])}
+            row = {"name": name, "experts": experts, "rank": rank_text(matched[name])}
             row |= spread("ms", times.spread(name), 1e-3) | spread("to_dense", times.ratio(name))
             row |= {"kept_mib": kept[name] / MIB, "kept_to_dense": kept[name] / kept["dense"]}
             found.append(row | {"dense_ms": 1e3 * times.spread("dense").median})

@@ -32,9 +32,8 @@ from paper_figures.common import (
     FIGURES,
     MATCHED_AT,
     PRINT_STYLE,
-    SIZES,
     load,
-    matched_ranks,
+    matched_layers,
     pretrained,
     rows_of,
     told,
@@ -94,10 +93,10 @@ def by_name(name: str) -> dict[str, list[dict[str, Any]]]:
 
 def test_parameters_are_matched_where_they_should_be() -> None:
     linear = mt.dense_parameters(768, 768)
-    for name, rank in matched_ranks().items():
-        if rank:
-            cost = mt.cost(name, experts=MATCHED_AT, rank=rank, gate=True, **SIZES)
-            assert linear <= cost.parameters < 1.02 * linear
+    for layer in matched_layers().values():
+        assert layer.experts == (MATCHED_AT,)
+        if layer.rank:
+            assert linear <= mt.cost(layer, gate=True).parameters < 1.02 * linear
     rows = by_name("parameters_over_experts")
     assert rows["dense moe"][-1]["experts"] == 2**17
     assert rows["dense moe"][-1]["parameters"] == 2**17 * (769 * 768 + 768)

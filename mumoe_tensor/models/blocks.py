@@ -1,4 +1,4 @@
-"""What both models have in every block: an MLP, dense or of experts, and branches that may be dropped."""
+"""Parts of the blocks of both models: an MLP, dense or of experts, and branches that may be dropped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.nn.experts import Init
 from mumoe_tensor.nn.gate import GateNorm
 from mumoe_tensor.nn.registry import GATES
-from mumoe_tensor.spec import LayerSpec
+from mumoe_tensor.spec import LayerSpec, expert_counts
 
 #: The format of a model without experts.
 DENSE = "mlp"
@@ -29,7 +29,7 @@ def dense_block(
     dropout: float = 0.0,
     device: torch.device | str | None = None,
 ) -> nn.Sequential:
-    """Two linear layers with GELU between them: the block that one of experts takes the place of.
+    """Two linear layers with GELU between them: the block that `expert_block` replaces.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def dense_block(
     Returns
     -------
     Sequential
-        Of up, activation, down and dropout.
+        `up`, `activation`, `down` and `dropout`.
     """
     return nn.Sequential(
         OrderedDict(
@@ -62,21 +62,23 @@ def expert_block(
     format: str,
     rank: tuple[int, ...] | None,
     parameters: int | Literal["match"] = "match",
+    bias: bool = True,
     **options: Any,
 ) -> MuMoEMLP:
-    """The block of experts at a rank, or with the parameters that come nearest to a number of them.
+    """A block of experts of a rank, or of the rank nearest to a number of parameters.
 
     Parameters
     ----------
     features, hidden : int
     experts : tuple of int
-        One number a level.
+        Number of experts of each level.
     format : str
     rank : tuple of int or None
-        None: the rank is solved for.
+        None to solve for it.
     parameters : int or "match", default "match"
-        What the solved rank comes nearest to, gate and biases counted, but not the norm of the input;
-        ``"match"`` for those of `dense_block` with biases.
+        Budget of a rank that is solved for: gate and biases are counted, the norm of the input is not.
+        ``"match"`` for the parameters of `dense_block`.
+    bias : bool, default True
     **options
         Further arguments of `.nn.MuMoEMLP`.
 
@@ -89,29 +91,29 @@ def expert_block(
     ValueError
         If no rank fits, or the format has none to solve for.
     """
+    spec = LayerSpec(
+        format, experts=experts, in_features=features, hidden=hidden, out_features=features, rank=rank,
+        bias=bias,
+    )  # fmt: skip
     if rank is None:
-        if not get_format(format).bonds(len(experts)):
+        if not spec.format.bonds(spec.num_levels):
             raise ValueError(
                 f"a block has the parameters of a dense one by its rank, and format {format!r} has none: the "
                 "rank () takes it as it is."
             )
-        block = LayerSpec(
-            format, experts=experts, in_features=features, hidden=hidden, out_features=features, bias=True
-        )
-        rank = block.fitted(parameters, rounding="nearest").full_rank
-    return MuMoEMLP(features, hidden, features, experts, format, rank or None, **options)
+        spec = spec.fitted(parameters, rounding="nearest")
+    return MuMoEMLP.from_spec(spec, **options)
 
 
 class StochasticDepth(nn.Module):
-    """Drop a whole residual branch of a row, at random in training.
+    """Drop the residual branch of a row at random in training (Huang et al., 2016).
 
-    What is kept is divided by the probability of keeping it, so that the mean over chance is the branch
-    (Huang et al., 2016).
+    A branch that stays is divided by the probability of staying, so that its expectation is the branch.
 
     Parameters
     ----------
     probability : float
-        Of dropping.
+        Probability of dropping.
     """
 
     def __init__(self, probability: float):
@@ -119,7 +121,7 @@ class StochasticDepth(nn.Module):
         self.probability = probability
 
     def forward(self, branch: Tensor) -> Tensor:
-        """What of a branch is added to its residual.
+        """The branch as it is added to its residual.
 
         Parameters
         ----------
@@ -131,16 +133,16 @@ class StochasticDepth(nn.Module):
         """
         if not self.training or not self.probability:
             return branch
-        kept = 1 - self.probability
+        stays = 1 - self.probability
         shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
-        return branch * torch.empty(shape, device=branch.device, dtype=branch.dtype).bernoulli_(kept) / kept
+        return branch * torch.empty(shape, device=branch.device, dtype=branch.dtype).bernoulli_(stays) / stays
 
     def extra_repr(self) -> str:
         return f"{self.probability}"
 
 
 def drop_probabilities(last: float, depth: int) -> list[float]:
-    """Probabilities of dropping the branches of each block: from zero linearly up to that of the last one.
+    """Probabilities of dropping the branches of each block, linear from zero to that of the last block.
 
     Parameters
     ----------
@@ -157,37 +159,37 @@ def drop_probabilities(last: float, depth: int) -> list[float]:
 def check_config(
     config: Any, sizes: Sequence[str], probabilities: Sequence[str], ranks: Sequence[str]
 ) -> None:
-    """Check what the configs of both models have in common, and make it plain data.
+    """Check the fields that the configs of both models share, and make them plain data.
 
     Parameters
     ----------
     config : MixerConfig or GPT2Config
     sizes, probabilities, ranks : sequence of str
-        Names of its fields.
+        Names of the fields.
 
     Raises
     ------
     ValueError, TypeError
-        If a size is not positive, a probability not below one, or there are no such experts.
+        If a size is not positive, a probability not below one, or a choice unknown.
     """
     checked: dict[str, Any] = {name: as_positive(getattr(config, name), name) for name in sizes}
     checked |= {name: as_probability(getattr(config, name), name) for name in probabilities}
     if not isinstance(config.experts, tuple):
         raise TypeError(f"experts must be a tuple with one number a level, got {config.experts!r}.")
-    checked["experts"] = tuple(as_positive(number, "every number of experts") for number in config.experts)
+    checked["experts"] = expert_counts(config.experts)
     if not isinstance(config.gate, str):
         raise TypeError(f"gate must be a name, got {config.gate!r}; see register_gate.")
     GATES.read(config.gate)
     checked["gate"] = str(config.gate)
     checked["gate_norm"] = check_choice(config.gate_norm, get_args(GateNorm), "gate_norm")
     checked["init"] = check_choice(config.init, get_args(Init), "init")
-    given = {name: getattr(config, name) for name in ranks if getattr(config, name) is not None}
+    whole = {name: getattr(config, name) for name in ranks if getattr(config, name) is not None}
     checked["format"] = DENSE if config.format == DENSE else config_entry(get_format(config.format))
     if config.format != DENSE:
         format = get_format(config.format)
-        for name, rank in given.items():
+        for name, rank in whole.items():
             checked[name] = format.full_rank(rank, len(config.experts))
-    elif given:
-        raise ValueError(f"a model without experts (format {DENSE!r}) has no rank, got {given}.")
+    elif whole:
+        raise ValueError(f"a model without experts (format {DENSE!r}) has no rank, got {whole}.")
     for name, value in checked.items():
-        object.__setattr__(config, name, value)  # (a config is frozen)
+        object.__setattr__(config, name, value)  # a config is frozen

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.checks import as_entries, as_positive
+from mumoe_tensor.checks import as_positive
 from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.readers import parse_json, reading
@@ -29,23 +29,24 @@ class Head(nn.Module):
     hidden : int, optional
         The head is a block of two layers with this size and GELU between them; else it is one layer.
     format : str, default "cp"
-        Of the experts, or ``"linear"`` for a head without.
+        Format of the experts, or ``"linear"`` for a head without.
     experts : int or sequence of int, default 64
-        One number a level.
+        Number of experts of each level.
     rank : int or sequence of int, optional
-        As of `mumoe_tensor.nn.MuMoE`; an entry may be None. By default the smallest rank at which an expert
+        See `mumoe_tensor.nn.MuMoE`; one entry may be None. By default the smallest rank at which an expert
         can have full rank, and so can learn what the head without experts does.
     parameters : int or str, optional
-        In the place of a whole rank: the head has the rank that comes nearest to these, gate and biases
-        counted; ``"match"`` for those of the head without experts, a multiple of them as ``"2x"``. A format
-        without a rank has the size between its layers that comes nearest; of it a single layer is as it is.
+        Budget that solves for a rank that is left out, or for its entry None: the rank that comes nearest,
+        gate and biases counted. ``"match"``, the default for an entry None, is the number of parameters of
+        the head without experts, ``"2x"`` a multiple of it. With a format without rank, `hidden` is solved
+        for instead; a single layer then ignores the budget.
     gate, gate_norm, init : optional
-        As of `mumoe_tensor.nn.MuMoE`.
+        See `mumoe_tensor.nn.MuMoE`.
 
     Attributes
     ----------
     config : dict
-        The arguments that make such a head again, the rank solved.
+        The arguments that make such a head again, rank and hidden size solved.
     body : Linear, Sequential, MuMoE or MuMoEMLP
     mean, scale : Tensor
         Subtracted from features, and divided out of them; see `centre_on`.
@@ -76,48 +77,39 @@ class Head(nn.Module):
         super().__init__()
         in_features, classes = as_positive(in_features, "in_features"), as_positive(classes, "classes")
         hidden = None if hidden is None else as_positive(hidden, "hidden")
+        self.config: dict[str, Any]
         if format == LINEAR:
             if rank is not None or parameters is not None:
                 raise ValueError("a head without experts has no rank, and its own number of parameters.")
-            self.config: dict[str, Any] = dict(
-                in_features=in_features, classes=classes, hidden=hidden, format=LINEAR
-            )
             self.body = _dense(in_features, hidden, classes)
+            self.config = dict(in_features=in_features, classes=classes, hidden=hidden, format=LINEAR)
         else:
-            rank = None if rank is None else as_entries(rank, "rank")
-            is_open = rank is None or None in rank
-            if not is_open and parameters is not None:
-                raise ValueError(f"give a rank or parameters, got rank={rank} and parameters={parameters}.")
             spec = LayerSpec(
                 format, experts=experts, in_features=in_features, hidden=hidden, out_features=classes,
                 rank=rank, bias=True,
             )  # fmt: skip
             if rank is None and parameters is None:
                 spec = spec.with_full_rank_experts()
-            elif is_open:
+            elif rank is None or None in (spec.rank or ()):
                 spec = _nearest(spec, "match" if parameters is None else parameters)
-            hidden = spec.hidden
-            common: Any = dict(
-                experts=spec.experts, format=format, rank=spec.rank, gate=gate, gate_norm=gate_norm, init=init
-            )
-            if hidden is None:
-                self.body = MuMoE(in_features, classes, **common)
-            else:
-                self.body = MuMoEMLP(in_features, hidden, classes, **common)
-            own = self.body.config
+            elif parameters is not None:
+                raise ValueError(f"give a rank or parameters, got rank={spec.rank} and {parameters=}.")
+            make = MuMoE if spec.hidden is None else MuMoEMLP
+            self.body = make.from_spec(spec, gate=gate, gate_norm=gate_norm, init=init)
+            made = self.body.config
             self.config = dict(
-                in_features=in_features, classes=classes, hidden=hidden, format=own["format"],
-                experts=list(spec.experts), rank=list(own["rank"]), gate=own["gate"],
-                gate_norm=own["gate_norm"], init=own["init"],
+                in_features=in_features, classes=classes, hidden=spec.hidden, format=made["format"],
+                experts=list(spec.experts), rank=list(spec.full_rank),
+                **{name: made[name] for name in ("gate", "gate_norm", "init")},
             )  # fmt: skip
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
     def centre_on(self, features: Tensor) -> None:
-        """From now on subtract the mean of these features, and divide by one number for all.
+        """Set `mean` and `scale` to those of these features; see `centring`.
 
-        A feature that hardly varies in them may vary later; so each is not scaled on its own.
+        All features have one scale: one that hardly varies here may vary later.
 
         Parameters
         ----------
@@ -143,7 +135,7 @@ class Head(nn.Module):
 
 
 def centring(features: Tensor) -> tuple[Tensor, Tensor]:
-    """What is subtracted from features, and divided out of them: their mean, and one spread for all.
+    """Mean of each feature, and one standard deviation of all.
 
     Parameters
     ----------
@@ -153,7 +145,7 @@ def centring(features: Tensor) -> tuple[Tensor, Tensor]:
     -------
     Tensor of shape (features,)
     Tensor of shape ()
-        Of features that are all constant, 1.
+        1 if all features are constant.
     """
     mean = features.mean(0)
     spread = (features - mean).square().mean().sqrt()
@@ -207,7 +199,7 @@ def _dense(in_features: int, hidden: int | None, classes: int) -> nn.Module:
 
 
 def _nearest(spec: LayerSpec, parameters: int | str) -> LayerSpec:
-    """The spec with the rank, or for want of one the hidden size, nearest to a number of parameters."""
+    """The spec with the rank, or hidden size if the format has no rank, nearest to a number of parameters."""
     if spec.format.bonds(spec.num_levels):
         return spec.fitted(parameters, rounding="nearest")
     if spec.hidden is None:

@@ -85,7 +85,7 @@ class Subject:
             first, *second = (nn.Linear(p.in_features, p.out_features, device=device) for p in spec.layers)
             return nn.Sequential(first, nn.GELU(), *second) if second else first
         make: Any = MuMoE if spec.hidden is None else MuMoEMLP
-        return make(*features(spec), spec.experts, spec.format, spec.rank or None, device=device)
+        return make.from_spec(spec, device=device)
 
     def figures(self, batch: int) -> dict[str, float]:
         """Its figures by formula: parameters, and the cost of one input.

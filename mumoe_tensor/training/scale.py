@@ -18,6 +18,7 @@ from mumoe_tensor.models.blocks import DENSE
 from mumoe_tensor.models.gpt2 import GPT2Config
 from mumoe_tensor.models.mixer import MixerConfig
 from mumoe_tensor.nn.contraction import kept_results
+from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.training.settings import RUNS, GPT2Run, Settings, packaged, read_settings
 
 #: Inputs that the order of contraction is chosen for, as in the layers.
@@ -77,7 +78,7 @@ class Work:
     activations : int
         Bytes of one row that are kept for the backward pass.
     loss : int
-        Bytes of one row more that its logits take when the loss is differentiated.
+        Further bytes of one row, for its logits while the loss is differentiated.
     """
 
     parameters: int
@@ -284,11 +285,12 @@ def _block(
 ) -> tuple[int, int]:
     """FLOPs, and bytes kept besides the input of its norm, of one input of an MLP."""
     is_dense = config.format == DENSE
-    found = cost(
+    spec = LayerSpec(
         "dense" if is_dense else config.format, experts=() if is_dense else config.experts, rank=rank,
-        in_features=features, hidden=hidden, out_features=features, bias=True, gate=not is_dense, batch=BATCH,
+        in_features=features, hidden=hidden, out_features=features, bias=True,
     )  # fmt: skip
-    flops = found.flops // BATCH
+    total = cost(spec, gate=True, batch=BATCH)
+    flops = total.flops // BATCH
     if is_dense:
         return flops, item * (features + 2 * hidden)
     # Gate and experts share an input that neither casts nor copies. The gate works in float32.
@@ -296,16 +298,16 @@ def _block(
     experts = sum(config.experts)
     coefficients = (item if item == ITEM else ITEM + item) * experts
     normed_logits = {"none": 0, "layer": ITEM, "batch": ITEM}[config.gate_norm] * experts
-    return flops, gate_input + item * (features + hidden + _kept(found)) + coefficients + normed_logits
+    return flops, gate_input + item * (features + hidden + _results(total)) + coefficients + normed_logits
 
 
-def _kept(found: Cost) -> int:
-    """Elements of one input that layers of experts keep, besides inputs, coefficients and hidden features."""
-    total = 0
-    for plan in found.plans:
+def _results(total: Cost) -> int:
+    """Elements of one input of the intermediate results that layers of experts save for the backward pass."""
+    elements = 0
+    for plan in total.plans:
         first = len(plan.program.network.operands)
-        total += sum(prod(plan.steps[k - first].shape) for k in kept_results(plan.program, False))
-    return total // BATCH
+        elements += sum(prod(plan.steps[k - first].shape) for k in kept_results(plan.program, False))
+    return elements // BATCH
 
 
 # ---- tables -----------------------------------------------------------------------------------------------

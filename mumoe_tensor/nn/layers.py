@@ -359,8 +359,7 @@ class MuMoE(Layer):
         return self.experts.expert(index)
 
     def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
-        mixed: Tensor = self.experts(x, coefficients, sparse_gradient=sparse_gradient)
-        return mixed
+        return self.experts(x, coefficients, sparse_gradient=sparse_gradient)
 
 
 class MuMoEMLP(Layer):
@@ -490,8 +489,7 @@ class MuMoEMLP(Layer):
         if activation is None:
             hidden = self.hidden_dropout(self.activation(hidden))
         y = self.down(hidden, coefficients, activation, sparse_gradient)
-        mixed: Tensor = self.dropout(y)
-        return mixed
+        return self.dropout(y)
 
 
 def _arguments_of(spec: LayerSpec) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from mumoe_tensor.tensors import FactorizedTensor
 from mumoe_tensor.testing.oracle import assert_close, subscripts, to_numpy
 from mumoe_tensor.testing.strategies import Problem
 
+Function = Callable[..., Any]
+
 
 def check_gradients(problem: Problem) -> None:
     """Gradients in every factor, the input and all coefficients equal those of the dense formula.
@@ -28,7 +30,7 @@ def _arguments(problem: Problem) -> list[Array]:
     return [*problem.weight.arrays, *problem.coefficients, problem.z]
 
 
-def _forward(problem: Problem) -> Callable:
+def _forward(problem: Problem) -> Function:
     """The library's forward pass as a function of `_arguments`."""
 
     def forward(*arrays: Array) -> Array:
@@ -41,7 +43,7 @@ def _forward(problem: Problem) -> Callable:
     return forward
 
 
-def _dense_formula(problem: Problem, einsum: Callable, ones: Callable, concat: Callable) -> Callable:
+def _dense_formula(problem: Problem, einsum: Function, ones: Function, concat: Function) -> Function:
     """The forward pass from the dense tensor as a function of `_arguments`."""
     weight, bias = problem.weight, problem.layer.bias
     factor_letters, whole = subscripts(weight.format, weight.num_levels)
@@ -102,7 +104,7 @@ def _check_jax(problem: Problem) -> None:
     shape = (*problem.leading, problem.layer.out_features)
     cotangent = problem.array(problem.generator().standard_normal(shape))
 
-    def gradients(function: Callable, inputs: list[jax.Array], direction: jax.Array) -> Any:
+    def gradients(function: Function, inputs: list[jax.Array], direction: jax.Array) -> Any:
         return jax.jit(lambda inputs, direction: jax.vjp(function, *inputs)[1](direction))(inputs, direction)
 
     actual = gradients(_forward(problem), arrays, cotangent)

@@ -159,7 +159,7 @@ def backends() -> st.SearchStrategy[str]:
 
 
 @st.composite
-def dtypes(draw: Callable, backend: str) -> str:
+def dtypes(draw: Callable[..., Any], backend: str) -> str:
     """Floating dtypes of a backend: float64 on JAX only where it is enabled, 16 bits only on PyTorch."""
     names = ["float64", "float32"]
     if backend == "pytorch":
@@ -188,7 +188,7 @@ def ranks(format: str | Format, num_levels: int, most: int = 3) -> st.SearchStra
 
 @st.composite
 def specs(
-    draw: Callable,
+    draw: Callable[..., Any],
     format: str | Format | None = None,
     num_levels: int | None = None,
     *,
@@ -225,7 +225,7 @@ def leading_shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 @st.composite
 def problems(
-    draw: Callable,
+    draw: Callable[..., Any],
     format: str | Format | None = None,
     num_levels: int | None = None,
     *,

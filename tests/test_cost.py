@@ -8,23 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
+from mumoe_tensor.testing import specs
 
-ALL = list(mt.formats().values())
 CLIP = dict(in_features=768, out_features=1000, bias=True, gate=True)
 GPT2 = dict(in_features=768, hidden=3072, out_features=768, bias=True, gate=True)
 
 
-@st.composite
-def layers(draw: st.DrawFn, largest: int = 12) -> tuple[mt.Format, tuple[int, ...], tuple[int, ...]]:
-    """A format, sizes of its modes, and a rank."""
-    sizes = st.integers(1, largest)
-    format = draw(st.sampled_from(ALL))
-    modes = tuple(draw(st.lists(sizes, min_size=2, max_size=5)))
-    rank = tuple(draw(sizes) for _ in format.bonds(len(modes) - 2))
-    return format, modes, rank
-
-
-# ---- published counts (FACTS, section 3: recomputed from the published configurations) ----------------
+# ---- published counts ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,7 +101,7 @@ def closed_parameters(name: str, modes: tuple[int, ...], rank: tuple[int, ...]) 
 
 
 def closed_flops(name: str, modes: tuple[int, ...], rank: tuple[int, ...]) -> int:
-    """FLOPs of one level of experts as FACTS, section 2, writes them (two a multiply-add)."""
+    """FLOPs of one level of experts as the literature writes them, two a multiply-add."""
     n, i, o = modes
     if name == "cp":
         return 2 * rank[0] * (n + i + o) + rank[0]
@@ -126,46 +116,42 @@ def closed_flops(name: str, modes: tuple[int, ...], rank: tuple[int, ...]) -> in
     return 2 * (a * n * b + b * i * c + c * o * a + a * b * c)
 
 
-@given(layers())
-def test_parameters_equal_the_closed_form(layer) -> None:
-    format, modes, rank = layer
-    *experts, i, o = modes
-    figures = mt.cost(format, experts=experts, in_features=i, out_features=o, rank=rank)
-    assert figures.parameters == closed_parameters(format.name, modes, rank)
+@given(specs(most=12))
+def test_parameters_equal_the_closed_form(spec: mt.LayerSpec) -> None:
+    expected = closed_parameters(spec.format.name, spec.mode_sizes, spec.full_rank)
+    assert mt.cost(spec).parameters == expected
 
 
-@given(layers().filter(lambda layer: len(layer[1]) == 3))
-def test_reference_flops_equal_the_closed_form_of_the_literature(layer) -> None:
-    format, modes, rank = layer
-    assert format.reference_flops(modes, rank) == closed_flops(format.name, modes, rank)
+@given(specs(num_levels=1, most=12))
+def test_reference_flops_equal_the_closed_form_of_the_literature(spec: mt.LayerSpec) -> None:
+    modes, rank = spec.mode_sizes, spec.full_rank
+    assert spec.format.reference_flops(modes, rank) == closed_flops(spec.format.name, modes, rank)
 
 
-@pytest.mark.parametrize("levels", range(5))
-@pytest.mark.parametrize("format", ALL, ids=lambda format: format.name)
-def test_reference_flops_are_near_the_fewest(format: mt.Format, levels: int) -> None:
+@pytest.mark.parametrize("num_levels", range(5))
+@pytest.mark.parametrize("name", mt.formats())
+def test_reference_flops_are_near_the_fewest(name: str, num_levels: int) -> None:
     """At the sizes of a layer, where the order of the closed form is the best or close to it."""
-    modes = (*(4,) * levels, 50, 40)
-    bonds = len(format.bonds(levels))
-    rank = (*(2,) * levels, 12, 5) if format.name == "tucker" else (3,) * bonds
-    spec = mt.LayerSpec(format, experts=modes[:-2], in_features=50, out_features=40, rank=rank)
-    fewest, closed = mt.plan(spec, minimize="flops").flops, format.reference_flops(modes, rank)
-    assert fewest == closed if format.name in ("cp", "hadamard", "tr") else 0.94 * closed < fewest <= closed
+    bonds = len(mt.get_format(name).bonds(num_levels))
+    rank = (*(2,) * num_levels, 12, 5) if name == "tucker" else (3,) * bonds
+    spec = mt.LayerSpec(name, experts=(4,) * num_levels, in_features=50, out_features=40, rank=rank)
+    fewest, closed = mt.plan(spec, minimize="flops").flops, mt.cost(spec).reference_flops
+    assert fewest == closed if name in ("cp", "hadamard", "tr") else 0.94 * closed < fewest <= closed
 
 
-@given(layers(largest=40), st.sampled_from([1, 2, 30, 1000, 65_536]), st.booleans())
-def test_the_plan_never_costs_more_than_the_closed_form(layer, batch, bias) -> None:
-    format, modes, rank = layer
-    *experts, i, o = modes
-    sizes = dict(experts=experts, in_features=i, out_features=o, rank=rank, batch=batch, bias=bias)
-    assert mt.cost(format, minimize="flops", **sizes).flops <= batch * format.reference_flops(modes, rank)
-    assert mt.cost(format, **sizes).flops <= 1.05 * batch * format.reference_flops(modes, rank)
+@given(specs(most=40), st.sampled_from([1, 2, 30, 1000, 65_536]))
+def test_the_plan_never_costs_more_than_the_closed_form(spec: mt.LayerSpec, batch: int) -> None:
+    default, fewest = mt.cost(spec, batch=batch), mt.cost(spec, batch=batch, minimize="flops")
+    assert fewest.flops <= fewest.reference_flops
+    assert default.flops <= 1.05 * default.reference_flops
 
 
 def test_the_block_adds_up() -> None:
-    sizes = dict(experts=(8, 4), rank=(3, 3, 3, 5), bias=True, batch=10)
-    block = mt.cost("tr", in_features=7, hidden=20, out_features=6, gate=True, dtype="float64", **sizes)
-    first = mt.cost("tr", in_features=7, out_features=20, dtype="float64", **sizes)
-    second = mt.cost("tr", in_features=20, out_features=6, dtype="float64", **sizes)
+    spec = mt.LayerSpec(
+        "tr", experts=(8, 4), in_features=7, hidden=20, out_features=6, rank=(3, 3, 3, 5), bias=True
+    )
+    block = mt.cost(spec, gate=True, batch=10, dtype="float64")
+    first, second = (mt.cost(layer, batch=10, dtype="float64") for layer in spec.layers)
     gate = 7 * (8 + 4)
     assert block.parameters == first.parameters + second.parameters + gate
     assert block.flops == first.flops + second.flops + 2 * 10 * gate

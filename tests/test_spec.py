@@ -13,47 +13,20 @@ from hypothesis import strategies as st
 import mumoe_tensor as mt
 from mumoe_tensor import LayerSpec
 from mumoe_tensor.spec import as_budget
+from mumoe_tensor.testing import specs
 
-ALL = list(mt.formats().values())
 CLIP = dict(in_features=768, out_features=1000, bias=True, gate=True)
 GPT2 = dict(in_features=768, hidden=3072, out_features=768, bias=True, gate=True)
 
 
-@st.composite
-def layers(draw: st.DrawFn, largest: int = 12) -> tuple[mt.Format, tuple[int, ...], tuple[int, ...]]:
-    """A format, sizes of its modes, and a rank."""
-    sizes = st.integers(1, largest)
-    format = draw(st.sampled_from(ALL))
-    modes = tuple(draw(st.lists(sizes, min_size=2, max_size=5)))
-    rank = tuple(draw(sizes) for _ in format.bonds(len(modes) - 2))
-    return format, modes, rank
-
-
-def spec_of(format: str | mt.Format, modes: tuple[int, ...], rank: tuple[int, ...]) -> mt.LayerSpec:
-    *experts, i, o = modes
-    return mt.LayerSpec(format, experts=experts, in_features=i, out_features=o, rank=rank)
-
-
-@st.composite
-def specs(draw: st.DrawFn) -> LayerSpec:
-    """Specs of layers and blocks with their ranks."""
-    format, (*experts, i, o), rank = draw(layers())
-    hidden = draw(st.none() | st.integers(1, 12))
-    return LayerSpec(
-        format,
-        experts=experts,
-        in_features=i,
-        hidden=hidden,
-        out_features=o,
-        rank=rank,
-        bias=draw(st.booleans()),
-    )
+#: Layers and blocks with their rank.
+SPECS = st.builds(replace, specs(most=12), hidden=st.none() | st.integers(1, 12))
 
 
 # ---- the value ---------------------------------------------------------------------------------------
 
 
-@given(specs())
+@given(SPECS)
 def test_a_spec_is_a_value(spec: LayerSpec) -> None:
     same = eval(repr(spec), {"LayerSpec": LayerSpec})
     assert same == spec and hash(same) == hash(spec)
@@ -62,7 +35,7 @@ def test_a_spec_is_a_value(spec: LayerSpec) -> None:
     assert replace(spec, bias=not spec.bias) != spec
 
 
-@given(specs())
+@given(SPECS)
 def test_parameters_are_those_of_the_torch_layer(spec: LayerSpec) -> None:
     nn = pytest.importorskip("mumoe_tensor.nn")
     sizes = [n for n in (spec.in_features, spec.hidden, spec.out_features) if n is not None]
@@ -73,7 +46,7 @@ def test_parameters_are_those_of_the_torch_layer(spec: LayerSpec) -> None:
     assert mt.cost(spec, gate=True).parameters == counted
 
 
-@given(specs(), st.integers(1, 100))
+@given(SPECS, st.integers(1, 100))
 def test_functions_take_a_spec_or_its_arguments(spec: LayerSpec, batch: int) -> None:
     sizes = {name: getattr(spec, name) for name in ("experts", "in_features", "out_features", "rank", "bias")}
     assert mt.cost(spec, batch=batch) == mt.cost(spec.format, hidden=spec.hidden, batch=batch, **sizes)
@@ -133,16 +106,14 @@ def test_what_is_no_spec_is_refused(call, error, message) -> None:
 # ---- rank of an expert -------------------------------------------------------------------------------
 
 
-@given(layers(largest=6), st.integers(0, 2**31))
-def test_max_expert_rank_is_the_numerical_rank_of_random_experts(layer, seed) -> None:
-    format, modes, rank = layer
-    *experts, i, o = modes
-    weight = mt.FactorizedTensor.random(
-        format, experts=experts, in_features=i, out_features=o, rank=rank, seed=seed
-    )
-    matrix = mt.expert_matrix(weight, [n - 1 for n in experts])
+@given(specs(most=6), st.integers(0, 2**31))
+def test_max_expert_rank_is_the_numerical_rank_of_random_experts(spec: LayerSpec, seed: int) -> None:
+    weight = mt.FactorizedTensor.random(spec, seed=seed)
+    matrix = mt.expert_matrix(weight, [n - 1 for n in spec.experts])
+    if spec.bias:
+        matrix = matrix[:-1]
     singular = np.linalg.svd(matrix, compute_uv=False)
-    assert np.sum(singular > 1e-9 * singular[0]) == spec_of(format, modes, rank).max_expert_rank
+    assert np.sum(singular > 1e-9 * singular[0]) == spec.max_expert_rank
 
 
 @pytest.mark.parametrize(
@@ -150,44 +121,47 @@ def test_max_expert_rank_is_the_numerical_rank_of_random_experts(layer, seed) ->
     [("cp", (5,), 5), ("tr", (2, 3, 4), 8), ("tr", (3, 2, 4), 8), ("tt", (3, 4), 4), ("tucker", (9, 6, 7), 6),
      ("hadamard", (), 20), ("dense", (), 20)],
 )  # fmt: skip
-def test_max_expert_rank_of_the_table(format, rank, expected) -> None:
-    assert spec_of(format, (16, 30, 20), rank).max_expert_rank == expected
+def test_max_expert_rank_of_the_table(format: str, rank: tuple[int, ...], expected: int) -> None:
+    spec = LayerSpec(format, experts=16, in_features=30, out_features=20, rank=rank)
+    assert spec.max_expert_rank == expected
 
 
 def test_max_expert_rank_of_the_ring_without_experts() -> None:
-    assert spec_of("tr", (30, 20), (2, 3)).max_expert_rank == 6
+    assert LayerSpec("tr", experts=(), in_features=30, out_features=20, rank=(2, 3)).max_expert_rank == 6
+
+
+def test_the_bias_row_does_not_raise_the_rank_of_an_expert() -> None:
+    spec = LayerSpec("dense", experts=2, in_features=3, out_features=9)
+    assert replace(spec, bias=True).max_expert_rank == spec.max_expert_rank == 3
 
 
 # ---- rank for a budget -------------------------------------------------------------------------------
 
 
 @given(
-    layers(largest=30).filter(lambda layer: layer[2]),
+    specs(most=30).filter(lambda spec: spec.rank),
     st.integers(1, 40_000),
     st.sampled_from(["up", "down", "nearest"]),
     st.booleans(),
-    st.booleans(),
     st.one_of(st.none(), st.integers(0, 6)),
 )
-def test_fit_rank_is_the_last_rank_before_the_budget(layer, budget, rounding, bias, gate, place) -> None:
-    format, modes, rank = layer
-    *experts, i, o = modes
-    sizes = dict(experts=experts, in_features=i, out_features=o, bias=bias, gate=gate)
-    template = None if place is None else tuple(
-        None if k == place % len(rank) else r for k, r in enumerate(rank)
+def test_fitted_is_the_last_rank_before_the_budget(spec, budget, rounding, gate, place) -> None:
+    rank = None if place is None else tuple(
+        None if k == place % len(spec.rank) else r for k, r in enumerate(spec.rank)
     )  # fmt: skip
+    open_spec = replace(spec, rank=rank)
 
     def family(t: int) -> tuple[int, ...]:
-        if template is not None:
-            return tuple(t if r is None else r for r in template)
-        return format.default_rank((*experts, i + bias, o), t)
+        if rank is not None:
+            return tuple(t if r is None else r for r in rank)
+        return spec.format.default_rank(spec.mode_sizes, t)
 
     def total(t: int) -> int:
-        return mt.cost(format, rank=family(t), **sizes).parameters
+        return mt.cost(replace(spec, rank=family(t)), gate=gate).parameters
 
     if total(1) > budget:
         with pytest.raises(ValueError, match="gate alone has"):
-            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+            open_spec.fitted(budget, rounding=rounding, gate=gate)
         return
     below, above = 1, 50_000
     while above - below > 1:
@@ -197,10 +171,10 @@ def test_fit_rank_is_the_last_rank_before_the_budget(layer, budget, rounding, bi
     saturated = family(below + 1) == family(below)
     if rounding == "up" and saturated and not reached:
         with pytest.raises(ValueError, match="full rank"):
-            mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
+            open_spec.fitted(budget, rounding=rounding, gate=gate)
         return
-    fitted = mt.fit_rank(format, parameters=budget, rank=template, rounding=rounding, **sizes)
-    fitted_total = mt.cost(format, rank=fitted, **sizes).parameters
+    fitted = open_spec.fitted(budget, rounding=rounding, gate=gate)
+    fitted_total = mt.cost(fitted, gate=gate).parameters
     over = total(below) if reached or saturated else total(below + 1)
     expected = {
         "up": over,
@@ -221,12 +195,6 @@ def test_fit_rank_is_proportional_for_tucker_and_capped() -> None:
     ratios = [r / n for r, n in zip(rank, (8, 768, 96), strict=True)]
     assert max(ratios) <= 1
     assert max(ratios) - min(ratios) < 1 / 8
-
-
-def test_the_bias_row_is_no_part_of_rank_and_closed_form() -> None:
-    sizes = dict(experts=2, in_features=3, out_features=9, batch=5)
-    without, with_bias = mt.cost("dense", **sizes), mt.cost("dense", **sizes, bias=True)
-    assert with_bias.max_expert_rank == without.max_expert_rank == 3
 
 
 @pytest.mark.parametrize(

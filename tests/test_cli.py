@@ -120,6 +120,11 @@ def test_cost() -> None:
     assert "768 → 3072" in table and "3072 → 768" in table
 
 
+def test_layers_of_equal_sizes_have_a_column_each() -> None:
+    table = run("cost cp --experts 2 --in-features 6 --hidden 6 --out-features 6 --rank 2")
+    assert table.count("6 → 6") == 2
+
+
 def test_cost_without_levels_gate_or_hidden_size() -> None:
     found = figures("cost dense --experts none --in-features 9 --out-features 5 --bias --dtype float16")
     assert found["parameters"] == 50 and found["gate_parameters"] == 0 and found["unit"] == "bytes"
@@ -306,7 +311,7 @@ BAD = [
     (f"plan cp {SMALL}", "has 1 entries, (r,), got None"),
     (f"plan cp {SMALL} --rank 2,3", "got (2, 3)"),
     (f"plan cp {SMALL} --rank two", "--rank must be numbers"),
-    (f"plan cp {SMALL} --rank ?", "every entry of --rank must be a number"),
+    (f"plan cp {SMALL} --rank ?", "every entry of the rank must be known"),
     (f"plan cp {SMALL} --rank 0", "every rank must be positive, got 0"),
     (f"plan cp {SMALL} --rank 2 --minimize speed", "'time', 'flops', 'peak', got 'speed'"),
     (f"plan cp {SMALL} --rank 2 --implementation fast", "'factorized', 'reconstructed', 'auto'"),

@@ -1,8 +1,7 @@
-"""Commands on a layer of some sizes: formats, plan, cost, fit."""
+"""Commands that count: formats, plan, cost, fit."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -28,11 +27,11 @@ from mumoe_tensor.cli.options import (
     Parameters,
     Rank,
 )
-from mumoe_tensor.cli.values import read_budget, read_experts, read_known_rank, read_rank
+from mumoe_tensor.cli.values import read_budget, read_spec
 from mumoe_tensor.formats import Format, mode_names
 from mumoe_tensor.spec import as_budget
 
-#: Figures of a cost, and how they are written.
+#: Figures of a cost, and their names in the table.
 _COST = {
     "parameters": "parameters",
     "flops": "FLOPs",
@@ -52,13 +51,13 @@ def formats(as_json: Json = False) -> None:
 
     Example: `mumoe-tensor formats`
     """
-    found = [_declared(format) for format in mt.formats().values()]
+    entries = [_declared(format) for format in mt.formats().values()]
     if as_json:
-        print_json(found)
+        print_json(entries)
         return
     table = new_table("format", "title", "factors", "rank", "parameters")
-    for entry in found:
-        # One line a factor, its parameters beside it.
+    for entry in entries:
+        # A line for each factor, with its parameters.
         terms = entry["parameters"].replace(" + ", "\n+ ")
         units = "\n" * (len(entry["factors"]) - len(terms.splitlines()))
         rank = ", ".join(entry["rank"]) or "none"
@@ -90,14 +89,9 @@ def plan(
     """
     with bad_input():
         planned = mt.plan(
-            format,
-            experts=read_experts(experts),
-            in_features=in_features,
-            out_features=out_features,
-            rank=read_known_rank(rank),
+            read_spec(format, experts, in_features, out_features, rank=rank, bias=bias),
             batch=batch,
-            bias=bias,
-            minimize=minimize,  # type: ignore[arg-type]  # the library says what it may be
+            minimize=minimize,  # type: ignore[arg-type]  # the library checks it
             implementation=implementation,  # type: ignore[arg-type]
             memory_limit=memory_limit,
             constants=constants,  # type: ignore[arg-type]
@@ -132,42 +126,34 @@ def cost(
     --out-features 768 --rank 556 --bias --gate`
     """
     with bad_input():
-        found = mt.cost(
-            format,
-            experts=read_experts(experts),
-            in_features=in_features,
-            out_features=out_features,
-            hidden=hidden,
-            rank=read_known_rank(rank),
-            batch=batch,
-            bias=bias,
+        total = mt.cost(
+            read_spec(format, experts, in_features, out_features, hidden, rank, bias),
             gate=gate,
+            batch=batch,
             minimize=minimize,  # type: ignore[arg-type]
             implementation=implementation,  # type: ignore[arg-type]
             memory_limit=memory_limit,
             constants=constants,  # type: ignore[arg-type]
             dtype=dtype,
         )
-    total = {name: getattr(found, name) for name in _COST}
-    parts = [mt.Cost(spec, (plan,)) for spec, plan in zip(found.spec.layers, found.plans, strict=True)]
-    layers = [{name: getattr(part, name) for name in _COST} for part in parts]
+    figures = _cost_figures(total)
+    layers = [mt.Cost(spec, (plan,)) for spec, plan in zip(total.spec.layers, total.plans, strict=True)]
+    columns = [
+        (f"{part.spec.in_features} → {part.spec.out_features}", _cost_figures(part)) for part in layers
+    ]
     unit = "bytes" if dtype else "elements"
     if as_json:
-        gate_figures = {"gate_parameters": found.gate_parameters, "gate_flops": found.gate_flops}
-        print_json({"format": format, **total, **gate_figures, "unit": unit, "layers": layers})
+        gate_figures = {"gate_parameters": total.gate_parameters, "gate_flops": total.gate_flops}
+        parts = [part for _, part in columns]
+        print_json({"format": format, **figures, **gate_figures, "unit": unit, "layers": parts})
         return
-    sizes = [n for n in (in_features, hidden, out_features) if n is not None]
-    gate_column: dict[str, int] = {"parameters": found.gate_parameters, "flops": found.gate_flops}
-    columns = dict(zip((f"{i} → {o}" for i, o in pairwise(sizes)), layers, strict=True))
-    table = new_table(
-        "",
-        *columns,
-        *(["gate"] if gate else []),
-        "total",
-        title=f"{format}, batch {batch:,}; memory in {unit}",
-    )
+    if gate:
+        columns.append(("gate", {"parameters": total.gate_parameters, "flops": total.gate_flops}))
+    columns.append(("total", figures))
+    headings = [heading for heading, _ in columns]
+    table = new_table("", *headings, title=f"{format}, batch {batch:,}; memory in {unit}")
     for name, title in _COST.items():
-        values = [*(layer[name] for layer in layers), *([gate_column.get(name)] if gate else []), total[name]]
+        values = [column.get(name) for _, column in columns]
         table.add_row(title, *("" if value is None else f"{value:,}" for value in values))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -192,27 +178,19 @@ def fit(
     Example: `mumoe-tensor fit tr --experts 64 --in-features 768 --out-features 1000
     --rank '4,4,?' --parameters 769000 --bias --gate`
     """
-    sizes: dict[str, Any] = {"in_features": in_features, "hidden": hidden, "out_features": out_features}
     with bad_input():
-        layer: dict[str, Any] = {**sizes, "experts": read_experts(experts), "bias": bias, "gate": gate}
-        wanted = read_budget(parameters)
-        fitted = mt.fit_rank(
-            format,
-            rank=read_rank(rank),
-            parameters=wanted,
-            rounding=rounding,  # type: ignore[arg-type]
-            **layer,
-        )
-        found = mt.cost(format, rank=fitted, **layer)
-    entries = [fitted] if isinstance(fitted, int) else list(fitted)
-    budget = as_budget(wanted, mt.dense_parameters(**sizes, bias=bias))
+        spec = read_spec(format, experts, in_features, out_features, hidden, rank, bias)
+        budget = as_budget(read_budget(parameters), spec.dense_parameters)
+        fitted = spec.fitted(budget, rounding=rounding, gate=gate)  # type: ignore[arg-type]
+    gate_parameters = fitted.gate_parameters if gate else 0
+    total = fitted.weight_parameters + gate_parameters
     if as_json:
-        result = {"format": format, "rank": entries, "parameters": found.parameters, "budget": budget}
-        print_json({**result, "gate_parameters": found.gate_parameters})
+        result = {"format": format, "rank": fitted.rank, "parameters": total, "budget": budget}
+        print_json({**result, "gate_parameters": gate_parameters})
         return
-    print(f"rank {','.join(map(str, entries))}")
-    share = f", of which the gate {found.gate_parameters:,}" if gate else ""
-    print(f"{found.parameters:,} parameters{share}; the budget is {budget:,}")
+    print(f"rank {','.join(map(str, fitted.full_rank))}")
+    share = f", of which the gate {gate_parameters:,}" if gate else ""
+    print(f"{total:,} parameters{share}; the budget is {budget:,}")
 
 
 def _declared(format: Format) -> dict[str, Any]:
@@ -229,19 +207,23 @@ def _declared(format: Format) -> dict[str, Any]:
     }
 
 
-def _plan_figures(planned: mt.ContractionPlan) -> dict[str, Any]:
+def _cost_figures(cost: mt.Cost) -> dict[str, Any]:
+    return {name: getattr(cost, name) for name in _COST}
+
+
+def _plan_figures(plan: mt.ContractionPlan) -> dict[str, Any]:
     figures = ("flops", "write", "copied", "size", "peak", "saved")
-    steps = ("equation", "kind", "shape", "flops", "write", "copied", "saved", "live")
-
-    def told(found: Any) -> list[dict[str, Any]]:
-        return [{name: getattr(step, name) for name in steps} for step in found]
-
+    names = ("equation", "kind", "shape", "flops", "write", "copied", "saved", "live")
+    steps, constant_steps = (
+        [{name: getattr(step, name) for name in names} for step in steps]
+        for steps in (plan.steps, plan.constant_steps)
+    )
     return {
-        "implementation": planned.implementation,
-        "minimize": planned.minimize,
-        "batch": planned.batch,
-        **{name: getattr(planned, name) for name in figures},
-        "unit": "bytes" if planned.dtype else "elements",
-        "steps": told(planned.steps),
-        "constant_steps": told(planned.constant_steps),
+        "implementation": plan.implementation,
+        "minimize": plan.minimize,
+        "batch": plan.batch,
+        **{name: getattr(plan, name) for name in figures},
+        "unit": "bytes" if plan.dtype else "elements",
+        "steps": steps,
+        "constant_steps": constant_steps,
     }

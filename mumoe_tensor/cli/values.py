@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mumoe_tensor.spec import LayerSpec
+
 
 def read_experts(text: str) -> tuple[int, ...]:
     """Numbers of experts of the levels, from 64, 8x8 or none."""
@@ -33,21 +35,24 @@ def read_rank(text: str | None) -> tuple[int | None, ...] | None:
     try:
         return tuple(None if r.strip() == "?" else int(r) for r in text.split(","))
     except ValueError:
-        raise ValueError(
-            f"--rank must be numbers with commas between, e.g. 64,128,128; for fit one may be ?; "
-            f"got {text!r}."
-        ) from None
+        rule = "--rank must be numbers with commas between, e.g. 64,128,128; for fit one may be ?"
+        raise ValueError(f"{rule}; got {text!r}.") from None
 
 
-def read_known_rank(text: str | None) -> tuple[int, ...] | None:
-    """Entries of a rank, all of them numbers."""
-    entries = read_rank(text)
-    if entries is None:
-        return None
-    known = tuple(r for r in entries if r is not None)
-    if len(known) < len(entries):
-        raise ValueError(f"every entry of --rank must be a number here, got {text!r}; `fit` solves for a ?.")
-    return known
+def read_spec(
+    format: str,
+    experts: str,
+    in_features: int,
+    out_features: int,
+    hidden: int | None = None,
+    rank: str | None = None,
+    bias: bool = False,
+) -> LayerSpec:
+    """The layer of the options for its format and sizes."""
+    return LayerSpec(
+        format, experts=read_experts(experts), in_features=in_features, out_features=out_features,
+        hidden=hidden, rank=read_rank(rank), bias=bias,
+    )  # fmt: skip
 
 
 def read_budget(text: str) -> Any:

@@ -209,11 +209,11 @@ def _match(format: Format, factors: Sequence[Any]) -> tuple[int, tuple[Any, ...]
         backend_of(*arrays)
     for num_levels in range(MOST_LEVELS + 1):
         declared = format.declaration(num_levels)
+        optional = [k for k, f in enumerate(declared) if f.optional]
         filled = list(factors)
-        if len(filled) == sum(not f.optional for f in declared):
-            for k, f in enumerate(declared):
-                if f.optional:
-                    filled.insert(k, None)
+        if len(filled) == len(declared) - len(optional):
+            for k in optional:
+                filled.insert(k, None)
         if len(filled) == len(declared) and all(
             factor is None or len(factor.shape) == len(f.indices)
             for factor, f in zip(filled, declared, strict=True)

@@ -49,6 +49,22 @@ class Turned(mt.Format):
         return [mt.Factor(f"{' '.join(experts)} {i} p"), middle, mt.Factor(f"{o} q")]
 
 
+class Split(mt.Format):
+    """Expert factors and a shared matrix joined by two bonds; a memory order other than that of the axes."""
+
+    name = "split"
+    title = "Split"
+
+    def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+        *experts, i, o = modes
+        return [
+            mt.Factor("p q", optional=True),
+            *(mt.Factor(f"{m} p", memory_order=f"p {m}") for m in experts),
+            mt.Factor(f"{i} q p"),
+            mt.Factor(f"q p {o}", memory_order=f"p q {o}"),
+        ]
+
+
 ALL = PartialTucker(("n1", "i", "o"))
 SOME = PartialTucker(("i",))
 
@@ -235,6 +251,46 @@ def test_a_class_defined_again_replaces_the_name_and_nothing_else() -> None:
         config_entry(before)
 
 
+# ---- names -------------------------------------------------------------------------------------------------
+
+
+def test_registered_formats() -> None:
+    for name, format in mt.formats().items():
+        assert format.name == name
+        assert mt.get_format(name) is format
+        assert mt.get_format(format) is format
+
+
+def test_formats_returns_a_copy() -> None:
+    mt.formats().clear()
+    assert "cp" in mt.formats()
+
+
+def test_a_format_that_is_not_registered_works_everywhere() -> None:
+    format = Split()
+    run_check(check_equals_dense, format, share=2)
+    weight = mt.FactorizedTensor.random(format, experts=4, in_features=3, out_features=5, rank=(2, 3))
+    assert weight.format is format
+    assert mt.to_dense(weight).shape == (4, 3, 5)
+    assert mt.plan(format, experts=4, in_features=3, out_features=5, rank=(2, 3)).flops > 0
+    assert mt.cost(format, experts=4, in_features=3, out_features=5, rank=(2, 3)).parameters == 8 + 18 + 30
+    assert mt.LayerSpec(format, experts=4, in_features=3, out_features=5, rank=(2, 3)).max_expert_rank == 3
+    fit = mt.fit_rank(
+        format, experts=4, in_features=3, out_features=5, rank=(2, None), parameters=60, rounding="down"
+    )
+    assert fit == (2, 3)
+    with pytest.raises(ValueError, match="unknown format 'split'"):
+        mt.plan("split", experts=4, in_features=3, out_features=5, rank=(2, 3))
+
+
+def test_register_makes_a_format_known_by_its_name() -> None:
+    assert mt.register(Split) is Split
+    assert list(mt.formats())[-1] == "split"
+    assert mt.get_format("split") == Split()
+    mt.register(Split)  # once more is no mistake: modules are reloaded
+    assert list(mt.formats()).count("split") == 1
+
+
 # ---- layers ------------------------------------------------------------------------------------------------
 
 
@@ -287,3 +343,13 @@ def test_a_model_is_saved_with_the_settings(tmp_path: Any) -> None:
     assert again.config == config
     images = torch.rand(2, 1, 8, 8)
     assert torch.equal(again(images), model(images))
+
+
+def test_a_study_takes_formats_that_a_name_stands_for() -> None:
+    pytest.importorskip("torch")
+    from mumoe_tensor import study
+
+    mt.register(PartialTucker)
+    assert study.prepare(formats=[PartialTucker(), "cp"]).formats == ("partial-tucker", "cp")
+    with pytest.raises(ValueError, match=r"formats by name.*\{'name': 'partial-tucker', 'compressed'"):
+        study.prepare(formats=["cp", SOME])

@@ -162,3 +162,7 @@ def test_a_factor_without_indices_is_a_scale() -> None:
     format = declared(lambda modes: [mt.Factor(""), *dense(modes)])()
     weight = mt.FactorizedTensor(format, [np.array(2.0), np.ones((4, 3, 5))])
     assert np.all(mt.to_dense(weight) == 2)
+
+
+def test_factors_are_values() -> None:
+    assert len({mt.Factor("a b"), mt.Factor("a b"), mt.Factor("a b", memory_order="b a")}) == 2

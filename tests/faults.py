@@ -65,7 +65,7 @@ FAULTS = [
           "formats/test_base::test_a_bad_declaration_is_refused_where_it_breaks"),
     Fault("testing: a problem's inputs not those of its seed", "mumoe_tensor/testing/strategies.py",
           "np.random.default_rng(self.seed)", "np.random.default_rng()",
-          "properties::test_a_problem_can_be_pasted_back"),
+          "testing/test_strategies::test_a_problem_can_be_pasted_back"),
     Fault("bias row dropped", f"{CONTRACTION}/execute.py",
           "result = add_product(row, left, right)", "result = left @ right", "properties::test_property"),
     Fault("bias taken from the first row", f"{CONTRACTION}/execute.py",

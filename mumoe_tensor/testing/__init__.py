@@ -31,7 +31,7 @@ from mumoe_tensor.testing.checks import (
 )
 from mumoe_tensor.testing.gradients import check_gradients
 from mumoe_tensor.testing.oracle import TOLERANCE, assert_close, dense_moe, dense_weight, magnitude, to_numpy
-from mumoe_tensor.testing.run import check_format, run_check
+from mumoe_tensor.testing.runner import check_format, run_check
 from mumoe_tensor.testing.strategies import (
     Problem,
     backends,

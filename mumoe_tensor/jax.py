@@ -18,7 +18,7 @@ def _unflatten(format: Format, factors: tuple[Any, ...]) -> FactorizedTensor:
     try:
         return FactorizedTensor(format, factors)
     except (TypeError, ValueError):
-        # JAX also builds trees of things that are no weight: placeholders, stacks to map over.
+        # JAX also builds trees whose leaves make no weight: placeholders, stacks to map over.
         weight = object.__new__(FactorizedTensor)
         weight.format, weight.factors = format, tuple(factors)
         return weight

@@ -1,10 +1,12 @@
-"""The one container of factorized weights: a format and the arrays of its factors."""
+"""Factorized weights: a format and the arrays of its factors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Unpack
+
+import numpy as np
 
 from mumoe_tensor.backend import (
     Array,
@@ -15,7 +17,7 @@ from mumoe_tensor.backend import (
     is_array,
     tensorly_backend,
 )
-from mumoe_tensor.formats.base import MOST_LEVELS, Format, mode_names
+from mumoe_tensor.formats.base import MOST_LEVELS, Factor, Format, mode_names
 from mumoe_tensor.formats.registry import formats, get_format
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
@@ -159,13 +161,10 @@ class FactorizedTensor:
         ValueError, TypeError
             As `LayerSpec`; for a block, each of whose `layers` has its weight.
         """
-        import numpy as np
-
         spec = as_spec(format, **sizes)
         index_sizes = spec.format.index_sizes(spec.mode_sizes, spec.full_rank)
         like = np.empty(0) if like is None else like
-        tl = check_floating({"like": like})
-        context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
+        check_floating({"like": like})
         generator = np.random.default_rng(seed)
         declared = spec.format.declaration(spec.num_levels)
         # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
@@ -173,12 +172,9 @@ class FactorizedTensor:
         scale = (1 / (spec.in_features * terms)) ** (0.5 / sum(not f.optional for f in declared))
         factors: list[Array | None] = []
         for f in declared:
-            if f.optional:
-                factors.append(None)
-                continue
-            values = scale * generator.standard_normal([index_sizes[x] for x in f.memory_order])
+            shape = [index_sizes[x] for x in f.memory_order]
             factors.append(
-                tl.transpose(tl.tensor(values, **context), [f.memory_order.index(x) for x in f.indices])
+                None if f.optional else as_factor(scale * generator.standard_normal(shape), f, like)
             )
         return cls(spec.format, factors)
 
@@ -192,6 +188,14 @@ class FactorizedTensor:
 
 def _described(factor: Any) -> str:
     return f"{type(factor).__name__}{tuple(factor.shape)}" if hasattr(factor, "shape") else repr(factor)
+
+
+def as_factor(values: Any, f: Factor, like: Array) -> Array:
+    """An array of the kind of `like` for a factor, from NumPy's values with axes in its memory order."""
+    tl = backend_of(like)
+    context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
+    array = tl.tensor(np.ascontiguousarray(values), **context)
+    return tl.transpose(array, [f.memory_order.index(x) for x in f.indices])
 
 
 def as_factorized(weight: Any) -> FactorizedTensor:

@@ -9,7 +9,6 @@ import numpy as np
 
 from mumoe_tensor.backend import (
     Array,
-    backend_of,
     check_floating,
     is_array,
     tensorly_backend,
@@ -23,7 +22,7 @@ from mumoe_tensor.formats.dense import Dense
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.multilinear import to_dense
 from mumoe_tensor.spec import LayerSpec
-from mumoe_tensor.tensors import FactorizedTensor
+from mumoe_tensor.tensors import FactorizedTensor, as_factor
 
 fits.register(Dense, lambda format, dense, *_: [[dense]])
 
@@ -199,15 +198,12 @@ def _as_weight(
     format: Format, factors: Sequence[Any], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> FactorizedTensor:
     """Fill bonds up with zeros, and take on the kind of `like` and the memory order of the format."""
-    tl = backend_of(like)
-    context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
     arrays: list[Array | None] = []
     for factor, shape, f in zip(factors, shapes, format.declaration(len(like.shape) - 2), strict=True):
         if factor is None:
             arrays.append(None)
             continue
         padded = np.pad(factor, [(0, size - n) for size, n in zip(shape, factor.shape, strict=True)])
-        stored = padded.transpose([f.indices.index(x) for x in f.memory_order])
-        array = tl.tensor(np.ascontiguousarray(stored), **context)
-        arrays.append(tl.transpose(array, [f.memory_order.index(x) for x in f.indices]))
+        values = padded.transpose([f.indices.index(x) for x in f.memory_order])
+        arrays.append(as_factor(values, f, like))
     return FactorizedTensor(format, arrays)

@@ -236,7 +236,7 @@ FAULTS = [
           "nn/test_configs::test_every_argument_comes_back"),
     Fault("surgery: the error of the fit left out", "mumoe_tensor/nn/init.py",
           "np.linalg.norm(s[rank:])", "np.linalg.norm(s[:0])",
-          "nn/test_surgery::test_a_rank_too_small_gives_the_best_fit_and_says_how_far_it_is"),
+          "nn/test_linear::test_a_rank_too_small_gives_the_best_fit_and_says_how_far_it_is"),
     Fault("a mask of experts is read as the numbers 0 and 1", "mumoe_tensor/selections.py",
           "[k for k, is_selected in enumerate(entries) if is_selected]", "[int(entry) for entry in entries]",
           "selections::test_every_call_takes_every_kind"),

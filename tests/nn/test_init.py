@@ -65,23 +65,3 @@ def test_published_initialisation() -> None:
     assert 0.98 * 60**-0.5 < cp[3].abs().max() <= 60**-0.5
     core = MuMoE(300, 200, (40,), "tucker", (3, 20, 30), init="published").weight.arrays[0]
     assert (torch.linalg.vector_norm(core) - 1).abs() < 1e-5
-
-
-class Basis(mt.Format):
-    """Experts that mix a few matrices: one factor has both the input and the output."""
-
-    name, title = "basis", "Basis"
-
-    def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
-        experts = [mt.Factor(f"{mode} r") for mode in modes[:-2]]
-        return [mt.Factor("r o i" if experts else "o i"), *experts]
-
-
-@pytest.mark.parametrize("experts", [(), (4,), (3, 2)], ids=str)
-def test_experts_start_as_a_linear_layer_where_one_factor_has_input_and_output(experts) -> None:
-    linear = nn.Linear(5, 6)
-    layer = MuMoE.from_linear(linear, experts, format=Basis(), rank=3 if experts else None)
-    matrix, bias = layer.expert(tuple(n - 1 for n in experts))
-    assert layer.fit_errors == (0.0,)
-    torch.testing.assert_close(matrix, linear.weight.T)
-    torch.testing.assert_close(bias, linear.bias)

@@ -1,4 +1,4 @@
-"""How factors are drawn: every expert near one and the same linear layer."""
+"""First values of factors: every expert near, or equal to, one linear layer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw(weight: FactorizedTensor, in_features: int) -> None:
 
 @torch.no_grad()
 def fill_neutral(factor: Tensor, bonds: list[int]) -> None:
-    """Let a factor of expert modes pass on what its bonds bring: the identity between two, or ones."""
+    """Make a factor of expert modes neutral: the identity between two bonds, or ones."""
     if len(bonds) != 2:
         factor.fill_(1)
         return
@@ -130,7 +130,7 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
 def _pass_on(
     factor: Tensor, indices: Sequence[str], bonds: Collection[str], ends: tuple[Sequence[str], Sequence[str]]
 ) -> None:
-    """Make a factor neutral; a core, which has no modes, between a bond of each end of the network."""
+    """Make a factor neutral: one without modes, a core, between a bond of the input and one of the output."""
     axes = [k for k, x in enumerate(indices) if x in bonds]
     if len(axes) < len(indices):
         fill_neutral(factor, axes)

@@ -24,7 +24,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 
 class Layer(WholeState):
-    """What layers of one and of two weights have in common: the gate, the norm of the input, the config."""
+    """The common part of layers of one and of two weights: gate, norm of the input, experts, config."""
 
     #: Names of the `Experts`, each of which takes the result of the one before.
     _mixtures: tuple[str, ...] = ("experts",)
@@ -154,7 +154,7 @@ class Layer(WholeState):
         """None: there is no vector that all outputs get. Each expert has its bias, as part of the weight."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module, but the weight or bias of another layer is refused, as to tie weights."""
+        """As that of every module, but refuses the weight or bias of another layer, which would be tied."""
         if name in ("weight", "bias"):
             raise TypeError(
                 f"a {type(self).__name__} has factors and no {name} that can be set or shared with another "
@@ -185,12 +185,12 @@ class Layer(WholeState):
         return write_published(self.gate, self.mixtures, version)
 
     def keep_experts(self, level: int, indices: Selection) -> Self:
-        """A new layer that has only some of the experts of a level, in the order of the indices.
+        """A new layer with some of the experts of a level, in the order of the indices.
 
-        Its gate is the same map to the logits of the experts kept: the gate function shares the coefficients
-        out among these, and a layer norm of the logits is taken over these. The new layer shares nothing with
-        this one and has the same edits, statistics, modes and frozen parameters, but no hooks on its gate and
-        experts.
+        Its gate is the same map to the logits of these experts: the gate function distributes the
+        coefficients among them, and a layer norm of the logits is taken over them. The new layer shares
+        nothing with this one and has the same edits, statistics, modes and frozen parameters, but no hooks on
+        its gate and experts.
 
         Parameters
         ----------
@@ -216,7 +216,7 @@ class Layer(WholeState):
         ----------
         x : Tensor of shape (..., in_features)
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
-            False for rows (padded tokens) that batch norm shall not count.
+            False for rows (padded tokens) that batch norm leaves out.
         return_coefficients : bool, default False
 
         Returns
@@ -245,15 +245,15 @@ class MuMoE(Layer):
     ----------
     in_features, out_features : int
     experts : int or sequence of int
-        Number of experts; with several numbers, that many levels: an expert for every combination.
+        Number of experts of each level; there is an expert for every combination of one a level.
     format : str or Format, default "cp"
         ``"cp"``, ``"tucker"``, ``"tr"``, ``"tt"``, ``"hadamard"``, ``"dense"`` or one of your own.
     rank : int or sequence of int, optional
-        One entry a bond of the format. An entry may be None, and the rank may be left out: then it is
-        solved for by `parameters`.
+        One entry a bond of the format. One entry may be None, or the rank left out: then `parameters` solves
+        for it.
     parameters : int or "match", optional
-        Parameters the layer shall have at least, gate and biases counted; ``"match"`` (the default without a
-        rank) for those of ``torch.nn.Linear(in_features, out_features, bias)``.
+        The least number of parameters, gate and biases counted; ``"match"`` (the default without a rank) for
+        those of ``torch.nn.Linear(in_features, out_features, bias)``.
     bias : bool, default True
         Every expert has a bias.
     gate, gate_norm : optional
@@ -265,11 +265,13 @@ class MuMoE(Layer):
     batch_hint : int, default 1024
         Rows (tokens) a batch usually has: the order of contraction is chosen for it.
     recompute : bool, default False
-        Keep less for the backward pass, and form products of coefficients and factors again there.
+        Keep less for the backward pass, which then forms products of coefficients and factors again.
     device, dtype : optional
 
     Attributes
     ----------
+    spec : LayerSpec
+        Format, sizes and rank.
     gate : ExpertGate
         Always called, so that hooks on it see the coefficients and may change them.
     experts : Experts
@@ -277,7 +279,7 @@ class MuMoE(Layer):
     Raises
     ------
     ValueError, TypeError
-        If sizes, ranks or choices are wrong; see `fit_rank` for what a budget cannot be.
+        If sizes, ranks or choices are wrong, or no rank fits the budget; see `LayerSpec.fitted`.
 
     Examples
     --------
@@ -320,9 +322,9 @@ class MuMoE(Layer):
     def from_linear(cls, linear: nn.Module, experts: int | Sequence[int], **options: Any) -> MuMoE:
         """Make a layer whose experts all start as a linear layer, so that it gives the same outputs.
 
-        The gate is drawn at random: whatever it gives, equal experts mix to the same map, and without it
-        all would get the same gradient. Where the rank is too small, the experts are the best fit, and
-        `fit_errors` says how far from the layer they are.
+        The gate is drawn at random: equal experts mix to the same map with any coefficients, and with equal
+        coefficients all would have the same gradient. Where the rank is too small, the experts are the best
+        fit, and `fit_errors` is their relative error.
 
         Parameters
         ----------
@@ -337,8 +339,8 @@ class MuMoE(Layer):
         TypeError
             If `linear` is no linear layer.
         ValueError
-            If it computes something else or more, as with a hook or a forward method of its own, or if only a
-            part of it is frozen.
+            If it computes something else or more, as with a hook or another forward method, or if only a part
+            is frozen.
         """
         check_linear(linear)
         return layer_like(cls, [linear], experts, **options)
@@ -375,7 +377,7 @@ class MuMoEMLP(Layer):
     format, rank : optional
         As of `MuMoE`; both layers have one rank.
     parameters : int or "match", optional
-        Parameters the block shall have at least; ``"match"`` for those of two `torch.nn.Linear`.
+        The least number of parameters; ``"match"`` for those of two `torch.nn.Linear`.
     bias : bool, default True
     activation : str, dict or callable, default "gelu"
         The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
@@ -389,6 +391,7 @@ class MuMoEMLP(Layer):
 
     Attributes
     ----------
+    spec : LayerSpec
     gate : ExpertGate
     up, down : Experts
 
@@ -500,7 +503,7 @@ def _arguments_of(spec: LayerSpec) -> dict[str, Any]:
 
 
 def _solved(spec: LayerSpec, parameters: int | Literal["match"] | None) -> LayerSpec:
-    """The spec with its whole rank: as it stands, or what a number of parameters asks for."""
+    """The spec if it has its whole rank, else with the rank for a number of parameters."""
     if spec.rank is not None and None not in spec.rank:
         if parameters is None:
             return spec

@@ -219,7 +219,7 @@ def gather(module: Module) -> Module:
 
 def _with_experts(module: Module, experts: dict[int, Any], num_processes: int) -> Module:
     """A copy of a module with other experts, by the id of those they replace."""
-    copied = copy.deepcopy(module, experts)  # (its memo: what it has, deepcopy takes as the copy)
+    copied = copy.deepcopy(module, experts)  # (deepcopy takes a copy from its memo, where there is one)
     for child in copied.modules():
         if isinstance(child, LogitBatchNorm):
             child.copies = num_processes

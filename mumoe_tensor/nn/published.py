@@ -29,7 +29,7 @@ PREFIXES = {"v1": [""], "v2": ["MuMoE.", "MuMoE2."]}
 
 
 class Published(NamedTuple):
-    """The parameters of a published layer, and what they say about it."""
+    """The parameters of a published layer, and its spec."""
 
     gate: Tensor  #: of shape (experts of all levels, in_features)
     weights: list[FactorizedTensor]

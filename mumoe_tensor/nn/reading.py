@@ -35,7 +35,7 @@ def check_readable(module: nn.Module) -> None:
     Raises
     ------
     ValueError
-        If the module or one inside of it has a hook, a parametrization, a forward method set on the instance,
+        If the module or one inside has a hook, a parametrization, a forward method set on the instance,
         or a parameter that is not an ordinary tensor of finite floats.
     """
     for name, parameter in module.named_parameters():

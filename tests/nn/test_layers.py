@@ -200,12 +200,12 @@ def test_a_rank_that_a_spec_leaves_out_is_solved_for(kind: Any) -> None:
         ((5.0, 4, 3), {"rank": 2}, TypeError, "in_features must be an integer"),
     ],
 )
-def test_bad_arguments_are_told(arguments, options, error, message) -> None:
+def test_bad_arguments_are_refused(arguments, options, error, message) -> None:
     with pytest.raises(error, match=message):
         MuMoE(*arguments, **options)
 
 
-def test_bad_calls_are_told() -> None:
+def test_bad_calls_are_refused() -> None:
     layer = MuMoE(5, 4, (3, 2), rank=2)
     with pytest.raises(ValueError, match="in_features = 5"):
         layer(torch.zeros(2, 6))

@@ -98,7 +98,7 @@ def others(group: Any) -> list[Any]:
         (experts, lambda module: module(inputs(), [torch.rand(8, 2, 4), torch.rand(8, 2, 3)])),
         (model, lambda module: module(inputs())),
     )
-    found = []
+    results = []
     for whole, call in calls:
         divided, outputs, sizes = parallelize(whole, group), [], []
         for module in (divided, whole):
@@ -106,8 +106,8 @@ def others(group: Any) -> list[Any]:
             outputs.append(call(module).detach())
             parts = [child for child in module.modules() if isinstance(child, Experts)]
             sizes.append(sum(p.numel() for part in parts for p in part.parameters()))
-        found.append((*outputs, sizes[1] / sizes[0]))
-    return found
+        results.append((*outputs, sizes[1] / sizes[0]))
+    return results
 
 
 def gradients_of_zeros(group: Any) -> list[Any]:

@@ -46,7 +46,7 @@ def test_parameters_come_back_bit_equal(path: Path) -> None:
         assert torch.equal(written[name], value), name
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_what_does_not_fit_is_refused() -> None:
     _, tensors = read(next(path for path in CASES if path.stem == "v2-cp-E2-bn-bias-linear"))
     state = state_of(tensors)
     with pytest.raises(ValueError, match=r"has no parameters of the names \['bn.0.mean'\]"):

@@ -182,10 +182,10 @@ def test_parameters_of_other_kinds_are_loaded() -> None:
     layer.load_state_dict(state)
     assert torch.equal(layer.activation.phase, 2j * torch.ones(2))
     assert layer.activation.counts.tolist() == [1, 2, 3]
-    lazy, known = made("activation", nn.LazyLinear(6)), made("activation", nn.LazyLinear(6))
-    known(torch.randn(2, 5))
-    lazy.load_state_dict(known.state_dict())
-    assert torch.equal(lazy.activation.weight, known.activation.weight)
+    lazy, formed = made("activation", nn.LazyLinear(6)), made("activation", nn.LazyLinear(6))
+    formed(torch.randn(2, 5))
+    lazy.load_state_dict(formed.state_dict())
+    assert torch.equal(lazy.activation.weight, formed.activation.weight)
 
 
 def test_old_names_of_factors_change_and_what_stands_after_them_stays() -> None:

@@ -33,11 +33,8 @@ def dense_block(
 
     Parameters
     ----------
-    features, hidden : int
-    bias : bool, default True
     dropout : float, default 0
         Probability of dropping an output while training.
-    device : torch.device or str, optional
 
     Returns
     -------
@@ -69,16 +66,13 @@ def expert_block(
 
     Parameters
     ----------
-    features, hidden : int
     experts : tuple of int
         Number of experts of each level.
-    format : str
     rank : tuple of int or None
         None to solve for it.
     parameters : int or "match", default "match"
         Budget of a rank that is solved for: gate and biases are counted, the norm of the input is not.
         ``"match"`` for the parameters of `dense_block`.
-    bias : bool, default True
     **options
         Further arguments of `.nn.MuMoEMLP`.
 
@@ -144,11 +138,6 @@ class StochasticDepth(nn.Module):
 def drop_probabilities(last: float, depth: int) -> list[float]:
     """Probabilities of dropping the branches of each block, linear from zero to that of the last block.
 
-    Parameters
-    ----------
-    last : float
-    depth : int
-
     Returns
     -------
     list of float
@@ -163,7 +152,6 @@ def check_config(
 
     Parameters
     ----------
-    config : MixerConfig or GPT2Config
     sizes, probabilities, ranks : sequence of str
         Names of the fields.
 

@@ -25,7 +25,6 @@ class Head(nn.Module):
 
     Parameters
     ----------
-    in_features, classes : int
     hidden : int, optional
         The head is a block of two layers with this size and GELU between them; else it is one layer.
     format : str, default "cp"
@@ -153,22 +152,12 @@ def centring(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_head(head: Head, path: Path) -> None:
-    """Write a head with its config as one file of safetensors, whole or not at all.
-
-    Parameters
-    ----------
-    head : Head
-    path : Path
-    """
+    """Write a head with its config as one file of safetensors, whole or not at all."""
     write_tensors(path, head.state_dict(), {"head": json.dumps(head.config)})
 
 
 def load_head(path: str | Path) -> Head:
     """Read a head that `save_head` wrote; nothing is unpickled.
-
-    Parameters
-    ----------
-    path : str or Path
 
     Returns
     -------

@@ -18,9 +18,9 @@ from mumoe_tensor.study.report import RESULTS, to_json, write
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting, prepare
 from mumoe_tensor.study.subjects import UNITS, Subject, fitted
+from mumoe_tensor.study.summary import notes, paragraph
 from mumoe_tensor.study.sweep import Plan, measure, plan
 from mumoe_tensor.study.table import tables
-from mumoe_tensor.study.words import notes, paragraph
 
 __all__ = [
     "LAYERS",
@@ -62,7 +62,7 @@ def run(
     layer : str or Layer, default "gpt2-mlp"
         A name in `LAYERS`, or another layer.
     out : str or Path, optional
-        Folder for what it finds; nothing is written if it is left out. A study that was begun there goes on.
+        Folder for the results; by default nothing is written. A study that was begun there goes on.
     fresh : bool, default False
         Measure everything again.
     progress : callable, optional
@@ -79,8 +79,8 @@ def run(
     ValueError, TypeError
         As `prepare`; or if the folder holds another study.
     ImportError
-        If `out` is given and a package of the extra study is not installed. That is said before anything is
-        measured.
+        If `out` is given and a package of the extra study is not installed. This is checked
+        before anything is measured.
     OSError
         If the folder cannot be made.
 
@@ -106,13 +106,11 @@ def run(
 def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> Iterator[tuple[Path, Results]]:
     """Make the folder of a study, or go on with the one that is there.
 
-    What is measured afresh stands in a hidden folder, ``.new``, until it is whole and takes the place of the
-    older study. Interrupted, the same call goes on there.
+    A fresh study is made in a hidden folder, ``.new``, and replaces the older one when it is whole.
+    Interrupted, the same call goes on there.
 
     Parameters
     ----------
-    setting : Setting
-    out : str or Path
     fresh : bool, default False
         Measure again, also what was measured with another setting.
 
@@ -121,7 +119,7 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     Path
         The folder to write into.
     Results
-        What was measured already; what is added to it is kept in ``results.csv``.
+        Measurements so far; ``results.csv`` gets those that are added.
 
     Raises
     ------
@@ -136,8 +134,8 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     folder = Path(out)
 
     def goes_on(folder: Path) -> bool:
-        told, table = folder / "study.json", folder / "results.csv"
-        return told.exists() and table.exists() and Setting.from_json(told) == setting
+        setting_file, table = folder / "study.json", folder / "results.csv"
+        return setting_file.exists() and table.exists() and Setting.from_json(setting_file) == setting
 
     def begin(folder: Path) -> tuple[Path, Results]:
         results = Results(folder / "results.csv")

@@ -1,4 +1,4 @@
-"""What a chart is, apart from how it is drawn: `plots` makes pictures of it, `page` draws it in a browser."""
+"""Charts as data: `plots` makes pictures of them, `page` draws them in a browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_TICKS = 4
 
 
 class Point(NamedTuple):
-    """A point, the ends of its error bar if it has one, and what is told of it."""
+    """A point, the ends of its error bar if it has one, and its text."""
 
     x: Place
     y: Place
@@ -143,9 +143,9 @@ def limits(panel: Panel, axis: str) -> tuple[float, float]:
 
 def front(points: Iterable[Point]) -> list[Point]:
     """The points for which no other one has less x and more y, from left to right."""
-    found: list[Point] = []
+    best: list[Point] = []
     measured = [point for point in points if isfinite(float(point.x)) and isfinite(float(point.y))]
     for point in sorted(measured, key=lambda point: (float(point.x), -float(point.y))):
-        if not found or float(point.y) > float(found[-1].y):
-            found.append(point)
-    return found
+        if not best or float(point.y) > float(best[-1].y):
+            best.append(point)
+    return best

@@ -28,22 +28,17 @@ NAMES = (
 def charts(planned: Plan, results: Results) -> list[Chart]:
     """All charts of a study that have something to show.
 
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
-
     Returns
     -------
     list of Chart
     """
-    found = [beside_dense(planned, results), best_formats(planned, results)]
+    drawn = [beside_dense(planned, results), best_formats(planned, results)]
     if len(planned.setting.experts) > 1:
-        found.append(over_experts(planned, results))
-    found += [over_batches(planned, results), crossover(planned, results)]
+        drawn.append(over_experts(planned, results))
+    drawn += [over_batches(planned, results), crossover(planned, results)]
     if planned.heads:
-        found = [pareto(planned, results), *found, specialisation(planned, results)]
-    return found
+        drawn = [pareto(planned, results), *drawn, specialisation(planned, results)]
+    return drawn
 
 
 def beside_dense(planned: Plan, results: Results) -> Chart:
@@ -67,8 +62,10 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
     ]
     panels = []
     for title, quantity, device in wanted:
-        found = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
-        rows = {row.subject: row for row in found if row.experts in ("", experts) and row.value is not None}
+        of_quantity = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
+        rows = {
+            row.subject: row for row in of_quantity if row.experts in ("", experts) and row.value is not None
+        }
         if BASELINE in rows:
             series = [
                 Series(name, titles[name], [_beside(rows[name], rows[BASELINE])], line=False)
@@ -81,7 +78,7 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
             )
     return Chart(
         "beside-dense",
-        f"Beside the {setting.layer.kind}, {words(experts)} experts",
+        f"Beside the {setting.layer.kind}, {count_text(experts)} experts",
         "Everything relative to the dense layer. Times: median of the turns with quartiles; what was not run "
         "is left out of them.",
         panels,
@@ -97,15 +94,15 @@ def best_formats(planned: Plan, results: Results) -> Chart:
         ("highest rank", results.of("expert rank", sizes=sizes), max),
     ]
     for device in setting.devices:
-        known: dict[str, Any] = {"sizes": sizes, "device": device, "batch": setting.batch}
+        of_setting: dict[str, Any] = {"sizes": sizes, "device": device, "batch": setting.batch}
         measures += [
-            (f"fastest forward, {device}", results.of("forward", **known), min),
-            (f"fastest step, {device}", results.of("step", **known), min),
-            (f"least peak, {device}", results.of("step peak", **known), min),
+            (f"fastest forward, {device}", results.of("forward", **of_setting), min),
+            (f"fastest step, {device}", results.of("step", **of_setting), min),
+            (f"least peak, {device}", results.of("step peak", **of_setting), min),
         ]
     if planned.heads:
-        found = results.of("accuracy", sizes=sizes_of(planned.heads[0].spec))
-        measures.append(("best accuracy*", _at_budget(planned, found), max))
+        accuracies = results.of("accuracy", sizes=sizes_of(planned.heads[0].spec))
+        measures.append(("best accuracy*", _at_budget(planned, accuracies), max))
     points: dict[str, list[Point]] = {}
     titles = {ALIKE: "several alike"}
     for title, rows, best_of in measures:
@@ -113,8 +110,8 @@ def best_formats(planned: Plan, results: Results) -> Chart:
             # What has no rank costs what it costs: it is not at the budget.
             fitted = [row for row in of_experts if row.budget and is_figure(row.value)]
             means = {
-                name: mean(row.value or 0.0 for row in mine)
-                for name, mine in _grouped(fitted, lambda row: row.subject).items()
+                name: mean(row.value or 0.0 for row in of_format)
+                for name, of_format in _grouped(fitted, lambda row: row.subject).items()
             }
             if means:
                 best = best_of(means.values())
@@ -123,18 +120,20 @@ def best_formats(planned: Plan, results: Results) -> Chart:
                 text = ", ".join(names) if len(names) < 3 else f"{len(names)} alike"
                 name = names[0] if len(names) < 3 else ALIKE
                 points.setdefault(name, []).append(Point(experts, title, text=text))
-    columns = {str(point.x) for found in points.values() for point in found}
-    seen = {str(point.y) for found in points.values() for point in found}
+    columns = {str(point.x) for cells in points.values() for point in cells}
+    seen = {str(point.y) for cells in points.values() for point in cells}
     series = [
-        Series(name, titles[name], [point._replace(x=words(str(point.x))) for point in found], line=False)
-        for name, found in points.items()
+        Series(
+            name, titles[name], [point._replace(x=count_text(str(point.x))) for point in cells], line=False
+        )
+        for name, cells in points.items()
     ]
     panel = Panel(
         "",
         "experts",
         "",
         series,
-        xs=tuple(words(experts) for experts in sorted(columns, key=lambda text: (total(text), text))),
+        xs=tuple(count_text(experts) for experts in sorted(columns, key=lambda text: (total(text), text))),
         ys=tuple(title for title, *_ in measures if title in seen),
     )
     return Chart(
@@ -152,9 +151,9 @@ def over_experts(planned: Plan, results: Results) -> Chart:
     panels = []
     for device in setting.devices:
         for quantity in ("forward", "step"):
-            found = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
+            of_quantity = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
             series = _lines(
-                (row for row in found if row.experts), _ratio_over(lambda row: total(row.experts))
+                (row for row in of_quantity if row.experts), _ratio_over(lambda row: total(row.experts))
             )
             title = f"{quantity.capitalize()}, {device}"
             panels.append(
@@ -183,12 +182,12 @@ def over_batches(planned: Plan, results: Results) -> Chart:
     def throughput(row: Measurement) -> Point:
         batch = row.batch or 0
         middle, low, high = (batch / (seconds or 1.0) for seconds in (row.value, row.high, row.low))
-        return Point(batch, middle, low, high, _told(row))
+        return Point(batch, middle, low, high, _details(row))
 
     panels = []
     for device in setting.devices:
-        found = results.of("forward", sizes=sizes, device=device)
-        rows = [row for row in found if row.experts in ("", experts)]
+        forwards = results.of("forward", sizes=sizes, device=device)
+        rows = [row for row in forwards if row.experts in ("", experts)]
         series = _lines(rows, throughput)
         panels.append(
             Panel(f"Throughput, {device}", "batch", "inputs per second", series, ylog=True, measured=True)
@@ -199,7 +198,7 @@ def over_batches(planned: Plan, results: Results) -> Chart:
         panels.append(Panel(f"Forward time, {device}", "batch", "time × dense", series, **look))
     return Chart(
         "over-batches",
-        f"Over the batch size, {words(experts)} experts",
+        f"Over the batch size, {count_text(experts)} experts",
         "Forward passes in evaluation, without gradients.",
         panels,
     )
@@ -247,8 +246,10 @@ def pareto(planned: Plan, results: Results) -> Chart:
             if head in costs:
                 points.setdefault(runs[0].subject, []).append(_mean_of(runs, costs[head], 100.0))
         titles = {runs[0].subject: runs[0].title for runs in accuracy.values()}
-        series = [Series(name, titles[name], sorted(found), line=False) for name, found in points.items()]
-        everything = front(point for found in points.values() for point in found)
+        series = [
+            Series(name, titles[name], sorted(of_subject), line=False) for name, of_subject in points.items()
+        ]
+        everything = front(point for of_subject in points.values() for point in of_subject)
         panels.append(Panel(title, label, "accuracy, %", series, front=everything))
     return Chart(
         "pareto",
@@ -271,12 +272,13 @@ def specialisation(planned: Plan, results: Results) -> Chart:
         series = []
         for quantity in quantities:
             rows = _at_budget(planned, results.of(quantity, sizes=sizes))
-            known = [row for row in rows if is_figure(row.value)]
-            for name, mine in _grouped(known, lambda row: row.subject).items():
+            measured_rows = [row for row in rows if is_figure(row.value)]
+            for name, of_subject in _grouped(measured_rows, lambda row: row.subject).items():
                 points = [
-                    _mean_of(runs, total(runs[0].experts), scale) for runs in _grouped(mine, _head).values()
+                    _mean_of(runs, total(runs[0].experts), scale)
+                    for runs in _grouped(of_subject, _head).values()
                 ]
-                series.append(Series(name, mine[0].title, sorted(points), hollow="random" in quantity))
+                series.append(Series(name, of_subject[0].title, sorted(points), hollow="random" in quantity))
         panels.append(Panel(title, "experts", label, series, measured=True))
     return Chart(
         "specialisation",
@@ -287,8 +289,8 @@ def specialisation(planned: Plan, results: Results) -> Chart:
     )
 
 
-def words(experts: str) -> str:
-    """Numbers of experts as they are read."""
+def count_text(experts: str) -> str:
+    """Numbers of experts for a reader: "64x64" as "64 × 64"."""
     return " × ".join(f"{int(n):,}" for n in experts.split("x")) if experts else "no"
 
 
@@ -296,18 +298,18 @@ def _lines(rows: Iterable[Measurement], point: Callable[[Measurement], Point]) -
     """One line a subject, from left to right, of what was run."""
     run = [row for row in rows if row.value is not None]
     return [
-        Series(name, mine[0].title, sorted(point(row) for row in mine))
-        for name, mine in _grouped(run, lambda row: row.subject).items()
+        Series(name, of_subject[0].title, sorted(point(row) for row in of_subject))
+        for name, of_subject in _grouped(run, lambda row: row.subject).items()
     ]
 
 
 def _ratio_over(x: Callable[[Measurement], float]) -> Callable[[Measurement], Point]:
     """Time over the dense layer's, with quartiles."""
-    return lambda row: Point(x(row), row.ratio or 0.0, row.ratio_low, row.ratio_high, _told(row))
+    return lambda row: Point(x(row), row.ratio or 0.0, row.ratio_low, row.ratio_high, _details(row))
 
 
 def _over_experts(row: Measurement, scale: float) -> Point:
-    return Point(total(row.experts), scale * (row.value or 0.0), text=_told(row))
+    return Point(total(row.experts), scale * (row.value or 0.0), text=_details(row))
 
 
 def _beside(row: Measurement, reference: Measurement) -> Point:
@@ -322,7 +324,7 @@ def _mean_of(runs: list[Measurement], x: float, scale: float) -> Point:
     centre, half = interval(scale * (row.value or 0.0) for row in runs)
     low, high = centre - (half or 0.0), centre + (half or 0.0)
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    return Point(x, centre, low, high, ", ".join(part for part in (_told(runs[0]), count) if part))
+    return Point(x, centre, low, high, ", ".join(part for part in (_details(runs[0]), count) if part))
 
 
 def is_figure(value: float | None) -> bool:
@@ -331,14 +333,14 @@ def is_figure(value: float | None) -> bool:
 
 
 def _grouped(rows: Iterable[Measurement], key: Callable[[Measurement], Any]) -> dict[Any, list[Measurement]]:
-    found: dict[Any, list[Measurement]] = {}
+    groups: dict[Any, list[Measurement]] = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def _head(row: Measurement) -> tuple[str, str, str]:
-    """What one head is known by."""
+    """What tells a head from the others."""
     return row.subject, row.experts, row.rank
 
 
@@ -350,9 +352,9 @@ def _at_budget(planned: Plan, rows: Iterable[Measurement]) -> list[Measurement]:
     return [row for row in rows if row.budget == nearest]
 
 
-def _told(row: Measurement) -> str:
+def _details(row: Measurement) -> str:
     parts = [
-        f"{words(row.experts)} experts" if row.experts else "",
+        f"{count_text(row.experts)} experts" if row.experts else "",
         f"rank {row.rank}" if row.rank else "",
         f"batch {row.batch:,}" if row.batch else "",
         f"{1e3 * row.value:.3g} ms" if row.unit == "s" and row.value is not None else "",

@@ -1,4 +1,4 @@
-"""Peak memory of a forward pass and of a step, in a process of its own."""
+"""Peak memory of a forward pass and of a step, in a fresh process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,6 @@ from mumoe_tensor.study.subjects import Subject
 
 def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     """Peak memory of a forward pass and of a step, in a fresh process.
-
-    Parameters
-    ----------
-    subject : Subject
-    batch : int
-    device : str
 
     Returns
     -------
@@ -49,7 +43,7 @@ def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
 
 
 class Meter(NamedTuple):
-    """How a device tells its memory, in bytes."""
+    """Functions that read the memory of a device, in bytes."""
 
     reset: Callable[[], object]
     now: Callable[[], int]
@@ -57,7 +51,7 @@ class Meter(NamedTuple):
 
 
 def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
-    """What `peaks` tells, in this process."""
+    """As `peaks`, in this process."""
     # What libraries load and allocate once is there after a step of a small one.
     spec = subject.spec
     small = replace(
@@ -84,7 +78,6 @@ def growth(call: Callable[[], object], device: str = "cpu") -> int:
 
     Parameters
     ----------
-    call : callable
     device : {"cpu", "cuda"}, default "cpu"
     """
     meter = METERS[device]

@@ -25,7 +25,6 @@ class SparseMixture(nn.Module):
         Of linear experts, or of MLPs with GELU; the levels make up one number of experts.
     k : int
         Experts that an input uses.
-    device : torch.device or str, optional
 
     Attributes
     ----------

@@ -10,9 +10,9 @@ from mumoe_tensor.html import html_text, script_json
 from mumoe_tensor.study.chart import Chart, Panel, Place, Series, limits
 from mumoe_tensor.study.plots import colour, marker, short
 from mumoe_tensor.study.results import Results
+from mumoe_tensor.study.summary import notes, paragraph
 from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.table import cells
-from mumoe_tensor.study.words import notes, paragraph
 
 #: Plotly's names of matplotlib's markers.
 SYMBOLS = {
@@ -64,11 +64,11 @@ plots.forEach((div, k) => Plotly.newPlot(div, panels[k].data, structuredClone(pa
   {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d']}));
 document.querySelectorAll('nav input[data-subject]').forEach(box => box.addEventListener('change', () => {
   plots.forEach(div => {
-    const mine = div.data.map((t, k) => t.meta === box.dataset.subject ? k : -1).filter(k => k >= 0);
-    if (mine.length) Plotly.restyle(div, {visible: box.checked}, mine);
+    const traces = div.data.map((t, k) => t.meta === box.dataset.subject ? k : -1).filter(k => k >= 0);
+    if (traces.length) Plotly.restyle(div, {visible: box.checked}, traces);
   });
 }));
-// A logarithmic axis keeps its ticks; a linear one finds its own.
+// A logarithmic axis keeps its ticks; a linear one makes new ones.
 const linear = axis => ({...axis, type: 'linear', autorange: true, tickformat: '~s',
   range: undefined, dtick: undefined, tickvals: undefined, ticktext: undefined});
 document.getElementById('log').addEventListener('change', event => plots.forEach((div, k) => {
@@ -84,12 +84,6 @@ document.getElementById('log').addEventListener('change', event => plots.forEach
 
 def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
     """The page of a study.
-
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
-    charts : list of Chart
 
     Returns
     -------
@@ -209,14 +203,14 @@ def _axis(panel: Panel, axis: str) -> dict[str, Any]:
     categories, is_log, label = (
         (panel.xs, panel.xlog, panel.xlabel) if axis == "x" else (panel.ys, panel.ylog, panel.ylabel)
     )
-    found: dict[str, Any] = {
+    layout: dict[str, Any] = {
         "title": {"text": _place(label), "standoff": 6}, "automargin": True, "gridcolor": "#eee",
         "zeroline": False, "fixedrange": False,
     }  # fmt: skip
     if categories:
         # Plotly counts categories from below.
         order = [_place(x) for x in (categories if axis == "x" else reversed(categories))]
-        return found | {
+        return layout | {
             "type": "category", "categoryorder": "array", "categoryarray": order, "showgrid": False,
             "range": [-0.6, len(order) - 0.4],
         }  # fmt: skip
@@ -224,18 +218,18 @@ def _axis(panel: Panel, axis: str) -> dict[str, Any]:
     if is_log:
         ends = [log10(low), log10(high)]
         decades = ends[1] - ends[0]
-        found |= {"type": "log", "range": ends, "tickformat": "~s" if high >= 1e3 else "~g", "tickangle": 0}
+        layout |= {"type": "log", "range": ends, "tickformat": "~s" if high >= 1e3 else "~g", "tickangle": 0}
         if axis == "x" and panel.xticks:
-            return found | {"tickvals": panel.xticks, "ticktext": [short(tick) for tick in panel.xticks]}
+            return layout | {"tickvals": panel.xticks, "ticktext": [short(tick) for tick in panel.xticks]}
         # As of the pictures: every second decade, every decade, or 1, 2, 5 within each.
-        return found | {"dtick": "D2" if decades < 1.8 else 1 if decades < 2.5 else 2}
-    return found | {"type": "linear", "range": [low, high], "nticks": 6}
+        return layout | {"dtick": "D2" if decades < 1.8 else 1 if decades < 2.5 else 2}
+    return layout | {"type": "linear", "range": [low, high], "nticks": 6}
 
 
 def _trace(panel: Panel, series: Series) -> dict[str, Any]:
     shade = colour(series.subject)
     points = series.points
-    found: dict[str, Any] = {
+    trace: dict[str, Any] = {
         "type": "scatter",
         "meta": series.subject,
         "name": _place(series.title),
@@ -248,19 +242,19 @@ def _trace(panel: Panel, series: Series) -> dict[str, Any]:
         "line": {"color": shade, "width": 1.8},
     }
     if series.hollow:
-        found["marker"] |= {"color": "white", "line": {"color": shade, "width": 1.5}}
-        found["line"] |= {"dash": "dot"}
+        trace["marker"] |= {"color": "white", "line": {"color": shade, "width": 1.5}}
+        trace["line"] |= {"dash": "dot"}
     if panel.is_map:
-        found["mode"] = "markers+text"
-        found["marker"] = {"symbol": "square", "size": 32, "color": shade, "opacity": 0.35}
-        found["text"] = [text.replace(", ", "<br>") for text in found["text"]]
+        trace["mode"] = "markers+text"
+        trace["marker"] = {"symbol": "square", "size": 32, "color": shade, "opacity": 0.35}
+        trace["text"] = [text.replace(", ", "<br>") for text in trace["text"]]
     elif panel.shown:
-        found |= {"mode": "markers+text", "textposition": "middle right", "cliponaxis": False}
+        trace |= {"mode": "markers+text", "textposition": "middle right", "cliponaxis": False}
     if any(p.low is not None for p in points):
         centres = [float(p.x if panel.errors == "x" else p.y) for p in points]
-        found[f"error_{panel.errors}"] = {
+        trace[f"error_{panel.errors}"] = {
             "type": "data", "symmetric": False, "thickness": 1, "width": 0, "color": shade,
             "array": [max((p.high or c) - c, 0.0) for c, p in zip(centres, points, strict=True)],
             "arrayminus": [max(c - (p.low or c), 0.0) for c, p in zip(centres, points, strict=True)],
         }  # fmt: skip
-    return found
+    return trace

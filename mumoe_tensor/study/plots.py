@@ -72,10 +72,6 @@ def marker(name: str) -> str:
 def draw(chart: Chart) -> Figure:
     """Draw a chart.
 
-    Parameters
-    ----------
-    chart : Chart
-
     Returns
     -------
     matplotlib.figure.Figure
@@ -111,11 +107,6 @@ def draw(chart: Chart) -> Figure:
 
 def write_plots(charts: list[Chart], folder: Path) -> list[Path]:
     """Write charts as PNG and SVG, each whole or not at all.
-
-    Parameters
-    ----------
-    charts : list of Chart
-    folder : Path
 
     Returns
     -------

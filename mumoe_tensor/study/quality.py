@@ -1,4 +1,4 @@
-"""How good heads are: trained on real data at a budget of parameters, and what their experts become."""
+"""Quality of heads trained on real data at a budget of parameters, and the use of their experts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mumoe_tensor.study.settings import DIGITS, NO_DATA, Setting
 from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, fitted
 from mumoe_tensor.training import Dataset, TrainConfig, digits, evaluate, read_npz, split, train
 
-#: Share of the rows that heads are judged on, and not trained on.
+#: Share of the rows for validation.
 VALIDATION = 0.2
-#: Polysemanticity removes every expert once: of levels with more experts it is not taken.
+#: Polysemanticity removes every expert once; levels with more experts are left out.
 MOST_EXPERTS = 512
 
 
@@ -40,17 +40,13 @@ def data_of(data: str) -> tuple[Dataset, Dataset]:
 def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
     """The heads that a study trains.
 
-    Parameters
-    ----------
-    setting : Setting
-
     Returns
     -------
     list of Subject
         The dense head first, then at every budget and number of experts each format, and the two mixtures of
         dense experts, which have no budget.
     dict of str to str
-        What cannot be had for its budget, and why.
+        Formats that do not fit a budget, and why.
 
     Raises
     ------
@@ -74,30 +70,28 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
         )
     classes = max(training.classes, validation.classes)
     head = dense(features, classes, setting.head_hidden)
-    found = [Subject(head, BASELINE)]
+    subjects = [Subject(head, BASELINE)]
     unfitted: dict[str, str] = {}
     for experts in setting.head_experts:
         for parameters in setting.head_parameters:
-            subjects, missing = fitted(head, experts, setting.formats, parameters)
-            found += [subject for subject in subjects if subject not in found]
+            mixtures, missing = fitted(head, experts, setting.formats, parameters)
+            subjects += [subject for subject in mixtures if subject not in subjects]
             budget, counts = as_budget(parameters, head.dense_parameters), "x".join(map(str, experts))
             unfitted |= {f"{name} head, {counts} experts, {budget:,}": why for name, why in missing.items()}
-        found.append(Subject(replace(head, experts=experts), SPARSE, top_k=setting.top_k))
-    if unfitted and not any(subject.budget for subject in found):
+        subjects.append(Subject(replace(head, experts=experts), SPARSE, top_k=setting.top_k))
+    if unfitted and not any(subject.budget for subject in subjects):
         raise ValueError(
             "some head of experts must fit its budget; a larger one (--head-parameters 4x), fewer experts "
             f"(--head-experts) or a layer between (--head-hidden) may help. {' '.join(unfitted.values())}"
         )
-    return found, unfitted
+    return subjects, unfitted
 
 
 def judge(setting: Setting, subject: Subject, seed: int) -> dict[str, float]:
-    """Train a head and tell how good it is.
+    """Train a head and evaluate it.
 
     Parameters
     ----------
-    setting : Setting
-    subject : Subject
     seed : int
         Of its first weights and of the order of the rows.
 
@@ -118,23 +112,22 @@ def judge(setting: Setting, subject: Subject, seed: int) -> dict[str, float]:
         )
         epochs = train(head, training, validation, config.for_rows(len(training)))
     loss, accuracy = evaluate(head, validation)
-    found = {
+    figures = {
         "accuracy": accuracy,
         "loss": loss,
         "training time": sum(epoch.seconds for epoch in epochs),
     }
-    return found if subject.name == BASELINE else found | specialisation(head, validation, seed)
+    return figures if subject.name == BASELINE else figures | specialisation(head, validation, seed)
 
 
 @torch.no_grad()
 def specialisation(head: nn.Module, data: Dataset, seed: int) -> dict[str, float]:
-    """How the experts of a head are used, means over its levels, and how much each is there for one class.
+    """How the experts of a head are used, means over its levels, and how specialised they are.
 
     Parameters
     ----------
     head : Module
         With one gate.
-    data : Dataset
     seed : int
         Of the random gate.
 
@@ -155,7 +148,7 @@ def specialisation(head: nn.Module, data: Dataset, seed: int) -> dict[str, float
     with watch_coefficients(head, count):
         head(data.x)
     levels = [usage.statistics() for usage in usages]
-    found = {
+    figures = {
         "active experts": sum(level.active for level in levels) / len(levels),
         "dead experts": sum(level.dead / len(level.mean) for level in levels) / len(levels),
         "largest share": max(level.largest_share for level in levels),
@@ -165,5 +158,5 @@ def specialisation(head: nn.Module, data: Dataset, seed: int) -> dict[str, float
             effects = ablation_effects(
                 head, head, [(data.x, data.y)], int(data.y.max()) + 1, random_seed=random_seed
             )
-            found[name] = float(polysemanticity(effects).nanmean())
-    return found
+            figures[name] = float(polysemanticity(effects).nanmean())
+    return figures

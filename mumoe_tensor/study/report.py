@@ -10,10 +10,10 @@ from typing import Any
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.charts import NAMES, charts
 from mumoe_tensor.study.results import Results
+from mumoe_tensor.study.summary import paragraph
 from mumoe_tensor.study.sweep import Plan
-from mumoe_tensor.study.words import paragraph
 
-#: What a study leaves.
+#: Files of a study.
 RESULTS = (
     "results.csv", "study.json", "report.html",
     *(f"{name}{suffix}" for name in NAMES for suffix in (".png", ".svg")),
@@ -23,18 +23,12 @@ RESULTS = (
 def write(planned: Plan, results: Results, folder: Path) -> list[Path]:
     """Write the page and the pictures of a study, each whole or not at all.
 
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
-    folder : Path
-
     Returns
     -------
     list of Path
         All files of the study.
     """
-    # Imported here: whoever measures only needs nothing to draw with.
+    # Measuring needs no package that draws.
     from mumoe_tensor.study.page import page
     from mumoe_tensor.study.plots import write_plots
 
@@ -46,13 +40,7 @@ def write(planned: Plan, results: Results, folder: Path) -> list[Path]:
 
 
 def to_json(planned: Plan, results: Results) -> dict[str, Any]:
-    """Everything a study found, as plain values.
-
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
-    """
+    """Setting, results and sentences of a study as plain values."""
     return {
         "setting": json.loads(planned.setting.to_json()),
         "rows": [asdict(row) for row in results],

@@ -73,15 +73,12 @@ class Measurement:
 
         Parameters
         ----------
-        task : str
-        subject : Subject
         quantity : str
             A key of `UNITS`.
-        value : float or None
         **more
             Further attributes.
         """
-        known: dict[str, Any] = {"device": "", "batch": None, "seed": None} | more
+        origin: dict[str, Any] = {"device": "", "batch": None, "seed": None} | more
         return cls(
             task=task,
             sizes=sizes_of(subject.spec),
@@ -93,7 +90,7 @@ class Measurement:
             quantity=quantity,
             unit=UNITS[quantity],
             value=None if value is None else float(value),
-            **known,
+            **origin,
         )
 
 
@@ -116,7 +113,7 @@ def total(experts: str) -> int:
 
 
 class Results:
-    """Measurements so far, and where they are kept.
+    """Measurements so far, in memory or in a file.
 
     Parameters
     ----------
@@ -149,40 +146,38 @@ class Results:
     @property
     def environments(self) -> list[dict[str, Any]]:
         """Machines and versions of the rows, without date and load, each once."""
-        found = {}
+        environments = {}
         for _, about in self._rows:
-            kept = {k: str(v or "") for k, v in about.items() if k not in ("date", "load")}
-            found[tuple(kept.values())] = kept
-        return list(found.values())
+            environment = {k: str(v or "") for k, v in about.items() if k not in ("date", "load")}
+            environments[tuple(environment.values())] = environment
+        return list(environments.values())
 
     def add(self, rows: Sequence[Measurement], environment: dict[str, Any]) -> None:
         """Add all rows of a task at once.
 
         Parameters
         ----------
-        rows : sequence of Measurement
         environment : dict
             Machine, versions and commit.
         """
         self._rows += [(row, environment) for row in rows]
         if self.path is not None:
             lines = [asdict(row) | about for row, about in self._rows]
-            # Another version tells other things of the machine.
+            # Another version may record other columns.
             write_table(self.path, list(dict.fromkeys(name for line in lines for name in line)), lines)
 
-    def of(self, quantity: str, **known: Any) -> list[Measurement]:
+    def of(self, quantity: str, **values: Any) -> list[Measurement]:
         """Measurements of a quantity that have these values.
 
         Parameters
         ----------
-        quantity : str
-        **known
+        **values
             Attributes and their values.
         """
         return [
             row
             for row in self
-            if row.quantity == quantity and all(getattr(row, k) == v for k, v in known.items())
+            if row.quantity == quantity and all(getattr(row, k) == v for k, v in values.items())
         ]
 
 

@@ -1,4 +1,4 @@
-"""What a study is asked to do; kept in `study.json`, which runs it again."""
+"""The setting of a study, which `study.json` has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGITS, NO_DATA = "digits", "none"
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that decides what a study measures.
+    """Everything that a study measures depends on.
 
     Attributes
     ----------
@@ -46,12 +46,12 @@ class Setting:
     square_batches : tuple of int
     square_experts : int
     seconds : float
-        A timing begins no further round after this time, once three are done; where it is a forward pass
-        alone, after half of it.
+        A timing stops after the round in which this time has passed, but not before three rounds. A forward
+        pass alone has half the time.
     rounds : int
         Rounds of a timing at most.
     memory : float
-        What needs more GiB for parameters and their gradients is not run.
+        Subjects whose parameters and gradients take more GiB are not run.
     top_k : int
         Experts that an input of the sparse mixture uses.
     devices : tuple of str
@@ -99,7 +99,7 @@ class Setting:
 
     @property
     def data_name(self) -> str:
-        """What the data is called."""
+        """Name of the data in headings."""
         return Path(self.data).name
 
     @property
@@ -116,20 +116,16 @@ class Setting:
     def from_json(cls, path: str | Path) -> Setting:
         """Read the setting of a study.
 
-        Parameters
-        ----------
-        path : str or Path
-
         Raises
         ------
         ValueError
             If the file is no setting; it names what is wrong.
         """
-        told = read_json(path)
+        entries = read_json(path)
         with reading(path):
-            found = checked(cls, told)
-            given = {f.name: getattr(found, f.name) for f in fields(cls)}
-            return prepare(**given | {"head_hidden": found.head_hidden or 0})
+            setting = checked(cls, entries)
+            values = {f.name: getattr(setting, f.name) for f in fields(cls)}
+            return prepare(**values | {"head_hidden": setting.head_hidden or 0})
 
 
 #: What is measured unless another is asked for. The first default of `experts` and `devices` is the layer's
@@ -175,7 +171,7 @@ QUICK: dict[str, Any] = {
 
 
 def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: Any) -> Setting:
-    """Check what a study is asked for, and fill in the rest. Nothing is measured yet.
+    """Check options and fill in defaults. Nothing is measured yet.
 
     Parameters
     ----------
@@ -201,39 +197,41 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     layer = get_layer(layer)
     if unknown := set(options) - set(DEFAULTS):
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
-    told = DEFAULTS | (QUICK if quick else {}) | _plain(options)
-    told["experts"] = _counts(_or(told["experts"], _around(layer, quick)))
-    told["formats"] = tuple(dict.fromkeys(map(_name, _or(told["formats"], registered()))))
-    if not told["formats"]:
+    values = DEFAULTS | (QUICK if quick else {}) | _as_python(options)
+    values["experts"] = _counts(_or(values["experts"], _around(layer, quick)))
+    values["formats"] = tuple(dict.fromkeys(map(_name, _or(values["formats"], registered()))))
+    if not values["formats"]:
         raise ValueError("a study needs at least one format, got none.")
-    told["data"] = data = str(told["data"])
+    values["data"] = data = str(values["data"])
     if data not in (DIGITS, NO_DATA) and not Path(data).is_file():
         raise ValueError(
             f"data must be digits, none, or an .npz file with x and y; there is no file {data!r}."
         )
-    told["head_experts"] = _counts(told["head_experts"])
-    told["head_hidden"] = as_positive(told["head_hidden"], "head_hidden") if told["head_hidden"] else None
+    values["head_experts"] = _counts(values["head_experts"])
+    values["head_hidden"] = (
+        as_positive(values["head_hidden"], "head_hidden") if values["head_hidden"] else None
+    )
     for name in ("batch", "square_experts", "rounds", "top_k", "seeds", "epochs", "batch_size"):
-        as_positive(told[name], name)
+        as_positive(values[name], name)
     for name in ("batches", "squares", "square_batches"):
-        told[name] = tuple(sorted({as_positive(n, f"every entry of {name}") for n in told[name]}))
+        values[name] = tuple(sorted({as_positive(n, f"every entry of {name}") for n in values[name]}))
     for name in ("seconds", "memory", "learning_rate"):
-        if not (told[name] > 0 and isfinite(told[name])):
-            raise ValueError(f"{name} must be positive and finite, got {told[name]}.")
-    if told["batch"] < 2:
-        raise ValueError(f"batch must be at least 2, for the batch norm of a step; got {told['batch']}.")
-    if told["seed"] < 0:
-        raise ValueError(f"seed must not be negative, got {told['seed']}.")
-    told["parameters"] = str(told["parameters"])
-    told["head_parameters"] = tuple(map(str, told["head_parameters"]))
-    for text in (told["parameters"], *told["head_parameters"]):
+        if not (values[name] > 0 and isfinite(values[name])):
+            raise ValueError(f"{name} must be positive and finite, got {values[name]}.")
+    if values["batch"] < 2:
+        raise ValueError(f"batch must be at least 2, for the batch norm of a step; got {values['batch']}.")
+    if values["seed"] < 0:
+        raise ValueError(f"seed must not be negative, got {values['seed']}.")
+    values["parameters"] = str(values["parameters"])
+    values["head_parameters"] = tuple(map(str, values["head_parameters"]))
+    for text in (values["parameters"], *values["head_parameters"]):
         as_budget(text, layer.spec.dense_parameters)
-    told["devices"] = _devices(told["devices"])
-    return Setting(layer=layer, **told)
+    values["devices"] = _devices(values["devices"])
+    return Setting(layer=layer, **values)
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """What is asked for, in numbers and lists of Python: it is written as JSON."""
+def _as_python(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in types of JSON; None stands for the default."""
     return {name: as_python(value) for name, value in options.items() if value is not None}
 
 
@@ -246,7 +244,7 @@ def _name(format: Any) -> str:
 
 
 def _or(value: Any, default: Any) -> Any:
-    """The default for None alone: what is empty or zero is refused, not replaced."""
+    """The default in the place of None alone; empty values and zeros are checked later."""
     return default if value is None else value
 
 

@@ -72,12 +72,7 @@ class Subject:
         return " ".join([self.name, *("x".join(map(str, part)) or "-" for part in numbers)])
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The module, its weights drawn by torch's generator.
-
-        Parameters
-        ----------
-        device : torch.device or str, default "cpu"
-        """
+        """The module, its weights drawn by torch's generator."""
         spec = self.spec
         if self.role == SPARSE:
             return SparseMixture(spec, self.top_k, device=device)
@@ -171,7 +166,6 @@ def fitted(
         The dense layer, with biases.
     experts : sequence of int
         Number of experts of each level.
-    formats : sequence of str
     parameters : str, default "match"
         The budget; see `LayerSpec.fitted`.
 

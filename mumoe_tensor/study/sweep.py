@@ -1,4 +1,4 @@
-"""The measurements of a study, one task after the other; what is done already is not done again."""
+"""The measurements of a study, task by task; finished tasks are not repeated."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ GRID = tuple(2**k for k in range(3, 15))
 #: Batch of the latency of heads.
 HEAD_BATCH = 256
 
-#: Called with the seconds that are done, those of all tasks, about, and what comes now.
+#: Called with the seconds that have passed, those of all tasks (estimates), and the text of the next task.
 Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work that is done whole or not at all.
+    """A group of measurements, made whole or not at all.
 
     Attributes
     ----------
     key : str
-        Under which its results are known.
+        Marks its results.
     text : str
-        What it is, for the progress.
+        Shown as progress.
     seconds : float
-        About how long it takes.
+        An estimate.
     run : callable
-        Gives its measurements.
+        Makes the measurements.
     """
 
     key: str
@@ -52,17 +52,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a study will do.
+    """The subjects and tasks of a study.
 
     Attributes
     ----------
     setting : Setting
     subjects : list of Subject
-        In the place of the layer: the dense one first, then for each number of experts every format, and the
-        sparse mixture.
+        The dense layer, then for each number of experts every format and the sparse mixture.
     heads, squares : list of Subject
     unfitted : dict of str to str
-        What cannot be had for its budget, and why.
+        Formats that do not fit their budget, and why.
     tasks : list of Task
     """
 
@@ -75,11 +74,7 @@ class Plan:
 
 
 def plan(setting: Setting) -> Plan:
-    """Fit every format to its budget and list what is to be measured. Nothing is run yet.
-
-    Parameters
-    ----------
-    setting : Setting
+    """Fit every format to its budget and list the measurements. Nothing is run yet.
 
     Raises
     ------
@@ -91,9 +86,9 @@ def plan(setting: Setting) -> Plan:
     subjects = [baseline]
     unfitted: dict[str, str] = {}
     for experts in setting.experts:
-        found, missing = fitted(layer, experts, setting.formats, setting.parameters)
-        found.append(Subject(replace(layer, experts=experts), SPARSE, top_k=setting.top_k))
-        subjects += [replace(subject, skip=_too_large(subject, setting.memory)) for subject in found]
+        mixtures, missing = fitted(layer, experts, setting.formats, setting.parameters)
+        mixtures.append(Subject(replace(layer, experts=experts), SPARSE, top_k=setting.top_k))
+        subjects += [replace(subject, skip=_too_large(subject, setting.memory)) for subject in mixtures]
         unfitted |= {f"{name}, {'x'.join(map(str, experts))} experts": why for name, why in missing.items()}
     if not any(subject.name in setting.formats for subject in subjects):
         raise ValueError(f"some format must fit the budget; none does: {' '.join(unfitted.values())}")
@@ -103,20 +98,18 @@ def plan(setting: Setting) -> Plan:
         squares += [Subject(dense(size, size), BASELINE)]
         of_size, _ = fitted(dense(size, size), (setting.square_experts,), setting.formats)
         squares += [subject for subject in of_size if subject.budget]
-    found_plan = Plan(setting, subjects, trained, squares, unfitted | missing, [])
-    found_plan.tasks.extend(_tasks(found_plan))
-    return found_plan
+    planned = Plan(setting, subjects, trained, squares, unfitted | missing, [])
+    planned.tasks.extend(_tasks(planned))
+    return planned
 
 
 def measure(planned: Plan, results: Results, progress: Progress | None = None) -> None:
-    """Do every task that is not done yet.
+    """Run every task without results.
 
     Parameters
     ----------
-    planned : Plan
     results : Results
-        Gets the measurements of each task as soon as it is done.
-    progress : callable, optional
+        Gets the measurements of each task when it ends.
     """
     about = environment()
     done = results.tasks
@@ -132,7 +125,7 @@ def measure(planned: Plan, results: Results, progress: Progress | None = None) -
 
 
 def _tasks(planned: Plan) -> Iterator[Task]:
-    """The tasks, what tells most first."""
+    """The tasks, the most informative first."""
     setting = planned.setting
     yield Task("cost", "costs by formula", 1.0, lambda: list(_costs(planned)))
     runnable = [subject for subject in planned.subjects if not subject.skip]
@@ -159,8 +152,8 @@ def _costs(planned: Plan) -> Iterator[Measurement]:
     grid = []
     for n in GRID:
         if (n,) not in setting.experts:
-            found, _ = fitted(setting.layer.spec, (n,), setting.formats, setting.parameters)
-            grid += [subject for subject in found if subject.budget]
+            mixtures, _ = fitted(setting.layer.spec, (n,), setting.formats, setting.parameters)
+            grid += [subject for subject in mixtures if subject.budget]
     everything = dict.fromkeys([*planned.subjects, *planned.heads, *planned.squares, *grid])
     for subject in everything:
         for quantity, value in subject.figures(setting.batch).items():
@@ -221,8 +214,8 @@ def _training(setting: Setting, subject: Subject, seed: int) -> Task:
     key = f"train {subject.key} {subject.budget} seed {seed}"
 
     def run() -> list[Measurement]:
-        found = judge(setting, subject, seed)
-        return [Measurement.of(key, subject, name, value, seed=seed) for name, value in found.items()]
+        figures = judge(setting, subject, seed)
+        return [Measurement.of(key, subject, name, value, seed=seed) for name, value in figures.items()]
 
     text = f"training of {subject.title}, {_experts(subject)}seed {seed}"
     return Task(key, text, 0.03 * setting.epochs, run)

@@ -1,10 +1,10 @@
-"""The table of a study: what every subject costs, and its times."""
+"""The tables of a study: costs and times of its subjects."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mumoe_tensor.study.charts import words
+from mumoe_tensor.study.charts import count_text
 from mumoe_tensor.study.results import Measurement, Results, joined, sizes_of
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import Plan
@@ -19,11 +19,6 @@ Cells = tuple[str, list[str], list[list[str]]]
 
 def cells(planned: Plan, results: Results) -> list[Cells]:
     """The tables of costs and of times, for the screen and the page.
-
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
 
     Returns
     -------
@@ -41,7 +36,7 @@ def cells(planned: Plan, results: Results) -> list[Cells]:
     for subject in planned.subjects:
         figures = subject.figures(setting.batch)
         experts = joined(subject.spec.experts)
-        head = [subject.title, words(experts) if experts else ""]
+        head = [subject.title, count_text(experts) if experts else ""]
         costs[2].append(
             [
                 *head,
@@ -55,30 +50,24 @@ def cells(planned: Plan, results: Results) -> list[Cells]:
         )
         of_times = list(head)
         for device in setting.devices:
-            known: dict[str, Any] = {
+            of_subject: dict[str, Any] = {
                 "sizes": sizes_of(subject.spec), "subject": subject.name, "experts": experts,
                 "device": device, "batch": setting.batch,
             }  # fmt: skip
             for quantity in ("forward", "step"):
-                of_times += _time(results.of(quantity, **known))
-            of_times += [_mebibytes(results.of(q, **known)) for q in ("forward peak", "step peak")]
+                of_times += _time(results.of(quantity, **of_subject))
+            of_times += [_mebibytes(results.of(q, **of_subject)) for q in ("forward peak", "step peak")]
         times[2].append(of_times)
     return [costs, times]
 
 
 def tables(planned: Plan, results: Results) -> list[Table]:
-    """The tables for the screen.
-
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
-    """
+    """The tables for the screen."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    found = []
+    made = []
     for k, (title, headings, rows) in enumerate(cells(planned, results)):
         # A title may have brackets: Text is no markup.
         table = Table(
@@ -89,8 +78,8 @@ def tables(planned: Plan, results: Results) -> list[Table]:
             table.add_column(heading, justify="left" if heading in ("", "rank") else "right", no_wrap=True)
         for n, row in enumerate(rows):
             table.add_row(*map(Text, row), end_section=n == 0)
-        found.append(table)
-    return found
+        made.append(table)
+    return made
 
 
 def _measured(device: str) -> list[str]:

@@ -65,11 +65,11 @@ class Comparison:
 
     def ratio(self, name: str) -> Spread:
         """Seconds a call over the baseline's, round by round."""
-        return Spread.of(mine / base for mine, base in self._pairs(name))
+        return Spread.of(value / base for value, base in self._pairs(name))
 
     def excess(self, name: str) -> Spread:
         """Seconds a call more than the baseline's, round by round."""
-        return Spread.of(mine - base for mine, base in self._pairs(name))
+        return Spread.of(value - base for value, base in self._pairs(name))
 
     def _pairs(self, name: str) -> Iterator[tuple[float, float]]:
         return zip(self.seconds[name], self.seconds[self.baseline], strict=True)
@@ -101,7 +101,6 @@ def compare(
         Seconds after which no new round begins, but for the first three.
     device : {"cpu", "cuda"}, default "cpu"
         Where the callables compute. A turn begins and ends when the device has no work left.
-    clock : callable
 
     Raises
     ------

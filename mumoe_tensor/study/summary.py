@@ -1,9 +1,9 @@
-"""A study in words: a paragraph made from its figures, and what has to be known to read them."""
+"""The results of a study in sentences, and notes on how to read them."""
 
 from __future__ import annotations
 
 from mumoe_tensor.interval import interval
-from mumoe_tensor.study.charts import is_figure, words
+from mumoe_tensor.study.charts import count_text, is_figure
 from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.results import Measurement, Results, joined, sizes_of, total
 from mumoe_tensor.study.subjects import BASELINE
@@ -14,59 +14,49 @@ NEAR = 1.1
 
 
 def paragraph(planned: Plan, results: Results) -> list[str]:
-    """What a study found, in sentences.
-
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
+    """The results of a study, a sentence each.
 
     Returns
     -------
     list of str
     """
-    found = []
+    sentences = []
     for device in planned.setting.devices:
-        found += _times(planned, results, device)
-    found += _ranks(planned, results)
-    found += _accuracy(planned, results)
+        sentences += _times(planned, results, device)
+    sentences += _ranks(planned, results)
+    sentences += _accuracy(planned, results)
     for device in planned.setting.devices:
-        found += _crossover(planned, results, device)
-    return found
+        sentences += _crossover(planned, results, device)
+    return sentences
 
 
 def notes(planned: Plan, results: Results) -> list[str]:
-    """What has to be known to read the figures, and what is not in them.
-
-    Parameters
-    ----------
-    planned : Plan
-    results : Results
-    """
+    """Notes on how to read the figures, and on what is not in them."""
     setting = planned.setting
     budgets = {s.budget for s in planned.subjects if s.budget}
     free = list(dict.fromkeys(s.title for s in planned.subjects if not s.budget and s.name != BASELINE))
-    found = [
+    sentences = [
         f"Ranks are fitted to {', '.join(f'{b:,}' for b in sorted(budgets))} parameters, gate included."
         + (f" Without a rank, at their own cost: {', '.join(free)}." if free else ""),
         "A mixture's forward counts its gate. A step is zero_grad, forward and backward, the input has a "
         "gradient too. All run eagerly.",
         f"Times are medians of {setting.rounds} turns at most, beside the dense layer in the same process.",
     ]
-    found += dict.fromkeys(
+    sentences += dict.fromkeys(
         f"{s.title}, {joined(s.spec.experts)} experts: {s.skip}." for s in planned.subjects if s.skip
     )
-    found += [f"{name}: {why}" for name, why in planned.unfitted.items()]
-    found += dict.fromkeys(row.note for row in results if row.note and row.value is None)
+    sentences += [f"{name}: {why}" for name, why in planned.unfitted.items()]
+    sentences += dict.fromkeys(row.note for row in results if row.note and row.value is None)
     if len(results.environments) > 1:
-        found.append("The figures come from more than one machine, version or commit; see results.csv.")
-    return found
+        sentences.append("The figures come from more than one machine, version or commit; see results.csv.")
+    return sentences
 
 
 def _times(planned: Plan, results: Results, device: str) -> list[str]:
     setting = planned.setting
     sizes, experts = sizes_of(setting.layer.spec), joined(setting.experts[0])
-    found = []
+    counts = count_text(experts)
+    sentences = []
     for quantity, name in (("forward", "forward pass"), ("step", "step")):
         rows = [
             row
@@ -75,12 +65,12 @@ def _times(planned: Plan, results: Results, device: str) -> list[str]:
         ]
         if rows:
             best, worst = min(rows, key=_ratio), max(rows, key=_ratio)
-            found.append(
-                f"With {words(experts)} experts at the budget, the fastest {name} on {device} is that of "
+            sentences.append(
+                f"With {counts} experts at the budget, the fastest {name} on {device} is that of "
                 f"{best.title}, {_times_dense(best)}; the slowest that of {worst.title}, "
                 f"{_times_dense(worst)}."
                 if len(rows) > 1
-                else f"With {words(experts)} experts the {name} of {best.title} on {device} takes "
+                else f"With {counts} experts the {name} of {best.title} on {device} takes "
                 f"{_times_dense(best)}."
             )
     small = [
@@ -91,11 +81,11 @@ def _times(planned: Plan, results: Results, device: str) -> list[str]:
     if small:
         batch = min(row.batch or 0 for row in small)
         best = min((row for row in small if row.batch == batch), key=_ratio)
-        found.append(
+        sentences.append(
             f"On a batch of {batch:,} the best, {best.title}, takes {_times_dense(best)}"
             + (": what is not the products weighs most there." if _ratio(best) > NEAR else ".")
         )
-    return found
+    return sentences
 
 
 def _ranks(planned: Plan, results: Results) -> list[str]:
@@ -107,21 +97,21 @@ def _ranks(planned: Plan, results: Results) -> list[str]:
         return []
     experts = joined(setting.experts[0])
     here = [row for row in rows if row.experts == experts]
-    found = []
+    sentences = []
     if len(here) > 1:
         best, worst = max(here, key=_value), min(here, key=_value)
-        found.append(
+        sentences.append(
             f"An expert's matrix has rank {_value(best):,.0f} at most in {best.title}, {_value(worst):,.0f} "
             f"in {worst.title}."
         )
     most = max(total(row.experts) for row in rows)
     last = [row for row in rows if total(row.experts) == most]
     best = max(last, key=_value)
-    found.append(
+    sentences.append(
         f"The largest number of experts with room in the budget is {most:,} of those looked at; the highest "
         f"rank there is {_value(best):,.0f} ({best.title})."
     )
-    return found
+    return sentences
 
 
 def _accuracy(planned: Plan, results: Results) -> list[str]:
@@ -136,14 +126,15 @@ def _accuracy(planned: Plan, results: Results) -> list[str]:
     if not dense or not fitted:
         return []
 
-    def told(rows: list[Measurement]) -> str:
+    def with_interval(rows: list[Measurement]) -> str:
         centre, half = interval(_value(row) for row in rows)
         return f"{100 * centre:.1f} %" + ("" if half is None else f" ± {100 * half:.1f}")
 
     best = max(fitted.values(), key=lambda rows: interval(_value(row) for row in rows)[0])
-    found = [
-        f"Of the factorized heads the best on validation is {best[0].title} with {words(best[0].experts)} "
-        f"experts and {best[0].budget:,} parameters: {told(best)}, the dense head {told(dense)} "
+    counts = count_text(best[0].experts)
+    sentences = [
+        f"Of the factorized heads the best on validation is {best[0].title} with {counts} experts and "
+        f"{best[0].budget:,} parameters: {with_interval(best)}, the dense head {with_interval(dense)} "
         f"({len(dense)} {'runs' if len(dense) > 1 else 'run'} each, 95 % interval)."
     ]
     if len(dense) > 1 and len(best) > 1:
@@ -151,12 +142,12 @@ def _accuracy(planned: Plan, results: Results) -> list[str]:
             interval(_value(row) for row in rows) for rows in (best, dense)
         )
         apart = abs(one - other) > (half or 0.0) + (half_of_other or 0.0)
-        found.append(
+        sentences.append(
             "These intervals do not overlap."
             if apart
             else "These intervals overlap: the runs do not tell them apart."
         )
-    return found
+    return sentences
 
 
 def _crossover(planned: Plan, results: Results, device: str) -> list[str]:
@@ -167,7 +158,7 @@ def _crossover(planned: Plan, results: Results, device: str) -> list[str]:
         for row in results.of("forward", device=device, experts=str(setting.square_experts))
         if row.sizes in names and is_figure(row.ratio) and row.batch in setting.square_batches
     ]
-    found = []
+    sentences = []
     for batch in setting.square_batches:
         here = [row for row in rows if row.batch == batch]
         slow = {row.subject: 0 for row in here}
@@ -177,17 +168,17 @@ def _crossover(planned: Plan, results: Results, device: str) -> list[str]:
         near = [row for row in here if names[row.sizes] > slow[row.subject]]
         if near:
             first = min(near, key=lambda row: names[row.sizes])
-            found.append(
+            sentences.append(
                 f"With batch {batch:,} on {device} a square layer is within {NEAR - 1:.0%} of nn.Linear from "
                 f"size {names[first.sizes]:,} on ({first.title})."
             )
         elif here:
             best = min(here, key=_ratio)
-            found.append(
+            sentences.append(
                 f"With batch {batch:,} on {device} no square layer looked at comes within {NEAR - 1:.0%} of "
                 f"nn.Linear; the nearest is {best.title} at size {names[best.sizes]:,}, {_times_dense(best)}."
             )
-    return found
+    return sentences
 
 
 def _times_dense(row: Measurement) -> str:

@@ -19,27 +19,16 @@ Written = str | dict[str, Any]
 
 #: Elementwise functions of `torch.nn.functional` without parameters and randomness, and their modules.
 ELEMENTWISE: dict[str, type[nn.Module]] = {
-    "celu": nn.CELU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "hardshrink": nn.Hardshrink,
-    "hardsigmoid": nn.Hardsigmoid,
-    "hardswish": nn.Hardswish,
-    "hardtanh": nn.Hardtanh,
     "leaky_relu": nn.LeakyReLU,
-    "logsigmoid": nn.LogSigmoid,
-    "mish": nn.Mish,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "selu": nn.SELU,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "softshrink": nn.Softshrink,
-    "softsign": nn.Softsign,
-    "tanh": nn.Tanh,
-    "tanhshrink": nn.Tanhshrink,
-}
+    **{
+        module.__name__.lower(): module
+        for module in (
+            nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LogSigmoid,
+            nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softshrink, nn.Softsign,
+            nn.Tanh, nn.Tanhshrink,
+        )
+    },
+}  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {name: getattr(nn.functional, name) for name in ELEMENTWISE}
 #: The modules of torch.nn that a config may name.
 _MODULES: dict[str, type[nn.Module]] = {
@@ -276,7 +265,7 @@ def register_gate(name: str) -> Callable[[Function], Function]:
 
 
 def register_activation(name: str) -> Callable[[Function], Function]:
-    """Give an activation a name, under which the config of a block has it. Works as a decorator.
+    """Give an activation a name, under which the config of a block has it; see `register_gate`.
 
     Parameters
     ----------
@@ -285,15 +274,12 @@ def register_activation(name: str) -> Callable[[Function], Function]:
     Returns
     -------
     callable
-        Takes a function of a tensor, or a class whose instances are such functions, and returns it; see
-        `register_gate`.
+        Takes a function of a tensor, or a class whose instances are such functions, and returns it.
 
     Raises
     ------
-    ValueError
-        If the name is that of another activation.
-    TypeError
-        If `name` is no string, or it is neither a function nor a class.
+    ValueError, TypeError
+        As `register_gate`.
 
     Examples
     --------

@@ -103,8 +103,7 @@ def replace_mlp(
     a dropout may follow the activation and the second linear layer. Before anything is replaced, a copy of
     each block is compared with its parts one after the other, in evaluation and in training.
 
-    An error leaves the model as it is. A block with several names in the model is replaced by one block under
-    all of them, if one of the names fits. A frozen block is replaced by a frozen one.
+    For several names of a block, frozen blocks and errors see `replace_linear`.
 
     Parameters
     ----------

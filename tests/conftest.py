@@ -43,14 +43,11 @@ def jax_x64() -> Iterator[None]:
 
 
 @pytest.fixture
-def registry() -> Iterator[None]:
-    """The registry of formats, put back after the test."""
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of formats for one test."""
     from mumoe_tensor.formats import registry
 
-    before = dict(registry._registry)
-    yield
-    registry._registry.clear()
-    registry._registry.update(before)
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
 
 @pytest.fixture(scope="session")

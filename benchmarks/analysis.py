@@ -23,7 +23,7 @@ from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.memory import growth
 
 INPUTS, EXPERTS, BATCH = 1_000_000, 10_000, 1_000
-#: A layer that costs little beside its gate, and the inputs that are kept for each expert.
+#: A layer that costs little compared with its gate, and the number of top inputs of each expert.
 FEATURES, CLASSES, RANK, KEPT = 32, 10, 8, 8
 MIB = 2**20
 
@@ -42,7 +42,7 @@ class Analysis:
 
     @torch.no_grad()
     def run(self, inputs: int) -> None:
-        """Look at so many inputs, around the centres of their classes."""
+        """Stream inputs drawn around the centres of their classes."""
         draw = torch.Generator().manual_seed(0)
         start = process_time()
         for done in range(0, inputs, BATCH):
@@ -68,7 +68,7 @@ class Analysis:
 
 def measure(inputs: int, experts: int) -> Report:
     """Peak memory and processor time of an analysis, and what it finds."""
-    # What libraries allocate once is there after a small one.
+    # A small analysis first, for which libraries allocate their buffers.
     Analysis(16).run(2 * BATCH)
     made: list[Analysis] = []
 

@@ -1,4 +1,4 @@
-"""What the asv suites share: the profile, the grids and how a benchmark is set up."""
+"""Shared by the asv suites: profiles, the grid of layers, and how a benchmark is set up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import mumoe_tensor as mt
 
 try:
-    # Here and not where it is used: asv then imports once, before it forks. The second is what the first
-    # backward pass of a process imports.
+    # At the top, so that asv imports once, before it forks. The first backward pass of a process imports the
+    # second module.
     import torch
     import torch.fx.experimental.symbolic_shapes
 except ImportError:
@@ -26,7 +26,7 @@ BACKENDS = ("numpy", "torch")
 DEVICES = ("cpu", "cuda")
 #: Environment variable that chooses the profile.
 VARIABLE = "MUMOE_BENCHMARK_PROFILE"
-#: Weights of more elements than this are not made: the dense format at many experts.
+#: Larger weights are skipped, such as those of the dense format with many experts.
 MOST_ELEMENTS = 2**27
 
 
@@ -52,7 +52,7 @@ PROFILES = {
 
 
 def profile() -> Profile:
-    """The profile that the environment asks for; quick unless it does."""
+    """The profile named in the environment, or the quick one."""
     name = os.environ.get(VARIABLE, "quick")
     if name not in PROFILES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(PROFILES)}, got {name!r}.")
@@ -86,13 +86,13 @@ def layer(
 
 
 def need_memory(layer: LayerSpec) -> None:
-    """Have asv show a benchmark as skipped whose weight is too large."""
+    """Have asv skip a benchmark whose weight is too large."""
     if layer.weight_parameters > MOST_ELEMENTS:
         raise NotImplementedError(f"more than {MOST_ELEMENTS:,} parameters")
 
 
 def need_device(device: str) -> None:
-    """Have asv show a benchmark as skipped whose device is missing."""
+    """Have asv skip a benchmark whose device is missing."""
     if torch is None:
         raise NotImplementedError("torch is not installed")
     if device == "cuda" and not torch.cuda.is_available():
@@ -100,7 +100,7 @@ def need_device(device: str) -> None:
 
 
 def finish(device: str) -> None:
-    """Wait for what the device has still to do."""
+    """Wait until the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -118,23 +118,23 @@ def inputs(backend: str, *shapes: tuple[int, ...], dtype: str = "float32", devic
 
 
 class Benchmark(ABC):
-    """A suite, unless it says otherwise over formats, numbers of experts and levels.
+    """A suite; by default its parameters are formats, numbers of experts, and numbers of levels.
 
-    asv passes over a class with an abstract method. Old commits are told a combination by its position alone:
-    the format varies the slowest, so that a new one, which is registered last, leaves theirs as they are.
+    asv leaves out classes with abstract methods. It stores results by the position of a combination: formats
+    vary slowest, so a new format, registered last, does not move the older ones.
     """
 
     timeout = 120
-    #: asv sets up before every call it times, which ends with a call: all are warm.
+    #: The setup that asv runs before every timed call ends with a call: all are warm.
     warmup_time = 0
-    #: Calls at least and at most, and seconds after which there are no more.
+    #: Fewest and most calls, and seconds after which there is no further one.
     repeat = (3, 20, 1.0)
     rounds = 1
     param_names = ["format", "experts", "levels"]
     params = [list(mt.formats()), list(profile().experts), list(profile().levels)]
 
     def setup(self, *values: Any) -> None:
-        """Prepare a combination; what old code lacks is shown as skipped."""
+        """Prepare a combination; one that needs what an old commit lacks is shown as skipped."""
         try:
             self.prepare(**dict(zip(self.param_names, values, strict=True)))
         except ImportError as error:
@@ -142,4 +142,4 @@ class Benchmark(ABC):
 
     @abstractmethod
     def prepare(self, **values: Any) -> None:
-        """Make what the benchmark needs, from its parameters by name."""
+        """Make what the benchmark needs for one combination of parameters."""

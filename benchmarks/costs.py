@@ -1,4 +1,4 @@
-"""Figures that are counted, not measured: they change only when the library does. See `guard`."""
+"""Counted figures, which change only when the library does; see `guard`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import mumoe_tensor as mt
 from benchmarks.common import PROFILES, Benchmark, layer
 
-#: Nothing is run: every profile can have layers of full size.
+#: Nothing is run, so layers have full size in every profile.
 FULL = PROFILES["regular"]
 
 

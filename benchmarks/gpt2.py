@@ -71,8 +71,8 @@ def main() -> None:
                     seconds[name].append(perf_counter() - start)
             # The first of each is not counted.
             speed = {name: tokens.numel() / median(times[1:]) for name, times in seconds.items()}
-            told = ", ".join(f"{name} {value:,.0f}" for name, value in speed.items())
-            print(f"{format:>4} {call.__name__:>8}: {told} tokens per second")
+            speeds = ", ".join(f"{name} {value:,.0f}" for name, value in speed.items())
+            print(f"{format:>4} {call.__name__:>8}: {speeds} tokens per second")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Figures that are counted, not measured, beside their stored values: none changes unless it is meant to.
+"""Counted figures against their stored values, so that none changes unnoticed.
 
     python -m benchmarks.guard [--write]
 
-They are what the `track_` benchmarks give, in the quick profile and without the device that not every
-machine has. A figure that shrinks has to be stored too: else it could grow back unseen.
+They are the `track_` benchmarks of the quick profile, without those of a GPU. A figure that shrinks has to be
+stored too, or it could grow back unnoticed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RENEW = "python -m benchmarks.guard --write"
 
 
 def prepared(kind: str, chosen: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
-    """Benchmarks of a kind that are set up, one case after the other, by the names that asv has for them."""
+    """The benchmarks of a kind, each set up for one case, with asv's name for it."""
     for benchmark in disc_benchmarks(str(Path(__file__).parent)):
         if benchmark.type != kind:
             continue
@@ -43,7 +43,7 @@ def prepared(kind: str, chosen: Callable[[str], bool]) -> Iterator[tuple[str, An
 
 
 def figures(start: str = "") -> dict[str, int]:
-    """The figures by name, of those that start so."""
+    """The figures whose name starts with `start`, by name."""
 
     def chosen(name: str) -> bool:
         return name.startswith(start) and "'cuda'" not in name
@@ -52,7 +52,7 @@ def figures(start: str = "") -> dict[str, int]:
 
 
 def changes(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
-    """A line for every figure that is not the stored one."""
+    """A line for every figure that differs from the stored one."""
     lines = []
     for name in sorted(stored.keys() | current.keys()):
         old, new = stored.get(name), current.get(name)
@@ -66,7 +66,7 @@ def changes(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, or write; the exit status is 1 where a figure is not the stored one."""
+    """Compare, or write; the exit status is 1 if a figure differs from the stored one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="store the figures as they are now")
     write = parser.parse_args(arguments).write

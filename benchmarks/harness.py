@@ -16,28 +16,28 @@ from mumoe_tensor.files import whole_file, write_table
 
 @contextmanager
 def threads(count: int) -> Iterator[str]:
-    """Have NumPy and torch use so many threads; tells what they really use."""
+    """Set the number of threads of NumPy and torch; yields what each really uses, as text."""
     with ExitStack() as stack:
-        told = []
+        used = []
         if find_spec("threadpoolctl"):
             from threadpoolctl import threadpool_limits
 
             stack.enter_context(threadpool_limits(count))
-            told.append(f"NumPy {count}")
+            used.append(f"NumPy {count}")
         else:
-            told.append(f"NumPy {os.environ.get('OMP_NUM_THREADS', 'its default')} (no threadpoolctl)")
+            used.append(f"NumPy {os.environ.get('OMP_NUM_THREADS', 'its default')} (no threadpoolctl)")
         if find_spec("torch"):
             import torch
 
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(count)
-            told.append(f"torch {torch.get_num_threads()}")
-        yield ", ".join(told)
+            used.append(f"torch {torch.get_num_threads()}")
+        yield ", ".join(used)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A comparison's outcome, as a table.
+    """The results of a comparison as a table.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Report:
     rows : list of dict
         One entry a column; a missing one or None is printed as ``-``.
     notes : list of str
-        What has to be known to read it.
+        How to read the table, a line each.
     """
 
     name: str

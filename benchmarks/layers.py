@@ -1,4 +1,4 @@
-"""The torch layers beside dense ones, their bare matrix products, and what their equations say."""
+"""The torch layers against dense ones, their bare matrix products, and their equations as written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mumoe_tensor.study.timing import Comparison, Spread, compare
 
 try:
     import entmax
-except ImportError:  # what is compared with it is left out
+except ImportError:  # comparisons with it are left out
     entmax = None
 
 Call = Callable[[], object]
@@ -108,7 +108,7 @@ def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def limit(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], backward: bool) -> Call:
-    """The products alone with their results in place, in a backward pass also those of both gradients."""
+    """The matrix products alone, into existing results; in a backward pass also those of both gradients."""
     jobs = []
     for a, b in pairs:
         out = a @ b
@@ -148,7 +148,7 @@ def step(module: Any, x: torch.Tensor, gradient: torch.Tensor) -> Call:
 
 
 def elementwise(layer: Any, rows: int, backward: bool) -> Call:
-    """What is no matrix product: the gate, elementwise products, the activation; with their gradients."""
+    """All but the matrix products: gate, elementwise products, activation; with their gradients."""
     weight = layer.gate.weight
 
     def random(*shape: int, dtype: torch.dtype = weight.dtype) -> torch.Tensor:

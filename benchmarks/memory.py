@@ -1,4 +1,4 @@
-"""Memory of a training step: what is kept for the backward pass, and the peak in a fresh process."""
+"""Memory of a training step: saved for the backward pass, and the peak in a fresh process."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def tensors(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def peak_of_a_step(case: str, recompute: bool, device: str) -> int:
-    """Bytes by which memory grows at most in a step, over the built model and its input."""
+    """Peak growth of memory in a step, in bytes, over the model and its input."""
     module = made(case, recompute, device)
     x, gradient = tensors(device)
-    # The libraries' own buffers are there after a small step.
+    # A small step first, for which libraries allocate their buffers.
     module(x[:2]).sum().backward()
     module.zero_grad()
     x.grad = None
@@ -49,7 +49,7 @@ def peak_of_a_step(case: str, recompute: bool, device: str) -> int:
 
 
 def memory(quick: bool, device: str) -> Report:
-    """Kept for the backward pass, and the peak of a step in fresh processes, against a dense MLP."""
+    """Bytes saved for the backward pass, and the peak of a step in fresh processes, against a dense MLP."""
     cases = [("dense", False), *((case, recompute) for case in CASES for recompute in (False, True))]
     x, gradient = tensors(device)
     peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}

@@ -28,7 +28,7 @@ def spec_of(format: str, experts: int, levels: int, module: str) -> LayerSpec:
 
 
 class Module(Benchmark):
-    """`MuMoE` and `MuMoEMLP`, with as many parameters as the dense layer, or block of two, has."""
+    """`MuMoE` and `MuMoEMLP`, with the parameters of the dense layer or block."""
 
     param_names = [*Benchmark.param_names, "module", "dtype", "device"]
     params = [*Benchmark.params, ["MuMoE", "MuMoEMLP"], list(profile().dtypes), list(profile().devices)]
@@ -97,14 +97,14 @@ class Step(Module):
 
 
 class CudaStep(Benchmark):
-    """A step in a process of its own: nothing else has used the device's memory there."""
+    """A step in a fresh process, in which nothing else has used the device's memory."""
 
     param_names = Module.param_names
     params = [*Module.params[:-1], ["cuda"]]
 
     def prepare(self, format: str, experts: int, levels: int, module: str, dtype: str, device: str) -> None:
         need_device(device)
-        spec_of(format, experts, levels, module)  # what a step would skip
+        spec_of(format, experts, levels, module)  # skips what a step would skip
 
     def track_cuda_peak_bytes(self, *values: Any) -> int:
         from benchmarks.probes import in_a_fresh_process

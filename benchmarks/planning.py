@@ -1,4 +1,4 @@
-"""Planning and rank fitting, which a layer does once."""
+"""Planning and rank fitting, once a layer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import mumoe_tensor as mt
 from benchmarks.common import Benchmark, layer, profile
 
-#: Output sizes of which none was planned before: asv sets up for every call that it times.
+#: Output sizes, a new one for each setup: asv sets up before every call that it times.
 SIZES = count(profile().features + 1)
 
 
 class Planning(Benchmark):
-    """Search of a plan that no cache holds."""
+    """Search of a plan that is not in the cache."""
 
     param_names = [*Benchmark.param_names, "minimize"]
     params = [*Benchmark.params, list(profile().minimize)]
@@ -22,7 +22,7 @@ class Planning(Benchmark):
     def prepare(self, format: str, experts: int, levels: int, minimize: str) -> None:
         spec = layer(format, experts, levels)
         self.options = {"batch": profile().batch, "minimize": minimize}
-        mt.plan(spec, **self.options)  # once, so that what the first search of all imports and makes is there
+        mt.plan(spec, **self.options)  # the first search of a process imports modules
         self.spec = replace(spec, out_features=next(SIZES))
 
     def time_cold_search(self, *_: Any) -> None:

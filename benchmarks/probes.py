@@ -1,6 +1,6 @@
-"""What a forward pass keeps, and numbers from fresh processes. Needs nothing of the library.
+"""Bytes a forward pass saves, and numbers from fresh processes, without imports from the library.
 
-The asv suites use it, which also run with the library of other commits.
+The asv suites use it and also run with the library of older commits.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import torch
 
 
 def kept_bytes(module: torch.nn.Module, x: torch.Tensor) -> int:
-    """What a forward pass keeps besides parameters and buffers, every storage once."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
+    """Bytes a forward pass saves besides parameters and buffers, each storage counted once."""
+    excluded = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    storages: dict[int, int] = {}
 
     def pack(saved: torch.Tensor) -> torch.Tensor:
         storage = saved.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage.nbytes()
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         y = module(x)
     assert y.requires_grad
-    return sum(kept.values())
+    return sum(storages.values())
 
 
 def in_a_fresh_process(module: str, *arguments: Any) -> int:
-    """The number that a module of this repository prints, run with these arguments as JSON."""
+    """The number that a module of this repository prints, started with the arguments as JSON."""
     # The repository comes last on the path: an asv environment has the library of another commit installed.
     code = (
         "import runpy, sys; sys.path.append(sys.argv.pop(1));"

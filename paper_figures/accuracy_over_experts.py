@@ -19,24 +19,24 @@ from paper_figures.experiments.heads import over_seeds, table
 
 def rows(quick: bool) -> list[Row]:
     """One row a format and numbers of experts; that of the MLP first."""
-    found = []
+    records = []
     matched = [row for row in table("heads") if row["kind"] == "matched"]
     for name, modes in dict.fromkeys((row["format"], str(row["experts"])) for row in matched):
-        mine = [row for row in matched if (row["format"], str(row["experts"])) == (name, modes)]
+        group = [row for row in matched if (row["format"], str(row["experts"])) == (name, modes)]
         levels = [] if modes == "none" else [int(n) for n in modes.split("x")]
-        found.append(
+        records.append(
             {
                 "name": "mlp" if name == "linear" else name,
                 "levels": len(levels),
                 "modes": modes,
                 "experts": prod(levels),
-                "parameters": mine[0]["parameters"],
-                "seeds": len(mine),
-                **over_seeds(mine, "accuracy"),
+                "parameters": group[0]["parameters"],
+                "seeds": len(group),
+                **over_seeds(group, "accuracy"),
             }
         )
     order = ("mlp", *FORMATS)
-    return sorted(found, key=lambda row: (order.index(row["name"]), row["levels"], row["experts"]))
+    return sorted(records, key=lambda row: (order.index(row["name"]), row["levels"], row["experts"]))
 
 
 def draw(rows: Sequence[Row]) -> Figure:

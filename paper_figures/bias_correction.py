@@ -47,20 +47,20 @@ MARKERS = {"linear": "v", "high-rank linear": "^", "mumoe": "o", "oversampling":
 
 def rows(quick: bool) -> list[Row]:
     """One row a task, method and strength: means over seeds. Strength None: that chosen for each."""
-    kept = [row for row in read(TABLE) if row["split"] == "test"]
-    found = []
-    for task in dict.fromkeys(row["task"] for row in kept):
+    tested = [row for row in read(TABLE) if row["split"] == "test"]
+    records = []
+    for task in dict.fromkeys(row["task"] for row in tested):
         for method in METHODS:
-            mine = [row for row in kept if (row["task"], row["method"]) == (task, method)]
-            own = [row for row in mine if row["chosen"]]
-            strengths = sorted({row["value"] for row in mine}) if method in CORRECTIONS else []
+            group = [row for row in tested if (row["task"], row["method"]) == (task, method)]
+            chosen = [row for row in group if row["chosen"]]
+            strengths = sorted({row["value"] for row in group}) if method in CORRECTIONS else []
             for strength in [None, *strengths]:
-                here = own if strength is None else [row for row in mine if row["value"] == strength]
+                here = chosen if strength is None else [row for row in group if row["value"] == strength]
                 row = {"task": task, "method": method, "strength": strength, "seeds": len(here)}
                 for metric in ("accuracy", "target", "worst"):
                     row[metric], row[f"{metric}_half"] = interval([one[metric] for one in here])
-                found.append(row)
-    return found
+                records.append(row)
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -69,12 +69,12 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure, axes = new_figure(len(tasks), height=3.6)
     for ax, task in zip(axes, tasks, strict=True):
         for method in (*CORRECTIONS, *MARKERS):
-            mine = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            group = [row for row in rows if (row["task"], row["method"]) == (task, method)]
             colour, line = STYLES.get(method, ("black", "none"))
-            curve = [row for row in mine if row["strength"] is not None]
+            curve = [row for row in group if row["strength"] is not None]
             places = [[100 * row[metric] for row in curve] for metric in ("accuracy", "worst")]
             ax.plot(*places, color=colour, linestyle=line, label=TITLES[method] if curve else None)
-            (chosen,) = (row for row in mine if row["strength"] is None)
+            (chosen,) = (row for row in group if row["strength"] is None)
             ax.errorbar(
                 100 * chosen["accuracy"], 100 * chosen["worst"], 100 * chosen["worst_half"],
                 100 * chosen["accuracy_half"], color=colour, marker=MARKERS.get(method, "D"), markersize=4,

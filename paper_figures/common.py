@@ -1,7 +1,7 @@
 """What all figures share: one style, and a way to write them.
 
 A figure is a module with ``rows(quick)``, its numbers as a tidy table, and ``draw(rows)``, its picture. One
-whose numbers are measured, or take long, has ``measure(quick)`` in place of `rows`: its table is kept.
+whose numbers are measured, or take long, has ``measure(quick)`` in place of `rows`: its table is stored.
 """
 
 from __future__ import annotations
@@ -76,14 +76,15 @@ def new_figure(columns: int = 1, height: float = 2.4) -> tuple[Figure, list[Axes
 
 
 def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
-    """One line a format: `y` over `x`, each under its own colour; quartiles of `y` as a pale band."""
+    """One line a format, `y` over `x` in the format's colour; quartiles of `y` as a pale band."""
     for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        places, own = [row[x] for row in mine], {"color": colour_of(name), "label": title_of(name)}
-        ax.plot(places, [row[y] for row in mine], **{"linestyle": LINES.get(name, "-"), **own, **style})
-        if f"{y}_low" in mine[0]:
-            low, high = ([row[f"{y}_{end}"] for row in mine] for end in ("low", "high"))
-            ax.fill_between(places, low, high, color=own["color"], alpha=0.2, linewidth=0)
+        line, colour = [row for row in rows if row["name"] == name], colour_of(name)
+        places = [row[x] for row in line]
+        look = {"color": colour, "linestyle": LINES.get(name, "-"), "label": title_of(name)}
+        ax.plot(places, [row[y] for row in line], **look | style)
+        if f"{y}_low" in line[0]:
+            low, high = ([row[f"{y}_{end}"] for row in line] for end in ("low", "high"))
+            ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def set_experts_axis(ax: Axes, rows: Sequence[Row]) -> None:
@@ -95,9 +96,9 @@ def set_experts_axis(ax: Axes, rows: Sequence[Row]) -> None:
     ax.set_xlabel("experts N")
 
 
-def spread(column: str, found: Spread, unit: float = 1) -> Row:
+def spread(column: str, measured: Spread, unit: float = 1) -> Row:
     """A median and its quartiles as three columns, in multiples of a unit."""
-    values = (value / unit for value in found)
+    values = (value / unit for value in measured)
     return dict(zip((column, f"{column}_low", f"{column}_high"), values, strict=True))
 
 
@@ -153,7 +154,7 @@ def load(name: str) -> ModuleType:
 
 
 def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool = False) -> list[Row]:
-    """A figure's numbers: computed; or if they are measured, those that the folder has of an earlier call.
+    """A figure's numbers, computed or measured; measured ones are read from the folder if they are there.
 
     Parameters
     ----------
@@ -162,22 +163,22 @@ def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool =
     folder : Path
         Where `write` writes.
     quick : bool
-        Fewer points. A table that is kept and has all of them will do.
+        Fewer points; a stored table with all of them will do.
     fresh : bool
         Measure again.
 
     Returns
     -------
     list of dict
-        Those that were measured say in every row when, where and with what.
+        Measured rows have a column with the date, the machine and the versions.
     """
-    # On a single thread: those of a product wait for each other where somebody else takes a core.
+    # On one thread: several wait for each other when another process takes a core.
     with threads(1):
         if hasattr(module, "rows"):
             return module.rows(quick)
-        kept = folder / f"{name_of(module)}.csv"
-        if kept.exists() and not fresh:
-            rows = read(kept)
+        path = folder / f"{name_of(module)}.csv"
+        if path.exists() and not fresh:
+            rows = read(path)
             if quick or not rows[0]["quick"]:
                 return rows
         where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
@@ -221,7 +222,7 @@ def name_of(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
 
 
-def told(module: ModuleType, rows: Sequence[Row]) -> str:
+def as_text(module: ModuleType, rows: Sequence[Row]) -> str:
     """A figure's numbers as text, and where they come from if they were measured."""
     lines = [f"{name_of(module)}: {(module.__doc__ or '').splitlines()[0]}"]
     lines.append(table([{key: row[key] for key in row if key not in ("quick", "measured")} for row in rows]))

@@ -90,9 +90,9 @@ def write_numbers(ax: Axes, plan: mt.ContractionPlan) -> None:
         places = [where[x] for x in shared] or [2 * np.mean([where[x] for x in result], axis=0)]
         for place in places:
             numbers.setdefault(tuple(place), []).append(str(k))
-    for place, told in numbers.items():
+    for place, labels in numbers.items():
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "0.45", "linewidth": 0.8}
-        ax.text(*place, " ".join(told), ha="center", va="center", bbox=box, zorder=3)
+        ax.text(*place, " ".join(labels), ha="center", va="center", bbox=box, zorder=3)
 
 
 def direction(mode: str, radius: float) -> np.ndarray:
@@ -110,8 +110,8 @@ def place_of(network: Network, position: int) -> np.ndarray:
 
 def ends(network: Network, index: str) -> list[np.ndarray]:
     """Where the lines of an index end: at its operands, and that of the output outside."""
-    found = [place_of(network, k) for k, axes in enumerate(network.operands) if index in axes]
-    return [*found, direction(index, 0.9 * OUTSIDE)] if index in network.output else found
+    places = [place_of(network, k) for k, axes in enumerate(network.operands) if index in axes]
+    return [*places, direction(index, 0.9 * OUTSIDE)] if index in network.output else places
 
 
 def index_places(network: Network) -> dict[str, np.ndarray]:

@@ -30,11 +30,11 @@ def measure(quick: bool) -> list[Row]:
     dense = mt.LayerSpec("dense", experts=n, in_features=i, out_features=o)
     effort = dict(n_restarts=1, n_iter=5) if quick else dict(n_restarts=2, n_iter=200)
     shares = SHARES[:2] if quick else SHARES
-    found = []
+    records = []
 
     def add(name: str, rank: str, open_rank: int | None, parameters: int, error: float) -> None:
         values = {"parameters": parameters, "share": parameters / weight.size, "relative_error": error}
-        found.append({"name": name, "rank": rank, "open_rank": open_rank, **values})
+        records.append({"name": name, "rank": rank, "open_rank": open_rank, **values})
 
     for name, rank in OPEN.items():
         for share in shares:
@@ -49,7 +49,7 @@ def measure(quick: bool) -> list[Row]:
         rank = int(share * weight.size / (n * (i + o)))
         error = float((squares[:, rank:].sum() / squares.sum()) ** 0.5)
         add("svd", str(rank), rank, n * rank * (i + o), error)
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:

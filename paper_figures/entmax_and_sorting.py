@@ -37,7 +37,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def measure(quick: bool) -> list[Row]:
     """One row a gate and number of experts."""
-    found = []
+    records = []
     for experts in (64, 1024) if quick else (16, 64, 256, 1024, 4096, 16_384):
         torch.manual_seed(0)
         logits, gradient = torch.randn(ROWS, experts, requires_grad=True), torch.randn(ROWS, experts)
@@ -45,8 +45,8 @@ def measure(quick: bool) -> list[Row]:
         times = compare(calls, "sort", rounds=3 if quick else 25, limit=0.5 if quick else 10)
         for name in GATES:
             row = {"name": name, "experts": experts, **spread("ms", times.spread(name), 1e-3)}
-            found.append(row | spread("to_sort", times.ratio(name)))
-    return found
+            records.append(row | spread("to_sort", times.ratio(name)))
+    return records
 
 
 def both(gate: Callable[[Tensor], Tensor], logits: Tensor, gradient: Tensor) -> object:
@@ -58,10 +58,10 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Milliseconds over experts, both logarithmic."""
     figure, (ax,) = new_figure()
     for name, style in STYLES.items():
-        mine = [row for row in rows if row["name"] == name]
-        places = [row["experts"] for row in mine]
-        ax.plot(places, [row["ms"] for row in mine], marker="o", markersize=3, **style)
-        low, high = ([row[column] for row in mine] for column in ("ms_low", "ms_high"))
+        group = [row for row in rows if row["name"] == name]
+        places = [row["experts"] for row in group]
+        ax.plot(places, [row["ms"] for row in group], marker="o", markersize=3, **style)
+        low, high = ([row[column] for row in group] for column in ("ms_low", "ms_high"))
         ax.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
     ax.set_yscale("log")
     set_experts_axis(ax, rows)

@@ -20,11 +20,11 @@ from paper_figures.experiments.heads import LOOKED_AT, table
 def rows(quick: bool) -> list[Row]:
     """One row a number of experts and a place in the order of their load."""
     loads = table("heads_load")
-    found = []
+    records = []
     for n in LOOKED_AT:
         for place in range(1, n + 1):
             values = [row["load"] for row in loads if (row["experts"], row["place"]) == (n, place)]
-            found.append(
+            records.append(
                 {
                     "experts": n,
                     "place": place,
@@ -33,17 +33,17 @@ def rows(quick: bool) -> list[Row]:
                     "load_high": max(values),
                 }
             )
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:
     """Experts in the order of their load: the mean over seeds, lowest to highest seed as a band."""
     figure, axes = new_figure(len(LOOKED_AT), height=2.4)
     for ax, n in zip(axes, LOOKED_AT, strict=True):
-        mine = [row for row in rows if row["experts"] == n]
-        places = [row["place"] for row in mine]
-        ax.plot(places, [100 * row["load"] for row in mine], color=colour_of("cp"))
-        low, high = ([100 * row[f"load_{end}"] for row in mine] for end in ("low", "high"))
+        group = [row for row in rows if row["experts"] == n]
+        places = [row["place"] for row in group]
+        ax.plot(places, [100 * row["load"] for row in group], color=colour_of("cp"))
+        low, high = ([100 * row[f"load_{end}"] for row in group] for end in ("low", "high"))
         ax.fill_between(places, low, high, color=colour_of("cp"), alpha=0.2, linewidth=0)
         ax.set(title=f"{n} experts", xlabel="experts, by load", ylabel="load, % of images", ylim=(0, None))
     return figure

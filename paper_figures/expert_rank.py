@@ -22,7 +22,7 @@ OPEN = {"cp": (None,), "tr": (4, 4, None)}
 
 def rows(quick: bool) -> list[Row]:
     """One row a format and number of experts."""
-    found = []
+    records = []
     for name, rank in OPEN.items():
         for n in (16, 64, 256) if quick else (8, 16, 32, 64, 128, 256, 512):
             spec = mt.LayerSpec(
@@ -30,7 +30,7 @@ def rows(quick: bool) -> list[Row]:
             ).fitted()
             weight = mt.FactorizedTensor.random(spec, like=np.zeros(1), seed=0)
             matrix, _ = mt.expert_matrix(weight, 0, bias=True)
-            found.append(
+            records.append(
                 {
                     "name": name,
                     "experts": n,
@@ -39,7 +39,7 @@ def rows(quick: bool) -> list[Row]:
                     "numerical_rank": int(np.linalg.matrix_rank(matrix)),
                 }
             )
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -24,13 +24,13 @@ from paper_figures.top_inputs import CLASSES
 
 def rows(quick: bool) -> list[Row]:
     """One row an expert: by how many points every class changes."""
-    found = []
+    records = []
     for n in LOOKED_AT:
-        mine = [row for row in table(TABLE) if row["experts"] == n]
+        group = [row for row in table(TABLE) if row["experts"] == n]
         for expert in range(n):
-            changes = {CLASSES[row["label"]]: 100 * row["change"] for row in mine if row["expert"] == expert}
-            found.append({"experts": n, "expert": expert, **changes})
-    return found
+            changes = {CLASSES[row["label"]]: 100 * row["change"] for row in group if row["expert"] == expert}
+            records.append({"experts": n, "expert": expert, **changes})
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:

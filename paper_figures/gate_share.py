@@ -22,14 +22,14 @@ LEVELS = {1: "o-", 2: "s--", 3: "^:"}
 
 def rows(quick: bool) -> list[Row]:
     """One row a number of levels and of experts."""
-    found = []
+    records = []
     for levels in LEVELS:
         for exponent in range(6, 25, 6):
             if exponent % levels:
                 continue
             experts = (2 ** (exponent // levels),) * levels
             cost = mt.cost(replace(LAYER, experts=experts), gate=True)
-            found.append(
+            records.append(
                 {
                     "levels": levels,
                     "experts": 2**exponent,
@@ -37,18 +37,18 @@ def rows(quick: bool) -> list[Row]:
                     "share_of_flops": cost.gate_flops / cost.flops,
                 }
             )
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:
     """One line a number of levels."""
     figure, (ax,) = new_figure()
     for levels, line in LEVELS.items():
-        mine = [row for row in rows if row["levels"] == levels]
+        group = [row for row in rows if row["levels"] == levels]
         name = f"{levels} level{'s' if levels > 1 else ''}"
         ax.plot(
-            [row["experts"] for row in mine],
-            [100 * row["share_of_parameters"] for row in mine],
+            [row["experts"] for row in group],
+            [100 * row["share_of_parameters"] for row in group],
             line,
             color=colour_of("cp"),
             label=name,

@@ -22,12 +22,12 @@ LAYER = mt.LayerSpec("cp", experts=(), in_features=768, out_features=768, rank=3
 
 def rows(quick: bool) -> list[Row]:
     """One row a total and number of levels."""
-    found = []
+    records = []
     for total in TOTALS[:1] if quick else TOTALS:
         for levels in (1, 2, 3, 4):
             experts = (round(total ** (1 / levels)),) * levels
             cost = mt.cost(replace(LAYER, experts=experts), gate=True)
-            found.append(
+            records.append(
                 {
                     "experts": total,
                     "levels": levels,
@@ -37,7 +37,7 @@ def rows(quick: bool) -> list[Row]:
                     "flops": cost.flops,
                 }
             )
-    return found
+    return records
 
 
 def power(row: Row) -> str:
@@ -51,17 +51,17 @@ def draw(rows: Sequence[Row]) -> Figure:
     totals = sorted({row["experts"] for row in rows})
     figure, axes = new_figure(2, height=2.5)
     for ax, total in zip(axes, totals, strict=False):
-        mine = [row for row in rows if row["experts"] == total]
-        places = range(len(mine))
-        experts = [row["parameters"] - row["gate_parameters"] for row in mine]
+        group = [row for row in rows if row["experts"] == total]
+        places = range(len(group))
+        experts = [row["parameters"] - row["gate_parameters"] for row in group]
         ax.bar(
-            places, [row["parameters"] for row in mine], 0.6, color=colour_of("cp"), alpha=0.35, label="gate"
+            places, [row["parameters"] for row in group], 0.6, color=colour_of("cp"), alpha=0.35, label="gate"
         )
         ax.bar(places, experts, 0.6, color=colour_of("cp"), label="factors")
         ax.axhline(LAYER.dense_parameters, color="black", linestyle="--", label="linear layer")
-        ax.set_xticks(places, [power(row) for row in mine])
+        ax.set_xticks(places, [power(row) for row in group])
         ax.set(yscale="log", title=f"{total:,} experts", xlabel="experts of the levels", ylabel="parameters")
-        ax.set_ylim(1e5, 10 * max(row["parameters"] for row in mine))
+        ax.set_ylim(1e5, 10 * max(row["parameters"] for row in group))
     for ax in axes[len(totals) :]:
         ax.remove()
     axes[0].legend(frameon=False, loc="upper right")

@@ -22,21 +22,21 @@ COLOURS = {"dense": "linear", "CP": "cp", "TR": "tr"}
 
 def rows(quick: bool) -> list[Row]:
     """One row a network, kind of block and evaluation."""
-    found = []
+    records = []
     for network in NETWORKS:
         curves = table(f"{network}_curves")
         for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in curves):
-            mine = [row for row in curves if (row["arm"], row["step"]) == (arm, step)]
-            found.append(
+            group = [row for row in curves if (row["arm"], row["step"]) == (arm, step)]
+            records.append(
                 {
                     "network": network,
                     "arm": arm,
                     "step": step,
-                    "seeds": len(mine),
-                    **over_seeds(mine, "validation_loss"),
+                    "seeds": len(group),
+                    **over_seeds(group, "validation_loss"),
                 }
             )
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -44,19 +44,19 @@ def draw(rows: Sequence[Row]) -> Figure:
     networks = [network for network in NETWORKS if any(row["network"] == network for row in rows)]
     figure, axes = new_figure(len(networks), height=2.8)
     for ax, network in zip(axes, networks, strict=True):
-        own = [row for row in rows if row["network"] == network]
-        for arm in dict.fromkeys(row["arm"] for row in own):
-            mine = [row for row in own if row["arm"] == arm]
+        curves = [row for row in rows if row["network"] == network]
+        for arm in dict.fromkeys(row["arm"] for row in curves):
+            group = [row for row in curves if row["arm"] == arm]
             format, _, levels = arm.partition(", ")
-            colour, steps = colour_of(COLOURS[format]), [row["step"] for row in mine]
+            colour, steps = colour_of(COLOURS[format]), [row["step"] for row in group]
             ax.plot(
                 steps,
-                [row["validation_loss"] for row in mine],
+                [row["validation_loss"] for row in group],
                 color=colour,
                 linestyle="--" if levels else "-",
                 label=arm,
             )
-            low, high = ([row[f"validation_loss_{end}"] for row in mine] for end in ("low", "high"))
+            low, high = ([row[f"validation_loss_{end}"] for row in group] for end in ("low", "high"))
             ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.set(title=NETWORKS[network], xlabel="training steps", ylabel="validation loss, nats")
         ax.legend(frameon=False)

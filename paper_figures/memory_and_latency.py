@@ -35,7 +35,7 @@ NAMES = (*OTHERS, *FORMATS)
 
 
 def module_of(name: str, inputs: int, features: int = LINEAR.in_features, experts: int = EXPERTS) -> Any:
-    """The module for inference on so many inputs at once, with a gate that tells them apart."""
+    """The module for inference on a batch of `inputs`, with a gate that tells them apart."""
     torch.manual_seed(0)
     if name == "linear":
         return nn.Linear(features, features)
@@ -57,7 +57,7 @@ def parameters_of(module: nn.Module) -> int:
 def peak(name: str, inputs: int) -> int:
     """Bytes of the weights, and by which this process grows at most in a forward pass."""
     with torch.no_grad():
-        # The libraries' own buffers are there after a small layer of the kind has run.
+        # A small layer of the kind first, for which libraries allocate their buffers.
         module_of(name, 4, features=64, experts=4)(torch.randn(4, 64))
         module, x = module_of(name, inputs), torch.randn(inputs, LINEAR.in_features)
         return x.itemsize * parameters_of(module) + growth(lambda: module(x))
@@ -65,7 +65,7 @@ def peak(name: str, inputs: int) -> int:
 
 def measure(quick: bool) -> list[Row]:
     """One row a layer and number of inputs."""
-    found = []
+    records = []
     for inputs in (BATCH,) if quick else (1, BATCH):
         x = torch.randn(inputs, LINEAR.in_features)
         modules = {name: module_of(name, inputs) for name in (("linear", "cp") if quick else NAMES)}
@@ -74,7 +74,7 @@ def measure(quick: bool) -> list[Row]:
             times = compare(calls, "linear", rounds=3 if quick else 31, limit=0.5 if quick else 30)
         for name, module in modules.items():
             rank = module.config["rank"] if isinstance(module, MuMoE) else None
-            found.append(
+            records.append(
                 {
                     "name": name,
                     "inputs": inputs,
@@ -85,7 +85,7 @@ def measure(quick: bool) -> list[Row]:
                     "peak_mib": in_a_fresh_process(__name__, name, inputs) / MIB,
                 }
             )
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:

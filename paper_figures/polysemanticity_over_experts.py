@@ -26,20 +26,20 @@ LINES = (
 
 def rows(quick: bool) -> list[Row]:
     """One row a number of experts."""
-    mine = [
+    group = [
         row
         for row in table("heads")
         if (row["kind"], row["format"], row["gate"], row["gate_norm"])
         == ("single", "cp", "entmax15", "batch")
     ]
-    found = []
-    for n in sorted({row["experts"] for row in mine}):
-        seeds = [row for row in mine if row["experts"] == n]
+    records = []
+    for n in sorted({row["experts"] for row in group}):
+        seeds = [row for row in group if row["experts"] == n]
         row = {"experts": n, "seeds": len(seeds)}
         for column in ("polysemanticity", "polysemanticity_random", "active", "dead", "accuracy"):
             row |= over_seeds(seeds, column)
-        found.append(row)
-    return found
+        records.append(row)
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:

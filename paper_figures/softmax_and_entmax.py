@@ -28,16 +28,16 @@ PANELS = (
 
 def rows(quick: bool) -> list[Row]:
     """One row a gate and norm."""
-    found = []
+    records = []
     for gate in GATES:
         for norm in NORMS:
             key = ("single", GATE_AT, gate, norm)
-            mine = [
+            group = [
                 row
                 for row in table("heads")
                 if (row["kind"], row["experts"], row["gate"], row["gate_norm"]) == key
             ]
-            row = {"gate": gate, "gate_norm": norm, "seeds": len(mine)}
+            row = {"gate": gate, "gate_norm": norm, "seeds": len(group)}
             for column in (
                 "accuracy",
                 "active",
@@ -46,9 +46,9 @@ def rows(quick: bool) -> list[Row]:
                 "polysemanticity",
                 "polysemanticity_random",
             ):
-                row |= over_seeds(mine, column)
-            found.append(row)
-    return found
+                row |= over_seeds(group, column)
+            records.append(row)
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:

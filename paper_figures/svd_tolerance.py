@@ -35,14 +35,14 @@ def rows(quick: bool) -> list[Row]:
     """One row a layer or network and number of singular values kept."""
     weights = dict(zip(BLOCKS, pretrained(), strict=True))
     weights["normal"] = np.random.default_rng(0).standard_normal(weights["6"].shape)
-    found = []
+    records = []
     for layer, weight in weights.items():
         squares = np.linalg.svd(weight, compute_uv=False) ** 2
         count = len(squares)
         for kept in range(0, count + 1, count // 4 if quick else count // 20):
             energy = float(squares[:kept].sum() / squares.sum())
             error = float((squares[kept:].sum() / squares.sum()) ** 0.5)
-            found.append(
+            records.append(
                 {
                     "layer": layer, "kept": kept, "share_kept": kept / count, "energy": energy,
                     "relative_error": error, "value": None, "value_low": None, "value_high": None,
@@ -53,13 +53,13 @@ def rows(quick: bool) -> list[Row]:
         for share in sorted({row["share"] for row in measured}):
             figures = over_seeds([row for row in measured if row["share"] == share], column)
             value, low, high = (unit * figures[f"{column}{end}"] for end in ("", "_low", "_high"))
-            found.append(
+            records.append(
                 {
                     "layer": network, "kept": None, "share_kept": share, "energy": None,
                     "relative_error": None, "value": value, "value_low": low, "value_high": high,
                 }
             )  # fmt: skip
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -68,11 +68,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure, axes = new_figure(1 + len(networks))
     ax = axes[0]
     for layer, style in STYLES.items():
-        mine = [row for row in rows if str(row["layer"]) == layer]
+        group = [row for row in rows if str(row["layer"]) == layer]
         trained = layer != "normal"
         ax.plot(
-            [100 * row["share_kept"] for row in mine],
-            [row["relative_error"] for row in mine],
+            [100 * row["share_kept"] for row in group],
+            [row["relative_error"] for row in group],
             linestyle=style,
             color="black" if trained else "0.65",
             label=f"trained, block {layer}" if trained else "normal entries",
@@ -80,14 +80,14 @@ def draw(rows: Sequence[Row]) -> Figure:
     ax.set(xlabel="singular values kept, %", ylabel="relative error", xlim=(0, 100), ylim=(0, 1.02))
     ax.legend(frameon=False, loc="upper right")
     for ax, network in zip(axes[1:], networks, strict=True):
-        mine = [row for row in rows if row["layer"] == network]
-        shares = [100 * row["share_kept"] for row in mine]
-        ax.plot(shares, [row["value"] for row in mine], color="black", marker="o", markersize=3)
+        group = [row for row in rows if row["layer"] == network]
+        shares = [100 * row["share_kept"] for row in group]
+        ax.plot(shares, [row["value"] for row in group], color="black", marker="o", markersize=3)
         ax.fill_between(
-            shares, [row["value_low"] for row in mine], [row["value_high"] for row in mine],
+            shares, [row["value_low"] for row in group], [row["value_high"] for row in group],
             color="black", alpha=0.15, linewidth=0,
         )  # fmt: skip
-        ax.axhline(mine[-1]["value"], color="0.65", linestyle="--", linewidth=0.8)
+        ax.axhline(group[-1]["value"], color="0.65", linestyle="--", linewidth=0.8)
         ax.set(
             xlabel="singular values kept, %",
             ylabel=NETWORKS[network][2],

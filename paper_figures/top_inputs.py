@@ -23,18 +23,18 @@ CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 def rows(quick: bool) -> list[Row]:
     """One row an image; less where an expert has a coefficient above zero for fewer."""
-    found = []
+    records = []
     with np.load(KEPT) as kept:
         for n in LOOKED_AT:
             for expert, (indices, labels) in enumerate(
                 zip(kept[f"indices_{n}"].tolist(), kept[f"labels_{n}"].tolist(), strict=True)
             ):
-                found += [
+                records += [
                     {"experts": n, "expert": expert, "place": place, "image": index, "label": CLASSES[label]}
                     for place, (index, label) in enumerate(zip(indices, labels, strict=True), 1)
                     if index >= 0
                 ]
-    return found
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -55,7 +55,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             ax.tick_params(length=0)
             ax.set(title=f"{n} experts", ylabel="expert")
             for expert in range(experts):
-                mine = [row for row in rows if (row["experts"], row["expert"]) == (n, expert)]
-                if not mine:
+                group = [row for row in rows if (row["experts"], row["expert"]) == (n, expert)]
+                if not group:
                     ax.text(0, height * (expert + 0.5), "no image uses it", va="center")
     return figure

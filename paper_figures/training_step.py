@@ -30,7 +30,7 @@ def measure(quick: bool) -> list[Row]:
     matched = {name: gpt2_block(name, MATCHED_AT, None, tokens).spec for name in names}
     x = torch.randn(tokens, GPT2.in_features, requires_grad=True)
     gradient = torch.randn(tokens, GPT2.out_features)
-    found = []
+    records = []
     for experts in (16, 256) if quick else (16, 64, 256, 1024, 4096):
         torch.manual_seed(0)
         blocks = {name: gpt2_block(name, experts, spec.rank, tokens) for name, spec in matched.items()}
@@ -43,8 +43,8 @@ def measure(quick: bool) -> list[Row]:
             row = {"name": name, "experts": experts, "rank": rank_text(matched[name])}
             row |= spread("ms", times.spread(name), 1e-3) | spread("to_dense", times.ratio(name))
             row |= {"kept_mib": kept[name] / MIB, "kept_to_dense": kept[name] / kept["dense"]}
-            found.append(row | {"dense_ms": 1e3 * times.spread("dense").median})
-    return found
+            records.append(row | {"dense_ms": 1e3 * times.spread("dense").median})
+    return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:

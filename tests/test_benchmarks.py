@@ -30,9 +30,9 @@ CELEBA = ratios.layer("tucker", 128, 768, 40, (32, 64, 64))
 def test_threads_are_set_and_put_back() -> None:
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
-    with harness.threads(before + 1) as told:
+    with harness.threads(before + 1) as used:
         assert torch.get_num_threads() == before + 1
-        assert f"torch {before + 1}" in told
+        assert f"torch {before + 1}" in used
     assert torch.get_num_threads() == before
 
 
@@ -337,9 +337,9 @@ def test_the_guard_fails_until_figures_are_stored(
     guard.STORED.write_text('{"a case": 6}')
     capsys.readouterr()
     assert guard.main([]) == 1
-    told = capsys.readouterr().out
-    assert "a case: grew from 6 to 7" in told
-    assert guard.RENEW in told
+    printed = capsys.readouterr().out
+    assert "a case: grew from 6 to 7" in printed
+    assert guard.RENEW in printed
     monkeypatch.setenv(common.VARIABLE, "regular")
     with pytest.raises(SystemExit, match="2"):
         guard.main([])

@@ -32,11 +32,11 @@ from paper_figures.common import (
     FIGURES,
     MATCHED_AT,
     PRINT_STYLE,
+    as_text,
     load,
     matched_layers,
     pretrained,
     rows_of,
-    told,
     write,
 )
 
@@ -53,7 +53,7 @@ def test_figure(name: str, tmp_path: Path) -> None:
         read = list(csv.DictReader(file))
     assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows] == read
     assert json.loads(json.dumps(rows)) == rows
-    assert name in told(module, rows) and next(iter(rows[0])) in told(module, rows)
+    assert name in as_text(module, rows) and next(iter(rows[0])) in as_text(module, rows)
     # What is measured is measured once, and few points of it here.
     with matplotlib.rc_context(PRINT_STYLE):
         figure = module.draw(rows_of(module, tmp_path, quick=hasattr(module, "measure")))
@@ -260,7 +260,7 @@ def test_what_is_measured_is_kept(module: Any, tmp_path: Path) -> None:
     assert rows_of(module, tmp_path) == rows_of(module, tmp_path, quick=True) == rows
     assert module.calls == [True, False]
     assert rows_of(module, tmp_path, fresh=True)[0]["call"] == 3
-    assert rows[0]["measured"] in told(module, rows)
+    assert rows[0]["measured"] in as_text(module, rows)
 
 
 def test_numbers_are_kept_where_the_picture_fails(module: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Gates over the time of moving what has to be moved."""
+"""Times of gates over the time of moving their data."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gates(device: str, toy: bool) -> Iterator[Row]:
 def times(
     ours: dict[str, Gate], packages: dict[str, Gate], dtype: str, size: int, device: str, toy: bool
 ) -> Iterator[Row]:
-    """Forward passes and steps of gates over so many experts."""
+    """Forward passes and steps of gates over a number of experts."""
     elements = 2**12 if toy else 2**26
     logits = torch.randn(elements // size, size, device=device, dtype=getattr(torch, dtype))
     gradient, copied = torch.randn_like(logits), torch.empty_like(logits)

@@ -1,4 +1,4 @@
-"""Layers in published places beside dense ones: time, kernels launched, memory."""
+"""Layers in published places against dense ones: time, kernels launched, memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def layers(device: str, toy: bool, runs: tuple[str, ...] = ("eager", "graph")) -
 
 
 def times(pair: Beside, run: str, compiler: Callable[[Any], Any]) -> Iterator[Row]:
-    """Those of a forward pass, and of a step."""
+    """Times of a forward pass, and of a step."""
     flops = mt.cost(pair.workload.spec, gate=True, batch=pair.workload.rows).flops
     for kind, passes in (("forward", 1), ("step", 3)):
         calls = pair.calls(kind, run, compiler)
@@ -97,7 +97,7 @@ def kernels(device: str, toy: bool) -> Iterator[Row]:
 
 
 def memory(device: str, toy: bool) -> Iterator[Row]:
-    """Peak memory of a step, and what is kept for its backward pass."""
+    """Peak memory of a step, and bytes saved for its backward pass."""
     tokens = 32 if toy else 8192
     for workload, recompute in product(TOY if toy else BLOCKS, (False, True)):
         pair = Beside(replace(workload, rows=tokens), device, recompute=recompute)

@@ -268,7 +268,7 @@ def figures(
             paths = common.write(module, rows, out)
             drawn[name] = {"rows": rows, "files": [str(path) for path in paths]}
             if not as_json:
-                print(common.told(module, rows), *paths, sep="\n", end="\n\n")
+                print(common.as_text(module, rows), *paths, sep="\n", end="\n\n")
     if as_json:
         print_json(drawn)
 

@@ -27,7 +27,7 @@ class Layer(WholeState):
     """The common part of layers of one and of two weights: gate, norm of the input, experts, config."""
 
     #: Names of the `Experts`, each of which takes the result of the one before.
-    _mixtures: tuple[str, ...] = ("experts",)
+    _mixture_names: tuple[str, ...] = ("experts",)
     #: Relative errors of the fit to linear layers by `from_linear`; empty for other layers.
     fit_errors: tuple[float, ...] = ()
 
@@ -50,7 +50,7 @@ class Layer(WholeState):
         place: Any = {"device": device, "dtype": dtype}
         self.gate = ExpertGate(spec.in_features, spec.experts, gate=gate, gate_norm=gate_norm, **place)
         self.input_norm = nn.LayerNorm(spec.in_features, **place) if input_norm else None
-        for name, part in zip(self._mixtures, spec.layers, strict=True):
+        for name, part in zip(self._mixture_names, spec.layers, strict=True):
             self.add_module(name, Experts.from_spec(part, **options, **place))
         self._options = {
             "gate_norm": self.gate.gate_norm, "input_norm": input_norm, **self.mixtures[0].options
@@ -111,9 +111,9 @@ class Layer(WholeState):
         ValueError
             If the spec is that of a layer of another kind.
         """
-        if len(spec.layers) != len(cls._mixtures):
+        if len(spec.layers) != len(cls._mixture_names):
             raise ValueError(
-                f"a spec of {cls.__name__} must be of {len(cls._mixtures)} weight(s), got {spec!r}."
+                f"a spec of {cls.__name__} must be of {len(cls._mixture_names)} weight(s), got {spec!r}."
             )
         return cls.from_config(_arguments_of(spec), **options)
 
@@ -143,7 +143,7 @@ class Layer(WholeState):
         ValueError
             If parameters are missing, left over, or do not fit together.
         """
-        published = read_published(state_dict, format, len(cls._mixtures))
+        published = read_published(state_dict, format, len(cls._mixture_names))
         options = {"dtype": published.gate.dtype, **options}
         layer = cls.from_spec(published.spec, gate_norm=gate_norm, **options)
         published.copy_to(layer.gate, layer.mixtures)
@@ -165,7 +165,7 @@ class Layer(WholeState):
     @property
     def mixtures(self) -> list[Experts]:
         """The experts of each weight, in the order in which they are applied."""
-        return [getattr(self, name) for name in self._mixtures]
+        return [getattr(self, name) for name in self._mixture_names]
 
     def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
         """The parameters under the names of the published layers; the opposite of `from_published`.
@@ -404,7 +404,7 @@ class MuMoEMLP(Layer):
     (torch.Size([5, 16]), [torch.Size([5, 4]), torch.Size([5, 4])])
     """
 
-    _mixtures = ("up", "down")
+    _mixture_names = ("up", "down")
     up: Experts
     down: Experts
     dropout: nn.Dropout

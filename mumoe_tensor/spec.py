@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from mumoe_tensor.checks import as_entries, as_positive, check_choice, check_flag
 from mumoe_tensor.formats.base import Format, Rank, mode_names
@@ -82,7 +82,7 @@ class LayerSpec:
 
     def __init__(
         self,
-        format: str | Format,
+        format: str | Mapping[str, Any] | Format,
         *,
         experts: int | Sequence[int],
         in_features: int,

@@ -56,7 +56,7 @@ def expert_block(
     hidden: int,
     *,
     experts: tuple[int, ...],
-    format: str,
+    format: str | dict[str, Any],
     rank: tuple[int, ...] | None,
     parameters: int | Literal["match"] = "match",
     bias: bool = True,

@@ -43,9 +43,9 @@ class GPT2Config:
         Size between the two layers of an MLP.
     dropout : float
         Probability of dropping, in training, what attention sees, what a branch adds, and what is embedded.
-    format : str
-        Of the experts, or ``"mlp"`` for a model without; then what follows but `stochastic_depth` has no
-        effect.
+    format : str or dict
+        Of the experts: its name, with settings in a dict; or ``"mlp"`` for a model without experts, on which
+        what follows but `stochastic_depth` has no effect.
     experts : tuple of int
         One number a level.
     rank : tuple of int or None
@@ -69,7 +69,7 @@ class GPT2Config:
     heads: int = 12
     hidden: int = 3072
     dropout: float = 0.0
-    format: str = DENSE
+    format: str | dict[str, Any] = DENSE
     experts: tuple[int, ...] = (256,)
     rank: tuple[int, ...] | None = None
     gate: str = "entmax15"

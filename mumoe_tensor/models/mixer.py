@@ -39,9 +39,9 @@ class MixerConfig:
     token_hidden, channel_hidden : int
         Sizes between the two layers of the MLP that mixes tokens, and of the one that mixes channels.
     classes : int
-    format : str
-        Of the experts, or ``"mlp"`` for a model without; then what follows but `stochastic_depth` has no
-        effect.
+    format : str or dict
+        Of the experts: its name, with settings in a dict; or ``"mlp"`` for a model without experts, on which
+        what follows but `stochastic_depth` has no effect.
     experts : tuple of int
         One number a level.
     token_rank, channel_rank : tuple of int or None
@@ -66,7 +66,7 @@ class MixerConfig:
     token_hidden: int = 64
     channel_hidden: int = 512
     classes: int = 10
-    format: str = DENSE
+    format: str | dict[str, Any] = DENSE
     experts: tuple[int, ...] = (64,)
     token_rank: tuple[int, ...] | None = None
     channel_rank: tuple[int, ...] | None = None

@@ -345,6 +345,18 @@ def test_a_model_is_saved_with_the_settings(tmp_path: Any) -> None:
     assert torch.equal(again(images), model(images))
 
 
+def test_settings_of_a_run_are_read_with_those_of_the_format(tmp_path: Any) -> None:
+    pytest.importorskip("pydantic")
+    from mumoe_tensor.training.settings import read_settings
+
+    mt.register(PartialTucker)
+    entry = {"name": "partial-tucker", "compressed": ["i"]}
+    written = """model.format={name = "partial-tucker", compressed = ["i"]}"""
+    assert read_settings("mixer", overrides=[written]).model.format == entry
+    with pytest.raises(ValueError, match=r"format.*cannot be made with \{'ranks': 3\}"):
+        read_settings("mixer", overrides=["""model.format={name = "partial-tucker", ranks = 3}"""])
+
+
 def test_a_study_takes_formats_that_a_name_stands_for() -> None:
     pytest.importorskip("torch")
     from mumoe_tensor import study

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -60,10 +59,12 @@ class ShardedExperts(Experts):
 
     Attributes
     ----------
+    whole_spec : LayerSpec
+        That of the whole experts.
     bond : str
         The largest bond of the format; of several, the one that most parameters have as an axis.
-    start, whole_size : int
-        Where the range begins, and the size of the bond before it was divided.
+    start, size, whole_size : int
+        Where the range begins, its size, and that of the whole bond.
     """
 
     def __init__(self, whole: Experts, group: distributed.ProcessGroup | None):
@@ -78,19 +79,21 @@ class ShardedExperts(Experts):
             return sum(factor.numel() for axes, factor in pairs if bond in axes)
 
         bond = max(bonds, key=lambda x: (sizes[x], entries(x)))
-        if sizes[bond] < num_processes:
+        whole_size = sizes[bond]
+        if whole_size < num_processes:
             raise ValueError(
                 f"the largest bond must be as large as the group of processes; bond {bond!r} of rank "
-                f"{whole.rank} has size {sizes[bond]}, the group {num_processes} processes."
+                f"{whole.rank} has size {whole_size}, the group {num_processes} processes."
             )
-        start, stop = (sizes[bond] * k // num_processes for k in (index, index + 1))
+        start, stop = (whole_size * k // num_processes for k in (index, index + 1))
+        rank = tuple((sizes | {bond: stop - start}).values())
         # Nothing is drawn on the meta device, so the random numbers of all processes stay the same.
-        rank = tuple(stop - start if x == bond else size for x, size in sizes.items())
         super().__init__(
             whole.in_features, whole.out_features, whole.num_experts, whole.format, rank,
             bias=whole.bias, **whole.options, device="meta",
         )  # fmt: skip
-        self.group, self.bond, self.start, self.whole_size = group, bond, start, sizes[bond]
+        self.group, self.whole_spec, self.bond = group, whole.spec, bond
+        self.start, self.size, self.whole_size = start, stop - start, whole_size
         for k, factor in enumerate(whole.factors):
             shard = self._shard_of(k, factor.detach()).clone(memory_format=torch.contiguous_format)
             setattr(self, f"factor_{k}", nn.Parameter(shard, factor.requires_grad))
@@ -101,17 +104,14 @@ class ShardedExperts(Experts):
         """The slice of a whole factor that this process holds, as a view."""
         if self.bond not in self.axes[k]:
             return factor
-        size = self.rank[self.format.bonds(len(self.num_experts)).index(self.bond)]
-        return factor.narrow(self.axes[k].index(self.bond), self.start, size)
+        return factor.narrow(self.axes[k].index(self.bond), self.start, self.size)
 
     @torch.no_grad()
     def gathered(self) -> Experts:
         """The whole experts, on every process."""
-        bonds, like = self.format.bonds(len(self.num_experts)), self.factors[0]
-        rank = tuple(self.whole_size if x == self.bond else n for x, n in zip(bonds, self.rank, strict=True))
-        whole = Experts.from_spec(
-            replace(self.spec, rank=rank), **self.options, device="meta", dtype=like.dtype
-        ).to_empty(device=like.device)
+        like = self.factors[0]
+        whole = Experts.from_spec(self.whole_spec, **self.options, device="meta", dtype=like.dtype)
+        whole.to_empty(device=like.device)
         for k, (factor, shard) in enumerate(zip(whole.factors, self.factors, strict=True)):
             factor.requires_grad_(shard.requires_grad)
             self._shard_of(k, factor.zero_()).copy_(shard)

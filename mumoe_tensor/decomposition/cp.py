@@ -18,29 +18,34 @@ def cp(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
     """From singular vectors, then from eigenvectors, then from random factors."""
-    from tensorly.decomposition import parafac
-
     (r,) = rank
     for k, generator in enumerate(generators):
-        factors = [generator.standard_normal((n, r)) for n in dense.shape]
+        start = [generator.standard_normal((n, r)) for n in dense.shape]
         if k == 0:
-            with_singular_vectors(dense, factors)
+            with_singular_vectors(dense, start)
         elif k == 1:
-            factors = from_eigenvectors(dense, r, generator) or factors
-        stop = stop_rule(tolerance)
+            start = from_eigenvectors(dense, r, generator) or start
+        yield [None, *improved(dense, start, n_iter, tolerance)]
 
-        def callback(fit: Any, error: float, factors: list[Any] = factors, stop: Any = stop) -> bool:
-            factors[:] = fit.factors
-            return stop(fit, error)
 
-        # The first ridge does not show in a fit, but keeps a solve regular where components vanish or
-        # coincide; should one be singular still, go on with more. (TensorLy has callbacks only for tol > 0.)
-        for ridge in (1e-14, 1e-11, 1e-8):
-            options = {"l2_reg": ridge, "linesearch": True, "callback": callback}
-            with suppress(np.linalg.LinAlgError):
-                parafac(dense, r, n_iter, init=(None, factors), tol=1e-300, **options)
-                break
-        yield [None, *factors]
+def improved(dense: Any, factors: list[Any], n_iter: int, tolerance: float) -> list[Any]:
+    """TensorLy's alternating least squares from these factors."""
+    from tensorly.decomposition import parafac
+
+    stop = stop_rule(tolerance)
+
+    def callback(fit: Any, error: float) -> bool:
+        factors[:] = fit.factors
+        return stop(fit, error)
+
+    # The first ridge does not show in a fit, but keeps a solve regular where components vanish or coincide;
+    # should one be singular still, go on with a larger one. (TensorLy calls back only for tol > 0.)
+    for ridge in (1e-14, 1e-11, 1e-8):
+        options = {"l2_reg": ridge, "linesearch": True, "callback": callback}
+        with suppress(np.linalg.LinAlgError):
+            parafac(dense, factors[0].shape[1], n_iter, init=(None, factors), tol=1e-300, **options)
+            break
+    return factors
 
 
 def with_singular_vectors(dense: Any, factors: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a format is (`base`), then one short file a format. No array library is imported here."""
+"""What a format is (`base`), formats by name (`registry`), and one short file for each format."""
 
 from mumoe_tensor.formats.base import Factor, Format, mode_names
 from mumoe_tensor.formats.cp import CP

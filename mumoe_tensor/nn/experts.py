@@ -111,7 +111,7 @@ class Experts(WholeState):
         batch_hint = as_positive(batch_hint, "batch_hint")
         ones = self.format.optional(spec.num_levels)
         network = forward_network(self.format, spec.mode_sizes, self.rank, ones, bias)
-        # The parameters lie in storage order: to the planner these are their axes.
+        # The parameters lie in memory order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
         self._recipe = Recipe(self.plan.program, kept_results(self.plan.program, recompute))

@@ -14,7 +14,7 @@ try:
     import rich  # noqa: F401
     import typer
 except ImportError as error:
-    # The package is nothing but the command: a traceback would tell its user less.
+    # For a user of the command a line is clearer than a traceback.
     print(f"mumoe-tensor: {extras.missing(error.name or '') or error}", file=sys.stderr)
     raise SystemExit(2) from error
 

@@ -1,4 +1,4 @@
-"""How the command line behaves as a whole: help, version, numbers, errors in one line."""
+"""Behaviour of all commands: help, version, numbers, errors in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Command(TyperCommand):
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands that tells of bad input in one line."""
+    """A group of commands whose errors are one line."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run = partial(super().main, *args, **extra)
@@ -45,9 +45,9 @@ class OneLineErrors(TyperGroup):
         except typer.Abort:
             code = fail("interrupted.", 130)
         except _UsageError as error:
-            told: Any = error
-            command = told.ctx.command_path if told.ctx else "mumoe-tensor"
-            code = fail(f"{told.format_message().rstrip('.')}; see '{command} --help'.", 2)
+            usage: Any = error
+            command = usage.ctx.command_path if usage.ctx else "mumoe-tensor"
+            code = fail(f"{usage.format_message().rstrip('.')}; see '{command} --help'.", 2)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:

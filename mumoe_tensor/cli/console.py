@@ -1,4 +1,4 @@
-"""What commands print: JSON, tables, progress, and failures in one line."""
+"""Output of commands: JSON, tables, progress, and failures in one line."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from mumoe_tensor.extras import missing
 
 
 def fail(message: str, code: int) -> int:
-    """Tell of a failure in one line on stderr; its exit code."""
+    """Print a failure as one line on stderr and return its exit code."""
     print("mumoe-tensor: " + " ".join(message.split()), file=sys.stderr)
     return code
 
 
 @contextmanager
 def failures() -> Iterator[None]:
-    """Make what may happen to any command one line and an exit code.
+    """Turn errors that any command may meet into one line and an exit code.
 
-    That is 2 for what the system refuses, such as a full disk or memory, and for a package that is missing;
-    1 for numbers that are not finite; 130 for an interruption.
+    2 for errors of the system, such as a full disk or memory, and for a missing package; 1 for numbers that
+    are not finite; 130 for an interruption.
     """
     try:
         yield
-        sys.stdout.flush()  # a full disk is to be told of here, not when Python ends
+        sys.stdout.flush()  # a full disk is an error here, not when Python ends
     except BrokenPipeError:
         raise  # typer ends quietly
     except ImportError as error:
         raise typer.Exit(fail(missing(error.name or "") or str(error), 2)) from error
     except OSError as error:
         _drop_output()
-        raise typer.Exit(fail(_words(error), 2)) from error
+        raise typer.Exit(fail(_message(error), 2)) from error
     except FloatingPointError as error:
         raise typer.Exit(fail(str(error), 1)) from error
     except MemoryError as error:
@@ -51,15 +51,15 @@ def failures() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Keep Python from trying once more, when it ends, to write what could not be written."""
+    """Keep Python from another attempt to write at its end."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _words(error: OSError) -> str:
-    """What the system refused, and the file."""
+def _message(error: OSError) -> str:
+    """The error of the system, and the file."""
     if error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
@@ -67,7 +67,7 @@ def _words(error: OSError) -> str:
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """Make the library's complaint about an argument or a file one line and exit code 2."""
+    """Turn the library's errors about arguments and files into one line and exit code 2."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -76,7 +76,7 @@ def bad_input() -> Iterator[None]:
 
 @contextmanager
 def can_go_on() -> Iterator[None]:
-    """Make an interruption one line and exit code 130, where the same command goes on afterwards."""
+    """Turn the interruption of a command that can go on into one line and exit code 130."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -85,19 +85,19 @@ def can_go_on() -> Iterator[None]:
 
 
 def take_any_encoding() -> None:
-    """Let no character stop a command: one that the output's encoding lacks becomes a question mark."""
+    """Write a question mark for a character that the encoding of the output lacks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON, in ASCII, which says the same in every encoding."""
+    """Print a value as JSON in ASCII, which is the same in every encoding."""
     print(json.dumps(value, indent=2))
 
 
 def new_table(*headings: str, title: str | None = None) -> Table:
-    """An empty table in the style of all."""
+    """An empty table in the common style."""
     return Table(*headings, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
@@ -107,7 +107,7 @@ def show(table: Table, labels: int = 1) -> None:
     Columns that do not fit beside the others come below them, after the labels of the rows once more. A pipe
     or a file takes any width, unless ``COLUMNS`` says otherwise.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)
     natural = console.measure(table, options=console.options.update(max_width=10**6)).maximum
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = max(console.width, natural)
@@ -139,7 +139,7 @@ def _part(table: Table, columns: list[int]) -> Table:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
-    """A progress bar on stderr, where somebody looks at it."""
+    """A progress bar on stderr if that is a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())

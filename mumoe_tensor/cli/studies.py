@@ -134,8 +134,8 @@ def study(
         }
         sizes = (in_features, hidden, out_features)
         if setting is not None:
-            given = [name for name, value in {**options, "layer": layer}.items() if value is not None]
-            if given or quick or any(sizes):
+            others = [name for name, value in {**options, "layer": layer}.items() if value is not None]
+            if others or quick or any(sizes):
                 raise ValueError("--setting takes the place of all options but --fresh, --out and --json.")
             chosen = studies.Setting.from_json(setting)
         else:
@@ -219,13 +219,13 @@ def bias(
             experiment = experiments.Experiment(task, recipe, out)
             (experiment.test if test else experiment.validate)(progress)
     rows = experiment.rows(split)
-    found, differences = experiments.summary(rows), experiments.comparisons(rows)
+    methods, differences = experiments.summary(rows), experiments.comparisons(rows)
     if as_json:
-        print_json({"task": task.name, "split": split, "methods": found, "differences": differences})
+        print_json({"task": task.name, "split": split, "methods": methods, "differences": differences})
         return
     names = (*experiments.METRICS, "area")
     table = new_table("", *names, title=f"{task.name}, {split} rows")
-    for row in found:
+    for row in methods:
         cells = (_with_half(row[name], row[f"{name}_half"]) if name in row else "" for name in names)
         table.add_row(row["method"], *cells)
     show(table)

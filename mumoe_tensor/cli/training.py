@@ -114,8 +114,8 @@ def train_head(
         from mumoe_tensor.training import TrainConfig
         from mumoe_tensor.training.head import HeadSetting, run_head
 
-        given = [path for path in (features, images) if path is not None]
-        if len(given) != 1:
+        inputs = [path for path in (features, images) if path is not None]
+        if len(inputs) != 1:
             raise ValueError("give either --features or --images.")
         options: dict[str, Any] = {"format": format, "hidden": hidden}
         if format != "linear":
@@ -129,7 +129,7 @@ def train_head(
         if images is not None:
             network = {"backbone": backbone, "weights": str(_weights(backbone, weights))}
         setting = HeadSetting(
-            inputs=str(given[0]),
+            inputs=str(inputs[0]),
             labels=None if labels is None else str(labels),
             **network,
             size=size,
@@ -143,15 +143,15 @@ def train_head(
         )  # fmt: skip
     try:
         with bad_input():
-            found = run_head(setting, out, fresh=fresh, progress=sys.stdout.isatty() and not as_json)
+            figures = run_head(setting, out, fresh=fresh, progress=sys.stdout.isatty() and not as_json)
     except KeyboardInterrupt as stop:
         raise typer.Exit(fail("interrupted; nothing was kept.", 130)) from stop
     if as_json:
-        print_json(found)
+        print_json(figures)
         return
-    trained = "" if found["trained"] else "; it was trained before, --fresh trains it again"
-    print(f"{found['parameters']:,} parameters, rank {found['rank'] or 'none'}")
-    print(f"accuracy {found['accuracy']:.4f} on validation rows, best epoch {found['epoch']}{trained}")
+    trained = "" if figures["trained"] else "; it was trained before, --fresh trains it again"
+    print(f"{figures['parameters']:,} parameters, rank {figures['rank'] or 'none'}")
+    print(f"accuracy {figures['accuracy']:.4f} on validation rows, best epoch {figures['epoch']}{trained}")
     print(f"Written to {out}: config.json, metrics.csv, head.safetensors")
 
 
@@ -212,20 +212,20 @@ def _train(
         settings = read_settings(kind, config, overrides or ())
         progress = sys.stdout.isatty() and not as_json
         with can_go_on():
-            found = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
-    own = processes()
-    own.destroy_process_group()
-    if not own.is_main_process:
+            figures = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
+    group = processes()
+    group.destroy_process_group()
+    if not group.is_main_process:
         return
     if as_json:
-        print_json(found)
+        print_json(figures)
         return
-    ranks = ", ".join(f"{name} {value}" for name, value in found["ranks"].items() if value)
-    print(f"{found['parameters']:,} parameters" + (f", {ranks}" if ranks else ""))
-    trained = "" if found["trained"] else "; it was trained before, --fresh trains it again"
+    ranks = ", ".join(f"{name} {value}" for name, value in figures["ranks"].items() if value)
+    print(f"{figures['parameters']:,} parameters" + (f", {ranks}" if ranks else ""))
+    trained = "" if figures["trained"] else "; it was trained before, --fresh trains it again"
     print(
-        f"accuracy {found['accuracy']:.4f}, loss {found['validation_loss']:.4f} on validation rows, after "
-        f"{found['steps']:,} steps in {found['seconds']:.0f} s{trained}"
+        f"accuracy {figures['accuracy']:.4f}, loss {figures['validation_loss']:.4f} on validation rows, "
+        f"after {figures['steps']:,} steps in {figures['seconds']:.0f} s{trained}"
     )
     print(f"Written to {out}: config.json, metrics.csv, tensorboard, checkpoints, model.safetensors")
 
@@ -269,24 +269,24 @@ def tokenize(
         from mumoe_tensor.training import tokens
 
         tokenizer = tokens.Tokenizer(vocabulary_files, vocabulary)
-        found = tokens.tokenize(sources, tokenizer, out, hold_out=hold_out or (), leave_out=leave_out or ())
+        written = tokens.tokenize(sources, tokenizer, out, hold_out=hold_out or (), leave_out=leave_out or ())
     if as_json:
-        print_json(found)
+        print_json(written)
         return
     table = new_table("file", "part", "tokens")
     for part in ("training", "validation"):
-        for entry in found[part]:
+        for entry in written[part]:
             table.add_row(entry["file"], part, f"{entry['tokens']:,}")
-        table.add_row("", part, f"{sum(entry['tokens'] for entry in found[part]):,}", end_section=True)
+        table.add_row("", part, f"{sum(entry['tokens'] for entry in written[part]):,}", end_section=True)
     show(table)
-    print(f"{found['vocabulary']:,} ids. Written to {out}: training.bin, validation.bin, tokens.json")
+    print(f"{written['vocabulary']:,} ids. Written to {out}: training.bin, validation.bin, tokens.json")
 
 
 def _weights(backbone: str, weights: Path | None) -> Path:
     """The file of weights of a network, by default what `make data` fetched."""
     if weights is not None:
         return weights
-    found = sorted(Path("data", backbone).glob("*.pth"))
-    if not found:
+    files = sorted(Path("data", backbone).glob("*.pth"))
+    if not files:
         raise ValueError(f"weights of {backbone} must be given by --weights; data/{backbone} has none.")
-    return found[0]
+    return files[0]

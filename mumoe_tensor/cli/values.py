@@ -8,7 +8,7 @@ from mumoe_tensor.spec import LayerSpec
 
 
 def read_experts(text: str) -> tuple[int, ...]:
-    """Numbers of experts of the levels, from 64, 8x8 or none."""
+    """Numbers of experts of the levels, from ``64``, ``8x8`` or ``none``."""
     if text == "none":
         return ()
     try:
@@ -19,7 +19,7 @@ def read_experts(text: str) -> tuple[int, ...]:
 
 
 def read_several(text: str | None) -> list[tuple[int, ...]] | None:
-    """Several of what `read_experts` reads, with commas between."""
+    """Several numbers of experts, as `read_experts` reads them, with commas between."""
     return None if text is None else [read_experts(levels.strip()) for levels in text.split(",")]
 
 
@@ -48,7 +48,7 @@ def read_spec(
     rank: str | None = None,
     bias: bool = False,
 ) -> LayerSpec:
-    """The layer of the options for its format and sizes."""
+    """The spec of a layer from the options for its format and sizes."""
     return LayerSpec(
         format, experts=read_experts(experts), in_features=in_features, out_features=out_features,
         hidden=hidden, rank=read_rank(rank), bias=bias,
@@ -56,6 +56,6 @@ def read_spec(
 
 
 def read_budget(text: str) -> Any:
-    """A number of parameters; match or a multiple as it is."""
+    """A number of parameters; ``match`` and multiples stay text."""
     number = text.replace(",", "").replace("_", "")
     return int(number) if number.isdecimal() else text

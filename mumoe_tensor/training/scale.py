@@ -1,4 +1,4 @@
-"""What a training takes on many accelerators: FLOPs, memory and time, from its settings alone.
+"""FLOPs, memory and time of a training on many accelerators, from its settings alone.
 
 python -m mumoe_tensor.training.scale                         the published settings, on 4 and 64
 python -m mumoe_tensor.training.scale gpt2-124m-cp-256 --accelerators 8 --peak 989e12
@@ -23,7 +23,7 @@ from mumoe_tensor.training.settings import RUNS, GPT2Run, Settings, packaged, re
 
 #: Inputs that the order of contraction is chosen for, as in the layers.
 BATCH = 1024
-#: Bytes of an entry in float32, of which are weights, gradients and what AdamW holds.
+#: Bytes of an entry in float32, the dtype of weights, gradients and the state of AdamW.
 ITEM = 4
 #: Images of ImageNet's training set: how long an epoch of the published Mixer is.
 IMAGENET = 1_281_167
@@ -31,16 +31,16 @@ IMAGENET = 1_281_167
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of an accelerator.
+    """Assumptions about an accelerator.
 
     Attributes
     ----------
     peak : float
         FLOPs a second. The default is that of an A100 in bfloat16.
     utilisation : float
-        Share of these that training makes use of, communication included.
+        Share of the FLOPs that training reaches, communication included.
     memory : float
-        Bytes that may be taken. The default is four fifths of 80 GB.
+        Usable bytes. The default is four fifths of 80 GB.
 
     Raises
     ------
@@ -62,21 +62,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """What the training of a model takes, whatever it runs on.
+    """FLOPs and memory of the training of a model, on any machine.
 
     Attributes
     ----------
     parameters : int
     outside : int
-        Those outside of the blocks, which FSDP2 gathers at once.
+        Parameters outside the blocks, which FSDP2 gathers at once.
     depth : int
         Number of blocks.
     units : int
         Tokens of a row, or 1 where a row is an image.
     flops : int
-        Of one token or image, forward and backward.
+        FLOPs of one token or image, forward and backward.
     activations : int
-        Bytes of one row that are kept for the backward pass.
+        Bytes of one row that are saved for the backward pass.
     loss : int
         Further bytes of one row, for its logits while the loss is differentiated.
     """
@@ -92,7 +92,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a training is predicted to take on a number of accelerators.
+    """Prediction for a training on a number of accelerators.
 
     Attributes
     ----------
@@ -100,17 +100,17 @@ class Prediction:
     is_sharded : bool
         Weights, gradients and AdamW's numbers are divided (FSDP2), or whole on each (DDP).
     accumulation : int
-        Parts of a step, the fewest with which memory suffices: what ``train.accumulation`` should be.
+        Parts of a step, the fewest with which memory suffices, for ``train.accumulation``.
     rows : int
         Rows that an accelerator computes with at once.
     state : int
-        Bytes an accelerator has of weights, gradients and AdamW.
+        Bytes of weights, gradients and AdamW on an accelerator.
     memory : int
-        These, and what is kept of the rows.
+        `state`, and bytes saved of the rows.
     units_per_second : float
         Tokens or images of all accelerators together.
     days : float
-        For all steps of the settings.
+        Days of all steps of the settings.
     sent : float
         Bytes a second that an accelerator sends to exchange gradients (and, sharded, weights).
     """
@@ -127,16 +127,12 @@ class Prediction:
 
 
 def work(settings: Settings) -> Work:
-    """Count what the training of a model takes.
+    """Count FLOPs and memory of the training of a model.
 
     FLOPs are those of matrix products, twice the multiplications: blocks of experts by `mumoe_tensor.cost`,
     attention without its mask, norms and gate functions left out. A backward pass takes twice a forward
-    pass. What is kept are the operands of products (in bfloat16 or float16 under these precisions), the
+    pass. Saved are the operands of products (in bfloat16 or float16 under these precisions), the
     inputs of norms, in float32, and the log-probabilities of the loss, as without a compiler and dropout.
-
-    Parameters
-    ----------
-    settings : MixerRun or GPT2Run
 
     Returns
     -------
@@ -180,15 +176,12 @@ def predict(
 
     Parameters
     ----------
-    settings : MixerRun or GPT2Run
-    accelerators : int
     is_sharded : bool, default False
         FSDP2 in the place of DDP.
-    machine : Machine, optional
     rows : int, default 1,281,167
-        Rows of the training data, which tell how long an epoch is; not used where the settings have steps.
+        Rows of an epoch; without use where the settings have steps.
     known : Work, optional
-        What `work` counted before.
+        The result of `work`, if it is there already.
 
     Returns
     -------
@@ -200,27 +193,27 @@ def predict(
         If a step cannot be shared out among the accelerators, or memory does not suffice even for the fewest
         rows.
     """
-    machine, found, train = machine or Machine(), known or work(settings), settings.train
+    machine, counted, train = machine or Machine(), known or work(settings), settings.train
     if accelerators < 1 or rows < train.batch_size:
         raise ValueError(
             f"there must be an accelerator, and rows for a batch of {train.batch_size}; got {accelerators} "
             f"and {rows}."
         )
-    state = _state(found, accelerators, is_sharded, train.precision != "no")
-    each = found.activations + found.loss
+    state = _state(counted, accelerators, is_sharded, train.precision != "no")
+    row = counted.activations + counted.loss
     # Mixed rows are neighbours, and both of a pair must be in one share.
     together = accelerators * (2 if train.mixup else 1)
     parts = [n for n in range(1, train.batch_size + 1) if train.batch_size % (n * together) == 0]
-    fitting = [n for n in parts if state + train.batch_size // (n * accelerators) * each <= machine.memory]
+    fitting = [n for n in parts if state + train.batch_size // (n * accelerators) * row <= machine.memory]
     if not fitting:
         raise ValueError(
             f"a step of {train.batch_size} rows must divide among {accelerators} accelerators into parts "
             f"that fit in {machine.memory / 1e9:.1f} GB; the state takes {state / 1e9:.1f} GB, a row "
-            f"{each / 1e9:.2f} GB, and the parts could be {parts or 'none'}."
+            f"{row / 1e9:.2f} GB, and the parts could be {parts or 'none'}."
         )
     at_once = train.batch_size // (fitting[0] * accelerators)
-    speed = accelerators * machine.peak * machine.utilisation / found.flops
-    seconds = train.batch_size * found.units / speed
+    speed = accelerators * machine.peak * machine.utilisation / counted.flops
+    seconds = train.batch_size * counted.units / speed
     steps = train.steps or train.epochs * (rows // train.batch_size)
     # A ring sends every gradient twice; sharded, weights are gathered twice, and gradients divided, once.
     entries = 3 * (ITEM if train.precision == "no" else 2) if is_sharded else 2 * ITEM
@@ -230,33 +223,36 @@ def predict(
         accumulation=fitting[0],
         rows=at_once,
         state=state,
-        memory=state + at_once * each,
+        memory=state + at_once * row,
         units_per_second=speed,
         days=steps * seconds / 86_400,
-        sent=entries * found.parameters * (accelerators - 1) / accelerators / seconds,
+        sent=entries * counted.parameters * (accelerators - 1) / accelerators / seconds,
     )
 
 
-def _state(found: Work, accelerators: int, is_sharded: bool, has_copies: bool) -> int:
+def _state(counted: Work, accelerators: int, is_sharded: bool, has_copies: bool) -> int:
     """Bytes of weights, gradients, and AdamW on one accelerator."""
     item = 2 if has_copies else ITEM
     if not is_sharded:
         buckets = ITEM if accelerators > 1 else 0
-        return (4 * ITEM + buckets + (item if has_copies else 0)) * found.parameters
-    gathered = found.outside + min(2, found.depth) * (found.parameters - found.outside) // found.depth
-    return -(-4 * ITEM * found.parameters // accelerators) + 2 * item * gathered
+        return (4 * ITEM + buckets + (item if has_copies else 0)) * counted.parameters
+    gathered = (
+        counted.outside + min(2, counted.depth) * (counted.parameters - counted.outside) // counted.depth
+    )
+    return -(-4 * ITEM * counted.parameters // accelerators) + 2 * item * gathered
 
 
 def _gpt2(config: GPT2Config, item: int) -> tuple[int, int, int]:
-    """FLOPs of a forward pass, bytes kept, and logits, of one row."""
+    """FLOPs of the forward pass of one row, bytes it saves for the backward pass, and its logits."""
     tokens, width = config.context, config.width
     block = _block(config, width, config.hidden, config.rank, item)
     # Queries, keys, values and outputs; products of tokens with each other.
     attention = 2 * 4 * width**2 + 2 * 2 * tokens * width
-    # Of attention its norm's input and output, queries, keys, values and result; the input of the MLP's norm.
-    kept = ITEM * width + 5 * item * width + ITEM * width
+    # Saved of attention: input and output of its norm, queries, keys, values and result; the input of the
+    # MLP's norm.
+    saved = ITEM * width + 5 * item * width + ITEM * width
     flops = config.depth * (attention + block[0]) + 2 * config.vocabulary * width
-    activations = config.depth * (kept + block[1]) + (ITEM + item) * width
+    activations = config.depth * (saved + block[1]) + (ITEM + item) * width
     return tokens * flops, tokens * activations, tokens * config.vocabulary
 
 
@@ -267,9 +263,9 @@ def _mixer(config: MixerConfig, item: int) -> tuple[int, int, int]:
     token = _block(config, tokens, config.token_hidden, config.token_rank, item, is_transposed=True)
     channel = _block(config, width, config.channel_hidden, config.channel_rank, item)
     # Inputs of both norms.
-    kept = 2 * ITEM * tokens * width
+    saved = 2 * ITEM * tokens * width
     flops = 2 * pixels * width + config.depth * (width * token[0] + tokens * channel[0])
-    activations = config.depth * (width * token[1] + tokens * channel[1] + kept)
+    activations = config.depth * (width * token[1] + tokens * channel[1] + saved)
     # The pixels, and the input of the last norm.
     activations += (ITEM + (0 if item == ITEM else item)) * pixels + ITEM * tokens * width
     return flops + 2 * width * config.classes, activations, config.classes
@@ -283,7 +279,7 @@ def _block(
     item: int,
     is_transposed: bool = False,
 ) -> tuple[int, int]:
-    """FLOPs, and bytes kept besides the input of its norm, of one input of an MLP."""
+    """FLOPs of one input of an MLP, and bytes it saves besides the input of its norm."""
     is_dense = config.format == DENSE
     spec = LayerSpec(
         "dense" if is_dense else config.format, experts=() if is_dense else config.experts, rank=rank,
@@ -293,7 +289,7 @@ def _block(
     flops = total.flops // BATCH
     if is_dense:
         return flops, item * (features + 2 * hidden)
-    # Gate and experts share an input that neither casts nor copies. The gate works in float32.
+    # Gate and experts share an input that is not cast or copied. The gate works in float32.
     gate_input = item * features if is_transposed or item != ITEM else 0
     experts = sum(config.experts)
     coefficients = (item if item == ITEM else ITEM + item) * experts
@@ -324,15 +320,13 @@ def tables(
     overrides: Sequence[str] = (),
     rows: int = IMAGENET,
 ) -> tuple[Table, Table]:
-    """What settings take, and predictions of their trainings, as text.
+    """FLOPs and memory of settings, and predictions of their trainings, as text.
 
     Parameters
     ----------
     kind : {"mixer", "gpt2"}
     names : sequence of str
         Names of settings, or TOML files.
-    accelerators : sequence of int, default (4, 64)
-    machine : Machine, optional
     overrides : sequence of str, optional
         As of `.settings.read_settings`.
     rows : int, default 1,281,167
@@ -351,23 +345,23 @@ def tables(
             "hours", "GB/s",
         )
     ]  # fmt: skip
-    known = []
+    counts = []
     for name in names:
         settings = read_settings(kind, name, overrides)
-        found = work(settings)
-        known.append((name.removesuffix(".toml"), settings, found))
-        kept = (found.activations + found.loss) / 1e6
-        state = _state(found, 1, False, settings.train.precision != "no") / 1e9
+        counted = work(settings)
+        counts.append((name.removesuffix(".toml"), settings, counted))
+        saved = (counted.activations + counted.loss) / 1e6
+        state = _state(counted, 1, False, settings.train.precision != "no") / 1e9
         works.append(
             (
-                known[-1][0], f"{found.parameters:,}", f"{found.flops / 1e9:.3g}", f"{kept:,.0f}",
+                counts[-1][0], f"{counted.parameters:,}", f"{counted.flops / 1e9:.3g}", f"{saved:,.0f}",
                 f"{state:.2f}",
             )
         )  # fmt: skip
     for count in accelerators:
-        for name, settings, found in known:
+        for name, settings, counted in counts:
             ddp, fsdp = (
-                predict(settings, count, is_sharded=sharded, machine=machine, rows=rows, known=found)
+                predict(settings, count, is_sharded=sharded, machine=machine, rows=rows, known=counted)
                 for sharded in (False, True)
             )
             # With the rows of DDP, so that both are of one accumulation.
@@ -409,28 +403,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", nargs="?", choices=list(RUNS), help="both by default")
     parser.add_argument("settings", nargs="*", help="names or TOML files; by default all that are published")
     parser.add_argument("--accelerators", type=int, nargs="+", default=[4, 64], metavar="N")
-    for name, told in (
+    for name, meaning in (
         ("peak", "FLOPs a second of an accelerator"),
         ("utilisation", "share of these that is made use of"),
         ("memory", "bytes of an accelerator that may be taken"),
     ):
         default = getattr(machine, name)
-        parser.add_argument(f"--{name}", type=float, default=default, help=f"{told}; default {default:g}")
+        parser.add_argument(f"--{name}", type=float, default=default, help=f"{meaning}; default {default:g}")
     parser.add_argument("--rows", type=int, default=IMAGENET, help="images of an epoch; default %(default)s")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        machine = Machine(given.peak, given.utilisation, given.memory)
-        found = [
+        machine = Machine(options.peak, options.utilisation, options.memory)
+        printed = [
             lines
-            for kind in ([given.kind] if given.kind else RUNS)
-            for lines in tables(kind, given.settings or published(kind), given.accelerators, machine,
-                                overrides=given.overrides, rows=given.rows)
+            for kind in ([options.kind] if options.kind else RUNS)
+            for lines in tables(kind, options.settings or published(kind), options.accelerators, machine,
+                                overrides=options.overrides, rows=options.rows)
         ]  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"scale: {error}", file=sys.stderr)
         return 2
-    for lines in found:
+    for lines in printed:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))

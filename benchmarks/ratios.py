@@ -24,7 +24,6 @@ import opt_einsum
 import mumoe_tensor as mt
 from benchmarks.common import DEVICES, inputs, need_device, torch
 from benchmarks.harness import Report, threads, write_csv, write_json
-from mumoe_tensor.backend import backend_of
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.plan import Objective, planned_steps
 from mumoe_tensor.spec import LayerSpec
@@ -137,11 +136,11 @@ def overhead(quick: bool, device: str) -> Report:
         for spec in CP_LAYERS[::3] if quick else CP_LAYERS:
             weight, z, coefficients = arrays(spec, backend, 1, device)
             hand = cp_by_hand(backend, weight, spec.bias)
-            plan, tl, operands = mt.plan(spec), backend_of(z), [*weight.arrays, *coefficients, z]
+            plan, operands = mt.plan(spec), [*weight.arrays, *coefficients, z]
 
             callables = {
                 "by hand": lambda f=hand, z=z, a=coefficients: f(z, a),
-                "planned": lambda p=plan.program, x=operands, tl=tl: execute(p, x, tl),
+                "planned": lambda p=plan.program, x=operands: execute(p, x),
                 "public": lambda w=weight, z=z, a=coefficients, b=spec.bias: mt.multilinear_moe(
                     w, z, a, bias=b
                 ),

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 from mumoe_tensor.compiling import constant_under_compile
 
+#: Arrays belong to three libraries and share no type: NumPy's, torch's and JAX's differ in most methods.
 Array = Any
 
 #: Package an array class comes from -> name of TensorLy's backend.
 _BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax"}
 _ARRAY_CLASSES = {"ndarray", "Tensor", "ArrayImpl", "Tracer"}
-#: Subclasses whose operations mean something else: results would be wrong, or not what was asked for.
+#: Subclasses whose operations mean something else: results would be wrong.
 _REFUSED_CLASSES = {"MaskedArray", "matrix", "MaskedTensor", "NestedTensor"}
-#: Names of the dtypes that can be computed with, in the machine's byte order.
+#: Names of the floating dtypes, in the machine's byte order.
 _FLOATING = {"float16", "bfloat16", "float32", "float64", "float96", "float128"}
 
 
-# Dictionaries and not lru_cache, through which torch.compile would look with a warning.
+# Dictionaries and not lru_cache, which torch.compile looks through with a warning.
 _names: dict[type, str | None] = {}
 _loaded: dict[str, Any] = {}
 _loading = RLock()
@@ -49,7 +50,7 @@ def load_backend(name: str) -> Any:
 def _ensure_loaded(name: str) -> None:
     if name in _loaded:
         return
-    # One thread at a time: another would take the flag that JAX's backend switches on for that of before.
+    # One thread at a time: a second one would read the flag after JAX's backend has switched it on.
     with _loading:
         if name not in _loaded:
             _loaded[name] = _load_jax() if name == "jax" else _manager().load_backend(name)
@@ -77,6 +78,41 @@ def is_array(value: Any) -> bool:
     return _backend_name(type(value)) is not None
 
 
+class Operations(NamedTuple):
+    """What a contraction needs of a backend besides ``*``, ``@`` and ``reshape``, under torch's names."""
+
+    permute: Callable[[Array, tuple[int, ...]], Array]
+    select: Callable[[Array, int, int], Array]
+    narrow: Callable[[Array, int, int, int], Array]
+    addmm: Callable[[Array, Array, Array], Array]
+    baddbmm: Callable[[Array, Array, Array], Array]
+
+
+def _permute(array: Array, order: tuple[int, ...]) -> Array:
+    return array.transpose(order)
+
+
+def _select(array: Array, axis: int, index: int) -> Array:
+    return array[(*(slice(None),) * axis, index)]
+
+
+def _narrow(array: Array, axis: int, start: int, length: int) -> Array:
+    return array[(*(slice(None),) * axis, slice(start, start + length))]
+
+
+def _add_product(row: Array, left: Array, right: Array) -> Array:
+    return row + left @ right
+
+
+def operations_of(array: Array) -> Operations:
+    """The operations of an array's backend."""
+    if _backend_name(type(array)) != "pytorch":
+        return Operations(_permute, _select, _narrow, _add_product, _add_product)
+    import torch
+
+    return Operations(torch.permute, torch.select, torch.narrow, torch.addmm, torch.baddbmm)
+
+
 def backend_of(*arrays: Array) -> Any:
     """TensorLy's backend object for these arrays.
 
@@ -95,23 +131,18 @@ def backend_of(*arrays: Array) -> Any:
             raise TypeError(f"all arrays must belong to one backend, got {first} and {name}.")
     assert first is not None
     if first == "pytorch":
-        _check_dense(arrays)
+        from mumoe_tensor.calls import check_dense
+
+        for tensor in arrays:
+            check_dense(tensor)
     return load_backend(first)
 
 
-def _check_dense(tensors: Sequence[Array]) -> None:
-    import torch
-
-    for tensor in tensors:
-        if tensor.is_nested or tensor.layout != torch.strided:
-            raise TypeError(f"tensors must be dense, got {'nested' if tensor.is_nested else tensor.layout}.")
-
-
 def is_traced(array: Array) -> bool:
-    """Whether the array stands in a call that torch records."""
+    """Whether torch records the present call, and the array is a tensor."""
     if _backend_name(type(array)) != "pytorch":
         return False
-    from mumoe_tensor.recording import is_recorded
+    from mumoe_tensor.calls import is_recorded
 
     return is_recorded()
 
@@ -164,29 +195,6 @@ def to_float64(array: Array) -> Any:
     return np.array(backend_of(array).to_numpy(array), dtype=np.float64, order="C")
 
 
-def add_product(bias: Array, left: Array, right: Array) -> Array:
-    """``bias + left @ right``, in one pass over the result where the backend has one."""
-    if _backend_name(type(left)) == "pytorch":
-        import torch
-
-        return (torch.addmm if left.ndim == 2 else torch.baddbmm)(bias, left, right)
-    return left @ right + bias
-
-
-def select(array: Array, axis: int, index: int) -> Array:
-    """The part of the array at one index of an axis, as a view where the backend has views."""
-    if _backend_name(type(array)) == "pytorch":
-        return array.select(axis, index)
-    return array[(*(slice(None),) * axis, index)]
-
-
-def without_last(array: Array, axis: int) -> Array:
-    """The array without the last entry of an axis, as a view where the backend has views."""
-    if _backend_name(type(array)) == "pytorch":
-        return array.narrow(axis, 0, array.shape[axis] - 1)
-    return array[(*(slice(None),) * axis, slice(-1))]
-
-
 def cast(array: Array, dtype: str) -> Array:
     """The array in the dtype of this name; itself if it has it."""
     if dtype_name(array) == dtype:
@@ -203,8 +211,8 @@ def cast(array: Array, dtype: str) -> Array:
 def tensorly_backend(name: str) -> Iterator[Any]:
     """Run TensorLy's own functions on a backend, in this thread only.
 
-    TensorLy's ``backend_context`` leaves the backend it found as the default of every thread; this one
-    leaves the global setting and the thread's own as they were.
+    TensorLy's ``backend_context`` sets the default of every thread when it ends. This one leaves the global
+    setting and that of the thread as they were.
     """
     backend = load_backend(name)
     local = _manager()._THREAD_LOCAL_DATA

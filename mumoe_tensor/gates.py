@@ -8,15 +8,48 @@ harms no other row.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from .backend import Array, cast, check_floating, dtype_name, stop_gradient
 
-__all__ = ["GATES", "entmax15", "softmax", "sparsemax", "top_k"]
+__all__ = ["Gate", "entmax15", "softmax", "sparsemax", "top_k"]
+
+#: Newton steps of entmax15 for N logits, by log2 N rounded up. A step at least halves ‖u‖ − 1 or its slope,
+#: both at most √N at first. That makes log2(N) / 2 steps, and four more converge. Rows built by hill climbing
+#: to be slow do need them: 6 at N = 16, 14 at N = 2**20.
+ENTMAX15_STEPS = tuple((bits + 1) // 2 + 4 for bits in range(64))
 
 
+class Gate(Protocol):
+    """What a layer takes as a gate: a map from logits of shape (..., N) to coefficients of that shape.
+
+    It is a function, or an instance of a class with ``__call__`` such as a module. By an attribute
+    ``sparse_gradient = True`` of the function or the class it declares that its derivative is zero wherever
+    its result is. A layer may then leave the gradients of these coefficients out.
+    """
+
+    def __call__(self, logits: Array, /) -> Array:
+        """Map logits along the last axis."""
+        ...
+
+
+class _SparseGate(Gate, Protocol):
+    sparse_gradient: bool
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def sparse_gradient(gate: _Function) -> _Function:
+    """Declare of a function that its derivative is zero wherever its result is; see `Gate`."""
+    typing.cast(_SparseGate, gate).sparse_gradient = True
+    return gate
+
+
+@sparse_gradient
 def entmax15(x: Array, axis: int = -1) -> Array:
     r"""1.5-entmax: sparse as sparsemax, smoother at the edge of the support.
 
@@ -61,13 +94,12 @@ def entmax15(x: Array, axis: int = -1) -> Array:
         square = total(backend, u * u)
         return (square - backend.sqrt(square)) / _total(backend, u)
 
-    # A step at least halves ‖u‖ − 1 or its slope, both at most √N at first. That makes log2(N) / 2 steps, and
-    # four more converge. Rows found by hill climbing to be slow do need them: 6 at N = 16, 14 at N = 2**20.
-    steps = (_log2(rows) + 1) // 2 + 4
+    steps = ENTMAX15_STEPS[_log2(rows)]
     u = _newton(backend, 0.5 * _centred(backend, rows), shift, steps, differentiated=2)
     return _restored(backend, u * u, x, axis)
 
 
+@sparse_gradient
 def sparsemax(x: Array, axis: int = -1) -> Array:
     r"""Sparsemax: the point of the simplex closest to the logits.
 
@@ -178,13 +210,6 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
     dropped = (values < least) | (ties & (backend.cumsum(ties, -1) > places))
     z = backend.where(dropped, -backend.inf, _centred(backend, rows))
     return _restored(backend, _softmax(backend, z), x, axis)
-
-
-# Their derivatives are zero wherever their coefficients are.
-entmax15.sparse_gradient = sparsemax.sparse_gradient = True  # type: ignore[attr-defined]
-
-#: The gates that need nothing but logits and an axis, by name.
-GATES: dict[str, Callable[..., Array]] = {"entmax15": entmax15, "sparsemax": sparsemax, "softmax": softmax}
 
 
 def _integer(name: str, value: Any) -> int:

@@ -8,14 +8,7 @@ from math import prod
 from operator import index
 from typing import Any
 
-from mumoe_tensor.backend import (
-    Array,
-    backend_of,
-    check_floating,
-    is_traced,
-    select,
-    without_last,
-)
+from mumoe_tensor.backend import Array, check_floating, is_traced, operations_of
 from mumoe_tensor.checks import check_flag
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.contraction.execute import execute, fold
@@ -88,7 +81,7 @@ def multilinear_moe(
     (7, 2)
     """
     weight = as_factorized(weight)
-    backend, leading = _check_inputs(weight, z, coefficients, bias)
+    leading = _check_inputs(weight, z, coefficients, bias)
     batch = prod(leading)
     if plan is None:
         # (A symbolic batch of JAX or torch is no int.)
@@ -97,7 +90,7 @@ def multilinear_moe(
     else:
         program = _check_plan(plan, weight, bias)
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*coefficients, z)]
-    y = execute(program, [*weight.arrays, *vectors], backend)
+    y = execute(program, [*weight.arrays, *vectors])
     return y.reshape(*leading, weight.shape[-1])
 
 
@@ -127,14 +120,12 @@ def bind(
     weight = as_factorized(weight)
     check_flag(bias, "bias")
     program = _check_plan(plan, weight, bias)
-    folded = fold(program, weight.arrays, backend_of(*weight.arrays))
+    folded = fold(program, weight.arrays)
 
     def forward(z: Array, coefficients: Sequence[Array]) -> Array:
-        backend, leading = _check_inputs(weight, z, coefficients, bias)
+        leading = _check_inputs(weight, z, coefficients, bias)
         vectors = [x.reshape(prod(leading), x.shape[-1]) for x in (*coefficients, z)]
-        return execute(program, [*weight.arrays, *vectors], backend, folded).reshape(
-            *leading, weight.shape[-1]
-        )
+        return execute(program, [*weight.arrays, *vectors], folded).reshape(*leading, weight.shape[-1])
 
     return forward
 
@@ -153,7 +144,7 @@ def to_dense(weight: Any) -> Array:
     """
     weight = as_factorized(weight)
     network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
-    return execute(_whole(network), weight.arrays, backend_of(*weight.arrays))
+    return execute(_whole(network), weight.arrays)
 
 
 def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
@@ -186,11 +177,11 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
     entries = read_index(index, weight.experts)
     network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
     of_mode = dict(zip(network.output, entries, strict=False))
-    arrays = list(weight.arrays)
+    arrays, operations = list(weight.arrays), operations_of(weight.arrays[0])
     for k, operand in enumerate(network.operands):
         for axis in reversed(range(len(operand))):
             if operand[axis] in of_mode:
-                arrays[k] = select(arrays[k], axis, of_mode[operand[axis]])
+                arrays[k] = operations.select(arrays[k], axis, of_mode[operand[axis]])
     sliced = Network(
         operands=tuple(tuple(x for x in o if x not in of_mode) for o in network.operands),
         storage=tuple(tuple(x for x in o if x not in of_mode) for o in network.storage),
@@ -198,8 +189,10 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
         sizes=network.sizes,
         weights=network.weights,
     )
-    matrix = execute(_whole(sliced), arrays, backend_of(*arrays))
-    return (without_last(matrix, 0), select(matrix, 0, -1)) if bias else matrix
+    matrix = execute(_whole(sliced), arrays)
+    if not bias:
+        return matrix
+    return operations.narrow(matrix, 0, 0, matrix.shape[0] - 1), operations.select(matrix, 0, -1)
 
 
 def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:
@@ -214,7 +207,7 @@ def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Arr
         weights=network.weights,
     )
     arrays = [*weight.arrays, *coefficients]
-    return execute(_whole(mixed), arrays, backend_of(*arrays))
+    return execute(_whole(mixed), arrays)
 
 
 @lru_cache(maxsize=1024)
@@ -268,8 +261,8 @@ def _check_plan(plan: ContractionPlan, weight: FactorizedTensor, bias: bool) -> 
 
 def _check_inputs(
     weight: FactorizedTensor, z: Array, coefficients: Sequence[Array], bias: bool
-) -> tuple[Any, tuple[int, ...]]:
-    """Check inputs against a weight; return their backend and leading shape."""
+) -> tuple[int, ...]:
+    """Check inputs against a weight; return their leading shape."""
     if not isinstance(coefficients, (list, tuple)):
         raise TypeError(
             "coefficients must be a list with one array a level of experts, got "
@@ -283,7 +276,7 @@ def _check_inputs(
         )
     named = {f"coefficients[{e}]": a for e, a in enumerate(coefficients)}
     named |= {"z": z, "weight": weight.arrays[0]}
-    backend = check_floating(named)
+    check_floating(named)
     *experts, in_features, _ = weight.shape
     if bias and in_features == 1:
         raise ValueError(
@@ -304,4 +297,4 @@ def _check_inputs(
                 f"coefficients must have the leading shape of z and one entry an expert; coefficients[{e}] "
                 f"should have shape {(*leading, n)}, got {tuple(a.shape)}."
             )
-    return backend, leading
+    return leading

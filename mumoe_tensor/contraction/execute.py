@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from operator import matmul
 from typing import Any
 
-from mumoe_tensor.backend import Array, add_product, select, without_last
-from mumoe_tensor.contraction.layout import Arrangement, Operand, Program, Step
+from mumoe_tensor.backend import Array, Operations, operations_of
+from mumoe_tensor.contraction.layout import Arrangement, Program, Step
+
+_NONE: Mapping[int, Any] = {}
 
 
-def execute(
-    program: Program, operands: Sequence[Array], backend: Any, folded: dict[int, Array] | None = None
-) -> Array:
+def execute(program: Program, operands: Sequence[Array], folded: Mapping[int, Array] = _NONE) -> Array:
     """Contract the operands of a network in the order of a program.
 
     Parameters
@@ -19,9 +20,7 @@ def execute(
     program : Program
     operands : sequence of array
         One array an operand of ``program.network``, with its axes in that order.
-    backend : TensorLy backend
-        The backend of the arrays.
-    folded : dict of int to array, optional
+    folded : mapping of int to array, optional
         Results of `fold`, which are then not computed again.
 
     Returns
@@ -29,91 +28,94 @@ def execute(
     array
         With the axes of ``program.network.output``.
     """
-    arrays = arranged(program, operands, backend)
-    for position, step in enumerate(program.steps, start=len(arrays)):
-        if folded and position in folded:
-            arrays.append(folded[position])
-            continue
-        arrays.append(run(step, arrays, backend))
-        # Every intermediate is read once: let go of it.
-        arrays[step.left.position] = arrays[step.right.position] = None
-    return arrange(arrays[-1], program.output, backend)
+    operations = operations_of(operands[0])
+    values = {**dict(enumerate(arranged(program, operands, operations))), **folded}
+    run(program.numbered, values, operations, kept=())
+    return arrange(values[program.result], program.output, operations)
 
 
-def fold(program: Program, weights: Sequence[Array], backend: Any) -> dict[int, Array]:
-    """Run the steps that multiply weights alone, for `execute` to take up.
+def fold(program: Program, weights: Sequence[Array]) -> dict[int, Array]:
+    """Run the steps that depend on weights alone; `execute` takes their results, by position."""
+    operations = operations_of(weights[0])
+    values = dict(enumerate(arranged(program, weights, operations)))
+    run([each for each in program.numbered if each[0] in program.constant], values, operations)
+    return {position: values[position] for position in program.constant}
 
-    Returns
-    -------
-    dict of int to array
-        Results by the position of their step.
+
+def run(
+    steps: Iterable[tuple[int, Step]],
+    values: dict[int, Array],
+    operations: Operations,
+    products: Mapping[int, Callable[[Array, Array], Array]] = _NONE,
+    kept: Container[int] | None = None,
+) -> None:
+    """Run steps, and add their results to the values.
+
+    Parameters
+    ----------
+    steps : iterable of (int, Step)
+        As in `Program.numbered`.
+    values : dict of int to array
+        Operands in memory order and results, by position. A result that is there is not computed again.
+    operations : Operations
+        Those of the backend.
+    products : mapping of int to callable, optional
+        What steps call in place of the matrix product, by the position of their result.
+    kept : container of int, optional
+        Positions of the values that remain after they were read; all do by default.
     """
-    count = len(program.network.operands)
-    arrays = arranged(program, [*weights, *(None,) * (count - len(weights))], backend)
-    folded: dict[int, Array] = {}
-    for position, step in enumerate(program.steps, start=count):
-        pair = (step.left.position, step.right.position)
-        if all(p < len(weights) or p in folded for p in pair):
-            folded[position] = run(step, arrays, backend)
-        arrays.append(folded.get(position))
-    return folded
+    for position, step in steps:
+        if position in values:
+            continue
+        left, right, row = values[step.left.position], values[step.right.position], None
+        if not step.is_bare:
+            left, right, row = views(step, left, right, operations)
+        if step.kind == "mul":
+            result = left * right
+        elif row is None:
+            result = products.get(position, matmul)(left, right)
+        else:
+            result = (operations.addmm if step.kind == "mm" else operations.baddbmm)(row, left, right)
+        values[position] = result if step.shape is None else result.reshape(step.shape)
+        if kept is not None:
+            for read in (step.left.position, step.right.position):  # which no other step reads
+                if read not in kept:
+                    del values[read]
 
 
-def arranged(program: Program, operands: Sequence[Array | None], backend: Any) -> list[Array]:
-    """The operands as the steps take them; None for one that is not there."""
+def views(step: Step, left: Array, right: Array, operations: Operations) -> tuple[Array, Array, Array | None]:
+    """Both operands as the product takes them, and the bias row to add."""
+    arrays, row, bias = [left, right], None, step.bias
+    if bias is not None:
+        weights = arrays[bias.side]
+        row = operations.select(weights, bias.axis, -1)
+        arrays[bias.side] = operations.narrow(weights, bias.axis, 0, weights.shape[bias.axis] - 1)
+        if bias.order is not None:
+            row = operations.permute(row, bias.order)
+        if bias.shape is not None:
+            row = row.reshape(bias.shape)
+    for side, operand in enumerate((step.left, step.right)):
+        if operand.copy_order is not None:
+            arrays[side] = operations.permute(arrays[side], operand.copy_order)
+        if operand.shape is not None:
+            arrays[side] = arrays[side].reshape(operand.shape)
+        if operand.axes is not None:
+            arrays[side] = operations.permute(arrays[side], operand.axes)
+    return arrays[0], arrays[1], row
+
+
+def arranged(program: Program, operands: Sequence[Array], operations: Operations) -> list[Array]:
+    """The operands, or the first of them, in memory order."""
     return [
-        array if arrangement is None or array is None else arrange(array, arrangement, backend)
-        for array, arrangement in zip(operands, program.arrange, strict=True)
+        array if arrangement is None else arrange(array, arrangement, operations)
+        for array, arrangement in zip(operands, program.arrange, strict=False)
     ]
 
 
-def arrange(array: Array, arrangement: Arrangement | None, backend: Any) -> Array:
+def arrange(array: Array, arrangement: Arrangement | None, operations: Operations) -> Array:
     """Permute the axes, and drop or add those of size one."""
     if arrangement is None:
         return array
     if arrangement.order is not None:
-        array = backend.transpose(array, arrangement.order)
+        array = operations.permute(array, arrangement.order)
     return array if arrangement.shape is None else array.reshape(arrangement.shape)
-
-
-def run(step: Step, arrays: Any, backend: Any) -> Array:
-    """One product, of operands found in `arrays` by position."""
-    if step.is_bare:
-        left, right = arrays[step.left.position], arrays[step.right.position]
-        return left * right if step.kind == "mul" else left @ right
-    left, right, row = read(step, arrays, backend)
-    if row is not None:
-        result = add_product(row, left, right)
-    else:
-        result = left * right if step.kind == "mul" else left @ right
-    return result if step.shape is None else result.reshape(step.shape)
-
-
-def read(step: Step, arrays: Any, backend: Any) -> tuple[Array, Array, Array | None]:
-    """Both operands as the product takes them, and the bias row to add."""
-    left, right, row = arrays[step.left.position], arrays[step.right.position], None
-    if step.bias is not None:
-        bias, sides = step.bias, [left, right]
-        weights = sides[bias.side]
-        sides[bias.side] = without_last(weights, bias.axis)
-        left, right = sides
-        row = select(weights, bias.axis, -1)
-        if bias.order is not None:
-            row = backend.transpose(row, bias.order)
-        if bias.shape is not None:
-            row = row.reshape(bias.shape)
-    if not step.left.is_bare:
-        left = _viewed(left, step.left, backend)
-    if not step.right.is_bare:
-        right = _viewed(right, step.right, backend)
-    return left, right, row
-
-
-def _viewed(array: Array, operand: Operand, backend: Any) -> Array:
-    if operand.copy_order is not None:
-        array = backend.transpose(array, operand.copy_order)
-    if operand.shape is not None:
-        array = array.reshape(operand.shape)
-    if operand.axes is not None:
-        array = backend.transpose(array, operand.axes)
-    return array

@@ -164,6 +164,23 @@ class Program:
     arrange: tuple[Arrangement | None, ...]
     steps: tuple[Step, ...]
     output: Arrangement | None
+    #: Each step with the position of its result: results are numbered after the operands.
+    numbered: tuple[tuple[int, Step], ...] = field(init=False, compare=False, repr=False)
+    #: Position of the last result.
+    result: int = field(init=False, compare=False, repr=False)
+    #: Positions of the results that depend on weights alone.
+    constant: frozenset[int] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        numbered = tuple(enumerate(self.steps, start=len(self.network.operands)))
+        weights = set(range(self.network.weights))
+        constant: set[int] = set()
+        for position, step in numbered:
+            if {step.left.position, step.right.position} <= weights | constant:
+                constant.add(position)
+        object.__setattr__(self, "numbered", numbered)
+        object.__setattr__(self, "result", len(self.network.operands) + len(numbered) - 1)
+        object.__setattr__(self, "constant", frozenset(constant))
 
 
 class _Choice(NamedTuple):

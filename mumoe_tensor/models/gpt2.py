@@ -18,9 +18,9 @@ from mumoe_tensor.models.blocks import (
     expert_block,
 )
 from mumoe_tensor.nn.experts import Init
+from mumoe_tensor.nn.functional import is_eager_on_cpu
 from mumoe_tensor.nn.gate import GateNorm
 from mumoe_tensor.nn.watch import evaluating, watch_coefficients
-from mumoe_tensor.recording import is_recorded
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,7 @@ class GPT2(nn.Module):
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}."
             )
         # Not where values cannot be asked for, and not where that would wait for a device.
-        on_cpu = tokens.device.type == "cpu"
-        if is_recorded() or torch._C._are_functorch_transforms_active() or not on_cpu:
+        if not is_eager_on_cpu(tokens):
             return
         least, most = (int(x) for x in tokens.aminmax())
         if least < 0 or most >= self.config.vocabulary:

@@ -10,23 +10,17 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.calls import autocast_dtype, check_dense, is_frozen, is_recorded
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.network import forward_network
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
-from mumoe_tensor.nn.contraction import (
-    Activation,
-    Recipe,
-    autocast_dtype,
-    check_dense,
-    contract,
-    kept_results,
-    sparse_products,
-)
+from mumoe_tensor.nn.backward import Activation, SavePolicy, kept_results, sparse_products
+from mumoe_tensor.nn.contraction import contract
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
-from mumoe_tensor.nn.frozen import Folded, are_values_known, is_frozen
+from mumoe_tensor.nn.frozen import Folded, are_comparable
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, read_index
@@ -78,8 +72,8 @@ class Experts(WholeState):
 
     Notes
     -----
-    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are made ahead where
-    that takes less time, and made again once a weight has changed.
+    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are kept between calls
+    where that takes less time, and made again once a weight has changed.
     """
 
     edits: BiasEdits | None
@@ -114,8 +108,9 @@ class Experts(WholeState):
         # The parameters lie in memory order: to the planner these are their axes.
         network = replace(network, operands=network.storage)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
-        self._recipe = Recipe(self.plan.program, kept_results(self.plan.program, recompute))
-        self._sparse_recipe = self._recipe._replace(sparse=sparse_products(self.plan.program))
+        program = self.plan.program
+        self._policy = SavePolicy(program, kept_results(program, recompute))
+        self._sparse_policy = replace(self._policy, sparse=sparse_products(program))
         self._network, self._batch_hint = network, batch_hint
         sizes = dict(network.sizes)
         self.axes = network.storage[: network.weights]
@@ -212,8 +207,8 @@ class Experts(WholeState):
             If the index does not name an expert.
         """
         index = read_index(index, self.num_experts)
-        found = expert_matrix(self.weight, index, bias=self.bias)
-        matrix, bias = found if self.bias else (found, None)
+        matrix = expert_matrix(self.weight, index, bias=self.bias)
+        matrix, bias = matrix if self.bias else (matrix, None)
         if self.edits is not None:
             entries = torch.tensor(index, device=matrix.device)
             one_hot = [
@@ -238,11 +233,11 @@ class Experts(WholeState):
         coefficients : sequence of Tensor of shape (..., N_e)
             One a level, with the leading shape of `z`.
         activation : callable, optional
-            An elementwise function without parameters or chance, applied to `z` first. Its result is not
+            An elementwise function without parameters or randomness, applied to `z` first. Its result is not
             kept for the backward pass but formed again.
         sparse_gradient : bool, default False
-            The gradient of a coefficient that is zero does not matter and may be left out. Then, where few
-            of 1,024 experts or more have a coefficient, only the rows of these are read.
+            The gradients of coefficients that are zero may be left out. Then, where few of 1,024 experts or
+            more have a nonzero coefficient, only their rows of the factor are read.
 
         Returns
         -------
@@ -265,28 +260,36 @@ class Experts(WholeState):
         activation: Activation | None = None,
         sparse_gradient: bool = False,
     ) -> Tensor:
-        """The same with factors that may be others than the parameters."""
+        """As `forward`, with the factors as an argument and without edits."""
         check_dense(z)
-        leading = z.shape[:-1]
-        given = [a.shape for a in coefficients]
-        if z.shape[-1] != self.in_features or given != [(*leading, n) for n in self.num_experts]:
+        dtype, leading = autocast_dtype(z.device), z.shape[:-1]
+        fits = z.shape[-1] == self.in_features and len(coefficients) == len(self.num_experts)
+        for a, n in zip(coefficients, self.num_experts, strict=False):
+            fits = fits and a.shape == (*leading, n)
+        if not fits:
             raise ValueError(
                 f"inputs must have {self.in_features} features, and there must be coefficients of shapes "
                 f"{[(*leading, n) for n in self.num_experts]}; got inputs of {tuple(z.shape)}, coefficients "
-                f"of {[*map(tuple, given)]}."
+                f"of {[tuple(a.shape) for a in coefficients]}."
             )
         # (No needless views: in-place changes of these are restricted.)
         is_matrix = len(leading) == 1
         vectors = (*coefficients, z)
         if not is_matrix:
             vectors = tuple(x.reshape(-1, x.shape[-1]) for x in vectors)
-        recipe, folded = self._recipe, None
+        operands, policy, folded = [*factors, *vectors], self._policy, {}
         if is_frozen(self) and vectors[-1].shape[0] >= self._folded.fewest_rows:
-            if are_values_known(factors) and not autocast_dtype(z.device):
-                recipe, folded = self._folded.recipe, self._folded.products(factors)
-        elif sparse_gradient and self._sparse_recipe.sparse and is_supported(vectors[0]):
-            recipe = self._sparse_recipe
-        y = contract(recipe, [*factors, *vectors], activation, folded)
+            if are_comparable(factors) and dtype is None:
+                policy, folded = self._folded.policy, self._folded.products(factors)
+        elif sparse_gradient and self._sparse_policy.sparse and is_supported(vectors[0]):
+            policy = self._sparse_policy
+        if dtype is None:
+            y = contract(policy, operands, activation, folded, is_recorded())
+        else:
+            # Autocast does not reach into the backward pass of a function.
+            operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+            with torch.autocast(z.device.type, enabled=False):
+                y = contract(policy, operands, activation, folded, is_recorded())
         return y if is_matrix else y.reshape(*leading, self.out_features)
 
     @cached_property
@@ -294,7 +297,7 @@ class Experts(WholeState):
         return Folded(self._network, self._batch_hint)
 
     def train(self, mode: bool = True) -> Self:
-        """As of every module; in training products of weights that were made ahead are forgotten.
+        """As for every module; in training, folded products of weights are forgotten.
 
         Parameters
         ----------
@@ -318,7 +321,7 @@ class Experts(WholeState):
         return expected
 
     def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
-        # Edits of the state alone get a place, and are loaded like all else.
+        # Edits that only the state has get a place, to be loaded like all else.
         for name in edits_in(state, prefix):
             if self.edits is None or name not in self.edits:
                 means = [torch.zeros(n) for n in self.num_experts]
@@ -327,7 +330,7 @@ class Experts(WholeState):
     def add_edit(self, name: str, means: Sequence[Tensor], outputs: Tensor) -> None:
         """Give every expert one more bias: the product of its means times `outputs`.
 
-        What is given is copied, and not checked: use `.analysis.edit_bias`.
+        The tensors are copied and not checked; `.analysis.edit_bias` checks them.
 
         Parameters
         ----------

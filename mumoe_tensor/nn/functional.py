@@ -1,4 +1,4 @@
-"""entmax15 as a torch function that is quick and keeps nothing but its result for the backward pass."""
+"""entmax15 as a fast function of torch that keeps only its result for the backward pass."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from mumoe_tensor import gates
+from mumoe_tensor.calls import get_proxy_mode, is_exported, is_jit_traced, is_transformed
 from mumoe_tensor.compiling import constant_under_compile
-from mumoe_tensor.recording import is_exported, is_recorded
 
 __all__ = ["entmax15"]
 
 
+@gates.sparse_gradient
 def entmax15(logits: Tensor) -> Tensor:
     """1.5-entmax along the last axis: `mumoe_tensor.entmax15` with its closed-form backward pass.
 
@@ -28,27 +30,24 @@ def entmax15(logits: Tensor) -> Tensor:
     Tensor of shape (..., N)
         Computed in float32, or in float64 where the logits are; in the dtype of `logits`.
     """
-    if is_exported():
+    if not is_eager_on_cpu(logits) and is_exported():
         return _plain(logits)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or is_transformed():
         result: Tensor = _Entmax15.apply(logits)
         return result
-    # Calling the function takes longer than computing a row.
+    # (Applying a function takes longer than computing a row.)
     return _Entmax15.forward(logits)
 
 
-entmax15.sparse_gradient = True  # type: ignore[attr-defined]  # see ExpertGate.is_sparse_gradient
-
-
 def _plain(logits: Tensor) -> Tensor:
-    """The same from operations of torch that have derivatives, and in one precision."""
+    """The same from operations of torch that have derivatives, in one precision."""
     p: Tensor = gates.entmax15(logits)
     return p
 
 
 @constant_under_compile
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64, tried once a kind of device: Apple's MPS does not."""
+    """Whether a device computes in float64, tried once for each kind of device: Apple's MPS does not."""
     kind = device.type
     if kind not in _HAS_FLOAT64:
         try:
@@ -61,21 +60,22 @@ def has_float64(device: torch.device) -> bool:
 
 _HAS_FLOAT64: dict[str, bool] = {}
 
-#: Elements worked on at a time on a CPU: every step reads and writes them, so they stay in its cache.
+#: Elements of a chunk of rows on a CPU: every step reads and writes them, so they stay in its cache.
 CHUNK = 2**19
 
 
 class _Entmax15(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor) -> Tensor:
-        if not has_float64(logits.device):
-            return _plain(logits)
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not is_eager_on_cpu(z):
-            return _solve(z).to(logits.dtype)
+            return _solve(z).to(logits.dtype) if has_float64(z.device) else _plain(logits)
         p = torch.empty_like(z, memory_format=torch.contiguous_format)
-        for part, result in zip(_chunks(z), _chunks(p), strict=True):
-            _solve(part, result, can_stop=True)
+        if z.numel() <= CHUNK:
+            _solve(z, p, can_stop=True)
+        else:
+            for part, result in zip(_chunks(z), _chunks(p), strict=True):
+                _solve(part, result, can_stop=True)
         return p.to(logits.dtype)
 
     @staticmethod
@@ -92,9 +92,9 @@ class _Entmax15(torch.autograd.Function):
             scaled = s * gradient
             return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
         dtype = torch.promote_types(p.dtype, torch.float32)
-        if not is_eager_on_cpu(gradient):
+        if p.numel() <= CHUNK or not is_eager_on_cpu(gradient):
             return _gradient(p.to(dtype), gradient.to(dtype)).to(p.dtype)
-        # (Nothing is written into memory made ahead: the gradient may be a batch of them.)
+        # (Not into memory allocated before: under vmap the gradient is a batch of gradients.)
         parts = zip(_chunks(p.to(dtype)), _chunks(gradient.to(dtype)), strict=True)
         return torch.cat([_gradient(*part) for part in parts]).reshape(p.shape).to(p.dtype)
 
@@ -106,9 +106,11 @@ class _Entmax15(torch.autograd.Function):
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:
-    """Whether values can be looked at, and memory be written into."""
-    plain = type(x) is Tensor and x.device.type == "cpu" and not is_recorded()
-    return plain and not torch._C._are_functorch_transforms_active()
+    """Whether the values of a tensor can be read at once, and memory be written in place."""
+    if type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    # (`is_recorded` written out: a gate asks this for every level.)
+    return not (is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed())
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:
@@ -118,18 +120,17 @@ def _chunks(x: Tensor) -> Sequence[Tensor]:
 
 def _solve(z: Tensor, result: Tensor | None = None, can_stop: bool = False) -> Tensor:
     """The coefficients of rows of logits."""
-    # Newton steps on ‖u‖ − 2 for u = (z − 2τ)₊, at most as many as `mumoe_tensor.entmax15` makes: why so many
-    # is told there. In place, because the time goes into reading and writing u.
+    # Newton steps on ‖u‖ − 2 for u = (z − 2τ)₊. In place, because the time goes into reading and writing u.
     u = torch.sub(z, z.amax(-1, keepdim=True), out=result).add_(2).relu_()
-    for k in range((int(z.shape[-1] - 1).bit_length() + 1) // 2 + 4):
+    for k in range(gates.ENTMAX15_STEPS[int(z.shape[-1] - 1).bit_length()]):
         norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
         step = (norm * (norm - 2) / u.sum(-1, keepdim=True)).relu_()
         u.sub_(step).relu_()
-        # To look takes about a quarter of a step, and on other devices much longer.
+        # The test takes about a quarter of a step, and on other devices much longer.
         if can_stop and k % 2 and bool((step <= torch.finfo(u.dtype).eps).all()):
             break
-    # The last step goes back too, from where rounding errors have led: with a finer norm, and only on the
-    # support, which it leaves as it is.
+    # The last step may also go back, where rounding errors have led too far: with a finer norm, and on the
+    # support alone, which it leaves as it is.
     norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64)
     step = norm * (2 - norm) / u.sum(-1, keepdim=True)
     # (Without `value`, of which torch.compile makes an operation that torch.func.grad cannot differentiate.)
@@ -139,7 +140,7 @@ def _solve(z: Tensor, result: Tensor | None = None, can_stop: bool = False) -> T
 
 def _gradient(p: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of the logits from the coefficients and their gradient."""
-    # (The root of zero takes many times longer than that of other numbers.)
+    # (A CPU takes many times longer for the root of zero than for that of other numbers.)
     s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
     scaled = s * gradient
     return scaled.addcmul_(s, -scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))

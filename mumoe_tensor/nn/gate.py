@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module
 
+from mumoe_tensor.calls import HOOKS_ON_ALL_MODULES, autocast_dtype, check_dense, is_frozen
 from mumoe_tensor.checks import as_entries, as_positive, check_choice
-from mumoe_tensor.nn.contraction import autocast_dtype, check_dense
-from mumoe_tensor.nn.frozen import is_frozen
+from mumoe_tensor.gates import Gate
 from mumoe_tensor.nn.functional import is_eager_on_cpu
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
 from mumoe_tensor.nn.states import WholeState
 
-#: A map from logits of shape (..., N) to coefficients of that shape.
-Gate = Callable[[Tensor], Tensor]
 GateNorm = Literal["batch", "layer", "none"]
-
-_HOOKS_ON_ALL = (
-    module._global_forward_hooks,
-    module._global_backward_hooks,
-    module._global_backward_pre_hooks,
-)
 
 
 class ExpertGate(WholeState):
@@ -42,8 +34,8 @@ class ExpertGate(WholeState):
     gate : str, dict or callable, default "entmax15"
         ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, a name of `.register_gate`, or any map of logits along
         the last axis. A dict has the name of a class and the arguments of the instance. Called in float32
-        (float64 for float64 inputs), also under autocast. See `is_sparse_gradient` for what one of your own
-        may declare.
+        (float64 for float64 inputs), also under autocast. See `mumoe_tensor.gates.Gate` for what one of
+        your own may declare.
     gate_norm : {"batch", "layer", "none"}, default "batch"
         Norm of the logits, without affine parameters: over all rows of the batch, or over the experts of a
         level.
@@ -83,7 +75,7 @@ class ExpertGate(WholeState):
         weight = torch.empty(total, self.in_features, device=device, dtype=dtype)
         if total:
             self.weight = nn.Parameter(weight)
-        else:  # no parameter: nothing would use it, which tools for training on many devices do not expect
+        else:  # no parameter: tools for training on many devices expect each to be used
             self.register_buffer("weight", weight)
         self.norm = LogitBatchNorm(total, device, dtype) if self.gate_norm == "batch" and total else None
         self.reset_parameters()
@@ -93,9 +85,9 @@ class ExpertGate(WholeState):
         nn.init.zeros_(self.weight)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As of every module, but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves the norm as it is.
+        """As for every module, but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves the norm as it is.
 
-        Its statistics are those of all processes anyway.
+        Its statistics already are those of all processes.
 
         Parameters
         ----------
@@ -107,12 +99,12 @@ class ExpertGate(WholeState):
 
     @property
     def is_sparse_gradient(self) -> bool:
-        """Whether the gradients of coefficients that are zero matter to nobody.
+        """Whether nothing reads the gradients of coefficients that are zero.
 
-        So it is if the gate function has a true attribute `sparse_gradient` (entmax15 and sparsemax have), as
-        its own derivative is zero there, and no hook on the gate sees coefficients.
+        That is so if the gate function declares it (see `mumoe_tensor.gates.Gate`) and no hook on this
+        module sees coefficients.
         """
-        hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *_HOOKS_ON_ALL)
+        hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *HOOKS_ON_ALL_MODULES)
         return type(self) is ExpertGate and getattr(self.gate, "sparse_gradient", False) and not any(hooks)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -135,7 +127,7 @@ class ExpertGate(WholeState):
             If an input is no dense tensor, or the mask not of bool or integers.
         ValueError
             If the input has another number of features, or the mask another shape or other values. (On a
-            device, or where the call is recorded, any integer but 0 counts as 1: values are not looked at.)
+            device, or where torch records the call, values are not read: any integer but 0 counts as 1.)
         """
         check_dense(z)
         if z.ndim == 0 or z.shape[-1] != self.in_features:
@@ -147,31 +139,27 @@ class ExpertGate(WholeState):
             mask = _read_mask(mask, z.shape[:-1])
         if not self.num_experts:
             return ()
-        if autocast_dtype(z.device):
-            logits = nn.functional.linear(z, self.weight)
-            with torch.autocast(z.device.type, enabled=False):
-                return self.coefficients_of(self._normed(logits, mask), z.dtype)
-        if self.norm is not None and self._is_norm_folded(z):
+        is_under_autocast = autocast_dtype(z.device) is not None
+        if is_frozen(self) and not is_under_autocast and self._is_norm_folded(z):
+            assert self.norm is not None
             scale, shift = self.norm.affine_map(z.dtype)
             return self.coefficients_of(
                 nn.functional.linear(z, scale.unsqueeze(1) * self.weight, shift), z.dtype
             )
-        return self.coefficients_of(self._normed(nn.functional.linear(z, self.weight), mask), z.dtype)
+        logits = nn.functional.linear(z, self.weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
+            return self.coefficients_of(logits if self.norm is None else self.norm(logits, mask), z.dtype)
 
     def _is_norm_folded(self, z: Tensor) -> bool:
-        """Whether batch norm goes into the weight: where it is frozen and has fewer rows than the batch."""
+        """Whether frozen batch norm goes into the weight: where that has fewer rows than the batch."""
         norm = self.norm
-        assert norm is not None
-        if not is_frozen(self) or norm.training or norm._forward_hooks or norm._forward_pre_hooks:
+        if norm is None or norm.training or norm._forward_hooks or norm._forward_pre_hooks:
             return False
-        # Tools take the statistics away, or bring them to the device only when the norm itself is called.
+        # Tools remove the statistics, or move them to the device only when the norm itself is called.
         if norm.running_var is None or norm.running_var.device != z.device:
             return False
         return z.dtype in (torch.float32, torch.float64) and z.numel() > self.in_features**2
-
-    def _normed(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if self.norm is None else self.norm(logits, mask)
 
     def coefficients_of(self, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs.
@@ -185,7 +173,7 @@ class ExpertGate(WholeState):
         parts = logits.split(self.num_experts, -1) if len(self.num_experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
-        return tuple(self.gate(part).to(dtype or logits.dtype) for part in parts)
+        return tuple([self.gate(part).to(dtype or logits.dtype) for part in parts])
 
     def extra_repr(self) -> str:
         gate = getattr(self.gate, "__name__", type(self.gate).__name__)
@@ -193,7 +181,7 @@ class ExpertGate(WholeState):
 
 
 def _read_mask(mask: Tensor, shape: torch.Size) -> Tensor:
-    """A mask of rows as one of bool."""
+    """Check a mask of rows; return it as bool."""
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"a mask must be a tensor of bool or of integers 0 and 1, got {kind}.")
@@ -204,7 +192,7 @@ def _read_mask(mask: Tensor, shape: torch.Size) -> Tensor:
         )
     if mask.dtype == torch.bool:
         return mask
-    kept = mask.bool()
-    if is_eager_on_cpu(mask) and not torch.equal(kept.to(mask.dtype), mask):
+    counted = mask.bool()
+    if is_eager_on_cpu(mask) and not torch.equal(counted.to(mask.dtype), mask):
         raise ValueError(f"a mask must be 0 or 1 if it is of integers, got {mask.min()} to {mask.max()}.")
-    return kept
+    return counted

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from mumoe_tensor.checks import as_positive, as_probability, check_flag
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import config_entry
+from mumoe_tensor.gates import Gate
 from mumoe_tensor.nn.experts import Experts, Init
-from mumoe_tensor.nn.gate import ExpertGate, Gate, GateNorm
+from mumoe_tensor.nn.gate import ExpertGate, GateNorm
 from mumoe_tensor.nn.linear import check_linear, layer_like
 from mumoe_tensor.nn.pruning import keep_experts
 from mumoe_tensor.nn.published import read_published, write_published
@@ -225,12 +226,6 @@ class Layer(WholeState):
         tuple of Tensor of shape (..., N_e)
             The coefficients, one tensor a level; only with `return_coefficients`.
         """
-        coefficients = self.gate(x, mask)
-        normed = x if self.input_norm is None else self.input_norm(x)
-        y = self._mix(normed, coefficients, not return_coefficients and self.gate.is_sparse_gradient)
-        return (y, coefficients) if return_coefficients else y
-
-    def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
         raise NotImplementedError
 
 
@@ -360,8 +355,12 @@ class MuMoE(Layer):
         """
         return self.experts.expert(index)
 
-    def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
-        return self.experts(x, coefficients, sparse_gradient=sparse_gradient)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+        sparse_gradient = not return_coefficients and self.gate.is_sparse_gradient
+        coefficients = self.gate(x, mask)
+        normed = x if self.input_norm is None else self.input_norm(x)
+        y = self.experts(normed, coefficients, sparse_gradient=sparse_gradient)
+        return (y, coefficients) if return_coefficients else y
 
 
 class MuMoEMLP(Layer):
@@ -485,14 +484,17 @@ class MuMoEMLP(Layer):
         """The weights of both layers, as views of the parameters."""
         return self.up.weight, self.down.weight
 
-    def _mix(self, x: Tensor, coefficients: tuple[Tensor, ...], sparse_gradient: bool) -> Tensor:
-        hidden = self.up(x, coefficients, sparse_gradient=sparse_gradient)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+        sparse_gradient = not return_coefficients and self.gate.is_sparse_gradient
+        coefficients = self.gate(x, mask)
+        normed = x if self.input_norm is None else self.input_norm(x)
+        hidden = self.up(normed, coefficients, sparse_gradient=sparse_gradient)
         drops = self.hidden_dropout.training and self.hidden_dropout.p > 0
         activation = None if drops else elementwise(self.activation)
         if activation is None:
             hidden = self.hidden_dropout(self.activation(hidden))
-        y = self.down(hidden, coefficients, activation, sparse_gradient)
-        return self.dropout(y)
+        y = self.dropout(self.down(hidden, coefficients, activation, sparse_gradient))
+        return (y, coefficients) if return_coefficients else y
 
 
 def _arguments_of(spec: LayerSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Batch norm of the gate's logits, padded tokens left out."""
+"""Batch norm of the gate's logits, without padded tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.compiler import is_compiling
 
-from mumoe_tensor.recording import is_recorded
+from mumoe_tensor.calls import backward_pass, is_recorded
 
 
 class _AllReduce(torch.autograd.Function):
@@ -30,9 +31,8 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm without affine parameters over all axes but the last; a mask may leave rows out.
 
     In distributed training the statistics are those of the batches of all processes. A forward pass that
-    activation checkpointing makes again does not advance the running statistics (but it does where a compiled
-    layer is inside of the checkpoint). It is one of torch's batch norms to tools that look for these, such as
-    `torch.optim.swa_utils.update_bn`.
+    activation checkpointing repeats does not advance the running statistics, unless it is compiled. To tools
+    that look for torch's batch norms, such as `torch.optim.swa_utils.update_bn`, it is one of them.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    #: On how many processes every row is, which is one unless `parallelize` says otherwise.
+    #: On how many processes each row is: one, or as many as `parallelize` divided the layer over.
     copies = 1
 
     def __init__(
@@ -79,9 +79,9 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         shared = (
             distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         )
-        # A forward pass inside of a backward pass is one that is made again, for activation checkpointing.
-        again = not is_recorded() and torch._C._current_graph_task_id() != -1
-        advances = self.track_running_stats and not again
+        # A forward pass inside of a backward pass is one that activation checkpointing repeats.
+        is_repeated = not is_compiling() and backward_pass() != -1
+        advances = self.track_running_stats and not is_repeated
         running = self.running_mean, self.running_var
         if mask is None and not shared and (running[0] is None or rows.dtype == running[0].dtype):
             self._check_rows(rows.shape[0])
@@ -95,7 +95,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         counts = rows.new_ones(rows.shape[0], 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
 
         def counted(values: Tensor) -> Tensor:
-            # Rows that do not count may hold anything, NaN too.
+            # Rows that do not count may hold anything, even NaN.
             return values if mask is None else torch.where(mask.reshape(-1, 1), values, 0)
 
         total = _AllReduce.apply if shared else lambda sums: sums
@@ -113,7 +113,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
 
     def affine_map(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What it is in evaluation: a scale and a shift of every feature."""
+        """The scale and the shift of every feature that it is in evaluation."""
         scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)
         return scale, -self.running_mean.to(dtype) * scale
 
@@ -125,7 +125,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
             running.lerp_(new.to(running.dtype), weight)
 
     def _weight(self) -> float:
-        """Weight of the newest batch, which is counted already."""
+        """Weight of the newest batch, after it was counted."""
         return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def _check_rows(self, rows: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from mumoe_tensor.nn.contraction import Activation
+from mumoe_tensor.nn.backward import Activation
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.tensors import FactorizedTensor

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mumoe_tensor.recording import is_exported
+from mumoe_tensor.calls import is_exported
 
-#: Fewest experts of a level for which zeros are looked for: below, the dense product takes no longer.
+#: Fewest experts of a level at which zeros are counted: with fewer, the dense product takes no longer.
 FEWEST_EXPERTS = 1024
-#: Largest share of coefficients that are not zero at which the rows they name are summed.
+#: Largest share of nonzero coefficients at which the rows of the factor are summed one by one.
 DENSEST = 0.08
-#: Rows of coefficients that the share is measured on.
+#: Rows of coefficients from which that share is estimated.
 SAMPLE = 32
 
 
 def is_supported(coefficients: Tensor) -> bool:
-    """Whether `sparse_product` takes them: plain tensors on a CPU, as it is measured there only."""
-    plain = torch.compiler.is_compiling() or type(coefficients) in (Tensor, torch.nn.Parameter)
-    known = coefficients.dtype in (torch.float32, torch.float64) and coefficients.device.type == "cpu"
-    return plain and known and not is_exported() and not torch.is_autocast_enabled("cpu")
+    """Whether `sparse_product` is worth it: for plain tensors on a CPU, where it was measured."""
+    is_plain = torch.compiler.is_compiling() or type(coefficients) in (Tensor, torch.nn.Parameter)
+    is_float = coefficients.dtype in (torch.float32, torch.float64) and coefficients.device.type == "cpu"
+    return is_plain and is_float and not is_exported() and not torch.is_autocast_enabled("cpu")
 
 
 def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
-    """``coefficients @ factor``, from the rows of the factor that it needs where these are few.
+    """``coefficients @ factor``, from the rows of the factor with nonzero coefficients where these are few.
 
     Exact whatever the coefficients are. But the gradient of the coefficients is zero where they are: that is
     enough for a gate whose own derivative is zero there, and wrong for anything else.
@@ -42,6 +43,24 @@ def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
     """
     result: Tensor = _SparseProduct.apply(coefficients, factor)
     return result
+
+
+@dataclass(frozen=True)
+class SparseProduct:
+    """``left @ right`` by `sparse_product`, where the operand on this side is the coefficients."""
+
+    side: Literal["left", "right"]
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        return sparse_product(left, right) if self.side == "left" else sparse_product(right.mT, left.mT).mT
+
+    def gradients(self, left: Tensor, right: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of both operands."""
+        if self.side == "left":
+            of_left, of_right = sum_of_rows_backward(left, right, gradient)
+        else:
+            of_right, of_left = (x.mT for x in sum_of_rows_backward(right.mT, left.mT, gradient.mT))
+        return of_left, of_right
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -62,12 +81,12 @@ class _SparseProduct(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The gradient is to have one itself: by products that have derivatives.
             return _of_dense(coefficients, factor, gradient)
-        found: tuple[Tensor, Tensor] = sum_of_rows_backward(coefficients, factor, gradient)
-        return found
+        gradients: tuple[Tensor, Tensor] = sum_of_rows_backward(coefficients, factor, gradient)
+        return gradients
 
 
-# Operations of their own, that a compiler does not look into: what they do depends on the coefficients. They
-# have no derivative; the functions that call them have.
+# Custom operations, which a compiler does not trace: what they do depends on the values of the coefficients.
+# They have no derivative; the functions that call them have one.
 
 
 @torch.library.custom_op("mumoe_tensor::sum_of_rows", mutates_args=())
@@ -100,9 +119,7 @@ def sum_of_rows_backward(coefficients: Tensor, factor: Tensor, gradient: Tensor)
     position, row, column, starts = _support(coefficients)
     gradient = gradient.contiguous()
     of_coefficients = torch.zeros_like(coefficients, memory_format=torch.contiguous_format)
-    of_coefficients.view(-1)[position] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        gradient, factor, column, starts, row, 0
-    )
+    of_coefficients.view(-1)[position] = _dot_products(gradient, factor, column, starts, row)
     # The same product with the roles changed: of every row of the factor, the rows of the batch it is in.
     order = torch.argsort(column, stable=True)
     of_factor = torch.nn.functional.embedding_bag(
@@ -131,6 +148,17 @@ def _of_dense(coefficients: Tensor, factor: Tensor, gradient: Tensor) -> tuple[T
     return gradient @ factor.mT, coefficients.mT @ gradient
 
 
+def _dot_products(gradient: Tensor, factor: Tensor, column: Tensor, starts: Tensor, row: Tensor) -> Tensor:
+    """``gradient[row] . factor[column]`` for each pair, without copies of the rows.
+
+    An operation of the backward pass of torch's `embedding_bag`, which has no public name.
+    """
+    result: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        gradient, factor, column, starts, row, 0
+    )
+    return result
+
+
 def _stacked(count: int, in_dims: Sequence[int | None], *operands: Tensor) -> list[Tensor]:
     """Operands with the axis that is mapped over in front."""
     return [
@@ -140,19 +168,19 @@ def _stacked(count: int, in_dims: Sequence[int | None], *operands: Tensor) -> li
 
 
 def _are_few(coefficients: Tensor) -> bool:
-    """Whether few coefficients are not zero, as far as some evenly spaced rows tell."""
+    """Whether few coefficients are nonzero, by a sample of evenly spaced rows."""
     sample = coefficients[:: max(1, len(coefficients) // SAMPLE)]
     return int(torch.count_nonzero(sample)) <= DENSEST * sample.numel()
 
 
 def _support(coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where coefficients are not zero: position, row, column, and the start of every row among these."""
+    """The nonzero coefficients: flat position, row and column of each, and where each row of them starts."""
     position = coefficients.reshape(-1).nonzero()[:, 0]
     row = torch.div(position, coefficients.shape[1], rounding_mode="floor")
     return position, row, position - row * coefficients.shape[1], _starts(row, len(coefficients))
 
 
 def _starts(index: Tensor, count: int) -> Tensor:
-    """Where every value of an index starts, once it is sorted."""
+    """Where each value of a sorted index starts."""
     counts = torch.bincount(index, minlength=count)
     return counts.cumsum(0) - counts

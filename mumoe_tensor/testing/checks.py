@@ -262,7 +262,7 @@ def check_paths(problem: Problem) -> None:
     for _ in range(2 if problem.backend == "jax" else 5):
         tree = random_tree(network, generator)
         program = Compiler(network, int(generator.choice(batches)))(tree)
-        result = execute(program, [*problem.weight.arrays, *vectors], backend_of(problem.z))
+        result = execute(program, [*problem.weight.arrays, *vectors])
         assert_close(
             result, expected.reshape(result.shape), scale.reshape(result.shape), f"order {tree}: the result"
         )

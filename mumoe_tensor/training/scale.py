@@ -17,7 +17,7 @@ from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.models.blocks import DENSE
 from mumoe_tensor.models.gpt2 import GPT2Config
 from mumoe_tensor.models.mixer import MixerConfig
-from mumoe_tensor.nn.contraction import kept_results
+from mumoe_tensor.nn.backward import kept_results
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.training.settings import RUNS, GPT2Run, Settings, packaged, read_settings
 

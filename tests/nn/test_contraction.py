@@ -14,18 +14,18 @@ pytest.importorskip("entmax")
 from torch import nn  # noqa: E402
 
 from benchmarks.probes import kept_bytes  # noqa: E402
-from mumoe_tensor.backend import load_backend  # noqa: E402
 from mumoe_tensor.contraction.execute import execute  # noqa: E402
 from mumoe_tensor.contraction.network import forward_network  # noqa: E402
 from mumoe_tensor.contraction.plan import plan_network  # noqa: E402
-from mumoe_tensor.nn import MuMoEMLP  # noqa: E402
-from mumoe_tensor.nn.contraction import Recipe, contract, kept_results  # noqa: E402
+from mumoe_tensor.nn import MuMoEMLP, replace_mlp  # noqa: E402
+from mumoe_tensor.nn.backward import SavePolicy, kept_results  # noqa: E402
+from mumoe_tensor.nn.contraction import contract  # noqa: E402
 from mumoe_tensor.testing.strategies import problems  # noqa: E402
 
 ACTIVATIONS = [None, nn.functional.gelu]
 
 
-def drawn(data: Any) -> tuple[Recipe, Any, list[Any]]:
+def drawn(data: Any) -> tuple[SavePolicy, Any, list[Any]]:
     """A contraction in some order that keeps any of its results, and its operands."""
     problem = data.draw(problems(backend="pytorch", dtype="float64"))
     weight, batch = problem.weight, problem.z[..., 0].numel()
@@ -45,18 +45,18 @@ def drawn(data: Any) -> tuple[Recipe, Any, list[Any]]:
         )
     )
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
-    return Recipe(program, kept), data.draw(st.sampled_from(ACTIVATIONS)), [*weight.arrays, *vectors]
+    return SavePolicy(program, kept), data.draw(st.sampled_from(ACTIVATIONS)), [*weight.arrays, *vectors]
 
 
 @given(st.data())
 def test_gradients_are_those_of_the_plain_steps(data) -> None:
-    recipe, activation, operands = drawn(data)
+    policy, activation, operands = drawn(data)
     wanted = data.draw(st.lists(st.booleans(), min_size=len(operands), max_size=len(operands)))
     for x, want in zip(operands, wanted, strict=True):
         x.requires_grad_(want)
-    y = contract(recipe, operands, activation)
+    y = contract(policy, operands, activation)
     z = operands[-1] if activation is None else activation(operands[-1])
-    plain = execute(recipe.program, [*operands[:-1], z], load_backend("pytorch"))
+    plain = execute(policy.program, [*operands[:-1], z])
     torch.testing.assert_close(y, plain)
     leaves = [x for x in operands if x.requires_grad]
     if not leaves:
@@ -87,6 +87,29 @@ def test_kept_for_the_backward_pass(format: str, rank: Any, norm: str) -> None:
     for recompute, most in ((False, 27.0), (True, 24.0)):
         block = MuMoEMLP(768, 3072, 768, 256, format, rank, gate_norm=norm, recompute=recompute)
         assert kept_bytes(block, x) <= most * 2**20
+
+
+class MLP(nn.Module):
+    """The block of a GPT-2 that surgery finds."""
+
+    def __init__(self, activation: Any):
+        super().__init__()
+        self.c_fc, self.act, self.c_proj = nn.Linear(32, 128), activation, nn.Linear(128, 32)
+
+    def forward(self, x: Any) -> Any:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+@pytest.mark.parametrize("name", ["GELU", "GELUActivation", "NewGELUActivation"])
+def test_a_replaced_block_keeps_no_more_than_one_with_an_activation_by_name(name: str) -> None:
+    if name == "GELU":
+        activation = nn.GELU(approximate="tanh")
+    else:
+        activation = getattr(pytest.importorskip("transformers.activations"), name)()
+    model, x = nn.Sequential(MLP(activation)), torch.randn(64, 32, requires_grad=True)
+    options = dict(format="cp", rank=16, gate_norm="layer")
+    replace_mlp(model, "0", experts=8, **options)
+    assert kept_bytes(model[0], x) == kept_bytes(MuMoEMLP(32, 128, 32, 8, activation="gelu", **options), x)
 
 
 def test_nothing_is_kept_without_gradients() -> None:

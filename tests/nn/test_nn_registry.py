@@ -166,9 +166,9 @@ def test_elementwise_activations_are_formed_again(name: str, monkeypatch: pytest
     forms: list[Any] = []
     monkeypatch.setattr(
         "mumoe_tensor.nn.experts.contract",
-        lambda recipe, operands, activation=None, folded=None: (
+        lambda policy, operands, activation, *others: (
             forms.append(activation),
-            contract(recipe, operands, activation, folded),
+            contract(policy, operands, activation, *others),
         )[1],
     )
     function, module = getattr(nn.functional, name), registry.ELEMENTWISE[name]()

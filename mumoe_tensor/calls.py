@@ -1,0 +1,75 @@
+"""How torch makes the present call: recorded, transformed, in a backward pass, under autocast.
+
+What the library reads of torch's private state has its name here. (This imports torch, so what is for all
+backends imports it late.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.fx.experimental import proxy_tensor
+from torch.nn.modules import module
+
+#: Whether ``torch.jit.trace`` records the call.
+is_jit_traced = torch.jit.is_tracing  # type: ignore[attr-defined]  # documented, but not in __all__
+#: The mode in which ``make_fx`` records the call, None if it does not.
+get_proxy_mode = proxy_tensor.get_proxy_mode
+#: Whether torch.func transforms the call (vmap, grad, ...).
+is_transformed = torch._C._are_functorch_transforms_active
+#: The number of the backward pass that makes the call, -1 if none does. (Not for torch.compile.)
+backward_pass = torch._C._current_graph_task_id
+#: The hooks on all modules that see or change outputs and their gradients.
+HOOKS_ON_ALL_MODULES = (
+    module._global_forward_hooks,
+    module._global_backward_hooks,
+    module._global_backward_pre_hooks,
+)
+
+#: Kinds of devices. (Not asked in a call: torch 2.11 cannot compile the question.)
+_WITH_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
+def is_recorded() -> bool:
+    """Whether ``torch.compile``, ``torch.export``, ``torch.jit.trace`` or ``make_fx`` records this call.
+
+    It then runs later, on other values and other batches: nothing may depend on values, and the size of a
+    batch is no constant.
+    """
+    return is_compiling() or is_jit_traced() or get_proxy_mode() is not None
+
+
+def is_exported() -> bool:
+    """Whether it is any of them but ``torch.compile``: the record must do without this package."""
+    return torch.compiler.is_exporting() if is_compiling() else is_recorded()
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module runs in evaluation and without gradients, and torch does not record the call."""
+    return not (module.training or torch.is_grad_enabled() or is_recorded())
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on this device, None where it is off."""
+    kind = device.type
+    if kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def check_dense(x: Tensor) -> None:
+    """Raise a TypeError unless an input is a tensor with a value for every entry."""
+    if not isinstance(x, Tensor):
+        # Most often a Proxy of torch.fx.
+        raise TypeError(
+            f"an input must be a torch.Tensor, got {type(x).__name__}; a Tracer of torch.fx must take the "
+            "layers as leaves, see its method is_leaf_module."
+        )
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor: pad it" if x.is_nested else f"layout {x.layout}: make it dense"
+        raise TypeError(f"an input must be a dense tensor, got {kind}.")

@@ -1,0 +1,206 @@
+"""The backward pass of a contraction: what is kept for it, and the gradients of the operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from mumoe_tensor.backend import operations_of
+from mumoe_tensor.contraction.execute import run, views
+from mumoe_tensor.contraction.layout import Bias, Operand, Program, Step
+from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseProduct
+
+#: An intermediate is formed again rather than kept if that takes at most this many FLOPs an element.
+CHEAP = 32
+
+TORCH = operations_of(torch.empty(0))
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """A program, and which of its results are kept for the backward pass.
+
+    Attributes
+    ----------
+    program : Program
+    kept : frozenset of int
+        Positions of the results that are kept; the others are formed again.
+    sparse : mapping of int to SparseProduct
+        The products of sparse coefficients and a factor, by the position of their result.
+    """
+
+    program: Program
+    kept: frozenset[int] = frozenset()
+    sparse: Mapping[int, SparseProduct] = field(default_factory=dict)
+
+
+def kept_results(program: Program, recompute: bool) -> frozenset[int]:
+    """Positions of the intermediates to keep for the backward pass.
+
+    Elementwise products, and others that are as cheap, are formed again. With `recompute` so is all that does
+    not depend on the input vector: products of coefficients and of weights.
+    """
+    sizes = dict(program.network.sizes)
+    depend_on_input = {program.network.vector_of_input}
+    kept = set()
+    for position, step in program.numbered:
+        if not depend_on_input.isdisjoint((step.left.position, step.right.position)):
+            depend_on_input.add(position)
+        is_cheap = 2 * prod(sizes[x] for x in step.summed) <= CHEAP
+        if not is_cheap and (position in depend_on_input or not recompute):
+            kept.add(position)
+    return frozenset(kept - {program.result})  # the gradient is no function of the output
+
+
+def sparse_products(program: Program) -> dict[int, SparseProduct]:
+    """The products of one factor and the coefficients of a level of many experts, by position."""
+    network = program.network
+    sizes = dict(network.sizes)
+    products = {}
+    for position, step in program.numbered:
+        factor, vector = sorted((step.left.position, step.right.position))
+        is_expert_step = factor < network.weights <= vector < len(network.operands) - 1 and step.kind == "mm"
+        if is_expert_step and prod(sizes[x] for x in step.summed) >= FEWEST_EXPERTS:
+            products[position] = SparseProduct("left" if vector == step.left.position else "right")
+    return products
+
+
+class _Values(dict[int, Tensor]):
+    """Operands and kept results by position; a result that was not kept is formed when it is read."""
+
+    def __init__(self, policy: SavePolicy, saved: Mapping[int, Tensor]):
+        super().__init__(saved)
+        self._policy = policy
+
+    def __missing__(self, position: int) -> Tensor:
+        program = self._policy.program
+        step = program.numbered[position - len(program.network.operands)]
+        run([step], self, TORCH, self._policy.sparse)
+        return self[position]
+
+
+def gradients_of(
+    policy: SavePolicy,
+    activation: Activation | None,
+    saved: Mapping[int, Tensor],
+    gradient: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the operands, from the gradient of the result.
+
+    Parameters
+    ----------
+    policy : SavePolicy
+    activation : callable or None
+        What the input vector, the last operand, went through before the program.
+    saved : mapping of int to Tensor
+        Operands and kept results, by position.
+    gradient : Tensor
+    needed : sequence of bool
+        Whether the gradient of an operand is needed, for each; None is returned otherwise.
+    """
+    program, count = policy.program, len(needed)
+    values = _Values(policy, saved)
+    if activation is not None:
+        with torch.enable_grad():
+            x = saved[count - 1].detach().requires_grad_()
+            y = activation(x)
+        values[count - 1] = y.detach()
+    is_needed = list(needed)
+    for _, step in program.numbered:
+        is_needed.append(is_needed[step.left.position] or is_needed[step.right.position])
+    gradients = {program.result: gradient}
+    for position, step in reversed(program.numbered):
+        values.pop(position, None)
+        if position in gradients:
+            product = policy.sparse.get(position)
+            gradients |= _gradients_of_step(step, gradients.pop(position), values, is_needed, product)
+    if activation is not None and count - 1 in gradients:
+        (gradients[count - 1],) = torch.autograd.grad(y, x, gradients[count - 1])
+    return [gradients.get(position) for position in range(count)]
+
+
+def _gradients_of_step(
+    step: Step, gradient: Tensor, values: _Values, is_needed: Sequence[bool], sparse: SparseProduct | None
+) -> dict[int, Tensor]:
+    """Gradients of the operands of one product that are needed, by position."""
+    operands = (step.left, step.right)
+    wholes = (values[step.left.position], values[step.right.position])
+    left, right, _ = views(step, *wholes, TORCH)
+    if step.kind != "mul":
+        gradient = gradient.reshape(*left.shape[:-1], right.shape[-1])
+    if sparse is not None:
+        of_views = sparse.gradients(left, right, gradient)
+    gradients = {}
+    for side, (operand, whole) in enumerate(zip(operands, wholes, strict=True)):
+        if not is_needed[operand.position]:
+            continue
+        if sparse is not None:
+            of_view = of_views[side]
+        elif step.kind == "mul":
+            view, other = (left, right) if side == 0 else (right, left)
+            of_view = _product_summed_to(view.shape, gradient, other)
+        else:
+            factors = (gradient, right.mT) if side == 0 else (left.mT, gradient)
+            of_view = _transposed_product(*factors) if _is_transposed(operand) else factors[0] @ factors[1]
+        bias = step.bias
+        if bias is None or bias.side != side:
+            gradients[operand.position] = _of_whole(of_view, operand, whole.shape)
+            continue
+        shape = list(whole.shape)
+        shape[bias.axis] -= 1
+        parts = (_of_whole(of_view, operand, shape), _of_bias_row(gradient, bias, shape))
+        gradients[operand.position] = torch.cat(parts, dim=bias.axis)
+    return gradients
+
+
+def _is_transposed(operand: Operand) -> bool:
+    """Whether a product reads the last two axes of a view in the other order than they lie in memory."""
+    n = len(operand.axes or ())
+    return operand.axes is not None and operand.axes[-2:] == (n - 1, n - 2)
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, its transpose contiguous: the memory order of the operand it is a gradient of."""
+    return (right.mT @ left.mT).mT
+
+
+def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) -> Tensor:
+    """``gradient * other``, summed over the axes along which a view of this shape was broadcast."""
+    if shape == gradient.shape:
+        return gradient * other
+
+    def axes(shape: Sequence[int]) -> list[int]:
+        """Those of the gradient along which a shape is not broadcast."""
+        skipped = gradient.ndim - len(shape)
+        return [k + skipped for k, size in enumerate(shape) if size == gradient.shape[k + skipped]]
+
+    everywhere, of_other = axes(gradient.shape), axes(other.shape)
+    squeezed = other.reshape([gradient.shape[k] for k in of_other])
+    # (One sum of products, which never holds them all.)
+    return torch.einsum(gradient, everywhere, squeezed, of_other, axes(shape)).reshape(shape)
+
+
+def _of_whole(gradient: Tensor, operand: Operand, shape: Sequence[int]) -> Tensor:
+    """The gradient of an operand of this shape from that of the view a product takes."""
+    gradient = _unpermuted(gradient, operand.axes)
+    permuted = shape if operand.copy_order is None else [shape[axis] for axis in operand.copy_order]
+    return _unpermuted(gradient.reshape(permuted), operand.copy_order)
+
+
+def _of_bias_row(gradient: Tensor, bias: Bias, shape: Sequence[int]) -> Tensor:
+    """The gradient of the bias row of an operand of this shape, as an axis of size one."""
+    # It was broadcast over the batch: the rows of the product if it stands on the right, else its columns.
+    row = gradient.sum(-2 if bias.side == 1 else -1)
+    row_shape = [size for axis, size in enumerate(shape) if axis != bias.axis]
+    ordered = row_shape if bias.order is None else [row_shape[axis] for axis in bias.order]
+    return _unpermuted(row.reshape(ordered), bias.order).unsqueeze(bias.axis)
+
+
+def _unpermuted(array: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    return array if order is None else array.permute([order.index(k) for k in range(len(order))])

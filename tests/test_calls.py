@@ -1,0 +1,124 @@
+"""What is read of torch's state means what its name says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from mumoe_tensor import calls  # noqa: E402
+
+ANSWERS: list[Any] = []
+
+
+class Asked(nn.Module):
+    """Notes an answer while torch runs it."""
+
+    def __init__(self, question: Callable[[], Any]):
+        super().__init__()
+        self.question = question
+
+    def forward(self, x: Any) -> Any:
+        ANSWERS.append(self.question())
+        return x.sin()
+
+
+def answers(question: Callable[[], Any], run: Callable[[nn.Module, Any], object]) -> list[Any]:
+    ANSWERS.clear()
+    run(Asked(question), torch.ones(3, requires_grad=True))
+    return list(ANSWERS)
+
+
+def eager(module: nn.Module, x: Any) -> None:
+    module(x).sum().backward()
+
+
+def compiled(module: nn.Module, x: Any) -> None:
+    torch._dynamo.reset()
+    torch.compile(module, backend="eager")(x)
+
+
+def exported(module: nn.Module, x: Any) -> None:
+    torch.export.export(module, (x.detach(),))
+
+
+def traced(module: nn.Module, x: Any) -> None:
+    torch.jit.trace(module, x.detach(), check_trace=False)
+
+
+def by_make_fx(module: nn.Module, x: Any) -> None:
+    make_fx(module)(x.detach())
+
+
+def mapped(module: nn.Module, x: Any) -> None:
+    torch.func.vmap(module)(x.detach())
+
+
+def differentiated(module: nn.Module, x: Any) -> None:
+    torch.func.grad(lambda x: module(x).sum())(x.detach())
+
+
+@pytest.mark.parametrize(
+    ("run", "is_recorded", "is_exported"),
+    [
+        (eager, False, False),
+        (mapped, False, False),
+        (compiled, True, False),
+        (exported, True, True),
+        (traced, True, True),
+        (by_make_fx, True, True),
+    ],
+)
+def test_recorded_and_exported(run: Callable[..., Any], is_recorded: bool, is_exported: bool) -> None:
+    assert set(answers(calls.is_recorded, run)) == {is_recorded}
+    assert set(answers(calls.is_exported, run)) == {is_exported}
+
+
+@pytest.mark.parametrize("run", [eager, mapped, differentiated])
+def test_transformed(run: Callable[..., Any]) -> None:
+    assert answers(calls.is_transformed, run) == [run is not eager]
+
+
+def test_in_a_backward_pass() -> None:
+    def repeated(module: nn.Module, x: Any) -> None:
+        checkpoint(module, x, use_reentrant=False).sum().backward()
+
+    assert [number == -1 for number in answers(calls.backward_pass, eager)] == [True]
+    assert [number == -1 for number in answers(calls.backward_pass, repeated)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "full_backward_hook", "full_backward_pre_hook", "forward_pre_hook"]
+)
+def test_hooks_on_all_modules(kind: str) -> None:
+    assert not any(calls.HOOKS_ON_ALL_MODULES)
+    handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
+    try:
+        # A hook before a call sees no outputs.
+        assert any(calls.HOOKS_ON_ALL_MODULES) == (kind != "forward_pre_hook")
+    finally:
+        handle.remove()
+
+
+def test_frozen() -> None:
+    module = nn.Linear(1, 1).eval()
+    assert not calls.is_frozen(module)
+    with torch.no_grad():
+        assert calls.is_frozen(module) and not calls.is_frozen(module.train())
+
+
+def test_autocast() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert calls.autocast_dtype(cpu) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls.autocast_dtype(cpu) == torch.bfloat16
+        assert calls.autocast_dtype(meta) is None
+        with torch.autocast("cpu", enabled=False):
+            assert calls.autocast_dtype(cpu) is None

@@ -92,6 +92,7 @@ def test_operands_in_any_memory_order(supports: list[Any]) -> None:
 
 
 def test_operations_are_well_defined() -> None:
+    # opcheck raises where an operation changes its inputs, or its fake kernel has another shape.
     a, u = coefficients(40, 300, 0.02).float(), torch.randn(300, 5)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(sum_of_rows, (a, u), test_utils=checks)

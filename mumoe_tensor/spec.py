@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from mumoe_tensor.checks import as_entries, as_positive, check_choice, check_flag
 from mumoe_tensor.formats.base import Format, Rank, mode_names
-from mumoe_tensor.formats.registry import formats, get_format
+from mumoe_tensor.formats.registry import get_format, label
 
 Rounding = Literal["up", "down", "nearest"]
 
@@ -108,8 +108,7 @@ class LayerSpec:
             object.__setattr__(self, name, value)  # a spec is frozen
 
     def __repr__(self) -> str:
-        is_registered = formats().get(self.format.name) == self.format
-        parts = [repr(self.format.name if is_registered else self.format)]
+        parts = [repr(label(self.format))]
         parts += [f"{name}={getattr(self, name)}" for name in ("experts", "in_features", "out_features")]
         parts += [f"{name}={value}" for name in ("hidden", "rank", "bias") if (value := getattr(self, name))]
         return f"LayerSpec({', '.join(parts)})"

@@ -18,7 +18,7 @@ from mumoe_tensor.backend import (
     tensorly_backend,
 )
 from mumoe_tensor.formats.base import MOST_LEVELS, Factor, Format, mode_names
-from mumoe_tensor.formats.registry import formats, get_format
+from mumoe_tensor.formats.registry import formats, get_format, label
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 
@@ -181,9 +181,9 @@ class FactorizedTensor:
     def __repr__(self) -> str:
         if not hasattr(self, "shape"):  # a tree of JAX, whose leaves may be anything
             factors = ", ".join(map(_described, self.factors))
-            return f"FactorizedTensor({self.format.name!r}, factors=({factors}))"
+            return f"FactorizedTensor({label(self.format)!r}, factors=({factors}))"
         kind = f"{dtype_name(self.arrays[0])}, {backend_of(*self.arrays).backend_name}"
-        return f"FactorizedTensor({self.format.name!r}, shape={self.shape}, rank={self.rank}, {kind})"
+        return f"FactorizedTensor({label(self.format)!r}, shape={self.shape}, rank={self.rank}, {kind})"
 
 
 def _described(factor: Any) -> str:

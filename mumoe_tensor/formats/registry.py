@@ -116,6 +116,11 @@ def config_entry(format: Format) -> str | dict[str, Any]:
     return entry
 
 
+def label(format: Format) -> str | Format:
+    """What stands for a format in a repr: its name, if that is registered for it, or the format itself."""
+    return format.name if _registry.get(format.name) == format else format
+
+
 def _as_tuples(value: Any) -> Any:
     """Lists, which JSON has for tuples, as tuples."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -15,6 +15,7 @@ from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.network import forward_network
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
 from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.registry import label
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
 from mumoe_tensor.nn.backward import Activation, SavePolicy, kept_results, sparse_products
@@ -347,7 +348,7 @@ class Experts(WholeState):
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, experts={self.num_experts}"
-        return f"{sizes}, format={self.format.name!r}, rank={self.rank}, bias={self.bias}"
+        return f"{sizes}, format={label(self.format)!r}, rank={self.rank}, bias={self.bias}"
 
 
 def rename_factors(state: MutableMapping[str, Any], prefix: str) -> None:

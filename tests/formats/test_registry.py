@@ -365,3 +365,19 @@ def test_a_study_takes_formats_that_a_name_stands_for() -> None:
     assert study.prepare(formats=[PartialTucker(), "cp"]).formats == ("partial-tucker", "cp")
     with pytest.raises(ValueError, match=r"formats by name.*\{'name': 'partial-tucker', 'compressed'"):
         study.prepare(formats=["cp", SOME])
+
+
+# ---- what is printed -----------------------------------------------------------------------------------
+
+
+def test_settings_are_printed_where_the_name_does_not_tell_them() -> None:
+    mt.register(PartialTucker)
+    sizes = dict(experts=4, in_features=3, out_features=5)
+    for format, printed in {
+        PartialTucker(): "'partial-tucker'",
+        SOME: repr(SOME),
+        Turned(): repr(Turned()),
+    }.items():
+        rank = (2,) * len(format.bonds(1))
+        assert f"({printed}, " in repr(mt.FactorizedTensor.random(format, **sizes, rank=rank))
+        assert f"({printed}, " in repr(mt.LayerSpec(format, **sizes, rank=rank))

@@ -274,7 +274,7 @@ class MuMoE(Layer):
     Raises
     ------
     ValueError, TypeError
-        If sizes, ranks or choices are wrong, or no rank fits the budget; see `LayerSpec.fitted`.
+        If sizes, ranks or choices are wrong, or no rank fits the budget; see `.LayerSpec.fitted`.
 
     Examples
     --------

@@ -27,6 +27,17 @@ HOOKS_ON_ALL_MODULES = (
     module._global_backward_pre_hooks,
 )
 
+_HOOKS_ON_ONE = {
+    "forward hook": "_forward_hooks",
+    "forward pre-hook": "_forward_pre_hooks",
+    "backward hook": "_backward_hooks",
+    "backward pre-hook": "_backward_pre_hooks",
+    "state dict hook": "_state_dict_hooks",
+    "state dict pre-hook": "_state_dict_pre_hooks",
+    "hook on loading": "_load_state_dict_pre_hooks",
+    "hook after loading": "_load_state_dict_post_hooks",
+}
+
 #: Kinds of devices. (Not asked in a call: torch 2.11 cannot compile the question.)
 _WITH_AUTOCAST = frozenset(
     kind
@@ -60,6 +71,23 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its `forward`."""
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    )
+
+
+def hooks_of(module: nn.Module) -> dict[str, list[str]]:
+    """Names of the hooks on a module, of calls and of states, by their kind."""
+    hooks = {kind: getattr(module, attribute).values() for kind, attribute in _HOOKS_ON_ONE.items()}
+    return {
+        kind: [getattr(hook, "__name__", type(hook).__name__) for hook in of_kind]
+        for kind, of_kind in hooks.items()
+        if of_kind
+    }
 
 
 def check_dense(x: Tensor) -> None:

@@ -10,21 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.calls import hooks_of
+
 #: Largest relative difference, in float32, of outputs that count as equal.
 TOLERANCE = 1e-5
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_HOOKS = {
-    "forward hook": "_forward_hooks",
-    "forward pre-hook": "_forward_pre_hooks",
-    "backward hook": "_backward_hooks",
-    "backward pre-hook": "_backward_pre_hooks",
-    "state dict hook": "_state_dict_hooks",
-    "state dict pre-hook": "_state_dict_pre_hooks",
-    "hook on loading": "_load_state_dict_pre_hooks",
-    "hook after loading": "_load_state_dict_post_hooks",
-}
 
 
 def check_readable(module: nn.Module) -> None:
@@ -44,10 +35,8 @@ def check_readable(module: nn.Module) -> None:
         where = f" on {name!r}" if name else ""
         if nn.utils.parametrize.is_parametrized(child):
             raise ValueError(f"the module has a parametrization{where}: remove it first.")
-        for kind, attribute in _HOOKS.items():
-            if hooks := getattr(child, attribute):
-                names = [getattr(hook, "__name__", type(hook).__name__) for hook in hooks.values()]
-                raise ValueError(f"the module has a {kind}{where}: {names}; a new one has none.")
+        for kind, names in hooks_of(child).items():
+            raise ValueError(f"the module has a {kind}{where}: {names}; a new one has none.")
         if "forward" in vars(child):
             raise ValueError(
                 f"the module has a forward method of the instance{where}, as accelerate's offloading sets."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor import gates
 from mumoe_tensor.arguments import arguments_of
+from mumoe_tensor.calls import has_hooks
 from mumoe_tensor.nn.functional import entmax15
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -163,7 +164,7 @@ class Registry:
             return {}
         return arguments_of(instance, self.what, _NOT_WRITTEN.get(kind, ()))
 
-    def _equivalent(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _equivalent(self, function: Any) -> Callable[..., Any]:
         """The registered function that computes the same, if there is one; else the function itself."""
         kind = type(function)
         if kind.__module__ == "transformers.activations" and kind.__name__ in _OF_TRANSFORMERS:
@@ -191,13 +192,6 @@ def _are_equal(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool
             return torch.allclose(one(x), other(x), rtol=1e-9, atol=1e-9)
     except RuntimeError:  # fake tensors have no values
         return False
-
-
-def has_hooks(module: Any) -> bool:
-    """Whether a call of a module does more than its `forward`."""
-    return any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    )
 
 
 def elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor] | None:

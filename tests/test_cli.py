@@ -317,7 +317,7 @@ BAD = [
     (f"plan cp {SMALL} --rank 2 --implementation fast", "'factorized', 'reconstructed', 'auto'"),
     (f"plan cp {SMALL} --rank 2 --constants all", "'weights'"),
     (f"plan cp {SMALL} --rank 2 --dtype int8", "'float64', 'float32', 'bfloat16', 'float16'"),
-    (f"plan cp {SMALL} --rank 2 --batch -1", "batch must be positive, got -1"),
+    (f"plan cp {SMALL} --rank 2 --batch -1", "batch, if not zero, must be positive, got -1"),
     (f"plan cp {SMALL} --rank 2 --batch many", "--batch"),
     (f"plan cp {SMALL} --rank 2 --memory-limit 1 --batch 9", "memory_limit"),
     (

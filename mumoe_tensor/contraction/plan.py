@@ -444,5 +444,5 @@ def plan(
     spec = as_spec(format, **sizes)
     optional = spec.format.optional(spec.num_levels)
     network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, ones=optional, bias=spec.bias)
-    batch = 0 if batch == 0 else as_positive(batch, "batch")
+    batch = 0 if batch == 0 else as_positive(batch, "batch, if not zero,")
     return plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)

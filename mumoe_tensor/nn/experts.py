@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, Self, get_args
@@ -255,11 +256,11 @@ class Experts(WholeState):
 
     def _mix(
         self,
-        factors: list[Any],
+        factors: list[Tensor],
         z: Tensor,
         coefficients: Sequence[Tensor],
-        activation: Activation | None = None,
-        sparse_gradient: bool = False,
+        activation: Activation | None,
+        sparse_gradient: bool,
     ) -> Tensor:
         """As `forward`, with the factors as an argument and without edits."""
         check_dense(z)
@@ -284,13 +285,11 @@ class Experts(WholeState):
                 policy, folded = self._folded.policy, self._folded.products(factors)
         elif sparse_gradient and self._sparse_policy.sparse and is_supported(vectors[0]):
             policy = self._sparse_policy
-        if dtype is None:
-            y = contract(policy, operands, activation, folded, is_recorded())
-        else:
+        if dtype is not None:
             # Autocast does not reach into the backward pass of a function.
             operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
-            with torch.autocast(z.device.type, enabled=False):
-                y = contract(policy, operands, activation, folded, is_recorded())
+        with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
+            y = contract(policy, operands, activation, folded, is_recorded())
         return y if is_matrix else y.reshape(*leading, self.out_features)
 
     @cached_property

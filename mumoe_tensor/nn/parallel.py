@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from mumoe_tensor.nn.backward import Activation
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.tensors import FactorizedTensor
@@ -128,21 +127,15 @@ class ShardedExperts(Experts):
             f"{self.bond!r}, from {self.start} on of {self.whole_size}. Use gather(layer) on every process."
         )
 
-    def forward(
-        self,
-        z: Tensor,
-        coefficients: Sequence[Tensor],
-        activation: Activation | None = None,
-        sparse_gradient: bool = False,
-    ) -> Tensor:
-        factors = self.factors
+    def _mix(self, factors: list[Tensor], z: Tensor, coefficients: Sequence[Tensor], *options: Any) -> Tensor:
         whole = [k for k, axes in enumerate(self.axes) if self.bond not in axes]
         z, *copies = CopyToGroup.apply(self.group, z, *coefficients, *(factors[k] for k in whole))
+        factors = list(factors)
         for k, factor in zip(whole, copies[len(coefficients) :], strict=True):
             factors[k] = factor
-        y = self._mix(factors, z, copies[: len(coefficients)], activation, sparse_gradient)
-        total: Tensor = ReduceFromGroup.apply(self.group, y)
-        return total if self.edits is None else self.edits(total, coefficients)
+        term = super()._mix(factors, z, copies[: len(coefficients)], *options)
+        total: Tensor = ReduceFromGroup.apply(self.group, term)
+        return total
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExperts:
         memo[id(self.group)] = self.group  # a group cannot be copied

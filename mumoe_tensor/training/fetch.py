@@ -34,6 +34,8 @@ from urllib.error import URLError
 from urllib.parse import urldefrag, urljoin
 from urllib.request import Request, urlopen
 
+#: The index that pip downloads from by default.
+PYPI = "https://pypi.org/simple"
 #: What is raised where a package is not what it should be.
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, subprocess.CalledProcessError)
 #: How an index answers, in the order of preference (PEP 691).
@@ -195,14 +197,10 @@ class _Links(HTMLParser):
 
 
 def pip_options() -> dict[str, str]:
-    """How pip downloads here, by its environment and its files; the index is pip's own by default."""
-    # In a process of its own: pip and setuptools change modules of the standard library when imported.
-    default = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
-    index, listed = (
-        subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-        for arguments in (["-c", default], ["-m", "pip", "config", "list"])
-    )
-    options = {"index-url": index.stdout.strip()}
+    """How pip downloads here, by its environment and its files; the index is PyPI by default."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    options = {"index-url": PYPI}
     # The command's options come before the global ones, the environment's before both.
     for section in ("global", "download", ":env:"):
         for line in listed.stdout.splitlines():

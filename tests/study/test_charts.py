@@ -1,0 +1,101 @@
+"""Charts show what was measured."""
+
+from __future__ import annotations
+
+import pytest
+from samples import RATIOS
+
+from mumoe_tensor import study as studies
+from mumoe_tensor.study.chart import Chart, Panel, Point
+from mumoe_tensor.study.charts import NAMES, charts
+from mumoe_tensor.study.subjects import BASELINE
+
+Made = tuple[studies.Plan, studies.Results]
+
+
+def by_name(made: Made) -> dict[str, Chart]:
+    return {chart.name: chart for chart in charts(*made)}
+
+
+def points_of(panel: Panel) -> dict[str, list[Point]]:
+    return {series.subject: series.points for series in panel.series}
+
+
+def test_all_charts_are_there(made_up: Made) -> None:
+    assert tuple(by_name(made_up)) == NAMES
+    for chart in charts(*made_up):
+        assert chart.panels and all(panel.points for panel in chart.panels), chart.name
+
+
+def test_beside_the_dense_layer(made_up: Made) -> None:
+    planned, _ = made_up
+    panels = {panel.title: panel for panel in by_name(made_up)["beside-dense"].panels}
+    assert list(panels) == [
+        "Parameters", "FLOPs", "Saved for backward", "Expert rank", "Forward, cpu", "Step, cpu",
+        "Forward peak, cpu", "Step peak, cpu",
+    ]  # fmt: skip
+    for name, (point,) in points_of(panels["Step, cpu"]).items():
+        ratio = RATIOS.get(name, 1.0)
+        assert (point.x, point.low, point.high) == (ratio, 0.9 * ratio, 1.2 * ratio)
+    dense, cp = (s.figures(8) for s in planned.subjects[:2])
+    assert points_of(panels["Parameters"])["cp"][0].x == cp["parameters"] / dense["parameters"]
+    assert points_of(panels["Step peak, cpu"])["tucker"][0].text == "3.00"
+
+
+def test_the_best_format_of_each_measure(made_up: Made) -> None:
+    planned, _ = made_up
+    (panel,) = by_name(made_up)["which-format"].panels
+    best_at = {(point.x, point.y): point.text for point in panel.points}
+    # Of those at the budget: the dense mixture and Hadamard are not, the sparse one neither.
+    assert best_at["4", "fastest step, cpu"] == "cp" and best_at["3 × 2", "fastest forward, cpu"] == "cp"
+    assert best_at["4", "best accuracy*"] == "cp"
+    at_budget = [s for s in planned.subjects if s.budget and s.spec.experts == (4,)]
+    ranks = {subject.name: subject.figures(8)["expert rank"] for subject in at_budget}
+    best = [name for name, rank in ranks.items() if rank >= 0.99 * max(ranks.values())]
+    assert best_at["4", "highest rank"] == (", ".join(best) if len(best) < 3 else f"{len(best)} alike")
+    assert panel.ys[0] == "fewest FLOPs" and panel.xs[0] == "3"
+
+
+def test_lines_over_experts_batches_and_sizes(made_up: Made) -> None:
+    found = by_name(made_up)
+    forward, step, rank, saved = found["over-experts"].panels
+    assert [p.x for p in points_of(step)["tr"]] == [4, 6] and points_of(forward)["tr"][0].y == 1.5
+    assert [p.x for p in points_of(rank)["cp"]][:2] == [4, 8] and points_of(saved)["cp"][0].y > 0
+    throughput, ratios = found["over-batches"].panels
+    assert [(p.x, round(float(p.y))) for p in points_of(throughput)[BASELINE]] == [
+        (1, 1000), (4, 4000), (8, 8000),
+    ]  # fmt: skip
+    low, high = points_of(throughput)["tr"][0].low, points_of(throughput)["tr"][0].high
+    assert low == pytest.approx(1 / 1.2e-3 / 1.5) and high == pytest.approx(1 / 0.9e-3 / 1.5)
+    assert BASELINE not in points_of(ratios) and throughput.xticks == [1, 4, 8]
+    for panel, batch in zip(found["crossover"].panels, (1, 4), strict=True):
+        assert panel.title == f"Batch {batch}, cpu"
+        assert [(p.x, p.y) for p in points_of(panel)["cp"]] == [(16, 0.9), (24, 0.9)]
+
+
+def test_heads_over_what_they_cost(made_up: Made) -> None:
+    planned, _ = made_up
+    parameters, flops, latency = by_name(made_up)["pareto"].panels
+    cp = points_of(parameters)["cp"]
+    assert [p.y for p in cp] == [pytest.approx(95.5)] * 2
+    assert sorted(p.x for p in cp) == sorted(
+        head.figures(2)["parameters"] for head in planned.heads if head.name == "cp"
+    )
+    assert points_of(latency)["tr"][0].x == pytest.approx(1500)
+    assert {s.subject for s in flops.series} == {s.subject for s in parameters.series}
+    assert [float(p.y) for p in latency.front] == sorted(float(p.y) for p in latency.front)
+    poly, active, _ = by_name(made_up)["specialisation"].panels
+    assert {(s.hollow, s.points[0].y) for s in poly.series if s.subject == "cp"} == {
+        (False, 0.3),
+        (True, 0.6),
+    }
+    assert points_of(active)["tr"][0].y == 50
+
+
+def test_without_data_there_are_no_heads(made_up: Made) -> None:
+    planned, results = made_up
+    planned = studies.Plan(planned.setting, planned.subjects, [], planned.squares, {}, [])
+    assert [chart.name for chart in charts(planned, results)] == [
+        name for name in NAMES if name not in ("pareto", "specialisation")
+    ]
+    studies.paragraph(planned, results)

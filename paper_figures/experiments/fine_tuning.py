@@ -41,7 +41,7 @@ FORMATS = ("linear", "cp")
 EPOCHS = {"frozen": 40, "trained": 5}
 RATES = {"frozen": (0.001, 0.003, 0.01), "trained": (0.0003, 0.001, 0.003)}
 SEEDS, TUNING_SEED = range(3), 100
-#: That of torch. The network's own, 0.01, is for trainings of many more steps.
+#: Of batch norm: torch's default. The network's 0.01 suits trainings of many more steps.
 MOMENTUM = 0.1
 
 
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def key(self) -> Row:
-        """The columns that tell it apart from others."""
+        """The columns that identify it."""
         return {
             "network": self.network, "format": self.format, "seed": self.seed,
             "learning_rate": self.learning_rate,
@@ -98,15 +98,15 @@ def fit(case: Case) -> Row:
         keep="last", evaluate_every=EPOCHS[case.network] * (ROWS // BATCH), evaluation_batch_size=200,
     )  # fmt: skip
     if case.network == "trained":
-        found = fine_tune(backbone, head, training, validation, config)
+        *_, last = fine_tune(backbone, head, training, validation, config)
     else:
         training, validation = extract(backbone, training), extract(backbone, validation)
-        found = train_head(head, training, validation, config)
+        *_, last = train_head(head, training, validation, config)
     model = nn.Sequential(backbone, head) if case.network == "trained" else head
     return {
-        **case.key, "parameters": sum(p.numel() for p in head.parameters()), "accuracy": found[-1].accuracy,
-        "loss": found[-1].validation_loss, "training_accuracy": evaluate(model, training, batch_size=200)[1],
-        "seconds": round(found[-1].seconds, 1),
+        **case.key, "parameters": sum(p.numel() for p in head.parameters()), "accuracy": last.accuracy,
+        "loss": last.validation_loss, "training_accuracy": evaluate(model, training, batch_size=200)[1],
+        "seconds": round(last.seconds, 1),
     }  # fmt: skip
 
 
@@ -154,13 +154,13 @@ def differences() -> list[Row]:
     }
     wanted |= {f"cp - MLP, {network}": gap[network] for network in EPOCHS}
     wanted["2: (cp - MLP, trained) - (cp - MLP, frozen)"] = minus(gap["trained"], gap["frozen"])
-    found = []
+    records = []
     for text, values in wanted.items():
         mean, half = interval(values)
-        found.append(
+        records.append(
             {"in %": text.replace("linear", "MLP"), "mean": mean, "half": half, "seeds": len(values)}
         )
-    return found
+    return records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

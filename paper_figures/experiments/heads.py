@@ -50,7 +50,7 @@ SINGLE = (8, 16, 32, 64, 128, 256, 512, 1024)
 GATE_AT, LOOKED_AT = 128, (32, 256)
 SEEDS, TUNING_SEED = range(5), 100
 LEARNING_RATES = (0.001, 0.003, 0.01)
-#: Of more experts, so many drawn at random are removed.
+#: Most experts removed; of more, this many are drawn at random.
 MOST_REMOVED = 128
 #: One thing changed at a time, in blocks of CP with 32 experts; what the protocol has comes first.
 CAUSES: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ CAUSES: dict[str, dict[str, Any]] = {
     "a quarter of the parameters": {"head": {"parameters": 42_370}},
 }
 CAUSE_SEEDS = range(100, 103)
-#: Experts whose most active inputs are shown, and how many of these.
+#: Experts whose most active inputs are shown, and the number of inputs.
 SHOWN, IMAGES = 10, 8
 
 
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def key(self) -> Row:
-        """The columns that tell it apart from others."""
+        """The columns that identify it."""
         return {
             "kind": self.kind, "format": self.format, "experts": "x".join(map(str, self.experts)) or "none",
             "gate": self.gate, "gate_norm": self.gate_norm, "seed": self.seed,
@@ -110,16 +110,16 @@ class Run:
 
 def runs() -> list[Run]:
     """All trainings of the protocol."""
-    found = [Run("single", "linear"), Run("matched", "linear")]
-    found += [Run("matched", format, experts) for format in FORMATS for experts in MATCHED]
-    found += [Run("matched", format, experts) for format in FORMATS[:2] for experts in LEVELS]
-    found += [Run("single", "cp", (n,)) for n in SINGLE]
-    found += [
+    runs = [Run("single", "linear"), Run("matched", "linear")]
+    runs += [Run("matched", format, experts) for format in FORMATS for experts in MATCHED]
+    runs += [Run("matched", format, experts) for format in FORMATS[:2] for experts in LEVELS]
+    runs += [Run("single", "cp", (n,)) for n in SINGLE]
+    runs += [
         Run("single", "cp", (GATE_AT,), gate, norm)
         for gate in ("entmax15", "softmax")
         for norm in ("batch", "layer", "none")
     ]
-    return [replace(run, seed=seed) for seed in SEEDS for run in dict.fromkeys(found)]
+    return [replace(run, seed=seed) for seed in SEEDS for run in dict.fromkeys(runs)]
 
 
 @cache
@@ -139,11 +139,11 @@ def test_rows() -> Dataset:
 def images(part: str) -> Dataset:
     """Images of Fashion-MNIST: those that train and validate, or ``"t10k"``."""
     folder = DATA / "fashion-mnist"
-    found = read_idx(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz")
+    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz")
     if part == "t10k":
-        return found
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return found.rows(order[: TRAINING + VALIDATION])
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images.rows(order[: TRAINING + VALIDATION])
 
 
 def make_features(part: str, path: Path) -> None:
@@ -221,7 +221,7 @@ def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]
 def go_through(
     tasks: Sequence[tuple[Any, ...]], work: Any, processes: int, one_each: bool = False
 ) -> Iterator[Any]:
-    """Results as they come, from several processes; or from one each, so that peaks of memory are own."""
+    """Results as they come, from several processes; or each from a fresh one, to measure peaks of memory."""
     # (Started anew, not forked: the threads of products do not survive a fork.)
     lasting = {"max_tasks_per_child": 1} if one_each else {}
     with ProcessPoolExecutor(processes, get_context("spawn"), **lasting) as pool:
@@ -245,13 +245,13 @@ def over_seeds(rows: Sequence[Row], column: str) -> Row:
 
 def means(rows: Sequence[Row], by: str, columns: Sequence[str]) -> list[Row]:
     """Means over the seeds of each value of a column, in the order of their first rows."""
-    found = []
+    records = []
     for value in dict.fromkeys(row[by] for row in rows):
-        mine = [row for row in rows if row[by] == value]
-        same = {c: mine[0][c] for c in columns if len({row[c] for row in mine}) == 1}
-        own = {c: same[c] if c in same else fmean(row[c] for row in mine) for c in columns}
-        found.append({by: value, **own, "seeds": len(mine)})
-    return found
+        group = [row for row in rows if row[by] == value]
+        constant = {c: group[0][c] for c in columns if len({row[c] for row in group}) == 1}
+        mean = {c: constant[c] if c in constant else fmean(row[c] for row in group) for c in columns}
+        records.append({by: value, **mean, "seeds": len(group)})
+    return records
 
 
 def write_table(name: str, rows: Sequence[Row]) -> None:
@@ -260,7 +260,7 @@ def write_table(name: str, rows: Sequence[Row]) -> None:
 
 
 def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, processes: int) -> None:
-    """Do what a table has no row of yet; a task is the columns that tell its row, and its arguments."""
+    """Run the tasks that have no row in a table yet; a task is the columns of its row and its arguments."""
     rows = table(name)
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     left = [arguments for key, arguments in tasks if not any(is_same(row, key) for row in rows)]
@@ -283,21 +283,21 @@ def tune_all(processes: int) -> None:
 
 def learning_rate(run: Run) -> float:
     """The rate with the highest validation accuracy."""
-    mine = [row for row in table("heads_tuning") if is_same(row, run.tuned_as.key)]
-    if len(mine) != len(LEARNING_RATES):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {run.tuned_as} has {len(mine)}.")
-    return float(max(mine, key=lambda row: row["accuracy"])["learning_rate"])
+    group = [row for row in table("heads_tuning") if is_same(row, run.tuned_as.key)]
+    if len(group) != len(LEARNING_RATES):
+        raise ValueError(f"learning rates must be tried first, by `tune`; {run.tuned_as} has {len(group)}.")
+    return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
 
 
 def test_all(processes: int) -> None:
-    """Train everything with the rates of `tune_all`, and judge it on the test rows."""
+    """Train everything with the rates of `tune_all`, and evaluate it on the test rows."""
     tasks = [(run, learning_rate(run)) for run in runs()]
     make_features("t10k", DATA / "heads-test.npz")
     rows, loads = table("heads"), table("heads_load")
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     left = [task for task in tasks if not any(is_same(row, task[0].key) for row in rows)]
     for row, load, top in go_through(left, test, processes):
-        # The row last: where it is, the others are.
+        # The row is written last: if it is there, the others are.
         if load:
             loads += load
             write_table("heads_load", loads)
@@ -330,7 +330,7 @@ def try_cause(name: str, seed: int) -> Row:
 
 
 def find_causes(processes: int) -> None:
-    """Look, on validation rows, for what sets blocks of experts and the MLP apart."""
+    """Search, on validation rows, for causes of the difference between blocks of experts and the MLP."""
     rows = table("heads_causes")
     left = [(name, seed) for name in CAUSES for seed in CAUSE_SEEDS
             if not any(is_same(row, {"cause": name, "seed": seed}) for row in rows)]  # fmt: skip
@@ -347,25 +347,25 @@ def claims(name: str = "heads") -> list[Row]:
     rows = table(name)
 
     def values(column: str, **key: Any) -> dict[int, float]:
-        known = {"gate": "entmax15", "gate_norm": "batch"} | key
-        return {row["seed"]: row[column] for row in rows if is_same(row, known)}
+        columns = {"gate": "entmax15", "gate_norm": "batch"} | key
+        return {row["seed"]: row[column] for row in rows if is_same(row, columns)}
 
-    found = []
+    records = []
 
     def compare(
         claim: int | str, text: str, one: dict[int, float], other: dict[int, float], unit: float = 1
     ) -> None:
         differences = [unit * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
         mean, half = interval(differences)
-        found.append(
+        records.append(
             {"claim": claim, "difference": text, "mean": mean, "half": half, "seeds": len(differences)}
         )
 
     mlp = values("accuracy", kind="matched", format="linear")
     for format in FORMATS:
         for (n,) in MATCHED:
-            mine = values("accuracy", kind="matched", format=format, experts=n)
-            compare(1, f"accuracy in %, {format} of {n} experts - MLP", mine, mlp, 100)
+            mixture = values("accuracy", kind="matched", format=format, experts=n)
+            compare(1, f"accuracy in %, {format} of {n} experts - MLP", mixture, mlp, 100)
     single: dict[str, Any] = {"kind": "single", "format": "cp"}
     most, least = (values("polysemanticity", experts=n, **single) for n in (SINGLE[-1], SINGLE[0]))
     compare(2, f"polysemanticity, {SINGLE[-1]} experts - {SINGLE[0]}", most, least)
@@ -392,24 +392,24 @@ def claims(name: str = "heads") -> list[Row]:
     mlp = values("loss", kind="matched", format="linear")
     for format in FORMATS:
         for (n,) in MATCHED:
-            mine = values("loss", kind="matched", format=format, experts=n)
-            compare("no", f"loss, {format} of {n} experts - MLP", mine, mlp)
-    return found
+            mixture = values("loss", kind="matched", format=format, experts=n)
+            compare("no", f"loss, {format} of {n} experts - MLP", mixture, mlp)
+    return records
 
 
 def keep_images(top: dict[str, Any]) -> None:
-    """Keep the images of the most active inputs with their labels, and which they are."""
+    """Store the images of the most active inputs with their labels and indices."""
     path = TABLES / "heads_top_inputs.npz"
-    kept = dict(np.load(path)) if path.exists() else {}
+    arrays = dict(np.load(path)) if path.exists() else {}
     data = images("t10k")
     for name, indices in top.items():
         n = name.removeprefix("indices_")
         pixels = (data.x[indices.clip(0)] * 255).round().to(torch.uint8).numpy()
         pixels[indices < 0] = 255
         labels = np.where(indices < 0, -1, data.y[indices.clip(0)].numpy())
-        kept |= {name: indices, f"images_{n}": pixels, f"labels_{n}": labels}
+        arrays |= {name: indices, f"images_{n}": pixels, f"labels_{n}": labels}
     with files.whole_file(path) as file:
-        np.savez_compressed(file, **kept)
+        np.savez_compressed(file, **arrays)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -426,8 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns = ("parameters", "accuracy", "accuracy_at_the_end")
         print(f"\n{as_text(means(table('heads_causes'), 'cause', columns))}")
         rows = [row for row in table(options.table) if row["kind"] == "single" and row["format"] == "cp"]
-        own = [row for row in rows if (row["gate"], row["gate_norm"]) == ("entmax15", "batch")]
-        print(f"\n{as_text(means(own, 'experts', ('dead', 'polysemanticity', 'polysemanticity_random')))}")
+        rows = [row for row in rows if (row["gate"], row["gate_norm"]) == ("entmax15", "batch")]
+        columns = ("dead", "polysemanticity", "polysemanticity_random")
+        print(f"\n{as_text(means(rows, 'experts', columns))}")
     else:
         {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.processes)
     return 0

@@ -79,10 +79,10 @@ CAUSES: dict[str, dict[str, list[str]]] = {
         "softmax gate": ["model.gate=softmax"],
     },
 }
-#: What was best of these, tried with all experts for the whole length, on validation rows.
+#: The best of these on validation rows; all arms of experts are trained with it for the whole length.
 FOLLOWED = {"mixer": "published initialisation"}
 CAUSE_SEEDS = {"mixer": (100, 101), "gpt2": (100,)}
-#: Shares of the singular values that are kept.
+#: Shares of the singular values that a linear layer is cut to.
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 #: What GPT-2s go on with, from a play that they were not trained on; how many tokens, and how they are drawn.
 START, WRITTEN, TEMPERATURE, TOP_K = "FIRST WITCH.\nWhen shall we three meet again?\n", 100, 0.8, 40
@@ -102,22 +102,22 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
     torch.set_num_threads(1)
     settings = settings_of(kind, overrides, learning_rate, key["seed"])
     name = "-".join(str(value).replace(", ", "-").replace(" ", "-") for value in key.values())
-    found = run(settings, ROOT / "results" / kind / name)
+    outcome = run(settings, ROOT / "results" / kind / name)
     return {
         **key,
-        "parameters": found["parameters"],
-        "ranks": " ".join(f"{name} {value}" for name, value in found["ranks"].items() if value) or "none",
+        "parameters": outcome["parameters"],
+        "ranks": " ".join(f"{name} {value}" for name, value in outcome["ranks"].items() if value) or "none",
         "learning_rate": learning_rate,
-        "steps": found["steps"],
-        "seconds": found["seconds"],
-        "validation_loss": found["validation_loss"],
-        "validation_accuracy": found["accuracy"],
+        "steps": outcome["steps"],
+        "seconds": outcome["seconds"],
+        "validation_loss": outcome["validation_loss"],
+        "validation_accuracy": outcome["accuracy"],
         "folder": name,
     }
 
 
 def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> None:
-    """Train what a table does not have yet: the columns that tell it, what is set, the learning rate."""
+    """Train the runs that a table has no row of: columns of the row, settings, learning rate."""
     work = [(key, (kind, key, overrides, rate)) for key, overrides, rate in tasks]
     keep(name, work, trained, processes)
 
@@ -134,19 +134,19 @@ def tune(kind: str, processes: int) -> None:
 
 def learning_rate(kind: str, arm: str) -> float:
     """The rate with the lowest validation loss; two levels have that of one."""
-    mine = [row for row in table(f"{kind}_tuning") if row["tuning"] == arm.partition(",")[0]]
-    if len(mine) != len(LEARNING_RATES[kind]):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {arm} has {len(mine)}.")
-    return float(min(mine, key=lambda row: row["validation_loss"])["rate"])
+    group = [row for row in table(f"{kind}_tuning") if row["tuning"] == arm.partition(",")[0]]
+    if len(group) != len(LEARNING_RATES[kind]):
+        raise ValueError(f"learning rates must be tried first, by `tune`; {arm} has {len(group)}.")
+    return float(min(group, key=lambda row: row["validation_loss"])["rate"])
 
 
 def curves(kind: str, rows: Sequence[Row]) -> list[Row]:
     """Evaluations of trainings; of those whose folder is not here any more, what the table has."""
-    found = []
+    records = []
     for row in rows:
         metrics = ROOT / "results" / kind / row["folder"] / "metrics.csv"
         if metrics.exists():
-            found += [
+            records += [
                 {
                     "arm": row["arm"],
                     "seed": row["seed"],
@@ -159,8 +159,8 @@ def curves(kind: str, rows: Sequence[Row]) -> list[Row]:
             ]
         else:
             key = (row["arm"], row["seed"])
-            found += [old for old in table(f"{kind}_curves") if (old["arm"], old["seed"]) == key]
-    return found
+            records += [old for old in table(f"{kind}_curves") if (old["arm"], old["seed"]) == key]
+    return records
 
 
 def run_all(kind: str, processes: int) -> None:
@@ -176,7 +176,7 @@ def run_all(kind: str, processes: int) -> None:
     if kind == "mixer":
         folder = ROOT / "data" / "fashion-mnist"
         data = read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")
-        # What was judged is not judged again: the images are read once.
+        # Runs that have a row are not evaluated again; the images are read once.
         tested = table("mixer_test")
         judged = {(row["arm"], row["seed"]) for row in tested}
         for row in (row for row in rows if (row["arm"], row["seed"]) not in judged):
@@ -196,19 +196,19 @@ def find_causes(kind: str, processes: int) -> None:
             start = "" if arm == "CP" else "dense, "
             changed += [(f"{start}learning rate x {factor}", [], factor * rate) for factor in (0.5, 2)]
             tasks += [
-                ({"changed": name, "seed": seed}, [*ARMS[kind][arm], *CAUSING[kind], *change], own)
-                for name, change, own in changed
+                ({"changed": name, "seed": seed}, [*ARMS[kind][arm], *CAUSING[kind], *change], rate)
+                for name, change, rate in changed
             ]
     train_all(kind, f"{kind}_causes", tasks, processes)
 
 
 def follow(kind: str, processes: int) -> None:
-    """Train all arms of experts as the protocol says but for what was found."""
+    """Train all arms of experts by the protocol with one thing changed, that of `FOLLOWED`."""
     name = FOLLOWED[kind]
     tasks = [
-        ({"arm": f"{arm}, {name}", "seed": seed}, [*given, *CAUSES[kind][name]], learning_rate(kind, arm))
+        ({"arm": f"{arm}, {name}", "seed": seed}, [*settings, *CAUSES[kind][name]], learning_rate(kind, arm))
         for seed in SEEDS
-        for arm, given in ARMS[kind].items()
+        for arm, settings in ARMS[kind].items()
         if arm != "dense"
     ]
     train_all(kind, f"{kind}_followed", tasks, processes)
@@ -264,26 +264,26 @@ def claims(kind: str) -> list[Row]:
         ("test accuracy, points", tested, "accuracy"),
         ("parameters, %", rows, "parameters"),
     ]
-    found = []
+    records = []
     for measure, of, column in measures:
         is_share = measure.endswith("points")
         values = {(row["arm"], row["seed"]): (100 if is_share else 1) * row[column] for row in of}
         for arm in dict.fromkeys(row["arm"] for row in of):
-            own = [values[arm, seed] for seed in SEEDS]
+            arm_values = [values[arm, seed] for seed in SEEDS]
             base = [values["dense", seed] for seed in SEEDS]
-            gaps = [a - b if is_share else 100 * (a / b - 1) for a, b in zip(own, base, strict=True)]
+            gaps = [a - b if is_share else 100 * (a / b - 1) for a, b in zip(arm_values, base, strict=True)]
             mean, half = interval(gaps)
-            found.append(
+            records.append(
                 {
-                    "measure": measure, "arm": arm, "value": interval(own)[0],
-                    "minus dense": mean, "half": half, "seeds": len(own),
+                    "measure": measure, "arm": arm, "value": interval(arm_values)[0],
+                    "minus dense": mean, "half": half, "seeds": len(arm_values),
                 }
             )  # fmt: skip
-    return found
+    return records
 
 
 def tried(kind: str) -> list[Row]:
-    """What `find_causes` found, as means over seeds."""
+    """The results of `find_causes` as means over seeds."""
     columns = ("learning_rate", "parameters", "validation_loss", "validation_accuracy")
     return means(table(f"{kind}_causes"), "changed", columns)
 

@@ -29,7 +29,7 @@ UNIT = {"mixer": "images", "gpt2": "tokens"}
 
 
 def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
-    """A step of an arm, which tells its loss; the images or tokens in it; the model's parameters."""
+    """A step of an arm, which returns its loss; the images or tokens in it; the model's parameters."""
     settings = read_settings(kind, None, ARMS[kind][arm])
     torch.manual_seed(0)
     model = settings.make_model()
@@ -58,7 +58,7 @@ def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
 def peak(kind: str, arm: str) -> tuple[str, int]:
     """The arm, and bytes by which this process grows by its model, its optimizer and some steps."""
     torch.set_num_threads(1)
-    # What libraries load and allocate once is there after another model, a small one.
+    # A small model first, for which libraries load and allocate.
     small = torch.nn.Linear(8, 8)
     cross_entropy(small(torch.randn(4, 8)), torch.zeros(4, dtype=torch.int64)).backward()
     torch.optim.AdamW(small.parameters()).step()
@@ -74,16 +74,16 @@ def peak(kind: str, arm: str) -> tuple[str, int]:
 def measure(kind: str) -> Report:
     """Speed and memory of all arms of an experiment."""
     made = {arm: make(kind, arm) for arm in ARMS[kind]}
-    found = compare({arm: step for arm, (step, *_) in made.items()}, "dense", rounds=ROUNDS, limit=SECONDS)
+    timings = compare({arm: step for arm, (step, *_) in made.items()}, "dense", rounds=ROUNDS, limit=SECONDS)
     peaks = dict(go_through([(kind, arm) for arm in made], peak, processes=1, one_each=True))
     rows = []
     for arm, (_, inputs, parameters) in made.items():
-        ratio = found.ratio(arm)
+        ratio = timings.ratio(arm)
         rows.append(
             {
                 "model": arm,
                 "parameters": parameters,
-                f"{UNIT[kind]} a second": inputs / found.spread(arm).median,
+                f"{UNIT[kind]} a second": inputs / timings.spread(arm).median,
                 "time of a step / dense": ratio.median,
                 "q1": ratio.low,
                 "q3": ratio.high,
@@ -92,7 +92,7 @@ def measure(kind: str) -> Report:
         )
     return Report(
         kind,
-        f"Training steps of {kind}, {found.rounds} rounds",
+        f"Training steps of {kind}, {timings.rounds} rounds",
         dict(zip(rows[0], ("", ",d", ",.0f", ".2f", ".2f", ".2f", ",.0f"), strict=True)),
         rows,
         [f"{UNIT[kind]} a second: of the median step. Peak: growth of a process by model, AdamW and steps."],

@@ -94,7 +94,7 @@ def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     pairs = [(random(rows, layer.gate.in_features), weight.T)]
     for experts in layer.children():
         if isinstance(experts, Experts):
-            sizes = {**dict(experts.plan.program.network.sizes), BATCH: rows}
+            sizes = experts.plan.program.network.sizes_at(rows)
             for step in experts.plan.steps:
                 left, right, result = (set(axes) for axes in step.axes)
                 if step.kind != "mul":
@@ -162,7 +162,7 @@ def elementwise(layer: Any, rows: int, backward: bool) -> Call:
     jobs: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [(coefficients, (logits,))]
     children = [child for child in layer.children() if isinstance(child, Experts)]
     for experts in children:
-        sizes = {**dict(experts.plan.program.network.sizes), BATCH: rows}
+        sizes = experts.plan.program.network.sizes_at(rows)
         for step in experts.plan.steps:
             if step.kind == "mul":
                 left, right, result = step.axes
@@ -207,7 +207,7 @@ class AsWritten(nn.Module):
     def mixed(experts: Experts, x: torch.Tensor, coefficients: Sequence[torch.Tensor]) -> torch.Tensor:
         """Equation (1), all factors in one einsum."""
         network = experts.plan.program.network
-        letters = {BATCH: "Z"} | {x: chr(ord("a") + k) for k, (x, _) in enumerate(network.sizes)}
+        letters = {BATCH: "Z"} | {x: chr(ord("a") + k) for k, (x, _) in enumerate(network.index_sizes)}
         terms = ["".join(letters[x] for x in axes) for axes in (*network.operands, network.output)]
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         equation = f"{','.join(terms[:-1])}->{terms[-1]}"

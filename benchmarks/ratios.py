@@ -294,7 +294,7 @@ class Rival(NamedTuple):
 def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]], dict[str, int]]:
     """The forward pass for opt_einsum: equation, shapes of the operands, sizes of the letters."""
     network = mt.plan(spec, batch=batch).program.network
-    named = {**dict(network.sizes), "B": batch}
+    named = network.sizes_at(batch)
     letter = {name: opt_einsum.get_symbol(k) for k, name in enumerate(named)}
     terms = ["".join(letter[x] for x in operand) for operand in (*network.operands, network.output)]
     shapes = [tuple(named[x] for x in operand) for operand in network.operands]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Unpack
+from typing import Unpack
 
 from mumoe_tensor.checks import check_flag
+from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan
-from mumoe_tensor.contraction.search import Objective
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
@@ -107,7 +107,7 @@ def cost(
     minimize: Objective = "time",
     implementation: Implementation = "factorized",
     memory_limit: int | None = None,
-    constants: Literal["weights"] | None = None,
+    fold_weights: bool = False,
     dtype: str | None = None,
     **sizes: Unpack[Sizes],
 ) -> Cost:
@@ -119,7 +119,7 @@ def cost(
         A format, with `sizes` beside it, or the spec of a layer or a block.
     gate : bool, default False
         Count the gate, as `.nn.MuMoE` has one: a matrix ``in_features x experts`` a level, without bias.
-    batch, minimize, implementation, memory_limit, constants, dtype : optional
+    batch, minimize, implementation, memory_limit, fold_weights, dtype : optional
         See `plan`.
     **sizes
         The arguments of a `LayerSpec`, unless `format` is one. Biases are counted with ``bias=True``.
@@ -150,7 +150,7 @@ def cost(
             minimize=minimize,
             implementation=implementation,
             memory_limit=memory_limit,
-            constants=constants,
+            fold_weights=fold_weights,
             dtype=dtype,
         )
         for layer in spec.layers

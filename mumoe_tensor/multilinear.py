@@ -14,8 +14,8 @@ from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.contraction.execute import execute, fold
 from mumoe_tensor.contraction.layout import Compiler, Program
 from mumoe_tensor.contraction.network import Network, forward_network, weight_network
+from mumoe_tensor.contraction.order import Objective, Orders
 from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
-from mumoe_tensor.contraction.search import Case, Objective, SearchSpace, best_trees
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
@@ -102,7 +102,7 @@ def bind(
     Parameters
     ----------
     plan : ContractionPlan
-        Usually one made with ``constants="weights"``.
+        Usually one made with ``fold_weights=True``.
     weight : FactorizedTensor, container of TensorLy, or array
         The weight the plan was made for. Later changes of it are not seen.
     bias : bool, default False
@@ -182,13 +182,7 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
         for axis in reversed(range(len(operand))):
             if operand[axis] in of_mode:
                 arrays[k] = operations.select(arrays[k], axis, of_mode[operand[axis]])
-    sliced = Network(
-        operands=tuple(tuple(x for x in o if x not in of_mode) for o in network.operands),
-        storage=tuple(tuple(x for x in o if x not in of_mode) for o in network.storage),
-        output=network.output[-2:],
-        sizes=network.sizes,
-        weights=network.weights,
-    )
+    sliced = network.without(set(of_mode))
     matrix = execute(_whole(sliced), arrays)
     if not bias:
         return matrix
@@ -198,14 +192,7 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
 def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:
     """The matrix of shape (I, O) that an input meets at these coefficients, one vector a level."""
     network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
-    vectors = tuple((mode,) for mode in network.output[:-2])
-    mixed = Network(
-        operands=network.operands + vectors,
-        storage=network.storage + vectors,
-        output=network.output[-2:],
-        sizes=network.sizes,
-        weights=network.weights,
-    )
+    mixed = network.with_vectors([(mode,) for mode in network.output[:-2]], network.output[-2:])
     arrays = [*weight.arrays, *coefficients]
     return execute(_whole(mixed), arrays)
 
@@ -213,8 +200,9 @@ def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Arr
 @lru_cache(maxsize=1024)
 def _whole(network: Network) -> Program:
     """Program of fewest FLOPs for a network of weights alone."""
-    (tree,) = best_trees(SearchSpace(network), [Case(1)])
-    return Compiler(network, 1)(tree)
+    best = Orders(network, 1).best("flops")
+    assert best is not None
+    return Compiler(network, 1)(best[0])
 
 
 _forward_network = lru_cache(maxsize=1024)(forward_network)
@@ -232,6 +220,9 @@ def _program(
     implementation: Implementation,
     memory_limit: int | None,
 ) -> Program:
+    if memory_limit is None:
+        # Batches of about the same size share a plan. (A limit is for the batch itself.)
+        batch = 1 << max(batch - 1, 0).bit_length()
     network = _forward_network(format, modes, rank, ones, bias)
     return plan_network(network, batch, minimize, implementation, memory_limit).program
 
@@ -250,7 +241,7 @@ def _check_plan(plan: ContractionPlan, weight: FactorizedTensor, bias: bool) -> 
     network = _forward_network(*_key(weight, bias))
     planned = plan.program.network
     if planned != network:
-        theirs, ours = dict(planned.sizes), dict(network.sizes)
+        theirs, ours = dict(planned.index_sizes), dict(network.index_sizes)
         raise ValueError(
             f"a plan runs only on the network it was made for; it has {planned.weights} factors of sizes "
             f"{theirs} with bias={planned.bias}, the weight {network.weights} of {ours} with "

@@ -387,7 +387,7 @@ def every_public_call(backend: str, dtype: str = "float32") -> None:
         weight, z, coefficients = example(format, backend, dtype)
         like = {"rank": RANKS.get(format), "bias": True, **SIZES}
         plan = mt.plan(format, **like)
-        mt.plan(format, implementation="auto", minimize="peak", constants="weights", dtype="float32", **like)
+        mt.plan(format, implementation="auto", minimize="peak", fold_weights=True, dtype="float32", **like)
         mt.cost(format, gate=True, **like)
         mt.multilinear_moe(weight, z, coefficients, bias=True)
         mt.multilinear_moe(weight, z, coefficients, bias=True, plan=plan)

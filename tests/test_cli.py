@@ -85,7 +85,7 @@ def test_plan() -> None:
     [
         ("--minimize peak", {"minimize": "peak"}),
         ("--implementation reconstructed", {"implementation": "reconstructed"}),
-        ("--constants weights", {"constants": "weights"}),
+        ("--constants weights", {"fold_weights": True}),
         ("--dtype float32", {"dtype": "float32"}),
         ("--memory-limit 20000", {"memory_limit": 20_000}),
         ("--bias --implementation reconstructed", {"bias": True, "implementation": "reconstructed"}),

@@ -160,8 +160,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "negative batch": (lambda: mt.plan("cp", rank=6, batch=-1, **SIZES), ValueError, ("batch", "-1")),
     "unknown dtype": (
         lambda: mt.plan("cp", rank=6, dtype="int8", **SIZES), ValueError, ("'float32'", "'int8'")),
-    "unknown constants": (
-        lambda: mt.plan("cp", rank=6, constants="all", **SIZES), ValueError, ("'weights'", "'all'")),
+    "weights folded by name": (
+        lambda: mt.plan("cp", rank=6, fold_weights="all", **SIZES), TypeError, ("fold_weights", "'all'")),
     "limit of zero": (lambda: mt.plan("cp", rank=6, memory_limit=0, **SIZES), ValueError, ("memory_limit", "0")),
     # cost and budget
     "gate that is no bool": (lambda: mt.cost("cp", rank=6, gate=1, **SIZES), TypeError, ("gate", "1")),

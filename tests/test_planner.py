@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from math import inf, prod
 from typing import Any
@@ -13,12 +14,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
-from mumoe_tensor.contraction import plan as planner
+from mumoe_tensor import multilinear
+from mumoe_tensor.contraction import order
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler, Operand, Program
-from mumoe_tensor.contraction.network import BATCH, Network, forward_network
+from mumoe_tensor.contraction.network import Network, Tree, forward_network, is_read_in_place
 from mumoe_tensor.contraction.plan import PlannedStep, planned_steps
-from mumoe_tensor.formats.base import Tree
+from mumoe_tensor.formats.base import BATCH
 
 ALL = list(mt.formats().values())
 BATCHES = st.sampled_from([1, 2, 7, 50, 300, 4096, 65_536])
@@ -60,7 +62,7 @@ def network_of(layer: dict) -> Network:
 def fewest_flops(network: Network, batch: int, factorized: bool) -> float:
     """FLOPs of the best pairwise order by trying every split of every set of operands."""
     network = network.squeezed  # sums over an index of size one cost nothing
-    sizes = {**dict(network.sizes), BATCH: batch}
+    sizes = network.sizes_at(batch)
     operands = [frozenset(o) for o in network.operands]
     whole = frozenset(range(len(operands)))
     vector = len(operands) - 1
@@ -166,9 +168,9 @@ def orders(network: Network, operands: tuple[int, ...]) -> Iterator[tuple[Tree, 
 def all_programs(layer: dict, batch: int) -> list[tuple[Program, tuple[PlannedStep, ...]]]:
     """Programs of every order of a small network, but of those that form the weight, and their steps."""
     network, found = network_of(layer), []
-    for order, admitted in orders(network, tuple(range(len(network.operands)))):
+    for tree, admitted in orders(network, tuple(range(len(network.operands)))):
         for layout_batch in (1, 65_536) if admitted else ():
-            program = Compiler(network, layout_batch)(order)
+            program = Compiler(network, layout_batch)(tree)
             steps = planned_steps(program, batch)
             if len(modes_of(layer)) < 2 or not any(carries_all(step, layer) for step in steps):
                 found.append((program, steps))
@@ -181,7 +183,7 @@ def test_peak_is_the_smallest_of_all_orders_of_a_small_network(layer, batch) -> 
     """Exact but for copies of intermediates, which the search does not foresee."""
     network = network_of(layer)
     assume(len(network.operands) <= 5)
-    assume(min(size for _, size in network.sizes) > 1)
+    assume(min(size for _, size in network.index_sizes) > 1)
     peaks = [max(step.live for step in steps) for _, steps in all_programs(layer, batch)]
     peak = mt.plan(**layer, batch=batch, minimize="peak").peak
     exact = all(len(operand) <= 2 for operand in network.operands)
@@ -197,14 +199,10 @@ def test_time_is_the_least_of_all_orders_of_a_small_network(format, sizes, bias,
     rank = {"cp": (7,), "tr": (11, 2, 10), "tt": (3, 8)}.get(format, ())
     layer = {**layer_of(format, *sizes, rank), "bias": bias}
 
-    def modelled(program: Program) -> float:
-        alpha, beta = planner._candidate(program, "factorized", free=False).time
-        return alpha + beta * batch
-
-    programs = [(sum(step.flops for step in steps), made) for made, steps in all_programs(layer, batch)]
-    most = 1.05 * min(flops for flops, _ in programs)
-    least = min(modelled(program) for flops, program in programs if flops <= most)
-    assert modelled(mt.plan(**layer, batch=batch).program) == least
+    plan = mt.plan(**layer, batch=batch)
+    plans = [replace(plan, program=program) for program, _ in all_programs(layer, batch)]
+    most = 1.05 * min(other.flops for other in plans)
+    assert plan.time == min(other.time for other in plans if other.flops <= most)
 
 
 def test_peak_counts_copies_of_weights() -> None:
@@ -227,24 +225,64 @@ def test_time_avoids_the_copy_of_a_large_weight() -> None:
     assert mt.plan("dense", **sizes).copied == 0
 
 
+@pytest.mark.parametrize("format", ["cp", "dense", "hadamard", "tr", "tt", "tucker"])
+@pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
+@pytest.mark.parametrize("minimize", ["time", "flops", "peak"])
+def test_many_levels_are_planned_and_the_search_is_named(format, implementation, minimize) -> None:
+    levels = 11
+    rank = {"cp": 3, "tr": (2,) * (levels + 2), "tt": (2,) * (levels + 1), "tucker": (2,) * levels + (3, 3)}
+    layer = dict(experts=(2,) * levels, in_features=5, out_features=4, rank=rank.get(format), bias=True)
+    options = dict(batch=64, implementation=implementation, minimize=minimize)
+    plan = mt.plan(format, **layer, **options)
+    assert len(plan.steps) == len(plan.program.network.operands) - 1
+    by_hand = format == "hadamard" and implementation == "factorized"
+    assert plan.search == ("vectors first" if by_hand else "greedy")
+    assert plan.search in str(plan).splitlines()[0]
+    assert "(" not in str(mt.plan(format, **{**layer, **few_levels(format)}, **options)).splitlines()[0]
+
+
+def few_levels(format: str) -> dict:
+    rank = {"cp": 3, "tr": (2, 2, 2), "tt": (2, 2), "tucker": (2, 3, 3)}
+    return dict(experts=2, rank=rank.get(format))
+
+
 @FEW
-@given(layers())
-def test_another_batch_makes_no_new_search(layer) -> None:
-    searched = []
-    original = planner._candidates.__wrapped__
-
-    def counted(*arguments):
-        searched.append(arguments)
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "_candidates", planner.lru_cache(counted))
-        planner._plan_network.cache_clear()
+@given(layers(levels=2, largest=60), BATCHES, st.sampled_from([2, 3, 4]), st.sampled_from([None, 2000]))
+def test_smaller_searches_keep_the_rules_and_are_no_better(layer, batch, exact, limit) -> None:
+    """What is not exact finds an admitted order, if there is no limit, and never a cheaper one."""
+    network, limit = network_of(layer), inf if limit is None else limit
+    for implementation in ("factorized", "reconstructed"):
         for minimize in ("time", "flops", "peak"):
-            for batch in (1, 3, 1000, 1_000_000):
-                mt.plan(**layer, batch=batch, minimize=minimize)
-    planner._plan_network.cache_clear()
-    assert len(searched) == 3
+            orders = order.Orders(network, batch, implementation, limit=limit)
+            best = orders.best(minimize)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(order, "EXACT", exact)
+                found = orders.best(minimize)
+                if best and minimize != "peak":  # where FLOPs decide among equals, but not exactly
+                    assert orders.best(minimize, best[0]) is None
+            assert best is None or best[1] == "exact"
+            assert found is not None or limit < inf
+            if found:
+                tree, search = found
+                assert search == "exact" or len(network.operands) > exact
+                steps = planned_steps(Compiler(network, batch)(tree), batch)
+                assert all(step.size <= limit for step in steps[:-1])
+                if implementation == "factorized" and len(modes_of(layer)) > 1:
+                    assert not any(carries_all(step, layer) for step in steps)
+
+
+@pytest.mark.parametrize("format", ["cp", "hadamard", "tr", "tt", "tucker"])
+@pytest.mark.parametrize("batch", [1, 64, 4096])
+def test_vectors_first_costs_little_more_in_layers(format, batch) -> None:
+    rank = {"cp": 64, "tr": (4, 4, 4, 64), "tt": (4, 4, 64), "tucker": (8, 8, 64, 64)}.get(format)
+    layer = dict(experts=(16, 16), in_features=768, out_features=768, rank=rank, batch=batch)
+    network = mt.plan(format, **layer).program.network
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "EXACT", len(network.operands) - 1)
+        tree, search = order.Orders(network, batch, "factorized").best("flops")
+    assert search == "vectors first"
+    flops = sum(step.flops for step in planned_steps(Compiler(network, batch)(tree), batch))
+    assert flops <= 1.01 * mt.plan(format, **layer, minimize="flops").flops
 
 
 # ---- implementations, memory, constants --------------------------------------------------------------
@@ -317,7 +355,7 @@ def test_memory_limit_finds_the_order_that_fits() -> None:
 
 @given(layers(), BATCHES)
 def test_constants_are_reported_apart(layer, batch) -> None:
-    plan = mt.plan(**layer, batch=batch, constants="weights", minimize="flops")
+    plan = mt.plan(**layer, batch=batch, fold_weights=True, minimize="flops")
     assert all(BATCH not in step.equation for step in plan.constant_steps)
     assert all(BATCH in step.equation for step in plan.steps)
     assert plan.flops == sum(step.flops for step in plan.steps)
@@ -326,7 +364,7 @@ def test_constants_are_reported_apart(layer, batch) -> None:
 
 def test_constants_fold_a_core_that_is_read_often() -> None:
     layer = dict(experts=4, in_features=8, out_features=8, rank=(8, 8, 8), batch=10_000)
-    plan = mt.plan("tucker", **layer, constants="weights")
+    plan = mt.plan("tucker", **layer, fold_weights=True)
     assert plan.constant_steps
     assert plan.flops < mt.plan("tucker", **layer).flops
 
@@ -337,7 +375,7 @@ def test_constants_fold_a_core_that_is_read_often() -> None:
 @given(layers(), BATCHES, st.sampled_from(["time", "flops", "peak"]), st.sampled_from(["float64", "float16"]))
 def test_figures_follow_from_the_steps(layer, batch, minimize, dtype) -> None:
     plan = mt.plan(**layer, batch=batch, minimize=minimize)
-    sizes = {**dict(network_of(layer).sizes), BATCH: batch}
+    sizes = network_of(layer).sizes_at(batch)
     live, peak, intermediates = {}, 0, []
     operands = dict(enumerate(network_of(layer).squeezed.operands))
     for position, (step, made) in enumerate(zip(plan.steps, plan.program.steps, strict=True), len(operands)):
@@ -446,9 +484,9 @@ def any_networks(draw: st.DrawFn) -> tuple[Network, Tree]:
         nodes.append((first, second))
     network = Network(
         operands=tuple(map(tuple, operands)),
-        storage=tuple(tuple(draw(st.permutations(o))) for o in operands),
+        memory_orders=tuple(tuple(draw(st.permutations(o))) for o in operands),
         output=tuple(draw(st.permutations(output))),
-        sizes=tuple((x, draw(st.integers(1, 3))) for x in indices if x != BATCH),
+        index_sizes=tuple((x, draw(st.integers(1, 3))) for x in indices if x != BATCH),
         weights=0,
     )
     return network, nodes[0]
@@ -458,7 +496,7 @@ def any_networks(draw: st.DrawFn) -> tuple[Network, Tree]:
 @given(any_networks(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 65_536]), st.integers(0, 2**32 - 1))
 def test_any_network_in_any_order_of_memory_and_contraction(drawn, batch, layout_batch, seed) -> None:
     network, order = drawn
-    sizes = {**dict(network.sizes), BATCH: batch}
+    sizes = network.sizes_at(batch)
     generator = np.random.default_rng(seed)
     arrays = [generator.standard_normal([sizes[x] for x in operand]) for operand in network.operands]
     program = Compiler(network, layout_batch)(order)
@@ -517,24 +555,29 @@ def test_fold_makes_every_constant_step() -> None:
 
     layer = dict(experts=4, in_features=8, out_features=8, rank=(8, 8, 8))
     weight = mt.FactorizedTensor.random("tucker", **layer)
-    plan = mt.plan("tucker", **layer, batch=10_000, constants="weights")
+    plan = mt.plan("tucker", **layer, batch=10_000, fold_weights=True)
     assert len(plan.constant_steps) > 1
     assert len(fold(plan.program, weight.arrays)) == len(plan.constant_steps)
 
 
-def test_padding_of_axes_makes_no_copy() -> None:
-    from mumoe_tensor.contraction.search import SearchSpace, peaks_of
-
-    class Mixed(mt.Format):
-        name = title = "mixed"
-
-        def factors(self, modes):
-            return [mt.Factor(f"{modes[0]} p q"), mt.Factor("i p q o")]
-
-    network = forward_network(Mixed(), (40, 3, 4), (5, 6))
-    tree = (((0, 2), 1), 3)
-    live = max(s.live for s in planned_steps(Compiler(network, 2)(tree), 2))
-    assert peaks_of(SearchSpace(network), tree, [2]) == [live]
+@given(st.data())
+def test_an_operand_is_copied_where_it_cannot_be_read_in_place(data) -> None:
+    """One rule for the search, the layout and the figures."""
+    axes = data.draw(st.permutations("pqrstu"))
+    kinds = [data.draw(st.sampled_from(["summed", "shared", "free"])) for _ in axes]
+    shared, summed = (
+        [x for x, kind in zip(axes, kinds, strict=True) if kind == k] for k in ("shared", "summed")
+    )
+    free = [x for x in axes if x not in shared + summed]
+    network = Network(
+        operands=(tuple(axes), (*shared, "v", *summed)),
+        memory_orders=(tuple(axes), (*shared, "v", *summed)),
+        output=(*shared, *free, "v"),
+        index_sizes=tuple((x, 2) for x in (*axes, "v")),
+        weights=2,
+    )
+    (step,) = planned_steps(Compiler(network, 1)((0, 1)), 1)
+    assert step.copied == (0 if is_read_in_place(kinds) else 2**6)
 
 
 @pytest.mark.parametrize(
@@ -557,3 +600,21 @@ def test_axes_of_size_one_are_not_copied(
     assert operand.is_stored_anew(found) is is_stored_anew
     as_it_is = Operand(0, ("a", "b", "c"), None, groups, (-1, 10), None)
     assert not as_it_is.is_reordered(found) and not as_it_is.is_stored_anew(found)
+
+
+def test_batches_of_about_the_same_size_share_a_plan() -> None:
+    layer = dict(experts=3, in_features=4, out_features=5, rank=6)
+    weight = mt.FactorizedTensor.random("cp", **layer)
+    planned = []
+
+    def plan_network(network, batch, *options):
+        planned.append(batch)
+        return mt.plan("cp", **layer, batch=batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multilinear, "plan_network", plan_network)
+        for batch in (0, 1, 2, 3, 100, 128, 129):
+            mt.multilinear_moe(weight, np.ones((batch, 4)), [np.ones((batch, 3))])
+        assert planned == [1, 1, 2, 4, 128, 128, 256]
+        mt.multilinear_moe(weight, np.ones((100, 4)), [np.ones((100, 3))], memory_limit=10_000)
+    assert planned[-1] == 100  # the limit is for this batch

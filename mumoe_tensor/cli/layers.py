@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import mumoe_tensor as mt
+from mumoe_tensor.checks import check_choice
 from mumoe_tensor.cli.console import bad_input, new_table, print_json, show
 from mumoe_tensor.cli.options import (
     Batch,
@@ -94,7 +95,7 @@ def plan(
             minimize=minimize,  # type: ignore[arg-type]  # the library checks it
             implementation=implementation,  # type: ignore[arg-type]
             memory_limit=memory_limit,
-            constants=constants,  # type: ignore[arg-type]
+            fold_weights=check_choice(constants, (None, "weights"), "constants") is not None,
             dtype=dtype,
         )
     if as_json:
@@ -133,7 +134,7 @@ def cost(
             minimize=minimize,  # type: ignore[arg-type]
             implementation=implementation,  # type: ignore[arg-type]
             memory_limit=memory_limit,
-            constants=constants,  # type: ignore[arg-type]
+            fold_weights=check_choice(constants, (None, "weights"), "constants") is not None,
             dtype=dtype,
         )
     figures = _cost_figures(total)

@@ -16,8 +16,8 @@ from itertools import groupby
 from math import prod
 from typing import Literal, NamedTuple
 
-from mumoe_tensor.contraction.network import Indices, Network
-from mumoe_tensor.formats.base import BATCH, Tree
+from mumoe_tensor.contraction.network import Indices, Network, Tree
+from mumoe_tensor.formats.base import BATCH
 
 Kind = Literal["mm", "bmm", "mul"]
 
@@ -216,9 +216,9 @@ class Compiler:
 
     def __init__(self, network: Network, batch: int):
         self.handed_over, self.network = network, network.squeezed
-        self.sizes = {**dict(network.sizes), BATCH: batch}
+        self.sizes = network.sizes_at(batch)
         self.options: dict[Tree, dict[Indices, _Choice]] = {
-            k: {order: _Choice(0, None)} for k, order in enumerate(self.network.storage)
+            k: {order: _Choice(0, None)} for k, order in enumerate(self.network.memory_orders)
         }
 
     def __call__(self, tree: Tree) -> Program:
@@ -233,7 +233,7 @@ class Compiler:
             arrange=tuple(
                 _arrangement(operand, stored, squeezed, handed_over)
                 for operand, stored, squeezed in zip(
-                    handed_over.operands, handed_over.storage, network.storage, strict=True
+                    handed_over.operands, handed_over.memory_orders, network.memory_orders, strict=True
                 )
             ),
             steps=tuple(_emit(network, tree, order, self.options, sizes)),
@@ -353,16 +353,17 @@ def _emit(
         first, second = by_peak(node)
         return max(peak(first), held(first) + peak(second), held(first) + held(second) + held(node))
 
-    def by_peak(node: Tree) -> tuple[Tree, Tree]:
+    def by_peak(node: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         # Holding one result while the other branch runs is what costs.
         left, right = node
         left_first = max(peak(left), held(left) + peak(right))
         return (left, right) if left_first <= max(peak(right), held(right) + peak(left)) else (right, left)
 
     def visit(node: Tree, order: Indices) -> int:
+        if not isinstance(node, tuple):
+            return node
         join = options[node][order].step
-        if join is None:
-            return int(node)
+        assert join is not None
         first, second = reversed(node) if join.swapped else node
         orders = {first: join.left_order, second: join.right_order}
         positions = {branch: visit(branch, orders[branch]) for branch in by_peak(node)}
@@ -375,7 +376,7 @@ def _emit(
 
 def _arrangement(order: Indices, permuted: Indices, shaped: Indices, network: Network) -> Arrangement | None:
     """Take axes in one order to another, and then drop or add those of size one."""
-    sizes = {**dict(network.sizes), BATCH: -1}
+    sizes = network.sizes_at(-1)
     shape = None if permuted == shaped else tuple(sizes[x] for x in shaped)
     arrangement = Arrangement(_permutation(order, permuted), shape)
     return None if arrangement == (None, None) else arrangement
@@ -386,7 +387,7 @@ def _permutation(order: Indices, target: Indices) -> tuple[int, ...] | None:
 
 
 def _step(network: Network, join: _Join, left: int, right: int, output: Indices) -> Step:
-    sizes = {**dict(network.sizes), BATCH: -1}
+    sizes = network.sizes_at(-1)
     positions, orders = (left, right), (join.left_order, join.right_order)
     reads = (join.left_read, join.right_read)
     if not join.summed:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from typing import TypeAlias
 
 from mumoe_tensor.formats.base import BATCH, Format, Rank, mode_names
 
-Indices = tuple[str, ...]
+Indices: TypeAlias = tuple[str, ...]
+#: An order of contraction: nested pairs of positions of operands.
+Tree: TypeAlias = "int | tuple[Tree, Tree]"
 
 
 @dataclass(frozen=True)
@@ -18,24 +22,24 @@ class Network:
     Parameters
     ----------
     operands : tuple of tuple of str
-        Axes of each operand as it is handed over.
-    storage : tuple of tuple of str
+        Axes of each operand as it is passed.
+    memory_orders : tuple of tuple of str
         The same axes in memory order, slowest first.
     output : tuple of str
         Axes of the result.
-    sizes : tuple of (str, int)
+    index_sizes : tuple of (str, int)
         Size of every index except the batch. With `bias` the input mode counts the bias row.
     weights : int
-        How many of the first operands are weights; the others are vectors with a batch.
+        How many of the first operands are weights; the others are vectors, one a mode.
     bias : bool
         True if the input vector is one shorter than the input mode of the weights, whose last row is the
         bias: the row is added, the vector never grows.
     """
 
     operands: tuple[Indices, ...]
-    storage: tuple[Indices, ...]
+    memory_orders: tuple[Indices, ...]
     output: Indices
-    sizes: tuple[tuple[str, int], ...]
+    index_sizes: tuple[tuple[str, int], ...]
     weights: int
     bias: bool = False
 
@@ -46,17 +50,34 @@ class Network:
 
     @cached_property
     def squeezed(self) -> Network:
-        """The same network without the indices of size one: a contraction has no use for them."""
-        ones = {x for x, size in self.sizes if size == 1}
+        """The same network without the indices of size one, which have no effect on a contraction."""
+        return self.without({x for x, size in self.index_sizes if size == 1})
 
-        def drop(indices: Indices) -> Indices:
-            return tuple(x for x in indices if x not in ones)
+    def sizes_at(self, batch: int) -> dict[str, int]:
+        """Size of every index, the batch first."""
+        return {BATCH: batch, **dict(self.index_sizes)}
+
+    def without(self, indices: set[str]) -> Network:
+        """The network of the operands without some of their axes."""
+
+        def drop(axes: Indices) -> Indices:
+            return tuple(x for x in axes if x not in indices)
 
         return replace(
             self,
             operands=tuple(map(drop, self.operands)),
-            storage=tuple(map(drop, self.storage)),
+            memory_orders=tuple(map(drop, self.memory_orders)),
             output=drop(self.output),
+        )
+
+    def with_vectors(self, vectors: Sequence[Indices], output: Indices, bias: bool = False) -> Network:
+        """The network of a weight with vectors on some of its modes."""
+        return replace(
+            self,
+            operands=self.operands + tuple(vectors),
+            memory_orders=self.memory_orders + tuple(vectors),
+            output=output,
+            bias=bias,
         )
 
 
@@ -73,15 +94,14 @@ def weight_network(
         Sizes of the modes; with a bias the input mode counts its row.
     rank : tuple of int
     ones : sequence of int
-        Positions of the factors that are all ones and take no part.
+        Positions of the optional factors that are missing.
     """
-    names = mode_names(len(modes) - 2)
     factors = [f for k, f in enumerate(format.declaration(len(modes) - 2)) if k not in ones]
     return Network(
         operands=tuple(f.indices for f in factors),
-        storage=tuple(f.memory_order for f in factors),
-        output=names,
-        sizes=tuple(format.index_sizes(modes, rank).items()),
+        memory_orders=tuple(f.memory_order for f in factors),
+        output=mode_names(len(modes) - 2),
+        index_sizes=tuple(format.index_sizes(modes, rank).items()),
         weights=len(factors),
     )
 
@@ -92,12 +112,19 @@ def forward_network(
     """Network of the forward pass: the weight with a batch of vectors on every mode but the output."""
     weight = weight_network(format, modes, rank, ones)
     *attached, o = weight.output
-    vectors = tuple((BATCH, mode) for mode in attached)
-    return Network(
-        operands=weight.operands + vectors,
-        storage=weight.storage + vectors,
-        output=(BATCH, o),
-        sizes=weight.sizes,
-        weights=weight.weights,
-        bias=bias,
-    )
+    return weight.with_vectors([(BATCH, mode) for mode in attached], (BATCH, o), bias)
+
+
+def is_read_in_place(kinds: Sequence[str]) -> bool:
+    """Whether a matrix product reads an operand as it lies in memory, without a copy.
+
+    It does where the axes that it sums, those it shares with the other operand and the result, and the rest
+    each lie together, and those it shares, along which it is a stack of products, are not innermost.
+
+    Parameters
+    ----------
+    kinds : sequence of {"summed", "shared", "free"}
+        Kind of each axis, in memory order. Where none is summed the product is elementwise, and reads any.
+    """
+    runs = [kind for kind, _ in groupby(kinds)]
+    return "summed" not in runs or (len(runs) == len(set(runs)) and runs[-1] != "shared")

@@ -7,25 +7,16 @@ where a dtype is named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf, prod
-from typing import Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack, get_args
 
-from mumoe_tensor.checks import as_positive, check_choice
+from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
 from mumoe_tensor.contraction.network import Indices, Network, forward_network
-from mumoe_tensor.contraction.search import (
-    ELEMENT,
-    Case,
-    Objective,
-    SearchSpace,
-    best_at_any_batch,
-    best_trees,
-    peaks_of,
-    substitute,
-)
-from mumoe_tensor.formats.base import BATCH, Format, Tree
+from mumoe_tensor.contraction.order import ELEMENT, Objective, Orders, Search
+from mumoe_tensor.formats.base import Format
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
@@ -34,10 +25,6 @@ Implementation = Literal["factorized", "reconstructed", "auto"]
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: ``minimize="time"`` takes an order of at most this multiple of the fewest FLOPs.
 EXTRA_FLOPS = 1.05
-#: Batch sizes at which the order of the smallest peak is searched ahead.
-PEAK_BATCHES = (1, 256, 65_536)
-#: Batch sizes at which copies of weights and of intermediates are weighed against each other.
-LAYOUT_BATCHES = (1, 65_536)
 
 
 class PlannedStep(NamedTuple):
@@ -51,6 +38,8 @@ class PlannedStep(NamedTuple):
     shape : tuple of int
         Shape of the result.
     flops : int
+    read : int
+        Elements of both operands.
     write : int
         Elements written: the result and the permuted copies made for it.
     copied : int
@@ -67,6 +56,7 @@ class PlannedStep(NamedTuple):
     kind: Kind
     shape: tuple[int, ...]
     flops: int
+    read: int
     write: int
     copied: int
     saved: int
@@ -88,7 +78,7 @@ class PlannedStep(NamedTuple):
 def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
     """Evaluate a program at a batch size."""
     network = program.network
-    sizes = {**dict(network.sizes), BATCH: batch}
+    sizes = network.sizes_at(batch)
     leaves = len(network.operands)
     alive: dict[int, int] = {}
     constant = dict.fromkeys(range(network.weights), True)
@@ -98,8 +88,9 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
         if step.bias is not None:
             extent["i"] -= 1
         operands = (step.left, step.right)
-        copied = saved = 0
+        read = copied = saved = 0
         for operand in operands:
+            read += prod(sizes[x] for x in operand.indices)
             elements = prod(extent[x] for x in operand.indices)
             # (The bias row takes its place in memory also where it takes no part.)
             if step.kind != "mul" and operand.is_reordered(sizes):
@@ -118,6 +109,7 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
                 kind=step.kind,
                 shape=shape,
                 flops=volume * (1 if step.kind == "mul" else 2),
+                read=read,
                 write=prod(shape) + copied,
                 copied=copied,
                 saved=saved,
@@ -140,9 +132,12 @@ class ContractionPlan:
         Batch size the figures are for; the program runs at any.
     implementation : {"factorized", "reconstructed"}
     minimize : {"time", "flops", "peak"}
-    constants : {"weights"} or None
-        With ``"weights"`` the products of weights alone are made ahead and left out of every figure but
-        those of `constant_steps`.
+    search : {"exact", "vectors first", "greedy"}
+        Which orders it is the best of: all; those in which each mode's vector meets the mode's factor first;
+        those that begin with the cheapest products.
+    fold_weights : bool
+        Whether products of weights alone are made ahead, and left out of every figure but those of
+        `constant_steps`.
     dtype : str or None
         Unit of `write`, `size`, `peak` and `saved`: bytes of this dtype, or elements.
     """
@@ -150,8 +145,9 @@ class ContractionPlan:
     program: Program
     batch: int
     implementation: str
-    minimize: str
-    constants: str | None = None
+    minimize: Objective
+    search: Search = "exact"
+    fold_weights: bool = False
     dtype: str | None = None
 
     @cached_property
@@ -161,12 +157,12 @@ class ContractionPlan:
     @property
     def steps(self) -> tuple[PlannedStep, ...]:
         """Pairwise products of a call, in their order."""
-        return tuple(s for s in self._planned if not (s.constant and self.constants))
+        return tuple(s for s in self._planned if not (s.constant and self.fold_weights))
 
     @property
     def constant_steps(self) -> tuple[PlannedStep, ...]:
         """Products of weights alone that are folded ahead."""
-        return tuple(s for s in self._planned if s.constant and self.constants)
+        return tuple(s for s in self._planned if s.constant and self.fold_weights)
 
     @property
     def itemsize(self) -> int:
@@ -177,6 +173,14 @@ class ContractionPlan:
     def flops(self) -> int:
         """Multiplications and additions."""
         return sum(s.flops for s in self.steps)
+
+    @property
+    def time(self) -> int:
+        """What ``minimize="time"`` minimises: FLOPs, and `ELEMENT` for each element read or written.
+
+        A copied element is read and written once more.
+        """
+        return sum(s.flops + ELEMENT * (s.read + s.write + s.copied) for s in self.steps)
 
     @property
     def write(self) -> int:
@@ -209,115 +213,18 @@ class ContractionPlan:
         for k, s in enumerate(self._planned, start=1):
             shape = " x ".join(f"{n:,}" for n in s.shape)
             figures = (f"{s.copied * self.itemsize:,}", f"{s.live * self.itemsize:,}")
-            ahead = "ahead" if s.constant and self.constants else str(k)
+            ahead = "ahead" if s.constant and self.fold_weights else str(k)
             rows.append((ahead, s.equation, s.kind, f"{s.flops:,}", shape, *figures))
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
         align = (str.rjust, str.ljust, str.ljust, str.rjust, str.ljust, str.rjust, str.rjust)
         lines = ["  ".join(put(x, w) for put, x, w in zip(align, row, widths, strict=True)) for row in rows]
         lines.insert(1, "-" * len(lines[0]))
         head = f"{self.implementation}, batch {self.batch:,}, least {self.minimize}"
+        if self.search != "exact":
+            head += f" ({self.search})"
         totals = ("write", "size", "peak", "saved")
         foot = ", ".join(f"{name} {getattr(self, name):,}" for name in totals)
         return "\n".join([head, *(line.rstrip() for line in lines), f"FLOPs {self.flops:,}; {foot} {unit}"])
-
-
-class _Candidate(NamedTuple):
-    """A program with its FLOPs and its modelled time as lines ``(alpha, beta)`` in the batch size."""
-
-    program: Program
-    implementation: str
-    flops: tuple[int, int]
-    time: tuple[int, int]
-
-
-def _candidate(program: Program, implementation: str, free: bool) -> _Candidate:
-    def costs(batch: int) -> tuple[int, int]:
-        sizes = {**dict(program.network.sizes), BATCH: batch}
-        flops = time = 0
-        for step, planned in zip(program.steps, planned_steps(program, batch), strict=True):
-            if free and planned.constant:
-                continue
-            read = sum(prod(sizes[x] for x in operand.indices) for operand in (step.left, step.right))
-            flops += planned.flops
-            time += planned.flops + ELEMENT * (read + planned.write + planned.copied)
-        return flops, time
-
-    # Costs that add up over the steps are linear in the batch size: two evaluations tell them. (Not at
-    # one, where the batch is an axis that needs no copy.)
-    lines = [(3 * two - 2 * three, three - two) for two, three in zip(costs(2), costs(3), strict=True)]
-    return _Candidate(program, implementation, *lines)
-
-
-@lru_cache(maxsize=512)
-def _candidates(
-    network: Network,
-    minimize: Objective,
-    implementation: Implementation,
-    free: bool,
-    limit: float,
-    batch: int,
-) -> tuple[_Candidate, ...]:
-    """Search once per network: programs among which the best for every batch size is found.
-
-    With a memory limit what is admitted depends on the batch; only then is `batch` not zero.
-    """
-    trees: list[tuple[Tree, str]] = []
-    if implementation in ("factorized", "auto"):
-        modes = tuple(x for operand in network.operands[network.weights :] for x in operand if x != BATCH)
-        space = SearchSpace(network, forbidden=(*modes, network.output[-1]), free_weights=free)
-        trees += [(tree, "factorized") for tree in _trees(space, minimize, limit, batch)]
-    if implementation in ("reconstructed", "auto"):
-        trees += [(tree, "reconstructed") for tree in _reconstructed(network, minimize, limit, batch)]
-    compilers = [Compiler(network, b) for b in ((batch,) if batch else LAYOUT_BATCHES)]
-    programs = {
-        (compiler(tree), implementation): None for tree, implementation in trees for compiler in compilers
-    }
-    return tuple(_candidate(program, implementation, free) for program, implementation in programs)
-
-
-def _trees(space: SearchSpace, minimize: Objective, limit: float, batch: int) -> list[Tree]:
-    elements = [0.0, ELEMENT] if minimize == "time" else [0.0]
-    if batch:
-        found = best_trees(space, [Case(batch, element) for element in elements], limit)
-    else:
-        found = [*best_at_any_batch(space, elements)]
-    if minimize == "peak":
-        batches = (batch,) if batch else PEAK_BATCHES
-        known = found[-1] if found else None
-        bounds = [inf] * len(batches) if known is None else peaks_of(space, known, batches)
-        cases = [Case(b, bound=bound) for b, bound in zip(batches, bounds, strict=True)]
-        found += best_trees(space, cases, limit, peak=True)
-    return list(dict.fromkeys(tree for tree in found if tree is not None))
-
-
-def _reconstructed(network: Network, minimize: Objective, limit: float, batch: int) -> list[Tree]:
-    """Orders that form the weight tensor first."""
-    vectors = network.operands[network.weights :]
-    whole = (*(x for v in vectors for x in v if x != BATCH), network.output[-1])
-    weight = Network(
-        operands=network.operands[: network.weights],
-        storage=network.storage[: network.weights],
-        output=whole,
-        sizes=network.sizes,
-        weights=network.weights,
-    )
-    dense = Network(
-        operands=(whole, *vectors),
-        storage=(whole, *vectors),
-        output=network.output,
-        sizes=network.sizes,
-        weights=1,
-        bias=network.bias,
-    )
-    if network.weights > 1 and prod(dict(network.sizes)[x] for x in whole) > limit:
-        return []
-    formed: Tree | None = 0
-    if network.weights > 1:
-        (formed,) = best_trees(SearchSpace(weight), [Case(1)], limit)
-    if formed is None:
-        return []
-    positions = {0: formed, **{k: network.weights - 1 + k for k in range(1, len(vectors) + 1)}}
-    return [substitute(tree, positions) for tree in _trees(SearchSpace(dense), minimize, limit, batch)]
 
 
 def plan_network(
@@ -326,17 +233,17 @@ def plan_network(
     minimize: Objective = "time",
     implementation: Implementation = "factorized",
     memory_limit: int | None = None,
-    constants: str | None = None,
+    fold_weights: bool = False,
     dtype: str | None = None,
 ) -> ContractionPlan:
     """Plan the contraction of a forward network; see `plan` for the parameters."""
-    check_choice(minimize, ("time", "flops", "peak"), "minimize")
-    check_choice(implementation, ("factorized", "reconstructed", "auto"), "implementation")
-    check_choice(constants, (None, "weights"), "constants")
+    check_choice(minimize, get_args(Objective), "minimize")
+    check_choice(implementation, get_args(Implementation), "implementation")
+    check_flag(fold_weights, "fold_weights")
     check_choice(dtype, (None, *ITEMSIZE), "dtype")
     if memory_limit is not None:
         memory_limit = as_positive(memory_limit, "memory_limit") // (ITEMSIZE[dtype] if dtype else 1)
-    return _plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)
+    return _plan_network(network, batch, minimize, implementation, memory_limit, fold_weights, dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -346,35 +253,36 @@ def _plan_network(
     minimize: Objective,
     implementation: Implementation,
     memory_limit: int | None,
-    constants: str | None,
+    fold_weights: bool,
     dtype: str | None,
 ) -> ContractionPlan:
-    free = constants == "weights"
-    limited = memory_limit is not None
-    size = max(batch, 1)
-    candidates = _candidates(
-        network, minimize, implementation, free, memory_limit if limited else inf, size if limited else 0
-    )
-    if not candidates:
+    rows = max(batch, 1)
+    limit = inf if memory_limit is None else memory_limit
+    compiler = Compiler(network, rows)
+    plans = []
+    for name in ("factorized", "reconstructed"):
+        if implementation in (name, "auto"):
+            # (How the weight is formed makes no difference to what follows: it is formed at the least cost.)
+            orders = Orders(network, rows, name, fold_weights and name == "factorized", limit)
+            fewest = orders.best("flops")
+            better = orders.best(minimize, fewest[0]) if fewest and minimize != "flops" else None
+            plans += [
+                ContractionPlan(compiler(tree), rows, name, minimize, search, fold_weights)
+                for tree, search in filter(None, (fewest, better))
+            ]
+    if not plans:
         raise ValueError(
             f"some order must keep every intermediate within memory_limit; none does at batch {batch} "
             f"with {memory_limit} elements."
         )
-
-    def at(line: tuple[int, int]) -> int:
-        return line[0] + line[1] * size
-
-    fewest = min(at(c.flops) for c in candidates)
     if minimize == "flops":
-        best = min(candidates, key=lambda c: (at(c.flops), at(c.time)))
+        best = min(plans, key=lambda plan: (plan.flops, plan.time))
     elif minimize == "time":
-        affordable = [c for c in candidates if at(c.flops) <= EXTRA_FLOPS * fewest]
-        best = min(affordable, key=lambda c: at(c.time))
+        most = EXTRA_FLOPS * min(plan.flops for plan in plans)
+        best = min((plan for plan in plans if plan.flops <= most), key=lambda plan: plan.time)
     else:
-        best = min(
-            candidates, key=lambda c: (max(s.live for s in planned_steps(c.program, size)), at(c.flops))
-        )
-    return ContractionPlan(best.program, batch, best.implementation, minimize, constants, dtype)
+        best = min(plans, key=lambda plan: (plan.peak, plan.flops))
+    return replace(best, batch=batch, dtype=dtype)
 
 
 def plan(
@@ -384,14 +292,14 @@ def plan(
     minimize: Objective = "time",
     implementation: Implementation = "factorized",
     memory_limit: int | None = None,
-    constants: Literal["weights"] | None = None,
+    fold_weights: bool = False,
     dtype: str | None = None,
     **sizes: Unpack[Sizes],
 ) -> ContractionPlan:
     """Plan the forward pass of a layer of experts, without its gate.
 
-    The search is made once for all batch sizes: the orders that are best at some batch are kept, and a
-    call with another batch only picks among them.
+    The plan is for one batch size; its program runs at any. The search is exact for up to `EXACT` factors and
+    vectors. `ContractionPlan.search` says if a larger network was searched less thoroughly.
 
     Parameters
     ----------
@@ -402,14 +310,13 @@ def plan(
     minimize : {"time", "flops", "peak"}, default "time"
         ``"time"`` weighs FLOPs and elements moved, copies included, and takes at most 5 % more FLOPs than
         the least. ``"flops"`` takes the fewest. ``"peak"`` takes the order with the fewest elements live
-        at once, among those of the fewest FLOPs at any batch and of the least peak at batches 1, 256 and
-        65,536.
+        at once.
     implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
         ``"factorized"``: no intermediate carries all of the expert, input and output modes.
         ``"reconstructed"``: the weight tensor is formed first. ``"auto"``: whichever costs less.
     memory_limit : int, optional
         Largest size of an intermediate, in elements, or in bytes of `dtype`.
-    constants : {"weights"}, optional
+    fold_weights : bool, default False
         Leave products of weights alone out of the cost: they are made ahead, once.
     dtype : {"float64", "float32", "bfloat16", "float16"}, optional
         Report bytes of this dtype instead of elements.
@@ -445,4 +352,4 @@ def plan(
     optional = spec.format.optional(spec.num_levels)
     network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, ones=optional, bias=spec.bias)
     batch = 0 if batch == 0 else as_positive(batch, "batch, if not zero,")
-    return plan_network(network, batch, minimize, implementation, memory_limit, constants, dtype)
+    return plan_network(network, batch, minimize, implementation, memory_limit, fold_weights, dtype)

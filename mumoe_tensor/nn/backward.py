@@ -45,7 +45,7 @@ def kept_results(program: Program, recompute: bool) -> frozenset[int]:
     Elementwise products, and others that are as cheap, are formed again. With `recompute` so is all that does
     not depend on the input vector: products of coefficients and of weights.
     """
-    sizes = dict(program.network.sizes)
+    sizes = dict(program.network.index_sizes)
     depend_on_input = {program.network.vector_of_input}
     kept = set()
     for position, step in program.numbered:
@@ -60,7 +60,7 @@ def kept_results(program: Program, recompute: bool) -> frozenset[int]:
 def sparse_products(program: Program) -> dict[int, SparseProduct]:
     """The products of one factor and the coefficients of a level of many experts, by position."""
     network = program.network
-    sizes = dict(network.sizes)
+    sizes = dict(network.index_sizes)
     products = {}
     for position, step in program.numbered:
         factor, vector = sorted((step.left.position, step.right.position))

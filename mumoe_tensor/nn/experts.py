@@ -108,14 +108,14 @@ class Experts(WholeState):
         ones = self.format.optional(spec.num_levels)
         network = forward_network(self.format, spec.mode_sizes, self.rank, ones, bias)
         # The parameters lie in memory order: to the planner these are their axes.
-        network = replace(network, operands=network.storage)
+        network = replace(network, operands=network.memory_orders)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
         program = self.plan.program
         self._policy = SavePolicy(program, kept_results(program, recompute))
         self._sparse_policy = replace(self._policy, sparse=sparse_products(program))
         self._network, self._batch_hint = network, batch_hint
-        sizes = dict(network.sizes)
-        self.axes = network.storage[: network.weights]
+        sizes = dict(network.index_sizes)
+        self.axes = network.memory_orders[: network.weights]
         self._factor_names = tuple(f"factor_{k}" for k in range(len(self.axes)))
         for name, axes in zip(self._factor_names, self.axes, strict=True):
             empty = torch.empty([sizes[x] for x in axes], device=device, dtype=dtype)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mumoe_tensor.contraction.execute import fold
 from mumoe_tensor.contraction.network import Network
+from mumoe_tensor.contraction.order import ELEMENT
 from mumoe_tensor.contraction.plan import plan_network
-from mumoe_tensor.contraction.search import ELEMENT
 from mumoe_tensor.nn.backward import SavePolicy
 
 
@@ -39,7 +39,7 @@ class Folded:
 
     def __init__(self, network: Network, batch: int):
         self._made_for = (network, batch)
-        plain, ahead = (plan_network(network, batch, constants=c) for c in (None, "weights"))
+        plain, ahead = (plan_network(network, batch, fold_weights=fold) for fold in (False, True))
         self.policy = SavePolicy(ahead.program)
         # Positions of the weights that the products are made of.
         self.sources = [
@@ -48,7 +48,7 @@ class Folded:
             for operand in (step.left, step.right)
             if position in ahead.program.constant and operand.position < network.weights
         ]
-        sizes = dict(network.sizes)
+        sizes = dict(network.index_sizes)
         elements = sum(prod(sizes[x] for x in network.operands[p]) for p in self.sources)
         saved = (plain.flops - ahead.flops) / max(batch, 1)
         self.fewest_rows = 2 * ELEMENT * elements / saved if saved > 0 and self.sources else inf

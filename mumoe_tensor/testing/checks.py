@@ -16,10 +16,10 @@ import numpy as np
 from mumoe_tensor.backend import Array, backend_of, tensorly_backend
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler
-from mumoe_tensor.contraction.network import Network, forward_network
+from mumoe_tensor.contraction.network import Network, Tree, forward_network
 from mumoe_tensor.contraction.plan import plan_network
 from mumoe_tensor.formats import Format, get_format, mode_names
-from mumoe_tensor.formats.base import MOST_LEVELS, Tree
+from mumoe_tensor.formats.base import MOST_LEVELS
 from mumoe_tensor.multilinear import bind, expert_matrix, to_dense
 from mumoe_tensor.tensors import FactorizedTensor
 from mumoe_tensor.testing.gradients import check_gradients
@@ -244,14 +244,14 @@ def check_paths(problem: Problem) -> None:
     network = _network(problem)
     batches = (1, max(1, prod(problem.leading)), 65_536)
     choices: list[tuple[Any, Any, Any]] = list(
-        product(("time", "flops", "peak"), ("factorized", "reconstructed", "auto"), (None, "weights"))
+        product(("time", "flops", "peak"), ("factorized", "reconstructed", "auto"), (False, True))
     )
     if problem.backend == "jax":  # it compiles every operation, so a few combinations have to do
         choices = [choices[k] for k in generator.choice(len(choices), 3, replace=False)]
-    for minimize, implementation, constants in choices:
+    for minimize, implementation, fold_weights in choices:
         batch = int(generator.choice(batches))
-        plan = plan_network(network, batch, minimize, implementation, None, constants)
-        what = f"{minimize=}, {implementation=}, {constants=}, {batch=}: the result"
+        plan = plan_network(network, batch, minimize, implementation, None, fold_weights)
+        what = f"{minimize=}, {implementation=}, {fold_weights=}, {batch=}: the result"
         assert_close(problem.output(plan=plan), expected, scale, what, problem.dtype)
         bound = bind(plan, problem.weight, bias=problem.layer.bias)
         for _ in range(2):

@@ -133,7 +133,6 @@ class Layer(WholeState):
         ----------
         state_dict : mapping of str to Tensor
             Levels, sizes, rank and bias follow from its names and shapes.
-        format : str or Format
         gate_norm : {"batch", "layer", "none"}, default "batch"
             A `state_dict` does not say; where statistics of batch norm are missing they start anew.
         **options
@@ -218,7 +217,6 @@ class Layer(WholeState):
         x : Tensor of shape (..., in_features)
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
             False for rows (padded tokens) that batch norm leaves out.
-        return_coefficients : bool, default False
 
         Returns
         -------
@@ -238,7 +236,6 @@ class MuMoE(Layer):
 
     Parameters
     ----------
-    in_features, out_features : int
     experts : int or sequence of int
         Number of experts of each level; there is an expert for every combination of one a level.
     format : str or Format, default "cp"
@@ -325,7 +322,6 @@ class MuMoE(Layer):
         ----------
         linear : torch.nn.Linear, or Conv1D of transformers
             If it is frozen, the layer is too.
-        experts : int or sequence of int
         **options
             Further arguments of the layer, such as format and rank.
 
@@ -371,13 +367,10 @@ class MuMoEMLP(Layer):
 
     Parameters
     ----------
-    in_features, hidden_features, out_features : int
-    experts : int or sequence of int
     format, rank : optional
         As of `MuMoE`; both layers have one rank.
     parameters : int or "match", optional
         The least number of parameters; ``"match"`` for those of two `torch.nn.Linear`.
-    bias : bool, default True
     activation : str, dict or callable, default "gelu"
         The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
         function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
@@ -463,7 +456,6 @@ class MuMoEMLP(Layer):
         Parameters
         ----------
         up, down : torch.nn.Linear, or Conv1D of transformers
-        experts : int or sequence of int
         **options
             Further arguments of the block, such as format and rank.
 

@@ -197,10 +197,6 @@ def gather(module: Module) -> Module:
 
     All processes of the group call this together.
 
-    Parameters
-    ----------
-    module : Module
-
     Returns
     -------
     Module

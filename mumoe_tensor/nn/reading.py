@@ -132,7 +132,6 @@ def check_same(
         One that `check_readable` passes. Only copies of it are called.
     rebuild : callable
         Takes a copy and returns the function that it should compute. Called once for each comparison.
-    in_features : int
 
     Raises
     ------

@@ -221,10 +221,6 @@ ACTIVATIONS = Registry(
 def register_gate(name: str) -> Callable[[Function], Function]:
     """Give a gate a name, under which the config of a layer has it. Works as a decorator.
 
-    Parameters
-    ----------
-    name : str
-
     Returns
     -------
     callable
@@ -260,10 +256,6 @@ def register_gate(name: str) -> Callable[[Function], Function]:
 
 def register_activation(name: str) -> Callable[[Function], Function]:
     """Give an activation a name, under which the config of a block has it; see `register_gate`.
-
-    Parameters
-    ----------
-    name : str
 
     Returns
     -------

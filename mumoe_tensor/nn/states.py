@@ -27,7 +27,6 @@ class WholeState(nn.Module):
 
         Parameters
         ----------
-        state_dict : dict
         strict : bool, default True
             Whether names that are missing or unexpected are errors.
         assign : bool, default False

@@ -72,7 +72,6 @@ def replace_linear(
 
     Parameters
     ----------
-    model : Module
     pattern : str
         Shell pattern of the names to replace, e.g. ``"encoder.*.proj"``.
     dry_run : bool, default False
@@ -107,7 +106,6 @@ def replace_mlp(
 
     Parameters
     ----------
-    model : Module
     pattern : str
         Shell pattern of the names to replace, e.g. ``"transformer.h.*.mlp"``.
     dry_run : bool, default False

@@ -63,7 +63,6 @@ def watch_coefficients(model: nn.Module, consumer: Consumer) -> Iterator[None]:
 
     Parameters
     ----------
-    model : Module
     consumer : callable
         Called as ``consumer(name, coefficients)`` with the name of the gate's module and one tensor a level,
         of shape (rows, experts).

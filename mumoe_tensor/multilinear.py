@@ -213,7 +213,7 @@ def _program(
     format: Format,
     modes: tuple[int, ...],
     rank: tuple[int, ...],
-    ones: tuple[int, ...],
+    missing: tuple[int, ...],
     bias: bool,
     batch: int,
     minimize: Objective,
@@ -223,7 +223,7 @@ def _program(
     if memory_limit is None:
         # Batches of about the same size share a plan. (A limit is for the batch itself.)
         batch = 1 << max(batch - 1, 0).bit_length()
-    network = _forward_network(format, modes, rank, ones, bias)
+    network = _forward_network(format, modes, rank, missing, bias)
     return plan_network(network, batch, minimize, implementation, memory_limit).program
 
 

@@ -82,7 +82,7 @@ class Network:
 
 
 def weight_network(
-    format: Format, modes: tuple[int, ...], rank: Rank | None, ones: Sequence[int] = ()
+    format: Format, mode_sizes: tuple[int, ...], rank: Rank | None, missing: Sequence[int] = ()
 ) -> Network:
     """Network of the weight tensor itself, contracted to ``n1 ... nE i o``.
 
@@ -90,27 +90,31 @@ def weight_network(
     ----------
     format : Format
         Its declaration gives the operands.
-    modes : tuple of int
+    mode_sizes : tuple of int
         Sizes of the modes; with a bias the input mode counts its row.
     rank : tuple of int
-    ones : sequence of int
+    missing : sequence of int
         Positions of the optional factors that are missing.
     """
-    factors = [f for k, f in enumerate(format.declaration(len(modes) - 2)) if k not in ones]
+    factors = [f for k, f in enumerate(format.declaration(len(mode_sizes) - 2)) if k not in missing]
     return Network(
         operands=tuple(f.indices for f in factors),
         memory_orders=tuple(f.memory_order for f in factors),
-        output=mode_names(len(modes) - 2),
-        index_sizes=tuple(format.index_sizes(modes, rank).items()),
+        output=mode_names(len(mode_sizes) - 2),
+        index_sizes=tuple(format.index_sizes(mode_sizes, rank).items()),
         weights=len(factors),
     )
 
 
 def forward_network(
-    format: Format, modes: tuple[int, ...], rank: Rank | None, ones: Sequence[int] = (), bias: bool = False
+    format: Format,
+    mode_sizes: tuple[int, ...],
+    rank: Rank | None,
+    missing: Sequence[int] = (),
+    bias: bool = False,
 ) -> Network:
     """Network of the forward pass: the weight with a batch of vectors on every mode but the output."""
-    weight = weight_network(format, modes, rank, ones)
+    weight = weight_network(format, mode_sizes, rank, missing)
     *attached, o = weight.output
     return weight.with_vectors([(BATCH, mode) for mode in attached], (BATCH, o), bias)
 

@@ -350,6 +350,6 @@ def plan(
     """
     spec = as_spec(format, **sizes)
     optional = spec.format.optional(spec.num_levels)
-    network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, ones=optional, bias=spec.bias)
+    network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, missing=optional, bias=spec.bias)
     batch = 0 if batch == 0 else as_positive(batch, "batch, if not zero,")
     return plan_network(network, batch, minimize, implementation, memory_limit, fold_weights, dtype)

@@ -13,8 +13,6 @@ from mumoe_tensor.checks import as_entries, as_positive, check_flag
 from mumoe_tensor.compiling import constant_under_compile
 
 Rank = tuple[int, ...]
-#: A contraction order as nested pairs of operand positions.
-Tree = Any
 #: Index of the batch in a contraction.
 BATCH = "B"
 #: Declarations are checked, and factors are read, for up to this number of levels of experts.

@@ -105,8 +105,8 @@ class Experts(WholeState):
         self.bias, self.recompute = bias, recompute
         self.init = check_choice(init, get_args(Init), "init")
         batch_hint = as_positive(batch_hint, "batch_hint")
-        ones = self.format.optional(spec.num_levels)
-        network = forward_network(self.format, spec.mode_sizes, self.rank, ones, bias)
+        missing = self.format.optional(spec.num_levels)
+        network = forward_network(self.format, spec.mode_sizes, self.rank, missing, bias)
         # The parameters lie in memory order: to the planner these are their axes.
         network = replace(network, operands=network.memory_orders)
         self.plan: ContractionPlan = plan_network(network, batch_hint)

@@ -1,7 +1,7 @@
 """How torch makes the present call: recorded, transformed, in a backward pass, under autocast.
 
-What the library reads of torch's private state has its name here. (This imports torch, so what is for all
-backends imports it late.)
+What a call of a layer reads of torch's private state has its name here. (This imports torch, so what is for
+all backends imports it late.)
 """
 
 from __future__ import annotations

@@ -107,6 +107,18 @@ def test_hooks_on_all_modules(kind: str) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_hooks_on_one_module(kind: str) -> None:
+    module = nn.Linear(1, 1)
+    assert not calls.has_hooks(module) and not calls.hooks_of(module)
+    handle = getattr(module, f"register_{kind}")(print)
+    assert calls.has_hooks(module) and list(calls.hooks_of(module).values()) == [["print"]]
+    handle.remove()
+    assert not calls.has_hooks(module)
+
+
 def test_frozen() -> None:
     module = nn.Linear(1, 1).eval()
     assert not calls.is_frozen(module)

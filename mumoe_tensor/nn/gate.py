@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.calls import HOOKS_ON_ALL_MODULES, autocast_dtype, check_dense, is_frozen
+from mumoe_tensor.calls import HOOKS_ON_ALL_MODULES, autocast_dtype, check_dense, has_hooks, is_frozen
 from mumoe_tensor.checks import as_entries, as_positive, check_choice
 from mumoe_tensor.gates import Gate
 from mumoe_tensor.nn.functional import is_eager_on_cpu
@@ -154,12 +154,12 @@ class ExpertGate(WholeState):
     def _is_norm_folded(self, z: Tensor) -> bool:
         """Whether frozen batch norm goes into the weight: where that has fewer rows than the batch."""
         norm = self.norm
-        if norm is None or norm.training or norm._forward_hooks or norm._forward_pre_hooks:
+        if norm is None or norm.training or z.numel() <= self.in_features**2:
+            return False
+        if z.dtype not in (torch.float32, torch.float64) or has_hooks(norm):
             return False
         # Tools remove the statistics, or move them to the device only when the norm itself is called.
-        if norm.running_var is None or norm.running_var.device != z.device:
-            return False
-        return z.dtype in (torch.float32, torch.float64) and z.numel() > self.in_features**2
+        return norm.running_var is not None and norm.running_var.device == z.device
 
     def coefficients_of(self, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs.

@@ -41,7 +41,7 @@ def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
     -------
     Tensor of shape (B, R)
     """
-    result: Tensor = _SparseProduct.apply(coefficients, factor)
+    result: Tensor = _Function.apply(coefficients, factor)
     return result
 
 
@@ -63,7 +63,7 @@ class SparseProduct:
         return of_left, of_right
 
 
-class _SparseProduct(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The command line says what the library says, and tells of bad input in one line."""
+"""The command line prints what the library returns, and bad input is one line."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_formats_are_the_registered_ones() -> None:
         rank = tuple(range(2, 2 + len(format.bonds(1))))
         values = {"N": 7, "I": 11, "O": 13, **dict(zip(format.bonds(1), rank, strict=True))}
         counted = eval(entry["parameters"].replace("·", "*"), {}, values)
-        told = mt.cost(format, experts=7, in_features=11, out_features=13, rank=rank)
-        assert counted == told.parameters
+        cost = mt.cost(format, experts=7, in_features=11, out_features=13, rank=rank)
+        assert counted == cost.parameters
     table = run("formats")
     for format in mt.formats().values():
         assert format.name in table and format.title in table
@@ -152,7 +152,7 @@ def test_fit_matches_the_dense_block_and_rounds() -> None:
 
 
 def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command gives its options to the library; what a study is, tests/study tells."""
+    """The options of the command reach the library; tests/study tests the study itself."""
     pytest.importorskip("plotly")
     from mumoe_tensor.study import sweep
 
@@ -169,12 +169,12 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = {"experts": 4, "in_features": 40, "hidden": 50, "out_features": 30, "bias": True, "gate": True}
     rank = mt.fit_rank("cp", rounding="nearest", parameters=budget, **layer)
     rows = [row for row in found["rows"] if (row["subject"], row["experts"]) == ("cp", "4")]
-    (told,) = [r for r in rows if r["quantity"] == "parameters" and r["sizes"] == "40x50x30"]
-    assert told["value"] == mt.cost("cp", rank=rank, **layer).parameters and told["rank"] == str(rank)
+    (row,) = [r for r in rows if r["quantity"] == "parameters" and r["sizes"] == "40x50x30"]
+    assert row["value"] == mt.cost("cp", rank=rank, **layer).parameters and row["rank"] == str(rank)
     assert {row["seed"] for row in rows if row["quantity"] == "forward"} == {7}
     # Again, from its own setting: everything is there.
     text = run(f"study --setting {tmp_path}/study.json --out {tmp_path}")
-    assert f"{told['value']:,.0f}" in text and "report.html" in text
+    assert f"{row['value']:,.0f}" in text and "report.html" in text
 
 
 def test_version_and_help() -> None:
@@ -182,22 +182,22 @@ def test_version_and_help() -> None:
     assert "Usage" in run("") and "Usage" in run("--help")
     for command in ("formats", "plan", "cost", "fit", "study", "figures", "inspect", "tokenize"):
         assert command in run("--help")
-        told = " ".join(run(f"{command} --help").split())
-        assert f"Example: mumoe-tensor {command}" in told and "--json" in told
+        output = " ".join(run(f"{command} --help").split())
+        assert f"Example: mumoe-tensor {command}" in output and "--json" in output
 
 
 def test_help_of_the_study_names_its_layers() -> None:
     from mumoe_tensor.study import LAYERS
 
-    told = run("study --help")
+    output = run("study --help")
     for name in LAYERS:
-        assert name in told
+        assert name in output
 
 
 @pytest.mark.parametrize("command", [PLAN, COST, FIT, "study --layer gpt2-mlp --experts 256,64x64"])
 def test_examples_in_the_help_are_the_documented_ones(command: str) -> None:
-    told = "".join(run(f"{command.split()[0]} --help").split())
-    assert "".join(f"mumoe-tensor {command}".split()) in told
+    output = "".join(run(f"{command.split()[0]} --help").split())
+    assert "".join(f"mumoe-tensor {command}".split()) in output
 
 
 def own_tokens(folder: Path) -> str:
@@ -219,10 +219,11 @@ def test_train_gpt2(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "checkpoints", "config.json", "metrics.csv", "model.safetensors", "tensorboard"
     ]  # fmt: skip
-    told = run(line)
-    assert f"{found['parameters']:,} parameters, rank [3]" in told
-    assert f"loss {found['validation_loss']:.4f} on validation rows, after 8 steps" in told
-    assert "it was trained before, --fresh trains it again" in told and f"Written to {tmp_path}/out" in told
+    output = run(line)
+    assert f"{found['parameters']:,} parameters, rank [3]" in output
+    assert f"loss {found['validation_loss']:.4f} on validation rows, after 8 steps" in output
+    assert "it was trained before, --fresh trains it again" in output
+    assert f"Written to {tmp_path}/out" in output
     assert figures(f"{line} --fresh")["trained"]
     other = CliRunner().invoke(app, shlex.split(f"{line} --set train.seed=1"))
     assert other.exit_code == 2 and "train.seed is 0 there, 1 here" in other.stderr
@@ -240,7 +241,7 @@ def test_train_mixer_from_a_file(tmp_path: Path) -> None:
     found = figures(line)
     assert found["steps"] == 2 and 0 <= found["accuracy"] <= 1 and found["seconds"] > 0
     assert found["ranks"] == {"token_rank": None, "channel_rank": None}
-    # A model without experts has no rank to be told.
+    # A model without experts has no rank.
     assert run(line).startswith(f"{found['parameters']:,} parameters\n")
 
 
@@ -263,7 +264,7 @@ def test_a_training_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
     from mumoe_tensor.training import run as runs
 
-    for error, code, told in [
+    for error, code, message in [
         (OSError("no space left"), 2, "no space left"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
     ]:
@@ -273,7 +274,7 @@ def test_a_training_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
         monkeypatch.setattr(runs, "train", fails)
         result = CliRunner().invoke(app, [*line, "--fresh"])
-        assert result.exit_code == code and told in result.stderr and result.stderr.count("\n") == 1
+        assert result.exit_code == code and message in result.stderr and result.stderr.count("\n") == 1
 
 
 @needs_training
@@ -293,8 +294,9 @@ def test_tokenize(tmp_path: Path) -> None:
     assert found["vocabulary"] == 259 and found["training"] == [{"file": "one.txt", "tokens": 2}]
     assert found["validation"] == [{"file": "two.txt", "tokens": 4}]
     assert np.fromfile(tmp_path / "t" / "training.bin", "<u2").tolist() == [257, 258]
-    told = run(f"{line} --vocabulary 258")
-    assert "two.txt" in told and "validation" in told and "three.txt" not in told and "258 ids" in told
+    output = run(f"{line} --vocabulary 258")
+    assert "two.txt" in output and "validation" in output and "258 ids" in output
+    assert "three.txt" not in output
     assert np.fromfile(tmp_path / "t" / "training.bin", "<u2").tolist() == [256, ids["e"], 257]
     result = CliRunner().invoke(app, shlex.split(f"{line} --hold-out none*"))
     assert result.exit_code == 2 and "'none*' fits none" in result.stderr
@@ -369,9 +371,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("json_too", [False, True])
-@pytest.mark.parametrize(("line", "told"), BAD)
+@pytest.mark.parametrize(("line", "message"), BAD)
 def test_bad_input_is_one_line_and_exit_code_2(
-    line: str, told: str, json_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, message: str, json_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, line.split() + ["--json"] * json_too)
@@ -379,7 +381,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert result.stdout == ""
     assert result.stderr.startswith("mumoe-tensor: ") and result.stderr.endswith("\n")
     assert result.stderr.count("\n") == 1
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 

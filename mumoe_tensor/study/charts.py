@@ -107,7 +107,7 @@ def best_formats(planned: Plan, results: Results) -> Chart:
     titles = {ALIKE: "several alike"}
     for title, rows, best_of in measures:
         for experts, of_experts in _grouped(rows, lambda row: row.experts).items():
-            # What has no rank costs what it costs: it is not at the budget.
+            # A format without a rank is not at the budget.
             fitted = [row for row in of_experts if row.budget and is_figure(row.value)]
             means = {
                 name: mean(row.value or 0.0 for row in of_format)

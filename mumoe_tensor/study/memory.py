@@ -52,7 +52,7 @@ class Meter(NamedTuple):
 
 def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     """As `peaks`, in this process."""
-    # What libraries load and allocate once is there after a step of a small one.
+    # After a step of a small module, libraries are loaded and their buffers allocated.
     spec = subject.spec
     small = replace(
         spec, in_features=8, hidden=spec.hidden and 8, out_features=8, experts=(2,) * spec.num_levels,

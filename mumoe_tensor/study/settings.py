@@ -128,8 +128,8 @@ class Setting:
             return prepare(**values | {"head_hidden": setting.head_hidden or 0})
 
 
-#: What is measured unless another is asked for. The first default of `experts` and `devices` is the layer's
-#: and the machine's, that of `formats` is all that are registered.
+#: Defaults. None: `experts` follow from the layer, `devices` from the machine, `formats` are all registered
+#: ones.
 DEFAULTS: dict[str, Any] = {
     "experts": None,
     "formats": None,

@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """Tells it apart from all others of a study."""
+        """Distinguishes the subject from the others of a study."""
         spec = self.spec
         numbers = (features(spec), spec.experts, spec.full_rank)
         return " ".join([self.name, *("x".join(map(str, part)) or "-" for part in numbers)])
@@ -120,7 +120,8 @@ class Subject:
         flops = k * (expert.flops + 2 * batch * spec.out_features) + 2 * batch * gate
         # At best every expert that is used is read once.
         read = min(count, k * batch) * expert.parameters + gate + batch * (spec.in_features + count)
-        # Of every input used: its copy, two activations between layers, the output with and without weight.
+        # For each expert that an input uses: a copy of the input, two activations between layers, and the
+        # output before and after its weight.
         saved = k * (spec.in_features + 2 * sum(outputs))
         return {
             "parameters": count * expert.parameters + gate,

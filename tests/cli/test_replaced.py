@@ -81,7 +81,7 @@ def test_a_refused_command_changes_nothing(
 
 
 @pytest.mark.parametrize("command", RESULTS)
-def test_the_second_process_in_a_folder_is_told(command: str, data: Path, tmp_path: Path) -> None:
+def test_the_second_process_in_a_folder_is_refused(command: str, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = fill(out, command)
     with alone_in(out):

@@ -59,8 +59,8 @@ def test_no_encoding_stops_a_command(
 def test_json_is_the_same_in_every_encoding(data: Path, tmp_path: Path) -> None:
     (tmp_path / "größe").mkdir()
     line = LINES["inspect"].replace("{out}", "{out}/größe") + " --json"
-    told = [run(line, data, tmp_path, charset=encoding).stdout for encoding in ("ascii", "utf-8")]
-    assert told[0] == told[1] and "gr\\u00f6\\u00dfe" in told[0]
+    output = [run(line, data, tmp_path, charset=encoding).stdout for encoding in ("ascii", "utf-8")]
+    assert output[0] == output[1] and "gr\\u00f6\\u00dfe" in output[0]
 
 
 # ---- tables -----------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def test_tables_are_whole(
         monkeypatch.setenv("COLUMNS", str(width))
     result = run(LINES[command], data, tmp_path / "out")
     assert result.exit_code == 0 and "…" not in result.stdout
-    told = set(result.stdout.split())
-    assert not [word for word in words - told if not re.search("out|wide|─", word)]
+    output = set(result.stdout.split())
+    assert not [word for word in words - output if not re.search("out|wide|─", word)]
 
 
 @pytest.mark.parametrize("width", [10, 30, 60, 200])
@@ -92,19 +92,19 @@ def test_columns_that_do_not_fit_come_below(
     table = console.new_table("name", *(f"column {k}" for k in range(8)), title="Title")
     table.add_row("a row with a name", *(f"value-{k}" for k in range(8)))
     console.show(table)
-    told = capsys.readouterr().out
-    assert max(map(len, told.splitlines())) <= width
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= width
     # Nothing is lost, however narrow it is: only parted.
-    letters = sorted(re.sub(r"\s|─|-", "", told))
-    parts = told.count("Title")
+    letters = sorted(re.sub(r"\s|─|-", "", output))
+    parts = output.count("Title")
     row = "Title" + "name" + "a row with a name"
     cells = "".join(f"column {k}value-{k}" for k in range(8))
     assert letters == sorted(re.sub(r"\s|-", "", row * parts + cells))
     assert (parts == 1) == (width == 200)
     console.show(table, labels=2)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     if width == 60:  # both labels with each part
-        assert told.count("value-0") == told.count("a row with a name") > 1
+        assert output.count("value-0") == output.count("a row with a name") > 1
 
 
 def test_a_terminal_without_a_size_is_80_wide(
@@ -277,6 +277,6 @@ def test_extras_are_those_of_the_package() -> None:
     names = {"PIL": "pillow", "sklearn": "scikit-learn"}
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, packages in EXTRAS.items():
-        own = {re.split(r"[<>=\[]", entry)[0] for entry in declared[extra]} - {"mumoe_tensor"}
-        own |= {"pandas"} if extra == "experiments" else set()  # that fairlearn brings
-        assert own == {names.get(package, package).replace("_", "-") for package in packages}, extra
+        listed = {re.split(r"[<>=\[]", entry)[0] for entry in declared[extra]} - {"mumoe_tensor"}
+        listed |= {"pandas"} if extra == "experiments" else set()  # that fairlearn brings
+        assert listed == {names.get(package, package).replace("_", "-") for package in packages}, extra

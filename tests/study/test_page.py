@@ -57,7 +57,7 @@ def test_names_and_figures_appear_as_they_are(
     drawn = charts(planned, strange)
     path = tmp_path / "report.html"
     path.write_bytes(page(planned, strange, drawn).encode())
-    tab, told = visit(path, width)
+    tab, errors = visit(path, width)
     panels = tab.evaluate("panels.length")
     tab.wait_for_function("document.querySelectorAll('.plot.js-plotly-plot .main-svg').length > 0")
     assert panels > 20 and tab.locator(".plot.js-plotly-plot").count() == panels
@@ -69,7 +69,7 @@ def test_names_and_figures_appear_as_they_are(
         assert titles <= set(tab.evaluate(shown, place)), place
     assert not re.search("(nan|inf) times", " ".join(tab.evaluate(shown, "p")))
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    assert tab.evaluate("window.hacked") is None and told == []
+    assert tab.evaluate("window.hacked") is None and errors == []
     # The pictures are drawn, too.
     for picture in plots.write_plots(drawn[:2], tmp_path):
         assert picture.suffix == ".png" or ElementTree.parse(picture)
@@ -80,7 +80,7 @@ def test_the_page_works_in_a_browser(
     visit: Any, study: tuple[studies.Plan, studies.Results, Path], width: int
 ) -> None:
     _, _, out = study
-    page, told = visit(out / "report.html", width)
+    page, errors = visit(out / "report.html", width)
     page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
     panels = page.evaluate("panels.length")
     assert panels > 20 and page.locator(".plot.js-plotly-plot").count() == panels
@@ -106,4 +106,4 @@ def test_the_page_works_in_a_browser(
     assert set(page.evaluate(kinds)) == {"log"}
     page.locator("#log").uncheck()
     assert set(page.evaluate(kinds)) == {"linear"}
-    assert told == []
+    assert errors == []

@@ -96,9 +96,9 @@ def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
     path.write_text(found.to_json())
     assert studies.Setting.from_json(path) == found
     # Studies of heads of one layer, and from before there was a batch size.
-    told = json.loads(found.to_json()) | {"head_hidden": None}
-    del told["batch_size"]
-    path.write_text(json.dumps(told))
+    entries = json.loads(found.to_json()) | {"head_hidden": None}
+    del entries["batch_size"]
+    path.write_text(json.dumps(entries))
     assert studies.Setting.from_json(path) == replace(found, head_hidden=None, batch_size=128)
 
 
@@ -113,9 +113,9 @@ def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_setting_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    told = json.loads(studies.prepare().to_json()) | change
+    entries = json.loads(studies.prepare().to_json()) | change
     path = tmp_path / "study.json"
-    path.write_text(json.dumps({k: v for k, v in told.items() if v is not None or k == "head_hidden"}))
+    path.write_text(json.dumps({k: v for k, v in entries.items() if v is not None or k == "head_hidden"}))
     with pytest.raises(ValueError, match=message):
         studies.Setting.from_json(path)
 

@@ -130,12 +130,12 @@ def test_an_interrupted_study_goes_on_where_it_stopped(
     assert len({line.split(",")[0] for line in table.splitlines()[1:]}) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "study.json"]
     seen: list[tuple[float, float, str]] = []
-    results = studies.run(**options, out=tmp_path, progress=lambda *told: seen.append(told))
+    results = studies.run(**options, out=tmp_path, progress=lambda *call: seen.append(call))
     assert len(seen) == total - 3 + 1 and seen[-1][2] == "done" and len(results.tasks) == total
     assert (tmp_path / "results.csv").read_text().startswith(table)
     # Once more: nothing is left.
     seen.clear()
-    studies.run(**options, out=tmp_path, progress=lambda *told: seen.append(told))
+    studies.run(**options, out=tmp_path, progress=lambda *call: seen.append(call))
     assert [text for *_, text in seen] == ["done"]
     with pytest.raises(ValueError, match="holds a study with another setting"):
         studies.run(**(options | {"seed": 4}), out=tmp_path)
@@ -313,7 +313,7 @@ def test_progress_counts_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_what_is_too_large_is_told_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_that_is_too_large_is_noted_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
     options = SMALL | {"experts": [4], "data": "none", "formats": ["cp", "dense"], "squares": (16,)}
     parameters = Subject(replace(dense(24, 20, hidden=40), experts=(4,))).figures(2)["parameters"]

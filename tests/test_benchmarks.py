@@ -309,7 +309,7 @@ def test_the_guard_sees_what_grows(start: str, monkeypatch: pytest.MonkeyPatch) 
 
     # Plans that are not the best, and layers that keep all intermediates for their backward pass.
     monkeypatch.setattr(mt, "cost", partial(mt.cost, minimize="peak"))
-    monkeypatch.setattr("mumoe_tensor.nn.experts.kept_results", all_results)
+    monkeypatch.setattr("mumoe_tensor.nn.experts.saved_results", all_results)
     stored = json.loads(guard.STORED.read_text())
     current = guard.figures(start)
     assert any(" grew from " in line for line in guard.changes({k: stored[k] for k in current}, current))

@@ -30,7 +30,7 @@ def execute(program: Program, operands: Sequence[Array], folded: Mapping[int, Ar
     """
     operations = operations_of(operands[0])
     values = {**dict(enumerate(arranged(program, operands, operations))), **folded}
-    run(program.numbered, values, operations, kept=())
+    run(program.numbered, values, operations, keep=())
     return arrange(values[program.result], program.output, operations)
 
 
@@ -47,7 +47,7 @@ def run(
     values: dict[int, Array],
     operations: Operations,
     products: Mapping[int, Callable[[Array, Array], Array]] = _NONE,
-    kept: Container[int] | None = None,
+    keep: Container[int] | None = None,
 ) -> None:
     """Run steps, and add their results to the values.
 
@@ -61,8 +61,8 @@ def run(
         Those of the backend.
     products : mapping of int to callable, optional
         What steps call in place of the matrix product, by the position of their result.
-    kept : container of int, optional
-        Positions of the values that remain after they were read; all do by default.
+    keep : container of int, optional
+        Positions of the values that stay after they were read; all do by default.
     """
     for position, step in steps:
         if position in values:
@@ -77,9 +77,9 @@ def run(
         else:
             result = (operations.addmm if step.kind == "mm" else operations.baddbmm)(row, left, right)
         values[position] = result if step.shape is None else result.reshape(step.shape)
-        if kept is not None:
+        if keep is not None:
             for read in (step.left.position, step.right.position):  # which no other step reads
-                if read not in kept:
+                if read not in keep:
                     del values[read]
 
 

@@ -1,4 +1,4 @@
-"""The backward pass of a contraction: what is kept for it, and the gradients of the operands."""
+"""The backward pass of a contraction: what is saved for it, and the gradients of the operands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mumoe_tensor.contraction.execute import run, views
 from mumoe_tensor.contraction.layout import Bias, Operand, Program, Step
 from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseProduct
 
-#: An intermediate is formed again rather than kept if that takes at most this many FLOPs an element.
+#: An intermediate is recomputed rather than saved if that takes at most this many FLOPs an element.
 CHEAP = 32
 
 TORCH = operations_of(torch.empty(0))
@@ -23,38 +23,38 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """A program, and which of its results are kept for the backward pass.
+    """A program, and which of its results are saved for the backward pass.
 
     Attributes
     ----------
     program : Program
-    kept : frozenset of int
-        Positions of the results that are kept; the others are formed again.
+    saved : frozenset of int
+        Positions of the results that are saved; the others are recomputed.
     sparse : mapping of int to SparseProduct
         The products of sparse coefficients and a factor, by the position of their result.
     """
 
     program: Program
-    kept: frozenset[int] = frozenset()
+    saved: frozenset[int] = frozenset()
     sparse: Mapping[int, SparseProduct] = field(default_factory=dict)
 
 
-def kept_results(program: Program, recompute: bool) -> frozenset[int]:
-    """Positions of the intermediates to keep for the backward pass.
+def saved_results(program: Program, recompute: bool) -> frozenset[int]:
+    """Positions of the intermediates to save for the backward pass.
 
-    Elementwise products, and others that are as cheap, are formed again. With `recompute` so is all that does
+    Elementwise products, and others that are as cheap, are recomputed. With `recompute` so is all that does
     not depend on the input vector: products of coefficients and of weights.
     """
     sizes = dict(program.network.index_sizes)
     depend_on_input = {program.network.vector_of_input}
-    kept = set()
+    saved = set()
     for position, step in program.numbered:
         if not depend_on_input.isdisjoint((step.left.position, step.right.position)):
             depend_on_input.add(position)
         is_cheap = 2 * prod(sizes[x] for x in step.summed) <= CHEAP
         if not is_cheap and (position in depend_on_input or not recompute):
-            kept.add(position)
-    return frozenset(kept - {program.result})  # the gradient is no function of the output
+            saved.add(position)
+    return frozenset(saved - {program.result})  # the gradient is no function of the output
 
 
 def sparse_products(program: Program) -> dict[int, SparseProduct]:
@@ -71,7 +71,7 @@ def sparse_products(program: Program) -> dict[int, SparseProduct]:
 
 
 class _Values(dict[int, Tensor]):
-    """Operands and kept results by position; a result that was not kept is formed when it is read."""
+    """Operands and saved results by position; other results are recomputed when they are read."""
 
     def __init__(self, policy: SavePolicy, saved: Mapping[int, Tensor]):
         super().__init__(saved)
@@ -99,7 +99,7 @@ def gradients_of(
     activation : callable or None
         What the input vector, the last operand, went through before the program.
     saved : mapping of int to Tensor
-        Operands and kept results, by position.
+        Operands and saved results, by position.
     gradient : Tensor
     needed : sequence of bool
         Whether the gradient of an operand is needed, for each; None is returned otherwise.

@@ -1,4 +1,4 @@
-"""A contraction as one function for autograd, which keeps little for its backward pass."""
+"""A contraction as one function for autograd, which saves little for its backward pass."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def contract(
     policy : SavePolicy
     operands : sequence of Tensor
     activation : callable, optional
-        An elementwise function, applied to the input vector first; its result is formed again.
+        An elementwise function, applied to the input vector first; its result is not saved.
     folded : mapping of int to Tensor, optional
         Results of `fold`, for a pass without gradients.
     is_recorded : bool, default False
-        Torch records the call. It shall see the plain steps: a compiler decides by itself what to keep.
+        Torch records the call. It shall see the plain steps: a compiler decides by itself what to save.
     """
     program = policy.program
     if any(program.arrange):
@@ -49,14 +49,14 @@ def _run(
     activation: Activation | None,
     operands: Sequence[Tensor],
     folded: Mapping[int, Tensor] = _NONE,
-    kept: frozenset[int] = frozenset(),
+    keep: frozenset[int] = frozenset(),
 ) -> dict[int, Tensor]:
-    """The result and those kept, by position."""
+    """The result and those to keep, by position."""
     values = {**dict(enumerate(operands)), **folded}
     if activation is not None:
         last = len(operands) - 1
         values[last] = activation(values[last])
-    run(policy.program.numbered, values, TORCH, policy.sparse, kept)
+    run(policy.program.numbered, values, TORCH, policy.sparse, keep)
     return values
 
 
@@ -65,12 +65,12 @@ class _Contraction(torch.autograd.Function):
 
     @staticmethod
     def forward(policy: SavePolicy, activation: Activation | None, *operands: Tensor) -> tuple[Tensor, ...]:
-        values = _run(policy, activation, operands, kept=policy.kept)
+        values = _run(policy, activation, operands, keep=policy.saved)
         y = values[policy.program.result]
         if policy.program.steps[-1].shape is not None:
             # A view that a function returns must not be changed in place, as activations do.
             y = y.clone()
-        return y, *map(values.__getitem__, sorted(policy.kept))
+        return y, *map(values.__getitem__, sorted(policy.saved))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -86,11 +86,11 @@ class _Contraction(torch.autograd.Function):
         if gradient is None:
             return (None,) * (2 + count)
         if torch.is_grad_enabled():
-            # The gradient is to have one itself: as a function of the operands, not of what was kept.
+            # The gradient is to have one itself: as a function of the operands, not of saved results.
             plain = SavePolicy(policy.program)
             pullback = torch.func.vjp(
                 lambda *x: _run(plain, activation, x)[plain.program.result], *saved[:count]
             )[1]
             return None, None, *pullback(gradient)
-        values = dict(zip((*range(count), *sorted(policy.kept)), saved, strict=True))
+        values = dict(zip((*range(count), *sorted(policy.saved)), saved, strict=True))
         return None, None, *gradients_of(policy, activation, values, gradient, ctx.needs_input_grad[2:])

@@ -19,7 +19,7 @@ from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import label
 from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn import init
-from mumoe_tensor.nn.backward import Activation, SavePolicy, kept_results, sparse_products
+from mumoe_tensor.nn.backward import Activation, SavePolicy, saved_results, sparse_products
 from mumoe_tensor.nn.contraction import contract
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
 from mumoe_tensor.nn.frozen import Folded, are_comparable
@@ -52,8 +52,8 @@ class Experts(WholeState):
     batch_hint : int, default 1024
         The number of rows that the order of contraction is chosen for. It is right for any.
     recompute : bool, default False
-        Form the products of coefficients and factors again in the backward pass, instead of keeping them.
-        Elementwise products are formed again in any case.
+        Recompute the products of coefficients and factors in the backward pass, instead of saving them.
+        Elementwise products are recomputed in any case.
     device, dtype : optional
 
     Attributes
@@ -111,7 +111,7 @@ class Experts(WholeState):
         network = replace(network, operands=network.memory_orders)
         self.plan: ContractionPlan = plan_network(network, batch_hint)
         program = self.plan.program
-        self._policy = SavePolicy(program, kept_results(program, recompute))
+        self._policy = SavePolicy(program, saved_results(program, recompute))
         self._sparse_policy = replace(self._policy, sparse=sparse_products(program))
         self._network, self._batch_hint = network, batch_hint
         sizes = dict(network.index_sizes)
@@ -236,7 +236,7 @@ class Experts(WholeState):
             One a level, with the leading shape of `z`.
         activation : callable, optional
             An elementwise function without parameters or randomness, applied to `z` first. Its result is not
-            kept for the backward pass but formed again.
+            saved for the backward pass but recomputed.
         sparse_gradient : bool, default False
             The gradients of coefficients that are zero may be left out. Then, where few of 1,024 experts or
             more have a nonzero coefficient, only their rows of the factor are read.
@@ -340,10 +340,10 @@ class Experts(WholeState):
         outputs : Tensor of shape (out_features,)
         """
         like = self.factors[0]
-        *kept, last = (x.detach().to(like.device, like.dtype, copy=True) for x in (*means, outputs))
+        *means, outputs = (x.detach().to(like.device, like.dtype, copy=True) for x in (*means, outputs))
         if self.edits is None:
             self.edits = BiasEdits()
-        self.edits[name] = BiasEdit(kept, last)
+        self.edits[name] = BiasEdit(means, outputs)
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, experts={self.num_experts}"

@@ -17,7 +17,7 @@ from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.models.blocks import DENSE
 from mumoe_tensor.models.gpt2 import GPT2Config
 from mumoe_tensor.models.mixer import MixerConfig
-from mumoe_tensor.nn.backward import kept_results
+from mumoe_tensor.nn.backward import saved_results
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.training.settings import RUNS, GPT2Run, Settings, packaged, read_settings
 
@@ -302,7 +302,7 @@ def _results(total: Cost) -> int:
     elements = 0
     for plan in total.plans:
         first = len(plan.program.network.operands)
-        elements += sum(prod(plan.steps[k - first].shape) for k in kept_results(plan.program, False))
+        elements += sum(prod(plan.steps[k - first].shape) for k in saved_results(plan.program, False))
     return elements // BATCH
 
 

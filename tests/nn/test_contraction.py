@@ -18,7 +18,7 @@ from mumoe_tensor.contraction.execute import execute  # noqa: E402
 from mumoe_tensor.contraction.network import forward_network  # noqa: E402
 from mumoe_tensor.contraction.plan import plan_network  # noqa: E402
 from mumoe_tensor.nn import MuMoEMLP, replace_mlp  # noqa: E402
-from mumoe_tensor.nn.backward import SavePolicy, kept_results  # noqa: E402
+from mumoe_tensor.nn.backward import SavePolicy, saved_results  # noqa: E402
 from mumoe_tensor.nn.contraction import contract  # noqa: E402
 from mumoe_tensor.testing.strategies import problems  # noqa: E402
 
@@ -40,7 +40,7 @@ def drawn(data: Any) -> tuple[SavePolicy, Any, list[Any]]:
     results = range(count, count + len(program.steps) - 1)
     kept = data.draw(
         st.one_of(
-            st.booleans().map(lambda recompute: kept_results(program, recompute)),
+            st.booleans().map(lambda recompute: saved_results(program, recompute)),
             st.sets(st.sampled_from(results)).map(frozenset) if results else st.just(frozenset()),
         )
     )

@@ -123,7 +123,7 @@ def test_every_comparison_fills_its_table(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ratios, "CP_LAYERS", ratios.CP_LAYERS[:1])
     monkeypatch.setattr(ratios, "PLANNER_LAYERS", (ratios.layer("tucker", 4, 9, 5, (2, 3, 4)),))
     monkeypatch.setattr(ratios, "PLANNER_BATCHES", (1, 3))
-    monkeypatch.setattr(ratios, "SEARCH_EXPERTS", {"experts": ((), (4,), (4,), (4,), (4,))})
+    monkeypatch.setattr(ratios, "SEARCH_EXPERTS", ((), (4,)))
     report = ratios.COMPARISONS[name](True, "cpu")
     assert report.name == name
     assert report.rows

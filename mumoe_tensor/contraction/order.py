@@ -145,7 +145,7 @@ class Orders:
         formed = [[], parts]  # by the number of parts that they multiply
         for count in range(2, len(parts) + 1):
             best: dict[int, Part] = {}
-            for few in range(1, count // 2 + 1):
+            for few in range(count // 2, 0, -1):
                 some, others = formed[few], formed[count - few]
                 for left, right in combinations(some, 2) if some is others else product(some, others):
                     if left.operands & right.operands:
@@ -155,7 +155,7 @@ class Orders:
                     if kept is None:
                         continue
                     total = cost(left, right, kept)
-                    # (Of equal orders the last: measured, it copies fewer intermediates than the first.)
+                    # Of equal orders the last: it joins a large and a small part, and so holds less at once.
                     if total < bound and (both not in best or total <= best[both].cost):
                         best[both] = Part(both, kept, total, (left, right))
             formed.append([*best.values()])

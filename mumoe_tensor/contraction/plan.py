@@ -77,13 +77,10 @@ class PlannedStep(NamedTuple):
 
 def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
     """Evaluate a program at a batch size."""
-    network = program.network
-    sizes = network.sizes_at(batch)
-    leaves = len(network.operands)
+    sizes = program.network.sizes_at(batch)
     alive: dict[int, int] = {}
-    constant = dict.fromkeys(range(network.weights), True)
     planned = []
-    for position, step in enumerate(program.steps, start=leaves):
+    for position, step in program.numbered:
         extent = dict(sizes)
         if step.bias is not None:
             extent["i"] -= 1
@@ -102,7 +99,6 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
         live = sum(alive.values()) + copied
         for operand in operands:
             alive.pop(operand.position, None)
-        constant[position] = all(constant.get(o.position, False) for o in operands)
         planned.append(
             PlannedStep(
                 axes=(step.left.indices, step.right.indices, step.output),
@@ -114,7 +110,7 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
                 copied=copied,
                 saved=saved,
                 live=live,
-                constant=constant[position],
+                constant=position in program.constant,
             )
         )
     return tuple(planned)

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from mumoe_tensor.checks import as_entries, as_positive, check_flag
@@ -176,15 +176,28 @@ class Format(ABC):
 
     # A format is a value: declarations, plans and programs are cached by it.
 
+    def _settings(self) -> tuple[tuple[str, Any], ...]:
+        """All attributes, those in slots too, but not what a `cached_property` computes from them."""
+        state = object.__getstate__(self)
+        if state is None:  # every call of a function asks for the hash, most often of a format without any
+            return ()
+        parts = state if isinstance(state, tuple) else (state,)
+        attributes = {name: value for part in parts if part for name, value in part.items()}
+        kind = type(self)
+        return tuple(
+            (name, value)
+            for name, value in sorted(attributes.items())
+            if not isinstance(getattr(kind, name, None), cached_property)
+        )
+
     def __eq__(self, other: object) -> bool:
-        # (The state that pickle takes: attributes, those in slots too.)
-        return type(self) is type(other) and object.__getstate__(self) == object.__getstate__(other)
+        return type(self) is type(other) and self._settings() == other._settings()
 
     def __hash__(self) -> int:
-        return hash((type(self), *sorted(vars(self).items())))
+        return hash((type(self), self._settings()))
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings())
         return f"{type(self).__name__}({settings})"
 
 

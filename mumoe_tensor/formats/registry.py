@@ -75,8 +75,8 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
             hash(format)
         except TypeError as error:
             raise TypeError(
-                "every setting of a format must be hashable, such as a number, a string or a tuple of them; "
-                f"got {format!r}: {error}."
+                "every setting of a format must be hashable, such as a number, a string or a tuple of them, "
+                f"and a dataclass frozen; got {format!r}: {error}."
             ) from None
         return format
     if not isinstance(format, (str, Mapping)):

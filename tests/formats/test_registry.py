@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,30 @@ def test_settings_in_slots_count() -> None:
             self.side = side
 
     assert Slotted(1) == Slotted(1) != Slotted(2)
+    assert repr(Slotted(1)) == "Slotted(is_turned=False, side=1)"
+    with pytest.raises(TypeError, match="hashable"):
+        mt.get_format(Slotted([1]))
+
+
+def test_a_format_that_was_used_equals_a_new_one() -> None:
+    class Lazy(mt.Format):
+        name, title = "lazy", "Lazy"
+
+        def __init__(self, num_bonds: int):
+            self.num_bonds = num_bonds
+
+        @cached_property
+        def bond_names(self) -> str:
+            return " ".join(f"r{k}" for k in range(self.num_bonds))
+
+        def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+            return [mt.Factor(f"{m} {self.bond_names}") for m in modes]
+
+    used = Lazy(2)
+    assert used.bonds(1) == ("r0", "r1")
+    assert used == Lazy(2) != Lazy(3)
+    assert hash(used) == hash(Lazy(2))
+    assert repr(used) == "Lazy(num_bonds=2)"
 
 
 @pytest.mark.parametrize("format", [ALL, SOME, PartialTucker((), False)], ids=repr)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.calls import HOOKS_ON_ALL_MODULES, autocast_dtype, check_dense, has_hooks, is_frozen
-from mumoe_tensor.checks import as_entries, as_positive, check_choice
+from mumoe_tensor.checks import as_positive, check_choice
 from mumoe_tensor.gates import Gate
 from mumoe_tensor.nn.functional import is_eager_on_cpu
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
 from mumoe_tensor.nn.states import WholeState
+from mumoe_tensor.spec import expert_counts
 
 GateNorm = Literal["batch", "layer", "none"]
 
@@ -66,9 +67,7 @@ class ExpertGate(WholeState):
     ):
         super().__init__()
         self.in_features = as_positive(in_features, "in_features")
-        self.num_experts = tuple(
-            as_positive(n, "every number of experts") for n in as_entries(experts, "experts")
-        )
+        self.num_experts = expert_counts(experts)
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
         self.out_features = total = sum(self.num_experts)

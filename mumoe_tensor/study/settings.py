@@ -36,7 +36,7 @@ class Setting:
         first.
     formats : tuple of str
     parameters : str
-        The budget; see `LayerSpec.fitted`.
+        The budget; see `.LayerSpec.fitted`.
     batch : int
         Inputs of a forward pass and of a step.
     batches : tuple of int

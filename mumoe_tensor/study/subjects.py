@@ -168,7 +168,7 @@ def fitted(
     experts : sequence of int
         Number of experts of each level.
     parameters : str, default "match"
-        The budget; see `LayerSpec.fitted`.
+        The budget; see `.LayerSpec.fitted`.
 
     Returns
     -------

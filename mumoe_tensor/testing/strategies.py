@@ -55,7 +55,7 @@ class Problem:
 
     @cached_property
     def weight(self) -> FactorizedTensor:
-        """The weight, of shape `layer.mode_sizes`."""
+        """The weight, of shape ``layer.mode_sizes``."""
         format = self.layer.format
         index_sizes = format.index_sizes(self.layer.mode_sizes, self.layer.full_rank)
         generator = np.random.default_rng([self.seed, 2])

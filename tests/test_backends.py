@@ -188,11 +188,11 @@ def test_torch_func_grad(format: str) -> None:
 
     weight, z, coefficients = example(format, "pytorch")
     loss = torch_loss(format, coefficients)
-    found = torch.func.grad(loss, argnums=(0, 1))(weight.arrays, z)
+    gradients = torch.func.grad(loss, argnums=(0, 1))(weight.arrays, z)
     leaves = [x.clone().requires_grad_() for x in (*weight.arrays, z)]
     expected = torch.autograd.grad(loss(tuple(leaves[:-1]), leaves[-1]), leaves)
-    for mine, theirs in zip((*found[0], found[1]), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip((*gradients[0], gradients[1]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @needs_torch
@@ -266,10 +266,10 @@ def test_torch_compile_with_gradients(format: str, dynamo: Any) -> None:
             weight, z, coefficients = example(format, "pytorch", leading=leading)
             leaves = [x.requires_grad_() for x in (*weight.arrays, z, *coefficients)]
             count = len(weight.arrays)
-            found = dynamo.autograd.grad(compiled(tuple(leaves[:count]), *leaves[count:]), leaves)
+            gradients = dynamo.autograd.grad(compiled(tuple(leaves[:count]), *leaves[count:]), leaves)
             expected = dynamo.autograd.grad(loss(tuple(leaves[:count]), *leaves[count:]), leaves)
-            for mine, theirs in zip(found, expected, strict=True):
-                dynamo.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+            for ours, theirs in zip(gradients, expected, strict=True):
+                dynamo.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_torch_compile_with_inductor(dynamo: Any) -> None:
@@ -469,15 +469,15 @@ def test_two_threads_with_two_backends_agree() -> None:
 
     def work(current: str) -> None:
         tl.set_backend(current, local_threadsafe=True)
-        found = []
+        arrays = []
         for format in FORMATS:
             for backend in ("numpy", "pytorch"):
                 barrier.wait(timeout=60)
                 weight, z, coefficients = example(format, backend)
-                found.append(to_numpy(mt.multilinear_moe(weight, z, coefficients, bias=True)))
-                found.append(to_numpy(mt.to_dense(weight.to_tensorly())))
+                arrays.append(to_numpy(mt.multilinear_moe(weight, z, coefficients, bias=True)))
+                arrays.append(to_numpy(mt.to_dense(weight.to_tensorly())))
                 assert tl.get_backend() == current
-        results[current] = found
+        results[current] = arrays
 
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(work, name) for name in ("numpy", "pytorch")]:

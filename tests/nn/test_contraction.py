@@ -1,4 +1,4 @@
-"""The contraction's own backward pass gives the gradients of the plain steps, and little is kept for it."""
+"""The backward pass of a contraction gives the gradients of the plain steps, and saves little."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_plain_steps(data) -> None:
     gradient = torch.randn_like(y)
     expected = torch.autograd.grad(plain, leaves, gradient)
     torch.testing.assert_close(torch.autograd.grad(y, leaves, gradient, retain_graph=True), expected)
-    # The way that is gone where the gradients shall have gradients themselves.
+    # Another way, taken where the gradients shall have gradients themselves.
     torch.testing.assert_close(torch.autograd.grad(y, leaves, gradient, create_graph=True), expected)
 
 

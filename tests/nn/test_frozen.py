@@ -1,4 +1,4 @@
-"""A layer that is not trained makes products ahead, and is right again after any change."""
+"""A frozen layer folds products of weights, and is right again after any change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = dict(in_features=12, out_features=10, experts=4, format="tucker", rank=(
 
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One entry a time products of weights were made ahead."""
+    """One entry for each time products of weights were folded."""
     made: list[Any] = []
     original = frozen.fold
     monkeypatch.setattr(frozen, "fold", lambda *arguments: made.append(1) or original(*arguments))
@@ -43,7 +43,7 @@ def inputs(rows: int = 2000, features: int = 12) -> Any:
 
 
 def check(module: Any, x: Any) -> None:
-    """Without gradients as with them, where nothing is made ahead."""
+    """Without gradients as with them, where nothing is folded."""
     expected = module(x).detach()
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected)
@@ -147,9 +147,9 @@ def test_under_autocast(folds: list[Any]) -> None:
     with torch.no_grad():
         expected = module(x)
         with torch.autocast("cpu", torch.bfloat16):
-            found = module(x)
-    assert found.dtype == torch.bfloat16 and len(folds) == 1
-    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+            result = module(x)
+    assert result.dtype == torch.bfloat16 and len(folds) == 1
+    torch.testing.assert_close(result.float(), expected, rtol=0.05, atol=0.05)
 
 
 def test_training_forgets_the_products() -> None:
@@ -192,13 +192,13 @@ def test_batch_norm_goes_into_the_gate(gate: str, monkeypatch: pytest.MonkeyPatc
         LogitBatchNorm, "forward", lambda self, *arguments: called.append(1) or original(self, *arguments)
     )
     with torch.no_grad():
-        found = module.gate(x)
+        result = module.gate(x)
         assert not called
         few = module.gate(x[:3])
         assert called
-    torch.testing.assert_close(found, module.gate(x))
+    torch.testing.assert_close(result, module.gate(x))
     torch.testing.assert_close(few, module.gate(x[:3]))
-    # Whoever hooks the norm sees the logits.
+    # A hook on the norm sees the logits.
     called.clear()
     seen: list[Any] = []
     module.gate.norm.register_forward_hook(lambda *_: seen.append(1))

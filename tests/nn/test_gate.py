@@ -1,4 +1,4 @@
-"""The gate of the layers: entmax15 with its own backward pass, batch norm with masks."""
+"""The gate of the layers: the fast entmax15, batch norm with masks."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_the_fast_entmax15_is_the_general_one_on_nasty_rows(
 def test_gradients_in_float16_are_computed_in_float32() -> None:
     logits = (0.05 * torch.randn(2, 20_000)).half()
     gradient = torch.randn(2, 20_000).half()
-    found = []
+    gradients = []
     for dtype in (torch.float16, torch.float64):
         x = logits.to(dtype, copy=True).requires_grad_()
         entmax15(x).backward(gradient.to(dtype))
-        found.append(x.grad.double())
-    assert (found[0] - found[1]).norm() < 2e-3 * found[1].norm()
+        gradients.append(x.grad.double())
+    assert (gradients[0] - gradients[1]).norm() < 2e-3 * gradients[1].norm()
 
 
 def test_padded_rows_may_hold_anything() -> None:

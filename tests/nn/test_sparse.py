@@ -111,10 +111,10 @@ def test_transforms_of_the_product() -> None:
         lambda f: torch.func.vmap(torch.func.grad(f, 1), (0, None))(a, u),
         lambda f: torch.func.jacrev(torch.func.grad(f, 1), 1)(a[0], u),
     ):
-        found, expected = (
+        results, expected = (
             transform(lambda a, u, p=product: loss(p, a, u)) for product in (sparse_product, torch.matmul)
         )
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(results, expected)
 
 
 # ---- the layers ------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_transforms_of_the_product() -> None:
 @pytest.mark.parametrize(("format", "rank", "experts"), CASES)
 def test_layers_give_the_same_either_way(format: str, rank: Any, experts: Any, supports: list[Any]) -> None:
     module, x = block(format, rank, experts), torch.randn(64, 16, dtype=torch.float64, requires_grad=True)
-    found = []
+    results = []
     for returned in (False, True):
         supports.clear()
         module.zero_grad()
@@ -131,10 +131,10 @@ def test_layers_give_the_same_either_way(format: str, rank: Any, experts: Any, s
         # Coefficients that are returned may be asked a gradient of.
         result = module(x, return_coefficients=returned)
         (result[0] if returned else result).square().sum().backward()
-        found.append((x.grad, [p.grad.clone() for p in module.parameters()]))
+        results.append((x.grad, [p.grad.clone() for p in module.parameters()]))
         large = sum(n >= 1024 for n in module.gate.num_experts)
         assert len(supports) == (0 if returned else 4 * large)
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*results)
 
 
 def test_one_layer(supports: list[Any]) -> None:
@@ -210,7 +210,7 @@ def test_transforms_of_a_layer(transform: str, monkeypatch: pytest.MonkeyPatch) 
     def loss(parameters: Any, x: Any) -> Any:
         return torch.func.functional_call(module, parameters, (x,)).sin().sum()
 
-    def found() -> Any:
+    def gradients() -> Any:
         match transform:
             case "grad":
                 return torch.func.grad(loss)(parameters, x)
@@ -220,9 +220,9 @@ def test_transforms_of_a_layer(transform: str, monkeypatch: pytest.MonkeyPatch) 
                 return torch.func.jacrev(module)(x)
         return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
 
-    here = found()
+    here = gradients()
     monkeypatch.setattr(ExpertGate, "is_sparse_gradient", False)
-    torch.testing.assert_close(here, found())
+    torch.testing.assert_close(here, gradients())
 
 
 def test_compiled(supports: list[Any]) -> None:
@@ -230,7 +230,7 @@ def test_compiled(supports: list[Any]) -> None:
     module = block(dtype=torch.float32)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (32, 48):
-        found = []
+        results = []
         x = torch.randn(rows, 16)
         for call in (compiled, module):
             module.zero_grad()
@@ -238,8 +238,8 @@ def test_compiled(supports: list[Any]) -> None:
             y = call(x)
             y.square().sum().backward()
             assert len(supports) == 4
-            found.append((y.detach(), [p.grad for p in module.parameters()]))
-        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+            results.append((y.detach(), [p.grad for p in module.parameters()]))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_an_exported_layer_does_without_it() -> None:

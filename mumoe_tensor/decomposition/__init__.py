@@ -152,7 +152,10 @@ def decompose(
             # A fit that the dtype cannot hold has error NaN, and gives way to any other.
             if best is None or error < best[1] or np.isnan(best[1]):
                 best = weight, error
-    assert best is not None
+    if best is None:
+        raise ValueError(
+            f"a method must return one fit or more; that of format {format.name!r} returned none."
+        )
     return best
 
 

@@ -87,6 +87,12 @@ def test_a_fit_that_is_not_finite_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
     assert mt.decompose(dense, Product(), 3)[1] < 1e-12
 
 
+def test_a_method_without_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Product, "fits", [])
+    with pytest.raises(ValueError, match="one fit or more"):
+        mt.decompose(np.ones((3, 4)), Product(), 1)
+
+
 def test_a_subclass_takes_the_method_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = np.random.default_rng(0).standard_normal((3, 4))
     monkeypatch.setattr(Product, "fits", [truncated(dense, 1)])

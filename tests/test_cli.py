@@ -313,7 +313,7 @@ BAD = [
     (f"plan cp {SMALL}", "has 1 entries, (r,), got None"),
     (f"plan cp {SMALL} --rank 2,3", "got (2, 3)"),
     (f"plan cp {SMALL} --rank two", "--rank must be numbers"),
-    (f"plan cp {SMALL} --rank ?", "every entry of the rank must be known"),
+    (f"plan cp {SMALL} --rank ?", "every entry of the rank must be a number"),
     (f"plan cp {SMALL} --rank 0", "every rank must be positive, got 0"),
     (f"plan cp {SMALL} --rank 2 --minimize speed", "'time', 'flops', 'peak', got 'speed'"),
     (f"plan cp {SMALL} --rank 2 --implementation fast", "'factorized', 'reconstructed', 'auto'"),

@@ -152,7 +152,10 @@ class Format(ABC):
         """As `check_rank`, but no entry may be None."""
         entries = tuple(r for r in self.check_rank(rank, num_levels) if r is not None)
         if len(entries) != len(self.bonds(num_levels)):
-            raise ValueError(f"every entry of the rank must be known here, got {rank!r}; see fit_rank.")
+            raise ValueError(
+                "every entry of the rank must be a number here (LayerSpec.fitted solves for an open one), "
+                f"got {rank!r}."
+            )
         return entries
 
     def index_sizes(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:

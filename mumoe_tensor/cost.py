@@ -52,12 +52,13 @@ class Cost:
     @property
     def reference_flops(self) -> int | None:
         """FLOPs by the closed form of the format, `Format.reference_flops`, or None where it has none."""
-        format, rank, batch = self.spec.format, self.spec.full_rank, self.plans[0].batch
-        layers = replace(self.spec, bias=False).layers
-        per_input = [format.reference_flops(layer.mode_sizes, rank) for layer in layers]
-        if None in per_input:
-            return None
-        return batch * sum(flops or 0 for flops in per_input) + self.gate_flops
+        total = self.gate_flops
+        for layer in replace(self.spec, bias=False).layers:
+            flops = layer.format.reference_flops(layer.mode_sizes, layer.full_rank)
+            if flops is None:
+                return None
+            total += self.plans[0].batch * flops
+        return total
 
     @property
     def write(self) -> int:

@@ -221,9 +221,11 @@ class LayerSpec:
         budget = as_budget(parameters, self.dense_parameters)
         family = self._family()
 
+        def at(t: int) -> LayerSpec:
+            return replace(self, rank=family(t))
+
         def total(t: int) -> int:
-            candidate = replace(self, rank=family(t))
-            return candidate.weight_parameters + gate * self.gate_parameters
+            return at(t).weight_parameters + gate * self.gate_parameters
 
         if total(1) > budget:
             raise ValueError(
@@ -239,15 +241,14 @@ class LayerSpec:
                         f"some rank must reach the budget of {budget:,} parameters; format "
                         f"{self.format.name!r} has {total(above):,} at its full rank {family(above)}."
                     )
-                return replace(self, rank=family(above))
+                return at(above)
             above *= 2
         above = bisect_left(range(above), budget, lo=1, key=total)
         if total(above) == budget or rounding == "up":
-            return replace(self, rank=family(above))
+            return at(above)
         below = above - 1
-        if rounding == "down" or budget - total(below) <= total(above) - budget:
-            return replace(self, rank=family(below))
-        return replace(self, rank=family(above))
+        is_below = rounding == "down" or budget - total(below) <= total(above) - budget
+        return at(below if is_below else above)
 
     def with_full_rank_experts(self) -> LayerSpec:
         """The same layer with the smallest rank of the format's convention that allows experts of full rank.

@@ -168,7 +168,7 @@ class LayerSpec:
 
     @property
     def parameters(self) -> int:
-        """Parameters of `.nn.MuMoE` or `.nn.MuMoEMLP`: those of the weights and of the gate."""
+        """Parameters of the weights and the gate: those of `.nn.MuMoE` and `.nn.MuMoEMLP` without a norm."""
         return self.weight_parameters + self.gate_parameters
 
     @property
@@ -303,18 +303,19 @@ def expert_counts(experts: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def as_spec(format: str | Format | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:
-    """The spec of a layer given as one, or as a format and the other arguments of a spec.
+    """The spec itself, or the one of a format and the other arguments.
 
     Raises
     ------
     TypeError
-        If a spec comes with further sizes.
+        If a spec comes with sizes or other arguments.
     """
     if not isinstance(format, LayerSpec):
         return LayerSpec(format, **sizes)
     if sizes:
         raise TypeError(
-            f"a LayerSpec has all sizes; dataclasses.replace changes them, got {', '.join(sizes)} beside it."
+            "beside a LayerSpec there must be no sizes, which dataclasses.replace changes, and no unknown "
+            f"arguments; got {', '.join(sizes)}."
         )
     return format
 

@@ -87,7 +87,7 @@ SIZES = dict(experts=4, in_features=6, out_features=5)
         (lambda: LayerSpec("cp", **SIZES, rank=(2, 3)), ValueError, "has 1 entries"),
         (lambda: LayerSpec("dense", **SIZES, rank=2), ValueError, "no entries"),
         (lambda: LayerSpec("no", **SIZES), ValueError, "unknown format 'no'"),
-        (lambda: mt.plan(LayerSpec("cp", **SIZES, rank=2), bias=True), TypeError, "has all sizes.*got bias"),
+        (lambda: mt.plan(LayerSpec("cp", **SIZES, rank=2), bias=True), TypeError, "no sizes.*got bias"),
         (lambda: mt.plan(LayerSpec("cp", **SIZES)), ValueError, r"has 1 entries, \(r,\), got None"),
         (lambda: LayerSpec("cp", **SIZES).parameters, ValueError, r"has 1 entries, \(r,\), got None"),
         (lambda: LayerSpec("tr", **SIZES, rank=(None, 2, None)).fitted(), ValueError, "exactly one entry"),

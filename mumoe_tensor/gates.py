@@ -2,8 +2,8 @@
 
 A gate takes a NumPy, PyTorch or JAX array and returns the same kind, shape, dtype and device. It computes in
 float32, or in float64 where the logits are float64. Logits of −inf are masks: their coefficients and
-derivatives are zero. A row (along `axis`) with NaN or +inf in it, or with nothing but −inf, becomes NaN and
-harms no other row.
+derivatives are zero. A row (along `axis`) with NaN or +inf in it, or with nothing but −inf, becomes NaN,
+and no other row does.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def entmax15(x: Array, axis: int = -1) -> Array:
 
     .. math:: p_i = \max(x_i / 2 - \tau, 0)^2, \qquad \tau \text{ such that } \sum_i p_i = 1
 
-    Exact, without a sort: Newton steps on the norm of :math:`u = (x/2 - \tau)_+`, as many as N asks for,
-    whatever the logits are.
+    Exact, without a sort: Newton steps on the norm of :math:`u = (x/2 - \tau)_+`. Their number depends on
+    N alone.
 
     Parameters
     ----------

@@ -190,7 +190,7 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
 
 
 def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:
-    """The matrix of shape (I, O) that an input meets at these coefficients, one vector a level."""
+    """The matrix of shape (I, O) that mixes all experts by coefficients, one vector a level."""
     network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
     mixed = network.with_vectors([(mode,) for mode in network.output[:-2]], network.output[-2:])
     arrays = [*weight.arrays, *coefficients]

@@ -106,7 +106,7 @@ def layer_like(
     if first.is_meta and not is_meta:
         raise ValueError("a linear layer on the meta device has no values to start as.")
     if not is_meta:
-        # Equal experts mix to the same map whatever the gate says: it may tell inputs apart from the start.
+        # Equal experts mix to the same map with any coefficients, so the gate need not be zero.
         nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
         pairs = zip(layer.mixtures, matrices, strict=True)
         layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)

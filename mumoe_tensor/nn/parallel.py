@@ -20,7 +20,7 @@ class CopyToGroup(torch.autograd.Function):
     """Tensors that all processes have and use for their shards: their gradients are summed over the group."""
 
     # One function for all of them: processes whose shards differ in size may contract in different orders,
-    # but must meet in the same order of sums.
+    # but must sum in the same order.
     @staticmethod
     def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group

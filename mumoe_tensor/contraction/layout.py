@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from itertools import groupby
 from math import prod
 from typing import Literal, NamedTuple
 
-from mumoe_tensor.contraction.network import Indices, Network, Tree
+from mumoe_tensor.contraction.network import Indices, Network, Tree, is_read_in_place
 from mumoe_tensor.formats.base import BATCH
 
 Kind = Literal["mm", "bmm", "mul"]
@@ -51,7 +50,7 @@ class Operand:
     groups: tuple[Indices, ...]
     shape: tuple[int, ...] | None
     axes: tuple[int, ...] | None
-    #: Whether it is read as it is. (Looked at in every call, so found out once.)
+    #: Whether it is read as it is. (Every call looks, so it is computed once.)
     is_bare: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,29 +182,55 @@ class Program:
         object.__setattr__(self, "constant", frozenset(constant))
 
 
-class _Choice(NamedTuple):
-    """The cheapest way found to have a node in some memory order."""
+class _Way(NamedTuple):
+    """One way to multiply two nodes of an order.
 
-    copied: int
-    step: _Join | None
-
-
-class _Join(NamedTuple):
-    """A product of two nodes in given memory orders; swapped if the right one comes first in it."""
+    Attributes
+    ----------
+    swapped : bool
+        Whether the second node is the left operand of the product.
+    orders : pair of tuple of str
+        Axes of both operands as they lie in memory, the left operand's first.
+    reads : pair of tuple of str
+        The same axes in the order in which the product reads them.
+    summed, shared : tuple of str
+        Axes it sums over; axes of both operands and of the result.
+    output : tuple of str
+        Axes of the result as it lies in memory.
+    """
 
     swapped: bool
-    left_order: Indices
-    right_order: Indices
-    left_read: Indices
-    right_read: Indices
+    orders: tuple[Indices, Indices]
+    reads: tuple[Indices, Indices]
     summed: Indices
     shared: Indices
+    output: Indices
+
+    def out_of_order(self) -> list[Indices]:
+        """Operands that are copied or, by an elementwise product, read out of order."""
+        reads = self.reads if self.summed else (self.output, self.output)
+        pairs = zip(self.orders, reads, strict=True)
+        return [order for order, read in pairs if order != tuple(x for x in read if x in order)]
+
+    def transposed(self) -> int:
+        """Number of matrices read transposed. This costs no copy, but a call, and counts as an element."""
+        if not self.summed:
+            return 0
+        left, right = self.reads
+        return (left[-1] not in self.summed) + (right[-1] in self.summed)
+
+
+class _Choice(NamedTuple):
+    """The cheapest way to have a node in some memory order; None for an operand of the network."""
+
+    copied: int
+    way: _Way | None
 
 
 class Compiler:
     """Chooses the memory order of every intermediate, for orders of contraction of one network.
 
-    What is found for a part of one order serves the others that have it.
+    The choices for a part of one order serve the others that have it.
 
     Parameters
     ----------
@@ -215,163 +240,127 @@ class Compiler:
     """
 
     def __init__(self, network: Network, batch: int):
-        self.handed_over, self.network = network, network.squeezed
+        self.original, self.network = network, network.squeezed
         self.sizes = network.sizes_at(batch)
-        self.options: dict[Tree, dict[Indices, _Choice]] = {
+        self.choices: dict[Tree, dict[Indices, _Choice]] = {
             k: {order: _Choice(0, None)} for k, order in enumerate(self.network.memory_orders)
         }
 
     def __call__(self, tree: Tree) -> Program:
         """The program for nested pairs of operand positions."""
-        network, sizes, handed_over = self.network, self.sizes, self.handed_over
-        self._visit(tree)
-        final = self.options[tree]
-        extra = prod(sizes[x] for x in network.output)
-        order = min(final, key=lambda o: final[o].copied + (extra if o != network.output else 0))
+        # A program needs: 1. how each operand is put in memory order; 2. the steps, to a result in the memory
+        # order that copies least; 3. how this result becomes the output.
+        original, network = self.original, self.network
+        arrange = zip(original.operands, original.memory_orders, network.memory_orders, strict=True)
+        self._choose(tree)
+        last, size = self.choices[tree], self._size(network.output)
+        order = min(last, key=lambda o: last[o].copied + (size if o != network.output else 0))
         return Program(
-            network=handed_over,
-            arrange=tuple(
-                _arrangement(operand, stored, squeezed, handed_over)
-                for operand, stored, squeezed in zip(
-                    handed_over.operands, handed_over.memory_orders, network.memory_orders, strict=True
-                )
-            ),
-            steps=tuple(_emit(network, tree, order, self.options, sizes)),
-            output=_arrangement(order, network.output, handed_over.output, handed_over),
+            network=original,
+            arrange=tuple(_arrangement(*axes, original) for axes in arrange),
+            steps=tuple(self._steps(tree, order)),
+            output=_arrangement(order, network.output, original.output, original),
         )
 
-    def _visit(self, node: Tree) -> frozenset[int]:
-        """Find the options of a node; return the operands it holds."""
+    def _choose(self, node: Tree) -> frozenset[int]:
+        """Fill in the choices of a node; return the operands it multiplies."""
         if not isinstance(node, tuple):
             return frozenset([node])
         left, right = node
-        held = self._visit(left) | self._visit(right)
-        if node not in self.options:
-            others = (o for k, o in enumerate(self.network.operands) if k not in held)
+        operands = self._choose(left) | self._choose(right)
+        if node not in self.choices:
+            others = (o for k, o in enumerate(self.network.operands) if k not in operands)
             needed = frozenset(self.network.output).union(*others)
             best: dict[Indices, _Choice] = {}
-            for left_order, left_choice in self.options[left].items():
-                for right_order, right_choice in self.options[right].items():
-                    so_far = left_choice.copied + right_choice.copied
-                    for output, join, orders, calls in _joins(left_order, right_order, needed):
-                        copied = so_far + calls + sum(map(self._size, orders))
-                        if output not in best or copied < best[output].copied:
-                            best[output] = _Choice(copied, join)
+            for left_order, left_choice in self.choices[left].items():
+                for right_order, right_choice in self.choices[right].items():
+                    for way, copies, calls in _ways(left_order, right_order, needed):
+                        copied = (
+                            left_choice.copied + right_choice.copied + calls + sum(map(self._size, copies))
+                        )
+                        if way.output not in best or copied < best[way.output].copied:
+                            best[way.output] = _Choice(copied, way)
             cheapest = sorted(best, key=lambda order: best[order].copied)[:KEPT_ORDERS]
-            self.options[node] = {order: best[order] for order in cheapest}
-        return held
+            self.choices[node] = {order: best[order] for order in cheapest}
+        return operands
+
+    def _steps(self, tree: Tree, order: Indices) -> list[Step]:
+        """The chosen products; of two branches the one first that keeps the peak lower."""
+        steps: list[Step] = []
+
+        def size(node: Tree) -> int:
+            return self._size(next(iter(self.choices[node]))) if isinstance(node, tuple) else 0
+
+        @cache
+        def peak(node: Tree) -> int:
+            if not isinstance(node, tuple):
+                return 0
+            first, second = by_peak(node)
+            return max(peak(first), size(first) + peak(second), size(first) + size(second) + size(node))
+
+        def by_peak(node: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+            # The first result is held while the second is formed.
+            left, right = node
+            left_first = max(peak(left), size(left) + peak(right))
+            return (
+                (left, right) if left_first <= max(peak(right), size(right) + peak(left)) else (right, left)
+            )
+
+        def visit(node: Tree, order: Indices) -> int:
+            if not isinstance(node, tuple):
+                return node
+            way = self.choices[node][order].way
+            assert way is not None  # every node but an operand has one
+            branches = node[::-1] if way.swapped else node
+            orders = dict(zip(branches, way.orders, strict=True))
+            positions = {branch: visit(branch, orders[branch]) for branch in by_peak(node)}
+            steps.append(_step(self.network, way, positions[branches[0]], positions[branches[1]]))
+            return len(self.network.operands) + len(steps) - 1
+
+        visit(tree, order)
+        return steps
 
     def _size(self, order: Indices) -> int:
         return prod(self.sizes[x] for x in order)
 
 
 @lru_cache(maxsize=65_536)
-def _joins(
-    left_order: Indices, right_order: Indices, needed: frozenset[str]
-) -> tuple[tuple[Indices, _Join, tuple[Indices, ...], int], ...]:
-    """Ways to multiply two nodes: order of the result, product, and what that copies (see `_copied`)."""
-    ways = [
-        *_products(False, left_order, right_order, needed),
-        *_products(True, right_order, left_order, needed),
-    ]
-    return tuple((output, join, *_copied(output, join)) for output, join in ways)
+def _ways(
+    first: Indices, second: Indices, needed: frozenset[str]
+) -> tuple[tuple[_Way, list[Indices], int], ...]:
+    """Ways to multiply two nodes in these memory orders, with what each copies and transposes."""
+    ways = [*_products(False, first, second, needed), *_products(True, second, first, needed)]
+    return tuple((way, way.out_of_order(), way.transposed()) for way in ways)
 
 
-def _products(
-    swapped: bool, a_order: Indices, b_order: Indices, needed: frozenset[str]
-) -> Iterator[tuple[Indices, _Join]]:
-    common = [x for x in a_order if x in b_order]
+def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> Iterator[_Way]:
+    common = [x for x in a if x in b]
     summed = tuple(x for x in common if x not in needed)
     shared = tuple(x for x in common if x in needed)
-    a_only = tuple(x for x in a_order if x not in b_order)
-    b_only = tuple(x for x in b_order if x not in a_order)
+    a_only, b_only = tuple(x for x in a if x not in b), tuple(x for x in b if x not in a)
     if not summed:
-        for output in {a_order + b_only: 0, b_only + a_order: 0}:
-            yield output, _Join(swapped, a_order, b_order, a_order, b_order, summed, shared)
+        for output in dict.fromkeys((a + b_only, b_only + a)):
+            yield _Way(swapped, (a, b), (a, b), summed, shared, output)
         return
-    # Read as they lie; or one copied into the other's order; or both copied.
-    b_summed = tuple(x for x in b_order if x in summed)
-    b_shared = tuple(x for x in b_order if x in shared)
-    a_fits = _fits(a_order, shared, a_only, summed)
-    b_fits = _fits(b_order, b_shared, b_only, b_summed)
-    if a_fits and b_fits and summed == b_summed and shared == b_shared:
-        yield shared + a_only + b_only, _Join(swapped, a_order, b_order, a_order, b_order, summed, shared)
-        return
-    if b_fits:
-        read = b_shared + a_only + b_summed
-        yield b_shared + a_only + b_only, _Join(swapped, a_order, b_order, read, b_order, b_summed, b_shared)
-    read = shared + b_only + summed
-    if a_fits:
-        yield shared + a_only + b_only, _Join(swapped, a_order, b_order, a_order, read, summed, shared)
-    elif not b_fits:
-        a_read = shared + a_only + summed
-        yield shared + a_only + b_only, _Join(swapped, a_order, b_order, a_read, read, summed, shared)
 
+    def matrices(a_read: Indices, b_read: Indices, summed: Indices, shared: Indices) -> _Way:
+        return _Way(swapped, (a, b), (a_read, b_read), summed, shared, shared + a_only + b_only)
 
-def _fits(order: Indices, *groups: Indices) -> bool:
-    """Whether each group lies together in this order, and the innermost axis is not a shared one."""
-    group = {x: k for k, members in enumerate(groups) for x in members}
-    runs = [k for k, _ in groupby(order, key=group.__getitem__)]
-    shared_innermost = runs[-1] == 0
-    return len(runs) == len(set(runs)) and not shared_innermost
-
-
-def _copied(output: Indices, join: _Join) -> tuple[tuple[Indices, ...], int]:
-    """Orders of the operands that are copied, or in an elementwise product read out of order.
-
-    A matrix read transposed costs no copy, but a call; these are counted too, as one element each.
-    """
-    orders = tuple(
-        order
-        for order, read in ((join.left_order, join.left_read), (join.right_order, join.right_read))
-        if order != tuple(x for x in (read if join.summed else output) if x in order)
+    # Both are read as they lie; or one is copied into the order of the other; or both are copied.
+    b_summed, b_shared = tuple(x for x in b if x in summed), tuple(x for x in b if x in shared)
+    a_in_place, b_in_place = (
+        is_read_in_place(["summed" if x in summed else "shared" if x in shared else "free" for x in order])
+        for order in (a, b)
     )
-    if not join.summed:
-        return orders, 0
-    left_free_last = join.left_read[-1] not in join.summed
-    right_summed_last = join.right_read[-1] in join.summed
-    return orders, left_free_last + right_summed_last
-
-
-def _emit(
-    network: Network,
-    tree: Tree,
-    order: Indices,
-    options: dict[Tree, dict[Indices, _Choice]],
-    sizes: dict[str, int],
-) -> list[Step]:
-    """Write the chosen products down; of two branches first the one that keeps the peak lower."""
-    steps: list[Step] = []
-
-    def held(node: Tree) -> int:
-        return prod(sizes[x] for x in next(iter(options[node]))) if isinstance(node, tuple) else 0
-
-    @cache
-    def peak(node: Tree) -> int:
-        if not isinstance(node, tuple):
-            return 0
-        first, second = by_peak(node)
-        return max(peak(first), held(first) + peak(second), held(first) + held(second) + held(node))
-
-    def by_peak(node: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-        # Holding one result while the other branch runs is what costs.
-        left, right = node
-        left_first = max(peak(left), held(left) + peak(right))
-        return (left, right) if left_first <= max(peak(right), held(right) + peak(left)) else (right, left)
-
-    def visit(node: Tree, order: Indices) -> int:
-        if not isinstance(node, tuple):
-            return node
-        join = options[node][order].step
-        assert join is not None
-        first, second = reversed(node) if join.swapped else node
-        orders = {first: join.left_order, second: join.right_order}
-        positions = {branch: visit(branch, orders[branch]) for branch in by_peak(node)}
-        steps.append(_step(network, join, positions[first], positions[second], order))
-        return len(network.operands) + len(steps) - 1
-
-    visit(tree, order)
-    return steps
+    if a_in_place and b_in_place and summed == b_summed and shared == b_shared:
+        yield matrices(a, b, summed, shared)
+        return
+    if b_in_place:
+        yield matrices(b_shared + a_only + b_summed, b, b_summed, b_shared)
+    if a_in_place:
+        yield matrices(a, shared + b_only + summed, summed, shared)
+    if not a_in_place and not b_in_place:
+        yield matrices(shared + a_only + summed, shared + b_only + summed, summed, shared)
 
 
 def _arrangement(order: Indices, permuted: Indices, shaped: Indices, network: Network) -> Arrangement | None:
@@ -386,11 +375,10 @@ def _permutation(order: Indices, target: Indices) -> tuple[int, ...] | None:
     return None if order == target else tuple(order.index(x) for x in target)
 
 
-def _step(network: Network, join: _Join, left: int, right: int, output: Indices) -> Step:
+def _step(network: Network, way: _Way, left: int, right: int) -> Step:
     sizes = network.sizes_at(-1)
-    positions, orders = (left, right), (join.left_order, join.right_order)
-    reads = (join.left_read, join.right_read)
-    if not join.summed:
+    positions, orders, reads, output = (left, right), way.orders, way.reads, way.output
+    if not way.summed:
         a, b = (_broadcast(p, o, output, sizes) for p, o in zip(positions, orders, strict=True))
         return Step("mul", a, b, output, (), None)
 
@@ -399,7 +387,7 @@ def _step(network: Network, join: _Join, left: int, right: int, output: Indices)
         # The input vector meets the weights here: their last row along the input mode is the bias.
         side = 1 - positions.index(network.vector_of_input)
         sizes["i"] -= 1
-    shared, summed = join.shared, join.summed
+    shared, summed = way.shared, way.summed
     free = [tuple(x for x in read if x not in shared + summed) for read in reads]
     wanted = ((shared, free[0], summed), (shared, summed, free[1]))
     a, b = (

@@ -219,6 +219,14 @@ def test_time_keeps_to_five_percent() -> None:
     assert mt.plan("dense", **sizes).flops <= 1.05 * fewest
 
 
+def test_an_elementwise_product_lies_as_the_next_product_reads_it() -> None:
+    # n1 r, n3 r -> n3 n1 r: the next product sums over both levels, which lie together.
+    layer = dict(experts=(8, 8, 4), in_features=768, out_features=3072, rank=64)
+    plan = mt.plan("cp", **layer, batch=1024)
+    assert any(step.kind == "mul" and step.constant for step in plan.steps)
+    assert plan.copied == 0
+
+
 def test_time_avoids_the_copy_of_a_large_weight() -> None:
     sizes = dict(experts=256, in_features=768, out_features=3072, batch=1, bias=True)
     assert mt.plan("dense", **sizes, minimize="flops").copied == 256 * 768 * 3072

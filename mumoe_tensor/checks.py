@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from math import isfinite
+from operator import index
 from typing import Any
 
 
-def as_positive(value: Any, what: str) -> int:
-    """Return an integer of any library as an int, or say that `what` must be a positive integer."""
+def as_integer(value: Any, what: str) -> int:
+    """Return an integer of any library as an int, or say that `what` must be an integer."""
+    if type(value) is int:  # (torch.compile cannot trace the rest)
+        return value
     number = as_python(value)
     if isinstance(number, bool) or not hasattr(number, "__index__"):
         raise TypeError(f"{what} must be an integer, got {value!r}.")
-    number = number.__index__()
+    return index(number)
+
+
+def as_positive(value: Any, what: str) -> int:
+    """As `as_integer`, but `what` must be positive."""
+    number = as_integer(value, what)
     if number < 1:
         raise ValueError(f"{what} must be positive, got {number}.")
-    return int(number)
+    return number
 
 
 def as_finite(value: Any, what: str) -> float:
@@ -29,11 +37,11 @@ def as_finite(value: Any, what: str) -> float:
     return float(number)
 
 
-def as_probability(value: Any, what: str) -> float:
-    """As `as_finite`, but `what` must be a probability below one."""
+def as_fraction(value: Any, what: str) -> float:
+    """As `as_finite`, but `what` must be at least 0 and less than 1."""
     number = as_finite(value, what)
     if not 0 <= number < 1:
-        raise ValueError(f"{what} must be a probability below one, got {number}.")
+        raise ValueError(f"{what} must be at least 0 and less than 1, got {number}.")
     return number
 
 

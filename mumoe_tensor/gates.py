@@ -9,10 +9,10 @@ and no other row does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, Protocol, TypeVar
 
 from mumoe_tensor.backend import Array, cast, check_floating, dtype_name, stop_gradient
+from mumoe_tensor.checks import as_integer
 
 __all__ = ["Gate", "entmax15", "softmax", "sparsemax", "top_k"]
 
@@ -101,24 +101,7 @@ def sparsemax(x: Array, axis: int = -1) -> Array:
 
     .. math:: p_i = \max(x_i - \tau, 0), \qquad \tau \text{ such that } \sum_i p_i = 1
 
-    Parameters
-    ----------
-    x : array of shape (..., N, ...)
-        Logits of any floating dtype.
-    axis : int
-        The axis of size N.
-
-    Returns
-    -------
-    array of the shape and dtype of `x`
-        Coefficients; the same for logits shifted by a constant.
-
-    Raises
-    ------
-    TypeError
-        If `x` is no array or not floating, or `axis` no integer.
-    ValueError
-        If `x` has no axis, `axis` is out of range, or N is 0.
+    Parameters, result and errors are those of `entmax15`.
 
     References
     ----------
@@ -142,24 +125,7 @@ def softmax(x: Array, axis: int = -1) -> Array:
 
     .. math:: p_i = \exp(x_i) / \sum_j \exp(x_j)
 
-    Parameters
-    ----------
-    x : array of shape (..., N, ...)
-        Logits of any floating dtype.
-    axis : int
-        The axis of size N.
-
-    Returns
-    -------
-    array of the shape and dtype of `x`
-        Coefficients; the same for logits shifted by a constant.
-
-    Raises
-    ------
-    TypeError
-        If `x` is no array or not floating, or `axis` no integer.
-    ValueError
-        If `x` has no axis, `axis` is out of range, or N is 0.
+    Parameters, result and errors are those of `entmax15`.
     """
     backend, rows = _rows(x, axis)
     return _restored(backend, _softmax(backend, _centred(backend, rows)), x, axis)
@@ -170,24 +136,10 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
 
     Parameters
     ----------
-    x : array of shape (..., N, ...)
-        Logits of any floating dtype.
+    x, axis
+        As in `entmax15`; so are result and errors.
     k : int
-        How many logits are kept, from 1 to N.
-    axis : int
-        The axis of size N.
-
-    Returns
-    -------
-    array of the shape and dtype of `x`
-        Coefficients; the same for logits shifted by a constant.
-
-    Raises
-    ------
-    TypeError
-        If `x` is no array or not floating, or `k` or `axis` no integer.
-    ValueError
-        If `x` has no axis, `axis` is out of range, N is 0, or `k` is not in 1, …, N.
+        Number of logits that keep a coefficient, from 1 to N.
 
     References
     ----------
@@ -196,7 +148,7 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
     """
     backend, rows = _rows(x, axis)
     n = rows.shape[-1]
-    if not 1 <= _integer("k", k) <= n:
+    if not 1 <= as_integer(k, "k") <= n:
         raise ValueError(f"k must be at least 1 and at most the size of the axis, got k = {k} for size {n}.")
     values = stop_gradient(rows)
     least = backend.sort(values, axis=-1)[..., n - k : n - k + 1]
@@ -208,18 +160,12 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
     return _restored(backend, _softmax(backend, z), x, axis)
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    return int(value)
-
-
 def _rows(x: Array, axis: int) -> tuple[Any, Array]:
     """The checked logits with `axis` last, in the dtype to compute in."""
     backend = check_floating({"x": x})
     if not x.ndim:
         raise ValueError("x must have at least one axis, got a 0-d array.")
-    if not -x.ndim <= _integer("axis", axis) < x.ndim:
+    if not -x.ndim <= as_integer(axis, "axis") < x.ndim:
         raise ValueError(f"axis must be at least {-x.ndim} and less than {x.ndim}, got {axis}.")
     if not x.shape[axis]:
         raise ValueError(f"the axis must have at least one entry, got axis {axis} of shape {tuple(x.shape)}.")

@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mumoe_tensor.backend import (
-    Array,
-    check_floating,
-    is_array,
-    tensorly_backend,
-    to_float64,
-)
-from mumoe_tensor.checks import as_positive
+from mumoe_tensor.backend import Array, check_floating, is_array, tensorly_backend, to_float64
+from mumoe_tensor.checks import as_fraction, as_integer, as_positive
 from mumoe_tensor.decomposition import cp, hadamard, tensor_ring, tensor_train, tucker  # noqa: F401
 from mumoe_tensor.decomposition.alternating import fits
 from mumoe_tensor.formats.base import Format
@@ -50,10 +44,8 @@ def decompose(
     ----------
     dense : array of shape (N1, ..., NE, I, O), or nested sequence of arrays of shape (I, O)
         The weight; a sequence, the matrices of the experts, is stacked.
-    format : str or Format
     rank : int or sequence of int, optional
-        One entry a bond of the format; see `Format.bonds`. An entry beyond what the tensor can use is
-        filled up with zeros.
+        One entry a bond; see `Format.bonds`. Bonds larger than the tensor can use are filled up with zeros.
     bias : bool or array of shape (N1, ..., NE, O), default False
         Whether the last row of the input mode is the bias; or the biases, which become that row.
     n_restarts : int, default 8
@@ -76,11 +68,9 @@ def decompose(
 
     Raises
     ------
-    ValueError
-        If `dense` has fewer than two axes, an empty one, or an entry that is not finite; if the rank does
-        not fit the format; if a number is out of its range; if `bias` has another shape.
-    TypeError
-        If `dense` is no array of a floating dtype, or a number has the wrong type.
+    ValueError, TypeError
+        If `dense` is no floating array, has fewer than two axes, an empty one, or an entry that is not
+        finite; if another argument does not fit.
 
     Notes
     -----
@@ -107,13 +97,8 @@ def decompose(
     format = get_format(format)
     n_restarts = as_positive(n_restarts, "n_restarts")
     n_iter = as_positive(n_iter, "n_iter")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance must be a number, got {tolerance!r}.")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must be at least 0 and less than 1, got {tolerance}.")
-    if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__")):
-        raise TypeError(f"seed must be an integer or None, got {seed!r}.")
-    if seed is not None and seed < 0:
+    tolerance = as_fraction(tolerance, "tolerance")
+    if seed is not None and as_integer(seed, "seed") < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
     dense = _stacked(dense)
     check_floating({"dense": dense})
@@ -121,10 +106,8 @@ def decompose(
         raise ValueError(f"dense must have shape (experts..., input, output), got {tuple(dense.shape)}.")
     dense = _with_bias(dense, bias)
     *experts, i, o = dense.shape
-    has_bias = bias is not False
-    spec = LayerSpec(
-        format, experts=experts, in_features=i - has_bias, out_features=o, rank=rank, bias=has_bias
-    )
+    row = bias is not False
+    spec = LayerSpec(format, experts=experts, in_features=i - row, out_features=o, rank=rank, bias=row)
     shapes = format.shapes(spec.mode_sizes, spec.full_rank)
     target = to_float64(dense)
     if not np.isfinite(target).all():
@@ -137,21 +120,21 @@ def decompose(
     target = np.ldexp(target, -exponent)
     norm = np.linalg.norm(target) or 1
     generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_restarts)]
-    best: tuple[FactorizedTensor, float] | None = None
+
+    def fitted(factors: Sequence[Any]) -> tuple[FactorizedTensor, float]:
+        weight = _as_weight(format, _balanced(factors, exponent), shapes, dense)
+        exact = [None if f is None else to_float64(f) for f in weight.factors]
+        returned = np.ldexp(to_dense(FactorizedTensor(format, exact)), -exponent)
+        return weight, float(np.linalg.norm(returned - target) / norm)
+
     with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
         if target.any():
             candidates = fits(format, target, spec.full_rank, generators, n_iter, tolerance)
         else:
             declared = zip(format.declaration(len(experts)), shapes, strict=True)
             candidates = [[None if f.optional else np.zeros(shape) for f, shape in declared]]
-        for factors in candidates:
-            weight = _as_weight(format, _balanced(factors, exponent), shapes, dense)
-            exact = [None if f is None else to_float64(f) for f in weight.factors]
-            returned = np.ldexp(to_dense(FactorizedTensor(format, exact)), -exponent)
-            error = float(np.linalg.norm(returned - target) / norm)
-            # A fit that the dtype cannot hold has error NaN, and gives way to any other.
-            if best is None or error < best[1] or np.isnan(best[1]):
-                best = weight, error
+        # A fit that the dtype cannot hold has error NaN, and gives way to any other.
+        best = min(map(fitted, candidates), key=lambda fit: np.nan_to_num(fit[1], nan=np.inf), default=None)
     if best is None:
         raise ValueError(
             f"a method must return one fit or more; that of format {format.name!r} returned none."

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.checks import as_positive, as_probability, check_choice
+from mumoe_tensor.checks import as_fraction, as_positive, check_choice
 from mumoe_tensor.formats.registry import config_entry, get_format
 from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.nn.experts import Init
@@ -161,7 +161,7 @@ def check_config(
         If a size is not positive, a probability not below one, or a choice unknown.
     """
     checked: dict[str, Any] = {name: as_positive(getattr(config, name), name) for name in sizes}
-    checked |= {name: as_probability(getattr(config, name), name) for name in probabilities}
+    checked |= {name: as_fraction(getattr(config, name), name) for name in probabilities}
     if not isinstance(config.experts, tuple):
         raise TypeError(f"experts must be a tuple with one number a level, got {config.experts!r}.")
     checked["experts"] = expert_counts(config.experts)

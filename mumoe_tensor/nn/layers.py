@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.checks import as_positive, as_probability, check_flag
+from mumoe_tensor.checks import as_fraction, as_positive, check_flag
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import config_entry
 from mumoe_tensor.gates import Gate
@@ -436,7 +436,7 @@ class MuMoEMLP(Layer):
         self.hidden_features = self.up.out_features
         self.activation = ACTIVATIONS.read(activation, device, dtype)
         for name, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
-            self._options[name] = as_probability(p, name)
+            self._options[name] = as_fraction(p, name)
             self.add_module(name, nn.Dropout(self._options[name]))
 
     @property

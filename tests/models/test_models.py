@@ -410,7 +410,7 @@ def test_tensors_that_are_not_those_of_the_checksums(
     [
         (dict(depth=0), "depth must be positive"),
         (dict(width=8.0), "width must be an integer"),
-        (dict(stochastic_depth=1.0), "stochastic_depth must be a probability below one, got 1.0"),
+        (dict(stochastic_depth=1.0), "stochastic_depth must be at least 0 and less than 1, got 1.0"),
         (dict(gate="relu"), "gate must be one of"),
         (dict(gate_norm="group"), "gate_norm must be one of"),
         (dict(init="zero"), "init must be one of"),
@@ -430,7 +430,7 @@ def test_what_does_not_fit_together_is_told() -> None:
         replace(SMALL_MIXER, patch=4)
     with pytest.raises(ValueError, match="width=8 is no multiple of heads=3"):
         replace(SMALL_GPT2, heads=3)
-    with pytest.raises(ValueError, match="dropout must be a probability"):
+    with pytest.raises(ValueError, match="dropout must be at least 0 and less than 1"):
         replace(SMALL_GPT2, dropout=-0.1)
     with pytest.raises(ValueError, match=r"has no rank, got {'rank': \(3,\)}"):
         replace(SMALL_GPT2, rank=(3,))

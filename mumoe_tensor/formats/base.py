@@ -153,8 +153,8 @@ class Format(ABC):
         entries = tuple(r for r in self.check_rank(rank, num_levels) if r is not None)
         if len(entries) != len(self.bonds(num_levels)):
             raise ValueError(
-                "every entry of the rank must be a number here (LayerSpec.fitted solves for an open one), "
-                f"got {rank!r}."
+                f"every entry of the rank must be a number here, got {rank!r}; fit_rank and LayerSpec.fitted "
+                "solve for an open one."
             )
         return entries
 

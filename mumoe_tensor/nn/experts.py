@@ -126,14 +126,7 @@ class Experts(WholeState):
 
     @classmethod
     def from_spec(cls, spec: LayerSpec, **options: Any) -> Self:
-        """Make experts of the format, sizes and rank of a spec, which then is their `spec`.
-
-        Parameters
-        ----------
-        spec : LayerSpec
-            Of one layer: without `hidden`.
-        **options
-            Further arguments: `init`, `batch_hint`, `recompute`, `device`, `dtype`.
+        """Make experts of the format, sizes and rank of a spec, with further arguments of `Experts`.
 
         Raises
         ------
@@ -197,11 +190,6 @@ class Experts(WholeState):
 
     def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
-
-        Parameters
-        ----------
-        index : int or sequence of int
-            One number a level.
 
         Raises
         ------
@@ -297,12 +285,7 @@ class Experts(WholeState):
         return Folded(self._network, self._batch_hint)
 
     def train(self, mode: bool = True) -> Self:
-        """As for every module; in training, folded products of weights are forgotten.
-
-        Parameters
-        ----------
-        mode : bool, default True
-        """
+        """As for every module; in training, folded products of weights are forgotten."""
         if mode and "_folded" in self.__dict__:
             self._folded.clear()
         return super().train(mode)
@@ -328,16 +311,9 @@ class Experts(WholeState):
                 self.add_edit(name, means, torch.zeros(self.out_features))
 
     def add_edit(self, name: str, means: Sequence[Tensor], outputs: Tensor) -> None:
-        """Give every expert one more bias: the product of its means times `outputs`.
+        """Give every expert one more bias, see `BiasEdit`, of copies of tensors.
 
-        The tensors are copied and not checked; `.analysis.edit_bias` checks them.
-
-        Parameters
-        ----------
-        name : str
-        means : sequence of Tensor of shape (N_e,)
-            One a level.
-        outputs : Tensor of shape (out_features,)
+        They are not checked; `.analysis.edit_bias` checks them.
         """
         like = self.factors[0]
         *means, outputs = (x.detach().to(like.device, like.dtype, copy=True) for x in (*means, outputs))
@@ -353,12 +329,8 @@ class Experts(WholeState):
 def rename_factors(state: MutableMapping[str, Any], prefix: str) -> None:
     """Give the factors in a state of an earlier version, ``factors.0``, …, their present names, in place.
 
-    Parameters
-    ----------
-    state : dict
-        Of a model. What stands after a factor's name, as in the state of an optimizer, stays.
-    prefix : str
-        What the names of an `Experts` start with in this state, the last dot included.
+    The prefix is that of the names of an `Experts`. What follows a factor's name, as in the state of an
+    optimizer, stays.
     """
     old = f"{prefix}factors."
     for key in [key for key in state if key.startswith(old)]:

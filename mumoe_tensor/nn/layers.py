@@ -27,7 +27,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 class Layer(WholeState):
     """The common part of layers of one and of two weights: gate, norm of the input, experts, config."""
 
-    #: Names of the `Experts`, each of which takes the result of the one before.
+    #: Names of the `Experts`, in the order in which they are applied.
     _mixture_names: tuple[str, ...] = ("experts",)
     #: Relative errors of the fit to linear layers by `from_linear`; empty for other layers.
     fit_errors: tuple[float, ...] = ()
@@ -79,14 +79,9 @@ class Layer(WholeState):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
-        """Make a layer from the `config` of another; nothing that it names is imported.
+        """Make a layer from the `config` of another, as it was or read from JSON; it imports nothing.
 
-        Parameters
-        ----------
-        config : dict
-            As it was, or read from JSON.
-        **options
-            Further arguments: `device` and `dtype`.
+        Further arguments are `device` and `dtype`.
 
         Raises
         ------
@@ -97,15 +92,9 @@ class Layer(WholeState):
 
     @classmethod
     def from_spec(cls, spec: LayerSpec, **options: Any) -> Self:
-        """Make a layer of the format, sizes and rank of a spec, which then is its `spec`.
+        """Make a layer of the format, sizes and rank of a spec, with further arguments of the layer.
 
-        Parameters
-        ----------
-        spec : LayerSpec
-            With `hidden` for a block of two weights, else without. A rank that is left out is solved for by
-            `parameters`.
-        **options
-            Further arguments of the layer.
+        The spec of a block of two weights has `hidden`. A rank that is left out is solved for.
 
         Raises
         ------
@@ -135,8 +124,6 @@ class Layer(WholeState):
             Levels, sizes, rank and bias follow from its names and shapes.
         gate_norm : {"batch", "layer", "none"}, default "batch"
             A `state_dict` does not say; where statistics of batch norm are missing they start anew.
-        **options
-            Further arguments of the layer, such as `input_norm`.
 
         Raises
         ------
@@ -164,16 +151,13 @@ class Layer(WholeState):
 
     @property
     def mixtures(self) -> list[Experts]:
-        """The experts of each weight, in the order in which they are applied."""
+        """The experts of each weight, in order."""
         return [getattr(self, name) for name in self._mixture_names]
 
     def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
         """The parameters under the names of the published layers; the opposite of `from_published`.
 
-        Parameters
-        ----------
-        version : {"v1", "v2"}, default "v2"
-            Generation of the published layers. Only the first has Tucker and Tensor Train.
+        Only the first generation, ``"v1"``, has Tucker and Tensor Train.
 
         Raises
         ------
@@ -322,8 +306,6 @@ class MuMoE(Layer):
         ----------
         linear : torch.nn.Linear, or Conv1D of transformers
             If it is frozen, the layer is too.
-        **options
-            Further arguments of the layer, such as format and rank.
 
         Raises
         ------
@@ -342,13 +324,7 @@ class MuMoE(Layer):
         return self.experts.weight
 
     def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
-        """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
-
-        Parameters
-        ----------
-        index : int or sequence of int
-            One number a level.
-        """
+        """Matrix of shape (in_features, out_features) and bias of one expert; see `Experts.expert`."""
         return self.experts.expert(index)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
@@ -367,10 +343,8 @@ class MuMoEMLP(Layer):
 
     Parameters
     ----------
-    format, rank : optional
-        As of `MuMoE`; both layers have one rank.
-    parameters : int or "match", optional
-        The least number of parameters; ``"match"`` for those of two `torch.nn.Linear`.
+    format, rank, parameters : optional
+        As of `MuMoE`; both layers have one rank, and the budget is for both.
     activation : str, dict or callable, default "gelu"
         The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
         function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
@@ -453,19 +427,10 @@ class MuMoEMLP(Layer):
     ) -> MuMoEMLP:
         """Make a block whose experts all start as two linear layers; see `MuMoE.from_linear`.
 
-        Parameters
-        ----------
-        up, down : torch.nn.Linear, or Conv1D of transformers
-        **options
-            Further arguments of the block, such as format and rank.
-
         Raises
         ------
-        TypeError
-            If `up` or `down` is no linear layer.
-        ValueError
-            If one of them computes something else or more; if only one of them has a bias, or is frozen, or
-            their sizes do not fit together.
+        TypeError, ValueError
+            As `MuMoE.from_linear`; if only one has a bias, or is frozen, or their sizes do not fit together.
         """
         check_linear(up)
         check_linear(down)
@@ -498,11 +463,10 @@ def _arguments_of(spec: LayerSpec) -> dict[str, Any]:
 
 def _solved(spec: LayerSpec, parameters: int | Literal["match"] | None) -> LayerSpec:
     """The spec if it has its whole rank, else with the rank for a number of parameters."""
-    if spec.rank is not None and None not in spec.rank:
-        if parameters is None:
-            return spec
-        if not spec.rank:
-            raise ValueError(f"format {spec.format.name!r} has no rank, so parameters must be left out.")
+    is_whole = spec.rank is not None and None not in spec.rank
+    if is_whole and parameters is None:
+        return spec
+    if is_whole and spec.rank:
         raise ValueError(f"give a rank or parameters, got rank={spec.rank} and parameters={parameters!r}.")
     try:
         return spec.fitted("match" if parameters is None else parameters)

@@ -48,13 +48,7 @@ class Published(NamedTuple):
 
 
 def read_published(state: Mapping[str, Tensor], format: str | Format, num_weights: int) -> Published:
-    """Read the parameters of a published layer.
-
-    Raises
-    ------
-    ValueError
-        If parameters are missing or left over, or their shapes do not fit together.
-    """
+    """Read the parameters of a published layer; see `MuMoE.from_published`."""
     format, unread = get_format(format), dict(state)
 
     def take(prefix: str, suffix: str = "") -> list[Tensor]:
@@ -113,15 +107,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
 
 
 def write_published(gate: ExpertGate, layers: list[Experts], version: str) -> dict[str, Tensor]:
-    """The parameters of a layer under their published names, as copies.
-
-    Raises
-    ------
-    ValueError
-        If the version has no block of two weights, or the layer has bias edits.
-    TypeError
-        If TensorLy has no container of the format.
-    """
+    """The parameters of a layer under their published names, as copies; see `MuMoE.to_published`."""
     prefixes = PREFIXES[check_choice(version, PREFIXES, "version")]
     if edits := [name for layer in layers for name in layer.edits or ()]:
         raise ValueError(f"published layers have no bias edits: remove them first; the layer has {edits}.")

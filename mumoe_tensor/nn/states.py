@@ -25,13 +25,6 @@ class WholeState(nn.Module):
         and unexpected names torch reports after it has loaded all others; so it does for a layer with hooks
         that change the names in its state.
 
-        Parameters
-        ----------
-        strict : bool, default True
-            Whether names that are missing or unexpected are errors.
-        assign : bool, default False
-            Take the tensors themselves, instead of copying their values.
-
         Raises
         ------
         ValueError

@@ -91,18 +91,10 @@ def gradients_of(
     gradient: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the operands, from the gradient of the result.
+    """Gradients of the operands, from that of the result; None for each that is not needed.
 
-    Parameters
-    ----------
-    policy : SavePolicy
-    activation : callable or None
-        What the input vector, the last operand, went through before the program.
-    saved : mapping of int to Tensor
-        Operands and saved results, by position.
-    gradient : Tensor
-    needed : sequence of bool
-        Whether the gradient of an operand is needed, for each; None is returned otherwise.
+    The input vector, the last operand, went through the activation before the program. The saved tensors are
+    operands and saved results, by position.
     """
     program, count = policy.program, len(needed)
     values = _Values(policy, saved)
@@ -146,8 +138,9 @@ def _gradients_of_step(
             view, other = (left, right) if side == 0 else (right, left)
             of_view = _product_summed_to(view.shape, gradient, other)
         else:
-            factors = (gradient, right.mT) if side == 0 else (left.mT, gradient)
-            of_view = _transposed_product(*factors) if _is_transposed(operand) else factors[0] @ factors[1]
+            a, b = (gradient, right.mT) if side == 0 else (left.mT, gradient)
+            # Contiguous in the memory order of the operand.
+            of_view = (b.mT @ a.mT).mT if _is_transposed(operand) else a @ b
         bias = step.bias
         if bias is None or bias.side != side:
             gradients[operand.position] = _of_whole(of_view, operand, whole.shape)
@@ -163,11 +156,6 @@ def _is_transposed(operand: Operand) -> bool:
     """Whether a product reads the last two axes of a view in the other order than they lie in memory."""
     n = len(operand.axes or ())
     return operand.axes is not None and operand.axes[-2:] == (n - 1, n - 2)
-
-
-def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, its transpose contiguous: the memory order of the operand it is a gradient of."""
-    return (right.mT @ left.mT).mT
 
 
 def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) -> Tensor:

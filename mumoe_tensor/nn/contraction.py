@@ -23,16 +23,9 @@ def contract(
 ) -> Tensor:
     """Contract operands, the input vector last, as `execute` does.
 
-    Parameters
-    ----------
-    policy : SavePolicy
-    operands : sequence of Tensor
-    activation : callable, optional
-        An elementwise function, applied to the input vector first; its result is not saved.
-    folded : mapping of int to Tensor, optional
-        Results of `fold`, for a pass without gradients.
-    is_recorded : bool, default False
-        Torch records the call. It shall see the plain steps: a compiler decides by itself what to save.
+    The activation, an elementwise function, is applied to the input vector first. `folded` has results of
+    `fold`, for a pass without gradients. A call that torch records shows the plain steps: a compiler decides
+    by itself what to save.
     """
     program = policy.program
     if any(program.arrange):

@@ -19,22 +19,8 @@ from mumoe_tensor.nn.backward import SavePolicy
 class Folded:
     """A plan with folded products of weights, which are made again once a weight has changed.
 
-    Each call compares the weights with copies, as nothing else detects every change. `fewest_rows` counts the
-    time that takes.
-
-    Parameters
-    ----------
-    network : Network
-        A forward network.
-    batch : int
-        The number of rows to plan for.
-
-    Attributes
-    ----------
-    policy : SavePolicy
-        Its program uses the products.
-    fewest_rows : float
-        From this number of rows on, folding takes less time than the plain contraction; may be infinite.
+    Each call compares the weights with copies, as nothing else detects every change. From `fewest_rows` on,
+    which may be infinite, that and the program of `policy` take less time than the plain contraction.
     """
 
     def __init__(self, network: Network, batch: int):

@@ -29,7 +29,6 @@ class ExpertGate(WholeState):
 
     Parameters
     ----------
-    in_features : int
     experts : sequence of int
         Number of experts of each level.
     gate : str, dict or callable, default "entmax15"
@@ -40,7 +39,6 @@ class ExpertGate(WholeState):
     gate_norm : {"batch", "layer", "none"}, default "batch"
         Norm of the logits, without affine parameters: over all rows of the batch, or over the experts of a
         level.
-    device, dtype : optional
 
     Attributes
     ----------
@@ -87,22 +85,13 @@ class ExpertGate(WholeState):
         """As for every module, but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves the norm as it is.
 
         Its statistics already are those of all processes.
-
-        Parameters
-        ----------
-        name : str
-        module : Module or None
         """
         if name != "norm" or not isinstance(module, nn.SyncBatchNorm):
             super().add_module(name, module)
 
     @property
     def is_sparse_gradient(self) -> bool:
-        """Whether nothing reads the gradients of coefficients that are zero.
-
-        That is so if the gate function declares it (see `mumoe_tensor.gates.Gate`) and no hook on this
-        module sees coefficients.
-        """
+        """Whether the gate declares it, see `mumoe_tensor.gates.Gate`, and no hook sees coefficients."""
         hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *HOOKS_ON_ALL_MODULES)
         return type(self) is ExpertGate and getattr(self.gate, "sparse_gradient", False) and not any(hooks)
 
@@ -161,14 +150,7 @@ class ExpertGate(WholeState):
         return norm.running_var is not None and norm.running_var.device == z.device
 
     def coefficients_of(self, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs.
-
-        Parameters
-        ----------
-        logits : Tensor of shape (..., sum of experts)
-        dtype : torch.dtype, optional
-            Of the coefficients; that of the logits by default.
-        """
+        """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs."""
         parts = logits.split(self.num_experts, -1) if len(self.num_experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)

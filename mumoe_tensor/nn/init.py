@@ -19,15 +19,8 @@ from mumoe_tensor.tensors import FactorizedTensor
 def draw(weight: FactorizedTensor, in_features: int) -> None:
     """Fill the factors of a weight in place with the published initialisation, for any format and levels.
 
-    Parameters
-    ----------
-    weight : FactorizedTensor of torch tensors
-    in_features : int
-        Without the bias row.
-
-    References
-    ----------
-    Oldfield et al., "Multilinear Mixture of Experts", NeurIPS 2024.
+    The bias row is not one of the input features. (Oldfield et al., "Multilinear Mixture of Experts", NeurIPS
+    2024.)
     """
     modes = mode_names(weight.num_levels)
     for declared, factor in zip(weight.format.declaration(weight.num_levels), weight.factors, strict=True):
@@ -49,7 +42,6 @@ def draw(weight: FactorizedTensor, in_features: int) -> None:
             factor.div_(torch.linalg.vector_norm(factor))
 
 
-@torch.no_grad()
 def fill_neutral(factor: Tensor, bonds: list[int]) -> None:
     """Make a factor of expert modes neutral: the identity between two bonds, or ones."""
     if len(bonds) != 2:
@@ -84,16 +76,8 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
     is then ``A K B`` with a constant K, and the singular value decompositions of K and of the matrix give the
     best approximation of the rank of K. All is done in NumPy, because not every device has float64.
 
-    Parameters
-    ----------
-    weight : FactorizedTensor of torch tensors
-    matrix : Tensor of shape (I, O)
-        With the bias row, if the weight has one.
-
-    Returns
-    -------
-    float
-        Error in the Frobenius norm over the norm of the matrix.
+    The matrix has the bias row, if the weight has one. Returns the error in the Frobenius norm over the norm
+    of the matrix.
     """
     indices = [f.indices for f in weight.format.declaration(weight.num_levels)]
     bonds = dict(zip(weight.format.bonds(weight.num_levels), weight.rank, strict=True))

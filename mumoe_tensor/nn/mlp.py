@@ -43,21 +43,9 @@ def is_mlp(module: nn.Module) -> bool:
 
 
 def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
-    """Read the parts of a block, and check that it computes nothing else.
+    """Read the parts of a block, in the order in which a copy calls them; see `replace_mlp`.
 
-    Their order is that in which a copy calls them.
-
-    Parameters
-    ----------
-    block : Module
-        One with two linear layers among its children.
-    activation : str or callable, optional
-        Needed if it is no child of the block.
-
-    Raises
-    ------
-    ValueError
-        If the block computes something else or more, with the cause.
+    A ValueError names the cause if the block computes something else or more.
     """
     check_readable(block)
     check_one_input(block)

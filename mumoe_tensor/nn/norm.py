@@ -22,9 +22,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        distributed.all_reduce(gradient)
-        return gradient
+        return _AllReduce.forward(ctx, gradient)
 
 
 class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -34,19 +32,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
     activation checkpointing repeats does not advance the running statistics, unless it is compiled. To tools
     that look for torch's batch norms, such as `torch.optim.swa_utils.update_bn`, it is one of them.
 
-    Parameters
-    ----------
-    num_features : int
-    device : torch.device or str, optional
-    dtype : torch.dtype, optional
-        Of the running statistics; float32 at least.
-
-    Attributes
-    ----------
-    eps : float
-        Added to the variance.
-    momentum : float or None
-        Weight of the newest batch in the running statistics; None for the mean of all batches.
+    The running statistics are of float32 at least.
     """
 
     running_mean: Tensor
@@ -56,10 +42,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
     copies = 1
 
     def __init__(
-        self,
-        num_features: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, num_features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ):
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         super().__init__(num_features, affine=False, device=device, dtype=dtype)

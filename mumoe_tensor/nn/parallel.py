@@ -56,14 +56,7 @@ class ShardedExperts(Experts):
     The output is a sum over the bond, so every process computes its terms, from its slices of the factors
     that have the bond and from the other factors, which all processes have.
 
-    Attributes
-    ----------
-    whole_spec : LayerSpec
-        That of the whole experts.
-    bond : str
-        The largest bond of the format; of several, the one that most parameters have as an axis.
-    start, size, whole_size : int
-        Where the range begins, its size, and that of the whole bond.
+    The bond is the largest of the format; of several, the one that most parameters have as an axis.
     """
 
     def __init__(self, whole: Experts, group: distributed.ProcessGroup | None):
@@ -195,12 +188,8 @@ def parallelize(module: Module, group: distributed.ProcessGroup | None = None) -
 def gather(module: Module) -> Module:
     """Make a module whole again that `parallelize` divided, as a copy on every process.
 
-    All processes of the group call this together.
-
-    Returns
-    -------
-    Module
-        A new one of the same class, with the `state_dict` of a module that was never divided.
+    All processes of the group call this together. The copy has the `state_dict` of a module that was never
+    divided.
     """
     whole = {id(m): m.gathered() for m in module.modules() if isinstance(m, ShardedExperts)}
     return _with_experts(module, whole, 1)

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from mumoe_tensor.calls import hooks_of
 
-#: Largest relative difference, in float32, of outputs that count as equal.
-TOLERANCE = 1e-5
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -22,12 +19,6 @@ def check_readable(module: nn.Module) -> None:
     """Refuse a module with something that a copy does not show, or that a layer in its place would lose.
 
     Nothing is called.
-
-    Raises
-    ------
-    ValueError
-        If the module or one inside has a hook, a parametrization, a forward method set on the instance,
-        or a parameter that is not an ordinary tensor of finite floats.
     """
     for name, parameter in module.named_parameters():
         _check_parameter(parameter, name)
@@ -96,13 +87,7 @@ def probes(in_features: int) -> list[Tensor]:
 
 
 def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Outputs of a copy, always with the same random numbers; call it under `torch.random.fork_rng`.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be called with one tensor, or does not return one.
-    """
+    """Outputs of a copy, always with the same random numbers; call it under `torch.random.fork_rng`."""
     torch.default_generator.manual_seed(0)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -125,18 +110,6 @@ def check_same(
     A copy is compared with the function that `rebuild` makes of its parts, on random inputs, with its
     parameters and with random ones. An activation such as `torch.nn.PReLU` takes only some shapes of inputs:
     one is enough.
-
-    Parameters
-    ----------
-    module : Module
-        One that `check_readable` passes. Only copies of it are called.
-    rebuild : callable
-        Takes a copy and returns the function that it should compute. Called once for each comparison.
-
-    Raises
-    ------
-    ValueError
-        If the outputs differ, with the cause where there is a likely one, or the gradients do.
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
@@ -200,6 +173,6 @@ def relative_difference(y: Tensor, expected: Tensor) -> Tensor:
     return torch.where(difference == 0, 0.0, difference / norm)
 
 
-def are_equal(y: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Whether outputs are equal but for rounding, at each of the scales."""
+def are_equal(y: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether outputs are equal but for rounding (in float32), at each of the scales."""
     return bool((relative_difference(y, expected) <= tolerance).all())

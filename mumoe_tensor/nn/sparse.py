@@ -31,15 +31,6 @@ def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
 
     Exact whatever the coefficients are. But the gradient of the coefficients is zero where they are: that is
     enough for a gate whose own derivative is zero there, and wrong for anything else.
-
-    Parameters
-    ----------
-    coefficients : Tensor of shape (B, N)
-    factor : Tensor of shape (N, R)
-
-    Returns
-    -------
-    Tensor of shape (B, R)
     """
     result: Tensor = _Function.apply(coefficients, factor)
     return result
@@ -122,12 +113,9 @@ def sum_of_rows_backward(coefficients: Tensor, factor: Tensor, gradient: Tensor)
     of_coefficients.view(-1)[position] = _dot_products(gradient, factor, column, starts, row)
     # The same product with the roles changed: of every row of the factor, the rows of the batch it is in.
     order = torch.argsort(column, stable=True)
+    values = coefficients.reshape(-1)[position[order]]
     of_factor = torch.nn.functional.embedding_bag(
-        row[order],
-        gradient,
-        _starts(column, len(factor)),
-        mode="sum",
-        per_sample_weights=coefficients.reshape(-1)[position[order]],
+        row[order], gradient, _starts(column, len(factor)), mode="sum", per_sample_weights=values
     )
     return of_coefficients, of_factor
 

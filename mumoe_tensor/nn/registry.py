@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -14,7 +14,8 @@ from mumoe_tensor.arguments import arguments_of
 from mumoe_tensor.calls import has_hooks
 from mumoe_tensor.nn.functional import entmax15
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+AnyFunction = Callable[..., Any]
+Function = TypeVar("Function", bound=AnyFunction)
 #: How a config writes a function: its name, or the name of a class with the arguments of the instance.
 Written = str | dict[str, Any]
 
@@ -55,28 +56,19 @@ _NOT_WRITTEN = {nn.PReLU: ("device", "dtype"), nn.Hardtanh: ("min_value", "max_v
 
 
 class Registry:
-    """Functions, and classes whose instances are functions, by name.
+    """Functions, and classes whose instances are functions, by name, besides the modules of torch.
 
-    Parameters
-    ----------
-    what : str
-        The argument of the layers that takes them: ``"gate"`` or ``"activation"``.
-    entries : mapping of str to callable
-        The first entries, besides the modules of torch.
-    aliases : mapping of callable to str
-        Other functions that compute the same as that of a name.
+    The word for them is that of the argument of the layers: gate or activation. Aliases are other functions,
+    each with the one of the same results that is registered.
     """
 
     def __init__(
-        self, what: str, entries: Mapping[str, Callable[..., Any]], aliases: Mapping[Callable[..., Any], str]
+        self, what: str, entries: Mapping[str, AnyFunction], aliases: Mapping[AnyFunction, AnyFunction]
     ):
         self.what, self._entries, self._aliases = what, dict(entries), aliases
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
     @property
-    def _all(self) -> dict[str, Callable[..., Any]]:
+    def _all(self) -> dict[str, AnyFunction]:
         return {**_MODULES, **self._entries}
 
     def register(self, name: str, function: Function) -> Function:
@@ -99,13 +91,6 @@ class Registry:
         """The function for an argument, which is a function or the entry of a config.
 
         Device and dtype are those of the parameters of a module that is made of an entry.
-
-        Raises
-        ------
-        ValueError
-            If a name is not registered, or a class has no such arguments.
-        TypeError
-            If it is neither a function nor an entry.
         """
         if isinstance(value, type):
             raise TypeError(f"{self.what} must be a function or an instance, got the class {value.__name__}.")
@@ -118,14 +103,13 @@ class Registry:
         entry: Any = self._all.get(name) if isinstance(name, str) else None
         if entry is None:
             raise ValueError(
-                f"{self.what} must be one of {', '.join(self)}, an activation of torch.nn such as 'GELU', or "
-                f"a name: register it first, by register_{self.what}; got {value!r}."
+                f"{self.what} must be one of {', '.join(self._entries)}, an activation of torch.nn such as "
+                f"'GELU', or a name: register it first, by register_{self.what}; got {value!r}."
             )
         if not isinstance(entry, type):
             if arguments:
                 raise ValueError(f"{self.what} {name!r} is a function without arguments, got {arguments}.")
-            function: Callable[..., Tensor] = entry
-            return function
+            return entry
         try:
             made: Any = entry(**arguments)
         except TypeError as error:
@@ -133,13 +117,7 @@ class Registry:
         return made.to(device=device, dtype=dtype) if isinstance(made, nn.Module) else made
 
     def write(self, function: Any) -> Written:
-        """The entry of a function in a config, in types of JSON.
-
-        Raises
-        ------
-        ValueError
-            If it is not registered, or an argument of its class cannot be written.
-        """
+        """The entry of a function in a config, in types of JSON."""
         for name, entry in self._all.items():
             if entry is function:
                 return name
@@ -164,22 +142,19 @@ class Registry:
             return {}
         return arguments_of(instance, self.what, _NOT_WRITTEN.get(kind, ()))
 
-    def _equivalent(self, function: Any) -> Callable[..., Any]:
+    def _equivalent(self, function: Any) -> AnyFunction:
         """The registered function that computes the same, if there is one; else the function itself."""
         kind = type(function)
         if kind.__module__ == "transformers.activations" and kind.__name__ in _OF_TRANSFORMERS:
             equivalent = self.read(_OF_TRANSFORMERS[kind.__name__])
             return equivalent if not has_hooks(function) and _are_equal(function, equivalent) else function
-        names = (name for alias, name in self._aliases.items() if alias is function)
-        return next((self._entries[name] for name in names), function)
+        return next((same for alias, same in self._aliases.items() if alias is function), function)
 
 
 def _have_one_definition(one: Any, other: Any) -> bool:
     """Whether two objects are one, or of one definition that ran twice, as in a notebook."""
-    if one is other:
-        return True
-    if not all(isinstance(x, (FunctionType, type)) for x in (one, other)):
-        return False
+    if one is other or not all(isinstance(x, (FunctionType, type)) for x in (one, other)):
+        return one is other
     places = {(x.__module__, x.__qualname__) for x in (one, other)}
     return len(places) == 1 and "<" not in one.__qualname__  # <lambda>s and functions within functions differ
 
@@ -209,12 +184,12 @@ def elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor] | None
 GATES = Registry(
     "gate",
     {"entmax15": entmax15, "sparsemax": gates.sparsemax, "softmax": gates.softmax},
-    {gates.entmax15: "entmax15"},
+    {gates.entmax15: entmax15},
 )
 ACTIVATIONS = Registry(
     "activation",
     _FUNCTIONS,
-    {getattr(torch, name): name for name in ELEMENTWISE if hasattr(torch, name)},
+    {getattr(torch, name): same for name, same in _FUNCTIONS.items() if hasattr(torch, name)},
 )
 
 
@@ -256,16 +231,6 @@ def register_gate(name: str) -> Callable[[Function], Function]:
 
 def register_activation(name: str) -> Callable[[Function], Function]:
     """Give an activation a name, under which the config of a block has it; see `register_gate`.
-
-    Returns
-    -------
-    callable
-        Takes a function of a tensor, or a class whose instances are such functions, and returns it.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As `register_gate`.
 
     Examples
     --------

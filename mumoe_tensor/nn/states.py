@@ -34,7 +34,7 @@ class WholeState(nn.Module):
         """
         state = dict(state_dict)
         expected = self._expected(state, "")
-        _raise_if(_differences(state, expected))
+        _check(state, expected)
         if strict and not any(module._load_state_dict_pre_hooks for module in self.modules()):
             missing = [name for name in expected if name not in state]
             unexpected = [name for name in state if name not in expected]
@@ -49,7 +49,7 @@ class WholeState(nn.Module):
         self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # Comes before the children load theirs, so nothing is touched yet.
-        _raise_if(_differences(state_dict, self._expected(state_dict, prefix)))
+        _check(state_dict, self._expected(state_dict, prefix))
         self._make_room(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -65,8 +65,8 @@ class WholeState(nn.Module):
         """Make the children that the module lacks, for a state that fits."""
 
 
-def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What is wrong with those entries of a state that are expected."""
+def _check(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise an error that lists what is wrong with those entries of a state that are expected."""
     wrong = []
     for name, present in expected.items():
         if name not in state or not isinstance(present, Tensor) or nn.parameter.is_lazy(present):
@@ -77,17 +77,11 @@ def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
         elif value.layout != present.layout or (value.is_meta and not present.is_meta):
             where = "on the meta device" if value.is_meta else f"of layout {value.layout}"
             wrong.append(f"{name} must be a tensor with values like those of the layer, and is {where}")
-        elif value.shape != present.shape and not (
-            present.ndim == 0 and value.shape == (1,)
-        ):  # as of old states
+        elif value.shape != present.shape and (present.ndim or value.shape != (1,)):  # (as of old states)
             wrong.append(f"{name} has shape {tuple(value.shape)} and should have {tuple(present.shape)}")
         elif (value.is_complex() and not present.is_complex()) or (
             present.is_floating_point() and not value.is_floating_point()
         ):
             wrong.append(f"{name} has dtype {value.dtype} and should have one like {present.dtype}")
-    return wrong
-
-
-def _raise_if(wrong: list[str]) -> None:
     if wrong:
         raise ValueError(f"a state must be that of a layer of the same config; {'; '.join(wrong)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,9 @@ from torch import Tensor, nn
 
 from mumoe_tensor.nn.gate import ExpertGate
 
-#: Called with the name of a gate and its coefficients, one tensor a level, of shape (rows, experts).
-Consumer = Callable[[str, tuple[Tensor, ...]], object]
-
 
 def gates_of(model: nn.Module) -> dict[str, ExpertGate]:
-    """The gates of a model by the names of their modules.
-
-    Raises
-    ------
-    ValueError
-        If there is none.
-    """
+    """The gates of a model, at least one, by the names of their modules."""
     gates = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGate)}
     if not gates:
         raise ValueError(
@@ -55,7 +47,9 @@ def hooked(gate: ExpertGate, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def watch_coefficients(model: nn.Module, consumer: Consumer) -> Iterator[None]:
+def watch_coefficients(
+    model: nn.Module, consumer: Callable[[str, tuple[Tensor, ...]], object]
+) -> Iterator[None]:
     """While the context lasts, hand the coefficients of every gate of a model to a function.
 
     The coefficients carry no gradient, and nothing keeps them but the function. Leaving the context, also by
@@ -84,13 +78,10 @@ def watch_coefficients(model: nn.Module, consumer: Consumer) -> Iterator[None]:
     [('gate', torch.Size([5, 8]))]
     """
 
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, coefficients: tuple[Tensor, ...]) -> None:
-            consumer(name, tuple(a.detach().reshape(-1, a.shape[-1]) for a in coefficients))
-
-        return hook
+    def hook(name: str, module: nn.Module, inputs: Any, coefficients: tuple[Tensor, ...]) -> None:
+        consumer(name, tuple(a.detach().reshape(-1, a.shape[-1]) for a in coefficients))
 
     with ExitStack() as stack:
         for name, gate in gates_of(model).items():
-            stack.enter_context(hooked(gate, hook_of(name)))
+            stack.enter_context(hooked(gate, partial(hook, name)))
         yield

@@ -18,11 +18,11 @@ from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import label
 from mumoe_tensor.multilinear import expert_matrix
-from mumoe_tensor.nn import init
 from mumoe_tensor.nn.backward import Activation, SavePolicy, saved_results, sparse_products
 from mumoe_tensor.nn.contraction import contract
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
 from mumoe_tensor.nn.frozen import Folded, are_comparable
+from mumoe_tensor.nn.init import draw, scale_to_linear
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, read_index
@@ -39,10 +39,8 @@ class Experts(WholeState):
 
     Parameters
     ----------
-    in_features, out_features : int
     experts : int or sequence of int
         Number of experts, one number a level.
-    format : str or Format
     rank : int or sequence of int, optional
         One entry a bond of the format; see `.Format.bonds`.
     bias : bool, default True
@@ -54,7 +52,6 @@ class Experts(WholeState):
     recompute : bool, default False
         Recompute the products of coefficients and factors in the backward pass, instead of saving them.
         Elementwise products are recomputed in any case.
-    device, dtype : optional
 
     Attributes
     ----------
@@ -96,15 +93,16 @@ class Experts(WholeState):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_flag(recompute, "recompute")
         spec = LayerSpec(
             format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias
         )
         self.spec, self.format, self.num_experts, self.rank = spec, spec.format, spec.experts, spec.full_rank
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        self.bias, self.recompute = bias, recompute
-        self.init = check_choice(init, get_args(Init), "init")
-        batch_hint = as_positive(batch_hint, "batch_hint")
+        self.bias = bias
+        check_flag(recompute, "recompute")
+        init, batch_hint = check_choice(init, get_args(Init), "init"), as_positive(batch_hint, "batch_hint")
+        #: The arguments besides those of the spec, device and dtype.
+        self.options: dict[str, Any] = {"init": init, "batch_hint": batch_hint, "recompute": recompute}
         missing = self.format.optional(spec.num_levels)
         network = forward_network(self.format, spec.mode_sizes, self.rank, missing, bias)
         # The parameters lie in memory order: to the planner these are their axes.
@@ -113,7 +111,7 @@ class Experts(WholeState):
         program = self.plan.program
         self._policy = SavePolicy(program, saved_results(program, recompute))
         self._sparse_policy = replace(self._policy, sparse=sparse_products(program))
-        self._network, self._batch_hint = network, batch_hint
+        self._network = network
         sizes = dict(network.index_sizes)
         self.axes = network.memory_orders[: network.weights]
         self._factor_names = tuple(f"factor_{k}" for k in range(len(self.axes)))
@@ -140,11 +138,6 @@ class Experts(WholeState):
         sizes = spec.in_features, spec.out_features, spec.experts
         return cls(*sizes, spec.format, spec.full_rank, bias=spec.bias, **options)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments besides those of the spec, device and dtype."""
-        return {"init": self.init, "batch_hint": self._batch_hint, "recompute": self.recompute}
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the factors as `init` says.
@@ -164,9 +157,9 @@ class Experts(WholeState):
                 for x in weight.factors
             ]
             weight = FactorizedTensor(self.format, whole)
-        init.draw(weight, self.in_features)
-        if self.init == "linear":
-            init.scale_to_linear(weight, self.in_features)
+        draw(weight, self.in_features)
+        if self.options["init"] == "linear":
+            scale_to_linear(weight, self.in_features)
         if is_sharded:
             from torch.distributed.tensor import distribute_tensor
 
@@ -282,7 +275,7 @@ class Experts(WholeState):
 
     @cached_property
     def _folded(self) -> Folded:
-        return Folded(self._network, self._batch_hint)
+        return Folded(self._network, self.options["batch_hint"])
 
     def train(self, mode: bool = True) -> Self:
         """As for every module; in training, folded products of weights are forgotten."""

@@ -33,29 +33,17 @@ class Layer(WholeState):
     fit_errors: tuple[float, ...] = ()
 
     def __init__(
-        self,
-        spec: LayerSpec,
-        *,
-        parameters: int | Literal["match"] | None,
-        gate: str | dict[str, Any] | Gate,
-        gate_norm: GateNorm,
-        input_norm: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        **options: Any,
+        self, spec: LayerSpec, input_norm: bool, gate: dict[str, Any], experts: dict[str, Any], **place: Any
     ):
         super().__init__()
         check_flag(input_norm, "input_norm")
-        self.spec = spec = _solved(spec, parameters)
-        self.in_features, self.out_features = spec.in_features, spec.out_features
-        place: Any = {"device": device, "dtype": dtype}
-        self.gate = ExpertGate(spec.in_features, spec.experts, gate=gate, gate_norm=gate_norm, **place)
+        self.spec, self.in_features, self.out_features = spec, spec.in_features, spec.out_features
+        self.gate = ExpertGate(spec.in_features, spec.experts, **gate, **place)
         self.input_norm = nn.LayerNorm(spec.in_features, **place) if input_norm else None
         for name, part in zip(self._mixture_names, spec.layers, strict=True):
-            self.add_module(name, Experts.from_spec(part, **options, **place))
-        self._options = {
-            "gate_norm": self.gate.gate_norm, "input_norm": input_norm, **self.mixtures[0].options
-        }  # fmt: skip
+            self.add_module(name, Experts.from_spec(part, **experts, **place))
+        options = self.mixtures[0].options
+        self._options = {"gate_norm": self.gate.gate_norm, "input_norm": input_norm, **options}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -141,7 +129,7 @@ class Layer(WholeState):
         """None: there is no vector that all outputs get. Each expert has its bias, as part of the weight."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As that of every module, but refuses the weight or bias of another layer, which would be tied."""
+        """As for every module, but refuses the weight or bias of another layer, which would be tied."""
         if name in ("weight", "bias"):
             raise TypeError(
                 f"a {type(self).__name__} has factors and no {name} that can be set or shared with another "
@@ -242,7 +230,6 @@ class MuMoE(Layer):
         Rows (tokens) a batch usually has: the order of contraction is chosen for it.
     recompute : bool, default False
         Keep less for the backward pass, which then forms products of coefficients and factors again.
-    device, dtype : optional
 
     Attributes
     ----------
@@ -290,8 +277,8 @@ class MuMoE(Layer):
             format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias
         )
         super().__init__(
-            spec, parameters=parameters, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
-            batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
+            _solved(spec, parameters), input_norm, {"gate": gate, "gate_norm": gate_norm},
+            {"init": init, "batch_hint": batch_hint, "recompute": recompute}, device=device, dtype=dtype,
         )  # fmt: skip
 
     @classmethod
@@ -339,12 +326,11 @@ class MuMoEMLP(Layer):
     """Two linear layers of many experts with an activation between them, and one gate for both.
 
     Takes the place of the MLP block of a transformer. The coefficients are computed once, from the input of
-    the block (Oldfield et al., 2024).
+    the block (Oldfield et al., 2024). What is not described here is as in `MuMoE`; both layers have one rank,
+    and the budget is for both.
 
     Parameters
     ----------
-    format, rank, parameters : optional
-        As of `MuMoE`; both layers have one rank, and the budget is for both.
     activation : str, dict or callable, default "gelu"
         The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
         function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
@@ -352,8 +338,6 @@ class MuMoEMLP(Layer):
         relu, silu, …) is not kept for the backward pass but formed again, which is quick.
     dropout, hidden_dropout : float, default 0
         Probability of dropping an output, and a result of the activation, while training, below one.
-    gate, gate_norm, input_norm, init, batch_hint, recompute, device, dtype : optional
-        As of `MuMoE`.
 
     Attributes
     ----------
@@ -404,8 +388,8 @@ class MuMoEMLP(Layer):
             hidden=as_positive(hidden_features, "hidden_features"),
         )  # fmt: skip
         super().__init__(
-            spec, parameters=parameters, gate=gate, gate_norm=gate_norm, input_norm=input_norm, init=init,
-            batch_hint=batch_hint, recompute=recompute, device=device, dtype=dtype,
+            _solved(spec, parameters), input_norm, {"gate": gate, "gate_norm": gate_norm},
+            {"init": init, "batch_hint": batch_hint, "recompute": recompute}, device=device, dtype=dtype,
         )  # fmt: skip
         self.hidden_features = self.up.out_features
         self.activation = ACTIVATIONS.read(activation, device, dtype)

@@ -190,7 +190,7 @@ def test_a_rank_that_a_spec_leaves_out_is_solved_for(kind: Any) -> None:
         ((5, 4, 3), {"format": "cpp"}, ValueError, "unknown format"),
         ((5, 4, 3), {"rank": (2, 2)}, ValueError, "has 1 entries"),
         ((5, 4, 3), {"rank": 2, "parameters": 100}, ValueError, "a rank or parameters"),
-        ((5, 4, 3), {"format": "hadamard", "parameters": 100}, ValueError, "has no rank"),
+        ((5, 4, 3), {"format": "hadamard", "parameters": 100}, ValueError, "must have a rank"),
         ((5, 4, 3), {"parameters": 10}, ValueError, "the gate alone"),
         ((5, 4, 3), {"rank": 2, "gate": "max"}, ValueError, "gate must be one of"),
         ((5, 4, 3), {"rank": 2, "gate_norm": "group"}, ValueError, "gate_norm must be one of"),

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.formats.base import Format
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.reading import check_readable, check_same
-from mumoe_tensor.spec import LayerSpec
 
 if TYPE_CHECKING:
     from mumoe_tensor.nn.layers import Layer
@@ -29,15 +27,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def check_linear(module: nn.Module) -> None:
-    """Check that a module is a linear layer, and computes nothing else.
-
-    Raises
-    ------
-    TypeError
-        If the module is no linear layer.
-    ValueError
-        If it computes something else or more, with the cause.
-    """
+    """Raise an error, with the cause, unless a module is a linear layer and computes nothing else."""
     kind = _kind(module)
     if kind is None:
         raise TypeError(f"a linear layer is torch.nn.Linear or a Conv1D, got {type(module).__name__}.")
@@ -65,20 +55,9 @@ def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
 
 
 def layer_like(
-    kind: type[L],
-    linears: list[nn.Module],
-    experts: int | Sequence[int],
-    format: str | Format = "cp",
-    rank: int | Sequence[int | None] | None = None,
-    **options: Any,
+    kind: Callable[..., L], linears: list[nn.Module], experts: int | Sequence[int], **options: Any
 ) -> L:
-    """A layer whose experts all equal these linear layers, one after the other, with a gate that is not zero.
-
-    Raises
-    ------
-    ValueError
-        If their sizes do not fit together, or they differ in dtype, in having a bias or in being frozen.
-    """
+    """A layer whose experts equal these linear layers, one after the other, with a gate that is not zero."""
     matrices, biases = zip(*map(matrix_of, linears), strict=True)
     first, bias = matrices[0], biases[0]
     sizes = [first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices)]
@@ -97,11 +76,7 @@ def layer_like(
         raise ValueError(
             f"the linear layers must have one dtype, got {[str(matrix.dtype) for matrix in matrices]}."
         )
-    spec = LayerSpec(
-        format, experts=experts, in_features=sizes[0], hidden=sizes[1] if len(sizes) > 2 else None,
-        out_features=sizes[-1], rank=rank, bias=bias,
-    )  # fmt: skip
-    layer = kind.from_spec(spec, **{"device": first.device, "dtype": first.dtype, **options})
+    layer = kind(*sizes, experts, bias=bias, **{"device": first.device, "dtype": first.dtype, **options})
     is_meta = layer.gate.weight.is_meta
     if first.is_meta and not is_meta:
         raise ValueError("a linear layer on the meta device has no values to start as.")

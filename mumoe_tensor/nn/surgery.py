@@ -79,10 +79,6 @@ def replace_linear(
     **options
         Of `MuMoE`: experts, format, rank or parameters, and so on.
 
-    Returns
-    -------
-    list of Replacement
-
     Raises
     ------
     ValueError
@@ -102,21 +98,8 @@ def replace_mlp(
     a dropout may follow the activation and the second linear layer. Before anything is replaced, a copy of
     each block is compared with its parts one after the other, in evaluation and in training.
 
-    For several names of a block, frozen blocks and errors see `replace_linear`.
-
-    Parameters
-    ----------
-    pattern : str
-        Shell pattern of the names to replace, e.g. ``"transformer.h.*.mlp"``.
-    dry_run : bool, default False
-        Change nothing, and only return what would be replaced.
-    **options
-        Of `MuMoEMLP`: experts, format, rank or parameters, and so on; and `activation`, if it is no module of
-        the block.
-
-    Returns
-    -------
-    list of Replacement
+    For the pattern, a dry run, several names of a block, frozen blocks and errors see `replace_linear`. The
+    options are those of `MuMoEMLP`, and `activation` is needed if it is no module of the block.
 
     Raises
     ------
@@ -166,7 +149,8 @@ def _replace(
             _check_place(model, old, names, chosen)
             makers[old] = maker(old, options)
             # On the meta device a layer has sizes but no values: wrong options show there.
-            before, after = map(_count_parameters, (old, makers[old](device="meta")))
+            modules = old, makers[old](device="meta")
+            before, after = (sum(x.numel() for x in module.parameters()) for module in modules)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{names[0]!r} cannot be replaced: {error}") from error
@@ -205,10 +189,6 @@ def _choose(
         near = [name for names in candidates.values() for name in names]
         raise ValueError(f"the pattern must name a {what} in the model; {pattern!r} names none of {near}.")
     return chosen
-
-
-def _count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.Module, nn.Module]) -> None:

@@ -142,10 +142,10 @@ class Orders:
 
     def _cheapest(self, parts: list[Part], cost: Cost, bound: float) -> Part | None:
         """The cheapest product of all parts, if it costs less than the bound."""
-        formed = [[], parts]  # by the number of parts that they multiply
+        formed = [[], parts[::-1]]  # by the number of parts that they multiply
         for count in range(2, len(parts) + 1):
             best: dict[int, Part] = {}
-            for few in range(count // 2, 0, -1):
+            for few in range(1, count // 2 + 1):
                 some, others = formed[few], formed[count - few]
                 for left, right in combinations(some, 2) if some is others else product(some, others):
                     if left.operands & right.operands:
@@ -155,8 +155,8 @@ class Orders:
                     if kept is None:
                         continue
                     total = cost(left, right, kept)
-                    # Of equal orders the last: it joins a large and a small part, and so holds less at once.
-                    if total < bound and (both not in best or total <= best[both].cost):
+                    # Of equal orders the first: it joins a small and a large part, and so holds less at once.
+                    if total < (best[both].cost if both in best else bound):
                         best[both] = Part(both, kept, total, (left, right))
             formed.append([*best.values()])
         return formed[-1][0] if formed[-1] else None

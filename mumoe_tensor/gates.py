@@ -136,10 +136,11 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
 
     Parameters
     ----------
-    x, axis
+    x : array of shape (..., N, ...)
         As in `entmax15`; so are result and errors.
     k : int
         Number of logits that keep a coefficient, from 1 to N.
+    axis : int
 
     References
     ----------

@@ -111,7 +111,6 @@ class Experts(WholeState):
         program = self.plan.program
         self._policy = SavePolicy(program, saved_results(program, recompute))
         self._sparse_policy = replace(self._policy, sparse=sparse_products(program))
-        self._network = network
         sizes = dict(network.index_sizes)
         self.axes = network.memory_orders[: network.weights]
         self._factor_names = tuple(f"factor_{k}" for k in range(len(self.axes)))
@@ -275,7 +274,7 @@ class Experts(WholeState):
 
     @cached_property
     def _folded(self) -> Folded:
-        return Folded(self._network, self.options["batch_hint"])
+        return Folded(self.plan)
 
     def train(self, mode: bool = True) -> Self:
         """As for every module; in training, folded products of weights are forgotten."""

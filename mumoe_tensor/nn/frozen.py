@@ -10,22 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.contraction.execute import fold
-from mumoe_tensor.contraction.network import Network
 from mumoe_tensor.contraction.order import ELEMENT
-from mumoe_tensor.contraction.plan import plan_network
+from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
 from mumoe_tensor.nn.backward import SavePolicy
 
 
 class Folded:
-    """A plan with folded products of weights, which are made again once a weight has changed.
+    """A plan, with folded products of weights, which are made again once a weight has changed.
 
     Each call compares the weights with copies, as nothing else detects every change. From `fewest_rows` on,
     which may be infinite, that and the program of `policy` take less time than the plain contraction.
     """
 
-    def __init__(self, network: Network, batch: int):
-        self._made_for = (network, batch)
-        plain, ahead = (plan_network(network, batch, fold_weights=fold) for fold in (False, True))
+    def __init__(self, plan: ContractionPlan):
+        self._plan, network = plan, plan.program.network
+        ahead = plan_network(network, plan.batch, fold_weights=True)
         self.policy = SavePolicy(ahead.program)
         # Positions of the weights that the products are made of.
         self.sources = [
@@ -36,7 +35,7 @@ class Folded:
         ]
         sizes = dict(network.index_sizes)
         elements = sum(prod(sizes[x] for x in network.operands[p]) for p in self.sources)
-        saved = (plain.flops - ahead.flops) / max(batch, 1)
+        saved = (plan.flops - ahead.flops) / plan.batch
         self.fewest_rows = 2 * ELEMENT * elements / saved if saved > 0 and self.sources else inf
         self.clear()
 
@@ -55,7 +54,7 @@ class Folded:
         return cache[1]
 
     def __reduce__(self) -> Any:
-        return Folded, self._made_for
+        return Folded, (self._plan,)
 
 
 def are_comparable(tensors: Sequence[Tensor]) -> bool:

@@ -17,13 +17,13 @@ Activation = str | Callable[[Tensor], Tensor]
 
 
 class Block(NamedTuple):
-    """The parts of an MLP block, each applied to the result of the one before."""
+    """The parts of an MLP block; `hidden_dropout` is that of the results of the activation."""
 
     up: nn.Module
     activation: Activation
-    hidden_dropout: nn.Module | None
     down: nn.Module
-    dropout: nn.Module | None
+    hidden_dropout: nn.Module | None = None
+    dropout: nn.Module | None = None
 
     def with_experts(self, experts: Any, training: bool, **options: Any) -> MuMoEMLP:
         """A `MuMoEMLP` whose experts all start as the linear layers, with copies of the other parts."""
@@ -57,26 +57,27 @@ def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
         except ValueError as error:
             raise ValueError(f"of its linear layer {name!r}, {error}") from error
     called = _calls(block, linears)
-    names = _parts(children, called, activation)
-    values = [name for name, _ in (*block.named_parameters(), *block.named_buffers())]
-    if unread := [name for name in values if name.split(".")[0] not in names.values()]:
-        raise ValueError(
-            "parameters and buffers must be those of the linear layers, or of an activation that is a module "
-            f"of the block; it has {unread} and calls {_classes(children, called)}."
-        )
 
     def parts_of(module: nn.Module) -> Block:
         parts: dict[str, Any] = {part: module.get_submodule(name) for part, name in names.items()}
-        return Block(**{"hidden_dropout": None, "dropout": None, "activation": activation, **parts})
+        return Block(**{"activation": activation, **parts})
 
     def rebuild(copied: nn.Module) -> MuMoEMLP:
         return parts_of(copied).with_experts((), copied.training, format="dense")
 
     try:
+        names = _parts(children, called, activation)
+        values = [name for name, _ in (*block.named_parameters(), *block.named_buffers())]
+        if unread := [name for name in values if name.split(".")[0] not in names.values()]:
+            raise ValueError(
+                "parameters and buffers must be those of the linear layers, or of an activation that is a "
+                f"module of the block; it has {unread}."
+            )
         matrix, bias = matrix_of(children[names["up"]])
         check_same(block, rebuild, matrix.shape[0] - bias)
     except ValueError as error:
-        raise ValueError(f"{error} It calls {_classes(children, called)}.") from error
+        classes = ", ".join(type(children[name]).__name__ for name in called)
+        raise ValueError(f"{error} It calls {classes}.") from error
     return parts_of(block)
 
 
@@ -108,9 +109,7 @@ def _parts(
     order = [name for name in called if not _is_identity(children[name])]
     linears = [name for name in order if is_linear(children[name])]
     if len(linears) != 2 or len(set(linears)) != 2:
-        raise ValueError(
-            f"both linear layers must be called once; the block calls {_classes(children, called)}."
-        )
+        raise ValueError("both linear layers must be called once.")
     names = dict(zip(("up", "down"), linears, strict=True))
     first, second = map(order.index, linears)
     between, after = order[first + 1 : second], order[second + 1 :]
@@ -124,15 +123,10 @@ def _parts(
     if activation is None and "activation" not in names:
         raise ValueError(
             "a block must be a linear layer, an activation, perhaps a dropout, a linear layer and perhaps a "
-            "dropout; an activation that is no module of the block must be given as `activation`; the block "
-            f"calls {_classes(children, called)}."
+            "dropout; an activation that is no module of the block must be given as `activation`."
         )
     return names
 
 
 def _is_identity(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
-
-
-def _classes(children: dict[str, nn.Module], called: list[str]) -> str:
-    return ", ".join(type(children[name]).__name__ for name in called)

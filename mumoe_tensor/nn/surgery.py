@@ -111,18 +111,13 @@ def replace_mlp(
     return _replace(model, pattern, is_mlp, _mlp_maker, "block of two linear layers", dry_run, options)
 
 
-#: Makes the new module, with further options.
-_Maker = Callable[..., Any]
-
-
-def _linear_maker(linear: nn.Module, options: dict[str, Any]) -> _Maker:
+def _linear_maker(linear: nn.Module, **options: Any) -> Callable[..., Any]:
     check_linear(linear)
     return lambda **more: layer_like(MuMoE, [linear], **{**options, **more}).train(linear.training)
 
 
-def _mlp_maker(block: nn.Module, options: dict[str, Any]) -> _Maker:
-    options = dict(options)
-    parts = read_mlp(block, options.pop("activation", None))
+def _mlp_maker(block: nn.Module, activation: Any = None, **options: Any) -> Callable[..., Any]:
+    parts = read_mlp(block, activation)
     return lambda **more: parts.with_experts(training=block.training, **{**options, **more})
 
 
@@ -130,7 +125,7 @@ def _replace(
     model: nn.Module,
     pattern: str,
     fits: Callable[[nn.Module], bool],
-    maker: Callable[[nn.Module, dict[str, Any]], _Maker],
+    maker: Callable[..., Callable[..., Any]],
     what: str,
     dry_run: bool,
     options: dict[str, Any],
@@ -147,7 +142,7 @@ def _replace(
     for old, names in chosen.items():
         try:
             _check_place(model, old, names, chosen)
-            makers[old] = maker(old, options)
+            makers[old] = maker(old, **options)
             # On the meta device a layer has sizes but no values: wrong options show there.
             modules = old, makers[old](device="meta")
             before, after = (sum(x.numel() for x in module.parameters()) for module in modules)
@@ -157,19 +152,18 @@ def _replace(
         replacements.append(Replacement(tuple(names), before, after))
     if dry_run:
         return replacements
-    new = {old: make() for old, make in makers.items()}
-    replacements = [
-        replacement._replace(errors=layer.fit_errors, output_error=_output_error(old, layer))
-        for replacement, (old, layer) in zip(replacements, new.items(), strict=True)
-    ]
-    for replacement in replacements:
-        if replacement.output_error is not None and not isfinite(replacement.output_error):
+    new, fitted = {}, []
+    for replacement, (old, make) in zip(replacements, makers.items(), strict=True):
+        new[old] = layer = make()
+        difference = _output_error(old, layer)
+        if difference is not None and not isfinite(difference):
             raise ValueError(
                 f"{replacement.name!r} cannot be replaced: the outputs of the new module must be finite, "
-                f"their relative error is {replacement.output_error}."
+                f"their relative error is {difference}."
             )
+        fitted.append(replacement._replace(errors=layer.fit_errors, output_error=difference))
     _put_all(model, chosen, new)
-    return replacements
+    return fitted
 
 
 def _choose(

@@ -96,22 +96,11 @@ class Layer(WholeState):
         return cls.from_config(_arguments_of(spec), **options)
 
     @classmethod
-    def from_published(
-        cls,
-        state_dict: Mapping[str, Tensor],
-        format: str | Format,
-        *,
-        gate_norm: GateNorm = "batch",
-        **options: Any,
-    ) -> Self:
+    def from_published(cls, state_dict: Mapping[str, Tensor], format: str | Format, **options: Any) -> Self:
         """Make a layer with the parameters of a published one, of either generation.
 
-        Parameters
-        ----------
-        state_dict : mapping of str to Tensor
-            Levels, sizes, rank and bias follow from its names and shapes.
-        gate_norm : {"batch", "layer", "none"}, default "batch"
-            A `state_dict` does not say; where statistics of batch norm are missing they start anew.
+        Levels, sizes, rank and bias follow from the names and shapes in the `state_dict`. It does not say the
+        `gate_norm`, which is ``"batch"`` by default; statistics that are missing start anew.
 
         Raises
         ------
@@ -120,7 +109,7 @@ class Layer(WholeState):
         """
         published = read_published(state_dict, format, len(cls._mixture_names))
         options = {"dtype": published.gate.dtype, **options}
-        layer = cls.from_spec(published.spec, gate_norm=gate_norm, **options)
+        layer = cls.from_spec(published.spec, **options)
         published.copy_to(layer.gate, layer.mixtures)
         return layer
 

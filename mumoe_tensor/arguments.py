@@ -9,20 +9,9 @@ from typing import Any
 
 
 def arguments_of(instance: Any, what: str, left_out: Collection[str] = ()) -> dict[str, Any]:
-    """The arguments an instance was made with: its attributes of the same names.
+    """The arguments an instance was made with, but for those `left_out`: its attributes of the same names.
 
-    Parameters
-    ----------
-    instance : object
-    what : str
-        The word for such instances in errors.
-    left_out : collection of str
-        Arguments that are not written.
-
-    Raises
-    ------
-    ValueError
-        If the class has an argument that is no attribute, or whose value JSON has no type for.
+    Each must be an attribute, and of a type that JSON has. `what` is the word for instances in errors.
     """
     kind = type(instance)
     arguments: dict[str, Any] = {}

@@ -88,26 +88,20 @@ class Operations(NamedTuple):
     baddbmm: Callable[[Array, Array, Array], Array]
 
 
-def _permute(array: Array, order: tuple[int, ...]) -> Array:
-    return array.transpose(order)
-
-
-def _select(array: Array, axis: int, index: int) -> Array:
-    return array[(*(slice(None),) * axis, index)]
-
-
-def _narrow(array: Array, axis: int, start: int, length: int) -> Array:
-    return array[(*(slice(None),) * axis, slice(start, start + length))]
-
-
-def _add_product(row: Array, left: Array, right: Array) -> Array:
-    return row + left @ right
+#: Those of NumPy and JAX.
+_OPERATIONS = Operations(
+    permute=lambda array, order: array.transpose(order),
+    select=lambda array, axis, index: array[(*(slice(None),) * axis, index)],
+    narrow=lambda array, axis, start, length: array[(*(slice(None),) * axis, slice(start, start + length))],
+    addmm=lambda row, left, right: row + left @ right,
+    baddbmm=lambda row, left, right: row + left @ right,
+)
 
 
 def operations_of(array: Array) -> Operations:
     """The operations of an array's backend."""
     if _backend_name(type(array)) != "pytorch":
-        return Operations(_permute, _select, _narrow, _add_product, _add_product)
+        return _OPERATIONS
     import torch
 
     return Operations(torch.permute, torch.select, torch.narrow, torch.addmm, torch.baddbmm)
@@ -116,11 +110,7 @@ def operations_of(array: Array) -> Operations:
 def backend_of(*arrays: Array) -> Any:
     """TensorLy's backend object for these arrays.
 
-    Raises
-    ------
-    TypeError
-        If one of them is no plain array, or they belong to different backends. Masked arrays, `numpy.matrix`,
-        nested and sparse tensors are not plain.
+    They must belong to one backend and be plain: no masked arrays, `numpy.matrix`, nested or sparse tensors.
     """
     first = _backend_name(type(arrays[0]))
     for array in arrays:
@@ -153,13 +143,7 @@ def dtype_name(array: Array) -> str:
 
 
 def check_floating(arrays: dict[str, Array]) -> Any:
-    """Check that named arrays share one backend, one device and one floating dtype; return the backend.
-
-    Raises
-    ------
-    TypeError
-        If they do not.
-    """
+    """Check that named arrays share one backend, one device and one floating dtype; return the backend."""
     values = list(arrays.values())
     backend = backend_of(*values)
     first = values[0]
@@ -173,6 +157,11 @@ def check_floating(arrays: dict[str, Array]) -> Any:
         listed = ", ".join(f"{name}: {a.device}" for name, a in arrays.items())
         raise TypeError(f"all tensors must be on one device, got {listed}.")
     return backend
+
+
+def context_of(array: Array, tl: Any) -> dict[str, Any]:
+    """Dtype and device of an array, as arguments of the functions of its TensorLy backend."""
+    return {key: value for key, value in tl.context(array).items() if key != "requires_grad"}
 
 
 def stop_gradient(array: Array) -> Array:

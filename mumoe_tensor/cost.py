@@ -125,15 +125,6 @@ def cost(
     **sizes
         The arguments of a `LayerSpec`, unless `format` is one. Biases are counted with ``bias=True``.
 
-    Returns
-    -------
-    Cost
-
-    Raises
-    ------
-    ValueError, TypeError
-        As `LayerSpec` and `plan`.
-
     Examples
     --------
     >>> import mumoe_tensor as mt

@@ -10,12 +10,7 @@ from statistics import mean, stdev
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean, and half width of the 95 % interval of Student's t; None for that of a single value.
 
-    None, too, where a value is NaN or infinite.
-
-    Parameters
-    ----------
-    values : iterable of float
-        At least one.
+    None, too, where a value is NaN or infinite. There must be at least one value.
     """
     from scipy.stats import t
 

@@ -43,19 +43,14 @@ def multilinear_moe(
     Parameters
     ----------
     weight : FactorizedTensor, container of TensorLy, or array
-        Of shape (N1, ..., NE, I, O); with `bias` (N1, ..., NE, I + 1, O), the last row of the input mode
-        being the bias.
+        Of shape (N1, ..., NE, I, O); with ``bias=True`` (N1, ..., NE, I + 1, O), the last row of the input
+        mode being the bias.
     z : array of shape (..., I)
         Inputs.
     coefficients : sequence of array of shape (..., Ne)
         One array of expert coefficients a level, with the leading shape of `z`.
-    bias : bool, default False
-    minimize : {"time", "flops", "peak"}, default "time"
-        See `plan`.
-    implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
-        See `plan`.
-    memory_limit : int, optional
-        Largest size of an intermediate, in elements.
+    minimize, implementation, memory_limit : optional
+        See the function `plan`.
     plan : ContractionPlan, optional
         Run this plan, made for these sizes, instead of asking for one. `minimize`, `implementation` and
         `memory_limit` are then not looked at.
@@ -105,17 +100,11 @@ def bind(
         Usually one made with ``fold_weights=True``.
     weight : FactorizedTensor, container of TensorLy, or array
         The weight the plan was made for. Later changes of it are not seen.
-    bias : bool, default False
 
     Returns
     -------
     callable
         ``f(z, coefficients)`` as `multilinear_moe`.
-
-    Raises
-    ------
-    ValueError
-        If the plan was made for other sizes.
     """
     weight = as_factorized(weight)
     check_flag(bias, "bias")
@@ -131,17 +120,7 @@ def bind(
 
 
 def to_dense(weight: Any) -> Array:
-    """Form the weight tensor.
-
-    Parameters
-    ----------
-    weight : FactorizedTensor, container of TensorLy, or array
-
-    Returns
-    -------
-    array of shape (N1, ..., NE, I, O)
-        I counts the bias row, if the weight has one.
-    """
+    """Form the weight tensor, of shape (N1, ..., NE, I, O). I counts the bias row, if there is one."""
     weight = as_factorized(weight)
     network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
     return execute(_whole(network), weight.arrays)
@@ -164,13 +143,6 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
         ``z @ matrix`` is the expert's output: the transpose of `torch.nn.Linear.weight`.
     array of shape (O,)
         Only with `bias`.
-
-    Raises
-    ------
-    ValueError
-        If the index does not name an expert.
-    TypeError
-        If an entry of the index is not an integer.
     """
     weight = as_factorized(weight)
     check_flag(bias, "bias")
@@ -193,8 +165,7 @@ def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Arr
     """The matrix of shape (I, O) that mixes all experts by coefficients, one vector a level."""
     network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
     mixed = network.with_vectors([(mode,) for mode in network.output[:-2]], network.output[-2:])
-    arrays = [*weight.arrays, *coefficients]
-    return execute(_whole(mixed), arrays)
+    return execute(_whole(mixed), [*weight.arrays, *coefficients])
 
 
 @lru_cache(maxsize=1024)
@@ -273,14 +244,13 @@ def _check_inputs(
         raise ValueError(
             "with a bias the input mode must have a row besides it, got an input mode of size 1."
         )
-    if len(z.shape) == 0 or z.shape[-1] != in_features - bias:
-        rule = f"{in_features - bias} features" + (
-            " (the input mode of the weight less its bias row)" if bias else ""
+    if z.shape[-1:] != (in_features - bias,):
+        row = " (the input mode of the weight less its bias row)" if bias else ""
+        hint = " If the last row of the weight's input mode is the bias, pass bias=True."
+        raise ValueError(
+            f"z must have {in_features - bias} features{row} in its last axis, got shape {tuple(z.shape)}."
+            + (hint if not bias and z.shape[-1:] == (in_features - 1,) else "")
         )
-        hint = ""
-        if not bias and len(z.shape) and z.shape[-1] == in_features - 1:
-            hint = " If the last row of the weight's input mode is the bias, pass bias=True."
-        raise ValueError(f"z must have {rule} in its last axis, got shape {tuple(z.shape)}.{hint}")
     leading = tuple(z.shape[:-1])
     for e, (a, n) in enumerate(zip(coefficients, experts, strict=True)):
         if tuple(a.shape) != (*leading, n):

@@ -8,6 +8,8 @@ from operator import index
 from reprlib import repr as shortened
 from typing import Any, TypeAlias
 
+from mumoe_tensor.checks import as_python
+
 #: An integer, a slice, an iterable or array of integers, or one of booleans that means "where true".
 Selection: TypeAlias = Any
 
@@ -16,15 +18,7 @@ Index: TypeAlias = Any
 
 
 def read_number(value: Any, count: int, what: str) -> int:
-    """Read one of `count` things: an integer of any library, also in an array without axes.
-
-    Raises
-    ------
-    TypeError
-        If it is no integer; a bool, a float or an array with axes is none.
-    ValueError
-        If it is negative, or `count` or more.
-    """
+    """Read one of `count` things: an integer of any library, also in an array without axes."""
     number = _plain(value)
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{what} must be an integer {_interval(count)}, got {shortened(number)}.")
@@ -47,13 +41,6 @@ def read_selection(
         What they are called in errors.
     empty, repeats : bool
         Whether there may be none, and whether one may occur twice.
-
-    Raises
-    ------
-    TypeError
-        If it has entries that are no integers, or integers among booleans.
-    ValueError
-        If it has integers that are out of range or occur twice, is a mask of another length, or is empty.
     """
     numbers = "integers" if repeats else "different integers"
     rule = (
@@ -80,15 +67,7 @@ def read_selection(
 
 
 def read_index(value: Index, counts: Sequence[int]) -> tuple[int, ...]:
-    """Read the index of one expert: one integer a level.
-
-    Raises
-    ------
-    TypeError
-        If an entry is no integer.
-    ValueError
-        If an entry is out of range, or there is not one a level.
-    """
+    """Read the index of one expert: one integer a level."""
     entries = _entries(value)
     if len(entries) != len(counts):
         raise ValueError(
@@ -114,6 +93,5 @@ def _entries(values: Any) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """Python's integers, or lists, for those of any library and on any device; other values as they are."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    value = as_python(value)
     return index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value

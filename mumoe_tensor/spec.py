@@ -57,10 +57,8 @@ class LayerSpec:
 
     Raises
     ------
-    ValueError
-        If a size is not positive, the rank does not fit the format, or the format is unknown.
-    TypeError
-        If a size is not an integer, or `bias` not a bool.
+    ValueError, TypeError
+        If a size is no positive integer, the rank does not fit the format, or the format is unknown.
 
     Examples
     --------
@@ -128,26 +126,14 @@ class LayerSpec:
 
     @property
     def mode_sizes(self) -> tuple[int, ...]:
-        """Shape (N1, ..., NE, I, O) of the weight of a single layer, the bias row counted in I.
-
-        Raises
-        ------
-        ValueError
-            For a block, which has two weights.
-        """
+        """Shape (N1, ..., NE, I, O) of the weight of a single layer, the bias row counted in I."""
         if self.hidden is not None:
             raise ValueError(f"a block has two weights, each with its spec in `layers`; got {self!r}.")
         return (*self.experts, self.in_features + self.bias, self.out_features)
 
     @property
     def full_rank(self) -> Rank:
-        """The rank without open entries.
-
-        Raises
-        ------
-        ValueError
-            If an entry is open.
-        """
+        """The rank, or a ValueError where an entry is open."""
         return self.format.full_rank(self.rank, self.num_levels)
 
     @property
@@ -221,11 +207,8 @@ class LayerSpec:
         budget = as_budget(parameters, self.dense_parameters)
         family = self._family()
 
-        def at(t: int) -> LayerSpec:
-            return replace(self, rank=family(t))
-
         def total(t: int) -> int:
-            return at(t).weight_parameters + gate * self.gate_parameters
+            return replace(self, rank=family(t)).weight_parameters + gate * self.gate_parameters
 
         if total(1) > budget:
             raise ValueError(
@@ -233,22 +216,19 @@ class LayerSpec:
                 f"{self.format.name!r} has {total(1):,} at rank {family(1)}, of which the gate alone has "
                 f"{gate * self.gate_parameters:,}."
             )
-        above = 1
-        while total(above) < budget:
-            if family(2 * above) == family(above):
-                if rounding == "up":
-                    raise ValueError(
-                        f"some rank must reach the budget of {budget:,} parameters; format "
-                        f"{self.format.name!r} has {total(above):,} at its full rank {family(above)}."
-                    )
-                return at(above)
-            above *= 2
-        above = bisect_left(range(above), budget, lo=1, key=total)
-        if total(above) == budget or rounding == "up":
-            return at(above)
-        below = above - 1
-        is_below = rounding == "down" or budget - total(below) <= total(above) - budget
-        return at(below if is_below else above)
+        top = 1
+        while total(top) < budget and family(2 * top) != family(top):
+            top *= 2
+        if total(top) < budget and rounding == "up":
+            raise ValueError(
+                f"some rank must reach the budget of {budget:,} parameters; format {self.format.name!r} has "
+                f"{total(top):,} at its full rank {family(top)}."
+            )
+        t = bisect_left(range(top), budget, lo=1, key=total)
+        over = total(t) - budget
+        if over > 0 and (rounding == "down" or (rounding == "nearest" and budget - total(t - 1) <= over)):
+            t -= 1
+        return replace(self, rank=family(t))
 
     def with_full_rank_experts(self) -> LayerSpec:
         """The same layer with the smallest rank of the format's convention that allows experts of full rank.
@@ -292,24 +272,12 @@ class LayerSpec:
 
 
 def expert_counts(experts: int | Sequence[int]) -> tuple[int, ...]:
-    """The number of experts of each level, of which there may be one or none.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If a number is not a positive integer.
-    """
+    """The number of experts of each level, of which there may be one or none."""
     return tuple(as_positive(n, "every number of experts") for n in as_entries(experts, "experts"))
 
 
 def as_spec(format: str | Format | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:
-    """The spec itself, or the one of a format and the other arguments.
-
-    Raises
-    ------
-    TypeError
-        If a spec comes with sizes or other arguments.
-    """
+    """The spec itself, or the one of a format and the other arguments."""
     if not isinstance(format, LayerSpec):
         return LayerSpec(format, **sizes)
     if sizes:
@@ -334,12 +302,8 @@ def fit_rank(
     ----------
     format : str, Format or LayerSpec
         A format, with `sizes` beside it, or the spec of a layer or a block.
-    parameters : int or str, default "match"
-        See `LayerSpec.fitted`.
-    gate : bool, default False
-        Count the gate's ``in_features * sum(experts)``, as `.nn.MuMoE` does.
-    rounding : {"up", "down", "nearest"}, default "up"
-        See `LayerSpec.fitted`.
+    parameters, gate, rounding : optional
+        See `LayerSpec.fitted`, which counts the gate by default.
     **sizes
         The arguments of a `LayerSpec`, unless `format` is one.
 
@@ -366,22 +330,7 @@ def fit_rank(
 
 
 def as_budget(parameters: int | str, dense: int) -> int:
-    """The number of parameters of a budget.
-
-    Parameters
-    ----------
-    parameters : int or str
-        A number, also as text; ``"match"``, or a multiple as ``"0.5x"``, for those of the dense layer.
-    dense : int
-        Parameters of the dense layer.
-
-    Raises
-    ------
-    ValueError
-        If it is none of these, or not positive.
-    TypeError
-        If it is a number and no integer.
-    """
+    """A budget as a number: itself, also as text, or ``"match"`` or ``"0.5x"`` for one or half `dense`."""
     if not isinstance(parameters, str):
         return as_positive(parameters, "parameters")
     text = "1x" if parameters == "match" else parameters.replace(",", "").replace("_", "")
@@ -399,20 +348,7 @@ def as_budget(parameters: int | str, dense: int) -> int:
 def dense_parameters(
     in_features: int, out_features: int, hidden: int | None = None, bias: bool = True
 ) -> int:
-    """Parameters of the dense layer, or the dense block of two, that a mixture takes the place of.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-    hidden : int, optional
-        Two layers, `in_features` to `hidden` to `out_features`.
-    bias : bool, default True
-
-    Raises
-    ------
-    ValueError, TypeError
-        If a size is not a positive integer, or `bias` not a bool.
-    """
+    """Parameters of the dense layer, or with `hidden` of the two, that a mixture takes the place of."""
     return LayerSpec(
         "dense", experts=(), in_features=in_features, out_features=out_features, hidden=hidden, bias=bias
     ).dense_parameters

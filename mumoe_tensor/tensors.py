@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Unpack
 
@@ -13,6 +13,7 @@ from mumoe_tensor.backend import (
     backend_of,
     cast,
     check_floating,
+    context_of,
     dtype_name,
     is_array,
     tensorly_backend,
@@ -100,13 +101,7 @@ class FactorizedTensor:
 
     @classmethod
     def from_tensorly(cls, container: Any) -> FactorizedTensor:
-        """The weight of a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, its arrays shared.
-
-        Raises
-        ------
-        TypeError
-            If no registered format has a container of this type.
-        """
+        """The weight of a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, its arrays shared."""
         names = {base.__name__ for base in type(container).__mro__}
         for format in formats().values():
             if format.container in names:
@@ -125,12 +120,8 @@ class FactorizedTensor:
     def to_tensorly(self) -> Any:
         """TensorLy's container of the weight; of a dense one its array.
 
-        Hadamard becomes a `CPTensor` whose output factor is the identity.
-
-        Raises
-        ------
-        TypeError
-            If TensorLy has no container of this format.
+        Hadamard becomes a `CPTensor` whose output factor is the identity. A format without a container is a
+        TypeError.
         """
         with tensorly_backend(backend_of(*self.arrays).backend_name) as tl:
             return self.format.to_container(self.factors, tl)
@@ -193,8 +184,7 @@ def _described(factor: Any) -> str:
 def as_factor(values: Any, f: Factor, like: Array) -> Array:
     """An array of the kind of `like` for a factor, from NumPy's values with axes in its memory order."""
     tl = backend_of(like)
-    context = {key: value for key, value in tl.context(like).items() if key != "requires_grad"}
-    array = tl.tensor(np.ascontiguousarray(values), **context)
+    array = tl.tensor(np.ascontiguousarray(values), **context_of(like, tl))
     return tl.transpose(array, [f.memory_order.index(x) for x in f.indices])
 
 
@@ -238,31 +228,22 @@ def _index_sizes(format: Format, num_levels: int, factors: Sequence[Array | None
         check_floating({f"factor[{k}]": factor for k, factor in arrays.items()})
     indices = [f.indices for f in format.declaration(num_levels)]
     sizes: dict[str, int] = {}
-    first: dict[str, int] = {}
     for k, factor in arrays.items():
         for index, size in zip(indices[k], factor.shape, strict=True):
             if size == 0:
                 raise ValueError(f"every size must be positive, factor[{k}] has shape {tuple(factor.shape)}.")
             if sizes.setdefault(index, size) != size:
+                first = next(j for j in arrays if index in indices[j])
                 raise ValueError(
                     f"factors that share an index must agree in its size; {index!r} has size "
-                    f"{sizes[index]} in factor[{first[index]}] and {size} in factor[{k}]."
+                    f"{sizes[index]} in factor[{first}] and {size} in factor[{k}]."
                 )
-            first.setdefault(index, k)
-    if len(arrays) < len(factors):
-        _check_missing(format, indices, arrays, mode_names(num_levels))
-    return sizes
-
-
-def _check_missing(
-    format: Format, indices: Sequence[tuple[str, ...]], arrays: Mapping[int, Array], modes: tuple[str, ...]
-) -> None:
-    """Refuse factors whose modes and bonds need the missing ones."""
-    ends = [x for k in arrays for x in indices[k]]
-    for k in sorted(set(range(len(indices))) - set(arrays)):
-        for x in indices[k]:
-            if ends.count(x) < (1 if x in modes else 2):
+    modes = mode_names(num_levels)
+    for k, factor in enumerate(factors):
+        for x in indices[k] if factor is None else ():
+            if [x in indices[j] for j in arrays].count(True) < (1 if x in modes else 2):
                 raise ValueError(
                     "a factor may be None only where others have its modes, and its bonds still join two of "
                     f"them; factor[{k}] of format {format.name!r} has {x!r}."
                 )
+    return sizes

@@ -43,7 +43,7 @@ FAULTS = [
     Fault("TT: two inner bonds swapped", f"{FORMATS}/tensor_train.py",
           "Factor(f\"{a} {m} {b}\"", "Factor(f\"{b} {m} {a}\"", "properties::test_property"),
     Fault("Hadamard: to_tensorly gives ones for the identity", f"{FORMATS}/hadamard.py",
-          "tl.eye(factors[-1].shape[1], **like)", "tl.ones((factors[-1].shape[1],) * 2, **like)",
+          "tl.eye(factors[-1].shape[1], **", "tl.ones((factors[-1].shape[1],) * 2, **",
           "properties::test_property"),
     Fault("CP: the weights of a container are dropped", f"{FORMATS}/cp.py",
           "return [container.weights, *container.factors]", "return [None, *container.factors]",

@@ -108,15 +108,7 @@ class Format(ABC):
 
     @constant_under_compile
     def declaration(self, num_levels: int) -> tuple[Factor, ...]:
-        """The declared factors for a number of levels of experts, checked.
-
-        Raises
-        ------
-        ValueError
-            If `factors` raises an error, or what it declares is not a tensor network of these modes.
-        TypeError
-            If it does not list factors.
-        """
+        """The declared factors for a number of levels of experts, checked to be a network of its modes."""
         return _declared(self, num_levels)
 
     def bonds(self, num_levels: int) -> tuple[str, ...]:
@@ -128,15 +120,7 @@ class Format(ABC):
         return tuple(k for k, f in enumerate(self.declaration(num_levels)) if f.optional)
 
     def check_rank(self, rank: int | Sequence[int | None] | None, num_levels: int) -> tuple[int | None, ...]:
-        """A rank as a tuple with one entry for each bond.
-
-        Raises
-        ------
-        TypeError
-            If an entry is neither an integer nor None.
-        ValueError
-            If the number of entries is wrong or an entry is not positive.
-        """
+        """A rank as a tuple: for each bond a positive integer, or None where the entry is open."""
         bonds = self.bonds(num_levels)
         listed = None if rank is None else as_entries(rank, "rank")
         entries = tuple(None if r is None else as_positive(r, "every rank") for r in listed or ())
@@ -159,14 +143,7 @@ class Format(ABC):
         return entries
 
     def index_sizes(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:
-        """Size of every index.
-
-        Parameters
-        ----------
-        mode_sizes : sequence of int
-            In the order of the modes, with the bias row counted in the input mode.
-        rank : int or sequence of int, optional
-        """
+        """Size of every index; the bias row is counted in the input mode."""
         num_levels = len(mode_sizes) - 2
         entries = self.full_rank(rank, num_levels)
         names = mode_names(num_levels) + self.bonds(num_levels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mumoe_tensor.backend import context_of
 from mumoe_tensor.formats.base import Factor, Format, Rank
 from mumoe_tensor.formats.registry import register
 
@@ -26,5 +27,5 @@ class Hadamard(Format):
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
         from tensorly.cp_tensor import CPTensor
 
-        like = {key: value for key, value in tl.context(factors[-1]).items() if key != "requires_grad"}
-        return CPTensor((None, [*factors, tl.eye(factors[-1].shape[1], **like)]))
+        identity = tl.eye(factors[-1].shape[1], **context_of(factors[-1], tl))
+        return CPTensor((None, [*factors, identity]))

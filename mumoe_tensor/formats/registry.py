@@ -19,11 +19,6 @@ def register(format: type[Format]) -> type[Format]:
     format : type
         A class derived from `Format`, whose instances need no arguments.
 
-    Returns
-    -------
-    type
-        The same class.
-
     Raises
     ------
     ValueError
@@ -31,8 +26,7 @@ def register(format: type[Format]) -> type[Format]:
         levels up to 16: each mode must be an index of some factor, and each bond must join at least two
         factors and have a name that the library does not use itself.
     TypeError
-        If it is no class of formats, has no name or title, has a setting that cannot be hashed, or its
-        declaration is no list of factors.
+        If it is no class of formats, or lacks a name or a title.
     """
     if not (isinstance(format, type) and issubclass(format, Format)):
         raise TypeError(f"register takes a class derived from Format, got {format!r}; use it as a decorator.")
@@ -65,10 +59,8 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
 
     Raises
     ------
-    ValueError
-        If no format has that name, or its class has no such arguments.
-    TypeError
-        If `format` is neither of these, or a setting of the format cannot be hashed.
+    ValueError, TypeError
+        If no format has that name or its class no such arguments, or if a setting cannot be hashed.
     """
     if isinstance(format, Format):
         try:
@@ -95,13 +87,7 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
 
 
 def config_entry(format: Format) -> str | dict[str, Any]:
-    """What a config writes of a format: its name, or its name with the settings that are not the default.
-
-    Raises
-    ------
-    ValueError
-        If the format is not registered, or the arguments of its class do not make it again.
-    """
+    """What a config writes of a format: its name, or its name with the settings that are not the default."""
     registered = _registry.get(format.name)
     if type(registered) is not type(format):
         raise ValueError(f"format must be registered to be written in a config, got {format!r}.")

@@ -93,8 +93,8 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """Gradients of the operands, from that of the result; None for each that is not needed.
 
-    The input vector, the last operand, went through the activation before the program. The saved tensors are
-    operands and saved results, by position.
+    The input vector, the last operand, went through the activation before the program. `saved` has the
+    operands and the saved results, by position.
     """
     program, count = policy.program, len(needed)
     values = _Values(policy, saved)

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 class BiasEdit(nn.Module):
     """One more bias of every expert: the product of its means, one a level, times a vector of outputs.
 
-    Attributes
-    ----------
-    mean_0, mean_1, ... : Tensor of shape (N_e,)
-        Buffers, one a level.
-    outputs : Tensor of shape (out_features,)
-        A buffer.
+    The buffers ``mean_0``, ... have shape (N_e,), `outputs` has (out_features,).
     """
 
     outputs: Tensor

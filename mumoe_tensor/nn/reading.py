@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from mumoe_tensor.calls import hooks_of
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def check_readable(module: nn.Module) -> None:
     """Refuse a module with something that a copy does not show, or that a layer in its place would lose.
@@ -41,7 +39,7 @@ def _check_parameter(parameter: nn.Parameter, name: str) -> None:
         raise ValueError(
             f"the parameter {name!r} must be an ordinary tensor, got {type(parameter).__name__}."
         )
-    if parameter.dtype not in _DTYPES:
+    if parameter.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"the parameter {name!r} must have a float dtype, got {parameter.dtype}.")
     if not parameter.is_meta and not parameter.detach().isfinite().all():
         raise ValueError(f"the parameter {name!r} must be finite.")

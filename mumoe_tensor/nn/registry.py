@@ -16,8 +16,6 @@ from mumoe_tensor.nn.functional import entmax15
 
 AnyFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=AnyFunction)
-#: How a config writes a function: its name, or the name of a class with the arguments of the instance.
-Written = str | dict[str, Any]
 
 #: Elementwise functions of `torch.nn.functional` without parameters and randomness, and their modules.
 ELEMENTWISE: dict[str, type[nn.Module]] = {
@@ -40,7 +38,7 @@ _MODULES: dict[str, type[nn.Module]] = {
     )
 }  # fmt: skip
 #: Activations of transformers that compute what a module of torch does, by class name.
-_OF_TRANSFORMERS: dict[str, Written] = {
+_OF_TRANSFORMERS: dict[str, str | dict[str, Any]] = {
     "AccurateGELUActivation": {"name": "GELU", "approximate": "tanh"},
     "FastGELUActivation": {"name": "GELU", "approximate": "tanh"},
     "GELUActivation": "GELU",
@@ -116,8 +114,8 @@ class Registry:
             raise ValueError(f"{self.what} {name!r} cannot be made with {arguments}: {error}.") from None
         return made.to(device=device, dtype=dtype) if isinstance(made, nn.Module) else made
 
-    def write(self, function: Any) -> Written:
-        """The entry of a function in a config, in types of JSON."""
+    def write(self, function: Any) -> str | dict[str, Any]:
+        """The entry of a function in a config: its name, or that of its class and the arguments, for JSON."""
         for name, entry in self._all.items():
             if entry is function:
                 return name

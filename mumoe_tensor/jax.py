@@ -21,6 +21,7 @@ def _unflatten(format: Format, factors: tuple[Any, ...]) -> FactorizedTensor:
         # JAX also builds trees whose leaves make no weight: placeholders, stacks to map over.
         weight = object.__new__(FactorizedTensor)
         weight.format, weight.factors = format, tuple(factors)
+        weight.arrays = tuple(factor for factor in factors if factor is not None)
         return weight
 
 

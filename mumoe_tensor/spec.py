@@ -44,16 +44,9 @@ class LayerSpec:
         Size between the two layers of a block, which have one rank.
     rank : int or sequence of int and None, optional
         One entry a bond of the format; see `Format.bonds`. `fitted` solves for a rank that is left out, or
-        for the one entry that is None.
+        for the one entry that is None. As an attribute a tuple, as `experts`, or None.
     bias : bool, default False
         Whether the input mode has the bias as one more row.
-
-    Attributes
-    ----------
-    format : Format
-    experts : tuple of int
-    rank : tuple of int and None, or None
-        ``()`` for a format without bonds.
 
     Raises
     ------

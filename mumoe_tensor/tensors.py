@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Unpack
 
@@ -38,17 +38,18 @@ class FactorizedTensor:
     ----------
     format : Format
     factors : tuple of array or None
-        All declared factors, None for those that are missing; `arrays` are the others.
+        All declared factors, None for those that are missing.
+    arrays : tuple of array
+        The factors that are not missing.
+    missing : tuple of int
+        Positions of the missing factors, which stand for ones.
     num_levels : int
         Number of levels of experts.
 
     Raises
     ------
-    ValueError
-        If the number of factors, their number of axes, or the sizes of an index that two of them share
-        differ from the declaration.
-    TypeError
-        If a factor is no array, or the factors differ in backend, device or floating dtype.
+    ValueError, TypeError
+        If the factors are not as declared, or differ in backend, device, dtype or the size of an index.
 
     Examples
     --------
@@ -57,14 +58,17 @@ class FactorizedTensor:
     FactorizedTensor('hadamard', shape=(4, 3, 5), rank=(), float64, numpy)
     """
 
-    __slots__ = ("factors", "format", "num_levels", "rank", "shape")
+    __slots__ = ("arrays", "factors", "format", "missing", "num_levels", "rank", "shape")
 
     def __init__(self, format: str | Format, factors: Sequence[Array | None]):
         self.format = get_format(format)
         if not isinstance(factors, (list, tuple)):
             raise TypeError(f"factors must be a list or a tuple of arrays, got {type(factors).__name__}.")
         self.num_levels, self.factors = _match(self.format, factors)
-        index_sizes = _index_sizes(self.format, self.num_levels, self.factors)
+        arrays = {k: factor for k, factor in enumerate(self.factors) if factor is not None}
+        self.arrays = tuple(arrays.values())
+        self.missing = tuple(sorted(set(range(len(self.factors))).difference(arrays)))
+        index_sizes = _index_sizes(self.format, self.num_levels, arrays)
         self.shape = tuple(index_sizes[m] for m in mode_names(self.num_levels))
         self.rank = tuple(index_sizes[b] for b in self.format.bonds(self.num_levels))
 
@@ -88,16 +92,6 @@ class FactorizedTensor:
     def experts(self) -> tuple[int, ...]:
         """Number of experts of each level."""
         return self.shape[:-2]
-
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """Positions of the factors that are None, which stand for ones."""
-        return tuple(k for k, factor in enumerate(self.factors) if factor is None)
-
-    @property
-    def arrays(self) -> tuple[Array, ...]:
-        """The factors that are not missing."""
-        return tuple(factor for factor in self.factors if factor is not None)
 
     @classmethod
     def from_tensorly(cls, container: Any) -> FactorizedTensor:
@@ -140,17 +134,13 @@ class FactorizedTensor:
         Parameters
         ----------
         format : str, Format or LayerSpec
-            A single layer: its format, with `sizes` beside it, or its spec.
+            A single layer: its format, with `sizes` beside it, or its spec. (Of a block each of the `layers`
+            has its weight.)
         like : array, optional
             The factors take its backend, dtype and device. NumPy's float64 by default.
         seed : int, optional
         **sizes
             The arguments of a `LayerSpec`, unless `format` is one.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As `LayerSpec`; for a block, each of whose `layers` has its weight.
         """
         spec = as_spec(format, **sizes)
         index_sizes = spec.format.index_sizes(spec.mode_sizes, spec.full_rank)
@@ -161,13 +151,12 @@ class FactorizedTensor:
         # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
         terms = prod(index_sizes[b] for b in spec.format.bonds(spec.num_levels))
         scale = (1 / (spec.in_features * terms)) ** (0.5 / sum(not f.optional for f in declared))
-        factors: list[Array | None] = []
-        for f in declared:
+
+        def factor(f: Factor) -> Array:
             shape = [index_sizes[x] for x in f.memory_order]
-            factors.append(
-                None if f.optional else as_factor(scale * generator.standard_normal(shape), f, like)
-            )
-        return cls(spec.format, factors)
+            return as_factor(scale * generator.standard_normal(shape), f, like)
+
+        return cls(spec.format, [None if f.optional else factor(f) for f in declared])
 
     def __repr__(self) -> str:
         if not hasattr(self, "shape"):  # a tree of JAX, whose leaves may be anything
@@ -221,9 +210,8 @@ def _match(format: Format, factors: Sequence[Any]) -> tuple[int, tuple[Any, ...]
     )
 
 
-def _index_sizes(format: Format, num_levels: int, factors: Sequence[Array | None]) -> dict[str, int]:
-    """Size of every index, checked to be the same wherever it occurs."""
-    arrays = {k: factor for k, factor in enumerate(factors) if factor is not None}
+def _index_sizes(format: Format, num_levels: int, arrays: Mapping[int, Array]) -> dict[str, int]:
+    """Size of every index, checked to be the same wherever it occurs, from the factors by their position."""
     if arrays:
         check_floating({f"factor[{k}]": factor for k, factor in arrays.items()})
     indices = [f.indices for f in format.declaration(num_levels)]
@@ -239,8 +227,8 @@ def _index_sizes(format: Format, num_levels: int, factors: Sequence[Array | None
                     f"{sizes[index]} in factor[{first}] and {size} in factor[{k}]."
                 )
     modes = mode_names(num_levels)
-    for k, factor in enumerate(factors):
-        for x in indices[k] if factor is None else ():
+    for k in set(range(len(indices))).difference(arrays):
+        for x in indices[k]:
             if [x in indices[j] for j in arrays].count(True) < (1 if x in modes else 2):
                 raise ValueError(
                     "a factor may be None only where others have its modes, and its bonds still join two of "

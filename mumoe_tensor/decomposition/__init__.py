@@ -184,12 +184,10 @@ def _as_weight(
     format: Format, factors: Sequence[Any], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> FactorizedTensor:
     """Fill bonds up with zeros, and take on the kind of `like` and the memory order of the format."""
-    arrays: list[Array | None] = []
-    for factor, shape, f in zip(factors, shapes, format.declaration(len(like.shape) - 2), strict=True):
-        if factor is None:
-            arrays.append(None)
-            continue
-        padded = np.pad(factor, [(0, size - n) for size, n in zip(shape, factor.shape, strict=True)])
-        values = padded.transpose([f.indices.index(x) for x in f.memory_order])
-        arrays.append(as_factor(values, f, like))
+    arrays = list(factors)
+    parts = zip(factors, shapes, format.declaration(len(like.shape) - 2), strict=True)
+    for k, (factor, shape, f) in enumerate(parts):
+        if factor is not None:
+            padded = np.pad(factor, [(0, size - n) for size, n in zip(shape, factor.shape, strict=True)])
+            arrays[k] = as_factor(padded.transpose([f.indices.index(x) for x in f.memory_order]), f, like)
     return FactorizedTensor(format, arrays)

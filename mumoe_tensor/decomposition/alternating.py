@@ -26,10 +26,8 @@ def fits(
 
     Parameters
     ----------
-    format : Format
     dense : numpy.ndarray of float64
         Not all zero, its largest entry near one.
-    rank : tuple of int
     generators : sequence of numpy.random.Generator
         One for each start. The first start is the one from singular vectors, where the method has one.
     n_iter : int

@@ -68,10 +68,8 @@ def entmax15(x: Array, axis: int = -1) -> Array:
 
     Raises
     ------
-    TypeError
-        If `x` is no array or not floating, or `axis` no integer.
-    ValueError
-        If `x` has no axis, `axis` is out of range, or N is 0.
+    TypeError, ValueError
+        If `x` is no floating array, has no axis, or N is 0; if `axis` is no integer or out of range.
 
     References
     ----------

@@ -62,10 +62,9 @@ def multilinear_moe(
 
     Raises
     ------
-    ValueError
-        If shapes or the number of levels do not match, or no order keeps within `memory_limit`.
-    TypeError
-        If the arrays differ in backend, device or floating dtype.
+    ValueError, TypeError
+        If the arrays differ in backend, device or floating dtype, shapes or the number of levels do not
+        match, or no order keeps within `memory_limit`.
 
     Examples
     --------

@@ -305,11 +305,6 @@ def fit_rank(
     int or tuple of int
         A tuple with one entry a bond; an int for a format of one bond whose rank was left out.
 
-    Raises
-    ------
-    ValueError, TypeError
-        As `LayerSpec` and `LayerSpec.fitted`.
-
     Examples
     --------
     >>> import mumoe_tensor as mt

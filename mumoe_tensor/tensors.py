@@ -134,8 +134,7 @@ class FactorizedTensor:
         Parameters
         ----------
         format : str, Format or LayerSpec
-            A single layer: its format, with `sizes` beside it, or its spec. (Of a block each of the `layers`
-            has its weight.)
+            A single layer, such as one of the `layers` of a block: its spec, or its format with `sizes`.
         like : array, optional
             The factors take its backend, dtype and device. NumPy's float64 by default.
         seed : int, optional

@@ -23,14 +23,9 @@ def keep_experts(layer: L, level: int, indices: Selection) -> L:
     level = read_number(level, len(counts), "level")
     indices = read_selection(indices, counts[level], f"indices of level {level}", empty=False)
     _check_parameters(layer)
-    smaller = type(layer).from_config(
-        {
-            **layer._arguments,
-            "gate": copy.deepcopy(layer.gate.gate),
-            "experts": (*counts[:level], len(indices), *counts[level + 1 :]),
-        },
-        device="meta",
-    )
+    fewer = (*counts[:level], len(indices), *counts[level + 1 :])
+    changed = {"gate": copy.deepcopy(layer.gate.gate), "experts": fewer}
+    smaller = type(layer).from_config({**layer._arguments, **changed}, device="meta")
     for name, child in layer.named_children():
         if child is not layer.gate and not isinstance(child, Experts):
             setattr(smaller, name, copy.deepcopy(child))

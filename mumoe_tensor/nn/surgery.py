@@ -174,11 +174,7 @@ def _choose(
     for name, module in model.named_modules(remove_duplicate=False):
         if name and (module in candidates or fits(module)):
             candidates.setdefault(module, []).append(name)
-    chosen = {
-        module: names
-        for module, names in candidates.items()
-        if any(fnmatchcase(name, pattern) for name in names)
-    }
+    chosen = {m: names for m, names in candidates.items() if any(fnmatchcase(x, pattern) for x in names)}
     if not chosen:
         near = [name for names in candidates.values() for name in names]
         raise ValueError(f"the pattern must name a {what} in the model; {pattern!r} names none of {near}.")
@@ -187,14 +183,13 @@ def _choose(
 
 def _put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.Module, nn.Module]) -> None:
     """Replace all modules, or none if one cannot be replaced."""
+    places = [(name, old, module) for old, module in new.items() for name in names[old]]
     try:
-        for old, module in new.items():
-            for name in names[old]:
-                model.set_submodule(name, module)
+        for name, _, module in places:
+            model.set_submodule(name, module)
     except BaseException:
-        for old in new:
-            for name in names[old]:
-                model.set_submodule(name, old)
+        for name, old, _ in places:
+            model.set_submodule(name, old)
         raise
 
 

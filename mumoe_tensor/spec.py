@@ -11,7 +11,7 @@ from math import prod
 from typing import Any, Literal, TypedDict, Unpack
 
 from mumoe_tensor.checks import as_entries, as_positive, check_choice, check_flag
-from mumoe_tensor.formats.base import Format, Rank, mode_names
+from mumoe_tensor.formats.base import MOST_LEVELS, Format, Rank, mode_names
 from mumoe_tensor.formats.registry import get_format, label
 
 Rounding = Literal["up", "down", "nearest"]
@@ -266,7 +266,10 @@ class LayerSpec:
 
 def expert_counts(experts: int | Sequence[int]) -> tuple[int, ...]:
     """The number of experts of each level, of which there may be one or none."""
-    return tuple(as_positive(n, "every number of experts") for n in as_entries(experts, "experts"))
+    counts = tuple(as_positive(n, "every number of experts") for n in as_entries(experts, "experts"))
+    if len(counts) > MOST_LEVELS:
+        raise ValueError(f"there must be at most {MOST_LEVELS} levels of experts, got {len(counts)}.")
+    return counts
 
 
 def as_spec(format: str | Format | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:

@@ -81,6 +81,7 @@ SIZES = dict(experts=4, in_features=6, out_features=5)
     ("call", "error", "message"),
     [
         (lambda: LayerSpec("cp", **SIZES | {"experts": 0}), ValueError, "every number of experts must be"),
+        (lambda: LayerSpec("cp", **SIZES | {"experts": (2,) * 17}), ValueError, "at most 16 levels .*got 17"),
         (lambda: LayerSpec("cp", **SIZES, hidden=-1), ValueError, "hidden must be positive, got -1"),
         (lambda: LayerSpec("cp", **SIZES, hidden=2.0), TypeError, "hidden must be an integer"),
         (lambda: LayerSpec("cp", **SIZES, bias=1), TypeError, "bias must be True or False"),

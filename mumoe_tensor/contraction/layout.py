@@ -298,13 +298,18 @@ class Compiler:
             first, second = by_peak(node)
             return max(peak(first), size(first) + peak(second), size(first) + size(second) + size(node))
 
+        def has_input(node: Tree) -> bool:
+            branches = node if isinstance(node, tuple) else ()
+            return node == self.network.vector_of_input or any(map(has_input, branches))
+
         def by_peak(node: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-            # The first result is held while the second is formed.
-            left, right = node
-            left_first = max(peak(left), size(left) + peak(right))
-            return (
-                (left, right) if left_first <= max(peak(right), size(right) + peak(left)) else (right, left)
-            )
+            # The first result is held while the second is formed. On a tie the input vector comes first: the
+            # layer before it can then let go of its memory.
+            def held(pair: tuple[Tree, Tree]) -> tuple[int, bool]:
+                first, second = pair
+                return max(peak(first), size(first) + peak(second)), not has_input(first)
+
+            return min(node, node[::-1], key=held)
 
         def visit(node: Tree, order: Indices) -> int:
             if not isinstance(node, tuple):

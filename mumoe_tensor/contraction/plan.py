@@ -338,8 +338,8 @@ def plan(
     factorized, batch 8, least time
        product            kind    FLOPs  result   copied   live
     -----------------------------------------------------------
-    1  B n1, n1 r -> B r  mm    262,144  8 x 64        0    512
-    2  B i, i r -> B r    mm    786,432  8 x 64        0  1,024
+    1  B i, i r -> B r    mm    786,432  8 x 64        0    512
+    2  B n1, n1 r -> B r  mm    262,144  8 x 64        0  1,024
     3  B r, B r -> B r    mul       512  8 x 64        0  1,536
     4  B r, o r -> B o    mm    786,432  8 x 768       0  6,656
     FLOPs 1,835,520; write 7,680, size 512, peak 6,656, saved 1,536 elements

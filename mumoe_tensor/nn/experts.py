@@ -26,7 +26,7 @@ from mumoe_tensor.nn.init import draw, scale_to_linear
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, read_index
-from mumoe_tensor.spec import LayerSpec
+from mumoe_tensor.spec import LayerSpec, as_spec
 from mumoe_tensor.tensors import FactorizedTensor
 
 Init = Literal["linear", "published"]
@@ -130,6 +130,7 @@ class Experts(WholeState):
         ValueError
             If the spec is that of a block, which has two weights.
         """
+        spec = as_spec(spec)
         if spec.hidden is not None:
             raise ValueError(
                 f"experts have one weight, and a block two, with specs in `layers`; got {spec!r}."

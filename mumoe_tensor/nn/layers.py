@@ -20,7 +20,7 @@ from mumoe_tensor.nn.published import read_published, write_published
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection
-from mumoe_tensor.spec import LayerSpec
+from mumoe_tensor.spec import LayerSpec, as_spec
 from mumoe_tensor.tensors import FactorizedTensor
 
 
@@ -89,6 +89,7 @@ class Layer(WholeState):
         ValueError
             If the spec is that of a layer of another kind.
         """
+        spec = as_spec(spec)
         if len(spec.layers) != len(cls._mixture_names):
             raise ValueError(
                 f"a spec of {cls.__name__} must be of {len(cls._mixture_names)} weight(s), got {spec!r}."

@@ -227,6 +227,13 @@ def test_an_elementwise_product_lies_as_the_next_product_reads_it() -> None:
     assert plan.copied == 0
 
 
+@pytest.mark.parametrize(("format", "rank"), [("cp", 50), ("hadamard", None), ("tr", (4, 4, 16))])
+def test_of_branches_with_one_peak_that_of_the_input_is_first(format: str, rank: Any) -> None:
+    # What gives the input, such as the layer before, can then let go of its memory.
+    plan = mt.plan(format, experts=32, in_features=128, out_features=256, rank=rank, batch=512)
+    assert plan.steps[0].equation.startswith("B i, ")
+
+
 def test_time_avoids_the_copy_of_a_large_weight() -> None:
     sizes = dict(experts=256, in_features=768, out_features=3072, batch=1, bias=True)
     assert mt.plan("dense", **sizes, minimize="flops").copied == 256 * 768 * 3072

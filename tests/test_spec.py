@@ -185,6 +185,35 @@ def test_fitted_is_the_last_rank_before_the_budget(spec, budget, rounding, gate,
     assert fitted_total == expected
 
 
+@pytest.mark.parametrize("rounding", ["up", "down", "nearest"])
+def test_a_budget_that_a_rank_meets(rounding: str) -> None:
+    spec = LayerSpec("cp", experts=4, in_features=6, out_features=6)  # 16 parameters for each of the rank
+    for rank in (1, 2, 3, 7):
+        assert spec.fitted(16 * rank, rounding=rounding, gate=False).rank == (rank,)
+        halfway = spec.fitted(16 * rank + 8, rounding=rounding, gate=False)
+        assert halfway.rank == (rank + (rounding == "up"),)
+
+
+@pytest.mark.parametrize(
+    ("format", "of_layer", "of_block"),
+    [
+        ("cp", (20,), (30,)),
+        ("tr", (4, 4, 4, 5), (4, 4, 4, 8)),
+        ("tt", (4, 4, 20), (4, 4, 30)),
+        ("tucker", (4, 2, 20, 20), (4, 2, 30, 30)),
+    ],
+)
+def test_the_smallest_rank_that_allows_experts_of_full_rank(format, of_layer, of_block) -> None:
+    layer = LayerSpec(format, experts=(64, 2), in_features=50, out_features=20)
+    assert layer.with_full_rank_experts() == replace(layer, rank=of_layer)
+    assert replace(layer, rank=of_layer).max_expert_rank == 20
+    # Both layers of a block have the rank that one of them needs.
+    block = replace(layer, hidden=30)
+    assert block.with_full_rank_experts() == replace(block, rank=of_block)
+    assert [part.max_expert_rank for part in replace(block, rank=of_block).layers] == [30, 20]
+    assert replace(block, rank=of_block).max_expert_rank == 20
+
+
 @pytest.mark.parametrize("format", ["cp", "tr", "tt", "tucker"])
 def test_fit_rank_refuses_what_the_gate_alone_exceeds(format) -> None:
     with pytest.raises(ValueError, match="769,536"):

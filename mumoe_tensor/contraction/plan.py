@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from math import inf, prod
 from typing import Literal, NamedTuple, Unpack, get_args
 
-from mumoe_tensor.checks import as_positive, check_choice, check_flag
+from mumoe_tensor.checks import as_integer, as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
 from mumoe_tensor.contraction.network import Indices, Network, forward_network
 from mumoe_tensor.contraction.order import ELEMENT, Objective, Orders, Search
@@ -347,5 +347,5 @@ def plan(
     spec = as_spec(format, **sizes)
     optional = spec.format.optional(spec.num_levels)
     network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, missing=optional, bias=spec.bias)
-    batch = 0 if batch == 0 else as_positive(batch, "batch, if not zero,")
+    batch = as_integer(batch, "batch") and as_positive(batch, "batch, if not zero,")
     return plan_network(network, batch, minimize, implementation, memory_limit, fold_weights, dtype)

@@ -21,6 +21,7 @@ from mumoe_tensor.contraction.layout import Compiler, Operand, Program
 from mumoe_tensor.contraction.network import Network, Tree, forward_network, is_read_in_place
 from mumoe_tensor.contraction.plan import PlannedStep, planned_steps
 from mumoe_tensor.formats.base import BATCH
+from mumoe_tensor.testing.oracle import dense_moe, subscripts
 
 ALL = list(mt.formats().values())
 BATCHES = st.sampled_from([1, 2, 7, 50, 300, 4096, 65_536])
@@ -240,20 +241,51 @@ def test_time_avoids_the_copy_of_a_large_weight() -> None:
     assert mt.plan("dense", **sizes).copied == 0
 
 
-@pytest.mark.parametrize("format", ["cp", "dense", "hadamard", "tr", "tt", "tucker"])
-@pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
+@pytest.mark.parametrize("format", mt.formats())
+@pytest.mark.parametrize(
+    ("levels", "implementation"), [(8, "factorized"), (8, "reconstructed"), (12, "factorized")]
+)
 @pytest.mark.parametrize("minimize", ["time", "flops", "peak"])
-def test_many_levels_are_planned_and_the_search_is_named(format, implementation, minimize) -> None:
-    levels = 11
-    rank = {"cp": 3, "tr": (2,) * (levels + 2), "tt": (2,) * (levels + 1), "tucker": (2,) * levels + (3, 3)}
-    layer = dict(experts=(2,) * levels, in_features=5, out_features=4, rank=rank.get(format), bias=True)
-    options = dict(batch=64, implementation=implementation, minimize=minimize)
-    plan = mt.plan(format, **layer, **options)
+def test_many_levels_are_planned_and_right(format, levels, implementation, minimize) -> None:
+    bonds = mt.get_format(format).bonds(levels)
+    layer = dict(experts=(2,) * levels, in_features=3, out_features=2, bias=True)
+    weight = mt.FactorizedTensor.random(format, **layer, rank=(2,) * len(bonds), seed=0)
+    options = dict(batch=5, implementation=implementation, minimize=minimize)
+    plan = mt.plan(format, **layer, rank=weight.rank, **options)
     assert len(plan.steps) == len(plan.program.network.operands) - 1
-    by_hand = format == "hadamard" and implementation == "factorized"
-    assert plan.search == ("vectors first" if by_hand else "greedy")
-    assert plan.search in str(plan).splitlines()[0]
+    assert (plan.search == "exact") == (len(plan.program.network.operands) <= order.EXACT)
+    assert plan.search == "exact" or plan.search in str(plan).splitlines()[0]
     assert "(" not in str(mt.plan(format, **{**layer, **few_levels(format)}, **options)).splitlines()[0]
+    generator = np.random.default_rng(0)
+    z, *coefficients = (generator.standard_normal((5, n)) for n in (3, *layer["experts"]))
+    factors, whole = subscripts(weight.format, levels)
+    arrays = [np.ones(weight.rank) if factor is None else factor for factor in weight.factors]
+    dense_tensor = np.einsum(f"{','.join(factors)}->{whole}", *arrays, optimize="greedy")
+    y = mt.multilinear_moe(weight, z, coefficients, bias=True, plan=plan)
+    expected = dense_moe(dense_tensor, z, coefficients, bias=True)
+    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_search_is_named() -> None:
+    def search(format: str, levels: int) -> str:
+        return mt.plan(format, experts=(2,) * levels, in_features=5, out_features=4, minimize="flops").search
+
+    # Dense has a factor, and a vector for each level and the input. Hadamard has as many factors as vectors.
+    assert (search("dense", order.EXACT - 2), search("dense", order.EXACT - 1)) == ("exact", "greedy")
+    assert search("hadamard", order.EXACT - 1) == "vectors first"
+    assert search("hadamard", order.EXACT) == "greedy"
+
+
+@pytest.mark.parametrize("format", mt.formats())
+@pytest.mark.parametrize("minimize", ["time", "flops", "peak"])
+def test_a_plan_for_no_rows(format, minimize) -> None:
+    layer = dict(experts=3, in_features=5, out_features=4, bias=True, minimize=minimize)
+    none, one = (mt.plan(format, **{**layer, **few_levels(format), "batch": batch}) for batch in (0, 1))
+    assert none.batch == 0 and none.program == one.program
+    assert (none.flops, none.size) == (0, 0) and all(0 in step.shape for step in none.steps)
+    for batch, error in ((0.0, TypeError), (False, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="batch"):
+            mt.plan(format, **{**layer, **few_levels(format), "batch": batch})
 
 
 def few_levels(format: str) -> dict:

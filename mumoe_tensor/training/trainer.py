@@ -169,7 +169,7 @@ def _accelerator(config: TrainConfig) -> Any:
     if config.precision == "fp16" and own.device.type == "cpu":
         # (Accelerate would compute in float32 and say nothing.)
         raise ValueError("precision 'fp16' needs an accelerator; on CPUs there is 'bf16'.")
-    # Accelerate keeps the precision of a process; every run is to have its own.
+    # Accelerate keeps one precision for a process; public is only the reset of the processes' group as well.
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(
         device_placement=own.num_processes > 1,

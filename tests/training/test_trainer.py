@@ -29,6 +29,7 @@ from torch import nn  # noqa: E402
 from mumoe_tensor.nn import MuMoEMLP  # noqa: E402
 from mumoe_tensor.training import DamagedCheckpoint, Dataset, TrainConfig, train  # noqa: E402
 from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402
+from mumoe_tensor.training.trainer import _accelerator  # noqa: E402
 
 CONFIG = TrainConfig(
     epochs=3,
@@ -368,3 +369,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
         figures = json.loads((tmp_path / f"{name}.json").read_text())
         assert np.allclose(figures, [[e.loss, e.validation_loss, e.accuracy] for e in history], rtol=1e-9)
+
+
+def test_each_run_of_a_process_has_its_own_precision() -> None:
+    used = [_accelerator(replace(CONFIG, precision=name)).mixed_precision for name in ("bf16", "no", "bf16")]
+    assert used == ["bf16", "no", "bf16"]

@@ -71,15 +71,10 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
             )
         container = SimpleNamespace(weights=None, core=core, factors=factors)
         weights.append(FactorizedTensor(format, format.from_container(container)))
-    statistics = {
-        name: torch.cat(levels)
-        for name in ("running_mean", "running_var")
-        if (levels := take("bn.", f".{name}"))
-    }
-    if batches := take("bn.", ".num_batches_tracked"):
-        if any(int(number) != int(batches[0]) for number in batches):
-            raise ValueError(f"all levels must have seen equally many batches, got {batches}.")
-        statistics["num_batches_tracked"] = batches[0]
+    norms = {name: take("bn.", f".{name}") for name in ("running_mean", "running_var", "num_batches_tracked")}
+    batches = norms.pop("num_batches_tracked")
+    if any(int(number) != int(batches[0]) for number in batches):
+        raise ValueError(f"all levels must have seen equally many batches, got {batches}.")
     if unread:
         raise ValueError(
             f"a published layer of {num_weights} weight(s) has no parameters of the names {sorted(unread)}."
@@ -99,6 +94,17 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
     ranks = {weight.rank for weight in weights}
     if len(ranks) > 1:
         raise ValueError(f"all weights of a layer must have one rank, got {sorted(ranks)}.")
+    statistics = {}
+    if batches or any(norms.values()):
+        shapes = {name: [tuple(level.shape) for level in levels] for name, levels in norms.items()}
+        if any(of_levels != [(n,) for n in num_experts] for of_levels in shapes.values()):
+            raise ValueError(
+                f"batch norm must have a mean and a variance for every expert, {num_experts} a level, or "
+                f"none; got statistics of shapes {shapes}."
+            )
+        statistics = {name: torch.cat(levels) for name, levels in norms.items()}
+        if batches:
+            statistics["num_batches_tracked"] = batches[0]
     spec = LayerSpec(
         format, experts=num_experts, in_features=inputs[0], hidden=inputs[1] if len(weights) > 1 else None,
         out_features=inputs[-1], rank=ranks.pop(), bias=extra_rows == {1},

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from published import CASES, layer_of, read, state_of  # noqa: E402
 
+from mumoe_tensor.analysis import edit_bias  # noqa: E402
 from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
 
 
@@ -102,3 +103,48 @@ def test_a_bias_is_in_all_weights_or_in_none() -> None:
 def test_gates_that_are_no_matrices_are_refused() -> None:
     with pytest.raises(ValueError, match="its gates, matrices"):
         MuMoE.from_published({"projs.0": torch.ones(3)}, "cp")
+
+
+def test_statistics_are_those_of_every_level_or_none() -> None:
+    layer = MuMoE(5, 4, (3, 2), rank=2)
+    layer.gate.norm.running_mean.normal_(), layer.gate.norm.num_batches_tracked.fill_(7)
+    state = layer.to_published()
+    read = MuMoE.from_published(state, "cp")
+    for name, value in layer.gate.norm.state_dict().items():
+        assert torch.equal(read.gate.norm.state_dict()[name], value)
+    anew = MuMoE.from_published({k: v for k, v in state.items() if not k.startswith("bn.")}, "cp")
+    assert int(anew.gate.norm.num_batches_tracked) == 0 and (anew.gate.norm.running_mean == 0).all()
+    for end in (".running_var", "1.running_var", "0.running_mean", "running_mean"):
+        with pytest.raises(ValueError, match=r"batch norm must have|no parameters of the names"):
+            MuMoE.from_published({k: v for k, v in state.items() if not k.endswith(end)}, "cp")
+    swapped = {**state, "bn.0.running_var": state["bn.1.running_var"], "bn.1.running_var": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"\(3, 2\) a level, .* got .*'running_var': \[\(2,\), \(3,\)\]"):
+        MuMoE.from_published(swapped, "cp")
+    with pytest.raises(ValueError, match="equally many batches"):
+        MuMoE.from_published({**state, "bn.1.num_batches_tracked": torch.tensor(3)}, "cp")
+
+
+def test_what_the_published_layers_do_not_have_is_refused() -> None:
+    block = MuMoEMLP(5, 6, 4, (3, 2), "cp", 2)
+    with pytest.raises(ValueError, match="'v1' of the published layers has no block of 2 weights"):
+        block.to_published("v1")
+    other = MuMoEMLP(5, 6, 4, (3, 2), "cp", 3).to_published()
+    mixed = {name: (other if name.startswith("MuMoE2") else block_state())[name] for name in other}
+    with pytest.raises(ValueError, match=r"one rank, got \[\(2,\), \(3,\)\]"):
+        MuMoEMLP.from_published(mixed, "cp")
+    edit_bias(block.down, "edit", [torch.rand(3), torch.rand(2)], 1, 2.0)
+    with pytest.raises(ValueError, match=r"no bias edits: remove them first; the layer has \['edit'\]"):
+        block.to_published()
+
+
+def test_published_parameters_are_copies_of_their_dtype() -> None:
+    layer = MuMoE(5, 4, 3, rank=2, gate_norm="none", dtype=torch.float64)
+    state = layer.to_published()
+    read = MuMoE.from_published(state, "cp", gate_norm="none")
+    assert {parameter.dtype for parameter in read.parameters()} == {torch.float64}
+    x = torch.randn(6, 5, dtype=torch.float64)
+    expected = layer(x)
+    for value in state.values():
+        value.zero_()
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(read(x), expected)

@@ -172,7 +172,7 @@ class ContractionPlan:
 
     @property
     def time(self) -> int:
-        """What ``minimize="time"`` minimises: FLOPs, and `ELEMENT` for each element read or written.
+        """What ``minimize="time"`` minimises: FLOPs, and ``ELEMENT`` for each element read or written.
 
         A copied element is read and written once more.
         """
@@ -294,8 +294,8 @@ def plan(
 ) -> ContractionPlan:
     """Plan the forward pass of a layer of experts, without its gate.
 
-    The plan is for one batch size; its program runs at any. The search is exact for up to `EXACT` factors and
-    vectors. `ContractionPlan.search` says if a larger network was searched less thoroughly.
+    The plan is for one batch size; its program runs at any. The search is exact for up to 12 factors and
+    vectors; ``search`` of the plan says if a larger network was searched less thoroughly.
 
     Parameters
     ----------

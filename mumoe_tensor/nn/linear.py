@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from mumoe_tensor.nn.init import fit_every_expert
 from mumoe_tensor.nn.reading import check_readable, check_same
 
-if TYPE_CHECKING:
-    from mumoe_tensor.nn.layers import Layer
-
-L = TypeVar("L", bound="Layer")
+L = TypeVar("L")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -76,7 +73,7 @@ def layer_like(
         raise ValueError(
             f"the linear layers must have one dtype, got {[str(matrix.dtype) for matrix in matrices]}."
         )
-    layer = kind(*sizes, experts, bias=bias, **{"device": first.device, "dtype": first.dtype, **options})
+    layer: Any = kind(*sizes, experts, bias=bias, **{"device": first.device, "dtype": first.dtype, **options})
     is_meta = layer.gate.weight.is_meta
     if first.is_meta and not is_meta:
         raise ValueError("a linear layer on the meta device has no values to start as.")

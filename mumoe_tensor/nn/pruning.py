@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.selections import Selection, read_number, read_selection
 
-if TYPE_CHECKING:
-    from mumoe_tensor.nn.layers import Layer
 
-L = TypeVar("L", bound="Layer")
-
-
-def keep_experts(layer: L, level: int, indices: Selection) -> L:
+def keep_experts(layer: Any, level: int, indices: Selection) -> Any:
     """A new layer with some of the experts of a level; see `MuMoE.keep_experts`."""
     counts = layer.mixtures[0].weight.experts  # (those of a layer divided over processes raise)
     level = read_number(level, len(counts), "level")
@@ -41,7 +36,7 @@ def keep_experts(layer: L, level: int, indices: Selection) -> L:
     return smaller
 
 
-def _check_parameters(layer: Layer) -> None:
+def _check_parameters(layer: Any) -> None:
     """Refuse weights that something computes from other parameters."""
     weights = [factor for experts in layer.mixtures for factor in experts.factors]
     if layer.gate.num_experts:
@@ -54,7 +49,7 @@ def _check_parameters(layer: Layer) -> None:
         )
 
 
-def _select(layer: Layer, level: int, indices: list[int]) -> dict[str, Tensor]:
+def _select(layer: Any, level: int, indices: list[int]) -> dict[str, Tensor]:
     """A copy of the state, in which tensors with an axis of the experts have only the selected ones."""
     state = {name: value.clone() for name, value in layer.state_dict().items()}
 

@@ -119,6 +119,19 @@ def test_hooks_on_one_module(kind: str) -> None:
     assert not calls.has_hooks(module)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["state_dict_post_hook", "state_dict_pre_hook", "load_state_dict_pre_hook", "load_state_dict_post_hook"],
+)
+def test_hooks_on_the_state_of_one_module(kind: str) -> None:
+    module = nn.Linear(1, 1)
+
+    def hook(*_: Any) -> None: ...
+
+    getattr(module, f"register_{kind}")(hook)
+    assert not calls.has_hooks(module) and list(calls.hooks_of(module).values()) == [["hook"]]
+
+
 def test_frozen() -> None:
     module = nn.Linear(1, 1).eval()
     assert not calls.is_frozen(module)

@@ -207,6 +207,14 @@ def test_batch_norm_goes_into_the_gate(gate: str, monkeypatch: pytest.MonkeyPatc
     assert called and seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batch_norm_of_short_dtypes_is_as_exact_as_with_gradients(dtype: Any) -> None:
+    module, x = layer().to(dtype), inputs(40).to(dtype)
+    expected = module.gate(x)
+    with torch.no_grad():
+        torch.testing.assert_close(module.gate(x), expected, rtol=0, atol=0)
+
+
 def test_under_inference_mode_and_vmap() -> None:
     module, x = layer(), inputs()
     expected = module(x).detach()

@@ -102,6 +102,14 @@ def test_autocast_keeps_the_gate_in_float32(format: str, dtype: Any) -> None:
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())
 
 
+def test_autocast_leaves_float64_as_it_is() -> None:
+    layer, x = MuMoE(8, 6, 4, "cp", 3, dtype=torch.float64).eval(), torch.randn(5, 8, dtype=torch.float64)
+    nn.init.normal_(layer.gate.weight)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(format: str, dtype: Any) -> None:

@@ -139,6 +139,13 @@ def test_frozen() -> None:
         assert calls.is_frozen(module) and not calls.is_frozen(module.train())
 
 
+@pytest.mark.parametrize("run", [compiled, exported, traced, by_make_fx])
+def test_nothing_is_frozen_in_what_torch_records(run: Callable[..., Any]) -> None:
+    module = nn.Identity().eval()
+    with torch.no_grad():
+        assert set(answers(lambda: calls.is_frozen(module), run)) == {False}
+
+
 def test_autocast() -> None:
     cpu, meta = torch.device("cpu"), torch.device("meta")
     assert calls.autocast_dtype(cpu) is None

@@ -123,6 +123,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
         ValueError, ("made for", "'r': 5", "'r': 6")),
     "plan of a wrong type": (lambda: mt.multilinear_moe(W, Z, [A], plan="x"), TypeError, ("Plan", "str")),
     "binding another weight": (lambda: mt.bind(PLAN, TWO), ValueError, ("made for", "'r': 6")),
+    "binding with a bias that is no bool": (lambda: mt.bind(PLAN, W, bias=0), TypeError, ("True or False", "0")),
     "binding with another bias": (lambda: mt.bind(PLAN, W, bias=True), ValueError, ("made for", "bias=False")),
     # expert_matrix
     "expert that is not there": (lambda: mt.expert_matrix(W, 4), ValueError, ("less than 4", "got 4")),

@@ -400,6 +400,15 @@ def test_memory_limit_finds_the_order_that_fits() -> None:
         mt.plan("dense", **layer, memory_limit=32 * 64 - 1)
 
 
+def test_memory_limit_is_in_bytes_where_a_dtype_is_named() -> None:
+    layer = dict(layer_of("tr", (6, 5), 40, 30, (2, 3, 4, 5)), batch=10)
+    size = mt.plan(**layer, minimize="peak").size
+    tight = mt.plan(**layer, memory_limit=size)
+    assert mt.plan(**layer, memory_limit=8 * size, dtype="float64").program == tight.program
+    with pytest.raises(ValueError, match="memory_limit"):
+        mt.plan(**layer, memory_limit=tight.size, dtype="float64")
+
+
 @given(layers(), BATCHES)
 def test_constants_are_reported_apart(layer, batch) -> None:
     plan = mt.plan(**layer, batch=batch, fold_weights=True, minimize="flops")
@@ -407,6 +416,16 @@ def test_constants_are_reported_apart(layer, batch) -> None:
     assert all(BATCH in step.equation for step in plan.steps)
     assert plan.flops == sum(step.flops for step in plan.steps)
     assert plan.flops <= mt.plan(**layer, batch=batch, minimize="flops").flops
+
+
+def test_a_weight_formed_ahead_is_formed_at_the_least_cost() -> None:
+    layer = layer_of("tucker", (9,), 30, 20, (2, 25, 3))
+    in_every_call, ahead = (
+        mt.plan(**layer, batch=4, implementation="reconstructed", minimize="flops", fold_weights=fold)
+        for fold in (False, True)
+    )
+    constant = [step.flops for step in in_every_call.steps if step.constant]
+    assert [step.flops for step in ahead.constant_steps] == constant
 
 
 def test_constants_fold_a_core_that_is_read_often() -> None:

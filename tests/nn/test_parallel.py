@@ -110,6 +110,26 @@ def others(group: Any) -> list[Any]:
     return results
 
 
+def unusual(group: Any) -> tuple[list[Any], list[Any]]:
+    """Frozen factors, edits, modes and copies of rows of a layer: whole, divided, gathered; its outputs."""
+    layer = layer_of("cp", MuMoE, 2, "batch")
+    layer.experts.add_edit("edit", [torch.rand(4), torch.rand(3)], torch.rand(8))
+    layer.eval().input_norm.train()
+    layer.experts.factor_1.requires_grad_(False)
+    divided = parallelize(layer, group)
+    layers = (layer, divided, gather(divided))
+    described = [
+        {
+            "frozen": [name for name, parameter in each.named_parameters() if not parameter.requires_grad],
+            "training": [name for name, module in each.named_modules() if module.training],
+            "edits": {name: tensor for name, tensor in each.state_dict().items() if "edit" in name},
+            "copies": each.gate.norm.copies,
+        }
+        for each in layers
+    ]
+    return described, [each(inputs()).detach() for each in layers]
+
+
 def gradients_of_zeros(group: Any) -> list[Any]:
     """Gradients of coefficients, most of them zero, of many experts called by themselves: divided, whole."""
     torch.manual_seed(0)
@@ -148,6 +168,7 @@ def worker(rank: int, folder: str) -> None:
         }
     results["others"] = others(group)
     results["zeros"] = gradients_of_zeros(group)
+    results["unusual"] = unusual(group)
     torch.save(results, f"{folder}/{rank}.pt")
     leave()
 
@@ -239,6 +260,17 @@ def test_coefficients_that_are_zero_have_gradients(results: list[dict[Any, Any]]
         divided, whole = result["zeros"]
         torch.testing.assert_close(divided, whole, rtol=1e-5, atol=1e-6)
         assert (divided != 0).all()
+
+
+def test_frozen_factors_edits_and_modes_stay(results: list[dict[Any, Any]]) -> None:
+    for result in results:
+        (whole, divided, gathered), (expected, *outputs) = result["unusual"]
+        assert (whole["frozen"], whole["training"]) == (["experts.factor_1"], ["input_norm"])
+        assert [each.pop("copies") for each in (whole, divided, gathered)] == [1, 2, 1]
+        for each, y in zip((divided, gathered), outputs, strict=True):
+            torch.testing.assert_close(each.pop("edits"), whole["edits"], rtol=0, atol=0)
+            assert each == {name: whole[name] for name in each}
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_of_processes_only_those_of_the_group(results: list[dict[Any, Any]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -161,6 +163,24 @@ def test_the_block_adds_up() -> None:
     assert block.peak == max(first.peak, second.peak)
     assert block.saved == first.saved + second.saved + 8 * 2 * 10 * 20
     assert block.max_expert_rank == min(first.max_expert_rank, second.max_expert_rank)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"minimize": "peak"},
+        {"implementation": "reconstructed", "fold_weights": True},
+        {"dtype": "bfloat16", "batch": 2},
+    ],
+    ids=str,
+)
+def test_the_plans_are_those_of_the_options(options: Any) -> None:
+    spec = mt.LayerSpec("tr", experts=(8, 4), in_features=7, hidden=20, out_features=6, rank=(3, 3, 3, 5))
+    plans = mt.cost(spec, **options).plans
+    assert plans == tuple(mt.plan(layer, **options) for layer in spec.layers)
+    assert plans != mt.cost(spec).plans
+    with pytest.raises(ValueError, match="within memory_limit"):
+        mt.cost(spec, **options, memory_limit=2)
 
 
 def test_the_bias_row_is_no_part_of_the_closed_form() -> None:

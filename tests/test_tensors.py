@@ -103,6 +103,12 @@ def test_five_levels_of_experts() -> None:
     assert mt.FactorizedTensor("cp", factors).experts == (2,) * 5
 
 
+def test_up_to_sixteen_levels_are_read() -> None:
+    assert mt.FactorizedTensor("cp", [np.ones((1, 2))] * 18).num_levels == 16
+    with pytest.raises(ValueError, match="the factors of format 'cp' are"):
+        mt.FactorizedTensor("cp", [np.ones((1, 2))] * 19)
+
+
 def test_weights_of_cp_may_be_left_out_or_none_or_given() -> None:
     factors = [np.random.default_rng(0).standard_normal((n, 3)) for n in (4, 5, 2)]
     left_out = mt.FactorizedTensor("cp", factors)
@@ -115,6 +121,11 @@ def test_weights_of_cp_may_be_left_out_or_none_or_given() -> None:
     np.testing.assert_allclose(mt.to_dense(left_out), mt.to_dense(ones), atol=1e-14)
     twice = mt.FactorizedTensor("cp", [np.full(3, 2.0), *factors])
     np.testing.assert_allclose(mt.to_dense(twice), 2 * mt.to_dense(none), atol=1e-14)
+    y, same, doubled = (
+        mt.multilinear_moe(weight, np.ones((7, 5)), [np.ones((7, 4))]) for weight in (none, ones, twice)
+    )
+    np.testing.assert_allclose(same, y, atol=1e-13)
+    np.testing.assert_allclose(doubled, 2 * y, atol=1e-13)
 
 
 def test_none_that_leaves_a_bond_with_one_end_is_refused() -> None:

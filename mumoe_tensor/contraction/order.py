@@ -18,7 +18,7 @@ from mumoe_tensor.contraction.network import Network, Tree, is_read_in_place
 from mumoe_tensor.formats.base import BATCH
 
 Objective = Literal["time", "flops", "peak"]
-#: Which orders the found one is the best of: all; those in which each mode's vector meets the mode's factor
+#: Which orders the result is the best of: all; those in which each mode's vector meets the mode's factor
 #: first; those that begin with the cheapest products.
 Search = Literal["exact", "vectors first", "greedy"]
 
@@ -107,7 +107,7 @@ class Orders:
         self.input, self.rows = bit.get("i", 0), sizes.get("i", 1)
         self.size, self.indices, self.is_read = cache(self._size), cache(self._indices), cache(self._is_read)
 
-    def best(self, minimize: Objective, known: Tree | None = None) -> tuple[Tree, Search] | None:
+    def best(self, minimize: Objective, worse: Tree | None = None) -> tuple[Tree, Search] | None:
         """Find the cheapest order, and say how it was searched.
 
         Parameters
@@ -115,16 +115,16 @@ class Orders:
         minimize : {"time", "flops", "peak"}
             ``"flops"``; ``"time"``: FLOPs and `ELEMENT` for each element moved, but those that every order
             moves; ``"peak"``: the most elements live at once besides the operands.
-        known : Tree, optional
-            An order. Only a cheaper one is looked for.
+        worse : Tree, optional
+            An order to beat.
 
         Returns
         -------
         tuple of Tree and str, or None
-            None if no order is admitted, or none is cheaper than the known one.
+            None if no order is admitted, or none is cheaper than `worse`.
         """
         cost = {"time": self._time, "flops": self._flops, "peak": self._peak}[minimize]
-        bound = inf if known is None else self._formed(known, cost).cost
+        bound = inf if worse is None else self._formed(worse, cost).cost
         fixed = self._vectors_first(cost)
         if len(self.leaves) > EXACT:
             best: Part | None = None
@@ -136,7 +136,7 @@ class Orders:
                     best, search = better, "greedy" if parts is not fixed else "vectors first"
             return (best.tree, search) if best else None
         # The best of these few orders is near the best of all: as a bound it drops most parts.
-        near = self._cheapest(fixed, cost, inf) if known is None and len(fixed) < len(self.leaves) else None
+        near = self._cheapest(fixed, cost, inf) if worse is None and len(fixed) < len(self.leaves) else None
         best = self._cheapest(self.leaves, cost, near.cost if near else bound) or near
         return (best.tree, "exact") if best else None
 

@@ -106,7 +106,7 @@ class Layer(WholeState):
         Raises
         ------
         ValueError
-            If parameters are missing, left over, or do not fit together.
+            If parameters are missing, left over, or do not fit together or to the `gate_norm`.
         """
         published = read_published(state_dict, format, len(cls._mixture_names))
         options = {"dtype": published.gate.dtype, **options}

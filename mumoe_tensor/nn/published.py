@@ -42,6 +42,11 @@ class Published(NamedTuple):
         gate.weight.copy_(self.gate)
         if gate.norm is not None:
             gate.norm.load_state_dict(self.statistics, strict=bool(self.statistics))
+        elif self.statistics:
+            raise ValueError(
+                "gate_norm must be 'batch' for parameters with statistics of batch norm, got "
+                f"gate_norm={gate.gate_norm!r} for {sorted(self.statistics)}."
+            )
         for layer, weight in zip(layers, self.weights, strict=True):
             for view, array in zip(layer.weight.arrays, weight.arrays, strict=True):
                 view.copy_(array)

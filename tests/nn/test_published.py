@@ -137,6 +137,13 @@ def test_what_the_published_layers_do_not_have_is_refused() -> None:
         block.to_published()
 
 
+@pytest.mark.parametrize("gate_norm", ["layer", "none"])
+def test_statistics_of_batch_norm_need_batch_norm(gate_norm: Any) -> None:
+    state = MuMoE(5, 4, 3, rank=2).to_published()
+    with pytest.raises(ValueError, match=f"must be 'batch' .* got gate_norm='{gate_norm}' for "):
+        MuMoE.from_published(state, "cp", gate_norm=gate_norm)
+
+
 def test_published_parameters_are_copies_of_their_dtype() -> None:
     layer = MuMoE(5, 4, 3, rank=2, gate_norm="none", dtype=torch.float64)
     state = layer.to_published()

@@ -39,11 +39,11 @@ def experts_of(layer: nn.Module) -> Experts:
     ValueError
         If it has none, or several as a block has.
     """
-    found = {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
-    if len(found) != 1:
+    mixtures = {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
+    if len(mixtures) != 1:
         raise ValueError(
             "a layer has one module Experts, and of a block (up, down) it must be said which; "
-            f"{type(layer).__name__} has {sorted(found)}."
+            f"{type(layer).__name__} has {sorted(mixtures)}."
         )
-    (experts,) = found.values()
+    (experts,) = mixtures.values()
     return experts

@@ -86,8 +86,9 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
             extent["i"] -= 1
         operands = (step.left, step.right)
         read = copied = saved = 0
-        for operand in operands:
-            read += prod(sizes[x] for x in operand.indices)
+        for side, operand in enumerate(operands):
+            has_row = step.bias is not None and step.bias.side == side
+            read += prod((sizes if has_row else extent)[x] for x in operand.indices)
             elements = prod(extent[x] for x in operand.indices)
             # (The bias row takes its place in memory also where it takes no part.)
             if step.kind != "mul" and operand.is_reordered(sizes):

@@ -11,7 +11,7 @@ from mumoe_tensor.backend import Array, check_floating, is_array, tensorly_backe
 from mumoe_tensor.checks import as_fraction, as_integer, as_positive
 from mumoe_tensor.decomposition import cp, hadamard, tensor_ring, tensor_train, tucker  # noqa: F401
 from mumoe_tensor.decomposition.alternating import fits
-from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.base import MOST_LEVELS, Factor, Format, mode_names
 from mumoe_tensor.formats.dense import Dense
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.multilinear import to_dense
@@ -109,6 +109,7 @@ def decompose(
     row = bias is not False
     spec = LayerSpec(format, experts=experts, in_features=i - row, out_features=o, rank=rank, bias=row)
     shapes = format.shapes(spec.mode_sizes, spec.full_rank)
+    declared = format.declaration(spec.num_levels)
     target = to_float64(dense)
     if not np.isfinite(target).all():
         raise ValueError(
@@ -122,17 +123,23 @@ def decompose(
     generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_restarts)]
 
     def fitted(factors: Sequence[Any]) -> tuple[FactorizedTensor, float]:
+        returned = [None if factor is None else np.shape(factor) for factor in factors]
+        if len(returned) != len(declared) or not all(map(_is_factor, returned, declared, shapes)):
+            raise ValueError(
+                f"a method must return the declared factors, of shapes {shapes} or with shorter bonds, None only "
+                f"for optional ones; that of format {format.name!r} returned shapes {returned}."
+            )
         weight = _as_weight(format, _balanced(factors, exponent), shapes, dense)
         exact = [None if f is None else to_float64(f) for f in weight.factors]
-        returned = np.ldexp(to_dense(FactorizedTensor(format, exact)), -exponent)
-        return weight, float(np.linalg.norm(returned - target) / norm)
+        product = np.ldexp(to_dense(FactorizedTensor(format, exact)), -exponent)
+        return weight, float(np.linalg.norm(product - target) / norm)
 
     with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
         if target.any():
             candidates = fits(format, target, spec.full_rank, generators, n_iter, tolerance)
         else:
-            declared = zip(format.declaration(len(experts)), shapes, strict=True)
-            candidates = [[None if f.optional else np.zeros(shape) for f, shape in declared]]
+            zeros = zip(declared, map(np.zeros, shapes), strict=True)
+            candidates = [[None if f.optional else zero for f, zero in zeros]]
         # A fit that the dtype cannot hold has error NaN, and gives way to any other.
         best = min(map(fitted, candidates), key=lambda fit: np.nan_to_num(fit[1], nan=np.inf), default=None)
     if best is None:
@@ -140,6 +147,17 @@ def decompose(
             f"a method must return one fit or more; that of format {format.name!r} returned none."
         )
     return best
+
+
+def _is_factor(returned: tuple[int, ...] | None, f: Factor, shape: tuple[int, ...]) -> bool:
+    """Whether a method returned a factor: None for an optional one, or its shape but for shorter bonds."""
+    if returned is None:
+        return f.optional
+    modes = mode_names(MOST_LEVELS)
+    return len(returned) == len(shape) and all(
+        n == size or (n < size and x not in modes)
+        for n, size, x in zip(returned, shape, f.indices, strict=True)
+    )
 
 
 def _stacked(dense: Array | Sequence[Any]) -> Array:

@@ -72,7 +72,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
         if len(factors) != len(gates) + 2:
             raise ValueError(
                 f"a published weight has a factor for each of {len(gates)} level(s), the input and the "
-                f"output at '{prefix}factors.k'; found {len(factors)}."
+                f"output at '{prefix}factors.k', got {len(factors)}."
             )
         container = SimpleNamespace(weights=None, core=core, factors=factors)
         weights.append(FactorizedTensor(format, format.from_container(container)))

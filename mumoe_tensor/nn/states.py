@@ -66,7 +66,7 @@ class WholeState(nn.Module):
 
 
 def _check(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise an error that lists what is wrong with those entries of a state that are expected."""
+    """Raise an error that lists the expected entries of a state that do not fit."""
     wrong = []
     for name, present in expected.items():
         if name not in state or not isinstance(present, Tensor) or nn.parameter.is_lazy(present):

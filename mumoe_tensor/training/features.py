@@ -44,18 +44,18 @@ def extract(
         If the features are not of that shape.
     """
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-    found = []
+    features = []
     batches = data.x.split(batch_size)
     bar = Bar(len(batches)) if progress else nullcontext(lambda text: None)
     with evaluating(backbone), bar as advance:
         for rows in batches:
-            found.append(backbone(rows.to(device)).cpu())
+            features.append(backbone(rows.to(device)).cpu())
             advance("features")
-    if found[0].ndim != 2:
+    if features[0].ndim != 2:
         raise ValueError(
-            f"a backbone must give features of shape (rows, features), got {tuple(found[0].shape)}."
+            f"a backbone must give features of shape (rows, features), got {tuple(features[0].shape)}."
         )
-    return Dataset(torch.cat(found), data.y)
+    return Dataset(torch.cat(features), data.y)
 
 
 def write_npz(data: Dataset, path: str | Path) -> None:

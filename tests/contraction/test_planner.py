@@ -235,6 +235,13 @@ def test_of_branches_with_one_peak_that_of_the_input_is_first(format: str, rank:
     assert plan.steps[0].equation.startswith("B i, ")
 
 
+def test_a_step_reads_the_bias_row_with_the_weights_alone() -> None:
+    plan = mt.plan("cp", experts=4, in_features=6, out_features=5, rank=3, bias=True, batch=2)
+    (step,) = (step for step in plan.steps if step.equation.startswith("B i, "))
+    assert step.read == 2 * 6 + 7 * 3
+    assert plan.time == sum(s.flops + order.ELEMENT * (s.read + s.write) for s in plan.steps)
+
+
 def test_time_avoids_the_copy_of_a_large_weight() -> None:
     sizes = dict(experts=256, in_features=768, out_features=3072, batch=1, bias=True)
     assert mt.plan("dense", **sizes, minimize="flops").copied == 256 * 768 * 3072

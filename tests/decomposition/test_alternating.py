@@ -93,6 +93,26 @@ def test_a_method_without_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         mt.decompose(np.ones((3, 4)), Product(), 1)
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(3, 1)],
+        [(3, 1), (1, 4), (1,)],
+        [(3, 2), (2, 4)],
+        [(2, 1), (1, 4)],
+        [(3, 1, 1), (1, 4)],
+        [(3, 1), None],
+    ],
+)
+def test_what_is_not_the_declared_factors_is_an_error(
+    shapes: list[tuple[int, ...] | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = [None if shape is None else np.ones(shape) for shape in shapes]
+    monkeypatch.setattr(Product, "fits", [factors])
+    with pytest.raises(ValueError, match=r"declared factors, of shapes \[\(3, 1\), \(1, 4\)\]"):
+        mt.decompose(np.ones((3, 4)), Product(), 1)
+
+
 def test_a_subclass_takes_the_method_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = np.random.default_rng(0).standard_normal((3, 4))
     monkeypatch.setattr(Product, "fits", [truncated(dense, 1)])

@@ -126,8 +126,8 @@ def decompose(
         returned = [None if factor is None else np.shape(factor) for factor in factors]
         if len(returned) != len(declared) or not all(map(_is_factor, returned, declared, shapes)):
             raise ValueError(
-                f"a method must return the declared factors, of shapes {shapes} or with shorter bonds, None only "
-                f"for optional ones; that of format {format.name!r} returned shapes {returned}."
+                f"a method must return the declared factors, of shapes {shapes} or with shorter bonds, None "
+                f"only for optional ones; that of format {format.name!r} returned shapes {returned}."
             )
         weight = _as_weight(format, _balanced(factors, exponent), shapes, dense)
         exact = [None if f is None else to_float64(f) for f in weight.factors]

@@ -1,11 +1,12 @@
 """Multilinear mixtures of experts: layers whose experts are one factorized weight tensor."""
 
-from mumoe_tensor.contraction.plan import ContractionPlan, plan
+from mumoe_tensor.contraction.plan import ContractionPlan, SumPlan, plan
 from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.decomposition import decompose
-from mumoe_tensor.formats import Factor, Format, formats, get_format, register
+from mumoe_tensor.dense import expert_matrix, to_dense
+from mumoe_tensor.formats import Factor, Format, formats, get_format, register, shared, sliced, sum_of
 from mumoe_tensor.gates import entmax15, softmax, sparsemax, top_k
-from mumoe_tensor.multilinear import bind, expert_matrix, multilinear_moe, to_dense
+from mumoe_tensor.multilinear import bind, multilinear_moe
 from mumoe_tensor.spec import LayerSpec, dense_parameters, fit_rank
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -18,6 +19,7 @@ __all__ = [
     "FactorizedTensor",
     "Format",
     "LayerSpec",
+    "SumPlan",
     "bind",
     "cost",
     "decompose",
@@ -30,8 +32,11 @@ __all__ = [
     "multilinear_moe",
     "plan",
     "register",
+    "shared",
+    "sliced",
     "softmax",
     "sparsemax",
+    "sum_of",
     "to_dense",
     "top_k",
 ]

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, signature
 from math import isfinite
 from typing import Any
 
 
-def arguments_of(instance: Any, what: str, left_out: Collection[str] = ()) -> dict[str, Any]:
+def as_json(value: Any) -> Any:
+    """A value in types that JSON has; numbers of NumPy and torch become Python's."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [as_json(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): as_json(entry) for key, entry in value.items()}
+    if type(value) in (bool, int, str, type(None)) or (type(value) is float and isfinite(value)):
+        return value
+    raise TypeError
+
+
+def arguments_of(
+    instance: Any,
+    what: str,
+    left_out: Collection[str] = (),
+    as_json: Callable[[Any], Any] = as_json,
+) -> dict[str, Any]:
     """The arguments an instance was made with, but for those `left_out`: its attributes of the same names.
 
     Each must be an attribute, and of a type that JSON has. `what` is the word for instances in errors.
@@ -33,14 +51,3 @@ def arguments_of(instance: Any, what: str, left_out: Collection[str] = ()) -> di
                 f"{kind.__name__} has {name}={value!r}."
             ) from None
     return arguments
-
-
-def as_json(value: Any) -> Any:
-    """A value in types that JSON has; numbers of NumPy and torch become Python's."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [as_json(entry) for entry in value]
-    if type(value) in (bool, int, str, type(None)) or (type(value) is float and isfinite(value)):
-        return value
-    raise TypeError

@@ -86,6 +86,14 @@ class Operations(NamedTuple):
     narrow: Callable[[Array, int, int, int], Array]
     addmm: Callable[[Array, Array, Array], Array]
     baddbmm: Callable[[Array, Array, Array], Array]
+    #: Zeros before and after the entries along an axis.
+    pad: Callable[[Array, int, int, int], Array]
+    expand: Callable[[Array, tuple[int, ...]], Array]
+
+
+def _pad(array: Array, axis: int, before: int, after: int) -> Array:
+    widths = [(before, after) if k == axis else (0, 0) for k in range(array.ndim)]
+    return array.__array_namespace__().pad(array, widths)
 
 
 #: Those of NumPy and JAX.
@@ -95,6 +103,8 @@ _OPERATIONS = Operations(
     narrow=lambda array, axis, start, length: array[(*(slice(None),) * axis, slice(start, start + length))],
     addmm=lambda row, left, right: row + left @ right,
     baddbmm=lambda row, left, right: row + left @ right,
+    pad=_pad,
+    expand=lambda array, shape: array.__array_namespace__().broadcast_to(array, shape),
 )
 
 
@@ -104,7 +114,12 @@ def operations_of(array: Array) -> Operations:
         return _OPERATIONS
     import torch
 
-    return Operations(torch.permute, torch.select, torch.narrow, torch.addmm, torch.baddbmm)
+    def pad(array: Array, axis: int, before: int, after: int) -> Array:
+        return torch.nn.functional.pad(array, (0, 0) * (array.ndim - 1 - axis) + (before, after))
+
+    return Operations(
+        torch.permute, torch.select, torch.narrow, torch.addmm, torch.baddbmm, pad, torch.Tensor.expand
+    )
 
 
 def backend_of(*arrays: Array) -> Any:

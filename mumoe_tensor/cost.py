@@ -7,7 +7,7 @@ from typing import Unpack
 
 from mumoe_tensor.checks import check_flag
 from mumoe_tensor.contraction.order import Objective
-from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan
+from mumoe_tensor.contraction.plan import Implementation, Plan, plan
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
@@ -19,14 +19,14 @@ class Cost:
     Attributes
     ----------
     spec : LayerSpec
-    plans : tuple of ContractionPlan
+    plans : tuple of ContractionPlan or SumPlan
         The forward pass of each layer. (The costs of the layers of a block are those of ``spec.layers``.)
     gate : bool
         Whether the gate is counted.
     """
 
     spec: LayerSpec
-    plans: tuple[ContractionPlan, ...]
+    plans: tuple[Plan, ...]
     gate: bool = False
 
     @property
@@ -53,8 +53,9 @@ class Cost:
     def reference_flops(self) -> int | None:
         """FLOPs by the closed form of the format, `Format.reference_flops`, or None where it has none."""
         total = self.gate_flops
-        for layer in replace(self.spec, bias=False).layers:
-            flops = layer.format.reference_flops(layer.mode_sizes, layer.full_rank)
+        spec = self.spec if self.spec.format.has_bias_term else replace(self.spec, bias=False)
+        for layer in spec.layers:
+            flops = layer.format.closed_form(layer.mode_sizes, layer.full_rank)
             if flops is None:
                 return None
             total += self.plans[0].batch * flops

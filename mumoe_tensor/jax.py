@@ -9,18 +9,22 @@ import jax
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.tensors import FactorizedTensor
 
+#: Format and shape, None where that follows from the factors.
+Kind = tuple[Format, tuple[int, ...] | None]
 
-def _flatten(weight: FactorizedTensor) -> tuple[tuple[Any, ...], Format]:
-    return weight.factors, weight.format
+
+def _flatten(weight: FactorizedTensor) -> tuple[tuple[Any, ...], Kind]:
+    return weight.factors, (weight.format, weight.asked)
 
 
-def _unflatten(format: Format, factors: tuple[Any, ...]) -> FactorizedTensor:
+def _unflatten(kind: Kind, factors: tuple[Any, ...]) -> FactorizedTensor:
+    format, shape = kind
     try:
-        return FactorizedTensor(format, factors)
+        return FactorizedTensor(format, factors, shape)
     except (TypeError, ValueError):
         # JAX also builds trees whose leaves make no weight: placeholders, stacks to map over.
         weight = object.__new__(FactorizedTensor)
-        weight.format, weight.factors = format, tuple(factors)
+        weight.format, weight.factors, weight.asked = format, tuple(factors), shape
         weight.arrays = tuple(factor for factor in factors if factor is not None)
         return weight
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from math import prod
 from operator import index
 from typing import Any
 
-from mumoe_tensor.backend import Array, check_floating, is_traced, operations_of
+from mumoe_tensor.backend import Array, check_floating, is_traced
 from mumoe_tensor.checks import check_flag
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.contraction.execute import execute, fold
-from mumoe_tensor.contraction.layout import Compiler, Program
-from mumoe_tensor.contraction.network import Network, forward_network, weight_network
-from mumoe_tensor.contraction.order import Objective, Orders
-from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, plan_network
+from mumoe_tensor.contraction.layout import Program
+from mumoe_tensor.contraction.network import Network, forward_networks
+from mumoe_tensor.contraction.order import Objective
+from mumoe_tensor.contraction.plan import Implementation, Plan, plan_terms
 from mumoe_tensor.formats.base import Format
-from mumoe_tensor.selections import Index, read_index
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
 #: A function that is compiled or exported for any batch plans for this one.
@@ -33,7 +33,7 @@ def multilinear_moe(
     minimize: Objective = "time",
     implementation: Implementation = "factorized",
     memory_limit: int | None = None,
-    plan: ContractionPlan | None = None,
+    plan: Plan | None = None,
 ) -> Array:
     """Mix the outputs of all experts: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
@@ -51,7 +51,7 @@ def multilinear_moe(
         One array of expert coefficients a level, with the leading shape of `z`.
     minimize, implementation, memory_limit : optional
         See the function `plan`.
-    plan : ContractionPlan, optional
+    plan : ContractionPlan or SumPlan, optional
         Run this plan, made for these sizes, instead of asking for one. `minimize`, `implementation` and
         `memory_limit` are then not looked at.
 
@@ -80,22 +80,19 @@ def multilinear_moe(
     if plan is None:
         # (A symbolic batch of JAX or torch is no int.)
         hint = batch if isinstance(batch, int) and not is_traced(z) else TRACED_BATCH
-        program = _program(*_key(weight, bias), hint, minimize, implementation, memory_limit)
+        programs = _programs(*_key(weight, bias), hint, minimize, implementation, memory_limit)
     else:
-        program = _check_plan(plan, weight, bias)
+        programs = _check_plan(plan, weight, bias)
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*coefficients, z)]
-    y = execute(program, [*weight.arrays, *vectors])
-    return y.reshape(*leading, weight.shape[-1])
+    return _mixed(weight, programs, vectors).reshape(*leading, weight.shape[-1])
 
 
-def bind(
-    plan: ContractionPlan, weight: Any, *, bias: bool = False
-) -> Callable[[Array, Sequence[Array]], Array]:
+def bind(plan: Plan, weight: Any, *, bias: bool = False) -> Callable[[Array, Sequence[Array]], Array]:
     """Make the products of weights alone that a plan has, once, for many calls.
 
     Parameters
     ----------
-    plan : ContractionPlan
+    plan : ContractionPlan or SumPlan
         Usually one made with ``fold_weights=True``.
     weight : FactorizedTensor, container of TensorLy, or array
         The weight the plan was made for. Later changes of it are not seen.
@@ -107,79 +104,43 @@ def bind(
     """
     weight = as_factorized(weight)
     check_flag(bias, "bias")
-    program = _check_plan(plan, weight, bias)
-    folded = fold(program, weight.arrays)
+    programs = _check_plan(plan, weight, bias)
+    folded = [fold(program, arrays) for program, arrays in zip(programs, _arrays(weight), strict=True)]
 
     def forward(z: Array, coefficients: Sequence[Array]) -> Array:
         leading = _check_inputs(weight, z, coefficients, bias)
         vectors = [x.reshape(prod(leading), x.shape[-1]) for x in (*coefficients, z)]
-        return execute(program, [*weight.arrays, *vectors], folded).reshape(*leading, weight.shape[-1])
+        return _mixed(weight, programs, vectors, folded).reshape(*leading, weight.shape[-1])
 
     return forward
 
 
-def to_dense(weight: Any) -> Array:
-    """Form the weight tensor, of shape (N1, ..., NE, I, O). I counts the bias row, if there is one."""
-    weight = as_factorized(weight)
-    network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
-    return execute(_whole(network), weight.arrays)
+def _arrays(weight: FactorizedTensor) -> list[list[Array]]:
+    """The factors of each term that are not missing."""
+    summands = weight.format.summands(weight.num_levels)
+    return [[factor for factor in weight.factors[at] if factor is not None] for _, at in summands]
 
 
-def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
-    """The matrix of one expert, and its bias.
-
-    Parameters
-    ----------
-    weight : FactorizedTensor, container of TensorLy, or array
-    index : int or sequence of int
-        The expert, one number a level.
-    bias : bool, default False
-        Whether the last row of the input mode is the bias; without it that row is one more of the matrix.
-
-    Returns
-    -------
-    array of shape (I, O)
-        ``z @ matrix`` is the expert's output: the transpose of `torch.nn.Linear.weight`.
-    array of shape (O,)
-        Only with `bias`.
-    """
-    weight = as_factorized(weight)
-    check_flag(bias, "bias")
-    entries = read_index(index, weight.experts)
-    network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
-    of_mode = dict(zip(network.output, entries, strict=False))
-    arrays, operations = list(weight.arrays), operations_of(weight.arrays[0])
-    for k, operand in enumerate(network.operands):
-        for axis in reversed(range(len(operand))):
-            if operand[axis] in of_mode:
-                arrays[k] = operations.select(arrays[k], axis, of_mode[operand[axis]])
-    sliced = network.without(set(of_mode))
-    matrix = execute(_whole(sliced), arrays)
-    if not bias:
-        return matrix
-    return operations.narrow(matrix, 0, 0, matrix.shape[0] - 1), operations.select(matrix, 0, -1)
+def _mixed(
+    weight: FactorizedTensor,
+    programs: Sequence[Program],
+    vectors: Sequence[Array],
+    folded: Sequence[Mapping[int, Array]] | None = None,
+) -> Array:
+    """The outputs of all terms, added, for vectors of shape (batch, size of the mode)."""
+    y: Array = None
+    for k, (program, arrays) in enumerate(zip(programs, _arrays(weight), strict=True)):
+        taken = vectors[: len(program.network.readings)]  # a bias takes no inputs
+        term = execute(program, [*arrays, *taken], {} if folded is None else folded[k])
+        y = term if y is None else y + term
+    return y
 
 
-def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:
-    """The matrix of shape (I, O) that mixes all experts by coefficients, one vector a level."""
-    network = weight_network(weight.format, weight.shape, weight.rank, weight.missing)
-    mixed = network.with_vectors([(mode,) for mode in network.output[:-2]], network.output[-2:])
-    return execute(_whole(mixed), [*weight.arrays, *coefficients])
-
-
-@lru_cache(maxsize=1024)
-def _whole(network: Network) -> Program:
-    """Program of fewest FLOPs for a network of weights alone."""
-    best = Orders(network, 1).best("flops")
-    assert best is not None
-    return Compiler(network, 1)(best[0])
-
-
-_forward_network = lru_cache(maxsize=1024)(forward_network)
+_forward_networks = lru_cache(maxsize=1024)(forward_networks)
 
 
 @constant_under_compile
-def _program(
+def _programs(
     format: Format,
     modes: tuple[int, ...],
     rank: tuple[int, ...],
@@ -189,12 +150,13 @@ def _program(
     minimize: Objective,
     implementation: Implementation,
     memory_limit: int | None,
-) -> Program:
+) -> tuple[Program, ...]:
     if memory_limit is None:
         # Batches of about the same size share a plan. (A limit is for the batch itself.)
         batch = 1 << max(batch - 1, 0).bit_length()
-    network = _forward_network(format, modes, rank, missing, bias)
-    return plan_network(network, batch, minimize, implementation, memory_limit).program
+    networks = _forward_networks(format, modes, rank, missing, bias)
+    plan = plan_terms(networks, batch, minimize, implementation, memory_limit)
+    return tuple(term.program for term in plan.terms)
 
 
 def _key(
@@ -205,19 +167,25 @@ def _key(
     return weight.format, modes, rank, weight.missing, bias
 
 
-def _check_plan(plan: ContractionPlan, weight: FactorizedTensor, bias: bool) -> Program:
-    if not isinstance(plan, ContractionPlan):
-        raise TypeError(f"plan must be a ContractionPlan, got {type(plan).__name__}.")
-    network = _forward_network(*_key(weight, bias))
-    planned = plan.program.network
-    if planned != network:
-        theirs, ours = dict(planned.index_sizes), dict(network.index_sizes)
-        raise ValueError(
-            f"a plan runs only on the network it was made for; it has {planned.weights} factors of sizes "
-            f"{theirs} with bias={planned.bias}, the weight {network.weights} of {ours} with "
-            f"bias={network.bias}."
-        )
-    return plan.program
+def _check_plan(plan: Plan, weight: FactorizedTensor, bias: bool) -> tuple[Program, ...]:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a ContractionPlan or a SumPlan, got {type(plan).__name__}.")
+    networks = _forward_networks(*_key(weight, bias))
+    programs = tuple(term.program for term in plan.terms)
+    planned = tuple(program.network for program in programs)
+    for ours, theirs in zip_longest(networks, planned):
+        if ours != theirs:
+            raise ValueError(
+                f"a plan runs only on the network it was made for; it has {_described(theirs)}, the weight "
+                f"{_described(ours)}."
+            )
+    return programs
+
+
+def _described(network: Network | None) -> str:
+    if network is None:
+        return "no further term"
+    return f"{network.weights} factors of sizes {dict(network.index_sizes)} with bias={network.bias}"
 
 
 def _check_inputs(
@@ -230,6 +198,10 @@ def _check_inputs(
             f"{type(coefficients).__name__}."
         )
     check_flag(bias, "bias")
+    if weight.format.has_bias_term and not bias:
+        raise ValueError(
+            f"bias must be True for a weight with a bias, got False for format {weight.format!r}."
+        )
     if len(coefficients) != weight.num_levels:
         raise ValueError(
             f"there must be one array of coefficients a level; the weight has {weight.num_levels} level(s), "

@@ -11,8 +11,9 @@ from math import prod
 from typing import Any, Literal, TypedDict, Unpack
 
 from mumoe_tensor.checks import as_entries, as_positive, check_choice, check_flag
-from mumoe_tensor.formats.base import MOST_LEVELS, Format, Rank, mode_names
+from mumoe_tensor.formats.base import MOST_LEVELS, Format, Rank
 from mumoe_tensor.formats.registry import get_format, label
+from mumoe_tensor.formats.sums import with_bias
 
 Rounding = Literal["up", "down", "nearest"]
 
@@ -86,6 +87,8 @@ class LayerSpec:
         check_flag(bias, "bias")
         counts = expert_counts(experts)
         is_open = rank is None and format.bonds(len(counts))
+        if format.has_bias_term and not bias:
+            raise ValueError(f"bias must be True for a format with a bias, got bias=False for {format!r}.")
         checked = {
             "format": format,
             "experts": counts,
@@ -97,6 +100,9 @@ class LayerSpec:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # a spec is frozen
+        rank = (1,) * len(format.bonds(len(counts)))
+        for layer in self.layers:  # the sizes fit the splits and slices of the format
+            self.weight_format.shapes(layer.mode_sizes, rank)
 
     def __repr__(self) -> str:
         parts = [repr(label(self.format))]
@@ -130,13 +136,19 @@ class LayerSpec:
         return self.format.full_rank(self.rank, self.num_levels)
 
     @property
+    def weight_format(self) -> Format:
+        """The format of the weight: `format`, or with a bias whose row no term can have its sum with one."""
+        return with_bias(self.format) if self.bias else self.format
+
+    @property
     def weight_parameters(self) -> int:
         """Entries of all factors, those of the bias rows included; optional factors are left out."""
-        optional = self.format.optional(self.num_levels)
+        format = self.weight_format
+        optional = format.optional(self.num_levels)
         return sum(
             prod(shape)
             for layer in self.layers
-            for k, shape in enumerate(self.format.shapes(layer.mode_sizes, self.full_rank))
+            for k, shape in enumerate(format.shapes(layer.mode_sizes, self.full_rank))
             if k not in optional
         )
 
@@ -164,10 +176,7 @@ class LayerSpec:
         inner size is that of the indices on both sides; the smallest is the bound (the min cut of Cui et al.,
         "Quantum max-flow/min-cut", 2016, a bond of more than two factors counted once).
         """
-        return min(
-            _smallest_cut(self.format, replace(layer, bias=False).mode_sizes, self.full_rank)
-            for layer in self.layers
-        )
+        return min(_most_rank(layer, self.full_rank) for layer in self.layers)
 
     def fitted(
         self, parameters: int | str = "match", *, rounding: Rounding = "up", gate: bool = True
@@ -240,7 +249,7 @@ class LayerSpec:
         sizes = (*(min(n, 4) for n in self.experts), max(full), max(full))
 
         def at(t: int) -> LayerSpec:
-            return replace(self, rank=self.format.default_rank(sizes, t))
+            return replace(self, rank=self.format.rank_family(sizes, t))
 
         def is_full(t: int) -> bool:
             parts = zip(at(t).layers, full, strict=True)
@@ -258,7 +267,7 @@ class LayerSpec:
         if (rank := self.rank) is None:
             # Two layers share a rank, so the smaller of their sizes bounds it.
             sizes = tuple(map(min, zip(*(layer.mode_sizes for layer in self.layers), strict=True)))
-            return lambda t: self.format.default_rank(sizes, t)
+            return lambda t: self.format.rank_family(sizes, t)
         if rank.count(None) != 1:
             raise ValueError(f"exactly one entry of the rank must be None, the one to solve for, got {rank}.")
         return lambda t: tuple(t if r is None else r for r in rank)
@@ -345,16 +354,36 @@ def dense_parameters(
     ).dense_parameters
 
 
+def _most_rank(layer: LayerSpec, rank: Rank) -> int:
+    """Largest rank of the matrix of an expert: that of the terms that the expert has, added."""
+    experts = replace(layer, bias=False) if not layer.format.has_bias_term else layer
+    terms = [term for term in layer.format.terms(experts.mode_sizes, rank) if "i" not in term.format.omits]
+    windows = [[term.format.window(e) or (0, n) for e, n in enumerate(layer.experts)] for term in terms]
+    cuts = [_smallest_cut(*term[:3]) for term in terms]
+    starts = [sorted({window[e][0] for window in windows}) for e in range(layer.num_levels)]
+    most = max(
+        sum(
+            cut
+            for cut, window in zip(cuts, windows, strict=True)
+            if all(start <= n < stop for n, (start, stop) in zip(expert, window, strict=True))
+        )
+        for expert in product(*starts)
+    )
+    return min(most, layer.in_features, layer.out_features)
+
+
 def _smallest_cut(format: Format, mode_sizes: tuple[int, ...], rank: Rank) -> int:
     """Smallest product of the sizes of the indices between an input and an output side of the factors."""
     num_levels = len(mode_sizes) - 2
-    index_sizes, experts = format.index_sizes(mode_sizes, rank), mode_names(num_levels)[:-2]
+    index_sizes = format.index_sizes(mode_sizes, rank)
+    inputs, outputs = format.parts("i"), format.parts("o")
+    experts = {x for x in format.modes(num_levels) if x not in inputs + outputs}
     sliced = {frozenset(f.indices).difference(experts) for f in format.declaration(num_levels)}
     # A factor with the indices of another, or some of them, adds nothing to the cut on that one's side.
     factors = [f for f in sliced if not any(f < other for other in sliced)]
     cuts = []
     for sides in product((False, True), repeat=len(factors)):
-        near = {"i"}.union(*(f for f, is_far in zip(factors, sides, strict=True) if not is_far))
-        far = {"o"}.union(*(f for f, is_far in zip(factors, sides, strict=True) if is_far))
+        near = set(inputs).union(*(f for f, is_far in zip(factors, sides, strict=True) if not is_far))
+        far = set(outputs).union(*(f for f, is_far in zip(factors, sides, strict=True) if is_far))
         cuts.append(prod(index_sizes[x] for x in near & far))
     return min(cuts)

@@ -18,8 +18,9 @@ from mumoe_tensor.backend import (
     is_array,
     tensorly_backend,
 )
-from mumoe_tensor.formats.base import MOST_LEVELS, Factor, Format, mode_names
+from mumoe_tensor.formats.base import Factor, Format
 from mumoe_tensor.formats.registry import formats, get_format, label
+from mumoe_tensor.matching import levels_of, match
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 
@@ -33,10 +34,14 @@ class FactorizedTensor:
     factors : sequence of array or None
         In the order of the declaration, their axes too. None stands for a factor of all ones; an optional
         factor (the weights of CP) may also be left out.
+    shape : tuple of int, optional
+        Shape of the weight, where it does not follow from the factors: if a mode is padded, or no factor has
+        an expert mode or all of its experts.
 
     Attributes
     ----------
     format : Format
+        Its splits are those of the factors.
     factors : tuple of array or None
         All declared factors, None for those that are missing.
     arrays : tuple of array
@@ -58,19 +63,32 @@ class FactorizedTensor:
     FactorizedTensor('hadamard', shape=(4, 3, 5), rank=(), float64, numpy)
     """
 
-    __slots__ = ("arrays", "factors", "format", "missing", "num_levels", "rank", "shape")
+    __slots__ = ("arrays", "asked", "factors", "format", "missing", "num_levels", "rank", "shape")
 
-    def __init__(self, format: str | Format, factors: Sequence[Array | None]):
-        self.format = get_format(format)
+    def __init__(
+        self,
+        format: str | Mapping[str, Any] | Format,
+        factors: Sequence[Array | None],
+        shape: Sequence[int] | None = None,
+    ):
+        format = get_format(format)
         if not isinstance(factors, (list, tuple)):
             raise TypeError(f"factors must be a list or a tuple of arrays, got {type(factors).__name__}.")
-        self.num_levels, self.factors = _match(self.format, factors)
+        self.format, self.factors, self.shape, self.rank, self.asked = match(format, factors, shape)
+        self.num_levels = len(self.shape) - 2
         arrays = {k: factor for k, factor in enumerate(self.factors) if factor is not None}
         self.arrays = tuple(arrays.values())
         self.missing = tuple(sorted(set(range(len(self.factors))).difference(arrays)))
-        index_sizes = _index_sizes(self.format, self.num_levels, arrays)
-        self.shape = tuple(index_sizes[m] for m in mode_names(self.num_levels))
-        self.rank = tuple(index_sizes[b] for b in self.format.bonds(self.num_levels))
+
+    @property
+    def terms(self) -> tuple[FactorizedTensor, ...]:
+        """The tensors that the weight is the sum of, with the same arrays; itself, unless it is a sum."""
+        terms = self.format.terms(self.shape, self.rank)
+        if len(terms) == 1:
+            return (self,)
+        return tuple(
+            FactorizedTensor(term.format, self.factors[term.factors], term.mode_sizes) for term in terms
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -100,7 +118,7 @@ class FactorizedTensor:
         for format in formats().values():
             if format.container in names:
                 factors = list(format.from_container(container))
-                num_levels, _ = _match(format, factors)
+                num_levels = levels_of(format, factors)[0]
                 for k in format.optional(num_levels):
                     # TensorLy makes weights of one in its default dtype, whatever the factors have.
                     if factors[k] is not None:
@@ -117,6 +135,8 @@ class FactorizedTensor:
         Hadamard becomes a `CPTensor` whose output factor is the identity. A format without a container is a
         TypeError.
         """
+        if self.format.is_split or len(self.terms) > 1:
+            raise TypeError(f"TensorLy has no container of a weight in format {label(self.format)!r}.")
         with tensorly_backend(backend_of(*self.arrays).backend_name) as tl:
             return self.format.to_container(self.factors, tl)
 
@@ -142,20 +162,24 @@ class FactorizedTensor:
             The arguments of a `LayerSpec`, unless `format` is one.
         """
         spec = as_spec(format, **sizes)
-        index_sizes = spec.format.index_sizes(spec.mode_sizes, spec.full_rank)
         like = np.empty(0) if like is None else like
         check_floating({"like": like})
         generator = np.random.default_rng(seed)
-        declared = spec.format.declaration(spec.num_levels)
-        # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
-        terms = prod(index_sizes[b] for b in spec.format.bonds(spec.num_levels))
-        scale = (1 / (spec.in_features * terms)) ** (0.5 / sum(not f.optional for f in declared))
-
-        def factor(f: Factor) -> Array:
-            shape = [index_sizes[x] for x in f.memory_order]
-            return as_factor(scale * generator.standard_normal(shape), f, like)
-
-        return cls(spec.format, [None if f.optional else factor(f) for f in declared])
+        factors: list[Array | None] = []
+        terms = spec.weight_format.terms(spec.mode_sizes, spec.full_rank)
+        for term in terms:
+            declared = term.format.declaration(spec.num_levels)
+            index_sizes = term.format.index_sizes(term.mode_sizes, term.rank)
+            # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
+            products = prod(index_sizes[b] for b in term.format.bonds(spec.num_levels))
+            scale = (1 / (spec.in_features * products * len(terms))) ** (
+                0.5 / sum(not f.optional for f in declared)
+            )
+            for f in declared:
+                shape = [index_sizes[x] for x in f.memory_order]
+                values = None if f.optional else scale * generator.standard_normal(shape)
+                factors.append(None if values is None else as_factor(values, f, like))
+        return cls(spec.weight_format, factors, spec.mode_sizes)
 
     def __repr__(self) -> str:
         if not hasattr(self, "shape"):  # a tree of JAX, whose leaves may be anything
@@ -183,54 +207,3 @@ def as_factorized(weight: Any) -> FactorizedTensor:
     if is_array(weight):
         return FactorizedTensor("dense", [weight])
     return FactorizedTensor.from_tensorly(weight)
-
-
-def _match(format: Format, factors: Sequence[Any]) -> tuple[int, tuple[Any, ...]]:
-    """The number of levels whose declaration the factors fit, and all of them, None for missing ones."""
-    if arrays := [factor for factor in factors if factor is not None]:
-        backend_of(*arrays)
-    for num_levels in range(MOST_LEVELS + 1):
-        declared = format.declaration(num_levels)
-        optional = [k for k, f in enumerate(declared) if f.optional]
-        filled = list(factors)
-        if len(filled) == len(declared) - len(optional):
-            for k in optional:
-                filled.insert(k, None)
-        if len(filled) == len(declared) and all(
-            factor is None or len(factor.shape) == len(f.indices)
-            for factor, f in zip(filled, declared, strict=True)
-        ):
-            return num_levels, tuple(filled)
-    expected = " | ".join(" ".join(f.indices) for f in format.declaration(1))
-    shapes = ", ".join("None" if factor is None else str(tuple(factor.shape)) for factor in factors)
-    raise ValueError(
-        f"the factors of format {format.name!r} are {expected} (for one level of experts), got arrays of "
-        f"shapes {shapes or 'none'}."
-    )
-
-
-def _index_sizes(format: Format, num_levels: int, arrays: Mapping[int, Array]) -> dict[str, int]:
-    """Size of every index, checked to be the same wherever it occurs, from the factors by their position."""
-    if arrays:
-        check_floating({f"factor[{k}]": factor for k, factor in arrays.items()})
-    indices = [f.indices for f in format.declaration(num_levels)]
-    sizes: dict[str, int] = {}
-    for k, factor in arrays.items():
-        for index, size in zip(indices[k], factor.shape, strict=True):
-            if size == 0:
-                raise ValueError(f"every size must be positive, factor[{k}] has shape {tuple(factor.shape)}.")
-            if sizes.setdefault(index, size) != size:
-                first = next(j for j in arrays if index in indices[j])
-                raise ValueError(
-                    f"factors that share an index must agree in its size; {index!r} has size "
-                    f"{sizes[index]} in factor[{first}] and {size} in factor[{k}]."
-                )
-    modes = mode_names(num_levels)
-    for k in set(range(len(indices))).difference(arrays):
-        for x in indices[k]:
-            if [x in indices[j] for j in arrays].count(True) < (1 if x in modes else 2):
-                raise ValueError(
-                    "a factor may be None only where others have its modes, and its bonds still join two of "
-                    f"them; factor[{k}] of format {format.name!r} has {x!r}."
-                )
-    return sizes

@@ -212,7 +212,7 @@ def _cost_figures(cost: mt.Cost) -> dict[str, Any]:
     return {name: getattr(cost, name) for name in _COST}
 
 
-def _plan_figures(plan: mt.ContractionPlan) -> dict[str, Any]:
+def _plan_figures(plan: mt.ContractionPlan | mt.SumPlan) -> dict[str, Any]:
     figures = ("flops", "write", "copied", "size", "peak", "saved")
     names = ("equation", "kind", "shape", "flops", "write", "copied", "saved", "live")
     steps, constant_steps = (

@@ -8,6 +8,7 @@ from typing import Any
 
 from mumoe_tensor.backend import Array, Operations, operations_of
 from mumoe_tensor.contraction.layout import Arrangement, Program, Step
+from mumoe_tensor.contraction.network import Reading
 
 _NONE: Mapping[int, Any] = {}
 
@@ -113,9 +114,26 @@ def arranged(program: Program, operands: Sequence[Array], operations: Operations
 
 
 def arrange(array: Array, arrangement: Arrangement | None, operations: Operations) -> Array:
-    """Permute the axes, and drop or add those of size one."""
+    """Take what is read of a vector; permute the axes; split or join them; drop what is padded."""
     if arrangement is None:
         return array
+    if arrangement.reading is not None:
+        array = read(array, arrangement.reading, operations)
     if arrangement.order is not None:
         array = operations.permute(array, arrangement.order)
-    return array if arrangement.shape is None else array.reshape(arrangement.shape)
+    if arrangement.shape is not None:
+        array = array.reshape(arrangement.shape)
+    return (
+        array if arrangement.size is None else operations.narrow(array, array.ndim - 1, 0, arrangement.size)
+    )
+
+
+def read(vector: Array, reading: Reading, operations: Operations) -> Array:
+    """What a network takes of a batch of vectors, or of one: some entries, their sum, or zeros after them."""
+    axis = vector.ndim - 1
+    if reading.window is not None:
+        start, stop = reading.window
+        vector = operations.narrow(vector, axis, start, stop - start)
+    if reading.is_summed:
+        vector = vector.sum(axis)
+    return operations.pad(vector, axis, 0, reading.padding) if reading.padding else vector

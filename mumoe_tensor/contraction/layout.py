@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from mumoe_tensor.contraction.network import Indices, Network, Tree, is_read_in_place
+from mumoe_tensor.contraction.network import Indices, Network, Reading, Tree, is_read_in_place
 from mumoe_tensor.formats.base import BATCH
 
 Kind = Literal["mm", "bmm", "mul"]
@@ -138,10 +138,24 @@ class Step:
 
 
 class Arrangement(NamedTuple):
-    """A permutation of axes, then a shape with axes of size one dropped or added; None where not needed."""
+    """How an array becomes an operand, or a result the output; what is not needed is None.
 
-    order: tuple[int, ...] | None
-    shape: tuple[int, ...] | None
+    Attributes
+    ----------
+    order : tuple of int or None
+        Permutation of its axes.
+    shape : tuple of int or None
+        Shape after that: axes of size one dropped or added, a mode split into its parts or made of them.
+    reading : Reading or None
+        What is taken of a vector, before that.
+    size : int or None
+        Number of entries of the last axis that stay, after that.
+    """
+
+    order: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    reading: Reading | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,15 @@ class Program:
     result: int = field(init=False, compare=False, repr=False)
     #: Positions of the results that depend on weights alone.
     constant: frozenset[int] = field(init=False, compare=False, repr=False)
+
+    @property
+    def output_is_copied(self) -> bool:
+        """Whether the parts of a split output do not lie in their order, so that joining them copies it."""
+        if self.output is None or self.output.order is None or self.network.out_features is None:
+            return False
+        sizes = self.network.sizes_at(2)
+        axes = [x for x in self.steps[-1].output if sizes[x] > 1]
+        return axes != [x for x in self.network.output if sizes[x] > 1]
 
     def __post_init__(self) -> None:
         numbered = tuple(enumerate(self.steps, start=len(self.network.operands)))
@@ -251,15 +274,16 @@ class Compiler:
         # A program needs: 1. how each operand is put in memory order; 2. the steps, to a result in the memory
         # order that copies least; 3. how this result becomes the output.
         original, network = self.original, self.network
-        arrange = zip(original.operands, original.memory_orders, network.memory_orders, strict=True)
+        readings = (*(None,) * original.weights, *original.readings)
+        axes = zip(original.operands, original.memory_orders, network.memory_orders, readings, strict=True)
         self._choose(tree)
         last, size = self.choices[tree], self._size(network.output)
         order = min(last, key=lambda o: last[o].copied + (size if o != network.output else 0))
         return Program(
             network=original,
-            arrange=tuple(_arrangement(*axes, original) for axes in arrange),
+            arrange=tuple(_arranged(*each, original) for each in axes),
             steps=tuple(self._steps(tree, order)),
-            output=_arrangement(order, network.output, original.output, original),
+            output=_output(order, network.output, original),
         )
 
     def _choose(self, node: Tree) -> frozenset[int]:
@@ -368,12 +392,31 @@ def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> 
         yield matrices(shared + a_only + summed, shared + b_only + summed, summed, shared)
 
 
-def _arrangement(order: Indices, permuted: Indices, shaped: Indices, network: Network) -> Arrangement | None:
-    """Take axes in one order to another, and then drop or add those of size one."""
+def _arranged(
+    order: Indices, permuted: Indices, squeezed: Indices, reading: Reading | None, network: Network
+) -> Arrangement | None:
+    """Take an operand to its memory order, without axes of size one; a vector as it is read."""
     sizes = network.sizes_at(-1)
-    shape = None if permuted == shaped else tuple(sizes[x] for x in shaped)
-    arrangement = Arrangement(_permutation(order, permuted), shape)
-    return None if arrangement == (None, None) else arrangement
+    is_split = reading is not None and len(order) > 2
+    shape = tuple(sizes[x] for x in squeezed) if squeezed != permuted or is_split else None
+    arrangement = Arrangement(_permutation(order, permuted), shape, None if reading == Reading() else reading)
+    return None if arrangement == Arrangement() else arrangement
+
+
+def _output(order: Indices, permuted: Indices, network: Network) -> Arrangement | None:
+    """Take the last result to the output, with its axes of size one; a split output as one axis."""
+    sizes, shape, size = network.sizes_at(-1), None, None
+    if network.out_features is not None:
+        batch, parts = network.output[:1], network.output[1:]
+        if batch != (BATCH,):
+            batch, parts = (), network.output
+        whole = prod(sizes[x] for x in parts)
+        shape = (*(-1 for _ in batch), whole)
+        size = None if whole == network.out_features else network.out_features
+    elif permuted != network.output:
+        shape = tuple(sizes[x] for x in network.output)
+    arrangement = Arrangement(_permutation(order, permuted), shape, size=size)
+    return None if arrangement == Arrangement() else arrangement
 
 
 def _permutation(order: Indices, target: Indices) -> tuple[int, ...] | None:

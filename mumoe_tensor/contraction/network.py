@@ -6,13 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TypeAlias
+from math import prod
+from typing import NamedTuple, TypeAlias
 
 from mumoe_tensor.formats.base import BATCH, Format, Rank, mode_names
 
 Indices: TypeAlias = tuple[str, ...]
 #: An order of contraction: nested pairs of positions of operands.
 Tree: TypeAlias = "int | tuple[Tree, Tree]"
+
+
+class Reading(NamedTuple):
+    """What a network takes of a vector of shape (batch, size of the mode).
+
+    Attributes
+    ----------
+    window : tuple of int, optional
+        Start and stop of the entries, where it takes some of them only.
+    is_summed : bool
+        Whether it takes the sum of the entries, as one number.
+    padding : int
+        Number of zeros after the last entry.
+    """
+
+    window: tuple[int, int] | None = None
+    is_summed: bool = False
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,10 @@ class Network:
     bias : bool
         True if the input vector is one shorter than the input mode of the weights, whose last row is the
         bias: the row is added, the vector never grows.
+    readings : tuple of Reading
+        One a vector.
+    out_features : int or None
+        Where the output is split, its size: its parts become one axis again, of so many entries.
     """
 
     operands: tuple[Indices, ...]
@@ -42,11 +65,18 @@ class Network:
     index_sizes: tuple[tuple[str, int], ...]
     weights: int
     bias: bool = False
+    readings: tuple[Reading, ...] = ()
+    out_features: int | None = None
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether it has an input vector: that of a bias has none."""
+        return any(x[0] == "i" for axes in self.operands[self.weights :] for x in axes)
 
     @property
     def vector_of_input(self) -> int | None:
         """Position of the input vector, the last operand of a forward pass."""
-        return len(self.operands) - 1 if len(self.operands) > self.weights else None
+        return len(self.operands) - 1 if self.takes_input else None
 
     @cached_property
     def squeezed(self) -> Network:
@@ -70,37 +100,43 @@ class Network:
             output=drop(self.output),
         )
 
-    def with_vectors(self, vectors: Sequence[Indices], output: Indices, bias: bool = False) -> Network:
+    def with_vectors(
+        self, vectors: Sequence[tuple[Indices, Reading]], output: Indices, bias: bool = False
+    ) -> Network:
         """The network of a weight with vectors on some of its modes."""
+        operands = tuple(axes for axes, _ in vectors)
         return replace(
             self,
-            operands=self.operands + tuple(vectors),
-            memory_orders=self.memory_orders + tuple(vectors),
+            operands=self.operands + operands,
+            memory_orders=self.memory_orders + operands,
             output=output,
             bias=bias,
+            readings=tuple(reading for _, reading in vectors),
         )
 
 
 def weight_network(
     format: Format, mode_sizes: tuple[int, ...], rank: Rank | None, missing: Sequence[int] = ()
 ) -> Network:
-    """Network of the weight tensor itself, contracted to ``n1 ... nE i o``.
+    """Network of the weight tensor itself, contracted to those modes, or their parts, that it has.
 
     Parameters
     ----------
     format : Format
-        Its declaration gives the operands.
+        One of a single term. Its declaration gives the operands.
     mode_sizes : tuple of int
         Sizes of the modes; with a bias the input mode counts its row.
     rank : tuple of int
     missing : sequence of int
         Positions of the optional factors that are missing.
     """
-    factors = [f for k, f in enumerate(format.declaration(len(mode_sizes) - 2)) if k not in missing]
+    num_levels = len(mode_sizes) - 2
+    factors = [f for k, f in enumerate(format.declaration(num_levels)) if k not in missing]
+    present = {x for f in factors for x in f.indices}
     return Network(
         operands=tuple(f.indices for f in factors),
         memory_orders=tuple(f.memory_order for f in factors),
-        output=mode_names(len(mode_sizes) - 2),
+        output=tuple(x for x in format.modes(num_levels) if x in present),
         index_sizes=tuple(format.index_sizes(mode_sizes, rank).items()),
         weights=len(factors),
     )
@@ -113,10 +149,46 @@ def forward_network(
     missing: Sequence[int] = (),
     bias: bool = False,
 ) -> Network:
-    """Network of the forward pass: the weight with a batch of vectors on every mode but the output."""
+    """Network of the forward pass: the weight with a batch of vectors on every mode but the output.
+
+    A weight that is a bias alone has no input vector.
+    """
     weight = weight_network(format, mode_sizes, rank, missing)
-    *attached, o = weight.output
-    return weight.with_vectors([(BATCH, mode) for mode in attached], (BATCH, o), bias)
+    *attached, _ = mode_names(len(mode_sizes) - 2)
+    each = [vector_of(format, weight, mode, level, mode_sizes) for level, mode in enumerate(attached)]
+    vectors = [((BATCH, *axes), reading) for axes, reading in filter(None, each)]
+    outputs = format.parts("o")
+    output = ((BATCH,) if vectors else ()) + outputs
+    network = weight.with_vectors(vectors, output, bias)
+    return network if outputs == ("o",) else replace(network, out_features=mode_sizes[-1])
+
+
+def forward_networks(
+    format: Format,
+    mode_sizes: tuple[int, ...],
+    rank: Rank | None,
+    missing: Sequence[int] = (),
+    bias: bool = False,
+) -> tuple[Network, ...]:
+    """The network of each term of a weight; see `forward_network`."""
+    row = bias and not format.has_bias_term
+    return tuple(
+        forward_network(term.format, term.mode_sizes, term.rank, term.positions(missing), row)
+        for term in format.terms(mode_sizes, rank)
+    )
+
+
+def vector_of(
+    format: Format, weight: Network, mode: str, level: int, mode_sizes: tuple[int, ...]
+) -> tuple[Indices, Reading] | None:
+    """Axes of the vector on a mode, besides the batch, and what is taken of it; None where none is."""
+    parts = format.parts(mode)
+    if set(parts).isdisjoint(weight.output):
+        return None if mode == "i" else ((), Reading(is_summed=True))
+    sizes = dict(weight.index_sizes)
+    window = None if mode == "i" else format.window(level)
+    size = mode_sizes[level] if window is None else window[1] - window[0]
+    return parts, Reading(window, padding=prod(sizes[x] for x in parts) - size)
 
 
 def is_read_in_place(kinds: Sequence[str]) -> bool:

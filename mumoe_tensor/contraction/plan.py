@@ -7,14 +7,15 @@ where a dtype is named.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf, prod
-from typing import Literal, NamedTuple, Unpack, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 from mumoe_tensor.checks import as_integer, as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
-from mumoe_tensor.contraction.network import Indices, Network, forward_network
+from mumoe_tensor.contraction.network import Indices, Network, forward_networks
 from mumoe_tensor.contraction.order import ELEMENT, Objective, Orders, Search
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
@@ -78,6 +79,8 @@ class PlannedStep(NamedTuple):
 def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
     """Evaluate a program at a batch size."""
     sizes = program.network.sizes_at(batch)
+    network = program.network
+    padded = {network.weights + k for k, reading in enumerate(network.readings) if reading.padding}
     alive: dict[int, int] = {}
     planned = []
     for position, step in program.numbered:
@@ -91,9 +94,13 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
             read += prod((sizes if has_row else extent)[x] for x in operand.indices)
             elements = prod(extent[x] for x in operand.indices)
             # (The bias row takes its place in memory also where it takes no part.)
+            if operand.position in padded:
+                copied += elements
             if step.kind != "mul" and operand.is_reordered(sizes):
                 copied += elements
             saved += elements if operand.is_stored_anew(sizes) else alive.get(operand.position, 0)
+        if position == program.result and program.output_is_copied:
+            copied += prod(sizes[x] for x in step.output)
         volume = prod(extent[x] for x in step.indices)
         shape = tuple(sizes[x] for x in step.output)
         alive[position] = prod(shape)
@@ -204,6 +211,11 @@ class ContractionPlan:
         """Kept for the backward pass besides parameters, coefficients and inputs."""
         return sum(s.saved for s in self.steps) * self.itemsize
 
+    @property
+    def terms(self) -> tuple[ContractionPlan, ...]:
+        """The plans of the terms of a sum: this one."""
+        return (self,)
+
     def __str__(self) -> str:
         unit = "bytes" if self.dtype else "elements"
         rows = [("", "product", "kind", "FLOPs", "result", "copied", "live")]
@@ -222,6 +234,109 @@ class ContractionPlan:
         totals = ("write", "size", "peak", "saved")
         foot = ", ".join(f"{name} {getattr(self, name):,}" for name in totals)
         return "\n".join([head, *(line.rstrip() for line in lines), f"FLOPs {self.flops:,}; {foot} {unit}"])
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    """How a sum of tensor networks will be contracted: one plan a term, whose results are added.
+
+    Its figures are those of `ContractionPlan`: sums over the terms, of `size` and `peak` the largest, plus
+    the additions.
+
+    Attributes
+    ----------
+    terms : tuple of ContractionPlan
+    out_features : int
+    """
+
+    terms: tuple[ContractionPlan, ...]
+    out_features: int
+
+    @property
+    def batch(self) -> int:
+        """Batch size the figures are for."""
+        return self.terms[0].batch
+
+    @property
+    def minimize(self) -> Objective:
+        """What the plan of each term minimises."""
+        return self.terms[0].minimize
+
+    @property
+    def implementation(self) -> str:
+        """That of all terms, or those of the terms."""
+        return ", ".join(dict.fromkeys(plan.implementation for plan in self.terms))
+
+    @property
+    def dtype(self) -> str | None:
+        """Unit of memory: bytes of this dtype, or elements."""
+        return self.terms[0].dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element, or 1 where elements are counted."""
+        return self.terms[0].itemsize
+
+    @property
+    def _added(self) -> int:
+        """Additions, and elements that they write."""
+        return (len(self.terms) - 1) * max(self.batch, 1) * self.out_features
+
+    @property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        """Pairwise products of a call, in their order."""
+        return tuple(step for plan in self.terms for step in plan.steps)
+
+    @property
+    def constant_steps(self) -> tuple[PlannedStep, ...]:
+        """Products of weights alone that are folded ahead."""
+        return tuple(step for plan in self.terms for step in plan.constant_steps)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        return sum(plan.flops for plan in self.terms) + self._added
+
+    @property
+    def time(self) -> int:
+        """FLOPs, and ``ELEMENT`` for each element read or written."""
+        return sum(plan.time for plan in self.terms) + (1 + 3 * ELEMENT) * self._added
+
+    @property
+    def write(self) -> int:
+        """Written by all steps, copies included."""
+        return sum(plan.write for plan in self.terms) + self._added * self.itemsize
+
+    @property
+    def copied(self) -> int:
+        """Written into permuted copies."""
+        return sum(plan.copied for plan in self.terms)
+
+    @property
+    def size(self) -> int:
+        """Largest intermediate; the result of a term is one."""
+        results = max(max(self.batch, 1) * self.out_features * self.itemsize, 0)
+        return max(results, *(plan.size for plan in self.terms))
+
+    @property
+    def peak(self) -> int:
+        """Most that is live at once besides parameters and inputs: a term is formed beside the sum so far."""
+        held = max(self.batch, 1) * self.out_features * self.itemsize
+        return max(plan.peak + (held if k else 0) for k, plan in enumerate(self.terms))
+
+    @property
+    def saved(self) -> int:
+        """Kept for the backward pass besides parameters, coefficients and inputs."""
+        return sum(plan.saved for plan in self.terms)
+
+    def __str__(self) -> str:
+        unit = "bytes" if self.dtype else "elements"
+        totals = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
+        parts = [f"term {k}: {plan}" for k, plan in enumerate(self.terms, start=1)]
+        return "\n\n".join([*parts, f"sum of {len(self.terms)} terms: FLOPs {self.flops:,}; {totals} {unit}"])
+
+
+Plan = ContractionPlan | SumPlan
 
 
 def plan_network(
@@ -292,7 +407,7 @@ def plan(
     fold_weights: bool = False,
     dtype: str | None = None,
     **sizes: Unpack[Sizes],
-) -> ContractionPlan:
+) -> Plan:
     """Plan the forward pass of a layer of experts, without its gate.
 
     The plan is for one batch size; its program runs at any. The search is exact for up to 12 factors and
@@ -322,7 +437,7 @@ def plan(
 
     Returns
     -------
-    ContractionPlan
+    ContractionPlan, or SumPlan for a format that is a sum
 
     Raises
     ------
@@ -346,7 +461,23 @@ def plan(
     FLOPs 1,835,520; write 7,680, size 512, peak 6,656, saved 1,536 elements
     """
     spec = as_spec(format, **sizes)
-    optional = spec.format.optional(spec.num_levels)
-    network = forward_network(spec.format, spec.mode_sizes, spec.full_rank, missing=optional, bias=spec.bias)
     batch = as_integer(batch, "batch") and as_positive(batch, "batch, if not zero,")
-    return plan_network(network, batch, minimize, implementation, memory_limit, fold_weights, dtype)
+    return plan_terms(networks_of(spec), batch, minimize, implementation, memory_limit, fold_weights, dtype)
+
+
+def networks_of(spec: LayerSpec) -> tuple[Network, ...]:
+    """The network of each term of a single layer, without its optional factors."""
+    format = spec.weight_format
+    return forward_networks(
+        format, spec.mode_sizes, spec.full_rank, format.optional(spec.num_levels), spec.bias
+    )
+
+
+def plan_terms(networks: Sequence[Network], *options: Any) -> Plan:
+    """Plan the terms of a sum, or the one term; the options are those of `plan_network`."""
+    plans = tuple(plan_network(network, *options) for network in networks)
+    if len(plans) == 1:
+        return plans[0]
+    sizes = dict(networks[0].index_sizes)
+    out = networks[0].out_features or sizes["o"]
+    return SumPlan(plans, out)

@@ -11,10 +11,10 @@ from mumoe_tensor.backend import Array, check_floating, is_array, tensorly_backe
 from mumoe_tensor.checks import as_fraction, as_integer, as_positive
 from mumoe_tensor.decomposition import cp, hadamard, tensor_ring, tensor_train, tucker  # noqa: F401
 from mumoe_tensor.decomposition.alternating import fits
+from mumoe_tensor.dense import to_dense
 from mumoe_tensor.formats.base import MOST_LEVELS, Factor, Format, mode_names
 from mumoe_tensor.formats.dense import Dense
 from mumoe_tensor.formats.registry import get_format
-from mumoe_tensor.multilinear import to_dense
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor, as_factor
 

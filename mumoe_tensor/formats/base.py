@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from mumoe_tensor.checks import as_entries, as_positive, check_flag
 from mumoe_tensor.compiling import constant_under_compile
+from mumoe_tensor.formats.splits import Splits
 
 Rank = tuple[int, ...]
 #: Index of the batch in a contraction.
@@ -61,6 +63,31 @@ class Factor:
             )
 
 
+class Term(NamedTuple):
+    """A term of a weight that is a sum of tensor networks.
+
+    Attributes
+    ----------
+    format : Format
+    mode_sizes : tuple of int
+        Shape of the term: that of the weight, but with the bias row alone or without it where one term is the
+        bias; see `.formats.sums`.
+    rank : tuple of int
+    factors : slice
+        Its factors among those of the weight.
+    """
+
+    format: Format
+    mode_sizes: tuple[int, ...]
+    rank: Rank
+    factors: slice
+
+    def positions(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """Those of some factors of the weight that are the term's, counted from its first."""
+        start, stop = self.factors.start, self.factors.stop
+        return tuple(k - start for k in positions if start <= k < stop)
+
+
 class Format(ABC):
     """A tensor format, declared by the index strings of its factors.
 
@@ -71,12 +98,29 @@ class Format(ABC):
     A format is a value. Its settings are arguments of the class with defaults, stored as attributes of the
     same names; two formats are equal if their classes and their attributes are. Settings must be hashable,
     and must not change once the format is in use.
+
+    Parameters
+    ----------
+    splits : dict, optional
+        Modes whose index is a tuple of parts, slowest first: for ``"i"``, ``"o"``, ``"n1"``, ... the number
+        of parts or their sizes. It adds to those of the class. By default the parts are the most balanced
+        factorization of the size; where they hold more entries than the mode has, it is padded with zeros.
     """
 
     name: str
     title: str
     #: Name of TensorLy's class for this format, if it has one.
     container: str | None = None
+    #: Modes that every format of the class splits; see the argument of this name.
+    splits: Mapping[str, int | tuple[int, ...]] = {}
+    #: Kinds of modes that may be in no factor: ``"n"`` for experts, along which the weight is then constant,
+    #: ``"i"`` for the input, where the weight is then the bias alone.
+    omits: tuple[str, ...] = ()
+
+    def __init__(self, *, splits: Mapping[str, int | Sequence[int]] | None = None):
+        merged = Splits.read({**self.splits, **({} if splits is None else Splits.read(splits))})
+        if merged != self.splits:
+            self.splits = merged
 
     @abstractmethod
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
@@ -85,15 +129,27 @@ class Format(ABC):
         Parameters
         ----------
         modes : tuple of str
-            ``("n1", ..., "nE", "i", "o")``: the expert mode of each level, input, output.
+            ``("n1", ..., "nE", "i", "o")``: the expert mode of each level, input, output. A split mode is
+            there with its parts, ``"i1", "i2", ...`` and ``"n1_1", "n1_2", ...``.
         """
 
     def default_rank(self, mode_sizes: tuple[int, ...], t: int) -> Rank:
-        """The conventional rank, as a family that grows with ``t >= 1``, for which `fit_rank` solves."""
-        return (t,) * len(self.bonds(len(mode_sizes) - 2))
+        """The conventional rank, as a family that grows with ``t >= 1``, for which `fit_rank` solves.
+
+        Parameters
+        ----------
+        mode_sizes : tuple of int
+            Sizes of the modes that `factors` takes: those of the parts of split modes.
+        t : int
+        """
+        num_levels = next(e for e in range(MOST_LEVELS + 1) if len(self.modes(e)) == len(mode_sizes))
+        return (t,) * len(self.bonds(num_levels))
 
     def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int | None:
-        """FLOPs for one input as the literature writes them, or None where it has no closed form."""
+        """FLOPs for one input as the literature writes them, or None where it has no closed form.
+
+        It is not asked where modes are split.
+        """
         return None
 
     def from_container(self, container: Any) -> list[Any]:
@@ -111,9 +167,31 @@ class Format(ABC):
         """The declared factors for a number of levels of experts, checked to be a network of its modes."""
         return _declared(self, num_levels)
 
+    def modes(self, num_levels: int) -> tuple[str, ...]:
+        """Names of the modes, each split one with its parts: what `factors` takes."""
+        return tuple(part for mode in mode_names(num_levels) for part in self.parts(mode))
+
+    def parts(self, mode: str) -> tuple[str, ...]:
+        """Names of the parts of a mode; that of a whole mode alone."""
+        count = self._splits.count(mode)
+        between = "_" if mode[-1].isdigit() else ""
+        return (mode,) if count is None else tuple(f"{mode}{between}{k}" for k in range(1, count + 1))
+
+    def part_sizes(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of `modes`, for those of the whole modes."""
+        names = mode_names(len(mode_sizes) - 2)
+        pairs = zip(names, mode_sizes, strict=True)
+        return tuple(n for mode, size in pairs for n in self._splits.sizes(mode, size))
+
+    def with_splits(self, splits: Mapping[str, int | Sequence[int]]) -> Self:
+        """The same format with further or other splits; see the argument `splits`."""
+        changed = copy(self)
+        changed.splits = Splits.read({**self.splits, **Splits.read(splits)})
+        return changed if changed.splits != self.splits else self
+
     def bonds(self, num_levels: int) -> tuple[str, ...]:
         """Bond indices in order of first appearance: the entries of a rank."""
-        return _bonds(self.declaration(num_levels), mode_names(num_levels))
+        return _bonds(self.declaration(num_levels), self.modes(num_levels))
 
     def optional(self, num_levels: int) -> tuple[int, ...]:
         """Positions of the optional factors."""
@@ -142,17 +220,61 @@ class Format(ABC):
             )
         return entries
 
+    def rank_family(self, mode_sizes: Sequence[int], t: int) -> Rank:
+        """`default_rank`, for the sizes of the whole modes."""
+        return self.default_rank(self.part_sizes(mode_sizes), t)
+
+    def closed_form(self, mode_sizes: tuple[int, ...], rank: Rank) -> int | None:
+        """`reference_flops`, or None where a mode is split."""
+        return None if self.splits else self.reference_flops(mode_sizes, rank)
+
     def index_sizes(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:
-        """Size of every index; the bias row is counted in the input mode."""
+        """Size of every index; the bias row is counted in the input mode. Only of a format of one term."""
         num_levels = len(mode_sizes) - 2
         entries = self.full_rank(rank, num_levels)
-        names = mode_names(num_levels) + self.bonds(num_levels)
-        return dict(zip(names, (*mode_sizes, *entries), strict=True))
+        names = self.modes(num_levels) + self.bonds(num_levels)
+        return dict(zip(names, (*self.part_sizes(mode_sizes), *entries), strict=True))
 
     def shapes(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> list[tuple[int, ...]]:
         """Shape of each declared factor; see `index_sizes`."""
         size = self.index_sizes(mode_sizes, rank)
         return [tuple(size[x] for x in f.indices) for f in self.declaration(len(mode_sizes) - 2)]
+
+    def summands(self, num_levels: int) -> tuple[tuple[Format, slice], ...]:
+        """The formats of the terms that a weight is the sum of, with the slices of their factors.
+
+        The format itself, unless it is a sum.
+        """
+        return ((self, slice(0, len(self.declaration(num_levels)))),)
+
+    def terms(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> tuple[Term, ...]:
+        """The tensor networks that a weight of these sizes is the sum of."""
+        ((_, whole),) = self.summands(len(mode_sizes) - 2)
+        return (Term(self, tuple(mode_sizes), self.full_rank(rank, len(mode_sizes) - 2), whole),)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the input or the output is split."""
+        return any(self._splits.count(mode) is not None for mode in "io")
+
+    @property
+    def splits_input(self) -> bool:
+        """Whether the input is split: a bias is then no row of the input mode, but a term of a sum."""
+        return self._splits.count("i") is not None
+
+    @property
+    def has_bias_term(self) -> bool:
+        """Whether one of the terms of a sum is the bias."""
+        return False
+
+    def window(self, level: int) -> tuple[int, int] | None:
+        """Start and stop of the experts of a level that the format is for; None for all."""
+        return None
+
+    @property
+    def _splits(self) -> Splits:
+        splits = self.splits
+        return splits if isinstance(splits, Splits) else Splits.read(splits)
 
     # A format is a value: declarations, plans and programs are cached by it.
 
@@ -186,6 +308,12 @@ def mode_names(num_levels: int) -> tuple[str, ...]:
     return (*(f"n{e}" for e in range(1, num_levels + 1)), "i", "o")
 
 
+def by_kind(modes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The modes that a format declares factors for: those of the experts, of the input, of the output."""
+    experts, inputs, outputs = (tuple(x for x in modes if x[0] == kind) for kind in "nio")
+    return experts, inputs, outputs
+
+
 def _bonds(declared: Iterable[Factor], modes: tuple[str, ...]) -> tuple[str, ...]:
     seen = dict.fromkeys(index for f in declared for index in f.indices)
     return tuple(index for index in seen if index not in modes)
@@ -197,7 +325,7 @@ def _declared(format: Format, num_levels: int) -> tuple[Factor, ...]:
 
     Registered or not, every format passes here before anything is derived from it.
     """
-    modes, name, at = mode_names(num_levels), type(format).__name__, f"level count {num_levels}:"
+    modes, name, at = format.modes(num_levels), type(format).__name__, f"level count {num_levels}:"
     try:
         declared = format.factors(modes)
     except Exception as error:
@@ -205,14 +333,15 @@ def _declared(format: Format, num_levels: int) -> tuple[Factor, ...]:
     if not isinstance(declared, (list, tuple)) or not all(isinstance(f, Factor) for f in declared):
         raise TypeError(f"{at} factors() of {name} must list Factors, got {declared!r}.")
     ends = [index for f in declared if not f.optional for index in f.indices]
-    for mode in modes:
-        if mode not in ends:
-            raise ValueError(f"{at} every mode must be in a factor; {name} leaves out {mode!r}.")
+    for mode in mode_names(num_levels):
+        parts = format.parts(mode)
+        left_out = [part for part in parts if part not in ends]
+        if left_out and (mode[0] not in format.omits or len(left_out) < len(parts)):
+            raise ValueError(f"{at} every mode must be in a factor; {name} leaves out {left_out[0]!r}.")
     for bond in _bonds(declared, modes):
-        if bond == BATCH or re.fullmatch("n[1-9][0-9]*", bond):
+        if bond == BATCH or re.fullmatch("i|o|n[1-9][0-9]*", bond):
             raise ValueError(
-                f"{at} a bond must not be named {BATCH!r}, as the batch, or as a mode of more levels; "
-                f"{name} has {bond!r}."
+                f"{at} a bond must not be named {BATCH!r}, as the batch, or as a mode; {name} has {bond!r}."
             )
         if ends.count(bond) < 2:
             raise ValueError(f"{at} a bond must join two factors or more; {name} has {bond!r} once.")

@@ -15,7 +15,7 @@ class CP(Format):
 
     name = "cp"
     title = "CP"
-    container = "CPTensor"
+    container: str | None = "CPTensor"
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         return [Factor("r", optional=True), *(Factor(f"{m} r") for m in modes)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mumoe_tensor.arguments import arguments_of
+from mumoe_tensor.arguments import arguments_of, as_json
 from mumoe_tensor.formats.base import MOST_LEVELS, Format
 
 _registry: dict[str, Format] = {}
+#: Formats that are made of others: they have a name in configs, but arguments without defaults.
+_composed: dict[str, type[Format]] = {}
 
 
 def register(format: type[Format]) -> type[Format]:
@@ -44,6 +46,12 @@ def register(format: type[Format]) -> type[Format]:
     return format
 
 
+def composed(format: type[Format]) -> type[Format]:
+    """Let configs write a format that is made of others by its name. A class decorator."""
+    _composed[format.name] = format
+    return format
+
+
 def formats() -> dict[str, Format]:
     """All registered formats by name, in the order of their registration."""
     return dict(_registry)
@@ -73,14 +81,17 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
         return format
     if not isinstance(format, (str, Mapping)):
         raise TypeError(f"a format is a name or a Format instance, got {format!r}.")
-    settings = {"name": format} if isinstance(format, str) else dict(format)
+    settings: dict[str, Any] = {"name": format} if isinstance(format, str) else dict(format)
     name = settings.pop("name", None)
-    if not isinstance(name, str) or name not in _registry:
+    if not isinstance(name, str) or name not in {**_registry, **_composed}:
         raise ValueError(f"unknown format {name!r}; the formats are {', '.join(map(repr, _registry))}.")
-    if not settings:
+    if not settings and name in _registry:
         return _registry[name]
+    kind = _composed.get(name) or type(_registry[name])
     try:
-        made = type(_registry[name])(**{key: _as_tuples(value) for key, value in settings.items()})
+        splits = settings.pop("splits", None)
+        made = kind(**{key: _as_tuples(value) for key, value in settings.items()})
+        made = made if splits is None else made.with_splits(splits)
     except TypeError as error:
         raise ValueError(f"format {name!r} cannot be made with {settings}: {error}.") from None
     return get_format(made)
@@ -89,17 +100,33 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
 def config_entry(format: Format) -> str | dict[str, Any]:
     """What a config writes of a format: its name, or its name with the settings that are not the default."""
     registered = _registry.get(format.name)
-    if type(registered) is not type(format):
+    if type(registered) is not type(format) and _composed.get(format.name) is not type(format):
         raise ValueError(f"format must be registered to be written in a config, got {format!r}.")
-    default, arguments = (arguments_of(each, "format") for each in (registered, format))
-    settings = {key: value for key, value in arguments.items() if value != default[key]}
-    entry = {"name": format.name, **settings} if settings else format.name
+    settings = _arguments(format)
+    if registered is not None:
+        default = _arguments(registered)
+        settings = {key: value for key, value in settings.items() if value != default[key]}
+    entry = {"name": format.name, **settings} if settings or registered is None else format.name
     if get_format(entry) != format:
         raise ValueError(
             f"a format must keep the arguments of its class as they are to be written in a config; {entry!r} "
             f"does not make {format!r} again."
         )
     return entry
+
+
+def _arguments(format: Format) -> dict[str, Any]:
+    """Its settings in types of JSON, and its splits, also where its class takes none as an argument."""
+    arguments = arguments_of(format, "format", left_out=("splits",), as_json=_as_json)
+    if format.name in _registry:
+        arguments["splits"] = as_json(format.splits)
+    return arguments
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Format):
+        return config_entry(value)
+    return [_as_json(entry) for entry in value] if isinstance(value, (list, tuple)) else as_json(value)
 
 
 def label(format: Format) -> str | Format:

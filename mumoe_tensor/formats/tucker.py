@@ -16,7 +16,7 @@ class Tucker(Format):
 
     name = "tucker"
     title = "Tucker"
-    container = "TuckerTensor"
+    container: str | None = "TuckerTensor"
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         bonds = [f"r_{m}" for m in modes]

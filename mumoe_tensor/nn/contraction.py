@@ -28,8 +28,16 @@ def contract(
     by itself what to save.
     """
     program = policy.program
+    if not program.network.takes_input:
+        activation = None
+    elif activation is not None and program.network.readings[-1].padding:
+        # The activation of a zero need not be zero, so it comes before the padding.
+        *others, z = operands
+        operands, activation = [*others, activation(z)], None
     if any(program.arrange):
         operands = arranged(program, operands, TORCH)
+    if not program.steps:  # one vector of outputs for all inputs
+        return operands[0]
     if torch.is_grad_enabled() and not is_recorded:
         y = _Contraction.apply(policy, activation, *operands)[0]
     else:
@@ -60,7 +68,7 @@ class _Contraction(torch.autograd.Function):
     def forward(policy: SavePolicy, activation: Activation | None, *operands: Tensor) -> tuple[Tensor, ...]:
         values = _run(policy, activation, operands, keep=policy.saved)
         y = values[policy.program.result]
-        if policy.program.steps[-1].shape is not None:
+        if policy.program.steps[-1].shape is not None and not policy.program.output_is_copied:
             # A view that a function returns must not be changed in place, as activations do.
             y = y.clone()
         return y, *map(values.__getitem__, sorted(policy.saved))

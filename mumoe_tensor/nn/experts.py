@@ -6,18 +6,17 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.calls import autocast_dtype, check_dense, is_frozen, is_recorded
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
-from mumoe_tensor.contraction.network import forward_network
-from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
+from mumoe_tensor.contraction.plan import Plan, networks_of, plan_terms
+from mumoe_tensor.dense import expert_matrix
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import label
-from mumoe_tensor.multilinear import expert_matrix
 from mumoe_tensor.nn.backward import Activation, SavePolicy, saved_results, sparse_products
 from mumoe_tensor.nn.contraction import contract
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
@@ -64,7 +63,7 @@ class Experts(WholeState):
         (``Factor.memory_order``).
     axes : tuple of tuple of str
         The axes of each of these factors, by the names of the format.
-    plan : ContractionPlan
+    plan : ContractionPlan, or SumPlan for a format that is a sum
         What a forward pass does, and its cost for `batch_hint` rows.
     edits : BiasEdits or None
         Biases that `.analysis.edit_bias` added, by name.
@@ -103,19 +102,20 @@ class Experts(WholeState):
         init, batch_hint = check_choice(init, get_args(Init), "init"), as_positive(batch_hint, "batch_hint")
         #: The arguments besides those of the spec, device and dtype.
         self.options: dict[str, Any] = {"init": init, "batch_hint": batch_hint, "recompute": recompute}
-        missing = self.format.optional(spec.num_levels)
-        network = forward_network(self.format, spec.mode_sizes, self.rank, missing, bias)
         # The parameters lie in memory order: to the planner these are their axes.
-        network = replace(network, operands=network.memory_orders)
-        self.plan: ContractionPlan = plan_network(network, batch_hint)
-        program = self.plan.program
-        self._policy = SavePolicy(program, saved_results(program, recompute))
-        self._sparse_policy = replace(self._policy, sparse=sparse_products(program))
-        sizes = dict(network.index_sizes)
-        self.axes = network.memory_orders[: network.weights]
+        networks = [replace(network, operands=network.memory_orders) for network in networks_of(spec)]
+        self.plan: Plan = plan_terms(networks, batch_hint)
+        self._terms = _terms(self.plan, recompute)
+        declared = [f for f in spec.weight_format.declaration(spec.num_levels) if not f.optional]
+        self.axes = tuple(f.memory_order for f in declared)
         self._factor_names = tuple(f"factor_{k}" for k in range(len(self.axes)))
-        for name, axes in zip(self._factor_names, self.axes, strict=True):
-            empty = torch.empty([sizes[x] for x in axes], device=device, dtype=dtype)
+        shapes = (
+            [dict(network.index_sizes)[x] for x in axes]
+            for network in networks
+            for axes in network.operands[: network.weights]
+        )
+        for name, shape in zip(self._factor_names, shapes, strict=True):
+            empty = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
         self.edits = None  # a child only where there are some
         if not self.factors[0].is_meta:  # no values are drawn there
@@ -156,7 +156,7 @@ class Experts(WholeState):
                 x if x is None else torch.empty(x.shape, device=x.device, dtype=x.dtype)
                 for x in weight.factors
             ]
-            weight = FactorizedTensor(self.format, whole)
+            weight = FactorizedTensor(weight.format, whole, weight.shape)
         draw(weight, self.in_features)
         if self.options["init"] == "linear":
             scale_to_linear(weight, self.in_features)
@@ -174,12 +174,12 @@ class Experts(WholeState):
     @property
     def weight(self) -> FactorizedTensor:
         """The factors as a `.FactorizedTensor`: views of the parameters, in declared order, without edits."""
-        factors = iter(self.factors)
+        factors, format = iter(self.factors), self.spec.weight_format
         views: list[Any] = [
             None if f.optional else next(factors).permute([f.memory_order.index(x) for x in f.indices])
-            for f in self.format.declaration(len(self.num_experts))
+            for f in format.declaration(len(self.num_experts))
         ]
-        return FactorizedTensor(self.format, views)
+        return FactorizedTensor(format, views, self.spec.mode_sizes)
 
     def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
@@ -260,27 +260,38 @@ class Experts(WholeState):
         vectors = (*coefficients, z)
         if not is_matrix:
             vectors = tuple(x.reshape(-1, x.shape[-1]) for x in vectors)
-        operands, policy, folded = [*factors, *vectors], self._policy, {}
-        if is_frozen(self) and vectors[-1].shape[0] >= self._folded.fewest_rows:
-            if are_comparable(factors) and dtype is None:
-                policy, folded = self._folded.policy, self._folded.products(factors)
-        elif sparse_gradient and self._sparse_policy.sparse and is_supported(vectors[0]):
-            policy = self._sparse_policy
         if dtype is not None:
             # Autocast does not reach into the backward pass of a function.
-            operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+            vectors = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in vectors)
+        use_folded = dtype is None and is_frozen(self) and are_comparable(factors)
+        use_sparse = sparse_gradient and is_supported(vectors[0])
+        recorded = is_recorded()
+        y: Tensor | None = None
         with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
-            y = contract(policy, operands, activation, folded, is_recorded())
+            for k, term in enumerate(self._terms):
+                policy, folded = term.policy, {}
+                weights = factors[term.factors]
+                if use_folded and vectors[-1].shape[0] >= self._folded[k].fewest_rows:
+                    policy, folded = self._folded[k].policy, self._folded[k].products(weights)
+                elif use_sparse and term.sparse_policy.sparse:
+                    policy = term.sparse_policy
+                if dtype is not None:
+                    weights = [x if x.dtype == torch.float64 else x.to(dtype) for x in weights]
+                operands = [*weights, *vectors[: term.num_vectors]]
+                part = contract(policy, operands, activation, folded, recorded)
+                y = part if y is None else y + part
+        assert y is not None
         return y if is_matrix else y.reshape(*leading, self.out_features)
 
     @cached_property
-    def _folded(self) -> Folded:
-        return Folded(self.plan)
+    def _folded(self) -> list[Folded]:
+        return [Folded(plan) for plan in self.plan.terms]
 
     def train(self, mode: bool = True) -> Self:
         """As for every module; in training, folded products of weights are forgotten."""
         if mode and "_folded" in self.__dict__:
-            self._folded.clear()
+            for folded in self._folded:
+                folded.clear()
         return super().train(mode)
 
     def _expected(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -317,6 +328,35 @@ class Experts(WholeState):
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, experts={self.num_experts}"
         return f"{sizes}, format={label(self.format)!r}, rank={self.rank}, bias={self.bias}"
+
+
+class _Term(NamedTuple):
+    """How a term of the weight is contracted.
+
+    Attributes
+    ----------
+    policy, sparse_policy : SavePolicy
+    factors : slice
+        Its factors among the parameters.
+    num_vectors : int
+        How many of the coefficients and inputs it takes; a bias takes no inputs.
+    """
+
+    policy: SavePolicy
+    sparse_policy: SavePolicy
+    factors: slice
+    num_vectors: int
+
+
+def _terms(plan: Plan, recompute: bool) -> tuple[_Term, ...]:
+    terms, start = [], 0
+    for program in (part.program for part in plan.terms):
+        policy = SavePolicy(program, saved_results(program, recompute))
+        stop = start + program.network.weights
+        sparse = replace(policy, sparse=sparse_products(program))
+        terms.append(_Term(policy, sparse, slice(start, stop), len(program.network.readings)))
+        start = stop
+    return tuple(terms)
 
 
 def rename_factors(state: MutableMapping[str, Any], prefix: str) -> None:

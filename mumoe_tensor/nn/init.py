@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.backend import to_float64
+from mumoe_tensor.dense import mixed_matrix, to_dense
 from mumoe_tensor.formats.base import mode_names
-from mumoe_tensor.multilinear import mixed_matrix, to_dense
 from mumoe_tensor.tensors import FactorizedTensor
 
 
@@ -64,7 +64,7 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
     uniform = [torch.full((n,), 1 / n, device=like.device, dtype=like.dtype) for n in weight.experts]
     variance = mixed_matrix(weight, uniform).square().mean()
     for declared, factor in zip(weight.format.declaration(weight.num_levels), weight.factors, strict=True):
-        if "i" in declared.indices:
+        if factor is not None and "i" in declared.indices:
             factor.mul_((3 * in_features * variance).rsqrt())
 
 

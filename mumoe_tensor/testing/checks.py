@@ -18,9 +18,10 @@ from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler
 from mumoe_tensor.contraction.network import Network, Tree, forward_network
 from mumoe_tensor.contraction.plan import plan_network
+from mumoe_tensor.dense import expert_matrix, to_dense
 from mumoe_tensor.formats import Format, get_format, mode_names
 from mumoe_tensor.formats.base import MOST_LEVELS
-from mumoe_tensor.multilinear import bind, expert_matrix, to_dense
+from mumoe_tensor.multilinear import bind
 from mumoe_tensor.tensors import FactorizedTensor
 from mumoe_tensor.testing.gradients import check_gradients
 from mumoe_tensor.testing.oracle import Float64, assert_close, dense_moe, dense_weight, magnitude, to_numpy

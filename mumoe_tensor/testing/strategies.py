@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from mumoe_tensor.backend import Array
-from mumoe_tensor.formats import Format, get_format
+from mumoe_tensor.formats import Format, Sum, get_format, mode_names
 from mumoe_tensor.formats import formats as registered
 from mumoe_tensor.multilinear import multilinear_moe
 from mumoe_tensor.spec import LayerSpec
@@ -56,16 +57,18 @@ class Problem:
     @cached_property
     def weight(self) -> FactorizedTensor:
         """The weight, of shape ``layer.mode_sizes``."""
-        format = self.layer.format
-        index_sizes = format.index_sizes(self.layer.mode_sizes, self.layer.full_rank)
+        layer, format = self.layer, self.layer.weight_format
         generator = np.random.default_rng([self.seed, 2])
         factors: list[Array | None] = []
-        for k, f in enumerate(format.declaration(self.layer.num_levels)):
+        declared = format.declaration(layer.num_levels)
+        shapes = format.shapes(layer.mode_sizes, layer.full_rank)
+        for k, (f, shape) in enumerate(zip(declared, shapes, strict=True)):
             order = f.memory_order if k in self.in_memory_order else f.indices
-            values = generator.standard_normal([index_sizes[x] for x in order])
+            size = dict(zip(f.indices, shape, strict=True))
+            values = generator.standard_normal([size[x] for x in order])
             values = values.transpose([order.index(x) for x in f.indices])
             factors.append(None if k in self.missing else self.array(values))
-        return FactorizedTensor(format, factors)
+        return FactorizedTensor(format, factors, layer.mode_sizes)
 
     @cached_property
     def z(self) -> Array:
@@ -209,13 +212,34 @@ def specs(
     num_levels = draw(levels()) if num_levels is None else num_levels
     *experts, i, o = (draw(sizes(most)) for _ in range(num_levels + 2))
     return LayerSpec(
-        format,
+        draw(splits_of(format, (*experts, i, o))),
         experts=experts,
         in_features=i,
         out_features=o,
         rank=draw(ranks(format, num_levels, most)),
         bias=draw(st.booleans()) if bias is None else bias,
     )
+
+
+@st.composite
+def splits_of(draw: Callable[..., Any], format: Format, mode_sizes: tuple[int, ...]) -> Format:
+    """The format with drawn sizes of the parts of each split mode; some hold more than the mode has.
+
+    Parameters
+    ----------
+    format : Format
+    mode_sizes : tuple of int
+        Sizes of the whole modes.
+    """
+    if isinstance(format, Sum):
+        return Sum([draw(splits_of(term, mode_sizes)) for term in format.formats])
+    modes, splits = mode_names(len(mode_sizes) - 2), {}
+    for mode, size in zip(modes, mode_sizes, strict=True):
+        names = format.parts(mode)
+        if names != (mode,):
+            parts = [draw(sizes(3)) for _ in names[1:]]
+            splits[mode] = draw(st.permutations([*parts, -(-size // prod(parts))]))
+    return format.with_splits(splits) if splits else format
 
 
 def leading_shapes() -> st.SearchStrategy[tuple[int, ...]]:
@@ -252,7 +276,7 @@ def problems(
     num_levels = draw(levels()) if num_levels is None else num_levels
     backend = draw(backends()) if backend is None else backend
     layer = draw(specs(format, num_levels, most=4 if num_levels < 2 else 3, bias=bias))
-    factors = layer.format.declaration(num_levels)
+    factors = layer.weight_format.declaration(num_levels)
     return Problem(
         layer,
         missing=tuple(k for k in layer.format.optional(num_levels) if draw(st.booleans())),

@@ -300,7 +300,7 @@ def _block(
 def _results(total: Cost) -> int:
     """Elements of one input of the intermediate results that layers of experts save for the backward pass."""
     elements = 0
-    for plan in total.plans:
+    for plan in (term for layer in total.plans for term in layer.terms):
         first = len(plan.program.network.operands)
         elements += sum(prod(plan.steps[k - first].shape) for k in saved_results(plan.program, False))
     return elements // BATCH

@@ -1,0 +1,23 @@
+"""Block Tensor Train: two factors of blocks, whose product has the rank r in each block."""
+
+from __future__ import annotations
+
+from mumoe_tensor.formats.base import Factor, Format
+from mumoe_tensor.formats.registry import register
+
+
+@register
+class BTT(Format):
+    """``W[n.., i, o] = sum_r U1[n1, r] ... A[i1, i2, r, o1] B[o1, i1, r, o2]`` (Qiu et al. 2024).
+
+    The experts meet the bond, so that more of them cost N r parameters and FLOPs each.
+    """
+
+    name = "btt"
+    title = "Block Tensor Train"
+    splits = {"i": 2, "o": 2}
+
+    def factors(self, modes: tuple[str, ...]) -> list[Factor]:
+        *experts, i1, i2, o1, o2 = modes
+        first, second = Factor(f"{i1} {i2} r {o1}"), Factor(f"{o1} {i1} r {o2}")
+        return [*(Factor(f"{n} r") for n in experts), first, second]

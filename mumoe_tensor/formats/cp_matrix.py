@@ -1,0 +1,16 @@
+"""CP of a weight whose input and output are split, as tensorized layers have it."""
+
+from __future__ import annotations
+
+from mumoe_tensor.formats.cp import CP
+from mumoe_tensor.formats.registry import register
+
+
+@register
+class CPMatrix(CP):
+    """`CP` with a factor for each part of the input and of the output (Kossaifi et al. 2020)."""
+
+    name = "cp-matrix"
+    title = "CP-matrix"
+    container = None
+    splits = {"i": 2, "o": 2}

@@ -1,0 +1,20 @@
+"""Kronecker: a sum of Kronecker products of small matrices."""
+
+from __future__ import annotations
+
+from mumoe_tensor.formats.base import Factor, Format, by_kind
+from mumoe_tensor.formats.registry import register
+
+
+@register
+class Kronecker(Format):
+    """``W[n.., i, o] = sum_k U1[n1, k] ... A1[i1, o1, k] A2[i2, o2, k]`` (Van Loan and Pitsianis 1993)."""
+
+    name = "kron"
+    title = "Kronecker"
+    splits = {"i": 2, "o": 2}
+
+    def factors(self, modes: tuple[str, ...]) -> list[Factor]:
+        experts, inputs, outputs = by_kind(modes)
+        pairs = zip(inputs, outputs, strict=True)
+        return [*(Factor(f"{n} k") for n in experts), *(Factor(f"{i} {o} k") for i, o in pairs)]

@@ -1,0 +1,17 @@
+"""A shared expert: one dense matrix for all experts, and what each expert adds to it."""
+
+from __future__ import annotations
+
+from mumoe_tensor.formats.registry import register
+from mumoe_tensor.formats.sums import AnyFormat, Sum, shared
+
+
+@register
+class SharedExpert(Sum):
+    """``W[n.., i, o] = W0[i, o] + D[n.., i, o]``, with the differences D in another format, CP by default."""
+
+    name = "shared-expert"
+
+    def __init__(self, format: AnyFormat = "cp"):
+        super().__init__([shared("dense"), format])
+        self.format = self.formats[-1]

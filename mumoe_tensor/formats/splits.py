@@ -1,0 +1,116 @@
+"""Split modes: a mode whose index is a tuple of parts, slowest first, as that of `numpy.kron`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from math import prod
+from typing import Any, Self
+
+from mumoe_tensor.checks import as_entries, as_positive
+
+#: A proposed size has parts of which the largest is at most this multiple of the smallest.
+BALANCED = 2
+
+
+class Splits(dict[str, "int | tuple[int, ...]"]):
+    """The modes that a format splits: for each the number of parts, or their sizes. Not to be changed."""
+
+    @classmethod
+    def read(cls, splits: Mapping[str, Any]) -> Self:
+        """Check splits that a user wrote."""
+        if not isinstance(splits, Mapping):
+            raise TypeError(f"splits must be a dict, such as {{'i': 2, 'o': (16, 48)}}, got {splits!r}.")
+        read = cls()
+        for mode, parts in splits.items():
+            if not isinstance(mode, str) or not re.fullmatch("[io]|n[1-9][0-9]*", mode):
+                raise ValueError(f"splits must be of the modes 'i', 'o', 'n1', 'n2', ..., got {mode!r}.")
+            what = f"splits of {mode!r}"
+            if isinstance(parts, (list, tuple)):
+                read[mode] = tuple(as_positive(n, f"{what}, every part,") for n in as_entries(parts, what))
+            else:
+                read[mode] = as_positive(parts, what)
+            if not read[mode]:
+                raise ValueError(f"{what} must have one part or more, got none.")
+        return read
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+    def count(self, mode: str) -> int | None:
+        """The number of parts of a mode; None where it is whole."""
+        parts = self.get(mode)
+        return len(parts) if isinstance(parts, tuple) else parts
+
+    def sizes(self, mode: str, size: int) -> tuple[int, ...]:
+        """The sizes of the parts of a mode; of a whole mode its size.
+
+        Raises
+        ------
+        ValueError
+            If the parts hold fewer entries than the mode has, or it has no factorization into as many parts.
+        """
+        parts = self.get(mode, (size,))
+        if isinstance(parts, int):
+            return balanced(mode, size, parts)
+        if prod(parts) < size:
+            raise ValueError(
+                f"the parts of a mode must hold all its entries; those of {mode!r}, {parts}, hold "
+                f"{prod(parts)} of {size}."
+            )
+        return parts
+
+
+@lru_cache(maxsize=4096)
+def balanced(mode: str, size: int, count: int) -> tuple[int, ...]:
+    """The factorization of a size whose largest and smallest factor differ least, in ascending order.
+
+    Raises
+    ------
+    ValueError
+        If there is none without a factor of one.
+    """
+    best = _most_balanced(size, count)
+    if best is not None:
+        return best
+    near = [next(_sizes_with_balanced_parts(range(size, 0, -1), count), None)]
+    near.append(next(_sizes_with_balanced_parts(range(size, 4 * size + 2**count), count), None))
+    named = " and ".join(f"{prod(parts)} = {'·'.join(map(str, parts))}" for parts in near if parts)
+    padded = near[-1] or (size, *(1,) * (count - 1))
+    raise ValueError(
+        f"the size of mode {mode!r} must be a product of {count} factors above one, got {size}; near it are "
+        f"{named}. Change the size, or give the parts, such as splits={{{mode!r}: {padded}}}, which pad it."
+    )
+
+
+def is_default(size: int, parts: tuple[int, ...]) -> bool:
+    """Whether these are the parts of a size where only their number is asked for."""
+    return parts == _most_balanced(size, len(parts))
+
+
+def _most_balanced(size: int, count: int) -> tuple[int, ...] | None:
+    if size == 1:
+        return (1,) * count
+    every = list(_factorizations(size, count, 2))
+    return min(every, key=lambda parts: parts[-1] / parts[0], default=None)
+
+
+def _factorizations(size: int, count: int, least: int) -> Iterator[tuple[int, ...]]:
+    """Factorizations with ascending factors, all at least `least`."""
+    if count == 1:
+        if size >= least:
+            yield (size,)
+        return
+    factor = least
+    while factor**count <= size:
+        if size % factor == 0:
+            yield from ((factor, *rest) for rest in _factorizations(size // factor, count - 1, factor))
+        factor += 1
+
+
+def _sizes_with_balanced_parts(sizes: range, count: int) -> Iterator[tuple[int, ...]]:
+    for size in sizes:
+        parts = _most_balanced(size, count)
+        if parts is not None and parts[-1] <= BALANCED * parts[0]:
+            yield parts

@@ -1,0 +1,164 @@
+"""Factors against a declaration: the number of levels, the shape and the rank of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from mumoe_tensor.backend import Array, backend_of, check_floating
+from mumoe_tensor.checks import as_entries, as_positive
+from mumoe_tensor.formats.base import MOST_LEVELS, Format, Rank, mode_names
+from mumoe_tensor.formats.splits import is_default
+from mumoe_tensor.formats.sums import Sum
+
+
+class Matched(NamedTuple):
+    """A weight, as its factors say.
+
+    Attributes
+    ----------
+    format : Format
+        With the splits that the factors have.
+    factors : tuple of array or None
+        All declared ones, None for those that are missing.
+    shape, rank : tuple of int
+    asked : tuple of int or None
+        The shape, where it does not follow from the factors.
+    """
+
+    format: Format
+    factors: tuple[Array | None, ...]
+    shape: tuple[int, ...]
+    rank: Rank
+    asked: tuple[int, ...] | None
+
+
+def match(format: Format, factors: Sequence[Array | None], shape: Sequence[int] | None) -> Matched:
+    """Match factors with a declaration; an error says what does not fit. See `.FactorizedTensor`."""
+    if shape is not None:
+        shape = tuple(as_positive(n, "every size of a shape") for n in as_entries(shape, "shape"))
+        if len(shape) < 2:
+            raise ValueError(f"a shape must be (experts..., input, output), got {shape}.")
+    num_levels, filled = levels_of(format, factors, shape)
+    if arrays := {f"factor[{k}]": factor for k, factor in enumerate(filled) if factor is not None}:
+        check_floating(arrays)
+    summands = format.summands(num_levels)
+    sizes = [_index_sizes(term, num_levels, filled, at.start) for term, at in summands]
+    terms = [(term, of_term) for (term, _), of_term in zip(summands, sizes, strict=True)]
+    rank = tuple(of_term[b] for term, of_term in terms for b in term.bonds(num_levels))
+    modes = mode_names(num_levels)
+    follows = [_size(format.has_bias_term, terms, level, mode) for level, mode in enumerate(modes)]
+    if shape is None and None in follows:
+        raise ValueError(
+            "a shape must be given for a weight none of whose factors has all entries of mode "
+            f"{modes[follows.index(None)]!r}; its format is {format!r}."
+        )
+    asked = None if shape is None or list(shape) == follows else tuple(shape)
+    shape = asked or tuple(size for size in follows if size is not None)
+    split = [
+        _fitted(term, of_shape.mode_sizes, of_term)
+        for (term, of_term), of_shape in zip(terms, format.terms(shape, rank), strict=True)
+    ]
+    if split != [term for term, _ in terms]:
+        format = Sum(split) if isinstance(format, Sum) else split[0]
+    return Matched(format, filled, shape, rank, asked)
+
+
+def levels_of(
+    format: Format, factors: Sequence[Any], shape: Sequence[int] | None = None
+) -> tuple[int, tuple[Any, ...]]:
+    """The number of levels whose declaration the factors fit, and all of them, None for missing ones."""
+    if arrays := [factor for factor in factors if factor is not None]:
+        backend_of(*arrays)
+    for num_levels in range(MOST_LEVELS + 1) if shape is None else (len(shape) - 2,):
+        declared = format.declaration(num_levels)
+        optional = [k for k, f in enumerate(declared) if f.optional]
+        filled = list(factors)
+        if len(filled) == len(declared) - len(optional):
+            for k in optional:
+                filled.insert(k, None)
+        if len(filled) == len(declared) and all(
+            factor is None or len(factor.shape) == len(f.indices)
+            for factor, f in zip(filled, declared, strict=True)
+        ):
+            return num_levels, tuple(filled)
+    expected = " | ".join(" ".join(f.indices) for f in format.declaration(1))
+    shapes = ", ".join("None" if factor is None else str(tuple(factor.shape)) for factor in factors)
+    raise ValueError(
+        f"the factors of format {format.name!r} are {expected} (for one level of experts), got arrays of "
+        f"shapes {shapes or 'none'}."
+    )
+
+
+def _index_sizes(
+    term: Format, num_levels: int, factors: Sequence[Array | None], start: int
+) -> dict[str, int]:
+    """Size of every index of a term, the same wherever it occurs; its first factor is at `start`."""
+    indices = {start + k: f.indices for k, f in enumerate(term.declaration(num_levels))}
+    arrays = {k: factor for k in indices if (factor := factors[k]) is not None}
+    sizes: dict[str, int] = {}
+    for k, factor in arrays.items():
+        for index, size in zip(indices[k], factor.shape, strict=True):
+            if size == 0:
+                raise ValueError(f"every size must be positive, factor[{k}] has shape {tuple(factor.shape)}.")
+            if sizes.setdefault(index, size) != size:
+                first = next(j for j in arrays if index in indices[j])
+                raise ValueError(
+                    f"factors that share an index must agree in its size; {index!r} has size "
+                    f"{sizes[index]} in factor[{first}] and {size} in factor[{k}]."
+                )
+    bonds = term.bonds(num_levels)
+    for k in indices.keys() - arrays.keys():
+        for x in indices[k]:
+            if [x in indices[j] for j in arrays].count(True) < (2 if x in bonds else 1):
+                raise ValueError(
+                    "a factor may be None only where others have its modes, and its bonds still join two of "
+                    f"them; factor[{k}] of format {term.name!r} has {x!r}."
+                )
+    return sizes
+
+
+def _size(
+    has_bias_term: bool, terms: Sequence[tuple[Format, Mapping[str, int]]], level: int, mode: str
+) -> int | None:
+    """Size of a mode of the weight: that of a term which has it whole, else of the smallest product of parts.
+
+    None if it does not follow from the factors.
+    """
+    whole: list[int] = []
+    products: list[int] = []
+    for term, sizes in terms:
+        parts = term.parts(mode)
+        if term.window(level) is None and all(part in sizes for part in parts):
+            size = prod(sizes[part] for part in parts) + (mode == "i" and has_bias_term)
+            (whole if parts == (mode,) else products).append(size)
+    return whole[0] if whole else min(products, default=None)
+
+
+def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -> Format:
+    """The format of a term with the splits of its factors, which hold these sizes."""
+    num_levels = len(mode_sizes) - 2
+    splits = {}
+    for level, (mode, size) in enumerate(zip(mode_names(num_levels), mode_sizes, strict=True)):
+        window = term.window(level) if level < num_levels else None
+        size = size if window is None else window[1] - window[0]
+        parts = term.parts(mode)
+        if not all(part in sizes for part in parts):
+            continue
+        held = tuple(sizes[part] for part in parts)
+        if prod(held) < size or (parts == (mode,) and held != (size,)):
+            raise ValueError(
+                f"the factors must have the sizes of the weight; mode {mode!r} has {size} entries, the "
+                f"factors of format {term.name!r} {' x '.join(map(str, held))}."
+            )
+        if parts == (mode,) or held == term.splits[mode]:
+            continue
+        if not isinstance(term.splits[mode], int):
+            raise ValueError(
+                f"the factors must have the parts of the format; mode {mode!r} is split into "
+                f"{term.splits[mode]}, the factors have {held}."
+            )
+        if not is_default(size, held):
+            splits[mode] = held
+    return term.with_splits(splits) if splits else term

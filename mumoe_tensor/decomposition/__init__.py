@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from mumoe_tensor.backend import Array, check_floating, is_array, tensorly_backend, to_float64
 from mumoe_tensor.checks import as_fraction, as_integer, as_positive
-from mumoe_tensor.decomposition import cp, hadamard, tensor_ring, tensor_train, tucker  # noqa: F401
-from mumoe_tensor.decomposition.alternating import fits
+from mumoe_tensor.decomposition import (  # noqa: F401
+    blocks,
+    cp,
+    hadamard,
+    kronecker,
+    low_rank,
+    sums,
+    tensor_ring,
+    tensor_train,
+    tt_matrix,
+    tucker,
+)
+from mumoe_tensor.decomposition.alternating import alternate, fits, scaled_fits, weighted_norm
+from mumoe_tensor.decomposition.terms import balanced, split, views
+from mumoe_tensor.decomposition.whitening import input_axes, read_covariance, whitened_fits
 from mumoe_tensor.dense import to_dense
-from mumoe_tensor.formats.base import MOST_LEVELS, Factor, Format, mode_names
+from mumoe_tensor.formats.base import Format, Rank
 from mumoe_tensor.formats.dense import Dense
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor, as_factor
 
-fits.register(Dense, lambda format, dense, *_: [[dense]])
+fits.register(Dense, lambda format, dense, *_: [[split(format, dense)]])
 
 
 def decompose(
@@ -27,6 +41,7 @@ def decompose(
     rank: int | Sequence[int] | None = None,
     *,
     bias: bool | Array = False,
+    input_covariance: Array | None = None,
     n_restarts: int = 8,
     n_iter: int = 500,
     tolerance: float = 1e-5,
@@ -108,56 +123,73 @@ def decompose(
     *experts, i, o = dense.shape
     row = bias is not False
     spec = LayerSpec(format, experts=experts, in_features=i - row, out_features=o, rank=rank, bias=row)
-    shapes = format.shapes(spec.mode_sizes, spec.full_rank)
-    declared = format.declaration(spec.num_levels)
+    format, levels, rank = spec.weight_format, spec.num_levels, spec.full_rank
     target = to_float64(dense)
     if not np.isfinite(target).all():
         raise ValueError(
             f"every entry of dense must be finite, got {np.sum(~np.isfinite(target))} that are not."
         )
+    covariance = None if input_covariance is None else read_covariance(input_covariance, i)
 
     # A power of two, taken out and put back without rounding.
     exponent = int(np.frexp(np.abs(target).max())[1])
     target = np.ldexp(target, -exponent)
-    norm = np.linalg.norm(target) or 1
+    norm = weighted_norm(target, covariance) or 1
     generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_restarts)]
+    effort = (rank, generators, n_iter, tolerance)
 
     def fitted(factors: Sequence[Any]) -> tuple[FactorizedTensor, float]:
-        returned = [None if factor is None else np.shape(factor) for factor in factors]
-        if len(returned) != len(declared) or not all(map(_is_factor, returned, declared, shapes)):
-            raise ValueError(
-                f"a method must return the declared factors, of shapes {shapes} or with shorter bonds, None "
-                f"only for optional ones; that of format {format.name!r} returned shapes {returned}."
-            )
-        weight = _as_weight(format, _balanced(factors, exponent), shapes, dense)
+        _check_factors(format, spec.mode_sizes, rank, factors)
+        arrays = _as_arrays(
+            format, balanced(format, levels, factors, exponent), format.shapes(dense.shape, rank), dense
+        )
+        weight = FactorizedTensor(format, arrays, spec.mode_sizes)
         exact = [None if f is None else to_float64(f) for f in weight.factors]
-        product = np.ldexp(to_dense(FactorizedTensor(format, exact)), -exponent)
-        return weight, float(np.linalg.norm(product - target) / norm)
+        product = np.ldexp(to_dense(FactorizedTensor(format, exact, spec.mode_sizes)), -exponent)
+        return weight, weighted_norm(product - target, covariance) / norm
+
+    def best_of(candidates: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], FactorizedTensor, float]:
+        fits = ((factors, *fitted(factors)) for factors in candidates)
+        # A fit that the dtype cannot hold has error NaN, and gives way to any other.
+        best = min(fits, key=lambda fit: np.nan_to_num(fit[-1], nan=np.inf), default=None)
+        if best is None:
+            raise ValueError(
+                f"a method must return one fit or more; that of format {format.name!r} returned none."
+            )
+        return best
 
     with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
-        if target.any():
-            candidates = fits(format, target, spec.full_rank, generators, n_iter, tolerance)
-        else:
-            zeros = zip(declared, map(np.zeros, shapes), strict=True)
-            candidates = [[None if f.optional else zero for f, zero in zeros]]
-        # A fit that the dtype cannot hold has error NaN, and gives way to any other.
-        best = min(map(fitted, candidates), key=lambda fit: np.nan_to_num(fit[1], nan=np.inf), default=None)
-    if best is None:
-        raise ValueError(
-            f"a method must return one fit or more; that of format {format.name!r} returned none."
+        candidates: Iterable[Sequence[Any]] = scaled_fits(format, target, *effort)
+        is_white = covariance is not None and input_axes(format, levels) is not None
+        if is_white:
+            candidates = chain(candidates, whitened_fits(format, target, *effort, covariance))
+        start, weight, error = best_of(candidates)
+        is_padded = any(view.is_padded for view in views(format, target.shape))
+        if is_padded or (covariance is not None and not is_white):
+            improved = alternate(format, target, start, n_iter, tolerance, covariance)
+            _, weight, error = best_of([start, improved])
+    return weight, error
+
+
+def _check_factors(format: Format, mode_sizes: Sequence[int], rank: Rank, factors: Sequence[Any]) -> None:
+    """Check that a method returned the declared factors; bonds may be shorter, optional ones None."""
+    declared, shapes = format.declaration(len(mode_sizes) - 2), format.shapes(mode_sizes, rank)
+    bonds = format.bonds(len(mode_sizes) - 2)
+    returned = [None if factor is None else np.shape(factor) for factor in factors]
+    matches = len(returned) == len(declared) and all(
+        f.optional
+        if got is None
+        else len(got) == len(shape)
+        and all(
+            n == size or (n < size and x in bonds) for n, size, x in zip(got, shape, f.indices, strict=True)
         )
-    return best
-
-
-def _is_factor(returned: tuple[int, ...] | None, f: Factor, shape: tuple[int, ...]) -> bool:
-    """Whether a method returned a factor: None for an optional one, or its shape but for shorter bonds."""
-    if returned is None:
-        return f.optional
-    modes = mode_names(MOST_LEVELS)
-    return len(returned) == len(shape) and all(
-        n == size or (n < size and x not in modes)
-        for n, size, x in zip(returned, shape, f.indices, strict=True)
+        for got, shape, f in zip(returned, shapes, declared, strict=True)
     )
+    if not matches:
+        raise ValueError(
+            f"a method must return the declared factors, of shapes {shapes} or with shorter bonds, None "
+            f"only for optional ones; that of format {format.name!r} returned shapes {returned}."
+        )
 
 
 def _stacked(dense: Array | Sequence[Any]) -> Array:
@@ -187,20 +219,9 @@ def _with_bias(dense: Array, bias: bool | Array) -> Array:
     return tl.concatenate([dense, bias[..., None, :]], axis=-2)
 
 
-def _balanced(factors: Sequence[Any], exponent: int) -> list[Any]:
-    """Bring 2^exponent into the factors and their norms near one another, by powers of two: no rounding."""
-    held = [k for k, factor in enumerate(factors) if factor is not None]
-    exponents = {k: int(np.frexp(np.linalg.norm(factors[k]))[1]) for k in held}
-    each, more = divmod(sum(exponents.values()) + exponent, len(held))
-    balanced = list(factors)
-    for position, k in enumerate(held):
-        balanced[k] = np.ldexp(factors[k], each + (position < more) - exponents[k])
-    return balanced
-
-
-def _as_weight(
+def _as_arrays(
     format: Format, factors: Sequence[Any], shapes: Sequence[tuple[int, ...]], like: Array
-) -> FactorizedTensor:
+) -> list[Any]:
     """Fill bonds up with zeros, and take on the kind of `like` and the memory order of the format."""
     arrays = list(factors)
     parts = zip(factors, shapes, format.declaration(len(like.shape) - 2), strict=True)
@@ -208,4 +229,4 @@ def _as_weight(
         if factor is not None:
             padded = np.pad(factor, [(0, size - n) for size, n in zip(shape, factor.shape, strict=True)])
             arrays[k] = as_factor(padded.transpose([f.indices.index(x) for x in f.memory_order]), f, like)
-    return FactorizedTensor(format, arrays)
+    return arrays

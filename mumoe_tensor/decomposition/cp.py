@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mumoe_tensor.decomposition.alternating import fits, stop_rule
+from mumoe_tensor.decomposition.terms import split
 from mumoe_tensor.formats.base import Format, Rank
 from mumoe_tensor.formats.cp import CP
 
@@ -18,7 +19,7 @@ def cp(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
     """From singular vectors, then from eigenvectors, then from random factors."""
-    (r,) = rank
+    (r,), dense = rank, split(format, dense)
     for k, generator in enumerate(generators):
         start = [generator.standard_normal((n, r)) for n in dense.shape]
         if k == 0:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mumoe_tensor.decomposition.alternating import alternate, fits
+from mumoe_tensor.decomposition.terms import split
 from mumoe_tensor.formats.base import Format, Rank
 from mumoe_tensor.formats.hadamard import Hadamard
 
@@ -21,10 +22,11 @@ def hadamard(
 
     With one level of experts or none the first start is optimal.
     """
-    *others, o = dense.shape
+    parts = split(format, dense)
+    *others, o = parts.shape
     best: list[Any] = []
     for k, generator in enumerate(generators if len(others) > 2 else generators[:1]):
-        start = [generator.standard_normal((n, o)) for n in others] if k else singular_vectors(dense)
+        start = [generator.standard_normal((n, o)) for n in others] if k else singular_vectors(parts)
         factors = alternate(format, dense, start, n_iter, tolerance)
         # The residual of least squares is orthogonal to the fit: the larger the fit, the smaller it is.
         better = norms(factors) > norms(best) if best else True

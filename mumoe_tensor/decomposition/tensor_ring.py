@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mumoe_tensor.decomposition.alternating import alternate, fits
+from mumoe_tensor.decomposition.alternating import alternate, fits, random_factors
+from mumoe_tensor.decomposition.terms import split
 from mumoe_tensor.formats.base import Format, Rank
 from mumoe_tensor.formats.tensor_ring import TensorRing
 
@@ -18,13 +19,14 @@ def tensor_ring(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
     """From singular vectors, then from random cores."""
-    if dense.ndim == 2:
-        yield matrix_ring(dense, rank)
+    parts = split(format, dense)
+    if parts.ndim == 2:
+        yield matrix_ring(parts, rank)
         return
     for k, generator in enumerate(generators):
-        start = [generator.standard_normal(shape) for shape in format.shapes(dense.shape, rank)]
+        start = random_factors(format, dense.shape, rank, generator)
         if k == 0:
-            for random, core in zip(start, ring_svd(dense, rank), strict=False):
+            for random, core in zip(start, ring_svd(parts, rank), strict=False):
                 random *= 0.01
                 random[: core.shape[0], :, : core.shape[2]] = core
         yield alternate(format, dense, start, n_iter, tolerance)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mumoe_tensor.decomposition.alternating import fits
+from mumoe_tensor.decomposition.terms import split
 from mumoe_tensor.formats.base import Format, Rank
 from mumoe_tensor.formats.tensor_train import TensorTrain
 
@@ -17,4 +18,4 @@ def tensor_train(
     """One fit, whose error is within a factor sqrt(E + 1) of the smallest."""
     import tensorly.decomposition
 
-    yield format.from_container(tensorly.decomposition.tensor_train(dense, (1, *rank, 1)))
+    yield format.from_container(tensorly.decomposition.tensor_train(split(format, dense), (1, *rank, 1)))

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from mumoe_tensor.decomposition.alternating import fits
+from mumoe_tensor.decomposition.terms import split
 from mumoe_tensor.formats.base import Format, Rank
 from mumoe_tensor.formats.tucker import Tucker
 
@@ -18,6 +19,7 @@ def tucker(
     """From singular vectors, then from random factors."""
     import tensorly.decomposition
 
+    dense = split(format, dense)
     # No rank can be used beyond the size of its mode or the product of the other ranks.
     ranks = [min(n, r) for n, r in zip(dense.shape, rank, strict=True)]
     ranks = [min(r, prod(ranks) // r) for r in ranks]

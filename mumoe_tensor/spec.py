@@ -267,7 +267,7 @@ class LayerSpec:
         if (rank := self.rank) is None:
             # Two layers share a rank, so the smaller of their sizes bounds it.
             sizes = tuple(map(min, zip(*(layer.mode_sizes for layer in self.layers), strict=True)))
-            return lambda t: self.format.rank_family(sizes, t)
+            return lambda t: self.weight_format.rank_family(sizes, t)
         if rank.count(None) != 1:
             raise ValueError(f"exactly one entry of the rank must be None, the one to solve for, got {rank}.")
         return lambda t: tuple(t if r is None else r for r in rank)

@@ -104,6 +104,25 @@ def test_what_is_no_spec_is_refused(call, error, message) -> None:
         call()
 
 
+@given(st.data())
+def test_the_bias_of_a_split_input_is_no_part_of_it(data: st.DataObject) -> None:
+    """The rank left out is solved for whatever the size of the input with a bias row would be."""
+    split = [name for name, f in mt.formats().items() if f.splits_input and f.bonds(1)]
+    sizes = st.sampled_from([12, 16, 18, 768])
+    layer = LayerSpec(
+        data.draw(st.sampled_from(split)),
+        experts=data.draw(st.integers(1, 4)),
+        in_features=data.draw(sizes),
+        out_features=data.draw(sizes),
+        bias=True,
+    )
+    parameters = layer.dense_parameters
+    fitted = layer.fitted(parameters, rounding="down", gate=False)
+    without = replace(layer, bias=False).fitted(parameters - layer.out_features, rounding="down", gate=False)
+    assert fitted.rank == without.rank
+    assert fitted.weight_parameters == without.weight_parameters + layer.out_features
+
+
 # ---- rank of an expert -------------------------------------------------------------------------------
 
 

@@ -267,6 +267,11 @@ class Format(ABC):
         """Whether one of the terms of a sum is the bias."""
         return False
 
+    @property
+    def of_one_expert(self) -> Format:
+        """The format of the matrix of one expert, for no level: without what a sum says about experts."""
+        return self
+
     def window(self, level: int) -> tuple[int, int] | None:
         """Start and stop of the experts of a level that the format is for; None for all."""
         return None

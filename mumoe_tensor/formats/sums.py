@@ -23,6 +23,10 @@ class _Wrapped(Format):
         self.format = _single(format)
 
     @property
+    def of_one_expert(self) -> Format:
+        return self.format
+
+    @property
     def title(self) -> str:  # type: ignore[override]
         return f"{self.name} {self.format.title}"
 

@@ -24,7 +24,7 @@ from mumoe_tensor.nn.frozen import Folded, are_comparable
 from mumoe_tensor.nn.init import draw, scale_to_linear
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.nn.states import WholeState
-from mumoe_tensor.selections import Index, read_index
+from mumoe_tensor.selections import Index, read_index, read_number
 from mumoe_tensor.spec import LayerSpec, as_spec
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -148,6 +148,11 @@ class Experts(WholeState):
         ``"published"`` (Oldfield et al., 2024). ``"linear"``, the default, then scales the factor of the
         input, such that the outputs have the variance of those of `torch.nn.Linear`, whatever the format,
         the rank and the levels are.
+
+        If the input is split, each factor of a part of it is uniform in ±1/√(entries that it sums over), and
+        all of them are scaled alike. Each term of a sum has an equal share of the variance. A bias that is a
+        term starts uniform in ±1/√I, as that of `torch.nn.Linear`. Factors that have both experts and the
+        input or the output alone (low rank, dense) differ from expert to expert from the start.
         """
         weight = self.weight
         is_sharded = hasattr(weight.arrays[0], "placements")  # by FSDP2: a DTensor
@@ -180,6 +185,68 @@ class Experts(WholeState):
             for f in format.declaration(len(self.num_experts))
         ]
         return FactorizedTensor(format, views, self.spec.mode_sizes)
+
+    @property
+    def terms(self) -> tuple[FactorizedTensor, ...]:
+        """The terms of `weight`, as views of the parameters: itself, unless the format is a sum.
+
+        The last is the bias where the format splits the input; see `.Bias`.
+        """
+        return self.weight.terms
+
+    def freeze(self, term: int | str | Format) -> None:
+        """Leave the factors of a term out of training: their ``requires_grad`` is False.
+
+        A state does not have it. To freeze all terms is ``experts.requires_grad_(False)``.
+
+        Parameters
+        ----------
+        term : int, str or Format
+            The number of a term in `terms`, or its format, or the name or title of that; all terms that it
+            fits.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If there is no such term; if pruning or a parametrization computes a factor.
+
+        Examples
+        --------
+        >>> import mumoe_tensor as mt
+        >>> from mumoe_tensor.nn import MuMoE
+        >>> layer = MuMoE(16, 8, 4, mt.sum_of(mt.shared("dense"), "cp"), rank=3)
+        >>> layer.experts.freeze("shared")
+        >>> [factor.requires_grad for factor in layer.experts.factors]
+        [False, True, True, True]
+        """
+        self._set_trained(term, False)
+
+    def unfreeze(self, term: int | str | Format) -> None:
+        """Train the factors of a term again; see `freeze`."""
+        self._set_trained(term, True)
+
+    def _set_trained(self, term: int | str | Format, is_trained: bool) -> None:
+        factors = [factor for k in self._numbers_of(term) for factor in self.factors[self._terms[k].factors]]
+        if not all(isinstance(factor, nn.Parameter) for factor in factors):
+            raise ValueError(
+                "the factors of a term must be parameters to be frozen; pruning or a parametrization "
+                f"computes some of term {term!r}: freeze the parameters it computes them from."
+            )
+        for factor in factors:
+            factor.requires_grad_(is_trained)
+
+    def _numbers_of(self, term: int | str | Format) -> list[int]:
+        """The numbers of the terms that are meant; see `freeze`."""
+        formats = [format for format, _ in self.spec.weight_format.summands(len(self.num_experts))]
+        if not isinstance(term, (str, Format)):
+            return [read_number(term, len(formats), "term")]
+        fits = [k for k, format in enumerate(formats) if term in (format, format.name, format.title)]
+        if not fits:
+            raise ValueError(
+                f"a term must be one of {[label(format) for format in formats]}, by its number, format, name "
+                f"or title, got {term!r}."
+            )
+        return fits
 
     def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.

@@ -164,8 +164,9 @@ class Layer(WholeState):
         Raises
         ------
         ValueError
-            If there is no such level or expert, one occurs twice, or there is none; if pruning or a
-            parametrization computes the weight of the gate or a factor.
+            If there is no such level or expert, one occurs twice, or there is none; if a term of the format
+            slices or splits the level; if pruning or a parametrization computes the weight of the gate or a
+            factor.
         TypeError
             If the level or an index is no integer.
         """
@@ -201,7 +202,8 @@ class MuMoE(Layer):
     experts : int or sequence of int
         Number of experts of each level; there is an expert for every combination of one a level.
     format : str or Format, default "cp"
-        ``"cp"``, ``"tucker"``, ``"tr"``, ``"tt"``, ``"hadamard"``, ``"dense"`` or one of your own.
+        A name in `.formats`, as ``"cp"``, ``"btt"`` or ``"shared-expert"``, a sum (`.sum_of`), or one of your
+        own.
     rank : int or sequence of int, optional
         One entry a bond of the format. One entry may be None, or the rank left out: then `parameters` solves
         for it.
@@ -278,6 +280,10 @@ class MuMoE(Layer):
         The gate is drawn at random: equal experts mix to the same map with any coefficients, and with equal
         coefficients all would have the same gradient. Where the rank is too small, the experts are the best
         fit, and `fit_errors` is their relative error.
+
+        A format that splits the input or the output is fitted as `.decompose` fits it. The terms of a sum are
+        fitted in order, shared ones first, each to what the others leave: a dense shared expert takes the
+        linear layer, and the last factors of the other terms start at zero.
 
         Parameters
         ----------

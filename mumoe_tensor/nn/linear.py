@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.nn.init import fit_every_expert
+from mumoe_tensor.nn.fitting import fit_every_expert
 from mumoe_tensor.nn.reading import check_readable, check_same
 
 L = TypeVar("L")

@@ -54,14 +54,15 @@ class ShardedExperts(Experts):
     """The shard of `Experts` that one process of a group holds: a range of one bond.
 
     The output is a sum over the bond, so every process computes its terms, from its slices of the factors
-    that have the bond and from the other factors, which all processes have.
+    that have the bond and from the other factors, which all processes have. Terms of a sum without the bond,
+    as the bias of a format that splits the input, are added by the first process.
 
     The bond is the largest of the format; of several, the one that most parameters have as an axis.
     """
 
     def __init__(self, whole: Experts, group: distributed.ProcessGroup | None):
         num_processes, index = distributed.get_world_size(group), distributed.get_rank(group)
-        bonds = whole.format.bonds(len(whole.num_experts))
+        bonds = whole.spec.weight_format.bonds(len(whole.num_experts))
         if not bonds:
             raise ValueError(f"experts are divided along a bond; format {whole.format.name!r} has none.")
         sizes = dict(zip(bonds, whole.rank, strict=True))
@@ -126,6 +127,11 @@ class ShardedExperts(Experts):
         factors = list(factors)
         for k, factor in zip(whole, copies[len(coefficients) :], strict=True):
             factors[k] = factor
+        for part in self._terms:
+            # A term without the bond is whole on every process: all but the first add zero for it.
+            of_term = range(len(factors))[part.factors]
+            if distributed.get_rank(self.group) > 0 and set(of_term) <= set(whole):
+                factors[of_term[0]] = factors[of_term[0]] * 0
         term = super()._mix(factors, z, copies[: len(coefficients)], *options)
         total: Tensor = ReduceFromGroup.apply(self.group, term)
         return total

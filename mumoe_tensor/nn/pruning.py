@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.formats.registry import label
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.selections import Selection, read_number, read_selection
 
@@ -18,6 +19,8 @@ def keep_experts(layer: Any, level: int, indices: Selection) -> Any:
     level = read_number(level, len(counts), "level")
     indices = read_selection(indices, counts[level], f"indices of level {level}", empty=False)
     _check_parameters(layer)
+    for experts in layer.mixtures:
+        _check_terms(experts, level)
     fewer = (*counts[:level], len(indices), *counts[level + 1 :])
     changed = {"gate": copy.deepcopy(layer.gate.gate), "experts": fewer}
     smaller = type(layer).from_config({**layer._arguments, **changed}, device="meta")
@@ -34,6 +37,17 @@ def keep_experts(layer: Any, level: int, indices: Selection) -> Any:
     for name, parameter in smaller.named_parameters():
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     return smaller
+
+
+def _check_terms(experts: Experts, level: int) -> None:
+    """Refuse formats whose factors do not have every expert of a level as an entry of one axis."""
+    mode = f"n{level + 1}"
+    for format, _ in experts.spec.weight_format.summands(len(experts.num_experts)):
+        if format.window(level) is not None or format.parts(mode) != (mode,):
+            raise ValueError(
+                "experts are taken from a level only if no term slices or splits it; term "
+                f"{label(format)!r} does so with level {level}."
+            )
 
 
 def _check_parameters(layer: Any) -> None:

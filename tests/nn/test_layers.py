@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,18 +19,25 @@ from torch import nn  # noqa: E402
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP  # noqa: E402
 
 FORMATS = list(mt.formats())
+#: Sums, padded modes and slices.
+MORE: dict[str, Any] = {
+    "shared low rank and btt": mt.sum_of(mt.shared("lowrank"), "btt"),
+    "padded kron": {"name": "kron", "splits": {"i": [2, 5], "o": [3, 4]}},
+    "slices of cp and dense": mt.sum_of(mt.sliced("cp", 0, 2), mt.sliced("dense", 1, 3)),
+}
 NORMS = ["batch", "layer", "none"]
 LEVELS = [(), (3,), (3, 2), (2, 1, 3)]
 
 
-def rank_of(format: str, levels: int, size: int = 2) -> tuple[int, ...]:
+def rank_of(format: Any, levels: int, size: int = 2) -> tuple[int, ...]:
     return (size,) * len(mt.get_format(format).bonds(levels))
 
 
 def small(format: str, experts: tuple[int, ...], layer: str = "linear", **options: Any) -> Any:
     """A small layer in float64 whose gate does not give every expert the same."""
+    format = MORE.get(format, format)
     options = {"dtype": torch.float64, "rank": rank_of(format, len(experts)), "format": format, **options}
-    made = MuMoE(5, 4, experts, **options) if layer == "linear" else MuMoEMLP(5, 6, 4, experts, **options)
+    made = MuMoE(6, 4, experts, **options) if layer == "linear" else MuMoEMLP(6, 9, 4, experts, **options)
     nn.init.normal_(made.gate.weight)
     return made
 
@@ -38,7 +46,7 @@ def small(format: str, experts: tuple[int, ...], layer: str = "linear", **option
 
 
 @given(
-    st.sampled_from(FORMATS),
+    st.sampled_from([*FORMATS, "shared low rank and btt", "padded kron"]),
     st.lists(st.integers(1, 4), max_size=3).map(tuple),
     st.booleans(),
     st.sampled_from(NORMS),
@@ -47,20 +55,24 @@ def small(format: str, experts: tuple[int, ...], layer: str = "linear", **option
 )
 def test_layer_equals_the_core_and_the_dense_weight(format, experts, bias, norm, gate, leading) -> None:
     layer = small(format, experts, bias=bias, gate_norm=norm, gate=gate).eval()
-    x = torch.randn(*leading, 5, dtype=torch.float64)
+    x = torch.randn(*leading, 6, dtype=torch.float64)
     y, coefficients = layer(x, return_coefficients=True)
     assert y.shape == (*leading, 4) and y.dtype == x.dtype
     assert [a.shape for a in coefficients] == [(*leading, n) for n in experts]
     torch.testing.assert_close(y, mt.multilinear_moe(layer.weight, x, coefficients, bias=bias))
     dense = mt.to_dense(layer.weight)
-    assert dense.shape == (*experts, 5 + bias, 4)
+    assert dense.shape == (*experts, 6 + bias, 4)
     torch.testing.assert_close(y, mt.multilinear_moe(dense, x, coefficients, bias=bias))
 
 
-@given(st.sampled_from(FORMATS), st.sampled_from(LEVELS), st.sampled_from(NORMS))
+@given(
+    st.sampled_from([*FORMATS, "shared low rank and btt", "padded kron"]),
+    st.sampled_from(LEVELS),
+    st.sampled_from(NORMS),
+)
 def test_coefficients_are_the_gate_of_the_normed_logits(format, experts, norm) -> None:
     layer = small(format, experts, gate_norm=norm, input_norm=True).train()
-    x = torch.randn(6, 5, dtype=torch.float64)
+    x = torch.randn(6, 6, dtype=torch.float64)
     _, coefficients = layer(x, return_coefficients=True)
     for a, weight in zip(coefficients, layer.gate.weight.split(experts) if experts else (), strict=True):
         logits = x @ weight.T
@@ -75,7 +87,7 @@ def test_coefficients_are_the_gate_of_the_normed_logits(format, experts, norm) -
 @pytest.mark.parametrize("experts", LEVELS, ids=str)
 def test_one_expert_is_what_one_hot_coefficients_give(format: str, experts: tuple[int, ...]) -> None:
     layer = small(format, experts)
-    x = torch.randn(7, 5, dtype=torch.float64)
+    x = torch.randn(7, 6, dtype=torch.float64)
     for index in [tuple(0 for _ in experts), tuple(n - 1 for n in experts)]:
         matrix, bias = layer.expert(index)
         one_hot = [torch.eye(n, dtype=x.dtype)[k].expand(7, n) for n, k in zip(experts, index, strict=True)]
@@ -85,7 +97,7 @@ def test_one_expert_is_what_one_hot_coefficients_give(format: str, experts: tupl
 def test_block_computes_the_coefficients_once_from_its_input() -> None:
     block = small("tr", (3, 2), "mlp", gate_norm="layer", input_norm=True, activation="relu")
     nn.init.normal_(block.input_norm.weight)
-    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
     calls: list[Any] = []
     block.gate.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
     y, coefficients = block(x, return_coefficients=True)
@@ -98,7 +110,7 @@ def test_block_computes_the_coefficients_once_from_its_input() -> None:
 
 def test_dropout_drops_outputs_in_training_only() -> None:
     block = small("cp", (3,), "mlp", gate_norm="layer", dropout=0.5)
-    x = torch.randn(200, 5, dtype=torch.float64)
+    x = torch.randn(200, 6, dtype=torch.float64)
     kept = block.eval()(x)
     dropped = block.train()(x)
     zero = dropped == 0
@@ -109,9 +121,14 @@ def test_dropout_drops_outputs_in_training_only() -> None:
 # ---- gradients -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["entmax15", "sparsemax", "softmax"])
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "norm", "gate"),
+    [
+        # What the gate computes does not depend on the format.
+        *product(["cp", "tr"], NORMS, ["entmax15", "sparsemax", "softmax"]),
+        *product([*FORMATS, *MORE], ["batch"], ["entmax15"]),
+    ],
+)
 def test_gradients_of_a_block(format: str, norm: str, gate: str) -> None:
     torch.manual_seed(0)
     block = small(format, (3, 2), "mlp", gate_norm=norm, gate=gate, input_norm=True)
@@ -122,7 +139,7 @@ def test_gradients_of_a_block(format: str, norm: str, gate: str) -> None:
         state = {**dict(zip(names, parameters, strict=True)), **statistics}
         return torch.func.functional_call(block, state, x)
 
-    x = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     parameters = [p.detach().requires_grad_() for p in block.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters))
 
@@ -223,7 +240,7 @@ def test_bad_calls_are_refused() -> None:
 
 def test_any_callable_is_a_gate_and_an_activation() -> None:
     block = small("cp", (4,), "mlp", gate=lambda logits: mt.top_k(logits, 2), activation=torch.tanh)
-    _, (a,) = block(torch.randn(9, 5, dtype=torch.float64), return_coefficients=True)
+    _, (a,) = block(torch.randn(9, 6, dtype=torch.float64), return_coefficients=True)
     assert ((a > 0).sum(-1) == 2).all()
 
 
@@ -233,7 +250,7 @@ def test_any_callable_is_a_gate_and_an_activation() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_hooks_on_the_gate_change_the_coefficients(compiled: bool) -> None:
     layer = small("cp", (4,)).eval()
-    x = torch.randn(6, 5, dtype=torch.float64)
+    x = torch.randn(6, 6, dtype=torch.float64)
     before = layer(x)
 
     def remove_first(module: Any, inputs: Any, output: Any) -> list[Any]:

@@ -14,8 +14,8 @@ def as_json(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [as_json(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {str(key): as_json(entry) for key, entry in value.items()}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: as_json(entry) for key, entry in value.items()}
     if type(value) in (bool, int, str, type(None)) or (type(value) is float and isfinite(value)):
         return value
     raise TypeError

@@ -38,7 +38,10 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return {case: json.loads(text) for case, text in (file.metadata() or {}).items()}, cases
 
 
-CONFIGS, LAYERS = read("layers.safetensors")
+CONFIGS, LAYERS = (
+    whole | structured
+    for whole, structured in zip(read("layers.safetensors"), read("structured.safetensors"), strict=True)
+)
 MODELS = read("models.safetensors")[1]
 
 
@@ -76,7 +79,8 @@ def test_a_pickled_state_with_its_config() -> None:
 
 def test_all_kinds_are_recorded() -> None:
     configs = [about["config"] for about in CONFIGS.values()]
-    assert {config["format"] for config in configs} == set(formats())
+    names = {f if isinstance(f, str) else f["name"] for config in configs for f in [config["format"]]}
+    assert names == {*formats(), "sum"}
     for name, values in (
         ("gate", {"entmax15", "sparsemax", "softmax"}),
         ("gate_norm", {"batch", "layer", "none"}),

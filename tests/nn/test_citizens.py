@@ -27,11 +27,14 @@ from mumoe_tensor.nn import ExpertGate, Experts, MuMoE, MuMoEMLP, entmax15, func
 
 NORMS = ["batch", "layer", "none"]
 GATES = ["entmax15", "sparsemax", "softmax"]
+#: Its outputs are padded, and the bias is a term.
+SUM = mt.sum_of(mt.shared({"name": "kron", "splits": {"o": [2, 3]}}), "cp")
 KINDS: dict[str, Callable[..., Any]] = {
     "layer": lambda **options: MuMoE(8, 5, 4, "cp", 6, **options),
     "layer of two levels": lambda **options: MuMoE(8, 5, (4, 3), "tr", (2, 2, 2, 3), **options),
     "layer without levels": lambda **options: MuMoE(8, 5, (), "cp", 6, **options),
     "block": lambda **options: MuMoEMLP(8, 6, 5, 4, "tucker", (3, 4, 4), input_norm=True, **options),
+    "layer of a sum": lambda **options: MuMoE(8, 5, 4, SUM, (2, 3), **options),
     "layer that makes products ahead": lambda **options: MuMoE(8, 5, 4, "tucker", (4, 24, 24), **options),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)

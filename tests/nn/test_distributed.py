@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from groups import leave  # noqa: E402
 from torch import distributed, nn  # noqa: E402
 
+import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.nn import MuMoEMLP  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -19,9 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def block() -> Any:
+#: The bias of this one is a term.
+SUM = mt.sum_of(mt.shared("kron"), "cp")
+FORMATS = {"tr": (2, 2, 2, 3), SUM: (2, 3)}
+
+
+def block(format: Any) -> Any:
     torch.manual_seed(0)
-    made = MuMoEMLP(6, 8, 6, (4, 2), "tr", (2, 2, 2, 3))
+    made = MuMoEMLP(6, 8, 6, (4, 2), format, FORMATS[format])
     nn.init.normal_(made.gate.weight)
     return made
 
@@ -47,12 +53,12 @@ def sharded(module: Any) -> Any:
     return module
 
 
-def worker(rank: int, folder: str, spread: Any) -> None:
+def worker(rank: int, folder: str, spread: Any, format: Any) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     data = torch.load(f"{folder}/data.pt", weights_only=True)
     half = slice(8 * rank, 8 * rank + 8)
-    module = block()
+    module = block(format)
     train(spread(module), data["x"][half], [None if m is None else m[half] for m in data["masks"]])
     state = module.state_dict()
     state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in state.items()}
@@ -61,15 +67,15 @@ def worker(rank: int, folder: str, spread: Any) -> None:
     leave()
 
 
-@pytest.mark.parametrize("spread", [replicated, sharded])
-def test_two_processes_equal_one(spread: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spread", "format"), [(replicated, "tr"), (sharded, "tr"), (sharded, SUM)])
+def test_two_processes_equal_one(spread: Any, format: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     # The first rows are larger, and the mask leaves more of them out: the halves have other statistics.
     x = torch.randn(16, 6) * torch.linspace(3, 0.5, 16)[:, None]
     masks = [None, torch.arange(16) > 4, None, torch.arange(16) < 13, None]
     torch.save({"x": x, "masks": masks}, tmp_path / "data.pt")
-    torch.multiprocessing.spawn(worker, (str(tmp_path), spread), nprocs=2)
-    alone = block()
+    torch.multiprocessing.spawn(worker, (str(tmp_path), spread, format), nprocs=2)
+    alone = block(format)
     train(alone, x, masks)
     trained = torch.load(tmp_path / "trained.pt", weights_only=True)
     for name, value in alone.state_dict().items():

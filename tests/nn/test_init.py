@@ -12,12 +12,17 @@ from torch import nn  # noqa: E402
 
 from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
 
-FORMATS = list(mt.formats())
+SUMS = {
+    "padded btt": {"name": "btt", "splits": {"i": [8, 9], "o": [7, 7]}},
+    "shared kron and cp": mt.sum_of(mt.shared("kron"), "cp"),
+    "three terms": mt.sum_of("tucker", "lowrank", "monarch"),
+}
+FORMATS = {**mt.formats(), **{name: mt.get_format(format) for name, format in SUMS.items()}}
 
 
 def rank_of(format: str, levels: int, size: int) -> tuple[int, ...]:
     """A rank of this size; of formats of many bonds, which share a core, of a smaller one."""
-    bonds = len(mt.get_format(format).bonds(levels))
+    bonds = len(FORMATS[format].bonds(levels))
     return (min(size, 4) if bonds > 5 else size,) * bonds
 
 
@@ -27,13 +32,13 @@ def rank_of(format: str, levels: int, size: int) -> tuple[int, ...]:
 def test_outputs_start_with_the_variance_of_a_linear_layer(format, experts, size) -> None:
     torch.manual_seed(0)
     x = torch.randn(4096, 64)
-    layer = MuMoE(64, 48, experts, format, rank_of(format, len(experts), size))
+    layer = MuMoE(64, 48, experts, FORMATS[format], rank_of(format, len(experts), size))
     with torch.no_grad():
         ratio = layer(x).square().mean() / nn.Linear(64, 48)(x).square().mean()
     assert 0.7 < ratio < 1.4
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mt.formats())
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e-2, 1e-1])
 def test_two_hundred_steps_never_give_nan(format: str, learning_rate: float) -> None:
     torch.manual_seed(0)
@@ -67,3 +72,40 @@ def test_published_initialisation() -> None:
     assert 0.98 * 60**-0.5 < cp[3].abs().max() <= 60**-0.5
     core = MuMoE(300, 200, (40,), "tucker", (3, 20, 30), init="published").weight.arrays[0]
     assert (torch.linalg.vector_norm(core) - 1).abs() < 1e-5
+
+
+def test_factors_of_split_modes_start_by_what_they_sum_over() -> None:
+    torch.manual_seed(0)
+    spans = {
+        # btt sums over i2, then over i1 and the rank; kron over i1, then over i2 and the rank.
+        "btt": (48, 12 * 5), "kron": (12, 48 * 5), "tt-matrix": (12, 48 * 5), "monarch": (48, 12),
+    }  # fmt: skip
+    for name, of_factors in spans.items():
+        format = mt.get_format({"name": name, "splits": {"i": [12, 48], "o": [20, 24]}})
+        layer = MuMoE(576, 480, (), format, () if name == "monarch" else 5, init="published")
+        *factors, bias = layer.weight.arrays
+        for factor, span in zip(factors, of_factors, strict=True):
+            assert 0.98 * span**-0.5 < factor.abs().max() <= span**-0.5
+        assert 0.95 * 576**-0.5 < bias.abs().max() <= 576**-0.5
+
+
+@pytest.mark.parametrize("format", ["monarch", "hadamard", "btt"])
+def test_experts_start_near_one_matrix(format: str) -> None:
+    # Factors of experts scale the matrix of all: without what is drawn for the first level it is one.
+    torch.manual_seed(0)
+    layer = MuMoE(36, 24, (3, 4), format, rank_of(format, 2, 4), dtype=torch.float64)
+    (first, _), (other, _) = layer.expert((1, 0)), layer.expert((1, 3))
+    torch.testing.assert_close(first, other, rtol=0, atol=0)
+    assert (first != layer.expert((2, 0))[0]).any()
+
+
+def test_each_term_of_a_sum_starts_with_an_equal_share_of_the_variance() -> None:
+    torch.manual_seed(0)
+    layer = MuMoE(64, 48, 6, mt.sum_of(mt.shared("dense"), "cp", "kron"), (5, 5))
+    uniform = [torch.full((1, 6), 1 / 6)]
+    *terms, bias = layer.experts.terms
+    assert bias.shape == (6, 1, 48)
+    for term in terms:
+        z = torch.eye(64)
+        outputs = mt.multilinear_moe(term, z, [a.expand(64, 6) for a in uniform])
+        torch.testing.assert_close(outputs.square().mean(), torch.tensor(1 / (3 * 3 * 64)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
 FULL = {"cp": 6, "tucker": 6, "tr": 6, "tt": 6, "hadamard": None, "dense": None}
 
 
-def rank_of(format: str, levels: int, size: int | None) -> Any:
+def rank_of(format: Any, levels: int, size: int | None) -> Any:
     return () if size is None else (size,) * len(mt.get_format(format).bonds(levels))
 
 
@@ -39,6 +40,110 @@ def test_every_expert_starts_as_the_linear_layer(format, experts, bias, norm) ->
     matrix, row = layer.expert(tuple(n - 1 for n in experts))
     torch.testing.assert_close(matrix, linear.weight.T)
     assert (row is None) == (not bias)
+
+
+#: Ranks at which every matrix of 6 x 8 is exact: of the format without experts, and of each term of a sum.
+STRUCTURED: dict[str, tuple[Any, int]] = {
+    "kron": ("kron", 6),
+    "btt": ("btt", 3),
+    "tt-matrix of three parts": ({"name": "tt-matrix", "splits": {"i": [1, 2, 3], "o": [2, 2, 2]}}, 12),
+    "tucker-matrix": ("tucker-matrix", 4),
+    "lowrank": ("lowrank", 7),
+    "padded": ({"name": "btt", "splits": {"i": [2, 4], "o": [3, 3]}}, 3),
+    "dense, split": ({"name": "dense", "splits": {"o": 2}}, 1),
+    "shared-expert": ("shared-expert", 1),
+    "shared kron and cp": (mt.sum_of("cp", mt.shared("kron")), 6),
+    "terms of low rank": (mt.sum_of(mt.shared("lowrank"), "lowrank"), 4),
+    "slices": (mt.sum_of(mt.sliced("cp", 0, 2), mt.sliced("btt", 2, 3)), 7),
+}
+
+
+@pytest.mark.parametrize("case", STRUCTURED)
+@pytest.mark.parametrize("experts", [(), (3,), (3, 2)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_expert_of_a_structured_format_starts_as_the_linear_layer(case, experts, bias, dtype) -> None:
+    if case == "slices" and not experts:
+        pytest.skip("without levels there is nothing to slice")
+    format, size = STRUCTURED[case]
+    rank = rank_of(format, len(experts), size)
+    linear = nn.Linear(6, 8, bias=bias, dtype=dtype)
+    layer = MuMoE.from_linear(linear, experts, format=format, rank=rank, gate_norm="none")
+    close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+    assert layer.fit_errors[0] < close["rtol"]
+    x = torch.randn(7, 6, dtype=dtype)
+    torch.testing.assert_close(layer(x), linear(x), **close)
+    for index in itertools.product(*map(range, experts)):
+        matrix, row = layer.expert(index)
+        torch.testing.assert_close(matrix, linear.weight.T, **close)
+        assert (row is None) == (not bias)
+        if layer.spec.weight_format.has_bias_term:
+            assert torch.equal(row, linear.bias)
+    # Experts can part: every term has a gradient, also one that adds nothing yet.
+    layer(x).square().sum().backward()
+    for part in layer.experts._terms:
+        assert any(factor.grad.any() for factor in layer.experts.factors[part.factors])
+
+
+@pytest.mark.parametrize(
+    ("format", "size"),
+    [
+        ("monarch", 1), ("kron", 2), ("btt", 1), ("tt-matrix", 2), ("cp-matrix", 2), ("tucker-matrix", 2),
+        (mt.sum_of(mt.shared("kron"), "lowrank"), 2),
+        (mt.sum_of(mt.sliced("cp", 0, 2), mt.sliced("cp", 1, 3)), 7),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_error_of_the_worst_expert_of_a_structured_format_is_reported(format: Any, size: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 8, bias=False, dtype=torch.float64)
+    layer = MuMoE.from_linear(linear, 4, format=format, rank=rank_of(format, 1, size))
+    matrices = torch.stack([layer.expert(k)[0].detach() for k in range(4)])
+    weight = linear.weight.detach()
+    worst = float(((matrices - weight.T).norm(dim=(1, 2)) / weight.norm()).max())
+    assert worst > 0.01 and layer.fit_errors == pytest.approx((worst,))
+
+
+def test_a_shared_dense_expert_is_the_linear_layer_and_the_others_start_at_zero() -> None:
+    linear = nn.Linear(6, 8)
+    layer = MuMoE.from_linear(linear, 4, format=mt.sum_of("cp", mt.shared("dense")), rank=3)
+    cp, shared = layer.experts.terms
+    torch.testing.assert_close(shared.factors[0][:-1], linear.weight.T, rtol=0, atol=0)
+    torch.testing.assert_close(shared.factors[0][-1], linear.bias, rtol=0, atol=0)
+    *others, last = cp.arrays
+    assert not last.any() and all(factor.all() for factor in others)
+    assert layer.fit_errors == (0.0,)
+    assert not any(p.requires_grad for p in frozen_layer(layer).experts.parameters())
+
+
+def frozen_layer(layer: Any) -> Any:
+    linear = nn.Linear(6, 8).requires_grad_(False)
+    return MuMoE.from_linear(linear, 4, format=layer.spec.format, rank=layer.spec.rank)
+
+
+def test_blocks_of_structured_experts_start_as_their_linear_layers() -> None:
+    up, down = nn.Linear(6, 12, dtype=torch.float64), nn.Linear(12, 6, dtype=torch.float64)
+    format = {"name": "kron", "splits": {"o": [3, 5], "i": [3, 4]}}  # pads both outputs and the first input
+    block = MuMoEMLP.from_linears(up, down, 4, format=format, rank=12, activation="sigmoid")
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(block(x), down(up(x).sigmoid()))
+    assert max(block.fit_errors) < 1e-10
+
+
+def test_a_format_that_changes_with_its_experts_is_not_fitted() -> None:
+    class Bent(mt.Format):
+        name, title, splits = "bent", "Bent", {"i": 2}
+
+        def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+            *experts, i1, i2, o = modes
+            if not experts:
+                return [mt.Factor(f"{i1} {i2} {o}")]
+            return [*(mt.Factor(f"{n} r") for n in experts), mt.Factor(f"r {i1} s"), mt.Factor(f"s {i2} {o}")]
+
+    with pytest.raises(
+        ValueError, match="the factors that the format declares without experts; an expert of"
+    ):
+        MuMoE.from_linear(nn.Linear(6, 8), 3, format=Bent(), rank=(2, 2))
 
 
 @pytest.mark.parametrize("format", ["cp", "tucker", "tr", "tt"])

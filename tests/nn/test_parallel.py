@@ -27,6 +27,9 @@ RANKS: dict[str, tuple[Any, Any, str]] = {
     "tr": ((2, 3, 5), (2, 2, 3, 5), "b{}"),
     "tt": ((2, 5), (2, 5, 5), "b{}"),
     "tucker": ((2, 3, 5), (2, 2, 3, 5), "r_o"),
+    # Sums: the bias of the first and the shared expert of the second have no bond.
+    "btt": (5, 5, "t1_r"),
+    "shared-expert": (5, 5, "t2_r"),
 }
 #: Format, class, levels, norm of the gate.
 CASES = list(product(RANKS, (MuMoE, MuMoEMLP), (1, 2), ("layer", "batch")))

@@ -13,16 +13,19 @@ from written import Tempered  # noqa: E402
 
 import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.analysis import edit_bias  # noqa: E402
-from mumoe_tensor.nn import MuMoEMLP, entmax15  # noqa: E402
+from mumoe_tensor.nn import MuMoE, MuMoEMLP, entmax15  # noqa: E402
 
-FORMATS = list(mt.formats())
+FORMATS = {
+    **mt.formats(),
+    "sum": mt.sum_of(mt.shared("kron"), "cp", mt.sliced("lowrank", 1, 3)),  # slices the first level
+}
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_keep_experts_is_exact(format: str, norm: str) -> None:
-    rank = (2,) * len(mt.get_format(format).bonds(2))
-    block = MuMoEMLP(6, 9, 4, (3, 5), format, rank, gate_norm=norm, dtype=torch.float64).train()
+    rank = (2,) * len(FORMATS[format].bonds(2))
+    block = MuMoEMLP(6, 9, 4, (3, 5), FORMATS[format], rank, gate_norm=norm, dtype=torch.float64).train()
     nn.init.normal_(block.gate.weight)
     x = torch.randn(9, 6, dtype=torch.float64)
     block(x)
@@ -106,3 +109,26 @@ def test_a_gate_with_parameters_of_any_shape_keeps_them_for_fewer_experts() -> N
     layer = MuMoEMLP(5, 6, 4, (3, 2), rank=2, gate=Scaled())
     smaller = layer.keep_experts(0, [2])
     assert torch.equal(smaller.gate.gate.scales, layer.gate.gate.scales)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        mt.sum_of("cp", mt.sliced("cp", 0, 2)),
+        {"name": "cp", "splits": {"n1": 2}},
+        mt.sum_of("cp", {"name": "cp", "splits": {"n1": 2}}),
+    ],
+    ids=str,
+)
+def test_levels_that_a_term_slices_or_splits_are_refused(format: Any) -> None:
+    layer = MuMoE(6, 9, (4, 3), format, (2,) * len(mt.get_format(format).bonds(2)))
+    with pytest.raises(ValueError, match=r"only if no term slices or splits it; term .* level 0"):
+        layer.keep_experts(0, [1, 2])
+    assert layer.keep_experts(1, [1, 2]).config["experts"] == (4, 2)
+
+
+def test_frozen_terms_stay_frozen() -> None:
+    layer = MuMoE(6, 9, (4, 3), "shared-expert", 2)
+    layer.experts.freeze("shared")
+    smaller = layer.keep_experts(0, [3])
+    assert [factor.requires_grad for factor in smaller.experts.factors] == [False, True, True, True, True]

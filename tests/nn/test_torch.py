@@ -18,10 +18,11 @@ from torch import nn  # noqa: E402
 
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP  # noqa: E402
 
-FORMATS = ["cp", "tucker", "tr", "tt", "hadamard"]
+SUM = mt.sum_of(mt.shared("lowrank"), {"name": "btt", "splits": {"o": [3, 5]}})
+FORMATS = ["cp", "tucker", "tr", "tt", "hadamard", SUM]
 
 
-def block_of(format: str, experts: tuple[int, ...] = (4, 3), **options: Any) -> Any:
+def block_of(format: Any, experts: tuple[int, ...] = (4, 3), **options: Any) -> Any:
     torch.manual_seed(0)
     rank = (3,) * len(mt.get_format(format).bonds(len(experts)))
     block = MuMoEMLP(8, 12, 8, experts, format, rank, input_norm=True, **options)
@@ -31,7 +32,7 @@ def block_of(format: str, experts: tuple[int, ...] = (4, 3), **options: Any) -> 
 
 
 @pytest.mark.parametrize(("format", "norm"), [*((f, "batch") for f in FORMATS), ("cp", "layer")])
-def test_compile_in_one_graph_for_all_batch_sizes(format: str, norm: str) -> None:
+def test_compile_in_one_graph_for_all_batch_sizes(format: Any, norm: str) -> None:
     block = block_of(format, gate_norm=norm)
     eager = copy.deepcopy(block)
     torch._dynamo.reset()
@@ -58,7 +59,7 @@ def test_compile_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_export(format: str) -> None:
+def test_export(format: Any) -> None:
     block = block_of(format).eval()
     batch = torch.export.Dim("batch", min=2, max=1000)
     exported = torch.export.export(block, (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
@@ -67,7 +68,7 @@ def test_export(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_torch_func(format: str) -> None:
+def test_torch_func(format: Any) -> None:
     block = block_of(format).eval().double()
     state = dict(block.state_dict())
     x = torch.randn(5, 8, dtype=torch.float64)
@@ -88,7 +89,7 @@ def test_torch_func(format: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_keeps_the_gate_in_float32(format: str, dtype: Any) -> None:
+def test_autocast_keeps_the_gate_in_float32(format: Any, dtype: Any) -> None:
     block = block_of(format)
     seen: list[Any] = []
     block.gate.gate = lambda logits: seen.append(logits.dtype) or torch.softmax(logits, -1)
@@ -112,7 +113,7 @@ def test_autocast_leaves_float64_as_it_is() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes(format: str, dtype: Any) -> None:
+def test_other_dtypes(format: Any, dtype: Any) -> None:
     block = block_of(format).to(dtype)
     y, coefficients = block(torch.randn(16, 8, dtype=dtype), return_coefficients=True)
     assert {y.dtype, *(a.dtype for a in coefficients)} == {dtype}
@@ -120,7 +121,7 @@ def test_other_dtypes(format: str, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_meta_and_back(format: str) -> None:
+def test_meta_and_back(format: Any) -> None:
     block = MuMoEMLP(8, 12, 8, 4, format, rank_for(format), device="meta", dtype=torch.float64)
     assert {p.device.type for p in block.parameters()} == {"meta"}
     assert block(torch.empty(3, 8, device="meta", dtype=torch.float64)).device.type == "meta"
@@ -132,13 +133,13 @@ def test_meta_and_back(format: str) -> None:
     assert y.isfinite().all() and 0 < y.var() < 1
 
 
-def rank_for(format: str) -> tuple[int, ...]:
+def rank_for(format: Any) -> tuple[int, ...]:
     return (3,) * len(mt.get_format(format).bonds(1))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_nothing_is_made_on_the_wrong_device(format: str, norm: str) -> None:
+def test_nothing_is_made_on_the_wrong_device(format: Any, norm: str) -> None:
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(), torch.no_grad():

@@ -1,9 +1,10 @@
 """Record states of layers, files of models and folders of runs, with the outputs they give.
 
 `tests/test_recorded_states.py` loads them. They were written once, at commit c5540ab. Written again by a
-later version they would test nothing, so new kinds of states get files of their own.
+later version they would test nothing, so new kinds of states get files of their own: ``structured`` (formats
+with split modes, and sums).
 
-    python tests/data/states/make_states.py FOLDER
+    python tests/data/states/make_states.py FOLDER [structured]
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 import mumoe_tensor.study as study
 from mumoe_tensor.analysis import edit_bias, mean_coefficients
 from mumoe_tensor.experiments import bias
-from mumoe_tensor.formats import formats
+from mumoe_tensor.formats import formats, get_format, shared, sliced, sum_of
 from mumoe_tensor.models import GPT2, GPT2Config, Head, Mixer, MixerConfig, save_head, save_model
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.training.attributes import read_adult
@@ -40,10 +41,11 @@ INPUTS, HIDDEN, OUTPUTS = 6, 7, 5
 
 
 def layers() -> dict[str, Any]:
-    """Layers of every format, with every block, gate norm and kind of edit among them."""
+    """Layers of whole formats, with every block, gate norm and kind of edit among them."""
     made: dict[str, Any] = {}
     norms, gates = ("batch", "layer", "none"), ("entmax15", "sparsemax", "softmax")
-    for k, (name, format) in enumerate(formats().items()):
+    for k, name in enumerate(("cp", "tucker", "tr", "tt", "hadamard", "dense")):
+        format = formats()[name]
         for j, experts in enumerate(((4,), (3, 2), ())):
             options: dict[str, Any] = dict(
                 experts=experts, format=name, rank=(2,) * len(format.bonds(len(experts))) or None,
@@ -59,6 +61,29 @@ def layers() -> dict[str, Any]:
     return made
 
 
+def structured() -> dict[str, Any]:
+    """Layers of formats that split modes and of sums: registered, padded, shared, and sliced."""
+    new = ("kron", "btt", "monarch", "tt-matrix", "tucker-matrix", "cp-matrix", "lowrank", "shared-expert")
+    cases = {name: get_format(name) for name in new}
+    cases["padded"] = get_format({"name": "tt-matrix", "splits": {"i": [2, 2, 2], "o": [1, 5, 2]}})
+    cases["split experts"] = get_format({"name": "cp", "splits": {"n1": 2}})
+    cases["sum"] = sum_of(shared("lowrank"), "btt", sliced("cp", 1, 3))
+    made: dict[str, Any] = {}
+    for k, (name, format) in enumerate(cases.items()):
+        for j, experts in enumerate(((4,), (4, 2), ())):
+            if not experts and name in ("sum", "split experts"):
+                continue
+            options: dict[str, Any] = dict(
+                experts=experts, format=format, rank=(2,) * len(format.bonds(len(experts))) or None,
+                bias=j != 1,
+            )  # fmt: skip
+            title = f"{name}-{'x'.join(map(str, experts)) or 'none'}"
+            made[f"{title}-linear"] = MuMoE(INPUTS, 8, **options)
+            if j == k % 3 and name != "padded":
+                made[f"{title}-mlp"] = MuMoEMLP(INPUTS, 9, 8, **options)
+    return made
+
+
 def settle(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     """Draw all parameters and statistics, so that none has the value it starts with."""
     for parameter in model.parameters():
@@ -69,10 +94,10 @@ def settle(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-def record_layers(folder: Path) -> None:
+def record_layers(file: Path, recorded: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     about: dict[str, str] = {}
-    for name, layer in layers().items():
+    for name, layer in recorded.items():
         x = torch.randn(9, INPUTS)
         settle(layer, x)
         edits = []
@@ -89,10 +114,11 @@ def record_layers(folder: Path) -> None:
         about[name] = json.dumps({"class": type(layer).__name__, "config": layer.config})
         tensors |= {f"{name}/x": x, f"{name}/y": y}
         tensors |= {f"{name}/state/{key}": value.clone() for key, value in layer.state_dict().items()}
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, folder / "layers.safetensors", about
-    )
-    # The same once more as a pickled state, as users keep theirs.
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file, about)
+
+
+def record_pickled(folder: Path) -> None:
+    """The same once more as a pickled state, as users keep theirs."""
     layer, x = layers()["tr-3x2-mlp"], torch.randn(9, INPUTS)
     settle(layer, x)
     pickled = {"state": layer.state_dict(), "config": layer.config, "x": x, "y": layer(x).detach()}
@@ -191,11 +217,15 @@ def record_runs() -> None:
     bias.Experiment(task, bias.RECIPES["adult"].quick(), Path("bias")).validate()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, only: str | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    record_layers(folder)
+    if only == "structured":
+        record_layers(folder / "structured.safetensors", structured())
+        return
+    record_layers(folder / "layers.safetensors", layers())
+    record_pickled(folder)
     record_models(folder)
     target = folder.resolve() / "runs.tar.xz"
     with tempfile.TemporaryDirectory() as work:
@@ -207,4 +237,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

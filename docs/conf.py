@@ -79,7 +79,11 @@ def cost_table(**layer: Any) -> str:
     )
     rows: list[Iterable[str]] = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
     for name, format in mumoe_tensor.formats().items():
-        rank = mumoe_tensor.fit_rank(name, **layer) if format.bonds(num_levels=1) else None
+        rank = None
+        if bonds := format.bonds(num_levels=1):
+            smallest = mumoe_tensor.cost(name, rank=(1,) * len(bonds), **layer)
+            fits = smallest.parameters <= smallest.spec.dense_parameters
+            rank = mumoe_tensor.fit_rank(name, **layer) if fits else 1
         cost = mumoe_tensor.cost(name, rank=rank, **layer)
         figures = (cost.parameters, cost.gate_parameters, cost.flops, cost.saved, cost.max_expert_rank)
         rows.append((f"`{name}`", f"`{rank}`" if rank else "none", *(f"{figure:,}" for figure in figures)))

@@ -11,11 +11,12 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from math import prod
 from pathlib import Path
 from runpy import run_path
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,13 @@ from hypothesis import strategies as st
 
 import mumoe_tensor as mt
 from benchmarks import readme
-from mumoe_tensor.formats import registry
+from mumoe_tensor.formats import mode_names, registry
 from mumoe_tensor.testing import check_format
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
-BLOCK_TERM = ROOT / "docs" / "how-to" / "block_term.py"
+BLOCK_TERM, TWO_FACTOR = (ROOT / "docs" / "how-to" / f"{name}.py" for name in ("block_term", "two_factor"))
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(mt.__path__, "mumoe_tensor.")
@@ -54,11 +55,14 @@ def library_formats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def block_term(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def own_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The files of formats beside the pages can be imported, and register their formats anew."""
     monkeypatch.syspath_prepend(BLOCK_TERM.parent)
-    sys.modules.pop("block_term", None)
-    yield importlib.import_module("block_term")
-    sys.modules.pop("block_term", None)
+    for path in (BLOCK_TERM, TWO_FACTOR):
+        sys.modules.pop(path.stem, None)
+    yield
+    for path in (BLOCK_TERM, TWO_FACTOR):
+        sys.modules.pop(path.stem, None)
 
 
 #: Training takes another path where a processor rounds otherwise: with this flag the numbers of an output may
@@ -100,7 +104,7 @@ def run_page(path: Path) -> int:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_page_runs(page: Path, block_term: ModuleType) -> None:
+def test_page_runs(page: Path, own_files: None) -> None:
     run_page(page)
 
 
@@ -264,26 +268,33 @@ def test_links_of_the_readme() -> None:
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-# ---- the table of formats -----------------------------------------------------------------------------
+# ---- the tables of formats -----------------------------------------------------------------------------
 
 
-def readme_table() -> dict[str, dict[str, str]]:
-    """The table of formats in the README: a row a format, a cell a column."""
-    section = README.read_text(encoding="utf-8").split("<!-- formats -->")[1].split("<!-- /formats -->")[0]
+def table_of(page: Path, mark: str) -> dict[str, dict[str, str]]:
+    """The table between two marks of a page: a row a format, a cell a column."""
+    section = page.read_text(encoding="utf-8").split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
     head, _, *rows = (line for line in section.splitlines() if line.startswith("|"))
     columns = [cell.strip() for cell in head.strip("|").split("|")]
     table = [[cell.replace("`", "").strip() for cell in row.strip("|").split("|")] for row in rows]
     return {row[0]: dict(zip(columns, row, strict=True)) for row in table}
 
 
-TABLE = readme_table()
+STRUCTURED = table_of(ROOT / "docs" / "explanation" / "einsum-layers.md", "structured")
+TABLE = table_of(README, "formats") | STRUCTURED
 
 
-def evaluated(formula: str, sizes: dict[str, int]) -> int:
-    return int(eval(formula.replace("·", "*"), {"__builtins__": {}, "min": min}, sizes))
+def evaluated(formula: str, layer: mt.LayerSpec, **changed: int) -> int:
+    """A formula of the tables, whose names stand for the sizes of modes, parts and bonds."""
+    format, shape = layer.format, replace(layer, bias=False).mode_sizes
+    sizes = dict(zip(mode_names(1), shape, strict=True))
+    sizes |= zip(format.modes(1), format.part_sizes(shape), strict=True)
+    sizes |= zip(format.bonds(1), layer.full_rank, strict=True)
+    expression = formula.replace("·", "*")
+    return int(eval(expression, {"__builtins__": {}, "min": min}, sizes | changed))
 
 
-def test_table_has_every_format() -> None:
+def test_tables_have_every_format() -> None:
     assert sorted(TABLE) == sorted(mt.formats())
 
 
@@ -302,25 +313,49 @@ def test_table_formulas(name: str, data: st.DataObject) -> None:
     format = mt.get_format(name)
     size = st.integers(1, 30)
     n, i, o = (data.draw(size, label=mode) for mode in ("n1", "i", "o"))
+    if format.is_split:
+        parts = {mode: data.draw(st.tuples(size, size), label=mode) for mode in "io"}
+        format, i, o = format.with_splits(parts), prod(parts["i"]), prod(parts["o"])
     rank = tuple(data.draw(size, label=bond) for bond in format.bonds(1))
     bias = data.draw(st.booleans(), label="bias")
-    sizes = format.index_sizes((n, i, o), rank)
-    cost = mt.cost(name, experts=n, in_features=i, out_features=o, rank=rank, bias=bias, minimize="flops")
+    layer = mt.LayerSpec(format, experts=n, in_features=i, out_features=o, rank=rank, bias=bias)
+    cost = mt.cost(layer, minimize="flops")
     row = TABLE[name]
-    assert evaluated(row["parameters"], {**sizes, "i": i + bias}) == cost.parameters
-    assert evaluated(row["FLOPs of one input"], sizes) == cost.reference_flops >= cost.flops
-    assert evaluated(row["max rank of an expert"], sizes) == cost.max_expert_rank
-    weight = mt.FactorizedTensor.random(
-        name, experts=n, in_features=i, out_features=o, rank=rank, bias=bias, seed=0
-    )
+    bias_row, vector = (0, bias * o) if format.splits_input else (bias, 0)
+    assert evaluated(row["parameters"], layer, i=i + bias_row) + vector == cost.parameters
+    assert evaluated(row["max rank of an expert"], layer) == cost.max_expert_rank
+    flops = evaluated(row["FLOPs of one input"], layer)
+    # A bias that is a term is a product more, and so are the bias rows of several terms.
+    planned = replace(layer, bias=False) if name in STRUCTURED else layer
+    assert flops >= mt.cost(planned, minimize="flops").flops
+    assert name in STRUCTURED or flops == cost.reference_flops
+    weight = mt.FactorizedTensor.random(layer, seed=0)
     assert sum(prod(factor.shape) for factor in weight.arrays) == cost.parameters
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structured_formats_at_the_sizes_of_the_page(name: str) -> None:
+    rank = (8,) * len(mt.get_format(name).bonds(1))
+    layer = mt.LayerSpec(name, experts=16, in_features=768, out_features=3072, rank=rank)
+    row = STRUCTURED[name]
+    assert evaluated(row["FLOPs of one input"], layer) == mt.cost(layer, minimize="flops").flops
+    terms = mt.plan(layer, batch=1024).terms
+    copies = any(plan.program.output_is_copied or any(step.copied for step in plan.steps) for plan in terms)
+    assert row["reads without copies"] == ("no" if copies else "yes")
 
 
 # ---- a format declared outside the package -------------------------------------------------------------
 
 
-def test_block_term_is_short() -> None:
-    assert len(BLOCK_TERM.read_text(encoding="utf-8").splitlines()) < 30
+@pytest.mark.parametrize("path", [BLOCK_TERM, TWO_FACTOR], ids=lambda path: path.stem)
+def test_a_declaration_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 30
+
+
+@pytest.mark.parametrize("path", [BLOCK_TERM, TWO_FACTOR], ids=lambda path: path.stem)
+def test_a_declared_format_has_every_property(path: Path, own_files: None) -> None:
+    importlib.import_module(path.stem)
+    check_format(path.stem.replace("_", "-"))
 
 
 @settings(max_examples=max(10, settings().max_examples // 2), deadline=None)
@@ -343,5 +378,18 @@ def test_block_term_is_the_block_term_decomposition(data: st.DataObject) -> None
     np.testing.assert_allclose(mt.to_dense(weight), expected, atol=1e-12)
 
 
-def test_block_term_has_every_property(block_term: ModuleType) -> None:
-    check_format("block-term")
+@settings(max_examples=max(10, settings().max_examples // 2), deadline=None)
+@given(data=st.data())
+def test_two_factor_is_the_layer_of_two_factors(data: st.DataObject) -> None:
+    """Against the definition written out: parts γ β α of the input and φ ε δ of the output."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TWO_FACTOR.parent)
+        format = importlib.import_module("two_factor").TwoFactor()
+    size = st.integers(1, 3)
+    g, b, a, f, e, d, r, n = (data.draw(size) for _ in range(8))
+    format = format.with_splits({"i": (g, b, a), "o": (f, e, d)})
+    weight = mt.FactorizedTensor.random(
+        format, experts=n, in_features=a * b * g, out_features=d * e * f, rank=r, seed=data.draw(size)
+    )
+    expected = np.einsum("nr,garfd,fgrbe->ngbafed", *weight.arrays).reshape(weight.shape)
+    np.testing.assert_allclose(mt.to_dense(weight), expected, atol=1e-12)

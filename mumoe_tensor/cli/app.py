@@ -11,8 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import mumoe_tensor as mt
-from mumoe_tensor.cli.console import fail, failures, take_any_encoding, warn
-from mumoe_tensor.formats.elsewhere import load_entry_points
+from mumoe_tensor.cli.console import fail, failures, take_any_encoding
 
 #: What typer raises for a line it cannot parse. It exports only this subclass of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -60,11 +59,8 @@ def main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Print the version, or help where no command is named; else register the formats of other packages."""
+    """Print the version, or help where no command is named."""
     if version:
         print(mt.__version__)
     elif context.invoked_subcommand is None:
         print(context.get_help())
-    else:
-        for problem in load_entry_points():
-            warn(problem)

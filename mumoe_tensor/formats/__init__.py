@@ -1,6 +1,6 @@
 """What a format is (`base`), formats by name (`registry`), and one short file for each format."""
 
-from mumoe_tensor.formats.base import Factor, Format, mode_names
+from mumoe_tensor.formats.base import Factor, Format, by_kind, mode_names
 from mumoe_tensor.formats.btt import BTT
 from mumoe_tensor.formats.cp import CP
 from mumoe_tensor.formats.cp_matrix import CPMatrix
@@ -39,6 +39,7 @@ __all__ = [
     "TensorTrain",
     "Tucker",
     "TuckerMatrix",
+    "by_kind",
     "formats",
     "get_format",
     "mode_names",

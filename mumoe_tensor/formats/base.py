@@ -71,7 +71,7 @@ class Term(NamedTuple):
     format : Format
     mode_sizes : tuple of int
         Shape of the term: that of the weight, but with the bias row alone or without it where one term is the
-        bias; see `.formats.sums`.
+        bias; see `.Bias`.
     rank : tuple of int
     factors : slice
         Its factors among those of the weight.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mumoe_tensor.formats.base import Factor, Format
+from mumoe_tensor.formats.base import Factor, Format, by_kind
 from mumoe_tensor.formats.registry import register
 
 
@@ -18,6 +18,6 @@ class Monarch(Format):
     splits = {"i": 2, "o": 2}
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
-        *experts, i1, i2, o1, o2 = modes
+        experts, (i1, i2), (o1, o2) = by_kind(modes)
         first, second = Factor(f"{i1} {i2} {o1}"), Factor(f"{o1} {i1} {o2}")
         return [*(Factor(f"{n} {i1} {o1}") for n in experts), first, second]

@@ -137,6 +137,7 @@ class Sum(Format):
 
     @property
     def title(self) -> str:  # type: ignore[override]
+        """The titles of the terms."""
         return " + ".join(format.title for format in self.formats)
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:

@@ -202,8 +202,8 @@ class MuMoE(Layer):
     experts : int or sequence of int
         Number of experts of each level; there is an expert for every combination of one a level.
     format : str or Format, default "cp"
-        A name in `.formats`, as ``"cp"``, ``"btt"`` or ``"shared-expert"``, a sum (`.sum_of`), or one of your
-        own.
+        A name in `mumoe_tensor.formats`, as ``"cp"``, ``"btt"`` or ``"shared-expert"``, a sum (`.sum_of`), or
+        one of your own.
     rank : int or sequence of int, optional
         One entry a bond of the format. One entry may be None, or the rank left out: then `parameters` solves
         for it.
@@ -211,7 +211,7 @@ class MuMoE(Layer):
         The least number of parameters, gate and biases counted; ``"match"`` (the default without a rank) for
         those of ``torch.nn.Linear(in_features, out_features, bias)``.
     bias : bool, default True
-        Every expert has a bias.
+        Every expert has a bias. If the format splits the input, one bias serves all experts.
     gate, gate_norm : optional
         See `ExpertGate`.
     input_norm : bool, default False

@@ -237,7 +237,7 @@ class LayerSpec:
 
         With less an expert is a bottleneck, and may not learn what the linear layer in its place learns. The
         bonds of expert modes do not raise the rank of an expert: in Tucker they are at most 4, as the other
-        bonds of Tensor Ring and Train.
+        bonds of Tensor Ring and Train. A split mode has its size, whose parts the convention may look at.
 
         Examples
         --------
@@ -247,6 +247,10 @@ class LayerSpec:
         """
         full = [min(layer.in_features, layer.out_features) for layer in self.layers]
         sizes = (*(min(n, 4) for n in self.experts), max(full), max(full))
+        if self.format.is_split:
+            largest_in = max(layer.in_features for layer in self.layers)
+            largest_out = max(layer.out_features for layer in self.layers)
+            sizes = (*sizes[:-2], largest_in, largest_out)
 
         def at(t: int) -> LayerSpec:
             return replace(self, rank=self.format.rank_family(sizes, t))

@@ -57,14 +57,17 @@ def test_formats_are_the_registered_ones() -> None:
         assert len(entry["factors"]) == len(format.declaration(1))
         # The closed form, evaluated, is the number of parameters.
         rank = tuple(range(2, 2 + len(format.bonds(1))))
-        values = {"N": 7, "I": 11, "O": 13, **dict(zip(format.bonds(1), rank, strict=True))}
+        values = {"N": 7, "I": 12, "O": 35, **dict(zip(format.bonds(1), rank, strict=True))}
+        values |= {"I1": 3, "I2": 4, "O1": 5, "O2": 7}
         counted = eval(entry["parameters"].replace("·", "*"), {}, values)
-        cost = mt.cost(format, experts=7, in_features=11, out_features=13, rank=rank)
+        cost = mt.cost(format, experts=7, in_features=12, out_features=35, rank=rank)
         assert counted == cost.parameters
+        assert entry["splits"] == {mode.upper(): parts for mode, parts in format.splits.items()}
+        assert len(entry["terms"]) == len(format.summands(1))
     table = run("formats")
     for format in mt.formats().values():
         assert format.name in table and format.title in table
-    assert "b1 N b2" in table and "+ b2·I·b3" in table
+    assert "b1 N b2" in table and "+ b2·I·b3" in table and "I in 2" in table and "O1 I1 r O2" in table
 
 
 def test_plan() -> None:
@@ -309,7 +312,7 @@ BAD = [
     ("plan", "Missing argument"),
     ("plan cp", "--experts"),
     ("plan --no-such-option", "--no-such-option"),
-    (f"plan nope {SMALL} --rank 2", "'cp', 'dense', 'hadamard', 'tr', 'tt', 'tucker'"),
+    (f"plan nope {SMALL} --rank 2", "the formats are 'btt', 'cp', 'cp-matrix', 'dense',"),
     (f"plan cp {SMALL}", "has 1 entries, (r,), got None"),
     (f"plan cp {SMALL} --rank 2,3", "got (2, 3)"),
     (f"plan cp {SMALL} --rank two", "--rank must be numbers"),

@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import mumoe_tensor as mt
-from mumoe_tensor.cli.console import fail, failures, take_any_encoding
+from mumoe_tensor.cli.console import fail, failures, take_any_encoding, warn
+from mumoe_tensor.formats.elsewhere import load_entry_points
 
 #: What typer raises for a line it cannot parse. It exports only this subclass of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -59,8 +60,11 @@ def main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Print the version, or help where no command is named."""
+    """Print the version, or help where no command is named; else register the formats of other packages."""
     if version:
         print(mt.__version__)
     elif context.invoked_subcommand is None:
         print(context.get_help())
+    else:
+        for problem in load_entry_points():
+            warn(problem)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mumoe_tensor.cli.console import bad_input, print_json, progress_bar
-from mumoe_tensor.cli.options import Json
+from mumoe_tensor.cli.options import Imports, Json
 from mumoe_tensor.cli.values import read_names
 from mumoe_tensor.extras import require
 
@@ -43,6 +43,7 @@ def inspect(
         ),
     ] = 16,
     out: Annotated[Path | None, typer.Option(help="The page.", show_default="experts.html in RUN")] = None,
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Write a page to browse the experts of a trained head, Mixer or GPT-2 in.

@@ -21,8 +21,13 @@ from mumoe_tensor.extras import missing
 
 def fail(message: str, code: int) -> int:
     """Print a failure as one line on stderr and return its exit code."""
-    print("mumoe-tensor: " + " ".join(message.split()), file=sys.stderr)
+    warn(message)
     return code
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr."""
+    print("mumoe-tensor: " + " ".join(message.split()), file=sys.stderr)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mumoe_tensor.cli.options import (
     Gate,
     Hidden,
     Implementation,
+    Imports,
     InFeatures,
     Json,
     MemoryLimit,
@@ -45,8 +46,8 @@ _COST = {
 }
 
 
-def formats(as_json: Json = False) -> None:
-    """List the formats: their factors, the entries of a rank, and their parameters.
+def formats(imports: Imports = None, as_json: Json = False) -> None:
+    """List the formats: their factors, split modes, the entries of a rank, and their parameters.
 
     Shown for one level of experts, of sizes N experts, I inputs (with the bias row), O outputs.
 
@@ -56,15 +57,15 @@ def formats(as_json: Json = False) -> None:
     if as_json:
         print_json(entries)
         return
-    table = new_table("format", "title", "factors", "rank", "parameters")
+    table = new_table("format", "title", "factors", "splits", "rank", "parameters")
     for entry in entries:
         # A line for each factor, with its parameters.
         terms = entry["parameters"].replace(" + ", "\n+ ")
         units = "\n" * (len(entry["factors"]) - len(terms.splitlines()))
         rank = ", ".join(entry["rank"]) or "none"
-        table.add_row(
-            entry["name"], entry["title"], "\n".join(entry["factors"]), rank, units + terms, end_section=True
-        )
+        factors = "\n".join(entry["factors"])
+        splits = "\n".join(f"{mode} in {parts}" for mode, parts in entry["splits"].items())
+        table.add_row(entry["name"], entry["title"], factors, splits, rank, units + terms, end_section=True)
     show(table)
 
 
@@ -81,6 +82,7 @@ def plan(
     memory_limit: MemoryLimit = None,
     constants: Constants = None,
     dtype: Dtype = None,
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Show the pairwise products of a forward pass, with their FLOPs and memory.
@@ -119,6 +121,7 @@ def cost(
     memory_limit: MemoryLimit = None,
     constants: Constants = None,
     dtype: Dtype = None,
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Say what a layer, or a block of two, costs: parameters, FLOPs, memory, expert rank.
@@ -172,6 +175,7 @@ def fit(
     bias: Bias = False,
     gate: Gate = False,
     rounding: Annotated[str, typer.Option(help="up, down or nearest.")] = "up",
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Find the rank at which a layer has a given number of parameters.
@@ -195,13 +199,18 @@ def fit(
 
 
 def _declared(format: Format) -> dict[str, Any]:
-    """A format in words, for one level of experts."""
-    names = dict(zip(mode_names(1), "NIO", strict=True))
+    """A format in words, for one level of experts; of a sum the factors of all terms."""
+    letters = dict(zip(mode_names(1), "NIO", strict=True))
+    names = {
+        part: part.replace(mode, letter, 1) for mode, letter in letters.items() for part in format.parts(mode)
+    }
     factors = format.declaration(1)
     held = [f for f in factors if not f.optional]
     return {
         "name": format.name,
         "title": format.title,
+        "splits": {letters.get(mode, mode): parts for mode, parts in format.splits.items()},
+        "terms": [term.title for term, _ in format.summands(1)],
         "factors": [" ".join(names.get(x, x) for x in f.indices) + " (ones)" * f.optional for f in factors],
         "rank": list(format.bonds(1)),
         "parameters": " + ".join("·".join(names.get(x, x) for x in f.indices) for f in held),
@@ -227,4 +236,5 @@ def _plan_figures(plan: mt.ContractionPlan | mt.SumPlan) -> dict[str, Any]:
         "unit": "bytes" if plan.dtype else "elements",
         "steps": steps,
         "constant_steps": constant_steps,
+        "terms": [_plan_figures(term) for term in plan.terms] if len(plan.terms) > 1 else [],
     }

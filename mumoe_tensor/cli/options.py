@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mumoe_tensor.cli.console import bad_input
+from mumoe_tensor.formats.elsewhere import import_file
+
+
+def _import_files(paths: list[Path]) -> list[Path]:
+    with bad_input():
+        for path in paths:
+            import_file(path)
+    return paths
+
+
 FormatName = Annotated[
-    str, typer.Argument(help="Name of the format; `mumoe-tensor formats` lists them.", show_default=False)
+    str,
+    typer.Argument(
+        help="Name of the format; `mumoe-tensor formats` lists them. With settings its config entry as JSON: "
+        """'{"name": "btt", "splits": {"i": [16, 48]}}'.""",
+        show_default=False,
+    ),
 ]
 Experts = Annotated[
     str,
@@ -55,5 +72,15 @@ Dtype = Annotated[
 ]
 Parameters = Annotated[
     str, typer.Option(help="The budget: a number, match for that of the dense layer, or a multiple as 2x.")
+]
+Imports = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--import",
+        help="A Python file to run first, that registers formats; may be repeated.",
+        callback=lambda paths: _import_files(paths or []),
+        is_eager=True,
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

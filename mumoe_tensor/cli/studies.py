@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
-from mumoe_tensor.cli.options import Hidden, Json
-from mumoe_tensor.cli.values import read_names, read_several
+from mumoe_tensor.cli.options import Hidden, Imports, Json
+from mumoe_tensor.cli.values import read_formats, read_names, read_several
 from mumoe_tensor.extras import require
 from mumoe_tensor.files import alone_in
 
@@ -39,7 +39,10 @@ def study(
         ),
     ] = None,
     formats: Annotated[
-        str | None, typer.Option(help="Names with commas between, e.g. cp,tr.", show_default="all")
+        str | None,
+        typer.Option(
+            help="Names with commas between, e.g. cp,tr, or a list of formats as JSON.", show_default="all"
+        ),
     ] = None,
     parameters: Annotated[
         str | None,
@@ -55,7 +58,7 @@ def study(
         str | None, typer.Option(help="cpu, cuda or cpu,cuda.", show_default="all there are")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Time of a timing.", show_default="0.6; quick 0.05")
+        float | None, typer.Option(help="Time of a timing.", show_default="0.4; quick 0.05")
     ] = None,
     memory: Annotated[
         float | None,
@@ -71,6 +74,12 @@ def study(
         int | None,
         typer.Option(
             help="Heads are an MLP with this size between; 0 for a linear layer.", show_default="128"
+        ),
+    ] = None,
+    head_formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats of heads.", show_default="those of --formats; of all that no size must be split for"
         ),
     ] = None,
     head_experts: Annotated[
@@ -100,6 +109,7 @@ def study(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/study"),
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Set mixtures of every format beside the dense layer they may take the place of.
@@ -117,7 +127,7 @@ def study(
     with bad_input():
         options: dict[str, Any] = {
             "experts": read_several(experts),
-            "formats": read_names(formats),
+            "formats": read_formats(formats),
             "parameters": parameters,
             "batch": batch,
             "devices": read_names(device),
@@ -125,6 +135,7 @@ def study(
             "memory": memory,
             "data": data,
             "head_hidden": head_hidden,
+            "head_formats": read_formats(head_formats),
             "head_experts": read_several(head_experts),
             "head_parameters": read_names(head_parameters),
             "seeds": seeds,

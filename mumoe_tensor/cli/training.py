@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from mumoe_tensor.cli.console import bad_input, can_go_on, fail, new_table, print_json, show
-from mumoe_tensor.cli.options import Json
+from mumoe_tensor.cli.options import Imports, Json
 from mumoe_tensor.cli.values import read_budget, read_experts, read_rank
 from mumoe_tensor.extras import require
+from mumoe_tensor.formats.registry import config_entry
+from mumoe_tensor.formats.text import read_format
 
 ConfigName = Annotated[
     str | None,
@@ -99,6 +101,7 @@ def train_head(
     seed: Annotated[int, typer.Option(help="Of the first weights and of the order of rows.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again what the folder has.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the head.")] = Path("results/head"),
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Train a head of experts, or a dense one, on features or on images.
@@ -119,7 +122,12 @@ def train_head(
             raise ValueError("give either --features or --images.")
         options: dict[str, Any] = {"format": format, "hidden": hidden}
         if format != "linear":
-            options |= {"experts": read_experts(experts), "gate": gate, "gate_norm": gate_norm}
+            options |= {
+                "format": config_entry(read_format(format)),
+                "experts": read_experts(experts),
+                "gate": gate,
+                "gate_norm": gate_norm,
+            }
         if rank is not None or parameters is not None:
             options |= {
                 "rank": read_rank(rank),
@@ -161,6 +169,7 @@ def train_mixer(
     from_step: FromStep = None,
     fresh: FreshRun = False,
     out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/mixer"),
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Train an MLP-Mixer on images, with dense blocks or with experts in every block.
@@ -180,6 +189,7 @@ def train_gpt2(
     from_step: FromStep = None,
     fresh: FreshRun = False,
     out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/gpt2"),
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Train a GPT-2 on files of tokens, with dense blocks or with experts in every block.

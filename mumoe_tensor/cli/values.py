@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from mumoe_tensor.formats.text import read_format
 from mumoe_tensor.spec import LayerSpec
 
 
@@ -28,6 +30,19 @@ def read_names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
+def read_formats(text: str | None) -> list[Any] | None:
+    """Names of formats with commas between, one format as JSON, or a JSON list of formats."""
+    if text is None or not text.lstrip().startswith(("[", "{")):
+        return read_names(text)
+    try:
+        listed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"formats must be names with commas between, or JSON, got {text!r}: {error}."
+        ) from None
+    return listed if isinstance(listed, list) else [listed]
+
+
 def read_rank(text: str | None) -> tuple[int | None, ...] | None:
     """Entries of a rank, None for one to be solved for."""
     if text is None:
@@ -50,9 +65,14 @@ def read_spec(
 ) -> LayerSpec:
     """The spec of a layer from the options for its format and sizes."""
     return LayerSpec(
-        format, experts=read_experts(experts), in_features=in_features, out_features=out_features,
-        hidden=hidden, rank=read_rank(rank), bias=bias,
-    )  # fmt: skip
+        read_format(format),
+        experts=read_experts(experts),
+        in_features=in_features,
+        out_features=out_features,
+        hidden=hidden,
+        rank=read_rank(rank),
+        bias=bias,
+    )
 
 
 def read_budget(text: str) -> Any:

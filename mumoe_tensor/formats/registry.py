@@ -68,7 +68,8 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
     Raises
     ------
     ValueError, TypeError
-        If no format has that name or its class no such arguments, or if a setting cannot be hashed.
+        If no format has that name, here or in the group ``mumoe_tensor.formats`` of the entry points of
+        installed packages, or its class no such arguments, or if a setting cannot be hashed.
     """
     if isinstance(format, Format):
         try:
@@ -83,7 +84,7 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
         raise TypeError(f"a format is a name or a Format instance, got {format!r}.")
     settings: dict[str, Any] = {"name": format} if isinstance(format, str) else dict(format)
     name = settings.pop("name", None)
-    if not isinstance(name, str) or name not in {**_registry, **_composed}:
+    if not isinstance(name, str) or (name not in {**_registry, **_composed} and not _is_installed(name)):
         raise ValueError(f"unknown format {name!r}; the formats are {', '.join(map(repr, _registry))}.")
     if not settings and name in _registry:
         return _registry[name]
@@ -95,6 +96,15 @@ def get_format(format: str | Mapping[str, Any] | Format) -> Format:
     except TypeError as error:
         raise ValueError(f"format {name!r} cannot be made with {settings}: {error}.") from None
     return get_format(made)
+
+
+def _is_installed(name: str) -> bool:
+    """Register the format of that name of an installed package, if there is one."""
+    from mumoe_tensor.formats.elsewhere import load_entry_points  # reads what is installed: rarely needed
+
+    for problem in load_entry_points(name):
+        raise ValueError(problem)
+    return name in _registry
 
 
 def config_entry(format: Format) -> str | dict[str, Any]:

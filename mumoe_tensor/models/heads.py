@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_positive
+from mumoe_tensor.formats import Format
 from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.readers import parse_json, reading
@@ -27,7 +29,7 @@ class Head(nn.Module):
     ----------
     hidden : int, optional
         The head is a block of two layers with this size and GELU between them; else it is one layer.
-    format : str, default "cp"
+    format : str, dict or Format, default "cp"
         Format of the experts, or ``"linear"`` for a head without.
     experts : int or sequence of int, default 64
         Number of experts of each level.
@@ -65,7 +67,7 @@ class Head(nn.Module):
         classes: int,
         hidden: int | None = None,
         *,
-        format: str = "cp",
+        format: str | Mapping[str, Any] | Format = "cp",
         experts: Any = 64,
         rank: Any = None,
         parameters: int | str | None = None,
@@ -193,6 +195,11 @@ def _nearest(spec: LayerSpec, parameters: int | str) -> LayerSpec:
         return spec.fitted(parameters, rounding="nearest")
     if spec.hidden is None:
         return spec
+    if spec.format.is_split:
+        raise ValueError(
+            f"a format must have a rank to be solved for, or modes that are not split, since not every size "
+            f"has parts; format {spec.format.name!r} has neither. The rank () leaves the sizes as they are."
+        )
     budget = as_budget(parameters, spec.dense_parameters)
     # Both layers are linear in the hidden size.
     smallest, next_size = (replace(spec, hidden=size).parameters for size in (1, 2))

@@ -8,6 +8,7 @@ from math import isfinite
 from statistics import mean
 from typing import Any
 
+from mumoe_tensor.formats.text import read_format
 from mumoe_tensor.interval import interval
 from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front
 from mumoe_tensor.study.layers import dense
@@ -117,7 +118,8 @@ def best_formats(planned: Plan, results: Results) -> Chart:
                 best = best_of(means.values())
                 names = [name for name, value in means.items() if abs(value - best) <= TIE * abs(best)]
                 titles |= {row.subject: row.title for row in fitted}
-                text = ", ".join(names) if len(names) < 3 else f"{len(names)} alike"
+                short = [read_format(name).name for name in names]
+                text = ", ".join(short) if len(names) < 3 else f"{len(names)} alike"
                 name = names[0] if len(names) < 3 else ALIKE
                 points.setdefault(name, []).append(Point(experts, title, text=text))
     columns = {str(point.x) for cells in points.values() for point in cells}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from mumoe_tensor.formats.registry import config_entry
+from mumoe_tensor.formats.registry import config_entry, formats
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.subjects import Subject
 
@@ -33,8 +35,11 @@ def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     """
     spec = {f.name: getattr(subject.spec, f.name) for f in fields(subject.spec)}
     order = json.dumps([{**vars(subject), "spec": spec}, batch, device], default=config_entry)
-    command = [sys.executable, "-m", "mumoe_tensor.study.memory", order]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Formats are registered by their modules; the main module would be another one there.
+    modules = {type(format).__module__ for format in formats().values()} - {"__main__"}
+    command = [sys.executable, "-m", "mumoe_tensor.study.memory", order, *modules]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise OSError(f"the process that measures memory failed: {last}")
@@ -109,5 +114,8 @@ METERS = {
 
 
 if __name__ == "__main__":
-    values, *options = json.loads(sys.argv[1])
+    order, *modules = sys.argv[1:]
+    for module in modules:
+        import_module(module)
+    values, *options = json.loads(order)
     print(json.dumps(measure(Subject(LayerSpec(**values.pop("spec")), **values), *options)))

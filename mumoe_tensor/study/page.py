@@ -15,7 +15,7 @@ from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.table import cells
 
 #: Plotly's names of matplotlib's markers.
-SYMBOLS = {
+SYMBOLS: dict[Any, str] = {
     "o": "circle",
     "s": "square",
     "D": "diamond",
@@ -24,7 +24,16 @@ SYMBOLS = {
     "P": "cross",
     "X": "x",
     "*": "star",
+    "<": "triangle-left",
+    ">": "triangle-right",
+    "8": "octagon",
     "p": "pentagon",
+    "h": "hexagon",
+    "H": "hexagon2",
+    "d": "diamond-tall",
+    (4, 1, 0): "star-diamond",
+    (3, 1, 0): "star-triangle-up",
+    (6, 1, 0): "hexagram",
     ".": "circle",
 }
 FONT = "system-ui, 'Helvetica Neue', Arial, sans-serif"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import inf
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +15,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mumoe_tensor.files import whole_file
-from mumoe_tensor.formats import formats
 from mumoe_tensor.study.chart import Chart, Panel, Series, limits
 from mumoe_tensor.study.charts import ALIKE
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
@@ -30,9 +30,18 @@ COLOURS = {
     "tucker": "#009E73",
     "hadamard": "#CC79A7",
     "dense": "#56B4E9",
+    # Tol's muted colours, of formats with split modes near those of their cousins.
+    "btt": "#332288",
+    "cp-matrix": "#88CCEE",
+    "kron": "#882255",
+    "lowrank": "#CC6677",
+    "monarch": "#117733",
+    "shared-expert": "#AA4499",
+    "tt-matrix": "#DDCC77",
+    "tucker-matrix": "#44AA99",
 }
-#: For formats that are not in the library, in the order of their registration.
-FURTHER_COLOURS = ("#7F7F7F", "#8C564B", "#BCBD22", "#4B0082")
+#: For formats that are not in the library, and those with settings.
+FURTHER_COLOURS = ("#7F7F7F", "#8C564B", "#BCBD22", "#4B0082", "#FF7F0E")
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -50,23 +59,22 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "mumoe_tensor",
 }
 #: Markers tell subjects apart where colours cannot.
-MARKERS = dict(zip(COLOURS, "o*.svDPX^", strict=False))
-FURTHER_MARKER = "p"
+MARKERS: dict[str, Any] = dict(zip(COLOURS, [*"o*.svDPX^<8>phdH", (4, 1, 0)], strict=True))
+#: Stars of three and of six points.
+FURTHER_MARKERS = ((3, 1, 0), (6, 1, 0))
 #: Width of a page in inches, and panels in a row of it.
 WIDTH, MOST_COLUMNS = 7.2, 4
+LEGEND_COLUMNS = 4
 
 
 def colour(name: str) -> str:
-    """Colour of a format, or of another subject."""
-    if name in COLOURS:
-        return COLOURS[name]
-    others = [other for other in formats() if other not in COLOURS]
-    return FURTHER_COLOURS[others.index(name) % len(FURTHER_COLOURS)]
+    """Colour of a format, or of another subject; the same in every chart and every study."""
+    return COLOURS.get(name) or FURTHER_COLOURS[crc32(name.encode()) % len(FURTHER_COLOURS)]
 
 
-def marker(name: str) -> str:
-    """Marker of a format, or of another subject."""
-    return MARKERS.get(name, FURTHER_MARKER)
+def marker(name: str) -> Any:
+    """Marker of a format, or of another subject, as matplotlib takes it."""
+    return MARKERS.get(name) or FURTHER_MARKERS[crc32(name.encode()) % len(FURTHER_MARKERS)]
 
 
 def draw(chart: Chart) -> Figure:
@@ -83,7 +91,7 @@ def draw(chart: Chart) -> Figure:
     height = 0.7 + 0.24 * len(first.ys) if first.ys else 2.1
     height += 0.2 * len(first.ys) * first.is_map
     with matplotlib.rc_context(STYLE):
-        margins = 0.3 if first.ys else 0.8
+        margins = 0.3 if first.ys else 0.4 + 0.2 * -(-len(chart.titles) // LEGEND_COLUMNS)
         figure = Figure(figsize=(WIDTH, margins + lines * height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(lines, columns, squeeze=False, sharey="row" if first.ys else False)
@@ -100,7 +108,11 @@ def draw(chart: Chart) -> Figure:
                 for name in chart.titles
             ]
             figure.legend(
-                handles, list(chart.titles.values()), loc="outside lower center", ncols=4, frameon=False
+                handles,
+                list(chart.titles.values()),
+                loc="outside lower center",
+                ncols=LEGEND_COLUMNS,
+                frameon=False,
             )
     return figure
 

@@ -74,7 +74,7 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
     unfitted: dict[str, str] = {}
     for experts in setting.head_experts:
         for parameters in setting.head_parameters:
-            mixtures, missing = fitted(head, experts, setting.formats, parameters)
+            mixtures, missing = fitted(head, experts, setting.head_formats, parameters)
             subjects += [subject for subject in mixtures if subject not in subjects]
             budget, counts = as_budget(parameters, head.dense_parameters), "x".join(map(str, experts))
             unfitted |= {f"{name} head, {counts} experts, {budget:,}": why for name, why in missing.items()}

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from mumoe_tensor.checks import as_positive, as_python
-from mumoe_tensor.formats.registry import config_entry, get_format
+from mumoe_tensor.formats import Format
 from mumoe_tensor.formats.registry import formats as registered
+from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.formats.text import format_text, read_format
 from mumoe_tensor.readers import checked, read_json, reading
 from mumoe_tensor.spec import as_budget, expert_counts
 from mumoe_tensor.study.layers import Layer, get_layer
@@ -35,6 +37,7 @@ class Setting:
         Experts to study it with, one number a level. Batches are varied and peak memory is measured with the
         first.
     formats : tuple of str
+        Names, and JSON of those with settings; see `.formats.text`.
     parameters : str
         The budget; see `.LayerSpec.fitted`.
     batch : int
@@ -71,6 +74,8 @@ class Setting:
         The largest one of a training.
     batch_size : int
         Rows of a step of a training; all, where these are fewer than the default.
+    head_formats : tuple of str
+        Formats of the heads that are trained.
     """
 
     layer: Layer
@@ -96,6 +101,7 @@ class Setting:
     epochs: int
     learning_rate: float
     batch_size: int = 128
+    head_formats: tuple[str, ...] = ()
 
     @property
     def data_name(self) -> str:
@@ -129,7 +135,8 @@ class Setting:
 
 
 #: Defaults. None: `experts` follow from the layer, `devices` from the machine, `formats` are all registered
-#: ones.
+#: ones, and `head_formats` those of them that neither split modes, into parts that numbers of classes seldom
+#: have, nor are sums.
 DEFAULTS: dict[str, Any] = {
     "experts": None,
     "formats": None,
@@ -139,7 +146,7 @@ DEFAULTS: dict[str, Any] = {
     "squares": (256, 512, 1024, 2048),
     "square_batches": (1, 32, 1024),
     "square_experts": 64,
-    "seconds": 0.6,
+    "seconds": 0.4,
     "rounds": 15,
     "memory": 2.0,
     "top_k": 2,
@@ -153,6 +160,7 @@ DEFAULTS: dict[str, Any] = {
     "epochs": 15,
     "learning_rate": 3e-3,
     "batch_size": Setting.batch_size,
+    "head_formats": None,
 }
 #: Small batches, few repetitions, short trainings, to see that all works.
 QUICK: dict[str, Any] = {
@@ -182,8 +190,9 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     **options
         The attributes of `Setting`; what is left out or None has its default. `experts` and `head_experts`
         may be a number or a sequence, in which a sequence in the place of a number has one number a level.
-        By default `experts` are those of the layer, a quarter and four times as many. `head_hidden` may be 0,
-        for heads of one layer.
+        By default `experts` are those of the layer, a quarter and four times as many. `formats` may be any
+        formats; `head_formats` are the same where `formats` are set. `head_hidden` may be 0, for heads of one
+        layer.
 
     Returns
     -------
@@ -199,7 +208,11 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
     values = DEFAULTS | (QUICK if quick else {}) | _as_python(options)
     values["experts"] = _counts(_or(values["experts"], _around(layer, quick)))
-    values["formats"] = tuple(dict.fromkeys(map(_name, _or(values["formats"], registered()))))
+    heads = values["head_formats"] or values["formats"]
+    if heads is None:
+        heads = [name for name, format in registered().items() if _is_whole(format)]
+    for name, listed in (("formats", _or(values["formats"], registered())), ("head_formats", heads)):
+        values[name] = tuple(dict.fromkeys(format_text(_format(format)) for format in listed))
     if not values["formats"]:
         raise ValueError("a study needs at least one format, got none.")
     values["data"] = data = str(values["data"])
@@ -235,12 +248,13 @@ def _as_python(options: dict[str, Any]) -> dict[str, Any]:
     return {name: as_python(value) for name, value in options.items() if value is not None}
 
 
-def _name(format: Any) -> str:
-    """The name of a format, which must stand for it: results and charts have names only."""
-    entry = config_entry(get_format(format))
-    if not isinstance(entry, str):
-        raise ValueError(f"a study takes formats by name, so one with settings needs a class; got {entry!r}.")
-    return entry
+def _format(format: Any) -> Format:
+    return read_format(format) if isinstance(format, str) else get_format(format)
+
+
+def _is_whole(format: Format) -> bool:
+    """Whether a format has one term, whose modes are not split."""
+    return not format.is_split and len(format.summands(1)) == 1
 
 
 def _or(value: Any, default: Any) -> Any:

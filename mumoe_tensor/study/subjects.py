@@ -12,7 +12,8 @@ from torch import nn
 
 from mumoe_tensor.contraction.plan import ITEMSIZE
 from mumoe_tensor.cost import cost
-from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.formats.registry import label
+from mumoe_tensor.formats.text import format_text, read_format
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.spec import LayerSpec, as_budget
 from mumoe_tensor.study.layers import features
@@ -51,17 +52,19 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """The format's, or ``"baseline"`` or ``"sparse"``."""
-        return self.spec.format.name if self.role == MIXTURE else self.role
+        """The text of the format, or ``"baseline"`` or ``"sparse"``."""
+        return format_text(self.spec.format) if self.role == MIXTURE else self.role
 
     @property
     def title(self) -> str:
-        """Name in tables and plots."""
+        """Name in tables and plots: of a format with settings its expression, as titles have none."""
         if self.role == BASELINE:
             return "Linear layer" if self.spec.hidden is None else "Dense MLP"
         if self.role == SPARSE:
             return f"Sparse mixture, top {self.top_k}"
         format = self.spec.format
+        if not isinstance(label(format), str):
+            return repr(format)
         return f"{format.title} mixture" if len(format.declaration(1)) == 1 else format.title
 
     @property
@@ -167,6 +170,8 @@ def fitted(
         The dense layer, with biases.
     experts : sequence of int
         Number of experts of each level.
+    formats : sequence of str
+        Texts that `.formats.text.read_format` reads.
     parameters : str, default "match"
         The budget; see `.LayerSpec.fitted`.
 
@@ -175,17 +180,18 @@ def fitted(
     list of Subject
         A format without a rank is in it as it is.
     dict of str to str
-        Formats without a rank for the budget, and why.
+        Formats without a rank for the budget, or without parts of which a size is a product, and why.
     """
     budget = as_budget(parameters, layer.dense_parameters)
     subjects, unfitted = [], {}
     for name in formats:
-        spec = replace(layer, format=get_format(name), experts=tuple(experts), rank=None)
-        if spec.rank is not None:
-            subjects.append(Subject(spec))
-            continue
+        format = read_format(name)
         try:
-            subjects.append(Subject(spec.fitted(budget, rounding="nearest"), budget=budget))
+            spec = replace(layer, format=format, experts=tuple(experts), rank=None)
+            if spec.rank is None:
+                subjects.append(Subject(spec.fitted(budget, rounding="nearest"), budget=budget))
+            else:
+                subjects.append(Subject(spec))
         except ValueError as error:
             unfitted[name] = str(error)
     return subjects, unfitted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mumoe_tensor import study as studies
+from mumoe_tensor.formats import formats
 from mumoe_tensor.study import sweep as sweeps
 from mumoe_tensor.study.results import Measurement
 from mumoe_tensor.study.subjects import BASELINE
@@ -28,7 +29,8 @@ SMALL: dict[str, Any] = {
     "seed": 3,
 }
 #: Ratios of the made-up study.
-RATIOS = {"cp": 0.9, "tr": 1.5, "tt": 2.0, "tucker": 3.0, "hadamard": 1.2, "dense": 8.0, "sparse": 4.0}
+RATIOS = dict.fromkeys(formats(), 1.2) | {"cp": 0.9, "tr": 1.5, "tt": 2.0, "tucker": 3.0}
+RATIOS |= {"dense": 8.0, "sparse": 4.0}
 ACCURACIES = {"baseline": 0.90, "cp": 0.95, "tr": 0.80}
 
 

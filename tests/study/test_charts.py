@@ -37,7 +37,8 @@ def test_beside_the_dense_layer(made_up: Made) -> None:
     for name, (point,) in points_of(panels["Step, cpu"]).items():
         ratio = RATIOS.get(name, 1.0)
         assert (point.x, point.low, point.high) == (ratio, 0.9 * ratio, 1.2 * ratio)
-    dense, cp = (s.figures(8) for s in planned.subjects[:2])
+    subjects = {s.name: s for s in planned.subjects if s.spec.experts in ((), (4,))}
+    dense, cp = (subjects[name].figures(8) for name in ("baseline", "cp"))
     assert points_of(panels["Parameters"])["cp"][0].x == cp["parameters"] / dense["parameters"]
     assert points_of(panels["Step peak, cpu"])["tucker"][0].text == "3.00"
 

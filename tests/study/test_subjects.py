@@ -10,11 +10,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mumoe_tensor as mt
+from mumoe_tensor.formats import get_format
+from mumoe_tensor.formats.text import format_text
 from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.mixtures import SparseMixture
 from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, fitted
 
 LAYERS = [dense(24, 20), dense(24, 20, hidden=40)]
+#: One format with two splits, of which one pads an input of 24, and two sums of terms of one title.
+COMPOSED = [
+    get_format({"name": "btt", "splits": {"i": [5, 8]}}),
+    mt.sum_of(mt.shared("lowrank"), "cp"),
+    mt.sum_of(mt.shared("lowrank"), mt.sliced("cp", 0, 2)),
+]
+NAMES = [*mt.formats(), *map(format_text, COMPOSED)]
 
 
 def sparse(layer: mt.LayerSpec, *experts: int) -> Subject:
@@ -22,7 +31,7 @@ def sparse(layer: mt.LayerSpec, *experts: int) -> Subject:
 
 
 def subjects(layer: mt.LayerSpec, experts: tuple[int, ...]) -> list[Subject]:
-    found, _ = fitted(layer, experts, list(mt.formats()), "2x")
+    found, _ = fitted(layer, experts, NAMES, "3x")
     return [Subject(layer, BASELINE), *found, sparse(layer, *experts)]
 
 
@@ -33,7 +42,8 @@ def test_modules_have_the_parameters_of_their_figures(layer: mt.LayerSpec, exper
         module = subject.build()
         assert subject.figures(8)["parameters"] == sum(p.numel() for p in module.parameters()), subject
         assert module(torch.randn(8, 24)).shape == (8, 20)
-    assert len({subject.key for subject in subjects(layer, experts)}) == len(mt.formats()) + 2
+    assert len({subject.key for subject in subjects(layer, experts)}) == len(NAMES) + 2
+    assert len({subject.title for subject in subjects(layer, experts)}) == len(NAMES) + 2
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -110,7 +120,8 @@ def test_the_sparse_mixture_is_the_sum_over_the_largest_logits() -> None:
 
 
 def test_ranks_come_nearest_to_the_budget() -> None:
-    for text, budget in (("match", 25 * 40 + 41 * 20), ("2x", 2 * (25 * 40 + 41 * 20)), ("3,000", 3000)):
+    match = 25 * 40 + 41 * 20
+    for text, budget in (("1.5x", 3 * match // 2), ("2x", 2 * match), ("3,000", 3000)):
         found, unfitted = fitted(dense(24, 20, hidden=40), (4,), list(mt.formats()), text)
         assert not unfitted
         for subject in found:
@@ -135,6 +146,23 @@ def test_formats_without_room_in_the_budget_have_a_reason() -> None:
     found, unfitted = fitted(dense(24, 20), (64,), list(mt.formats()))
     assert {subject.name for subject in found} == {n for n, f in mt.formats().items() if not f.bonds(1)}
     assert "the gate alone has 1,536" in unfitted["cp"]
+
+
+@pytest.mark.parametrize("classes", [10, 47, 100, 101])
+def test_a_size_without_parts_leaves_out_the_formats_that_split_it(classes: int) -> None:
+    found, unfitted = fitted(dense(64, classes, hidden=128), (4,), list(mt.formats()), "2x")
+    left_out = {name for name, format in mt.formats().items() if format.is_split and classes in (47, 101)}
+    assert set(unfitted) == left_out and {subject.name for subject in found} == set(mt.formats()) - left_out
+    for why in unfitted.values():
+        assert f"the size of mode 'o' must be a product of 2 factors above one, got {classes}" in why
+
+
+def test_layers_without_levels_of_experts_are_subjects() -> None:
+    found, unfitted = fitted(dense(24, 20), (), ["cp", "btt", "kron", "monarch"])
+    assert not unfitted
+    for subject in found:
+        assert subject.build()(torch.randn(3, 24)).shape == (3, 20)
+        assert subject.figures(8)["gate parameters"] == 0
 
 
 def test_sizes_of_levels_multiply_for_the_sparse_mixture() -> None:

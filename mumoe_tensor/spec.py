@@ -362,18 +362,24 @@ def _most_rank(layer: LayerSpec, rank: Rank) -> int:
     """Largest rank of the matrix of an expert: that of the terms that the expert has, added."""
     experts = replace(layer, bias=False) if not layer.format.has_bias_term else layer
     terms = [term for term in layer.format.terms(experts.mode_sizes, rank) if "i" not in term.format.omits]
-    windows = [[term.format.window(e) or (0, n) for e, n in enumerate(layer.experts)] for term in terms]
-    cuts = [_smallest_cut(*term[:3]) for term in terms]
-    starts = [sorted({window[e][0] for window in windows}) for e in range(layer.num_levels)]
-    most = max(
+    most = most_of_an_expert(
+        [term.format for term in terms], layer.experts, [_smallest_cut(*term[:3]) for term in terms]
+    )
+    return min(most, layer.in_features, layer.out_features)
+
+
+def most_of_an_expert(terms: Sequence[Format], experts: Sequence[int], amounts: Sequence[int]) -> int:
+    """The most that the amounts of those terms that an expert has add up to."""
+    windows = [[term.window(e) or (0, n) for e, n in enumerate(experts)] for term in terms]
+    starts = [sorted({window[e][0] for window in windows}) for e in range(len(experts))]
+    return max(
         sum(
-            cut
-            for cut, window in zip(cuts, windows, strict=True)
+            amount
+            for amount, window in zip(amounts, windows, strict=True)
             if all(start <= n < stop for n, (start, stop) in zip(expert, window, strict=True))
         )
         for expert in product(*starts)
     )
-    return min(most, layer.in_features, layer.out_features)
 
 
 def _smallest_cut(format: Format, mode_sizes: tuple[int, ...], rank: Rank) -> int:

@@ -21,7 +21,7 @@ from mumoe_tensor.backend import (
 from mumoe_tensor.formats.base import Factor, Format
 from mumoe_tensor.formats.registry import formats, get_format, label
 from mumoe_tensor.matching import levels_of, match
-from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
+from mumoe_tensor.spec import LayerSpec, Sizes, as_spec, most_of_an_expert
 
 
 class FactorizedTensor:
@@ -135,7 +135,7 @@ class FactorizedTensor:
         Hadamard becomes a `CPTensor` whose output factor is the identity. A format without a container is a
         TypeError.
         """
-        if self.format.is_split or len(self.terms) > 1:
+        if self.format.splits or len(self.terms) > 1:
             raise TypeError(f"TensorLy has no container of a weight in format {label(self.format)!r}.")
         with tensorly_backend(backend_of(*self.arrays).backend_name) as tl:
             return self.format.to_container(self.factors, tl)
@@ -150,6 +150,8 @@ class FactorizedTensor:
         **sizes: Unpack[Sizes],
     ) -> FactorizedTensor:
         """Draw a weight with normal factors, scaled so that its entries have variance 1 / in_features.
+
+        (In a sum those of the experts that have most terms; those of others have less.)
 
         Parameters
         ----------
@@ -167,14 +169,15 @@ class FactorizedTensor:
         generator = np.random.default_rng(seed)
         factors: list[Array | None] = []
         terms = spec.weight_format.terms(spec.mode_sizes, spec.full_rank)
+        matrices = [term.format for term in terms if "i" not in term.format.omits]
+        added = most_of_an_expert(matrices, spec.experts, [1] * len(matrices))
         for term in terms:
             declared = term.format.declaration(spec.num_levels)
             index_sizes = term.format.index_sizes(term.mode_sizes, term.rank)
             # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
             products = prod(index_sizes[b] for b in term.format.bonds(spec.num_levels))
-            scale = (1 / (spec.in_features * products * len(terms))) ** (
-                0.5 / sum(not f.optional for f in declared)
-            )
+            share = spec.in_features * products * (added if term.format in matrices else 1)
+            scale = share ** (-0.5 / sum(not f.optional for f in declared))
             for f in declared:
                 shape = [index_sizes[x] for x in f.memory_order]
                 values = None if f.optional else scale * generator.standard_normal(shape)

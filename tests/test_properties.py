@@ -26,8 +26,9 @@ FEW = max(2, settings().max_examples // 2)
 
 @pytest.mark.parametrize("backend", [b for b in HERE if b != "jax"])
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-@pytest.mark.parametrize("format", FORMATS)
-def test_property(format: str, check, backend: str) -> None:
+@pytest.mark.parametrize("format", [*FORMATS, None])
+def test_property(format: str | None, check, backend: str) -> None:
+    """None is for any, and for sums of them, shared and sliced."""
     run_check(check, format, backend=backend, share=3)
 
 
@@ -85,29 +86,29 @@ def test_every_format_is_dense_of_its_tensor(problem: Problem) -> None:
     same(problem, mt.FactorizedTensor("dense", [mt.to_dense(problem.weight)]))
 
 
-def with_level_of_one(weight: mt.FactorizedTensor, level: int) -> mt.FactorizedTensor:
+def with_level_of_one(weight: mt.FactorizedTensor, level: int, format: str) -> mt.FactorizedTensor:
     """The same weight in the same format with a level more, which has one expert."""
-    factors, format, size = list(weight.factors), weight.format.name, weight.rank
-    one = np.ones((1, 1), weight.arrays[0].dtype)
-    if format == "dense":
-        factors = [np.expand_dims(factors[0], level)]
-    elif format == "hadamard":
-        factors.insert(level, one * np.ones(weight.shape[-1], one.dtype))
-    elif format == "cp":
-        factors.insert(1 + level, one * np.ones(size[0], one.dtype))
-    elif format == "tucker":
+    factors, size = list(weight.factors), weight.rank
+    dtype, shape = weight.arrays[0].dtype, (*weight.shape[:level], 1, *weight.shape[level:])
+    first = {"cp": 1, "cp-matrix": 1, "shared-expert": 2}.get(format, 0)  # factors before the experts'
+    if format in ("dense", "lowrank"):
+        factors = [np.expand_dims(factor, level) for factor in factors]
+    elif format in ("hadamard", "cp", "cp-matrix", "kron", "btt", "monarch", "shared-expert"):
+        ones = weight.format.shapes(shape, size)[first + level]
+        factors.insert(first + level, np.ones(ones, dtype))
+    elif format in ("tucker", "tucker-matrix"):
         factors[0] = np.expand_dims(factors[0], level)
-        factors.insert(1 + level, one)
+        factors.insert(1 + level, np.ones((1, 1), dtype))
     elif format == "tr":
-        factors.insert(level, np.eye(size[level], dtype=one.dtype)[:, None])
-    elif format == "tt" and level == 0:
+        factors.insert(level, np.eye(size[level], dtype=dtype)[:, None])
+    elif format in ("tt", "tt-matrix") and level == 0:
         factors[0] = factors[0][None]
-        factors.insert(0, one)
-    elif format == "tt":
-        factors.insert(level, np.eye(size[level - 1], dtype=one.dtype)[:, None])
+        factors.insert(0, np.ones((1, 1), dtype))
+    elif format in ("tt", "tt-matrix"):
+        factors.insert(level, np.eye(size[level - 1], dtype=dtype)[:, None])
     else:
         pytest.fail(f"say how a level of one expert is added in format {format!r}")
-    return mt.FactorizedTensor(weight.format, factors)
+    return mt.FactorizedTensor(weight.format, factors, shape)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -116,7 +117,7 @@ def test_a_level_of_one_expert_changes_nothing(format: str) -> None:
     @given(st.integers(0, 2).flatmap(lambda levels: problems(format, levels, backend="numpy")), st.data())
     def run(problem: Problem, data: st.DataObject) -> None:
         level = data.draw(st.integers(0, problem.weight.num_levels))
-        more = with_level_of_one(problem.weight, level)
+        more = with_level_of_one(problem.weight, level, format)
         assert more.num_levels == problem.weight.num_levels + 1
         coefficients = list(problem.coefficients)
         coefficients.insert(level, np.ones((*problem.leading, 1), problem.z.dtype))

@@ -8,38 +8,31 @@ import numpy as np
 import pytest
 import tensorly as tl
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from tensorly.random import random_cp, random_tr, random_tt, random_tucker
 
 import mumoe_tensor as mt
 from mumoe_tensor.backend import tensorly_backend
 from mumoe_tensor.testing import (
     dense_weight,
-    formats,
     installed_backends,
     jax_float64,
-    levels,
     make_array,
-    ranks,
-    sizes,
+    specs,
     to_numpy,
     weights,
 )
 
 
-@given(st.data(), levels(), st.booleans())
-def test_random_has_the_sizes_asked_for(data: st.DataObject, levels: int, bias: bool) -> None:
-    format = data.draw(formats())
-    *experts, i, o = data.draw(st.tuples(*[sizes()] * (levels + 2)))
-    rank = data.draw(ranks(format, levels))
-    options = dict(experts=tuple(experts), in_features=i, out_features=o, rank=rank, bias=bias, seed=3)
-    weight = mt.FactorizedTensor.random(format, **options)
-    assert weight.shape == (*experts, i + bias, o)
-    assert weight.experts == tuple(experts)
-    assert (weight.rank, weight.num_levels, weight.format) == (rank, levels, format)
+@given(specs())
+def test_random_has_the_sizes_asked_for(spec: mt.LayerSpec) -> None:
+    format, levels = spec.weight_format, spec.num_levels
+    weight = mt.FactorizedTensor.random(spec, seed=3)
+    assert weight.shape == (*spec.experts, spec.in_features + spec.bias, spec.out_features)
+    assert weight.experts == spec.experts
+    assert (weight.rank, weight.num_levels, weight.format) == (spec.rank, levels, format)
     assert weight.missing == format.optional(levels)
     assert all(np.isfinite(f).all() for f in weight.arrays)
-    again = mt.FactorizedTensor.random(format, **options)
+    again = mt.FactorizedTensor.random(spec, seed=3)
     for mine, same in zip(weight.arrays, again.arrays, strict=True):
         np.testing.assert_array_equal(mine, same)
     declared = (f for f in format.declaration(levels) if not f.optional)
@@ -47,14 +40,22 @@ def test_random_has_the_sizes_asked_for(data: st.DataObject, levels: int, bias: 
         assert np.transpose(factor, [f.indices.index(x) for x in f.memory_order]).flags.c_contiguous
 
 
-@pytest.mark.parametrize("format", mt.formats())
-def test_random_entries_have_variance_one_over_inputs(format: str) -> None:
-    rank = {"cp": 5, "tucker": (3, 3, 3), "tr": (3, 2, 3), "tt": (3, 3)}.get(format)
+#: Sums of terms, and parts that hold more than their mode.
+COMPOSED: list[str | mt.Format] = [
+    mt.sum_of(mt.sliced("tr", 0, 2), mt.sliced("cp", 2, 4), mt.shared("tucker")),
+    mt.formats()["btt"].with_splits({"i": (2, 4), "o": (3, 3)}),
+    mt.sum_of("kron", mt.shared("btt"), "cp"),
+]
+
+
+@pytest.mark.parametrize("format", [*mt.formats(), *COMPOSED], ids=str)
+def test_random_entries_have_variance_one_over_inputs(format: str | mt.Format) -> None:
+    rank = (3,) * len(mt.get_format(format).bonds(1))
     squares = [
         np.mean(
             mt.to_dense(
                 mt.FactorizedTensor.random(
-                    format, experts=4, in_features=6, out_features=5, rank=rank, seed=seed
+                    format, experts=4, in_features=6, out_features=8, rank=rank, seed=seed
                 )
             )
             ** 2

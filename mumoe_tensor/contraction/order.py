@@ -99,9 +99,12 @@ class Orders:
         self.memory_orders = [[bit[x] for x in axes] for axes in network.memory_orders]
         self.free = self.weights if fold_weights else 0
         self.forms_weight = implementation == "reconstructed"
-        # What no intermediate may carry: all modes of the weight, if there are two or more.
+        # What no intermediate may carry: all modes of the weight, if there are two or more, and no factor
+        # has them all already.
         whole = self.modes | self.output & ~self.batch
-        self.forbidden = whole if implementation == "factorized" and whole & (whole - 1) else 0
+        weights = self.leaves[: network.weights]
+        is_formed = not whole & (whole - 1) or any(leaf.indices & whole == whole for leaf in weights)
+        self.forbidden = whole if implementation == "factorized" and not is_formed else 0
         # The bias row is added where the input vector, one shorter than the mode, meets all its weights.
         self.biased = 1 << len(self.leaves) - 1 if network.bias else 0
         self.input, self.rows = bit.get("i", 0), sizes.get("i", 1)

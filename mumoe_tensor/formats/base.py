@@ -346,7 +346,8 @@ def _declared(format: Format, num_levels: int) -> tuple[Factor, ...]:
     for bond in _bonds(declared, modes):
         if bond == BATCH or re.fullmatch("i|o|n[1-9][0-9]*", bond):
             raise ValueError(
-                f"{at} a bond must not be named {BATCH!r}, as the batch, or as a mode; {name} has {bond!r}."
+                f"{at} a bond must not be named {BATCH!r}, as the batch, as a mode that is split, or as a "
+                f"mode of more levels; {name} has {bond!r}."
             )
         if ends.count(bond) < 2:
             raise ValueError(f"{at} a bond must join two factors or more; {name} has {bond!r} once.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mumoe_tensor.formats.registry import register
+from mumoe_tensor.formats.registry import label, register
 from mumoe_tensor.formats.sums import AnyFormat, Sum, shared
 
 
@@ -15,3 +15,6 @@ class SharedExpert(Sum):
     def __init__(self, format: AnyFormat = "cp"):
         super().__init__([shared("dense"), format])
         self.format = self.formats[-1]
+
+    def __repr__(self) -> str:
+        return f"SharedExpert({label(self.format)!r})"

@@ -5,9 +5,10 @@ A check raises an AssertionError where its property does not hold, and returns n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy as np
 from mumoe_tensor.backend import Array, backend_of, tensorly_backend
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler
-from mumoe_tensor.contraction.network import Network, Tree, forward_network
-from mumoe_tensor.contraction.plan import plan_network
+from mumoe_tensor.contraction.network import Network, Tree, forward_networks
+from mumoe_tensor.contraction.plan import plan_network, plan_terms
 from mumoe_tensor.dense import expert_matrix, to_dense
 from mumoe_tensor.formats import Format, get_format, mode_names
 from mumoe_tensor.formats.base import MOST_LEVELS
@@ -25,7 +26,7 @@ from mumoe_tensor.multilinear import bind
 from mumoe_tensor.tensors import FactorizedTensor
 from mumoe_tensor.testing.gradients import check_gradients
 from mumoe_tensor.testing.oracle import Float64, assert_close, dense_moe, dense_weight, magnitude, to_numpy
-from mumoe_tensor.testing.strategies import Problem
+from mumoe_tensor.testing.strategies import Problem, fewest_experts, fewest_levels
 
 #: TensorLy's container -> module and name of its reconstruction.
 RECONSTRUCTIONS = {
@@ -56,7 +57,7 @@ def check_equals_tensorly(problem: Problem) -> None:
     try:
         container = weight.to_tensorly()
     except TypeError:
-        assert weight.format.container is None
+        assert weight.format.container is None or weight.format.splits
         return
     tensor = container
     if type(container).__name__ in RECONSTRUCTIONS:
@@ -122,29 +123,46 @@ def check_linear_in_coefficients(problem: Problem) -> None:
 
 
 def check_linear_in_factors(problem: Problem) -> None:
-    """Linear in each factor, with the others held."""
+    """Linear in each factor, with the others held; affine where the weight has other terms."""
     generator, factors = problem.generator(), problem.weight.factors
+    has_others = len(problem.weight.terms) > 1
     for k, factor in enumerate(factors):
         if factor is None:
             continue
 
         def at(x: Array, k: int = k) -> dict[str, Any]:
             changed = [*factors[:k], x, *factors[k + 1 :]]
-            return {"weight": FactorizedTensor(problem.weight.format, changed)}
+            return {"weight": _with_factors(problem.weight, changed)}
 
-        other = problem.array(generator.standard_normal(factor.shape))
+        arrays = [factor, problem.array(generator.standard_normal(factor.shape))]
         shares = generator.uniform(-2, 2, 2).tolist()
-        _assert_linear(problem, [factor, other], shares, at, f"factor {k}")
+        if has_others:
+            arrays.append(problem.array(np.zeros(factor.shape)))
+            shares.append(1 - sum(shares))
+        _assert_linear(problem, arrays, shares, at, f"factor {k}")
 
 
 def check_expert_permutation(problem: Problem) -> None:
-    """Experts permuted together with their coefficients give the same result."""
+    """Experts permuted together with their coefficients give the same result.
+
+    Those of a slice stay in it. Experts that a term splits have no such symmetry, and keep their order.
+    """
     generator, weight = problem.generator(), problem.weight
-    modes = mode_names(weight.num_levels)[:-2]
-    order = {mode: generator.permutation(n) for mode, n in zip(modes, weight.experts, strict=True)}
-    permuted = _transformed(problem, lambda index, values, axis: values.take(order[index], axis), order)
+    orders = [_order_of_experts(weight, level, generator) for level in range(weight.num_levels)]
+    factors = list(weight.factors)
+    for format, of_term in weight.format.summands(weight.num_levels):
+        declared = format.declaration(weight.num_levels)
+        for k, f in enumerate(declared, start=of_term.start):
+            for level, mode in enumerate(mode_names(weight.num_levels)[:-2]):
+                if mode in f.indices and factors[k] is not None:
+                    start, stop = format.window(level) or (0, weight.shape[level])
+                    values = to_numpy(factors[k]).take(
+                        orders[level][start:stop] - start, f.indices.index(mode)
+                    )
+                    factors[k] = problem.array(values)
+    permuted = _with_factors(weight, factors)
     coefficients = [
-        problem.array(to_numpy(a)[..., p]) for a, p in zip(problem.coefficients, order.values(), strict=True)
+        problem.array(to_numpy(a)[..., p]) for a, p in zip(problem.coefficients, orders, strict=True)
     ]
     result = problem.output(permuted, coefficients=coefficients)
     what = "the result with permuted experts"
@@ -205,9 +223,9 @@ def check_gauge(problem: Problem) -> None:
             factors[k] = problem.array(np.moveaxis(values @ change, -1, axis))
             bound[k] = problem.array(np.moveaxis(abs(values) @ abs(change), -1, axis))
         assert_close(
-            problem.output(FactorizedTensor(weight.format, factors)),
+            problem.output(_with_factors(weight, factors)),
             problem.output(),
-            _magnitude(problem, FactorizedTensor(weight.format, bound)),
+            _magnitude(problem, _with_factors(weight, bound)),
             f"the result after a change of basis of {bond}",
             problem.dtype,
         )
@@ -216,11 +234,15 @@ def check_gauge(problem: Problem) -> None:
 def check_level_of_one(problem: Problem) -> None:
     """A level with a single expert and coefficient 1 changes nothing.
 
-    The weight is cut to the first expert of a level; the result is that of its dense tensor without the
-    level.
+    A weight with one expert in a level gives what its dense tensor gives without the level. (A level that a
+    term takes a slice of has more experts.)
     """
-    for e, mode in enumerate(mode_names(problem.weight.num_levels)[:-2]):
-        single = _transformed(problem, lambda index, values, axis: values.take([0], axis), [mode])
+    layer, formats = problem.layer, [f for f, _ in problem.weight.format.summands(problem.weight.num_levels)]
+    for e in range(problem.weight.num_levels):
+        if any(format.window(e) for format in formats):
+            continue
+        experts = (*layer.experts[:e], 1, *layer.experts[e + 1 :])
+        single = replace(problem, layer=replace(layer, experts=experts)).weight
         others = [*problem.coefficients[:e], *problem.coefficients[e + 1 :]]
         one = problem.array(np.ones((*problem.leading, 1)))
         coefficients = [*others[:e], one, *others[e:]]
@@ -242,7 +264,7 @@ def check_paths(problem: Problem) -> None:
     """
     generator = problem.generator()
     expected, scale = _dense_output(problem, dense_weight(problem.weight)), _magnitude(problem)
-    network = _network(problem)
+    networks, arrays = _networks(problem), problem.weight.factors
     batches = (1, max(1, prod(problem.leading)), 65_536)
     choices: list[tuple[Any, Any, Any]] = list(
         product(("time", "flops", "peak"), ("factorized", "reconstructed", "auto"), (False, True))
@@ -251,7 +273,7 @@ def check_paths(problem: Problem) -> None:
         choices = [choices[k] for k in generator.choice(len(choices), 3, replace=False)]
     for minimize, implementation, fold_weights in choices:
         batch = int(generator.choice(batches))
-        plan = plan_network(network, batch, minimize, implementation, None, fold_weights)
+        plan = plan_terms(networks, batch, minimize, implementation, None, fold_weights)
         what = f"{minimize=}, {implementation=}, {fold_weights=}, {batch=}: the result"
         assert_close(problem.output(plan=plan), expected, scale, what, problem.dtype)
         bound = bind(plan, problem.weight, bias=problem.layer.bias)
@@ -260,40 +282,49 @@ def check_paths(problem: Problem) -> None:
             assert_close(result, expected, scale, f"{what} of bind", problem.dtype)
     batch = prod(problem.leading)
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
+    summands = problem.weight.format.summands(problem.weight.num_levels)
     for _ in range(2 if problem.backend == "jax" else 5):
-        tree = random_tree(network, generator)
-        program = Compiler(network, int(generator.choice(batches)))(tree)
-        result = execute(program, [*problem.weight.arrays, *vectors])
+        trees = [random_tree(network, generator) for network in networks]
+        total: Array = 0
+        for network, tree, (_, of_term) in zip(networks, trees, summands, strict=True):
+            program = Compiler(network, int(generator.choice(batches)))(tree)
+            factors = [factor for factor in arrays[of_term] if factor is not None]
+            total = total + execute(program, [*factors, *vectors[: len(network.readings)]])
         assert_close(
-            result, expected.reshape(result.shape), scale.reshape(result.shape), f"order {tree}: the result"
+            total, expected.reshape(total.shape), scale.reshape(total.shape), f"orders {trees}: the result"
         )
 
 
 def check_plan(problem: Problem) -> None:
     """Plans keep what they promise.
 
-    Steps are pairwise; ``"factorized"`` forms no intermediate with all experts, the input and the output;
+    Steps are pairwise; ``"factorized"`` forms no intermediate with all experts, the input and the output,
+    unless a factor has them all (modes of size one do not count);
     ``"auto"`` takes the cheaper way; ``"time"`` spends at most 5 % more FLOPs than ``"flops"``; no plan costs
     more than the format's closed form.
     """
-    network, weight = _network(problem), problem.weight
-    batch = max(1, prod(problem.leading))
-    modes = {*mode_names(weight.num_levels)}
-    flops = {}
-    for implementation in ("factorized", "reconstructed", "auto"):
-        plan = plan_network(network, batch, "flops", implementation)
-        flops[implementation] = plan.flops
-        assert len(plan.steps) == len(network.operands) - 1, "n operands take n - 1 pairwise steps."
-        if plan.implementation == "factorized":
-            for step in plan.steps[:-1]:
-                formed = step.equation.partition(" -> ")[2].split()
-                assert not modes <= set(formed), f"{step.equation} forms the weight tensor."
-        timed = plan_network(network, batch, "time", implementation)
-        assert plan.flops <= timed.flops <= 1.05 * plan.flops, "the default may spend 5 % more FLOPs."
-    assert flops["auto"] == min(flops["factorized"], flops["reconstructed"])
-    closed = weight.format.reference_flops(weight.shape, weight.rank)
-    if closed is not None and weight.missing == weight.format.optional(weight.num_levels):
-        assert min(flops.values()) <= closed * batch, "a plan must not cost more than the closed form."
+    weight, batch = problem.weight, max(1, prod(problem.leading))
+    terms = weight.format.terms(weight.shape, weight.rank)
+    for network, term in zip(_networks(problem), terms, strict=True):
+        sizes = dict(network.index_sizes)
+        modes = {x for x in term.format.modes(weight.num_levels) if sizes.get(x, 1) > 1}
+        has_all = any(modes <= {*axes} for axes in network.operands[: network.weights])
+        flops = {}
+        for implementation in ("factorized", "reconstructed", "auto"):
+            plan = plan_network(network, batch, "flops", implementation)
+            flops[implementation] = plan.flops
+            assert len(plan.steps) == len(network.operands) - 1, "n operands take n - 1 pairwise steps."
+            if plan.implementation == "factorized" and len(modes) > 1 and not has_all:
+                for step in plan.steps[:-1]:
+                    formed = step.equation.partition(" -> ")[2].split()
+                    assert not modes <= set(formed), f"{step.equation} forms the weight tensor."
+            timed = plan_network(network, batch, "time", implementation)
+            assert plan.flops <= timed.flops <= 1.05 * plan.flops, "the default may spend 5 % more FLOPs."
+        assert flops["auto"] == min(flops["factorized"], flops["reconstructed"])
+        closed = term.format.closed_form(term.mode_sizes, term.rank)
+        missing = term.positions(weight.missing)
+        if closed is not None and missing == term.format.optional(weight.num_levels):
+            assert min(flops.values()) <= closed * batch, "a plan must not cost more than the closed form."
 
 
 def check_declaration(format: str | Format) -> None:
@@ -307,12 +338,12 @@ def check_declaration(format: str | Format) -> None:
         If anything else does not hold.
     """
     format = get_format(format)
-    for num_levels in range(MOST_LEVELS + 1):
-        modes, bonds = mode_names(num_levels), format.bonds(num_levels)
+    for num_levels in range(fewest_levels(format), MOST_LEVELS + 1):
+        modes, bonds = format.modes(num_levels), format.bonds(num_levels)
         declared = format.declaration(num_levels)
-        mode_sizes = tuple(range(2, 2 + len(modes)))
+        mode_sizes = (*fewest_experts(format, num_levels), 1 + format.has_bias_term, 1)
         assert len(format.shapes(mode_sizes, (2,) * len(bonds))) == len(declared)
-        default = format.default_rank(mode_sizes, 1)
+        default = format.rank_family(mode_sizes, 1)
         assert format.check_rank(default, num_levels) == default
         assert tuple(format.factors(modes)) == declared, f"{format!r} declares other factors each time."
 
@@ -398,22 +429,20 @@ def _assert_linear(
     assert_close(problem.output(**at(combined)), expected, scale, what, problem.dtype)
 
 
-def _network(problem: Problem) -> Network:
+def _networks(problem: Problem) -> tuple[Network, ...]:
     weight = problem.weight
-    return forward_network(weight.format, weight.shape, weight.rank, weight.missing, problem.layer.bias)
+    return forward_networks(weight.format, weight.shape, weight.rank, weight.missing, problem.layer.bias)
 
 
-def _transformed(
-    problem: Problem, transform: Callable[[str, Float64, int], Float64], indices: Collection[str]
-) -> FactorizedTensor:
-    """The weight with every axis that belongs to one of the indices transformed."""
-    weight = problem.weight
-    factors: list[Array | None] = []
-    for f, factor in zip(weight.format.declaration(weight.num_levels), weight.factors, strict=True):
-        if factor is not None:
-            values = to_numpy(factor)
-            for axis, index in enumerate(f.indices):
-                values = transform(index, values, axis) if index in indices else values
-            factor = problem.array(values)
-        factors.append(factor)
-    return FactorizedTensor(weight.format, factors)
+def _with_factors(weight: FactorizedTensor, factors: Sequence[Array | None]) -> FactorizedTensor:
+    return FactorizedTensor(weight.format, factors, weight.asked)
+
+
+def _order_of_experts(weight: FactorizedTensor, level: int, generator: np.random.Generator) -> Any:
+    """A permutation of the experts of a level that the weight's declaration knows nothing of."""
+    mode, size = mode_names(weight.num_levels)[level], weight.shape[level]
+    formats = [format for format, _ in weight.format.summands(weight.num_levels)]
+    if any(format.parts(mode) != (mode,) for format in formats):
+        return np.arange(size)
+    cuts = sorted({0, size}.union(*(format.window(level) or () for format in formats)))
+    return np.concatenate([a + generator.permutation(b - a) for a, b in pairwise(cuts)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from string import ascii_lowercase
 from typing import Any
+
+import numpy as np
 
 from mumoe_tensor.backend import Array
 from mumoe_tensor.multilinear import multilinear_moe
 from mumoe_tensor.tensors import FactorizedTensor
-from mumoe_tensor.testing.oracle import assert_close, subscripts, to_numpy
+from mumoe_tensor.testing.oracle import assert_close, sum_of_terms, to_numpy
 from mumoe_tensor.testing.strategies import Problem
 
 Function = Callable[..., Any]
@@ -37,29 +40,30 @@ def _forward(problem: Problem) -> Function:
         remaining = iter(arrays)
         factors = [None if factor is None else next(remaining) for factor in problem.weight.factors]
         *coefficients, z = remaining
-        weight = FactorizedTensor(problem.weight.format, factors)
+        weight = FactorizedTensor(problem.weight.format, factors, problem.weight.asked)
         return multilinear_moe(weight, z, coefficients, bias=problem.layer.bias)
 
     return forward
 
 
-def _dense_formula(problem: Problem, einsum: Function, ones: Function, concat: Function) -> Function:
+def _dense_formula(problem: Problem, einsum: Function, array: Function, concat: Function) -> Function:
     """The forward pass from the dense tensor as a function of `_arguments`."""
     weight, bias = problem.weight, problem.layer.bias
-    factor_letters, whole = subscripts(weight.format, weight.num_levels)
-    *attached, o = list(whole)
-    joined = ",".join([whole, *(f"Z{x}" for x in attached)])
+    whole = ascii_lowercase[: len(weight.shape)]
+    joined = ",".join([whole, *(f"Z{x}" for x in whole[:-1])])
     shapes = weight.format.shapes(weight.shape, weight.rank)
 
     def formula(*arrays: Array) -> Array:
         remaining: Iterator[Array] = iter(arrays)
-        factors = [ones(s) if k in weight.missing else next(remaining) for k, s in enumerate(shapes)]
+        factors = [
+            array(np.ones(s)) if k in weight.missing else next(remaining) for k, s in enumerate(shapes)
+        ]
         *coefficients, z = remaining
-        tensor = einsum(f"{','.join(factor_letters)}->{whole}", *factors)
+        tensor = sum_of_terms(weight, factors, einsum, array)
         if bias:
-            z = concat([z, ones((*z.shape[:-1], 1))])
+            z = concat([z, array(np.ones((*z.shape[:-1], 1)))])
         vectors = [x.reshape(-1, x.shape[-1]) if x.shape[-1] else x for x in (*coefficients, z)]
-        return einsum(f"{joined}->Z{o}", tensor, *vectors).reshape(*z.shape[:-1], tensor.shape[-1])
+        return einsum(f"{joined}->Z{whole[-1]}", tensor, *vectors).reshape(*z.shape[:-1], tensor.shape[-1])
 
     return formula
 
@@ -67,16 +71,13 @@ def _dense_formula(problem: Problem, einsum: Function, ones: Function, concat: F
 def _check_torch(problem: Problem) -> None:
     import torch
 
-    def ones(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.ones(shape, dtype=torch.float64)
-
     arrays = _arguments(problem)
     leaves = [x.detach().clone().requires_grad_() for x in arrays]
     y = _forward(problem)(*leaves)
     cotangent = torch.from_numpy(problem.generator().standard_normal(tuple(y.shape))).to(y.dtype)
     actual = torch.autograd.grad(y, leaves, cotangent)
 
-    formula = _dense_formula(problem, torch.einsum, ones, lambda parts: torch.cat(parts, -1))
+    formula = _dense_formula(problem, torch.einsum, torch.from_numpy, lambda parts: torch.cat(parts, -1))
 
     def gradients(absolute: bool) -> tuple[torch.Tensor, ...]:
         doubles = [x.detach().double() for x in (*arrays, cotangent)]
@@ -93,14 +94,11 @@ def _check_jax(problem: Problem) -> None:
     import jax
     import jax.numpy as jnp
 
-    def ones(shape: tuple[int, ...]) -> jax.Array:
-        return jnp.ones(shape, problem.z.dtype)
-
     def concat(parts: list[jax.Array]) -> jax.Array:
         return jnp.concatenate(parts, -1)
 
     arrays = _arguments(problem)
-    formula = _dense_formula(problem, jnp.einsum, ones, concat)
+    formula = _dense_formula(problem, jnp.einsum, problem.array, concat)
     shape = (*problem.leading, problem.layer.out_features)
     cotangent = problem.array(problem.generator().standard_normal(shape))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from string import ascii_letters
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from mumoe_tensor.backend import Array, dtype_name
 from mumoe_tensor.formats import Format, mode_names
+from mumoe_tensor.formats.base import Term
 from mumoe_tensor.tensors import FactorizedTensor
 
 Float64 = NDArray[np.float64]
@@ -29,11 +31,14 @@ def to_numpy(array: Array) -> Float64:
 
 
 def subscripts(format: Format, num_levels: int) -> tuple[list[str], str]:
-    """Letters of the axes of every factor of a format, and of the weight tensor, for an `einsum`."""
-    modes = mode_names(num_levels)
+    """Letters of the axes of every factor of a format of one term, and of its tensor, for an `einsum`.
+
+    The tensor has an axis for each part of a split mode, and none for a mode that the term leaves out.
+    """
+    modes = format.modes(num_levels)
     letter = dict(zip((*modes, *format.bonds(num_levels)), ascii_letters, strict=False))
     factors = ["".join(letter[x] for x in f.indices) for f in format.declaration(num_levels)]
-    return factors, "".join(letter[m] for m in modes)
+    return factors, "".join(letter[m] for m in modes if letter[m] in "".join(factors))
 
 
 def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64:
@@ -54,8 +59,52 @@ def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64
         np.ones(shape) if factor is None else to_numpy(factor)
         for factor, shape in zip(weight.factors, shapes, strict=True)
     ]
-    factors, whole = subscripts(weight.format, weight.num_levels)
-    return np.einsum(f"{','.join(factors)}->{whole}", *(map(np.abs, values) if absolute else values))
+    return sum_of_terms(weight, [abs(x) for x in values] if absolute else values)
+
+
+def sum_of_terms(
+    weight: FactorizedTensor,
+    factors: Sequence[Any],
+    einsum: Callable[..., Any] = np.einsum,
+    array: Callable[[Float64], Any] = np.asarray,
+) -> Any:
+    """The weight tensor, of its factors in any backend.
+
+    Parameters
+    ----------
+    weight : FactorizedTensor
+        Says the format and the shapes.
+    factors : sequence of array
+        In its place, none missing.
+    einsum, array : callable
+        Those of the backend of the factors.
+    """
+    total = 0
+    for term in weight.format.terms(weight.shape, weight.rank):
+        letters, axes = subscripts(term.format, weight.num_levels)
+        tensor = einsum(f"{','.join(letters)}->{axes}", *factors[term.factors])
+        sizes = term.format.index_sizes(term.mode_sizes, term.rank)
+        present = {x for f in term.format.declaration(weight.num_levels) for x in f.indices}
+        modes = mode_names(weight.num_levels)
+        tensor = tensor.reshape([prod(sizes[x] for x in term.format.parts(m) if x in present) for m in modes])
+        for axis, mode in enumerate(modes):
+            whole, entry = ascii_letters[: len(modes)], ascii_letters[len(modes)]
+            is_left_out = present.isdisjoint(term.format.parts(mode))
+            place = array(placement(term, axis, tensor.shape[axis], weight.shape[axis], is_left_out))
+            placed = whole.replace(whole[axis], entry)
+            tensor = einsum(f"{whole},{whole[axis]}{entry}->{placed}", tensor, place)
+        total = total + tensor
+    return total
+
+
+def placement(term: Term, axis: int, size: int, whole: int, is_left_out: bool) -> Float64:
+    """Which entry of the weight's mode each entry of a term's is: a matrix of zeros and ones."""
+    is_expert = axis < len(term.mode_sizes) - 2
+    if is_left_out:  # constant along the experts; a bias is the last row of the input mode
+        return np.ones((1, whole)) if is_expert else np.eye(whole)[-1:]
+    start, stop = (term.format.window(axis) if is_expert else None) or (0, term.mode_sizes[axis])
+    columns = np.arange(whole)
+    return np.where((np.arange(size)[:, None] + start == columns) & (columns < stop), 1.0, 0.0)
 
 
 def dense_moe(tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, bias: bool = False) -> Float64:

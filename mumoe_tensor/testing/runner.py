@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 from hypothesis import HealthCheck, given, note, settings
 
-from mumoe_tensor.formats import Format, get_format
+from mumoe_tensor.formats import Format, get_format, shared, sliced, sum_of
 from mumoe_tensor.testing.checks import CHECKS, check_declaration
 from mumoe_tensor.testing.strategies import Problem, installed_backends, jax_float64, problems
 
@@ -90,9 +91,15 @@ def run_check(
 
 def pasteable(check: Callable[[Problem], None], problem: Problem) -> str:
     """Lines that run a check on a problem again."""
-    lines = ["from mumoe_tensor import LayerSpec", "from mumoe_tensor.testing import Problem, jax_float64"]
-    # (What is defined within a function cannot be imported.)
-    objects = [x for x in (check, type(problem.layer.format)) if "<" not in x.__qualname__]
-    lines += [f"from {x.__module__} import {x.__qualname__}" for x in objects]
     call = f"{check.__name__}({problem!r})"
+    lines = ["from mumoe_tensor import LayerSpec", "from mumoe_tensor.testing import Problem, jax_float64"]
+    terms = [format for format, _ in problem.layer.format.summands(problem.layer.num_levels)]
+    formats = [problem.layer.format, *terms, *(getattr(term, "format", term) for term in terms)]
+    objects: dict[Any, None] = dict.fromkeys([check, sum_of, shared, sliced, *map(type, formats)])
+    # (What is defined within a function cannot be imported.)
+    lines += [
+        f"from {x.__module__} import {x.__qualname__}"
+        for x in objects
+        if f"{x.__qualname__}(" in call and "<" not in x.__qualname__
+    ]
     return "\n".join([*lines, "", f"with jax_float64():\n    {call}" if problem.backend == "jax" else call])

@@ -14,8 +14,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mumoe_tensor.backend import Array
-from mumoe_tensor.formats import Format, Sum, get_format, mode_names
+from mumoe_tensor.formats import Format, Sum, get_format, mode_names, shared, sliced, sum_of
 from mumoe_tensor.formats import formats as registered
+from mumoe_tensor.formats.base import MOST_LEVELS
+from mumoe_tensor.formats.splits import is_default
 from mumoe_tensor.multilinear import multilinear_moe
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
@@ -147,8 +149,24 @@ def jax_float64() -> Iterator[None]:
 
 
 def formats() -> st.SearchStrategy[Format]:
-    """Registered formats."""
-    return st.sampled_from(list(registered().values()))
+    """Registered formats, and now and then a sum of two or three, of which some are shared by all experts."""
+    single = st.sampled_from([f for f in registered().values() if not isinstance(f, Sum)])
+    term = single | single.map(shared)
+    sums = st.lists(term, min_size=2, max_size=3).map(lambda terms: sum_of(*terms))
+    every = st.sampled_from(list(registered().values()))
+    return st.one_of(every, every, every, sums)
+
+
+def fewest_levels(format: Format) -> int:
+    """The fewest levels of experts that a format can have: those it takes slices of."""
+    sliced_levels = [e for f, _ in format.summands(0) for e in range(MOST_LEVELS) if f.window(e)]
+    return max((e + 1 for e in sliced_levels), default=0)
+
+
+def fewest_experts(format: Format, num_levels: int) -> tuple[int, ...]:
+    """The fewest experts of each level that a format can have: one, or up to the end of the last slice."""
+    windows = [[f.window(e) or (0, 1) for f, _ in format.summands(num_levels)] for e in range(num_levels)]
+    return tuple(max(stop for _, stop in of_level) for of_level in windows)
 
 
 def installed_backends() -> list[str]:
@@ -174,9 +192,14 @@ def dtypes(draw: Callable[..., Any], backend: str) -> str:
     return draw(st.sampled_from(names))
 
 
-def levels(most: int = 3) -> st.SearchStrategy[int]:
-    """Numbers of levels of experts, from none; the most, which take long to plan, are the rarest."""
-    return st.sampled_from([*range(most + 1), *range(most), *range(most)])
+def levels(most: int = 3, format: str | Format | None = None) -> st.SearchStrategy[int]:
+    """Numbers of levels of experts, from none; the most, which take long to plan, are the rarest.
+
+    Of a format as many as it can have: those at least that it takes slices of.
+    """
+    fewest = 0 if format is None else fewest_levels(get_format(format))
+    most = max(most, fewest)
+    return st.sampled_from([*range(fewest, most + 1), *range(fewest, most), *range(fewest, most)])
 
 
 def sizes(most: int = 4) -> st.SearchStrategy[int]:
@@ -203,26 +226,38 @@ def specs(
     Parameters
     ----------
     format : str or Format, optional
+        Of formats that are drawn some also split the experts, and some terms of sums are for a slice of them.
     num_levels : int, optional
     most : int, default 4
         The largest size of a mode or a bond.
     bias : bool, optional
     """
-    format = draw(formats()) if format is None else get_format(format)
-    num_levels = draw(levels()) if num_levels is None else num_levels
-    *experts, i, o = (draw(sizes(most)) for _ in range(num_levels + 2))
+    num_levels = draw(levels(format=format)) if num_levels is None else num_levels
+    declared = draw(formats()) if format is None else get_format(format)
+    least = (*fewest_experts(declared, num_levels), 1, 1)
+    bounds = zip(least, _most_sizes(declared, num_levels, most), strict=True)
+    *experts, i, o = mode_sizes = tuple(draw(st.integers(n, max(n, largest))) for n, largest in bounds)
+    declared = draw(variants(declared, mode_sizes, format is None))
+    # (The oracle sums over all indices at once.)
+    most_rank = most if len(declared.bonds(num_levels)) < 5 else min(most, 2)
     return LayerSpec(
-        draw(splits_of(format, (*experts, i, o))),
+        declared,
         experts=experts,
         in_features=i,
         out_features=o,
-        rank=draw(ranks(format, num_levels, most)),
-        bias=draw(st.booleans()) if bias is None else bias,
+        rank=draw(ranks(declared, num_levels, most_rank)),
+        bias=declared.has_bias_term or (draw(st.booleans()) if bias is None else bias),
     )
 
 
 @st.composite
-def splits_of(draw: Callable[..., Any], format: Format, mode_sizes: tuple[int, ...]) -> Format:
+def variants(
+    draw: Callable[..., Any],
+    format: Format,
+    mode_sizes: tuple[int, ...],
+    is_open: bool = False,
+    is_term: bool = False,
+) -> Format:
     """The format with drawn sizes of the parts of each split mode; some hold more than the mode has.
 
     Parameters
@@ -230,16 +265,44 @@ def splits_of(draw: Callable[..., Any], format: Format, mode_sizes: tuple[int, .
     format : Format
     mode_sizes : tuple of int
         Sizes of the whole modes.
+    is_open : bool, default False
+        Whether it may also split a mode of experts.
+    is_term : bool, default False
+        Whether it may also be for a slice of them, as a term of a sum.
     """
     if isinstance(format, Sum):
-        return Sum([draw(splits_of(term, mode_sizes)) for term in format.formats])
-    modes, splits = mode_names(len(mode_sizes) - 2), {}
-    for mode, size in zip(modes, mode_sizes, strict=True):
-        names = format.parts(mode)
-        if names != (mode,):
-            parts = [draw(sizes(3)) for _ in names[1:]]
-            splits[mode] = draw(st.permutations([*parts, -(-size // prod(parts))]))
-    return format.with_splits(splits) if splits else format
+        terms = [draw(variants(term, mode_sizes, is_open, is_open)) for term in format.formats]
+        return format if terms == list(format.formats) else Sum(terms)
+    names = mode_names(len(mode_sizes) - 2)
+    counts = {mode: len(format.parts(mode)) for mode in names if format.parts(mode) != (mode,)}
+    experts = [level for level, mode in enumerate(names[:-2]) if mode not in counts]
+    if is_open and not format.omits and experts and draw(st.integers(0, 5)) == 0:
+        counts[names[draw(st.sampled_from(experts))]] = draw(st.integers(1, 2))
+    splits = {}
+    for mode, size in zip(names, mode_sizes, strict=True):
+        if mode in counts and isinstance(format.splits.get(mode, 0), int):
+            parts = [draw(sizes(3)) for _ in range(counts[mode] - 1)]
+            parts = draw(st.permutations([*parts, -(-size // prod(parts))]))
+            if not is_default(size, tuple(parts)):
+                splits[mode] = parts
+            elif mode not in format.splits:
+                splits[mode] = counts[mode]
+    format = format.with_splits(splits) if splits else format
+    if is_term and experts and not format.omits and draw(st.integers(0, 2)) == 0:
+        level = draw(st.sampled_from(experts))
+        start = draw(st.integers(0, mode_sizes[level] - 1))
+        return sliced(format, start, draw(st.integers(start + 1, mode_sizes[level])), level)
+    return format
+
+
+def _most_sizes(format: Format, num_levels: int, most: int) -> list[int]:
+    """The largest size of each mode: `most`, or what the parts hold where a format gives their sizes."""
+    splits = [f.splits for f, _ in format.summands(num_levels)]
+    given = [
+        [prod(parts) for each in splits if isinstance(parts := each.get(mode), tuple)]
+        for mode in mode_names(num_levels)
+    ]
+    return [min([most, *held]) for held in given]
 
 
 def leading_shapes() -> st.SearchStrategy[tuple[int, ...]]:
@@ -273,7 +336,7 @@ def problems(
     dtype : str, optional
     bias : bool, optional
     """
-    num_levels = draw(levels()) if num_levels is None else num_levels
+    num_levels = draw(levels(format=format)) if num_levels is None else num_levels
     backend = draw(backends()) if backend is None else backend
     layer = draw(specs(format, num_levels, most=4 if num_levels < 2 else 3, bias=bias))
     factors = layer.weight_format.declaration(num_levels)

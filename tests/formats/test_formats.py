@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 import mumoe_tensor as mt
-from mumoe_tensor.testing import formats, levels, ranks, sizes
+from mumoe_tensor.testing import specs
 
 #: Bonds and factors for no, one and two levels of experts.
 DECLARED = {
@@ -33,7 +32,55 @@ DECLARED = {
         1: ("b2 b3", "n1 b2 | b2 i b3 | b3 o"),
         2: ("b2 b3 b4", "n1 b2 | b2 n2 b3 | b3 i b4 | b4 o"),
     },
+    "kron": {
+        0: ("k", "i1 o1 k | i2 o2 k"),
+        1: ("k", "n1 k | i1 o1 k | i2 o2 k"),
+        2: ("k", "n1 k | n2 k | i1 o1 k | i2 o2 k"),
+    },
+    "btt": {
+        0: ("r", "i1 i2 r o1 | o1 i1 r o2"),
+        1: ("r", "n1 r | i1 i2 r o1 | o1 i1 r o2"),
+        2: ("r", "n1 r | n2 r | i1 i2 r o1 | o1 i1 r o2"),
+    },
+    "monarch": {
+        0: ("", "i1 i2 o1 | o1 i1 o2"),
+        1: ("", "n1 i1 o1 | i1 i2 o1 | o1 i1 o2"),
+        2: ("", "n1 i1 o1 | n2 i1 o1 | i1 i2 o1 | o1 i1 o2"),
+    },
+    "tt-matrix": {
+        0: ("b1", "i1 o1 b1 | b1 i2 o2"),
+        1: ("b1 b2", "n1 b1 | b1 i1 o1 b2 | b2 i2 o2"),
+        2: ("b1 b2 b3", "n1 b1 | b1 n2 b2 | b2 i1 o1 b3 | b3 i2 o2"),
+    },
+    "tucker-matrix": {
+        0: ("r_i1 r_i2 r_o1 r_o2", "r_i1 r_i2 r_o1 r_o2 | i1 r_i1 | i2 r_i2 | o1 r_o1 | o2 r_o2"),
+        1: (
+            "r_n1 r_i1 r_i2 r_o1 r_o2",
+            "r_n1 r_i1 r_i2 r_o1 r_o2 | n1 r_n1 | i1 r_i1 | i2 r_i2 | o1 r_o1 | o2 r_o2",
+        ),
+        2: (
+            "r_n1 r_n2 r_i1 r_i2 r_o1 r_o2",
+            "r_n1 r_n2 r_i1 r_i2 r_o1 r_o2 | n1 r_n1 | n2 r_n2 | i1 r_i1 | i2 r_i2 | o1 r_o1 | o2 r_o2",
+        ),
+    },
+    "cp-matrix": {
+        0: ("r", "r | i1 r | i2 r | o1 r | o2 r"),
+        1: ("r", "r | n1 r | i1 r | i2 r | o1 r | o2 r"),
+        2: ("r", "r | n1 r | n2 r | i1 r | i2 r | o1 r | o2 r"),
+    },
+    "lowrank": {
+        0: ("r", "i r | r o"),
+        1: ("r", "n1 i r | n1 r o"),
+        2: ("r", "n1 n2 i r | n1 n2 r o"),
+    },
+    "shared-expert": {
+        0: ("t2_r", "i o | t2_r | i t2_r | o t2_r"),
+        1: ("t2_r", "i o | t2_r | n1 t2_r | i t2_r | o t2_r"),
+        2: ("t2_r", "i o | t2_r | n1 t2_r | n2 t2_r | i t2_r | o t2_r"),
+    },
 }
+#: Position of the factor that may be missing, the weights of CP.
+OPTIONAL = {"cp": [0], "cp-matrix": [0], "shared-expert": [1]}
 
 
 def test_the_formats_are_these() -> None:
@@ -47,7 +94,7 @@ def test_declaration(format: str, levels: int) -> None:
     declared = mt.get_format(format).declaration(levels)
     assert " | ".join(" ".join(f.indices) for f in declared) == factors
     assert mt.get_format(format).bonds(levels) == tuple(bonds.split())
-    assert [k for k, f in enumerate(declared) if f.optional] == ([0] if format == "cp" else [])
+    assert [k for k, f in enumerate(declared) if f.optional] == OPTIONAL.get(format, [])
 
 
 @pytest.mark.parametrize(
@@ -66,19 +113,20 @@ def test_memory_order(format: str, order: str) -> None:
     assert " | ".join(" ".join(f.memory_order) for f in declared) == order
 
 
-@given(formats(), levels(), st.data())
-def test_shapes_follow_modes_and_rank(format: mt.Format, levels: int, data: st.DataObject) -> None:
-    modes = data.draw(st.tuples(*[sizes(9)] * (levels + 2)))
-    rank = data.draw(ranks(format, levels, 9))
-    size = format.index_sizes(modes, rank)
-    assert tuple(size.values()) == (*modes, *rank)
-    assert format.shapes(modes, rank) == [
-        tuple(size[x] for x in f.indices) for f in format.declaration(levels)
-    ]
+@given(specs(most=9))
+def test_shapes_follow_modes_and_rank(spec: mt.LayerSpec) -> None:
+    format, levels, rank = spec.weight_format, spec.num_levels, spec.full_rank
+    shapes = []
+    for term in format.terms(spec.mode_sizes, rank):
+        size = term.format.index_sizes(term.mode_sizes, term.rank)
+        assert tuple(size) == term.format.modes(levels) + term.format.bonds(levels)
+        assert tuple(size.values()) == (*term.format.part_sizes(term.mode_sizes), *term.rank)
+        shapes += [tuple(size[x] for x in f.indices) for f in term.format.declaration(levels)]
+    assert format.shapes(spec.mode_sizes, rank) == shapes
     assert format.check_rank(rank, levels) == rank
     if len(rank) == 1:
         assert format.check_rank(rank[0], levels) == rank
     for t in (1, 7):
-        default = format.default_rank(modes, t)
+        default = format.rank_family(spec.mode_sizes, t)
         assert format.check_rank(default, levels) == default
-        assert format.default_rank(modes, t + 1) >= default
+        assert format.rank_family(spec.mode_sizes, t + 1) >= default

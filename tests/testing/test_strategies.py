@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,12 @@ from mumoe_tensor.testing import Problem, problems, to_numpy
 @given(st.data())
 def test_a_problem_can_be_pasted_back(data: st.DataObject) -> None:
     problem = data.draw(problems(data.draw(st.sampled_from([None, Unregistered()])), dtype="float32"))
-    names = {"Problem": Problem, "LayerSpec": LayerSpec, "Unregistered": Unregistered}
+    names = {
+        "Problem": Problem,
+        "LayerSpec": LayerSpec,
+        "Unregistered": Unregistered,
+        **vars(import_module("mumoe_tensor.formats")),
+    }
     again = eval(repr(problem), names)
     assert again == problem
     arrays = [(*x.weight.factors, x.z, *x.coefficients) for x in (problem, again)]

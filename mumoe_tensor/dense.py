@@ -136,7 +136,9 @@ def _whole_modes(
             tensor = operations.narrow(tensor, axis, 0, stop - start)
         if group and stop - start < size:
             tensor = operations.pad(tensor, axis, start, size - stop)
-    return operations.expand(tensor, tuple(term.shape[level] for level, _ in left))
+    whole = tuple(term.shape[level] for level, _ in left)
+    # (What NumPy expands is read-only.)
+    return tensor if tuple(tensor.shape) == whole else operations.expand(tensor, whole)
 
 
 @lru_cache(maxsize=1024)

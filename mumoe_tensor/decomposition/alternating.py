@@ -15,7 +15,9 @@ from mumoe_tensor.formats.base import Format, Rank
 
 Indices = tuple[str, ...]
 #: Most steps of conjugate gradients for one factor in one sweep.
-STEPS = 20
+STEPS = 10
+#: Largest product of bonds for whose problems of least squares matrices are formed in conjugate gradients.
+LARGEST = 2048
 
 
 @singledispatch
@@ -150,19 +152,19 @@ class _Term:
 
         def update(factors: Sequence[Any], target: Any) -> Any:
             others = [factors[j] for j in rest]
-            design = problem.design(factors)
-            inverse = np.linalg.pinv(design.transpose(0, 2, 1) @ design, hermitian=True)
+            inverse = problem.inverse(factors)
 
             def product(factor: Any) -> Any:
                 fitted = view.put(self._whole(*(factor if j == k else factors[j] for j in self.indices)))
                 return adjoint(view.take(fitted if covariance is None else covariance @ fitted), *others)
 
             def precondition(gradient: Any) -> Any:
+                if inverse is None:
+                    return gradient
                 return problem.factor(inverse @ problem.columns(gradient))
 
-            return conjugate_gradients(
-                product, adjoint(target, *others), factors[k], precondition, steps=STEPS
-            )
+            right = adjoint(target, *others)
+            return conjugate_gradients(product, right, factors[k], precondition, steps=STEPS)
 
         return update
 
@@ -192,11 +194,25 @@ class _Problem:
         self.shape, self.axes = [size[x] for x in solved], [solved.index(x) for x in indices[k]]
         self.by_problem = [modes.index(x) for x in (*shared, *rest, *alone)]
         operands = term._operands(factors)
-        self._design = _contraction({j: operands[j] for j in self.others}, (*shared, *rest, *bonds))
+        others = {j: operands[j] for j in self.others}
+        self._design = _contraction(others, (*shared, *rest, *bonds))
+        twice = {
+            (j, 2): (tuple(f"{x}'" if x in bonds else x for x in axes), shape)
+            for j, (axes, shape) in others.items()
+        }
+        self._gram = _contraction(others | twice, (*shared, *bonds, *(f"{x}'" for x in bonds)))
 
     def design(self, factors: Sequence[Any]) -> Any:
         s, r, b, _ = self.sizes
         return self._design(*(factors[j] for j in self.others)).reshape(s, r, b)
+
+    def inverse(self, factors: Sequence[Any]) -> Any | None:
+        """Of the matrix of the normal equations; None if that is large."""
+        s, _, b, _ = self.sizes
+        if b > LARGEST:
+            return None
+        gram = self._gram(*(factors[j] for j in (*self.others, *self.others))).reshape(s, b, b)
+        return np.linalg.pinv(gram, hermitian=True)
 
     def right(self, target: Any) -> Any:
         s, r, _, a = self.sizes

@@ -1,0 +1,54 @@
+"""Error of structured formats in place of a pretrained matrix, plain and weighted by the inputs' covariance.
+
+Not in the paper: what a linear layer loses to each structure, and what of that a fit of its outputs regains.
+
+Settings: an expanding convolution of EfficientNet-Lite2 (120 → 720) and an up-projection of SmolLM2-135M
+(576 → 1,536), no experts; `decompose` from one start with at most 20 sweeps; ranks for 5 to 50 % of the
+parameters. Above: the error of the weight, fitted without weighting. Below: that of the outputs, dotted
+without weighting, solid with `input_covariance`, of the same inputs as the error: those that the layer has
+in its network. Kronecker and TT-matrix of two parts are the same matrices. CP-matrix ends at 600
+components. Reads ``docs/experiments/compression.csv``, which ``experiments/compression.py`` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from paper_figures.common import Row
+from paper_figures.experiments.heads import table
+
+MARKERS = "osvDPX^<>"
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a network, format, share of the parameters and way of fitting."""
+    return table("compression")
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A column a network; the error of the weight above that of the outputs."""
+    networks, formats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "format"))
+    figure = Figure(figsize=(7.0, 5.6), layout="constrained")
+    axes = figure.subplots(2, len(networks), squeeze=False, sharex=True)
+    for column, network in enumerate(networks):
+        for k, format in enumerate(formats):
+            look = {"color": f"C{k}", "marker": MARKERS[k], "markersize": 3}
+            for ax, error, fits in zip(
+                axes[:, column],
+                ("weight_error", "output_error"),
+                ({"plain": "-"}, {"plain": ":", "weighted": "-"}),
+                strict=True,
+            ):
+                for fit, line in fits.items():
+                    wanted = (network, format, fit)
+                    here = [row for row in rows if (row["network"], row["format"], row["fit"]) == wanted]
+                    places = [row["share"] for row in here], [row[error] for row in here]
+                    ax.plot(*places, linestyle=line, label=format if line == "-" else None, **look)
+        axes[0, column].set(title=network, ylabel="relative error of the weight", ylim=(0, 1))
+        axes[1, column].set(ylabel="relative error of the outputs", ylim=(0, 1))
+        for ax in axes[:, column]:
+            ax.set(xlabel="parameters, share of the dense ones", xlim=(0, 0.55))
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return figure

@@ -1,0 +1,44 @@
+"""Monarch, Block Tensor Train and low rank: what the singular values say is what the fit leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mumoe_tensor as mt
+
+
+def left_out(matrices: Any, r: int) -> float:
+    """Relative error of the best matrices of rank r."""
+    values = np.linalg.svd(matrices, compute_uv=False)
+    return float(np.linalg.norm(values[..., r:]) / np.linalg.norm(values))
+
+
+@given(r=st.integers(1, 4), seed=st.integers(0, 99))
+def test_a_matrix_is_fitted_block_by_block(r: int, seed: int) -> None:
+    matrix = np.random.default_rng(seed).standard_normal((6, 12))
+    blocks = matrix.reshape(2, 3, 3, 4).transpose(0, 2, 1, 3)
+    assert mt.decompose(matrix, "btt", r)[1] == pytest.approx(left_out(blocks, r), abs=1e-12)
+    assert mt.decompose(matrix, "monarch")[1] == pytest.approx(left_out(blocks, 1), abs=1e-12)
+
+
+@given(r=st.integers(1, 4), experts=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 99))
+def test_low_rank_is_the_best_of_each_expert(r: int, experts: list[int], seed: int) -> None:
+    dense = np.random.default_rng(seed).standard_normal((*experts, 3, 5))
+    assert mt.decompose(dense, "lowrank", r)[1] == pytest.approx(left_out(dense, r), abs=1e-12)
+
+
+@pytest.mark.parametrize("format, rank", [("monarch", None), ("btt", 1), ("btt", 3)])
+@pytest.mark.parametrize("experts", [(5,), (2, 3)])
+def test_experts_begin_with_singular_vectors(format: str, rank: Any, experts: tuple[int, ...]) -> None:
+    """From which a weight of the format needs few sweeps."""
+    sizes: dict[str, Any] = {"experts": experts, "in_features": 6, "out_features": 8, "rank": rank}
+    for seed in range(3):
+        truth = mt.to_dense(mt.FactorizedTensor.random(format, seed=seed, **sizes))
+        if format == "monarch":
+            assert mt.decompose(truth, format, rank, n_restarts=1, n_iter=2)[1] < 1e-12
+        assert mt.decompose(truth, format, rank, n_restarts=1)[1] < 1e-6

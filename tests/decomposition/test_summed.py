@@ -1,0 +1,66 @@
+"""Sums are fitted by alternation: never worse than term by term, exact where the terms can be told apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mumoe_tensor as mt
+from mumoe_tensor.decomposition import decompose
+from mumoe_tensor.dense import to_dense
+
+SUMS: list[mt.Format] = [
+    mt.sum_of(mt.shared("dense"), "cp"),
+    mt.sum_of(mt.shared("lowrank"), "kron"),
+    mt.sum_of("lowrank", mt.shared("kron")),
+    mt.sum_of(mt.sliced("cp", 0, 2), mt.sliced("lowrank", 2, 4)),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("format", SUMS, ids=str)
+def test_a_weight_of_the_format_is_recovered(format: mt.Format, bias: bool) -> None:
+    rank = (2,) * len(format.bonds(1))
+    truth = mt.FactorizedTensor.random(
+        format, experts=4, in_features=6, out_features=6, rank=rank, bias=bias, seed=1
+    )
+    weight, error = decompose(to_dense(truth), format, rank, bias=bias, n_restarts=2)
+    assert weight.format == truth.format
+    assert error < 1e-6
+    assert np.linalg.norm(to_dense(weight) - to_dense(truth)) < 1e-6 * np.linalg.norm(to_dense(truth))
+
+
+@pytest.mark.parametrize("format", SUMS, ids=str)
+def test_alternation_is_no_worse_than_one_term_after_the_other(format: mt.Format) -> None:
+    dense = np.random.default_rng(0).standard_normal((4, 6, 6))
+    rank = (2,) * len(format.bonds(1))
+    residual = dense.copy()
+    for term in format.terms(dense.shape, rank):
+        residual -= to_dense(decompose(residual, term.format, term.rank, n_restarts=1, n_iter=50)[0])
+    in_turn = np.linalg.norm(residual) / np.linalg.norm(dense)
+    error = decompose(dense, format, rank, n_restarts=1, n_iter=50)[1]
+    assert error <= in_turn + 1e-12
+    if format == SUMS[2]:  # where the first term takes much of what is the second's
+        assert error < in_turn - 1e-3
+
+
+def test_a_shared_matrix_alone_is_the_mean_of_the_experts() -> None:
+    dense = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    weight, error = decompose(dense, mt.sum_of(mt.shared("dense")))
+    np.testing.assert_allclose(weight.arrays[0], dense.mean((0, 1)))
+    assert error == pytest.approx(np.linalg.norm(dense - dense.mean((0, 1))) / np.linalg.norm(dense))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_bias_beside_split_inputs_is_exact_where_all_experts_have_one(same: bool) -> None:
+    sizes: dict[str, Any] = {"experts": 3, "in_features": 6, "out_features": 4, "rank": 2}
+    dense = to_dense(mt.FactorizedTensor.random("kron", seed=0, **sizes))
+    bias = np.random.default_rng(1).standard_normal((3, 4))
+    bias[:] = bias[0] if same else bias
+    weight, error = decompose(dense, "kron", 2, bias=bias)
+    whole = np.concatenate([dense, bias[:, None]], 1)
+    left = np.linalg.norm(bias - bias.mean(0)) / np.linalg.norm(whole)
+    assert error == pytest.approx(left, abs=1e-6)
+    np.testing.assert_allclose(to_dense(weight)[:, -1], np.tile(bias.mean(0), (3, 1)), atol=1e-12)

@@ -1,0 +1,109 @@
+"""Fits weighted by the covariance of the inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mumoe_tensor as mt
+from mumoe_tensor.decomposition import decompose
+
+WEIGHTED: list[mt.Format] = [
+    *mt.formats().values(),
+    mt.sum_of("lowrank", mt.shared("kron")),
+    mt.sum_of("tt", mt.shared("lowrank")),
+    mt.get_format("btt").with_splits({"i": (2, 4), "o": (2, 4)}),
+]
+
+
+def inputs(size: int, seed: int, bias: bool = False) -> Any:
+    """Correlated inputs of unequal size; with a bias a column of ones is the last."""
+    generator = np.random.default_rng(seed)
+    z = generator.standard_normal((40, size)) @ (
+        generator.standard_normal((size, size)) * 2.0 ** -np.arange(size)
+    )
+    return np.concatenate([z + 1, np.ones((40, 1))], 1) if bias else z
+
+
+def output_error(weight: Any, dense: Any, z: Any) -> float:
+    return float(np.linalg.norm(z @ (mt.to_dense(weight) - dense)) / np.linalg.norm(z @ dense))
+
+
+@given(
+    format=st.sampled_from(WEIGHTED), levels=st.integers(0, 2), bias=st.booleans(), seed=st.integers(0, 99)
+)
+def test_outputs_are_no_worse_than_of_the_fit_without_weights(
+    format: mt.Format, levels: int, bias: bool, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    dense = generator.standard_normal((*(3, 2)[:levels], 6 + bias, 6))
+    rank, effort = (2,) * len(format.bonds(levels)), dict(bias=bias, n_restarts=1, n_iter=10)
+    z = inputs(6, seed, bias)
+    plain, _ = decompose(dense, format, rank, **effort)
+    weight, error = decompose(dense, format, rank, input_covariance=z.T @ z / len(z), **effort)
+    assert error == pytest.approx(output_error(weight, dense, z), abs=1e-7)
+    assert error <= output_error(plain, dense, z) + 1e-7
+
+
+@given(format=st.sampled_from(WEIGHTED), levels=st.integers(0, 1), seed=st.integers(0, 99))
+def test_uncorrelated_inputs_are_no_weights(format: mt.Format, levels: int, seed: int) -> None:
+    """The error is that of the plain fit, or lower: it goes on from there."""
+    dense = np.random.default_rng(seed).standard_normal((*(3,)[:levels], 6, 6))
+    rank, effort = (2,) * len(format.bonds(levels)), dict(n_restarts=1, n_iter=10)
+    expected = decompose(dense, format, rank, **effort)[1]
+    weight, error = decompose(dense, format, rank, input_covariance=3 * np.eye(6), **effort)
+    assert error <= expected + 1e-12
+    assert error == pytest.approx(np.linalg.norm(mt.to_dense(weight) - dense) / np.linalg.norm(dense))
+    if levels == 0 and not format.splits.keys() and len(format.summands(0)) == 1:
+        assert error == pytest.approx(expected, abs=1e-9)
+
+
+@given(r=st.integers(1, 4), seed=st.integers(0, 99))
+def test_low_rank_is_the_best_for_the_outputs(r: int, seed: int) -> None:
+    """The truncated SVD of the outputs, also where the inputs do not span the space."""
+    dense, z = np.random.default_rng(seed).standard_normal((6, 5)), inputs(6, seed)
+    z[:, 5] = z[:, 4] - z[:, 3]
+    values = np.linalg.svd(z @ dense, compute_uv=False)
+    expected = np.linalg.norm(values[r:]) / np.linalg.norm(values)
+    assert decompose(dense, "lowrank", r, input_covariance=z.T @ z)[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_conjugate_gradients_reach_what_whitening_gives() -> None:
+    """A sum with a term of split parts of size one: fitted by alternation, and the same set of matrices."""
+    z = inputs(6, 0)
+    dense = np.random.default_rng(0).standard_normal((6, 5))
+    whole = decompose(dense, "lowrank", 2, input_covariance=z.T @ z)[1]
+    split = mt.get_format("lowrank").with_splits({"i": (2, 3)})
+    effort: dict[str, Any] = {"n_iter": 3000, "tolerance": 1e-9}
+    assert decompose(dense, split, 2, input_covariance=z.T @ z, **effort)[1] == pytest.approx(whole, abs=1e-5)
+
+
+def test_the_covariance_may_be_of_any_backend_and_dtype() -> None:
+    torch = pytest.importorskip("torch")
+    dense = torch.randn(6, 4, generator=torch.manual_seed(0))
+    z = torch.from_numpy(inputs(6, 0)).float()
+    weight, error = decompose(dense, "lowrank", 2, input_covariance=z.T @ z)
+    assert weight.arrays[0].dtype == dense.dtype
+    assert error == pytest.approx(output_error(weight, dense, z), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "covariance, error, message",
+    [
+        (np.eye(5), ValueError, r"\(6, 6\) with the bias row, got \(5, 5\)"),
+        (np.eye(6)[0], ValueError, r"got \(6,\)"),
+        (np.eye(6, dtype=int), TypeError, "floating dtype, .* got input_covariance: int64"),
+        ([[1.0]], TypeError, "must be plain NumPy, PyTorch or JAX arrays, got list"),
+        (np.tri(6), ValueError, "must be symmetric"),
+        (np.zeros((6, 6)), ValueError, "not zero"),
+        (np.full((6, 6), np.nan), ValueError, "must be finite"),
+        (np.diag([1.0, 1, 1, 1, 1, -2]), ValueError, "positive semi-definite, got eigenvalues from -2 to 1"),
+    ],
+)
+def test_bad_covariances(covariance: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        decompose(np.ones((5, 4)), "cp", 1, bias=np.ones(4), input_covariance=covariance)

@@ -84,7 +84,7 @@ class FactorizedTensor:
     def terms(self) -> tuple[FactorizedTensor, ...]:
         """The tensors that the weight is the sum of, with the same arrays; itself, unless it is a sum."""
         terms = self.format.terms(self.shape, self.rank)
-        if len(terms) == 1:
+        if terms[0].format is self.format:
             return (self,)
         return tuple(
             FactorizedTensor(term.format, self.factors[term.factors], term.mode_sizes) for term in terms

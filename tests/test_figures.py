@@ -39,6 +39,7 @@ from paper_figures.common import (
     rows_of,
     write,
 )
+from paper_figures.experiments import compression
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -314,3 +315,30 @@ def test_without_a_checkout_the_command_says_so(tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "checkout" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weighting_by_inputs_never_hurts_the_outputs() -> None:
+    rows = load("structured_error").rows(quick=True)
+    errors = {(row["network"], row["format"], row["rank"], row["fit"]): row for row in rows}
+    for *place, fit in errors:
+        plain, weighted = (errors[(*place, kind)] for kind in ("plain", "weighted"))
+        assert weighted["output_error"] <= plain["output_error"] < 1
+        assert plain["weight_error"] <= weighted["weight_error"] + 0.02
+    for one, other in pairwise(rows[::2]):
+        if (one["network"], one["format"]) == (other["network"], other["format"]):
+            assert one["share"] < other["share"] and one["weight_error"] > other["weight_error"]
+
+
+def test_the_experiment_of_structured_formats_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a small layer; inputs are read where they enter it, and a Kronecker product is recovered."""
+    layer = torch.nn.Conv2d(6, 8, 1)
+    x = torch.randn(5, 6, 3, 3)
+    covariance = compression.inputs_of(layer, lambda: [layer(batch) for batch in x.split(2)])
+    pixels = x.movedim(1, -1).reshape(-1, 6).double()
+    np.testing.assert_allclose(covariance, pixels.T @ pixels / len(pixels))
+    matrix = np.kron(*(np.random.default_rng(k).standard_normal((2 + k, 2 + 2 * k)) for k in (0, 1)))
+    rows = compression.measure("network", matrix, covariance, shares=(0.5,))
+    assert {row["format"] for row in rows} >= {"lowrank", "kron", "tucker-matrix"}
+    assert all(row["weight_error"] < 1e-6 for row in rows if row["format"] == "kron")
+    assert all(row["share"] <= 0.5 for row in rows if row["format"] != "monarch")
+    assert "kron" in capsys.readouterr().out

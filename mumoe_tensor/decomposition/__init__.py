@@ -50,10 +50,14 @@ def decompose(
     """Approximate a weight tensor in a format.
 
     CP by alternating least squares with a line search [1]_, Tucker by higher-order orthogonal iteration
-    [2]_, Tensor Train by TT-SVD [3]_, all three TensorLy's; Tensor Ring by alternating least squares from
-    TensorLy's TR-SVD and from random cores [4]_; Hadamard by the best tensor of rank one for each output;
-    any other format by alternating least squares over its declared factors, unless a method is registered
-    for it by `.fits`.
+    [2]_, Tensor Train by TT-SVD [3]_, all three TensorLy's, and so where their modes are split; TT-matrix by
+    TT-SVD over pairs of parts; Tensor Ring by alternating least squares from TensorLy's TR-SVD and from
+    random cores [4]_; Hadamard by the best tensor of rank one for each output; low rank by the singular
+    value decomposition of each expert, Kronecker by that of the rearranged matrix [5]_, or CP of the
+    rearranged tensor; Monarch [6]_ and Block Tensor Train by that of each block, with experts by alternating
+    least squares from there. The terms of a sum are fitted in order to what those before them leave, then
+    in turn. Any other format by alternating least squares over its declared factors, unless a method is
+    registered for it by `.fits`.
 
     Parameters
     ----------
@@ -62,7 +66,11 @@ def decompose(
     rank : int or sequence of int, optional
         One entry a bond; see `Format.bonds`. Bonds larger than the tensor can use are filled up with zeros.
     bias : bool or array of shape (N1, ..., NE, O), default False
-        Whether the last row of the input mode is the bias; or the biases, which become that row.
+        Whether the last row of the input mode is the bias; or the biases, which become that row. Where the
+        input is split, the weight is a sum with one bias for all experts, the mean of theirs.
+    input_covariance : array of shape (I, I), optional
+        The mean of ``z zᵀ`` over inputs z, not centred, with a one for the bias row where there
+        is one. The fit is then that of the outputs ``z @ dense``.
     n_restarts : int, default 8
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
         TT and Hadamard with one level have one start.
@@ -78,19 +86,28 @@ def decompose(
     weight : FactorizedTensor
         With the backend, dtype and device of `dense`; its factors have norms within a factor of four.
     error : float
-        ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm, rounding to the dtype included.
-        Zero for a tensor of zeros.
+        ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm, rounding to the dtype included; with
+        `input_covariance` C in the norm ``‖C^(1/2) ·‖``. Zero for a tensor of zeros.
 
     Raises
     ------
     ValueError, TypeError
         If `dense` is no floating array, has fewer than two axes, an empty one, or an entry that is not
-        finite; if another argument does not fit.
+        finite; if the covariance is not symmetric and positive semi-definite; if another argument does not
+        fit.
 
     Notes
     -----
     All arithmetic is NumPy's in float64; dtype and backend of the input only decide how the result is
     rounded. The result has no gradient with respect to `dense`.
+
+    Padding of a split mode is no part of the error: the best fit with zeros there is improved by alternating
+    least squares in which those entries have no weight.
+
+    With a covariance, a format with the input mode in one factor of each term is fitted to
+    ``C^(1/2) @ dense``, and that factor multiplied by the inverse of the root (whitening, as in [7]_). Other
+    formats go on from the best fit without weights, by alternating least squares whose problems are solved
+    by conjugate gradients. Either way the error is no larger than that of the fit without weights.
 
     References
     ----------
@@ -100,6 +117,12 @@ def decompose(
     .. [3] I. V. Oseledets, "Tensor-train decomposition", SIAM J. Sci. Comput. 33(5), 2011.
     .. [4] Q. Zhao, G. Zhou, S. Xie, L. Zhang, A. Cichocki, "Tensor ring decomposition",
        arXiv:1606.05535, 2016.
+    .. [5] C. F. Van Loan, N. Pitsianis, "Approximation with Kronecker products", Linear Algebra for Large
+       Scale and Real-Time Applications, 1993.
+    .. [6] T. Dao et al., "Monarch: Expressive structured matrices for efficient and accurate training",
+       arXiv:2204.00595, 2022.
+    .. [7] X. Wang, Y. Zheng, Z. Wan, M. Zhang, "SVD-LLM: Truncation-aware singular value decomposition for
+       large language model compression", arXiv:2403.07378, 2024.
 
     Examples
     --------
@@ -108,6 +131,12 @@ def decompose(
     >>> V, error = mt.decompose(mt.to_dense(W), "cp", 3)
     >>> V.rank, error < 1e-6
     ((3,), True)
+
+    The nearest sum of two Kronecker products, for inputs of which the first varies most:
+
+    >>> M, covariance = np.random.default_rng(0).standard_normal((6, 8)), np.diag([9.0, 1, 1, 1, 1, 1])
+    >>> mt.decompose(M, "kron", 2, input_covariance=covariance)[0]
+    FactorizedTensor('kron', shape=(6, 8), rank=(2,), float64, numpy)
     """
     format = get_format(format)
     n_restarts = as_positive(n_restarts, "n_restarts")

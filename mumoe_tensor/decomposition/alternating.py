@@ -32,7 +32,7 @@ def fits(
     Parameters
     ----------
     dense : numpy.ndarray of float64, of shape (N1, ..., NE, I, O)
-        Not all zero, its largest entry near one. `.split` gives it an axis for each part of a split mode.
+        Not all zero, its largest entry near one. `split` gives it an axis for each part of a mode.
     generators : sequence of numpy.random.Generator
         One for each start. The first start is the one from singular vectors, where the method has one.
     n_iter : int

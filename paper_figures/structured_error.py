@@ -31,7 +31,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     """A column a network; the error of the weight above that of the outputs."""
     networks, formats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "format"))
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")
-    axes = figure.subplots(2, len(networks), squeeze=False, sharex=True)
+    axes = figure.subplots(2, len(networks), squeeze=False)
     for column, network in enumerate(networks):
         for k, format in enumerate(formats):
             look = {"color": f"C{k}", "marker": MARKERS[k], "markersize": 3}

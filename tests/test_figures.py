@@ -320,7 +320,7 @@ def test_without_a_checkout_the_command_says_so(tmp_path: Path, monkeypatch: pyt
 def test_weighting_by_inputs_never_hurts_the_outputs() -> None:
     rows = load("structured_error").rows(quick=True)
     errors = {(row["network"], row["format"], row["rank"], row["fit"]): row for row in rows}
-    for *place, fit in errors:
+    for *place, _ in errors:
         plain, weighted = (errors[(*place, kind)] for kind in ("plain", "weighted"))
         assert weighted["output_error"] <= plain["output_error"] < 1
         assert plain["weight_error"] <= weighted["weight_error"] + 0.02

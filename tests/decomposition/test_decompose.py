@@ -99,6 +99,21 @@ def test_scale_is_no_matter(format: str) -> None:
         np.testing.assert_allclose(mt.to_dense(weight) / scale, dense, atol=1e-6)
 
 
+@pytest.mark.parametrize("experts", EXPERTS[:2], ids=str)
+@pytest.mark.parametrize("format", [name for name in FORMATS if mt.get_format(name).is_split])
+def test_padding_is_no_part_of_the_error(format: str, experts: tuple[int, ...]) -> None:
+    """A weight is recovered although the factors are not zero in the padding."""
+    padded = mt.get_format(format).with_splits({"i": (2, 4), "o": (3, 3)})
+    rank = (2,) * len(padded.bonds(len(experts)))
+    truth = mt.FactorizedTensor.random(
+        padded, experts=experts, in_features=7, out_features=8, rank=rank, seed=0
+    )
+    weight, error = decompose(mt.to_dense(truth), padded, rank, n_restarts=4)
+    assert weight.format == padded
+    assert error < 1e-6
+    assert relative(weight, mt.to_dense(truth)) < 1e-6
+
+
 # ---- one that has not is approximated as well as can be ----------------------------------------------
 
 

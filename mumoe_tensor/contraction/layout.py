@@ -2,9 +2,10 @@
 
 Every step is one matrix product (``mm``), one batched matrix product (``bmm``) or one elementwise product
 with broadcasting (``mul``). A product reads an operand without copying it when the axes it sums, the axes
-it keeps and the axes shared with the other operand and the result each lie together in memory. `Compiler`
-chooses which operand comes first in each product, and so the memory order of every intermediate, such that
-as few elements as possible are copied.
+it keeps and the axes shared with the other operand and the result each lie together in memory; or, in a stack
+of matrices along the batch, each matrix of which meets the other operand, when that holds within a matrix.
+`Compiler` chooses which operand comes first in each product, and so the memory order of every intermediate,
+such that as few elements as possible are copied.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from functools import cache, lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from mumoe_tensor.contraction.network import Indices, Network, Reading, Tree, is_read_in_place
+from mumoe_tensor.contraction.network import Indices, Network, Reading, Tree, is_read_in_place, stack_of
 from mumoe_tensor.formats.base import BATCH
 
 Kind = Literal["mm", "bmm", "mul"]
 
 #: Memory orders of an intermediate that are followed up, the cheapest ones.
 KEPT_ORDERS = 4
+#: One of many small products takes the time of so many copied elements.
+SMALL_PRODUCT = 256
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,11 @@ class _Way(NamedTuple):
         Axes of both operands as they lie in memory, the left operand's first.
     reads : pair of tuple of str
         The same axes in the order in which the product reads them.
-    summed, shared : tuple of str
-        Axes it sums over; axes of both operands and of the result.
+    summed : tuple of str
+        Axes it sums over.
+    stacks : pair of tuple of str
+        Axes along which each operand is a stack of matrices: those of both operands and of the result, or
+        some of one operand alone, all of whose matrices then meet the other.
     output : tuple of str
         Axes of the result as it lies in memory.
     """
@@ -226,7 +232,7 @@ class _Way(NamedTuple):
     orders: tuple[Indices, Indices]
     reads: tuple[Indices, Indices]
     summed: Indices
-    shared: Indices
+    stacks: tuple[Indices, Indices]
     output: Indices
 
     def out_of_order(self) -> list[Indices]:
@@ -241,6 +247,11 @@ class _Way(NamedTuple):
             return 0
         left, right = self.reads
         return (left[-1] not in self.summed) + (right[-1] in self.summed)
+
+    def repeated(self) -> Indices:
+        """Axes along which one operand meets every matrix of the other."""
+        one, other = self.stacks
+        return () if one and other else one or other
 
 
 class _Choice(NamedTuple):
@@ -298,10 +309,11 @@ class Compiler:
             best: dict[Indices, _Choice] = {}
             for left_order, left_choice in self.choices[left].items():
                 for right_order, right_choice in self.choices[right].items():
-                    for way, copies, calls in _ways(left_order, right_order, needed):
-                        copied = (
-                            left_choice.copied + right_choice.copied + calls + sum(map(self._size, copies))
-                        )
+                    for way, copies, calls, repeated in _ways(left_order, right_order, needed):
+                        copied = left_choice.copied + right_choice.copied + calls
+                        copied += sum(map(self._size, copies))
+                        if repeated:
+                            copied += SMALL_PRODUCT * self._size(repeated)
                         if way.output not in best or copied < best[way.output].copied:
                             best[way.output] = _Choice(copied, way)
             cheapest = sorted(best, key=lambda order: best[order].copied)[:KEPT_ORDERS]
@@ -356,10 +368,10 @@ class Compiler:
 @lru_cache(maxsize=65_536)
 def _ways(
     first: Indices, second: Indices, needed: frozenset[str]
-) -> tuple[tuple[_Way, list[Indices], int], ...]:
-    """Ways to multiply two nodes in these memory orders, with what each copies and transposes."""
+) -> tuple[tuple[_Way, list[Indices], int, Indices], ...]:
+    """Ways to multiply two nodes in these memory orders, with what each copies, transposes and repeats."""
     ways = [*_products(False, first, second, needed), *_products(True, second, first, needed)]
-    return tuple((way, way.out_of_order(), way.transposed()) for way in ways)
+    return tuple((way, way.out_of_order(), way.transposed(), way.repeated()) for way in ways)
 
 
 def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> Iterator[_Way]:
@@ -369,27 +381,36 @@ def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> 
     a_only, b_only = tuple(x for x in a if x not in b), tuple(x for x in b if x not in a)
     if not summed:
         for output in dict.fromkeys((a + b_only, b_only + a)):
-            yield _Way(swapped, (a, b), (a, b), summed, shared, output)
+            yield _Way(swapped, (a, b), (a, b), summed, ((), ()), output)
         return
 
-    def matrices(a_read: Indices, b_read: Indices, summed: Indices, shared: Indices) -> _Way:
-        return _Way(swapped, (a, b), (a_read, b_read), summed, shared, shared + a_only + b_only)
+    def matrices(
+        a_read: Indices, b_read: Indices, summed: Indices, a_stack: Indices, b_stack: Indices
+    ) -> _Way:
+        along = a_stack or b_stack
+        output = along + tuple(x for x in a_only + b_only if x not in along)
+        return _Way(swapped, (a, b), (a_read, b_read), summed, (a_stack, b_stack), output)
 
-    # Both are read as they lie; or one is copied into the order of the other; or both are copied.
-    b_summed, b_shared = tuple(x for x in b if x in summed), tuple(x for x in b if x in shared)
-    a_in_place, b_in_place = (
-        is_read_in_place(["summed" if x in summed else "shared" if x in shared else "free" for x in order])
-        for order in (a, b)
+    a_kinds, b_kinds = (
+        ["summed" if x in summed else "shared" if x in shared else "free" for x in order] for order in (a, b)
     )
+    b_summed, b_shared = tuple(x for x in b if x in summed), tuple(x for x in b if x in shared)
+    a_in_place, b_in_place = is_read_in_place(a_kinds), is_read_in_place(b_kinds)
+    # One is a stack of matrices, each of which meets the other.
+    if along := stack_of(a, a_kinds, BATCH):
+        yield matrices(a, b if b_in_place and summed == b_summed else b_only + summed, summed, along, ())
+    if along := stack_of(b, b_kinds, BATCH):
+        yield matrices(a if a_in_place and summed == b_summed else a_only + b_summed, b, b_summed, (), along)
+    # Both are read as they lie; or one is copied into the order of the other; or both are copied.
     if a_in_place and b_in_place and summed == b_summed and shared == b_shared:
-        yield matrices(a, b, summed, shared)
+        yield matrices(a, b, summed, shared, shared)
         return
     if b_in_place:
-        yield matrices(b_shared + a_only + b_summed, b, b_summed, b_shared)
+        yield matrices(b_shared + a_only + b_summed, b, b_summed, b_shared, b_shared)
     if a_in_place:
-        yield matrices(a, shared + b_only + summed, summed, shared)
+        yield matrices(a, shared + b_only + summed, summed, shared, shared)
     if not a_in_place and not b_in_place:
-        yield matrices(shared + a_only + summed, shared + b_only + summed, summed, shared)
+        yield matrices(shared + a_only + summed, shared + b_only + summed, summed, shared, shared)
 
 
 def _arranged(
@@ -435,31 +456,35 @@ def _step(network: Network, way: _Way, left: int, right: int) -> Step:
         # The input vector meets the weights here: their last row along the input mode is the bias.
         side = 1 - positions.index(network.vector_of_input)
         sizes["i"] -= 1
-    shared, summed = way.shared, way.summed
-    free = [tuple(x for x in read if x not in shared + summed) for read in reads]
-    wanted = ((shared, free[0], summed), (shared, summed, free[1]))
+    stacks, summed = way.stacks, way.summed
+    along = stacks[0] or stacks[1]
+    free = [tuple(x for x in read if x not in along + summed) for read in reads]
+    wanted = ((stacks[0], free[0], summed), (stacks[1], summed, free[1]))
     a, b = (
-        _matrix(p, o, r, w if shared else w[1:], sizes)
+        _matrix(p, o, r, w if along else w[1:], sizes)
         for p, o, r, w in zip(positions, orders, reads, wanted, strict=True)
     )
     bias = None
     if side is not None:
         row = tuple(x for x in orders[side] if x != "i")
-        padded = (shared, free[0], ()) if side == 0 else (shared, (), free[1])
-        groups = padded if shared else padded[1:] if side == 0 else padded[2:]
+        padded = (along, free[0], ()) if side == 0 else (along, (), free[1])
+        groups = padded if along else padded[1:] if side == 0 else padded[2:]
         bias = Bias(
-            side, orders[side].index("i"), _permutation(row, shared + free[side]), _view(groups, sizes)
+            side, orders[side].index("i"), _permutation(row, along + free[side]), _view(groups, sizes)
         )
-    result = (shared, *free) if shared else tuple(free)
-    return Step("bmm" if shared else "mm", a, b, output, summed, _split(result, sizes), bias)
+    result = (along, *free) if along else tuple(free)
+    return Step("bmm" if along else "mm", a, b, output, summed, _split(result, sizes), bias)
 
 
 def _matrix(
     position: int, order: Indices, read: Indices, groups: tuple[Indices, ...], sizes: dict[str, int]
 ) -> Operand:
     """View an operand as a matrix, or a stack of them, whose axes are `groups`."""
-    # An empty group is an axis of size one: it lies anywhere, so it comes last in memory.
-    in_memory = tuple(sorted(groups, key=lambda g: read.index(g[0]) if g else len(read)))
+    # An empty group is an axis of size one: it lies anywhere, so it comes last in memory; but a matrix that
+    # each of a stack meets is itself a stack of one.
+    is_repeated = len(groups) == 3 and not groups[0]
+    first, rest = (groups[:1], groups[1:]) if is_repeated else ((), groups)
+    in_memory = first + tuple(sorted(rest, key=lambda g: read.index(g[0]) if g else len(read)))
     if tuple(g for g in groups if g) == tuple(g for g in in_memory if g):
         in_memory = groups
     axes = None if in_memory == groups else tuple(in_memory.index(g) for g in groups)

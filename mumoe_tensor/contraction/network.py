@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from mumoe_tensor.formats.base import BATCH, Format, Rank, mode_names
 
 Indices: TypeAlias = tuple[str, ...]
 #: An order of contraction: nested pairs of positions of operands.
 Tree: TypeAlias = "int | tuple[Tree, Tree]"
+#: Name of an index, or the bit that stands for it.
+Axis = TypeVar("Axis", str, int)
 
 
 class Reading(NamedTuple):
@@ -204,3 +206,14 @@ def is_read_in_place(kinds: Sequence[str]) -> bool:
     """
     runs = [kind for kind, _ in groupby(kinds)]
     return "summed" not in runs or (len(runs) == len(set(runs)) and runs[-1] != "shared")
+
+
+def stack_of(axes: tuple[Axis, ...], kinds: Sequence[str], batch: Axis) -> tuple[Axis, ...]:
+    """The axes along which an operand is read in place as a stack of matrices, all for one other operand.
+
+    Those of the batch and next to it, where the axes that the product sums, and the rest, come after them and
+    each lie together, and it shares none with the other operand. Otherwise none.
+    """
+    runs = [kind for kind, _ in groupby(kinds)]
+    along = axes[: kinds.index("summed")] if runs == ["free", "summed", "free"] else ()
+    return along if batch in along else ()

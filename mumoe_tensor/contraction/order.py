@@ -14,7 +14,7 @@ from itertools import combinations, product
 from math import inf
 from typing import Literal, NamedTuple
 
-from mumoe_tensor.contraction.network import Network, Tree, is_read_in_place
+from mumoe_tensor.contraction.network import Network, Tree, is_read_in_place, stack_of
 from mumoe_tensor.formats.base import BATCH
 
 Objective = Literal["time", "flops", "peak"]
@@ -94,9 +94,11 @@ class Orders:
         self.extents, self.limit = list(sizes.values()), limit
         self.leaves = [Part(1 << k, bits(axes), 0) for k, axes in enumerate(network.operands)]
         self.everything, self.weights = (1 << len(self.leaves)) - 1, (1 << network.weights) - 1
+        vectors = list(enumerate(network.operands))[network.weights :]
+        self.split_vectors = {1 << k for k, axes in vectors if len(axes) > 2}
         self.batch, self.output = bit[BATCH], bits(network.output)
         self.modes = bits(x for axes in network.operands[network.weights :] for x in axes) & ~self.batch
-        self.memory_orders = [[bit[x] for x in axes] for axes in network.memory_orders]
+        self.memory_orders = [tuple(bit[x] for x in axes) for axes in network.memory_orders]
         self.free = self.weights if fold_weights else 0
         self.forms_weight = implementation == "reconstructed"
         # What no intermediate may carry: all modes of the weight, if there are two or more, and no factor
@@ -220,6 +222,8 @@ class Orders:
         flops, both = self._flops(left, right, kept), left.operands | right.operands
         # A copy and an intermediate are written and read once; a folded product is read in every call.
         moved = 0 if left.halves and right.halves else 2 * self._copied(left, right, kept)
+        if kept == left.indices | right.indices:
+            moved += sum(2 * self.size(kept) for part in (left, right) if self._is_spread(part, kept))
         if both != self.everything:
             moved += 2 * self.size(kept)
         if self.free:
@@ -245,11 +249,17 @@ class Orders:
                 copied += self.size(part.indices)
         return copied
 
+    def _is_spread(self, part: Part, kept: int) -> bool:
+        """Whether an elementwise product repeats a split vector along further indices.
+
+        A product over one of its parts then reads smaller matrices, which takes about as long as a copy.
+        """
+        return part.operands in self.split_vectors and kept != part.indices
+
     def _is_read(self, operand: int, summed: int, shared: int) -> bool:
         axes = self.memory_orders[operand.bit_length() - 1]
-        return is_read_in_place(
-            ["summed" if x & summed else "shared" if x & shared else "free" for x in axes]
-        )
+        kinds = ["summed" if x & summed else "shared" if x & shared else "free" for x in axes]
+        return is_read_in_place(kinds) or bool(stack_of(axes, kinds, self.batch))
 
     # ---- what a product carries, and whether it is admitted --------------------------------------------
 

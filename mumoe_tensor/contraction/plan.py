@@ -51,6 +51,9 @@ class PlannedStep(NamedTuple):
         Elements live while the step runs, parameters and inputs left out.
     constant : bool
         True for a product of weights alone.
+    spread : int
+        Elements of an elementwise product that repeats a split vector along further indices. The product
+        after it reads smaller matrices, which takes about as long as a copy.
     """
 
     axes: tuple[Indices, Indices, Indices]
@@ -63,6 +66,7 @@ class PlannedStep(NamedTuple):
     saved: int
     live: int
     constant: bool
+    spread: int
 
     @property
     def equation(self) -> str:
@@ -81,6 +85,8 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
     sizes = program.network.sizes_at(batch)
     network = program.network
     padded = {network.weights + k for k, reading in enumerate(network.readings) if reading.padding}
+    vectors = list(enumerate(network.squeezed.operands))[network.weights :]
+    split_vectors = {k: axes for k, axes in vectors if len(axes) > 2}
     alive: dict[int, int] = {}
     planned = []
     for position, step in program.numbered:
@@ -105,6 +111,9 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
         shape = tuple(sizes[x] for x in step.output)
         alive[position] = prod(shape)
         live = sum(alive.values()) + copied
+        is_spread = step.kind == "mul" and any(
+            len(step.output) > len(split_vectors.get(operand.position, step.output)) for operand in operands
+        )
         for operand in operands:
             alive.pop(operand.position, None)
         planned.append(
@@ -119,6 +128,7 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
                 saved=saved,
                 live=live,
                 constant=position in program.constant,
+                spread=prod(shape) if is_spread else 0,
             )
         )
     return tuple(planned)
@@ -182,9 +192,9 @@ class ContractionPlan:
     def time(self) -> int:
         """What ``minimize="time"`` minimises: FLOPs, and ``ELEMENT`` for each element read or written.
 
-        A copied element is read and written once more.
+        A copied element is read and written once more, and so counts one that is spread.
         """
-        return sum(s.flops + ELEMENT * (s.read + s.write + s.copied) for s in self.steps)
+        return sum(s.flops + ELEMENT * (s.read + s.write + s.copied + 2 * s.spread) for s in self.steps)
 
     @property
     def write(self) -> int:
@@ -377,6 +387,10 @@ def _plan_network(
             # (How the weight is formed makes no difference to what follows: it is formed at the least cost.)
             orders = Orders(network, rows, name, fold_weights and name == "factorized", limit)
             fewest = orders.best("flops")
+            if not fewest and limit == inf:
+                # Every order carries all modes of the weight, as its factors do.
+                orders = Orders(network, rows, None, fold_weights)
+                fewest = orders.best("flops")
             better = orders.best(minimize, fewest[0]) if fewest and minimize != "flops" else None
             plans += [
                 ContractionPlan(compiler(tree), rows, name, minimize, search, fold_weights)

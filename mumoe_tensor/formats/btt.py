@@ -19,5 +19,5 @@ class BTT(Format):
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         *experts, i1, i2, o1, o2 = modes
-        first, second = Factor(f"{i1} {i2} r {o1}"), Factor(f"{o1} {i1} r {o2}")
-        return [*(Factor(f"{n} r") for n in experts), first, second]
+        first = Factor(f"{i1} {i2} r {o1}", f"{i1} r {o1} {i2}")
+        return [*(Factor(f"{n} r") for n in experts), first, Factor(f"{o1} {i1} r {o2}")]

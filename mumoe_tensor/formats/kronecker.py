@@ -16,5 +16,7 @@ class Kronecker(Format):
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         experts, inputs, outputs = by_kind(modes)
-        pairs = zip(inputs, outputs, strict=True)
-        return [*(Factor(f"{n} k") for n in experts), *(Factor(f"{i} {o} k") for i, o in pairs)]
+        *pairs, (i, o) = zip(inputs, outputs, strict=True)
+        # The input meets the last part first; each of its results is then a matrix that the others multiply.
+        first = [Factor(f"{i} {o} k", f"{o} {i} k") for i, o in pairs]
+        return [*(Factor(f"{n} k") for n in experts), *first, Factor(f"{i} {o} k", f"{i} k {o}")]

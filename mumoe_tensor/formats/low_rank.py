@@ -16,4 +16,4 @@ class LowRank(Format):
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         experts, inputs, outputs = by_kind(modes)
         n, i, o = map(" ".join, (experts, inputs, outputs))
-        return [Factor(f"{n} {i} r"), Factor(f"{n} r {o}")]
+        return [Factor(f"{n} {i} r", f"{i} {n} r"), Factor(f"{n} r {o}")]

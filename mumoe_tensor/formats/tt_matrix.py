@@ -20,6 +20,13 @@ class TTMatrix(Format):
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         experts, inputs, outputs = by_kind(modes)
-        cores = [*experts, *(f"{i} {o}" for i, o in zip(inputs, outputs, strict=True))]
-        bonds = ["", *(f"b{k}" for k in range(1, len(cores))), ""]
-        return [Factor(f"{bonds[k]} {core} {bonds[k + 1]}") for k, core in enumerate(cores)]
+        pairs = list(zip(inputs, outputs, strict=True))
+        count = len(experts) + len(pairs)
+        bonds = ["", *(f"b{k}" for k in range(1, count)), ""]
+        factors = [Factor(f"{bonds[k]} {n} {bonds[k + 1]}") for k, n in enumerate(experts)]
+        # The input meets the last core first; each of its results is then a matrix that the others multiply.
+        for k, (i, o) in enumerate(pairs, start=len(experts)):
+            before, after = bonds[k : k + 2]
+            order = f"{before} {o} {i} {after}" if after else f"{i} {before} {o}"
+            factors.append(Factor(f"{before} {i} {o} {after}", order))
+        return factors

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mumoe_tensor.backend import operations_of
 from mumoe_tensor.contraction.execute import run, views
-from mumoe_tensor.contraction.layout import Bias, Operand, Program, Step
+from mumoe_tensor.contraction.layout import Arrangement, Bias, Operand, Program, Step
+from mumoe_tensor.nn.products import Joined, permuted_product, summed_product
 from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseProduct
 
 #: An intermediate is recomputed rather than saved if that takes at most this many FLOPs an element.
@@ -37,6 +38,23 @@ class SavePolicy:
     program: Program
     saved: frozenset[int] = frozenset()
     sparse: Mapping[int, SparseProduct] = field(default_factory=dict)
+
+    #: The last product, where the parts of a split output then have to be brought in order.
+    joined: Joined | None = field(init=False, compare=False, repr=False)
+    #: What steps call in place of the matrix product, by position.
+    products: Mapping[int, Callable[[Tensor, Tensor], Tensor]] = field(init=False, compare=False, repr=False)
+    #: How the last result becomes the output.
+    output: Arrangement | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        program, output, joined = self.program, self.program.output, None
+        last = program.steps[-1] if program.steps else None
+        if last and last.kind != "mul" and last.shape is None and program.output_is_copied:
+            assert output is not None and output.order is not None
+            joined, output = Joined(output.order), output._replace(order=None)
+        products = dict(self.sparse) if joined is None else {**self.sparse, program.result: joined}
+        for name, value in (("joined", joined), ("products", products), ("output", output)):
+            object.__setattr__(self, name, value)
 
 
 def saved_results(program: Program, recompute: bool) -> frozenset[int]:
@@ -125,22 +143,24 @@ def _gradients_of_step(
     wholes = (values[step.left.position], values[step.right.position])
     left, right, _ = views(step, *wholes, TORCH)
     if step.kind != "mul":
-        gradient = gradient.reshape(*left.shape[:-1], right.shape[-1])
+        stack = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        gradient = gradient.reshape(*stack, left.shape[-2], right.shape[-1])
     if sparse is not None:
         of_views = sparse.gradients(left, right, gradient)
     gradients = {}
     for side, (operand, whole) in enumerate(zip(operands, wholes, strict=True)):
         if not is_needed[operand.position]:
             continue
+        view, other = (left, right) if side == 0 else (right, left)
+        # The gradient of the view, with its axes as they lie in memory.
         if sparse is not None:
-            of_view = of_views[side]
+            of_view = unpermuted(of_views[side], operand.axes)
         elif step.kind == "mul":
-            view, other = (left, right) if side == 0 else (right, left)
             of_view = _product_summed_to(view.shape, gradient, other)
         else:
-            a, b = (gradient, right.mT) if side == 0 else (left.mT, gradient)
-            # Contiguous in the memory order of the operand.
-            of_view = (b.mT @ a.mT).mT if _is_transposed(operand) else a @ b
+            product = permuted_product if view.shape[:-2] == stack else summed_product
+            a, b = (gradient, other.mT) if side == 0 else (other.mT, gradient)
+            of_view = product(a, b, _inverse(operand.axes))
         bias = step.bias
         if bias is None or bias.side != side:
             gradients[operand.position] = _of_whole(of_view, operand, whole.shape)
@@ -150,12 +170,6 @@ def _gradients_of_step(
         parts = (_of_whole(of_view, operand, shape), _of_bias_row(gradient, bias, shape))
         gradients[operand.position] = torch.cat(parts, dim=bias.axis)
     return gradients
-
-
-def _is_transposed(operand: Operand) -> bool:
-    """Whether a product reads the last two axes of a view in the other order than they lie in memory."""
-    n = len(operand.axes or ())
-    return operand.axes is not None and operand.axes[-2:] == (n - 1, n - 2)
 
 
 def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) -> Tensor:
@@ -168,17 +182,23 @@ def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) ->
         skipped = gradient.ndim - len(shape)
         return [k + skipped for k, size in enumerate(shape) if size == gradient.shape[k + skipped]]
 
+    kept = axes(shape)
+    if kept[-1:] == [gradient.ndim - 1]:
+        # Entries next to each other are in different sums: torch sums these fast, one axis at a time.
+        product = gradient * other
+        for axis in reversed([k for k in range(gradient.ndim) if k not in kept]):
+            product = product.sum(axis)
+        return product.reshape(shape)
     everywhere, of_other = axes(gradient.shape), axes(other.shape)
     squeezed = other.reshape([gradient.shape[k] for k in of_other])
     # (One sum of products, which never holds them all.)
-    return torch.einsum(gradient, everywhere, squeezed, of_other, axes(shape)).reshape(shape)
+    return torch.einsum(gradient, everywhere, squeezed, of_other, kept).reshape(shape)
 
 
 def _of_whole(gradient: Tensor, operand: Operand, shape: Sequence[int]) -> Tensor:
-    """The gradient of an operand of this shape from that of the view a product takes."""
-    gradient = _unpermuted(gradient, operand.axes)
+    """The gradient of an operand of this shape from that of its view, whose axes lie as in memory."""
     permuted = shape if operand.copy_order is None else [shape[axis] for axis in operand.copy_order]
-    return _unpermuted(gradient.reshape(permuted), operand.copy_order)
+    return unpermuted(gradient.reshape(permuted), operand.copy_order)
 
 
 def _of_bias_row(gradient: Tensor, bias: Bias, shape: Sequence[int]) -> Tensor:
@@ -187,8 +207,14 @@ def _of_bias_row(gradient: Tensor, bias: Bias, shape: Sequence[int]) -> Tensor:
     row = gradient.sum(-2 if bias.side == 1 else -1)
     row_shape = [size for axis, size in enumerate(shape) if axis != bias.axis]
     ordered = row_shape if bias.order is None else [row_shape[axis] for axis in bias.order]
-    return _unpermuted(row.reshape(ordered), bias.order).unsqueeze(bias.axis)
+    return unpermuted(row.reshape(ordered), bias.order).unsqueeze(bias.axis)
 
 
-def _unpermuted(array: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    return array if order is None else array.permute([order.index(k) for k in range(len(order))])
+def unpermuted(array: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """The array of which `array` is the permutation in this order."""
+    inverse = _inverse(order)
+    return array if inverse is None else array.permute(inverse)
+
+
+def _inverse(order: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if order is None else tuple(order.index(k) for k in range(len(order)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.contraction.execute import arrange, arranged, run
-from mumoe_tensor.nn.backward import TORCH, Activation, SavePolicy, gradients_of
+from mumoe_tensor.nn.backward import TORCH, Activation, SavePolicy, gradients_of, unpermuted
 
 _NONE: Mapping[int, Tensor] = {}
 
@@ -28,12 +28,13 @@ def contract(
     by itself what to save.
     """
     program = policy.program
-    if not program.network.takes_input:
-        activation = None
-    elif activation is not None and program.network.readings[-1].padding:
-        # The activation of a zero need not be zero, so it comes before the padding.
-        *others, z = operands
-        operands, activation = [*others, activation(z)], None
+    if activation is not None:
+        if not program.network.takes_input:
+            activation = None
+        elif program.network.readings[-1].padding:
+            # The activation of a zero need not be zero, so it comes before the padding.
+            *others, z = operands
+            operands, activation = [*others, activation(z)], None
     if any(program.arrange):
         operands = arranged(program, operands, TORCH)
     if not program.steps:  # one vector of outputs for all inputs
@@ -42,7 +43,7 @@ def contract(
         y = _Contraction.apply(policy, activation, *operands)[0]
     else:
         y = _run(policy, activation, operands, folded)[program.result]
-    return y if program.output is None else arrange(y, program.output, TORCH)
+    return y if policy.output is None else arrange(y, policy.output, TORCH)
 
 
 def _run(
@@ -57,7 +58,7 @@ def _run(
     if activation is not None:
         last = len(operands) - 1
         values[last] = activation(values[last])
-    run(policy.program.numbered, values, TORCH, policy.sparse, keep)
+    run(policy.program.numbered, values, TORCH, policy.products, keep)
     return values
 
 
@@ -93,5 +94,7 @@ class _Contraction(torch.autograd.Function):
                 lambda *x: _run(plain, activation, x)[plain.program.result], *saved[:count]
             )[1]
             return None, None, *pullback(gradient)
+        if policy.joined is not None:
+            gradient = unpermuted(gradient, policy.joined.order)
         values = dict(zip((*range(count), *sorted(policy.saved)), saved, strict=True))
         return None, None, *gradients_of(policy, activation, values, gradient, ctx.needs_input_grad[2:])

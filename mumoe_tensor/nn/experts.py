@@ -330,17 +330,17 @@ class Experts(WholeState):
         if dtype is not None:
             # Autocast does not reach into the backward pass of a function.
             vectors = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in vectors)
-        use_folded = dtype is None and is_frozen(self) and are_comparable(factors)
-        use_sparse = sparse_gradient and is_supported(vectors[0])
+        use_folded = dtype is None and is_frozen(self)
         recorded = is_recorded()
         y: Tensor | None = None
         with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
             for k, term in enumerate(self._terms):
                 policy, folded = term.policy, {}
                 weights = factors[term.factors]
-                if use_folded and vectors[-1].shape[0] >= self._folded[k].fewest_rows:
+                many = use_folded and vectors[-1].shape[0] >= self._folded[k].fewest_rows
+                if many and are_comparable(weights):
                     policy, folded = self._folded[k].policy, self._folded[k].products(weights)
-                elif use_sparse and term.sparse_policy.sparse:
+                elif sparse_gradient and term.sparse_policy.sparse and is_supported(vectors[0]):
                     policy = term.sparse_policy
                 if dtype is not None:
                     weights = [x if x.dtype == torch.float64 else x.to(dtype) for x in weights]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from math import inf, prod
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from mumoe_tensor import multilinear
 from mumoe_tensor.contraction import order
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.layout import Compiler, Operand, Program
-from mumoe_tensor.contraction.network import Network, Tree, forward_network, is_read_in_place
+from mumoe_tensor.contraction.network import Network, Reading, Tree, forward_network, is_read_in_place
 from mumoe_tensor.contraction.plan import PlannedStep, planned_steps
 from mumoe_tensor.formats.base import BATCH
-from mumoe_tensor.testing.oracle import dense_moe, subscripts
+from mumoe_tensor.testing.oracle import dense_moe
 
-ALL = list(mt.formats().values())
+#: A sum has a plan for each of its terms, which are formats of one.
+ALL = [format for format in mt.formats().values() if len(format.summands(1)) == 1]
+WHOLE = [name for name, format in mt.formats().items() if format in ALL and not format.splits]
 BATCHES = st.sampled_from([1, 2, 7, 50, 300, 4096, 65_536])
 FEW = settings(max_examples=max(1, settings().max_examples // 2))
 
@@ -35,13 +38,18 @@ def layers(draw: st.DrawFn, levels: int = 3, bias: bool | None = None, largest: 
     largest = draw(st.sampled_from([2, 5, largest]))
     sizes = st.integers(1, largest)
     experts = tuple(draw(st.lists(sizes, max_size=levels)))
+    parts = {
+        mode: [draw(st.integers(1, min(largest, 12))) for _ in format.parts(mode)] for mode in format.splits
+    }
+    features = {mode: prod(parts[mode]) if mode in parts else draw(sizes) for mode in "io"}
     return {
-        "format": format,
+        "format": format.with_splits(parts),
         "experts": experts,
-        "in_features": draw(sizes),
-        "out_features": draw(sizes),
+        "in_features": features["i"],
+        "out_features": features["o"],
         "rank": tuple(draw(st.integers(1, min(largest, 12))) for _ in format.bonds(len(experts))),
-        "bias": draw(st.booleans()) if bias is None else bias,
+        # (Where the input is split, the bias is a term of its own.)
+        "bias": not format.splits_input and (draw(st.booleans()) if bias is None else bias),
     }
 
 
@@ -173,7 +181,7 @@ def all_programs(layer: dict, batch: int) -> list[tuple[Program, tuple[PlannedSt
         for layout_batch in (1, 65_536) if admitted else ():
             program = Compiler(network, layout_batch)(tree)
             steps = planned_steps(program, batch)
-            if len(modes_of(layer)) < 2 or not any(carries_all(step, layer) for step in steps):
+            if not forms_weight(steps, layer):
                 found.append((program, steps))
     return found
 
@@ -248,14 +256,15 @@ def test_time_avoids_the_copy_of_a_large_weight() -> None:
     assert mt.plan("dense", **sizes).copied == 0
 
 
-@pytest.mark.parametrize("format", mt.formats())
+@pytest.mark.parametrize("format", [format.name for format in ALL])
 @pytest.mark.parametrize(
     ("levels", "implementation"), [(8, "factorized"), (8, "reconstructed"), (12, "factorized")]
 )
 @pytest.mark.parametrize("minimize", ["time", "flops", "peak"])
 def test_many_levels_are_planned_and_right(format, levels, implementation, minimize) -> None:
     bonds = mt.get_format(format).bonds(levels)
-    layer = dict(experts=(2,) * levels, in_features=3, out_features=2, bias=True)
+    bias = not mt.get_format(format).splits_input  # there it is a term of its own
+    layer = dict(experts=(2,) * levels, in_features=4, out_features=4, bias=bias)
     weight = mt.FactorizedTensor.random(format, **layer, rank=(2,) * len(bonds), seed=0)
     options = dict(batch=5, implementation=implementation, minimize=minimize)
     plan = mt.plan(format, **layer, rank=weight.rank, **options)
@@ -264,12 +273,18 @@ def test_many_levels_are_planned_and_right(format, levels, implementation, minim
     assert plan.search == "exact" or plan.search in str(plan).splitlines()[0]
     assert "(" not in str(mt.plan(format, **{**layer, **few_levels(format)}, **options)).splitlines()[0]
     generator = np.random.default_rng(0)
-    z, *coefficients = (generator.standard_normal((5, n)) for n in (3, *layer["experts"]))
-    factors, whole = subscripts(weight.format, levels)
+    z, *coefficients = (generator.standard_normal((5, n)) for n in (4, *layer["experts"]))
+    declared, names = (
+        weight.format.declaration(levels),
+        weight.format.modes(levels) + weight.format.bonds(levels),
+    )
+    letter = dict(zip(names, ascii_letters, strict=False))
+    factors = ["".join(letter[x] for x in f.indices) for f in declared]
+    whole = "".join(letter[x] for x in weight.format.modes(levels))
     arrays = [np.ones(weight.rank) if factor is None else factor for factor in weight.factors]
     dense_tensor = np.einsum(f"{','.join(factors)}->{whole}", *arrays, optimize="greedy")
-    y = mt.multilinear_moe(weight, z, coefficients, bias=True, plan=plan)
-    expected = dense_moe(dense_tensor, z, coefficients, bias=True)
+    y = mt.multilinear_moe(weight, z, coefficients, bias=bias, plan=plan)
+    expected = dense_moe(dense_tensor.reshape(weight.shape), z, coefficients, bias=bias)
     np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -283,10 +298,11 @@ def test_the_search_is_named() -> None:
     assert search("hadamard", order.EXACT) == "greedy"
 
 
-@pytest.mark.parametrize("format", mt.formats())
+@pytest.mark.parametrize("format", [format.name for format in ALL])
 @pytest.mark.parametrize("minimize", ["time", "flops", "peak"])
 def test_a_plan_for_no_rows(format, minimize) -> None:
-    layer = dict(experts=3, in_features=5, out_features=4, bias=True, minimize=minimize)
+    bias = not mt.get_format(format).splits_input
+    layer = dict(experts=3, in_features=6, out_features=4, bias=bias, minimize=minimize)
     none, one = (mt.plan(format, **{**layer, **few_levels(format), "batch": batch}) for batch in (0, 1))
     assert none.batch == 0 and none.program == one.program
     assert (none.flops, none.size) == (0, 0) and all(0 in step.shape for step in none.steps)
@@ -296,8 +312,7 @@ def test_a_plan_for_no_rows(format, minimize) -> None:
 
 
 def few_levels(format: str) -> dict:
-    rank = {"cp": 3, "tr": (2, 2, 2), "tt": (2, 2), "tucker": (2, 3, 3)}
-    return dict(experts=2, rank=rank.get(format))
+    return dict(experts=2, rank=(2,) * len(mt.get_format(format).bonds(1)))
 
 
 @FEW
@@ -321,8 +336,8 @@ def test_smaller_searches_keep_the_rules_and_are_no_better(layer, batch, exact, 
                 assert search == "exact" or len(network.operands) > exact
                 steps = planned_steps(Compiler(network, batch)(tree), batch)
                 assert all(step.size <= limit for step in steps[:-1])
-                if implementation == "factorized" and len(modes_of(layer)) > 1:
-                    assert not any(carries_all(step, layer) for step in steps)
+                if implementation == "factorized":
+                    assert not forms_weight(steps, layer)
 
 
 @pytest.mark.parametrize("format", ["cp", "hadamard", "tr", "tt", "tucker"])
@@ -352,12 +367,25 @@ def carries_all(step: mt.contraction.plan.PlannedStep, layer: dict) -> bool:
     return modes_of(layer) <= set(step.equation.partition("-> ")[2].split())
 
 
+def forms_weight(steps: Sequence[PlannedStep], layer: dict) -> bool:
+    """Whether an intermediate has all modes of the weight. (A weight that is one vector may be formed.)"""
+    return len(modes_of(layer)) > 1 and any(carries_all(step, layer) for step in steps[:-1])
+
+
+def test_where_every_order_carries_all_modes_one_is_taken() -> None:
+    # Both factors are i1 x o1, and the product of any two operands too.
+    format = mt.get_format("btt").with_splits({"i": (5, 1), "o": (3, 1)})
+    layer = dict(format=format, experts=(), in_features=5, out_features=3, rank=1)
+    weight, z = mt.FactorizedTensor.random(**layer, seed=0), np.ones((2, 5))
+    assert len(mt.plan(**layer).steps) == 2
+    np.testing.assert_allclose(mt.multilinear_moe(weight, z, []), z @ mt.to_dense(weight))
+
+
 @given(layers(), BATCHES, st.sampled_from(["time", "flops", "peak"]))
 def test_factorized_never_forms_the_weight(layer, batch, minimize) -> None:
     plan = mt.plan(**layer, batch=batch, minimize=minimize)
     assert plan.implementation == "factorized"
-    # (A weight that is one vector may be formed.)
-    assert len(modes_of(layer)) < 2 or not any(carries_all(step, layer) for step in plan.steps)
+    assert not forms_weight(plan.steps, layer) or fewest_flops(network_of(layer), batch, True) == inf
 
 
 @given(layers(), BATCHES)
@@ -561,6 +589,7 @@ def any_networks(draw: st.DrawFn) -> tuple[Network, Tree]:
         output=tuple(draw(st.permutations(output))),
         index_sizes=tuple((x, draw(st.integers(1, 3))) for x in indices if x != BATCH),
         weights=0,
+        readings=(Reading(),) * count,
     )
     return network, nodes[0]
 
@@ -680,12 +709,12 @@ def test_batches_of_about_the_same_size_share_a_plan() -> None:
     weight = mt.FactorizedTensor.random("cp", **layer)
     planned = []
 
-    def plan_network(network, batch, *options):
+    def plan_terms(networks, batch, *options):
         planned.append(batch)
         return mt.plan("cp", **layer, batch=batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multilinear, "plan_network", plan_network)
+        patch.setattr(multilinear, "plan_terms", plan_terms)
         for batch in (0, 1, 2, 3, 100, 128, 129):
             mt.multilinear_moe(weight, np.ones((batch, 4)), [np.ones((batch, 3))])
         assert planned == [1, 1, 2, 4, 128, 128, 256]

@@ -13,23 +13,27 @@ pytest.importorskip("entmax")
 
 from torch import nn  # noqa: E402
 
+import mumoe_tensor as mt  # noqa: E402
 from benchmarks.probes import kept_bytes  # noqa: E402
 from mumoe_tensor.contraction.execute import execute  # noqa: E402
-from mumoe_tensor.contraction.network import forward_network  # noqa: E402
+from mumoe_tensor.contraction.network import forward_networks  # noqa: E402
 from mumoe_tensor.contraction.plan import plan_network  # noqa: E402
-from mumoe_tensor.nn import MuMoEMLP, replace_mlp  # noqa: E402
+from mumoe_tensor.nn import Experts, MuMoEMLP, products, replace_mlp  # noqa: E402
 from mumoe_tensor.nn.backward import SavePolicy, saved_results  # noqa: E402
 from mumoe_tensor.nn.contraction import contract  # noqa: E402
+from mumoe_tensor.nn.products import permuted_product, summed_product  # noqa: E402
 from mumoe_tensor.testing.strategies import problems  # noqa: E402
 
 ACTIVATIONS = [None, nn.functional.gelu]
 
 
 def drawn(data: Any) -> tuple[SavePolicy, Any, list[Any]]:
-    """A contraction in some order that keeps any of its results, and its operands."""
+    """A contraction of a term in some order that keeps any of its results, and its operands."""
     problem = data.draw(problems(backend="pytorch", dtype="float64"))
     weight, batch = problem.weight, problem.z[..., 0].numel()
-    network = forward_network(weight.format, weight.shape, weight.rank, weight.missing, problem.layer.bias)
+    networks = forward_networks(weight.format, weight.shape, weight.rank, weight.missing, problem.layer.bias)
+    pairs = zip(networks, weight.terms, strict=True)
+    network, term = data.draw(st.sampled_from([pair for pair in pairs if pair[0].takes_input]))
     program = plan_network(
         network,
         data.draw(st.sampled_from([1, 3, 1000])),
@@ -45,7 +49,7 @@ def drawn(data: Any) -> tuple[SavePolicy, Any, list[Any]]:
         )
     )
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
-    return SavePolicy(program, kept), data.draw(st.sampled_from(ACTIVATIONS)), [*weight.arrays, *vectors]
+    return SavePolicy(program, kept), data.draw(st.sampled_from(ACTIVATIONS)), [*term.arrays, *vectors]
 
 
 @given(st.data())
@@ -136,3 +140,56 @@ def test_gradients_under_autocast(dtype: Any) -> None:
     for exact, rounded in zip(*gradients, strict=True):
         assert rounded.dtype == torch.float32
         assert (rounded - exact).norm() <= 0.05 * exact.norm() + 1e-3
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> tuple[Any, Any, tuple[int, ...] | None]:
+    """Two stacks of matrices, small or large, and an order for the axes of their product."""
+    stack, rows, inner, columns = (draw(st.sampled_from([1, 2, 70])) for _ in range(4))
+    order = draw(st.one_of(st.none(), st.permutations(range(3)).map(tuple)))
+    return torch.randn(stack, rows, inner).double(), torch.randn(stack, inner, columns).double(), order
+
+
+@given(stacks(), st.booleans(), st.booleans())
+def test_products_lie_in_the_order_that_is_asked_for(drawn, is_left_transposed, is_right_transposed) -> None:
+    left, right, order = drawn
+    if is_left_transposed:
+        left = left.mT.contiguous().mT
+    if is_right_transposed:
+        right = right.mT.contiguous().mT
+    expected = left @ right if order is None else (left @ right).permute(order)
+    found = permuted_product(left, right, order)
+    torch.testing.assert_close(found, expected)
+    is_large = expected.numel() // len(left) >= products.LARGE
+    if order is not None and order[-1] != 0 and is_large:
+        assert found.is_contiguous() and found._base is None
+
+
+@pytest.mark.parametrize("inner", [1, 40])  # with a larger sum over few entries the operands are copied
+@pytest.mark.parametrize("order", [None, (0, 2, 1)])
+def test_products_summed_along_a_stack(inner: int, order: Any) -> None:
+    left, right = torch.randn(5, 8, inner).double(), torch.randn(5, inner, 6).double()
+    expected = (left @ right).sum(0, keepdim=True)
+    expected = expected if order is None else expected.permute(order)
+    torch.testing.assert_close(summed_product(left, right, order), expected)
+
+
+@pytest.mark.parametrize("experts", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("format", ["btt", "kron", "monarch", "tt-matrix"])
+def test_a_step_of_a_split_layer_equals_plain_steps(format: str, experts: tuple[int, ...]) -> None:
+    # Large enough for products that are written straight into the output and into gradients.
+    torch.manual_seed(0)
+    rank = (2,) * len(mt.get_format(format).bonds(len(experts)))
+    layer = Experts(512, 1024, experts, format, rank, bias=False, dtype=torch.float64)
+    x = torch.randn(256, 512, dtype=torch.float64, requires_grad=True)
+    a = [torch.rand(256, n, dtype=torch.float64, requires_grad=True) for n in experts]
+    y, leaves = layer(x, a), [x, *a, *layer.parameters()]
+    assert y.is_contiguous()
+    plain = execute(layer.plan.program, [*layer.factors, *a, x])
+    torch.testing.assert_close(y, plain)
+    gradient = torch.randn_like(y)
+    expected = torch.autograd.grad(plain, leaves, gradient)
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, gradient), expected)
+    in_place = torch.relu_(layer(x, a))  # as activations do
+    torch.testing.assert_close(in_place, torch.relu(y))
+    in_place.backward(gradient)

@@ -156,9 +156,9 @@ def test_training_forgets_the_products() -> None:
     module = layer()
     with torch.no_grad():
         module(inputs())
-    assert module.experts._folded._cache is not None
+    assert module.experts._folded[0]._cache is not None
     module.train()
-    assert module.experts._folded._cache is None
+    assert module.experts._folded[0]._cache is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -168,7 +168,7 @@ def test_copies_make_their_own(copied: Callable[[Any], Any]) -> None:
         expected = module(x)
         size = len(pickle.dumps(layer()))
         other = copied(module)
-        assert other.experts._folded._cache is None
+        assert other.experts._folded[0]._cache is None
         assert len(pickle.dumps(module)) < 1.2 * size
         changed_in_place(module)
         torch.testing.assert_close(other(x), expected)

@@ -1,0 +1,63 @@
+"""Stacks of matrix products whose result lies in memory as the next step reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.calls import is_recorded, is_transformed
+
+#: Elements of a matrix from which torch writes a stack of them into strided memory faster than it copies it.
+LARGE = 4096
+
+
+def permuted_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """``(left @ right).permute(order)``; contiguous without a copy where torch can write it so."""
+    if order is None:
+        return left @ right
+    if order[-2:] == (len(order) - 1, len(order) - 2):
+        return right.mT @ left.mT
+    if _can_write(left, right, order):
+        shape = (len(left), left.shape[1], right.shape[2])
+        result = left.new_empty([shape[axis] for axis in order])
+        torch.bmm(left, right, out=result.permute([order.index(axis) for axis in range(3)]))
+        return result
+    return (left @ right).permute(order)
+
+
+def summed_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """``(left @ right).sum(0, keepdim=True).permute(order)``, contiguous."""
+    if order is not None:  # the stack comes first
+        left, right = right.mT, left.mT
+    rows, columns = left.shape[1], right.shape[2]
+    if rows * columns <= (rows + columns) * left.shape[2]:
+        return (left @ right).sum(0, keepdim=True)
+    # As one product: copies of the operands then hold less than the products would.
+    return torch.tensordot(left, right, dims=([0, 2], [0, 1])).unsqueeze(0)
+
+
+def _can_write(left: Tensor, right: Tensor, order: tuple[int, ...]) -> bool:
+    # The matrices must have contiguous rows or columns. An operation with `out` has no derivative, and
+    # transforms and compilers do not take it.
+    return (
+        order[-1] != 0
+        and len(left) == len(right)
+        and left.shape[1] * right.shape[2] >= LARGE
+        and type(left) in (Tensor, nn.Parameter)
+        and type(right) in (Tensor, nn.Parameter)
+        and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
+        and not is_transformed()
+        and not is_recorded()
+    )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The product that gives a split output: its axes permuted to the order of the output, contiguous."""
+
+    order: tuple[int, ...]
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        return permuted_product(left, right, self.order).contiguous()

@@ -339,9 +339,11 @@ def test_structured_formats_at_the_sizes_of_the_page(name: str) -> None:
     layer = mt.LayerSpec(name, experts=16, in_features=768, out_features=3072, rank=rank)
     row = STRUCTURED[name]
     assert evaluated(row["FLOPs of one input"], layer) == mt.cost(layer, minimize="flops").flops
-    terms = mt.plan(layer, batch=1024).terms
-    copies = any(plan.program.output_is_copied or any(step.copied for step in plan.steps) for plan in terms)
-    assert row["reads without copies"] == ("no" if copies else "yes")
+    plan = mt.plan(layer, batch=1024)
+    copied = sum(step.copied for step in plan.steps)
+    output = sum(term.program.output_is_copied for term in plan.terms) * 1024 * layer.out_features
+    expected = "no" if copied > output else "all but the output" if copied else "yes"
+    assert row["reads without copies"] == expected
 
 
 # ---- a format declared outside the package -------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mumoe_tensor.formats.base import Factor, Format
+from mumoe_tensor.formats.base import Factor, Format, by_kind
 from mumoe_tensor.formats.registry import register
 
 
@@ -18,6 +18,6 @@ class BTT(Format):
     splits = {"i": 2, "o": 2}
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
-        *experts, i1, i2, o1, o2 = modes
+        experts, (i1, i2), (o1, o2) = by_kind(modes)
         first = Factor(f"{i1} {i2} r {o1}", f"{i1} r {o1} {i2}")
         return [*(Factor(f"{n} r") for n in experts), first, Factor(f"{o1} {i1} r {o2}")]

@@ -130,3 +130,10 @@ def test_shapes_follow_modes_and_rank(spec: mt.LayerSpec) -> None:
         default = format.rank_family(spec.mode_sizes, t)
         assert format.check_rank(default, levels) == default
         assert format.rank_family(spec.mode_sizes, t + 1) >= default
+
+
+@pytest.mark.parametrize("format", ["btt", "monarch"])
+@pytest.mark.parametrize("splits", [{"i": 3}, {"o": 3}, {"i": 3, "o": 3}, {"i": 1}])
+def test_formats_of_two_parts_have_no_other_number(format: str, splits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"values to unpack \(expected 2"):
+        mt.get_format(format).with_splits(splits).declaration(1)

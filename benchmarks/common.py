@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import mumoe_tensor as mt
-
 try:
     # At the top, so that asv imports once, before it forks. The first backward pass of a process imports the
     # second module.
@@ -117,11 +115,15 @@ def inputs(backend: str, *shapes: tuple[int, ...], dtype: str = "float32", devic
     return [array.astype(dtype) for array in arrays]
 
 
+#: Formats of the suites. A shared expert takes the budget, the dense layer's parameters, for itself.
+FORMATS = ("cp", "dense", "hadamard", "tr", "tt", "tucker", "btt", "kron", "monarch", "tt-matrix")
+
+
 class Benchmark(ABC):
     """A suite; by default its parameters are formats, numbers of experts, and numbers of levels.
 
     asv leaves out classes with abstract methods. It stores results by the position of a combination: formats
-    vary slowest, so a new format, registered last, does not move the older ones.
+    vary slowest, so one that is added last does not move the others.
     """
 
     timeout = 120
@@ -131,7 +133,7 @@ class Benchmark(ABC):
     repeat = (3, 20, 1.0)
     rounds = 1
     param_names = ["format", "experts", "levels"]
-    params = [list(mt.formats()), list(profile().experts), list(profile().levels)]
+    params = [list(FORMATS), list(profile().experts), list(profile().levels)]
 
     def setup(self, *values: Any) -> None:
         """Prepare a combination; one that needs what an old commit lacks is shown as skipped."""

@@ -55,6 +55,7 @@ nav i {{ display: inline-block; flex: none; width: 12px; height: 12px; border-ra
 figure {{ margin: 0; }}
 .panels {{ display: grid; gap: 8px 16px;
            grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); }}
+.panels.labelled {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 370px), 1fr)); }}
 .panels.one {{ grid-template-columns: 1fr; }}
 .panels > div {{ min-width: 0; }}
 .plot {{ width: 100%; }}
@@ -145,10 +146,10 @@ def _section(chart: Chart) -> str:
         f'<div class="wide"><div class="plot" style="{_size(panel)}"></div></div></div>'
         for panel in chart.panels
     )
-    one = " one" if len(chart.panels) == 1 else ""
+    look = " one" if len(chart.panels) == 1 else " labelled" if chart.panels[0].ys else ""
     return (
         f'<section id="{chart.name}"><h2>{html_text(chart.title)}</h2>'
-        f'<figure><div class="panels{one}">{plots}</div>'
+        f'<figure><div class="panels{look}">{plots}</div>'
         f"<figcaption>{html_text(chart.caption)}</figcaption></figure></section>"
     )
 

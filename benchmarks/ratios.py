@@ -445,6 +445,7 @@ COMPARISONS: dict[str, Callable[[bool, str], Report]] = {
 if torch is not None:
     from benchmarks.layers import entmax, gates, layers, one_token, sparse
     from benchmarks.memory import memory
+    from benchmarks.structured import structured
 
     COMPARISONS |= {
         "gates": gates,
@@ -452,6 +453,7 @@ if torch is not None:
         "sparse": sparse,
         "memory": memory,
         "layers": layers,
+        "structured": structured,
     }
     if entmax is None:
         del COMPARISONS["gates"]  # it is compared with nothing else

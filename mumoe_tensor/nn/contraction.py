@@ -69,7 +69,7 @@ class _Contraction(torch.autograd.Function):
     def forward(policy: SavePolicy, activation: Activation | None, *operands: Tensor) -> tuple[Tensor, ...]:
         values = _run(policy, activation, operands, keep=policy.saved)
         y = values[policy.program.result]
-        if policy.program.steps[-1].shape is not None and not policy.program.output_is_copied:
+        if policy.program.steps[-1].shape is not None:
             # A view that a function returns must not be changed in place, as activations do.
             y = y.clone()
         return y, *map(values.__getitem__, sorted(policy.saved))

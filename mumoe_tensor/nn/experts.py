@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.calls import autocast_dtype, check_dense, is_frozen, is_recorded
+from mumoe_tensor.calls import autocast_dtype, check_dense, is_frozen, is_recorded, is_transformed
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.plan import Plan, networks_of, plan_terms
 from mumoe_tensor.dense import expert_matrix
@@ -34,7 +34,8 @@ Init = Literal["linear", "published"]
 class Experts(WholeState):
     """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
-    Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W; W is never formed.
+    Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W. W is never formed, unless
+    there are no experts, the format splits the input or the output, and forming the matrix first is cheaper.
 
     Parameters
     ----------
@@ -104,7 +105,9 @@ class Experts(WholeState):
         self.options: dict[str, Any] = {"init": init, "batch_hint": batch_hint, "recompute": recompute}
         # The parameters lie in memory order: to the planner these are their axes.
         networks = [replace(network, operands=network.memory_orders) for network in networks_of(spec)]
-        self.plan: Plan = plan_terms(networks, batch_hint)
+        # Without experts the weight is one matrix: where it is made of parts, forming it may be cheaper.
+        is_matrix = not spec.experts and spec.format.is_split
+        self.plan: Plan = plan_terms(networks, batch_hint, "time", "auto" if is_matrix else "factorized")
         self._terms = _terms(self.plan, recompute)
         declared = [f for f in spec.weight_format.declaration(spec.num_levels) if not f.optional]
         self.axes = tuple(f.memory_order for f in declared)
@@ -346,7 +349,9 @@ class Experts(WholeState):
                     weights = [x if x.dtype == torch.float64 else x.to(dtype) for x in weights]
                 operands = [*weights, *vectors[: term.num_vectors]]
                 part = contract(policy, operands, activation, folded, recorded)
-                y = part if y is None else y + part
+                # (A term without steps is a parameter itself.)
+                is_fresh = bool(self._terms[0].policy.program.steps) and not (recorded or is_transformed())
+                y = part if y is None else y.add_(part) if is_fresh else y + part
         assert y is not None
         return y if is_matrix else y.reshape(*leading, self.out_features)
 

@@ -60,4 +60,7 @@ class Joined:
     order: tuple[int, ...]
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
-        return permuted_product(left, right, self.order).contiguous()
+        if _can_write(left, right, self.order):
+            return permuted_product(left, right, self.order)
+        # (A clone, as the result of a function for autograd must be no view.)
+        return (left @ right).permute(self.order).clone(memory_format=torch.contiguous_format)

@@ -720,3 +720,42 @@ def test_batches_of_about_the_same_size_share_a_plan() -> None:
         assert planned == [1, 1, 2, 4, 128, 128, 256]
         mt.multilinear_moe(weight, np.ones((100, 4)), [np.ones((100, 3))], memory_limit=10_000)
     assert planned[-1] == 100  # the limit is for this batch
+
+
+# ---- split modes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 1024])
+@pytest.mark.parametrize("experts", [(), (16,), (4, 4)])
+@pytest.mark.parametrize("format", ["btt", "kron", "lowrank", "monarch", "tt-matrix"])
+def test_shipped_formats_copy_nothing_but_the_output(format: str, experts: tuple, batch: int) -> None:
+    rank = (4,) * len(mt.get_format(format).bonds(len(experts)))
+    plan = mt.plan(format, experts=experts, in_features=768, out_features=3072, rank=rank, batch=batch)
+    joined = plan.steps[-1].copied
+    assert plan.copied == joined
+    assert joined == (batch * 3072 if plan.program.output_is_copied else 0)
+    if format in ("kron", "lowrank", "tt-matrix") and batch > 1:
+        assert joined == 0
+
+
+def test_flops_of_structured_layers_are_those_counted_by_hand() -> None:
+    sizes = dict(experts=(), in_features=24 * 32, out_features=48 * 64, batch=10)
+    first, second = 24 * 32 * 48, 24 * 48 * 64
+    assert mt.plan("monarch", **sizes).flops == 2 * 10 * (first + second)
+    for rank in (1, 3):
+        assert mt.plan("btt", rank=rank, **sizes).flops == 2 * 10 * rank * (first + second)
+        by_parts = 24 * 32 * 64 + 24 * 48 * 64  # the input meets the second pair first
+        assert mt.plan("kron", rank=rank, **sizes).flops == 2 * 10 * rank * by_parts
+
+
+def test_a_matrix_meets_each_of_a_stack_where_the_products_are_not_too_small() -> None:
+    def plan(outer: int) -> Any:
+        splits = {"i": (8, outer), "o": (8, outer)}
+        format = mt.get_format("kron").with_splits(splits)
+        return mt.plan(format, experts=(), in_features=8 * outer, out_features=8 * outer, rank=1, batch=64)
+
+    large, small = plan(64), plan(2)
+    assert large.copied == 0 and any(step.kind == "bmm" for step in large.steps)
+    assert all(
+        step.kind == "mm" for step in small.steps
+    )  # 64 copies of 16 elements are made sooner than 64 products

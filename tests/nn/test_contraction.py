@@ -174,15 +174,16 @@ def test_products_summed_along_a_stack(inner: int, order: Any) -> None:
     torch.testing.assert_close(summed_product(left, right, order), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 256])
 @pytest.mark.parametrize("experts", [(), (3,), (2, 2)])
 @pytest.mark.parametrize("format", ["btt", "kron", "monarch", "tt-matrix"])
-def test_a_step_of_a_split_layer_equals_plain_steps(format: str, experts: tuple[int, ...]) -> None:
+def test_a_step_of_a_split_layer_equals_plain_steps(format: str, experts: tuple[int, ...], rows: int) -> None:
     # Large enough for products that are written straight into the output and into gradients.
     torch.manual_seed(0)
     rank = (2,) * len(mt.get_format(format).bonds(len(experts)))
     layer = Experts(512, 1024, experts, format, rank, bias=False, dtype=torch.float64)
-    x = torch.randn(256, 512, dtype=torch.float64, requires_grad=True)
-    a = [torch.rand(256, n, dtype=torch.float64, requires_grad=True) for n in experts]
+    x = torch.randn(rows, 512, dtype=torch.float64, requires_grad=True)
+    a = [torch.rand(rows, n, dtype=torch.float64, requires_grad=True) for n in experts]
     y, leaves = layer(x, a), [x, *a, *layer.parameters()]
     assert y.is_contiguous()
     plain = execute(layer.plan.program, [*layer.factors, *a, x])
@@ -193,3 +194,5 @@ def test_a_step_of_a_split_layer_equals_plain_steps(format: str, experts: tuple[
     in_place = torch.relu_(layer(x, a))  # as activations do
     torch.testing.assert_close(in_place, torch.relu(y))
     in_place.backward(gradient)
+    with_bias = Experts(512, 1024, experts, format, rank, dtype=torch.float64)
+    with_bias(x, a).backward(gradient)

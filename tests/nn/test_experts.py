@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import mumoe_tensor  # noqa: E402
-from mumoe_tensor.nn import MuMoE  # noqa: E402
+from mumoe_tensor.nn import Experts, MuMoE  # noqa: E402
 
 PACKAGE = str(Path(mumoe_tensor.__file__).parent)
 
@@ -49,3 +49,27 @@ def test_a_call_takes_a_short_way(training: bool, gradients: bool) -> None:
     assert sum(one != other for one, other in pairwise(files)) <= 10
     rooms = {Path(file).stem for file in files}
     assert {"layers", "gate", "experts", "contraction", "execute"} <= rooms
+
+
+@pytest.mark.parametrize(("experts", "rank", "expected"), [((), 2, "factorized"), ((), 64, "reconstructed")])
+def test_a_matrix_of_parts_is_formed_where_that_is_cheaper(experts: Any, rank: int, expected: str) -> None:
+    layer = Experts(144, 144, experts, "tt-matrix", rank, bias=True, dtype=torch.float64)
+    assert layer.plan.terms[0].implementation == expected
+    x = torch.randn(5, 144, dtype=torch.float64)
+    matrix, bias = layer.expert(())
+    torch.testing.assert_close(layer(x, []), x @ matrix + bias)
+
+
+def test_with_experts_the_weight_is_not_formed() -> None:
+    layer = Experts(144, 144, 2, "tt-matrix", (2, 64), bias=False)
+    assert layer.plan.implementation == "factorized"
+
+
+def test_terms_are_added_without_changing_a_parameter() -> None:
+    layer = Experts(16, 16, (), "btt", 2)
+    before = [p.detach().clone() for p in layer.parameters()]
+    x = torch.randn(3, 16, requires_grad=True)
+    for _ in range(2):
+        layer(x, []).sum().backward()
+    torch.testing.assert_close([p.detach() for p in layer.parameters()], before)
+    torch.testing.assert_close(layer.factors[-1].grad.sum(), torch.tensor(2.0 * 3 * 16))

@@ -133,7 +133,7 @@ def test_rough_output(want: str, is_right: bool) -> None:
 def test_readme_snippet_runs() -> None:
     printed = StringIO()
     namespace: dict[str, Any] = {}
-    core, layers = (source for _, source in python_blocks(README))
+    core, layers, deltas = (source for _, source in python_blocks(README))
     with redirect_stdout(printed):
         exec(compile(core, str(README), "exec"), namespace)
     assert namespace["y"].shape == (5, 20)
@@ -141,9 +141,13 @@ def test_readme_snippet_runs() -> None:
     expected = np.einsum("bn,bi,nio->bo", a, np.pad(z, ((0, 0), (0, 1)), constant_values=1), weight)
     np.testing.assert_allclose(namespace["y"], expected, atol=1e-12)
     assert printed.getvalue().strip() == str(namespace["plan"])
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     exec(compile(layers, str(README), "exec"), namespace)
     assert namespace["y"].shape == (2, 10, 768) and namespace["matrix"].shape == (768, 1000)
+    exec(compile(deltas, str(README), "exec"), namespace)
+    x = np.random.default_rng(0).standard_normal((5, 768)).astype("float32")
+    started, linear = (namespace[name](torch.from_numpy(x)).detach().numpy() for name in ("layer", "linear"))
+    np.testing.assert_allclose(started, linear, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODULES)

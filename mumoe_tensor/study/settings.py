@@ -37,7 +37,7 @@ class Setting:
         Experts to study it with, one number a level. Batches are varied and peak memory is measured with the
         first.
     formats : tuple of str
-        Names, and JSON of those with settings; see `.formats.text`.
+        Names, or config entries as JSON of formats with settings.
     parameters : str
         The budget; see `.LayerSpec.fitted`.
     batch : int

@@ -171,7 +171,7 @@ def fitted(
     experts : sequence of int
         Number of experts of each level.
     formats : sequence of str
-        Texts that `.formats.text.read_format` reads.
+        Names, or config entries as JSON of formats with settings.
     parameters : str, default "match"
         The budget; see `.LayerSpec.fitted`.
 

@@ -334,7 +334,10 @@ def _declared(format: Format, num_levels: int) -> tuple[Factor, ...]:
     try:
         declared = format.factors(modes)
     except Exception as error:
-        raise ValueError(f"{at} factors() of {name} raises {type(error).__name__}: {error}") from error
+        splits = f" with splits={dict(format.splits)}" if format.splits else ""
+        raise ValueError(
+            f"{at} factors() of {name}{splits} raises {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(declared, (list, tuple)) or not all(isinstance(f, Factor) for f in declared):
         raise TypeError(f"{at} factors() of {name} must list Factors, got {declared!r}.")
     ends = [index for f in declared if not f.optional for index in f.indices]

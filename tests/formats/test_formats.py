@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 
@@ -132,8 +134,17 @@ def test_shapes_follow_modes_and_rank(spec: mt.LayerSpec) -> None:
         assert format.rank_family(spec.mode_sizes, t + 1) >= default
 
 
-@pytest.mark.parametrize("format", ["btt", "monarch"])
-@pytest.mark.parametrize("splits", [{"i": 3}, {"o": 3}, {"i": 3, "o": 3}, {"i": 1}])
-def test_formats_of_two_parts_have_no_other_number(format: str, splits: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"values to unpack \(expected 2"):
+@pytest.mark.parametrize(
+    ("format", "splits"),
+    [
+        *((format, splits) for format in ("btt", "monarch") for splits in ({"i": 3}, {"i": 3, "o": 3})),
+        *((format, {"o": 3}) for format in ("kron", "tt-matrix")),
+    ],
+)
+def test_a_format_refuses_numbers_of_parts_that_it_has_no_factors_for(
+    format: str, splits: dict[str, int]
+) -> None:
+    """Two in BTT and Monarch; in Kronecker and TT-matrix as many of the input as of the output."""
+    counts = {"i": 2, "o": 2, **splits}
+    with pytest.raises(ValueError, match=re.escape(f"with splits={counts} raises ValueError")):
         mt.get_format(format).with_splits(splits).declaration(1)

@@ -142,7 +142,7 @@ class Layer(WholeState):
         ValueError
             If that generation has no block of two weights, or the layer has bias edits.
         TypeError
-            If TensorLy has no container of the format.
+            If TensorLy has no container of the format, as where modes are split, or of a sum.
         """
         return write_published(self.gate, self.mixtures, version)
 

@@ -154,6 +154,8 @@ def parallelize(module: Module, group: distributed.ProcessGroup | None = None) -
     those of the whole module. Modules other than `Experts` are copied, and their gradients are the same on
     every process. So must dropout be: seed the processes alike. Hooks on `Experts` are lost.
 
+    Of a sum, one bond of one term is divided; the other terms are whole on every process.
+
     Parameters
     ----------
     module : Module

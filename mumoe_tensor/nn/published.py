@@ -55,6 +55,8 @@ class Published(NamedTuple):
 def read_published(state: Mapping[str, Tensor], format: str | Format, num_weights: int) -> Published:
     """Read the parameters of a published layer; see `MuMoE.from_published`."""
     format, unread = get_format(format), dict(state)
+    if format.splits:
+        raise ValueError(f"published layers have formats of whole modes, got {format!r}.")
 
     def take(prefix: str, suffix: str = "") -> list[Tensor]:
         names = (f"{prefix}{k}{suffix}" for k in count())

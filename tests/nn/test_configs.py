@@ -232,3 +232,23 @@ def test_configs_of_heads_are_plain(hidden: Any, tmp_path: Any) -> None:
         assert read.config == head.config and torch.equal(read(x), head(x))
     with pytest.raises(ValueError, match="gate must be registered"):
         Head(5, 4, hidden, experts=3, rank=2, gate=lambda logits: logits)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        {"name": "kron", "splits": {"i": [2, 3], "o": 2}},
+        {"name": "cp", "splits": {"n1": 2}},
+        mt.sum_of(mt.shared({"name": "btt", "splits": {"i": (2, 3), "o": (3, 2)}}), mt.sliced("tr", 1, 3)),
+        "shared-expert",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [MuMoE, MuMoEMLP])
+def test_formats_that_split_modes_and_sums_come_back(kind: Any, format: Any) -> None:
+    rank = (2,) * len(mt.get_format(format).bonds(1))
+    sizes = (5, 4) if kind is MuMoE else (5, 6, 4)
+    layer = kind(*sizes, 4, format=format, rank=rank)
+    assert_comes_back(layer)
+    with pytest.raises(ValueError, match=r"\.factor_\d has shape"):
+        kind(**layer.config | {"rank": tuple(r + 1 for r in rank)}).load_state_dict(layer.state_dict())

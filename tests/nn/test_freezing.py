@@ -68,6 +68,12 @@ def test_frozen_terms_do_not_learn_and_others_do(term: Any, frozen: set[int]) ->
     assert all(trained_factors(layer))
 
 
+def test_all_terms_of_a_name_are_frozen() -> None:
+    layer = MuMoE(6, 8, 4, mt.sum_of(mt.sliced("cp", 0, 2), "lowrank", mt.sliced("lowrank", 2, 4)), (2, 2, 2))
+    layer.experts.freeze("sliced")
+    assert trained_factors(layer) == [False] * 3 + [True] * 2 + [False] * 2
+
+
 def test_a_format_of_one_term_is_its_only_term() -> None:
     layer = MuMoE(6, 8, 4, "btt", 2, bias=False)
     (term,) = layer.experts.terms

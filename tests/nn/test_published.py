@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from published import CASES, layer_of, read, state_of  # noqa: E402
 
+import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.analysis import edit_bias  # noqa: E402
 from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
 
@@ -155,3 +156,17 @@ def test_published_parameters_are_copies_of_their_dtype() -> None:
         value.zero_()
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(read(x), expected)
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["btt", "shared-expert", {"name": "cp", "splits": {"i": 2}}, {"name": "cp", "splits": {"n1": 2}}],
+    ids=str,
+)
+def test_formats_that_split_modes_and_sums_were_not_published(format: Any) -> None:
+    layer = MuMoE(6, 8, 4, format, (2,) * len(mt.get_format(format).bonds(1)))
+    with pytest.raises(TypeError, match="TensorLy has no container"):
+        layer.to_published("v1")
+    state = MuMoE(6, 8, 4, "cp", 2).to_published("v1")
+    with pytest.raises((TypeError, ValueError), match=r"has no container|formats of whole modes"):
+        MuMoE.from_published(state, format)

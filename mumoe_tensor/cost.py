@@ -95,9 +95,12 @@ class Cost:
         gate = f" ({self.gate_parameters:,} of the gate)" if self.gate_parameters else ""
         memory = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
         unit = "bytes" if self.plans[0].dtype else "elements"
+        padded = "".join(
+            f"\n{name} {size:,} padded to {held:,}" for name, (size, held) in self.spec.padding.items()
+        )
         return (
             f"{self.parameters:,} parameters{gate}, {self.flops:,} FLOPs, largest expert rank "
-            f"{self.max_expert_rank:,}\n{memory} {unit}"
+            f"{self.max_expert_rank:,}\n{memory} {unit}{padded}"
         )
 
 

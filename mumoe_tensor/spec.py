@@ -141,6 +141,21 @@ class LayerSpec:
         return with_bias(self.format) if self.bias else self.format
 
     @property
+    def padding(self) -> dict[str, tuple[int, int]]:
+        """Sizes of the modes that are padded, and those that their parts hold, by ``"in_features"`` etc."""
+        padding = {}
+        names = ("in_features", "hidden", "out_features") if self.hidden else ("in_features", "out_features")
+        for k, layer in enumerate(self.layers):
+            terms = self.weight_format.summands(self.num_levels)
+            for mode, name, size in zip(
+                "io", names[k:], (layer.in_features, layer.out_features), strict=False
+            ):
+                held = max(term.held(mode, size) for term, _ in terms)
+                if held > size:
+                    padding[name] = (size, held)
+        return padding
+
+    @property
     def weight_parameters(self) -> int:
         """Entries of all factors, those of the bias rows included; optional factors are left out."""
         format = self.weight_format
@@ -215,7 +230,7 @@ class LayerSpec:
         if total(1) > budget:
             raise ValueError(
                 f"the smallest rank must fit the budget of {budget:,} parameters; format "
-                f"{self.format.name!r} has {total(1):,} at rank {family(1)}, of which the gate alone has "
+                f"{label(self.format)!r} has {total(1):,} at rank {family(1)}, of which the gate alone has "
                 f"{gate * self.gate_parameters:,}."
             )
         top = 1
@@ -223,8 +238,8 @@ class LayerSpec:
             top *= 2
         if total(top) < budget and rounding == "up":
             raise ValueError(
-                f"some rank must reach the budget of {budget:,} parameters; format {self.format.name!r} has "
-                f"{total(top):,} at its full rank {family(top)}."
+                f"some rank must reach the budget of {budget:,} parameters; format {label(self.format)!r} "
+                f"has {total(top):,} at its full rank {family(top)}."
             )
         t = bisect_left(range(top), budget, lo=1, key=total)
         over = total(t) - budget
@@ -265,7 +280,7 @@ class LayerSpec:
         """Ranks that grow with one integer: the format's, or `rank` with that integer for None."""
         if not self.format.bonds(self.num_levels):
             raise ValueError(
-                f"a format must have a rank to be fitted; format {self.format.name!r} has none and costs "
+                f"a format must have a rank to be fitted; format {label(self.format)!r} has none and costs "
                 f"{self.weight_parameters:,} parameters without the gate."
             )
         if (rank := self.rank) is None:

@@ -287,3 +287,16 @@ def test_match_is_the_dense_layer_without_biases_if_there_are_none() -> None:
 
 def test_a_multiple_is_rounded_to_the_nearest_budget() -> None:
     assert as_budget("0.29x", 100) == 29
+
+
+def test_padding_shows() -> None:
+    format = mt.get_format("btt").with_splits({"i": (22, 35), "o": (3, 3)})
+    spec = mt.LayerSpec(format, experts=4, in_features=769, out_features=9, rank=2)
+    assert spec.padding == {"in_features": (769, 770)}
+    assert str(mt.cost(spec)).endswith("\nin_features 769 padded to 770")
+    wide = mt.get_format("kron").with_splits({"i": (4, 3), "o": (3, 4)})
+    block = mt.LayerSpec(
+        mt.sum_of("cp", wide), experts=4, in_features=12, hidden=11, out_features=12, rank=(1, 1)
+    )
+    assert block.padding == {"hidden": (11, 12)}
+    assert mt.LayerSpec("btt", experts=4, in_features=768, out_features=9, rank=2).padding == {}

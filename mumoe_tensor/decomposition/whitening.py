@@ -22,8 +22,8 @@ def read_covariance(covariance: Array, size: int) -> Any:
     check_floating({"input_covariance": covariance})
     if tuple(covariance.shape) != (size, size):
         raise ValueError(
-            "input_covariance must have one row and one column for each row of the input mode, "
-            f"{(size, size)} with the bias row, got {tuple(covariance.shape)}."
+            "input_covariance must have one row and one column for each row of the input mode, the bias "
+            f"row included where there is one: {(size, size)}, got {tuple(covariance.shape)}."
         )
     matrix = to_float64(covariance)
     if not np.isfinite(matrix).all():

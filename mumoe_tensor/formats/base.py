@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any, NamedTuple, Self
 
 from mumoe_tensor.checks import as_entries, as_positive, check_flag
@@ -176,6 +177,10 @@ class Format(ABC):
         count = self._splits.count(mode)
         between = "_" if mode[-1].isdigit() else ""
         return (mode,) if count is None else tuple(f"{mode}{between}{k}" for k in range(1, count + 1))
+
+    def held(self, mode: str, size: int) -> int:
+        """How many entries the parts of a mode of this size hold: more than the size where it is padded."""
+        return prod(self._splits.sizes(mode, size))
 
     def part_sizes(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of `modes`, for those of the whole modes."""

@@ -80,7 +80,8 @@ def balanced(mode: str, size: int, count: int) -> tuple[int, ...]:
     padded = near[-1] or (size, *(1,) * (count - 1))
     raise ValueError(
         f"the size of mode {mode!r} must be a product of {count} factors above one, got {size}; near it are "
-        f"{named}. Change the size, or give the parts, such as splits={{{mode!r}: {padded}}}, which pad it."
+        f"{named}. Change the size, or pad it: give the format its parts, splits={{{mode!r}: {padded}}}, as "
+        f"in get_format(name).with_splits({{{mode!r}: {padded}}})."
     )
 
 

@@ -399,7 +399,8 @@ class Experts(WholeState):
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, experts={self.num_experts}"
-        return f"{sizes}, format={label(self.format)!r}, rank={self.rank}, bias={self.bias}"
+        padded = "".join(f", {name} padded to {held}" for name, (_, held) in self.spec.padding.items())
+        return f"{sizes}, format={label(self.format)!r}, rank={self.rank}, bias={self.bias}{padded}"
 
 
 class _Term(NamedTuple):

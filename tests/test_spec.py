@@ -300,3 +300,8 @@ def test_padding_shows() -> None:
     )
     assert block.padding == {"hidden": (11, 12)}
     assert mt.LayerSpec("btt", experts=4, in_features=768, out_features=9, rank=2).padding == {}
+
+
+def test_slices_that_meet_have_no_expert_in_common() -> None:
+    format = mt.sum_of(mt.sliced("cp", 0, 2), mt.sliced("cp", 2, 4))
+    assert LayerSpec(format, experts=4, in_features=8, out_features=8, rank=(2, 3)).max_expert_rank == 3

@@ -196,3 +196,12 @@ def test_a_step_of_a_split_layer_equals_plain_steps(format: str, experts: tuple[
     in_place.backward(gradient)
     with_bias = Experts(512, 1024, experts, format, rank, dtype=torch.float64)
     with_bias(x, a).backward(gradient)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_an_activation_comes_before_the_padding(has_gradients: bool) -> None:
+    """The cosine of a zero is one: of padding it would add to the output."""
+    format = mt.get_format("kron").with_splits({"i": (2, 4)})
+    layer = Experts(7, 6, 3, format, 2, dtype=torch.float64).requires_grad_(has_gradients)
+    x, a = torch.randn(5, 7, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, [a], torch.cos), layer(x.cos(), [a]))

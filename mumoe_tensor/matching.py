@@ -96,7 +96,7 @@ def _index_sizes(
 ) -> dict[str, int]:
     """Size of every index of a term, the same wherever it occurs; its first factor is at `start`."""
     indices = {start + k: f.indices for k, f in enumerate(term.declaration(num_levels))}
-    arrays = {k: factor for k in indices if (factor := factors[k]) is not None}
+    arrays = {k: factors[k] for k in indices if factors[k] is not None}
     sizes: dict[str, int] = {}
     for k, factor in arrays.items():
         for index, size in zip(indices[k], factor.shape, strict=True):
@@ -131,7 +131,7 @@ def _size(
     for term, sizes in terms:
         parts = term.parts(mode)
         if term.window(level) is None and all(part in sizes for part in parts):
-            size = prod(sizes[part] for part in parts) + (mode == "i" and has_bias_term)
+            size = prod([sizes[part] for part in parts]) + (mode == "i" and has_bias_term)
             (whole if parts == (mode,) else products).append(size)
     return whole[0] if whole else min(products, default=None)
 

@@ -37,14 +37,14 @@ needs_torch = pytest.mark.skipif("pytorch" not in HERE, reason="PyTorch is not i
 needs_jax = pytest.mark.skipif("jax" not in HERE, reason="JAX is not installed")
 RANKS = {"cp": 5, "tucker": (2, 3, 4, 2), "tr": (2, 3, 2, 3), "tt": (3, 2, 3)}
 #: Two levels: every kind of step occurs.
-SIZES = dict(experts=(4, 3), in_features=6, out_features=5)
+SIZES = dict(experts=(4, 3), in_features=6, out_features=8)
 
 
 def example(
     format: str, backend: str, dtype: str = "float64", leading: tuple[int, ...] = (7,), bias: bool = True
 ) -> tuple[mt.FactorizedTensor, Any, list[Any]]:
     """A weight of two levels, inputs and coefficients."""
-    rank = RANKS.get(format)
+    rank = RANKS.get(format, (2,) * len(mt.formats()[format].bonds(2)))
     weight = mt.FactorizedTensor.random(format, rank=rank, bias=bias, seed=1, **SIZES)
     factors = [None if f is None else moved(f, backend, dtype) for f in weight.factors]
     generator = np.random.default_rng(2)
@@ -52,7 +52,7 @@ def example(
         make_array(generator.standard_normal((*leading, n)), backend, dtype)
         for n in (SIZES["in_features"], *SIZES["experts"])
     )
-    return mt.FactorizedTensor(format, factors), z, coefficients
+    return mt.FactorizedTensor(weight.format, factors), z, coefficients
 
 
 def moved(array: np.ndarray, backend: str, dtype: str) -> Any:
@@ -74,7 +74,7 @@ def test_all_backends_agree(problem: Problem) -> None:
             factors = [
                 None if f is None else make_array(f, backend, problem.dtype) for f in problem.weight.factors
             ]
-            weight = mt.FactorizedTensor(problem.weight.format, factors)
+            weight = mt.FactorizedTensor(problem.weight.format, factors, problem.weight.asked)
             arrays = [make_array(x, backend, problem.dtype) for x in (problem.z, *problem.coefficients)]
             y = mt.multilinear_moe(weight, arrays[0], arrays[1:], bias=problem.layer.bias)
             assert dtype_name(y) == problem.dtype
@@ -127,14 +127,14 @@ def test_jax_gives_float32_where_float64_is_not_enabled() -> None:
 def test_meta_tensors_give_meta_tensors(format: str) -> None:
     weight, z, coefficients = example(format, "pytorch", "bfloat16")
     factors = [None if f is None else f.to("meta") for f in weight.factors]
-    moved = mt.FactorizedTensor(format, factors)
+    moved = mt.FactorizedTensor(weight.format, factors)
     for leading in ((), (2, 3), (0,)):
         z, *coefficients = (x.new_empty((*leading, x.shape[-1]), device="meta") for x in (z, *coefficients))
         y = mt.multilinear_moe(moved, z, coefficients, bias=True)
-        assert (y.device.type, y.dtype, tuple(y.shape)) == ("meta", z.dtype, (*leading, 5))
+        assert (y.device.type, y.dtype, tuple(y.shape)) == ("meta", z.dtype, (*leading, 8))
     for result in (mt.to_dense(moved), *mt.expert_matrix(moved, (1, 2), bias=True)):
         assert (result.device.type, result.dtype) == ("meta", z.dtype)
-    drawn = mt.FactorizedTensor.random(format, rank=RANKS.get(format), like=z, **SIZES)
+    drawn = mt.FactorizedTensor.random(weight.format, rank=weight.rank, bias=True, like=z, **SIZES)
     assert {f.device.type for f in drawn.arrays} == {"meta"}
 
 
@@ -152,13 +152,15 @@ def test_fake_cuda_tensors_stay_on_their_device(format: str) -> None:
         factors = [
             None if f is None else torch.empty(f.shape, dtype=f.dtype, device=device) for f in weight.factors
         ]
-        fake = mt.FactorizedTensor(format, factors)
+        fake = mt.FactorizedTensor(weight.format, factors)
         for implementation in ("factorized", "reconstructed"):
             y = mt.multilinear_moe(fake, arrays[0], arrays[1:], bias=True, implementation=implementation)
-            assert (y.device, y.dtype, tuple(y.shape)) == (device, z.dtype, (7, 5))
+            assert (y.device, y.dtype, tuple(y.shape)) == (device, z.dtype, (7, 8))
         assert mt.to_dense(fake).device == device
         assert {x.device for x in mt.expert_matrix(fake, (0, 1), bias=True)} == {device}
-        drawn = mt.FactorizedTensor.random(format, rank=RANKS.get(format), like=arrays[0], **SIZES)
+        drawn = mt.FactorizedTensor.random(
+            weight.format, rank=weight.rank, bias=True, like=arrays[0], **SIZES
+        )
         assert {f.device for f in drawn.arrays} == {device}
 
 
@@ -172,7 +174,7 @@ def test_parameters_keep_their_gradients() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
 
 
-def torch_loss(format: str, coefficients: list[Any]) -> Callable[..., Any]:
+def torch_loss(format: mt.Format, coefficients: list[Any]) -> Callable[..., Any]:
     def loss(factors: tuple[Any, ...], z: Any) -> Any:
         return (
             mt.multilinear_moe(mt.FactorizedTensor(format, factors), z, coefficients, bias=True).tanh().sum()
@@ -187,7 +189,7 @@ def test_torch_func_grad(format: str) -> None:
     import torch
 
     weight, z, coefficients = example(format, "pytorch")
-    loss = torch_loss(format, coefficients)
+    loss = torch_loss(weight.format, coefficients)
     gradients = torch.func.grad(loss, argnums=(0, 1))(weight.arrays, z)
     leaves = [x.clone().requires_grad_() for x in (*weight.arrays, z)]
     expected = torch.autograd.grad(loss(tuple(leaves[:-1]), leaves[-1]), leaves)
@@ -204,15 +206,17 @@ def test_torch_func_vmap(format: str) -> None:
     whole = mt.multilinear_moe(weight, z, coefficients, bias=True)
 
     def forward(factors: tuple[Any, ...], z: Any, *coefficients: Any) -> Any:
-        return mt.multilinear_moe(mt.FactorizedTensor(format, factors), z, list(coefficients), bias=True)
+        return mt.multilinear_moe(
+            mt.FactorizedTensor(weight.format, factors), z, list(coefficients), bias=True
+        )
 
     over_inputs = torch.func.vmap(forward, in_dims=(None, 0, 0, 0))(weight.arrays, z, *coefficients)
     torch.testing.assert_close(over_inputs, whole, rtol=1e-12, atol=1e-12)
     stacked = tuple(torch.stack([f, 2 * f, 3 * f]) for f in weight.arrays)
     over_weights = torch.func.vmap(forward, in_dims=(0, None, None, None))(stacked, z, *coefficients)
     for k in range(3):
-        scaled = whole * (k + 1) ** len(stacked)
-        torch.testing.assert_close(over_weights[k], scaled, rtol=1e-10, atol=1e-10)
+        alone = forward(tuple(f[k] for f in stacked), z, *coefficients)
+        torch.testing.assert_close(over_weights[k], alone, rtol=1e-10, atol=1e-10)
 
 
 @needs_torch
@@ -240,16 +244,17 @@ def dynamo() -> Iterator[Any]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_torch_compile_in_one_graph_for_all_batches(format: str, dynamo: Any) -> None:
+    # By name, as tracing cannot hash a format; so without the bias, which makes a sum of a split one.
     def forward(factors: tuple[Any, ...], z: Any, *coefficients: Any) -> Any:
-        return mt.multilinear_moe(mt.FactorizedTensor(format, factors), z, list(coefficients), bias=True)
+        return mt.multilinear_moe(mt.FactorizedTensor(format, factors), z, list(coefficients), bias=False)
 
     compiled = dynamo.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
     with dynamo._dynamo.config.patch(error_on_recompile=True):
         for batch in (11, 2, 64, 1000):  # the first is no other size: torch takes equal sizes for one
-            weight, z, coefficients = example(format, "pytorch", leading=(batch,))
+            weight, z, coefficients = example(format, "pytorch", leading=(batch,), bias=False)
             y = compiled(weight.arrays, z, *coefficients)
             dynamo.testing.assert_close(
-                y, mt.multilinear_moe(weight, z, coefficients, bias=True), rtol=1e-10, atol=1e-10
+                y, mt.multilinear_moe(weight, z, coefficients, bias=False), rtol=1e-10, atol=1e-10
             )
 
 
@@ -385,7 +390,7 @@ def every_public_call(backend: str, dtype: str = "float32") -> None:
     """Call everything that is public on arrays of a backend."""
     for format in ("cp", "tr") if backend == "jax" else mt.formats():  # JAX compiles each operation
         weight, z, coefficients = example(format, backend, dtype)
-        like = {"rank": RANKS.get(format), "bias": True, **SIZES}
+        like = {"rank": weight.rank, "bias": True, **SIZES}
         plan = mt.plan(format, **like)
         mt.plan(format, implementation="auto", minimize="peak", fold_weights=True, dtype="float32", **like)
         mt.cost(format, gate=True, **like)

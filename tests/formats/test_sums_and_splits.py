@@ -1,0 +1,132 @@
+"""Splits and sums that are no format are refused; the others are values."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mumoe_tensor as mt
+from mumoe_tensor.formats.registry import config_entry
+
+SIZES: dict[str, Any] = dict(experts=4, in_features=6, out_features=8)
+COMPOSED = [
+    mt.formats()["btt"].with_splits({"i": (2, 4)}),
+    mt.formats()["kron"].with_splits({"i": 3, "o": 3}),
+    mt.formats()["cp"].with_splits({"n1": (2, 2)}),
+    mt.sum_of(mt.shared("dense"), "cp"),
+    mt.sum_of(mt.sliced("tr", 0, 2), mt.sliced("btt", 2, 4)),
+]
+
+
+@pytest.mark.parametrize("format", COMPOSED, ids=repr)
+def test_a_composed_format_is_a_value(format: mt.Format) -> None:
+    for again in (
+        pickle.loads(pickle.dumps(format)),
+        mt.get_format(json.loads(json.dumps(config_entry(format)))),
+    ):
+        assert again == format and hash(again) == hash(format)
+    assert all((other == format) == (other is format) for other in COMPOSED)
+
+
+def test_the_splits_of_the_class_are_the_default() -> None:
+    btt = mt.formats()["btt"]
+    assert btt.with_splits({"i": 2}) == btt
+    assert btt.with_splits({"i": [2, 3]}) == btt.with_splits({"i": (2, 3)}) != btt
+
+
+@pytest.mark.parametrize(
+    ("splits", "error"),
+    [
+        ({"x": 2}, ValueError),
+        ({"n0": 2}, ValueError),
+        ({2: 2}, ValueError),
+        ({"i": 0}, ValueError),
+        ({"i": -1}, ValueError),
+        ({"i": "2"}, TypeError),
+        ({"i": []}, ValueError),
+        ({"i": True}, TypeError),
+        ({"i": 2.0}, TypeError),
+        ({"i": (2, 1.5)}, TypeError),
+        ({"i": (2, 0)}, ValueError),
+        ([("i", 2)], TypeError),
+    ],
+    ids=repr,
+)
+def test_splits_that_are_none_are_refused(splits: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="split"):
+        mt.formats()["btt"].with_splits(splits)
+
+
+ones = np.ones
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "no factorization": (
+        lambda: mt.LayerSpec("btt", experts=(), in_features=769, out_features=8),
+        ValueError,
+        r"769; near it are 768 = 24·32 and .*splits=",
+    ),
+    "too small a product": (
+        lambda: mt.LayerSpec({"name": "btt", "splits": {"i": [2, 2]}}, **SIZES),
+        ValueError,
+        r"must hold all its entries; those of 'i', \(2, 2\), hold 4 of 6",
+    ),
+    "parts the format cannot take": (
+        lambda: mt.LayerSpec({"name": "btt", "splits": {"i": 3}}, **SIZES | {"in_features": 8}),
+        ValueError,
+        "of BTT with splits=.* raises ValueError: too many values",
+    ),
+    "a slice beyond the experts": (
+        lambda: mt.LayerSpec(mt.sum_of("cp", mt.sliced("cp", 2, 5)), **SIZES),
+        ValueError,
+        r"a slice must be of experts that there are.*\(4,\) experts",
+    ),
+    "an empty slice": (lambda: mt.sliced("cp", 2, 2), ValueError, "0 <= start < stop"),
+    "a sum of nothing": (lambda: mt.sum_of(), ValueError, "must have terms besides a bias"),
+    "shared sum": (lambda: mt.shared(mt.sum_of("cp", "tr")), TypeError, "no sum or term"),
+    "splits of a sum": (lambda: mt.sum_of("cp", "tr").with_splits({"i": 2}), TypeError, "those of the terms"),
+    "TensorLy": (
+        lambda: mt.FactorizedTensor.random("cp-matrix", rank=2, **SIZES).to_tensorly(),
+        TypeError,
+        "TensorLy has no container of a weight in format 'cp-matrix'",
+    ),
+    "TensorLy, of a sum": (
+        lambda: mt.FactorizedTensor.random(mt.sum_of("cp", "cp"), rank=(2, 2), **SIZES).to_tensorly(),
+        TypeError,
+        "TensorLy has no container",
+    ),
+    "TensorLy, of split experts": (
+        lambda: (
+            mt.FactorizedTensor("dense", [ones((4, 2, 2))])
+            and mt.FactorizedTensor(
+                COMPOSED[2], [ones((2, 1)), ones((2, 1)), ones((6, 1)), ones((8, 1))]
+            ).to_tensorly()
+        ),
+        TypeError,
+        "TensorLy has no container",
+    ),
+    "parts that disagree": (
+        lambda: mt.FactorizedTensor(COMPOSED[0], [ones((2, 3, 1, 2)), ones((2, 2, 1, 4))]),
+        ValueError,
+        "must have the parts of the format",
+    ),
+    "an unclear shape": (
+        lambda: mt.FactorizedTensor(mt.shared("dense"), [ones((6, 8))], (6,)),
+        ValueError,
+        "must be .experts..., input, output.",
+    ),
+    "a wrong shape": (
+        lambda: mt.FactorizedTensor("dense", [ones((4, 6, 8))], (4, 6, 9)),
+        ValueError,
+        "must have the sizes of the weight; mode 'o' has 9 entries",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused(case: str) -> None:
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()

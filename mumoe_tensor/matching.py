@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from operator import index as constant
 from typing import Any, NamedTuple
 
 from mumoe_tensor.backend import Array, backend_of, check_floating
@@ -96,7 +97,8 @@ def _index_sizes(
 ) -> dict[str, int]:
     """Size of every index of a term, the same wherever it occurs; its first factor is at `start`."""
     indices = {start + k: f.indices for k, f in enumerate(term.declaration(num_levels))}
-    arrays = {k: factors[k] for k in indices if factors[k] is not None}
+    # (torch.compile traces this: it knows neither `:=` here nor a `min` with a default.)
+    arrays: dict[int, Array] = {k: factors[k] for k in indices if factors[k] is not None}
     sizes: dict[str, int] = {}
     for k, factor in arrays.items():
         for index, size in zip(indices[k], factor.shape, strict=True):
@@ -133,7 +135,9 @@ def _size(
         if term.window(level) is None and all(part in sizes for part in parts):
             size = prod([sizes[part] for part in parts]) + (mode == "i" and has_bias_term)
             (whole if parts == (mode,) else products).append(size)
-    return whole[0] if whole else min(products, default=None)
+    if whole:
+        return whole[0]
+    return min(products) if products else None
 
 
 def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -> Format:
@@ -159,6 +163,7 @@ def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -
                 f"the factors must have the parts of the format; mode {mode!r} is split into "
                 f"{term.splits[mode]}, the factors have {held}."
             )
-        if not is_default(size, held):
+        # (Constants, where torch.compile has symbols.)
+        if not is_default(constant(size), tuple(map(constant, held))):
             splits[mode] = held
     return term.with_splits(splits) if splits else term

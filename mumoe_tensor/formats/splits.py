@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, Self
 
 from mumoe_tensor.checks import as_entries, as_positive
+from mumoe_tensor.compiling import constant_under_compile
 
 #: A proposed size has parts of which the largest is at most this multiple of the smallest.
 BALANCED = 2
@@ -85,6 +86,7 @@ def balanced(mode: str, size: int, count: int) -> tuple[int, ...]:
     )
 
 
+@constant_under_compile
 def is_default(size: int, parts: tuple[int, ...]) -> bool:
     """Whether these are the parts of a size where only their number is asked for."""
     return parts == _most_balanced(size, len(parts))

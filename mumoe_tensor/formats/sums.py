@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Self
 
 from mumoe_tensor.checks import as_integer, as_positive
+from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.formats.base import Factor, Format, Rank, Term, mode_names
 from mumoe_tensor.formats.registry import composed, get_format, label
 
@@ -155,10 +156,12 @@ class Sum(Format):
     def is_split(self) -> bool:
         return any(format.is_split for format in self.formats)
 
+    @constant_under_compile
     def declaration(self, num_levels: int) -> tuple[Factor, ...]:
         """The factors of all terms. What only one term has, as its bonds, is named for it, ``t1_r``."""
         return _named(self, num_levels)[0]
 
+    @constant_under_compile
     def bonds(self, num_levels: int) -> tuple[str, ...]:
         return _named(self, num_levels)[1]
 

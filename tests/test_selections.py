@@ -332,6 +332,7 @@ OTHERS = {
     "ExpertLevel(level)", "ExpertLevel(rows)",  # results
     "TopInputs.update(indices)",  # numbers of inputs, of any size: see tests/test_arrays.py
     "Rows.batch(rows)",  # a protocol
+    "Format.window(level)", "sliced(level)",  # of a declaration, before there are experts: see tests/formats
     "Tokens.batch(rows)", "ImageFiles.batch(rows)",  # above
     "MuMoEMLP.keep_experts(level)", "MuMoEMLP.keep_experts(indices)",  # inherited as MuMoE's
     "Measurement(experts)", "Setting(experts)",  # of a study

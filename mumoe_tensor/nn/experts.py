@@ -349,9 +349,13 @@ class Experts(WholeState):
                     weights = [x if x.dtype == torch.float64 else x.to(dtype) for x in weights]
                 operands = [*weights, *vectors[: term.num_vectors]]
                 part = contract(policy, operands, activation, folded, recorded)
-                # (A term without steps is a parameter itself.)
-                is_fresh = bool(self._terms[0].policy.program.steps) and not (recorded or is_transformed())
-                y = part if y is None else y.add_(part) if is_fresh else y + part
+                # (A term without steps is a parameter itself; a view must not be changed, nor returned.)
+                if y is None:
+                    y = part
+                elif recorded or is_transformed() or y._is_view() or not self._terms[0].policy.program.steps:
+                    y = y + part
+                else:
+                    y = y.add_(part)
         assert y is not None
         return y if is_matrix else y.reshape(*leading, self.out_features)
 

@@ -42,14 +42,14 @@ def _can_write(left: Tensor, right: Tensor, order: tuple[int, ...]) -> bool:
     # The matrices must have contiguous rows or columns. An operation with `out` has no derivative, and
     # transforms and compilers do not take it.
     return (
-        order[-1] != 0
+        not is_recorded()  # (first: what follows would tie a compiled function to these sizes)
+        and order[-1] != 0
         and len(left) == len(right)
         and left.shape[1] * right.shape[2] >= LARGE
         and type(left) in (Tensor, nn.Parameter)
         and type(right) in (Tensor, nn.Parameter)
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
         and not is_transformed()
-        and not is_recorded()
     )
 
 

@@ -17,7 +17,7 @@ from torch import nn  # noqa: E402
 
 from mumoe_tensor.analysis import ablate, attribute, edit_bias, keep_only, remove_edit, scale  # noqa: E402
 from mumoe_tensor.nn import MuMoE  # noqa: E402
-from mumoe_tensor.testing import dense_moe, dense_weight, formats, leading_shapes, ranks, sizes  # noqa: E402
+from mumoe_tensor.testing import dense_moe, dense_weight, leading_shapes, specs  # noqa: E402
 
 EXAMPLES = max(10, settings().max_examples)
 
@@ -25,16 +25,10 @@ EXAMPLES = max(10, settings().max_examples)
 @st.composite
 def layers(draw: Callable, fewest_levels: int = 1) -> Any:
     """A layer of any format, levels and norm, with a bias or without, and inputs."""
-    format, levels = draw(formats()), draw(st.integers(fewest_levels, 3))
-    experts = draw(st.tuples(*[sizes()] * levels))
+    spec = draw(specs(num_levels=draw(st.integers(fewest_levels, 3))))
     torch.manual_seed(draw(st.integers(0, 99)))
-    layer = MuMoE(
-        draw(sizes()),
-        draw(sizes()),
-        experts,
-        format,
-        draw(ranks(format, levels)) or None,
-        bias=draw(st.booleans()),
+    layer = MuMoE.from_spec(
+        spec,
         gate=draw(st.sampled_from(["entmax15", "softmax"])),
         gate_norm=draw(st.sampled_from(["batch", "layer", "none"])),
         dtype=torch.float64,

@@ -382,14 +382,15 @@ def test_settings_of_a_run_are_read_with_those_of_the_format(tmp_path: Any) -> N
         read_settings("mixer", overrides=["""model.format={name = "partial-tucker", ranks = 3}"""])
 
 
-def test_a_study_takes_formats_that_a_name_stands_for() -> None:
+def test_a_study_names_formats_with_settings_by_their_config() -> None:
     pytest.importorskip("torch")
     from mumoe_tensor import study
 
     mt.register(PartialTucker)
     assert study.prepare(formats=[PartialTucker(), "cp"]).formats == ("partial-tucker", "cp")
-    with pytest.raises(ValueError, match=r"formats by name.*\{'name': 'partial-tucker', 'compressed'"):
-        study.prepare(formats=["cp", SOME])
+    names = study.prepare(formats=["cp", SOME]).formats
+    assert names[0] == "cp"
+    assert mt.get_format(json.loads(names[1])) == SOME
 
 
 # ---- what is printed -----------------------------------------------------------------------------------

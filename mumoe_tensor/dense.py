@@ -13,7 +13,7 @@ from mumoe_tensor.backend import Array, Operations, backend_of, context_of, oper
 from mumoe_tensor.checks import check_flag
 from mumoe_tensor.contraction.execute import execute, read
 from mumoe_tensor.contraction.layout import Compiler, Program
-from mumoe_tensor.contraction.network import Network, Reading, vector_of, weight_network
+from mumoe_tensor.contraction.network import Indices, Network, Reading, vector_of, weight_network
 from mumoe_tensor.contraction.order import Orders
 from mumoe_tensor.formats.base import mode_names
 from mumoe_tensor.selections import Index, read_index
@@ -78,8 +78,8 @@ def _added(weight: FactorizedTensor, experts: Sequence[Any]) -> Array:
 
 def _formed(term: FactorizedTensor, experts: Sequence[Any], operations: Operations) -> Array:
     """One term of a weight, of shape (experts that are None..., I, O)."""
-    format, arrays, scale = term.format, list(term.arrays), 1
-    network = weight_network(format, term.shape, term.rank, term.missing)
+    format, arrays, scale = term.format, list(term.arrays), None
+    network = _weight_network(format, term.shape, term.rank, term.missing)
     sizes, modes = dict(network.index_sizes), mode_names(term.num_levels)
     entries: dict[str, int] = {}
     vectors = []
@@ -98,18 +98,15 @@ def _formed(term: FactorizedTensor, experts: Sequence[Any], operations: Operatio
             if axes:
                 vectors.append((axes, vector.reshape([sizes[x] for x in parts])))
             else:
-                scale = scale * vector
+                scale = vector if scale is None else scale * vector
     for k, operand in enumerate(network.operands):
         for axis in reversed(range(len(operand))):
             if operand[axis] in entries:
                 arrays[k] = operations.select(arrays[k], axis, entries[operand[axis]])
-    gone = {x for axes, _ in vectors for x in axes}
-    mixed = network.without(set(entries)).with_vectors(
-        [(axes, Reading()) for axes, _ in vectors],
-        tuple(x for x in network.output if x not in entries.keys() | gone),
-    )
-    tensor = execute(_whole(mixed), [*arrays, *(vector for _, vector in vectors)]) * scale
-    return _whole_modes(term, tensor, sizes, experts, operations)
+    program = _mixing(network, frozenset(entries), tuple(axes for axes, _ in vectors))
+    tensor = execute(program, [*arrays, *(vector for _, vector in vectors)])
+    tensor = tensor if scale is None else tensor * scale
+    return tensor if format.is_plain else _whole_modes(term, tensor, sizes, experts, operations)
 
 
 def _whole_modes(
@@ -141,9 +138,15 @@ def _whole_modes(
     return tensor if tuple(tensor.shape) == whole else operations.expand(tensor, whole)
 
 
+_weight_network = lru_cache(maxsize=1024)(weight_network)
+
+
 @lru_cache(maxsize=1024)
-def _whole(network: Network) -> Program:
-    """Program of fewest FLOPs for a network of weights alone."""
-    best = Orders(network, 1).best("flops")
+def _mixing(network: Network, entries: frozenset[str], vectors: tuple[Indices, ...]) -> Program:
+    """Program of fewest FLOPs for weights, some of whose entries are taken, and vectors on their modes."""
+    gone = entries.union(*vectors)
+    output = tuple(x for x in network.output if x not in gone)
+    mixed = network.without(set(entries)).with_vectors([(axes, Reading()) for axes in vectors], output)
+    best = Orders(mixed, 1).best("flops")
     assert best is not None
-    return Compiler(network, 1)(best[0])
+    return Compiler(mixed, 1)(best[0])

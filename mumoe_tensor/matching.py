@@ -44,11 +44,17 @@ def match(format: Format, factors: Sequence[Array | None], shape: Sequence[int] 
     num_levels, filled = levels_of(format, factors, shape)
     if arrays := {f"factor[{k}]": factor for k, factor in enumerate(filled) if factor is not None}:
         check_floating(arrays)
+    modes = mode_names(num_levels)
+    if format.is_plain:
+        of_index = _index_sizes(format, num_levels, filled, 0)
+        whole = tuple([of_index[mode] for mode in modes])
+        if shape in (None, whole):
+            rank = tuple([of_index[bond] for bond in format.bonds(num_levels)])
+            return Matched(format, filled, whole, rank, None)
     summands = format.summands(num_levels)
     sizes = [_index_sizes(term, num_levels, filled, at.start) for term, at in summands]
     terms = [(term, of_term) for (term, _), of_term in zip(summands, sizes, strict=True)]
     rank = tuple(of_term[b] for term, of_term in terms for b in term.bonds(num_levels))
-    modes = mode_names(num_levels)
     follows = [_size(format.has_bias_term, terms, level, mode) for level, mode in enumerate(modes)]
     if shape is None and None in follows:
         raise ValueError(
@@ -110,7 +116,7 @@ def _index_sizes(
                     f"factors that share an index must agree in its size; {index!r} has size "
                     f"{sizes[index]} in factor[{first}] and {size} in factor[{k}]."
                 )
-    bonds = term.bonds(num_levels)
+    bonds = term.bonds(num_levels) if len(arrays) < len(indices) else ()
     for k in indices.keys() - arrays.keys():
         for x in indices[k]:
             if [x in indices[j] for j in arrays].count(True) < (2 if x in bonds else 1):

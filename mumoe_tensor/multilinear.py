@@ -117,6 +117,8 @@ def bind(plan: Plan, weight: Any, *, bias: bool = False) -> Callable[[Array, Seq
 
 def _arrays(weight: FactorizedTensor) -> list[list[Array]]:
     """The factors of each term that are not missing."""
+    if weight.format.is_plain:
+        return [list(weight.arrays)]
     summands = weight.format.summands(weight.num_levels)
     return [[factor for factor in weight.factors[at] if factor is not None] for _, at in summands]
 
@@ -154,8 +156,19 @@ def _programs(
     if memory_limit is None:
         # Batches of about the same size share a plan. (A limit is for the batch itself.)
         batch = 1 << max(batch - 1, 0).bit_length()
-    networks = _forward_networks(format, modes, rank, missing, bias)
-    plan = plan_terms(networks, batch, minimize, implementation, memory_limit)
+    return _planned(format, modes, rank, missing, bias, batch, minimize, implementation, memory_limit)
+
+
+@lru_cache(maxsize=4096)
+def _planned(
+    format: Format,
+    modes: tuple[int, ...],
+    rank: tuple[int, ...],
+    missing: tuple[int, ...],
+    bias: bool,
+    *options: Any,
+) -> tuple[Program, ...]:
+    plan = plan_terms(_forward_networks(format, modes, rank, missing, bias), *options)
     return tuple(term.program for term in plan.terms)
 
 

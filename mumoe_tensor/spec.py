@@ -100,9 +100,10 @@ class LayerSpec:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # a spec is frozen
-        rank = (1,) * len(format.bonds(len(counts)))
-        for layer in self.layers:  # the sizes fit the splits and slices of the format
-            self.weight_format.shapes(layer.mode_sizes, rank)
+        if not format.is_plain:  # the sizes must fit the splits and slices of the format
+            rank = (1,) * len(format.bonds(len(counts)))
+            for layer in self.layers:
+                self.weight_format.shapes(layer.mode_sizes, rank)
 
     def __repr__(self) -> str:
         parts = [repr(label(self.format))]

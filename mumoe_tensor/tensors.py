@@ -83,6 +83,8 @@ class FactorizedTensor:
     @property
     def terms(self) -> tuple[FactorizedTensor, ...]:
         """The tensors that the weight is the sum of, with the same arrays; itself, unless it is a sum."""
+        if self.format.is_plain:
+            return (self,)
         terms = self.format.terms(self.shape, self.rank)
         if terms[0].format is self.format:
             return (self,)

@@ -113,10 +113,15 @@ class Format(ABC):
     #: Name of TensorLy's class for this format, if it has one.
     container: str | None = None
     #: Modes that every format of the class splits; see the argument of this name.
-    splits: Mapping[str, int | tuple[int, ...]] = {}
+    splits: Mapping[str, int | tuple[int, ...]] = Splits()
     #: Kinds of modes that may be in no factor: ``"n"`` for experts, along which the weight is then constant,
     #: ``"i"`` for the input, where the weight is then the bias alone.
     omits: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if isinstance(splits := cls.__dict__.get("splits"), Mapping):
+            cls.splits = Splits.read(splits)
 
     def __init__(self, *, splits: Mapping[str, int | Sequence[int]] | None = None):
         merged = Splits.read({**self.splits, **({} if splits is None else Splits.read(splits))})
@@ -170,7 +175,8 @@ class Format(ABC):
 
     def modes(self, num_levels: int) -> tuple[str, ...]:
         """Names of the modes, each split one with its parts: what `factors` takes."""
-        return tuple(part for mode in mode_names(num_levels) for part in self.parts(mode))
+        names = mode_names(num_levels)
+        return tuple(part for mode in names for part in self.parts(mode)) if self.splits else names
 
     def parts(self, mode: str) -> tuple[str, ...]:
         """Names of the parts of a mode; that of a whole mode alone."""
@@ -184,6 +190,8 @@ class Format(ABC):
 
     def part_sizes(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of `modes`, for those of the whole modes."""
+        if not self.splits:
+            return tuple(mode_sizes)
         names = mode_names(len(mode_sizes) - 2)
         pairs = zip(names, mode_sizes, strict=True)
         return tuple(n for mode, size in pairs for n in self._splits.sizes(mode, size))
@@ -256,6 +264,11 @@ class Format(ABC):
         """The tensor networks that a weight of these sizes is the sum of."""
         ((_, whole),) = self.summands(len(mode_sizes) - 2)
         return (Term(self, tuple(mode_sizes), self.full_rank(rank, len(mode_sizes) - 2), whole),)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is one network of whole modes, each with all its entries."""
+        return not self.splits and not self.omits
 
     @property
     def is_split(self) -> bool:

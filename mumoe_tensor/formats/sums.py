@@ -93,6 +93,10 @@ class Sliced(_Wrapped):
         sizes[self.level] = self.stop - self.start
         return self.format.part_sizes(sizes)
 
+    @property
+    def is_plain(self) -> bool:
+        return False
+
     def window(self, level: int) -> tuple[int, int] | None:
         return (self.start, self.stop) if level == self.level else None
 
@@ -143,6 +147,10 @@ class Sum(Format):
 
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         return list(self.declaration(sum(mode[0] == "n" for mode in modes)))
+
+    @property
+    def is_plain(self) -> bool:
+        return False
 
     @property
     def has_bias_term(self) -> bool:

@@ -61,6 +61,15 @@ def test_splits_that_are_none_are_refused(splits: Any, error: type[Exception]) -
         mt.formats()["btt"].with_splits(splits)
 
 
+@pytest.mark.parametrize(
+    ("size", "count", "parts"),
+    [(768, 2, (24, 32)), (3072, 2, (48, 64)), (768, 3, (8, 8, 12)), (7, 1, (7,)), (1, 3, (1, 1, 1))],
+)
+def test_the_default_is_the_most_balanced_factorization(size: int, count: int, parts: Any) -> None:
+    format = mt.formats()["kron"].with_splits({"i": count, "o": count})
+    assert format.part_sizes((size, size)) == parts * 2
+
+
 ones = np.ones
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no factorization": (

@@ -279,7 +279,7 @@ FAULTS = [
           "torch.is_grad_enabled() or is_recorded())", "torch.is_grad_enabled())",
           "calls::test_nothing_is_frozen_in_what_torch_records"),
     Fault("layers: float64 rounded under autocast", "mumoe_tensor/nn/experts.py",
-          "x if x.dtype == torch.float64 else x.to(dtype) for", "x.to(dtype) for",
+          "weights = [x if x.dtype == torch.float64 else x.to(dtype) for", "weights = [x.to(dtype) for",
           "nn/test_torch::test_autocast_leaves_float64_as_it_is"),
     Fault("published: statistics of batch norm in any shape", "mumoe_tensor/nn/published.py",
           "if any(of_levels != [(n,) for n in num_experts] for of_levels in shapes.values()):", "if False:",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import mumoe_tensor as mt
 from benchmarks.harness import Report, threads
 from benchmarks.layers import Call, forward, limit, step
 from benchmarks.probes import kept_bytes
@@ -22,24 +21,24 @@ from mumoe_tensor.study.timing import compare
 
 IN, OUT = 768, 3072
 #: Format, experts, rank.
-LAYERS: tuple[tuple[str, tuple[int, ...], int], ...] = (
-    ("btt", (), 1),
-    ("btt", (), 4),
-    ("btt", (16,), 4),
-    ("btt", (64,), 4),
-    ("kron", (), 1),
-    ("kron", (), 4),
-    ("monarch", (), 0),
-    ("tt-matrix", (), 4),
-    ("tt-matrix", (), 43),
-    ("cp-matrix", (), 805),
-    ("tucker-matrix", (), 16),
-    ("lowrank", (), 64),
-    ("cp", (16,), 140),
-    ("tr", (16,), 28),
+LAYERS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
+    ("btt", (), (1,)),
+    ("btt", (), (4,)),
+    ("btt", (16,), (4,)),
+    ("btt", (64,), (4,)),
+    ("kron", (), (1,)),
+    ("kron", (), (4,)),
+    ("monarch", (), ()),
+    ("tt-matrix", (), (4,)),
+    ("tt-matrix", (), (43,)),
+    ("cp-matrix", (), (805,)),
+    ("tucker-matrix", (), (16, 16, 16, 16)),
+    ("lowrank", (), (64,)),
+    ("cp", (16,), (115,)),
+    ("tr", (16,), (4, 4, 28)),
 )
 #: Those that are also compiled.
-COMPILED = (("btt", (), 1), ("btt", (), 4), ("kron", (), 1))
+COMPILED = (("btt", (), (1,)), ("btt", (), (4,)), ("kron", (), (1,)))
 #: Names and ranks of tensorly-torch's layers, of as many parameters as those of `LAYERS` and btt of rank 1.
 TLTORCH: tuple[tuple[str, int | tuple[int, ...]], ...] = (
     ("blocktt", 43),
@@ -59,7 +58,11 @@ def bare_products(experts: Experts, rows: int) -> list[tuple[torch.Tensor, torch
                 for operand in (made.left, made.right):
                     view = torch.randn([prod(sizes[x] for x in group) for group in operand.groups])
                     views.append(view if operand.axes is None else view.permute(operand.axes))
-                pairs.append((views[0], views[1]))
+                left, right = views
+                if made.kind == "bmm":  # (one matrix may meet each of a stack)
+                    count = max(len(left), len(right))
+                    left, right = (x.expand(count, -1, -1) for x in (left, right))
+                pairs.append((left, right))
     return pairs
 
 
@@ -73,13 +76,9 @@ def _structured(quick: bool, device: str) -> Report:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     for format, experts, rank in LAYERS[:1] if quick else LAYERS:
-        bonds = mt.get_format(format).bonds(len(experts))
-        entries = (4,) * len(experts) + (rank,) if format in ("tt-matrix",) else (rank,) * len(bonds)
-        if format == "tr":
-            entries = (4,) * len(experts) + (4, rank)
         for count in (32,) if quick else (1024, 1):
             options: dict[str, Any] = {"bias": not experts, "gate_norm": "layer", "batch_hint": count}
-            layer = MuMoE(IN, OUT, experts, format, entries[: len(bonds)], device=device, **options)
+            layer = MuMoE(IN, OUT, experts, format, rank, device=device, **options)
             dense = nn.Linear(IN, OUT, device=device)
             x = torch.randn(count, IN, device=device, requires_grad=True)
             gradient = torch.randn(count, OUT, device=device)
@@ -99,7 +98,7 @@ def _structured(quick: bool, device: str) -> Report:
                         {
                             "format": format,
                             "experts": "x".join(map(str, experts)) or "none",
-                            "rank": rank or "-",
+                            "rank": ", ".join(map(str, rank)) or "-",
                             "parameters": sum(p.numel() for p in layer.experts.parameters()),
                             "inputs": count,
                             "run": run,

@@ -58,7 +58,7 @@ class Network:
     readings : tuple of Reading
         One a vector.
     out_features : int or None
-        Where the output is split, its size: its parts become one axis again, of so many entries.
+        Size of a split output, whose parts are joined to one axis in the end.
     """
 
     operands: tuple[Indices, ...]

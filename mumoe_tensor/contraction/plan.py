@@ -290,7 +290,12 @@ class SumPlan:
     @property
     def _added(self) -> int:
         """Additions, and elements that they write."""
-        return (len(self.terms) - 1) * max(self.batch, 1) * self.out_features
+        return (len(self.terms) - 1) * self.batch * self.out_features
+
+    @property
+    def _held(self) -> int:
+        """Memory of the result of a term, or of the sum so far."""
+        return self.batch * self.out_features * self.itemsize
 
     @property
     def steps(self) -> tuple[PlannedStep, ...]:
@@ -325,14 +330,12 @@ class SumPlan:
     @property
     def size(self) -> int:
         """Largest intermediate; the result of a term is one."""
-        results = max(max(self.batch, 1) * self.out_features * self.itemsize, 0)
-        return max(results, *(plan.size for plan in self.terms))
+        return max(self._held, *(plan.size for plan in self.terms))
 
     @property
     def peak(self) -> int:
         """Most that is live at once besides parameters and inputs: a term is formed beside the sum so far."""
-        held = max(self.batch, 1) * self.out_features * self.itemsize
-        return max(plan.peak + (held if k else 0) for k, plan in enumerate(self.terms))
+        return max(plan.peak + (self._held if k else 0) for k, plan in enumerate(self.terms))
 
     @property
     def saved(self) -> int:

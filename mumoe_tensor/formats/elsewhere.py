@@ -27,8 +27,8 @@ def load_entry_points(name: str | None = None) -> Iterator[str]:
     str
         For each that cannot be registered a sentence that says why.
     """
-    found = entry_points(group=GROUP) if name is None else entry_points(group=GROUP, name=name)
-    for entry in found:
+    entries = entry_points(group=GROUP) if name is None else entry_points(group=GROUP, name=name)
+    for entry in entries:
         if entry.name not in formats():
             try:
                 _register(entry)

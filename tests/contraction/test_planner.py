@@ -766,3 +766,27 @@ def test_a_matrix_meets_each_of_a_stack_where_the_products_are_not_too_small() -
     assert all(
         step.kind == "mm" for step in small.steps
     )  # 64 copies of 16 elements are made sooner than 64 products
+
+
+# ---- sums ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [0, 1, 64])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_sum_costs_its_terms_and_their_additions(batch: int, dtype: str | None) -> None:
+    sizes = dict(experts=8, in_features=24, out_features=36, batch=batch, dtype=dtype)
+    terms = [
+        mt.plan(format, **sizes, rank=rank)
+        for format, rank in ((mt.shared("dense"), None), ("cp", 5), ("btt", 2))
+    ]
+    plan = mt.plan(mt.sum_of(mt.shared("dense"), "cp", "btt"), **sizes, rank=(5, 2))
+    assert [term.program.steps for term in plan.terms] == [term.program.steps for term in terms]
+    added, itemsize = 2 * 36 * batch, 4 if dtype else 1
+    assert plan.flops == sum(term.flops for term in terms) + added
+    assert plan.write == sum(term.write for term in terms) + added * itemsize
+    assert plan.saved == sum(term.saved for term in terms)
+    result = 36 * batch * itemsize
+    assert plan.size == max(result, *(term.size for term in terms))
+    first, *others = terms
+    assert plan.peak == max(first.peak, *(term.peak + result for term in others))
+    assert f"saved {plan.saved:,} {'bytes' if dtype else 'elements'}" in str(plan)

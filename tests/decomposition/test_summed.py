@@ -1,4 +1,4 @@
-"""Sums are fitted by alternation: never worse than term by term, exact where the terms can be told apart."""
+"""Sums are fitted by alternation: never worse than term by term, exact where the terms are identifiable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_alternation_is_no_worse_than_one_term_after_the_other(format: mt.Format
     in_turn = np.linalg.norm(residual) / np.linalg.norm(dense)
     error = decompose(dense, format, rank, n_restarts=1, n_iter=50)[1]
     assert error <= in_turn + 1e-12
-    if format == SUMS[2]:  # where the first term takes much of what is the second's
+    if format == SUMS[2]:  # whose first term takes a large share of the second
         assert error < in_turn - 1e-3
 
 

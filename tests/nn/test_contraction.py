@@ -158,11 +158,11 @@ def test_products_lie_in_the_order_that_is_asked_for(drawn, is_left_transposed, 
     if is_right_transposed:
         right = right.mT.contiguous().mT
     expected = left @ right if order is None else (left @ right).permute(order)
-    found = permuted_product(left, right, order)
-    torch.testing.assert_close(found, expected)
+    result = permuted_product(left, right, order)
+    torch.testing.assert_close(result, expected)
     is_large = expected.numel() // len(left) >= products.LARGE
     if order is not None and order[-1] != 0 and is_large:
-        assert found.is_contiguous() and found._base is None
+        assert result.is_contiguous() and result._base is None
 
 
 @pytest.mark.parametrize("inner", [1, 40])  # with a larger sum over few entries the operands are copied

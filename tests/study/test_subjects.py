@@ -31,8 +31,8 @@ def sparse(layer: mt.LayerSpec, *experts: int) -> Subject:
 
 
 def subjects(layer: mt.LayerSpec, experts: tuple[int, ...]) -> list[Subject]:
-    found, _ = fitted(layer, experts, NAMES, "3x")
-    return [Subject(layer, BASELINE), *found, sparse(layer, *experts)]
+    subjects, _ = fitted(layer, experts, NAMES, "3x")
+    return [Subject(layer, BASELINE), *subjects, sparse(layer, *experts)]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -122,9 +122,9 @@ def test_the_sparse_mixture_is_the_sum_over_the_largest_logits() -> None:
 def test_ranks_come_nearest_to_the_budget() -> None:
     match = 25 * 40 + 41 * 20
     for text, budget in (("1.5x", 3 * match // 2), ("2x", 2 * match), ("3,000", 3000)):
-        found, unfitted = fitted(dense(24, 20, hidden=40), (4,), list(mt.formats()), text)
+        subjects, unfitted = fitted(dense(24, 20, hidden=40), (4,), list(mt.formats()), text)
         assert not unfitted
-        for subject in found:
+        for subject in subjects:
             if not subject.budget:
                 assert not subject.spec.format.bonds(1)
                 continue
@@ -143,24 +143,26 @@ def test_a_budget_that_is_none_is_refused(text: str) -> None:
 
 
 def test_formats_without_room_in_the_budget_have_a_reason() -> None:
-    found, unfitted = fitted(dense(24, 20), (64,), list(mt.formats()))
-    assert {subject.name for subject in found} == {n for n, f in mt.formats().items() if not f.bonds(1)}
+    subjects, unfitted = fitted(dense(24, 20), (64,), list(mt.formats()))
+    assert {subject.name for subject in subjects} == {n for n, f in mt.formats().items() if not f.bonds(1)}
     assert "the gate alone has 1,536" in unfitted["cp"]
 
 
 @pytest.mark.parametrize("classes", [10, 47, 100, 101])
 def test_a_size_without_parts_leaves_out_the_formats_that_split_it(classes: int) -> None:
-    found, unfitted = fitted(dense(64, classes, hidden=128), (4,), list(mt.formats()), "2x")
+    subjects, unfitted = fitted(dense(64, classes, hidden=128), (4,), list(mt.formats()), "2x")
     left_out = {name for name, format in mt.formats().items() if format.is_split and classes in (47, 101)}
-    assert set(unfitted) == left_out and {subject.name for subject in found} == set(mt.formats()) - left_out
+    assert (
+        set(unfitted) == left_out and {subject.name for subject in subjects} == set(mt.formats()) - left_out
+    )
     for why in unfitted.values():
         assert f"the size of mode 'o' must be a product of 2 factors above one, got {classes}" in why
 
 
 def test_layers_without_levels_of_experts_are_subjects() -> None:
-    found, unfitted = fitted(dense(24, 20), (), ["cp", "btt", "kron", "monarch"])
+    subjects, unfitted = fitted(dense(24, 20), (), ["cp", "btt", "kron", "monarch"])
     assert not unfitted
-    for subject in found:
+    for subject in subjects:
         assert subject.build()(torch.randn(3, 24)).shape == (3, 20)
         assert subject.figures(8)["gate parameters"] == 0
 

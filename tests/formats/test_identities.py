@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,3 +132,54 @@ def test_a_sum_of_one_term_is_the_term_and_without_experts_so_is_a_shared_one(na
             mt.to_dense(mt.FactorizedTensor(composed, factors, shape)),
             mt.to_dense(mt.FactorizedTensor(format, factors, shape)),
         )
+
+
+#: Saves factors and matrices of layers of tensorly-torch. It runs in a separate process, as the import sets
+#: TensorLy's global backend.
+TENSORIZED = """
+import sys
+
+import numpy as np
+import tltorch
+import torch
+
+torch.manual_seed(0)
+arrays = {}
+for name, rank in (("cp", 7), ("tucker", (2, 3, 4, 5)), ("blocktt", 5)):
+    weight = tltorch.FactorizedLinear((2, 3), (4, 5), factorization=name, rank=rank).weight
+    for parameter in weight.parameters():
+        torch.nn.init.normal_(parameter)
+    parts = {"matrix": weight.to_matrix(), "weights": getattr(weight, "weights", None)}
+    parts |= {"core": getattr(weight, "core", None), **{str(k): f for k, f in enumerate(weight.factors)}}
+    arrays |= {f"{name} {k}": x.detach().numpy() for k, x in parts.items() if isinstance(x, torch.Tensor)}
+np.savez(sys.argv[1], **arrays)
+"""
+
+
+@pytest.fixture(scope="module")
+def tensorized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    if find_spec("tltorch") is None:
+        pytest.skip("tensorly-torch is not installed")
+    path = tmp_path_factory.mktemp("tltorch") / "arrays.npz"
+    subprocess.run([sys.executable, "-c", TENSORIZED, str(path)], check=True, cwd=Path(path).parent)
+    with np.load(path) as arrays:
+        return {name: arrays[name].astype(float) for name in arrays}
+
+
+def of_tensorized(name: str, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The factors of a layer of tensorly-torch in the order of this library, inputs before outputs."""
+    if name == "blocktt":
+        first, second = arrays["blocktt 0"][0], arrays["blocktt 1"][..., 0]
+        return [first.transpose(1, 0, 2), second.transpose(0, 2, 1)]
+    o1, o2, i1, i2 = (arrays[f"{name} {k}"] for k in range(4))
+    first = arrays["cp weights"] if name == "cp" else arrays["tucker core"].transpose(2, 3, 0, 1)
+    return [first, i1, i2, o1, o2]
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("cp-matrix", "cp"), ("tucker-matrix", "tucker"), ("tt-matrix", "blocktt")]
+)
+def test_tensorized_layers_are_those_of_tensorly_torch(format, name, tensorized) -> None:
+    weight = mt.FactorizedTensor(format, of_tensorized(name, tensorized))
+    assert weight.shape == (6, 20)
+    np.testing.assert_allclose(mt.to_dense(weight), tensorized[f"{name} matrix"].T, atol=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mumoe_tensor as mt
+from mumoe_tensor.formats import Bias, by_kind
 from mumoe_tensor.formats.registry import config_entry
 
 SIZES: dict[str, Any] = dict(experts=4, in_features=6, out_features=8)
@@ -70,6 +71,44 @@ def test_the_default_is_the_most_balanced_factorization(size: int, count: int, p
     assert format.part_sizes((size, size)) == parts * 2
 
 
+class WholeInput(mt.Format):
+    name, title, splits = "whole-input", "Whole input", {"i": 2}
+
+    def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+        return [mt.Factor("n1 r"), mt.Factor("i r"), mt.Factor("o r")]
+
+
+class Repeated(mt.Format):
+    """A Kronecker product, of a class whose constructor takes no splits."""
+
+    name, title, splits = "repeated", "Repeated", {"i": 2, "o": 2}
+
+    def __init__(self, bond: str = "r"):
+        self.bond = bond
+
+    def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+        experts, *ends = by_kind(modes)
+        pairs = zip(*ends, strict=True)
+        return [mt.Factor(f"{' '.join(axes)} {self.bond}") for axes in (*((n,) for n in experts), *pairs)]
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_format_needs_no_argument_for_splits() -> None:
+    mt.register(Repeated)
+    format = Repeated("k").with_splits({"i": (2, 3)})
+    assert format.bonds(1) == ("k",) and format.part_sizes((4, 6, 8)) == (4, 2, 3, 2, 4)
+    entry = json.loads(json.dumps(config_entry(format)))
+    assert entry == {"name": "repeated", "bond": "k", "splits": {"i": [2, 3], "o": 2}}
+    assert mt.get_format(entry) == format != Repeated("k")
+    kron = mt.formats()["kron"].with_splits({"i": (2, 3)})
+    factors = mt.FactorizedTensor.random(kron, **SIZES, rank=2, seed=0).factors
+    for weight in (mt.FactorizedTensor(format, factors), mt.FactorizedTensor(kron, factors)):
+        assert weight.shape == (4, 6, 8)
+    np.testing.assert_array_equal(
+        mt.to_dense(mt.FactorizedTensor(format, factors)), mt.to_dense(mt.FactorizedTensor(kron, factors))
+    )
+
+
 ones = np.ones
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no factorization": (
@@ -121,7 +160,24 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "must have the parts of the format",
     ),
-    "an unclear shape": (
+    "two biases": (lambda: mt.sum_of("btt", Bias(), Bias()), ValueError, "one bias at most"),
+    "a bias alone": (lambda: mt.sum_of(Bias()), ValueError, "must have terms besides a bias"),
+    "a bias that is switched off": (
+        lambda: mt.LayerSpec(mt.sum_of("btt", Bias()), **SIZES),
+        ValueError,
+        "bias must be True for a format with a bias",
+    ),
+    "a split mode used whole": (
+        lambda: mt.get_format(WholeInput()).declaration(1),
+        ValueError,
+        "every mode must be in a factor; WholeInput leaves out 'i1'",
+    ),
+    "experts of which no factor has all": (
+        lambda: mt.FactorizedTensor(mt.sliced("hadamard", 0, 2), [ones((2, 8)), ones((6, 8))]),
+        ValueError,
+        "a shape must be given for a weight none of whose factors has all entries of mode 'n1'",
+    ),
+    "a shape of one size": (
         lambda: mt.FactorizedTensor(mt.shared("dense"), [ones((6, 8))], (6,)),
         ValueError,
         "must be .experts..., input, output.",

@@ -10,8 +10,8 @@ format has a rank to choose.
 # What they cost
 # --------------
 # A block of two layers, 64 → 64 → 10, with 32 experts. The budget is 8,000 parameters, gate
-# and biases counted. Hadamard and the dense tensor have no rank: they are as large as they
-# are.
+# and biases counted. Hadamard, Monarch and the dense tensor have no rank: they are as large
+# as they are. Low rank has two factors for every expert, which are larger at rank one.
 
 import matplotlib.pyplot as plt
 import torch
@@ -28,12 +28,12 @@ sizes = dict(
 )
 ranks, costs = {}, {}
 for name, format in mt.formats().items():
-    has_rank = bool(format.bonds(num_levels=1))
-    ranks[name] = (
-        mt.fit_rank(name, parameters=BUDGET, rounding="down", **sizes) if has_rank else None
-    )
+    ranks[name] = (1,) * len(format.bonds(num_levels=1)) or None
+    fits = mt.cost(name, rank=ranks[name], **sizes).parameters <= BUDGET
+    if ranks[name] and fits:
+        ranks[name] = mt.fit_rank(name, parameters=BUDGET, rounding="down", **sizes)
     costs[name] = mt.cost(name, rank=ranks[name], **sizes)
-    print(f"{name:8} rank {ranks[name]!s:12} {costs[name].parameters:7,} parameters")
+    print(f"{name:13} rank {ranks[name]!s:18} {costs[name].parameters:7,} parameters")
 
 # %%
 # What they learn
@@ -63,17 +63,17 @@ def mlp():
     )
 
 
-found = {
+accuracies = {
     name: [
         accuracy(lambda n=name, r=rank: MuMoEMLP(64, 64, 10, EXPERTS, n, r), seed)
         for seed in SEEDS
     ]
     for name, rank in ranks.items()
 }
-found["MLP"] = [accuracy(mlp, seed) for seed in SEEDS]
-for name, values in found.items():
+accuracies["MLP"] = [accuracy(mlp, seed) for seed in SEEDS]
+for name, values in accuracies.items():
     mean = sum(values) / len(values)
-    print(f"{name:8} {mean:.1%} right (from {min(values):.1%} to {max(values):.1%})")
+    print(f"{name:13} {mean:.1%} right (from {min(values):.1%} to {max(values):.1%})")
 
 # %%
 # The rank is that of the first layer's experts, whose matrices are 64 x 64; the second
@@ -87,7 +87,7 @@ expert_ranks = [cost.spec.layers[0].max_expert_rank for cost in costs.values()] 
 colours = [colour(name) for name in costs] + ["#000000"]
 
 figure, (size, rank, right) = plt.subplots(
-    1, 3, figsize=(7.2, 2.8), layout="constrained", sharey=True
+    1, 3, figsize=(7.2, 4.6), layout="constrained", sharey=True
 )
 size.barh(names, parameters, color=colours)
 size.axvline(BUDGET, color="0.3", linewidth=0.8, linestyle="--")
@@ -107,7 +107,7 @@ for ax, values in ((size, parameters), (rank, expert_ranks)):
             bbox=white,
         )
 for y, name in enumerate(names):
-    values = [100 * value for value in found[name]]
+    values = [100 * value for value in accuracies[name]]
     right.plot(values, [y] * len(values), "o", color=colours[y], markersize=4, alpha=0.7)
 right.tick_params(axis="y", length=0)
 right.set(title="Accuracy, three seeds", xlabel="% of the test rows")

@@ -21,7 +21,7 @@ from mumoe_tensor.nn import MuMoEMLP
 from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.training import TrainConfig, digits, evaluate, split, train
 
-plt.rcParams.update(STYLE)
+plt.rcParams.update(STYLE | {"text.parse_math": True})  # powers of ten on the axis
 EXPERTS, BUDGET, SEEDS = 32, 8_000, range(3)
 sizes = dict(
     experts=EXPERTS, in_features=64, hidden=64, out_features=10, bias=True, gate=True

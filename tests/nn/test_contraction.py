@@ -27,9 +27,9 @@ from mumoe_tensor.testing.strategies import problems  # noqa: E402
 ACTIVATIONS = [None, nn.functional.gelu]
 
 
-def drawn(data: Any) -> tuple[SavePolicy, Any, list[Any]]:
+def drawn(data: Any, format: str | None, bias: bool | None) -> tuple[SavePolicy, Any, list[Any]]:
     """A contraction of a term in some order that keeps any of its results, and its operands."""
-    problem = data.draw(problems(backend="pytorch", dtype="float64"))
+    problem = data.draw(problems(format, backend="pytorch", dtype="float64", bias=bias))
     weight, batch = problem.weight, problem.z[..., 0].numel()
     networks = forward_networks(weight.format, weight.shape, weight.rank, weight.missing, problem.layer.bias)
     pairs = zip(networks, weight.terms, strict=True)
@@ -52,9 +52,11 @@ def drawn(data: Any) -> tuple[SavePolicy, Any, list[Any]]:
     return SavePolicy(program, kept), data.draw(st.sampled_from(ACTIVATIONS)), [*term.arrays, *vectors]
 
 
+@pytest.mark.parametrize("format", [None, "cp"])
 @given(st.data())
-def test_gradients_are_those_of_the_plain_steps(data) -> None:
-    policy, activation, operands = drawn(data)
+def test_gradients_are_those_of_the_plain_steps(format: str | None, data: Any) -> None:
+    """Of any format; and of one whose bias is a row of the input mode, of which few are drawn."""
+    policy, activation, operands = drawn(data, format, bias=None if format is None else True)
     wanted = data.draw(st.lists(st.booleans(), min_size=len(operands), max_size=len(operands)))
     for x, want in zip(operands, wanted, strict=True):
         x.requires_grad_(want)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -171,7 +171,7 @@ class Format(ABC):
     @constant_under_compile
     def declaration(self, num_levels: int) -> tuple[Factor, ...]:
         """The declared factors for a number of levels of experts, checked to be a network of its modes."""
-        return _declared(self, num_levels)
+        return _declared(self, num_levels)[0]
 
     def modes(self, num_levels: int) -> tuple[str, ...]:
         """Names of the modes, each split one with its parts: what `factors` takes."""
@@ -202,9 +202,10 @@ class Format(ABC):
         changed.splits = Splits.read({**self.splits, **Splits.read(splits)})
         return changed if changed.splits != self.splits else self
 
+    @constant_under_compile
     def bonds(self, num_levels: int) -> tuple[str, ...]:
         """Bond indices in order of first appearance: the entries of a rank."""
-        return _bonds(self.declaration(num_levels), self.modes(num_levels))
+        return _declared(self, num_levels)[1]
 
     def optional(self, num_levels: int) -> tuple[int, ...]:
         """Positions of the optional factors."""
@@ -337,14 +338,9 @@ def by_kind(modes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], t
     return experts, inputs, outputs
 
 
-def _bonds(declared: Iterable[Factor], modes: tuple[str, ...]) -> tuple[str, ...]:
-    seen = dict.fromkeys(index for f in declared for index in f.indices)
-    return tuple(index for index in seen if index not in modes)
-
-
 @lru_cache(maxsize=4096)
-def _declared(format: Format, num_levels: int) -> tuple[Factor, ...]:
-    """Let a format declare its factors, and check that they are a tensor network.
+def _declared(format: Format, num_levels: int) -> tuple[tuple[Factor, ...], tuple[str, ...]]:
+    """Let a format declare its factors, and check that they are a tensor network; with them its bonds.
 
     Registered or not, every format passes here before anything is derived from it.
     """
@@ -364,7 +360,9 @@ def _declared(format: Format, num_levels: int) -> tuple[Factor, ...]:
         left_out = [part for part in parts if part not in ends]
         if left_out and (mode[0] not in format.omits or len(left_out) < len(parts)):
             raise ValueError(f"{at} every mode must be in a factor; {name} leaves out {left_out[0]!r}.")
-    for bond in _bonds(declared, modes):
+    seen = dict.fromkeys(index for f in declared for index in f.indices)
+    bonds = tuple(index for index in seen if index not in modes)
+    for bond in bonds:
         if bond == BATCH or re.fullmatch("i|o|n[1-9][0-9]*", bond):
             raise ValueError(
                 f"{at} a bond must not be named {BATCH!r}, as the batch, as a mode that is split, or as a "
@@ -372,4 +370,4 @@ def _declared(format: Format, num_levels: int) -> tuple[Factor, ...]:
             )
         if ends.count(bond) < 2:
             raise ValueError(f"{at} a bond must join two factors or more; {name} has {bond!r} once.")
-    return tuple(declared)
+    return tuple(declared), bonds

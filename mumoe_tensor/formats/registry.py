@@ -37,8 +37,9 @@ def register(format: type[Format]) -> type[Format]:
         text = getattr(declared, what, None)
         if not isinstance(text, str) or not text.strip():
             raise TypeError(f"a format must have a {what}, a string; {format.__name__} has {text!r}.")
-    for levels in range(MOST_LEVELS + 1):
-        declared.declaration(levels)
+    if not format.__module__.startswith(f"{__package__}."):  # (the tests check those: imports are to be quick)
+        for levels in range(MOST_LEVELS + 1):
+            declared.declaration(levels)
     taken = type(_registry.get(declared.name, declared))
     if (taken.__module__, taken.__qualname__) != (format.__module__, format.__qualname__):
         raise ValueError(f"a format's name must be its own; {declared.name!r} is {taken.__qualname__}.")

@@ -37,7 +37,8 @@ def register(format: type[Format]) -> type[Format]:
         text = getattr(declared, what, None)
         if not isinstance(text, str) or not text.strip():
             raise TypeError(f"a format must have a {what}, a string; {format.__name__} has {text!r}.")
-    if not format.__module__.startswith(f"{__package__}."):  # (the tests check those: imports are to be quick)
+    # (Those of the package are checked by its tests, so that it is imported quickly.)
+    if not format.__module__.startswith(f"{__package__}."):
         for levels in range(MOST_LEVELS + 1):
             declared.declaration(levels)
     taken = type(_registry.get(declared.name, declared))

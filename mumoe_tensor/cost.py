@@ -8,7 +8,7 @@ from typing import Unpack
 from mumoe_tensor.checks import check_flag
 from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import Implementation, Plan, plan
-from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.registry import AnyFormat
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 
@@ -105,7 +105,7 @@ class Cost:
 
 
 def cost(
-    format: str | Format | LayerSpec,
+    format: AnyFormat | LayerSpec,
     *,
     gate: bool = False,
     batch: int = 1,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from mumoe_tensor.checks import as_entries, as_positive, check_choice, check_flag
 from mumoe_tensor.formats.base import MOST_LEVELS, Format, Rank
-from mumoe_tensor.formats.registry import get_format, label
+from mumoe_tensor.formats.registry import AnyFormat, get_format, label
 from mumoe_tensor.formats.sums import with_bias
 
 Rounding = Literal["up", "down", "nearest"]
@@ -37,7 +37,7 @@ class LayerSpec:
 
     Parameters
     ----------
-    format : str or Format
+    format : str, dict or Format
     experts : int or sequence of int
         Number of experts, one number a level; ``()`` for no level.
     in_features, out_features : int
@@ -74,7 +74,7 @@ class LayerSpec:
 
     def __init__(
         self,
-        format: str | Mapping[str, Any] | Format,
+        format: AnyFormat,
         *,
         experts: int | Sequence[int],
         in_features: int,
@@ -301,7 +301,7 @@ def expert_counts(experts: int | Sequence[int]) -> tuple[int, ...]:
     return counts
 
 
-def as_spec(format: str | Format | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:
+def as_spec(format: AnyFormat | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:
     """The spec itself, or the one of a format and the other arguments."""
     if not isinstance(format, LayerSpec):
         return LayerSpec(format, **sizes)
@@ -314,14 +314,16 @@ def as_spec(format: str | Format | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSp
 
 
 def fit_rank(
-    format: str | Format | LayerSpec,
+    format: AnyFormat | LayerSpec,
     *,
     parameters: int | str = "match",
     gate: bool = False,
     rounding: Rounding = "up",
     **sizes: Unpack[Sizes],
 ) -> int | Rank:
-    """Solve for the rank that gives a number of parameters; the gate is counted only with ``gate=True``.
+    """Solve for the smallest rank with at least a number of parameters.
+
+    The gate is counted only with ``gate=True``; `rounding` has other rules.
 
     Parameters
     ----------

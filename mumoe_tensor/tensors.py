@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Unpack
 
@@ -18,8 +18,8 @@ from mumoe_tensor.backend import (
     is_array,
     tensorly_backend,
 )
-from mumoe_tensor.formats.base import Factor, Format
-from mumoe_tensor.formats.registry import formats, get_format, label
+from mumoe_tensor.formats.base import Factor
+from mumoe_tensor.formats.registry import AnyFormat, formats, get_format, label
 from mumoe_tensor.matching import levels_of, match
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec, most_of_an_expert
 
@@ -29,8 +29,8 @@ class FactorizedTensor:
 
     Parameters
     ----------
-    format : str or Format
-        A registered name, or a format that need not be registered.
+    format : str, dict or Format
+        A registered name, a dict of it and settings, or a format that need not be registered.
     factors : sequence of array or None
         In the order of the declaration, their axes too. None stands for a factor of all ones; an optional
         factor (the weights of CP) may also be left out.
@@ -67,7 +67,7 @@ class FactorizedTensor:
 
     def __init__(
         self,
-        format: str | Mapping[str, Any] | Format,
+        format: AnyFormat,
         factors: Sequence[Array | None],
         shape: Sequence[int] | None = None,
     ):
@@ -145,7 +145,7 @@ class FactorizedTensor:
     @classmethod
     def random(
         cls,
-        format: str | Format | LayerSpec,
+        format: AnyFormat | LayerSpec,
         *,
         like: Array | None = None,
         seed: int | None = None,

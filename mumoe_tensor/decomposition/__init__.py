@@ -28,7 +28,7 @@ from mumoe_tensor.decomposition.whitening import input_axes, read_covariance, wh
 from mumoe_tensor.dense import to_dense
 from mumoe_tensor.formats.base import Format, Rank
 from mumoe_tensor.formats.dense import Dense
-from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.formats.registry import AnyFormat, get_format
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor, as_factor
 
@@ -37,7 +37,7 @@ fits.register(Dense, lambda format, dense, *_: [[split(format, dense)]])
 
 def decompose(
     dense: Array | Sequence[Any],
-    format: str | Format,
+    format: AnyFormat,
     rank: int | Sequence[int] | None = None,
     *,
     bias: bool | Array = False,

@@ -186,7 +186,7 @@ class Format(ABC):
 
     def held(self, mode: str, size: int) -> int:
         """How many entries the parts of a mode of this size hold: more than the size where it is padded."""
-        return prod(self._splits.sizes(mode, size))
+        return prod(self._sizes_of_parts(mode, size))
 
     def part_sizes(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of `modes`, for those of the whole modes."""
@@ -194,7 +194,7 @@ class Format(ABC):
             return tuple(mode_sizes)
         names = mode_names(len(mode_sizes) - 2)
         pairs = zip(names, mode_sizes, strict=True)
-        return tuple(n for mode, size in pairs for n in self._splits.sizes(mode, size))
+        return tuple(n for mode, size in pairs for n in self._sizes_of_parts(mode, size))
 
     def with_splits(self, splits: Mapping[str, int | Sequence[int]]) -> Self:
         """The same format with further or other splits; see the argument `splits`."""
@@ -215,14 +215,13 @@ class Format(ABC):
         """A rank as a tuple: for each bond a positive integer, or None where the entry is open."""
         bonds = self.bonds(num_levels)
         listed = None if rank is None else as_entries(rank, "rank")
-        entries = tuple(None if r is None else as_positive(r, "every rank") for r in listed or ())
-        if len(entries) != len(bonds):
+        if len(listed or ()) != len(bonds):
             wanted = f"({', '.join(bonds)}{',' * (len(bonds) == 1)})" if bonds else "no entries"
             raise ValueError(
                 f"a rank of format {self.name!r} with {num_levels} level(s) of experts has {len(bonds)} "
                 f"entries, {wanted}, got {listed}."
             )
-        return entries
+        return tuple(None if r is None else as_positive(r, "every rank") for r in listed or ())
 
     def full_rank(self, rank: int | Sequence[int | None] | None, num_levels: int) -> Rank:
         """As `check_rank`, but no entry may be None."""
@@ -294,6 +293,9 @@ class Format(ABC):
     def window(self, level: int) -> tuple[int, int] | None:
         """Start and stop of the experts of a level that the format is for; None for all."""
         return None
+
+    def _sizes_of_parts(self, mode: str, size: int) -> tuple[int, ...]:
+        return self._splits.sizes(mode, size, self.of_one_expert.name)
 
     @property
     def _splits(self) -> Splits:

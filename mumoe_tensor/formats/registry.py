@@ -8,6 +8,9 @@ from typing import Any
 from mumoe_tensor.arguments import arguments_of, as_json
 from mumoe_tensor.formats.base import MOST_LEVELS, Format
 
+#: A format, its name, or what a config writes of it: a dict of its name and arguments of its class.
+AnyFormat = str | Mapping[str, Any] | Format
+
 _registry: dict[str, Format] = {}
 #: Formats that are made of others: they have a name in configs, but arguments without defaults.
 _composed: dict[str, type[Format]] = {}
@@ -59,7 +62,7 @@ def formats() -> dict[str, Format]:
     return dict(_registry)
 
 
-def get_format(format: str | Mapping[str, Any] | Format) -> Format:
+def get_format(format: AnyFormat) -> Format:
     """Look a format up by its name; a `Format` is returned as it is.
 
     Parameters

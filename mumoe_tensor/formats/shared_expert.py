@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mumoe_tensor.formats.registry import label, register
-from mumoe_tensor.formats.sums import AnyFormat, Sum, shared
+from mumoe_tensor.formats.registry import AnyFormat, label, register
+from mumoe_tensor.formats.sums import Sum, shared
 
 
 @register

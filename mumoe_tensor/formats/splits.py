@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -44,8 +45,10 @@ class Splits(dict[str, "int | tuple[int, ...]"]):
         parts = self.get(mode)
         return len(parts) if isinstance(parts, tuple) else parts
 
-    def sizes(self, mode: str, size: int) -> tuple[int, ...]:
+    def sizes(self, mode: str, size: int, name: str) -> tuple[int, ...]:
         """The sizes of the parts of a mode; of a whole mode its size.
+
+        Errors have the name of the format.
 
         Raises
         ------
@@ -54,7 +57,7 @@ class Splits(dict[str, "int | tuple[int, ...]"]):
         """
         parts = self.get(mode, (size,))
         if isinstance(parts, int):
-            return balanced(mode, size, parts)
+            return balanced(mode, size, parts, name)
         if prod(parts) < size:
             raise ValueError(
                 f"the parts of a mode must hold all its entries; those of {mode!r}, {parts}, hold "
@@ -64,7 +67,7 @@ class Splits(dict[str, "int | tuple[int, ...]"]):
 
 
 @lru_cache(maxsize=4096)
-def balanced(mode: str, size: int, count: int) -> tuple[int, ...]:
+def balanced(mode: str, size: int, count: int, name: str) -> tuple[int, ...]:
     """The factorization of a size whose largest and smallest factor differ least, in ascending order.
 
     Raises
@@ -78,11 +81,11 @@ def balanced(mode: str, size: int, count: int) -> tuple[int, ...]:
     near = [next(_sizes_with_balanced_parts(range(size, 0, -1), count), None)]
     near.append(next(_sizes_with_balanced_parts(range(size, 4 * size + 2**count), count), None))
     named = " and ".join(f"{prod(parts)} = {'·'.join(map(str, parts))}" for parts in near if parts)
-    padded = near[-1] or (size, *(1,) * (count - 1))
+    # As an argument of Python and as an option of a command.
+    padded = json.dumps({"name": name, "splits": {mode: near[-1] or (size, *(1,) * (count - 1))}})
     raise ValueError(
         f"the size of mode {mode!r} must be a product of {count} factors above one, got {size}; near it are "
-        f"{named}. Change the size, or pad it: give the format its parts, splits={{{mode!r}: {padded}}}, as "
-        f"in get_format(name).with_splits({{{mode!r}: {padded}}})."
+        f"{named}. Change the size, or pad it with a format of more entries, {padded}."
     )
 
 

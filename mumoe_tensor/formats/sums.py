@@ -10,9 +10,7 @@ from typing import Any, Self
 from mumoe_tensor.checks import as_integer, as_positive
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.formats.base import Factor, Format, Rank, Term, mode_names
-from mumoe_tensor.formats.registry import composed, get_format, label
-
-AnyFormat = str | Mapping[str, Any] | Format
+from mumoe_tensor.formats.registry import AnyFormat, composed, get_format, label
 
 
 class _Wrapped(Format):

@@ -16,7 +16,7 @@ from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.plan import Plan, networks_of, plan_terms
 from mumoe_tensor.dense import expert_matrix
 from mumoe_tensor.formats.base import Format
-from mumoe_tensor.formats.registry import label
+from mumoe_tensor.formats.registry import AnyFormat, label
 from mumoe_tensor.nn.backward import Activation, SavePolicy, saved_results, sparse_products
 from mumoe_tensor.nn.contraction import contract
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
@@ -36,6 +36,7 @@ class Experts(WholeState):
 
     Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W. W is never formed, unless
     there are no experts, the format splits the input or the output, and forming the matrix first is cheaper.
+    (W is then no larger than the weight of `torch.nn.Linear`; that of N experts is N times as large.)
 
     Parameters
     ----------
@@ -82,7 +83,7 @@ class Experts(WholeState):
         in_features: int,
         out_features: int,
         experts: int | Sequence[int],
-        format: str | Format,
+        format: AnyFormat,
         rank: int | Sequence[int] | None = None,
         *,
         bias: bool = True,
@@ -242,7 +243,7 @@ class Experts(WholeState):
         """The numbers of the terms that are meant; see `freeze`."""
         formats = [format for format, _ in self.spec.weight_format.summands(len(self.num_experts))]
         if not isinstance(term, (str, Format)):
-            return [read_number(term, len(formats), "term")]
+            return [read_number(term, len(formats), f"the number of a term of {self.spec.weight_format!r}")]
         fits = [k for k, format in enumerate(formats) if term in (format, format.name, format.title)]
         if not fits:
             raise ValueError(

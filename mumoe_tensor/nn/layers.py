@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, Literal, Self
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_fraction, as_positive, check_flag
 from mumoe_tensor.formats.base import Format
-from mumoe_tensor.formats.registry import config_entry
+from mumoe_tensor.formats.registry import AnyFormat, config_entry
 from mumoe_tensor.gates import Gate
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, GateNorm
@@ -114,6 +115,13 @@ class Layer(WholeState):
         published.copy_to(layer.gate, layer.mixtures)
         return layer
 
+    def __repr__(self) -> str:
+        if self.spec.experts:
+            return super().__repr__()
+        shown = copy(self)  # without the gate, whose weight has no entries
+        shown._modules = {name: module for name, module in self._modules.items() if name != "gate"}
+        return super(Layer, shown).__repr__()
+
     @property
     def bias(self) -> None:
         """None: there is no vector that all outputs get. Each expert has its bias, as part of the weight."""
@@ -201,9 +209,9 @@ class MuMoE(Layer):
     ----------
     experts : int or sequence of int
         Number of experts of each level; there is an expert for every combination of one a level.
-    format : str or Format, default "cp"
-        A name in `mumoe_tensor.formats`, as ``"cp"``, ``"btt"`` or ``"shared-expert"``, a sum (`.sum_of`), or
-        one of your own.
+    format : str, dict or Format, default "cp"
+        A name in `mumoe_tensor.formats`, as ``"cp"``, ``"btt"`` or ``"shared-expert"``; a dict of a name and
+        settings, as ``{"name": "btt", "splits": {"i": (16, 48)}}``; a sum (`.sum_of`), or one of your own.
     rank : int or sequence of int, optional
         One entry a bond of the format. One entry may be None, or the rank left out: then `parameters` solves
         for it.
@@ -251,7 +259,7 @@ class MuMoE(Layer):
         in_features: int,
         out_features: int,
         experts: int | Sequence[int],
-        format: str | Format = "cp",
+        format: AnyFormat = "cp",
         rank: int | Sequence[int | None] | None = None,
         *,
         parameters: int | Literal["match"] | None = None,
@@ -362,7 +370,7 @@ class MuMoEMLP(Layer):
         hidden_features: int,
         out_features: int,
         experts: int | Sequence[int],
-        format: str | Format = "cp",
+        format: AnyFormat = "cp",
         rank: int | Sequence[int | None] | None = None,
         *,
         parameters: int | Literal["match"] | None = None,

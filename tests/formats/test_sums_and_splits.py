@@ -114,7 +114,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no factorization": (
         lambda: mt.LayerSpec("btt", experts=(), in_features=769, out_features=8),
         ValueError,
-        r"769; near it are 768 = 24·32 and .*splits=",
+        r"769; near it are 768 = 24·32 and 770 = 22·35",
     ),
     "too small a product": (
         lambda: mt.LayerSpec({"name": "btt", "splits": {"i": [2, 2]}}, **SIZES),
@@ -188,6 +188,20 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         "must have the sizes of the weight; mode 'o' has 9 entries",
     ),
 }
+
+
+@pytest.mark.parametrize("format", ["btt", mt.sum_of(mt.shared("btt"), "cp")], ids=repr)
+def test_the_error_for_a_size_without_factors_names_a_format_that_has_it(format: Any) -> None:
+    with pytest.raises(ValueError, match="pad it") as error:
+        mt.LayerSpec(format, **SIZES | {"in_features": 769})
+    padded = json.loads(str(error.value)[str(error.value).index("{") : -1])
+    assert mt.LayerSpec(padded, **SIZES | {"in_features": 769}).padding == {"in_features": (769, 770)}
+
+
+@pytest.mark.parametrize("rank", [((), 3, 4), 3, (3, 4, 5)])
+def test_the_error_for_a_rank_of_a_sum_names_the_bonds_of_all_terms(rank: Any) -> None:
+    with pytest.raises(ValueError, match=r"has 2 entries, \(t2_r, t3_r\), got"):
+        mt.LayerSpec(mt.sum_of(mt.shared("dense"), "cp", "cp"), **SIZES, rank=rank)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -85,9 +85,9 @@ def test_a_format_of_one_term_is_its_only_term() -> None:
 @pytest.mark.parametrize(
     ("term", "error", "says"),
     [
-        (4, ValueError, "term must be an integer at least 0 and less than 4"),
-        (-1, ValueError, "term must be an integer"),
-        (1.5, TypeError, "term must be an integer"),
+        (4, ValueError, r"a term of sum_of\(shared\(.* must be an integer at least 0 and less than 4"),
+        (-1, ValueError, "must be an integer"),
+        (1.5, TypeError, "must be an integer"),
         ("tucker", ValueError, "by its number, format, name or title, got 'tucker'"),
         (mt.get_format("kron"), ValueError, "by its number, format, name or title"),
     ],

@@ -272,6 +272,13 @@ def test_the_plan_is_made_for_the_batch_hint_and_copies_next_to_nothing() -> Non
         assert layer.plan.copied <= 0.01 * layer.plan.write
 
 
+def test_a_layer_without_experts_shows_no_gate() -> None:
+    layer = small("btt", ())
+    assert repr(layer) == f"MuMoE(\n  (experts): {layer.experts!r}\n)"
+    assert "gate.weight" in layer.state_dict() and "gate" in dict(layer.named_children())
+    assert "(gate)" in repr(small("btt", (2,)))
+
+
 def test_a_format_need_not_be_registered() -> None:
     class Own(mt.get_format("cp").__class__):
         name = "own"

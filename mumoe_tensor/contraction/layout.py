@@ -334,6 +334,7 @@ class Compiler:
             first, second = by_peak(node)
             return max(peak(first), size(first) + peak(second), size(first) + size(second) + size(node))
 
+        @cache
         def has_input(node: Tree) -> bool:
             branches = node if isinstance(node, tuple) else ()
             return node == self.network.vector_of_input or any(map(has_input, branches))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from math import prod
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from mumoe_tensor.formats.base import BATCH, Format, Rank, mode_names
@@ -70,12 +69,12 @@ class Network:
     readings: tuple[Reading, ...] = ()
     out_features: int | None = None
 
-    @property
+    @cached_property
     def takes_input(self) -> bool:
         """Whether it has an input vector: that of a bias has none."""
         return any(x[0] == "i" for axes in self.operands[self.weights :] for x in axes)
 
-    @property
+    @cached_property
     def vector_of_input(self) -> int | None:
         """Position of the input vector, the last operand of a forward pass."""
         return len(self.operands) - 1 if self.takes_input else None
@@ -187,10 +186,9 @@ def vector_of(
     parts = format.parts(mode)
     if set(parts).isdisjoint(weight.output):
         return None if mode == "i" else ((), Reading(is_summed=True))
-    sizes = dict(weight.index_sizes)
     window = None if mode == "i" else format.window(level)
     size = mode_sizes[level] if window is None else window[1] - window[0]
-    return parts, Reading(window, padding=prod(sizes[x] for x in parts) - size)
+    return parts, Reading(window, padding=format.held(mode, size) - size)
 
 
 def is_read_in_place(kinds: Sequence[str]) -> bool:

@@ -222,7 +222,7 @@ class Orders:
         flops, both = self._flops(left, right, kept), left.operands | right.operands
         # A copy and an intermediate are written and read once; a folded product is read in every call.
         moved = 0 if left.halves and right.halves else 2 * self._copied(left, right, kept)
-        if kept == left.indices | right.indices:
+        if self.split_vectors and kept == left.indices | right.indices:
             moved += sum(2 * self.size(kept) for part in (left, right) if self._is_spread(part, kept))
         if both != self.everything:
             moved += 2 * self.size(kept)

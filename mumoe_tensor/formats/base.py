@@ -181,8 +181,10 @@ class Format(ABC):
     def parts(self, mode: str) -> tuple[str, ...]:
         """Names of the parts of a mode; that of a whole mode alone."""
         count = self._splits.count(mode)
+        if count is None:
+            return (mode,)
         between = "_" if mode[-1].isdigit() else ""
-        return (mode,) if count is None else tuple(f"{mode}{between}{k}" for k in range(1, count + 1))
+        return tuple(f"{mode}{between}{k}" for k in range(1, count + 1))
 
     def held(self, mode: str, size: int) -> int:
         """How many entries the parts of a mode of this size hold: more than the size where it is padded."""
@@ -225,8 +227,9 @@ class Format(ABC):
 
     def full_rank(self, rank: int | Sequence[int | None] | None, num_levels: int) -> Rank:
         """As `check_rank`, but no entry may be None."""
-        entries = tuple(r for r in self.check_rank(rank, num_levels) if r is not None)
-        if len(entries) != len(self.bonds(num_levels)):
+        checked = self.check_rank(rank, num_levels)
+        entries = tuple([r for r in checked if r is not None])
+        if len(entries) != len(checked):
             raise ValueError(
                 f"every entry of the rank must be a number here, got {rank!r}; fit_rank and LayerSpec.fitted "
                 "solve for an open one."

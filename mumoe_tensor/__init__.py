@@ -5,7 +5,7 @@ from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.decomposition import decompose
 from mumoe_tensor.dense import expert_matrix, to_dense
 from mumoe_tensor.formats import Factor, Format, formats, get_format, register, shared, sliced, sum_of
-from mumoe_tensor.gates import entmax15, softmax, sparsemax, top_k
+from mumoe_tensor.gates import entmax15, relu_top_k, softmax, sparsemax, top_k
 from mumoe_tensor.multilinear import bind, multilinear_moe
 from mumoe_tensor.spec import LayerSpec, dense_parameters, fit_rank
 from mumoe_tensor.tensors import FactorizedTensor
@@ -32,6 +32,7 @@ __all__ = [
     "multilinear_moe",
     "plan",
     "register",
+    "relu_top_k",
     "shared",
     "sliced",
     "softmax",

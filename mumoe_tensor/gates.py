@@ -1,9 +1,11 @@
-"""Gates: maps from logits to coefficients that are at least zero and sum to one along an axis.
+"""Gates: maps from logits to coefficients along an axis, which are at least zero.
 
 A gate takes a NumPy, PyTorch or JAX array and returns the same kind, shape, dtype and device. It computes in
 float32, or in float64 where the logits are float64. Logits of −inf are masks: their coefficients and
 derivatives are zero. A row (along `axis`) with NaN or +inf in it, or with nothing but −inf, becomes NaN,
-and no other row does.
+and no other row does. Of equal logits those with the lowest indices are the largest.
+
+Coefficients sum to one, except where a gate says otherwise.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from mumoe_tensor.backend import Array, cast, check_floating, dtype_name, stop_gradient
-from mumoe_tensor.checks import as_integer
+from mumoe_tensor.checks import as_integer, check_flag
 
-__all__ = ["Gate", "entmax15", "softmax", "sparsemax", "top_k"]
+__all__ = ["Gate", "entmax15", "relu_top_k", "softmax", "sparsemax", "top_k"]
 
 #: Newton steps of entmax15 for N logits, by log2 N rounded up. A step at least halves ‖u‖ − 1 or its slope,
 #: both at most √N at first. That makes log2(N) / 2 steps, and four more converge. Rows built by hill climbing
@@ -25,9 +27,18 @@ ENTMAX15_STEPS = tuple((bits + 1) // 2 + 4 for bits in range(64))
 class Gate(Protocol):
     """What a layer takes as a gate: a map from logits of shape (..., N) to coefficients of that shape.
 
-    It is a function, or an instance of a class with ``__call__`` such as a module. By an attribute
-    ``sparse_gradient = True`` of the function or the class it declares that its derivative is zero wherever
-    its result is. A layer may then leave the gradients of these coefficients out.
+    It is a function, or an instance of a class with ``__call__`` such as a module. It may declare more, as an
+    attribute of the function or the class; each is False or absent unless declared:
+
+    - ``sparse_gradient = True``: its derivative is zero wherever its result is. A layer may then leave the
+      gradients of these coefficients out.
+    - ``random_start = True``: the weight of the layer's gate starts random instead of zero. So it must where
+      equal logits have unequal coefficients, or none: the same experts would be left out for ever.
+    - a method ``per_expert(num_experts, in_features)``: arrays with the experts of a level as their first
+      axis, by name, at their first values. The layer's gate has them under these names, those of all levels
+      one after the other, as parameters if they are parameters, else as buffers. The gate is called with
+      those of the level as keyword arguments. The method raises a ValueError for a level that the gate
+      cannot serve.
     """
 
     def __call__(self, logits: Array, /) -> Array:
@@ -129,8 +140,11 @@ def softmax(x: Array, axis: int = -1) -> Array:
     return _restored(backend, _softmax(backend, _centred(backend, rows)), x, axis)
 
 
-def top_k(x: Array, k: int, axis: int = -1) -> Array:
-    """Softmax over the k largest logits, zero elsewhere; of equal logits the one with the lowest index wins.
+@sparse_gradient
+def top_k(x: Array, k: int, axis: int = -1, *, normalize: bool = True) -> Array:
+    r"""Softmax over the k largest logits, zero elsewhere.
+
+    It is the softmax of all logits, of which the k largest coefficients are kept and divided by their sum.
 
     Parameters
     ----------
@@ -139,24 +153,44 @@ def top_k(x: Array, k: int, axis: int = -1) -> Array:
     k : int
         Number of logits that keep a coefficient, from 1 to N.
     axis : int
+    normalize : bool
+        False leaves the k coefficients as the softmax of all logits has them: their sum is less than one.
 
     References
     ----------
     Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer",
-    ICLR 2017.
+    ICLR 2017; not normalised: Fedus, Zoph, Shazeer, "Switch Transformers", JMLR 2022.
+    """
+    check_flag(normalize, "normalize")
+    backend, rows = _rows(x, axis)
+    dropped, z = _is_dropped(backend, rows, k), _centred(backend, rows)
+    if normalize:
+        return _restored(backend, _softmax(backend, backend.where(dropped, -backend.inf, z)), x, axis)
+    p = backend.where(dropped, 0.0, _softmax(backend, z))
+    return _restored(backend, _checked(backend, p, rows), x, axis)
+
+
+@sparse_gradient
+def relu_top_k(x: Array, k: int, axis: int = -1) -> Array:
+    r"""ReLU of the k largest logits, zero elsewhere. The coefficients have any sum.
+
+    Parameters
+    ----------
+    x : array of shape (..., N, ...)
+        As in `entmax15`; so are result and errors.
+    k : int
+        Number of logits that may have a coefficient, from 1 to N. Those that are not positive have none.
+    axis : int
+
+    References
+    ----------
+    Gao et al., "Scaling and Evaluating Sparse Autoencoders", ICLR 2025; as the gate of experts: Oldfield et
+    al., "Towards Interpretability Without Sacrifice: Faithful Dense Layer Decomposition with Mixture of
+    Decoders", NeurIPS 2025.
     """
     backend, rows = _rows(x, axis)
-    n = rows.shape[-1]
-    if not 1 <= as_integer(k, "k") <= n:
-        raise ValueError(f"k must be at least 1 and at most the size of the axis, got k = {k} for size {n}.")
-    values = stop_gradient(rows)
-    least = backend.sort(values, axis=-1)[..., n - k : n - k + 1]
-    ties = values == least
-    places = k - backend.sum(values > least, axis=-1, keepdims=True)
-    # What is dropped, not what is kept: comparisons with NaN are false, and a row with NaN must stay NaN.
-    dropped = (values < least) | (ties & (backend.cumsum(ties, -1) > places))
-    z = backend.where(dropped, -backend.inf, _centred(backend, rows))
-    return _restored(backend, _softmax(backend, z), x, axis)
+    p = backend.where((rows <= 0) | _is_dropped(backend, rows, k), 0.0, rows)
+    return _restored(backend, _checked(backend, p, rows), x, axis)
 
 
 def _rows(x: Array, axis: int) -> tuple[Any, Array]:
@@ -173,6 +207,18 @@ def _rows(x: Array, axis: int) -> tuple[Any, Array]:
     return backend, rows.reshape(-1).reshape(rows.shape)
 
 
+def _is_dropped(backend: Any, rows: Array, k: int) -> Array:
+    """Whether each entry is not among the k largest of its row, which has no NaN."""
+    n = rows.shape[-1]
+    if not 1 <= as_integer(k, "k") <= n:
+        raise ValueError(f"k must be at least 1 and at most the size of the axis, got k = {k} for size {n}.")
+    values = stop_gradient(rows)
+    least = backend.sort(values, axis=-1)[..., n - k : n - k + 1]
+    ties = values == least
+    places = k - backend.sum(values > least, axis=-1, keepdims=True)
+    return (values < least) | (ties & (backend.cumsum(ties, -1) > places))
+
+
 def _log2(rows: Array) -> int:
     """log2 N, rounded up."""
     return int(rows.shape[-1] - 1).bit_length()
@@ -182,6 +228,12 @@ def _centred(backend: Any, rows: Array) -> Array:
     """Every row less its maximum; NaN where that is not finite."""
     top = backend.max(stop_gradient(rows), axis=-1)[..., None]
     return rows - backend.where(abs(top) < backend.inf, top, backend.nan)
+
+
+def _checked(backend: Any, p: Array, rows: Array) -> Array:
+    """Rows of coefficients; NaN where the largest logit of a row is not finite."""
+    top = backend.max(stop_gradient(rows), axis=-1)[..., None]
+    return backend.where(abs(top) < backend.inf, p, backend.nan)
 
 
 def _total(backend: Any, u: Array) -> Array:

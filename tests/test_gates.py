@@ -30,8 +30,24 @@ def top_3(x: Any, axis: int = -1) -> Any:
     return gates.top_k(x, min(K, x.shape[axis]), axis)
 
 
+def most_probable_3(x: Any, axis: int = -1) -> Any:
+    return gates.top_k(x, min(K, x.shape[axis]), axis, normalize=False)
+
+
+def relu_top_3(x: Any, axis: int = -1) -> Any:
+    return gates.relu_top_k(x, min(K, x.shape[axis]), axis)
+
+
 AXIS_GATES = {"entmax15": gates.entmax15, "sparsemax": gates.sparsemax, "softmax": gates.softmax}
+#: Gates whose coefficients sum to one, and all.
 GATES = {**AXIS_GATES, "top_k": top_3}
+ALL_GATES = {**GATES, "top_k, not normalised": most_probable_3, "relu_top_k": relu_top_3}
+#: Functions that have a k.
+WITH_K = {
+    "top_k": gates.top_k,
+    "top_k, not normalised": partial(gates.top_k, normalize=False),
+    "relu_top_k": gates.relu_top_k,
+}
 BACKENDS = ("numpy", "torch", "jax")
 DTYPES = {
     "numpy": ("float16", "float32", "float64"),
@@ -39,6 +55,7 @@ DTYPES = {
     "jax": ("float16", "bfloat16", "float32", "float64"),
 }
 every_gate = pytest.mark.parametrize("gate", GATES)
+each_of_all_gates = pytest.mark.parametrize("gate", ALL_GATES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -92,11 +109,21 @@ def exponentials(x: np.ndarray, k: int | None = None) -> np.ndarray:
     return e / e.sum()
 
 
+def largest(x: np.ndarray, k: int, values: np.ndarray) -> np.ndarray:
+    """The values of the k largest entries of x, zero elsewhere."""
+    kept = np.argsort(-x.astype(np.float64), kind="stable")[:k]
+    p = np.zeros(x.shape)
+    p[kept] = values[kept]
+    return p
+
+
 ORACLES = {
     "entmax15": partial(bisection, power=2),
     "sparsemax": partial(bisection, power=1),
     "softmax": exponentials,
     "top_k": partial(exponentials, k=K),
+    "top_k, not normalised": lambda x: largest(x, K, exponentials(x)),
+    "relu_top_k": lambda x: largest(x, K, np.maximum(x.astype(np.float64), 0)),
 }
 
 
@@ -211,7 +238,7 @@ def along(function: Callable, x: np.ndarray, axis: int) -> np.ndarray:
     return np.apply_along_axis(function, axis, x) if x.size else x
 
 
-@every_gate
+@each_of_all_gates
 @every_backend
 @given(data=st.data())
 def test_equals_the_oracle_and_keeps_all_else(gate: str, backend: str, data: st.DataObject) -> None:
@@ -220,7 +247,7 @@ def test_equals_the_oracle_and_keeps_all_else(gate: str, backend: str, data: st.
     with jax.enable_x64(dtype == "float64"):
         x = array(backend, x, dtype)
         before = numpy(x)
-        p = on(backend, GATES[gate])(x, axis)
+        p = on(backend, ALL_GATES[gate])(x, axis)
         assert backend_of(p) is backend_of(x) and dtype_name(p) == dtype and p.shape == x.shape
         assert (numpy(x) == before).all()
         p = numpy(p)
@@ -240,17 +267,17 @@ def test_a_shift_changes_nothing(gate: str, logits: Any, shift: float) -> None:
     np.testing.assert_array_equal(GATES[gate](x + shift, axis), GATES[gate](x, axis))
 
 
-@every_gate
+@each_of_all_gates
 @given(logits=logits(ties=False), data=st.data())
 @settings(max_examples=settings().max_examples // 2)
 def test_a_permutation_of_logits_permutes_coefficients(gate: str, logits: Any, data: st.DataObject) -> None:
     x, axis = logits
     order = data.draw(st.permutations(range(x.shape[axis])))
-    permuted = GATES[gate](np.take(x, order, axis), axis)
-    np.testing.assert_allclose(permuted, np.take(GATES[gate](x, axis), order, axis), atol=1e-14)
+    permuted = ALL_GATES[gate](np.take(x, order, axis), axis)
+    np.testing.assert_allclose(permuted, np.take(ALL_GATES[gate](x, axis), order, axis), atol=1e-14)
 
 
-@every_gate
+@each_of_all_gates
 @every_backend
 @given(data=st.data(), bad=st.sampled_from([NAN, INF, -INF]), seed=st.integers(0, 99))
 @settings(max_examples=settings().max_examples // 2)
@@ -259,20 +286,20 @@ def test_a_bad_row_is_nan_and_harms_no_other(
 ) -> None:
     x, axis = data.draw(logits(backend))
     rng = np.random.default_rng(seed)
-    good = run(GATES[gate], backend, x, axis=axis)
+    good = run(ALL_GATES[gate], backend, x, axis=axis)
     rows = np.moveaxis(x.copy(), axis, -1)
     harmed = rng.random(rows.shape[:-1]) < 0.5
     if bad == -INF:
         rows[harmed] = -INF
     else:
         rows[harmed, rng.integers(rows.shape[-1])] = bad
-    p = run(GATES[gate], backend, np.moveaxis(rows, -1, axis), axis=axis)
+    p = run(ALL_GATES[gate], backend, np.moveaxis(rows, -1, axis), axis=axis)
     p, good = np.moveaxis(p, axis, -1), np.moveaxis(good, axis, -1)
     assert np.isnan(p[harmed]).all()
     np.testing.assert_array_equal(p[~harmed], good[~harmed])
 
 
-@every_gate
+@each_of_all_gates
 @every_backend
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_rounded_only_at_the_end(gate: str, backend: str, dtype: str) -> None:
@@ -281,7 +308,7 @@ def test_half_precision_is_rounded_only_at_the_end(gate: str, backend: str, dtyp
     x = array(backend, np.random.default_rng(0).standard_normal((7, 300)), dtype)
     wide = array(backend, numpy(x))
     np.testing.assert_array_equal(
-        numpy(GATES[gate](x)), numpy(array(backend, numpy(GATES[gate](wide)), dtype))
+        numpy(ALL_GATES[gate](x)), numpy(array(backend, numpy(ALL_GATES[gate](wide)), dtype))
     )
 
 
@@ -293,18 +320,18 @@ def smooth(gate: str, shape: tuple[int, ...], axis: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     while True:
         x = rng.standard_normal(shape)
-        support = GATES[gate](x, axis) > 0
+        support = ALL_GATES[gate](x, axis) > 0
         near = x + 1e-3 * rng.standard_normal((50, *shape))
-        if all(((GATES[gate](v, axis) > 0) == support).all() for v in near):
+        if all(((ALL_GATES[gate](v, axis) > 0) == support).all() for v in near):
             return x
 
 
-@every_gate
+@each_of_all_gates
 @pytest.mark.parametrize(("shape", "axis"), [((6,), 0), ((2, 5), -1), ((4, 2, 2), 0), ((1, 1), 1)])
 def test_torch_gradcheck(gate: str, shape: tuple[int, ...], axis: int) -> None:
     x = torch.tensor(smooth(gate, shape, axis), requires_grad=True)
-    assert torch.autograd.gradcheck(GATES[gate], (x, axis))
-    assert torch.autograd.gradgradcheck(GATES[gate], (x, axis))
+    assert torch.autograd.gradcheck(ALL_GATES[gate], (x, axis))
+    assert torch.autograd.gradgradcheck(ALL_GATES[gate], (x, axis))
 
 
 def jacobian(gate: str, p: np.ndarray) -> np.ndarray:
@@ -362,17 +389,17 @@ def test_gradients_of_a_bad_row_stay_in_it(gate: str) -> None:
 # -------------------------------------------------------------------------------------------- compiling
 
 
-@every_gate
+@each_of_all_gates
 def test_torch_compile(gate: str) -> None:
     torch._dynamo.reset()
     # The gate of the published layers through the whole compiler, the others through all but code generation.
     backend = "inductor" if gate == "entmax15" else "aot_eager"
-    compiled = torch.compile(GATES[gate], fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(ALL_GATES[gate], fullgraph=True, dynamic=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (2, 5, 9):
             x = torch.randn(batch, 33, requires_grad=True)
             c = torch.randn(batch, 33)
-            ours, eager = compiled(x), GATES[gate](x)
+            ours, eager = compiled(x), ALL_GATES[gate](x)
             torch.testing.assert_close(ours, eager, atol=3e-7, rtol=0)
             dx, dx_eager = (torch.autograd.grad((p * c).sum(), x)[0] for p in (ours, eager))
             torch.testing.assert_close(dx, dx_eager, atol=1e-5, rtol=0)
@@ -402,21 +429,21 @@ X = np.zeros((2, 3))
 
 
 @pytest.mark.parametrize("x", [[0.0, 1.0], 1.0, None, "logits"], ids=repr)
-@every_gate
+@each_of_all_gates
 def test_no_array(gate: str, x: Any) -> None:
-    call = partial(gates.top_k, k=1) if gate == "top_k" else GATES[gate]
+    call = partial(WITH_K[gate], k=1) if gate in WITH_K else ALL_GATES[gate]
     with pytest.raises(
         TypeError, match=f"must be plain NumPy, PyTorch or JAX arrays, got {type(x).__name__}"
     ):
         call(x)
 
 
-@every_gate
+@each_of_all_gates
 @every_backend
 @pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
 def test_not_floating(gate: str, backend: str, dtype: str) -> None:
     with pytest.raises(TypeError, match=f"floating dtype, .* got x: {dtype}"):
-        GATES[gate](array(backend, np.ones(3), dtype))
+        ALL_GATES[gate](array(backend, np.ones(3), dtype))
 
 
 @every_backend
@@ -439,14 +466,15 @@ def test_not_floating(gate: str, backend: str, dtype: str) -> None:
     ],
 )
 def test_bad_axis(backend: str, shape: tuple[int, ...], axis: Any, error: type, message: str) -> None:
-    for gate in [*AXIS_GATES.values(), partial(gates.top_k, k=1)]:
+    for gate in [*AXIS_GATES.values(), *(partial(gate, k=1) for gate in WITH_K.values())]:
         with pytest.raises(error, match=message):
             gate(array(backend, np.zeros(shape)), axis=axis)
 
 
+@pytest.mark.parametrize("gate", WITH_K.values(), ids=WITH_K)
 @every_backend
 @pytest.mark.parametrize("k", [0, -1, 4, 1.0, "1", None, True, np.bool_(True), np.ones(1)], ids=repr)
-def test_bad_k(backend: str, k: Any) -> None:
+def test_bad_k(gate: Callable, backend: str, k: Any) -> None:
     if type(k) is int:
         error, message = (
             ValueError,
@@ -455,7 +483,7 @@ def test_bad_k(backend: str, k: Any) -> None:
     else:
         error, message = TypeError, "k must be an integer, got "
     with pytest.raises(error, match=message):
-        gates.top_k(array(backend, X), k)
+        gate(array(backend, X), k)
 
 
 def test_integers_of_numpy_are_integers() -> None:

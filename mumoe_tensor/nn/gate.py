@@ -25,7 +25,8 @@ class ExpertGate(WholeState):
     r"""Expert coefficients of an input: ``a_e = gate(norm(G_e^T z))`` for every level e.
 
     Equation (2) of Oldfield et al. (2024). The weight is zero at first, so that every expert of a level
-    starts with the coefficient 1 / N.
+    starts with the coefficient 1 / N; for a gate that selects experts, such as top-k, it is normal with
+    variance 1 / in_features.
 
     Parameters
     ----------
@@ -33,9 +34,9 @@ class ExpertGate(WholeState):
         Number of experts of each level.
     gate : str, dict or callable, default "entmax15"
         ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, a name of `.register_gate`, or any map of logits along
-        the last axis. A dict has the name of a class and the arguments of the instance. Called in float32
-        (float64 for float64 inputs), also under autocast. See `mumoe_tensor.gates.Gate` for what one of
-        your own may declare.
+        the last axis. A dict has the name of a class and the arguments of the instance, as ``{"name":
+        "topk", "k": 2}``: see `mumoe_tensor.nn.routing`. Called in float32 (float64 for float64 inputs), also
+        under autocast. See `mumoe_tensor.gates.Gate` for what one of your own may declare.
     gate_norm : {"batch", "layer", "none"}, default "batch"
         Norm of the logits, without affine parameters: over all rows of the batch, or over the experts of a
         level.
@@ -51,7 +52,11 @@ class ExpertGate(WholeState):
     gate : callable
         The map from logits to coefficients. A module is a child, with its parameters.
     norm : LogitBatchNorm or None
+    per_expert : tuple of str
+        Names of the parameters and buffers that the gate has per expert, as a ``bias``.
     """
+
+    per_expert: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -75,11 +80,33 @@ class ExpertGate(WholeState):
         else:  # no parameter: tools for training on many devices expect each to be used
             self.register_buffer("weight", weight)
         self.norm = LogitBatchNorm(total, device, dtype) if self.gate_norm == "batch" and total else None
+        for name, start in self._first_values().items():
+            self.per_expert += (name,)
+            values = start.detach().to(self.weight.device, self.weight.dtype)
+            if isinstance(start, nn.Parameter):
+                self.register_parameter(name, nn.Parameter(values))
+            else:
+                self.register_buffer(name, values)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give every expert of a level the same coefficient."""
-        nn.init.zeros_(self.weight)
+        """Give every expert of a level the same coefficient, unless the gate selects some."""
+        if getattr(self.gate, "random_start", False):
+            nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        else:
+            nn.init.zeros_(self.weight)
+        for name, start in self._first_values().items():
+            getattr(self, name).copy_(start)
+
+    def _first_values(self) -> dict[str, Tensor]:
+        """What the gate has per expert, at its first values; see `mumoe_tensor.gates.Gate`."""
+        per_expert = getattr(self.gate, "per_expert", None)
+        if per_expert is None or not self.num_experts:
+            return {}
+        with torch.device(self.weight.device):
+            levels = [per_expert(n, self.in_features) for n in self.num_experts]
+        return {name: type(x)(torch.cat([level[name] for level in levels])) for name, x in levels[0].items()}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As for every module, but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves the norm as it is.
@@ -154,7 +181,17 @@ class ExpertGate(WholeState):
         parts = logits.split(self.num_experts, -1) if len(self.num_experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
-        return tuple([self.gate(part).to(dtype or logits.dtype) for part in parts])
+        levels = self._values_of_levels() if self.per_expert else [{}] * len(parts)
+        pairs = zip(parts, levels, strict=True)
+        return tuple([self.gate(part, **values).to(dtype or logits.dtype) for part, values in pairs])
+
+    def _values_of_levels(self) -> list[dict[str, Tensor]]:
+        """What the gate has per expert, level by level."""
+        levels: list[dict[str, Tensor]] = [{} for _ in self.num_experts]
+        for name in self.per_expert:
+            for level, values in zip(levels, getattr(self, name).split(self.num_experts), strict=True):
+                level[name] = values
+        return levels
 
     def extra_repr(self) -> str:
         gate = getattr(self.gate, "__name__", type(self.gate).__name__)

@@ -148,7 +148,8 @@ class Layer(WholeState):
         Raises
         ------
         ValueError
-            If that generation has no block of two weights, or the layer has bias edits.
+            If that generation has no block of two weights, or the layer has bias edits, or its gate
+            parameters besides the weight.
         TypeError
             If TensorLy has no container of the format, as where modes are split, or of a sum.
         """

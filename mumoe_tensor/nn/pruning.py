@@ -54,7 +54,9 @@ def _check_parameters(layer: Any) -> None:
     """Refuse weights that something computes from other parameters."""
     weights = [factor for experts in layer.mixtures for factor in experts.factors]
     if layer.gate.num_experts:
-        weights.append(layer.gate.weight)
+        buffers = dict(layer.gate.named_buffers(recurse=False))
+        names = ("weight", *layer.gate.per_expert)
+        weights += [getattr(layer.gate, name) for name in names if name not in buffers]
     if not all(isinstance(weight, nn.Parameter) for weight in weights):
         raise ValueError(
             "weights and factors must be parameters for some of their experts to be taken; pruning or a "
@@ -74,7 +76,8 @@ def _select(layer: Any, level: int, indices: list[int]) -> dict[str, Tensor]:
     counts = layer.gate.num_experts
     start = sum(counts[:level])
     rows = [*range(start), *(start + k for k in indices), *range(start + counts[level], sum(counts))]
-    for name in ("gate.weight", "gate.norm.running_mean", "gate.norm.running_var"):
+    names = ("weight", "norm.running_mean", "norm.running_var", *layer.gate.per_expert)
+    for name in (f"gate.{name}" for name in names):
         if name in state:
             select(name, 0, rows)
     mode = f"n{level + 1}"

@@ -124,6 +124,10 @@ def write_published(gate: ExpertGate, layers: list[Experts], version: str) -> di
     prefixes = PREFIXES[check_choice(version, PREFIXES, "version")]
     if edits := [name for layer in layers for name in layer.edits or ()]:
         raise ValueError(f"published layers have no bias edits: remove them first; the layer has {edits}.")
+    if gate.per_expert:
+        raise ValueError(
+            f"the gate of a published layer is a weight alone; the layer's has {gate.per_expert}."
+        )
     if len(layers) > len(prefixes):
         raise ValueError(
             f"version {version!r} of the published layers has no block of {len(layers)} weights."

@@ -13,6 +13,7 @@ from mumoe_tensor import gates
 from mumoe_tensor.arguments import arguments_of
 from mumoe_tensor.calls import has_hooks
 from mumoe_tensor.nn.functional import entmax15
+from mumoe_tensor.nn.routing import ReLUTopK, TopK
 
 AnyFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=AnyFunction)
@@ -181,7 +182,13 @@ def elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor] | None
 
 GATES = Registry(
     "gate",
-    {"entmax15": entmax15, "sparsemax": gates.sparsemax, "softmax": gates.softmax},
+    {
+        "entmax15": entmax15,
+        "sparsemax": gates.sparsemax,
+        "softmax": gates.softmax,
+        "topk": TopK,
+        "relu_topk": ReLUTopK,
+    },
     {gates.entmax15: entmax15},
 )
 ACTIVATIONS = Registry(

@@ -190,7 +190,9 @@ class LayerSpec:
         With the expert modes sliced the factors are a network between the input and the output. Each
         partition of the factors into an input side and an output side writes the matrix as a product whose
         inner size is that of the indices on both sides; the smallest is the bound (the min cut of Cui et al.,
-        "Quantum max-flow/min-cut", 2016, a bond of more than two factors counted once).
+        "Quantum max-flow/min-cut", 2016, a bond of more than two factors counted once). The terms of a sum
+        add theirs. Random factors of the library's formats reach it; they may not if a mode is padded, or if
+        two terms of a sum split their modes.
         """
         return min(_most_rank(layer, self.full_rank) for layer in self.layers)
 

@@ -136,14 +136,70 @@ def test_the_bias_of_a_split_input_is_no_part_of_it(data: st.DataObject) -> None
 # ---- rank of an expert -------------------------------------------------------------------------------
 
 
+def numerical_rank(spec: LayerSpec, seed: int) -> int:
+    """The largest rank among the experts of a random weight, the bias row left out."""
+    dense = mt.to_dense(mt.FactorizedTensor.random(spec, seed=seed))
+    singular = np.linalg.svd(dense[..., : spec.in_features, :], compute_uv=False)
+    return int(np.max(np.sum(singular > 1e-9 * singular[..., :1], axis=-1)))
+
+
+@st.composite
+def with_parts(draw, name: str) -> LayerSpec:
+    """A layer of a registered format; the parts of a split mode hold exactly its entries."""
+    format, experts = mt.formats()[name], draw(st.lists(st.integers(1, 3), max_size=2))
+    third = [] if name in ("btt", "monarch") else draw(st.lists(st.none(), max_size=1))
+    ends = []
+    for mode in ("i", "o") if format.is_split else ():
+        parts = [draw(st.integers(1, 3)), draw(st.integers(1, 8)), *(draw(st.integers(1, 3)) for _ in third)]
+        format = format.with_splits({mode: parts})
+        ends.append(int(np.prod(parts)))
+    i, o = ends or draw(st.tuples(*[st.integers(1, 24)] * 2))
+    ranks = st.tuples(*[st.integers(1, 4)] * len(format.bonds(len(experts))))
+    return LayerSpec(
+        format, experts=experts, in_features=i, out_features=o, rank=draw(ranks), bias=draw(st.booleans())
+    )
+
+
+@pytest.mark.parametrize("name", mt.formats())
+def test_max_expert_rank_is_the_numerical_rank_of_each_format(name: str) -> None:
+    is_always_full = name in ("dense", "hadamard", "shared-expert")
+    lower = []
+
+    @given(with_parts(name), st.integers(0, 2**31))
+    def run(spec: LayerSpec, seed: int) -> None:
+        assert numerical_rank(spec, seed) == spec.max_expert_rank
+        lower.append(spec.max_expert_rank < min(spec.in_features, spec.out_features))
+
+    run()
+    assert any(lower) != is_always_full
+
+
 @given(specs(most=6), st.integers(0, 2**31))
 def test_max_expert_rank_is_the_numerical_rank_of_random_experts(spec: LayerSpec, seed: int) -> None:
-    weight = mt.FactorizedTensor.random(spec, seed=seed)
-    matrix = mt.expert_matrix(weight, [n - 1 for n in spec.experts])
-    if spec.bias:
-        matrix = matrix[:-1]
-    singular = np.linalg.svd(matrix, compute_uv=False)
-    assert np.sum(singular > 1e-9 * singular[0]) == spec.max_expert_rank
+    """Or a bound, where the parts of a mode hold more than it has, or two terms of a sum are structured.
+
+    The bound counts all that parts hold. And the images of two terms may meet: those of ``A ⊗ b`` and
+    ``u ⊗ C`` do, whatever the entries are.
+    """
+    rank = numerical_rank(spec, seed)
+    structured = [term for term, _ in spec.format.summands(spec.num_levels) if term.is_split]
+    if spec.padding or len(structured) > 1:
+        assert rank <= spec.max_expert_rank
+    else:
+        assert rank == spec.max_expert_rank
+
+
+def test_max_expert_rank_is_a_bound_where_a_mode_is_padded_or_terms_are_structured() -> None:
+    padded = mt.formats()["kron"].with_splits({"i": (2, 3), "o": (2, 2)})
+    spec = LayerSpec(padded, experts=(), in_features=4, out_features=4, rank=1)
+    assert (numerical_rank(spec, 0), spec.max_expert_rank) == (3, 4)
+    ends = [{"i": (16, 1), "o": (6, 2)}, {"i": (4, 4), "o": (3, 4)}]
+    kron, tucker = (
+        mt.formats()[n].with_splits(s) for n, s in zip(("kron", "tucker-matrix"), ends, strict=True)
+    )
+    total = mt.sum_of(kron, tucker)
+    spec = LayerSpec(total, experts=(), in_features=16, out_features=12, rank=(1, 3, 3, 1, 3))
+    assert (numerical_rank(spec, 0), spec.max_expert_rank) == (8, 9)
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,7 @@ def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -
     """The format of a term with the splits of its factors, which hold these sizes."""
     num_levels = len(mode_sizes) - 2
     splits = {}
-    for level, (mode, size) in enumerate(zip(mode_names(num_levels), mode_sizes, strict=True)):
-        window = term.window(level) if level < num_levels else None
-        size = size if window is None else window[1] - window[0]
+    for mode, size in zip(mode_names(num_levels), term.within(mode_sizes), strict=True):
         parts = term.parts(mode)
         if not all(part in sizes for part in parts):
             continue

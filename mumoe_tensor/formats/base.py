@@ -198,6 +198,10 @@ class Format(ABC):
         pairs = zip(names, mode_sizes, strict=True)
         return tuple(n for mode, size in pairs for n in self._sizes_of_parts(mode, size))
 
+    def within(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the modes, of a slice of experts that of the slice."""
+        return tuple(mode_sizes)
+
     def with_splits(self, splits: Mapping[str, int | Sequence[int]]) -> Self:
         """The same format with further or other splits; see the argument `splits`."""
         changed = copy(self)

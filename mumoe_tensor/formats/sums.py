@@ -82,6 +82,9 @@ class Sliced(_Wrapped):
         return self.format.default_rank(mode_sizes, t)
 
     def part_sizes(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
+        return self.format.part_sizes(self.within(mode_sizes))
+
+    def within(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
         sizes, levels = list(mode_sizes), len(mode_sizes) - 2
         if self.level >= levels or self.stop > sizes[self.level]:
             raise ValueError(
@@ -89,7 +92,7 @@ class Sliced(_Wrapped):
                 f"{self.stop}, of levels with {tuple(sizes[:-2])} experts."
             )
         sizes[self.level] = self.stop - self.start
-        return self.format.part_sizes(sizes)
+        return tuple(sizes)
 
     @property
     def is_plain(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -78,64 +78,51 @@ def _added(weight: FactorizedTensor, experts: Sequence[Any]) -> Array:
 
 def _formed(term: FactorizedTensor, experts: Sequence[Any], operations: Operations) -> Array:
     """One term of a weight, of shape (experts that are None..., I, O)."""
-    format, arrays, scale = term.format, list(term.arrays), None
+    format, names = term.format, mode_names(term.num_levels)
     network = _weight_network(format, term.shape, term.rank, term.missing)
-    sizes, modes = dict(network.index_sizes), mode_names(term.num_levels)
+    sizes = dict(network.index_sizes)
+    levels = [level for level in range(len(names)) if level >= len(experts) or experts[level] is None]
+    shape = tuple(term.shape[level] for level in levels)
+
+    # 1. One expert takes an entry of each index of its mode; a mixture is a vector on them.
     entries: dict[str, int] = {}
-    vectors = []
-    for level, (mode, expert) in enumerate(zip(modes, experts, strict=False)):
-        parts, (start, stop) = format.parts(mode), format.window(level) or (0, term.shape[level])
-        axes, reading = vector_of(format, network, mode, level, term.shape) or ((), Reading())
-        if isinstance(expert, int) and not start <= expert < stop:
-            tl = backend_of(arrays[0])
-            left = [n for n, each in zip(term.shape, experts, strict=False) if each is None]
-            return tl.zeros((*left, *term.shape[-2:]), **context_of(arrays[0], tl))
-        if isinstance(expert, int) and axes:
-            at = np.unravel_index(expert - start, [sizes[x] for x in parts])
-            entries |= dict(zip(parts, map(int, at), strict=True))
-        elif expert is not None and not isinstance(expert, int):
-            vector = read(expert, reading, operations)
-            if axes:
-                vectors.append((axes, vector.reshape([sizes[x] for x in parts])))
-            else:
-                scale = vector if scale is None else scale * vector
+    vectors: list[tuple[Indices, Array]] = []
+    for level, expert in enumerate(experts):
+        if expert is None:
+            continue
+        axes, reading = vector_of(format, network, names[level], level, term.shape) or ((), Reading())
+        parts = [sizes[x] for x in axes]
+        if not isinstance(expert, int):
+            vectors.append((axes, read(expert, reading, operations).reshape(parts)))
+        elif axes:
+            start, stop = format.window(level) or (0, term.shape[level])
+            if not start <= expert < stop:
+                tl = backend_of(term.arrays[0])
+                return tl.zeros(shape, **context_of(term.arrays[0], tl))
+            entries.update(zip(axes, map(int, np.unravel_index(expert - start, parts)), strict=True))
+
+    # 2. The contraction.
+    arrays = list(term.arrays)
     for k, operand in enumerate(network.operands):
         for axis in reversed(range(len(operand))):
             if operand[axis] in entries:
                 arrays[k] = operations.select(arrays[k], axis, entries[operand[axis]])
     program = _mixing(network, frozenset(entries), tuple(axes for axes, _ in vectors))
     tensor = execute(program, [*arrays, *(vector for _, vector in vectors)])
-    tensor = tensor if scale is None else tensor * scale
-    return tensor if format.is_plain else _whole_modes(term, tensor, sizes, experts, operations)
+    if format.is_plain:
+        return tensor
 
-
-def _whole_modes(
-    term: FactorizedTensor,
-    tensor: Array,
-    sizes: Mapping[str, int],
-    experts: Sequence[Any],
-    operations: Operations,
-) -> Array:
-    """Join the parts of modes, drop what is padded, and add the experts that the term does not have."""
-    format = term.format
-    present = {x for f in format.declaration(term.num_levels) for x in f.indices}
-    left = [
-        (level, mode)
-        for level, mode in enumerate(mode_names(term.num_levels))
-        if level >= term.num_levels or experts[level] is None
-    ]
-    parts = [[x for x in format.parts(mode) if x in present] for _, mode in left]
-    tensor = tensor.reshape([prod(sizes[x] for x in group) for group in parts])
-    for axis, ((level, _), group) in enumerate(zip(left, parts, strict=True)):
-        size = term.shape[level]
-        start, stop = (format.window(level) if level < term.num_levels else None) or (0, size)
-        if group and tensor.shape[axis] > stop - start:
+    # 3. The parts of each mode are joined, its padding is cut off, and experts of other slices are zero.
+    present = [[x for x in format.parts(names[level]) if x in network.output] for level in levels]
+    tensor = tensor.reshape([prod(sizes[x] for x in parts) for parts in present])
+    for axis, (level, size) in enumerate(zip(levels, shape, strict=True)):
+        start, stop = format.window(level) or (0, size)
+        if tensor.shape[axis] > stop - start:
             tensor = operations.narrow(tensor, axis, 0, stop - start)
-        if group and stop - start < size:
+        if stop - start < size:
             tensor = operations.pad(tensor, axis, start, size - stop)
-    whole = tuple(term.shape[level] for level, _ in left)
-    # (What NumPy expands is read-only.)
-    return tensor if tuple(tensor.shape) == whole else operations.expand(tensor, whole)
+    # 4. The term is constant along modes that it does not have. (What NumPy expands is read-only.)
+    return tensor if tuple(tensor.shape) == shape else operations.expand(tensor, shape)
 
 
 _weight_network = lru_cache(maxsize=1024)(weight_network)

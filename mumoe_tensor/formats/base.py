@@ -280,12 +280,12 @@ class Format(ABC):
     @property
     def is_split(self) -> bool:
         """Whether the input or the output is split."""
-        return any(self._splits.count(mode) is not None for mode in "io")
+        return not self.splits.keys().isdisjoint("io")
 
     @property
     def splits_input(self) -> bool:
         """Whether the input is split: a bias is then no row of the input mode, but a term of a sum."""
-        return self._splits.count("i") is not None
+        return "i" in self.splits
 
     @property
     def has_bias_term(self) -> bool:

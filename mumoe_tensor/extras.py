@@ -11,6 +11,7 @@ EXTRAS = {
     "jax": ("jax",),
     "train": ("accelerate", "filelock", "pydantic", "safetensors", "tensorboardX", "tokenizers"),
     "timm": ("timm", "torchvision"),
+    "transformers": ("safetensors", "transformers"),
     "experiments": ("fairlearn", "pandas", "efficientnet_lite_pytorch"),
     "study": ("matplotlib", "PIL", "plotly", "sklearn"),
 }

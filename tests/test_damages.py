@@ -40,7 +40,7 @@ from typer.testing import CliRunner  # noqa: E402
 from mumoe_tensor.cli import app  # noqa: E402
 from mumoe_tensor.experiments import bias  # noqa: E402
 from mumoe_tensor.models import load_head, load_model, save_head, save_model  # noqa: E402
-from mumoe_tensor.models.weights import read_tensors, read_weights, write_tensors  # noqa: E402
+from mumoe_tensor.nn.weights import read_tensors, read_weights, write_tensors  # noqa: E402
 from mumoe_tensor.study import Results, Setting  # noqa: E402
 from mumoe_tensor.training import attributes, read_images, read_npz  # noqa: E402
 from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402

@@ -14,8 +14,8 @@ from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.plain import STRONGEST, Sample
 from mumoe_tensor.browser.samples import Images, Texts
 from mumoe_tensor.models.backbones import load_backbone
-from mumoe_tensor.models.weights import load_tensors, read_tensors
 from mumoe_tensor.nn.watch import gates_of
+from mumoe_tensor.nn.weights import load_tensors, read_tensors
 from mumoe_tensor.readers import read_arrays, read_json, reading
 from mumoe_tensor.training.data import Dataset, as_pixels, split
 from mumoe_tensor.training.features import extract

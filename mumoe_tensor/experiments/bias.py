@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
 from mumoe_tensor.experiments.records import Records, Row
 from mumoe_tensor.interval import interval
-from mumoe_tensor.models.weights import load_tensors, read_weights, write_tensors
 from mumoe_tensor.nn import MuMoE
+from mumoe_tensor.nn.weights import load_tensors, read_weights, write_tensors
 from mumoe_tensor.readers import reading
 from mumoe_tensor.training import Dataset, TrainConfig, train
 from mumoe_tensor.training.attributes import Population, Task

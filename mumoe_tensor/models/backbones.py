@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.models.weights import read_weights
+from mumoe_tensor.nn.weights import read_weights
 
 #: The name of the network that ``make data`` fetches weights of.
 LITE0 = "efficientnet-lite0"

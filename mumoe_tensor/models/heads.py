@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_positive
 from mumoe_tensor.formats import Format
-from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
+from mumoe_tensor.nn.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.readers import parse_json, reading
 from mumoe_tensor.spec import LayerSpec, as_budget
 

@@ -11,7 +11,7 @@ import torch
 
 from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
 from mumoe_tensor.models.mixer import Mixer, MixerConfig
-from mumoe_tensor.models.weights import load_tensors, read_tensors, write_tensors
+from mumoe_tensor.nn.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.readers import parse_json, reading
 
 #: By the name that a file gives.

@@ -1,11 +1,13 @@
 """Torch layers: `MuMoE` in place of a linear layer, `MuMoEMLP` in place of an MLP block."""
 
+from mumoe_tensor.nn.described import prepare_to_save, register_layer
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
 from mumoe_tensor.nn.parallel import gather, parallelize
 from mumoe_tensor.nn.registry import register_activation, register_gate
+from mumoe_tensor.nn.saving import load, save
 from mumoe_tensor.nn.surgery import Replacement, replace_linear, replace_mlp
 
 __all__ = [
@@ -16,9 +18,13 @@ __all__ = [
     "Replacement",
     "entmax15",
     "gather",
+    "load",
     "parallelize",
+    "prepare_to_save",
     "register_activation",
     "register_gate",
+    "register_layer",
     "replace_linear",
     "replace_mlp",
+    "save",
 ]

@@ -16,9 +16,10 @@ from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.plan import Plan, networks_of, plan_terms
 from mumoe_tensor.dense import expert_matrix
 from mumoe_tensor.formats.base import Format
-from mumoe_tensor.formats.registry import AnyFormat, label
+from mumoe_tensor.formats.registry import AnyFormat, config_entry, label
 from mumoe_tensor.nn.backward import Activation, SavePolicy, saved_results, sparse_products
 from mumoe_tensor.nn.contraction import contract
+from mumoe_tensor.nn.described import register_layer
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
 from mumoe_tensor.nn.frozen import Folded, are_comparable
 from mumoe_tensor.nn.init import draw, scale_to_linear
@@ -31,6 +32,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 Init = Literal["linear", "published"]
 
 
+@register_layer
 class Experts(WholeState):
     """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
@@ -141,6 +143,24 @@ class Experts(WholeState):
             )
         sizes = spec.in_features, spec.out_features, spec.experts
         return cls(*sizes, spec.format, spec.full_rank, bias=spec.bias, **options)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make experts like these, by `from_config`, in types of JSON; see `MuMoE.config`.
+
+        Raises
+        ------
+        ValueError
+            If the format has no registered name.
+        """
+        names = ("in_features", "out_features", "experts", "rank", "bias")
+        arguments = {name: getattr(self.spec, name) for name in names}
+        return {**arguments, "format": config_entry(self.spec.format), **self.options}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
+        """Make experts from the `config` of others; further arguments are `device` and `dtype`."""
+        return cls(**config, **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -388,15 +408,18 @@ class Experts(WholeState):
         # Edits that only the state has get a place, to be loaded like all else.
         for name in edits_in(state, prefix):
             if self.edits is None or name not in self.edits:
-                means = [torch.zeros(n) for n in self.num_experts]
-                self.add_edit(name, means, torch.zeros(self.out_features))
+                self.add_edit(name)
 
-    def add_edit(self, name: str, means: Sequence[Tensor], outputs: Tensor) -> None:
-        """Give every expert one more bias, see `BiasEdit`, of copies of tensors.
+    def add_edit(
+        self, name: str, means: Sequence[Tensor] | None = None, outputs: Tensor | None = None
+    ) -> None:
+        """Give every expert one more bias, see `BiasEdit`, of copies of tensors, or of zeros.
 
         They are not checked; `.analysis.edit_bias` checks them.
         """
         like = self.factors[0]
+        means = [like.new_zeros(n) for n in self.num_experts] if means is None else means
+        outputs = like.new_zeros(self.out_features) if outputs is None else outputs
         *means, outputs = (x.detach().to(like.device, like.dtype, copy=True) for x in (*means, outputs))
         if self.edits is None:
             self.edits = BiasEdits()

@@ -13,6 +13,7 @@ from mumoe_tensor.checks import as_fraction, as_positive, check_flag
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import AnyFormat, config_entry
 from mumoe_tensor.gates import Gate
+from mumoe_tensor.nn.described import register_layer
 from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.gate import ExpertGate, GateNorm
 from mumoe_tensor.nn.linear import check_linear, layer_like
@@ -199,6 +200,7 @@ class Layer(WholeState):
         raise NotImplementedError
 
 
+@register_layer
 class MuMoE(Layer):
     """A linear layer of many experts, in place of `torch.nn.Linear`.
 
@@ -327,6 +329,7 @@ class MuMoE(Layer):
         return (y, coefficients) if return_coefficients else y
 
 
+@register_layer
 class MuMoEMLP(Layer):
     """Two linear layers of many experts with an activation between them, and one gate for both.
 

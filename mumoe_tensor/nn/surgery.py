@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mumoe_tensor.checks import check_flag
+from mumoe_tensor.nn.described import prepare_to_save
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, layer_like
 from mumoe_tensor.nn.mlp import is_mlp, read_mlp
@@ -191,6 +192,7 @@ def _put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.M
         for name, old, _ in places:
             model.set_submodule(name, old)
         raise
+    prepare_to_save(model)
 
 
 def _check_place(

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from mumoe_tensor.models.weights import check_tensors, checksum_of_bytes, read_tensors, write_tensors
 from mumoe_tensor.nn.experts import Experts, rename_factors
+from mumoe_tensor.nn.weights import check_tensors, checksum_of_bytes, read_tensors, write_tensors
 from mumoe_tensor.readers import parse_json
 
 State = dict[str, Tensor]

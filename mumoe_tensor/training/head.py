@@ -14,7 +14,7 @@ from torch import nn
 from mumoe_tensor.files import alone_in, replacing, whole_file
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head, save_head
-from mumoe_tensor.models.weights import write_tensors
+from mumoe_tensor.nn.weights import write_tensors
 from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract

@@ -27,7 +27,7 @@ from mumoe_tensor.experiments import bias
 from mumoe_tensor.experiments.bias import CORRECTIONS, METHODS, METRICS, MODELS, Experiment, Recipe
 from mumoe_tensor.experiments.records import Records
 from mumoe_tensor.interval import interval
-from mumoe_tensor.models.weights import read_weights
+from mumoe_tensor.nn.weights import read_weights
 from mumoe_tensor.training import attributes
 from mumoe_tensor.training.attributes import Population, Task, read_adult, read_celeba
 

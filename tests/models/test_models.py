@@ -26,8 +26,8 @@ from mumoe_tensor.models import (  # noqa: E402
     save_model,
 )
 from mumoe_tensor.models.blocks import StochasticDepth, drop_probabilities  # noqa: E402
-from mumoe_tensor.models.weights import read_tensors, write_tensors  # noqa: E402
 from mumoe_tensor.nn import ExpertGate, replace_mlp  # noqa: E402
+from mumoe_tensor.nn.weights import read_tensors, write_tensors  # noqa: E402
 
 S16 = MixerConfig(
     image_size=224, channels=3, patch=16, width=512, depth=8, token_hidden=256, channel_hidden=2048,

@@ -1,0 +1,245 @@
+"""Folders of models: the layers of experts in them as JSON, and all weights in a file of safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.extras import missing
+from mumoe_tensor.files import alone_in, replacing
+from mumoe_tensor.nn.described import describe, prepare_to_save, rebuild
+from mumoe_tensor.nn.weights import read_tensors, write_tensors
+from mumoe_tensor.readers import read_json, reading
+
+#: The version of folders that are written; those of a later one are refused.
+VERSION = 1
+DESCRIPTION, WEIGHTS = "layers.json", "weights.safetensors"
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a model into a folder: its layers of experts as ``layers.json``, its state as safetensors.
+
+    All is written or nothing: a folder that was there before is as it was until the new one is whole.
+    Whether parameters are frozen is not written.
+
+    Parameters
+    ----------
+    model : Module
+        Any, or a layer. For a model of transformers see `prepare_to_save` and its ``save_pretrained``.
+    folder : str or Path
+
+    Raises
+    ------
+    ValueError
+        If a layer cannot be made again from its config; see `MuMoE.config`. If the state has something else
+        than ordinary tensors with values.
+    OSError
+        If the folder cannot be written.
+    ModuleNotFoundError
+        If safetensors is not installed.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from mumoe_tensor.nn import MuMoE, load, save
+    >>> def network():
+    ...     return torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    >>> model = network()
+    >>> model[0] = MuMoE(16, 16, experts=4, rank=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, folder)
+    ...     again = load(folder, model=network())
+    >>> again[0].config == model[0].config, torch.equal(again[2].weight, model[2].weight)
+    (True, True)
+    """
+    _check_safetensors()
+    state = model.state_dict()
+    for name, value in state.items():
+        if type(value) is not Tensor or value.is_meta or value.layout != torch.strided:
+            raise ValueError(
+                "the state of a model to be saved must be ordinary tensors with values; "
+                f"{name!r} is a {type(value).__name__}{' on meta' * getattr(value, 'is_meta', False)}."
+            )
+    tied = _tied(state)
+    description = {"version": VERSION, "layers": describe(model), "tied": tied}
+    content = json.dumps(description, indent=2, allow_nan=False)
+    tensors: dict[str, Tensor] = {}
+    memory = set()
+    for name, value in state.items():
+        if name not in tied:  # (safetensors takes no views of one tensor)
+            place = value.untyped_storage().data_ptr()
+            tensors[name] = value.clone() if place in memory else value
+            memory.add(place)
+    folder = Path(folder)
+    with alone_in(folder), replacing(folder, (DESCRIPTION, WEIGHTS)) as new:
+        (new / DESCRIPTION).write_text(content + "\n", encoding="utf-8")
+        write_tensors(new / WEIGHTS, tensors, {"format": "pt"})
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> Any:
+    """Read a folder that `save` wrote: put its layers of experts into a model, and load its weights.
+
+    Nothing is unpickled, and a folder that does not fit leaves the model as it was.
+
+    Parameters
+    ----------
+    folder : str or Path
+    model : Module, optional
+        Made like the one that was saved, before or after layers of experts were put into it. Its parameters
+        stay the same objects. What is replaced gets the device and the mode of the old module. Not needed
+        for a folder of a single layer.
+
+    Returns
+    -------
+    Module
+        The model.
+
+    Raises
+    ------
+    ValueError
+        If the folder is damaged or of a later version, if it has layers where the model has no module, or of
+        a class or format that is not registered, or if an entry of the state is missing, left over, or of
+        another shape or dtype.
+    OSError
+        If the folder cannot be read.
+    ModuleNotFoundError
+        If safetensors is not installed.
+    """
+    _check_safetensors()
+    folder = Path(folder)
+    with reading(folder / DESCRIPTION):
+        description = read_json(folder / DESCRIPTION)
+        layers, tied = check_version(description), description.get("tied")
+        if not isinstance(tied, dict):
+            raise ValueError(f"the names of tied tensors must be an object, got {tied!r}.")
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    with reading(folder):
+        state = tensors | {name: tensors[kept] for name, kept in tied.items() if kept in tensors}
+        if model is None:
+            if [*layers] != [""]:
+                raise ValueError(f"the layers {[*layers]} need a model that they stand in: load(…, model=…).")
+            model = _with_state(rebuild(layers[""], device="meta"), state)
+        present = describe(model)
+        new = {
+            name: _layer(model, name, entry, state)
+            for name, entry in layers.items()
+            if present.get(name) != entry
+        }
+        places = _places(model, new, layers)
+        _check(_expected(model, places), state)
+    old = {place: model.get_submodule(place) for place in places}
+    try:
+        for place, layer in places.items():
+            model.set_submodule(place, layer)
+        is_meta = any(value.is_meta for value in model.state_dict().values())
+        model.load_state_dict(state, assign=is_meta)
+    except BaseException:
+        for place, module in old.items():
+            model.set_submodule(place, module)
+        raise
+    prepare_to_save(model)
+    return model
+
+
+def check_version(description: Mapping[str, Any]) -> Any:
+    """The layers in a description, or a ValueError if it is none, or of a later version."""
+    version, layers = description.get("version"), description.get("layers")
+    if type(version) is not int or not isinstance(layers, dict):
+        raise ValueError(f"a description must have a version and layers, got {sorted(description)}.")
+    if version > VERSION:
+        raise ValueError(
+            f"this version of mumoe_tensor reads descriptions up to version {VERSION}, got {version}: "
+            "upgrade it."
+        )
+    return layers
+
+
+def _check_safetensors() -> None:
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(missing("safetensors"), name="safetensors") from error
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that are another one, each with the name of that, which is first in the state."""
+    first: dict[Any, str] = {}
+    tied = {}
+    for name, value in state.items():
+        place = value.data_ptr() or id(value)  # (without values or entries there is no memory)
+        key = place, value.device, value.dtype, value.shape, value.stride()
+        if first.setdefault(key, name) != name:
+            tied[name] = first[key]
+    return tied
+
+
+def _layer(model: nn.Module, name: str, entry: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """A layer with its part of a state, for the place of a module."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the model has no module {name!r}, where a layer must stand.") from None
+    if old is model:
+        raise ValueError(f"the model must be a layer like the saved one, got {type(model).__name__}.")
+    layer = rebuild(entry, device="meta")
+    prefix = f"{name}."
+    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    _check(layer.state_dict(keep_vars=True), part, prefix, any_float=True)
+    device = next((x.device for module in (old, model) for x in module.parameters()), torch.device("cpu"))
+    return _with_state(layer, {key: value.to(device) for key, value in part.items()}).train(old.training)
+
+
+def _places(
+    model: nn.Module, new: Mapping[str, nn.Module], layers: Mapping[str, Any]
+) -> dict[str, nn.Module]:
+    """The new layers by all names of the modules that they replace."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {
+        place: layer
+        for name, layer in new.items()
+        for place in names[model.get_submodule(name)]
+        if place == name or place not in layers
+    }
+
+
+def _with_state(layer: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    layer.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    return layer
+
+
+def _expected(model: nn.Module, places: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The state of a model with new layers in these places."""
+    below = tuple(f"{name}." for name in places)
+    expected = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(below)}
+    for name, layer in places.items():
+        expected |= layer.state_dict(prefix=f"{name}.", keep_vars=True)
+    return expected
+
+
+def _check(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str = "", any_float: bool = False
+) -> None:
+    """Raise an error that lists the entries of a state which are not as expected."""
+    wrong = [f"{prefix}{name} is missing" for name in expected.keys() - state.keys()]
+    wrong += [f"{prefix}{name} is left over" for name in state.keys() - expected.keys()]
+    for name in expected.keys() & state.keys():
+        tensor, value = expected[name], state[name]
+        if value.shape != tensor.shape:
+            wrong.append(f"{prefix}{name} has shape {tuple(value.shape)} instead of {tuple(tensor.shape)}")
+        elif value.dtype != tensor.dtype and not (
+            any_float and value.is_floating_point() and tensor.is_floating_point()
+        ):
+            wrong.append(f"{prefix}{name} has dtype {value.dtype} instead of {tensor.dtype}")
+    for name, first in _tied(expected).items():
+        if not wrong and state[name] is not state[first] and not torch.equal(state[name], state[first]):
+            wrong.append(f"{prefix}{name} differs from {first}, to which the model ties it")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the state must be that of the model: {'; '.join(sorted(wrong)[:5])}{more}.")

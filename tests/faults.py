@@ -234,7 +234,7 @@ FAULTS = [
           "dense - sum(fitted[:k] + fitted[k + 1 :])", "dense",
           "decomposition/test_summed::test_a_weight_of_the_format_is_recovered"),
     Fault("decompose: whitened by the covariance, not its root", "mumoe_tensor/decomposition/whitening.py",
-          "np.sqrt(values[held])", "values[held]",
+          "np.sqrt(np.where(held, values, 0))", "np.where(held, values, 0)",
           "decomposition/test_whitening::test_low_rank_is_the_best_for_the_outputs"),
     Fault("decompose: weights left out of the alternation", "mumoe_tensor/decomposition/__init__.py",
           "n_iter, tolerance, covariance)\n            _,", "n_iter, tolerance)\n            _,",

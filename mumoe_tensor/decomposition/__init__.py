@@ -68,9 +68,10 @@ def decompose(
     bias : bool or array of shape (N1, ..., NE, O), default False
         Whether the last row of the input mode is the bias; or the biases, which become that row. Where the
         input is split, the weight is a sum with one bias for all experts, the mean of theirs.
-    input_covariance : array of shape (I, I), optional
-        The mean of ``z zᵀ`` over inputs z, not centred, with a one for the bias row where there
-        is one. The fit is then that of the outputs ``z @ dense``.
+    input_covariance : array of shape (I, I) or (N1, ..., NE, I, I), optional
+        The mean of ``z zᵀ`` over inputs z, not centred, with a one for the bias row where there is one. The
+        fit is then that of the outputs ``z @ dense``. Where each expert has inputs of its own, one matrix for
+        each, the sum over its inputs divided by the number of all inputs.
     n_restarts : int, default 8
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
         TT and Hadamard with one level have one start.
@@ -105,9 +106,11 @@ def decompose(
     least squares in which those entries have no weight.
 
     With a covariance, a format with the input mode in one factor of each term is fitted to
-    ``C^(1/2) @ dense``, and that factor multiplied by the inverse of the root (whitening, as in [7]_). Other
-    formats go on from the best fit without weights, by alternating least squares whose problems are solved
-    by conjugate gradients. Either way the error is no larger than that of the fit without weights.
+    ``C^(1/2) @ dense``, and that factor multiplied by the inverse of the root (whitening, as in [7]_). With
+    a covariance for each expert, so is a format whose factor of the input has all expert modes, as low rank;
+    others start from the fit with the mean of the covariances. All others go on from the best of these fits
+    and those without weights, by alternating least squares whose problems are solved by conjugate gradients.
+    Either way the error is no larger than that of the fit without weights.
 
     References
     ----------
@@ -158,7 +161,7 @@ def decompose(
         raise ValueError(
             f"every entry of dense must be finite, got {np.sum(~np.isfinite(target))} that are not."
         )
-    covariance = None if input_covariance is None else read_covariance(input_covariance, i)
+    covariance = None if input_covariance is None else read_covariance(input_covariance, experts, i)
 
     # A power of two, taken out and put back without rounding.
     exponent = int(np.frexp(np.abs(target).max())[1])
@@ -189,15 +192,23 @@ def decompose(
 
     with tensorly_backend("numpy"), np.errstate(over="ignore", invalid="ignore"):
         candidates: Iterable[Sequence[Any]] = scaled_fits(format, target, *effort)
-        is_white = covariance is not None and input_axes(format, levels) is not None
-        if is_white:
-            candidates = chain(candidates, whitened_fits(format, target, *effort, covariance))
+        white = None if covariance is None else _whitened_by(format, levels, covariance)
+        if white is not None:
+            candidates = chain(candidates, whitened_fits(format, target, *effort, white))
         start, weight, error = best_of(candidates)
         is_padded = any(view.is_padded for view in views(format, target.shape))
-        if is_padded or (covariance is not None and not is_white):
+        if is_padded or white is not covariance:
             improved = alternate(format, target, start, n_iter, tolerance, covariance)
             _, weight, error = best_of([start, improved])
     return weight, error
+
+
+def _whitened_by(format: Format, num_levels: int, covariance: Any) -> Any | None:
+    """The covariance that a fit can be whitened by: that one, or the mean over all experts, or none."""
+    for each in (covariance, covariance.mean(tuple(range(covariance.ndim - 2)))):
+        if input_axes(format, num_levels, each.ndim > 2) is not None:
+            return each
+    return None
 
 
 def _check_factors(format: Format, mode_sizes: Sequence[int], rank: Rank, factors: Sequence[Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mumoe_tensor.backend import Array, check_floating, to_float64
 from mumoe_tensor.decomposition.alternating import scaled_fits
-from mumoe_tensor.formats.base import Format, Rank
+from mumoe_tensor.formats.base import Format, Rank, mode_names
 
 #: Asymmetry and negative eigenvalues up to this fraction of the largest one are taken for rounding.
 ROUNDING = 1e-4
@@ -17,38 +17,50 @@ ROUNDING = 1e-4
 ABSENT = 1e-13
 
 
-def read_covariance(covariance: Array, size: int) -> Any:
-    """A covariance of inputs as float64, its largest eigenvalue one, or an error that says what it is not."""
+def read_covariance(covariance: Array, experts: Sequence[int], size: int) -> Any:
+    """A covariance of inputs, or one for each expert, as float64, or an error that says what it is not.
+
+    The largest eigenvalue of all becomes one.
+    """
     check_floating({"input_covariance": covariance})
-    if tuple(covariance.shape) != (size, size):
+    shapes = dict.fromkeys([(size, size), (*experts, size, size)])  # of all experts, of each
+    shape = tuple(covariance.shape)
+    if shape not in shapes:
         raise ValueError(
             "input_covariance must have one row and one column for each row of the input mode, the bias "
-            f"row included where there is one: {(size, size)}, got {tuple(covariance.shape)}."
+            f"row included where there is one: {' or '.join(map(str, shapes))}, got {shape}."
         )
     matrix = to_float64(covariance)
     if not np.isfinite(matrix).all():
         raise ValueError("every entry of input_covariance must be finite.")
-    largest = np.abs(matrix).max()
-    if largest == 0 or np.abs(matrix - matrix.T).max() > ROUNDING * largest:
+    largest, transposed = np.abs(matrix).max(), np.swapaxes(matrix, -1, -2)
+    if largest == 0 or np.abs(matrix - transposed).max() > ROUNDING * largest:
         raise ValueError("input_covariance must be symmetric and not zero.")
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / (2 * largest))
-    if values[0] < -ROUNDING * values[-1]:
+    values, vectors = np.linalg.eigh((matrix + transposed) / (2 * largest))
+    if values.min() < -ROUNDING * values.max():
         raise ValueError(
             "input_covariance must be positive semi-definite, got eigenvalues from "
-            f"{largest * values[0]:.3g} to {largest * values[-1]:.3g}."
+            f"{largest * values.min():.3g} to {largest * values.max():.3g}."
         )
-    return (vectors * np.maximum(values, 0) / values[-1]) @ vectors.T
+    return _with_values(vectors, np.maximum(values, 0) / values.max())
 
 
-def input_axes(format: Format, num_levels: int) -> dict[int, int] | None:
-    """Position and axis of the factor of each term that has the input mode; None unless it is one."""
+def input_axes(format: Format, num_levels: int, by_expert: bool) -> dict[int, list[int]] | None:
+    """Position of the factor of each term that has the input mode, and the axes of that mode in it.
+
+    With `by_expert` the axes of the experts, whose covariances differ, come first. None unless it is one
+    factor, which has all of these axes.
+    """
+    modes = [*mode_names(num_levels)[:-2], "i"] if by_expert else ["i"]
     axes = {}
     for term, factors in format.summands(num_levels):
         having = [(k, f) for k, f in enumerate(term.declaration(num_levels)) if "i" in f.indices]
         if format.has_bias_term or len(having) != 1:
             return None
         ((k, f),) = having
-        axes[factors.start + k] = f.indices.index("i")
+        if not {*modes} <= {*f.indices} or (by_expert and any(map(term.window, range(num_levels)))):
+            return None
+        axes[factors.start + k] = [f.indices.index(x) for x in modes]
     return axes
 
 
@@ -63,13 +75,20 @@ def whitened_fits(
 ) -> Iterator[list[Any]]:
     """Fits of ``root @ dense``, for a format with `input_axes`, times the inverse of the root."""
     values, vectors = np.linalg.eigh(covariance)
-    held = values > ABSENT * values[-1]
-    root, vectors = np.sqrt(values[held]), vectors[:, held]
-    target = (vectors * root) @ vectors.T @ dense
-    inverse = (vectors / root) @ vectors.T
-    axes = input_axes(format, dense.ndim - 2) or {}
+    held = values > ABSENT * values.max()
+    target = _with_values(vectors, np.sqrt(np.where(held, values, 0))) @ dense
+    inverse = _with_values(vectors, np.where(held, values, np.inf) ** -0.5)
+    axes = input_axes(format, dense.ndim - 2, covariance.ndim > 2) or {}
     for factors in scaled_fits(format, target, rank, generators, n_iter, tolerance):
         fitted = list(factors)
-        for k, axis in axes.items():
-            fitted[k] = np.moveaxis(np.tensordot(inverse, fitted[k], (1, axis)), 0, axis)
+        for k, of_factor in axes.items():
+            first = [*range(len(of_factor))]
+            moved = np.moveaxis(fitted[k], of_factor, first)
+            rows = moved.reshape(*moved.shape[: len(first)], -1)
+            fitted[k] = np.moveaxis((inverse @ rows).reshape(moved.shape), first, of_factor)
         yield fitted
+
+
+def _with_values(vectors: Any, values: Any) -> Any:
+    """Symmetric matrices with these eigenvectors and eigenvalues."""
+    return (vectors * values[..., None, :]) @ np.swapaxes(vectors, -1, -2)

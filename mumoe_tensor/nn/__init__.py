@@ -7,15 +7,19 @@ from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
 from mumoe_tensor.nn.parallel import gather, parallelize
 from mumoe_tensor.nn.registry import register_activation, register_gate
+from mumoe_tensor.nn.routed import ChosenExperts, RoutedExperts
 from mumoe_tensor.nn.saving import load, save
+from mumoe_tensor.nn.stacks import replace_experts
 from mumoe_tensor.nn.surgery import Replacement, replace_linear, replace_mlp
 
 __all__ = [
+    "ChosenExperts",
     "ExpertGate",
     "Experts",
     "MuMoE",
     "MuMoEMLP",
     "Replacement",
+    "RoutedExperts",
     "entmax15",
     "gather",
     "load",
@@ -24,6 +28,7 @@ __all__ = [
     "register_activation",
     "register_gate",
     "register_layer",
+    "replace_experts",
     "replace_linear",
     "replace_mlp",
     "save",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mumoe_tensor.backend import to_float64
 from mumoe_tensor.decomposition import decompose
-from mumoe_tensor.dense import expert_matrix
+from mumoe_tensor.dense import expert_matrix, to_dense
 from mumoe_tensor.nn.init import declared, fill_neutral, index_sizes, is_bias, of_matrix
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -62,6 +63,30 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
         for level, count in enumerate(weight.experts)
     ]
     return max(float(np.linalg.norm(rest(expert))) for expert in product(*levels)) / norm
+
+
+@torch.no_grad()
+def fit_experts(
+    weight: FactorizedTensor, stack: Tensor, bias: bool, **options: Any
+) -> tuple[float, float | None]:
+    """Fill the factors in place so that the weight is a stack of matrices, or the best fit to it.
+
+    The options are those of `decompose`, which fits it. The stack has the bias rows, if the weight has one.
+
+    Returns
+    -------
+    tuple of float and (float or None)
+        Relative error in the Frobenius norm, and in that of the outputs, if there is an `input_covariance`.
+    """
+    # (In float32 no dtype of a layer is rounded, and NumPy has it.)
+    dense = stack.detach().cpu().to(torch.float64 if stack.dtype == torch.float64 else torch.float32)
+    fitted, error = decompose(dense, weight.format, weight.rank, bias=bias, **options)
+    for part, values in zip(weight.arrays, fitted.arrays, strict=True):
+        part.copy_(values)
+    if options.get("input_covariance") is None:
+        return error, None
+    rest = to_dense(fitted) - dense
+    return float(torch.linalg.vector_norm(rest) / (torch.linalg.vector_norm(dense) or 1)), error
 
 
 def _fit(term: FactorizedTensor, target: np.ndarray) -> float:

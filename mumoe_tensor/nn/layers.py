@@ -15,6 +15,7 @@ from mumoe_tensor.formats.registry import AnyFormat, config_entry
 from mumoe_tensor.gates import Gate
 from mumoe_tensor.nn.described import register_layer
 from mumoe_tensor.nn.experts import Experts, Init
+from mumoe_tensor.nn.fitting import fit_experts
 from mumoe_tensor.nn.gate import ExpertGate, GateNorm
 from mumoe_tensor.nn.linear import check_linear, layer_like
 from mumoe_tensor.nn.pruning import keep_experts
@@ -311,6 +312,58 @@ class MuMoE(Layer):
         """
         check_linear(linear)
         return layer_like(cls, [linear], experts, **options)
+
+    @classmethod
+    def from_experts(
+        cls,
+        stack: Tensor,
+        bias: Tensor | None = None,
+        *,
+        fit: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make a layer whose experts are the matrices of a stack, or the best fit to them; see `.decompose`.
+
+        The gate starts as that of every layer. `fit_errors` has the relative error of the weight.
+
+        Parameters
+        ----------
+        stack : Tensor of shape (N1, ..., NE, in_features, out_features)
+            The weights of linear layers of torch, stacked, are its transpose: ``stack.mT``.
+        bias : Tensor of shape (N1, ..., NE, out_features), optional
+        fit : mapping, optional
+            Arguments of `.decompose`, as ``{"n_restarts": 1, "input_covariance": covariance}``.
+        **options
+            Of the layer: format, rank or parameters, gate and so on; device and dtype are those of the stack
+            by default.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the stack or the bias does not have such a shape, or as the layer and `.decompose` raise it.
+
+        Examples
+        --------
+        >>> import torch
+        >>> linears = [torch.nn.Linear(16, 8) for _ in range(4)]
+        >>> stack = torch.stack([linear.weight for linear in linears]).mT
+        >>> bias = torch.stack([linear.bias for linear in linears])
+        >>> layer = MuMoE.from_experts(stack, bias, format="lowrank", rank=8)
+        >>> layer.spec
+        LayerSpec('lowrank', experts=(4,), in_features=16, out_features=8, rank=(8,), bias=True)
+        """
+        if stack.ndim < 2 or (bias is not None and bias.shape != (*stack.shape[:-2], stack.shape[-1])):
+            raise ValueError(
+                "a stack must have shape (experts..., in_features, out_features), and a bias that without "
+                f"in_features; got {tuple(stack.shape)} and {None if bias is None else tuple(bias.shape)}."
+            )
+        *experts, in_features, out_features = stack.shape
+        place = {"device": stack.device, "dtype": stack.dtype}
+        sizes = in_features, out_features, experts
+        layer = cls(*sizes, bias=bias is not None, **{**place, **options})
+        whole = stack if bias is None else torch.cat([stack, bias.unsqueeze(-2)], -2)
+        layer.fit_errors = fit_experts(layer.experts.weight, whole, bias is not None, **(fit or {}))[:1]
+        return layer
 
     @property
     def weight(self) -> FactorizedTensor:

@@ -41,6 +41,8 @@ class Replacement(NamedTuple):
     output_error : float or None
         Relative error of the outputs on random inputs, in evaluation and in float32: the norm of the
         difference over the norm of the outputs. None where nothing is fitted.
+    weighted_errors : tuple of float
+        As `errors`, in the norm of the outputs for inputs that the fit is weighted by; empty without weights.
     """
 
     names: tuple[str, ...]
@@ -48,6 +50,7 @@ class Replacement(NamedTuple):
     after: int
     errors: tuple[float, ...] = ()
     output_error: float | None = None
+    weighted_errors: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,8 +61,13 @@ class Replacement(NamedTuple):
         start = f"{', '.join(self.names)}: {self.before:,} -> {self.after:,} parameters"
         if self.output_error is None:
             return f"{start}, not fitted"
-        errors = ", ".join(f"{error:.1e}" for error in self.errors)
-        return f"{start}, relative error of weights {errors}, of outputs {self.output_error:.1e}"
+        kinds = {"of weights": self.errors, "weighted by inputs": self.weighted_errors}
+        errors = [
+            f"{kind} {', '.join(f'{error:.1e}' for error in of_kind)}"
+            for kind, of_kind in kinds.items()
+            if of_kind
+        ]
+        return f"{start}, relative error {', '.join(errors)}, of outputs {self.output_error:.1e}"
 
 
 def replace_linear(
@@ -132,38 +140,71 @@ def _replace(
     options: dict[str, Any],
 ) -> list[Replacement]:
     check_flag(dry_run, "dry_run")
-    if not isinstance(pattern, str):
-        raise TypeError(f"the pattern must be a string, got {pattern!r}.")
     if "experts" not in options or "bias" in options:
         raise TypeError(
             f"the options must have experts, and not bias, which is that of the old layer; got {options}."
         )
+    planned = plan_replacements(model, pattern, fits, maker, what, options)
+    return [each for _, each in planned.values()] if dry_run else put_replacements(model, planned)
+
+
+#: The modules to replace, each with what makes the new one and what is known of it before.
+Planned = dict[nn.Module, tuple[Callable[..., Any], Replacement]]
+
+
+def plan_replacements(
+    model: nn.Module,
+    pattern: str,
+    fits: Callable[[nn.Module], bool],
+    maker: Callable[..., Callable[..., Any]],
+    what: str,
+    options: dict[str, Any],
+) -> Planned:
+    """Check all modules that fit and have a name of the pattern; nothing is fitted or changed."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"the pattern must be a string, got {pattern!r}.")
     chosen = _choose(model, pattern, fits, what)
-    makers, replacements = {}, []
+    planned: Planned = {}
     for old, names in chosen.items():
         try:
             _check_place(model, old, names, chosen)
-            makers[old] = maker(old, **options)
+            make = maker(old, **options)
             # On the meta device a layer has sizes but no values: wrong options show there.
-            modules = old, makers[old](device="meta")
+            modules = old, make(device="meta")
             before, after = (sum(x.numel() for x in module.parameters()) for module in modules)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{names[0]!r} cannot be replaced: {error}") from error
-        replacements.append(Replacement(tuple(names), before, after))
-    if dry_run:
-        return replacements
+        planned[old] = make, Replacement(tuple(names), before, after)
+    return planned
+
+
+def put_replacements(
+    model: nn.Module, planned: Planned, called: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> list[Replacement]:
+    """Make all new modules, compare each with the old one, and then replace all.
+
+    `called` makes a module, old or new, one that takes one input.
+    """
     new, fitted = {}, []
-    for replacement, (old, make) in zip(replacements, makers.items(), strict=True):
+    for old, (make, replacement) in planned.items():
         new[old] = layer = make()
-        difference = _output_error(old, layer)
+        difference = None
+        if layer.fit_errors:
+            difference = _output_error(called(old), called(layer), layer.in_features)
         if difference is not None and not isfinite(difference):
             raise ValueError(
                 f"{replacement.name!r} cannot be replaced: the outputs of the new module must be finite, "
                 f"their relative error is {difference}."
             )
-        fitted.append(replacement._replace(errors=layer.fit_errors, output_error=difference))
-    _put_all(model, chosen, new)
+        fitted.append(
+            replacement._replace(
+                errors=layer.fit_errors,
+                output_error=difference,
+                weighted_errors=getattr(layer, "weighted_errors", ()),
+            )
+        )
+    _put_all(model, {old: [*each.names] for old, (_, each) in planned.items()}, new)
     return fitted
 
 
@@ -228,13 +269,11 @@ def _memory(parameter: nn.Parameter) -> int:
     return (ordinary and parameter.data_ptr()) or id(parameter)
 
 
-def _output_error(old: nn.Module, new: Any) -> float | None:
-    """Relative error of the outputs on normal inputs, or None if the new module has no values."""
-    if not new.fit_errors:
-        return None
+def _output_error(old: nn.Module, new: nn.Module, in_features: int) -> float:
+    """Relative error of the outputs on normal inputs."""
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
-        x = torch.randn(64, new.gate.in_features, device="cpu", dtype=torch.float32)
+        x = torch.randn(64, in_features, device="cpu", dtype=torch.float32)
         expected, y = (call(copy_of(module).eval(), x) for module in (old, new))
     norm = torch.linalg.vector_norm(expected)
     return float(torch.linalg.vector_norm(y - expected) / norm) if norm else float(y.norm())

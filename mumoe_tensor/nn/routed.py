@@ -1,0 +1,370 @@
+"""Experts that a router chooses, as those of transformers: each input goes through some of them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.calls import autocast_dtype, check_dense, is_recorded
+from mumoe_tensor.checks import as_finite, as_positive
+from mumoe_tensor.contraction.network import Indices, Reading, vector_of, weight_network
+from mumoe_tensor.contraction.plan import ContractionPlan, SumPlan, plan_network
+from mumoe_tensor.formats.base import BATCH, Format, Rank, Term
+from mumoe_tensor.formats.registry import config_entry, label
+from mumoe_tensor.nn.backward import SavePolicy, saved_results
+from mumoe_tensor.nn.contraction import contract
+from mumoe_tensor.nn.described import register_layer
+from mumoe_tensor.nn.experts import Experts
+from mumoe_tensor.nn.registry import ACTIVATIONS
+from mumoe_tensor.nn.states import WholeState
+from mumoe_tensor.spec import LayerSpec
+
+#: What it takes to call an expert by itself, whatever it computes, in FLOPs: about 0.1 ms of a core.
+CALL = 4_000_000
+
+
+@register_layer
+class ChosenExperts(Experts):
+    """`Experts` of one level that take the number of an expert for each input, in place of coefficients.
+
+    Each input is mapped by its expert alone, so the cost does not grow with the number of experts. Either
+    all inputs are mapped at once, and what the factors hold of an expert is gathered for each of its inputs;
+    or those of one expert are mapped together, one expert after the other. For each term of the format the
+    planner chooses what takes less time.
+
+    Attributes
+    ----------
+    plan : ContractionPlan, or SumPlan for a format that is a sum
+        For `batch_hint` inputs, or for an expert's share of them where experts come one after the other.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        spec = self.spec
+        if spec.num_levels != 1:
+            raise ValueError(f"experts that are chosen by number must have one level, got {spec.experts}.")
+        terms = spec.weight_format.terms(spec.mode_sizes, spec.full_rank)
+        self._routes = tuple(_route(term, spec, self.options["batch_hint"]) for term in terms)
+        plans = tuple(route.plan for route in self._routes)
+        self.plan = plans[0] if len(plans) == 1 else SumPlan(plans, spec.out_features)
+
+    def forward(self, z: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        """Map each input by its expert.
+
+        Parameters
+        ----------
+        z : Tensor of shape (..., in_features)
+        index : Tensor of an integer dtype, of shape (...)
+            The expert of each input.
+
+        Returns
+        -------
+        Tensor of shape (..., out_features)
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the shapes do not fit together, the index is no tensor of integers, or on a CPU if it has a
+            number that is none of an expert.
+        """
+        check_dense(z)
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise TypeError(f"an index must have an integer dtype, got {index.dtype}.")
+        if z.shape[-1:] != (self.in_features,) or index.shape != z.shape[:-1]:
+            raise ValueError(
+                f"inputs must have {self.in_features} features, and an index one number for each input; got "
+                f"inputs of {tuple(z.shape)} and an index of {tuple(index.shape)}."
+            )
+        rows, chosen = z.reshape(-1, self.in_features), index.reshape(-1).long()
+        (count,) = self.num_experts
+        if chosen.is_cpu and chosen.numel() and not is_recorded():
+            least, most = chosen.aminmax()
+            if least < 0 or most >= count:
+                raise ValueError(
+                    f"an index must be from 0 to {count - 1}, got one from {int(least)} to {int(most)}."
+                )
+        factors, dtype = self.factors, autocast_dtype(z.device)
+        if dtype is not None:
+            rows, *factors = (x if x.dtype == torch.float64 else x.to(dtype) for x in (rows, *factors))
+        with torch.autocast(z.device.type, enabled=False):
+            left = iter(factors)
+            parts = [route([next(left) for _ in route.held], rows, chosen, count) for route in self._routes]
+            y = sum(parts[1:], parts[0])
+        if self.edits is not None:
+            y = self.edits(y, [nn.functional.one_hot(chosen, count).to(y.dtype)])
+        return y.reshape(*z.shape[:-1], self.out_features)
+
+
+@register_layer
+class RoutedExperts(WholeState):
+    """Gated MLPs that a router chooses from, each a factorized weight: the experts of a transformer's block.
+
+    Each of N experts is ``down(activation(gate(x)) * up(x))`` without biases. The gates and ups of all
+    experts are one weight of shape (N, in_features, 2 * hidden_features), their downs another. Router and
+    auxiliary loss stay outside: this is what `replace_experts` puts in the place of the experts of
+    transformers.
+
+    Parameters
+    ----------
+    in_features, hidden_features : int
+    experts : int
+    format : str or Format, default "cp"
+        Of both weights.
+    gate_up_rank, down_rank : int or sequence of int, optional
+        One entry a bond of the format. Left out, `parameters` solves for it.
+    parameters : float, optional
+        Fraction of the parameters of dense experts that each weight has at most.
+    activation : str, dict or callable, default "silu"
+        See `MuMoEMLP`.
+    batch_hint : int, default 1024
+        Number of inputs, each counted once for each of its experts, that the order of contraction is for.
+
+    Attributes
+    ----------
+    gate_up, down : ChosenExperts
+    fit_errors, weighted_errors : tuple of float
+        Relative errors of both weights, if they are fits to dense ones: in the Frobenius norm, and in that of
+        the outputs for the inputs of each expert. Empty otherwise.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If sizes or ranks are wrong, a rank is given as well as `parameters`, or neither.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mumoe_tensor.nn import RoutedExperts
+    >>> experts = RoutedExperts(16, 32, experts=8, format="lowrank", parameters=0.5)
+    >>> index = torch.tensor([[0, 3], [7, 3]])
+    >>> experts(torch.zeros(2, 16), index, torch.full((2, 2), 0.5)).shape
+    torch.Size([2, 16])
+    """
+
+    gate_up: ChosenExperts
+    down: ChosenExperts
+    fit_errors: tuple[float, ...] = ()
+    weighted_errors: tuple[float, ...] = ()
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        experts: int,
+        format: str | Mapping[str, Any] | Format = "cp",
+        gate_up_rank: int | Sequence[int] | None = None,
+        down_rank: int | Sequence[int] | None = None,
+        *,
+        parameters: float | None = None,
+        activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "silu",
+        batch_hint: int = 1024,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features = as_positive(in_features, "in_features")
+        self.hidden_features = as_positive(hidden_features, "hidden_features")
+        self.num_experts = as_positive(experts, "experts")
+        for name, i, o, rank in (
+            ("gate_up", self.in_features, 2 * self.hidden_features, gate_up_rank),
+            ("down", self.hidden_features, self.in_features, down_rank),
+        ):
+            spec = LayerSpec(format, experts=self.num_experts, in_features=i, out_features=o, rank=rank)
+            rank = _rank(spec, parameters, f"{name}_rank")
+            options = {"bias": False, "batch_hint": batch_hint, "device": device, "dtype": dtype}
+            self.add_module(name, ChosenExperts(i, o, self.num_experts, spec.format, rank, **options))
+        self.activation = ACTIVATIONS.read(activation, device, dtype)
+
+    @property
+    def format(self) -> Format:
+        """That of both weights."""
+        return self.gate_up.format
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make such a module, by `from_config`, in types of JSON.
+
+        Raises
+        ------
+        ValueError
+            If the format or the activation has no registered name.
+        """
+        return {
+            "in_features": self.in_features,
+            "hidden_features": self.hidden_features,
+            "experts": self.num_experts,
+            "format": config_entry(self.format),
+            "gate_up_rank": list(self.gate_up.rank),
+            "down_rank": list(self.down.rank),
+            "activation": ACTIVATIONS.write(self.activation),
+            "batch_hint": self.gate_up.options["batch_hint"],
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **options: Any) -> Self:
+        """Make a module from the `config` of another; further arguments are `device` and `dtype`.
+
+        Raises
+        ------
+        ValueError
+            If the format or the activation is not registered.
+        """
+        return cls(**config, **options)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map each input by the experts that a router chose for it, and add their weighted outputs.
+
+        Parameters
+        ----------
+        hidden_states : Tensor of shape (..., in_features)
+        top_k_index : Tensor of an integer dtype, of shape (..., k)
+        top_k_weights : Tensor of shape (..., k)
+
+        Returns
+        -------
+        Tensor of shape (..., in_features)
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the shapes do not fit together, or an index is that of no expert; see `ChosenExperts.forward`.
+        """
+        check_dense(hidden_states)
+        leading = hidden_states.shape[:-1]
+        if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:-1] != leading:
+            raise ValueError(
+                "there must be a weight for each index, and as many for each input; got inputs of "
+                f"{tuple(hidden_states.shape)}, an index of {tuple(top_k_index.shape)} and weights of "
+                f"{tuple(top_k_weights.shape)}."
+            )
+        each = hidden_states.unsqueeze(-2).expand(*top_k_index.shape, -1)
+        gate, up = self.gate_up(each, top_k_index).chunk(2, -1)
+        y = self.down(self.activation(gate) * up, top_k_index)
+        return (y * top_k_weights.unsqueeze(-1)).sum(-2).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.hidden_features}, experts={self.num_experts}"
+
+
+def _rank(spec: LayerSpec, parameters: float | None, name: str) -> Rank:
+    """The rank of a spec, or the largest that has at most a fraction of the dense parameters."""
+    if spec.rank and parameters is not None:
+        raise ValueError(f"give {name} or parameters, got {spec.rank} and parameters={parameters!r}.")
+    if spec.rank is None and parameters is None:
+        raise ValueError(f"give {name} or parameters for format {label(spec.format)!r}, got neither.")
+    if parameters is None:
+        return spec.full_rank
+    budget = int(as_finite(parameters, "parameters") * prod(spec.mode_sizes))
+    if spec.rank is None:
+        return spec.fitted(budget, rounding="down", gate=False).full_rank
+    if spec.weight_parameters > budget:
+        raise ValueError(
+            f"format {label(spec.format)!r} has no rank, and must fit the budget of {budget:,} parameters as "
+            f"it is; it has {spec.weight_parameters:,}."
+        )
+    return spec.full_rank
+
+
+class _Route(NamedTuple):
+    """How a term maps inputs, each by its expert.
+
+    Attributes
+    ----------
+    plan : ContractionPlan
+        Of the factors that all experts share, of what the others hold of an expert, and of inputs.
+    policy : SavePolicy
+    held : tuple of (dict of int to int)
+        For each factor its axes of experts, by the part of the number of an expert that they are for; none if
+        all experts share the factor.
+    sizes : tuple of int
+        The experts of the term: one number, or one for each part if the format splits them.
+    window : tuple of int
+        The first of these experts, and the one after the last.
+    is_gathered : bool
+        Whether what the factors hold of an expert is read once for each of its inputs.
+    """
+
+    plan: ContractionPlan
+    policy: SavePolicy
+    held: tuple[dict[int, int], ...]
+    sizes: tuple[int, ...]
+    window: tuple[int, int]
+    is_gathered: bool
+
+    def __call__(self, factors: Sequence[Tensor], rows: Tensor, chosen: Tensor, count: int) -> Tensor:
+        start, stop = self.window
+        if stop - start == count:
+            return self._mapped(factors, rows, chosen)
+        inside = ((start <= chosen) & (chosen < stop)).nonzero().squeeze(-1)
+        part = self._mapped(factors, rows[inside], chosen[inside] - start)
+        return part.new_zeros(len(rows), part.shape[-1]).index_copy(0, inside, part)
+
+    def _mapped(self, factors: Sequence[Tensor], rows: Tensor, chosen: Tensor) -> Tensor:
+        if self.is_gathered:
+            return self._contracted(factors, rows, torch.unravel_index(chosen, self.sizes))
+        order = chosen.argsort(stable=True)
+        groups = rows[order].split(chosen.bincount(minlength=prod(self.sizes)).tolist())
+        # (Without inputs one group is empty: the result has a shape and a gradient all the same.)
+        parts = [
+            self._contracted(factors, group, [int(entry) for entry in np.unravel_index(n, self.sizes)])
+            for n, group in enumerate(groups)
+            if len(group) or not (n or len(rows))
+        ]
+        y = torch.cat(parts)
+        return torch.empty_like(y).index_copy(0, order, y)
+
+    def _contracted(self, factors: Sequence[Tensor], rows: Tensor, entries: Sequence[Any]) -> Tensor:
+        """Inputs mapped by one expert, whose `entries` are numbers, or each by its own: these are vectors."""
+        operands = [factor for factor, axes in zip(factors, self.held, strict=True) if not axes]
+        for factor, axes in zip(factors, self.held, strict=True):
+            if axes:
+                first = factor.movedim([*axes.values()], [*range(len(axes))])
+                operands.append(first[tuple(entries[part] for part in axes)])
+        if self.plan.program.network.takes_input:
+            operands.append(rows)
+        y = contract(self.policy, operands, is_recorded=is_recorded())
+        return y.expand(len(rows), -1) if y.ndim == 1 else y  # a bias is one vector for all inputs
+
+
+def _route(term: Term, spec: LayerSpec, batch: int) -> _Route:
+    """The way of less planned time for a batch: to gather, or one expert after the other."""
+    format, sizes = term.format, term.mode_sizes
+    weight = weight_network(format, sizes, term.rank, format.optional(1))
+    size, parts = dict(weight.index_sizes), format.parts("n1")
+    # Parameters lie in memory order: to the planner these are their axes.
+    orders = weight.memory_orders
+    held = tuple({k: axes.index(x) for k, x in enumerate(parts) if x in axes} for axes in orders)
+    rest = [tuple(x for x in axes if x not in parts) for axes in orders]
+    shared = [axes for axes, experts in zip(rest, held, strict=True) if not experts]
+    taken = [axes for axes, experts in zip(rest, held, strict=True) if experts]
+    axes_and_reading = vector_of(format, weight, "i", 1, sizes)
+    inputs = [((BATCH, *axes), reading) for axes, reading in filter(None, [axes_and_reading])]
+    bias = spec.bias and not spec.weight_format.has_bias_term
+    outputs = format.parts("o")
+
+    def planned(gathered: Sequence[Indices], alone: Sequence[Indices], rows: int) -> ContractionPlan:
+        weights, vectors = (*shared, *alone), [*(((BATCH, *axes), Reading()) for axes in gathered), *inputs]
+        network = replace(weight, operands=weights, memory_orders=weights, weights=len(weights))
+        network = network.with_vectors(vectors, ((BATCH,) if vectors else ()) + outputs, bias)
+        if outputs != ("o",):
+            network = replace(network, out_features=sizes[-1])
+        # The matrix of one expert may be worth forming, that of each input never is.
+        return plan_network(network, rows, "time", "factorized" if gathered else "auto")
+
+    plan, plan_of_one = planned(taken, [], batch), planned([], taken, max(batch // sizes[0], 1))
+    is_gathered = not taken or plan.time <= sizes[0] * (plan_of_one.time + CALL)
+    plan = plan if is_gathered else plan_of_one
+    return _Route(
+        plan=plan,
+        policy=SavePolicy(plan.program, saved_results(plan.program, recompute=False)),
+        held=held,
+        sizes=tuple(size[x] for x in parts) if taken else sizes[:1],
+        window=format.window(0) or (0, sizes[0]),
+        is_gathered=is_gathered,
+    )

@@ -34,8 +34,13 @@ LAYERS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("cp-matrix", (), (805,)),
     ("tucker-matrix", (), (16, 16, 16, 16)),
     ("lowrank", (), (64,)),
+    # About as many parameters, and so FLOPs, as btt of as many experts; dense experts have no rank to fit.
     ("cp", (16,), (115,)),
     ("tr", (16,), (4, 4, 28)),
+    ("dense", (16,), ()),
+    ("cp", (64,), (113,)),
+    ("tr", (64,), (4, 4, 28)),
+    ("dense", (64,), ()),
 )
 #: Those that are also compiled.
 COMPILED = (("btt", (), (1,)), ("btt", (), (4,)), ("kron", (), (1,)))
@@ -100,6 +105,7 @@ def _structured(quick: bool, device: str) -> Report:
                             "experts": "x".join(map(str, experts)) or "none",
                             "rank": ", ".join(map(str, rank)) or "-",
                             "parameters": sum(p.numel() for p in layer.experts.parameters()),
+                            "FLOPs": layer.experts.plan.flops // count,
                             "inputs": count,
                             "run": run,
                             "pass": kind,
@@ -114,12 +120,15 @@ def _structured(quick: bool, device: str) -> Report:
         command = [sys.executable, "-m", "benchmarks.structured"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         rows += [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    columns = dict.fromkeys(("format", "experts", "rank"), "") | {"parameters": ",d", "inputs": ",d"}
+    columns = dict.fromkeys(("format", "experts", "rank"), "") | dict.fromkeys(
+        ("parameters", "FLOPs", "inputs"), ",d"
+    )
     columns |= dict.fromkeys(("run", "pass"), "") | dict.fromkeys(("to nn.Linear", "low", "high"), ".3f")
     notes = [
         "to nn.Linear: time over that of nn.Linear of the same sizes, median of the turns, with quartiles;",
         "a layer with experts has its gate, and one without has a bias. products: the matrix products alone,",
-        "into existing results, over nn.Linear. kept: for the backward pass. tltorch: in its own process.",
+        "into existing results, over nn.Linear. FLOPs: of the experts, for one input. kept: for the backward",
+        "pass. tltorch: in its own process.",
     ]
     title = f"Structured layers, {IN} -> {OUT}, one thread"
     return Report("structured", title, columns | {"products": ".3f", "kept MiB": ".1f"}, rows, notes)

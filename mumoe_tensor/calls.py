@@ -6,6 +6,8 @@ all backends imports it late.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -44,6 +46,11 @@ _WITH_AUTOCAST = frozenset(
     for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
     if torch.amp.is_autocast_available(kind)
 )
+
+
+def unviewed(array: Tensor, shape: Sequence[int]) -> Tensor:
+    """A new result in another shape, which autograd does not count as a view: nothing else may hold it."""
+    return torch.ops.aten._unsafe_view(array, shape)
 
 
 def is_recorded() -> bool:

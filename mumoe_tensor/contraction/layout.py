@@ -135,6 +135,11 @@ class Step:
         object.__setattr__(self, "is_bare", bare)
 
     @property
+    def is_spread(self) -> bool:
+        """Whether one matrix meets each of a stack."""
+        return self.kind == "bmm" and () in (self.left.groups[0], self.right.groups[0])
+
+    @property
     def indices(self) -> tuple[str, ...]:
         """All indices the product runs over."""
         return tuple(dict.fromkeys(self.left.indices + self.right.indices))

@@ -12,7 +12,7 @@ from torch import Tensor
 from mumoe_tensor.backend import operations_of
 from mumoe_tensor.contraction.execute import run, views
 from mumoe_tensor.contraction.layout import Arrangement, Bias, Operand, Program, Step
-from mumoe_tensor.nn.products import Joined, permuted_product, summed_product
+from mumoe_tensor.nn.products import Joined, permuted_product, spread_product, summed_product
 from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseProduct
 
 #: An intermediate is recomputed rather than saved if that takes at most this many FLOPs an element.
@@ -52,7 +52,10 @@ class SavePolicy:
         if last and last.kind != "mul" and last.shape is None and program.output_is_copied:
             assert output is not None and output.order is not None
             joined, output = Joined(output.order), output._replace(order=None)
-        products = dict(self.sparse) if joined is None else {**self.sparse, program.result: joined}
+        products = {position: spread_product for position, step in program.numbered if step.is_spread}
+        products |= self.sparse
+        if joined is not None:
+            products[program.result] = joined
         for name, value in (("joined", joined), ("products", products), ("output", output)):
             object.__setattr__(self, name, value)
 
@@ -98,7 +101,7 @@ class _Values(dict[int, Tensor]):
     def __missing__(self, position: int) -> Tensor:
         program = self._policy.program
         step = program.numbered[position - len(program.network.operands)]
-        run([step], self, TORCH, self._policy.sparse)
+        run([step], self, TORCH, self._policy.products)
         return self[position]
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mumoe_tensor.calls import unviewed
 from mumoe_tensor.contraction.execute import arrange, arranged, run
+from mumoe_tensor.contraction.layout import Arrangement
 from mumoe_tensor.nn.backward import TORCH, Activation, SavePolicy, gradients_of, unpermuted
 
 _NONE: Mapping[int, Tensor] = {}
@@ -43,7 +45,12 @@ def contract(
         y = _Contraction.apply(policy, activation, *operands)[0]
     else:
         y = _run(policy, activation, operands, folded)[program.result]
-    return y if policy.output is None else arrange(y, policy.output, TORCH)
+    output = policy.output
+    if output is None:
+        return y
+    if is_recorded or output.shape is None or output != Arrangement(shape=output.shape):
+        return arrange(y, output, TORCH)
+    return unviewed(y, output.shape)  # (to which the next term can be added in place)
 
 
 def _run(
@@ -71,7 +78,7 @@ class _Contraction(torch.autograd.Function):
         y = values[policy.program.result]
         if policy.program.steps[-1].shape is not None:
             # A view that a function returns must not be changed in place, as activations do.
-            y = y.clone()
+            y = unviewed(y, y.shape)
         return y, *map(values.__getitem__, sorted(policy.saved))
 
     @staticmethod

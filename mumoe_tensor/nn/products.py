@@ -13,18 +13,34 @@ from mumoe_tensor.calls import is_recorded, is_transformed
 LARGE = 4096
 
 
+def spread_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` where one is a stack of matrices, and the other one matrix, as a stack of one.
+
+    (`torch.matmul` makes one matrix of the stack if either has a gradient, and copies it.)
+    """
+    if left.shape[0] == 1:
+        return torch.bmm(left.expand(right.shape[0], -1, -1), right)
+    return torch.bmm(left, right.expand(left.shape[0], -1, -1))
+
+
+def stacked_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, of matrices or of stacks of them."""
+    is_spread = left.ndim == 3 and left.shape[0] != right.shape[0]
+    return spread_product(left, right) if is_spread else left @ right
+
+
 def permuted_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -> Tensor:
     """``(left @ right).permute(order)``; contiguous without a copy where torch can write it so."""
     if order is None:
-        return left @ right
+        return stacked_product(left, right)
     if order[-2:] == (len(order) - 1, len(order) - 2):
-        return right.mT @ left.mT
+        return stacked_product(right.mT, left.mT)
     if _can_write(left, right, order):
         shape = (len(left), left.shape[1], right.shape[2])
         result = left.new_empty([shape[axis] for axis in order])
         torch.bmm(left, right, out=result.permute([order.index(axis) for axis in range(3)]))
         return result
-    return (left @ right).permute(order)
+    return stacked_product(left, right).permute(order)
 
 
 def summed_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -> Tensor:
@@ -33,7 +49,7 @@ def summed_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -
         left, right = right.mT, left.mT
     rows, columns = left.shape[1], right.shape[2]
     if rows * columns <= (rows + columns) * left.shape[2]:
-        return (left @ right).sum(0, keepdim=True)
+        return stacked_product(left, right).sum(0, keepdim=True)
     # As one product: copies of the operands then hold less than the products would.
     return torch.tensordot(left, right, dims=([0, 2], [0, 1])).unsqueeze(0)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
+from random import Random
 from statistics import quantiles
 from time import perf_counter
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Comparison:
     baseline : str
         The callable that the others are compared with.
     seconds : dict of str to tuple of float
-        Seconds a call, one entry a round. Entries of the same position were taken one after the other.
+        Seconds a call, one entry a round. Entries of the same position are of one round.
     loops : dict of str to int
         Calls in each entry.
     """
@@ -85,12 +86,14 @@ def compare(
     device: str = "cpu",
     clock: Callable[[], float] = perf_counter,
 ) -> Comparison:
-    """Time callables in turns A B C A B C ..., after a warm-up that also sets how often a turn calls.
+    """Time callables in turns, after a warm-up that also sets how often a turn calls.
+
+    Each round has its own order: a call is slower after one that left the caches full.
 
     Parameters
     ----------
     callables : mapping of str to callable
-        Called without arguments, in this order.
+        Called without arguments.
     baseline : str
         One of the names.
     rounds : int
@@ -127,12 +130,12 @@ def compare(
             loops[name] *= 2
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     with _no_collection():
-        start = clock()
+        start, orders = clock(), Random(0)
         for done in range(rounds):
             if done >= FEWEST_ROUNDS and clock() - start > limit:
                 break
-            for name, function in callables.items():
-                seconds[name].append(timed(function, loops[name]) / loops[name])
+            for name in orders.sample([*callables], len(callables)):
+                seconds[name].append(timed(callables[name], loops[name]) / loops[name])
     return Comparison(baseline, {name: tuple(s) for name, s in seconds.items()}, loops)
 
 

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("entmax")
 
 from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import mumoe_tensor as mt  # noqa: E402
 from benchmarks.probes import kept_bytes  # noqa: E402
@@ -25,6 +26,19 @@ from mumoe_tensor.nn.products import permuted_product, summed_product  # noqa: E
 from mumoe_tensor.testing.strategies import problems  # noqa: E402
 
 ACTIVATIONS = [None, nn.functional.gelu]
+
+
+class Operations(TorchDispatchMode):
+    """The operations that are called, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if not operation.is_view:
+            self.called.append(operation)
+        return operation(*arguments, **(options or {}))
 
 
 def drawn(data: Any, format: str | None, bias: bool | None) -> tuple[SavePolicy, Any, list[Any]]:
@@ -146,10 +160,11 @@ def test_gradients_under_autocast(dtype: Any) -> None:
 
 @st.composite
 def stacks(draw: st.DrawFn) -> tuple[Any, Any, tuple[int, ...] | None]:
-    """Two stacks of matrices, small or large, and an order for the axes of their product."""
+    """Two stacks of matrices, small or large, one perhaps a single matrix, and an order for their product."""
     stack, rows, inner, columns = (draw(st.sampled_from([1, 2, 70])) for _ in range(4))
+    first, second = draw(st.sampled_from([(stack, stack), (stack, 1), (1, stack)]))
     order = draw(st.one_of(st.none(), st.permutations(range(3)).map(tuple)))
-    return torch.randn(stack, rows, inner).double(), torch.randn(stack, inner, columns).double(), order
+    return torch.randn(first, rows, inner).double(), torch.randn(second, inner, columns).double(), order
 
 
 @given(stacks(), st.booleans(), st.booleans())
@@ -162,9 +177,20 @@ def test_products_lie_in_the_order_that_is_asked_for(drawn, is_left_transposed, 
     expected = left @ right if order is None else (left @ right).permute(order)
     result = permuted_product(left, right, order)
     torch.testing.assert_close(result, expected)
-    is_large = expected.numel() // len(left) >= products.LARGE
-    if order is not None and order[-1] != 0 and is_large:
+    is_large = expected.numel() // max(len(left), len(right)) >= products.LARGE
+    if len(left) == len(right) and order is not None and order[-1] != 0 and is_large:
         assert result.is_contiguous() and result._base is None
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_a_matrix_meets_a_stack_without_a_copy(is_left: bool) -> None:
+    matrix, stack = torch.nn.Parameter(torch.randn(1, 3, 3)), torch.randn(5, 3, 3)
+    left, right = (matrix, stack) if is_left else (stack, matrix)
+    with torch.no_grad(), Operations() as operations:
+        product = products.spread_product(left, right)
+    assert operations.called == [torch.ops.aten.bmm.default]
+    torch.testing.assert_close(product, left @ right)
+    assert products.spread_product(matrix, stack[:0]).shape == (0, 3, 3)
 
 
 @pytest.mark.parametrize("inner", [1, 40])  # with a larger sum over few entries the operands are copied
@@ -197,6 +223,10 @@ def test_a_step_of_a_split_layer_equals_plain_steps(format: str, experts: tuple[
     torch.testing.assert_close(in_place, torch.relu(y))
     in_place.backward(gradient)
     with_bias = Experts(512, 1024, experts, format, rank, dtype=torch.float64)
+    with torch.no_grad(), Operations() as operations:
+        with_bias(x, a)
+    assert torch.ops.aten.add_.Tensor in operations.called  # the bias, to no copy of the outputs
+    assert torch.ops.aten.add.Tensor not in operations.called
     with_bias(x, a).backward(gradient)
 
 

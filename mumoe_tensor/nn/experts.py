@@ -25,9 +25,10 @@ from mumoe_tensor.nn.frozen import Folded, are_comparable
 from mumoe_tensor.nn.init import draw, scale_to_linear
 from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.nn.states import WholeState
+from mumoe_tensor.nn.values import copy_weight, is_distributed
 from mumoe_tensor.selections import Index, read_index, read_number
 from mumoe_tensor.spec import LayerSpec, as_spec
-from mumoe_tensor.tensors import FactorizedTensor
+from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
 Init = Literal["linear", "published"]
 
@@ -179,7 +180,7 @@ class Experts(WholeState):
         input or the output alone (low rank, dense) differ from expert to expert from the start.
         """
         weight = self.weight
-        is_sharded = hasattr(weight.arrays[0], "placements")  # by FSDP2: a DTensor
+        is_sharded = is_distributed(weight.arrays[0])
         if is_sharded:
             whole = [
                 x if x is None else torch.empty(x.shape, device=x.device, dtype=x.dtype)
@@ -190,10 +191,7 @@ class Experts(WholeState):
         if self.options["init"] == "linear":
             scale_to_linear(weight, self.in_features)
         if is_sharded:
-            from torch.distributed.tensor import distribute_tensor
-
-            for part, values in zip(self.weight.arrays, weight.arrays, strict=True):
-                part.copy_(distribute_tensor(values, part.device_mesh, part.placements))
+            self.weight = weight
 
     @property
     def factors(self) -> list[Tensor]:
@@ -202,13 +200,37 @@ class Experts(WholeState):
 
     @property
     def weight(self) -> FactorizedTensor:
-        """The factors as a `.FactorizedTensor`: views of the parameters, in declared order, without edits."""
+        """The factors as a `.FactorizedTensor`: views of the parameters, in declared order, without edits.
+
+        One can be set that has the format, the shape and the rank of the layer, as `.decompose` returns it,
+        or a container of TensorLy. Its values are copied into the parameters, which keep their dtype and
+        device and whether they are trained. A ValueError says what does not fit, and nothing is changed.
+
+        Examples
+        --------
+        >>> import numpy as np, mumoe_tensor as mt
+        >>> from mumoe_tensor.nn import MuMoE
+        >>> matrices = np.random.default_rng(0).normal(size=(4, 16, 8))
+        >>> layer = MuMoE(16, 8, experts=4, format="tucker", rank=(4, 16, 8), bias=False)
+        >>> layer.weight, error = mt.decompose(matrices, layer.spec.format, layer.spec.rank)
+        >>> np.abs(layer.expert(2)[0].detach().numpy() - matrices[2]).max() < 1e-4
+        np.True_
+        """
         factors, format = iter(self.factors), self.spec.weight_format
         views: list[Any] = [
             None if f.optional else next(factors).permute([f.memory_order.index(x) for x in f.indices])
             for f in format.declaration(len(self.num_experts))
         ]
         return FactorizedTensor(format, views, self.spec.mode_sizes)
+
+    @weight.setter
+    def weight(self, weight: Any) -> None:
+        if not all(isinstance(factor, nn.Parameter) and not factor.is_meta for factor in self.factors):
+            raise ValueError(
+                "factors must be parameters with values to be set; some are on the meta device, or pruning "
+                "or a parametrization computes them."
+            )
+        copy_weight(as_factorized(weight), self.weight)
 
     @property
     def terms(self) -> tuple[FactorizedTensor, ...]:

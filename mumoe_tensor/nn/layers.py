@@ -132,8 +132,8 @@ class Layer(WholeState):
         """As for every module, but refuses the weight or bias of another layer, which would be tied."""
         if name in ("weight", "bias"):
             raise TypeError(
-                f"a {type(self).__name__} has factors and no {name} that can be set or shared with another "
-                "module: do not tie it (in transformers, config.tie_word_embeddings = False)."
+                f"a {type(self).__name__} has factors and no {name} that can be a parameter or shared "
+                "with another module: do not tie it (in transformers, config.tie_word_embeddings = False)."
             )
         super().register_parameter(name, param)
 
@@ -367,8 +367,15 @@ class MuMoE(Layer):
 
     @property
     def weight(self) -> FactorizedTensor:
-        """The weight of all experts: a `.FactorizedTensor` of views of the parameters."""
+        """The weight of all experts: a `.FactorizedTensor` of views of the parameters.
+
+        It can be set; see `Experts.weight`.
+        """
         return self.experts.weight
+
+    @weight.setter
+    def weight(self, weight: Any) -> None:
+        self.experts.weight = weight
 
     def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
         """Matrix of shape (in_features, out_features) and bias of one expert; see `Experts.expert`."""

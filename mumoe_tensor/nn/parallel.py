@@ -117,9 +117,13 @@ class ShardedExperts(Experts):
     @property
     def weight(self) -> FactorizedTensor:
         raise ValueError(
-            f"a weight must be whole to be looked at, initialised or written; here is a part of bond "
+            f"a weight must be whole to be looked at, set, initialised or written; here is a part of bond "
             f"{self.bond!r}, from {self.start} on of {self.whole_size}. Use gather(layer) on every process."
         )
+
+    @weight.setter
+    def weight(self, weight: Any) -> None:
+        _ = self.weight  # which is refused
 
     def _mix(self, factors: list[Tensor], z: Tensor, coefficients: Sequence[Tensor], *options: Any) -> Tensor:
         whole = [k for k, axes in enumerate(self.axes) if self.bond not in axes]

@@ -48,8 +48,7 @@ class Published(NamedTuple):
                 f"gate_norm={gate.gate_norm!r} for {sorted(self.statistics)}."
             )
         for layer, weight in zip(layers, self.weights, strict=True):
-            for view, array in zip(layer.weight.arrays, weight.arrays, strict=True):
-                view.copy_(array)
+            layer.weight = weight
 
 
 def read_published(state: Mapping[str, Tensor], format: str | Format, num_weights: int) -> Published:

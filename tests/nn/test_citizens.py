@@ -225,7 +225,7 @@ def test_there_is_no_bias_or_weight_to_share(kind: str) -> None:
     layer = made(kind)
     assert layer.bias is None
     for name in ("weight", "bias"):
-        with pytest.raises(TypeError, match=f"no {name} that can be set or shared"):
+        with pytest.raises(TypeError, match=f"no {name} that can be a parameter or shared"):
             setattr(layer, name, nn.Parameter(torch.zeros(5, 8)))
     with pytest.raises(AttributeError, match="'size': it holds factors, and to_dense"):
         layer.experts.weight.size() if kind != "block" else layer.weights[0].size()

@@ -1,0 +1,72 @@
+"""Values of a weight, copied into the factors of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mumoe_tensor.backend import to_float64
+from mumoe_tensor.formats.base import Format, Rank, mode_names
+from mumoe_tensor.nn.init import declared, index_sizes
+from mumoe_tensor.tensors import FactorizedTensor
+
+
+@torch.no_grad()
+def copy_weight(weight: FactorizedTensor, target: FactorizedTensor) -> None:
+    """Copy a weight of any backend into that of a layer, or raise a ValueError if it has other sizes."""
+    got, expected = _outline(weight), _outline(target)
+    if got != expected:
+        raise ValueError(
+            "the weight of these experts must have (format, shape, rank) "
+            f"{', '.join(map(str, expected))}, bias rows counted; got {', '.join(map(str, got))}."
+        )
+    for term, place in zip(weight.terms, target.terms, strict=True):
+        for values, factor in zip(_values_of(term), place.factors, strict=True):
+            if factor is not None:
+                values = values.to(factor.device, factor.dtype).expand(factor.shape)
+                if is_distributed(factor):
+                    from torch.distributed.tensor import distribute_tensor
+
+                    values = distribute_tensor(values, factor.device_mesh, factor.placements)
+                factor.copy_(values)
+
+
+def _outline(weight: FactorizedTensor) -> list[tuple[Format, tuple[int, ...], Rank]]:
+    """Format, shape and rank of each term; the format with the sizes of its parts, default or not."""
+    outline = []
+    for term in weight.terms:
+        sizes, parts = index_sizes(term), {x: term.format.parts(x) for x in mode_names(term.num_levels)}
+        splits = {x: [sizes[part] for part in p] for x, p in parts.items() if p != (x,) and {*p} <= {*sizes}}
+        outline.append((term.format.with_splits(splits), term.shape, term.rank))
+    return outline
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is divided over processes, as FSDP2 does."""
+    return hasattr(tensor, "placements")
+
+
+def _values_of(term: FactorizedTensor) -> list[Tensor]:
+    """The factors of a term, with ones for those that are missing.
+
+    Optional factors, which layers do not have, are multiplied into the first one that has their axes.
+    """
+    values = [
+        torch.ones(())
+        if factor is None
+        else factor.detach()
+        if isinstance(factor, Tensor)
+        else torch.from_numpy(to_float64(factor))
+        for factor in term.factors
+    ]
+    indices = [f.indices for f in declared(term)]
+    for k, f in enumerate(declared(term)):
+        if f.optional and term.factors[k] is not None:
+            j = next(j for j, other in enumerate(indices) if j != k and set(f.indices) <= set(other))
+            weights = values[k].permute([f.indices.index(x) for x in indices[j] if x in f.indices])
+            values[j] = (
+                values[j] * weights[tuple(slice(None) if x in f.indices else None for x in indices[j])]
+            )
+    return values

@@ -134,6 +134,14 @@ def test_cost_without_levels_gate_or_hidden_size() -> None:
     assert "gate" not in run("cost dense --experts none --in-features 9 --out-features 5")
 
 
+def test_cost_shows_padding() -> None:
+    padded = '\'{"name":"btt","splits":{"i":[2,5]}}\''
+    line = f"cost {padded} --experts none --in-features 9 --hidden 8 --out-features 4 --rank 2"
+    assert run(line).endswith("in_features 9 padded to 10\nhidden 8 padded to 10\n")
+    assert figures(line)["padded"] == {"in_features": 10, "hidden": 10}
+    assert "padded" not in run(COST) and figures(COST)["padded"] == {}
+
+
 def test_fit() -> None:
     found = figures(FIT)
     sizes = {"experts": 64, "in_features": 768, "out_features": 1000, "bias": True, "gate": True}

@@ -149,7 +149,10 @@ def cost(
     if as_json:
         gate_figures = {"gate_parameters": total.gate_parameters, "gate_flops": total.gate_flops}
         parts = [part for _, part in columns]
-        print_json({"format": format, **figures, **gate_figures, "unit": unit, "layers": parts})
+        padded = {name: held for name, (_, held) in total.spec.padding.items()}
+        print_json(
+            {"format": format, **figures, **gate_figures, "unit": unit, "padded": padded, "layers": parts}
+        )
         return
     if gate:
         columns.append(("gate", {"parameters": total.gate_parameters, "flops": total.gate_flops}))
@@ -162,6 +165,8 @@ def cost(
     for column in table.columns[1:]:
         column.justify = "right"
     show(table)
+    for name, (size, held) in total.spec.padding.items():
+        print(f"{name} {size:,} padded to {held:,}")
 
 
 def fit(

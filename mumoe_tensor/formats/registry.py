@@ -94,12 +94,13 @@ def get_format(format: AnyFormat) -> Format:
     if not settings and name in _registry:
         return _registry[name]
     kind = _composed.get(name) or type(_registry[name])
+    arguments = {key: _as_tuples(value) for key, value in settings.items() if key != "splits"}
     try:
-        splits = settings.pop("splits", None)
-        made = kind(**{key: _as_tuples(value) for key, value in settings.items()})
-        made = made if splits is None else made.with_splits(splits)
+        made = kind(**arguments)
+        made = made if settings.get("splits") is None else made.with_splits(settings["splits"])
     except TypeError as error:
-        raise ValueError(f"format {name!r} cannot be made with {settings}: {error}.") from None
+        why = str(error).removesuffix(".")
+        raise ValueError(f"format {name!r} cannot be made with {settings}: {why}.") from None
     return get_format(made)
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mumoe_tensor.formats.registry import config_entry, formats
+from mumoe_tensor.formats.registry import config_entry, formats, get_format
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.subjects import Subject
 
@@ -58,11 +58,7 @@ class Meter(NamedTuple):
 def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     """As `peaks`, in this process."""
     # After a step of a small module, libraries are loaded and their buffers allocated.
-    spec = subject.spec
-    small = replace(
-        spec, in_features=8, hidden=spec.hidden and 8, out_features=8, experts=(2,) * spec.num_levels,
-        rank=(1,) * len(spec.full_rank),
-    )  # fmt: skip
+    spec, small = subject.spec, _small(subject.spec)
     replace(subject, spec=small).build(device)(torch.randn(4, 8, device=device)).sum().backward()
     meter = METERS[device]
     before = meter.now()
@@ -76,6 +72,17 @@ def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     module.train()
     module(x.requires_grad_()).sum().backward()
     return forward, meter.peak() - before
+
+
+def _small(spec: LayerSpec) -> LayerSpec:
+    """A layer of 8 features and 2 experts a level, of rank one."""
+    sizes: dict[str, Any] = {
+        "in_features": 8, "hidden": spec.hidden and 8, "out_features": 8, "experts": (2,) * spec.num_levels
+    }  # fmt: skip
+    try:
+        return replace(spec, **sizes, rank=(1,) * len(spec.full_rank))
+    except ValueError:  # the format has parts or slices of other sizes
+        return replace(spec, **sizes, format=get_format("tr"), rank=(1,) * (spec.num_levels + 2))
 
 
 def growth(call: Callable[[], object], device: str = "cpu") -> int:

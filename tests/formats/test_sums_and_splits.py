@@ -116,6 +116,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"769; near it are 768 = 24·32 and 770 = 22·35",
     ),
+    "splits that are no dict": (
+        lambda: mt.get_format({"name": "btt", "splits": 3}),
+        ValueError,
+        r"'btt' cannot be made with \{'splits': 3\}: splits must be a dict.* got 3\.$",
+    ),
     "too small a product": (
         lambda: mt.LayerSpec({"name": "btt", "splits": {"i": [2, 2]}}, **SIZES),
         ValueError,

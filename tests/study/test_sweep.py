@@ -18,7 +18,7 @@ import pytest
 import torch
 from samples import SMALL
 
-from mumoe_tensor import LayerSpec
+from mumoe_tensor import LayerSpec, sliced, sum_of
 from mumoe_tensor import study as studies
 from mumoe_tensor.formats import get_format, registry
 from mumoe_tensor.study import memory, quality
@@ -200,6 +200,21 @@ def test_peaks_grow_with_what_is_held() -> None:
     forward, step = memory.peaks(Subject(dense(2048, 2048), BASELINE), 4, "cpu")
     assert 15 * 2**20 < forward < 24 * 2**20
     assert 31 * 2**20 < step < 44 * 2**20
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["btt", {"name": "tt-matrix", "splits": {"i": 4, "o": 4}}, sum_of("cp", sliced("cp", 2, 5))],
+    ids=repr,
+)
+@pytest.mark.parametrize("hidden", [None, 24])
+def test_a_small_layer_comes_before_any_that_is_measured(
+    format: Any, hidden: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = (2,) * len(get_format(format).bonds(1))
+    spec = LayerSpec(format, experts=5, in_features=24, hidden=hidden, out_features=16, rank=rank, bias=True)
+    monkeypatch.setitem(memory.METERS, "cpu", memory.Meter(lambda: None, lambda: 3, lambda: 5))
+    assert memory.measure(Subject(spec), 4, "cpu") == (2, 2)
 
 
 def test_on_a_device_memory_is_what_is_allocated_once_its_work_is_done(

@@ -130,20 +130,16 @@ def _index_sizes(
 def _size(
     has_bias_term: bool, terms: Sequence[tuple[Format, Mapping[str, int]]], level: int, mode: str
 ) -> int | None:
-    """Size of a mode of the weight: that of a term which has it whole, else of the smallest product of parts.
+    """Size of a mode of the weight: the least that a term has, for parts may hold more.
 
     None if it does not follow from the factors.
     """
-    whole: list[int] = []
-    products: list[int] = []
-    for term, sizes in terms:
-        parts = term.parts(mode)
-        if term.window(level) is None and all(part in sizes for part in parts):
-            size = prod([sizes[part] for part in parts]) + (mode == "i" and has_bias_term)
-            (whole if parts == (mode,) else products).append(size)
-    if whole:
-        return whole[0]
-    return min(products) if products else None
+    held = [
+        prod([sizes[part] for part in term.parts(mode)]) + (mode == "i" and has_bias_term)
+        for term, sizes in terms
+        if term.window(level) is None and all(part in sizes for part in term.parts(mode))
+    ]
+    return min(held) if held else None
 
 
 def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -> Format:

@@ -279,6 +279,11 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "a slice must be of experts that there are",
     ),
+    "a slice of a level that there is not": (
+        lambda: match(mt.sliced("dense", 1, 3, level=1), [ones((2, 6, 8))], (2, 6, 8)),
+        ValueError,
+        r"takes some of level 1 up to 3, of levels with \(2,\) experts",
+    ),
     "a bias row that a term has too": (
         lambda: match(mt.sum_of("dense", Bias()), [ones((7, 8)), ones(8)], (7, 8)),
         ValueError,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mumoe_tensor as mt
-from mumoe_tensor.formats import Bias, by_kind
+from mumoe_tensor.formats import Bias, Sum, by_kind
 from mumoe_tensor.formats.registry import config_entry
 
 SIZES: dict[str, Any] = dict(experts=4, in_features=6, out_features=8)
@@ -69,6 +69,33 @@ def test_splits_that_are_none_are_refused(splits: Any, error: type[Exception]) -
 def test_the_default_is_the_most_balanced_factorization(size: int, count: int, parts: Any) -> None:
     format = mt.formats()["kron"].with_splits({"i": count, "o": count})
     assert format.part_sizes((size, size)) == parts * 2
+
+
+@pytest.mark.parametrize("name", [name for name, f in mt.formats().items() if not isinstance(f, Sum)])
+@pytest.mark.parametrize("experts", [(), (3,), (3, 9)])
+def test_the_default_rank_of_a_term_is_that_of_its_format(name: str, experts: tuple[int, ...]) -> None:
+    format = mt.formats()[name]
+    for t in (1, 3, 20):
+        shared = mt.shared(format).rank_family((*experts, 12, 20), t)
+        assert shared == format.rank_family((12, 20), t)
+        if experts:
+            of_slice = mt.sliced(format, 1, 3, len(experts) - 1).rank_family((*experts, 12, 20), t)
+            assert of_slice == format.rank_family((*experts[:-1], 2, 12, 20), t)
+        total = mt.sum_of(mt.shared(format), format).rank_family((*experts, 12, 20), t)
+        assert total == (*shared, *format.rank_family((*experts, 12, 20), t))
+
+
+def test_parts_of_expert_modes_have_names_of_their_own() -> None:
+    format = mt.formats()["cp"].with_splits({"n1": 2})
+    assert format.modes(11) == ("n1_1", "n1_2", *(f"n{e}" for e in range(2, 12)), "i", "o")
+    assert len(format.declaration(11)) == 15
+
+
+class LeftOut(mt.Format):
+    name, title, omits, splits = "left-out", "Left out", ("n",), {"n1": 2}
+
+    def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+        return [mt.Factor("n1_1 i o")]
 
 
 class WholeInput(mt.Format):
@@ -176,6 +203,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: mt.get_format(WholeInput()).declaration(1),
         ValueError,
         "every mode must be in a factor; WholeInput leaves out 'i1'",
+    ),
+    "a part of a mode left out": (
+        lambda: mt.get_format(LeftOut()).declaration(1),
+        ValueError,
+        "every mode must be in a factor; LeftOut leaves out 'n1_2'",
     ),
     "experts of which no factor has all": (
         lambda: mt.FactorizedTensor(mt.sliced("hadamard", 0, 2), [ones((2, 8)), ones((6, 8))]),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
+from mumoe_tensor.decomposition import blocks
 
 
 def left_out(matrices: Any, r: int) -> float:
@@ -21,9 +22,9 @@ def left_out(matrices: Any, r: int) -> float:
 @given(r=st.integers(1, 4), seed=st.integers(0, 99))
 def test_a_matrix_is_fitted_block_by_block(r: int, seed: int) -> None:
     matrix = np.random.default_rng(seed).standard_normal((6, 12))
-    blocks = matrix.reshape(2, 3, 3, 4).transpose(0, 2, 1, 3)
-    assert mt.decompose(matrix, "btt", r)[1] == pytest.approx(left_out(blocks, r), abs=1e-12)
-    assert mt.decompose(matrix, "monarch")[1] == pytest.approx(left_out(blocks, 1), abs=1e-12)
+    of_matrix = matrix.reshape(2, 3, 3, 4).transpose(0, 2, 1, 3)
+    assert mt.decompose(matrix, "btt", r)[1] == pytest.approx(left_out(of_matrix, r), abs=1e-12)
+    assert mt.decompose(matrix, "monarch")[1] == pytest.approx(left_out(of_matrix, 1), abs=1e-12)
 
 
 @given(r=st.integers(1, 4), experts=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 99))
@@ -42,3 +43,24 @@ def test_experts_begin_with_singular_vectors(format: str, rank: Any, experts: tu
         if format == "monarch":
             assert mt.decompose(truth, format, rank, n_restarts=1, n_iter=2)[1] < 1e-12
         assert mt.decompose(truth, format, rank, n_restarts=1)[1] < 1e-6
+
+
+@pytest.mark.parametrize("format, rank", [("monarch", None), ("btt", 1)])
+@pytest.mark.parametrize("experts", [(5,), (2, 3)])
+def test_of_rank_one_the_first_start_has_the_blocks_but_for_their_scale(
+    format: str, rank: Any, experts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = mt.FactorizedTensor.random(
+        format, experts=experts, in_features=6, out_features=8, rank=rank, seed=0
+    )
+    starts: list[Any] = []
+    monkeypatch.setattr(blocks, "alternate", lambda _, __, start, *___: starts.append(start) or start)
+    mt.decompose(mt.to_dense(truth), format, rank, n_restarts=1)
+
+    def directions(factors: Any) -> Any:
+        dense = mt.to_dense(mt.FactorizedTensor(format, factors)).reshape(-1, 2, 3, 2, 4)
+        each = dense.transpose(1, 3, 0, 2, 4).reshape(4, -1)
+        each /= np.linalg.norm(each, axis=1, keepdims=True)
+        return each * np.sign(each[:, :1])
+
+    np.testing.assert_allclose(directions(starts[0]), directions(truth.factors), atol=1e-9)

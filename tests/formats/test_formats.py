@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 import mumoe_tensor as mt
 from mumoe_tensor.testing import specs
@@ -115,7 +115,11 @@ def test_memory_order(format: str, order: str) -> None:
     assert " | ".join(" ".join(f.memory_order) for f in declared) == order
 
 
+SLICE = mt.sum_of(mt.sliced("cp", 0, 2), "cp")
+
+
 @given(specs(most=9))
+@example(mt.LayerSpec(SLICE, experts=3, in_features=2, out_features=2, rank=(1, 2)))
 def test_shapes_follow_modes_and_rank(spec: mt.LayerSpec) -> None:
     format, levels, rank = spec.weight_format, spec.num_levels, spec.full_rank
     shapes = []
@@ -125,6 +129,10 @@ def test_shapes_follow_modes_and_rank(spec: mt.LayerSpec) -> None:
         assert tuple(size.values()) == (*term.format.part_sizes(term.mode_sizes), *term.rank)
         shapes += [tuple(size[x] for x in f.indices) for f in term.format.declaration(levels)]
     assert format.shapes(spec.mode_sizes, rank) == shapes
+    sizes: dict[str, int] = {}
+    for f, shape in zip(format.declaration(levels), shapes, strict=True):
+        for index, size in zip(f.indices, shape, strict=True):
+            assert sizes.setdefault(index, size) == size, "an index has one size in all terms of a sum"
     assert format.check_rank(rank, levels) == rank
     if len(rank) == 1:
         assert format.check_rank(rank[0], levels) == rank

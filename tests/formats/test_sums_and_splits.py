@@ -241,6 +241,13 @@ def test_the_error_for_a_rank_of_a_sum_names_the_bonds_of_all_terms(rank: Any) -
         mt.LayerSpec(mt.sum_of(mt.shared("dense"), "cp", "cp"), **SIZES, rank=rank)
 
 
+@pytest.mark.parametrize("wrap", [mt.shared, lambda format: mt.sliced(format, 0, 2)])
+@pytest.mark.parametrize("format", [mt.shared("cp"), mt.sliced("cp", 0, 2), Bias()], ids=repr)
+def test_a_term_of_a_term_is_refused(wrap: Any, format: mt.Format) -> None:
+    with pytest.raises(TypeError, match="must be of a format that is no sum or term, got "):
+        wrap(format)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_refused(case: str) -> None:
     call, error, message = BAD[case]

@@ -14,7 +14,7 @@ from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a layer, or of a block of two, and of the gate where that is counted.
+    """Cost of a layer, or of a block, and of the gate where that is counted.
 
     Attributes
     ----------
@@ -80,15 +80,17 @@ class Cost:
     def saved(self) -> int:
         """Kept for the backward pass besides parameters, coefficients and the inputs of the first layer.
 
-        Between two layers these are the activations before and after the nonlinearity.
+        Between two layers these are the activations before and after the nonlinearity, and in a gated block
+        what they are multiplied with and the product.
         """
         first = self.plans[0]
-        hidden = 2 * first.batch * (self.spec.hidden or 0) * first.itemsize
+        count = 4 if self.spec.gated else 2
+        hidden = count * first.batch * (self.spec.hidden or 0) * first.itemsize
         return sum(plan.saved for plan in self.plans) + hidden
 
     @property
     def max_expert_rank(self) -> int:
-        """Largest rank the matrix of an expert can have, the smaller one of two layers."""
+        """Largest rank the matrix of an expert can have, the smallest of a block's."""
         return self.spec.max_expert_rank
 
     def __str__(self) -> str:
@@ -116,7 +118,7 @@ def cost(
     dtype: str | None = None,
     **sizes: Unpack[Sizes],
 ) -> Cost:
-    """Cost of a layer of experts, or of a block of two; the gate is counted only with ``gate=True``.
+    """Cost of a layer of experts, or of a block; the gate is counted only with ``gate=True``.
 
     Parameters
     ----------

@@ -25,13 +25,14 @@ class Sizes(TypedDict, total=False):
     in_features: int
     out_features: int
     hidden: int | None
+    gated: bool
     rank: int | Sequence[int | None] | None
     bias: bool
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class LayerSpec:
-    """Format and sizes of a layer of experts, or of a block of two layers that share one gate.
+    """Format and sizes of a layer of experts, or of a block of two or three layers that share one gate.
 
     Functions of layers (`plan`, `cost`, `fit_rank`, `FactorizedTensor.random`) take a spec, or its arguments.
 
@@ -42,7 +43,10 @@ class LayerSpec:
         Number of experts, one number a level; ``()`` for no level.
     in_features, out_features : int
     hidden : int, optional
-        Size between the two layers of a block, which have one rank.
+        Size between the layers of a block, which have one rank.
+    gated : bool, default False
+        A block of three layers, as SwiGLU and GEGLU: the layer to the hidden size is there twice, and the
+        activation of the one is multiplied with the outputs of the other.
     rank : int or sequence of int and None, optional
         One entry a bond of the format; see `Format.bonds`. `fitted` solves for a rank that is left out, or
         for the one entry that is None. As an attribute a tuple, as `experts`, or None.
@@ -69,6 +73,7 @@ class LayerSpec:
     in_features: int
     out_features: int
     hidden: int | None
+    gated: bool
     rank: tuple[int | None, ...] | None
     bias: bool
 
@@ -80,11 +85,15 @@ class LayerSpec:
         in_features: int,
         out_features: int,
         hidden: int | None = None,
+        gated: bool = False,
         rank: int | Sequence[int | None] | None = None,
         bias: bool = False,
     ):
         format = get_format(format)
         check_flag(bias, "bias")
+        check_flag(gated, "gated")
+        if gated and hidden is None:
+            raise ValueError("gated must be False for a layer without hidden, got gated=True.")
         counts = expert_counts(experts)
         is_open = rank is None and format.bonds(len(counts))
         if format.has_bias_term and not bias:
@@ -95,6 +104,7 @@ class LayerSpec:
             "in_features": as_positive(in_features, "in_features"),
             "out_features": as_positive(out_features, "out_features"),
             "hidden": None if hidden is None else as_positive(hidden, "hidden"),
+            "gated": gated,
             "rank": None if is_open else format.check_rank(rank, len(counts)),
             "bias": bias,
         }
@@ -108,7 +118,8 @@ class LayerSpec:
     def __repr__(self) -> str:
         parts = [repr(label(self.format))]
         parts += [f"{name}={getattr(self, name)}" for name in ("experts", "in_features", "out_features")]
-        parts += [f"{name}={value}" for name in ("hidden", "rank", "bias") if (value := getattr(self, name))]
+        optional = ("hidden", "gated", "rank", "bias")
+        parts += [f"{name}={value}" for name in optional if (value := getattr(self, name))]
         return f"LayerSpec({', '.join(parts)})"
 
     @property
@@ -118,17 +129,19 @@ class LayerSpec:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        """The specs of the single layers: this one, or the two of a block."""
+        """The specs of the single layers: this one, or those of a block, from the input to the output."""
         if self.hidden is None:
             return (self,)
-        up = replace(self, out_features=self.hidden, hidden=None)
-        return up, replace(up, in_features=self.hidden, out_features=self.out_features)
+        up = replace(self, out_features=self.hidden, hidden=None, gated=False)
+        down = replace(up, in_features=self.hidden, out_features=self.out_features)
+        return (up, up, down) if self.gated else (up, down)
 
     @property
     def mode_sizes(self) -> tuple[int, ...]:
         """Shape (N1, ..., NE, I, O) of the weight of a single layer, the bias row counted in I."""
         if self.hidden is not None:
-            raise ValueError(f"a block has two weights, each with its spec in `layers`; got {self!r}.")
+            count = "three" if self.gated else "two"
+            raise ValueError(f"a block has {count} weights, each with its spec in `layers`; got {self!r}.")
         return (*self.experts, self.in_features + self.bias, self.out_features)
 
     @property
@@ -146,7 +159,7 @@ class LayerSpec:
         """Sizes of the modes that are padded, and those that their parts hold, by ``"in_features"`` etc."""
         padding = {}
         names = ("in_features", "hidden", "out_features") if self.hidden else ("in_features", "out_features")
-        for k, layer in enumerate(self.layers):
+        for k, layer in enumerate(self.layers[-2:]):
             terms = self.weight_format.summands(self.num_levels)
             for mode, name, size in zip(
                 "io", names[k:], (layer.in_features, layer.out_features), strict=False
@@ -180,12 +193,12 @@ class LayerSpec:
 
     @property
     def dense_parameters(self) -> int:
-        """Parameters of the dense layer, or of the two of a block, with biases if `bias` is true."""
+        """Parameters of the dense layer, or of those of a block, with biases if `bias` is true."""
         return sum((layer.in_features + self.bias) * layer.out_features for layer in self.layers)
 
     @cached_property
     def max_expert_rank(self) -> int:
-        """Largest rank the matrix of an expert can have, the bias row left out; the smaller of a block's two.
+        """Largest rank the matrix of an expert can have, the bias row left out; the smallest of a block's.
 
         With the expert modes sliced the factors are a network between the input and the output. Each
         partition of the factors into an input side and an output side writes the matrix as a product whose
@@ -287,7 +300,7 @@ class LayerSpec:
                 f"{self.weight_parameters:,} parameters without the gate."
             )
         if (rank := self.rank) is None:
-            # Two layers share a rank, so the smaller of their sizes bounds it.
+            # The layers of a block share a rank, so the smallest of their sizes bounds it.
             sizes = tuple(map(min, zip(*(layer.mode_sizes for layer in self.layers), strict=True)))
             return lambda t: self.weight_format.rank_family(sizes, t)
         if rank.count(None) != 1:
@@ -370,12 +383,13 @@ def as_budget(parameters: int | str, dense: int) -> int:
 
 
 def dense_parameters(
-    in_features: int, out_features: int, hidden: int | None = None, bias: bool = True
+    in_features: int, out_features: int, hidden: int | None = None, bias: bool = True, gated: bool = False
 ) -> int:
-    """Parameters of the dense layer, or with `hidden` of the two, that a mixture takes the place of."""
+    """Parameters of the dense layer, or with `hidden` of the block, that a mixture takes the place of."""
     return LayerSpec(
-        "dense", experts=(), in_features=in_features, out_features=out_features, hidden=hidden, bias=bias
-    ).dense_parameters
+        "dense", experts=(), in_features=in_features, out_features=out_features, hidden=hidden, bias=bias,
+        gated=gated,
+    ).dense_parameters  # fmt: skip
 
 
 def _most_rank(layer: LayerSpec, rank: Rank) -> int:

@@ -121,6 +121,9 @@ def test_cost() -> None:
     for name in names:
         assert f"{getattr(expected, name):,}" in table
     assert "768 → 3072" in table and "3072 → 768" in table
+    gated = figures(f"{COST} --gated")
+    assert gated["parameters"] == found["parameters"] + found["layers"][0]["parameters"]
+    assert run(f"{COST} --gated").count("768 → 3072") == 2
 
 
 def test_layers_of_equal_sizes_have_a_column_each() -> None:
@@ -160,6 +163,7 @@ def test_fit_matches_the_dense_block_and_rounds() -> None:
     assert figures(f"{line} down")["budget"] == 41 * 50 + 51 * 30
     below, above = (figures(f"{line} {r}")["parameters"] for r in ("down", "up"))
     assert below < 41 * 50 + 51 * 30 < above
+    assert figures(f"{line} down --gated")["budget"] == 2 * 41 * 50 + 51 * 30
 
 
 def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,9 @@ GPT2 = dict(in_features=768, hidden=3072, out_features=768, bias=True, gate=True
 @st.composite
 def layers_and_blocks(draw) -> LayerSpec:
     spec, hidden = draw(specs(most=12)), draw(st.none() | st.integers(1, 12))
+    gated = hidden is not None and draw(st.booleans())
     try:
-        return replace(spec, hidden=hidden)
+        return replace(spec, hidden=hidden, gated=gated)
     except ValueError:  # the parts of the layer do not hold it
         return spec
 
@@ -50,7 +51,8 @@ def test_parameters_are_those_of_the_torch_layer(spec: LayerSpec) -> None:
     nn = pytest.importorskip("mumoe_tensor.nn")
     sizes = [n for n in (spec.in_features, spec.hidden, spec.out_features) if n is not None]
     make = nn.MuMoE if spec.hidden is None else nn.MuMoEMLP
-    module = make(*sizes, spec.experts, spec.format, spec.rank, bias=spec.bias, device="meta")
+    options = {"gated": True} if spec.gated else {}
+    module = make(*sizes, spec.experts, spec.format, spec.rank, bias=spec.bias, device="meta", **options)
     counted = sum(parameter.numel() for parameter in module.parameters())
     assert spec.parameters == spec.weight_parameters + spec.gate_parameters == counted
     assert mt.cost(spec, gate=True).parameters == counted
@@ -59,10 +61,11 @@ def test_parameters_are_those_of_the_torch_layer(spec: LayerSpec) -> None:
 @given(SPECS, st.integers(1, 100))
 def test_functions_take_a_spec_or_its_arguments(spec: LayerSpec, batch: int) -> None:
     sizes = {name: getattr(spec, name) for name in ("experts", "in_features", "out_features", "rank", "bias")}
-    assert mt.cost(spec, batch=batch) == mt.cost(spec.format, hidden=spec.hidden, batch=batch, **sizes)
+    block = {"hidden": spec.hidden, "gated": spec.gated}
+    assert mt.cost(spec, batch=batch) == mt.cost(spec.format, batch=batch, **sizes, **block)
     if spec.hidden is not None:
         for function in (mt.plan, mt.FactorizedTensor.random):
-            with pytest.raises(ValueError, match="a block has two weights"):
+            with pytest.raises(ValueError, match=f"a block has {'three' if spec.gated else 'two'} weights"):
                 function(spec)
         return
     assert mt.plan(spec, batch=batch) == mt.plan(format=spec.format, batch=batch, **sizes)
@@ -80,8 +83,18 @@ def test_the_layers_of_a_block() -> None:
     )
     assert [layer.mode_sizes for layer in block.layers] == [(4, 2, 6, 7), (4, 2, 8, 3)]
     assert block.weight_parameters == sum(layer.weight_parameters for layer in block.layers)
-    (up, _) = block.layers
+    (up, down) = block.layers
     assert up.layers == (up,) and up.rank == block.rank
+    gated = replace(block, gated=True)
+    assert gated.layers == (up, up, down) and gated != block
+    assert (
+        gated.dense_parameters == block.dense_parameters + 6 * 7 == mt.dense_parameters(5, 3, 7, gated=True)
+    )
+    assert gated.gate_parameters == block.gate_parameters and gated.max_expert_rank == block.max_expert_rank
+    costs, of_up = [mt.cost(spec, batch=8) for spec in (block, gated)], mt.cost(up, batch=8)
+    assert costs[1].flops - costs[0].flops == of_up.flops
+    # Beside what the products save: both hidden features, the activation and the product.
+    assert costs[1].saved - costs[0].saved == of_up.saved + 2 * 8 * 7
 
 
 SIZES = dict(experts=4, in_features=6, out_features=5)
@@ -94,6 +107,8 @@ SIZES = dict(experts=4, in_features=6, out_features=5)
         (lambda: LayerSpec("cp", **SIZES | {"experts": (2,) * 17}), ValueError, "at most 16 levels .*got 17"),
         (lambda: LayerSpec("cp", **SIZES, hidden=-1), ValueError, "hidden must be positive, got -1"),
         (lambda: LayerSpec("cp", **SIZES, hidden=2.0), TypeError, "hidden must be an integer"),
+        (lambda: LayerSpec("cp", **SIZES, gated=True), ValueError, "gated must be False for a layer without"),
+        (lambda: LayerSpec("cp", **SIZES, hidden=2, gated=1), TypeError, "gated must be True or False"),
         (lambda: LayerSpec("cp", **SIZES, bias=1), TypeError, "bias must be True or False"),
         (lambda: LayerSpec("cp", **SIZES, rank=(2, 3)), ValueError, "has 1 entries"),
         (lambda: LayerSpec("dense", **SIZES, rank=2), ValueError, "no entries"),

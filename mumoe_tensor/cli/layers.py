@@ -17,6 +17,7 @@ from mumoe_tensor.cli.options import (
     Experts,
     FormatName,
     Gate,
+    Gated,
     Hidden,
     Implementation,
     Imports,
@@ -112,6 +113,7 @@ def cost(
     in_features: InFeatures,
     out_features: OutFeatures,
     hidden: Hidden = None,
+    gated: Gated = False,
     rank: Rank = None,
     batch: Batch = 1,
     bias: Bias = False,
@@ -124,14 +126,14 @@ def cost(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a layer, or a block of two, costs: parameters, FLOPs, memory, expert rank.
+    """Say what a layer, or a block, costs: parameters, FLOPs, memory, expert rank.
 
     Example: `mumoe-tensor cost cp --experts 256 --in-features 768 --hidden 3072
     --out-features 768 --rank 556 --bias --gate`
     """
     with bad_input():
         total = mt.cost(
-            read_spec(format, experts, in_features, out_features, hidden, rank, bias),
+            read_spec(format, experts, in_features, out_features, hidden, rank, bias, gated),
             gate=gate,
             batch=batch,
             minimize=minimize,  # type: ignore[arg-type]
@@ -175,6 +177,7 @@ def fit(
     in_features: InFeatures,
     out_features: OutFeatures,
     hidden: Hidden = None,
+    gated: Gated = False,
     rank: OpenRank = None,
     parameters: Parameters = "match",
     bias: Bias = False,
@@ -189,7 +192,7 @@ def fit(
     --rank '4,4,?' --parameters 769000 --bias --gate`
     """
     with bad_input():
-        spec = read_spec(format, experts, in_features, out_features, hidden, rank, bias)
+        spec = read_spec(format, experts, in_features, out_features, hidden, rank, bias, gated)
         budget = as_budget(read_budget(parameters), spec.dense_parameters)
         fitted = spec.fitted(budget, rounding=rounding, gate=gate)  # type: ignore[arg-type]
     gate_parameters = fitted.gate_parameters if gate else 0

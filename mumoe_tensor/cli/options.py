@@ -35,6 +35,12 @@ OutFeatures = Annotated[int, typer.Option(help="Size of the output.", show_defau
 Hidden = Annotated[
     int | None, typer.Option(help="Count two layers with this size between them.", show_default=False)
 ]
+Gated = Annotated[
+    bool,
+    typer.Option(
+        "--gated/--no-gated", help="With --hidden: the first layer twice, one a factor of the other."
+    ),
+]
 Rank = Annotated[
     str | None,
     typer.Option(help="One number a bond, e.g. 64,128,128; see `mumoe-tensor formats`.", show_default=False),

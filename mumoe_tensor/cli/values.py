@@ -62,6 +62,7 @@ def read_spec(
     hidden: int | None = None,
     rank: str | None = None,
     bias: bool = False,
+    gated: bool = False,
 ) -> LayerSpec:
     """The spec of a layer from the options for its format and sizes."""
     return LayerSpec(
@@ -70,6 +71,7 @@ def read_spec(
         in_features=in_features,
         out_features=out_features,
         hidden=hidden,
+        gated=gated,
         rank=read_rank(rank),
         bias=bias,
     )

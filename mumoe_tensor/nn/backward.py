@@ -19,7 +19,7 @@ from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseProduct
 CHEAP = 32
 
 TORCH = operations_of(torch.empty(0))
-Activation = Callable[[Tensor], Tensor]
+Activation = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,25 @@ class _Values(dict[int, Tensor]):
 def gradients_of(
     policy: SavePolicy,
     activation: Activation | None,
-    saved: Mapping[int, Tensor],
+    operands: Sequence[Tensor],
+    results: Mapping[int, Tensor],
     gradient: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the operands, from that of the result; None for each that is not needed.
 
-    The input vector, the last operand, went through the activation before the program. `saved` has the
-    operands and the saved results, by position.
+    The activation, if there is one, made the input vector of the program of the last operands, as many as it
+    takes. `results` are those that were saved, by position.
     """
-    program, count = policy.program, len(needed)
-    values = _Values(policy, saved)
+    program = policy.program
+    last = len(program.network.operands) - 1
+    values = _Values(policy, {**dict(enumerate(operands[: last + 1])), **results})
     if activation is not None:
         with torch.enable_grad():
-            x = saved[count - 1].detach().requires_grad_()
-            y = activation(x)
-        values[count - 1] = y.detach()
-    is_needed = list(needed)
+            inputs = [x.detach().requires_grad_() for x in operands[last:]]
+            z = activation(*inputs)
+        values[last] = z.detach()
+    is_needed = [*needed[:last], any(needed[last:])]
     for _, step in program.numbered:
         is_needed.append(is_needed[step.left.position] or is_needed[step.right.position])
     gradients = {program.result: gradient}
@@ -133,9 +135,9 @@ def gradients_of(
         if position in gradients:
             product = policy.sparse.get(position)
             gradients |= _gradients_of_step(step, gradients.pop(position), values, is_needed, product)
-    if activation is not None and count - 1 in gradients:
-        (gradients[count - 1],) = torch.autograd.grad(y, x, gradients[count - 1])
-    return [gradients.get(position) for position in range(count)]
+    if activation is not None and last in gradients:
+        gradients |= enumerate(torch.autograd.grad(z, inputs, gradients[last]), last)
+    return [gradients.get(position) for position in range(len(operands))]
 
 
 def _gradients_of_step(

@@ -25,20 +25,21 @@ def contract(
 ) -> Tensor:
     """Contract operands, the input vector last, as `execute` does.
 
-    The activation, an elementwise function, is applied to the input vector first. `folded` has results of
+    An activation, an elementwise function, makes the input vector of the last operand, or of the last few,
+    which are as many as it takes: those are saved, and not its result. `folded` has results of
     `fold`, for a pass without gradients. A call that torch records shows the plain steps: a compiler decides
     by itself what to save.
     """
     program = policy.program
-    if activation is not None:
-        if not program.network.takes_input:
-            activation = None
-        elif program.network.readings[-1].padding:
-            # The activation of a zero need not be zero, so it comes before the padding.
-            *others, z = operands
-            operands, activation = [*others, activation(z)], None
+    if not program.network.takes_input:
+        activation = None
     if any(program.arrange):
-        operands = arranged(program, operands, TORCH)
+        inputs: Sequence[Tensor] = ()
+        if activation is not None:
+            last = len(program.network.operands) - 1
+            operands, inputs = operands[:last], operands[last:]
+            activation = _arranged_after(activation, program.arrange[last])
+        operands = [*arranged(program, operands, TORCH), *inputs]
     if not program.steps:  # one vector of outputs for all inputs
         return operands[0]
     if torch.is_grad_enabled() and not is_recorded:
@@ -53,6 +54,13 @@ def contract(
     return unviewed(y, output.shape)  # (to which the next term can be added in place)
 
 
+def _arranged_after(activation: Activation, arrangement: Arrangement | None) -> Activation:
+    """The activation and what follows it: of a zero it need not be zero, so it comes before the padding."""
+    if arrangement is None:
+        return activation
+    return lambda *inputs: arrange(activation(*inputs), arrangement, TORCH)
+
+
 def _run(
     policy: SavePolicy,
     activation: Activation | None,
@@ -61,10 +69,10 @@ def _run(
     keep: frozenset[int] = frozenset(),
 ) -> dict[int, Tensor]:
     """The result and those to keep, by position."""
-    values = {**dict(enumerate(operands)), **folded}
+    last = len(policy.program.network.operands) - 1
+    values = {**dict(enumerate(operands[: last + 1])), **folded}
     if activation is not None:
-        last = len(operands) - 1
-        values[last] = activation(values[last])
+        values[last] = activation(*operands[last:])
     run(policy.program.numbered, values, TORCH, policy.products, keep)
     return values
 
@@ -91,7 +99,8 @@ class _Contraction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Any, ...]:
         policy, activation, saved = ctx.policy, ctx.activation, ctx.saved_tensors
-        count = len(policy.program.network.operands)
+        needed = ctx.needs_input_grad[2:]
+        count = len(needed)
         if gradient is None:
             return (None,) * (2 + count)
         if torch.is_grad_enabled():
@@ -103,5 +112,5 @@ class _Contraction(torch.autograd.Function):
             return None, None, *pullback(gradient)
         if policy.joined is not None:
             gradient = unpermuted(gradient, policy.joined.order)
-        values = dict(zip((*range(count), *sorted(policy.saved)), saved, strict=True))
-        return None, None, *gradients_of(policy, activation, values, gradient, ctx.needs_input_grad[2:])
+        results = dict(zip(sorted(policy.saved), saved[count:], strict=True))
+        return None, None, *gradients_of(policy, activation, saved[:count], results, gradient, needed)

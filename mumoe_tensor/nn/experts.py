@@ -135,12 +135,12 @@ class Experts(WholeState):
         Raises
         ------
         ValueError
-            If the spec is that of a block, which has two weights.
+            If the spec is that of a block, which has several weights.
         """
         spec = as_spec(spec)
         if spec.hidden is not None:
             raise ValueError(
-                f"experts have one weight, and a block two, with specs in `layers`; got {spec!r}."
+                f"experts have one weight, and a block several, with specs in `layers`; got {spec!r}."
             )
         sizes = spec.in_features, spec.out_features, spec.experts
         return cls(*sizes, spec.format, spec.full_rank, bias=spec.bias, **options)
@@ -320,6 +320,7 @@ class Experts(WholeState):
         coefficients: Sequence[Tensor],
         activation: Activation | None = None,
         sparse_gradient: bool = False,
+        times: Tensor | None = None,
     ) -> Tensor:
         """Mix the experts.
 
@@ -334,6 +335,9 @@ class Experts(WholeState):
         sparse_gradient : bool, default False
             The gradients of coefficients that are zero may be left out. Then, where few of 1,024 experts or
             more have a nonzero coefficient, only their rows of the factor are read.
+        times : Tensor of shape (..., in_features), optional
+            The result of the activation is multiplied with it, as in a gated block. The product is not saved
+            for the backward pass either. It must have an activation.
 
         Returns
         -------
@@ -345,21 +349,26 @@ class Experts(WholeState):
             If the shapes do not fit together.
         """
         coefficients = tuple(coefficients)
-        y = self._mix(self.factors, z, coefficients, activation, sparse_gradient)
+        inputs: tuple[Tensor, ...] = (z,)
+        if times is not None:
+            inputs, activation = (z, times), _gated(activation)
+        y = self._mix(self.factors, inputs, coefficients, activation, sparse_gradient)
         return y if self.edits is None else self.edits(y, coefficients)
 
     def _mix(
         self,
         factors: list[Tensor],
-        z: Tensor,
+        inputs: tuple[Tensor, ...],
         coefficients: Sequence[Tensor],
         activation: Activation | None,
         sparse_gradient: bool,
     ) -> Tensor:
-        """As `forward`, with the factors as an argument and without edits."""
+        """As `forward`, with factors and the inputs of the activation as arguments, and without edits."""
+        z = inputs[0]
         check_dense(z)
         dtype, leading = autocast_dtype(z.device), z.shape[:-1]
         fits = z.shape[-1] == self.in_features and len(coefficients) == len(self.num_experts)
+        fits = fits and inputs[-1].shape == z.shape
         for a, n in zip(coefficients, self.num_experts, strict=False):
             fits = fits and a.shape == (*leading, n)
         if not fits:
@@ -370,7 +379,7 @@ class Experts(WholeState):
             )
         # (No needless views: in-place changes of these are restricted.)
         is_matrix = len(leading) == 1
-        vectors = (*coefficients, z)
+        vectors = (*coefficients, *inputs)
         if not is_matrix:
             vectors = tuple(x.reshape(-1, x.shape[-1]) for x in vectors)
         if dtype is not None:
@@ -461,14 +470,14 @@ class _Term(NamedTuple):
     policy, sparse_policy : SavePolicy
     factors : slice
         Its factors among the parameters.
-    num_vectors : int
-        How many of the coefficients and inputs it takes; a bias takes no inputs.
+    num_vectors : int or None
+        How many of the coefficients it takes if it takes no inputs, as a bias; None for all of both.
     """
 
     policy: SavePolicy
     sparse_policy: SavePolicy
     factors: slice
-    num_vectors: int
+    num_vectors: int | None
 
 
 def _terms(plan: Plan, recompute: bool) -> tuple[_Term, ...]:
@@ -477,9 +486,16 @@ def _terms(plan: Plan, recompute: bool) -> tuple[_Term, ...]:
         policy = SavePolicy(program, saved_results(program, recompute))
         stop = start + program.network.weights
         sparse = replace(policy, sparse=sparse_products(program))
-        terms.append(_Term(policy, sparse, slice(start, stop), len(program.network.readings)))
+        num_vectors = None if program.network.takes_input else len(program.network.readings)
+        terms.append(_Term(policy, sparse, slice(start, stop), num_vectors))
         start = stop
     return tuple(terms)
+
+
+def _gated(activation: Activation | None) -> Activation:
+    if activation is None:
+        raise ValueError("an activation must be given for its result to be multiplied, got None.")
+    return lambda z, times: activation(z) * times
 
 
 def rename_factors(state: MutableMapping[str, Any], prefix: str) -> None:

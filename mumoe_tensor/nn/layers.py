@@ -28,10 +28,10 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 
 class Layer(WholeState):
-    """The common part of layers of one and of two weights: gate, norm of the input, experts, config."""
+    """The common part of layers and of blocks: gate, norm of the input, experts, config."""
 
-    #: Names of the `Experts`, in the order in which they are applied.
-    _mixture_names: tuple[str, ...] = ("experts",)
+    #: Whether it is a block, with a hidden size.
+    _is_block = False
     #: Relative errors of the fit to linear layers by `from_linear`; empty for other layers.
     fit_errors: tuple[float, ...] = ()
 
@@ -85,7 +85,7 @@ class Layer(WholeState):
     def from_spec(cls, spec: LayerSpec, **options: Any) -> Self:
         """Make a layer of the format, sizes and rank of a spec, with further arguments of the layer.
 
-        The spec of a block of two weights has `hidden`. A rank that is left out is solved for.
+        The spec of a block has `hidden`. A rank that is left out is solved for.
 
         Raises
         ------
@@ -93,10 +93,9 @@ class Layer(WholeState):
             If the spec is that of a layer of another kind.
         """
         spec = as_spec(spec)
-        if len(spec.layers) != len(cls._mixture_names):
-            raise ValueError(
-                f"a spec of {cls.__name__} must be of {len(cls._mixture_names)} weight(s), got {spec!r}."
-            )
+        if cls._is_block != (spec.hidden is not None):
+            weights = "the weights of a block" if cls._is_block else "one weight"
+            raise ValueError(f"a spec of {cls.__name__} must be of {weights}, got {spec!r}.")
         return cls.from_config(_arguments_of(spec), **options)
 
     @classmethod
@@ -111,7 +110,7 @@ class Layer(WholeState):
         ValueError
             If parameters are missing, left over, or do not fit together or to the `gate_norm`.
         """
-        published = read_published(state_dict, format, len(cls._mixture_names))
+        published = read_published(state_dict, format, 1 + cls._is_block)
         options = {"dtype": published.gate.dtype, **options}
         layer = cls.from_spec(published.spec, **options)
         published.copy_to(layer.gate, layer.mixtures)
@@ -138,8 +137,15 @@ class Layer(WholeState):
         super().register_parameter(name, param)
 
     @property
+    def _mixture_names(self) -> tuple[str, ...]:
+        """Names of the `Experts`, in the order of ``spec.layers``."""
+        if not self._is_block:
+            return ("experts",)
+        return ("gate_proj", "up", "down") if self.spec.gated else ("up", "down")
+
+    @property
     def mixtures(self) -> list[Experts]:
-        """The experts of each weight, in order."""
+        """The experts of each weight, in the order of ``spec.layers``."""
         return [getattr(self, name) for name in self._mixture_names]
 
     def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
@@ -150,7 +156,7 @@ class Layer(WholeState):
         Raises
         ------
         ValueError
-            If that generation has no block of two weights, or the layer has bias edits, or its gate
+            If that generation has no block of so many weights, or the layer has bias edits, or its gate
             parameters besides the weight.
         TypeError
             If TensorLy has no container of the format, as where modes are split, or of a sum.
@@ -391,27 +397,33 @@ class MuMoE(Layer):
 
 @register_layer
 class MuMoEMLP(Layer):
-    """Two linear layers of many experts with an activation between them, and one gate for both.
+    """Linear layers of many experts with an activation between them, and one gate of experts for all.
 
-    Takes the place of the MLP block of a transformer. The coefficients are computed once, from the input of
-    the block (Oldfield et al., 2024). What is not described here is as in `MuMoE`; both layers have one rank,
-    and the budget is for both.
+    Takes the place of the MLP block of a transformer: ``down(activation(up(x)))`` or, if it is gated,
+    ``down(activation(gate_proj(x)) * up(x))``. The coefficients are computed once, from the input of
+    the block (Oldfield et al., 2024). What is not described here is as in `MuMoE`; all layers have one rank,
+    and the budget is for all.
 
     Parameters
     ----------
+    gated : bool, default False
+        Have a `gate_proj`, as SwiGLU (``activation="silu"``) and GEGLU (``"gelu"``) have it (Shazeer, 2020).
+        Its outputs, through the activation, are factors of the hidden features; `gate` is that of experts.
     activation : str, dict or callable, default "gelu"
         The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
         function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
         of the instance. The result of torch's elementwise functions and modules without parameters (gelu,
-        relu, silu, …) is not kept for the backward pass but formed again, which is quick.
+        relu, silu, …), and its product with the other hidden features, are not kept for the backward pass but
+        formed again, which is quick.
     dropout, hidden_dropout : float, default 0
-        Probability of dropping an output, and a result of the activation, while training, below one.
+        Probability of dropping an output, and an input of `down`, while training, below one.
 
     Attributes
     ----------
     spec : LayerSpec
     gate : ExpertGate
     up, down : Experts
+    gate_proj : Experts or None
 
     Examples
     --------
@@ -420,9 +432,13 @@ class MuMoEMLP(Layer):
     >>> y, coefficients = block(torch.zeros(5, 16), return_coefficients=True)
     >>> y.shape, [a.shape for a in coefficients]
     (torch.Size([5, 16]), [torch.Size([5, 4]), torch.Size([5, 4])])
+    >>> swiglu = MuMoEMLP(16, 32, 16, experts=4, rank=8, gated=True, activation="silu", bias=False)
+    >>> [name for name, _ in swiglu.named_children()][:4]
+    ['gate', 'gate_proj', 'up', 'down']
     """
 
-    _mixture_names = ("up", "down")
+    _is_block = True
+    gate_proj: Experts | None
     up: Experts
     down: Experts
     dropout: nn.Dropout
@@ -439,6 +455,7 @@ class MuMoEMLP(Layer):
         *,
         parameters: int | Literal["match"] | None = None,
         bias: bool = True,
+        gated: bool = False,
         activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "gelu",
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
@@ -453,12 +470,14 @@ class MuMoEMLP(Layer):
     ):
         spec = LayerSpec(
             format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias,
-            hidden=as_positive(hidden_features, "hidden_features"),
+            hidden=as_positive(hidden_features, "hidden_features"), gated=gated,
         )  # fmt: skip
         super().__init__(
             _solved(spec, parameters), input_norm, {"gate": gate, "gate_norm": gate_norm},
             {"init": init, "batch_hint": batch_hint, "recompute": recompute}, device=device, dtype=dtype,
         )  # fmt: skip
+        if not gated:
+            self.gate_proj = None
         self.hidden_features = self.up.out_features
         self.activation = ACTIVATIONS.read(activation, device, dtype)
         for name, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
@@ -475,40 +494,56 @@ class MuMoEMLP(Layer):
 
     @classmethod
     def from_linears(
-        cls, up: nn.Module, down: nn.Module, experts: int | Sequence[int], **options: Any
+        cls,
+        up: nn.Module,
+        down: nn.Module,
+        experts: int | Sequence[int],
+        *,
+        gate_proj: nn.Module | None = None,
+        **options: Any,
     ) -> MuMoEMLP:
-        """Make a block whose experts all start as two linear layers; see `MuMoE.from_linear`.
+        """Make a block whose experts all start as these linear layers; see `MuMoE.from_linear`.
+
+        With `gate_proj` the block is gated.
 
         Raises
         ------
         TypeError, ValueError
-            As `MuMoE.from_linear`; if only one has a bias, or is frozen, or their sizes do not fit together.
+            As `MuMoE.from_linear`; if only some have a bias or are frozen, or sizes do not fit together.
         """
-        check_linear(up)
-        check_linear(down)
-        return layer_like(cls, [up, down], experts, **options)
+        linears = [up, down] if gate_proj is None else [gate_proj, up, down]
+        for linear in linears:
+            check_linear(linear)
+        return layer_like(cls, linears, experts, gated=gate_proj is not None, **options)
 
     @property
-    def weights(self) -> tuple[FactorizedTensor, FactorizedTensor]:
-        """The weights of both layers, as views of the parameters."""
-        return self.up.weight, self.down.weight
+    def weights(self) -> tuple[FactorizedTensor, ...]:
+        """The weights of all layers, in the order of ``spec.layers``, as views of the parameters."""
+        return tuple(experts.weight for experts in self.mixtures)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
         sparse_gradient = not return_coefficients and self.gate.is_sparse_gradient
         coefficients = self.gate(x, mask)
         normed = x if self.input_norm is None else self.input_norm(x)
         hidden = self.up(normed, coefficients, sparse_gradient=sparse_gradient)
+        times = None
+        if self.gate_proj is not None:
+            times, hidden = hidden, self.gate_proj(normed, coefficients, sparse_gradient=sparse_gradient)
         drops = self.hidden_dropout.training and self.hidden_dropout.p > 0
         activation = None if drops else elementwise(self.activation)
         if activation is None:
-            hidden = self.hidden_dropout(self.activation(hidden))
-        y = self.dropout(self.down(hidden, coefficients, activation, sparse_gradient))
+            hidden = self.activation(hidden)
+            hidden = self.hidden_dropout(hidden if times is None else hidden * times)
+            times = None
+        y = self.dropout(self.down(hidden, coefficients, activation, sparse_gradient, times))
         return (y, coefficients) if return_coefficients else y
 
 
 def _arguments_of(spec: LayerSpec) -> dict[str, Any]:
     """The arguments of a layer that a spec gives."""
-    hidden = {} if spec.hidden is None else {"hidden_features": spec.hidden}
+    hidden: dict[str, Any] = {} if spec.hidden is None else {"hidden_features": spec.hidden}
+    if spec.gated:
+        hidden["gated"] = True
     names = ("in_features", "out_features", "experts", "format", "rank", "bias")
     return {**{name: getattr(spec, name) for name in names}, **hidden}
 

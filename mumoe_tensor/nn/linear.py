@@ -54,14 +54,19 @@ def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
 def layer_like(
     kind: Callable[..., L], linears: list[nn.Module], experts: int | Sequence[int], **options: Any
 ) -> L:
-    """A layer whose experts equal these linear layers, one after the other, with a gate that is not zero."""
+    """A layer whose experts equal these linear layers, with a gate that is not zero.
+
+    A block has two, one after the other, or three if it is gated: both to the hidden size, then the last.
+    """
     matrices, biases = zip(*map(matrix_of, linears), strict=True)
     first, bias = matrices[0], biases[0]
-    sizes = [first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices)]
-    if len(set(biases)) > 1 or [matrix.shape[0] - bias for matrix in matrices] != sizes[:-1]:
+    sizes = [first.shape[0] - bias, *(matrix.shape[1] for matrix in matrices[-2:])]
+    shapes = [tuple(matrix.shape) for matrix in matrices]
+    to_hidden, last = [(sizes[0] + bias, sizes[1])] * (len(shapes) - 1), (sizes[-2] + bias, sizes[-1])
+    if len(set(biases)) > 1 or shapes != [*to_hidden, last]:
         raise ValueError(
-            "both linear layers must have a bias or none, and the second as many inputs as the first has "
-            f"outputs; got matrices of {[tuple(matrix.shape) for matrix in matrices]}, bias rows counted."
+            "all linear layers of a block must have a bias or none, and the last as many inputs as the "
+            f"others have outputs; got matrices of {shapes}, bias rows counted."
         )
     trained = {parameter.requires_grad for linear in linears for parameter in linear.parameters()}
     if len(trained) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -125,18 +126,22 @@ class ShardedExperts(Experts):
     def weight(self, weight: Any) -> None:
         _ = self.weight  # which is refused
 
-    def _mix(self, factors: list[Tensor], z: Tensor, coefficients: Sequence[Tensor], *options: Any) -> Tensor:
+    def _mix(
+        self, factors: list[Tensor], inputs: tuple[Tensor, ...], coefficients: Sequence[Tensor], *options: Any
+    ) -> Tensor:
         whole = [k for k, axes in enumerate(self.axes) if self.bond not in axes]
-        z, *copies = CopyToGroup.apply(self.group, z, *coefficients, *(factors[k] for k in whole))
+        copied = iter(CopyToGroup.apply(self.group, *inputs, *coefficients, *(factors[k] for k in whole)))
+        inputs = tuple(islice(copied, len(inputs)))
+        coefficients = tuple(islice(copied, len(coefficients)))
         factors = list(factors)
-        for k, factor in zip(whole, copies[len(coefficients) :], strict=True):
+        for k, factor in zip(whole, copied, strict=True):
             factors[k] = factor
         for part in self._terms:
             # A term without the bond is whole on every process: all but the first add zero for it.
             of_term = range(len(factors))[part.factors]
             if distributed.get_rank(self.group) > 0 and set(of_term) <= set(whole):
                 factors[of_term[0]] = factors[of_term[0]] * 0
-        term = super()._mix(factors, z, copies[: len(coefficients)], *options)
+        term = super()._mix(factors, inputs, coefficients, *options)
         total: Tensor = ReduceFromGroup.apply(self.group, term)
         return total
 

@@ -277,7 +277,9 @@ def variants(
     counts = {mode: len(format.parts(mode)) for mode in names if format.parts(mode) != (mode,)}
     experts = [level for level, mode in enumerate(names[:-2]) if mode not in counts]
     if is_open and not format.omits and experts and draw(st.integers(0, 5)) == 0:
-        counts[names[draw(st.sampled_from(experts))]] = draw(st.integers(1, 2))
+        level = draw(st.sampled_from(experts))
+        experts.remove(level)  # a slice of it may have no such parts
+        counts[names[level]] = draw(st.integers(1, 2))
     splits = {}
     for mode, size in zip(names, mode_sizes, strict=True):
         if mode in counts and isinstance(format.splits.get(mode, 0), int):

@@ -207,11 +207,12 @@ def layer_twin(layer: Any) -> Any:
 # ---- blocks, parts, published layers ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["up", "down"])
+@pytest.mark.parametrize("which", ["up", "down", "gate_proj"])
 @pytest.mark.parametrize("activation", ["gelu", lambda x: x.sin()])
 def test_any_layer_of_a_block(which: str, activation: Any) -> None:
     torch.manual_seed(0)
-    block = filled(MuMoEMLP(4, OUT, 5, (3, 2), "tr", (2, 2, 2, 3), gate_norm="layer", activation=activation))
+    options: Any = dict(gate_norm="layer", activation=activation, gated=which == "gate_proj")
+    block = filled(MuMoEMLP(4, OUT, 5, (3, 2), "tr", (2, 2, 2, 3), **options))
     twin, x = copy.deepcopy(block), inputs()
     experts: Any = getattr(block, which)
     means = [torch.rand(3), torch.rand(2)]

@@ -34,6 +34,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "layer of two levels": lambda **options: MuMoE(8, 5, (4, 3), "tr", (2, 2, 2, 3), **options),
     "layer without levels": lambda **options: MuMoE(8, 5, (), "cp", 6, **options),
     "block": lambda **options: MuMoEMLP(8, 6, 5, 4, "tucker", (3, 4, 4), input_norm=True, **options),
+    "gated block": lambda **options: MuMoEMLP(8, 6, 5, 4, SUM, (2, 3), gated=True, **options),
     "layer of a sum": lambda **options: MuMoE(8, 5, 4, SUM, (2, 3), **options),
     "layer that makes products ahead": lambda **options: MuMoE(8, 5, 4, "tucker", (4, 24, 24), **options),
 }
@@ -228,7 +229,7 @@ def test_there_is_no_bias_or_weight_to_share(kind: str) -> None:
         with pytest.raises(TypeError, match=f"no {name} that can be a parameter or shared"):
             setattr(layer, name, nn.Parameter(torch.zeros(5, 8)))
     with pytest.raises(AttributeError, match="'size': it holds factors, and to_dense"):
-        layer.experts.weight.size() if kind != "block" else layer.weights[0].size()
+        layer.mixtures[0].weight.size()
 
 
 # ---- offloading and sharding -----------------------------------------------------------------------------

@@ -54,6 +54,7 @@ VALUES: dict[str, list[tuple[Any, Any]]] = {
     "rank": [*TUPLES, ([3], (3,)), (np.array([3]), (3,)), (torch.tensor([3]), (3,))],
     "parameters": [(value, None) for value in ("match", 400, np.int32(400), torch.tensor(400))],
     "bias": [(False, False)],
+    "gated": [(True, True)],
     "gate": [("softmax", "softmax"), (TEXT("sparsemax"), "sparsemax"), (mt.sparsemax, "sparsemax"),
              (entmax15, "entmax15"), (mt.entmax15, "entmax15"), (Tempered(3), TEMPERED), (TEMPERED, TEMPERED),
              ("tempered", {"name": "tempered", "start": 1.0}),
@@ -88,7 +89,7 @@ BAD: dict[str, list[Any]] = {
     "rank": [0, 1.5, True, "2", (2, 2), {2}, (0,), [True]],
     "parameters": [0, 1.5, True, "some", 3],
     **{name: [1, 0, None, "yes", np.True_, torch.tensor(True)]
-       for name in ("bias", "input_norm", "recompute")},
+       for name in ("bias", "gated", "input_norm", "recompute")},
     "gate": ["no_such", None, 3, nn.Softmax, {"name": "no_such"}, {}, {"name": "entmax15", "axis": 0}],
     "gate_norm": ["group", None, True, np.array(["batch"])],
     "init": ["zero", None, np.array("linear")],
@@ -119,7 +120,8 @@ def test_every_argument_comes_back(kind: type[Any], name: str) -> None:
         if name == "format":
             given["rank"] = (2,) * len(mt.get_format(value).bonds(2))
         layer = kind(**given)
-        assert layer.config.keys() == set(arguments(kind)) - {"parameters"}
+        left_out = {"parameters"} if name == "gated" else {"parameters", "gated"}  # written only where True
+        assert layer.config.keys() == set(arguments(kind)) - left_out
         assert layer.config.get(name) == written
         assert_comes_back(layer)
 

@@ -41,6 +41,11 @@ class Operations(TorchDispatchMode):
         return operation(*arguments, **(options or {}))
 
 
+def geglu(z: Any, times: Any) -> Any:
+    """An activation of two inputs."""
+    return nn.functional.gelu(z) * times
+
+
 def drawn(data: Any, format: str | None, bias: bool | None) -> tuple[SavePolicy, Any, list[Any]]:
     """A contraction of a term in some order that keeps any of its results, and its operands."""
     problem = data.draw(problems(format, backend="pytorch", dtype="float64", bias=bias))
@@ -62,8 +67,10 @@ def drawn(data: Any, format: str | None, bias: bool | None) -> tuple[SavePolicy,
             st.sets(st.sampled_from(results)).map(frozenset) if results else st.just(frozenset()),
         )
     )
-    vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, problem.z)]
-    return SavePolicy(program, kept), data.draw(st.sampled_from(ACTIVATIONS)), [*term.arrays, *vectors]
+    activation = data.draw(st.sampled_from([*ACTIVATIONS, geglu]))
+    inputs = [problem.z] if activation is not geglu else [problem.z, problem.z.cos()]
+    vectors = [x.reshape(batch, x.shape[-1]) for x in (*problem.coefficients, *inputs)]
+    return SavePolicy(program, kept), activation, [*term.arrays, *vectors]
 
 
 @pytest.mark.parametrize("format", [None, "cp"])
@@ -75,8 +82,9 @@ def test_gradients_are_those_of_the_plain_steps(format: str | None, data: Any) -
     for x, want in zip(operands, wanted, strict=True):
         x.requires_grad_(want)
     y = contract(policy, operands, activation)
-    z = operands[-1] if activation is None else activation(operands[-1])
-    plain = execute(policy.program, [*operands[:-1], z])
+    last = len(policy.program.network.operands) - 1
+    z = operands[last] if activation is None else activation(*operands[last:])
+    plain = execute(policy.program, [*operands[:last], z])
     torch.testing.assert_close(y, plain)
     leaves = [x for x in operands if x.requires_grad]
     if not leaves:
@@ -97,6 +105,13 @@ def test_second_derivatives(format: str, activation: Any) -> None:
     block = MuMoEMLP(3, 2, 2, 3, format, rank, activation=activation or torch.sin, dtype=torch.float64)
     x, a = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (3, 3))
     assert torch.autograd.gradgradcheck(lambda x, a: block.down(block.up(x, [a]), [a], activation), (x, a))
+    if activation is not None:
+
+        def gated(x: Any, a: Any) -> Any:
+            hidden = block.up(x, [a])
+            return block.down(hidden, [a], activation, times=hidden.cos())
+
+        assert torch.autograd.gradgradcheck(gated, (x, a))
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
@@ -107,6 +122,24 @@ def test_kept_for_the_backward_pass(format: str, rank: Any, norm: str) -> None:
     for recompute, most in ((False, 27.0), (True, 24.0)):
         block = MuMoEMLP(768, 3072, 768, 256, format, rank, gate_norm=norm, recompute=recompute)
         assert kept_bytes(block, x) <= most * 2**20
+
+
+@pytest.mark.parametrize(("format", "rank"), [("cp", 8), ("btt", 2)])
+def test_a_gated_block_keeps_neither_the_activation_nor_the_product(format: str, rank: int) -> None:
+    coefficients = [torch.rand(512, 8)]
+    down = Experts(128, 32, 8, format, rank, bias=False)
+    hidden, times = (torch.randn(512, 128, requires_grad=True) for _ in range(2))
+
+    class Down(nn.Module):
+        def __init__(self, *more: Any):
+            super().__init__()
+            self.down, self.more = down, more
+
+        def forward(self, z: Any) -> Any:
+            return self.down(z, coefficients, *self.more)
+
+    plain, gated = (kept_bytes(Down(*more), hidden) for more in ((), (nn.functional.silu, False, times)))
+    assert gated == plain + times.nbytes
 
 
 class MLP(nn.Module):

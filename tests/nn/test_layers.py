@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from math import prod
 from typing import Any
 
 import pytest
@@ -94,8 +95,10 @@ def test_one_expert_is_what_one_hot_coefficients_give(format: str, experts: tupl
         torch.testing.assert_close(layer.experts(x, one_hot), x @ matrix + bias)
 
 
-def test_block_computes_the_coefficients_once_from_its_input() -> None:
-    block = small("tr", (3, 2), "mlp", gate_norm="layer", input_norm=True, activation="relu")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["relu", lambda x: x.sin()])
+def test_block_computes_the_coefficients_once_from_its_input(gated: bool, activation: Any) -> None:
+    block = small("tr", (3, 2), "mlp", gate_norm="layer", input_norm=True, activation=activation, gated=gated)
     nn.init.normal_(block.input_norm.weight)
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     calls: list[Any] = []
@@ -103,9 +106,24 @@ def test_block_computes_the_coefficients_once_from_its_input() -> None:
     y, coefficients = block(x, return_coefficients=True)
     ((seen, _),) = calls
     assert torch.equal(seen, x)
-    up, down = block.weights
-    hidden = mt.multilinear_moe(up, block.input_norm(x), coefficients, bias=True).relu()
+    *to_hidden, down = block.weights
+    first, *times = (mt.multilinear_moe(w, block.input_norm(x), coefficients, bias=True) for w in to_hidden)
+    assert len(times) == gated
+    hidden = prod(times, start=block.activation(first))
     torch.testing.assert_close(y, mt.multilinear_moe(down, hidden, coefficients, bias=True))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_hidden_dropout_drops_inputs_of_the_last_layer_in_training_only(gated: bool) -> None:
+    block = small("cp", (3,), "mlp", gate_norm="layer", hidden_dropout=0.5, gated=gated)
+    x, seen = torch.randn(200, 6, dtype=torch.float64), []
+    block.hidden_dropout.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    y = block.train()(x)
+    ((before, after),) = seen
+    first, *times = [part(x, block.gate(x)) for part in block.mixtures[:-1]]
+    torch.testing.assert_close(before, prod(times, start=nn.functional.gelu(first)))
+    assert 0.4 < (after == 0).double().mean() < 0.6
+    torch.testing.assert_close(y, block.down(after, block.gate(x)))
 
 
 def test_dropout_drops_outputs_in_training_only() -> None:
@@ -129,9 +147,9 @@ def test_dropout_drops_outputs_in_training_only() -> None:
         *product([*FORMATS, *MORE], ["batch"], ["entmax15"]),
     ],
 )
-def test_gradients_of_a_block(format: str, norm: str, gate: str) -> None:
+def test_gradients_of_a_block(format: str, norm: str, gate: str, gated: bool = False) -> None:
     torch.manual_seed(0)
-    block = small(format, (3, 2), "mlp", gate_norm=norm, gate=gate, input_norm=True)
+    block = small(format, (3, 2), "mlp", gate_norm=norm, gate=gate, input_norm=True, gated=gated)
     names = [name for name, _ in block.named_parameters()]
     statistics = {name: value.clone() for name, value in block.named_buffers()}
 
@@ -142,6 +160,11 @@ def test_gradients_of_a_block(format: str, norm: str, gate: str) -> None:
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     parameters = [p.detach().requires_grad_() for p in block.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters))
+
+
+@pytest.mark.parametrize("format", ["tr", *MORE])
+def test_gradients_of_a_gated_block(format: str) -> None:
+    test_gradients_of_a_block(format, "layer", "softmax", gated=True)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------

@@ -206,5 +206,8 @@ def test_other_modules_and_pairs_are_refused() -> None:
         MuMoE.from_linear(nn.LayerNorm(3), 2)
     with pytest.raises(TypeError, match="multiple values for keyword argument 'bias'"):
         MuMoE.from_linear(nn.Linear(3, 3), 2, bias=False)
-    with pytest.raises(ValueError, match="both linear layers must have a bias or none"):
+    three = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 5)
+    with pytest.raises(ValueError, match=r"as many inputs .*\(4, 5\), \(4, 4\), \(5, 3\)"):
+        MuMoEMLP.from_linears(*three[:2], 2, gate_proj=three[2], rank=2)
+    with pytest.raises(ValueError, match="all linear layers of a block must have a bias or none"):
         MuMoEMLP.from_linears(nn.Linear(3, 4), nn.Linear(4, 3, bias=False), 2, rank=2)

@@ -35,6 +35,13 @@ RANKS: dict[str, tuple[Any, Any, str]] = {
 CASES = list(product(RANKS, (MuMoE, MuMoEMLP), (1, 2), ("layer", "batch")))
 
 
+def gated_block(*args: Any, **options: Any) -> Any:
+    return MuMoEMLP(*args, gated=True, **options)
+
+
+CASES += [(format, gated_block, 1, "layer") for format in ("cp", "btt")]
+
+
 def layer_of(format: str, kind: Any, levels: int, norm: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     sizes = (6, 8) if kind is MuMoE else (6, 9, 8)
@@ -166,7 +173,7 @@ def worker(rank: int, folder: str) -> None:
             "outputs": [m.eval()(inputs()).detach() for m in (divided, copy.deepcopy(divided), whole)],
             "bonds": {child.bond for child in experts},
             "flops": [child.plan.flops for child in experts],
-            "same class and config": type(whole) is case[1] and whole.config == layer.config,
+            "same class and config": type(whole) is type(layer) and whole.config == layer.config,
             "layer unchanged": all(torch.equal(v, before[name]) for name, v in layer.state_dict().items()),
         }
     results["others"] = others(group)
@@ -199,7 +206,7 @@ def test_divided_equals_whole(case: Any, results: list[dict[Any, Any]]) -> None:
             parts = [torch.cat(parts, axis)]
         for part in parts:
             torch.testing.assert_close(part, value, **close, msg=lambda text, name=name: f"{name}: {text}")
-    assert divided and not any("gate" in name or "norm" in name for name in divided)
+    assert divided and not any("gate." in name or "norm" in name for name in divided)
     for result in (first, second):
         assert result["same class and config"] and result["layer unchanged"]
         assert result["bonds"] == {RANKS[case[0]][2].format(case[2] + 2)}

@@ -22,10 +22,12 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("norm", ["batch", "none"])
-def test_keep_experts_is_exact(format: str, norm: str) -> None:
+@pytest.mark.parametrize(("norm", "gated"), [("batch", False), ("none", True)])
+def test_keep_experts_is_exact(format: str, norm: Any, gated: bool) -> None:
     rank = (2,) * len(FORMATS[format].bonds(2))
-    block = MuMoEMLP(6, 9, 4, (3, 5), FORMATS[format], rank, gate_norm=norm, dtype=torch.float64).train()
+    block = MuMoEMLP(
+        6, 9, 4, (3, 5), FORMATS[format], rank, gated=gated, gate_norm=norm, dtype=torch.float64
+    ).train()
     nn.init.normal_(block.gate.weight)
     x = torch.randn(9, 6, dtype=torch.float64)
     block(x)

@@ -20,12 +20,14 @@ from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP  # noqa: E402
 
 SUM = mt.sum_of(mt.shared("lowrank"), {"name": "btt", "splits": {"o": [3, 5]}})
 FORMATS = ["cp", "tucker", "tr", "tt", "hadamard", SUM]
+#: Those of gated blocks.
+GATED = ["tt", SUM]
 
 
 def block_of(format: Any, experts: tuple[int, ...] = (4, 3), **options: Any) -> Any:
     torch.manual_seed(0)
-    rank = (3,) * len(mt.get_format(format).bonds(len(experts)))
-    block = MuMoEMLP(8, 12, 8, experts, format, rank, input_norm=True, **options)
+    rank, gated = (3,) * len(mt.get_format(format).bonds(len(experts))), format in GATED
+    block = MuMoEMLP(8, 12, 8, experts, format, rank, gated=gated, input_norm=True, **options)
     with torch.no_grad():
         block.gate.weight.normal_()
     return block

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class LayersQuantizer(HfQuantizer):
         missing = [
             key
             for key, value in state.items()
-            if key.startswith(below) and not getattr(value, "_is_hf_initialized", False)
+            # (What is offloaded to disk is read later.)
+            if key.startswith(below) and not (value.is_meta or getattr(value, "_is_hf_initialized", False))
         ]
         if missing:
             raise ValueError(f"the weights must have all factors of the layers; {missing} are missing.")
@@ -92,19 +94,14 @@ class LayersQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        layers = describe(model)
-        if not layers:
-            vars(model.config).pop("quantization_config", None)
-            return None, {}
-        model.config.quantization_config = LayersConfig(layers)
-        state = model.state_dict()
-        return {**_empty(model, layers), **state}, {}
+        _update_configs(model)
+        config = getattr(model.config, "quantization_config", None)
+        return (None if config is None else {**_empty(model, config.layers), **model.state_dict()}), {}
 
 
 def mark(model: nn.Module) -> None:
     """Let the models of transformers with layers, a model and those within it, save them."""
-    models: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for module in models:
+    for module in _models(model):
         present = getattr(module, "hf_quantizer", None)
         if present is None:
             module.hf_quantizer = LayersQuantizer(LayersConfig({}))
@@ -114,6 +111,30 @@ def mark(model: nn.Module) -> None:
                 f"{type(present).__name__}; use mumoe_tensor.nn.save.",
                 stacklevel=2,
             )
+    with suppress(ValueError):  # which saving raises
+        _update_configs(model)
+
+
+def _models(model: nn.Module) -> list[Any]:
+    """The models of transformers in a model, itself first."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _update_configs(model: nn.Module) -> None:
+    """Write the layers in a model into its config, and those in models within it into theirs.
+
+    A model and its base have one config. So a model is also saved with the layers that its base had before.
+    """
+    outermost: dict[int, Any] = {}
+    for module in _models(model):
+        if isinstance(getattr(module, "hf_quantizer", None), LayersQuantizer):
+            outermost.setdefault(id(module.config), module)
+    for module in outermost.values():
+        layers = describe(module)
+        if layers:
+            module.config.quantization_config = LayersConfig(layers)
+        else:
+            vars(module.config).pop("quantization_config", None)
 
 
 def _place(model: Any, name: str) -> str | None:
@@ -128,11 +149,14 @@ def _empty(model: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
 
     They make loading fail where this module has not been imported: transformers would draw new weights.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), torch.random.fork_rng(devices=()):
         dense = type(model)(copy.deepcopy(model.config))
+    places = dict(dense.named_modules())
+    if new := [name for name in layers if name not in places]:
+        raise ValueError(f"a layer must stand where the config of the model has a module; {new} do not.")
     return {
         # (transformers splits those of a stack of experts into parts.)
-        f"{name}.{key}": torch.zeros((1, 2, 1) if value.ndim == 3 else (0,))
+        f"{name}.{key}": torch.zeros((1, 2, 1) if value.ndim == 3 else (0,), dtype=model.dtype)
         for name in layers
-        for key, value in dense.get_submodule(name).named_parameters()
+        for key, value in places[name].named_parameters()
     }

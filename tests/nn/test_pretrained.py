@@ -15,7 +15,14 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from mumoe_tensor.analysis import edit_bias  # noqa: E402
-from mumoe_tensor.nn import MuMoE, MuMoEMLP, prepare_to_save, replace_linear, replace_mlp  # noqa: E402
+from mumoe_tensor.nn import (  # noqa: E402
+    MuMoE,
+    MuMoEMLP,
+    prepare_to_save,
+    register_layer,
+    replace_linear,
+    replace_mlp,
+)
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11
 
@@ -67,7 +74,7 @@ def test_a_model_comes_back_and_is_saved_again(gpt2: Any, transformers: Any, tmp
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_without_the_package_loading_fails(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
+def test_in_a_fresh_process_loading_needs_the_package(gpt2: Any, tmp_path: Path) -> None:
     gpt2.save_pretrained(tmp_path)
     code = """
 import importlib.util, sys, torch
@@ -80,12 +87,17 @@ try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
 except RuntimeError as error:
     print("mumoe_tensor" in sys.modules, error)
+import mumoe_tensor.nn.pretrained
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model(torch.arange(7)[None]).logits.sum().item())
 """
     run = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("False You set `ignore_mismatched_sizes` to `False`")
+    without, loaded = done.stdout.splitlines()
+    assert without.startswith("False You set `ignore_mismatched_sizes` to `False`")
     assert "Unknown quantization type, got mumoe_tensor" in done.stderr
     assert "mlp.c_fc.weight" in done.stderr and "torch.Size([0])" in done.stderr
+    assert float(loaded) == pytest.approx(gpt2(torch.arange(7)[None]).logits.sum().item(), rel=1e-5)
 
 
 def test_heads_and_bases(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
@@ -135,6 +147,76 @@ def test_shards_dtypes_and_devices(llama: Any, transformers: Any, options: Any, 
     half.float()  # as every model can be cast
 
 
+def test_modules_on_disk(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
+    gpt2.save_pretrained(tmp_path)
+    names = ("wte", "wpe", "drop", "h.0", "ln_f")
+    devices = {
+        **{f"transformer.{name}": "cpu" for name in names},
+        "lm_head": "cpu",
+        "transformer.h.1": "disk",
+    }
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=devices, offload_folder=tmp_path / "disk"
+    )
+    assert again.transformer.h[1].mlp.up.factor_0.is_meta
+    assert torch.equal(again(TOKENS).logits, gpt2(TOKENS).logits)
+
+
+def test_a_trainer_goes_on_where_it_was(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
+    for name in ("resid_pdrop", "attn_pdrop", "embd_pdrop"):
+        setattr(gpt2.config, name, 0.0)
+    gpt2.save_pretrained(tmp_path / "start")
+    data = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
+
+    def trained(folder: Path, **resume: Any) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        arguments = transformers.TrainingArguments(
+            tmp_path / "run", per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
+            use_cpu=True, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(model, arguments, train_dataset=data).train(**resume)
+        return model.eval()
+
+    whole = trained(tmp_path / "start")
+    half, last = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4))
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(last), whole)
+    assert not torch.equal(whole(TOKENS).logits, gpt2(TOKENS).logits)
+    assert_same(trained(tmp_path / "start", resume_from_checkpoint=half), whole)
+
+
+@register_layer
+class Stack(nn.Module):
+    """In the place of the experts of a mixture, whose names transformers changes when it saves them."""
+
+    def __init__(self, experts: int, features: int, device: Any = None, dtype: Any = None):
+        super().__init__()
+        self.config = {"experts": experts, "features": features}
+        self.factor = nn.Parameter(torch.ones(experts, features, device=device, dtype=dtype))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **place: Any) -> Stack:
+        return cls(**config, **place)
+
+    def forward(self, x: Any, indices: Any, weights: Any) -> Any:
+        return torch.einsum("td,tkd,tk->td", x, self.factor[indices], weights)
+
+
+def test_a_stack_of_experts(transformers: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    config = transformers.MixtralConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    model.model.layers[0].mlp.experts = Stack(4, 8).eval()
+    prepare_to_save(model)
+    model.save_pretrained(tmp_path)
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    assert load_file(tmp_path / "model.safetensors")[name].shape == (1, 1)  # where the dense one is (12, 8)
+
+
 def test_layers_placed_by_hand(llama: Any, transformers: Any, tmp_path: Path) -> None:
     llama.lm_head = MuMoE(8, 11, experts=2, rank=3, gate_norm="none", bias=False)
     prepare_to_save(nn.ModuleDict({"inner": llama}))
@@ -148,6 +230,35 @@ def test_layers_placed_by_hand(llama: Any, transformers: Any, tmp_path: Path) ->
     llama.lm_head = nn.Linear(8, 11, bias=False)
     llama.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_surgery_on_the_base_of_a_model(transformers: Any, tmp_path: Path) -> None:
+    """The model around it does not see the surgery, but its config does."""
+    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 11, "n_positions": 12}
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    replace_mlp(model.transformer, "h.*.mlp", experts=3, rank=9, gate_norm="layer")
+    model.save_pretrained(tmp_path)
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_what_cannot_be_loaded_is_not_saved(llama: Any, tmp_path: Path) -> None:
+    options = {"experts": 2, "rank": 9, "gate_norm": "none"}
+    replace_linear(llama, "model.layers.1.mlp.down_proj", gate=lambda x: x.softmax(-1), **options)
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.down_proj' cannot be saved.*register_gate"):
+        llama.save_pretrained(tmp_path)
+    llama.model.layers[1].mlp.down_proj = nn.Linear(12, 8, bias=False)
+    llama.extra = MuMoE(3, 3, 2, rank=1)
+    with pytest.raises(ValueError, match=r"where the config of the model has a module; \['extra'\] do not"):
+        llama.save_pretrained(tmp_path)
+
+
+def test_a_quantised_model_is_left_to_its_quantizer(llama: Any) -> None:
+    llama.hf_quantizer = other = object()
+    with pytest.warns(UserWarning, match="does not write layers of experts within a quantised model"):
+        prepare_to_save(llama)
+    assert llama.hf_quantizer is other
 
 
 def test_importing_the_layers_does_not_import_transformers() -> None:

@@ -51,6 +51,19 @@ def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
     return torch.cat([matrix, layer.bias.detach()[None]]), True
 
 
+def halves_of(linear: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    """A linear layer as two, one for each half of its outputs; their parameters are views of its own."""
+    matrix, bias = matrix_of(linear)
+    half = matrix.shape[1] // 2
+    first, second = (nn.Linear(matrix.shape[0] - bias, half, bias, device="meta") for _ in range(2))
+    is_trained = all(parameter.requires_grad for parameter in linear.parameters())
+    for part, columns in ((first, matrix[:, :half]), (second, matrix[:, half:])):
+        values = {"weight": columns[: part.in_features].T, "bias": columns[-1]}
+        for name, _ in [*part.named_parameters()]:
+            setattr(part, name, nn.Parameter(values[name], is_trained))
+    return first, second
+
+
 def layer_like(
     kind: Callable[..., L], linears: list[nn.Module], experts: int | Sequence[int], **options: Any
 ) -> L:

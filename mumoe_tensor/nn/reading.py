@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -47,11 +47,39 @@ def _check_parameter(parameter: nn.Parameter, name: str) -> None:
         raise ValueError(f"the parameter {name!r} has a hook, which a new one would not have.")
 
 
-def check_one_input(module: nn.Module) -> None:
-    """Refuse a module whose forward method takes more than one input, required or not."""
+def optional_inputs(module: nn.Module, reserved: Container[str] = ()) -> list[str]:
+    """Names of the inputs besides the first of a module that can be called with that alone.
+
+    A module that cannot, or that has one of the reserved names, is refused.
+    """
     inputs = inspect.signature(module.forward).parameters
-    if len(inputs) != 1 or any(x.kind in (x.VAR_POSITIONAL, x.VAR_KEYWORD) for x in inputs.values()):
+    others = [*inputs.values()][1:]
+    needed = [x for x in others if x.default is x.empty or x.name in reserved]
+    if not inputs or needed or any(x.kind in (x.VAR_POSITIONAL, x.VAR_KEYWORD) for x in inputs.values()):
         raise ValueError(f"the forward method must take one input, got {[*inputs]}.")
+    return [x.name for x in others]
+
+
+class _Unused(Tensor):
+    """For an input that a module shall not use: whatever reads it raises an error."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        raise ValueError(f"{getattr(function, '__name__', function)} reads it.")
+
+
+def check_unused(module: nn.Module, names: list[str], x: Tensor) -> None:
+    """Refuse a module whose outputs depend on some of its optional inputs; call it with a copy."""
+    unused = torch.empty(0, device="cpu").as_subclass(_Unused)
+    for name in names:
+        try:
+            used = not torch.equal(call(module, x), call(lambda z: module(z, **{name: unused}), x))  # noqa: B023
+        except ValueError as error:
+            raise ValueError(
+                f"the forward method must use one input, and it uses {name!r}: {error}"
+            ) from error
+        if used:
+            raise ValueError(f"the forward method must use one input, and its outputs change with {name!r}.")
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -36,7 +36,7 @@ class Replacement(NamedTuple):
     before, after : int
         Parameters of the old module and of the new.
     errors : tuple of float
-        Relative error of the experts in the Frobenius norm, one for each old linear layer. Empty where
+        Relative error of the experts in the Frobenius norm, one for each weight. Empty where
         nothing is fitted: in a dry run, or on the meta device.
     output_error : float or None
         Relative error of the outputs on random inputs, in evaluation and in float32: the norm of the
@@ -104,8 +104,9 @@ def replace_mlp(
     """Replace MLP blocks by `MuMoEMLP` blocks that start as they are, in place.
 
     A block is a module with two linear layers, called one after the other, and an activation between them;
-    a dropout may follow the activation and the second linear layer. Before anything is replaced, a copy of
-    each block is compared with its parts one after the other, in evaluation and in training.
+    a dropout may follow the activation and the second linear layer. A gated block has a third linear layer,
+    beside the first, and multiplies its outputs with the activation; both may be halves of one layer. Before
+    anything is replaced, a copy of each block is compared with its parts, in evaluation and in training.
 
     For the pattern, a dry run, several names of a block, frozen blocks and errors see `replace_linear`. The
     options are those of `MuMoEMLP`, and `activation` is needed if it is no module of the block.
@@ -117,7 +118,7 @@ def replace_mlp(
         more, as with a norm, a residual connection, a second input or a hook; or it shares parameters with
         another module.
     """
-    return _replace(model, pattern, is_mlp, _mlp_maker, "block of two linear layers", dry_run, options)
+    return _replace(model, pattern, is_mlp, _mlp_maker, "block of linear layers", dry_run, options)
 
 
 def _linear_maker(linear: nn.Module, **options: Any) -> Callable[..., Any]:
@@ -219,7 +220,15 @@ def _choose(
     chosen = {m: names for m, names in candidates.items() if any(fnmatchcase(x, pattern) for x in names)}
     if not chosen:
         near = [name for names in candidates.values() for name in names]
-        raise ValueError(f"the pattern must name a {what} in the model; {pattern!r} names none of {near}.")
+        others = [
+            f"{name!r}, a {type(module).__name__} of {[type(child).__name__ for child in module.children()]}"
+            for name, module in model.named_modules()
+            if name and fnmatchcase(name, pattern)
+        ]
+        but = f", but {others[0]}" if others else ""
+        raise ValueError(
+            f"the pattern must name a {what} in the model; {pattern!r} names none of {near}{but}."
+        )
     return chosen
 
 

@@ -57,6 +57,16 @@ def scaled(scale: Any) -> nn.Module:
     return Block(lambda self, x: self.scale * usual(self, x), scale=scale)
 
 
+def gated(hidden: Callable[[Any, Any], Any], **more: Any) -> nn.Module:
+    parts = {"gate": nn.Linear(6, 10), "act": nn.SiLU(), **more}
+    return Block(lambda self, x: self.down(hidden(self, x)), **parts)
+
+
+class Optional(nn.Sequential):
+    def forward(self, x: Any, cache: Any = None) -> Any:
+        return super().forward(x)
+
+
 def model(*blocks: nn.Module) -> nn.Module:
     layers = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(6), "mlp": each}) for each in blocks)
     return nn.ModuleDict({"layers": layers, "head": nn.Linear(6, 4)})
@@ -84,6 +94,20 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
     ),
     "PReLU of channels": lambda: plain(nn.PReLU(10)),
     "GELU by tanh": lambda: plain(nn.GELU(approximate="tanh")),
+    "SwiGLU": lambda: gated(lambda self, x: self.act(self.gate(x)) * self.up(x)),
+    "SwiGLU, the gate last": lambda: gated(lambda self, x: self.up(x) * self.act(self.gate(x))),
+    "SwiGLU with dropout": lambda: gated(
+        lambda self, x: self.drop(self.act(self.gate(x)) * self.up(x)), drop=nn.Dropout(0.5)
+    ),
+    "SwiGLU of one layer": lambda: gated(
+        lambda self, x: (lambda g, u: self.act(g) * u)(*self.up(x).chunk(2, -1)),
+        up=nn.Linear(6, 20), gate=None,
+    ),
+    "SwiGLU of one layer, the gate last": lambda: gated(
+        lambda self, x: (lambda u, g: self.act(g) * u)(*self.up(x).chunk(2, -1)),
+        up=nn.Linear(6, 20), gate=None,
+    ),
+    "an optional input that is not used": lambda: Optional(*plain(nn.ReLU())),
     "an activation with chance": lambda: plain(nn.RReLU()),
     "zeros in the second layer": lambda: Block(usual, down=zeroed(nn.Linear(10, 6))),
 }  # fmt: skip
@@ -131,6 +155,16 @@ def test_a_block_is_replaced_by_one_that_computes_the_same(name: str) -> None:
         torch.testing.assert_close(*outputs)
     shared = {id(module) for module in old.modules()} & {id(module) for module in new.modules()}
     assert not shared and not {id(p) for p in old.parameters()} & {id(p) for p in new.parameters()}
+
+
+class UsesCache(nn.Sequential):
+    def forward(self, x: Any, cache: Any = None) -> Any:
+        return super().forward(x if cache is None else x + cache)
+
+
+class UsesFlag(nn.Sequential):
+    def forward(self, x: Any, flag: Any = None) -> Any:
+        return super().forward(x if flag is None else 2 * x)
 
 
 class TwoInputs(nn.Sequential):
@@ -269,6 +303,28 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a change of its input": (lambda: Block(lambda self, x: usual(self, x.relu_())), "relative difference"),
     "any number of inputs": (lambda: AnyInputs(*plain(nn.ReLU())), r"one input, got \['inputs'\]"),
     "a second input": (lambda: TwoInputs(*plain(nn.ReLU())), "one input.*'mask'"),
+    "a second input that is used": (lambda: UsesCache(*plain(nn.ReLU())), "uses 'cache'"),
+    "a second input that is seen": (lambda: UsesFlag(*plain(nn.ReLU())), "outputs change with 'flag'"),
+    "a gate with a norm": (
+        lambda: gated(
+            lambda self, x: self.norm(self.act(self.gate(x)) * self.up(x)), norm=nn.LayerNorm(10)
+        ),
+        "SiLU, Linear, LayerNorm, Linear",
+    ),
+    "a gate that is added": (
+        lambda: gated(lambda self, x: self.act(self.gate(x)) + self.up(x)), "relative difference"
+    ),
+    "a gate without a bias": (
+        lambda: gated(lambda self, x: self.act(self.gate(x)) * self.up(x), gate=nn.Linear(6, 10, False)),
+        "a bias or none",
+    ),
+    "a gate in thirds": (
+        lambda: gated(
+            lambda self, x: (lambda a, b, c: self.act(a) * b * c)(*self.up(x).chunk(3, -1)),
+            up=nn.Linear(6, 30), gate=None,
+        ),
+        "as many inputs as the others have outputs",
+    ),
     "a tuple": (lambda: Block(lambda self, x: (usual(self, x), x)), "must return a tensor, got tuple"),
     "one layer called twice": (
         lambda: Block(in_order("up", "up", "act", "down"), up=nn.Linear(6, 6), down=nn.Linear(6, 6)),
@@ -534,6 +590,9 @@ def test_what_is_no_linear_layer_is_left_alone() -> None:
         replace_mlp(model(plain(nn.ReLU())), "decoder.*", experts=3, rank=2)
     with pytest.raises(ValueError, match="names none of"):
         replace_linear(model(), "layers.*.norm", experts=3, rank=2)
+    convolutions = nn.Sequential(nn.Conv2d(4, 8, 1), nn.GELU(), nn.Conv2d(8, 4, 1))
+    with pytest.raises(ValueError, match=r"'layers.0.mlp', a Sequential of \['Conv2d', 'GELU', 'Conv2d'\]"):
+        replace_mlp(model(convolutions), "layers.*.mlp", experts=3, rank=2)
 
 
 def test_a_gpt2_of_transformers(transformers: Any) -> None:

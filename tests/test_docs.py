@@ -104,7 +104,9 @@ def run_page(path: Path) -> int:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_page_runs(page: Path, own_files: None) -> None:
+def test_page_runs(page: Path, own_files: None, request: pytest.FixtureRequest) -> None:
+    if "transformers" in "".join(source for _, source in python_blocks(page)):
+        request.getfixturevalue("transformers")
     run_page(page)
 
 

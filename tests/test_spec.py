@@ -314,6 +314,17 @@ def test_the_smallest_rank_that_allows_experts_of_full_rank(format, of_layer, of
     assert replace(block, rank=of_block).max_expert_rank == 20
 
 
+@pytest.mark.parametrize("name", [name for name, f in mt.formats().items() if f.is_split and f.bonds(1)])
+def test_parts_of_both_layers_of_a_block_allow_experts_of_full_rank(name: str) -> None:
+    block = LayerSpec(name, experts=3, in_features=12, hidden=24, out_features=16)
+
+    def is_full(rank: tuple[int, ...]) -> bool:
+        return [layer.max_expert_rank for layer in replace(block, rank=rank).layers] == [12, 16]
+
+    family = [block.format.rank_family((3, 24, 24), t) for t in range(1, 25)]
+    assert block.with_full_rank_experts().rank == next(filter(is_full, family))
+
+
 @pytest.mark.parametrize("format", ["cp", "tr", "tt", "tucker"])
 def test_fit_rank_refuses_what_the_gate_alone_exceeds(format) -> None:
     with pytest.raises(ValueError, match="769,536"):

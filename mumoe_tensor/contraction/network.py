@@ -186,7 +186,7 @@ def vector_of(
     parts = format.parts(mode)
     if set(parts).isdisjoint(weight.output):
         return None if mode == "i" else ((), Reading(is_summed=True))
-    window = None if mode == "i" else format.window(level)
+    window = format.window(level)
     size = mode_sizes[level] if window is None else window[1] - window[0]
     return parts, Reading(window, padding=format.held(mode, size) - size)
 

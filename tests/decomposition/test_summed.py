@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mumoe_tensor as mt
-from mumoe_tensor.decomposition import decompose
+from mumoe_tensor.decomposition import decompose, sums
 from mumoe_tensor.dense import to_dense
 
 SUMS: list[mt.Format] = [
@@ -64,3 +64,31 @@ def test_a_bias_beside_split_inputs_is_exact_where_all_experts_have_one(same: bo
     left = np.linalg.norm(bias - bias.mean(0)) / np.linalg.norm(whole)
     assert error == pytest.approx(left, abs=1e-6)
     np.testing.assert_allclose(to_dense(weight)[:, -1], np.tile(bias.mean(0), (3, 1)), atol=1e-12)
+
+
+def test_the_first_start_is_the_fit_in_turn_and_the_others_are_random(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: list[Any] = []
+    monkeypatch.setattr(sums, "alternate", lambda _, __, start, *___: starts.append(start) or start)
+    dense = np.random.default_rng(0).uniform(-1, 1, (4, 6, 6))  # which is not scaled
+    format = mt.sum_of("lowrank", mt.shared("kron"))
+    _, best = decompose(dense, format, (2, 2), n_restarts=3)
+    errors = [
+        np.linalg.norm(to_dense(mt.FactorizedTensor(format, start)) - dense) / np.linalg.norm(dense)
+        for start in starts
+    ]
+    assert len(errors) == 3
+    assert best == pytest.approx(errors[0])
+    assert best < 1 < min(errors[1:])
+    assert errors[1] != errors[2]
+
+
+def test_the_best_fit_of_a_term_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the fits it is."""
+    dense = np.random.default_rng(0).standard_normal((4, 6, 6))
+    monkeypatch.setattr(sums, "alternate", lambda _, __, start, *___: start)
+    monkeypatch.setattr(
+        sums, "scaled_fits", lambda _, seen, *__: [[scale * seen] for scale in (0.9, 1.0, 0.8)]
+    )
+    assert decompose(dense, mt.sum_of("dense"), n_restarts=1)[1] == 0

@@ -135,6 +135,19 @@ def test_bias_needs_a_row_besides_it() -> None:
         mt.multilinear_moe(weight, np.ones((5, 0)), [np.ones((5, 4))], bias=True)
 
 
+@given(weights(backend="numpy", dtype="float64"))
+def test_a_weight_comes_back_from_the_leaves_of_its_tree(weight: mt.FactorizedTensor) -> None:
+    pytest.importorskip("mumoe_tensor.jax")
+    import jax
+
+    leaves, tree = jax.tree.flatten(weight)
+    again = jax.tree.unflatten(tree, leaves)
+    for name in ("format", "shape", "rank", "missing", "asked"):
+        assert getattr(again, name) == getattr(weight, name)
+    assert len(leaves) == len(weight.arrays)
+    assert all(one is other for one, other in zip(again.arrays, leaves, strict=True))
+
+
 # ---- TensorLy's containers ---------------------------------------------------------------------------
 
 CONTAINERS = {

@@ -195,11 +195,11 @@ class Program:
     @property
     def output_is_copied(self) -> bool:
         """Whether the parts of a split output do not lie in their order, so that joining them copies it."""
-        if self.output is None or self.output.order is None or self.network.out_features is None:
-            return False
-        sizes = self.network.sizes_at(2)
-        axes = [x for x in self.steps[-1].output if sizes[x] > 1]
-        return axes != [x for x in self.network.output if sizes[x] > 1]
+        return (
+            self.network.out_features is not None
+            and self.output is not None
+            and self.output.order is not None
+        )
 
     def __post_init__(self) -> None:
         numbered = tuple(enumerate(self.steps, start=len(self.network.operands)))

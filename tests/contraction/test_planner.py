@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import mumoe_tensor as mt
 from mumoe_tensor import multilinear
+from mumoe_tensor.backend import operations_of
 from mumoe_tensor.contraction import order
-from mumoe_tensor.contraction.execute import execute
+from mumoe_tensor.contraction.execute import arrange, execute
 from mumoe_tensor.contraction.layout import Compiler, Operand, Program
 from mumoe_tensor.contraction.network import Network, Reading, Tree, forward_network, is_read_in_place
 from mumoe_tensor.contraction.plan import PlannedStep, planned_steps
@@ -743,6 +744,18 @@ def test_shipped_formats_copy_nothing_but_the_output(format: str, experts: tuple
     assert plan.copied == joined
     needs_join = format in ("btt", "monarch") and batch > 1  # their last product is a stack along o1
     assert joined == (batch * 3072 if needs_join or plan.program.output_is_copied else 0)
+
+
+@given(layers(), BATCHES)
+def test_the_output_is_copied_where_its_parts_do_not_lie_in_order(layer, batch) -> None:
+    program = mt.plan(**layer, batch=batch).program
+    sizes = program.network.sizes_at(2)
+    result = np.zeros([sizes[x] for x in program.steps[-1].output])
+    output = arrange(result, program.output, operations_of(result))
+    assert output.shape == (2, layer["out_features"])
+    lies_in_order = output.flags.c_contiguous and np.shares_memory(output, result)
+    is_split = program.network.out_features is not None
+    assert program.output_is_copied == (is_split and not lies_in_order)
 
 
 def test_flops_of_structured_layers_are_those_counted_by_hand() -> None:

@@ -10,6 +10,7 @@ import pytest
 import mumoe_tensor as mt
 from mumoe_tensor.decomposition import decompose, sums
 from mumoe_tensor.dense import to_dense
+from mumoe_tensor.formats import Bias
 
 SUMS: list[mt.Format] = [
     mt.sum_of(mt.shared("dense"), "cp"),
@@ -92,3 +93,14 @@ def test_the_best_fit_of_a_term_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
         sums, "scaled_fits", lambda _, seen, *__: [[scale * seen] for scale in (0.9, 1.0, 0.8)]
     )
     assert decompose(dense, mt.sum_of("dense"), n_restarts=1)[1] == 0
+
+
+def test_slices_may_be_of_any_level() -> None:
+    dense = np.random.default_rng(0).standard_normal((2, 3, 4, 5))
+    format = mt.sum_of(*(mt.sliced("lowrank", start, stop, level=1) for start, stop in ((0, 1), (1, 3))))
+    assert decompose(dense, format, (4, 4))[1] < 1e-12
+
+
+def test_a_bias_begins_as_the_mean_row() -> None:
+    rows = np.random.default_rng(0).standard_normal((3, 2, 1, 5))
+    np.testing.assert_allclose(sums.bias(Bias(), rows), [[rows.mean((0, 1, 2))]])

@@ -66,7 +66,6 @@ def _values_of(term: FactorizedTensor) -> list[Tensor]:
         if f.optional and term.factors[k] is not None:
             j = next(j for j, other in enumerate(indices) if j != k and set(f.indices) <= set(other))
             weights = values[k].permute([f.indices.index(x) for x in indices[j] if x in f.indices])
-            values[j] = (
-                values[j] * weights[tuple(slice(None) if x in f.indices else None for x in indices[j])]
-            )
+            weights = weights[tuple(slice(None) if x in f.indices else None for x in indices[j])]
+            values[j] = values[j].to(torch.promote_types(weights.dtype, torch.float32)) * weights
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,16 @@ def test_a_quantised_model_is_left_to_its_quantizer(llama: Any) -> None:
     with pytest.warns(UserWarning, match="does not write layers of experts within a quantised model"):
         prepare_to_save(llama)
     assert llama.hf_quantizer is other
+
+
+def test_the_page_in_the_docs(transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "save-and-load.md"
+    first, second = re.findall(r"```py\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(first, namespace)
+    exec(second, namespace)
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained("folder"), namespace["model"].eval())
 
 
 def test_importing_the_layers_does_not_import_transformers() -> None:

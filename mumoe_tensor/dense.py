@@ -45,12 +45,23 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
         Only with `bias`.
     """
     weight = as_factorized(weight)
-    check_flag(bias, "bias")
+    check_bias(weight, bias)
     matrix = _added(weight, read_index(index, weight.experts))
     if not bias:
         return matrix
     operations = operations_of(matrix)
     return operations.narrow(matrix, 0, 0, matrix.shape[0] - 1), operations.select(matrix, 0, -1)
+
+
+def check_bias(weight: FactorizedTensor, bias: bool) -> None:
+    """Check that a weight can have a bias, if it is said to have one."""
+    check_flag(bias, "bias")
+    format = weight.format
+    if bias and format.splits_input and not format.has_bias_term:
+        raise ValueError(
+            "the bias of a weight that splits the input must be a term, as in sum_of('btt', Bias()), got "
+            f"bias=True for format {format!r}."
+        )
 
 
 def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:

@@ -10,13 +10,13 @@ from operator import index
 from typing import Any
 
 from mumoe_tensor.backend import Array, check_floating, is_traced
-from mumoe_tensor.checks import check_flag
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.contraction.execute import execute, fold
 from mumoe_tensor.contraction.layout import Program
 from mumoe_tensor.contraction.network import Network, forward_networks
 from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import Implementation, Plan, plan_terms
+from mumoe_tensor.dense import check_bias
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
@@ -103,7 +103,7 @@ def bind(plan: Plan, weight: Any, *, bias: bool = False) -> Callable[[Array, Seq
         ``f(z, coefficients)`` as `multilinear_moe`.
     """
     weight = as_factorized(weight)
-    check_flag(bias, "bias")
+    check_bias(weight, bias)
     programs = _check_plan(plan, weight, bias)
     folded = [fold(program, arrays) for program, arrays in zip(programs, _arrays(weight), strict=True)]
 
@@ -210,7 +210,7 @@ def _check_inputs(
             "coefficients must be a list with one array a level of experts, got "
             f"{type(coefficients).__name__}."
         )
-    check_flag(bias, "bias")
+    check_bias(weight, bias)
     if weight.format.has_bias_term and not bias:
         raise ValueError(
             f"bias must be True for a weight with a bias, got False for format {weight.format!r}."

@@ -35,7 +35,13 @@ def register(format: type[Format]) -> type[Format]:
     """
     if not (isinstance(format, type) and issubclass(format, Format)):
         raise TypeError(f"register takes a class derived from Format, got {format!r}; use it as a decorator.")
-    declared = get_format(format())
+    try:
+        declared = format()
+    except TypeError as error:
+        raise TypeError(
+            f"a format must be made without arguments; {format.__name__}() raises TypeError: {error}"
+        ) from error
+    get_format(declared)
     for what in ("name", "title"):
         text = getattr(declared, what, None)
         if not isinstance(text, str) or not text.strip():
@@ -44,9 +50,12 @@ def register(format: type[Format]) -> type[Format]:
     if not format.__module__.startswith(f"{__package__}."):
         for levels in range(MOST_LEVELS + 1):
             declared.declaration(levels)
-    taken = type(_registry.get(declared.name, declared))
+    taken = _composed.get(declared.name) or type(_registry.get(declared.name, declared))
     if (taken.__module__, taken.__qualname__) != (format.__module__, format.__qualname__):
-        raise ValueError(f"a format's name must be its own; {declared.name!r} is {taken.__qualname__}.")
+        raise ValueError(
+            f"a format's name must be its own; {declared.name!r} is {taken.__qualname__} of "
+            f"{taken.__module__}."
+        )
     _registry[declared.name] = declared
     return format
 
@@ -86,7 +95,7 @@ def get_format(format: AnyFormat) -> Format:
             ) from None
         return format
     if not isinstance(format, (str, Mapping)):
-        raise TypeError(f"a format is a name or a Format instance, got {format!r}.")
+        raise TypeError(f"a format is a name, a dict of its name and settings, or a Format, got {format!r}.")
     settings: dict[str, Any] = {"name": format} if isinstance(format, str) else dict(format)
     name = settings.pop("name", None)
     if not isinstance(name, str) or (name not in {**_registry, **_composed} and not _is_installed(name)):

@@ -135,7 +135,9 @@ def test_a_bad_declaration_is_refused_where_it_breaks(case: str) -> None:
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"name": "cp"}, "a format's name must be its own; 'cp' is CP"),
+        ({"name": "cp"}, "a format's name must be its own; 'cp' is CP of mumoe_tensor.formats.cp."),
+        ({"name": "sum"}, "a format's name must be its own; 'sum' is Sum of mumoe_tensor.formats.sums."),
+        ({"__init__": lambda self, size: None}, "must be made without arguments; Declared() raises"),
         ({"name": 3}, "must have a name, a string; Declared has 3"),
         ({"name": " "}, "must have a name, a string; Declared has ' '"),
         ({"title": None}, "must have a title, a string; Declared has None"),

@@ -137,6 +137,7 @@ def test_a_format_needs_no_argument_for_splits() -> None:
 
 
 ones = np.ones
+KRON = mt.FactorizedTensor.random("kron", rank=2, **SIZES)
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no factorization": (
         lambda: mt.LayerSpec("btt", experts=(), in_features=769, out_features=8),
@@ -198,6 +199,21 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: mt.LayerSpec(mt.sum_of("btt", Bias()), **SIZES),
         ValueError,
         "bias must be True for a format with a bias",
+    ),
+    "a bias of a split input that is no term": (
+        lambda: mt.expert_matrix(KRON, 1, bias=True),
+        ValueError,
+        "splits the input must be a term, as in .*, got bias=True for format Kronecker",
+    ),
+    "the same, of a mixture": (
+        lambda: mt.multilinear_moe(KRON, ones((5, 5)), [ones((5, 4))], bias=True),
+        ValueError,
+        "splits the input must be a term",
+    ),
+    "the same, bound": (
+        lambda: mt.bind(mt.plan("kron", rank=2, **SIZES), KRON, bias=True),
+        ValueError,
+        "splits the input must be a term",
     ),
     "a split mode used whole": (
         lambda: mt.get_format(WholeInput()).declaration(1),

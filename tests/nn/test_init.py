@@ -38,11 +38,11 @@ def test_outputs_start_with_the_variance_of_a_linear_layer(format, experts, size
     assert 0.7 < ratio < 1.4
 
 
-@pytest.mark.parametrize("format", mt.formats())
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e-2, 1e-1])
 def test_two_hundred_steps_never_give_nan(format: str, learning_rate: float) -> None:
     torch.manual_seed(0)
-    block = MuMoEMLP(16, 24, 16, (4, 2), format, rank_of(format, 2, 3))
+    block = MuMoEMLP(16, 24, 16, (4, 2), FORMATS[format], rank_of(format, 2, 3))
     optimizer = torch.optim.AdamW(block.parameters(), lr=learning_rate)
     x = torch.randn(32, 16)
     target = torch.roll(x, 1, -1)

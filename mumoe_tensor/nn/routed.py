@@ -60,7 +60,7 @@ class ChosenExperts(Experts):
         Parameters
         ----------
         z : Tensor of shape (..., in_features)
-        index : Tensor of an integer dtype, of shape (...)
+        index : Tensor of int, of shape (...)
             The expert of each input.
 
         Returns
@@ -223,7 +223,7 @@ class RoutedExperts(WholeState):
         Parameters
         ----------
         hidden_states : Tensor of shape (..., in_features)
-        top_k_index : Tensor of an integer dtype, of shape (..., k)
+        top_k_index : Tensor of int, of shape (..., k)
         top_k_weights : Tensor of shape (..., k)
 
         Returns

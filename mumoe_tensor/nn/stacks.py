@@ -61,7 +61,7 @@ def replace_experts(
     inputs : iterable, optional
         Batches the model is called with once, in evaluation: the arguments as a mapping, as a tuple, or one
         argument. The fit is then weighted by the inputs of each expert, as they and their routing weights
-        occur. (Each module holds N (D² + F²) numbers in float64 meanwhile.)
+        occur. Meanwhile N (D² + F²) numbers of float64 are held for each module.
     fit : mapping, optional
         Arguments of `.decompose` that say how long a fit may take, as ``{"n_restarts": 4}``.
     dry_run : bool, default False
@@ -80,7 +80,6 @@ def replace_experts(
         If the pattern names no experts, or some that cannot be replaced: they have other parameters, as the
         interleaved ones with biases of GPT-OSS; compute something else or more; share parameters with another
         module; or are not called with the `inputs`.
-
     """
     check_flag(dry_run, "dry_run")
     options = {"format": format, "parameters": parameters, "effort": {**EFFORT, **(fit or {})}, **options}

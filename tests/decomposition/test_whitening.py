@@ -82,6 +82,30 @@ def test_conjugate_gradients_reach_what_whitening_gives() -> None:
     assert decompose(dense, split, 2, input_covariance=z.T @ z, **effort)[1] == pytest.approx(whole, abs=1e-5)
 
 
+@given(format=st.sampled_from(WEIGHTED), seed=st.integers(0, 99))
+def test_each_expert_may_have_inputs_of_its_own(format: mt.Format, seed: int) -> None:
+    """The error is that of all outputs, and no larger than that of the fit without weights."""
+    dense = np.random.default_rng(seed).standard_normal((3, 6, 6))
+    rank, effort = (2,) * len(format.bonds(1)), dict(n_restarts=1, n_iter=10)
+    z = np.stack([inputs(6, seed + n) for n in range(3)])
+    covariance = np.swapaxes(z, 1, 2) @ z / 120
+    plain, _ = decompose(dense, format, rank, **effort)
+    weight, error = decompose(dense, format, rank, input_covariance=covariance, **effort)
+    assert error == pytest.approx(output_error(weight, dense, z), abs=1e-7)
+    assert error <= output_error(plain, dense, z) + 1e-7
+
+
+def test_low_rank_is_the_best_for_each_expert() -> None:
+    """One without inputs does not matter."""
+    generator = np.random.default_rng(1)
+    dense, z = generator.standard_normal((3, 6, 5)), np.stack([inputs(6, n) for n in range(3)])
+    z[2] = 0
+    values = np.linalg.svd(z @ dense, compute_uv=False)
+    expected = np.linalg.norm(values[:, 2:]) / np.linalg.norm(values)
+    error = decompose(dense, "lowrank", 2, input_covariance=np.swapaxes(z, 1, 2) @ z)[1]
+    assert error == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_covariance_may_be_of_any_backend_and_dtype() -> None:
     torch = pytest.importorskip("torch")
     dense = torch.randn(6, 4, generator=torch.manual_seed(0))

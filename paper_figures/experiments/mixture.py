@@ -1,0 +1,153 @@
+"""What it costs to compress the experts of a mixture: perplexity over the parameters saved.
+
+    python -m paper_figures.experiments.mixture FOLDER
+
+Trains a small Mixtral of transformers on the bytes of the text files in a folder, as ``data/shakespeare`` of
+``make data``, and replaces its experts in several formats, at 10 to 50 % fewer parameters, by fits to the
+weights alone and by fits weighted by the inputs of each expert. Downloads nothing. Writes
+``docs/experiments/mixture.csv``; takes about 20 minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mumoe_tensor as mt
+from mumoe_tensor import files
+from mumoe_tensor.nn import replace_experts
+from paper_figures.common import Row
+from paper_figures.experiments.heads import TABLES
+
+SEEDS = (0, 1, 2)
+SAVED = (0.1, 0.2, 0.3, 0.4, 0.5)
+FORMATS: dict[str, str | mt.Format] = {
+    "low rank": "lowrank",
+    "shared + low rank": mt.sum_of(mt.shared("dense"), "lowrank"),
+    "shared + CP": "shared-expert",
+    "CP": "cp",
+    "Tucker": "tucker",
+    "Tensor Ring": "tr",
+    "Tensor Train": "tt",
+    "Kronecker": "kron",
+    "BTT": "btt",
+}
+EFFORT = {"n_restarts": 1, "n_iter": 5, "tolerance": 1e-3}
+SIZES = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "max_position_embeddings": 128, "output_router_logits": True, "router_aux_loss_coef": 0.01,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+CONTEXT, BATCH, STEPS, RATE = 128, 16, 400, 4e-3
+#: Windows that the fits are weighted by, and that perplexity is measured on.
+CALIBRATION, VALIDATION = 128, 128
+#: Of Shakespeare's works as `make data` has them: Milton's; and three plays that no other file has.
+LEFT_OUT = ("areopagitica*", "comus*", "lallegro*", "paradise*", "poe*")
+HELD_OUT = ("macbeth*", "twelfth*", "henry_v_gut*")
+
+
+def text_of(folder: Path) -> tuple[Tensor, Tensor]:
+    """The bytes of all files to train on, and of those held out: the last one, if none has such a name."""
+    paths = [p for p in sorted(folder.glob("*.txt")) if not any(map(p.match, LEFT_OUT))]
+    if len(paths) < 2:
+        raise ValueError(f"a folder must have two text files or more, {folder} has {len(paths)}.")
+    held = [path for path in paths if any(map(path.match, HELD_OUT))] or paths[-1:]
+    trained, validated = (
+        torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in part)), dtype=torch.uint8)
+        for part in ([path for path in paths if path not in held], held)
+    )
+    return trained, validated
+
+
+def windows(data: Tensor, count: int, seed: int | None = None) -> Tensor:
+    """Windows of the context: evenly spaced, or drawn with a seed."""
+    last = len(data) - CONTEXT
+    starts = torch.linspace(0, last, count).long()
+    if seed is not None:
+        starts = torch.randint(last, (count,), generator=torch.Generator().manual_seed(seed))
+    return data[starts[:, None] + torch.arange(CONTEXT)].long()
+
+
+def train(data: Tensor, seed: int, steps: int = STEPS) -> Any:
+    """A Mixtral after some steps of AdamW."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
+    for step, batch in enumerate(windows(data, steps * BATCH, seed).split(BATCH)):
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            print(f"seed {seed}, step {step}: loss {loss.item():.3f}", flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def perplexity(model: Any, held: Tensor) -> float:
+    """Perplexity a byte, over all windows."""
+    losses = []
+    for batch in held.split(32):
+        logits = model(batch, output_router_logits=False).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+    return exp(torch.stack(losses).mean().item())
+
+
+def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float] = SAVED) -> Iterator[Row]:
+    """One row for the model, and one a format, share of parameters saved, and way of fitting."""
+    yield {"format": "dense", "fit": "", "saved": 0.0, "weight_error": 0.0, "output_error": 0.0,
+           "perplexity": perplexity(model, held)}  # fmt: skip
+    for title, format in FORMATS.items():
+        for share in saved:
+            for fit in ("plain", "weighted"):
+                replaced = copy.deepcopy(model)
+                inputs = calibration.split(32) if fit == "weighted" else None
+                table = replace_experts(
+                    replaced, format=format, parameters=1 - share, inputs=inputs, fit=EFFORT
+                )
+                errors = [error for each in table for error in each.errors]
+                yield {
+                    "format": title,
+                    "fit": fit,
+                    "saved": 1 - sum(each.after for each in table) / sum(each.before for each in table),
+                    "weight_error": sum(errors) / len(errors),
+                    "output_error": sum(each.output_error or 0 for each in table) / len(table),
+                    "perplexity": perplexity(replaced, held),
+                }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and measure a model for each seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--out", type=Path, default=TABLES / "mixture.csv")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    trained, validated = text_of(options.folder)
+    held, rows = windows(validated, VALIDATION), []
+    for seed in options.seeds:
+        model = train(trained, seed)
+        for row in measure(model, windows(trained, CALIBRATION, seed + 100), held):
+            rows.append({"seed": seed, **row})
+            print(*rows[-1].values(), flush=True)
+            files.write_table(options.out, list(rows[0]), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

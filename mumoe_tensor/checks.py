@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from math import isfinite
+from math import inf, isfinite
 from operator import index
 from typing import Any
 
@@ -29,6 +29,8 @@ def as_positive(value: Any, what: str) -> int:
 
 def as_finite(value: Any, what: str) -> float:
     """Return a number of any library as a float, or say that `what` must be a finite number."""
+    if type(value) is float and -inf < value < inf:  # (torch.compile cannot trace the rest)
+        return value
     number = as_python(value)
     if isinstance(number, (bool, str)) or not hasattr(number, "__float__"):
         raise TypeError(f"{what} must be a number, got {value!r}.")

@@ -13,10 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from mumoe_tensor.backend import Array, cast, check_floating, dtype_name, stop_gradient
-from mumoe_tensor.checks import as_integer, check_flag
+from mumoe_tensor.backend import Array, cast, check_floating, dtype_name, is_array, stop_gradient
+from mumoe_tensor.checks import as_finite, as_integer, as_positive, check_flag
 
-__all__ = ["Gate", "entmax15", "relu_top_k", "softmax", "sparsemax", "top_k"]
+__all__ = [
+    "Gate",
+    "entmax15",
+    "jumprelu",
+    "relu_top_k",
+    "sigmoid_top_k",
+    "softmax",
+    "sparsemax",
+    "top_k",
+    "uniform_top_k",
+]
 
 #: Newton steps of entmax15 for N logits, by log2 N rounded up. A step at least halves ‖u‖ − 1 or its slope,
 #: both at most √N at first. That makes log2(N) / 2 steps, and four more converge. Rows built by hill climbing
@@ -34,11 +44,16 @@ class Gate(Protocol):
       gradients of these coefficients out.
     - ``random_start = True``: the weight of the layer's gate starts random instead of zero. So it must where
       equal logits have unequal coefficients, or none: the same experts would be left out for ever.
+    - ``reads_input = True``: it is called with the input of the layer's gate, of shape (..., in_features),
+      and the number of experts of a level, instead of logits. The layer's gate then has no weight and no
+      norm.
     - a method ``per_expert(num_experts, in_features)``: arrays with the experts of a level as their first
       axis, by name, at their first values. The layer's gate has them under these names, those of all levels
       one after the other, as parameters if they are parameters, else as buffers. The gate is called with
       those of the level as keyword arguments. The method raises a ValueError for a level that the gate
       cannot serve.
+    - a method ``fit(z, num_experts)``: these arrays for a level, fitted to inputs of shape (rows,
+      in_features).
     """
 
     def __call__(self, logits: Array, /) -> Array:
@@ -193,6 +208,145 @@ def relu_top_k(x: Array, k: int, axis: int = -1) -> Array:
     return _restored(backend, _checked(backend, p, rows), x, axis)
 
 
+@sparse_gradient
+def jumprelu(
+    x: Array, threshold: Array | float = 0.001, axis: int = -1, *, bandwidth: float = 0.001
+) -> Array:
+    r"""JumpReLU: logits above a threshold as they are, zero elsewhere. The coefficients have any sum.
+
+    .. math:: p_i = x_i \text{ where } x_i > \theta_i, \text{ else } 0
+
+    The derivative with respect to a logit is one or zero. With respect to the threshold it is zero almost
+    everywhere; in its place is the published straight-through estimate, with a rectangle as the kernel:
+
+    .. math:: \frac{\partial p_i}{\partial \theta_i} \approx
+              -\frac{\theta_i}{\varepsilon} \text{ where } |x_i - \theta_i| < \varepsilon / 2, \text{ else } 0
+
+    Parameters
+    ----------
+    x : array of shape (..., N, ...)
+        As in `entmax15`; so are result and errors.
+    threshold : float or array of shape (N,)
+        At least zero. An array is of the backend and dtype of `x`, and has derivatives.
+    axis : int
+    bandwidth : float
+        The width :math:`\varepsilon`, in units of the logits.
+
+    References
+    ----------
+    Rajamanoharan et al., "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse
+    Autoencoders", arXiv:2407.14435, 2024.
+    """
+    backend, rows = _rows(x, axis)
+    if as_finite(bandwidth, "bandwidth") <= 0:
+        raise ValueError(f"bandwidth must be positive, got {bandwidth}.")
+    if is_array(threshold):
+        theta = _along_rows("threshold", threshold, x, rows)
+        constant = stop_gradient(theta)
+        is_near = abs(stop_gradient(rows) - constant) < bandwidth / 2
+        # Zero, but with a derivative.
+        jump = backend.where(is_near, constant / bandwidth, 0.0) * (theta - constant)
+    else:
+        theta = constant = as_finite(threshold, "threshold")
+        jump = 0.0
+        if theta < 0:
+            raise ValueError(f"threshold must be at least 0, got {threshold}.")
+    p = backend.where(rows <= constant, 0.0, rows) - jump
+    return _restored(backend, _checked(backend, p, rows), x, axis)
+
+
+@sparse_gradient
+def sigmoid_top_k(
+    x: Array,
+    k: int,
+    axis: int = -1,
+    *,
+    bias: Array | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Array:
+    r"""Sigmoid of k logits of a few groups, zero elsewhere: the gate of DeepSeek-V3.
+
+    They are chosen by their scores :math:`\sigma(x_i) + b_i`. The logits are in equal groups, one after the
+    other; the groups whose two best scores have the largest sums are taken, and in these the k best scores.
+    Bias and groups affect the choice alone. Fewer than k have a coefficient where all others are masks.
+
+    Parameters
+    ----------
+    x : array of shape (..., N, ...)
+        As in `entmax15`; so are result and errors.
+    k : int
+        Number of logits with a coefficient, from 1 to the size of `top_groups` groups.
+    axis : int
+    bias : array of shape (N,), optional
+        Of the backend and dtype of `x`. It has no derivative.
+    groups, top_groups : int
+        Number of groups, which divides N, and how many of them are taken.
+    normalize : bool
+        Divide the coefficients by their sum.
+    scale : float
+        Multiplies the coefficients: their sum, if they are normalised.
+
+    References
+    ----------
+    DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv:2412.19437, 2024.
+    """
+    check_flag(normalize, "normalize")
+    backend, rows = _rows(x, axis)
+    size = check_groups(rows.shape[-1], k, groups, top_groups)
+    # log σ(x), without overflow.
+    top = backend.clip(stop_gradient(rows), 0.0)
+    top = backend.where(top < backend.inf, top, backend.nan)
+    logs = (rows - top) - backend.log(backend.exp(-top) + backend.exp(rows - top))
+    scores = backend.exp(stop_gradient(logs))
+    if bias is not None:
+        scores = scores + stop_gradient(_along_rows("bias", bias, x, rows))
+    scores = backend.where(rows == -backend.inf, -backend.inf, scores)
+    if top_groups < groups:
+        parts = scores.reshape((*rows.shape[:-1], groups, size))
+        scores = _best_groups(backend, parts, top_groups).reshape(rows.shape)
+    dropped = _is_dropped(backend, scores, k) | (scores == -backend.inf)
+    if normalize:
+        p = _softmax(backend, _centred(backend, backend.where(dropped, -backend.inf, logs)))
+    else:
+        p = _checked(backend, backend.where(dropped, 0.0, backend.exp(logs)), rows)
+    return _restored(backend, as_finite(scale, "scale") * p, x, axis)
+
+
+def uniform_top_k(x: Array, k: int, axis: int = -1) -> Array:
+    """1 / k for each of the k largest logits, zero elsewhere. It has no derivative.
+
+    Parameters
+    ----------
+    x : array of shape (..., N, ...)
+        As in `entmax15`; so are result and errors. Where fewer than k are no masks, these share one.
+    k : int
+        From 1 to N.
+    axis : int
+    """
+    backend, rows = _rows(stop_gradient(x), axis)
+    dropped = _is_dropped(backend, rows, k) | (rows == -backend.inf)
+    kept = cast(~dropped, dtype_name(rows))
+    return _restored(backend, _checked(backend, kept / _total(backend, kept), rows), x, axis)
+
+
+def check_groups(size: int, k: int, groups: int, top_groups: int) -> int:
+    """The size of a group of `sigmoid_top_k`; a ValueError if there are no such groups, or k is too large."""
+    if size % as_positive(groups, "groups") or as_positive(top_groups, "top_groups") > groups:
+        raise ValueError(
+            f"groups must divide the size of the axis, and top_groups be at most groups; got groups = "
+            f"{groups} and top_groups = {top_groups} for size {size}."
+        )
+    if not 1 <= as_integer(k, "k") <= top_groups * (size // groups):
+        raise ValueError(
+            f"k must be at least 1 and at most the size of the groups taken, got k = {k} for {top_groups} "
+            f"group(s) of size {size // groups}."
+        )
+    return size // groups
+
+
 def _rows(x: Array, axis: int) -> tuple[Any, Array]:
     """The checked logits with `axis` last, in the dtype to compute in."""
     backend = check_floating({"x": x})
@@ -205,6 +359,25 @@ def _rows(x: Array, axis: int) -> tuple[Any, Array]:
     rows = cast(backend.moveaxis(x, axis, -1), "float32" if x.dtype.itemsize < 4 else dtype_name(x))
     # In row-major order: along another axis NumPy adds one by one, which loses four digits at 2**20 entries.
     return backend, rows.reshape(-1).reshape(rows.shape)
+
+
+def _along_rows(name: str, values: Array, x: Array, rows: Array) -> Array:
+    """An array with an entry for each logit of a row, in the dtype of the rows."""
+    check_floating({"x": x, name: values})
+    if values.shape != rows.shape[-1:]:
+        raise ValueError(
+            f"{name} must have an entry for each logit of a row, shape {tuple(rows.shape[-1:])}, got shape "
+            f"{tuple(values.shape)}."
+        )
+    return cast(values, dtype_name(rows))
+
+
+def _best_groups(backend: Any, scores: Array, count: int) -> Array:
+    """Scores of shape (..., groups, size), −inf outside of the groups whose two best have the best sums."""
+    best = backend.sort(scores, axis=-1)[..., -2:]
+    totals = backend.sum(backend.where(best == -backend.inf, 0.0, best), axis=-1)
+    totals = backend.where(best[..., -1] == -backend.inf, -backend.inf, totals)  # masks alone
+    return backend.where(_is_dropped(backend, totals, count)[..., None], -backend.inf, scores)
 
 
 def _is_dropped(backend: Any, rows: Array, k: int) -> Array:

@@ -38,15 +38,42 @@ def relu_top_3(x: Any, axis: int = -1) -> Any:
     return gates.relu_top_k(x, min(K, x.shape[axis]), axis)
 
 
+def uniform_top_3(x: Any, axis: int = -1) -> Any:
+    return gates.uniform_top_k(x, min(K, x.shape[axis]), axis)
+
+
+def sigmoid_top_3(x: Any, axis: int = -1) -> Any:
+    return gates.sigmoid_top_k(x, min(K, x.shape[axis]), axis)
+
+
+def scaled_sigmoid(x: Any, axis: int = -1) -> Any:
+    return gates.sigmoid_top_k(x, min(K, x.shape[axis]), axis, normalize=False, scale=2.5)
+
+
+def jumprelu_over_one(x: Any, axis: int = -1) -> Any:
+    return gates.jumprelu(x, 1.0, axis)
+
+
 AXIS_GATES = {"entmax15": gates.entmax15, "sparsemax": gates.sparsemax, "softmax": gates.softmax}
 #: Gates whose coefficients sum to one, and all.
 GATES = {**AXIS_GATES, "top_k": top_3}
-ALL_GATES = {**GATES, "top_k, not normalised": most_probable_3, "relu_top_k": relu_top_3}
+ALL_GATES = {
+    **GATES,
+    "top_k, not normalised": most_probable_3,
+    "relu_top_k": relu_top_3,
+    "uniform_top_k": uniform_top_3,
+    "sigmoid_top_k": sigmoid_top_3,
+    "sigmoid_top_k, scaled": scaled_sigmoid,
+    "jumprelu": jumprelu_over_one,
+}
 #: Functions that have a k.
 WITH_K = {
     "top_k": gates.top_k,
     "top_k, not normalised": partial(gates.top_k, normalize=False),
     "relu_top_k": gates.relu_top_k,
+    "uniform_top_k": gates.uniform_top_k,
+    "sigmoid_top_k": gates.sigmoid_top_k,
+    "sigmoid_top_k, scaled": gates.sigmoid_top_k,
 }
 BACKENDS = ("numpy", "torch", "jax")
 DTYPES = {
@@ -56,6 +83,11 @@ DTYPES = {
 }
 every_gate = pytest.mark.parametrize("gate", GATES)
 each_of_all_gates = pytest.mark.parametrize("gate", ALL_GATES)
+each_with_derivatives = pytest.mark.parametrize(
+    "gate", [name for name in ALL_GATES if name != "uniform_top_k"]
+)
+#: The sigmoid rounds large logits to one: which of them are the largest depends on the dtype.
+each_with_an_order = pytest.mark.parametrize("gate", [name for name in ALL_GATES if "sigmoid" not in name])
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -109,12 +141,17 @@ def exponentials(x: np.ndarray, k: int | None = None) -> np.ndarray:
     return e / e.sum()
 
 
-def largest(x: np.ndarray, k: int, values: np.ndarray) -> np.ndarray:
-    """The values of the k largest entries of x, zero elsewhere."""
+def largest(x: np.ndarray, k: int, values: Any) -> np.ndarray:
+    """The values of the k largest entries of x, none of them a mask, and zero elsewhere."""
     kept = np.argsort(-x.astype(np.float64), kind="stable")[:k]
+    kept = kept[x[kept] > -INF]
     p = np.zeros(x.shape)
-    p[kept] = values[kept]
+    p[kept] = np.broadcast_to(values, x.shape)[kept]
     return p
+
+
+def normalised(p: np.ndarray) -> np.ndarray:
+    return p / p.sum()
 
 
 ORACLES = {
@@ -124,6 +161,8 @@ ORACLES = {
     "top_k": partial(exponentials, k=K),
     "top_k, not normalised": lambda x: largest(x, K, exponentials(x)),
     "relu_top_k": lambda x: largest(x, K, np.maximum(x.astype(np.float64), 0)),
+    "uniform_top_k": lambda x: normalised(largest(x, K, 1.0)),
+    "jumprelu": lambda x: np.where(x > 1, x.astype(np.float64), 0),
 }
 
 
@@ -238,7 +277,7 @@ def along(function: Callable, x: np.ndarray, axis: int) -> np.ndarray:
     return np.apply_along_axis(function, axis, x) if x.size else x
 
 
-@each_of_all_gates
+@each_with_an_order
 @every_backend
 @given(data=st.data())
 def test_equals_the_oracle_and_keeps_all_else(gate: str, backend: str, data: st.DataObject) -> None:
@@ -267,7 +306,7 @@ def test_a_shift_changes_nothing(gate: str, logits: Any, shift: float) -> None:
     np.testing.assert_array_equal(GATES[gate](x + shift, axis), GATES[gate](x, axis))
 
 
-@each_of_all_gates
+@each_with_an_order
 @given(logits=logits(ties=False), data=st.data())
 @settings(max_examples=settings().max_examples // 2)
 def test_a_permutation_of_logits_permutes_coefficients(gate: str, logits: Any, data: st.DataObject) -> None:
@@ -326,7 +365,7 @@ def smooth(gate: str, shape: tuple[int, ...], axis: int) -> np.ndarray:
             return x
 
 
-@each_of_all_gates
+@each_with_derivatives
 @pytest.mark.parametrize(("shape", "axis"), [((6,), 0), ((2, 5), -1), ((4, 2, 2), 0), ((1, 1), 1)])
 def test_torch_gradcheck(gate: str, shape: tuple[int, ...], axis: int) -> None:
     x = torch.tensor(smooth(gate, shape, axis), requires_grad=True)
@@ -386,10 +425,74 @@ def test_gradients_of_a_bad_row_stay_in_it(gate: str) -> None:
     np.testing.assert_allclose(dx[0], jacobian(gate, ORACLES[gate](numpy(x[0]))) @ numpy(c), atol=1e-6)
 
 
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_a_threshold_of_jumprelu_has_the_published_derivative(library: str) -> None:
+    x = np.array([[0.5, 0.95, 1.04, 1.2, -INF], [2.1, 1.99, 1.0, 1.06, 3.0]])
+    theta, width = np.array([0.5, 1.0, 1.0, 1.0, 2.0]), 0.1
+    c = np.random.default_rng(0).standard_normal(x.shape)
+    # −θ/ε times the rectangle of width ε around θ, and the step.
+    expected = (-(theta / width) * (abs(x - theta) < width / 2) * c).sum(0), np.where(x > theta, c, 0)
+    if library == "torch":
+        tx, tt = torch.tensor(x, requires_grad=True), torch.tensor(theta, requires_grad=True)
+        p = gates.jumprelu(tx, tt, bandwidth=width)
+        ours = torch.autograd.grad((p * torch.tensor(c)).sum(), (tt, tx))
+    else:
+        with jax.enable_x64(True):
+            p = gates.jumprelu(jnp.asarray(x), jnp.asarray(theta), bandwidth=width)
+            scalar = lambda t, v: (gates.jumprelu(v, t, bandwidth=width) * c).sum()  # noqa: E731
+            ours = jax.jit(jax.grad(scalar, (0, 1)))(jnp.asarray(theta), jnp.asarray(x))
+    np.testing.assert_array_equal(numpy(p), np.where(x > theta, x, 0))
+    for our, exact in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(numpy(our), exact, atol=1e-12)
+
+
+def by_groups(
+    x: np.ndarray, bias: np.ndarray, k: int, groups: int, top_groups: int, normalize: bool, scale: float
+) -> np.ndarray:
+    """The gate of DeepSeek-V3 for one row, as its report describes it."""
+    s = 1 / (1 + np.exp(-x))
+    score = {n: s[n] + bias[n] for n in range(len(x)) if x[n] > -INF}
+    members = np.arange(len(x)).reshape(groups, -1)
+    totals = [sorted((score[n] for n in group if n in score), reverse=True)[:2] for group in members]
+    order = sorted(range(groups), key=lambda g: (-sum(totals[g]) if totals[g] else INF, g))
+    inside = [n for g in sorted(order[:top_groups]) for n in members[g] if n in score]
+    p = np.zeros(len(x))
+    for n in sorted(inside, key=lambda n: (-score[n], n))[:k]:
+        p[n] = s[n]
+    return scale * (normalised(p) if normalize else p)
+
+
+@every_backend
+@given(data=st.data())
+@settings(max_examples=settings().max_examples // 2)
+def test_groups_and_bias_choose_and_weigh_nothing(backend: str, data: st.DataObject) -> None:
+    groups, size = data.draw(
+        st.sampled_from([(1, 6), (4, 1), (4, 3), (3, 4)] if backend != "jax" else [(4, 3)])
+    )
+    settled = dict(
+        groups=groups, top_groups=data.draw(st.integers(1, groups)), normalize=data.draw(st.booleans()),
+        scale=data.draw(st.sampled_from([1.0, 2.5])),
+    )  # fmt: skip
+    k = data.draw(st.integers(1, settled["top_groups"] * size))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    x = 2 * rng.standard_normal((5, groups * size))
+    bias = data.draw(st.sampled_from([0.0, 0.3])) * rng.standard_normal(groups * size)
+    if data.draw(st.booleans()):
+        x = x.round()
+    x[rng.random(x.shape) < data.draw(st.sampled_from([0, 0.5]))] = -INF
+    x[:, rng.integers(groups * size)] = 0.1
+    with jax.enable_x64(True):
+        p = gates.sigmoid_top_k(
+            array(backend, x, "float64"), k, bias=array(backend, bias, "float64"), **settled
+        )
+    expected = np.stack([by_groups(row, bias, k, **settled) for row in x])
+    np.testing.assert_allclose(numpy(p), expected, atol=1e-14)
+
+
 # -------------------------------------------------------------------------------------------- compiling
 
 
-@each_of_all_gates
+@each_with_derivatives
 def test_torch_compile(gate: str) -> None:
     torch._dynamo.reset()
     # The gate of the published layers through the whole compiler, the others through all but code generation.
@@ -478,12 +581,35 @@ def test_bad_k(gate: Callable, backend: str, k: Any) -> None:
     if type(k) is int:
         error, message = (
             ValueError,
-            f"k must be at least 1 and at most the size of the axis, got k = {k} for size 3",
+            f"k must be at least 1 and at most the size of the .*, got k = {k} for",
         )
     else:
         error, message = TypeError, "k must be an integer, got "
     with pytest.raises(error, match=message):
         gate(array(backend, X), k)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: gates.jumprelu(x, -0.1), ValueError, r"threshold must be at least 0, got -0\.1"),
+        (lambda x: gates.jumprelu(x, "1"), TypeError, "threshold must be a number, got '1'"),
+        (lambda x: gates.jumprelu(x, bandwidth=0.0), ValueError, r"bandwidth must be positive, got 0\.0"),
+        (lambda x: gates.jumprelu(x, np.ones(2)), ValueError, r"threshold must .* \(3,\), got shape \(2,"),
+        (lambda x: gates.jumprelu(x, np.ones(3, "f4")), TypeError, "got x: float64, threshold: float32"),
+        (lambda x: gates.sigmoid_top_k(x, 1, bias=torch.ones(3)), TypeError, "must belong to one backend"),
+        (lambda x: gates.sigmoid_top_k(x, 1, bias=np.ones((2, 3))), ValueError, "bias must have an entry"),
+        (lambda x: gates.sigmoid_top_k(x, 1, groups=2), ValueError, "groups must divide the size"),
+        (lambda x: gates.sigmoid_top_k(x, 1, top_groups=2), ValueError, "top_groups be at most groups"),
+        (lambda x: gates.sigmoid_top_k(x, 2, groups=3), ValueError, r"k = 2 for 1 group\(s\) of size 1"),
+        (lambda x: gates.sigmoid_top_k(x, 1, scale=INF), ValueError, "scale must be finite"),
+        (lambda x: gates.sigmoid_top_k(x, 1, normalize=1), TypeError, "normalize must be True or False"),
+        (lambda x: gates.top_k(x, 1, normalize=None), TypeError, "normalize must be True or False"),
+    ],
+)  # fmt: skip
+def test_bad_settings(call: Callable, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(X)
 
 
 def test_integers_of_numpy_are_integers() -> None:

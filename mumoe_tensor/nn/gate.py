@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class ExpertGate(WholeState):
     Attributes
     ----------
     weight : Parameter of shape (out_features, in_features)
-        The rows of ``G^T``, level after level; a buffer without entries if there is no level.
+        The rows of ``G^T``, level after level; a buffer without entries if there is no level, or the gate
+        reads the input instead of logits.
     num_experts : tuple of int
         One number a level.
     out_features : int
@@ -52,6 +53,8 @@ class ExpertGate(WholeState):
     gate : callable
         The map from logits to coefficients. A module is a child, with its parameters.
     norm : LogitBatchNorm or None
+    reads_input : bool
+        Whether the gate declares it, as the nulls ``"random"`` and ``"nearest_centres"`` do.
     per_expert : tuple of str
         Names of the parameters and buffers that the gate has per expert, as a ``bias``.
     """
@@ -74,12 +77,15 @@ class ExpertGate(WholeState):
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
         self.out_features = total = sum(self.num_experts)
-        weight = torch.empty(total, self.in_features, device=device, dtype=dtype)
-        if total:
+        self.reads_input = bool(getattr(self.gate, "reads_input", False))
+        num_logits = 0 if self.reads_input else total
+        weight = torch.empty(num_logits, self.in_features, device=device, dtype=dtype)
+        if num_logits:
             self.weight = nn.Parameter(weight)
         else:  # no parameter: tools for training on many devices expect each to be used
             self.register_buffer("weight", weight)
-        self.norm = LogitBatchNorm(total, device, dtype) if self.gate_norm == "batch" and total else None
+        has_norm = self.gate_norm == "batch" and num_logits
+        self.norm = LogitBatchNorm(total, device, dtype) if has_norm else None
         for name, start in self._first_values().items():
             self.per_expert += (name,)
             values = start.detach().to(self.weight.device, self.weight.dtype)
@@ -115,6 +121,33 @@ class ExpertGate(WholeState):
         """
         if name != "norm" or not isinstance(module, nn.SyncBatchNorm):
             super().add_module(name, module)
+
+    @torch.no_grad()
+    def fit(self, z: Tensor) -> Self:
+        """Fit to inputs what a gate such as ``"nearest_centres"`` takes from data, level by level.
+
+        Parameters
+        ----------
+        z : Tensor of shape (..., in_features)
+            Inputs of the gate, as many as a level has experts or more.
+
+        Raises
+        ------
+        ValueError
+            If the gate takes nothing from data, or the inputs do not fit.
+        ModuleNotFoundError
+            If scikit-learn is not installed, for k-means.
+        """
+        fit: Any = getattr(self.gate, "fit", None)
+        if fit is None or not self.num_experts:
+            raise ValueError(f"a gate must have something to fit to data; {self} has nothing.")
+        if z.shape[-1:] != (self.in_features,):
+            raise ValueError(f"inputs must have {self.in_features} features, got shape {tuple(z.shape)}.")
+        rows = z.reshape(-1, self.in_features)
+        levels = [fit(rows, n) for n in self.num_experts]
+        for name in levels[0]:
+            getattr(self, name).copy_(torch.cat([level[name] for level in levels]))
+        return self
 
     @property
     def is_sparse_gradient(self) -> bool:
@@ -155,6 +188,9 @@ class ExpertGate(WholeState):
         if not self.num_experts:
             return ()
         is_under_autocast = autocast_dtype(z.device) is not None
+        if self.reads_input:
+            with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
+                return self._coefficients_of_input(z)
         if is_frozen(self) and not is_under_autocast and self._is_norm_folded(z):
             assert self.norm is not None
             scale, shift = self.norm.affine_map(z.dtype)
@@ -184,6 +220,13 @@ class ExpertGate(WholeState):
         levels = self._values_of_levels() if self.per_expert else [{}] * len(parts)
         pairs = zip(parts, levels, strict=True)
         return tuple([self.gate(part, **values).to(dtype or logits.dtype) for part, values in pairs])
+
+    def _coefficients_of_input(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Coefficients by a gate that reads the input instead of logits."""
+        gate: Any = self.gate
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        pairs = zip(self.num_experts, self._values_of_levels(), strict=True)
+        return tuple([gate(wide, n, **values).to(z.dtype) for n, values in pairs])
 
     def _values_of_levels(self) -> list[dict[str, Tensor]]:
         """What the gate has per expert, level by level."""

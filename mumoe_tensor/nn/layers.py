@@ -23,7 +23,7 @@ from mumoe_tensor.nn.published import read_published, write_published
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection
-from mumoe_tensor.spec import LayerSpec, as_spec
+from mumoe_tensor.spec import LayerSpec, as_budget, as_spec
 from mumoe_tensor.tensors import FactorizedTensor
 
 
@@ -41,12 +41,14 @@ class Layer(WholeState):
         super().__init__()
         check_flag(input_norm, "input_norm")
         self.spec, self.in_features, self.out_features = spec, spec.in_features, spec.out_features
-        self.gate = ExpertGate(spec.in_features, spec.experts, **gate, **place)
+        features = gate.pop("gate_features")
+        used = {} if features is None else {"gate_features": as_positive(features, "gate_features")}
+        self.gate = ExpertGate(used.get("gate_features", spec.in_features), spec.experts, **gate, **place)
         self.input_norm = nn.LayerNorm(spec.in_features, **place) if input_norm else None
         for name, part in zip(self._mixture_names, spec.layers, strict=True):
             self.add_module(name, Experts.from_spec(part, **experts, **place))
         options = self.mixtures[0].options
-        self._options = {"gate_norm": self.gate.gate_norm, "input_norm": input_norm, **options}
+        self._options = {"gate_norm": self.gate.gate_norm, **used, "input_norm": input_norm, **options}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -189,7 +191,14 @@ class Layer(WholeState):
         """
         return keep_experts(self, level, indices)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        gate_input: Tensor | None = None,
+        return_coefficients: bool = False,
+    ) -> Any:
         """Map inputs.
 
         Parameters
@@ -197,6 +206,8 @@ class Layer(WholeState):
         x : Tensor of shape (..., in_features)
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
             False for rows (padded tokens) that batch norm leaves out.
+        gate_input : Tensor of shape (..., gate_features), optional
+            Input of the gate, by default `x`.
 
         Returns
         -------
@@ -232,6 +243,8 @@ class MuMoE(Layer):
         Every expert has a bias. If the format splits the input, one bias serves all experts.
     gate, gate_norm : optional
         See `ExpertGate`.
+    gate_features : int, optional
+        Features of the gate's input, where that is another than the input of the experts.
     input_norm : bool, default False
         An affine layer norm on the input, which the gate does not see.
     init : {"linear", "published"}, default "linear"
@@ -276,6 +289,7 @@ class MuMoE(Layer):
         bias: bool = True,
         gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
+        gate_features: int | None = None,
         input_norm: bool = False,
         init: Init = "linear",
         batch_hint: int = 1024,
@@ -287,13 +301,16 @@ class MuMoE(Layer):
             format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias
         )
         super().__init__(
-            _solved(spec, parameters), input_norm, {"gate": gate, "gate_norm": gate_norm},
+            _solved(spec, parameters, gate_features), input_norm,
+            {"gate": gate, "gate_norm": gate_norm, "gate_features": gate_features},
             {"init": init, "batch_hint": batch_hint, "recompute": recompute}, device=device, dtype=dtype,
         )  # fmt: skip
 
     @classmethod
     def from_linear(cls, linear: nn.Module, experts: int | Sequence[int], **options: Any) -> MuMoE:
         """Make a layer whose experts all start as a linear layer, so that it gives the same outputs.
+
+        (Where the coefficients of a gate do not sum to one, the outputs are multiplied by their sum.)
 
         The gate is drawn at random: equal experts mix to the same map with any coefficients, and with equal
         coefficients all would have the same gradient. Where the rank is too small, the experts are the best
@@ -387,9 +404,16 @@ class MuMoE(Layer):
         """Matrix of shape (in_features, out_features) and bias of one expert; see `Experts.expert`."""
         return self.experts.expert(index)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        gate_input: Tensor | None = None,
+        return_coefficients: bool = False,
+    ) -> Any:
         sparse_gradient = not return_coefficients and self.gate.is_sparse_gradient
-        coefficients = self.gate(x, mask)
+        coefficients = self.gate(x if gate_input is None else gate_input, mask)
         normed = x if self.input_norm is None else self.input_norm(x)
         y = self.experts(normed, coefficients, sparse_gradient=sparse_gradient)
         return (y, coefficients) if return_coefficients else y
@@ -461,6 +485,7 @@ class MuMoEMLP(Layer):
         hidden_dropout: float = 0.0,
         gate: str | dict[str, Any] | Gate = "entmax15",
         gate_norm: GateNorm = "batch",
+        gate_features: int | None = None,
         input_norm: bool = False,
         init: Init = "linear",
         batch_hint: int = 1024,
@@ -473,7 +498,8 @@ class MuMoEMLP(Layer):
             hidden=as_positive(hidden_features, "hidden_features"), gated=gated,
         )  # fmt: skip
         super().__init__(
-            _solved(spec, parameters), input_norm, {"gate": gate, "gate_norm": gate_norm},
+            _solved(spec, parameters, gate_features), input_norm,
+            {"gate": gate, "gate_norm": gate_norm, "gate_features": gate_features},
             {"init": init, "batch_hint": batch_hint, "recompute": recompute}, device=device, dtype=dtype,
         )  # fmt: skip
         if not gated:
@@ -521,9 +547,16 @@ class MuMoEMLP(Layer):
         """The weights of all layers, in the order of ``spec.layers``, as views of the parameters."""
         return tuple(experts.weight for experts in self.mixtures)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_coefficients: bool = False) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        gate_input: Tensor | None = None,
+        return_coefficients: bool = False,
+    ) -> Any:
         sparse_gradient = not return_coefficients and self.gate.is_sparse_gradient
-        coefficients = self.gate(x, mask)
+        coefficients = self.gate(x if gate_input is None else gate_input, mask)
         normed = x if self.input_norm is None else self.input_norm(x)
         hidden = self.up(normed, coefficients, sparse_gradient=sparse_gradient)
         times = None
@@ -548,7 +581,9 @@ def _arguments_of(spec: LayerSpec) -> dict[str, Any]:
     return {**{name: getattr(spec, name) for name in names}, **hidden}
 
 
-def _solved(spec: LayerSpec, parameters: int | Literal["match"] | None) -> LayerSpec:
+def _solved(
+    spec: LayerSpec, parameters: int | Literal["match"] | None, gate_features: int | None = None
+) -> LayerSpec:
     """The spec if it has its whole rank, else with the rank for a number of parameters."""
     is_whole = spec.rank is not None and None not in spec.rank
     if is_whole and parameters is None:
@@ -556,6 +591,10 @@ def _solved(spec: LayerSpec, parameters: int | Literal["match"] | None) -> Layer
     if is_whole and spec.rank:
         raise ValueError(f"give a rank or parameters, got rank={spec.rank} and parameters={parameters!r}.")
     try:
+        if gate_features is not None and spec.experts:
+            budget = as_budget("match" if parameters is None else parameters, spec.dense_parameters)
+            gate = as_positive(gate_features, "gate_features") * sum(spec.experts)
+            return spec.fitted(budget - gate, gate=False)
         return spec.fitted("match" if parameters is None else parameters)
     except ValueError as error:
         if parameters is not None or spec.rank is not None:

@@ -78,7 +78,7 @@ def _select(layer: Any, level: int, indices: list[int]) -> dict[str, Tensor]:
     rows = [*range(start), *(start + k for k in indices), *range(start + counts[level], sum(counts))]
     names = ("weight", "norm.running_mean", "norm.running_var", *layer.gate.per_expert)
     for name in (f"gate.{name}" for name in names):
-        if name in state:
+        if name in state and len(state[name]):
             select(name, 0, rows)
     mode = f"n{level + 1}"
     for name, experts in layer.named_children():

@@ -123,7 +123,7 @@ def write_published(gate: ExpertGate, layers: list[Experts], version: str) -> di
     prefixes = PREFIXES[check_choice(version, PREFIXES, "version")]
     if edits := [name for layer in layers for name in layer.edits or ()]:
         raise ValueError(f"published layers have no bias edits: remove them first; the layer has {edits}.")
-    if gate.per_expert:
+    if gate.per_expert or gate.reads_input:
         raise ValueError(
             f"the gate of a published layer is a weight alone; the layer's has {gate.per_expert}."
         )

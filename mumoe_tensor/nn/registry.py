@@ -13,7 +13,7 @@ from mumoe_tensor import gates
 from mumoe_tensor.arguments import arguments_of
 from mumoe_tensor.calls import has_hooks
 from mumoe_tensor.nn.functional import entmax15
-from mumoe_tensor.nn.routing import ReLUTopK, TopK
+from mumoe_tensor.nn.routing import JumpReLU, NearestCentres, Random, ReLUTopK, SigmoidTopK, TopK
 
 AnyFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=AnyFunction)
@@ -188,6 +188,10 @@ GATES = Registry(
         "softmax": gates.softmax,
         "topk": TopK,
         "relu_topk": ReLUTopK,
+        "jumprelu": JumpReLU,
+        "sigmoid_topk": SigmoidTopK,
+        "random": Random,
+        "nearest_centres": NearestCentres,
     },
     {gates.entmax15: entmax15},
 )

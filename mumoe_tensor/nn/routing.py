@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import log
+
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor import gates
-from mumoe_tensor.checks import as_positive, check_flag
+from mumoe_tensor.checks import as_finite, as_positive, check_flag
+from mumoe_tensor.extras import missing
 
 
 class TopK:
@@ -76,6 +79,162 @@ class ReLUTopK:
 
     def __call__(self, logits: Tensor, bias: Tensor | None = None) -> Tensor:
         coefficients: Tensor = gates.relu_top_k(logits if bias is None else logits + bias, self.k)
+        return coefficients
+
+
+class JumpReLU:
+    """`mumoe_tensor.jumprelu` with a threshold for each expert, which is trained.
+
+    The parameter is `log_threshold`, of shape (out_features,), so that thresholds stay positive. Its gradient
+    is the published straight-through estimate. Published without a norm of the logits, ``gate_norm="none"``.
+
+    Parameters
+    ----------
+    threshold : float, default 0.001
+        Of every expert, at first.
+    bandwidth : float, default 0.001
+        Logits that are closer to a threshold than half of it have a part in the gradient of the threshold.
+
+    References
+    ----------
+    Rajamanoharan et al., "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse
+    Autoencoders", arXiv:2407.14435, 2024.
+    """
+
+    sparse_gradient = random_start = True
+
+    def __init__(self, threshold: float = 0.001, bandwidth: float = 0.001):
+        self.threshold, self.bandwidth = as_finite(threshold, "threshold"), as_finite(bandwidth, "bandwidth")
+        if self.threshold <= 0 or self.bandwidth <= 0:
+            raise ValueError(
+                f"threshold and bandwidth must be positive, got {self.threshold} and {self.bandwidth}."
+            )
+
+    def per_expert(self, num_experts: int, in_features: int) -> dict[str, Tensor]:
+        return {"log_threshold": nn.Parameter(torch.full((num_experts,), log(self.threshold)))}
+
+    def __call__(self, logits: Tensor, log_threshold: Tensor) -> Tensor:
+        threshold = log_threshold.to(logits.dtype).exp()
+        coefficients: Tensor = gates.jumprelu(logits, threshold, bandwidth=self.bandwidth)
+        return coefficients
+
+
+class SigmoidTopK:
+    """`mumoe_tensor.sigmoid_top_k`: the gate of DeepSeek-V3, with a bias that affects the choice alone.
+
+    The buffer `selection_bias` of shape (out_features,) is zero at first. It has no gradient: to balance the
+    experts, add a small number to the entries of those with few inputs, and take one from the others.
+    Published without a norm of the logits, ``gate_norm="none"``.
+
+    Parameters
+    ----------
+    k : int
+        Experts of a level with a coefficient.
+    groups, top_groups : int, default 1
+        Number of groups of experts, and how many of them an input takes.
+    normalize : bool, default True
+        Divide the coefficients by their sum.
+    scale : float, default 1
+        Multiplies the coefficients.
+
+    References
+    ----------
+    DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv:2412.19437, 2024: 256 experts, ``k=8, groups=8,
+    top_groups=4, scale=2.5``.
+    """
+
+    sparse_gradient = random_start = True
+
+    def __init__(
+        self, k: int, groups: int = 1, top_groups: int = 1, normalize: bool = True, scale: float = 1.0
+    ):
+        self.k, self.groups = as_positive(k, "k"), as_positive(groups, "groups")
+        self.top_groups = as_positive(top_groups, "top_groups")
+        check_flag(normalize, "normalize")
+        self.normalize, self.scale = normalize, as_finite(scale, "scale")
+
+    def per_expert(self, num_experts: int, in_features: int) -> dict[str, Tensor]:
+        gates.check_groups(num_experts, self.k, self.groups, self.top_groups)
+        return {"selection_bias": torch.zeros(num_experts)}
+
+    def __call__(self, logits: Tensor, selection_bias: Tensor) -> Tensor:
+        coefficients: Tensor = gates.sigmoid_top_k(
+            logits, self.k, bias=selection_bias.to(logits.dtype), groups=self.groups,
+            top_groups=self.top_groups, normalize=self.normalize, scale=self.scale,
+        )  # fmt: skip
+        return coefficients
+
+
+class Random:
+    """A null: k experts drawn at random for every input, each with the coefficient 1 / k.
+
+    They are drawn in every call, in training and evaluation, from torch's generator of the device.
+
+    Parameters
+    ----------
+    k : int
+        Experts of a level with a coefficient.
+    """
+
+    sparse_gradient = reads_input = True
+
+    def __init__(self, k: int):
+        self.k = as_positive(k, "k")
+
+    def per_expert(self, num_experts: int, in_features: int) -> dict[str, Tensor]:
+        _check_k(self.k, num_experts)
+        return {}
+
+    def __call__(self, z: Tensor, num_experts: int) -> Tensor:
+        coefficients: Tensor = gates.uniform_top_k(
+            torch.rand((*z.shape[:-1], num_experts), device=z.device, dtype=z.dtype), self.k
+        )
+        return coefficients
+
+
+class NearestCentres:
+    """A null: the k experts whose centres are nearest to the input, each with the coefficient 1 / k.
+
+    The buffer `centres` of shape (out_features, in_features) is drawn from a standard normal distribution at
+    first. `ExpertGate.fit` makes it the centres of k-means, which needs scikit-learn.
+
+    Parameters
+    ----------
+    k : int
+        Experts of a level with a coefficient.
+
+    Examples
+    --------
+    >>> from mumoe_tensor.nn import MuMoE
+    >>> layer = MuMoE(16, 8, experts=4, rank=4, gate={"name": "nearest_centres", "k": 1})
+    >>> _ = layer.gate.fit(torch.randn(100, 16))
+    """
+
+    sparse_gradient = reads_input = True
+
+    def __init__(self, k: int):
+        self.k = as_positive(k, "k")
+
+    def per_expert(self, num_experts: int, in_features: int) -> dict[str, Tensor]:
+        _check_k(self.k, num_experts)
+        return {"centres": torch.randn(num_experts, in_features)}
+
+    def fit(self, z: Tensor, num_experts: int) -> dict[str, Tensor]:
+        if len(z) < num_experts:
+            raise ValueError(f"there must be as many inputs as experts, got {len(z)} for {num_experts}.")
+        try:
+            from sklearn.cluster import KMeans
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(missing("sklearn"), name="sklearn") from error
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        means = KMeans(num_experts, n_init=1, random_state=seed).fit(z.detach().cpu().double().numpy())
+        return {"centres": torch.from_numpy(means.cluster_centers_)}
+
+    def __call__(self, z: Tensor, num_experts: int, centres: Tensor) -> Tensor:
+        centres = centres.to(z.dtype)
+        # Half the square of the distance is |z|² / 2, which is the same for all, less this.
+        nearness = nn.functional.linear(z, centres, -0.5 * centres.square().sum(1))
+        coefficients: Tensor = gates.uniform_top_k(nearness, self.k)
         return coefficients
 
 

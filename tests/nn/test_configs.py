@@ -60,6 +60,7 @@ VALUES: dict[str, list[tuple[Any, Any]]] = {
              ("tempered", {"name": "tempered", "start": 1.0}),
              (nn.Softmax(-1), {"name": "Softmax", "dim": -1})],
     "gate_norm": [("layer", "layer"), ("none", "none"), (TEXT("layer"), "layer")],
+    "gate_features": [(value, 5) for value in (5, np.int64(5), torch.tensor(5))],
     "input_norm": [(True, True)],
     "init": [("published", "published"), (TEXT("published"), "published")],
     "batch_hint": INTEGERS,
@@ -92,6 +93,7 @@ BAD: dict[str, list[Any]] = {
        for name in ("bias", "gated", "input_norm", "recompute")},
     "gate": ["no_such", None, 3, nn.Softmax, {"name": "no_such"}, {}, {"name": "entmax15", "axis": 0}],
     "gate_norm": ["group", None, True, np.array(["batch"])],
+    "gate_features": [0, -1, 1.5, True, "2", torch.tensor([2])],
     "init": ["zero", None, np.array("linear")],
     "activation": ["no_such", "linear", "dropout", "has_torch_function", "__name__", "Linear", None, 3,
                    nn.GELU, {"name": "GELU", "slope": 1}, {"name": "PReLU", "num_parameters": "many"},
@@ -120,7 +122,8 @@ def test_every_argument_comes_back(kind: type[Any], name: str) -> None:
         if name == "format":
             given["rank"] = (2,) * len(mt.get_format(value).bonds(2))
         layer = kind(**given)
-        left_out = {"parameters"} if name == "gated" else {"parameters", "gated"}  # written only where True
+        # (Some are written only where they are used.)
+        left_out = {"parameters", *{"gated", "gate_features"} - {name}}
         assert layer.config.keys() == set(arguments(kind)) - left_out
         assert layer.config.get(name) == written
         assert_comes_back(layer)

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from written import assert_comes_back, through_json  # noqa: E402
 
-from mumoe_tensor.gates import relu_top_k  # noqa: E402
+from mumoe_tensor.gates import jumprelu, relu_top_k, sigmoid_top_k  # noqa: E402
 from mumoe_tensor.nn import ExpertGate, MuMoE, MuMoEMLP  # noqa: E402
 
 #: Entries of configs, with what the gate computes of the logits of a level and its arrays per expert.
@@ -25,12 +25,24 @@ GATES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "topk, not normalised": ({"k": 2, "normalize": False}, lambda x: mt.top_k(x, 2, normalize=False)),
     "relu_topk": ({"k": 3}, lambda x, bias: relu_top_k(x + bias, 3)),
     "relu_topk, no bias": ({"k": 3, "bias": False}, lambda x: relu_top_k(x, 3)),
+    "jumprelu": (
+        {"threshold": 0.3, "bandwidth": 2.0},
+        lambda x, log_threshold: jumprelu(x, log_threshold.exp(), bandwidth=2.0),
+    ),
+    "sigmoid_topk": (
+        {"k": 2, "scale": 2.5},
+        lambda x, selection_bias: sigmoid_top_k(x, 2, bias=selection_bias, scale=2.5),
+    ),
 }
+#: Gates that read the input.
+NULLS: dict[str, dict[str, Any]] = {"random": {"k": 2}, "nearest_centres": {"k": 2}}
 every_entry = pytest.mark.parametrize("name", GATES)
+every_null = pytest.mark.parametrize("name", NULLS)
+each = pytest.mark.parametrize("name", [*GATES, *NULLS])
 
 
 def entry(name: str) -> dict[str, Any]:
-    return {"name": name.partition(",")[0], **GATES[name][0]}
+    return {"name": name.partition(",")[0], **(NULLS.get(name) or GATES[name][0])}
 
 
 def drawn(name: str, experts: Any = (5, 4), kind: Any = MuMoE, **options: Any) -> Any:
@@ -38,8 +50,8 @@ def drawn(name: str, experts: Any = (5, 4), kind: Any = MuMoE, **options: Any) -
     sizes = (6, 7, 4) if kind is MuMoEMLP else (6, 4)
     options = {"gate_norm": "none", "dtype": torch.float64, **options}
     made = kind(*sizes, experts, rank=3, gate=entry(name), **options)
-    for each in made.gate.per_expert:
-        nn.init.uniform_(getattr(made.gate, each), 0.1, 0.5)
+    for array in made.gate.per_expert:
+        nn.init.uniform_(getattr(made.gate, array), -0.5, 0.5)
     return made
 
 
@@ -54,16 +66,16 @@ def test_coefficients_are_those_of_the_logits_level_by_level(name: str, norm: st
     logits = x @ layer.gate.weight.T
     if norm == "batch":
         logits = layer.gate.norm(logits)
-    values = [getattr(layer.gate, each).split((5, 4)) for each in layer.gate.per_expert]
+    arrays = {name: getattr(layer.gate, name).split((5, 4)) for name in layer.gate.per_expert}
     for level, a in enumerate(coefficients):
         part = logits.split((5, 4), -1)[level]
         if norm == "layer":
             part = nn.functional.layer_norm(part, part.shape[-1:])
-        named = {each: levels[level] for each, levels in zip(layer.gate.per_expert, values, strict=True)}
-        torch.testing.assert_close(a, GATES[name][1](part, **named))
+        of_level = {key: levels[level] for key, levels in arrays.items()}
+        torch.testing.assert_close(a, GATES[name][1](part, **of_level))
 
 
-@every_entry
+@each
 @pytest.mark.parametrize("kind", [MuMoE, MuMoEMLP])
 def test_a_layer_comes_back_from_its_config_and_state(name: str, kind: Any) -> None:
     layer = (
@@ -72,10 +84,15 @@ def test_a_layer_comes_back_from_its_config_and_state(name: str, kind: Any) -> N
         else kind(5, 4, 4, rank=2, gate=entry(name))
     )
     assert entry(name).items() <= through_json(layer.config)["gate"].items()
-    assert_comes_back(layer)
+    if name != "random":
+        assert_comes_back(layer)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        x = torch.randn(3, 5)
-        assert torch.equal(other(x), layer(x)) and other.config == layer.config
+        assert other.config == layer.config
+        x, outputs = torch.randn(3, 5), []
+        for module in (layer, other):
+            torch.manual_seed(0)
+            outputs.append(module(x))
+        assert torch.equal(*outputs)
 
 
 @every_entry
@@ -85,21 +102,23 @@ def test_some_experts_have_the_same_logits_and_arrays(name: str) -> None:
     kept = layer.keep_experts(0, [4, 0, 2])
     x = torch.randn(20, 6, dtype=torch.float64)
     rows = [4, 0, 2, 5, 6, 7, 8]
-    for each in ("weight", *layer.gate.per_expert):
-        assert torch.equal(getattr(kept.gate, each), getattr(layer.gate, each)[rows])
+    for array in ("weight", *layer.gate.per_expert):
+        assert torch.equal(getattr(kept.gate, array), getattr(layer.gate, array)[rows])
     assert not any(p.requires_grad for p in kept.gate.parameters())
-    named = {each: getattr(kept.gate, each)[:3] for each in kept.gate.per_expert}
+    named = {array: getattr(kept.gate, array)[:3] for array in kept.gate.per_expert}
     torch.testing.assert_close(kept.gate(x)[0], GATES[name][1](x @ kept.gate.weight[:3].T, **named))
-    with pytest.raises(ValueError, match=r"k must be at most the number of experts .* for 1 experts"):
-        layer.keep_experts(1, [3])
+    if "k" in GATES[name][0]:
+        with pytest.raises(ValueError, match=r"k must be at .* (for 1 experts|of size 1)"):
+            layer.keep_experts(1, [3])
 
 
 @every_entry
 def test_every_parameter_of_the_gate_learns_from_the_start(name: str) -> None:
     layer = drawn(name, 8)
+    layer.gate.reset_parameters()
     start = {n: p.detach().clone() for n, p in layer.gate.named_parameters()}
     optimizer = torch.optim.SGD(layer.parameters(), 1e-2)
-    x = torch.randn(64, 6, dtype=torch.float64)
+    x = torch.randn(256, 6, dtype=torch.float64)
     (layer(x) - x[:, :4]).square().sum().backward()
     optimizer.step()
     for n, p in layer.gate.named_parameters():
@@ -133,7 +152,7 @@ def test_arrays_per_expert_are_of_the_layer() -> None:
         drawn("relu_topk").load_state_dict({**state, "gate.bias": torch.zeros(8)})
 
 
-@every_entry
+@pytest.mark.parametrize("name", ["topk", "jumprelu", "sigmoid_topk", "nearest_centres"])
 def test_gates_compile_and_export(name: str) -> None:
     layer = drawn(name).eval()
     x = torch.randn(20, 6, dtype=torch.float64)
@@ -162,6 +181,129 @@ def test_sparse_coefficients_have_the_gradients_of_dense_ones(name: str) -> None
         torch.testing.assert_close(one, other)
 
 
+@every_null
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+def test_nulls_have_neither_weight_nor_norm_and_weigh_equally(name: str, norm: str) -> None:
+    layer = drawn(name, gate_norm=norm, kind=MuMoEMLP)
+    assert not list(layer.gate.parameters()) and layer.gate.norm is None and not len(layer.gate.weight)
+    x = torch.randn(7, 20, 6, dtype=torch.float64)
+    for training in (True, False):
+        y, coefficients = layer.train(training)(x, return_coefficients=True)
+        for a, n in zip(coefficients, (5, 4), strict=True):
+            assert a.shape == (7, 20, n) and a.dtype == x.dtype
+            assert torch.equal(a.sort(-1).values[..., -2:], torch.full((7, 20, 2), 0.5, dtype=x.dtype))
+            assert torch.equal(a.sum(-1), torch.ones(7, 20, dtype=x.dtype))
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    assert layer.keep_experts(0, [1, 3]).gate(x)[0].shape == (7, 20, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert drawn(name, dtype=torch.float32).gate(x.float())[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="the gate of a published layer is a weight alone"):
+        layer.to_published()
+
+
+def test_random_experts_are_drawn_anew_and_equally_often() -> None:
+    gate = drawn("random", (8, 3)).eval().gate
+    x = torch.zeros(4000, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    first = gate(x)
+    second = gate(x)
+    assert not torch.equal(first[0], second[0])
+    for a, n in zip(first, (8, 3), strict=True):
+        torch.testing.assert_close(a.mean(0), torch.full((n,), 1 / n, dtype=a.dtype), atol=0.015, rtol=0)
+        # Rows do not share their draw.
+        assert len(a.unique(dim=0)) == {8: 28, 3: 3}[n]
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(gate(x), first, strict=True))
+
+
+def test_nearest_centres_are_those_of_the_clusters_of_the_inputs() -> None:
+    pytest.importorskip("sklearn")
+    layer = MuMoE(6, 4, (5, 2), rank=3, gate={"name": "nearest_centres", "k": 1}, dtype=torch.float64)
+    clusters = 100 * torch.eye(6, dtype=torch.float64)[:5]
+    x = clusters.repeat_interleave(20, 0) + torch.randn(100, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="as many inputs as experts, got 4 for 5"):
+        layer.gate.fit(x[:4])
+    with pytest.raises(ValueError, match=r"inputs must have 6 features, got shape \(100, 5\)"):
+        layer.gate.fit(x[:, :5])
+    torch.manual_seed(0)
+    layer.gate.fit(x.reshape(10, 10, 6))
+    groups = layer.gate(x)[0].argmax(-1).reshape(5, 20)
+    assert (groups == groups[:, :1]).all() and len(groups[:, 0].unique()) == 5
+    means = x.reshape(5, 20, 6).mean(1)
+    torch.testing.assert_close(layer.gate.centres[groups[:, 0]], means)
+    # The distance is that to the centres, with ties and NaN as in every gate.
+    z = torch.randn(50, 6, dtype=torch.float64)
+    nearest = torch.cdist(z, layer.gate.centres[:5]).argmin(-1)
+    assert torch.equal(layer.gate(z)[0].argmax(-1), nearest)
+    layer.gate.centres.zero_()
+    z[0, 0] = torch.nan
+    (a, _) = layer.gate(z)
+    assert a[0].isnan().all() and (a[1:, 0] == 1).all()
+    with pytest.raises(ValueError, match="a gate must have something to fit to data"):
+        drawn("topk").gate.fit(x)
+
+
+@each
+@pytest.mark.parametrize("kind", [MuMoE, MuMoEMLP])
+def test_the_gate_sees_another_input_than_the_experts(name: str, kind: Any) -> None:
+    layer = drawn(name, kind=kind, gate_features=3).eval()
+    x, g = (torch.randn(2, 5, n, dtype=torch.float64) for n in (6, 3))
+    torch.manual_seed(0)
+    y, coefficients = layer(x, gate_input=g, return_coefficients=True)
+    torch.manual_seed(0)
+    for a, b in zip(layer.gate(g), coefficients, strict=True):
+        assert torch.equal(a, b)
+    hidden = (layer.up if kind is MuMoEMLP else layer.experts)(x, coefficients)
+    expected = layer.down(nn.functional.gelu(hidden), coefficients) if kind is MuMoEMLP else hidden
+    torch.testing.assert_close(y, expected)
+    again = kind.from_config(through_json(layer.config))
+    assert again.config == layer.config and again.gate.in_features == 3
+    assert layer.keep_experts(0, [0, 1, 2])(x, gate_input=g).shape == y.shape
+    with pytest.raises(ValueError, match="must have in_features = 3 entries"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"inputs must have 6 features, and there must be coefficients"):
+        layer(x, gate_input=g[:, :4])
+
+
+def test_the_input_of_the_gate_counts_in_the_budget_and_the_config_where_it_is_used() -> None:
+    assert "gate_features" not in MuMoE(6, 4, 3, rank=2).config
+    for features in (2, 40):
+        layer = MuMoE(60, 40, 8, gate_features=features, parameters=1500, gate_norm="none")
+        total = sum(p.numel() for p in layer.parameters())
+        assert 1500 <= total < 1500 + 60 + 1 + 40 + 8 and layer.config["gate_features"] == features
+
+
+def test_a_layer_with_another_input_of_the_gate_compiles_and_exports() -> None:
+    layer = drawn("relu_topk", kind=MuMoEMLP, gate_features=3).eval()
+    x, g = (torch.randn(9, n, dtype=torch.float64) for n in (6, 3))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, gate_input=g), layer(x, gate_input=g))
+    program = torch.export.export(layer, (x,), {"gate_input": g})
+    torch.testing.assert_close(program.module()(x, gate_input=g), layer(x, gate_input=g))
+
+
+def test_the_sigmoid_gate_is_the_router_of_deepseek_v3(transformers: Any) -> None:
+    from transformers.models.deepseek_v3 import DeepseekV3Config, modeling_deepseek_v3
+
+    sizes = dict(hidden_size=6, n_routed_experts=12, num_experts_per_tok=4, n_group=4, topk_group=2)
+    router = modeling_deepseek_v3.DeepseekV3TopkRouter(DeepseekV3Config(**sizes, routed_scaling_factor=2.5))
+    gate = ExpertGate(
+        6, (12,), gate={"name": "sigmoid_topk", "k": 4, "groups": 4, "top_groups": 2, "scale": 2.5},
+        gate_norm="none",
+    )  # fmt: skip
+    nn.init.normal_(gate.selection_bias, std=0.3)
+    nn.init.normal_(router.weight)
+    router.e_score_correction_bias.copy_(gate.selection_bias)
+    with torch.no_grad():
+        gate.weight.copy_(router.weight)
+    x = torch.randn(50, 6)
+    _, weights, indices = router(x)
+    (a,) = gate(x)
+    torch.testing.assert_close(a, torch.zeros(50, 12).scatter(1, indices, weights))
+
+
 @pytest.mark.parametrize(
     ("gate", "error", "message"),
     [
@@ -173,6 +315,12 @@ def test_sparse_coefficients_have_the_gradients_of_dense_ones(name: str) -> None
         ({"name": "relu_topk", "k": 4}, ValueError, "k must be at most the number of experts of a level"),
         ({"name": "relu_topk", "k": 2, "bias": None}, ValueError, "bias must be True or False, got None"),
         ("topk", ValueError, r"gate 'topk' cannot be made with \{\}"),
+        ({"name": "jumprelu", "threshold": 0}, ValueError, r"must be positive, got 0\.0 and 0\.001"),
+        ({"name": "jumprelu", "bandwidth": -1}, ValueError, r"must be positive, got 0\.001 and -1\.0"),
+        ({"name": "sigmoid_topk", "k": 2, "groups": 2}, ValueError, "groups must divide .* for size 5"),
+        ({"name": "sigmoid_topk", "k": 2, "scale": None}, ValueError, "scale must be a number, got None"),
+        ({"name": "random", "k": 4}, ValueError, "k must be at most the number of experts of a level"),
+        ({"name": "nearest_centres", "k": 4}, ValueError, "k must be at most the number of experts"),
     ],
 )
 def test_settings_that_a_gate_cannot_have(gate: Any, error: Any, message: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mumoe_tensor.backend import to_float64
 from mumoe_tensor.decomposition import decompose
 from mumoe_tensor.dense import expert_matrix, to_dense
+from mumoe_tensor.formats.base import Factor, Format
 from mumoe_tensor.nn.init import declared, fill_neutral, index_sizes, is_bias, of_matrix
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -97,16 +98,14 @@ def _fit(term: FactorizedTensor, target: np.ndarray) -> float:
 def _fit_split(term: FactorizedTensor, target: np.ndarray) -> float:
     """Fit a term that splits the input or the output: by `decompose`, in its format without experts.
 
-    The factors of that fit become those of every expert. All others become neutral.
+    The factors of that fit become those of every expert. All others become neutral. Where an expert has other
+    factors than the format declares without experts, its own are the format.
     """
     format, sizes, axes = term.format.of_one_expert, index_sizes(term), _axes_of_an_expert(term)
-    alone = {k: f.indices for k, f in enumerate(format.declaration(0)) if not f.optional}
+    alone = _declared_alone(format)
     if [len(indices) for indices in alone.values()] != [len(names) for names in axes.values()]:
-        raise ValueError(
-            "experts of a format that splits the input or the output can start as one matrix if each has the "
-            f"factors that the format declares without experts; an expert of {term.format.name!r} has "
-            f"{list(axes.values())}, and without experts there are {list(alone.values())}."
-        )
+        format = _OfOneExpert(tuple(map(" ".join, axes.values())), format.splits)
+        alone = _declared_alone(format)
     size_of = {
         x: sizes[y]
         for indices, names in zip(alone.values(), axes.values(), strict=True)
@@ -129,6 +128,24 @@ def _fit_split(term: FactorizedTensor, target: np.ndarray) -> float:
     assert factor is not None
     factor.mul_(float(times))
     return float(np.linalg.norm(times * matrix - target) / (np.linalg.norm(target) or 1))
+
+
+class _OfOneExpert(Format):
+    """The network of the factors of one expert."""
+
+    name = title = "expert"
+
+    def __init__(self, indices: tuple[str, ...], splits: Mapping[str, int | tuple[int, ...]]):
+        super().__init__(splits=splits)
+        self.indices = indices
+
+    def factors(self, modes: tuple[str, ...]) -> list[Factor]:
+        return list(map(Factor, self.indices))
+
+
+def _declared_alone(format: Format) -> dict[int, tuple[str, ...]]:
+    """The indices of the factors of a matrix, by their positions."""
+    return {k: f.indices for k, f in enumerate(format.declaration(0)) if not f.optional}
 
 
 def _axes_of_an_expert(term: FactorizedTensor) -> dict[int, list[str]]:

@@ -130,20 +130,28 @@ def test_blocks_of_structured_experts_start_as_their_linear_layers() -> None:
     assert max(block.fit_errors) < 1e-10
 
 
-def test_a_format_that_changes_with_its_experts_is_not_fitted() -> None:
-    class Bent(mt.Format):
-        name, title, splits = "bent", "Bent", {"i": 2}
+class Bent(mt.Format):
+    """With experts it has other factors of the input and the output than without."""
 
-        def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
-            *experts, i1, i2, o = modes
-            if not experts:
-                return [mt.Factor(f"{i1} {i2} {o}")]
-            return [*(mt.Factor(f"{n} r") for n in experts), mt.Factor(f"r {i1} s"), mt.Factor(f"s {i2} {o}")]
+    name, title, splits = "bent", "Bent", {"i": 2}
 
-    with pytest.raises(
-        ValueError, match="the factors that the format declares without experts; an expert of"
-    ):
-        MuMoE.from_linear(nn.Linear(6, 8), 3, format=Bent(), rank=(2, 2))
+    def factors(self, modes: tuple[str, ...]) -> list[mt.Factor]:
+        *experts, i1, i2, o = modes
+        if not experts:
+            return [mt.Factor(f"{i1} {i2} {o}")]
+        return [*(mt.Factor(f"{n} r") for n in experts), mt.Factor(f"r {i1} s"), mt.Factor(f"s {i2} {o}")]
+
+
+@pytest.mark.parametrize("experts", [(3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("format", [Bent(), mt.get_format("tr").with_splits({"i": 2})], ids=repr)
+def test_experts_of_other_factors_than_a_matrix_start_as_one_matrix(
+    format: mt.Format, experts: tuple[int, ...]
+) -> None:
+    linear = nn.Linear(6, 8, dtype=torch.float64)
+    layer = MuMoE.from_linear(linear, experts, format=format, rank=(6,) * len(format.bonds(len(experts))))
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert max(layer.fit_errors) < 1e-9
 
 
 @pytest.mark.parametrize("format", ["cp", "tucker", "tr", "tt"])

@@ -246,17 +246,18 @@ def dynamo() -> Iterator[Any]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_torch_compile_in_one_graph_for_all_batches(format: str, dynamo: Any) -> None:
-    # By name, as tracing cannot hash a format; so without the bias, which makes a sum of a split one.
+    value = example(format, "pytorch", leading=())[0].format  # that of a weight with a bias: a sum, if split
+
     def forward(factors: tuple[Any, ...], z: Any, *coefficients: Any) -> Any:
-        return mt.multilinear_moe(mt.FactorizedTensor(format, factors), z, list(coefficients), bias=False)
+        return mt.multilinear_moe(mt.FactorizedTensor(value, factors), z, list(coefficients), bias=True)
 
     compiled = dynamo.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
     with dynamo._dynamo.config.patch(error_on_recompile=True):
         for batch in (11, 2, 64, 1000):  # the first is no other size: torch takes equal sizes for one
-            weight, z, coefficients = example(format, "pytorch", leading=(batch,), bias=False)
+            weight, z, coefficients = example(format, "pytorch", leading=(batch,))
             y = compiled(weight.arrays, z, *coefficients)
             dynamo.testing.assert_close(
-                y, mt.multilinear_moe(weight, z, coefficients, bias=False), rtol=1e-10, atol=1e-10
+                y, mt.multilinear_moe(weight, z, coefficients, bias=True), rtol=1e-10, atol=1e-10
             )
 
 

@@ -325,6 +325,17 @@ class Format(ABC):
             if not isinstance(getattr(kind, name, None), cached_property)
         )
 
+    @constant_under_compile
+    def check_settings(self) -> None:
+        """Raise a TypeError unless all settings can be hashed."""
+        try:
+            hash(self)
+        except TypeError as error:
+            raise TypeError(
+                "every setting of a format must be hashable, such as a number, a string or a tuple of them, "
+                f"and a dataclass frozen; got {self!r}: {error}."
+            ) from None
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._settings() == other._settings()
 

@@ -86,13 +86,7 @@ def get_format(format: AnyFormat) -> Format:
         installed packages, or its class no such arguments, or if a setting cannot be hashed.
     """
     if isinstance(format, Format):
-        try:
-            hash(format)
-        except TypeError as error:
-            raise TypeError(
-                "every setting of a format must be hashable, such as a number, a string or a tuple of them, "
-                f"and a dataclass frozen; got {format!r}: {error}."
-            ) from None
+        format.check_settings()
         return format
     if not isinstance(format, (str, Mapping)):
         raise TypeError(f"a format is a name, a dict of its name and settings, or a Format, got {format!r}.")

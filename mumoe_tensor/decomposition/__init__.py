@@ -22,7 +22,8 @@ from mumoe_tensor.decomposition import (  # noqa: F401
     tt_matrix,
     tucker,
 )
-from mumoe_tensor.decomposition.alternating import alternate, fits, scaled_fits, weighted_norm
+from mumoe_tensor.decomposition.alternating import fits, scaled_fits
+from mumoe_tensor.decomposition.joint import improve, weighted_norm
 from mumoe_tensor.decomposition.terms import balanced, split, views
 from mumoe_tensor.decomposition.whitening import input_axes, read_covariance, whitened_fits
 from mumoe_tensor.dense import to_dense
@@ -56,8 +57,8 @@ def decompose(
     value decomposition of each expert, Kronecker by that of the rearranged matrix [5]_, or CP of the
     rearranged tensor; Monarch [6]_ and Block Tensor Train by that of each block, with experts by alternating
     least squares from there. The terms of a sum are fitted in order to what those before them leave, then
-    in turn. Any other format by alternating least squares over its declared factors, unless a method is
-    registered for it by `.fits`.
+    together by damped Gauss-Newton steps [8]_, also from random factors. Any other format by alternating
+    least squares over its declared factors, unless a method is registered for it by `.fits`.
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ def decompose(
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
         TT and Hadamard with one level have one start.
     n_iter : int, default 500
-        Most sweeps over the factors for each start.
+        Most sweeps over the factors, or steps of all of them, for each start.
     tolerance : float, default 1e-5
         A start ends when two sweeps in a row lower the error by less than this fraction each.
     seed : int, optional
@@ -102,15 +103,15 @@ def decompose(
     All arithmetic is NumPy's in float64; dtype and backend of the input only decide how the result is
     rounded. The result has no gradient with respect to `dense`.
 
-    Padding of a split mode is no part of the error: the best fit with zeros there is improved by alternating
-    least squares in which those entries have no weight.
+    Padding of a split mode is no part of the error: the best fit with zeros there is improved by Gauss-Newton
+    steps in which those entries have no weight.
 
     With a covariance, a format with the input mode in one factor of each term is fitted to
     ``C^(1/2) @ dense``, and that factor multiplied by the inverse of the root (whitening, as in [7]_). With
     a covariance for each expert, so is a format whose factor of the input has all expert modes, as low rank;
     others start from the fit with the mean of the covariances. All others go on from the best of these fits
-    and those without weights, by alternating least squares whose problems are solved by conjugate gradients.
-    Either way the error is no larger than that of the fit without weights.
+    and those without weights, by Gauss-Newton steps. Either way the error is no larger than that of the fit
+    without weights.
 
     References
     ----------
@@ -126,6 +127,8 @@ def decompose(
        arXiv:2204.00595, 2022.
     .. [7] X. Wang, Y. Zheng, Z. Wan, M. Zhang, "SVD-LLM: Truncation-aware singular value decomposition for
        large language model compression", arXiv:2403.07378, 2024.
+    .. [8] L. Sorber, M. Van Barel, L. De Lathauwer, "Optimization-based algorithms for tensor
+       decompositions", SIAM J. Optim. 23(2), 2013.
 
     Examples
     --------
@@ -198,7 +201,7 @@ def decompose(
         start, weight, error = best_of(candidates)
         is_padded = any(view.is_padded for view in views(format, target.shape))
         if is_padded or white is not covariance:
-            improved = alternate(format, target, start, n_iter, tolerance, covariance)
+            improved = improve(format, target, start, n_iter, tolerance, covariance)
             _, weight, error = best_of([start, improved])
     return weight, error
 

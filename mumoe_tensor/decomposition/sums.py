@@ -1,4 +1,4 @@
-"""Sums: each term in turn is fitted to what the others leave."""
+"""Sums: each term is fitted to what those before it leave, then all of them together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mumoe_tensor.decomposition.alternating import alternate, fits, random_factors, scaled_fits
+from mumoe_tensor.decomposition.alternating import fits, random_factors, scaled_fits
+from mumoe_tensor.decomposition.joint import improve
 from mumoe_tensor.decomposition.terms import views
 from mumoe_tensor.dense import to_dense
 from mumoe_tensor.formats.base import Format, Rank
@@ -34,7 +35,7 @@ def sum_of_terms(
     yield first
     for k, generator in enumerate(generators):
         start = random_factors(format, dense.shape, rank, generator) if k else first
-        yield alternate(format, dense, start, n_iter, tolerance)
+        yield improve(format, dense, start, n_iter, tolerance)
 
 
 @fits.register(Shared)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
+from opt_einsum import contract_expression, get_symbol
 
 from mumoe_tensor.formats.base import Format, Term, mode_names
+
+Indices = tuple[str, ...]
 
 
 def split(format: Format, dense: Any) -> Any:
@@ -53,6 +56,8 @@ class TermView:
         Whether they hold more entries than the modes.
     rows : slice
         The rows of the input mode that the term has.
+    copies : int
+        How many entries of the tensor are one of the term, along modes that it does not have.
     """
 
     def __init__(self, term: Term, whole: Sequence[int], has_bias_term: bool):
@@ -76,6 +81,7 @@ class TermView:
         self._held = tuple(prod(sizes[x] for x in group) for group in parts)
         ranges = [range(n)[region] for n, region in zip(whole, self._region, strict=True)]
         taken = [1 if axis in self._constant else len(r) for axis, r in enumerate(ranges)]
+        self.copies = prod(len(ranges[axis]) for axis in self._constant)
         self._padding = [(0, held - n) for held, n in zip(self._held, taken, strict=True)]
         self._cut = tuple(map(slice, taken))
         self.is_padded = any(more for _, more in self._padding)
@@ -90,3 +96,22 @@ class TermView:
         tensor = np.zeros(self._whole)
         tensor[self._region] = part.reshape(self._held)[self._cut]
         return tensor
+
+    def operands(self, factors: Sequence[Any]) -> dict[Any, tuple[Indices, Sequence[int]]]:
+        """Indices and shape of each factor of the term that is not missing."""
+        return {k: (axes, factors[k].shape) for k, axes in self.indices.items() if factors[k] is not None}
+
+
+def contraction(operands: dict[Any, tuple[Indices, Sequence[int]]], output: Indices) -> Callable[..., Any]:
+    """The contraction of arrays of these indices and shapes, its path chosen once."""
+    if not operands:
+        return lambda: np.ones(())
+    names = sorted({x for indices, _ in operands.values() for x in indices})
+    symbols = {x: get_symbol(n) for n, x in enumerate(names)}
+    *inputs, result = (
+        "".join(symbols[x] for x in indices) for indices in (*(i for i, _ in operands.values()), output)
+    )
+    expression: Callable[..., Any] = contract_expression(
+        f"{','.join(inputs)}->{result}", *(tuple(shape) for _, shape in operands.values())
+    )
+    return expression

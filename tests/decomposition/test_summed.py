@@ -1,4 +1,4 @@
-"""Sums are fitted by alternation: never worse than term by term, exact where the terms are identifiable."""
+"""Fits of sums are never worse than term by term, and exact where the terms are identifiable."""
 
 from __future__ import annotations
 
@@ -33,8 +33,18 @@ def test_a_weight_of_the_format_is_recovered(format: mt.Format, bias: bool) -> N
     assert np.linalg.norm(to_dense(weight) - to_dense(truth)) < 1e-6 * np.linalg.norm(to_dense(truth))
 
 
+@pytest.mark.parametrize(
+    "format", [mt.sum_of(mt.shared("btt"), "cp"), mt.sum_of("monarch", mt.shared("dense"))], ids=str
+)
+def test_terms_that_share_what_they_fit_are_recovered(format: mt.Format) -> None:
+    """Fitting one after the other, and in turn, gets stuck here."""
+    rank = (2,) * len(format.bonds(1))
+    truth = mt.FactorizedTensor.random(format, experts=4, in_features=6, out_features=6, rank=rank, seed=2)
+    assert decompose(to_dense(truth), format, rank, n_restarts=4)[1] < 1e-6
+
+
 @pytest.mark.parametrize("format", SUMS, ids=str)
-def test_alternation_is_no_worse_than_one_term_after_the_other(format: mt.Format) -> None:
+def test_a_sum_is_fitted_no_worse_than_one_term_after_the_other(format: mt.Format) -> None:
     dense = np.random.default_rng(0).standard_normal((4, 6, 6))
     rank = (2,) * len(format.bonds(1))
     residual = dense.copy()

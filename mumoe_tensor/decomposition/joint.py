@@ -1,0 +1,173 @@
+"""All factors of all terms at once: Gauss-Newton steps, damped and solved by conjugate gradients.
+
+The preconditioner is the problem of each factor alone (Sorber et al. 2013, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mumoe_tensor.decomposition.alternating import Problem, stop_rule
+from mumoe_tensor.decomposition.terms import TermView, balanced, contraction, views
+from mumoe_tensor.formats.base import Format
+
+#: Damping of the first step, and the largest, as a fraction of the largest mean curvature along a factor.
+DAMPING, MOST_DAMPING = 1e-2, 1e3
+#: What an accepted step divides the damping by, and another multiplies it by.
+CHANGE = 5
+#: Most steps of conjugate gradients for one step of all factors.
+STEPS = 10
+#: Largest product of bonds for whose factors the preconditioner forms matrices.
+LARGEST = 2048
+
+
+def improve(
+    format: Format,
+    dense: Any,
+    start: Sequence[Any],
+    n_iter: int,
+    tolerance: float,
+    covariance: Any | None = None,
+) -> list[Any]:
+    """Lower the error of factors by at most `n_iter` steps of all of them.
+
+    Unlike alternating least squares it does not get stuck where terms share what they fit. Entries of padded
+    modes have no weight; with a covariance of inputs the error is weighted by it.
+    """
+    factors = balanced(format, dense.ndim - 2, start, 0)
+    terms = [_Term(view, factors) for view in views(format, dense.shape)]
+    residual = dense - sum(term.product(factors) for term in terms)
+    error = weighted_norm(residual, covariance)
+    damping, stop = DAMPING, stop_rule(tolerance)
+    for _ in range(n_iter):
+        step = _step(terms, factors, residual, damping, covariance)
+        moved = [f if f is None else f + step[k] for k, f in enumerate(factors)]
+        left = dense - sum(term.product(moved) for term in terms)
+        lower = weighted_norm(left, covariance)
+        if lower < error:
+            factors, residual, error = moved, left, lower
+            damping /= CHANGE
+            if stop(None, error):
+                break
+        elif damping > MOST_DAMPING:
+            break
+        else:
+            damping *= CHANGE
+    return factors
+
+
+def weighted_norm(tensor: Any, covariance: Any | None) -> float:
+    """Root of the sum over outputs and experts of ``w @ covariance @ w``, for w over the input mode."""
+    squares = tensor**2 if covariance is None else tensor * (covariance @ tensor)
+    return float(np.sqrt(max(squares.sum(), 0)))
+
+
+def _step(
+    terms: Sequence[_Term],
+    factors: Sequence[Any],
+    residual: Any,
+    damping: float,
+    covariance: Any | None,
+) -> dict[int, Any]:
+    """The step that fits the residual best were the terms linear in it, but for the damping."""
+    positions = [k for term in terms for k in term.problems]
+    ends = np.cumsum([factors[k].size for k in positions])[:-1]
+
+    def flat(arrays: dict[int, Any]) -> Any:
+        return np.concatenate([arrays[k].ravel() for k in positions])
+
+    def shaped(vector: Any) -> dict[int, Any]:
+        pieces = zip(positions, np.split(vector, ends), strict=True)
+        return {k: piece.reshape(factors[k].shape) for k, piece in pieces}
+
+    def gradient(tensor: Any) -> Any:
+        tensor = tensor if covariance is None else covariance @ tensor
+        return flat({k: g for term in terms for k, g in term.gradient(factors, tensor).items()})
+
+    grams = {k: gram for term in terms for k, gram in term.grams(factors).items()}
+    means = [np.trace(gram, axis1=1, axis2=2).max() / gram.shape[-1] for gram in grams.values()]
+    added = damping * max(means)
+    inverses = {
+        k: np.linalg.pinv(gram + added * np.eye(gram.shape[-1]), hermitian=True) for k, gram in grams.items()
+    }
+
+    def curvature(vector: Any) -> Any:
+        step = shaped(vector)
+        return gradient(sum(term.change(factors, step) for term in terms)) + added * vector
+
+    def precondition(vector: Any) -> Any:
+        step = shaped(vector)
+        for term in terms:
+            for k, problem in term.problems.items():
+                if k in inverses:
+                    step[k] = problem.factor(inverses[k] @ problem.columns(step[k]))
+        return flat(step)
+
+    return shaped(conjugate_gradients(curvature, gradient(residual), precondition))
+
+
+class _Term:
+    """The derivatives of one term by its factors."""
+
+    def __init__(self, view: TermView, factors: Sequence[Any]):
+        self.view, operands = view, view.operands(factors)
+        self.problems = {k: Problem(view, k, factors) for k in operands}
+        self._whole = contraction(operands, view.modes)
+        self._adjoint = {
+            k: contraction(
+                {"*": (view.modes, view.shape)} | {j: operands[j] for j in problem.others}, operands[k][0]
+            )
+            for k, problem in self.problems.items()
+        }
+
+    def product(self, factors: Sequence[Any]) -> Any:
+        """The term of the whole tensor."""
+        return self.view.put(self._whole(*(factors[k] for k in self.problems)))
+
+    def change(self, factors: Sequence[Any], step: dict[int, Any]) -> Any:
+        """The change of the term for a small step of its factors."""
+        changes = [
+            self._whole(*(step[j] if j == k else factors[j] for j in self.problems)) for k in self.problems
+        ]
+        return self.view.put(sum(changes))
+
+    def gradient(self, factors: Sequence[Any], tensor: Any) -> dict[int, Any]:
+        """The inner product of a tensor with the derivative of the term by each entry of its factors."""
+        part = self.view.copies * self.view.take(tensor)
+        return {
+            k: self._adjoint[k](part, *(factors[j] for j in problem.others))
+            for k, problem in self.problems.items()
+        }
+
+    def grams(self, factors: Sequence[Any]) -> dict[int, Any]:
+        """The matrices of the problem of each factor alone, but for weights; large ones are left out."""
+        return {
+            k: self.view.copies * problem.gram(factors)
+            for k, problem in self.problems.items()
+            if problem.sizes[2] <= LARGEST
+        }
+
+
+def conjugate_gradients(product: Callable[[Any], Any], right: Any, precondition: Callable[[Any], Any]) -> Any:
+    """Solve ``product(x) = right`` for a positive semi-definite product, or come near the solution."""
+    x, residual = np.zeros_like(right), right
+    smallest = 1e-30 * float((right * precondition(right)).sum())
+    direction: Any = 0.0
+    last = 1.0
+    for _ in range(STEPS):
+        preconditioned = precondition(residual)
+        square = float((residual * preconditioned).sum())
+        if not square > smallest:
+            break
+        direction = preconditioned + square / last * direction
+        image = product(direction)
+        curvature = float((direction * image).sum())
+        if not curvature > 0:
+            break
+        x = x + square / curvature * direction
+        residual = residual - square / curvature * image
+        last = square
+    return x

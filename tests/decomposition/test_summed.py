@@ -81,7 +81,7 @@ def test_the_first_start_is_the_fit_in_turn_and_the_others_are_random(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     starts: list[Any] = []
-    monkeypatch.setattr(sums, "alternate", lambda _, __, start, *___: starts.append(start) or start)
+    monkeypatch.setattr(sums, "improve", lambda _, __, start, *___: starts.append(start) or start)
     dense = np.random.default_rng(0).uniform(-1, 1, (4, 6, 6))  # which is not scaled
     format = mt.sum_of("lowrank", mt.shared("kron"))
     _, best = decompose(dense, format, (2, 2), n_restarts=3)
@@ -98,7 +98,7 @@ def test_the_first_start_is_the_fit_in_turn_and_the_others_are_random(
 def test_the_best_fit_of_a_term_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever of the fits it is."""
     dense = np.random.default_rng(0).standard_normal((4, 6, 6))
-    monkeypatch.setattr(sums, "alternate", lambda _, __, start, *___: start)
+    monkeypatch.setattr(sums, "improve", lambda _, __, start, *___: start)
     monkeypatch.setattr(
         sums, "scaled_fits", lambda _, seen, *__: [[scale * seen] for scale in (0.9, 1.0, 0.8)]
     )

@@ -746,6 +746,16 @@ def test_shipped_formats_copy_nothing_but_the_output(format: str, experts: tuple
     assert joined == (batch * 3072 if needs_join or plan.program.output_is_copied else 0)
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+def test_zeros_after_a_vector_are_a_copy_of_it(batch: int) -> None:
+    format = mt.formats()["kron"].with_splits({"i": (2, 3)})
+    whole, padded = (
+        mt.plan(format, experts=4, in_features=i, out_features=8, rank=2, batch=batch) for i in (6, 5)
+    )
+    assert padded.flops == whole.flops
+    assert padded.copied == whole.copied + 6 * batch
+
+
 @given(layers(), BATCHES)
 def test_the_output_is_copied_where_its_parts_do_not_lie_in_order(layer, batch) -> None:
     program = mt.plan(**layer, batch=batch).program
@@ -798,8 +808,12 @@ def test_a_sum_costs_its_terms_and_their_additions(batch: int, dtype: str | None
     assert plan.flops == sum(term.flops for term in terms) + added
     assert plan.write == sum(term.write for term in terms) + added * itemsize
     assert plan.saved == sum(term.saved for term in terms)
+    assert plan.copied == sum(term.copied for term in terms)
+    assert plan.time == sum(term.time for term in terms) + (1 + 3 * order.ELEMENT) * added
     result = 36 * batch * itemsize
     assert plan.size == max(result, *(term.size for term in terms))
     first, *others = terms
     assert plan.peak == max(first.peak, *(term.peak + result for term in others))
     assert f"saved {plan.saved:,} {'bytes' if dtype else 'elements'}" in str(plan)
+    # The results of the terms are intermediates, also where there are no others.
+    assert mt.plan(mt.sum_of("dense", "dense"), **sizes | {"experts": ()}).size == result

@@ -40,3 +40,11 @@ def test_train_of_several_parts_is_within_the_bound_of_the_tails() -> None:
         values = np.linalg.svd(paired.reshape(int(np.prod(paired.shape[:k])), -1), compute_uv=False)
         tails.append(np.linalg.norm(values[r:]) / np.linalg.norm(values))
     assert max(tails) <= mt.decompose(dense, format, rank)[1] <= np.linalg.norm(tails)
+
+
+@pytest.mark.parametrize(("name", "experts"), [("kron", (3,)), ("tt-matrix", ()), ("tt-matrix", (3,))])
+def test_of_one_part_each_expert_is_one_matrix(name: str, experts: tuple[int, ...]) -> None:
+    dense = np.random.default_rng(0).standard_normal((*experts, 2, 3))
+    format = mt.get_format(name).with_splits({"i": 1, "o": 1})
+    rank = (6,) * len(format.bonds(len(experts)))
+    assert mt.decompose(dense, format, rank)[1] == pytest.approx(0, abs=1e-12)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
+from mumoe_tensor import decomposition
 from mumoe_tensor.decomposition import decompose
 
 WEIGHTED: list[mt.Format] = [
@@ -131,3 +132,23 @@ def test_the_covariance_may_be_of_any_backend_and_dtype() -> None:
 def test_bad_covariances(covariance: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         decompose(np.ones((5, 4)), "cp", 1, bias=np.ones(4), input_covariance=covariance)
+
+
+def test_the_fit_without_weights_is_a_candidate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that in the coordinates without correlations is worse."""
+    dense, z = np.random.default_rng(0).standard_normal((6, 5)), inputs(6, 0)
+    monkeypatch.setattr(decomposition, "whitened_fits", lambda *_: [[np.zeros((6, 2)), np.zeros((2, 5))]])
+    plain = decompose(dense, "lowrank", 2)[0]
+    error = decompose(dense, "lowrank", 2, input_covariance=z.T @ z, n_iter=1)[1]
+    assert error <= output_error(plain, dense, z) + 1e-7
+
+
+def test_slices_of_experts_with_covariances_of_their_own() -> None:
+    generator = np.random.default_rng(0)
+    dense, z = generator.standard_normal((4, 6, 5)), np.stack([inputs(6, seed) for seed in range(4)])
+    format = mt.sum_of(mt.sliced("lowrank", 0, 1), mt.sliced("lowrank", 1, 4))
+    covariances = np.swapaxes(z, 1, 2) @ z
+    plain = decompose(dense, format, (2, 2), n_restarts=1)[0]
+    weight, error = decompose(dense, format, (2, 2), input_covariance=covariances, n_restarts=1)
+    assert error == pytest.approx(output_error(weight, dense, z), abs=1e-7)
+    assert error <= output_error(plain, dense, z) + 1e-7

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -201,6 +201,7 @@ def stacks(draw: st.DrawFn) -> tuple[Any, Any, tuple[int, ...] | None]:
 
 
 @given(stacks(), st.booleans(), st.booleans())
+@example((torch.ones(2, 70, 2).double(), torch.ones(1, 2, 70).double(), (1, 0, 2)), False, False)
 def test_products_lie_in_the_order_that_is_asked_for(drawn, is_left_transposed, is_right_transposed) -> None:
     left, right, order = drawn
     if is_left_transposed:

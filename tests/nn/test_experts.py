@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import mumoe_tensor  # noqa: E402
+from mumoe_tensor.formats import Bias  # noqa: E402
 from mumoe_tensor.nn import Experts, MuMoE  # noqa: E402
 
 PACKAGE = str(Path(mumoe_tensor.__file__).parent)
@@ -73,3 +74,14 @@ def test_terms_are_added_without_changing_a_parameter() -> None:
         layer(x, []).sum().backward()
     torch.testing.assert_close([p.detach() for p in layer.parameters()], before)
     torch.testing.assert_close(layer.factors[-1].grad.sum(), torch.tensor(2.0 * 3 * 16))
+
+
+def test_a_first_term_that_is_a_parameter_stays_as_it_is() -> None:
+    layer = Experts(16, 12, (), mumoe_tensor.sum_of(Bias(), "btt"), 2, dtype=torch.float64)
+    x, bias = torch.randn(3, 16, dtype=torch.float64), layer.factors[0].detach().clone()
+    matrix, row = layer.expert(())
+    torch.testing.assert_close(row, bias)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            torch.testing.assert_close(layer(x, []), x @ matrix + bias)
+    torch.testing.assert_close(layer.factors[0].detach(), bias)

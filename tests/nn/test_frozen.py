@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.nn import MuMoE, MuMoEMLP, frozen  # noqa: E402
 from mumoe_tensor.nn.norm import LogitBatchNorm  # noqa: E402
 
@@ -63,6 +64,13 @@ def test_products_of_weights_are_made_once_and_save_flops(folds: list[Any]) -> N
     trained = multiplied(module, x)
     with torch.no_grad():
         assert multiplied(module, x) < trained
+
+
+def test_those_of_a_term_of_a_sum_are_made(folds: list[Any]) -> None:
+    module, x = layer(format=mt.sum_of("cp", "tucker"), rank=(3, 4, 24, 24)), inputs()
+    for _ in range(3):
+        check(module, x)
+    assert len(folds) == 1
 
 
 def test_a_block_with_its_activation(folds: list[Any]) -> None:

@@ -815,5 +815,7 @@ def test_a_sum_costs_its_terms_and_their_additions(batch: int, dtype: str | None
     first, *others = terms
     assert plan.peak == max(first.peak, *(term.peak + result for term in others))
     assert f"saved {plan.saved:,} {'bytes' if dtype else 'elements'}" in str(plan)
+    turned = mt.plan(mt.sum_of("btt", "cp", mt.shared("dense")), **sizes, rank=(2, 5))
+    assert (turned.flops, turned.write, turned.time) == (plan.flops, plan.write, plan.time)
     # The results of the terms are intermediates, also where there are no others.
     assert mt.plan(mt.sum_of("dense", "dense"), **sizes | {"experts": ()}).size == result

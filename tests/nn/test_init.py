@@ -70,6 +70,8 @@ def test_published_initialisation() -> None:
     cp = MuMoE(300, 200, (40, 3), "cp", 60, init="published").weight.arrays
     assert 0.9 < cp[0].mean() < 1.1 and 0.9 < cp[0].std() < 1.1 and (cp[1] == 1).all()
     assert 0.98 * 60**-0.5 < cp[3].abs().max() <= 60**-0.5
+    few = MuMoE(2, 200, 4, "cp", 60, init="published").weight.arrays[1]  # three rows with that of the bias
+    assert 0.9 * 2**-0.5 < few.abs().max() <= 2**-0.5
     core = MuMoE(300, 200, (40,), "tucker", (3, 20, 30), init="published").weight.arrays[0]
     assert (torch.linalg.vector_norm(core) - 1).abs() < 1e-5
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mumoe_tensor.extras import missing
 from mumoe_tensor.files import alone_in, replacing
 from mumoe_tensor.nn.described import describe, prepare_to_save, rebuild
-from mumoe_tensor.nn.weights import read_tensors, write_tensors
+from mumoe_tensor.nn.weights import checksum_of_bytes, read_tensors, write_tensors
 from mumoe_tensor.readers import read_json, reading
 
 #: The version of folders that are written; those of a later one are refused.
@@ -111,15 +111,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
         If safetensors is not installed.
     """
     _check_safetensors()
-    folder = Path(folder)
-    with reading(folder / DESCRIPTION):
-        description = read_json(folder / DESCRIPTION)
-        layers, tied = check_version(description), description.get("tied")
-        if not isinstance(tied, dict):
-            raise ValueError(f"the names of tied tensors must be an object, got {tied!r}.")
-    tensors, _ = read_tensors(folder / WEIGHTS)
+    layers, state = _read(Path(folder))
     with reading(folder):
-        state = tensors | {name: tensors[kept] for name, kept in tied.items() if kept in tensors}
         if model is None:
             if [*layers] != [""]:
                 raise ValueError(f"the layers {[*layers]} need a model that they stand in: load(…, model=…).")
@@ -131,19 +124,43 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
             if present.get(name) != entry
         }
         places = _places(model, new, layers)
-        _check(_expected(model, places), state)
+        expected = _expected(model, places)
+        _check(expected, state)
+        if empty := [x for x, value in model.named_buffers() if value.is_meta and x not in expected]:
+            raise ValueError(f"buffers that are in no state must have values; {empty} are on meta.")
+    _put(model, places, state, _tied(expected))
+    prepare_to_save(model)
+    return model
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description of the layers in a folder, and the whole state."""
+    with reading(folder / DESCRIPTION):
+        description = read_json(folder / DESCRIPTION)
+        layers, tied = check_version(description), description.get("tied")
+        if not isinstance(tied, dict):
+            raise ValueError(f"the names of tied tensors must be an object, got {tied!r}.")
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    return layers, tensors | {name: tensors[kept].clone() for name, kept in tied.items() if kept in tensors}
+
+
+def _put(
+    model: nn.Module, places: Mapping[str, nn.Module], state: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> None:
+    """Put layers into a model and load a state that fits."""
     old = {place: model.get_submodule(place) for place in places}
     try:
         for place, layer in places.items():
             model.set_submodule(place, layer)
         is_meta = any(value.is_meta for value in model.state_dict().values())
         model.load_state_dict(state, assign=is_meta)
+        for name, first in tied.items() if is_meta else ():  # (torch assigns two parameters)
+            (module, entry), (owner, other) = (_place_of(model, x) for x in (name, first))
+            setattr(module, entry, getattr(owner, other))
     except BaseException:
         for place, module in old.items():
             model.set_submodule(place, module)
         raise
-    prepare_to_save(model)
-    return model
 
 
 def check_version(description: Mapping[str, Any]) -> Any:
@@ -209,6 +226,12 @@ def _places(
     }
 
 
+def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has an entry of the state, and the attribute that the entry is."""
+    above, _, entry = name.rpartition(".")
+    return model.get_submodule(above), entry
+
+
 def _with_state(layer: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     layer.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
     return layer
@@ -238,7 +261,7 @@ def _check(
         ):
             wrong.append(f"{prefix}{name} has dtype {value.dtype} instead of {tensor.dtype}")
     for name, first in _tied(expected).items():
-        if not wrong and state[name] is not state[first] and not torch.equal(state[name], state[first]):
+        if not wrong and checksum_of_bytes(state[name]) != checksum_of_bytes(state[first]):
             wrong.append(f"{prefix}{name} differs from {first}, to which the model ties it")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

@@ -93,7 +93,19 @@ def test_a_model_on_meta_gets_memory(network: Network, tmp_path: Path) -> None:
     save(network, tmp_path)
     with torch.device("meta"):
         empty = Network()
-    assert_equal(load(tmp_path, empty), network)
+    full = load(tmp_path, empty)
+    assert_equal(full, network)
+    assert full.head.weight is full.embedding.weight and full.blocks[0] is full.blocks[2]
+    with torch.device("meta"):
+        untied = Network()
+        untied.head.weight = nn.Parameter(torch.empty(11, 6))
+    load(tmp_path, untied)
+    with torch.no_grad():
+        untied.head.weight.zero_()
+    assert torch.equal(untied.embedding.weight, network.embedding.weight)
+    empty.register_buffer("positions", torch.empty(2, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match=r"buffers .* must have values; \['positions'\] are on meta"):
+        load(tmp_path, empty)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -58,7 +58,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     ------
     ValueError
         If a layer has a gate or an activation without a name, is of a class that is derived from a
-        registered one and not registered, or has other entries in its state than a layer of its config.
+        registered one and not registered, has other entries in its state than a layer of its config, or
+        buffers that are in no state.
     """
     described: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -82,6 +83,8 @@ def _entry(layer: nn.Module, kinds: list[type]) -> dict[str, Any]:
     }
     if edits:
         entry["edits"] = edits
+    if unsaved := {name for name, _ in layer.named_buffers()} - layer.state_dict().keys():
+        raise ValueError(f"buffers must be persistent, got {sorted(unsaved)} that are in no state.")
     present, again = (_outline(module) for module in (layer, rebuild(entry, device="meta")))
     if present != again:
         different = sorted(name for name, _ in present.items() ^ again.items())

@@ -8,6 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
 from written import Tempered, through_json  # noqa: E402
@@ -16,6 +18,7 @@ import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.analysis import edit_bias  # noqa: E402
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, register_gate, register_layer  # noqa: E402
 from mumoe_tensor.nn.described import describe, rebuild  # noqa: E402
+from mumoe_tensor.testing.strategies import specs  # noqa: E402
 
 
 @pytest.fixture
@@ -45,6 +48,21 @@ def test_layers_come_back(layers: dict[str, nn.Module]) -> None:
         again.load_state_dict(layer.state_dict())
         assert describe(again) == {"": described[f"inner.{name}"]}
         assert again.state_dict().keys() == layer.state_dict().keys()
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(st.data())
+def test_a_layer_of_any_format_comes_back(data: st.DataObject) -> None:
+    spec = data.draw(specs())
+    layer = data.draw(st.sampled_from([MuMoE, Experts])).from_spec(spec)
+    entry = describe(layer)[""]
+    assert through_json(entry) == entry
+    again = rebuild(entry, device="meta")
+    again.load_state_dict(layer.state_dict(), assign=True)
+    assert again.config == layer.config
+    x, coefficients = torch.randn(3, spec.in_features), [torch.rand(3, n) for n in spec.experts]
+    arguments = (x, coefficients) if isinstance(layer, Experts) else (x,)
+    assert torch.equal(again(*arguments), layer(*arguments))
 
 
 def test_a_layer_of_another_class_registers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +103,9 @@ def test_what_cannot_be_made_again_is_refused() -> None:
 
     refused(Own(3, 3, 2, rank=1), "its class must be registered, by register_layer; got Own")
     refused(MuMoE(3, 3, 2, rank=1, gate=lambda x: x), "give it a name by register_gate")
+    buffered = MuMoE(3, 3, 2, rank=1)
+    buffered.register_buffer("scale", torch.ones(2), persistent=False)
+    refused(buffered, r"buffers must be persistent, got \['scale'\]")
     pruned = MuMoE(3, 3, 2, rank=1)
     prune.random_unstructured(pruned.experts, "factor_0", 0.5)
     refused(pruned, "without pruning and parametrizations; 'experts.factor_0' differs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -270,6 +271,15 @@ def test_the_page_in_the_docs(transformers: Any, tmp_path: Path, monkeypatch: py
     exec(first, namespace)
     exec(second, namespace)
     assert_same(transformers.AutoModelForCausalLM.from_pretrained("folder"), namespace["model"].eval())
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mumoe_tensor.nn.pretrained", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"transformers is not installed; pip install 'mumoe_tensor.tr"
+    ):
+        importlib.import_module("mumoe_tensor.nn.pretrained")
 
 
 def test_importing_the_layers_does_not_import_transformers() -> None:

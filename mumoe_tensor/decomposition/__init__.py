@@ -77,7 +77,7 @@ def decompose(
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
         TT and Hadamard with one level have one start.
     n_iter : int, default 500
-        Most sweeps over the factors, or steps of all of them, for each start.
+        Most sweeps over the factors for each start; of Gauss-Newton steps at most 50.
     tolerance : float, default 1e-5
         A start ends when two sweeps in a row lower the error by less than this fraction each.
     seed : int, optional

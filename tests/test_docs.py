@@ -153,7 +153,9 @@ def test_readme_snippet_runs() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstrings(name: str) -> None:
+def test_docstrings(name: str, request: pytest.FixtureRequest) -> None:
+    if name == "mumoe_tensor.nn.pretrained":
+        request.getfixturevalue("transformers")
     module = importlib.import_module(name)
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(verbose=False)

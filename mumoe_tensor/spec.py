@@ -96,6 +96,10 @@ class LayerSpec:
             raise ValueError("gated must be False for a layer without hidden, got gated=True.")
         counts = expert_counts(experts)
         is_open = rank is None and format.bonds(len(counts))
+        if "i" in format.omits:
+            raise ValueError(
+                f"a bias must be a term of a sum, as in sum_of('cp', Bias()), got {format!r} for a weight."
+            )
         if format.has_bias_term and not bias:
             raise ValueError(f"bias must be True for a format with a bias, got bias=False for {format!r}.")
         checked = {

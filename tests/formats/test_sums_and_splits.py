@@ -195,6 +195,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "two biases": (lambda: mt.sum_of("btt", Bias(), Bias()), ValueError, "one bias at most"),
     "a bias alone": (lambda: mt.sum_of(Bias()), ValueError, "must have terms besides a bias"),
+    "a bias as a weight": (
+        lambda: mt.LayerSpec(Bias(), **SIZES, bias=True),
+        ValueError,
+        r"a bias must be a term of a sum, .* got Bias\(\) for a weight",
+    ),
     "a bias that is switched off": (
         lambda: mt.LayerSpec(mt.sum_of("btt", Bias()), **SIZES),
         ValueError,

@@ -1,5 +1,13 @@
 """Torch layers: `MuMoE` in place of a linear layer, `MuMoEMLP` in place of an MLP block."""
 
+from mumoe_tensor.nn.adapters import (
+    Adapter,
+    add_experts,
+    load_adapter,
+    merge_experts,
+    remove_experts,
+    save_adapter,
+)
 from mumoe_tensor.nn.described import prepare_to_save, register_layer
 from mumoe_tensor.nn.experts import Experts
 from mumoe_tensor.nn.functional import entmax15
@@ -13,6 +21,7 @@ from mumoe_tensor.nn.stacks import replace_experts
 from mumoe_tensor.nn.surgery import Replacement, replace_linear, replace_mlp
 
 __all__ = [
+    "Adapter",
     "ChosenExperts",
     "ExpertGate",
     "Experts",
@@ -20,16 +29,21 @@ __all__ = [
     "MuMoEMLP",
     "Replacement",
     "RoutedExperts",
+    "add_experts",
     "entmax15",
     "gather",
     "load",
+    "load_adapter",
+    "merge_experts",
     "parallelize",
     "prepare_to_save",
     "register_activation",
     "register_gate",
     "register_layer",
+    "remove_experts",
     "replace_experts",
     "replace_linear",
     "replace_mlp",
     "save",
+    "save_adapter",
 ]

@@ -164,7 +164,7 @@ def plan_replacements(
     """Check all modules that fit and have a name of the pattern; nothing is fitted or changed."""
     if not isinstance(pattern, str):
         raise TypeError(f"the pattern must be a string, got {pattern!r}.")
-    chosen = _choose(model, pattern, fits, what)
+    chosen = choose(model, pattern, fits, what)
     planned: Planned = {}
     for old, names in chosen.items():
         try:
@@ -205,11 +205,11 @@ def put_replacements(
                 weighted_errors=getattr(layer, "weighted_errors", ()),
             )
         )
-    _put_all(model, {old: [*each.names] for old, (_, each) in planned.items()}, new)
+    put_all(model, {old: [*each.names] for old, (_, each) in planned.items()}, new)
     return fitted
 
 
-def _choose(
+def choose(
     model: nn.Module, pattern: str, fits: Callable[[nn.Module], bool], what: str
 ) -> dict[nn.Module, list[str]]:
     """The modules that fit and have a name of the pattern, each with all its names in the model."""
@@ -232,7 +232,7 @@ def _choose(
     return chosen
 
 
-def _put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.Module, nn.Module]) -> None:
+def put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.Module, nn.Module]) -> None:
     """Replace all modules, or none if one cannot be replaced."""
     places = [(name, old, module) for old, module in new.items() for name in names[old]]
     try:

@@ -1,0 +1,290 @@
+"""Adapters: a frozen model, with trained experts beside some of its linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.nn.described import register_layer
+from mumoe_tensor.nn.layers import MuMoE
+from mumoe_tensor.nn.linear import check_linear, is_linear, matrix_of
+from mumoe_tensor.nn.saving import DESCRIPTION, check_version, load, save
+from mumoe_tensor.nn.surgery import (
+    Planned,
+    Replacement,
+    choose,
+    plan_replacements,
+    put_all,
+    put_replacements,
+)
+from mumoe_tensor.readers import read_json, reading
+from mumoe_tensor.selections import Index
+
+
+@register_layer
+class Adapter(nn.Module):
+    """A linear layer and the experts beside it: ``y = base(x) + delta(x)``.
+
+    Attributes
+    ----------
+    base : torch.nn.Linear, or Conv1D of transformers
+    delta : MuMoE
+    """
+
+    #: Nothing is fitted.
+    fit_errors: tuple[float, ...] = ()
+
+    def __init__(self, base: nn.Module, delta: MuMoE):
+        super().__init__()
+        self.base, self.delta = base, delta
+        self.in_features, self.out_features = delta.in_features, delta.out_features
+
+    @property
+    def weight(self) -> Any:
+        """The weight of the base, whose dtype and device some models ask for."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The bias of the base."""
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs of shape (..., in_features)."""
+        y: Tensor = self.base(x)
+        delta: Tensor = self.delta(x.to(self.delta.gate.weight.dtype))
+        return y + delta.to(y.dtype)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the experts, and the class of the base."""
+        return {**self.delta.config, "base": type(self.base).__name__}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **place: Any) -> Adapter:
+        """An adapter with new values, and `device` and `dtype` as those of `MuMoE`."""
+        config = dict(config)
+        base, sizes = config.pop("base"), (config["in_features"], config["out_features"])
+        delta = MuMoE.from_config(config, **place)
+        if base == "Linear":
+            return cls(nn.Linear(*sizes, bias=config["bias"], **place), delta)
+        if base != "Conv1D":
+            raise ValueError(f"the base of an adapter must be a Linear or Conv1D, got {base!r}.")
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device(delta.gate.weight.device):
+            return cls(Conv1D(*reversed(sizes)).to(dtype=place.get("dtype")), delta)
+
+
+def add_experts(model: nn.Module, pattern: str, **options: Any) -> list[Replacement]:
+    """Freeze a model, and put experts beside its linear layers, in place.
+
+    The outputs stay the same, bit for bit: the last factor of every term of the experts is zero. All
+    parameters of the model are frozen but those of adapters. All layers are checked before the first is
+    changed: an error leaves the model as it is.
+
+    Parameters
+    ----------
+    pattern : str
+        Shell pattern of the names of the linear layers, e.g. ``"*.q_proj"``.
+    **options
+        Of `MuMoE`: experts, format, rank or parameters, and so on, for each layer. The experts have a bias if
+        the linear layer has one. They are in float32 by default, or in float64 as the layer.
+
+    Returns
+    -------
+    list of Replacement
+
+    Raises
+    ------
+    ValueError
+        As `replace_linear`; if a layer has experts beside it already.
+
+    Examples
+    --------
+    >>> from mumoe_tensor.nn import add_experts
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> x = torch.randn(5, 16)
+    >>> before = model(x)
+    >>> [print(each) for each in add_experts(model, "0", experts=4, format="cp", rank=2)]
+    0: 544 -> 714 parameters, not fitted
+    [None]
+    >>> torch.equal(model(x), before)
+    True
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+    170
+    """
+    if "experts" not in options or "bias" in options:
+        raise TypeError(
+            f"the options must have experts, and not bias, which is as in the linear layer; got {options}."
+        )
+
+    def make(linear: nn.Module, **more: Any) -> MuMoE:
+        matrix, bias = matrix_of(linear)
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        place = {"device": matrix.device, "dtype": dtype, **options, **more}
+        delta = MuMoE(matrix.shape[0] - bias, matrix.shape[1], bias=bias, **place)
+        with torch.no_grad():
+            for term in delta.experts.terms:
+                term.arrays[-1].zero_()
+        return delta
+
+    return _put(model, _planned(model, pattern, make))
+
+
+def remove_experts(model: nn.Module, pattern: str = "*") -> None:
+    """Take experts from beside linear layers, in place: the layers are as they were before, and frozen.
+
+    Parameters
+    ----------
+    pattern : str
+        Shell pattern of the names of the layers, by default all.
+
+    Raises
+    ------
+    ValueError
+        If the pattern names no layer with experts beside it.
+    """
+    chosen = _adapters(model, pattern)
+    put_all(model, chosen, {adapter: adapter.base for adapter in chosen})
+
+
+@torch.no_grad()
+def merge_experts(model: nn.Module, expert: Index = (), pattern: str = "*") -> None:
+    """Add one expert to the linear layers that it stands beside, and take all experts away, in place.
+
+    The model then computes what it did with the coefficient one for this expert, and zero for the others.
+
+    Parameters
+    ----------
+    expert : int or sequence of int
+        One number a level; none for adapters without experts.
+    pattern : str
+        Shell pattern of the names of the layers, by default all.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the index does not name an expert, the pattern names no layer with experts beside it, or the input
+        of the experts is normed. The model stays as it is.
+    """
+    chosen = _adapters(model, pattern)
+    merged = {}
+    for adapter, names in chosen.items():
+        if adapter.delta.input_norm is not None:
+            raise ValueError(f"experts must see the input of {names[0]!r} as it is, without a norm.")
+        matrix, bias = adapter.delta.expert(expert)
+        weight, base_bias = adapter.weight, adapter.bias
+        wide = torch.promote_types(weight.dtype, matrix.dtype)
+        change = matrix.mT if isinstance(adapter.base, nn.Linear) else matrix
+        merged[weight] = weight.to(wide) + change
+        if base_bias is not None and bias is not None:
+            merged[base_bias] = base_bias.to(wide) + bias
+    for parameter, value in merged.items():
+        parameter.copy_(value)
+    put_all(model, chosen, {adapter: adapter.base for adapter in chosen})
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the experts of all adapters of a model into a folder, without the model; see `.save`.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or as `.save`.
+    OSError, ModuleNotFoundError
+        As `.save`.
+    """
+    save(_tree({names[0]: adapter.delta for adapter, names in _adapters(model, "*").items()}), folder)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
+    """Freeze a model, and put experts that `save_adapter` wrote beside its linear layers, in place.
+
+    A folder that does not fit leaves the model as it was.
+
+    Returns
+    -------
+    list of Replacement
+
+    Raises
+    ------
+    ValueError
+        If the folder is damaged, or the model has no linear layers of these names and sizes, or has experts
+        beside them already.
+    OSError, ModuleNotFoundError
+        As `.load`.
+    """
+    with reading(Path(folder) / DESCRIPTION):
+        names = [*check_version(read_json(Path(folder) / DESCRIPTION))]
+    tree = load(folder, model=_tree({name: nn.Identity() for name in names}))
+    planned: Planned = {}
+    for name in names:
+        planned |= _planned(model, name, _loaded(tree.get_submodule(name)))
+    return _put(model, planned)
+
+
+def _loaded(delta: nn.Module) -> Callable[..., MuMoE]:
+    """Experts from a file for a linear layer of their sizes."""
+
+    def make(linear: nn.Module, **more: Any) -> MuMoE:
+        matrix, bias = matrix_of(linear)
+        sizes = matrix.shape[0] - bias, matrix.shape[1], bias
+        if not isinstance(delta, MuMoE) or (delta.in_features, delta.out_features, delta.spec.bias) != sizes:
+            raise ValueError(f"the experts must be a layer of inputs, outputs and bias {sizes}, got {delta}.")
+        return delta.to(matrix.device)
+
+    return make
+
+
+def _planned(model: nn.Module, pattern: str, make: Callable[..., MuMoE]) -> Planned:
+    """The adapters to be put, with experts that `make` makes for each linear layer."""
+    parts = {part for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
+
+    def maker(linear: nn.Module) -> Callable[..., Adapter]:
+        if linear in parts:
+            raise ValueError("it has experts beside it already: remove or merge them first.")
+        check_linear(linear)
+        return lambda **more: Adapter(linear, make(linear, **more)).train(linear.training)
+
+    def fits(module: nn.Module) -> bool:
+        return is_linear(module) or isinstance(module, Adapter)
+
+    return plan_replacements(model, pattern, fits, maker, "linear layer", {})
+
+
+def _put(model: nn.Module, planned: Planned) -> list[Replacement]:
+    """Put the adapters into the model, and freeze all but them."""
+    replacements = put_replacements(model, planned)
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    trained = {id(parameter) for adapter in adapters for parameter in adapter.delta.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+    return replacements
+
+
+def _adapters(model: nn.Module, pattern: str) -> dict[Any, list[str]]:
+    """The adapters that have a name of the pattern, each with all its names in the model."""
+    chosen: dict[Any, list[str]] = choose(
+        model, pattern, lambda module: isinstance(module, Adapter), "layer with experts beside it"
+    )
+    return chosen
+
+
+def _tree(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that has these as submodules, and nothing else."""
+    tree = nn.Module()
+    for name, module in modules.items():
+        *above, last = name.split(".")
+        place = tree
+        for part in above:
+            if part not in dict(place.named_children()):
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(last, module)
+    return tree

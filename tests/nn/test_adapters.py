@@ -1,0 +1,251 @@
+"""Experts beside the linear layers of a frozen model: equal at the start, saved alone, merged, removed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import nn  # noqa: E402
+
+import mumoe_tensor as mt  # noqa: E402
+from mumoe_tensor.nn import (  # noqa: E402
+    Adapter,
+    add_experts,
+    load,
+    load_adapter,
+    merge_experts,
+    remove_experts,
+    save,
+    save_adapter,
+)
+
+TOKENS = torch.arange(14).reshape(2, 7) % 11
+
+
+class Network(nn.Module):
+    """Linear layers, one of them in two places, and one without a bias."""
+
+    def __init__(self, dtype: Any = None) -> None:
+        super().__init__()
+        shared = nn.Linear(6, 6, dtype=dtype)
+        self.layers = nn.ModuleList([shared, nn.Linear(6, 6, bias=False, dtype=dtype), shared])
+        self.head = nn.Linear(6, 4, dtype=dtype)
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+
+def trained(model: nn.Module, x: Any, steps: int = 3) -> nn.Module:
+    """After some updates of what is trained."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def gpt2_of(transformers: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 11, "n_positions": 12}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **options)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@settings(deadline=None, max_examples=settings().max_examples)
+@given(
+    format=st.sampled_from([*mt.formats(), mt.sum_of(mt.shared("dense"), "cp")]),
+    experts=st.sampled_from([(), (3,), (2, 2)]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_outputs_start_as_they_are_and_only_the_experts_learn(format: Any, experts: Any, dtype: Any) -> None:
+    network = Network(dtype)
+    x = torch.randn(9, 6, dtype=dtype)
+    expected, state = network(x), copy.deepcopy(network.state_dict())
+    rank = (2,) * len(mt.get_format(format).bonds(len(experts)))
+    add_experts(network, "layers.*", experts=experts, format=format, rank=rank, gate_norm="none")
+    y = network(x)
+    assert torch.equal(y, expected) and y.dtype == dtype
+    names = [name for name, p in network.named_parameters() if p.requires_grad]
+    assert names and all(".delta." in name for name in names)
+    deltas = [m.delta for m in network.modules() if isinstance(m, Adapter)]
+    assert {p.dtype for delta in deltas for p in delta.parameters()} == {
+        torch.promote_types(dtype, torch.float32)
+    }
+    if dtype != torch.float16:
+        trained(network, x)
+        assert not torch.equal(network(x), expected)
+    remove_experts(network)
+    assert torch.equal(network(x), expected) and network.layers[0] is network.layers[2]
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert network.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("experts", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("format", ["cp", "tt-matrix", "shared-expert"])
+def test_merged_is_the_model_with_one_expert_chosen(format: str, experts: Any) -> None:
+    network = Network(torch.float64)
+    rank = (2,) * len(mt.get_format(format).bonds(len(experts)))
+    add_experts(network, "*", experts=experts, format=format, rank=rank, gate_norm="none")
+    x = torch.randn(9, 6, dtype=torch.float64)
+    trained(network, x)
+    expert = tuple(n - 1 for n in experts)
+
+    def choose(module: Any, inputs: Any, coefficients: Any) -> Any:
+        return [nn.functional.one_hot(torch.tensor(k), n).to(a) + 0 * a for k, n, a in zip(expert, experts, coefficients, strict=True)]  # fmt: skip  # noqa: E501
+
+    merged = copy.deepcopy(network)
+    merge_experts(merged, expert)
+    assert not any(isinstance(module, Adapter) for module in merged.modules())
+    assert merged.state_dict().keys() == Network().state_dict().keys()
+    for module in network.modules():
+        if isinstance(module, Adapter):
+            module.delta.gate.register_forward_hook(choose)
+    torch.testing.assert_close(merged(x), network(x))
+    assert not torch.allclose(merged(x), network_without(network)(x))
+
+
+def network_without(network: nn.Module) -> nn.Module:
+    bare = copy.deepcopy(network)
+    remove_experts(bare)
+    return bare
+
+
+def test_what_cannot_be_merged_or_removed_leaves_the_model_as_it_was() -> None:
+    network = Network()
+    add_experts(network, "layers.*", experts=3, rank=2, gate_norm="none")
+    add_experts(network, "head", experts=(), format="lowrank", rank=2, input_norm=True)
+    state = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match="experts must see the input of 'head' as it is, without a norm"):
+        merge_experts(network, (), "head")
+    with pytest.raises((ValueError, TypeError)):
+        merge_experts(network, 3, "layers.*")
+    with pytest.raises((ValueError, TypeError)):
+        merge_experts(network, 1)  # the head has no levels
+    for call in (remove_experts, lambda model, name: merge_experts(model, 0, name)):
+        with pytest.raises(ValueError, match="the pattern must name a layer with experts beside it"):
+            call(network, "body.*")
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    merge_experts(network, 1, "layers.1")
+    remove_experts(network, "head")
+    assert [*{name.rpartition(".delta.")[0] for name in network.state_dict() if "delta" in name}] in (
+        ["layers.0", "layers.2"], ["layers.2", "layers.0"],
+    )  # fmt: skip
+
+
+def test_experts_beside_experts_are_refused() -> None:
+    network = Network()
+    add_experts(network, "layers.0", experts=3, rank=2)
+    before = [*network.named_modules()]
+    for pattern, name in (("*", "layers.0"), ("*.base", "layers.0.base")):
+        with pytest.raises(ValueError, match=f"{re.escape(repr(name))} cannot be replaced: it has experts"):
+            add_experts(network, pattern, experts=3, rank=2)
+    assert [*network.named_modules()] == before
+    with pytest.raises(TypeError, match="the options must have experts, and not bias"):
+        add_experts(network, "head", rank=2)
+    with pytest.raises(TypeError, match="the options must have experts, and not bias"):
+        add_experts(network, "head", experts=3, rank=2, bias=True)
+    with pytest.raises(ValueError, match=r"'head' cannot be replaced: .*rank"):
+        add_experts(network, "head", experts=3, rank=0)
+    # Later adapters are trained with the earlier ones.
+    add_experts(network, "head", experts=3, rank=2)
+    parts = {name.split(".delta.")[0] for name, p in network.named_parameters() if p.requires_grad}
+    assert parts == {"layers.0", "head"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_saved_alone(dtype: Any, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    network, x = Network(dtype), torch.randn(9, 6, dtype=dtype)
+    plain = copy.deepcopy(network)
+    gate = {"name": "relu_topk", "k": 2}
+    add_experts(network, "layers.*", experts=(3, 2), format="tr", rank=(2, 2, 2, 2), gate=gate)
+    add_experts(network, "head", experts=(), format="lowrank", rank=2)
+    trained(network, x)
+    save_adapter(network, tmp_path)
+    size = (tmp_path / "weights.safetensors").stat().st_size
+    other = copy.deepcopy(plain)
+    load_adapter(other, tmp_path)
+    assert torch.equal(other.eval()(x), network.eval()(x)) and other.layers[0] is other.layers[2]
+    assert not any(p.requires_grad for n, p in other.named_parameters() if ".delta." not in n)
+    assert all(p.requires_grad for n, p in other.named_parameters() if ".delta." in n)
+    # What does not fit changes nothing.
+    with pytest.raises(ValueError, match="it has experts beside it already"):
+        load_adapter(other, tmp_path)
+    plain.head = nn.Linear(6, 5, dtype=dtype)
+    before = [*plain.named_modules()]
+    with pytest.raises(ValueError, match=r"'head' cannot be replaced: the experts must be a layer of inputs"):
+        load_adapter(plain, tmp_path)
+    plain.head = nn.Identity()
+    with pytest.raises(ValueError, match="the pattern must name a linear layer"):
+        load_adapter(plain, tmp_path)
+    assert [name for name, _ in plain.named_modules()] == [name for name, _ in before]
+    with pytest.raises(ValueError, match="the pattern must name a layer with experts beside it"):
+        save_adapter(plain, tmp_path)
+    assert (tmp_path / "weights.safetensors").stat().st_size == size
+
+
+def test_a_model_is_saved_with_its_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    network, x = Network(), torch.randn(9, 6)
+    add_experts(network, "*", experts=3, rank=2, gate_norm="none")
+    trained(network, x)
+    save(network, tmp_path)
+    again = load(tmp_path, model=Network())
+    assert torch.equal(again(x), network(x)) and isinstance(again.layers[1], Adapter)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_of_transformers(transformers: Any, checkpointing: bool, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = gpt2_of(transformers).eval()
+    plain = copy.deepcopy(model)
+    pattern = "transformer.h.*.mlp.c_*"
+    add_experts(model, pattern, experts=3, parameters="1.5x")
+    assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    model.eval()
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(plain, tmp_path / "adapter")
+    assert torch.equal(plain(TOKENS).logits, model(TOKENS).logits)
+    generated = model.generate(TOKENS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert generated.shape == (1, 10)
+    model.save_pretrained(tmp_path / "whole")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    # Removed or merged, the model is one of transformers again.
+    adapter = model.transformer.h[0].mlp.c_fc
+    x = torch.randn(5, 8)
+    matrix, bias = adapter.delta.expert(2)
+    expected = adapter.base(x) + x @ matrix + bias
+    merge_experts(model, 2, "transformer.h.0.*")
+    torch.testing.assert_close(model.transformer.h[0].mlp.c_fc(x), expected)
+    remove_experts(model)
+    model.save_pretrained(tmp_path / "plain")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert again.state_dict().keys() == gpt2_of(transformers).state_dict().keys()

@@ -17,7 +17,7 @@ from mumoe_tensor.checks import as_integer, as_positive, check_choice, check_fla
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
 from mumoe_tensor.contraction.network import Indices, Network, forward_networks
 from mumoe_tensor.contraction.order import ELEMENT, Objective, Orders, Search
-from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.registry import AnyFormat
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
@@ -415,7 +415,7 @@ def _plan_network(
 
 
 def plan(
-    format: str | Format | LayerSpec,
+    format: AnyFormat | LayerSpec,
     *,
     batch: int = 1,
     minimize: Objective = "time",

@@ -37,12 +37,12 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
     target = to_float64(matrix)
     if len(weight.terms) == 1:
         return _fit(weight, target)
+    norm = float(np.linalg.norm(target)) or 1.0
     terms = [term for term in weight.terms if not is_bias(term)]
     for bias in weight.terms:
         if is_bias(bias):
             _assign(bias, 0, target[-1].reshape(bias.arrays[0].shape), declared(bias)[0].indices)
             target = target[:-1]
-    norm = float(np.linalg.norm(target)) or 1.0
     fitted: list[FactorizedTensor] = []
 
     def rest(expert: Sequence[int]) -> np.ndarray:

@@ -85,6 +85,7 @@ def test_every_expert_of_a_structured_format_starts_as_the_linear_layer(case, ex
         assert any(factor.grad.any() for factor in layer.experts.factors[part.factors])
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("format", "size"),
     [
@@ -94,12 +95,17 @@ def test_every_expert_of_a_structured_format_starts_as_the_linear_layer(case, ex
     ],
     ids=str,
 )  # fmt: skip
-def test_the_error_of_the_worst_expert_of_a_structured_format_is_reported(format: Any, size: int) -> None:
+def test_the_error_of_the_worst_expert_of_a_structured_format_is_reported(
+    format: Any, size: int, bias: bool
+) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(6, 8, bias=False, dtype=torch.float64)
+    linear = nn.Linear(6, 8, bias=bias, dtype=torch.float64)
     layer = MuMoE.from_linear(linear, 4, format=format, rank=rank_of(format, 1, size))
-    matrices = torch.stack([layer.expert(k)[0].detach() for k in range(4)])
-    weight = linear.weight.detach()
+    weight = torch.column_stack([linear.weight, *([linear.bias] if bias else [])]).detach()
+    experts = [layer.expert(k) for k in range(4)]
+    matrices = torch.stack(
+        [torch.vstack([x for x in expert if x is not None]) for expert in experts]
+    ).detach()
     worst = float(((matrices - weight.T).norm(dim=(1, 2)) / weight.norm()).max())
     assert worst > 0.01 and layer.fit_errors == pytest.approx((worst,))
 

@@ -89,8 +89,8 @@ def _entry(layer: nn.Module, kinds: list[type]) -> dict[str, Any]:
     if present != again:
         different = sorted(name for name, _ in present.items() ^ again.items())
         raise ValueError(
-            "its state must be that of a layer of its config, as without pruning and parametrizations; "
-            f"{different[0]!r} differs."
+            "its state must be that of a layer of its config, as without pruning, parametrizations and "
+            f"parallelize; {different[0]!r} differs."
         )
     return entry
 
@@ -119,11 +119,8 @@ def rebuild(entry: Mapping[str, Any], **place: Any) -> Any:
     ValueError
         If its class is not registered, or the entry is not one of a layer.
     """
-    if not isinstance(entry, Mapping) or not {"class", "config"} <= entry.keys() <= {
-        "class",
-        "config",
-        "edits",
-    }:
+    needed = {"class", "config"}
+    if not isinstance(entry, Mapping) or not needed <= entry.keys() <= needed | {"edits"}:
         raise ValueError(f"a layer must be described by its class, config and edits, got {entry!r}.")
     if entry["class"] not in _classes:
         raise ValueError(

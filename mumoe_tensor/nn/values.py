@@ -22,15 +22,23 @@ def copy_weight(weight: FactorizedTensor, target: FactorizedTensor) -> None:
             "the weight of these experts must have (format, shape, rank) "
             f"{', '.join(map(str, expected))}, bias rows counted; got {', '.join(map(str, got))}."
         )
-    for term, place in zip(weight.terms, target.terms, strict=True):
-        for values, factor in zip(_values_of(term), place.factors, strict=True):
-            if factor is not None:
-                values = values.to(factor.device, factor.dtype).expand(factor.shape)
-                if is_distributed(factor):
-                    from torch.distributed.tensor import distribute_tensor
+    factors = [factor for place in target.terms for factor in place.factors]
+    values = [value for term in weight.terms for value in _values_of(term)]
+    # All values are ready before the first is copied: some may be views of the factors.
+    copies = [(x, _like(x, value)) for x, value in zip(factors, values, strict=True) if x is not None]
+    for factor, value in copies:
+        factor.copy_(value)
 
-                    values = distribute_tensor(values, factor.device_mesh, factor.placements)
-                factor.copy_(values)
+
+def _like(factor: Tensor, value: Tensor) -> Tensor:
+    """A copy of values with the shape, dtype and device of a factor, divided over processes as it is."""
+    value = value.to(factor.device, factor.dtype, copy=True).expand(factor.shape)
+    if is_distributed(factor):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(factor, DTensor)
+        return distribute_tensor(value, factor.device_mesh, factor.placements)
+    return value
 
 
 def _outline(weight: FactorizedTensor) -> list[tuple[Format, tuple[int, ...], Rank]]:

@@ -108,7 +108,7 @@ def test_what_cannot_be_made_again_is_refused() -> None:
     refused(buffered, r"buffers must be persistent, got \['scale'\]")
     pruned = MuMoE(3, 3, 2, rank=1)
     prune.random_unstructured(pruned.experts, "factor_0", 0.5)
-    refused(pruned, "without pruning and parametrizations; 'experts.factor_0' differs")
+    refused(pruned, "without pruning, .*; 'experts.factor_0' differs")
 
 
 def test_a_wrong_description_is_refused() -> None:

@@ -55,6 +55,13 @@ def test_each_weight_of_a_block_and_containers_of_tensorly() -> None:
         assert name.startswith("gate") or torch.equal(block.state_dict()[name], value)
 
 
+def test_factors_may_change_places() -> None:
+    layer = MuMoE(4, 4, 4, rank=2, bias=False)
+    first, second, third = (factor.detach().clone() for factor in layer.experts.factors)
+    layer.weight = mt.FactorizedTensor("cp", [*layer.experts.factors[1:], layer.experts.factors[0]])
+    assert all(map(torch.equal, layer.experts.factors, (second, third, first)))
+
+
 def test_no_history_of_the_values_is_kept() -> None:
     layer = MuMoE(5, 4, 3, rank=2, bias=False)
     trained = [torch.randn(n, 2, requires_grad=True) for n in (3, 5, 4)]

@@ -38,6 +38,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     ValueError
         If a layer cannot be made again from its config; see `MuMoE.config`. If the state has something else
         than ordinary tensors with values.
+    TypeError
+        If it is no module.
     OSError
         If the folder cannot be written.
     ModuleNotFoundError
@@ -58,6 +60,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     (True, True)
     """
     _check_safetensors()
+    _check_model(model)
     state = model.state_dict()
     for name, value in state.items():
         if type(value) is not Tensor or value.is_meta or value.layout != torch.strided:
@@ -105,12 +108,16 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
         If the folder is damaged or of a later version, if it has layers where the model has no module, or of
         a class or format that is not registered, or if an entry of the state is missing, left over, or of
         another shape or dtype.
+    TypeError
+        If the model is no module.
     OSError
         If the folder cannot be read.
     ModuleNotFoundError
         If safetensors is not installed.
     """
     _check_safetensors()
+    if model is not None:
+        _check_model(model)
     layers, state = _read(Path(folder))
     with reading(folder):
         if model is None:
@@ -181,6 +188,11 @@ def _check_safetensors() -> None:
         import safetensors  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(missing("safetensors"), name="safetensors") from error
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -230,6 +230,12 @@ def test_only_ordinary_tensors_are_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "folder").exists()
 
 
+def test_a_model_is_a_module(tmp_path: Path) -> None:
+    for call in (lambda: save(nn.Linear(2, 2).state_dict(), tmp_path), lambda: load(tmp_path, "model")):
+        with pytest.raises(TypeError, match=r"a model must be a torch.nn.Module, got (OrderedDict|str)"):
+            call()
+
+
 class Stateful(nn.Module):
     def get_extra_state(self) -> Any:
         return {"calls": 1}

@@ -130,6 +130,32 @@ def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float
                 }
 
 
+def relative(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[float, list[float]]]]:
+    """By format and fit: the share saved, and perplexities over that of the dense model of the same seed."""
+    dense = {row["seed"]: row["perplexity"] for row in rows if row["format"] == "dense"}
+    lines: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for row in rows:
+        if row["format"] != "dense":
+            ratio = row["perplexity"] / dense[row["seed"]]
+            lines.setdefault((row["format"], row["fit"]), {}).setdefault(row["saved"], []).append(ratio)
+    return {line: sorted(places.items()) for line, places in lines.items()}
+
+
+def rises(rows: Sequence[Row]) -> list[str]:
+    """The table of the docs: mean rise of perplexity in percent, plain and weighted, for each share asked."""
+    lines, by_format = relative(rows), {}
+    for (format, fit), places in lines.items():
+        means = [f"{100 * (sum(ratios) / len(ratios) - 1):.1f}" for _, ratios in places]
+        by_format.setdefault(format, {})[fit] = means
+    count = max(len(means) for fits in by_format.values() for means in fits.values())
+    head = ["format", *(f"{share:.0%} saved" for share in SAVED[:count])]
+    body = [
+        [format, *(", ".join(pair) for pair in zip(*fits.values(), strict=True))]
+        for format, fits in by_format.items()
+    ]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and measure a model for each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -139,13 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     trained, validated = text_of(options.folder)
-    held, rows = windows(validated, VALIDATION), []
+    held = windows(validated, VALIDATION)
+    rows: list[Row] = []
     for seed in options.seeds:
         model = train(trained, seed)
         for row in measure(model, windows(trained, CALIBRATION, seed + 100), held):
             rows.append({"seed": seed, **row})
             print(*rows[-1].values(), flush=True)
             files.write_table(options.out, list(rows[0]), rows)
+    print(*rises(rows), sep="\n")
     return 0
 
 

@@ -107,6 +107,25 @@ def test_low_rank_is_the_best_for_each_expert() -> None:
     assert error == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("format", ["tucker", mt.sum_of(mt.shared("dense"), "lowrank")])
+def test_covariances_of_each_expert_say_more_than_their_mean(format: Any) -> None:
+    """Also in formats that are not whitened by them."""
+    generator = np.random.default_rng(0)
+    dense, scales = (
+        generator.standard_normal((3, 6, 6)),
+        4.0 ** -np.array([np.roll(range(6), n) for n in (0, 2, 4)]),
+    )
+    z = generator.standard_normal((3, 40, 6)) * scales[:, None]
+    covariance = np.swapaxes(z, 1, 2) @ z
+    rank, effort = (2,) * len(mt.get_format(format).bonds(1)), dict(n_restarts=1, n_iter=20)
+    fits = (
+        decompose(dense, format, rank, input_covariance=each, **effort)[0]
+        for each in (covariance.mean(0), covariance)
+    )
+    by_mean, by_expert = (output_error(weight, dense, z) for weight in fits)
+    assert by_expert < 0.8 * by_mean
+
+
 def test_the_covariance_may_be_of_any_backend_and_dtype() -> None:
     torch = pytest.importorskip("torch")
     dense = torch.randn(6, 4, generator=torch.manual_seed(0))

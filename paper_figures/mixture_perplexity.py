@@ -1,0 +1,49 @@
+"""Perplexity of a mixture of experts over the parameters saved, its experts in several formats.
+
+Not in the paper: what a small Mixtral, trained on the bytes of Shakespeare's plays, loses on others of them
+when its experts are compressed.
+
+Settings: two layers of 8 experts, 2 for a byte; each weight fitted from one start with 5 sweeps, no training
+after. Left: fits to the weights. Right: weighted by the inputs of each expert. Lines are means over seeds,
+bands reach from the least to the most. Reads ``docs/experiments/mixture.csv``, which
+``experiments/mixture.py`` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from paper_figures.common import Row
+from paper_figures.experiments.heads import table
+from paper_figures.experiments.mixture import relative
+
+MARKERS = "osvDPX^<>"
+FITS = {"plain": "fitted to the weights", "weighted": "weighted by the inputs of each expert"}
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a seed, format, share of parameters saved and way of fitting."""
+    return table("mixture")
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A panel a way of fitting, with a line a format."""
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    lines = relative(rows)
+    formats = list(dict.fromkeys(format for format, _ in lines))
+    for ax, (fit, title) in zip(axes, FITS.items(), strict=True):
+        for k, format in enumerate(formats):
+            places = lines[format, fit]
+            saved, ratios = [100 * x for x, _ in places], [y for _, y in places]
+            means = [100 * (sum(y) / len(y) - 1) for y in ratios]
+            ax.plot(saved, means, color=f"C{k}", marker=MARKERS[k], markersize=3, label=format)
+            bounds = ([100 * (pick(y) - 1) for y in ratios] for pick in (min, max))
+            ax.fill_between(saved, *bounds, color=f"C{k}", alpha=0.15, linewidth=0)
+        ax.set(title=title, xlabel="parameters of the experts saved, %", xlim=(0, None))
+        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    axes[0].set(ylabel="rise of perplexity, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return figure

@@ -36,14 +36,16 @@ def draw(rows: Sequence[Row]) -> Figure:
     formats = list(dict.fromkeys(format for format, _ in lines))
     for ax, (fit, title) in zip(axes, FITS.items(), strict=True):
         for k, format in enumerate(formats):
-            places = lines[format, fit]
+            places = lines[format, fit].values()
             saved, ratios = [100 * x for x, _ in places], [y for _, y in places]
             means = [100 * (sum(y) / len(y) - 1) for y in ratios]
             ax.plot(saved, means, color=f"C{k}", marker=MARKERS[k], markersize=3, label=format)
             bounds = ([100 * (pick(y) - 1) for y in ratios] for pick in (min, max))
             ax.fill_between(saved, *bounds, color=f"C{k}", alpha=0.15, linewidth=0)
         ax.set(title=title, xlabel="parameters of the experts saved, %", xlim=(0, None))
-        ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        # (Linear below a tenth of a percent, where a rise may be none.)
+        ax.set_yscale("symlog", linthresh=0.1)
+        ax.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
     axes[0].set(ylabel="rise of perplexity, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure

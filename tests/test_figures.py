@@ -39,7 +39,7 @@ from paper_figures.common import (
     rows_of,
     write,
 )
-from paper_figures.experiments import compression
+from paper_figures.experiments import compression, mixture
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -365,3 +365,35 @@ def test_the_table_of_the_compression_page_is_that_of_its_results() -> None:
             pairs = zip(("plain", "weighted"), cell.split(", "), strict=True) if cell != "–" else ()
             for fit, error in pairs:
                 assert (names[label.split(" (")[0]], fit, error) in errors
+
+
+def test_the_experiment_of_a_compressed_mixture_runs(
+    transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a text of its own; what saves little changes little."""
+    monkeypatch.setattr(mixture, "FORMATS", {"low rank": "lowrank", "shared + CP": "shared-expert"})
+    monkeypatch.setattr(mixture, "CONTEXT", 32)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    monkeypatch.setattr(mixture, "SIZES", {**mixture.SIZES, **sizes})
+    for name in ("a", "b", "poems", "z"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: the quick brown fox jumps over the lazy dog.\n" * 40)
+    trained, held = mixture.text_of(tmp_path)
+    assert bytes(held.tolist()).startswith(b"z: the") and b"poems" not in bytes(trained.tolist())
+    model = mixture.train(trained, 0, steps=3)
+    parts = mixture.windows(trained, 4, 1), mixture.windows(held, 4)
+    dense, *rows = mixture.measure(model, *parts, saved=(0.3, 0.95))
+    assert 1 < dense["perplexity"] < 300
+    assert [(row["format"], row["fit"], row["asked"]) for row in rows] == [
+        ("low rank", fit, asked) for asked in (0.3, 0.95) for fit in ("plain", "weighted")
+    ] + [("shared + CP", fit, 0.3) for fit in ("plain", "weighted")]  # one matrix for all is over 5 %
+    for row in rows:
+        assert row["saved"] >= row["asked"]
+        if row["asked"] < 0.5:
+            assert row["perplexity"] == pytest.approx(dense["perplexity"], rel=0.02)
+
+
+def test_the_table_of_the_mixture_page_is_that_of_its_results() -> None:
+    rows, folder = load("mixture_perplexity").rows(quick=True), Path(__file__).parents[1] / "docs/experiments"
+    assert {row["seed"] for row in rows} == {*mixture.SEEDS}
+    lines = (folder / "mixture.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("|")] == mixture.rises(rows)

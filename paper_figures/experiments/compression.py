@@ -24,7 +24,7 @@ from torch import nn
 
 import mumoe_tensor as mt
 from mumoe_tensor import files
-from mumoe_tensor.decomposition.alternating import weighted_norm
+from mumoe_tensor.decomposition.joint import weighted_norm
 from paper_figures.common import Row, rank_text
 from paper_figures.experiments.heads import TABLES, table
 

@@ -40,6 +40,7 @@ FORMATS: dict[str, str | mt.Format] = {
     "Kronecker": "kron",
     "BTT": "btt",
 }
+FITS = ("plain", "weighted")
 EFFORT = {"n_restarts": 1, "n_iter": 5, "tolerance": 1e-3}
 SIZES = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -110,50 +111,57 @@ def perplexity(model: Any, held: Tensor) -> float:
 def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float] = SAVED) -> Iterator[Row]:
     """One row for the model, and one a format, share of parameters saved, and way of fitting."""
     yield {
-        "format": "dense", "fit": "", "saved": 0.0, "weight_error": 0.0, "perplexity": perplexity(model, held)
+        "format": "dense", "fit": "", "asked": 0.0, "saved": 0.0, "weight_error": 0.0,
+        "perplexity": perplexity(model, held),
     }  # fmt: skip
     for title, format in FORMATS.items():
         for share in saved:
-            for fit in ("plain", "weighted"):
-                replaced = copy.deepcopy(model)
-                inputs = calibration.split(32) if fit == "weighted" else None
-                table = replace_experts(
-                    replaced, format=format, parameters=1 - share, inputs=inputs, fit=EFFORT
-                )
+            for fit in FITS:
+                replaced, inputs = copy.deepcopy(model), calibration.split(32) if fit == "weighted" else None
+                options = {"format": format, "parameters": 1 - share, "inputs": inputs, "fit": EFFORT}
+                try:
+                    table = replace_experts(replaced, **options)
+                except ValueError:  # its smallest rank has more parameters
+                    continue
                 errors = [error for each in table for error in each.errors]
                 yield {
                     "format": title,
                     "fit": fit,
+                    "asked": share,
                     "saved": 1 - sum(each.after for each in table) / sum(each.before for each in table),
                     "weight_error": sum(errors) / len(errors),
                     "perplexity": perplexity(replaced, held),
                 }
 
 
-def relative(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[float, list[float]]]]:
-    """By format and fit: the share saved, and perplexities over that of the dense model of the same seed."""
+def relative(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, tuple[float, list[float]]]]:
+    """By format and fit, then by the share asked for: the share saved, and perplexities.
+
+    A perplexity is over that of the dense model of the same seed.
+    """
     dense = {row["seed"]: row["perplexity"] for row in rows if row["format"] == "dense"}
-    lines: dict[tuple[str, str], dict[float, list[float]]] = {}
+    lines: dict[tuple[str, str], dict[float, tuple[float, list[float]]]] = {}
     for row in rows:
         if row["format"] != "dense":
-            ratio = row["perplexity"] / dense[row["seed"]]
-            lines.setdefault((row["format"], row["fit"]), {}).setdefault(row["saved"], []).append(ratio)
-    return {line: sorted(places.items()) for line, places in lines.items()}
+            places = lines.setdefault((row["format"], row["fit"]), {})
+            _, ratios = places.setdefault(row["asked"], (row["saved"], []))
+            ratios.append(row["perplexity"] / dense[row["seed"]])
+    return lines
 
 
 def rises(rows: Sequence[Row]) -> list[str]:
-    """The table of the docs: mean rise of perplexity in percent, plain and weighted, for each share asked."""
-    lines, by_format = relative(rows), {}
-    for (format, fit), places in lines.items():
-        means = [f"{100 * (sum(ratios) / len(ratios) - 1):.1f}" for _, ratios in places]
-        by_format.setdefault(format, {})[fit] = means
-    count = max(len(means) for fits in by_format.values() for means in fits.values())
-    head = ["format", *(f"{share:.0%} saved" for share in SAVED[:count])]
-    body = [
-        [format, *(", ".join(pair) for pair in zip(*fits.values(), strict=True))]
-        for format, fits in by_format.items()
-    ]
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+    """The table of the docs: mean rise of perplexity in percent, fitted plainly and weighted."""
+    lines = relative(rows)
+    shares = sorted({share for places in lines.values() for share in places})
+    table = [["format", *(f"{share:.0%} saved" for share in shares)], ["---"] * (len(shares) + 1)]
+    for format in dict.fromkeys(format for format, _ in lines):
+        cells = []
+        for share in shares:
+            pair = [lines[format, fit].get(share, (0, []))[1] for fit in FITS]
+            means = [f"{100 * (sum(ratios) / len(ratios) - 1):.1f}" for ratios in pair if ratios]
+            cells.append(", ".join(means) or "–")
+        table.append([format, *cells])
+    return [f"| {' | '.join(row)} |" for row in table]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

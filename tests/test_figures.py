@@ -381,11 +381,11 @@ def test_the_experiment_of_a_compressed_mixture_runs(
     assert bytes(held.tolist()).startswith(b"z: the") and b"poems" not in bytes(trained.tolist())
     model = mixture.train(trained, 0, steps=3)
     parts = mixture.windows(trained, 4, 1), mixture.windows(held, 4)
-    dense, *rows = mixture.measure(model, *parts, saved=(0.3, 0.95))
+    dense, *rows = mixture.measure(model, *parts, saved=(0.3, 0.9))
     assert 1 < dense["perplexity"] < 300
     assert [(row["format"], row["fit"], row["asked"]) for row in rows] == [
-        ("low rank", fit, asked) for asked in (0.3, 0.95) for fit in ("plain", "weighted")
-    ] + [("shared + CP", fit, 0.3) for fit in ("plain", "weighted")]  # one matrix for all is over 5 %
+        ("low rank", fit, asked) for asked in (0.3, 0.9) for fit in ("plain", "weighted")
+    ] + [("shared + CP", fit, 0.3) for fit in ("plain", "weighted")]  # one matrix for all is over 10 %
     for row in rows:
         assert row["saved"] >= row["asked"]
         if row["asked"] < 0.5:

@@ -34,7 +34,7 @@ def replace_experts(
     model: nn.Module,
     pattern: str = "*",
     *,
-    format: str | Mapping[str, Any] | Format = "shared-expert",
+    format: str | Mapping[str, Any] | Format = "lowrank",
     parameters: float | None = None,
     inputs: Iterable[Any] | None = None,
     fit: Mapping[str, Any] | None = None,
@@ -53,8 +53,9 @@ def replace_experts(
     ----------
     pattern : str, default "*"
         Shell pattern of the names of the modules, e.g. ``"model.layers.[0-3].*"``.
-    format : str or Format, default "shared-expert"
-        One matrix for all experts and what each adds to it, low rank for each expert, CP, and so on.
+    format : str or Format, default "lowrank"
+        Two thin matrices for each expert; ``"shared-expert"``, one matrix for all and what each adds to it;
+        CP, and so on.
     parameters : float, optional
         Fraction of the old parameters that each weight has at most; 0.8 by default, if the format has a rank
         and the options have none.

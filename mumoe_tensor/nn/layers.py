@@ -375,6 +375,9 @@ class MuMoE(Layer):
         >>> layer.spec
         LayerSpec('lowrank', experts=(4,), in_features=16, out_features=8, rank=(8,), bias=True)
         """
+        for name, value in (("stack", stack), ("bias", bias)):
+            if not isinstance(value, Tensor) and (name == "stack" or value is not None):
+                raise TypeError(f"the {name} must be a tensor, got {type(value).__name__}.")
         if stack.ndim < 2 or (bias is not None and bias.shape != (*stack.shape[:-2], stack.shape[-1])):
             raise ValueError(
                 "a stack must have shape (experts..., in_features, out_features), and a bias that without "

@@ -36,7 +36,8 @@ class ChosenExperts(Experts):
     Each input is mapped by its expert alone, so the cost does not grow with the number of experts. Either
     all inputs are mapped at once, and what the factors hold of an expert is gathered for each of its inputs;
     or those of one expert are mapped together, one expert after the other. For each term of the format the
-    planner chooses what takes less time.
+    planner chooses what takes less time. (`torch.compile` takes the first way in one graph, and breaks it in
+    the second.)
 
     Attributes
     ----------
@@ -117,7 +118,8 @@ class RoutedExperts(WholeState):
     format : str or Format, default "cp"
         Of both weights.
     gate_up_rank, down_rank : int or sequence of int, optional
-        One entry a bond of the format. Left out, `parameters` solves for it.
+        One entry a bond of the format. One entry may be None, or the rank left out: then `parameters` solves
+        for it.
     parameters : float, optional
         Fraction of the parameters of dense experts that each weight has at most.
     activation : str, dict or callable, default "silu"
@@ -158,8 +160,8 @@ class RoutedExperts(WholeState):
         hidden_features: int,
         experts: int,
         format: str | Mapping[str, Any] | Format = "cp",
-        gate_up_rank: int | Sequence[int] | None = None,
-        down_rank: int | Sequence[int] | None = None,
+        gate_up_rank: int | Sequence[int | None] | None = None,
+        down_rank: int | Sequence[int | None] | None = None,
         *,
         parameters: float | None = None,
         activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "silu",
@@ -254,14 +256,15 @@ class RoutedExperts(WholeState):
 
 def _rank(spec: LayerSpec, parameters: float | None, name: str) -> Rank:
     """The rank of a spec, or the largest that has at most a fraction of the dense parameters."""
-    if spec.rank and parameters is not None:
-        raise ValueError(f"give {name} or parameters, got {spec.rank} and parameters={parameters!r}.")
-    if spec.rank is None and parameters is None:
+    is_open = spec.rank is None or None in spec.rank
+    if is_open and parameters is None:
         raise ValueError(f"give {name} or parameters for format {label(spec.format)!r}, got neither.")
     if parameters is None:
         return spec.full_rank
+    if spec.rank and not is_open:
+        raise ValueError(f"give {name} or parameters, got {spec.rank} and parameters={parameters!r}.")
     budget = int(as_finite(parameters, "parameters") * prod(spec.mode_sizes))
-    if spec.rank is None:
+    if is_open:
         return spec.fitted(budget, rounding="down", gate=False).full_rank
     if spec.weight_parameters > budget:
         raise ValueError(

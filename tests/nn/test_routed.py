@@ -144,6 +144,14 @@ def test_ranks_that_are_not_given_once(format: str, options: dict[str, Any], mes
         RoutedExperts(12, 8, 5, format, **options)
 
 
+def test_one_entry_of_a_rank_may_be_solved_for() -> None:
+    experts = RoutedExperts(12, 8, 5, "tt", (5, None), (5, None), parameters=0.7)
+    assert experts.gate_up.rank[0] == experts.down.rank[0] == 5
+    parts = (experts.gate_up, 12 * 16), (experts.down, 8 * 12)
+    for part, size in parts:
+        assert 0.5 * 5 * size < sum(factor.numel() for factor in part.factors) <= 0.7 * 5 * size
+
+
 def test_weights_and_indices_of_different_shapes() -> None:
     experts = RoutedExperts(12, 8, 5, "cp", 3, 3)
     with pytest.raises(ValueError, match="a weight for each index"):

@@ -300,3 +300,7 @@ def test_stacks_of_a_wrong_shape() -> None:
     for stack, bias in ((torch.ones(3), None), (torch.ones(3, 5, 4), torch.ones(3, 5))):
         with pytest.raises(ValueError, match="a stack must have shape"):
             MuMoE.from_experts(stack, bias, rank=2)
+    with pytest.raises(TypeError, match="the stack must be a tensor, got list"):
+        MuMoE.from_experts([torch.ones(5, 4)], rank=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the bias must be a tensor, got bool"):
+        MuMoE.from_experts(torch.ones(3, 5, 4), True, rank=2)  # type: ignore[arg-type]

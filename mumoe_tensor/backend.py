@@ -191,6 +191,21 @@ def stop_gradient(array: Array) -> Array:
     return array
 
 
+def kth_largest(array: Array, k: int) -> Array:
+    """The k-th largest entry along the last axis, which stays; a sort takes many times longer."""
+    name = _backend_name(type(array))
+    if name == "pytorch":
+        return array.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    if name == "jax":
+        import jax
+
+        return jax.lax.top_k(array, k)[0][..., -1:]
+    import numpy as np
+
+    place = array.shape[-1] - k
+    return np.partition(array, place, axis=-1)[..., place : place + 1]
+
+
 def to_float64(array: Array) -> Any:
     """Copy of an array as NumPy's float64. Short dtypes go through float32: NumPy has no bfloat16."""
     import numpy as np

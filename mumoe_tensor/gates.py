@@ -13,7 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from mumoe_tensor.backend import Array, cast, check_floating, dtype_name, is_array, stop_gradient
+from mumoe_tensor.backend import (
+    Array,
+    cast,
+    check_floating,
+    dtype_name,
+    is_array,
+    kth_largest,
+    stop_gradient,
+)
 from mumoe_tensor.checks import as_finite, as_integer, as_positive, check_flag
 
 __all__ = [
@@ -386,7 +394,7 @@ def _is_dropped(backend: Any, rows: Array, k: int) -> Array:
     if not 1 <= as_integer(k, "k") <= n:
         raise ValueError(f"k must be at least 1 and at most the size of the axis, got k = {k} for size {n}.")
     values = stop_gradient(rows)
-    least = backend.sort(values, axis=-1)[..., n - k : n - k + 1]
+    least = kth_largest(values, k)
     ties = values == least
     places = k - backend.sum(values > least, axis=-1, keepdims=True)
     return (values < least) | (ties & (backend.cumsum(ties, -1) > places))

@@ -1,4 +1,4 @@
-"""entmax15 as a fast function of torch that keeps only its result for the backward pass."""
+"""Fast functions of torch: entmax15, which keeps only its result for the backward pass, and top-k."""
 
 from __future__ import annotations
 
@@ -103,6 +103,21 @@ class _Entmax15(torch.autograd.Function):
         (axis,) = in_dims
         assert axis is not None
         return _Entmax15.apply(logits.movedim(axis, 0)), 0
+
+
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """The k largest logits of each row and their places, for gates that then leave all others alone.
+
+    None where the general functions are to be used, because values cannot be read, or in a row of which
+    equal logits would have to be told apart, or that is NaN.
+    """
+    is_wide = logits.dtype in (torch.float32, torch.float64)
+    if not is_wide or k >= logits.shape[-1] or not is_eager_on_cpu(logits):
+        return None
+    values, places = logits.topk(k + 1, -1)
+    if not bool(((values[..., k - 1] > values[..., k]) & (values[..., 0] < torch.inf)).all()):
+        return None
+    return values[..., :k], places[..., :k]
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:

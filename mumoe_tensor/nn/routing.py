@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mumoe_tensor import gates
 from mumoe_tensor.checks import as_finite, as_positive, check_flag
 from mumoe_tensor.extras import missing
+from mumoe_tensor.nn.functional import largest
 
 
 class TopK:
@@ -43,8 +44,16 @@ class TopK:
         return {}
 
     def __call__(self, logits: Tensor) -> Tensor:
-        coefficients: Tensor = gates.top_k(logits, self.k, normalize=self.normalize)
-        return coefficients
+        chosen = largest(logits, self.k)
+        if chosen is None:
+            coefficients: Tensor = gates.top_k(logits, self.k, normalize=self.normalize)
+            return coefficients
+        values, places = chosen
+        weights = values.softmax(-1)
+        if not self.normalize:
+            top = values.detach()[..., :1]  # (The logarithm of a sum would be rounded.)
+            weights = (values - top).exp() / (logits - top).exp().sum(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, places, weights)
 
 
 class ReLUTopK:
@@ -78,8 +87,13 @@ class ReLUTopK:
         return {"bias": nn.Parameter(torch.zeros(num_experts))} if self.bias else {}
 
     def __call__(self, logits: Tensor, bias: Tensor | None = None) -> Tensor:
-        coefficients: Tensor = gates.relu_top_k(logits if bias is None else logits + bias, self.k)
-        return coefficients
+        logits = logits if bias is None else logits + bias
+        chosen = largest(logits, self.k)
+        if chosen is None:
+            coefficients: Tensor = gates.relu_top_k(logits, self.k)
+            return coefficients
+        values, places = chosen
+        return torch.zeros_like(logits).scatter(-1, places, values.relu())
 
 
 class JumpReLU:
@@ -186,10 +200,8 @@ class Random:
         return {}
 
     def __call__(self, z: Tensor, num_experts: int) -> Tensor:
-        coefficients: Tensor = gates.uniform_top_k(
-            torch.rand((*z.shape[:-1], num_experts), device=z.device, dtype=z.dtype), self.k
-        )
-        return coefficients
+        numbers = torch.rand((*z.shape[:-1], num_experts), device=z.device, dtype=z.dtype)
+        return _uniform_top_k(numbers, self.k)
 
 
 class NearestCentres:
@@ -234,8 +246,15 @@ class NearestCentres:
         centres = centres.to(z.dtype)
         # Half the square of the distance is |z|² / 2, which is the same for all, less this.
         nearness = nn.functional.linear(z, centres, -0.5 * centres.square().sum(1))
-        coefficients: Tensor = gates.uniform_top_k(nearness, self.k)
+        return _uniform_top_k(nearness, self.k)
+
+
+def _uniform_top_k(scores: Tensor, k: int) -> Tensor:
+    chosen = largest(scores, k)
+    if chosen is None:
+        coefficients: Tensor = gates.uniform_top_k(scores, k)
         return coefficients
+    return torch.zeros_like(scores).scatter(-1, chosen[1], 1 / k)
 
 
 def _check_k(k: int, num_experts: int) -> None:

@@ -7,7 +7,9 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+from nasty_rows import nasty
 
 import mumoe_tensor as mt
 
@@ -17,7 +19,7 @@ from torch import nn  # noqa: E402
 from written import assert_comes_back, through_json  # noqa: E402
 
 from mumoe_tensor.gates import jumprelu, relu_top_k, sigmoid_top_k  # noqa: E402
-from mumoe_tensor.nn import ExpertGate, MuMoE, MuMoEMLP  # noqa: E402
+from mumoe_tensor.nn import ExpertGate, MuMoE, MuMoEMLP, functional  # noqa: E402
 
 #: Entries of configs, with what the gate computes of the logits of a level and its arrays per expert.
 GATES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
@@ -302,6 +304,37 @@ def test_the_sigmoid_gate_is_the_router_of_deepseek_v3(transformers: Any) -> Non
     _, weights, indices = router(x)
     (a,) = gate(x)
     torch.testing.assert_close(a, torch.zeros(50, 12).scatter(1, indices, weights))
+
+
+def nasty_logits(n: int) -> Any:
+    rows = torch.tensor(np.stack(list(nasty(n).values())))
+    bad = torch.stack([torch.full((n,), bad) for bad in (torch.nan, torch.inf, -torch.inf)])
+    return torch.cat([rows.float(), bad])
+
+
+@pytest.mark.parametrize("n", [4, 17, 256])
+@pytest.mark.parametrize("name", ["topk", "topk, not normalised", "relu_topk, no bias"])
+def test_the_fast_choice_is_the_general_one_on_nasty_rows(name: str, n: int) -> None:
+    gate = drawn(name, 8).gate.gate
+    fast = 0
+    for row in (*nasty_logits(n)[:, None], torch.randn(50, n)):
+        row.requires_grad_()
+        fast += functional.largest(row, gate.k) is not None
+        ours, general = gate(row), GATES[name][1](row)
+        torch.testing.assert_close(ours, general, atol=6e-7, rtol=0, equal_nan=True)
+        if not general.isnan().any():
+            c = torch.randn_like(row)
+            pair = [torch.autograd.grad((p * c).sum(), row)[0] for p in (ours, general)]
+            torch.testing.assert_close(*pair, atol=1e-5, rtol=0)
+    assert fast > 2
+
+
+def test_second_derivatives_of_the_fast_choice() -> None:
+    x = torch.arange(12, dtype=torch.float64).reshape(2, 6).sin().requires_grad_()
+    for name in ("topk", "topk, not normalised", "relu_topk, no bias"):
+        gate = drawn(name, 8).gate.gate
+        assert functional.largest(x, gate.k) is not None
+        assert torch.autograd.gradcheck(gate, x) and torch.autograd.gradgradcheck(gate, x)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,9 @@ def test_a_layer_of_another_class_registers_itself(monkeypatch: pytest.MonkeyPat
     assert register_layer(Two) is Two
     assert describe(model) == {"0": {"class": "Two", "config": {"n": 3}}}
     assert type(rebuild(describe(model)["0"])) is Two
+    # Defined once more, as in a notebook, the class takes the place of the first.
+    later = register_layer(type("Two", (Two,), {"__qualname__": Two.__qualname__}))
+    assert type(rebuild({"class": "Two", "config": {"n": 3}})) is later
     with pytest.raises(TypeError, match="with a method from_config, got <class 'torch"):
         register_layer(nn.Linear)
     with pytest.raises(ValueError, match=r"its own name; 'MuMoE' is <class 'mumoe_tensor.nn.layers.MuMoE'>"):
@@ -109,6 +112,12 @@ def test_what_cannot_be_made_again_is_refused() -> None:
     pruned = MuMoE(3, 3, 2, rank=1)
     prune.random_unstructured(pruned.experts, "factor_0", 0.5)
     refused(pruned, "without pruning, .*; 'experts.factor_0' differs")
+    wider = MuMoE(3, 3, 2, rank=1)
+    wider.experts.factor_0 = nn.Parameter(torch.ones(2, 5))
+    refused(wider, "'experts.factor_0' differs")
+    rounded = MuMoE(3, 3, 2, rank=1)
+    rounded.gate.norm.running_mean = torch.zeros(2, dtype=torch.int8)
+    refused(rounded, "'gate.norm.running_mean' differs")
 
 
 def test_a_wrong_description_is_refused() -> None:

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor  # noqa: E402
 
 import mumoe_tensor as mt  # noqa: E402
+from mumoe_tensor.analysis import edit_bias  # noqa: E402
 from mumoe_tensor.nn import ChosenExperts, RoutedExperts, routed  # noqa: E402
 from mumoe_tensor.testing.strategies import leading_shapes, specs  # noqa: E402
 
@@ -52,6 +53,33 @@ def test_each_input_is_mapped_by_its_expert(
         for out in (y, expected if expected.requires_grad else 0 * z.sum() + expected)
     )
     torch.testing.assert_close(gradients, wanted)
+
+
+@pytest.mark.parametrize("price", [0, routed.CALL])
+def test_a_term_for_a_slice_maps_the_inputs_of_its_experts(price: int) -> None:
+    format = mt.sum_of(mt.sliced("lowrank", 0, 2), mt.sliced("lowrank", 1, 4))
+    with mock.patch.object(routed, "CALL", price):
+        experts = ChosenExperts(5, 4, 4, format, (2, 3), dtype=torch.float64)
+    assert {route.is_gathered for route in experts._routes} == {price > 0}
+    z, index = torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 4
+    torch.testing.assert_close(experts(z, index), by_expert(experts, z, index))
+
+
+def test_bias_edits_are_added() -> None:
+    experts = ChosenExperts(5, 4, 3, "cp", 2)
+    edit_bias(experts, "more", torch.tensor([0.0, 1.0, 0.5]), outputs=[1, 2], strength=0.5)
+    z, index = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [2, 1, 0]])
+    torch.testing.assert_close(experts(z, index), by_expert(experts, z, index))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_under_autocast_as_in_its_dtype(dtype: Any) -> None:
+    experts = ChosenExperts(5, 4, 3, "lowrank", 2, dtype=dtype)
+    z, index = torch.randn(6, 5, dtype=dtype), torch.tensor([0, 1, 2, 2, 1, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(z, index)
+    short = torch.bfloat16 if dtype == torch.float32 else dtype
+    assert torch.equal(y, experts.to(short)(z.to(short), index)) and y.dtype == short
 
 
 @pytest.mark.parametrize("format, rank", [("cp", 12), ("tr", (2, 2, 6)), ("lowrank", 12), ("dense", ())])
@@ -123,7 +151,7 @@ def test_a_config_makes_the_same_module_again() -> None:
         12, 8, 5, mt.sum_of(mt.shared("dense"), "lowrank"), parameters=0.7, activation="gelu", batch_hint=64
     )
     again = RoutedExperts.from_config(experts.config)
-    assert again.config == experts.config
+    assert again.config == experts.config and again.down.options["batch_hint"] == 64
     again.load_state_dict(experts.state_dict())
     x, index = torch.randn(4, 12), torch.tensor([[0], [4], [2], [0]])
     assert torch.equal(again(x, index, torch.ones(4, 1)), experts(x, index, torch.ones(4, 1)))
@@ -156,3 +184,5 @@ def test_weights_and_indices_of_different_shapes() -> None:
     experts = RoutedExperts(12, 8, 5, "cp", 3, 3)
     with pytest.raises(ValueError, match="a weight for each index"):
         experts(torch.zeros(4, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 1))
+    with pytest.raises(ValueError, match="as many for each input"):
+        experts(torch.zeros(1, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2))

@@ -209,6 +209,22 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(network: Network, damage: 
     assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
 
 
+def test_a_model_that_refuses_a_layer_stays_as_it_was(network: Network, tmp_path: Path) -> None:
+    class Fixed(nn.Sequential):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if isinstance(value, MuMoE):
+                raise RuntimeError("fixed")
+            super().__setattr__(name, value)
+
+    save(network, tmp_path)
+    fresh = Network()
+    fresh.blocks[1] = Fixed(*fresh.blocks[1])
+    modules = dict(fresh.named_modules(remove_duplicate=False))
+    with pytest.raises(RuntimeError, match="fixed"):
+        load(tmp_path, model=fresh)
+    assert dict(fresh.named_modules(remove_duplicate=False)) == modules
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,14 +259,17 @@ class Stateful(nn.Module):
 
 def test_views_of_one_tensor_come_back(tmp_path: Path) -> None:
     def views() -> nn.Module:
-        model, base = nn.Module(), torch.randn(4, 3)
-        model.whole, model.part = nn.Parameter(base), nn.Parameter(base[1:3])
+        model, base = nn.Module(), torch.randn(4, 4)
+        model.whole, model.part, model.start = map(nn.Parameter, (base, base[1:3], base[:2]))
+        model.transposed = nn.Parameter(base.T)
+        model.register_buffer("bits", base.view(torch.int32))
         return model
 
     model, fresh = views(), views()
     save(model, tmp_path)
+    assert json.loads((tmp_path / "layers.json").read_text())["tied"] == {}
     load(tmp_path, fresh)
-    assert torch.equal(fresh.whole, model.whole) and torch.equal(fresh.part, model.whole[1:3])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
 
 
 def test_without_safetensors_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 import mumoe_tensor as mt  # noqa: E402
-from mumoe_tensor.nn import MuMoE, RoutedExperts, load, replace_experts, save  # noqa: E402
+from mumoe_tensor.nn import MuMoE, RoutedExperts, load, replace_experts, save, stacks  # noqa: E402
 
 TOKENS = torch.arange(18).reshape(2, 9) * 5 % 32
 COMMON = {
@@ -110,7 +110,7 @@ def hidden_of(experts: Any, n: int, rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("format", ["lowrank", BASE_AND_LOW_RANK, "cp"])
 def test_fits_are_weighted_by_the_inputs_of_each_expert(made: Any, format: Any) -> None:
     """The errors are those of the outputs of each weight, for its inputs; weighting lowers them."""
-    model = made("Mixtral").train()
+    model = made("Mixtral")
     calls: list[tuple[Any, ...]] = []
     old = model.model.layers[0].mlp.experts
     handle = old.register_forward_pre_hook(lambda _, args: calls.append(args))
@@ -118,6 +118,10 @@ def test_fits_are_weighted_by_the_inputs_of_each_expert(made: Any, format: Any) 
         for batch in (TOKENS, TOKENS + 7):
             model(batch % 32)
     handle.remove()
+    for layer in model.model.layers:
+        layer.mlp.jitter_noise = 0.5  # of the inputs, in training
+    model.train()
+    model.model.norm.eval()
 
     def errors(new: Any) -> list[float]:
         """Of the outputs of both weights of the first layer, each input with its routing weight."""
@@ -139,7 +143,7 @@ def test_fits_are_weighted_by_the_inputs_of_each_expert(made: Any, format: Any) 
     replace_experts(plain, format=format, parameters=0.7)
     inputs = (batch for batch in ({"input_ids": TOKENS}, ((TOKENS + 7) % 32,)))
     table = replace_experts(weighted, format=format, parameters=0.7, inputs=inputs)
-    assert all(module.training for module in model.modules())
+    assert [name for name, module in weighted.named_modules() if not module.training] == ["model.norm"]
     first = errors(weighted.model.layers[0].mlp.experts)
     # (A little is added to the diagonal of each covariance.)
     assert table[0].weighted_errors == pytest.approx(first, abs=0.05)
@@ -147,6 +151,35 @@ def test_fits_are_weighted_by_the_inputs_of_each_expert(made: Any, format: Any) 
         assert error < 0.9 * larger
     assert all(a > b for a, b in zip(table[0].errors, table[0].weighted_errors, strict=True))
     assert "weighted by inputs" in str(table[0])
+
+
+def test_covariances_are_those_of_the_outputs_and_experts_without_inputs_are_fitted(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An input counts with its routing weight. Without inputs the fit of an expert is the plain one."""
+    model = made("Mixtral")
+    old = model.model.layers[0].mlp.experts
+    calls: list[tuple[Any, ...]] = []
+    handle = old.register_forward_pre_hook(lambda _, args: calls.append(args))
+    token = TOKENS[:1, :1]
+    with torch.no_grad():
+        model(token)
+    handle.remove()
+    ((rows, (index,), (weights,)),) = calls
+    replaced = copy.deepcopy(model)
+    replace_experts(replaced, "*.0.*", format="lowrank", gate_up_rank=3, down_rank=3, inputs=[token])
+    new = replaced.model.layers[0].mlp.experts
+    for n in {0, 1, 2, 3} - {*index.tolist()}:
+        for part, stack in ((new.gate_up, old.gate_up_proj), (new.down, old.down_proj)):
+            rest = torch.linalg.norm(part.expert(n)[0] - stack[n].T)
+            least = torch.linalg.svdvals(stack[n].detach())[3:].norm()
+            torch.testing.assert_close(rest, least, rtol=1e-3, atol=0)
+    monkeypatch.setattr(stacks, "DAMPING", 0.0)
+    gate_up, _ = stacks._covariances(model, [old], [token])[old]
+    expected = torch.zeros(4, 16, 16, dtype=torch.float64)
+    for n, weight in zip(index.tolist(), weights, strict=True):
+        expected[n] = (weight**2 * rows.T @ rows).double()
+    torch.testing.assert_close(gate_up, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "DeepSeek"])
@@ -189,10 +222,15 @@ def test_frozen_experts_stay_frozen_and_options_reach_the_module(made: Any) -> N
     first, second = (layer.mlp.experts for layer in model.model.layers)
     assert type(first).__name__ == "MixtralExperts"
     assert second.gate_up.options["batch_hint"] == 64
-    assert {p.requires_grad for p in second.parameters()} == {False}
+    assert {p.requires_grad for p in second.parameters()} == {second.training} == {False}
     assert {p.dtype for p in second.parameters()} == {torch.bfloat16}
     assert replaced.after == sum(p.numel() for p in second.parameters()) <= 0.5 * replaced.before
     assert loss(model).logits.isfinite().all()
+    (default,) = replace_experts(model.train(), "*.0.*")
+    assert 0.6 * default.before < default.after <= 0.8 * default.before
+    assert model.model.layers[0].mlp.experts.training
+    with pytest.raises(ValueError, match="n_restarts"):
+        replace_experts(made("Mixtral"), fit={"n_restarts": 0})
 
 
 class Doubled(nn.Module):
@@ -264,6 +302,19 @@ def test_experts_of_any_model_are_replaced() -> None:
     assert isinstance(model[0], RoutedExperts) and isinstance(model[0].activation, nn.SiLU)
 
 
+def test_both_weights_must_fit_together() -> None:
+    def refused(down: nn.Parameter, message: str) -> None:
+        model = nn.Sequential(Doubled(scale=1.0))
+        model[0].down_proj = down
+        with pytest.raises(ValueError, match=message):
+            replace_experts(model)
+
+    refused(nn.Parameter(torch.randn(3, 4, 8), requires_grad=False), "one dtype, and be frozen both or nei")
+    refused(nn.Parameter(torch.randn(3, 4, 8, dtype=torch.float64)), "must have one dtype")
+    refused(nn.Parameter(torch.randn(3, 4, 7)), r"must have shape .* got \(3, 16, 4\) and \(3, 4, 7\)")
+    refused(nn.Parameter(torch.randn(2, 4, 8)), r"must have shape .* got \(3, 16, 4\) and \(2, 4, 8\)")
+
+
 def test_other_experts_are_refused_with_the_cause(made: Any, transformers: Any) -> None:
     sizes = {**COMMON, "intermediate_size": 8, "num_local_experts": 4, "head_dim": 8}
     model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
@@ -272,7 +323,8 @@ def test_other_experts_are_refused_with_the_cause(made: Any, transformers: Any) 
     with pytest.raises(ValueError, match="must name a module of routed experts"):
         replace_experts(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"must reach all experts .*model\.layers\.0\.mlp.experts"):
-        replace_experts(made("Mixtral"), inputs=[])
+        replace_experts(model := made("Mixtral"), inputs=[])
+    assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="'dense' has no rank"):
         replace_experts(made("Mixtral"), format="dense", parameters=0.8)
 

@@ -473,6 +473,13 @@ def test_what_is_frozen_stays_so_and_dtype_and_modes_stay(kind: str, dtype: Any)
     assert "of outputs" in str(done)
 
 
+def test_a_frozen_layer_for_both_halves_stays_frozen() -> None:
+    block = TAKEN["SwiGLU of one layer"]().requires_grad_(False)
+    network = model(block)
+    replace_mlp(network, "layers.0.mlp", **OPTIONS)
+    assert not any(p.requires_grad for p in network["layers"][0]["mlp"].parameters())
+
+
 def test_the_error_of_outputs_is_of_what_they_are() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(6, 6)

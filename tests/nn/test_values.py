@@ -55,6 +55,14 @@ def test_each_weight_of_a_block_and_containers_of_tensorly() -> None:
         assert name.startswith("gate") or torch.equal(block.state_dict()[name], value)
 
 
+def test_the_weights_of_a_cp_tensor_are_multiplied_without_rounding() -> None:
+    layer = MuMoE(5, 4, 3, rank=2, bias=False)
+    weights, *factors = [torch.randn(n, 2, dtype=torch.bfloat16) for n in (1, 3, 5, 4)]
+    layer.weight = mt.FactorizedTensor("cp", [weights[0], *factors])
+    wide = mt.FactorizedTensor("cp", [weights[0].float(), *(factor.float() for factor in factors)])
+    torch.testing.assert_close(mt.to_dense(layer.weight).detach(), mt.to_dense(wide))
+
+
 def test_factors_may_change_places() -> None:
     layer = MuMoE(4, 4, 4, rank=2, bias=False)
     first, second, third = (factor.detach().clone() for factor in layer.experts.factors)

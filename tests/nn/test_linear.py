@@ -225,3 +225,5 @@ def test_other_modules_and_pairs_are_refused() -> None:
         MuMoEMLP.from_linears(*three[:2], 2, gate_proj=three[2], rank=2)
     with pytest.raises(ValueError, match="all linear layers of a block must have a bias or none"):
         MuMoEMLP.from_linears(nn.Linear(3, 4), nn.Linear(4, 3, bias=False), 2, rank=2)
+    with pytest.raises(ValueError, match=r"one dtype, got \['torch.float32', 'torch.float64'\]"):
+        MuMoEMLP.from_linears(nn.Linear(3, 4), nn.Linear(4, 3, dtype=torch.float64), 2, rank=2)

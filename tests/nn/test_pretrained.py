@@ -68,7 +68,8 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
 
 def test_a_model_comes_back_and_is_saved_again(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
     gpt2.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again, loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loaded["unexpected_keys"] and not loaded["missing_keys"]
     assert_same(again, gpt2)
     assert type(again.transformer.h[0].mlp) is MuMoEMLP
     again.save_pretrained(tmp_path / "again")

@@ -289,19 +289,22 @@ def sigmoid_top_k(
         Number of logits with a coefficient, from 1 to the size of `top_groups` groups.
     axis : int
     bias : array of shape (N,), optional
-        Of the backend and dtype of `x`. It has no derivative.
+        Of the backend and dtype of `x`, and finite: rows are NaN where it is not, except that −inf keeps a
+        logit from being chosen. It has no derivative.
     groups, top_groups : int
         Number of groups, which divides N, and how many of them are taken.
     normalize : bool
         Divide the coefficients by their sum.
     scale : float
-        Multiplies the coefficients: their sum, if they are normalised.
+        Positive. Multiplies the coefficients: their sum, if they are normalised.
 
     References
     ----------
     DeepSeek-AI, "DeepSeek-V3 Technical Report", arXiv:2412.19437, 2024.
     """
     check_flag(normalize, "normalize")
+    if as_finite(scale, "scale") <= 0:
+        raise ValueError(f"scale must be positive, got {scale}.")
     backend, rows = _rows(x, axis)
     size = check_groups(rows.shape[-1], k, groups, top_groups)
     # log σ(x), without overflow.
@@ -311,7 +314,7 @@ def sigmoid_top_k(
     scores = backend.exp(stop_gradient(logs))
     if bias is not None:
         scores = scores + stop_gradient(_along_rows("bias", bias, x, rows))
-    scores = backend.where(rows == -backend.inf, -backend.inf, scores)
+    best = scores = backend.where(rows == -backend.inf, -backend.inf, scores)
     if top_groups < groups:
         parts = scores.reshape((*rows.shape[:-1], groups, size))
         scores = _best_groups(backend, parts, top_groups).reshape(rows.shape)
@@ -319,8 +322,8 @@ def sigmoid_top_k(
     if normalize:
         p = _softmax(backend, _centred(backend, backend.where(dropped, -backend.inf, logs)))
     else:
-        p = _checked(backend, backend.where(dropped, 0.0, backend.exp(logs)), rows)
-    return _restored(backend, as_finite(scale, "scale") * p, x, axis)
+        p = backend.where(dropped, 0.0, backend.exp(logs))
+    return _restored(backend, scale * _checked(backend, p, best), x, axis)
 
 
 def uniform_top_k(x: Array, k: int, axis: int = -1) -> Array:

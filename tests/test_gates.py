@@ -489,6 +489,15 @@ def test_groups_and_bias_choose_and_weigh_nothing(backend: str, data: st.DataObj
     np.testing.assert_allclose(numpy(p), expected, atol=1e-14)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_selection_bias_that_is_not_finite(normalize: bool) -> None:
+    x, bias = np.array([[3.0, 0.0, 1.0]]), np.array([-INF, 0.0, 0.0])
+    p = gates.sigmoid_top_k(x, 2, bias=bias, normalize=normalize)
+    assert (p > 0).tolist() == [[False, True, True]]
+    bias[1] = np.nan
+    assert np.isnan(gates.sigmoid_top_k(x, 2, bias=bias, normalize=normalize)).all()
+
+
 # -------------------------------------------------------------------------------------------- compiling
 
 
@@ -603,6 +612,7 @@ def test_bad_k(gate: Callable, backend: str, k: Any) -> None:
         (lambda x: gates.sigmoid_top_k(x, 1, top_groups=2), ValueError, "top_groups be at most groups"),
         (lambda x: gates.sigmoid_top_k(x, 2, groups=3), ValueError, r"k = 2 for 1 group\(s\) of size 1"),
         (lambda x: gates.sigmoid_top_k(x, 1, scale=INF), ValueError, "scale must be finite"),
+        (lambda x: gates.sigmoid_top_k(x, 1, scale=0), ValueError, "scale must be positive, got 0"),
         (lambda x: gates.sigmoid_top_k(x, 1, normalize=1), TypeError, "normalize must be True or False"),
         (lambda x: gates.top_k(x, 1, normalize=None), TypeError, "normalize must be True or False"),
     ],

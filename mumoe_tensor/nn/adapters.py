@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.nn.described import register_layer
+from mumoe_tensor.nn.described import check_model, register_layer
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, matrix_of
 from mumoe_tensor.nn.saving import DESCRIPTION, check_version, load, save
@@ -68,10 +68,11 @@ class Adapter(nn.Module):
     def from_config(cls, config: Mapping[str, Any], **place: Any) -> Adapter:
         """An adapter with new values, and `device` and `dtype` as those of `MuMoE`."""
         config = dict(config)
-        base, sizes = config.pop("base"), (config["in_features"], config["out_features"])
+        base = config.pop("base", None)
         delta = MuMoE.from_config(config, **place)
+        sizes = delta.in_features, delta.out_features
         if base == "Linear":
-            return cls(nn.Linear(*sizes, bias=config["bias"], **place), delta)
+            return cls(nn.Linear(*sizes, bias=delta.spec.bias, **place), delta)
         if base != "Conv1D":
             raise ValueError(f"the base of an adapter must be a Linear or Conv1D, got {base!r}.")
         from transformers.pytorch_utils import Conv1D
@@ -118,9 +119,10 @@ def add_experts(model: nn.Module, pattern: str, **options: Any) -> list[Replacem
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
     170
     """
-    if "experts" not in options or "bias" in options:
+    if "experts" not in options or {"bias", "gate_features"} & options.keys():
         raise TypeError(
-            f"the options must have experts, and not bias, which is as in the linear layer; got {options}."
+            "the options must have experts, not bias, which is as in the linear layer, and not "
+            f"gate_features, as the gate sees the input of the layer; got {options}."
         )
 
     def make(linear: nn.Module, **more: Any) -> MuMoE:
@@ -221,6 +223,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
     """
     with reading(Path(folder) / DESCRIPTION):
         names = [*check_version(read_json(Path(folder) / DESCRIPTION))]
+        if not all(part for name in names for part in name.split(".")):
+            raise ValueError(f"experts must be saved by save_adapter, with the names of layers; got {names}.")
     tree = load(folder, model=_tree({name: nn.Identity() for name in names}))
     planned: Planned = {}
     for name in names:
@@ -234,8 +238,10 @@ def _loaded(delta: nn.Module) -> Callable[..., MuMoE]:
     def make(linear: nn.Module, **more: Any) -> MuMoE:
         matrix, bias = matrix_of(linear)
         sizes = matrix.shape[0] - bias, matrix.shape[1], bias
-        if not isinstance(delta, MuMoE) or (delta.in_features, delta.out_features, delta.spec.bias) != sizes:
-            raise ValueError(f"the experts must be a layer of inputs, outputs and bias {sizes}, got {delta}.")
+        if not isinstance(delta, MuMoE):
+            raise ValueError(f"experts beside a linear layer must be a MuMoE, got {type(delta).__name__}.")
+        if (saved := (delta.in_features, delta.out_features, delta.spec.bias)) != sizes:
+            raise ValueError(f"the experts must have the inputs, outputs and bias {sizes}, got {saved}.")
         return delta.to(matrix.device)
 
     return make
@@ -243,6 +249,7 @@ def _loaded(delta: nn.Module) -> Callable[..., MuMoE]:
 
 def _planned(model: nn.Module, pattern: str, make: Callable[..., MuMoE]) -> Planned:
     """The adapters to be put, with experts that `make` makes for each linear layer."""
+    check_model(model)
     parts = {part for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
 
     def maker(linear: nn.Module) -> Callable[..., Adapter]:

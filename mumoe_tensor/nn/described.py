@@ -43,6 +43,12 @@ def register_layer(kind: Layer) -> Layer:
     return kind
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no module, with a TypeError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be a torch.nn.Module, got {type(model).__name__}.")
+
+
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The layers of registered classes in a model, by name, each with all that makes it again.
 
@@ -122,15 +128,18 @@ def rebuild(entry: Mapping[str, Any], **place: Any) -> Any:
     needed = {"class", "config"}
     if not isinstance(entry, Mapping) or not needed <= entry.keys() <= needed | {"edits"}:
         raise ValueError(f"a layer must be described by its class, config and edits, got {entry!r}.")
-    if entry["class"] not in _classes:
+    if not isinstance(entry["class"], str) or entry["class"] not in _classes:
         raise ValueError(
             f"a layer must be of a registered class, {', '.join(_classes)}, got {entry['class']!r}: import "
             "the module that registers it first."
         )
-    layer = _classes[entry["class"]].from_config(entry["config"], **place)
-    for part, names in entry.get("edits", {}).items():
+    layer, edits = _classes[entry["class"]].from_config(entry["config"], **place), entry.get("edits", {})
+    parts = dict(layer.named_modules())
+    if not isinstance(edits, Mapping) or not all(hasattr(parts.get(part), "add_edit") for part in edits):
+        raise ValueError(f"edits must be names for parts of the layer that take edits, got {edits!r}.")
+    for part, names in edits.items():
         for name in names:
-            layer.get_submodule(part).add_edit(name)
+            parts[part].add_edit(name)
     return layer
 
 

@@ -140,7 +140,10 @@ class ExpertGate(WholeState):
         """
         fit: Any = getattr(self.gate, "fit", None)
         if fit is None or not self.num_experts:
-            raise ValueError(f"a gate must have something to fit to data; {self} has nothing.")
+            raise ValueError(
+                f"a gate must have something to fit to data; ExpertGate({self.extra_repr()}) has nothing."
+            )
+        check_dense(z)
         if z.shape[-1:] != (self.in_features,):
             raise ValueError(f"inputs must have {self.in_features} features, got shape {tuple(z.shape)}.")
         rows = z.reshape(-1, self.in_features)
@@ -180,7 +183,7 @@ class ExpertGate(WholeState):
         check_dense(z)
         if z.ndim == 0 or z.shape[-1] != self.in_features:
             raise ValueError(
-                f"the last axis of the input must have in_features = {self.in_features} entries, got "
+                f"the last axis of the gate's input must have in_features = {self.in_features} entries, got "
                 f"shape {tuple(z.shape)}."
             )
         if mask is not None:

@@ -112,7 +112,8 @@ class Registry:
         try:
             made: Any = entry(**arguments)
         except TypeError as error:
-            raise ValueError(f"{self.what} {name!r} cannot be made with {arguments}: {error}.") from None
+            why = str(error).rstrip(".")
+            raise ValueError(f"{self.what} {name!r} cannot be made with {arguments}: {why}.") from None
         return made.to(device=device, dtype=dtype) if isinstance(made, nn.Module) else made
 
     def write(self, function: Any) -> str | dict[str, Any]:

@@ -263,7 +263,11 @@ def _rank(spec: LayerSpec, parameters: float | None, name: str) -> Rank:
         return spec.full_rank
     if spec.rank and not is_open:
         raise ValueError(f"give {name} or parameters, got {spec.rank} and parameters={parameters!r}.")
-    budget = int(as_finite(parameters, "parameters") * prod(spec.mode_sizes))
+    if as_finite(parameters, "parameters") <= 0:
+        raise ValueError(
+            f"parameters must be a positive fraction of those of dense experts, got {parameters}."
+        )
+    budget = max(1, int(parameters * prod(spec.mode_sizes)))
     if is_open:
         return spec.fitted(budget, rounding="down", gate=False).full_rank
     if spec.weight_parameters > budget:

@@ -149,7 +149,7 @@ class SigmoidTopK:
     normalize : bool, default True
         Divide the coefficients by their sum.
     scale : float, default 1
-        Multiplies the coefficients.
+        Positive. Multiplies the coefficients.
 
     References
     ----------
@@ -166,6 +166,8 @@ class SigmoidTopK:
         self.top_groups = as_positive(top_groups, "top_groups")
         check_flag(normalize, "normalize")
         self.normalize, self.scale = normalize, as_finite(scale, "scale")
+        if self.scale <= 0:
+            raise ValueError(f"scale must be positive, got {self.scale}.")
 
     def per_expert(self, num_experts: int, in_features: int) -> dict[str, Tensor]:
         gates.check_groups(num_experts, self.k, self.groups, self.top_groups)
@@ -233,7 +235,9 @@ class NearestCentres:
 
     def fit(self, z: Tensor, num_experts: int) -> dict[str, Tensor]:
         if len(z) < num_experts:
-            raise ValueError(f"there must be as many inputs as experts, got {len(z)} for {num_experts}.")
+            raise ValueError(
+                f"there must be at least as many inputs as experts, got {len(z)} for {num_experts}."
+            )
         try:
             from sklearn.cluster import KMeans
         except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.extras import missing
 from mumoe_tensor.files import alone_in, replacing
-from mumoe_tensor.nn.described import describe, prepare_to_save, rebuild
+from mumoe_tensor.nn.described import check_model, describe, prepare_to_save, rebuild
 from mumoe_tensor.nn.weights import checksum_of_bytes, read_tensors, write_tensors
 from mumoe_tensor.readers import read_json, reading
 
@@ -60,7 +60,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     (True, True)
     """
     _check_safetensors()
-    _check_model(model)
+    check_model(model)
     state = model.state_dict()
     for name, value in state.items():
         if type(value) is not Tensor or value.is_meta or value.layout != torch.strided:
@@ -117,7 +117,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
     """
     _check_safetensors()
     if model is not None:
-        _check_model(model)
+        check_model(model)
     layers, state = _read(Path(folder))
     with reading(folder):
         if model is None:
@@ -142,13 +142,15 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description of the layers in a folder, and the whole state."""
+    description = read_json(folder / DESCRIPTION)
     with reading(folder / DESCRIPTION):
-        description = read_json(folder / DESCRIPTION)
         layers, tied = check_version(description), description.get("tied")
-        if not isinstance(tied, dict):
-            raise ValueError(f"the names of tied tensors must be an object, got {tied!r}.")
+        if not isinstance(tied, dict) or not all(isinstance(first, str) for first in tied.values()):
+            raise ValueError(f"tied must be an object of names, each with that of a tensor; got {tied!r}.")
     tensors, _ = read_tensors(folder / WEIGHTS)
-    return layers, tensors | {name: tensors[kept].clone() for name, kept in tied.items() if kept in tensors}
+    return layers, tensors | {
+        name: tensors[first].clone() for name, first in tied.items() if first in tensors
+    }
 
 
 def _put(
@@ -173,8 +175,11 @@ def _put(
 def check_version(description: Mapping[str, Any]) -> Any:
     """The layers in a description, or a ValueError if it is none, or of a later version."""
     version, layers = description.get("version"), description.get("layers")
-    if type(version) is not int or not isinstance(layers, dict):
-        raise ValueError(f"a description must have a version and layers, got {sorted(description)}.")
+    if type(version) is not int or version < 1 or not isinstance(layers, dict):
+        raise ValueError(
+            "a description must have a version, a positive integer, and an object of layers; got "
+            f"{version!r} and {layers!r}."
+        )
     if version > VERSION:
         raise ValueError(
             f"this version of mumoe_tensor reads descriptions up to version {VERSION}, got {version}: "
@@ -188,11 +193,6 @@ def _check_safetensors() -> None:
         import safetensors  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(missing("safetensors"), name="safetensors") from error
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:

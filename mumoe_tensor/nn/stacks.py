@@ -83,7 +83,16 @@ def replace_experts(
         module; or are not called with the `inputs`.
     """
     check_flag(dry_run, "dry_run")
-    options = {"format": format, "parameters": parameters, "effort": {**EFFORT, **(fit or {})}, **options}
+    if taken := options.keys() & {
+        "in_features",
+        "hidden_features",
+        "experts",
+        "activation",
+        "dtype",
+        "device",
+    }:
+        raise TypeError(f"the options must not have what is as in the old experts, got {sorted(taken)}.")
+    options = {"format": format, "parameters": parameters, "fit": {**EFFORT, **(fit or {})}, **options}
     planned = plan_replacements(model, pattern, is_experts, _maker, "module of routed experts", options)
     if dry_run:
         return [replacement for _, replacement in planned.values()]
@@ -103,7 +112,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _maker(
-    module: nn.Module, format: Any, parameters: float | None, effort: Mapping[str, Any], **options: Any
+    module: nn.Module, format: Any, parameters: float | None, fit: Mapping[str, Any], **options: Any
 ) -> Callable[..., RoutedExperts]:
     """What makes the new module for an old one, which is checked."""
     check_readable(module)
@@ -137,7 +146,7 @@ def _maker(
         if not (gate_up.is_meta or new.down.factor_0.is_meta):
             weights = zip((new.gate_up, new.down), (gate_up.mT, down.mT), covariances, strict=True)
             errors = [
-                fit_experts(part.weight, stack, False, input_covariance=covariance, **effort)
+                fit_experts(part.weight, stack, False, input_covariance=covariance, **fit)
                 for part, stack, covariance in weights
             ]
             new.fit_errors = tuple(plain for plain, _ in errors)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mumoe_tensor.checks import check_flag
-from mumoe_tensor.nn.described import prepare_to_save
+from mumoe_tensor.nn.described import check_model, prepare_to_save
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, layer_like
 from mumoe_tensor.nn.mlp import is_mlp, read_mlp
@@ -162,8 +162,6 @@ def plan_replacements(
     options: dict[str, Any],
 ) -> Planned:
     """Check all modules that fit and have a name of the pattern; nothing is fitted or changed."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"the pattern must be a string, got {pattern!r}.")
     chosen = choose(model, pattern, fits, what)
     planned: Planned = {}
     for old, names in chosen.items():
@@ -213,6 +211,9 @@ def choose(
     model: nn.Module, pattern: str, fits: Callable[[nn.Module], bool], what: str
 ) -> dict[nn.Module, list[str]]:
     """The modules that fit and have a name of the pattern, each with all its names in the model."""
+    check_model(model)
+    if not isinstance(pattern, str):
+        raise TypeError(f"the pattern must be a string, got {pattern!r}.")
     candidates: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name and (module in candidates or fits(module)):

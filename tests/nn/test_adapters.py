@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.nn import (  # noqa: E402
     Adapter,
+    MuMoE,
     add_experts,
     load,
     load_adapter,
@@ -133,6 +134,8 @@ def test_what_cannot_be_merged_or_removed_leaves_the_model_as_it_was() -> None:
     with pytest.raises((ValueError, TypeError)):
         merge_experts(network, 1)  # the head has no levels
     for call in (remove_experts, lambda model, name: merge_experts(model, 0, name)):
+        with pytest.raises(TypeError, match="the pattern must be a string, got 3"):
+            call(network, 3)
         with pytest.raises(ValueError, match="the pattern must name a layer with experts beside it"):
             call(network, "body.*")
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
@@ -151,10 +154,11 @@ def test_experts_beside_experts_are_refused() -> None:
         with pytest.raises(ValueError, match=f"{re.escape(repr(name))} cannot be replaced: it has experts"):
             add_experts(network, pattern, experts=3, rank=2)
     assert [*network.named_modules()] == before
-    with pytest.raises(TypeError, match="the options must have experts, and not bias"):
-        add_experts(network, "head", rank=2)
-    with pytest.raises(TypeError, match="the options must have experts, and not bias"):
-        add_experts(network, "head", experts=3, rank=2, bias=True)
+    for options in ({}, {"experts": 3, "bias": True}, {"experts": 3, "gate_features": 6}):
+        with pytest.raises(TypeError, match="the options must have experts, not bias"):
+            add_experts(network, "head", rank=2, **options)
+    with pytest.raises(TypeError, match=r"a model must be a torch\.nn\.Module, got str"):
+        add_experts("network", "head", experts=3)
     with pytest.raises(ValueError, match=r"'head' cannot be replaced: .*rank"):
         add_experts(network, "head", experts=3, rank=0)
     # Later adapters are trained with the earlier ones.
@@ -184,8 +188,11 @@ def test_experts_are_saved_alone(dtype: Any, tmp_path: Path) -> None:
         load_adapter(other, tmp_path)
     plain.head = nn.Linear(6, 5, dtype=dtype)
     before = [*plain.named_modules()]
-    with pytest.raises(ValueError, match=r"'head' cannot be replaced: the experts must be a layer of inputs"):
+    with pytest.raises(ValueError, match=r"'head' cannot be replaced: the experts must have the inputs, out"):
         load_adapter(plain, tmp_path)
+    save(MuMoE(6, 5, 3, rank=2), tmp_path / "layer")
+    with pytest.raises(ValueError, match=r"must be saved by save_adapter, .* got \[''\]"):
+        load_adapter(plain, tmp_path / "layer")
     plain.head = nn.Identity()
     with pytest.raises(ValueError, match="the pattern must name a linear layer"):
         load_adapter(plain, tmp_path)

@@ -164,7 +164,8 @@ def test_a_config_makes_the_same_module_again() -> None:
         ("cp", {"gate_up_rank": 3}, "give down_rank or parameters"),
         ("cp", {"gate_up_rank": 3, "parameters": 0.5}, "give gate_up_rank or parameters, got"),
         ("dense", {"parameters": 0.5}, "'dense' has no rank, .* budget of 480 parameters .* it has 960"),
-        ("cp", {"parameters": 0.0}, "positive|smallest rank"),
+        ("cp", {"parameters": 0.0}, r"a positive fraction of those of dense experts, got 0\.0"),
+        ("cp", {"parameters": 1e-4}, "the smallest rank must fit the budget of 1 param"),
     ],
 )
 def test_ranks_that_are_not_given_once(format: str, options: dict[str, Any], message: str) -> None:

@@ -171,13 +171,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "head.weight differs from embedding.weight, to which the model ties it",
     ),
     "later": (described(lambda d: d.update(version=2)), "up to version 1, got 2: upgrade"),
-    "no version": (described(lambda d: d.pop("version")), "must have a version and layers"),
-    "tied": (described(lambda d: d.update(tied=[])), "tied tensors must be an object"),
+    "no version": (described(lambda d: d.pop("version")), "must have a version, .* got None and"),
+    "version": (described(lambda d: d.update(version=0)), "a positive integer, .* got 0 and"),
+    "tied": (described(lambda d: d.update(tied=[])), "tied must be an object of names"),
     "tied to nothing": (
         described(lambda d: d["tied"].update({"head.weight": "x"})),
         "head.weight is missing",
     ),
+    "tied to a list": (described(lambda d: d["tied"].update({"head.weight": []})), "tied must be an object"),
     "class": (described(lambda d: d["layers"]["blocks.0"].update({"class": "X"})), "got 'X': import"),
+    "list for a class": (
+        described(lambda d: d["layers"]["blocks.0"].update({"class": []})),
+        r"of a registered class, .* got \[\]",
+    ),
+    "list for edits": (
+        described(lambda d: d["layers"]["blocks.0"].update(edits=["more"])),
+        r"edits must be names .* got \['more'\]",
+    ),
+    "edits of nothing": (
+        described(lambda d: d["layers"]["blocks.0"].update(edits={"across": ["more"]})),
+        "edits must be names for parts of the layer",
+    ),
     "option": (described(lambda d: d["layers"]["blocks.0"]["config"].update(wide=1)), "wide"),
     "place": (
         described(lambda d: d["layers"].update({"blocks.3": d["layers"].pop("blocks.0")})),

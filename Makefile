@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv study figures data test thorough faults mutants lint types docs bench asv bench-history bench-show clean
+.PHONY: help .venv study figures data test thorough faults mutants zoo lint types docs bench asv bench-history bench-show clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  %-13s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ SEED ?= 0
 
 mutants: $(STAMP)  ## change N=20 places of the library at random (SEED=0, IN=folders), list what no test notices
 	$(BIN)/python tests/mutants.py $(N) $(SEED) $(IN)
+
+zoo: $(STAMP)  ## put layers into models of transformers, timm and torch; writes docs/reference/models-of-others.md
+	$(BIN)/python tests/zoo.py
 
 lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

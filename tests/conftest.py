@@ -6,12 +6,12 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from vision import define_operators
 
 # A test that needs fewer examples than the rest takes a share of the profile's number,
 # `@settings(max_examples=settings().max_examples // 4)`, so that "thorough" multiplies it too.
@@ -54,19 +54,12 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def torchvision_schemas() -> Iterator[None]:
     """What torchvision, and so timm, needs to be imported beside another build of torch than its own.
 
-    A test that imports either asks for this first. Where torchvision's own operators load, they are used.
+    A test that imports either asks for this first; see `define_operators`.
     """
-    torch = pytest.importorskip("torch")
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
+    pytest.importorskip("torch")
+    library = define_operators()
+    if library is None:
         pytest.skip("torchvision is not installed")
-    with suppress(OSError):
-        torch.ops.load_library(Path(found.origin).parent / "_C.so")
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # (The definitions go with the object.)
     yield
     del library
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,16 +71,14 @@ class _Unused(Tensor):
 
 def check_unused(module: nn.Module, names: list[str], x: Tensor) -> None:
     """Refuse a module whose outputs depend on some of its optional inputs; call it with a copy."""
-    unused = torch.empty(0, device="cpu").as_subclass(_Unused)
+    unused, y = torch.empty(0, device="cpu").as_subclass(_Unused), call(module, x)
     for name in names:
         try:
-            used = not torch.equal(call(module, x), call(lambda z: module(z, **{name: unused}), x))  # noqa: B023
-        except ValueError as error:
-            raise ValueError(
-                f"the forward method must use one input, and it uses {name!r}: {error}"
-            ) from error
-        if used:
-            raise ValueError(f"the forward method must use one input, and its outputs change with {name!r}.")
+            is_used = not torch.equal(y, call(partial(module, **{name: unused}), x))
+        except ValueError:
+            is_used = True
+        if is_used:
+            raise ValueError(f"the forward method must use one input, and it uses {name!r}.")
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -30,7 +30,22 @@ ELEMENTWISE: dict[str, type[nn.Module]] = {
         )
     },
 }  # fmt: skip
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {name: getattr(nn.functional, name) for name in ELEMENTWISE}
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return nn.functional.relu(x).square()
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(nn.functional, name) for name in ELEMENTWISE},
+    # As CLIP and Nemotron have them.
+    "quick_gelu": _quick_gelu,
+    "relu2": _relu2,
+}
 #: The modules of torch.nn that a config may name.
 _MODULES: dict[str, type[nn.Module]] = {
     module.__name__: module
@@ -38,17 +53,33 @@ _MODULES: dict[str, type[nn.Module]] = {
         *ELEMENTWISE.values(), nn.Identity, nn.PReLU, nn.RReLU, nn.Softmax, nn.Softmin, nn.Threshold
     )
 }  # fmt: skip
-#: Activations of transformers that compute what a module of torch does, by class name.
-_OF_TRANSFORMERS: dict[str, str | dict[str, Any]] = {
-    "AccurateGELUActivation": {"name": "GELU", "approximate": "tanh"},
-    "FastGELUActivation": {"name": "GELU", "approximate": "tanh"},
-    "GELUActivation": "GELU",
-    "GELUTanh": {"name": "GELU", "approximate": "tanh"},
-    "LinearActivation": "Identity",
-    "MishActivation": "Mish",
-    "NewGELUActivation": {"name": "GELU", "approximate": "tanh"},
-    "PytorchGELUTanh": {"name": "GELU", "approximate": "tanh"},
-    "SiLUActivation": "SiLU",
+_GELU_BY_TANH = {"name": "GELU", "approximate": "tanh"}
+#: Activations of other libraries that compute what a registered one does, by module and class name.
+_OF_OTHERS: dict[str, dict[str, str | dict[str, Any]]] = {
+    "transformers.activations": {
+        "AccurateGELUActivation": _GELU_BY_TANH,
+        "FastGELUActivation": _GELU_BY_TANH,
+        "GELUActivation": "GELU",
+        "GELUTanh": _GELU_BY_TANH,
+        "LinearActivation": "Identity",
+        "MishActivation": "Mish",
+        "NewGELUActivation": _GELU_BY_TANH,
+        "PytorchGELUTanh": _GELU_BY_TANH,
+        "QuickGELUActivation": "quick_gelu",
+        "ReLUSquaredActivation": "relu2",
+        "SiLUActivation": "SiLU",
+    },
+    "timm.layers.activations": {
+        "GELU": "GELU",
+        "GELUTanh": _GELU_BY_TANH,
+        "HardSigmoid": "Hardsigmoid",
+        "HardSwish": "Hardswish",
+        "Mish": "Mish",
+        "QuickGELU": "quick_gelu",
+        "Sigmoid": "Sigmoid",
+        "Swish": "SiLU",
+        "Tanh": "Tanh",
+    },
 }
 #: Arguments of torch's modules that a config leaves out: device and dtype, and old names of other arguments.
 _NOT_WRITTEN = {nn.PReLU: ("device", "dtype"), nn.Hardtanh: ("min_value", "max_value")}
@@ -145,8 +176,9 @@ class Registry:
     def _equivalent(self, function: Any) -> AnyFunction:
         """The registered function that computes the same, if there is one; else the function itself."""
         kind = type(function)
-        if kind.__module__ == "transformers.activations" and kind.__name__ in _OF_TRANSFORMERS:
-            equivalent = self.read(_OF_TRANSFORMERS[kind.__name__])
+        entry = _OF_OTHERS.get(kind.__module__, {}).get(kind.__name__)
+        if entry is not None:
+            equivalent = self.read(entry)
             return equivalent if not has_hooks(function) and _are_equal(function, equivalent) else function
         return next((same for alias, same in self._aliases.items() if alias is function), function)
 

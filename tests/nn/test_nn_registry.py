@@ -226,6 +226,7 @@ def test_activations_of_transformers() -> None:
         "gelu": exact, "gelu_python": exact, "gelu_new": tanh, "gelu_fast": tanh, "gelu_pytorch_tanh": tanh,
         "gelu_python_tanh": tanh, "gelu_accurate": tanh, "linear": {"name": "Identity"},
         "mish": {"name": "Mish", "inplace": False}, "silu": {"name": "SiLU", "inplace": False},
+        "quick_gelu": "quick_gelu", "relu2": "relu2",
     }  # fmt: skip
     x = torch.linspace(-12, 12, 501, dtype=torch.float64)
     for name in activations.ACT2FN:
@@ -242,6 +243,20 @@ def test_activations_of_transformers() -> None:
             continue
         with pytest.raises(ValueError, match="register_activation"):
             _ = layer.config
+
+
+def test_activations_of_timm(torchvision_schemas: None) -> None:
+    activations = pytest.importorskip("timm.layers.activations")
+    written = {"GELU": "GELU", "GELUTanh": "GELU", "Swish": "SiLU", "HardSwish": "Hardswish", "Mish": "Mish"}
+    x = torch.linspace(-12, 12, 501, dtype=torch.float64)
+    for name, known in {**written, "QuickGELU": None, "HardSigmoid": "Hardsigmoid"}.items():
+        module = getattr(activations, name)()
+        entry: Any = made("activation", module).config["activation"]
+        assert entry == "quick_gelu" if known is None else entry["name"] == known
+        again = MuMoEMLP.from_config({**made("activation", "gelu").config, "activation": entry})
+        torch.testing.assert_close(again.activation(x), module(x), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="register_activation"):
+        _ = made("activation", activations.HardMish()).config
 
 
 def test_a_block_of_a_model_is_made_again_from_its_config(transformers: Any) -> None:

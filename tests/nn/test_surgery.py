@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "any number of inputs": (lambda: AnyInputs(*plain(nn.ReLU())), r"one input, got \['inputs'\]"),
     "a second input": (lambda: TwoInputs(*plain(nn.ReLU())), "one input.*'mask'"),
     "a second input that is used": (lambda: UsesCache(*plain(nn.ReLU())), "uses 'cache'"),
-    "a second input that is seen": (lambda: UsesFlag(*plain(nn.ReLU())), "outputs change with 'flag'"),
+    "a second input that is seen": (lambda: UsesFlag(*plain(nn.ReLU())), "uses 'flag'"),
     "a gate with a norm": (
         lambda: gated(
             lambda self, x: self.norm(self.act(self.gate(x)) * self.up(x)), norm=nn.LayerNorm(10)

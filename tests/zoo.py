@@ -490,11 +490,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows, errors = examine_all(Path(folder), everything=True)
             command = [sys.executable, __file__, "load", folder]
-            errors += subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+            loaded = subprocess.run(command, capture_output=True, text=True)
+            if loaded.returncode:
+                errors.append(loaded.stderr)
         if not errors:
             PAGE.write_text(page(rows), encoding="utf-8")
-    print("\n".join(errors))
-    sys.exit(bool(errors))
+    sys.exit("\n".join(errors) or 0)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def decompose(
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
         TT and Hadamard with one level have one start.
     n_iter : int, default 500
-        Most sweeps over the factors for each start; of Gauss-Newton steps at most 50.
+        Most sweeps over the factors for each start. Of Gauss-Newton steps at most 50, or a tenth of it where
+        that is more.
     tolerance : float, default 1e-5
         A start ends when two sweeps in a row lower the error by less than this fraction each.
     seed : int, optional

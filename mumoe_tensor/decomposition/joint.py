@@ -18,8 +18,8 @@ from mumoe_tensor.formats.base import Format
 DAMPING, MOST_DAMPING = 1e-2, 1e3
 #: What an accepted step divides the damping by, and another multiplies it by.
 CHANGE = 5
-#: Most steps of all factors: they converge in few, or not at all. Most of conjugate gradients for each.
-MOST_STEPS, STEPS = 50, 10
+#: Steps of all factors that mostly are enough, and most steps of conjugate gradients for each of them.
+FEW_STEPS, STEPS = 50, 10
 #: Largest product of bonds for whose factors the preconditioner forms matrices.
 LARGEST = 2048
 
@@ -32,7 +32,9 @@ def improve(
     tolerance: float,
     covariance: Any | None = None,
 ) -> list[Any]:
-    """Lower the error of factors by at most `n_iter` steps of all of them, or 50.
+    """Lower the error of factors by steps of all of them: `n_iter`, or 50, or a tenth of `n_iter`.
+
+    (A step takes about as long as ten sweeps, and mostly few are enough.)
 
     Unlike alternating least squares it does not get stuck where terms share what they fit. Entries of padded
     modes have no weight; with a covariance of inputs the error is weighted by it.
@@ -42,7 +44,7 @@ def improve(
     residual = dense - sum(term.product(factors) for term in terms)
     error = weighted_norm(residual, covariance)
     damping, stop = DAMPING, stop_rule(tolerance)
-    for _ in range(min(n_iter, MOST_STEPS)):
+    for _ in range(max(min(n_iter, FEW_STEPS), n_iter // STEPS)):
         step = _step(terms, factors, residual, damping, covariance)
         moved = [f if f is None else f + step[k] for k, f in enumerate(factors)]
         left = dense - sum(term.product(moved) for term in terms)

@@ -75,6 +75,7 @@ class ChosenExperts(Experts):
             number that is none of an expert.
         """
         check_dense(z)
+        check_dense(index)
         if index.is_floating_point() or index.dtype == torch.bool:
             raise TypeError(f"an index must have an integer dtype, got {index.dtype}.")
         if z.shape[-1:] != (self.in_features,) or index.shape != z.shape[:-1]:
@@ -237,7 +238,8 @@ class RoutedExperts(WholeState):
         ValueError, TypeError
             If the shapes do not fit together, or an index is that of no expert; see `ChosenExperts.forward`.
         """
-        check_dense(hidden_states)
+        for x in (hidden_states, top_k_index, top_k_weights):
+            check_dense(x)
         leading = hidden_states.shape[:-1]
         if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:-1] != leading:
             raise ValueError(

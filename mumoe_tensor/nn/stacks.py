@@ -83,14 +83,10 @@ def replace_experts(
         module; or are not called with the `inputs`.
     """
     check_flag(dry_run, "dry_run")
-    if taken := options.keys() & {
-        "in_features",
-        "hidden_features",
-        "experts",
-        "activation",
-        "dtype",
-        "device",
-    }:
+    if isinstance(inputs, (Tensor, Mapping)):
+        raise TypeError(f"inputs must be batches, as a list of them; got one {type(inputs).__name__}.")
+    fixed = {"in_features", "hidden_features", "experts", "activation", "dtype", "device"}
+    if taken := options.keys() & fixed:
         raise TypeError(f"the options must not have what is as in the old experts, got {sorted(taken)}.")
     options = {"format": format, "parameters": parameters, "fit": {**EFFORT, **(fit or {})}, **options}
     planned = plan_replacements(model, pattern, is_experts, _maker, "module of routed experts", options)

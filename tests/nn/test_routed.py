@@ -185,5 +185,10 @@ def test_weights_and_indices_of_different_shapes() -> None:
     experts = RoutedExperts(12, 8, 5, "cp", 3, 3)
     with pytest.raises(ValueError, match="a weight for each index"):
         experts(torch.zeros(4, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 1))
+    inputs = torch.zeros(4, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2)
+    for place in range(3):
+        wrong = [x.numpy() if n == place else x for n, x in enumerate(inputs)]
+        with pytest.raises(TypeError, match=r"an input must be a torch\.Tensor, got ndarray"):
+            experts(*wrong)
     with pytest.raises(ValueError, match="as many for each input"):
         experts(torch.zeros(1, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2))

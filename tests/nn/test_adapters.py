@@ -116,6 +116,17 @@ def test_merged_is_the_model_with_one_expert_chosen(format: str, experts: Any) -
     assert not torch.allclose(merged(x), network_without(network)(x))
 
 
+def test_a_merged_weight_of_a_short_dtype_is_rounded_once() -> None:
+    network = Network(torch.bfloat16)
+    add_experts(network, "head", experts=3, rank=2)
+    delta = network.head.delta
+    nn.init.normal_(delta.experts.factors[-1])
+    (matrix, bias), base = delta.expert(1), copy.deepcopy(network.head.base)
+    merge_experts(network, 1)
+    assert torch.equal(network.head.weight, (base.weight + matrix.T).bfloat16())
+    assert torch.equal(network.head.bias, (base.bias + bias).bfloat16())
+
+
 def network_without(network: nn.Module) -> nn.Module:
     bare = copy.deepcopy(network)
     remove_experts(bare)
@@ -246,6 +257,9 @@ def test_a_model_of_transformers(transformers: Any, checkpointing: bool, tmp_pat
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     # Removed or merged, the model is one of transformers again.
     adapter = model.transformer.h[0].mlp.c_fc
+    again = Adapter.from_config(adapter.config, dtype=torch.float64)
+    assert again.config == adapter.config and type(again.base) is type(adapter.base)
+    assert {p.dtype for p in again.parameters()} == {torch.float64}
     x = torch.randn(5, 8)
     matrix, bias = adapter.delta.expert(2)
     expected = adapter.base(x) + x @ matrix + bias

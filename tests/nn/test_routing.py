@@ -204,6 +204,22 @@ def test_nulls_have_neither_weight_nor_norm_and_weigh_equally(name: str, norm: s
         layer.to_published()
 
 
+@each
+def test_layers_of_short_dtypes_choose_in_float32(name: str) -> None:
+    layer = drawn(name, dtype=torch.bfloat16)
+    x, wide = torch.randn(40, 6, dtype=torch.bfloat16), copy.deepcopy(layer.gate).float()
+    torch.manual_seed(0)
+    coefficients = layer.gate(x)
+    torch.manual_seed(0)
+    if name in NULLS:
+        expected = wide(x.float())
+    else:
+        logits = nn.functional.linear(x, layer.gate.weight).float()
+        expected = wide.coefficients_of(logits)
+    for a, b in zip(coefficients, expected, strict=True):
+        assert torch.equal(a, b.to(torch.bfloat16)) and a.dtype == torch.bfloat16
+
+
 def test_random_experts_are_drawn_anew_and_equally_often() -> None:
     gate = drawn("random", (8, 3)).eval().gate
     x = torch.zeros(4000, 6, dtype=torch.float64)

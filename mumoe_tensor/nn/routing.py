@@ -210,7 +210,7 @@ class NearestCentres:
     """A null: the k experts whose centres are nearest to the input, each with the coefficient 1 / k.
 
     The buffer `centres` of shape (out_features, in_features) is drawn from a standard normal distribution at
-    first. `ExpertGate.fit` makes it the centres of k-means, which needs scikit-learn.
+    first. `.ExpertGate.fit` makes it the centres of k-means, which needs scikit-learn.
 
     Parameters
     ----------

@@ -178,7 +178,7 @@ def check_version(description: Mapping[str, Any]) -> Any:
     if type(version) is not int or version < 1 or not isinstance(layers, dict):
         raise ValueError(
             "a description must have a version, a positive integer, and an object of layers; got "
-            f"{version!r} and {layers!r}."
+            f"{version!r} and a {type(layers).__name__}."
         )
     if version > VERSION:
         raise ValueError(

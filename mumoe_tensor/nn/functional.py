@@ -108,8 +108,8 @@ class _Entmax15(torch.autograd.Function):
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """The k largest logits of each row and their places, for gates that then leave all others alone.
 
-    None where the general functions are to be used, because values cannot be read, or in a row of which
-    equal logits would have to be told apart, or that is NaN.
+    None where the general functions must be used: values cannot be read, a row has NaN, or the k-th largest
+    logit of a row has an equal that is not among the k.
     """
     is_wide = logits.dtype in (torch.float32, torch.float64)
     if not is_wide or k >= logits.shape[-1] or not is_eager_on_cpu(logits):

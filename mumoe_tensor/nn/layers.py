@@ -158,7 +158,7 @@ class Layer(WholeState):
         Raises
         ------
         ValueError
-            If that generation has no block of so many weights, or the layer has bias edits, or its gate
+            If that generation has no block of this kind, or the layer has bias edits, or its gate
             parameters besides the weight.
         TypeError
             If TensorLy has no container of the format, as where modes are split, or of a sum.

@@ -87,7 +87,9 @@ def replace_experts(
         raise TypeError(f"inputs must be batches, as a list of them; got one {type(inputs).__name__}.")
     fixed = {"in_features", "hidden_features", "experts", "activation", "dtype", "device"}
     if taken := options.keys() & fixed:
-        raise TypeError(f"the options must not have what is as in the old experts, got {sorted(taken)}.")
+        raise TypeError(
+            f"sizes, activation, dtype and device are those of the old experts, got options {sorted(taken)}."
+        )
     options = {"format": format, "parameters": parameters, "fit": {**EFFORT, **(fit or {})}, **options}
     planned = plan_replacements(model, pattern, is_experts, _maker, "module of routed experts", options)
     if dry_run:

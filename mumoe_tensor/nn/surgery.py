@@ -149,7 +149,7 @@ def _replace(
     return [each for _, each in planned.values()] if dry_run else put_replacements(model, planned)
 
 
-#: The modules to replace, each with what makes the new one and what is known of it before.
+#: The modules to replace, each with the function that makes the new one, and the report so far.
 Planned = dict[nn.Module, tuple[Callable[..., Any], Replacement]]
 
 

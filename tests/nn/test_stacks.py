@@ -327,7 +327,7 @@ def test_other_experts_are_refused_with_the_cause(made: Any, transformers: Any) 
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="'dense' has no rank"):
         replace_experts(made("Mixtral"), format="dense", parameters=0.8)
-    with pytest.raises(TypeError, match=r"what is as in the old experts, got \['activation', 'experts'\]"):
+    with pytest.raises(TypeError, match=r"those of the old experts, got options \['activation', 'experts'\]"):
         replace_experts(made("Mixtral"), experts=3, activation="relu")
     with pytest.raises(TypeError, match="inputs must be batches, as a list of them; got one Tensor"):
         replace_experts(made("Mixtral"), inputs=torch.zeros(2, 4, dtype=torch.long))

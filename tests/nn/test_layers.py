@@ -245,6 +245,15 @@ def test_bad_arguments_are_refused(arguments, options, error, message) -> None:
         MuMoE(*arguments, **options)
 
 
+def test_what_an_activation_is_multiplied_with_must_fit() -> None:
+    experts = small("cp", (3,)).experts
+    z, a = torch.randn(5, 6, dtype=torch.float64), [torch.rand(5, 3, dtype=torch.float64)]
+    with pytest.raises(ValueError, match="inputs must have 6 features"):
+        experts(z, a, torch.sin, times=z[:1])
+    with pytest.raises(ValueError, match="an activation must be given for its result to be multiplied"):
+        experts(z, a, times=z)
+
+
 def test_bad_calls_are_refused() -> None:
     layer = MuMoE(5, 4, (3, 2), rank=2)
     with pytest.raises(ValueError, match="in_features = 5"):

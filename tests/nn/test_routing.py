@@ -32,8 +32,8 @@ GATES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
         lambda x, log_threshold: jumprelu(x, log_threshold.exp(), bandwidth=2.0),
     ),
     "sigmoid_topk": (
-        {"k": 2, "scale": 2.5},
-        lambda x, selection_bias: sigmoid_top_k(x, 2, bias=selection_bias, scale=2.5),
+        {"k": 2, "normalize": False, "scale": 2.5},
+        lambda x, selection_bias: sigmoid_top_k(x, 2, bias=selection_bias, normalize=False, scale=2.5),
     ),
 }
 #: Gates that read the input.
@@ -327,7 +327,9 @@ def test_the_sigmoid_gate_is_the_router_of_deepseek_v3(transformers: Any) -> Non
 def nasty_logits(n: int) -> Any:
     rows = torch.tensor(np.stack(list(nasty(n).values())))
     bad = torch.stack([torch.full((n,), bad) for bad in (torch.nan, torch.inf, -torch.inf)])
-    return torch.cat([rows.float(), bad])
+    among_others = torch.arange(3.0 * n).sin().reshape(3, n)
+    among_others[:, 1] = bad[:, 0]
+    return torch.cat([rows.float(), bad, among_others])
 
 
 @pytest.mark.parametrize("n", [4, 17, 256])

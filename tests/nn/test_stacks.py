@@ -118,8 +118,6 @@ def test_fits_are_weighted_by_the_inputs_of_each_expert(made: Any, format: Any) 
         for batch in (TOKENS, TOKENS + 7):
             model(batch % 32)
     handle.remove()
-    for layer in model.model.layers:
-        layer.mlp.jitter_noise = 0.5  # of the inputs, in training
     model.train()
     model.model.norm.eval()
 
@@ -175,6 +173,7 @@ def test_covariances_are_those_of_the_outputs_and_experts_without_inputs_are_fit
             least = torch.linalg.svdvals(stack[n].detach())[3:].norm()
             torch.testing.assert_close(rest, least, rtol=1e-3, atol=0)
     monkeypatch.setattr(stacks, "DAMPING", 0.0)
+    model.train().model.layers[0].mlp.jitter_noise = 0.5  # of the inputs, in training
     gate_up, _ = stacks._covariances(model, [old], [token])[old]
     expected = torch.zeros(4, 16, 16, dtype=torch.float64)
     for n, weight in zip(index.tolist(), weights, strict=True):

@@ -64,9 +64,13 @@ def _manager() -> Any:
 
 
 def _load_jax() -> Any:
+    from concurrent.futures import ThreadPoolExecutor
+
     import jax
 
-    x64 = jax.config.read("jax_enable_x64")
+    # A new thread reads the flag of the process, not that of a ``with jax.enable_x64(...)`` around the call.
+    with ThreadPoolExecutor(1) as thread:
+        x64 = thread.submit(jax.config.read, "jax_enable_x64").result()
     try:
         return _manager().load_backend("jax")
     finally:

@@ -114,6 +114,18 @@ def test_threads_that_load_jax_at_once_leave_float64_off(monkeypatch: pytest.Mon
         jax.config.update("jax_enable_x64", before)
 
 
+def test_jax_that_is_loaded_within_float64_leaves_it_off_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    jax = pytest.importorskip("jax")
+    monkeypatch.setattr("mumoe_tensor.backend._loaded", {})
+    before = jax.config.read("jax_enable_x64")
+    try:
+        with jax.enable_x64(True):
+            load_backend("jax")
+        assert jax.config.read("jax_enable_x64") == before
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 def test_jax_gives_float32_where_float64_is_not_enabled() -> None:
     jax = pytest.importorskip("jax")
     assert not jax.config.read("jax_enable_x64")

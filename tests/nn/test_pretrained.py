@@ -20,10 +20,12 @@ from mumoe_tensor.analysis import edit_bias  # noqa: E402
 from mumoe_tensor.nn import (  # noqa: E402
     MuMoE,
     MuMoEMLP,
+    load,
     prepare_to_save,
     register_layer,
     replace_linear,
     replace_mlp,
+    save,
 )
 
 TOKENS = torch.arange(14).reshape(2, 7) % 11
@@ -75,6 +77,18 @@ def test_a_model_comes_back_and_is_saved_again(gpt2: Any, transformers: Any, tmp
     again.save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_model_loaded_from_a_folder_is_saved_by_transformers(
+    gpt2: Any, transformers: Any, tmp_path: Path
+) -> None:
+    save(gpt2, tmp_path / "folder")
+    config = gpt2.config.to_dict()
+    del config["quantization_config"]
+    fresh = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(config)).eval()
+    loaded = load(tmp_path / "folder", fresh)
+    loaded.save_pretrained(tmp_path / "transformers")
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "transformers"), gpt2)
 
 
 def test_in_a_fresh_process_loading_needs_the_package(gpt2: Any, tmp_path: Path) -> None:

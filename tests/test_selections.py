@@ -325,7 +325,9 @@ NAMES = {"level", "experts", "index", "indices", "output", "outputs", "rows"}
 COUNTS = {"int", "int | None", "int | Sequence[int]", "Sequence[int]", "tuple[int, ...]", "Any"}
 OTHERS = {
     "Factor(indices)",  # names
-    "Experts.add_edit(outputs)",  # values
+    "Experts.add_edit(outputs)", "ChosenExperts.add_edit(outputs)",  # values
+    "ChosenExperts.expert(index)",  # inherited as Experts'
+    "ChosenExperts.forward(index)",  # a tensor, one number an input: see tests/nn/test_routed.py
     "Results.add(rows)",  # measurements
     "Task.labels(rows)", "Task.members(rows)",  # a population
     "Task(output)",  # of a file's columns, by the reader

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.nn.described import check_model, register_layer
+from mumoe_tensor.nn.described import register_layer
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, matrix_of
 from mumoe_tensor.nn.saving import DESCRIPTION, check_version, load, save
@@ -17,12 +17,16 @@ from mumoe_tensor.nn.surgery import (
     Planned,
     Replacement,
     choose,
+    output_error,
     plan_replacements,
     put_all,
     put_replacements,
 )
 from mumoe_tensor.readers import read_json, reading
 from mumoe_tensor.selections import Index
+
+#: What the names of experts begin with in a folder, so that `load` does not take them for layers of a model.
+SAVED = "adapters"
 
 
 @register_layer
@@ -133,6 +137,10 @@ def add_experts(model: nn.Module, pattern: str, **options: Any) -> list[Replacem
         with torch.no_grad():
             for term in delta.experts.terms:
                 term.arrays[-1].zero_()
+        if not (matrix.is_meta or delta.gate.weight.is_meta):
+            error = output_error(linear, Adapter(linear, delta), delta.in_features)
+            if error != 0:  # (zero times a coefficient that is not finite)
+                raise ValueError(f"the outputs must stay as they are; their relative error would be {error}.")
         return delta
 
     return _put(model, _planned(model, pattern, make))
@@ -201,7 +209,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     OSError, ModuleNotFoundError
         As `.save`.
     """
-    save(_tree({names[0]: adapter.delta for adapter, names in _adapters(model, "*").items()}), folder)
+    deltas = {f"{SAVED}.{names[0]}": adapter.delta for adapter, names in _adapters(model, "*").items()}
+    save(_tree(deltas), folder)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
@@ -223,12 +232,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
     """
     with reading(Path(folder) / DESCRIPTION):
         names = [*check_version(read_json(Path(folder) / DESCRIPTION))]
-        if not all(part for name in names for part in name.split(".")):
+        if not all(name.startswith(f"{SAVED}.") and all(name.split(".")) for name in names):
             raise ValueError(f"experts must be saved by save_adapter, with the names of layers; got {names}.")
     tree = load(folder, model=_tree({name: nn.Identity() for name in names}))
     planned: Planned = {}
     for name in names:
-        planned |= _planned(model, name, _loaded(tree.get_submodule(name)))
+        planned |= _planned(model, name.removeprefix(f"{SAVED}."), _loaded(tree.get_submodule(name)))
     return _put(model, planned)
 
 
@@ -249,11 +258,9 @@ def _loaded(delta: nn.Module) -> Callable[..., MuMoE]:
 
 def _planned(model: nn.Module, pattern: str, make: Callable[..., MuMoE]) -> Planned:
     """The adapters to be put, with experts that `make` makes for each linear layer."""
-    check_model(model)
-    parts = {part for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
 
     def maker(linear: nn.Module) -> Callable[..., Adapter]:
-        if linear in parts:
+        if isinstance(linear, Adapter):
             raise ValueError("it has experts beside it already: remove or merge them first.")
         check_linear(linear)
         return lambda **more: Adapter(linear, make(linear, **more)).train(linear.training)

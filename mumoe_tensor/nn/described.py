@@ -49,6 +49,11 @@ def check_model(model: Any) -> None:
         raise TypeError(f"a model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer that a config describes, with all its parts."""
+    return isinstance(module, tuple(_classes.values()))
+
+
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The layers of registered classes in a model, by name, each with all that makes it again.
 

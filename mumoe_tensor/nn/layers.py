@@ -43,6 +43,8 @@ class Layer(WholeState):
         self.spec, self.in_features, self.out_features = spec, spec.in_features, spec.out_features
         features = gate.pop("gate_features")
         used = {} if features is None else {"gate_features": as_positive(features, "gate_features")}
+        if used and not spec.experts:
+            raise ValueError(f"a layer without experts has no gate, got gate_features={features}.")
         self.gate = ExpertGate(used.get("gate_features", spec.in_features), spec.experts, **gate, **place)
         self.input_norm = nn.LayerNorm(spec.in_features, **place) if input_norm else None
         for name, part in zip(self._mixture_names, spec.layers, strict=True):

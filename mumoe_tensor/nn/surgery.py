@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from math import isfinite
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from mumoe_tensor.checks import check_flag
-from mumoe_tensor.nn.described import check_model, prepare_to_save
+from mumoe_tensor.nn.described import check_model, is_layer, prepare_to_save
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, layer_like
 from mumoe_tensor.nn.mlp import is_mlp, read_mlp
@@ -165,15 +166,12 @@ def plan_replacements(
     chosen = choose(model, pattern, fits, what)
     planned: Planned = {}
     for old, names in chosen.items():
-        try:
+        with _named(names[0]):
             _check_place(model, old, names, chosen)
             make = maker(old, **options)
             # On the meta device a layer has sizes but no values: wrong options show there.
             modules = old, make(device="meta")
             before, after = (sum(x.numel() for x in module.parameters()) for module in modules)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{names[0]!r} cannot be replaced: {error}") from error
         planned[old] = make, Replacement(tuple(names), before, after)
     return planned
 
@@ -187,15 +185,15 @@ def put_replacements(
     """
     new, fitted = {}, []
     for old, (make, replacement) in planned.items():
-        new[old] = layer = make()
-        difference = None
-        if layer.fit_errors:
-            difference = _output_error(called(old), called(layer), layer.in_features)
-        if difference is not None and not isfinite(difference):
-            raise ValueError(
-                f"{replacement.name!r} cannot be replaced: the outputs of the new module must be finite, "
-                f"their relative error is {difference}."
-            )
+        with _named(replacement.name):
+            new[old] = layer = make()
+            difference = None
+            if layer.fit_errors:
+                difference = output_error(called(old), called(layer), layer.in_features)
+            if difference is not None and not isfinite(difference):
+                raise ValueError(
+                    f"the outputs of the new module must be finite, their relative error is {difference}."
+                )
         fitted.append(
             replacement._replace(
                 errors=layer.fit_errors,
@@ -205,6 +203,16 @@ def put_replacements(
         )
     put_all(model, {old: [*each.names] for old, (_, each) in planned.items()}, new)
     return fitted
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of which module an error is."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name!r} cannot be replaced: {error}") from error
 
 
 def choose(
@@ -262,6 +270,8 @@ def _check_place(
         classes = {base.__name__ for ancestor in ancestors for base in type(ancestor).__mro__}
         if wrappers := classes & _WRAPPERS:
             raise ValueError(f"the model is wrapped in {', '.join(wrappers)}: replace first, then wrap.")
+        if layers := [type(ancestor).__name__ for ancestor in ancestors if is_layer(ancestor)]:
+            raise ValueError(f"it is a part of a layer of class {layers[0]}, which must stay whole.")
         if around := [n for other in chosen.values() for n in other if name.startswith(f"{n}.")]:
             raise ValueError(f"the pattern names {around[0]!r} too, which it is a part of.")
     parameters = {_memory(parameter) for parameter in module.parameters()}
@@ -279,7 +289,7 @@ def _memory(parameter: nn.Parameter) -> int:
     return (ordinary and parameter.data_ptr()) or id(parameter)
 
 
-def _output_error(old: nn.Module, new: nn.Module, in_features: int) -> float:
+def output_error(old: nn.Module, new: nn.Module, in_features: int) -> float:
     """Relative error of the outputs on normal inputs."""
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mumoe_tensor.nn import (  # noqa: E402
     load_adapter,
     merge_experts,
     remove_experts,
+    replace_linear,
     save,
     save_adapter,
 )
@@ -157,12 +157,41 @@ def test_what_cannot_be_merged_or_removed_leaves_the_model_as_it_was() -> None:
     )  # fmt: skip
 
 
+def test_outputs_that_would_change_are_refused() -> None:
+    # Zero times a coefficient that is not finite is not zero.
+    network = Network()
+    before = [*network.named_modules()]
+    with pytest.raises(ValueError, match=r"'head' cannot be replaced: .* relative error would be nan"):
+        add_experts(network, "head", experts=3, rank=2, gate=lambda logits: logits + torch.inf)
+    assert [*network.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_layer_is_not_replaced_in_part() -> None:
+    network = Network()
+    add_experts(network, "head", experts=3, rank=2)
+    with pytest.raises(ValueError, match="part of a layer of class Adapter, which must stay whole"):
+        replace_linear(network, "head.base", experts=3, rank=2)
+    assert type(network.head.base) is nn.Linear
+
+
+def test_a_folder_of_experts_alone_is_no_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    add_experts(model, "0", experts=3, rank=2)
+    save_adapter(model, tmp_path)
+    plain = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=r"the model has no module 'adapters\.0'"):
+        load(tmp_path, model=plain)
+    assert type(plain[0]) is nn.Linear
+
+
 def test_experts_beside_experts_are_refused() -> None:
     network = Network()
     add_experts(network, "layers.0", experts=3, rank=2)
     before = [*network.named_modules()]
-    for pattern, name in (("*", "layers.0"), ("*.base", "layers.0.base")):
-        with pytest.raises(ValueError, match=f"{re.escape(repr(name))} cannot be replaced: it has experts"):
+    part = "it is a part of a layer of class Adapter, which must stay whole"
+    for pattern, cause in (("*", "it has experts"), ("*.base", part)):
+        with pytest.raises(ValueError, match=f"cannot be replaced: {cause}"):
             add_experts(network, pattern, experts=3, rank=2)
     assert [*network.named_modules()] == before
     for options in ({}, {"experts": 3, "bias": True}, {"experts": 3, "gate_features": 6}):

@@ -288,6 +288,8 @@ def test_the_gate_sees_another_input_than_the_experts(name: str, kind: Any) -> N
 
 def test_the_input_of_the_gate_counts_in_the_budget_and_the_config_where_it_is_used() -> None:
     assert "gate_features" not in MuMoE(6, 4, 3, rank=2).config
+    with pytest.raises(ValueError, match="without experts has no gate, got gate_features=3"):
+        MuMoE(6, 4, (), "dense", gate_features=3)
     for features in (2, 40):
         layer = MuMoE(60, 40, 8, gate_features=features, parameters=1500, gate_norm="none")
         total = sum(p.numel() for p in layer.parameters())

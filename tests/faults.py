@@ -630,7 +630,7 @@ FAULTS = [
           "for ancestor in ancestors if is_layer(ancestor)", "for ancestor in ()",
           "nn/test_adapters::test_a_layer_is_not_replaced_in_part"),
     Fault("adapters: a folder of experts is one of a model", "mumoe_tensor/nn/adapters.py",
-          'SAVED = "adapters"', 'SAVED = "0"',
+          '{f"{SAVED}.{names[0]}": adapter.delta', "{names[0]: adapter.delta",
           "nn/test_adapters::test_a_folder_of_experts_alone_is_no_model"),
     Fault("adapters: the rest of the model is trained", "mumoe_tensor/nn/adapters.py",
           "if id(parameter) not in trained:", "if False:",

@@ -5,7 +5,8 @@ The preconditioner is the problem of each factor alone (Sorber et al. 2013, sect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,8 @@ def _step(
     covariance: Any | None,
 ) -> dict[int, Any]:
     """The step that fits the residual best were the terms linear in it, but for the damping."""
+    from scipy.sparse.linalg import LinearOperator, cg  # takes long to import
+
     positions = [k for term in terms for k in term.problems]
     ends = np.cumsum([factors[k].size for k in positions])[:-1]
 
@@ -108,7 +111,9 @@ def _step(
                     step[k] = problem.factor(inverses[k] @ problem.columns(step[k]))
         return flat(step)
 
-    return shaped(conjugate_gradients(curvature, gradient(residual), precondition))
+    right = gradient(residual)
+    operator = partial(LinearOperator, (right.size, right.size), dtype=right.dtype)
+    return shaped(cg(operator(curvature), right, rtol=1e-15, maxiter=STEPS, M=operator(precondition))[0])
 
 
 class _Term:
@@ -151,25 +156,3 @@ class _Term:
             for k, problem in self.problems.items()
             if problem.sizes[2] <= LARGEST
         }
-
-
-def conjugate_gradients(product: Callable[[Any], Any], right: Any, precondition: Callable[[Any], Any]) -> Any:
-    """Solve ``product(x) = right`` for a positive semi-definite product, or come near the solution."""
-    x, residual = np.zeros_like(right), right
-    smallest = 1e-30 * float((right * precondition(right)).sum())
-    direction: Any = 0.0
-    last = 1.0
-    for _ in range(STEPS):
-        preconditioned = precondition(residual)
-        square = float((residual * preconditioned).sum())
-        if not square > smallest:
-            break
-        direction = preconditioned + square / last * direction
-        image = product(direction)
-        curvature = float((direction * image).sum())
-        if not curvature > 0:
-            break
-        x = x + square / curvature * direction
-        residual = residual - square / curvature * image
-        last = square
-    return x

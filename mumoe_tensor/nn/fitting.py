@@ -18,6 +18,7 @@ from mumoe_tensor.decomposition import decompose
 from mumoe_tensor.dense import expert_matrix, to_dense
 from mumoe_tensor.formats.base import Factor, Format
 from mumoe_tensor.nn.init import declared, fill_neutral, index_sizes, is_bias, of_matrix
+from mumoe_tensor.nn.values import copy_weight
 from mumoe_tensor.tensors import FactorizedTensor
 
 #: Most sweeps over the factors of a format that is fitted by alternating least squares.
@@ -82,8 +83,7 @@ def fit_experts(
     # (In float32 no dtype of a layer is rounded, and NumPy has it.)
     dense = stack.detach().cpu().to(torch.float64 if stack.dtype == torch.float64 else torch.float32)
     fitted, error = decompose(dense, weight.format, weight.rank, bias=bias, **options)
-    for part, values in zip(weight.arrays, fitted.arrays, strict=True):
-        part.copy_(values)
+    copy_weight(fitted, weight)
     if options.get("input_covariance") is None:
         return error, None
     rest = to_dense(fitted) - dense

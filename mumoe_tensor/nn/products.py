@@ -78,5 +78,4 @@ class Joined:
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         if _can_write(left, right, self.order):
             return permuted_product(left, right, self.order)
-        # (A clone, as the result of a function for autograd must be no view.)
-        return (left @ right).permute(self.order).clone(memory_format=torch.contiguous_format)
+        return (left @ right).permute(self.order).contiguous()

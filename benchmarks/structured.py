@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.harness import Report, threads
 from benchmarks.layers import Call, forward, limit, step
 from benchmarks.probes import kept_bytes
-from mumoe_tensor.formats.splits import Splits
+from mumoe_tensor.formats.splits import balanced
 from mumoe_tensor.nn import Experts, MuMoE
 from mumoe_tensor.study.timing import compare
 
@@ -138,7 +138,7 @@ def tensorly_torch() -> None:
     """Print a line of JSON for each layer of tensorly-torch, whose import sets TensorLy's global backend."""
     import tltorch
 
-    inner, outer = (tuple(Splits({"m": 2}).sizes("m", size)) for size in (IN, OUT))
+    inner, outer = (balanced("m", size, 2, "tltorch") for size in (IN, OUT))
     dense, x = nn.Linear(IN, OUT), torch.randn(1024, IN, requires_grad=True)
     gradient = torch.randn(1024, OUT)
     for name, rank in TLTORCH:

@@ -33,6 +33,9 @@ test: $(STAMP)  ## run all tests
 thorough: $(STAMP)  ## run all tests with 20 times the Hypothesis examples
 	MUMOE_HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2
 
+# Several run at once, and forking is safe where libraries have started no threads.
+faults mutants: export OMP_NUM_THREADS := 1
+
 faults: $(STAMP)  ## plant deliberate faults one at a time; the tests must catch each
 	$(BIN)/python tests/faults.py
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from vision import define_operators
 
 # A test that needs fewer examples than the rest takes a share of the profile's number,
@@ -19,6 +19,9 @@ EXAMPLES = 50
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=EXAMPLES, **_common)
 settings.register_profile("ci", max_examples=EXAMPLES, derandomize=True, print_blob=True, **_common)
+# Of a planted fault only that some example fails matters, not which one is the smallest.
+_first = {"phases": [Phase.explicit, Phase.generate], "report_multiple_bugs": False}
+settings.register_profile("fault", settings.get_profile("ci"), **_first)
 settings.register_profile("thorough", max_examples=20 * EXAMPLES, **_common)
 settings.load_profile(os.environ.get("MUMOE_HYPOTHESIS_PROFILE", "default"))
 

@@ -11,30 +11,15 @@ caught which fault; exits with 1 if a fault survives or its source is no longer 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from planted import REPOSITORY, Fault, caught_by
+
 FORMATS, CONTRACTION = "mumoe_tensor/formats", "mumoe_tensor/contraction"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`old` in `file` becomes `new`; `tests` are the files, or functions of them, that should notice."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
 
 FAULTS = [
     Fault("saving: entries of other shapes are loaded", "mumoe_tensor/nn/saving.py",
@@ -122,15 +107,17 @@ FAULTS = [
           "study/test_subjects::test_modules_have_the_parameters_of_their_figures"),
     Fault("TR: transposed bond in the output core", f"{FORMATS}/tensor_ring.py",
           'last = Factor(f"{a} {o} {b}", memory_order=f"{b} {a} {o}")',
-          'last = Factor(f"{b} {o} {a}", memory_order=f"{b} {a} {o}")', "properties::test_property"),
+          'last = Factor(f"{b} {o} {a}", memory_order=f"{b} {a} {o}")',
+          "properties::test_property[tr-check_equals_tensorly-numpy]"),
     Fault("TT: two inner bonds swapped", f"{FORMATS}/tensor_train.py",
-          "Factor(f\"{a} {m} {b}\"", "Factor(f\"{b} {m} {a}\"", "properties::test_property"),
+          "Factor(f\"{a} {m} {b}\"", "Factor(f\"{b} {m} {a}\"",
+          "properties::test_property[tt-check_equals_tensorly-numpy]"),
     Fault("Hadamard: to_tensorly gives ones for the identity", f"{FORMATS}/hadamard.py",
           "tl.eye(factors[-1].shape[1], **", "tl.ones((factors[-1].shape[1],) * 2, **",
-          "properties::test_property"),
+          "properties::test_property[hadamard-check_equals_tensorly-numpy]"),
     Fault("CP: the weights of a container are dropped", f"{FORMATS}/cp.py",
           "return [container.weights, *container.factors]", "return [None, *container.factors]",
-          "properties::test_property"),
+          "properties::test_property[cp-check_equals_tensorly-numpy]"),
     Fault("formats: a bias read from a split input", "mumoe_tensor/dense.py",
           "if bias and format.splits_input and not format.has_bias_term:", "if False:",
           "formats/test_sums_and_splits::test_what_is_refused"),
@@ -147,7 +134,8 @@ FAULTS = [
           "np.unravel_index(expert - start, parts)", "np.unravel_index(expert - start, parts, order='F')",
           "dense::test_the_matrix_of_each_expert_is_its_slice"),
     Fault("splits: the padding is not cut off", "mumoe_tensor/dense.py",
-          "tensor = operations.narrow(tensor, axis, 0, stop - start)", "pass", "properties::test_property"),
+          "tensor = operations.narrow(tensor, axis, 0, stop - start)", "pass",
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("splits: the least balanced factorization", f"{FORMATS}/splits.py",
           "return min(every, key=lambda parts", "return max(every, key=lambda parts",
           "formats/test_sums_and_splits::test_the_default_is_the_most_balanced_factorization"),
@@ -175,12 +163,14 @@ FAULTS = [
           "(weight.format, weight.asked)", "(weight.format, None)",
           "tensors::test_a_weight_comes_back_from_the_leaves_of_its_tree"),
     Fault("sums: a shared term takes the mean of the coefficients", f"{CONTRACTION}/execute.py",
-          "vector = vector.sum(axis)", "vector = vector.mean(axis)", "properties::test_property"),
+          "vector = vector.sum(axis)", "vector = vector.mean(axis)",
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("sums: a slice of experts one too far", f"{CONTRACTION}/execute.py",
           "start, stop = reading.window", "start, stop = (max(n - 1, 0) for n in reading.window)",
-          "properties::test_property"),
+          "properties::test_property[None-check_equals_dense-numpy]"),
     Fault("sums: the bias is the first row", "mumoe_tensor/dense.py",
-          "row = (others, 0)", "row = (0, others)", "properties::test_property"),
+          "row = (others, 0)", "row = (0, others)",
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("sums: as if every term were of every expert", "mumoe_tensor/spec.py",
           "if all(start <= n < stop for n, (start, stop) in zip(expert, window, strict=True))", "if True",
           "tensors::test_random_entries_have_variance_one_over_inputs"),
@@ -194,26 +184,28 @@ FAULTS = [
           "np.random.default_rng(self.seed)", "np.random.default_rng()",
           "testing/test_strategies::test_a_problem_can_be_pasted_back"),
     Fault("bias row dropped", f"{CONTRACTION}/execute.py",
-          "(row, left, right)\n", "(0 * row, left, right)\n", "properties::test_property"),
+          "(row, left, right)\n", "(0 * row, left, right)\n",
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("bias taken from the first row", f"{CONTRACTION}/execute.py",
           "operations.select(weights, bias.axis, -1)", "operations.select(weights, bias.axis, 0)",
-          "properties::test_property"),
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("levels swapped", "mumoe_tensor/multilinear.py",
           "for x in (*coefficients, z)]\n    return _mixed(weight, programs, vectors).",
           "for x in (*coefficients[::-1], z)]\n    return _mixed(weight, programs, vectors).",
-          "properties::test_property"),
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("expert_matrix: index of the levels reversed", "mumoe_tensor/dense.py",
           "_added(weight, read_index(index, weight.experts))",
-          "_added(weight, read_index(index, weight.experts)[::-1])", "properties::test_property"),
+          "_added(weight, read_index(index, weight.experts)[::-1])",
+          "properties::test_property[btt-check_one_hot-numpy]"),
     Fault("leading shape flattened", "mumoe_tensor/multilinear.py",
           "_mixed(weight, programs, vectors).reshape(*leading, weight.shape[-1])",
-          "_mixed(weight, programs, vectors)", "properties::test_property"),
+          "_mixed(weight, programs, vectors)", "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("layout: copies never seen as needed", f"{CONTRACTION}/network.py",
           'return "summed" not in runs or', "return True or",
-          "properties::test_property"),
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("layout: order within summed axes not compared", f"{CONTRACTION}/layout.py",
           "and summed == b_summed and shared == b_shared", "and shared == b_shared",
-          "properties::test_property"),
+          "properties::test_property[btt-check_equals_dense-numpy]"),
     Fault("JAX: x64 left switched on", "mumoe_tensor/backend.py",
           'jax.config.update("jax_enable_x64", x64)', "pass",
           "backends::test_threads_that_load_jax_at_once_leave_float64_off"),
@@ -685,38 +677,6 @@ FAULTS = [
           '"norm.running_var", *layer.gate.per_expert)', '"norm.running_var")',
           "nn/test_routing::test_some_experts_have_the_same_logits_and_arrays"),
 ]  # fmt: skip
-
-
-def path_of(name: str) -> str:
-    """The path of tests: ``nn/test_gate::test_x`` or, of a file in the folder itself, ``gates::test_x``."""
-    file, *function = name.split("::")
-    return "::".join([f"tests/{'' if '/' in file else 'test_'}{file}.py", *function])
-
-
-def caught_by(fault: Fault, folder: Path, timeout: float | None = None) -> str | None:
-    """Plant a fault in a copy of the repository and name the first test that fails, if one does."""
-    copy = folder / re.sub(r"\W+", "-", fault.name)
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "docs", "results", "dist", "build")
-    shutil.copytree(REPOSITORY, copy, ignore=ignored)
-    source = copy / fault.file
-    source.write_text(source.read_text().replace(fault.old, fault.new, 1))
-    tests = [path_of(name) for name in fault.tests.split()]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "MUMOE_HYPOTHESIS_PROFILE": "ci"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        run = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        return f"no end after {timeout:g} s"
-    finally:
-        shutil.rmtree(copy)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE)
-    if run.returncode in (1, 2) and failed:  # 2: a test file could not be imported
-        return failed.group(1)
-    if run.returncode == 0:
-        return None
-    raise RuntimeError(f"fault {fault.name!r}: pytest could not run.\n{run.stdout}{run.stderr}")
 
 
 def main(words: list[str]) -> int:

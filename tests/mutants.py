@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
 
-from faults import FAULTS, REPOSITORY, Fault, caught_by
+from faults import FAULTS
+from planted import REPOSITORY, TESTS, Fault, caught_by
 
-PACKAGE, TESTS = REPOSITORY / "mumoe_tensor", REPOSITORY / "tests"
+PACKAGE = REPOSITORY / "mumoe_tensor"
 DISTANT = ("benchmarks", "docs", "figures")  # tests that would take long for each survivor
 TIMEOUT = 1800  # seconds: a mutant may loop for ever
 

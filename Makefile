@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# For the tests of the kernels, where torch brings none. (Torch for GPUs needs the version that it comes with.)
+TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv study figures data test thorough faults mutants zoo lint types docs bench asv bench-history bench-show clean
@@ -13,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' || $(BIN)/python -m pip install --no-deps $(TRITON)
 	@touch $@
 
 .venv: $(STAMP)  ## make the environment with the pinned requirements

@@ -12,6 +12,8 @@ from torch.compiler import is_compiling
 from mumoe_tensor import gates
 from mumoe_tensor.calls import get_proxy_mode, is_exported, is_jit_traced, is_transformed
 from mumoe_tensor.compiling import constant_under_compile
+from mumoe_tensor.nn import kernels
+from mumoe_tensor.nn.kernels.coefficients import coefficients
 
 __all__ = ["entmax15"]
 
@@ -30,6 +32,8 @@ def entmax15(logits: Tensor) -> Tensor:
     Tensor of shape (..., N)
         Computed in float32, or in float64 where the logits are; in the dtype of `logits`.
     """
+    if kernels.serve(logits):
+        return coefficients(logits, power=2)
     if not is_eager_on_cpu(logits) and is_exported():
         return _plain(logits)
     if torch.is_grad_enabled() or is_transformed():

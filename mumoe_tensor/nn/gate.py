@@ -9,10 +9,20 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.calls import HOOKS_ON_ALL_MODULES, autocast_dtype, check_dense, has_hooks, is_frozen
+from mumoe_tensor import gates
+from mumoe_tensor.calls import (
+    HOOKS_ON_ALL_MODULES,
+    autocast_dtype,
+    check_dense,
+    has_hooks,
+    is_frozen,
+    is_transformed,
+)
 from mumoe_tensor.checks import as_positive, check_choice
 from mumoe_tensor.gates import Gate
-from mumoe_tensor.nn.functional import is_eager_on_cpu
+from mumoe_tensor.nn import kernels
+from mumoe_tensor.nn.functional import entmax15, is_eager_on_cpu
+from mumoe_tensor.nn.kernels.coefficients import Norm, coefficients
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
 from mumoe_tensor.nn.states import WholeState
@@ -194,6 +204,9 @@ class ExpertGate(WholeState):
         if self.reads_input:
             with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
                 return self._coefficients_of_input(z)
+        power = self._power
+        if power is not None and kernels.serve(z):
+            return self._by_kernels(z, mask, power)
         if is_frozen(self) and not is_under_autocast and self._is_norm_folded(z):
             assert self.norm is not None
             scale, shift = self.norm.affine_map(z.dtype)
@@ -207,13 +220,43 @@ class ExpertGate(WholeState):
 
     def _is_norm_folded(self, z: Tensor) -> bool:
         """Whether frozen batch norm goes into the weight: where that has fewer rows than the batch."""
-        norm = self.norm
-        if norm is None or norm.training or z.numel() <= self.in_features**2:
+        if self.norm is None or self.norm.training or z.numel() <= self.in_features**2:
             return False
-        if z.dtype not in (torch.float32, torch.float64) or has_hooks(norm):
+        return z.dtype in (torch.float32, torch.float64) and self._is_norm_frozen(z)
+
+    def _is_norm_frozen(self, z: Tensor) -> bool:
+        """Whether batch norm is a map of each logit, whose statistics lie where the logits will."""
+        norm = self.norm
+        if norm is None or norm.training or has_hooks(norm):
             return False
         # Tools remove the statistics, or move them to the device only when the norm itself is called.
         return norm.running_var is not None and norm.running_var.device == z.device
+
+    @property
+    def _power(self) -> int | None:
+        """What `.kernels.coefficients` calls a gate; None for gates that have no kernel."""
+        gate = self.gate
+        return 2 if gate is entmax15 or gate is gates.entmax15 else 1 if gate is gates.sparsemax else None
+
+    def _by_kernels(self, z: Tensor, mask: Tensor | None, power: int) -> tuple[Tensor, ...]:
+        """Coefficients where the gate is a kernel, into which goes a norm that needs no other rows."""
+        logits = nn.functional.linear(z, self.weight)
+        norm: Norm = "layer" if self.gate_norm == "layer" else "none"
+        statistics: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.num_experts)
+        if self._is_norm_frozen(z) and not is_transformed():
+            assert self.norm is not None
+            norm = "batch"
+            means, variances = self.norm.running_mean, self.norm.running_var
+            statistics = list(
+                zip(means.split(self.num_experts), variances.split(self.num_experts), strict=True)
+            )
+        elif self.norm is not None:
+            is_under_autocast = autocast_dtype(z.device) is not None
+            with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
+                logits = self.norm(logits.float(), mask)
+        parts = logits.split(self.num_experts, -1) if len(self.num_experts) > 1 else (logits,)
+        pairs = zip(parts, statistics, strict=True)
+        return tuple([coefficients(x, power, norm, mean, var, z.dtype) for x, (mean, var) in pairs])
 
     def coefficients_of(self, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs."""

@@ -49,9 +49,9 @@ def graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def launches(call: Callable[[], object], device: str) -> int:
-    """Kernels that a call launches, copies included; on a CPU the operations that are no views."""
+    """Kernels that a call launches, copies included; without a GPU, the operations that would launch some."""
     call()
-    if device == "cpu":
+    if device != "cuda":
         with _Operations() as operations:
             call()
         return operations.count
@@ -63,12 +63,14 @@ def launches(call: Callable[[], object], device: str) -> int:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts the operations that write a result."""
+    """Counts the operations that write a result: no views, no memory without values."""
 
     count = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returns = operation._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        self.count += not is_view and operation is not torch.ops.aten.detach.default
+        package, _, name = operation._schema.name.partition("::")
+        writes = not (is_view or package == "prim" or name in ("detach", "_unsafe_view") or "empty" in name)
+        self.count += writes
         return operation(*args, **(kwargs or {}))

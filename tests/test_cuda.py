@@ -31,14 +31,24 @@ from torch import distributed, nn  # noqa: E402
 from benchmarks.devices import graphed, launches, precision  # noqa: E402
 from mumoe_tensor.models import GPT2, GPT2Config, load_model, save_model  # noqa: E402
 from mumoe_tensor.nn import MuMoE, MuMoEMLP, entmax15  # noqa: E402
+from mumoe_tensor.nn.kernels import serve  # noqa: E402
+from mumoe_tensor.nn.kernels.coefficients import coefficients  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = ["cp", "tucker", "tr", "tt", "hadamard", "dense"]
+
+
+def sparsemax_of_layers(logits: Any) -> Any:
+    """By a kernel where there is one."""
+    return coefficients(logits, power=1) if serve(logits) else gates.sparsemax(logits)
+
+
 #: The gates under test, and what they are in float64.
 GATES = {
     "entmax15": (entmax15, gates.entmax15),
     "entmax15 of any backend": (gates.entmax15, gates.entmax15),
     "sparsemax": (gates.sparsemax, gates.sparsemax),
+    "sparsemax of layers": (sparsemax_of_layers, gates.sparsemax),
     "softmax": (gates.softmax, gates.softmax),
     "top_k": (partial(gates.top_k, k=1), partial(gates.top_k, k=1)),
 }
@@ -88,7 +98,7 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any], device: Any, t
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_of_nasty_rows(gate: str, dtype: str, device: Any) -> None:
     function, exactly = GATES[gate]
-    for n in (1, 2, 17, 256, 4096):
+    for n in (1, 2, 17, 256, 4096, *([2**16] if DEVICE == "cuda" else [])):
         rows = torch.tensor(np.stack(list(nasty(n).values()))).to(getattr(torch, dtype))
         p = function(rows.to(device))
         assert (p.device.type, p.dtype, p.shape) == (device.type, rows.dtype, rows.shape)

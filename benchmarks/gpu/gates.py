@@ -14,6 +14,9 @@ from benchmarks.gpu.rows import BRIEF, Row
 from benchmarks.layers import entmax
 from mumoe_tensor.gates import sparsemax
 from mumoe_tensor.nn import entmax15
+from mumoe_tensor.nn.functional import _Entmax15
+from mumoe_tensor.nn.kernels import serve
+from mumoe_tensor.nn.kernels.coefficients import coefficients
 from mumoe_tensor.study.timing import compare
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
@@ -22,9 +25,34 @@ Gate = Callable[[torch.Tensor], torch.Tensor]
 COPIES = {"forward": 1, "step": 2.5}
 
 
+def layer_normed(logits: torch.Tensor) -> torch.Tensor:
+    """entmax15 after layer norm, in one kernel where there is one."""
+    if serve(logits):
+        return coefficients(logits, power=2, norm="layer")
+    return entmax15(torch.nn.functional.layer_norm(logits, logits.shape[-1:]))
+
+
+def kernel_of_sparsemax(logits: torch.Tensor) -> torch.Tensor:
+    """What layers take."""
+    return coefficients(logits, power=1) if serve(logits) else sparsemax(logits)
+
+
+def without_kernel(logits: torch.Tensor) -> torch.Tensor:
+    """entmax15 from operations of torch."""
+    result: torch.Tensor = _Entmax15.apply(logits)
+    return result
+
+
 def functions_of_torch() -> dict[str, Gate]:
-    """The gates of this library, and softmax."""
-    return {"entmax15": entmax15, "sparsemax": sparsemax, "softmax of torch": partial(torch.softmax, dim=-1)}
+    """The gates of this library, by kernels where there are some and by operations of torch, and softmax."""
+    return {
+        "entmax15": entmax15,
+        "layer norm, entmax15": layer_normed,
+        "sparsemax": kernel_of_sparsemax,
+        "entmax15 of torch": without_kernel,
+        "sparsemax of torch": sparsemax,
+        "softmax of torch": partial(torch.softmax, dim=-1),
+    }
 
 
 def functions_of_packages(device: str) -> dict[str, Gate]:
@@ -47,7 +75,11 @@ def gates(device: str, toy: bool) -> Iterator[Row]:
     for dtype, size in grid:
         yield from times(ours, packages, dtype, size, device, toy)
     for size in () if toy else sizes:
-        compiled = {"entmax15, compiled": torch.compile(entmax15, dynamic=False)}
+        torch._dynamo.reset()
+        compiled = {
+            "entmax15, compiled": torch.compile(entmax15, dynamic=False),
+            "entmax15 of torch, compiled": torch.compile(without_kernel, dynamic=False),
+        }
         yield from times(compiled, {}, "float32", size, device, toy)
 
 

@@ -445,6 +445,7 @@ COMPARISONS: dict[str, Callable[[bool, str], Report]] = {
 if torch is not None:
     from benchmarks.layers import entmax, gates, layers, one_token, sparse
     from benchmarks.memory import memory
+    from benchmarks.predicted import predicted
     from benchmarks.structured import structured
 
     COMPARISONS |= {
@@ -453,6 +454,7 @@ if torch is not None:
         "sparse": sparse,
         "memory": memory,
         "layers": layers,
+        "predicted": predicted,
         "structured": structured,
     }
     if entmax is None:

@@ -1,5 +1,6 @@
 """Multilinear mixtures of experts: layers whose experts are one factorized weight tensor."""
 
+from mumoe_tensor.contraction.machine import Machine
 from mumoe_tensor.contraction.plan import ContractionPlan, SumPlan, plan
 from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.decomposition import decompose
@@ -28,6 +29,7 @@ __all__ = [
     "FactorizedTensor",
     "Format",
     "LayerSpec",
+    "Machine",
     "SumPlan",
     "bind",
     "cost",

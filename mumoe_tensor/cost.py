@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Unpack
 
 from mumoe_tensor.checks import check_flag
+from mumoe_tensor.contraction.machine import AnyMachine, predicted
 from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import Implementation, Plan, plan
 from mumoe_tensor.formats.registry import AnyFormat
@@ -48,6 +49,26 @@ class Cost:
     def gate_flops(self) -> int:
         """FLOPs of the gate's matrix product."""
         return 2 * self.plans[0].batch * self.gate_parameters
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the layers, of a block's activation, and of the gate where that is counted.
+
+        See ``seconds`` of a plan. The gate's product is a step, and so is each of the machine's
+        ``gate_passes``.
+        """
+        machine, batch = self.plans[0].machine, self.plans[0].batch
+        total = sum(plan.seconds for plan in self.plans)
+        if self.spec.hidden is not None:
+            # An activation reads and writes; its product with other features reads two and writes one.
+            total += machine.seconds(0, (5 if self.spec.gated else 2) * batch * self.spec.hidden)
+        if self.gate_parameters:
+            logits = batch * sum(self.spec.experts)
+            moved = batch * self.spec.in_features + self.gate_parameters + logits
+            total += machine.seconds(self.gate_flops, moved) + machine.gate_passes * machine.seconds(
+                0, 2 * logits
+            )
+        return total
 
     @property
     def reference_flops(self) -> int | None:
@@ -93,6 +114,11 @@ class Cost:
         """Largest rank the matrix of an expert can have, the smallest of a block's."""
         return self.spec.max_expert_rank
 
+    @property
+    def predicted(self) -> str:
+        """The predicted time, and for which machine, in words."""
+        return predicted(self.seconds, self.plans[0].machine)
+
     def __str__(self) -> str:
         gate = f" ({self.gate_parameters:,} of the gate)" if self.gate_parameters else ""
         memory = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
@@ -116,6 +142,7 @@ def cost(
     memory_limit: int | None = None,
     fold_weights: bool = False,
     dtype: str | None = None,
+    machine: AnyMachine = "cpu",
     **sizes: Unpack[Sizes],
 ) -> Cost:
     """Cost of a layer of experts, or of a block; the gate is counted only with ``gate=True``.
@@ -126,7 +153,7 @@ def cost(
         A format, with `sizes` beside it, or the spec of a layer or a block.
     gate : bool, default False
         Count the gate, as `.nn.MuMoE` has one: a matrix ``in_features x experts`` a level, without bias.
-    batch, minimize, implementation, memory_limit, fold_weights, dtype : optional
+    batch, minimize, implementation, memory_limit, fold_weights, dtype, machine : optional
         See `plan`.
     **sizes
         The arguments of a `LayerSpec`, unless `format` is one. Biases are counted with ``bias=True``.
@@ -150,6 +177,7 @@ def cost(
             memory_limit=memory_limit,
             fold_weights=fold_weights,
             dtype=dtype,
+            machine=machine,
         )
         for layer in spec.layers
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from mumoe_tensor.cli.options import (
     Imports,
     InFeatures,
     Json,
+    MachineName,
     MemoryLimit,
     Minimize,
     OpenRank,
@@ -30,7 +32,7 @@ from mumoe_tensor.cli.options import (
     Parameters,
     Rank,
 )
-from mumoe_tensor.cli.values import read_budget, read_spec
+from mumoe_tensor.cli.values import read_budget, read_machine, read_spec
 from mumoe_tensor.formats import Format, mode_names
 from mumoe_tensor.spec import as_budget
 
@@ -83,6 +85,7 @@ def plan(
     memory_limit: MemoryLimit = None,
     constants: Constants = None,
     dtype: Dtype = None,
+    machine: MachineName = "cpu",
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
@@ -100,6 +103,7 @@ def plan(
             memory_limit=memory_limit,
             fold_weights=check_choice(constants, (None, "weights"), "constants") is not None,
             dtype=dtype,
+            machine=read_machine(machine),
         )
     if as_json:
         print_json({"format": format, **_plan_figures(planned)})
@@ -123,6 +127,7 @@ def cost(
     memory_limit: MemoryLimit = None,
     constants: Constants = None,
     dtype: Dtype = None,
+    machine: MachineName = "cpu",
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
@@ -141,6 +146,7 @@ def cost(
             memory_limit=memory_limit,
             fold_weights=check_choice(constants, (None, "weights"), "constants") is not None,
             dtype=dtype,
+            machine=read_machine(machine),
         )
     figures = _cost_figures(total)
     layers = [mt.Cost(spec, (plan,)) for spec, plan in zip(total.spec.layers, total.plans, strict=True)]
@@ -230,7 +236,7 @@ def _cost_figures(cost: mt.Cost) -> dict[str, Any]:
 
 
 def _plan_figures(plan: mt.ContractionPlan | mt.SumPlan) -> dict[str, Any]:
-    figures = ("flops", "write", "copied", "size", "peak", "saved")
+    figures = ("flops", "write", "copied", "size", "peak", "saved", "seconds")
     names = ("equation", "kind", "shape", "flops", "write", "copied", "saved", "live")
     steps, constant_steps = (
         [{name: getattr(step, name) for name in names} for step in steps]
@@ -240,6 +246,7 @@ def _plan_figures(plan: mt.ContractionPlan | mt.SumPlan) -> dict[str, Any]:
         "implementation": plan.implementation,
         "minimize": plan.minimize,
         "batch": plan.batch,
+        "machine": asdict(plan.machine),
         **{name: getattr(plan, name) for name in figures},
         "unit": "bytes" if plan.dtype else "elements",
         "steps": steps,

@@ -76,6 +76,14 @@ Dtype = Annotated[
         help="Count bytes of float64, float32, bfloat16 or float16 instead of elements.", show_default=False
     ),
 ]
+MachineName = Annotated[
+    str,
+    typer.Option(
+        "--machine",
+        help="What to plan for, in --dtype or float32: cpu, cuda, h200, or FLOPs and bytes a second as JSON: "
+        """'{"flops": 3e14, "bandwidth": 2e12, "launch": 4e-6, "dtype": "bfloat16"}'.""",
+    ),
+]
 Parameters = Annotated[
     str, typer.Option(help="The budget: a number, match for that of the dense layer, or a multiple as 2x.")
 ]

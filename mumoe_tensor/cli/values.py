@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mumoe_tensor.contraction.machine import AnyMachine, as_machine
 from mumoe_tensor.formats.text import read_format
 from mumoe_tensor.spec import LayerSpec
 
@@ -75,6 +76,16 @@ def read_spec(
         rank=read_rank(rank),
         bias=bias,
     )
+
+
+def read_machine(text: str) -> AnyMachine:
+    """The name of a machine, or its attributes from JSON."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return as_machine(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a machine must be a name or JSON, got {text!r}: {error}.") from None
 
 
 def read_budget(text: str) -> Any:

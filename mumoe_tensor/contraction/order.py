@@ -14,6 +14,7 @@ from itertools import combinations, product
 from math import inf
 from typing import Literal, NamedTuple
 
+from mumoe_tensor.contraction.machine import CPU, Machine
 from mumoe_tensor.contraction.network import Network, Tree, is_read_in_place, stack_of
 from mumoe_tensor.formats.base import BATCH
 
@@ -22,8 +23,6 @@ Objective = Literal["time", "flops", "peak"]
 #: first; those that begin with the cheapest products.
 Search = Literal["exact", "vectors first", "greedy"]
 
-#: Reading or writing an element takes the time of this many FLOPs where memory is the limit.
-ELEMENT = 16
 #: An element live at once outweighs any FLOPs, which decide among orders of the same peak.
 MORE_THAN_FLOPS = 1 << 128
 #: The largest number of operands that is searched exactly.
@@ -75,6 +74,8 @@ class Orders:
         Products of weights alone cost nothing.
     limit : float, optional
         Largest number of elements of an intermediate.
+    machine : Machine, optional
+        What says how many FLOPs an element moved is worth; by default a CPU.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Orders:
         implementation: str | None = None,
         fold_weights: bool = False,
         limit: float = inf,
+        machine: Machine = CPU,
     ):
+        self.element = machine.element
         sizes, network = network.sizes_at(batch), network.squeezed
         bit = {x: 1 << k for k, x in enumerate(sizes)}
 
@@ -118,8 +121,8 @@ class Orders:
         Parameters
         ----------
         minimize : {"time", "flops", "peak"}
-            ``"flops"``; ``"time"``: FLOPs and `ELEMENT` for each element moved, but those that every order
-            moves; ``"peak"``: the most elements live at once besides the operands.
+            ``"flops"``; ``"time"``: FLOPs and those that each element moved is worth, without the elements
+            that every order moves; ``"peak"``: the most elements live at once besides the operands.
         worse : Tree, optional
             An order to beat.
 
@@ -230,7 +233,7 @@ class Orders:
             if not both & ~self.free:
                 return 0
             moved += sum(self.size(part.indices) for part in (left, right) if not part.operands & ~self.free)
-        return flops + ELEMENT * moved
+        return flops + self.element * moved
 
     def _peak(self, left: Part, right: Part, kept: int) -> int:
         held, other = (self.size(part.indices) if part.halves else 0 for part in (left, right))

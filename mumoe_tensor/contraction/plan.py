@@ -15,15 +15,14 @@ from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 from mumoe_tensor.checks import as_integer, as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
+from mumoe_tensor.contraction.machine import CPU, ITEMSIZE, AnyMachine, Machine, as_machine
 from mumoe_tensor.contraction.network import Indices, Network, forward_networks
-from mumoe_tensor.contraction.order import ELEMENT, Objective, Orders, Search
+from mumoe_tensor.contraction.order import Objective, Orders, Search
 from mumoe_tensor.formats.registry import AnyFormat
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
 
-#: Bytes of an element.
-ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: ``minimize="time"`` takes an order of at most this multiple of the fewest FLOPs.
 EXTRA_FLOPS = 1.05
 
@@ -78,6 +77,11 @@ class PlannedStep(NamedTuple):
     def size(self) -> int:
         """Elements of the result."""
         return prod(self.shape)
+
+    @property
+    def moved(self) -> int:
+        """Elements read or written; a copied element once more each, and so one that is spread."""
+        return self.read + self.write + self.copied + 2 * self.spread
 
 
 def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
@@ -154,6 +158,8 @@ class ContractionPlan:
         `constant_steps`.
     dtype : str or None
         Unit of `write`, `size`, `peak` and `saved`: bytes of this dtype, or elements.
+    machine : Machine
+        What `time` weighs by, and `seconds` are predicted for.
     """
 
     program: Program
@@ -163,6 +169,7 @@ class ContractionPlan:
     search: Search = "exact"
     fold_weights: bool = False
     dtype: str | None = None
+    machine: Machine = CPU
 
     @cached_property
     def _planned(self) -> tuple[PlannedStep, ...]:
@@ -190,11 +197,13 @@ class ContractionPlan:
 
     @property
     def time(self) -> int:
-        """What ``minimize="time"`` minimises: FLOPs, and ``ELEMENT`` for each element read or written.
+        """What ``minimize="time"`` minimises: FLOPs, and ``machine.element`` for each element moved."""
+        return sum(s.flops + self.machine.element * s.moved for s in self.steps)
 
-        A copied element is read and written once more, and so counts one that is spread.
-        """
-        return sum(s.flops + ELEMENT * (s.read + s.write + s.copied + 2 * s.spread) for s in self.steps)
+    @property
+    def seconds(self) -> float:
+        """Predicted time: of each step the longer of its FLOPs' and its moves', and a launch."""
+        return sum(self.machine.seconds(s.flops, s.moved) for s in self.steps)
 
     @property
     def write(self) -> int:
@@ -288,6 +297,11 @@ class SumPlan:
         return self.terms[0].itemsize
 
     @property
+    def machine(self) -> Machine:
+        """What `time` weighs by, and `seconds` are predicted for."""
+        return self.terms[0].machine
+
+    @property
     def _added(self) -> int:
         """Additions, and elements that they write."""
         return (len(self.terms) - 1) * self.batch * self.out_features
@@ -314,8 +328,14 @@ class SumPlan:
 
     @property
     def time(self) -> int:
-        """FLOPs, and ``ELEMENT`` for each element read or written."""
-        return sum(plan.time for plan in self.terms) + (1 + 3 * ELEMENT) * self._added
+        """FLOPs, and ``machine.element`` for each element moved."""
+        return sum(plan.time for plan in self.terms) + (1 + 3 * self.machine.element) * self._added
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of all terms and their additions."""
+        once = self.machine.seconds(0, 3 * self.batch * self.out_features)
+        return sum(plan.seconds for plan in self.terms) + (len(self.terms) - 1) * once
 
     @property
     def write(self) -> int:
@@ -360,6 +380,7 @@ def plan_network(
     memory_limit: int | None = None,
     fold_weights: bool = False,
     dtype: str | None = None,
+    machine: AnyMachine = "cpu",
 ) -> ContractionPlan:
     """Plan the contraction of a forward network; see `plan` for the parameters."""
     check_choice(minimize, get_args(Objective), "minimize")
@@ -368,7 +389,8 @@ def plan_network(
     check_choice(dtype, (None, *ITEMSIZE), "dtype")
     if memory_limit is not None:
         memory_limit = as_positive(memory_limit, "memory_limit") // (ITEMSIZE[dtype] if dtype else 1)
-    return _plan_network(network, batch, minimize, implementation, memory_limit, fold_weights, dtype)
+    options = (memory_limit, fold_weights, dtype, as_machine(machine, dtype))
+    return _plan_network(network, batch, minimize, implementation, *options)
 
 
 @lru_cache(maxsize=4096)
@@ -380,6 +402,7 @@ def _plan_network(
     memory_limit: int | None,
     fold_weights: bool,
     dtype: str | None,
+    machine: Machine,
 ) -> ContractionPlan:
     rows = max(batch, 1)
     limit = inf if memory_limit is None else memory_limit
@@ -388,15 +411,15 @@ def _plan_network(
     for name in ("factorized", "reconstructed"):
         if implementation in (name, "auto"):
             # (How the weight is formed makes no difference to what follows: it is formed at the least cost.)
-            orders = Orders(network, rows, name, fold_weights and name == "factorized", limit)
+            orders = Orders(network, rows, name, fold_weights and name == "factorized", limit, machine)
             fewest = orders.best("flops")
             if not fewest and limit == inf:
                 # Every order carries all modes of the weight, as its factors do.
-                orders = Orders(network, rows, None, fold_weights)
+                orders = Orders(network, rows, None, fold_weights, machine=machine)
                 fewest = orders.best("flops")
             better = orders.best(minimize, fewest[0]) if fewest and minimize != "flops" else None
             plans += [
-                ContractionPlan(compiler(tree), rows, name, minimize, search, fold_weights)
+                ContractionPlan(compiler(tree), rows, name, minimize, search, fold_weights, None, machine)
                 for tree, search in filter(None, (fewest, better))
             ]
     if not plans:
@@ -423,6 +446,7 @@ def plan(
     memory_limit: int | None = None,
     fold_weights: bool = False,
     dtype: str | None = None,
+    machine: AnyMachine = "cpu",
     **sizes: Unpack[Sizes],
 ) -> Plan:
     """Plan the forward pass of a layer of experts, without its gate.
@@ -437,9 +461,9 @@ def plan(
     batch : int, default 1
         Number of inputs the figures are for.
     minimize : {"time", "flops", "peak"}, default "time"
-        ``"time"`` weighs FLOPs and elements moved, copies included, and takes at most 5 % more FLOPs than
-        the least. ``"flops"`` takes the fewest. ``"peak"`` takes the order with the fewest elements live
-        at once.
+        ``"time"`` weighs FLOPs and elements moved, copies included, as the machine does, and takes at most
+        5 % more FLOPs than the least. ``"flops"`` takes the fewest. ``"peak"`` takes the order with the
+        fewest elements live at once.
     implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
         ``"factorized"``: no intermediate carries all of the expert, input and output modes.
         ``"reconstructed"``: the weight tensor is formed first. ``"auto"``: whichever costs less.
@@ -448,7 +472,10 @@ def plan(
     fold_weights : bool, default False
         Leave products of weights alone out of the cost: they are made ahead, once.
     dtype : {"float64", "float32", "bfloat16", "float16"}, optional
-        Report bytes of this dtype instead of elements.
+        Report bytes of this dtype instead of elements. A machine that is named computes in it, by default in
+        float32.
+    machine : str, Machine or mapping, default "cpu"
+        What the plan is for: ``"cpu"`` (one core), ``"cuda"``, ``"h200"``, or a `Machine` or its attributes.
     **sizes
         The arguments of a `LayerSpec`, unless `format` is one.
 
@@ -459,8 +486,9 @@ def plan(
     Raises
     ------
     ValueError
-        If a size is not positive, the rank does not fit the format, a choice is unknown, or no order keeps
-        within `memory_limit`; for a block, each of whose `layers` has its plan.
+        If a size is not positive, the rank does not fit the format, a choice is unknown, the machine computes
+        in another dtype, or no order keeps within `memory_limit`; for a block, each of whose `layers` has its
+        plan.
     TypeError
         If a size is not an integer.
 
@@ -479,7 +507,8 @@ def plan(
     """
     spec = as_spec(format, **sizes)
     batch = as_integer(batch, "batch") and as_positive(batch, "batch, if not zero,")
-    return plan_terms(networks_of(spec), batch, minimize, implementation, memory_limit, fold_weights, dtype)
+    options = (minimize, implementation, memory_limit, fold_weights, dtype, machine)
+    return plan_terms(networks_of(spec), batch, *options)
 
 
 def networks_of(spec: LayerSpec) -> tuple[Network, ...]:

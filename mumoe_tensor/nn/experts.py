@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from mumoe_tensor.calls import autocast_dtype, check_dense, is_frozen, is_recorded, is_transformed
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
+from mumoe_tensor.contraction.machine import AnyMachine, Machine, machine_entry, machine_of
+from mumoe_tensor.contraction.network import Network
 from mumoe_tensor.contraction.plan import Plan, networks_of, plan_terms
 from mumoe_tensor.dense import expert_matrix
 from mumoe_tensor.formats.base import Format
@@ -53,6 +55,9 @@ class Experts(WholeState):
         See `reset_parameters`.
     batch_hint : int, default 1024
         The number of rows that the order of contraction is chosen for. It is right for any.
+    machine : str, Machine or mapping, optional
+        What the order of contraction is chosen for, see `.plan`; by default the kind of device and the dtype
+        of the parameters, also after ``.to(...)``. Results are equal but for rounding.
     recompute : bool, default False
         Recompute the products of coefficients and factors in the backward pass, instead of saving them.
         Elementwise products are recomputed in any case.
@@ -68,8 +73,6 @@ class Experts(WholeState):
         (``Factor.memory_order``).
     axes : tuple of tuple of str
         The axes of each of these factors, by the names of the format.
-    plan : ContractionPlan, or SumPlan for a format that is a sum
-        What a forward pass does, and its cost for `batch_hint` rows.
     edits : BiasEdits or None
         Biases that `.analysis.edit_bias` added, by name.
 
@@ -92,6 +95,7 @@ class Experts(WholeState):
         bias: bool = True,
         init: Init = "linear",
         batch_hint: int = 1024,
+        machine: AnyMachine | None = None,
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -107,12 +111,12 @@ class Experts(WholeState):
         init, batch_hint = check_choice(init, get_args(Init), "init"), as_positive(batch_hint, "batch_hint")
         #: The arguments besides those of the spec, device and dtype.
         self.options: dict[str, Any] = {"init": init, "batch_hint": batch_hint, "recompute": recompute}
-        # The parameters lie in memory order: to the planner these are their axes.
-        networks = [replace(network, operands=network.memory_orders) for network in networks_of(spec)]
-        # Without experts the weight is one matrix: where it is made of parts, forming it may be cheaper.
-        is_matrix = not spec.experts and spec.format.is_split
-        self.plan: Plan = plan_terms(networks, batch_hint, "time", "auto" if is_matrix else "factorized")
-        self._terms = _terms(self.plan, recompute)
+        # (Configs of earlier versions have no machine, and so has that of a layer without one.)
+        self.options |= {} if machine is None else {"machine": machine_entry(machine)}
+        #: The kind of device and the dtype that it is planned for.
+        self._place: tuple[str, torch.dtype] | None = None
+        self._planned: _Planned
+        networks = self._networks
         declared = [f for f in spec.weight_format.declaration(spec.num_levels) if not f.optional]
         self.axes = tuple(f.memory_order for f in declared)
         self._factor_names = tuple(f"factor_{k}" for k in range(len(self.axes)))
@@ -124,6 +128,7 @@ class Experts(WholeState):
         for name, shape in zip(self._factor_names, shapes, strict=True):
             empty = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
+        self._plan_for(empty)
         self.edits = None  # a child only where there are some
         if not self.factors[0].is_meta:  # no values are drawn there
             self.reset_parameters()
@@ -389,7 +394,11 @@ class Experts(WholeState):
         recorded = is_recorded()
         y: Tensor | None = None
         with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
-            for k, term in enumerate(self._terms):
+            # (`.to` plans anew; but parameters may have been replaced.)
+            if not recorded and (factors[0].device.type, factors[0].dtype) != self._place:
+                self._plan_for(factors[0])
+            planned = self._planned
+            for k, term in enumerate(planned.terms):
                 policy, folded = term.policy, {}
                 weights = factors[term.factors]
                 many = use_folded and vectors[-1].shape[0] >= self._folded[k].fewest_rows
@@ -404,12 +413,50 @@ class Experts(WholeState):
                 # (A term without steps is a parameter itself; a view must not be changed, nor returned.)
                 if y is None:
                     y = part
-                elif recorded or is_transformed() or y._is_view() or not self._terms[0].policy.program.steps:
+                elif (
+                    recorded or is_transformed() or y._is_view() or not planned.terms[0].policy.program.steps
+                ):
                     y = y + part
                 else:
                     y = y.add_(part)
         assert y is not None
         return y if is_matrix else y.reshape(*leading, self.out_features)
+
+    @property
+    def plan(self) -> Plan:
+        """What a forward pass does where the parameters are, and its cost for `batch_hint` rows."""
+        self._plan_for(self.factors[0])
+        return self._planned.plan
+
+    @property
+    def _terms(self) -> tuple[_Term, ...]:
+        return self._planned.terms
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._plan_for(self.factors[0])
+        return self
+
+    def _plan_for(self, factor: Tensor) -> None:
+        """Plan anew unless the plan is for the kind of device and the dtype of a factor."""
+        place = factor.device.type, factor.dtype
+        if place != self._place:
+            machine = machine_of(place[0], str(place[1]).removeprefix("torch."), self.options.get("machine"))
+            self._place, self._planned = place, self._planned_on(machine)
+
+    def _planned_on(self, machine: Machine) -> _Planned:
+        # Without experts the weight is one matrix: where it is made of parts, forming it may be cheaper.
+        is_matrix = not self.spec.experts and self.spec.format.is_split
+        implementation = "auto" if is_matrix else "factorized"
+        plan = plan_terms(
+            self._networks, self.options["batch_hint"], "time", implementation, None, False, None, machine
+        )
+        return _Planned(plan, _terms(plan, self.options["recompute"]))
+
+    @property
+    def _networks(self) -> list[Network]:
+        # The parameters lie in memory order: to the planner these are their axes.
+        return [replace(network, operands=network.memory_orders) for network in networks_of(self.spec)]
 
     @cached_property
     def _folded(self) -> list[Folded]:
@@ -478,6 +525,14 @@ class _Term(NamedTuple):
     sparse_policy: SavePolicy
     factors: slice
     num_vectors: int | None
+
+
+class _Planned(NamedTuple):
+    """A plan, and how it is run for each term; for chosen experts also their routes."""
+
+    plan: Plan
+    terms: tuple[_Term, ...]
+    routes: tuple[Any, ...] = ()
 
 
 def _terms(plan: Plan, recompute: bool) -> tuple[_Term, ...]:

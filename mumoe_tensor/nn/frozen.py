@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.contraction.execute import fold
-from mumoe_tensor.contraction.order import ELEMENT
 from mumoe_tensor.contraction.plan import ContractionPlan, plan_network
 from mumoe_tensor.nn.backward import SavePolicy
 
@@ -24,7 +23,7 @@ class Folded:
 
     def __init__(self, plan: ContractionPlan):
         self._plan, network = plan, plan.program.network
-        ahead = plan_network(network, plan.batch, fold_weights=True)
+        ahead = plan_network(network, plan.batch, fold_weights=True, machine=plan.machine)
         self.policy = SavePolicy(ahead.program)
         # Positions of the weights that the products are made of.
         self.sources = [
@@ -36,7 +35,7 @@ class Folded:
         sizes = dict(network.index_sizes)
         elements = sum(prod(sizes[x] for x in network.operands[p]) for p in self.sources)
         saved = (plan.flops - ahead.flops) / plan.batch
-        self.fewest_rows = 2 * ELEMENT * elements / saved if saved > 0 and self.sources else inf
+        self.fewest_rows = 2 * plan.machine.element * elements / saved if saved > 0 and self.sources else inf
         self.clear()
 
     def clear(self) -> None:

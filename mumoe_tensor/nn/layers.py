@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_fraction, as_positive, check_flag
+from mumoe_tensor.contraction.machine import AnyMachine
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.formats.registry import AnyFormat, config_entry
 from mumoe_tensor.gates import Gate
@@ -253,6 +254,8 @@ class MuMoE(Layer):
         See `Experts.reset_parameters`.
     batch_hint : int, default 1024
         Rows (tokens) a batch usually has: the order of contraction is chosen for it.
+    machine : str, Machine or mapping, optional
+        What the order is chosen for, see `.plan`; by default the device and dtype of the parameters.
     recompute : bool, default False
         Keep less for the backward pass, which then forms products of coefficients and factors again.
 
@@ -295,6 +298,7 @@ class MuMoE(Layer):
         input_norm: bool = False,
         init: Init = "linear",
         batch_hint: int = 1024,
+        machine: AnyMachine | None = None,
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -305,7 +309,8 @@ class MuMoE(Layer):
         super().__init__(
             _solved(spec, parameters, gate_features), input_norm,
             {"gate": gate, "gate_norm": gate_norm, "gate_features": gate_features},
-            {"init": init, "batch_hint": batch_hint, "recompute": recompute}, device=device, dtype=dtype,
+            {"init": init, "batch_hint": batch_hint, "machine": machine, "recompute": recompute},
+            device=device, dtype=dtype,
         )  # fmt: skip
 
     @classmethod
@@ -494,6 +499,7 @@ class MuMoEMLP(Layer):
         input_norm: bool = False,
         init: Init = "linear",
         batch_hint: int = 1024,
+        machine: AnyMachine | None = None,
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -505,7 +511,8 @@ class MuMoEMLP(Layer):
         super().__init__(
             _solved(spec, parameters, gate_features), input_norm,
             {"gate": gate, "gate_norm": gate_norm, "gate_features": gate_features},
-            {"init": init, "batch_hint": batch_hint, "recompute": recompute}, device=device, dtype=dtype,
+            {"init": init, "batch_hint": batch_hint, "machine": machine, "recompute": recompute},
+            device=device, dtype=dtype,
         )  # fmt: skip
         if not gated:
             self.gate_proj = None

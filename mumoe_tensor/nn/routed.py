@@ -13,20 +13,21 @@ from torch import Tensor, nn
 
 from mumoe_tensor.calls import autocast_dtype, check_dense, is_recorded
 from mumoe_tensor.checks import as_finite, as_positive
+from mumoe_tensor.contraction.machine import AnyMachine, Machine
 from mumoe_tensor.contraction.network import Indices, Reading, vector_of, weight_network
-from mumoe_tensor.contraction.plan import ContractionPlan, SumPlan, plan_network
+from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, SumPlan, plan_network
 from mumoe_tensor.formats.base import BATCH, Format, Rank, Term
 from mumoe_tensor.formats.registry import config_entry, label
 from mumoe_tensor.nn.backward import SavePolicy, saved_results
 from mumoe_tensor.nn.contraction import contract
 from mumoe_tensor.nn.described import register_layer
-from mumoe_tensor.nn.experts import Experts
+from mumoe_tensor.nn.experts import Experts, _Planned
 from mumoe_tensor.nn.registry import ACTIVATIONS
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.spec import LayerSpec
 
-#: What it takes to call an expert by itself, whatever it computes, in FLOPs: about 0.1 ms of a core.
-CALL = 4_000_000
+#: Seconds that it takes to call an expert by itself, whatever it computes.
+CALL = 25e-6
 
 
 @register_layer
@@ -45,15 +46,19 @@ class ChosenExperts(Experts):
         For `batch_hint` inputs, or for an expert's share of them where experts come one after the other.
     """
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
+    def _planned_on(self, machine: Machine) -> _Planned:
         spec = self.spec
         if spec.num_levels != 1:
             raise ValueError(f"experts that are chosen by number must have one level, got {spec.experts}.")
         terms = spec.weight_format.terms(spec.mode_sizes, spec.full_rank)
-        self._routes = tuple(_route(term, spec, self.options["batch_hint"]) for term in terms)
-        plans = tuple(route.plan for route in self._routes)
-        self.plan = plans[0] if len(plans) == 1 else SumPlan(plans, spec.out_features)
+        routes = tuple(_route(term, spec, self.options["batch_hint"], machine) for term in terms)
+        plans = tuple(route.plan for route in routes)
+        plan = plans[0] if len(plans) == 1 else SumPlan(plans, spec.out_features)
+        return super()._planned_on(machine)._replace(plan=plan, routes=routes)
+
+    @property
+    def _routes(self) -> tuple[_Route, ...]:
+        return self._planned.routes
 
     def forward(self, z: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
         """Map each input by its expert.
@@ -127,6 +132,8 @@ class RoutedExperts(WholeState):
         See `MuMoEMLP`.
     batch_hint : int, default 1024
         Number of inputs, each counted once for each of its experts, that the order of contraction is for.
+    machine : str, Machine or mapping, optional
+        See `Experts`.
 
     Attributes
     ----------
@@ -167,6 +174,7 @@ class RoutedExperts(WholeState):
         parameters: float | None = None,
         activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "silu",
         batch_hint: int = 1024,
+        machine: AnyMachine | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -180,7 +188,8 @@ class RoutedExperts(WholeState):
         ):
             spec = LayerSpec(format, experts=self.num_experts, in_features=i, out_features=o, rank=rank)
             rank = _rank(spec, parameters, f"{name}_rank")
-            options = {"bias": False, "batch_hint": batch_hint, "device": device, "dtype": dtype}
+            options: dict[str, Any] = {"bias": False, "batch_hint": batch_hint, "machine": machine}
+            options |= {"device": device, "dtype": dtype}
             self.add_module(name, ChosenExperts(i, o, self.num_experts, spec.format, rank, **options))
         self.activation = ACTIVATIONS.read(activation, device, dtype)
 
@@ -198,6 +207,7 @@ class RoutedExperts(WholeState):
         ValueError
             If the format or the activation has no registered name.
         """
+        options = self.gate_up.options
         return {
             "in_features": self.in_features,
             "hidden_features": self.hidden_features,
@@ -206,7 +216,7 @@ class RoutedExperts(WholeState):
             "gate_up_rank": list(self.gate_up.rank),
             "down_rank": list(self.down.rank),
             "activation": ACTIVATIONS.write(self.activation),
-            "batch_hint": self.gate_up.options["batch_hint"],
+            **{name: options[name] for name in ("batch_hint", "machine") if name in options},
         }
 
     @classmethod
@@ -341,7 +351,7 @@ class _Route(NamedTuple):
         return y.expand(len(rows), -1) if y.ndim == 1 else y  # a bias is one vector for all inputs
 
 
-def _route(term: Term, spec: LayerSpec, batch: int) -> _Route:
+def _route(term: Term, spec: LayerSpec, batch: int, machine: Machine) -> _Route:
     """The way of less planned time for a batch: to gather, or one expert after the other."""
     format, sizes = term.format, term.mode_sizes
     weight = weight_network(format, sizes, term.rank, format.optional(1))
@@ -364,10 +374,11 @@ def _route(term: Term, spec: LayerSpec, batch: int) -> _Route:
         if outputs != ("o",):
             network = replace(network, out_features=sizes[-1])
         # The matrix of one expert may be worth forming, that of each input never is.
-        return plan_network(network, rows, "time", "factorized" if gathered else "auto")
+        implementation: Implementation = "factorized" if gathered else "auto"
+        return plan_network(network, rows, "time", implementation, machine=machine)
 
     plan, plan_of_one = planned(taken, [], batch), planned([], taken, max(batch // sizes[0], 1))
-    is_gathered = not taken or plan.time <= sizes[0] * (plan_of_one.time + CALL)
+    is_gathered = not taken or plan.time <= sizes[0] * (plan_of_one.time + CALL * machine.flops)
     plan = plan if is_gathered else plan_of_one
     return _Route(
         plan=plan,

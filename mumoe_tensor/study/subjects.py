@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mumoe_tensor.contraction.plan import ITEMSIZE
+from mumoe_tensor.contraction.machine import ITEMSIZE
 from mumoe_tensor.cost import cost
 from mumoe_tensor.formats.registry import label
 from mumoe_tensor.formats.text import format_text, read_format

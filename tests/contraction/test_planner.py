@@ -248,7 +248,7 @@ def test_a_step_reads_the_bias_row_with_the_weights_alone() -> None:
     plan = mt.plan("cp", experts=4, in_features=6, out_features=5, rank=3, bias=True, batch=2)
     (step,) = (step for step in plan.steps if step.equation.startswith("B i, "))
     assert step.read == 2 * 6 + 7 * 3
-    assert plan.time == sum(s.flops + order.ELEMENT * (s.read + s.write) for s in plan.steps)
+    assert plan.time == sum(s.flops + plan.machine.element * (s.read + s.write) for s in plan.steps)
 
 
 def test_time_avoids_the_copy_of_a_large_weight() -> None:
@@ -809,7 +809,7 @@ def test_a_sum_costs_its_terms_and_their_additions(batch: int, dtype: str | None
     assert plan.write == sum(term.write for term in terms) + added * itemsize
     assert plan.saved == sum(term.saved for term in terms)
     assert plan.copied == sum(term.copied for term in terms)
-    assert plan.time == sum(term.time for term in terms) + (1 + 3 * order.ELEMENT) * added
+    assert plan.time == sum(term.time for term in terms) + (1 + 3 * plan.machine.element) * added
     result = 36 * batch * itemsize
     assert plan.size == max(result, *(term.size for term in terms))
     first, *others = terms

@@ -43,6 +43,14 @@ INTEGERS = [(value, 2) for value in (2, np.int64(2), np.uint8(2), np.array(2), t
 TUPLES = [(value, (written,)) for value, written in INTEGERS]
 TEXT = np.str_
 ELU, TEMPERED = {"name": "ELU", "alpha": 0.5, "inplace": False}, {"name": "tempered", "start": 3.0}
+MACHINE = {
+    "flops": 3e12,
+    "bandwidth": 1e12,
+    "launch": 0.0,
+    "dtype": "bfloat16",
+    "element": 6,
+    "gate_passes": 4,
+}
 #: Values of every argument, each with what its config holds; an argument that is missing here fails a test.
 VALUES: dict[str, list[tuple[Any, Any]]] = {
     "in_features": [(value, 5) for value in (np.prod((5, 1)), torch.tensor(5), np.array(5, dtype=">i2"))],
@@ -64,6 +72,8 @@ VALUES: dict[str, list[tuple[Any, Any]]] = {
     "input_norm": [(True, True)],
     "init": [("published", "published"), (TEXT("published"), "published")],
     "batch_hint": INTEGERS,
+    "machine": [("cuda", "cuda"), (TEXT("h200"), "h200"), (MACHINE, MACHINE),
+                (mt.Machine(**MACHINE), MACHINE)],
     "recompute": [(True, True)],
     "activation": [
         ("relu", "relu"), (TEXT("tanh"), "tanh"), (torch.tanh, "tanh"), (nn.functional.silu, "silu"),
@@ -94,6 +104,7 @@ BAD: dict[str, list[Any]] = {
     "gate": ["no_such", None, 3, nn.Softmax, {"name": "no_such"}, {}, {"name": "entmax15", "axis": 0}],
     "gate_norm": ["group", None, True, np.array(["batch"])],
     "gate_features": [0, -1, 1.5, True, "2", torch.tensor([2])],
+    "machine": ["gpu", 3, ["cpu"], {"flops": 1.0}, {**MACHINE, "speed": 1.0}, {**MACHINE, "flops": 0.0}],
     "init": ["zero", None, np.array("linear")],
     "activation": ["no_such", "linear", "dropout", "has_torch_function", "__name__", "Linear", None, 3,
                    nn.GELU, {"name": "GELU", "slope": 1}, {"name": "PReLU", "num_parameters": "many"},
@@ -123,7 +134,7 @@ def test_every_argument_comes_back(kind: type[Any], name: str) -> None:
             given["rank"] = (2,) * len(mt.get_format(value).bonds(2))
         layer = kind(**given)
         # (Some are written only where they are used.)
-        left_out = {"parameters", *{"gated", "gate_features"} - {name}}
+        left_out = {"parameters", *{"gated", "gate_features", "machine"} - {name}}
         assert layer.config.keys() == set(arguments(kind)) - left_out
         assert layer.config.get(name) == written
         assert_comes_back(layer)

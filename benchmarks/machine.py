@@ -1,0 +1,92 @@
+"""What a device does in a second: the entry of a `Machine` for each dtype, measured here.
+
+python -m benchmarks.machine [--device cuda] [--dtypes float32,bfloat16] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from time import perf_counter, process_time
+
+import torch
+
+from benchmarks.common import DEVICES, need_device
+from benchmarks.harness import threads
+from mumoe_tensor import Machine
+from mumoe_tensor.contraction.machine import ITEMSIZE
+from mumoe_tensor.study.timing import Comparison, compare
+
+#: Rows, columns and sum of a product, and elements of three arrays: on a CPU as large as those of a layer.
+PRODUCT = {"cpu": (1024, 1024, 768), "cuda": (8192, 8192, 8192)}
+ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+
+
+def calls(device: str, dtype: str) -> dict[str, Callable[[], object]]:
+    """A matrix product, an elementwise one of large arrays, and one of a single element."""
+    place = {"device": device, "dtype": getattr(torch, dtype)}
+    m, n, k = PRODUCT[device]
+    left, right, out = torch.rand(m, k, **place), torch.rand(k, n, **place), torch.empty(m, n, **place)
+    one, other, result = (torch.rand(ELEMENTS[device], **place) for _ in range(3))
+    number = torch.rand(1, **place)
+    return {
+        "product": lambda: torch.matmul(left, right, out=out),
+        "moves": lambda: torch.mul(one, other, out=result),
+        "launch": lambda: torch.mul(number, number, out=number),
+    }
+
+
+def machine_of(timings: Comparison, device: str, dtype: str) -> Machine:
+    """The machine that a comparison of its calls, and perhaps others, shows."""
+    m, n, k = PRODUCT[device]
+    seconds = {name: timings.spread(name).median for name in ("product", "moves", "launch")}
+    moved = 3 * ELEMENTS[device] * ITEMSIZE[dtype]
+    return Machine(
+        flops=rounded(2 * m * n * k / (seconds["product"] - seconds["launch"])),
+        bandwidth=rounded(moved / (seconds["moves"] - seconds["launch"])),
+        launch=rounded(seconds["launch"]),
+        dtype=dtype,
+    )
+
+
+def clock_of(device: str, count: int) -> Callable[[], float]:
+    """Of one thread the time it computes, whatever else the machine does."""
+    return process_time if device == "cpu" and count == 1 else perf_counter
+
+
+def measure(device: str, dtype: str, count: int = 1) -> Machine:
+    """Measure a device in a dtype; `count` is the number of threads that are set."""
+    timings = compare(
+        calls(device, dtype), "product", rounds=25, limit=10, device=device, clock=clock_of(device, count)
+    )
+    return machine_of(timings, device, dtype)
+
+
+def rounded(value: float) -> float:
+    """To two digits: more are noise."""
+    return float(f"{value:.1e}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the entry of a table for each dtype."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute; default: cpu")
+    parser.add_argument("--dtypes", default=",".join(ITEMSIZE), help="with commas between; default: all")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a CPU; default: 1")
+    options = parser.parse_args(arguments)
+    try:
+        need_device(options.device)
+    except NotImplementedError as error:
+        parser.error(f"argument --device: {error}")
+    names = options.dtypes.split(",")
+    if not set(names) <= set(ITEMSIZE):
+        parser.error(f"argument --dtypes: must be of {', '.join(ITEMSIZE)}, got {options.dtypes!r}")
+    with threads(options.threads):
+        for name in names:
+            machine = asdict(measure(options.device, name, options.threads))
+            print(f'"{name}": Machine({", ".join(f"{key}={value!r}" for key, value in machine.items())}),')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Predicted times of torch layers against measured ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import mumoe_tensor as mt
+from benchmarks.harness import Report
+from benchmarks.layers import WORKLOADS, forward
+from benchmarks.machine import calls, clock_of, machine_of
+from mumoe_tensor.study.timing import compare
+
+DTYPE = "float32"
+#: Goal: the longer of the two times over the other.
+GOAL_FACTOR = 1.5
+
+
+def predicted(quick: bool, device: str) -> Report:
+    """Forward pass of a layer with its gate: predicted for this machine, measured in turns with it."""
+    rows: list[dict[str, Any]] = []
+    clock = clock_of(device, torch.get_num_threads())
+    for workload in [replace(WORKLOADS[0], rows=256)] if quick else WORKLOADS:
+        torch.manual_seed(0)
+        layer, spec = workload.layer(device=device), workload.spec
+        x = torch.randn(workload.rows, spec.in_features, device=device)
+        timings = compare(
+            {"layer": forward(layer, x), **calls(device, DTYPE)}, "layer", rounds=3 if quick else 15,
+            limit=2.0 if quick else 20.0, device=device, clock=clock,
+        )  # fmt: skip
+        machine = machine_of(timings, device, DTYPE)
+        seconds = mt.cost(spec, gate=True, batch=workload.rows, machine=machine).seconds
+        measured = timings.spread("layer")
+        factor = max(seconds / measured.median, measured.median / seconds)
+        rows.append(
+            {
+                "shape": workload.name,
+                "experts": "x".join(map(str, spec.experts)),
+                "format": spec.format.name,
+                "GFLOP/s": machine.flops / 1e9,
+                "GB/s": machine.bandwidth / 1e9,
+                "predicted ms": 1e3 * seconds,
+                "measured ms": 1e3 * measured.median,
+                "low": 1e3 * measured.low,
+                "high": 1e3 * measured.high,
+                "factor": factor,
+                "within": "yes" if factor <= GOAL_FACTOR else "NO",
+            }
+        )
+    columns = dict.fromkeys(("shape", "experts", "format"), "") | {"GFLOP/s": ".0f", "GB/s": ".0f"}
+    columns |= dict.fromkeys(("predicted ms", "measured ms", "low", "high"), ".1f")
+    columns |= {"factor": ".2f", "within": ""}
+    worst = max(row["factor"] for row in rows)
+    notes = [
+        "predicted: cost(spec, gate=True, machine=...).seconds, for the machine measured in the same turns.",
+        f"factor: the longer time over the other; worst {worst:.2f}, the goal is {GOAL_FACTOR}.",
+    ]
+    title = f"Predicted and measured forward pass, eager, {DTYPE}"
+    return Report("predicted", title, columns, rows, notes)

@@ -10,7 +10,7 @@ import mumoe_tensor as mt
 
 torch = pytest.importorskip("torch")
 
-from mumoe_tensor.nn import ExpertGate, MuMoE, entmax15, functional  # noqa: E402
+from mumoe_tensor.nn import ExpertGate, MuMoE, entmax, entmax15  # noqa: E402
 
 #: Of each dtype, how far two results may lie apart that are rounded once from 3e-7 (float64: 5e-14) apart.
 DTYPES = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 6e-7, torch.float64: 5e-14}
@@ -43,12 +43,23 @@ def test_entmax15_in_float32_is_as_exact_as_the_core_gate(n: int) -> None:
     assert (near.sum(-1) - 1).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("chunk", [functional.CHUNK, 1000])
+#: What decides how a CPU computes: each way for calls of any size.
+WAYS = {
+    "by size": {},
+    "in chunks": {"FEWEST": 0, "CHUNK": 1000},
+    "sorted": {"FEWEST": 10**9},
+    "Newton": {"FEWEST": 0, "LONG": 10**9},
+    "few entries": {"FEWEST": 0, "LONG": 32, "SHARE": 1.0},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("dtype", "rounding"), DTYPES.items())
 def test_the_fast_entmax15_is_the_general_one_on_nasty_rows(
-    dtype: torch.dtype, rounding: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, rounding: float, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "CHUNK", chunk)
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(entmax, name, value)
     for n in (1, 2, 17, 256, 4096):
         rows = torch.tensor(np.stack(list(nasty(n).values()))).to(dtype).requires_grad_()
         # (Float16 has no 1e6: these rows become NaN in both.)
@@ -59,6 +70,32 @@ def test_the_fast_entmax15_is_the_general_one_on_nasty_rows(
             gradient = torch.randn(rows.shape, dtype=dtype)
             pair = [torch.autograd.grad(p, rows, gradient)[0] for p in (fast, general)]
             torch.testing.assert_close(*pair, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e-3])
+def test_long_rows_and_their_gradients_by_few_entries(scale: float) -> None:
+    logits = scale * torch.randn(3, 4, 2 * entmax.LONG)
+    logits[0, 1, ::2] = -torch.inf
+    x, wide = (logits[..., : entmax.LONG].to(dtype).requires_grad_() for dtype in (torch.float, torch.double))
+    assert not x.is_contiguous()
+    p, exact = entmax15(x), mt.entmax15(wide)
+    is_few = entmax._of_few_entries(x.detach().reshape(-1, entmax.LONG)) is not None
+    assert is_few == (scale > 1)
+    assert (p - exact).abs().max() <= 3e-7
+    gradient = torch.randn(4, entmax.LONG).expand(p.shape)
+    p.backward(gradient)
+    exact.backward(gradient.double())
+    torch.testing.assert_close(x.grad, wide.grad.float(), atol=1e-6, rtol=1e-3)
+    # A row that is not finite makes no other so.
+    bad = logits[..., : entmax.LONG].reshape(12, -1).clone()
+    bad[2, 5], bad[4, 7], bad[5] = torch.nan, torch.inf, -torch.inf
+    bad.requires_grad_()
+    is_nan = torch.zeros(12, dtype=torch.bool)
+    is_nan[[2, 4, 5]] = True
+    p = entmax15(bad)
+    assert p.isnan().all(-1).equal(is_nan) and p.isnan().any(-1).equal(is_nan)
+    p.backward(gradient.reshape(12, -1))
+    assert bad.grad.isnan().all(-1).equal(is_nan) and bad.grad.isnan().any(-1).equal(is_nan)
 
 
 def test_gradients_in_float16_are_computed_in_float32() -> None:

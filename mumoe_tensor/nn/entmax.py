@@ -1,0 +1,191 @@
+"""entmax15 along the last axis, and its gradient, as quick operations of torch.
+
+All are about u = (z − t)₊, where z are logits less the largest of their row; p = (u / 2)² sums to one where
+‖u‖ = 2. Newton steps on ‖u‖ − 2 rise to that t from any below it. What a CPU does instead depends on the
+size of a call. Few logits are sorted, for a closed form. Of long rows the largest of every 16 entries are
+taken: their t is a lower bound of the row's, and close to it. Few entries are above it, and only they are
+read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mumoe_tensor import gates
+
+#: Logits of a call up to which sorting takes less time than Newton steps, which are more operations.
+FEWEST = 4096
+#: Entries of a row from which on those above the bound are looked for.
+LONG = 2048
+#: Entries of which the largest is taken.
+BLOCK = 16
+#: Entries above the bound are read by their places where they are at most this share of all.
+SHARE = 0.25
+#: No step follows one that was this small in every row: steps converge quadratically, and a last one follows.
+SMALL = 1e-5
+#: Newton steps for the bound: it is one after any number of them, and closer after more.
+BOUND_STEPS = 5
+#: Elements of a chunk of rows: every step reads and writes them, so they stay in the cache of a CPU.
+CHUNK = 2**19
+
+
+def coefficients(z: Tensor) -> Tensor:
+    """The coefficients of logits, in float64 too: the same operations for any values."""
+    u = torch.sub(z, z.amax(-1, keepdim=True)).add_(2).relu_()
+    for _ in range(_most_steps(z)):
+        u.sub_(_step(u)).relu_()
+    return _closed(u, torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64))
+
+
+def coefficients_on_cpu(z: Tensor) -> Tensor:
+    """The same, where values can be read."""
+    if z.numel() <= FEWEST and z.dtype == torch.float32:
+        return _sorted(z)
+    rows = z.reshape(-1, z.shape[-1])
+    p = _of_few_entries(rows) if _is_long(rows) else None
+    if p is None:
+        p = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for part, u in zip(_chunks(rows), _chunks(p), strict=True):
+            _solve(torch.sub(part, part.amax(-1, keepdim=True), out=u).add_(2).relu_())
+    return p.view(z.shape)
+
+
+def gradient(p: Tensor, dp: Tensor, result: Tensor | None = None) -> Tensor:
+    """The gradient of the logits from the coefficients and their gradient."""
+    # (A CPU takes many times longer for the root of zero than for that of other numbers.)
+    s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
+    scaled = torch.mul(s, dp, out=result)
+    return scaled.addcmul_(s, -scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
+
+
+def gradient_on_cpu(p: Tensor, dp: Tensor) -> Tensor:
+    """The same, where values can be read."""
+    if p.numel() <= CHUNK and p.shape[-1] < LONG:
+        return gradient(p, dp)
+    shape, p, dp = p.shape, p.reshape(-1, p.shape[-1]), dp.reshape(-1, p.shape[-1])
+    dz = _gradient_of_few_entries(p, dp) if _is_long(p) else None
+    if dz is None:
+        dz = torch.empty_like(p)
+        for part in zip(_chunks(p), _chunks(dp), _chunks(dz), strict=True):
+            gradient(*part)
+    return dz.view(shape)
+
+
+def _most_steps(z: Tensor) -> int:
+    return gates.ENTMAX15_STEPS[int(z.shape[-1] - 1).bit_length()]
+
+
+def _step(u: Tensor) -> Tensor:
+    """A Newton step of t."""
+    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    return (norm * (norm - 2) / u.sum(-1, keepdim=True)).relu_()
+
+
+def _closed(u: Tensor, norm: Tensor) -> Tensor:
+    """The coefficients from u and its norm, with a last step, in the memory of u."""
+    # It may also go back, where rounding errors have led too far: on the support alone, which stays as it is.
+    step = norm * (2 - norm) / u.sum(-1, keepdim=True)
+    # (Without `value`, of which torch.compile makes an operation that torch.func.grad cannot differentiate.)
+    u.addcmul_(u.sign(), step.to(u.dtype)).mul_(0.5)
+    return u.mul_(u)
+
+
+def _solve(u: Tensor) -> Tensor:
+    """The coefficients from u for a t below the threshold, in its memory: reading and writing take time."""
+    for _ in range(_most_steps(u)):
+        step = _step(u)
+        u.sub_(step).relu_()
+        if not bool((step > SMALL).any()):
+            break
+    # (As `sum` adds in pairs, this norm is finer than `vector_norm`, and takes less time than in float64.)
+    return _closed(u, (u * u).sum(-1, keepdim=True).sqrt_())
+
+
+def _sorted(z: Tensor) -> Tensor:
+    """The coefficients of logits by the closed form for the k largest of a row."""
+    # No entry more than 2 below the largest has a coefficient. In float64, because the roots cancel.
+    wide = (z - z.amax(-1, keepdim=True)).clamp_(min=-2).double()
+    largest = wide.sort(-1, descending=True).values
+    k = torch.arange(1, z.shape[-1] + 1, dtype=torch.float64)
+    total, squares = largest.cumsum(-1), largest.square().cumsum(-1)
+    # The t at which the k largest alone have ‖z − t‖ = 2. It grows with k, and that of all entries is the
+    # last that is not above its k-th entry; the entries after that one are below it.
+    root = torch.addcmul(total.square(), k, squares.sub_(4), value=-1).relu_().sqrt_()
+    t = torch.minimum(total.sub_(root).div_(k), largest).amax(-1, keepdim=True)
+    u = wide.sub_(t).relu_().mul_(0.5)
+    return u.mul_(u).to(z.dtype)
+
+
+def _chunks(rows: Tensor) -> Sequence[Tensor]:
+    return rows.split(max(1, CHUNK // rows.shape[-1]))
+
+
+def _is_long(rows: Tensor) -> bool:
+    return rows.shape[-1] >= LONG and rows.shape[-1] % BLOCK == 0
+
+
+def _block_maxima(rows: Tensor) -> Tensor:
+    # (Of entries far apart, so that torch compares whole vectors.)
+    return rows.unflatten(1, (BLOCK, -1)).amax(1)
+
+
+def _places_above(bound: Tensor, rows: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows and columns of the entries above a bound of their row, and of NaN; None if these are many."""
+    row, block = (maxima <= bound).logical_not_().nonzero().unbind(1)
+    if len(row) > SHARE * maxima.numel():
+        return None
+    entries = rows.unflatten(1, (BLOCK, -1))[row, :, block]
+    entry = (entries <= bound[row]).logical_not_().flatten().nonzero().squeeze(1)
+    k = entry.div(BLOCK, rounding_mode="floor")
+    return row[k], (entry - k * BLOCK) * maxima.shape[1] + block[k]
+
+
+def _of_few_entries(rows: Tensor) -> Tensor | None:
+    """The coefficients of long rows, None where many entries are above the bound."""
+    maxima = _block_maxima(rows)
+    top = maxima.amax(-1, keepdim=True)
+    t = _bound(maxima - top)
+    # Below it by more than all rounding errors: the entries above it are solved for again.
+    t -= 4 * torch.finfo(rows.dtype).eps * top.abs() + SMALL
+    places = _places_above(top + t, rows, maxima)
+    if places is None:
+        return None
+    count = torch.bincount(places[0], minlength=len(rows))
+    most = int(count.max())
+    if most > SHARE * rows.shape[-1]:
+        return None
+    # A short row for each: its entries, then −inf.
+    first = count.cumsum(0) - count
+    slots = torch.arange(len(places[0])) + (most * torch.arange(len(rows)) - first)[places[0]]
+    short = rows.new_full((len(rows) * most,), -torch.inf)
+    short[slots] = rows[places]
+    p = _solve(short.view(-1, most).sub_(top).sub_(t).relu_())
+    result = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    result[places] = p.flatten()[slots]
+    return result
+
+
+def _bound(z: Tensor) -> Tensor:
+    """A lower bound of t, near it, for rows of logits less their largest."""
+    u, t = z.add(2).relu_(), torch.full_like(z[:, :1], -2)
+    for _ in range(BOUND_STEPS):
+        step = _step(u)
+        u.sub_(step).relu_()
+        t += step
+    return t
+
+
+def _gradient_of_few_entries(p: Tensor, dp: Tensor) -> Tensor | None:
+    """The gradient of the logits of long rows, None where many coefficients are not zero."""
+    places = _places_above(p.new_zeros(len(p), 1), p, _block_maxima(p))
+    if places is None:
+        return None
+    s = p[places].sqrt_()
+    scaled, zeros = s * dp[places], s.new_zeros(len(p))
+    ratio = zeros.index_add(0, places[0], scaled) / zeros.index_add(0, places[0], s)
+    result = torch.zeros_like(p)
+    result[places] = scaled.addcmul_(s, ratio[places[0]], value=-1)
+    return result

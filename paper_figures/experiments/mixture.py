@@ -41,7 +41,7 @@ FORMATS: dict[str, str | mt.Format] = {
     "BTT": "btt",
 }
 FITS = ("plain", "weighted")
-EFFORT = {"n_restarts": 1, "n_iter": 5, "tolerance": 1e-3}
+EFFORT = {"n_restarts": 1, "n_iter": 10, "tolerance": 1e-3}
 SIZES = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2,

@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.devices import graphed
 from benchmarks.harness import Report
 from mumoe_tensor.contraction.network import BATCH
+from mumoe_tensor.gates import sparse_gradient
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, entmax15
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.timing import Comparison, Spread, compare
@@ -307,19 +308,27 @@ def sharpened(gate_of: Callable[[torch.Tensor], torch.Tensor], logits: torch.Ten
     return low
 
 
+def scaled_entmax15(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`entmax15` of logits times a factor."""
+
+    @sparse_gradient
+    def gate(logits: torch.Tensor) -> torch.Tensor:
+        return entmax15(factor * logits)
+
+    return gate
+
+
 def sparse(quick: bool, device: str) -> Report:
     """The sparse route at several shares of coefficients that are not zero, against the dense products."""
     experts, count = (1024, 32) if quick else (4096, 1024)
     rows: list[dict[str, Any]] = []
+    gates: dict[str, Any] = {"topk, k = 8": {"name": "topk", "k": 8}}
+    torch.manual_seed(0)
+    logits = nn.functional.layer_norm(torch.randn(64, experts), (experts,))
     for density in (0.005,) if quick else (0.005, 0.05, 1.0):
-        torch.manual_seed(0)
-        logits = nn.functional.layer_norm(torch.randn(64, experts), (experts,))
         factor = sharpened(entmax15, logits, density)
-
-        def gate(logits: torch.Tensor, factor: float = factor) -> torch.Tensor:
-            return entmax15(factor * logits)
-
-        gate.sparse_gradient = True  # type: ignore[attr-defined]
+        gates[f"entmax15, {density:.1%}"] = scaled_entmax15(factor)
+    for name, gate in gates.items():
         layer = gpt2_block("cp", experts, 556, count).layer(gate=gate, device=device)
         x = torch.randn(count, GPT2.in_features, device=device, requires_grad=True)
         gradient, pairs = torch.randn(count, GPT2.out_features, device=device), products(layer, count)
@@ -345,6 +354,7 @@ def sparse(quick: bool, device: str) -> Report:
             )
             rows.append(
                 {
+                    "gate": name,
                     "not zero": measured,
                     "pass": kind,
                     "limit ms": 1e3 * timings.spread("limit").median,
@@ -354,7 +364,7 @@ def sparse(quick: bool, device: str) -> Report:
                     "dense route to limit": over_limit(timings, "dense route").median,
                 }
             )
-    columns = {"not zero": ".2%", "pass": ""}
+    columns = {"gate": "", "not zero": ".2%", "pass": ""}
     columns |= dict.fromkeys(("limit ms", "layer ms", "elementwise ms"), ".1f")
     columns |= dict.fromkeys(("to limit", "dense route to limit"), ".2f")
     title = f"GPT-2 block, CP of rank 556, {experts:,} experts: the sparse route, eager"

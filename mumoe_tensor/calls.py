@@ -22,8 +22,9 @@ get_proxy_mode = proxy_tensor.get_proxy_mode
 is_transformed = torch._C._are_functorch_transforms_active
 #: The number of the backward pass that makes the call, -1 if none does. (Not for torch.compile.)
 backward_pass = torch._C._current_graph_task_id
-#: The hooks on all modules that see or change outputs and their gradients.
+#: The hooks on all modules that see or change inputs, outputs and their gradients.
 HOOKS_ON_ALL_MODULES = (
+    module._global_forward_pre_hooks,
     module._global_forward_hooks,
     module._global_backward_hooks,
     module._global_backward_pre_hooks,

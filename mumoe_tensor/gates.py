@@ -50,6 +50,9 @@ class Gate(Protocol):
 
     - ``sparse_gradient = True``: its derivative is zero wherever its result is. A layer may then leave the
       gradients of these coefficients out.
+    - a method ``select``, called as the gate is: the values and indices of k experts, as a
+      ``mumoe_tensor.nn.sparse.SparseCoefficients``, or all coefficients. A layer whose gate has no hook then
+      reads the rows of these experts alone, where they are few of many.
     - ``random_start = True``: the weight of the layer's gate starts random instead of zero. So it must where
       equal logits have unequal coefficients, or none: the same experts would be left out for ever.
     - ``reads_input = True``: it is called with the input of the layer's gate, of shape (..., in_features),
@@ -367,7 +370,8 @@ def _rows(x: Array, axis: int) -> tuple[Any, Array]:
         raise ValueError(f"axis must be at least {-x.ndim} and less than {x.ndim}, got {axis}.")
     if not x.shape[axis]:
         raise ValueError(f"the axis must have at least one entry, got axis {axis} of shape {tuple(x.shape)}.")
-    rows = cast(backend.moveaxis(x, axis, -1), "float32" if x.dtype.itemsize < 4 else dtype_name(x))
+    # (torch.func.vmap has no rule for torch's `moveaxis`.)
+    rows = cast(x.swapaxes(-1, axis), "float32" if x.dtype.itemsize < 4 else dtype_name(x))
     # In row-major order: along another axis NumPy adds one by one, which loses four digits at 2**20 entries.
     return backend, rows.reshape(-1).reshape(rows.shape)
 
@@ -467,4 +471,4 @@ def _softmax(backend: Any, z: Array) -> Array:
 
 def _restored(backend: Any, p: Array, x: Array, axis: int) -> Array:
     """Rows of coefficients in the axis order and dtype of the logits `x`."""
-    return cast(backend.moveaxis(p, -1, axis), dtype_name(x))
+    return cast(p.swapaxes(-1, axis), dtype_name(x))

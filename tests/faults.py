@@ -688,6 +688,21 @@ FAULTS = [
     Fault("experts taken without their arrays of the gate", "mumoe_tensor/nn/pruning.py",
           '"norm.running_var", *layer.gate.per_expert)', '"norm.running_var")',
           "nn/test_routing::test_some_experts_have_the_same_logits_and_arrays"),
+    Fault("sparse: gradients of indexed coefficients are in another order", "mumoe_tensor/nn/sparse.py",
+          "per_sample_weights=values[order]", "per_sample_weights=values",
+          "nn/test_sparse::test_indexed_product_and_its_derivatives"),
+    Fault("sparse: a gradient of the product that is ready is lost", "mumoe_tensor/nn/backward.py",
+          "ready.get(position, of_operands)", "of_operands and position not in ready",
+          "nn/test_sparse::test_indexed_coefficients_give_what_dense_ones_give"),
+    Fault("sparse: indexed coefficients pass beside hooks", "mumoe_tensor/nn/experts.py",
+          "self.edits is not None or type(self) is not Experts or has_hooks(self)", "False",
+          "nn/test_sparse::test_when_coefficients_are_indexed"),
+    Fault("sparse: a summed level is read at the experts of its indices", "mumoe_tensor/nn/sparse.py",
+          "rest[position] = rest[position].values", "rest[position] = rest[position].indices.double()",
+          "nn/test_sparse::test_indexed_coefficients_give_what_dense_ones_give"),
+    Fault("routing: coefficients of a sigmoid gate are not scaled", "mumoe_tensor/nn/routing.py",
+          "SparseCoefficients(self.scale * weights,", "SparseCoefficients(weights,",
+          "nn/test_routing"),
 ]  # fmt: skip
 
 

@@ -501,6 +501,14 @@ def test_a_selection_bias_that_is_not_finite(normalize: bool) -> None:
 # -------------------------------------------------------------------------------------------- compiling
 
 
+@each_of_all_gates
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_torch_vmap(gate: str, axis: int) -> None:
+    x = torch.randn(3, 9, 9, dtype=torch.float64)
+    mapped = torch.func.vmap(lambda row: ALL_GATES[gate](row, axis=axis))(x)
+    torch.testing.assert_close(mapped, torch.stack([ALL_GATES[gate](row, axis=axis) for row in x]))
+
+
 @each_with_derivatives
 def test_torch_compile(gate: str) -> None:
     torch._dynamo.reset()

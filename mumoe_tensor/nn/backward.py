@@ -112,11 +112,13 @@ def gradients_of(
     results: Mapping[int, Tensor],
     gradient: Tensor,
     needed: Sequence[bool],
+    ready: Mapping[int, bool],
 ) -> list[Tensor | None]:
     """Gradients of the operands, from that of the result; None for each that is not needed.
 
     The activation, if there is one, made the input vector of the program of the last operands, as many as it
-    takes. `results` are those that were saved, by position.
+    takes. `results` are those that were saved, by position. Some of them were not computed, but `ready`:
+    gradients of these follow, where they are needed.
     """
     program = policy.program
     last = len(program.network.operands) - 1
@@ -127,17 +129,19 @@ def gradients_of(
             z = activation(*inputs)
         values[last] = z.detach()
     is_needed = [*needed[:last], any(needed[last:])]
-    for _, step in program.numbered:
-        is_needed.append(is_needed[step.left.position] or is_needed[step.right.position])
-    gradients = {program.result: gradient}
+    for position, step in program.numbered:
+        of_operands = is_needed[step.left.position] or is_needed[step.right.position]
+        is_needed.append(ready.get(position, of_operands))
+    gradients: dict[int, Tensor] = {program.result: gradient}
     for position, step in reversed(program.numbered):
         values.pop(position, None)
-        if position in gradients:
+        if position in gradients and position not in ready:
             product = policy.sparse.get(position)
             gradients |= _gradients_of_step(step, gradients.pop(position), values, is_needed, product)
+    of_ready = [gradients.get(position) for position in ready]
     if activation is not None and last in gradients:
         gradients |= enumerate(torch.autograd.grad(z, inputs, gradients[last]), last)
-    return [gradients.get(position) for position in range(len(operands))]
+    return [*(gradients.get(position) for position in range(len(operands))), *of_ready]
 
 
 def _gradients_of_step(

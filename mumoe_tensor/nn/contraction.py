@@ -20,15 +20,15 @@ def contract(
     policy: SavePolicy,
     operands: Sequence[Tensor],
     activation: Activation | None = None,
-    folded: Mapping[int, Tensor] = _NONE,
+    ready: Mapping[int, Tensor] = _NONE,
     is_recorded: bool = False,
 ) -> Tensor:
     """Contract operands, the input vector last, as `execute` does.
 
     An activation, an elementwise function, makes the input vector of the last operand, or of the last few,
-    which are as many as it takes: those are saved, and not its result. `folded` has results of
-    `fold`, for a pass without gradients. A call that torch records shows the plain steps: a compiler decides
-    by itself what to save.
+    which are as many as it takes: those are saved, and not its result. `ready` has results by position, which
+    are not computed again. A call that torch records shows the plain steps: a compiler decides by itself what
+    to save.
     """
     program = policy.program
     if not program.network.takes_input:
@@ -43,9 +43,9 @@ def contract(
     if not program.steps:  # one vector of outputs for all inputs
         return operands[0]
     if torch.is_grad_enabled() and not is_recorded:
-        y = _Contraction.apply(policy, activation, *operands)[0]
+        y = _Contraction.apply(policy, activation, tuple(ready), *operands, *ready.values())[0]
     else:
-        y = _run(policy, activation, operands, folded)[program.result]
+        y = _run(policy, activation, operands, ready)[program.result]
     output = policy.output
     if output is None:
         return y
@@ -65,12 +65,12 @@ def _run(
     policy: SavePolicy,
     activation: Activation | None,
     operands: Sequence[Tensor],
-    folded: Mapping[int, Tensor] = _NONE,
+    ready: Mapping[int, Tensor] = _NONE,
     keep: frozenset[int] = frozenset(),
 ) -> dict[int, Tensor]:
     """The result and those to keep, by position."""
     last = len(policy.program.network.operands) - 1
-    values = {**dict(enumerate(operands[: last + 1])), **folded}
+    values = {**dict(enumerate(operands[: last + 1])), **ready}
     if activation is not None:
         values[last] = activation(*operands[last:])
     run(policy.program.numbered, values, TORCH, policy.products, keep)
@@ -81,36 +81,49 @@ class _Contraction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(policy: SavePolicy, activation: Activation | None, *operands: Tensor) -> tuple[Tensor, ...]:
-        values = _run(policy, activation, operands, keep=policy.saved)
+    def forward(
+        policy: SavePolicy, activation: Activation | None, positions: tuple[int, ...], *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Contract the operands; the last are results that are ready, in these positions."""
+        count = len(operands) - len(positions)
+        ready = dict(zip(positions, operands[count:], strict=True))
+        saved = policy.saved.difference(positions)
+        values = _run(policy, activation, operands[:count], ready, saved)
         y = values[policy.program.result]
         if policy.program.steps[-1].shape is not None:
             # A view that a function returns must not be changed in place, as activations do.
             y = unviewed(y, y.shape)
-        return y, *map(values.__getitem__, sorted(policy.saved))
+        return y, *map(values.__getitem__, sorted(saved))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.policy, ctx.activation, *operands = inputs
+        ctx.policy, ctx.activation, ctx.positions, *operands = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Any, ...]:
-        policy, activation, saved = ctx.policy, ctx.activation, ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        count = len(needed)
+        policy, activation, positions, saved = ctx.policy, ctx.activation, ctx.positions, ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        count, stop = len(needed) - len(positions), len(needed)
         if gradient is None:
-            return (None,) * (2 + count)
+            return (None,) * (3 + stop)
         if torch.is_grad_enabled():
             # The gradient is to have one itself: as a function of the operands, not of saved results.
             plain = SavePolicy(policy.program)
-            pullback = torch.func.vjp(
-                lambda *x: _run(plain, activation, x)[plain.program.result], *saved[:count]
-            )[1]
-            return None, None, *pullback(gradient)
+
+            def contracted(*x: Tensor) -> Tensor:
+                ready = dict(zip(positions, x[count:], strict=True))
+                return _run(plain, activation, x[:count], ready)[plain.program.result]
+
+            return None, None, None, *torch.func.vjp(contracted, *saved[:stop])[1](gradient)
         if policy.joined is not None:
             gradient = unpermuted(gradient, policy.joined.order)
-        results = dict(zip(sorted(policy.saved), saved[count:], strict=True))
-        return None, None, *gradients_of(policy, activation, saved[:count], results, gradient, needed)
+        ready = dict(zip(positions, saved[count:stop], strict=True))
+        results = dict(zip(sorted(policy.saved.difference(positions)), saved[stop:], strict=True))
+        needed_of_ready = dict(zip(positions, needed[count:], strict=True))
+        gradients = gradients_of(
+            policy, activation, saved[:count], {**results, **ready}, gradient, needed[:count], needed_of_ready
+        )
+        return None, None, None, *gradients

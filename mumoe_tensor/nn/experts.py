@@ -11,7 +11,14 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.calls import autocast_dtype, check_dense, is_frozen, is_recorded, is_transformed
+from mumoe_tensor.calls import (
+    autocast_dtype,
+    check_dense,
+    has_hooks,
+    is_frozen,
+    is_recorded,
+    is_transformed,
+)
 from mumoe_tensor.checks import as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.machine import AnyMachine, Machine, machine_entry, machine_of
 from mumoe_tensor.contraction.network import Network
@@ -25,7 +32,7 @@ from mumoe_tensor.nn.described import register_layer
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
 from mumoe_tensor.nn.frozen import Folded, are_comparable
 from mumoe_tensor.nn.init import draw, scale_to_linear
-from mumoe_tensor.nn.sparse import is_supported
+from mumoe_tensor.nn.sparse import SparseCoefficients, indexed_products, is_supported
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.nn.values import copy_weight, is_distributed
 from mumoe_tensor.selections import Index, read_index, read_number
@@ -319,10 +326,15 @@ class Experts(WholeState):
             bias = self.edits(matrix.new_zeros(self.out_features) if bias is None else bias, one_hot)
         return matrix, bias
 
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the coefficients of a call must be dense: a hook or an edit sees them, or the class."""
+        return self.edits is not None or type(self) is not Experts or has_hooks(self)
+
     def forward(
         self,
         z: Tensor,
-        coefficients: Sequence[Tensor],
+        coefficients: Sequence[Tensor | SparseCoefficients],
         activation: Activation | None = None,
         sparse_gradient: bool = False,
         times: Tensor | None = None,
@@ -333,7 +345,7 @@ class Experts(WholeState):
         ----------
         z : Tensor of shape (..., in_features)
         coefficients : sequence of Tensor of shape (..., N_e)
-            One a level, with the leading shape of `z`.
+            One a level, with the leading shape of `z`; or ``sparse.SparseCoefficients`` of that shape.
         activation : callable, optional
             An elementwise function without parameters or randomness, applied to `z` first. Its result is not
             saved for the backward pass but recomputed.
@@ -364,7 +376,7 @@ class Experts(WholeState):
         self,
         factors: list[Tensor],
         inputs: tuple[Tensor, ...],
-        coefficients: Sequence[Tensor],
+        coefficients: Sequence[Tensor | SparseCoefficients],
         activation: Activation | None,
         sparse_gradient: bool,
     ) -> Tensor:
@@ -382,16 +394,20 @@ class Experts(WholeState):
                 f"{[(*leading, n) for n in self.num_experts]}; got inputs of {tuple(z.shape)}, coefficients "
                 f"of {[tuple(a.shape) for a in coefficients]}."
             )
+        recorded = is_recorded()
+        is_indexed = any([type(a) is SparseCoefficients for a in coefficients])
+        if is_indexed and (recorded or is_transformed() or not is_supported(z)):
+            coefficients = [a.dense() if isinstance(a, SparseCoefficients) else a for a in coefficients]
+            is_indexed = False
         # (No needless views: in-place changes of these are restricted.)
         is_matrix = len(leading) == 1
-        vectors = (*coefficients, *inputs)
+        vectors: tuple[Any, ...] = (*coefficients, *inputs)
         if not is_matrix:
             vectors = tuple(x.reshape(-1, x.shape[-1]) for x in vectors)
         if dtype is not None:
             # Autocast does not reach into the backward pass of a function.
             vectors = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in vectors)
-        use_folded = dtype is None and is_frozen(self)
-        recorded = is_recorded()
+        use_folded = dtype is None and is_frozen(self) and not is_indexed
         y: Tensor | None = None
         with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
             # (`.to` plans anew; but parameters may have been replaced.)
@@ -399,17 +415,20 @@ class Experts(WholeState):
                 self._plan_for(factors[0])
             planned = self._planned
             for k, term in enumerate(planned.terms):
-                policy, folded = term.policy, {}
+                policy, products = term.policy, term.sparse_policy.sparse
+                ready: dict[int, Tensor] = {}
                 weights = factors[term.factors]
                 many = use_folded and vectors[-1].shape[0] >= self._folded[k].fewest_rows
                 if many and are_comparable(weights):
-                    policy, folded = self._folded[k].policy, self._folded[k].products(weights)
-                elif sparse_gradient and term.sparse_policy.sparse and is_supported(vectors[0]):
+                    policy, ready = self._folded[k].policy, self._folded[k].products(weights)
+                elif sparse_gradient and products and not is_indexed and is_supported(vectors[0]):
                     policy = term.sparse_policy
                 if dtype is not None:
                     weights = [x if x.dtype == torch.float64 else x.to(dtype) for x in weights]
-                operands = [*weights, *vectors[: term.num_vectors]]
-                part = contract(policy, operands, activation, folded, recorded)
+                operands: list[Any] = [*weights, *vectors[: term.num_vectors]]
+                if is_indexed:
+                    operands, ready = indexed_products(policy.program, products, operands)
+                part = contract(policy, operands, activation, ready, recorded)
                 # (A term without steps is a parameter itself; a view must not be changed, nor returned.)
                 if y is None:
                     y = part

@@ -25,6 +25,7 @@ from mumoe_tensor.nn.functional import entmax15, is_eager_on_cpu
 from mumoe_tensor.nn.kernels.coefficients import Norm, coefficients
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
+from mumoe_tensor.nn.sparse import SparseCoefficients
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.spec import expert_counts
 
@@ -168,7 +169,12 @@ class ExpertGate(WholeState):
         hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *HOOKS_ON_ALL_MODULES)
         return type(self) is ExpertGate and getattr(self.gate, "sparse_gradient", False) and not any(hooks)
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    @property
+    def selects(self) -> bool:
+        """Whether the gate names the experts that it selects, by a method `select`."""
+        return hasattr(self.gate, "select")
+
+    def forward(self, z: Tensor, mask: Tensor | None = None, sparse: bool = False) -> tuple[Any, ...]:
         """Coefficients of inputs.
 
         Parameters
@@ -176,6 +182,8 @@ class ExpertGate(WholeState):
         z : Tensor of shape (..., in_features)
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
             False for rows (padded tokens) that batch norm shall not count.
+        sparse : bool, default False
+            `.sparse.SparseCoefficients` of levels of many experts of which the gate selects few.
 
         Returns
         -------
@@ -203,20 +211,20 @@ class ExpertGate(WholeState):
         is_under_autocast = autocast_dtype(z.device) is not None
         if self.reads_input:
             with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
-                return self._coefficients_of_input(z)
+                return self._coefficients_of_input(z, sparse)
         power = self._power
         if power is not None and kernels.serve(z):
             return self._by_kernels(z, mask, power)
         if is_frozen(self) and not is_under_autocast and self._is_norm_folded(z):
             assert self.norm is not None
             scale, shift = self.norm.affine_map(z.dtype)
-            return self.coefficients_of(
-                nn.functional.linear(z, scale.unsqueeze(1) * self.weight, shift), z.dtype
-            )
+            logits = nn.functional.linear(z, scale.unsqueeze(1) * self.weight, shift)
+            return self.coefficients_of(logits, z.dtype, sparse)
         logits = nn.functional.linear(z, self.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
-            return self.coefficients_of(logits if self.norm is None else self.norm(logits, mask), z.dtype)
+            normed = logits if self.norm is None else self.norm(logits, mask)
+            return self.coefficients_of(normed, z.dtype, sparse)
 
     def _is_norm_folded(self, z: Tensor) -> bool:
         """Whether frozen batch norm goes into the weight: where that has fewer rows than the batch."""
@@ -258,18 +266,29 @@ class ExpertGate(WholeState):
         pairs = zip(parts, statistics, strict=True)
         return tuple([coefficients(x, power, norm, mean, var, z.dtype) for x, (mean, var) in pairs])
 
-    def coefficients_of(self, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def coefficients_of(
+        self, logits: Tensor, dtype: torch.dtype | None = None, sparse: bool = False
+    ) -> tuple[Any, ...]:
         """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs."""
         parts = logits.split(self.num_experts, -1) if len(self.num_experts) > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
         levels = self._values_of_levels() if self.per_expert else [{}] * len(parts)
         pairs = zip(parts, levels, strict=True)
-        return tuple([self.gate(part, **values).to(dtype or logits.dtype) for part, values in pairs])
+        gate, dtype = self._select if sparse else self.gate, dtype or logits.dtype
+        return tuple([gate(part, **values).to(dtype) for part, values in pairs])
 
-    def _coefficients_of_input(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Coefficients by a gate that reads the input instead of logits."""
+    def _select(self, *arguments: Any, **values: Tensor) -> Any:
+        """As the gate, but indexed where that takes less time."""
         gate: Any = self.gate
+        coefficients = gate.select(*arguments, **values)
+        if type(coefficients) is SparseCoefficients and not coefficients.is_few:
+            return coefficients.dense()
+        return coefficients
+
+    def _coefficients_of_input(self, z: Tensor, sparse: bool) -> tuple[Any, ...]:
+        """Coefficients by a gate that reads the input instead of logits."""
+        gate: Any = self._select if sparse else self.gate
         wide = z.to(torch.promote_types(z.dtype, torch.float32))
         pairs = zip(self.num_experts, self._values_of_levels(), strict=True)
         return tuple([gate(wide, n, **values).to(z.dtype) for n, values in pairs])

@@ -22,6 +22,7 @@ from mumoe_tensor.nn.linear import check_linear, layer_like
 from mumoe_tensor.nn.pruning import keep_experts
 from mumoe_tensor.nn.published import read_published, write_published
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
+from mumoe_tensor.nn.sparse import is_supported
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection
 from mumoe_tensor.spec import LayerSpec, as_budget, as_spec
@@ -219,6 +220,15 @@ class Layer(WholeState):
             The coefficients, one tensor a level; only with `return_coefficients`.
         """
         raise NotImplementedError
+
+    def _coefficients(self, z: Tensor, mask: Tensor | None, are_returned: bool) -> tuple[Any, bool]:
+        """Coefficients, and whether the gradients of those that are zero may be left out."""
+        gate = self.gate
+        if are_returned or not gate.is_sparse_gradient:
+            return gate(z, mask), False
+        if not (gate.selects and is_supported(z)) or any([e.needs_dense for e in self.mixtures]):
+            return gate(z, mask), True
+        return gate(z, mask, sparse=True), True
 
 
 @register_layer
@@ -422,8 +432,8 @@ class MuMoE(Layer):
         gate_input: Tensor | None = None,
         return_coefficients: bool = False,
     ) -> Any:
-        sparse_gradient = not return_coefficients and self.gate.is_sparse_gradient
-        coefficients = self.gate(x if gate_input is None else gate_input, mask)
+        z = x if gate_input is None else gate_input
+        coefficients, sparse_gradient = self._coefficients(z, mask, return_coefficients)
         normed = x if self.input_norm is None else self.input_norm(x)
         y = self.experts(normed, coefficients, sparse_gradient=sparse_gradient)
         return (y, coefficients) if return_coefficients else y
@@ -567,8 +577,8 @@ class MuMoEMLP(Layer):
         gate_input: Tensor | None = None,
         return_coefficients: bool = False,
     ) -> Any:
-        sparse_gradient = not return_coefficients and self.gate.is_sparse_gradient
-        coefficients = self.gate(x if gate_input is None else gate_input, mask)
+        z = x if gate_input is None else gate_input
+        coefficients, sparse_gradient = self._coefficients(z, mask, return_coefficients)
         normed = x if self.input_norm is None else self.input_norm(x)
         hidden = self.up(normed, coefficients, sparse_gradient=sparse_gradient)
         times = None

@@ -127,7 +127,7 @@ class ShardedExperts(Experts):
         _ = self.weight  # which is refused
 
     def _mix(
-        self, factors: list[Tensor], inputs: tuple[Tensor, ...], coefficients: Sequence[Tensor], *options: Any
+        self, factors: list[Tensor], inputs: tuple[Tensor, ...], coefficients: Sequence[Any], *options: Any
     ) -> Tensor:
         whole = [k for k, axes in enumerate(self.axes) if self.bond not in axes]
         copied = iter(CopyToGroup.apply(self.group, *inputs, *coefficients, *(factors[k] for k in whole)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +12,22 @@ from torch import Tensor, nn
 from mumoe_tensor import gates
 from mumoe_tensor.checks import as_finite, as_positive, check_flag
 from mumoe_tensor.extras import missing
-from mumoe_tensor.nn.functional import largest
+from mumoe_tensor.nn.functional import is_eager_on_cpu, largest
+from mumoe_tensor.nn.sparse import SparseCoefficients
 
 
-class TopK:
+class _Selecting:
+    """A gate that names the experts it selects; see `mumoe_tensor.gates.Gate`."""
+
+    sparse_gradient = True
+    select: Callable[..., Tensor | SparseCoefficients]
+
+    def __call__(self, *arguments: Any, **values: Tensor) -> Tensor:
+        coefficients = self.select(*arguments, **values)
+        return coefficients if isinstance(coefficients, Tensor) else coefficients.dense()
+
+
+class TopK(_Selecting):
     """`mumoe_tensor.top_k`: softmax over the k largest logits.
 
     Parameters
@@ -32,7 +46,7 @@ class TopK:
     [2, 2, 2, 2, 2]
     """
 
-    sparse_gradient = random_start = True
+    random_start = True
 
     def __init__(self, k: int, normalize: bool = True):
         self.k = as_positive(k, "k")
@@ -43,7 +57,7 @@ class TopK:
         _check_k(self.k, num_experts)
         return {}
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def select(self, logits: Tensor) -> Tensor | SparseCoefficients:
         chosen = largest(logits, self.k)
         if chosen is None:
             coefficients: Tensor = gates.top_k(logits, self.k, normalize=self.normalize)
@@ -53,10 +67,10 @@ class TopK:
         if not self.normalize:
             top = values.detach()[..., :1]  # (The logarithm of a sum would be rounded.)
             weights = (values - top).exp() / (logits - top).exp().sum(-1, keepdim=True)
-        return torch.zeros_like(logits).scatter(-1, places, weights)
+        return SparseCoefficients(weights, places, logits.shape[-1])
 
 
-class ReLUTopK:
+class ReLUTopK(_Selecting):
     """`mumoe_tensor.relu_top_k` of logits with a bias: the gate of Mixture of Decoders.
 
     The coefficients are ReLU of the k largest of ``G x + b``, and have any sum. The bias comes after the norm
@@ -75,7 +89,7 @@ class ReLUTopK:
     Mixture of Decoders", NeurIPS 2025.
     """
 
-    sparse_gradient = random_start = True
+    random_start = True
 
     def __init__(self, k: int, bias: bool = True):
         self.k = as_positive(k, "k")
@@ -86,14 +100,14 @@ class ReLUTopK:
         _check_k(self.k, num_experts)
         return {"bias": nn.Parameter(torch.zeros(num_experts))} if self.bias else {}
 
-    def __call__(self, logits: Tensor, bias: Tensor | None = None) -> Tensor:
+    def select(self, logits: Tensor, bias: Tensor | None = None) -> Tensor | SparseCoefficients:
         logits = logits if bias is None else logits + bias
         chosen = largest(logits, self.k)
         if chosen is None:
             coefficients: Tensor = gates.relu_top_k(logits, self.k)
             return coefficients
         values, places = chosen
-        return torch.zeros_like(logits).scatter(-1, places, values.relu())
+        return SparseCoefficients(values.relu(), places, logits.shape[-1])
 
 
 class JumpReLU:
@@ -133,7 +147,7 @@ class JumpReLU:
         return coefficients
 
 
-class SigmoidTopK:
+class SigmoidTopK(_Selecting):
     """`mumoe_tensor.sigmoid_top_k`: the gate of DeepSeek-V3, with a bias that affects the choice alone.
 
     The buffer `selection_bias` of shape (out_features,) is zero at first. It has no gradient: to balance the
@@ -157,7 +171,7 @@ class SigmoidTopK:
     top_groups=4, scale=2.5``.
     """
 
-    sparse_gradient = random_start = True
+    random_start = True
 
     def __init__(
         self, k: int, groups: int = 1, top_groups: int = 1, normalize: bool = True, scale: float = 1.0
@@ -173,15 +187,23 @@ class SigmoidTopK:
         gates.check_groups(num_experts, self.k, self.groups, self.top_groups)
         return {"selection_bias": torch.zeros(num_experts)}
 
-    def __call__(self, logits: Tensor, selection_bias: Tensor) -> Tensor:
-        coefficients: Tensor = gates.sigmoid_top_k(
-            logits, self.k, bias=selection_bias.to(logits.dtype), groups=self.groups,
-            top_groups=self.top_groups, normalize=self.normalize, scale=self.scale,
-        )  # fmt: skip
-        return coefficients
+    def select(self, logits: Tensor, selection_bias: Tensor) -> Tensor | SparseCoefficients:
+        bias, chosen = selection_bias.to(logits.dtype), None
+        if self.groups == self.top_groups and is_eager_on_cpu(logits) and bool((logits < torch.inf).all()):
+            scores = logits.detach().sigmoid() + bias
+            chosen = largest(scores.masked_fill(logits == -torch.inf, -torch.inf), self.k)
+        if chosen is None:
+            coefficients: Tensor = gates.sigmoid_top_k(
+                logits, self.k, bias=bias, groups=self.groups, top_groups=self.top_groups,
+                normalize=self.normalize, scale=self.scale,
+            )  # fmt: skip
+            return coefficients
+        logs = nn.functional.logsigmoid(logits.gather(-1, chosen[1]))
+        weights = logs.softmax(-1) if self.normalize else logs.exp()
+        return SparseCoefficients(self.scale * weights, chosen[1], logits.shape[-1])
 
 
-class Random:
+class Random(_Selecting):
     """A null: k experts drawn at random for every input, each with the coefficient 1 / k.
 
     They are drawn in every call, in training and evaluation, from torch's generator of the device.
@@ -192,7 +214,7 @@ class Random:
         Experts of a level with a coefficient.
     """
 
-    sparse_gradient = reads_input = True
+    reads_input = True
 
     def __init__(self, k: int):
         self.k = as_positive(k, "k")
@@ -201,12 +223,12 @@ class Random:
         _check_k(self.k, num_experts)
         return {}
 
-    def __call__(self, z: Tensor, num_experts: int) -> Tensor:
+    def select(self, z: Tensor, num_experts: int) -> Tensor | SparseCoefficients:
         numbers = torch.rand((*z.shape[:-1], num_experts), device=z.device, dtype=z.dtype)
         return _uniform_top_k(numbers, self.k)
 
 
-class NearestCentres:
+class NearestCentres(_Selecting):
     """A null: the k experts whose centres are nearest to the input, each with the coefficient 1 / k.
 
     The buffer `centres` of shape (out_features, in_features) is drawn from a standard normal distribution at
@@ -224,7 +246,7 @@ class NearestCentres:
     >>> _ = layer.gate.fit(torch.randn(100, 16))
     """
 
-    sparse_gradient = reads_input = True
+    reads_input = True
 
     def __init__(self, k: int):
         self.k = as_positive(k, "k")
@@ -246,19 +268,20 @@ class NearestCentres:
         means = KMeans(num_experts, n_init=1, random_state=seed).fit(z.detach().cpu().double().numpy())
         return {"centres": torch.from_numpy(means.cluster_centers_)}
 
-    def __call__(self, z: Tensor, num_experts: int, centres: Tensor) -> Tensor:
+    def select(self, z: Tensor, num_experts: int, centres: Tensor) -> Tensor | SparseCoefficients:
         centres = centres.to(z.dtype)
         # Half the square of the distance is |z|² / 2, which is the same for all, less this.
         nearness = nn.functional.linear(z, centres, -0.5 * centres.square().sum(1))
         return _uniform_top_k(nearness, self.k)
 
 
-def _uniform_top_k(scores: Tensor, k: int) -> Tensor:
+def _uniform_top_k(scores: Tensor, k: int) -> Tensor | SparseCoefficients:
     chosen = largest(scores, k)
     if chosen is None:
         coefficients: Tensor = gates.uniform_top_k(scores, k)
         return coefficients
-    return torch.zeros_like(scores).scatter(-1, chosen[1], 1 / k)
+    values, places = chosen
+    return SparseCoefficients(torch.full_like(values, 1 / k), places, scores.shape[-1])
 
 
 def _check_k(k: int, num_experts: int) -> None:

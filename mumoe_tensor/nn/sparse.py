@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mumoe_tensor.backend import operations_of
 from mumoe_tensor.calls import is_exported
+from mumoe_tensor.contraction.execute import view
+from mumoe_tensor.contraction.layout import Program
 
 #: Fewest experts of a level at which zeros are counted: with fewer, the dense product takes no longer.
 FEWEST_EXPERTS = 1024
@@ -24,6 +27,89 @@ def is_supported(coefficients: Tensor) -> bool:
     is_plain = torch.compiler.is_compiling() or type(coefficients) in (Tensor, torch.nn.Parameter)
     is_float = coefficients.dtype in (torch.float32, torch.float64) and coefficients.device.type == "cpu"
     return is_plain and is_float and not is_exported() and not torch.is_autocast_enabled("cpu")
+
+
+class SparseCoefficients(NamedTuple):
+    """Coefficients of a level by the experts that have one, k of N for every input.
+
+    Attributes
+    ----------
+    values : Tensor of shape (..., k)
+    indices : Tensor of int64, of shape (..., k)
+        The experts; none twice.
+    num_experts : int
+    """
+
+    values: Tensor
+    indices: Tensor
+    num_experts: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the dense coefficients, (..., N)."""
+        return (*self.values.shape[:-1], self.num_experts)
+
+    @property
+    def is_few(self) -> bool:
+        """Whether `indexed_product` takes less time than the product with the dense coefficients."""
+        k = self.values.shape[-1]
+        return self.num_experts >= FEWEST_EXPERTS and k <= DENSEST * self.num_experts
+
+    def reshape(self, *shape: int) -> SparseCoefficients:
+        """The same of another shape: the last is N, or -1."""
+        *leading, _ = shape
+        return self._replace(
+            values=self.values.reshape(*leading, self.values.shape[-1]),
+            indices=self.indices.reshape(*leading, self.values.shape[-1]),
+        )
+
+    def to(self, dtype: torch.dtype) -> SparseCoefficients:
+        """The same with values of a dtype."""
+        return self._replace(values=self.values.to(dtype))
+
+    def dense(self) -> Tensor:
+        """The coefficients of all experts."""
+        return self.values.new_zeros(self.shape).scatter(-1, self.indices, self.values)
+
+
+def indexed_product(coefficients: SparseCoefficients, factor: Tensor) -> Tensor:
+    """``coefficients.dense() @ factor``, from k rows of the factor for each row of coefficients."""
+    result: Tensor = _IndexedProduct.apply(coefficients.values, coefficients.indices, factor)
+    return result
+
+
+def indexed_products(
+    program: Program, products: Mapping[int, SparseProduct], operands: Sequence[Any]
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The operands of the other steps, and the products of sparse coefficients and factors, by position.
+
+    `products` are those that `.backward.sparse_products` names. Coefficients that are part of no such product
+    become dense; those of which only the sum is read, or nothing, are the values.
+    """
+    rest: list[Any] = list(operands)
+    network = program.network
+    for position, reading in enumerate(network.readings, network.weights):
+        if reading.is_summed and reading.window is None and isinstance(rest[position], SparseCoefficients):
+            rest[position] = rest[position].values
+    ready: dict[int, Tensor] = {}
+    for position, step in program.numbered:
+        product = products.get(position)
+        if product is None:
+            continue
+        vector, weights = step.left.position, step.right.position
+        operand = step.right
+        if product.side == "right":
+            vector, weights, operand = weights, vector, step.left
+        coefficients, factor = operands[vector], operands[weights]
+        is_plain = step.bias is None and program.arrange[vector] is None and program.arrange[weights] is None
+        if isinstance(coefficients, SparseCoefficients) and isinstance(factor, Tensor) and is_plain:
+            factor = view(operand, factor, operations_of(factor))
+            is_left = product.side == "left"
+            result = indexed_product(coefficients, factor if is_left else factor.mT)
+            result = result if is_left else result.mT
+            ready[position] = result if step.shape is None else result.reshape(step.shape)
+            rest[vector] = coefficients.values
+    return [x.dense() if isinstance(x, SparseCoefficients) else x for x in rest], ready
 
 
 def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
@@ -52,6 +138,28 @@ class SparseProduct:
         else:
             of_right, of_left = (x.mT for x in sum_of_rows_backward(right.mT, left.mT, gradient.mT))
         return of_left, of_right
+
+
+class _IndexedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(values, indices, factor)
+        return torch.nn.functional.embedding_bag(indices, factor, mode="sum", per_sample_weights=values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        values, indices, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # The gradient is to have one itself: by operations that have derivatives.
+            of_values = (factor[indices] @ gradient.unsqueeze(-1)).squeeze(-1)
+            parts = values.unsqueeze(-1) * gradient.unsqueeze(-2)
+            of_factor = torch.zeros_like(factor).index_add(0, indices.flatten(), parts.flatten(0, 1))
+            return of_values, None, of_factor
+        rows, k = indices.shape
+        row = torch.arange(rows, device=indices.device).repeat_interleave(k)
+        starts = torch.arange(0, rows * k, k, device=indices.device)
+        pairs = _gradients(values.flatten(), row, indices.flatten(), starts, factor, gradient)
+        return pairs[0].reshape(rows, k), None, pairs[1]
 
 
 class _Function(torch.autograd.Function):
@@ -108,15 +216,9 @@ def sum_of_rows_backward(coefficients: Tensor, factor: Tensor, gradient: Tensor)
     if not _are_few(coefficients):
         return _of_dense(coefficients, factor, gradient)
     position, row, column, starts = _support(coefficients)
-    gradient = gradient.contiguous()
+    values = coefficients.reshape(-1)[position]
     of_coefficients = torch.zeros_like(coefficients, memory_format=torch.contiguous_format)
-    of_coefficients.view(-1)[position] = _dot_products(gradient, factor, column, starts, row)
-    # The same product with the roles changed: of every row of the factor, the rows of the batch it is in.
-    order = torch.argsort(column, stable=True)
-    values = coefficients.reshape(-1)[position[order]]
-    of_factor = torch.nn.functional.embedding_bag(
-        row[order], gradient, _starts(column, len(factor)), mode="sum", per_sample_weights=values
-    )
+    of_coefficients.view(-1)[position], of_factor = _gradients(values, row, column, starts, factor, gradient)
     return of_coefficients, of_factor
 
 
@@ -134,6 +236,23 @@ def _(info: Any, in_dims: Any, *operands: Tensor) -> tuple[tuple[Tensor, Tensor]
 def _of_dense(coefficients: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of both operands of the plain product."""
     return gradient @ factor.mT, coefficients.mT @ gradient
+
+
+def _gradients(
+    values: Tensor, row: Tensor, column: Tensor, starts: Tensor, factor: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the nonzero coefficients, by their rows and columns in order, and of the factor.
+
+    `starts` is where each row starts.
+    """
+    gradient = gradient.contiguous()
+    of_values = _dot_products(gradient, factor, column, starts, row)
+    # The same product with the roles changed: of every row of the factor, the rows of the batch it is in.
+    order = torch.argsort(column, stable=True)
+    of_factor = torch.nn.functional.embedding_bag(
+        row[order], gradient, _starts(column, len(factor)), mode="sum", per_sample_weights=values[order]
+    )
+    return of_values, of_factor
 
 
 def _dot_products(gradient: Tensor, factor: Tensor, column: Tensor, starts: Tensor, row: Tensor) -> Tensor:

@@ -374,31 +374,34 @@ def sparse(quick: bool, device: str) -> Report:
     return Report("sparse", title, columns, rows, notes)
 
 
+def by_hand(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A CP layer of one level, in evaluation, by operations of torch without modules and checks."""
+    weights = [[f.detach() for f in e.factors] for e in layer.children() if isinstance(e, Experts)]
+    gate, norm = layer.gate.weight.detach(), layer.gate.norm
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        logits = torch.mm(x, gate.T)
+        if norm is None:
+            logits = nn.functional.layer_norm(logits, logits.shape[-1:])
+        else:
+            logits = (logits - norm.running_mean) * torch.rsqrt(norm.running_var + norm.eps)
+        a = entmax15(logits)
+        for k, (u1, u2, u3) in enumerate(weights):
+            x = nn.functional.gelu(x) if k else x
+            x = torch.mm(torch.mm(a, u1) * torch.addmm(u2[-1], x, u2[:-1]), u3.T)
+        return x
+
+    return run
+
+
 def one_token(quick: bool, device: str) -> Report:
     """Inference on one token against the same torch operations written by hand, eager and compiled."""
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     for workload in (WORKLOADS[0], WORKLOADS[-1]):
         layer = workload.layer(device=device).eval()
-        weights = [[f.detach() for f in e.factors] for e in layer.children() if isinstance(e, Experts)]
-        gate, x = layer.gate.weight.detach(), torch.randn(1, workload.spec.in_features, device=device)
-        statistics = layer.gate.norm
-
-        def by_hand(
-            x: torch.Tensor, weights: Any = weights, gate: Any = gate, norm: Any = statistics
-        ) -> torch.Tensor:
-            logits = torch.mm(x, gate.T)
-            if norm is None:
-                logits = nn.functional.layer_norm(logits, logits.shape[-1:])
-            else:
-                logits = (logits - norm.running_mean) * torch.rsqrt(norm.running_var + norm.eps)
-            a = entmax15(logits)
-            for k, (u1, u2, u3) in enumerate(weights):
-                x = nn.functional.gelu(x) if k else x
-                x = torch.mm(torch.mm(a, u1) * torch.addmm(u2[-1], x, u2[:-1]), u3.T)
-            return x
-
-        calls = {"by hand": forward(by_hand, x), "layer": forward(layer, x)}
+        x = torch.randn(1, workload.spec.in_features, device=device)
+        calls = {"by hand": forward(by_hand(layer), x), "layer": forward(layer, x)}
         if not quick:
             calls["compiled"] = forward(torch.compile(layer, fullgraph=True), x)
         for name in calls:

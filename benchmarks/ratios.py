@@ -443,9 +443,11 @@ COMPARISONS: dict[str, Callable[[bool, str], Report]] = {
     "batch": batch,
 }
 if torch is not None:
+    from benchmarks.busy import busy
     from benchmarks.layers import entmax, gates, layers, one_token, sparse
     from benchmarks.memory import memory
     from benchmarks.predicted import predicted
+    from benchmarks.small import small
     from benchmarks.structured import structured
 
     COMPARISONS |= {
@@ -454,6 +456,8 @@ if torch is not None:
         "sparse": sparse,
         "memory": memory,
         "layers": layers,
+        "small": small,
+        "busy": busy,
         "predicted": predicted,
         "structured": structured,
     }

@@ -22,6 +22,9 @@ from planted import REPOSITORY, Fault, caught_by
 FORMATS, CONTRACTION = "mumoe_tensor/formats", "mumoe_tensor/contraction"
 
 FAULTS = [
+    Fault("command line: the user's wait policy is overwritten", "mumoe_tensor/cli/app.py",
+          'os.environ.setdefault("OMP_WAIT_POLICY", "passive")', 'os.environ["OMP_WAIT_POLICY"] = "passive"',
+          "cli::test_threads_wait_passively_unless_the_user_says_otherwise"),
     Fault("saving: entries of other shapes are loaded", "mumoe_tensor/nn/saving.py",
           "        if value.shape != tensor.shape:\n", "        if False:\n",
           "nn/test_saving::test_what_does_not_fit_leaves_the_model_as_it_was"),

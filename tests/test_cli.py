@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -449,6 +450,15 @@ def test_the_command_runs_and_loads_no_torch_for_a_plan() -> None:
     assert done.returncode == 2 and done.stdout == ""
     first, last = done.stderr.splitlines()
     assert first.startswith("mumoe-tensor: unknown format 'nope'") and last == "[]"
+
+
+def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run("formats")
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    run("formats")
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

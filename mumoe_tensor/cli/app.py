@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from math import isfinite
@@ -61,6 +62,9 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Print the version, or help where no command is named; else register the formats of other packages."""
+    # Read when torch is loaded, which commands do: threads that wait for each other then leave the core to
+    # other processes. What the environment has stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if version:
         print(mt.__version__)
     elif context.invoked_subcommand is None:

@@ -156,6 +156,18 @@ def is_traced(array: Array) -> bool:
     return is_recorded()
 
 
+def device_kind(array: Array) -> str:
+    """The kind of device that an array is on: ``"cpu"``, ``"cuda"``, ..."""
+    name = _backend_name(type(array))
+    if name == "pytorch":
+        return str(array.device.type)
+    if name == "jax":  # (while it traces, an array is on no device)
+        import jax
+
+        return str(jax.default_backend())
+    return "cpu"
+
+
 def dtype_name(array: Array) -> str:
     """Name of the dtype without its package: ``"float32"``."""
     return str(array.dtype).rpartition(".")[2]

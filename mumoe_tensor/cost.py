@@ -54,21 +54,27 @@ class Cost:
     def seconds(self) -> float:
         """Predicted time of the layers, of a block's activation, and of the gate where that is counted.
 
-        See ``seconds`` of a plan. The gate's product is a step, and so is each of the machine's
-        ``gate_passes``.
+        See the predicted time of a plan. An activation reads and writes the hidden features.
         """
+        first = self.plans[0]
+        total = sum(plan.seconds for plan in self.plans) + self.gate_seconds
+        if self.spec.hidden is None:
+            return total
+        # (In a gated block the product with the other features reads both and writes one.)
+        moved = (5 if self.spec.gated else 2) * first.batch * self.spec.hidden
+        return total + first.machine.seconds(0, moved)
+
+    @property
+    def gate_seconds(self) -> float:
+        """Predicted time of the gate's product and, each as an operation, the passes over its logits."""
+        if not self.gate_parameters:
+            return 0.0
         machine, batch = self.plans[0].machine, self.plans[0].batch
-        total = sum(plan.seconds for plan in self.plans)
-        if self.spec.hidden is not None:
-            # An activation reads and writes; its product with other features reads two and writes one.
-            total += machine.seconds(0, (5 if self.spec.gated else 2) * batch * self.spec.hidden)
-        if self.gate_parameters:
-            logits = batch * sum(self.spec.experts)
-            moved = batch * self.spec.in_features + self.gate_parameters + logits
-            total += machine.seconds(self.gate_flops, moved) + machine.gate_passes * machine.seconds(
-                0, 2 * logits
-            )
-        return total
+        logits = batch * sum(self.spec.experts)
+        product = machine.seconds(
+            self.gate_flops, batch * self.spec.in_features + self.gate_parameters + logits
+        )
+        return product + machine.gate_passes * machine.seconds(0, 2 * logits)
 
     @property
     def reference_flops(self) -> int | None:
@@ -114,21 +120,17 @@ class Cost:
         """Largest rank the matrix of an expert can have, the smallest of a block's."""
         return self.spec.max_expert_rank
 
-    @property
-    def predicted(self) -> str:
-        """The predicted time, and for which machine, in words."""
-        return predicted(self.seconds, self.plans[0].machine)
-
     def __str__(self) -> str:
         gate = f" ({self.gate_parameters:,} of the gate)" if self.gate_parameters else ""
         memory = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
         unit = "bytes" if self.plans[0].dtype else "elements"
+        time = predicted(self.seconds, self.plans[0].machine)
         padded = "".join(
             f"\n{name} {size:,} padded to {held:,}" for name, (size, held) in self.spec.padding.items()
         )
         return (
             f"{self.parameters:,} parameters{gate}, {self.flops:,} FLOPs, largest expert rank "
-            f"{self.max_expert_rank:,}\n{memory} {unit}{padded}"
+            f"{self.max_expert_rank:,}\n{memory} {unit}\n{time}{padded}"
         )
 
 
@@ -165,6 +167,7 @@ def cost(
     >>> print(mt.cost(head, gate=True))
     769,128 parameters (12,288 of the gate), 1,537,832 FLOPs, largest expert rank 424
     write 2,272, size 424, peak 1,424, saved 1,272 elements
+    predicted time 187 us at 160 GFLOP/s, 20 GB/s, float32
     """
     spec = as_spec(format, **sizes)
     check_flag(gate, "gate")

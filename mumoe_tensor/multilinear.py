@@ -9,10 +9,11 @@ from math import prod
 from operator import index
 from typing import Any
 
-from mumoe_tensor.backend import Array, check_floating, is_traced
+from mumoe_tensor.backend import Array, check_floating, device_kind, dtype_name, is_traced
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.contraction.execute import execute, fold
 from mumoe_tensor.contraction.layout import Program
+from mumoe_tensor.contraction.machine import AnyMachine, as_machine, machine_of
 from mumoe_tensor.contraction.network import Network, forward_networks
 from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import Implementation, Plan, plan_terms
@@ -33,6 +34,7 @@ def multilinear_moe(
     minimize: Objective = "time",
     implementation: Implementation = "factorized",
     memory_limit: int | None = None,
+    machine: AnyMachine | None = None,
     plan: Plan | None = None,
 ) -> Array:
     """Mix the outputs of all experts: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
@@ -51,9 +53,11 @@ def multilinear_moe(
         One array of expert coefficients a level, with the leading shape of `z`.
     minimize, implementation, memory_limit : optional
         See the function `plan`.
+    machine : str, Machine or mapping, optional
+        What to plan for, see the function `plan`; by default the kind of device and the dtype of the arrays.
     plan : ContractionPlan or SumPlan, optional
-        Run this plan, made for these sizes, instead of asking for one. `minimize`, `implementation` and
-        `memory_limit` are then not looked at.
+        Run this plan, made for these sizes, instead of asking for one. `minimize`, `implementation`,
+        `memory_limit` and `machine` are then not looked at.
 
     Returns
     -------
@@ -80,7 +84,9 @@ def multilinear_moe(
     if plan is None:
         # (A symbolic batch of JAX or torch is no int.)
         hint = batch if isinstance(batch, int) and not is_traced(z) else TRACED_BATCH
-        programs = _programs(*_key(weight, bias), hint, minimize, implementation, memory_limit)
+        chosen = as_machine(machine) if isinstance(machine, Mapping) else machine
+        place = device_kind(z), dtype_name(z), chosen
+        programs = _programs(*_key(weight, bias), hint, minimize, implementation, memory_limit, place)
     else:
         programs = _check_plan(plan, weight, bias)
     vectors = [x.reshape(batch, x.shape[-1]) for x in (*coefficients, z)]
@@ -152,11 +158,13 @@ def _programs(
     minimize: Objective,
     implementation: Implementation,
     memory_limit: int | None,
+    place: tuple[str, str, AnyMachine | None],
 ) -> tuple[Program, ...]:
     if memory_limit is None:
         # Batches of about the same size share a plan. (A limit is for the batch itself.)
         batch = 1 << max(batch - 1, 0).bit_length()
-    return _planned(format, modes, rank, missing, bias, batch, minimize, implementation, memory_limit)
+    options = (minimize, implementation, memory_limit, place)
+    return _planned(format, modes, rank, missing, bias, batch, *options)
 
 
 @lru_cache(maxsize=4096)
@@ -166,9 +174,15 @@ def _planned(
     rank: tuple[int, ...],
     missing: tuple[int, ...],
     bias: bool,
-    *options: Any,
+    batch: int,
+    minimize: Objective,
+    implementation: Implementation,
+    memory_limit: int | None,
+    place: tuple[str, str, AnyMachine | None],
 ) -> tuple[Program, ...]:
-    plan = plan_terms(_forward_networks(format, modes, rank, missing, bias), *options)
+    networks = _forward_networks(format, modes, rank, missing, bias)
+    options = (minimize, implementation, memory_limit, False, None, machine_of(*place))
+    plan = plan_terms(networks, batch, *options)
     return tuple(term.program for term in plan.terms)
 
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from mumoe_tensor.cli import app
+from mumoe_tensor.contraction.machine import MACHINES, in_words
 
 PLAN = "plan tucker --experts 256 --in-features 768 --out-features 768 --rank 64,128,128 --batch 8192"
 COST = "cost cp --experts 256 --in-features 768 --hidden 3072 --out-features 768 --rank 556 --bias --gate"
@@ -77,8 +79,9 @@ def test_plan() -> None:
     )
     assert run(PLAN).strip() == str(expected).strip()
     found = figures(PLAN)
-    for name in ("flops", "write", "copied", "size", "peak", "saved"):
+    for name in ("flops", "write", "copied", "size", "peak", "saved", "seconds"):
         assert found[name] == getattr(expected, name)
+    assert mt.Machine(**found["machine"]) == expected.machine
     assert [step["equation"] for step in found["steps"]] == [step.equation for step in expected.steps]
     assert [tuple(step["shape"]) for step in found["steps"]] == [step.shape for step in expected.steps]
     assert sum(step["flops"] for step in found["steps"]) == found["flops"]
@@ -91,6 +94,8 @@ def test_plan() -> None:
         ("--implementation reconstructed", {"implementation": "reconstructed"}),
         ("--constants weights", {"fold_weights": True}),
         ("--dtype float32", {"dtype": "float32"}),
+        ("--machine h200 --dtype bfloat16", {"machine": "h200", "dtype": "bfloat16"}),
+        ('--machine \'{"flops": 3e14, "bandwidth": 2e12}\'', {"machine": mt.Machine(3e14, 2e12)}),
         ("--memory-limit 20000", {"memory_limit": 20_000}),
         ("--bias --implementation reconstructed", {"bias": True, "implementation": "reconstructed"}),
     ],
@@ -100,7 +105,7 @@ def test_every_option_of_plan_reaches_the_library(options: str, keywords: dict) 
     expected = mt.plan("tucker", **sizes, **keywords)
     plain = "plan tucker --experts 8x6 --in-features 24 --out-features 20 --rank 3,5,7,6 --batch 64"
     found = figures(f"{plain} {options}")
-    for name in ("flops", "write", "size", "peak", "saved", "implementation"):
+    for name in ("flops", "write", "size", "peak", "saved", "implementation", "seconds"):
         assert found[name] == getattr(expected, name)
     assert len(found["constant_steps"]) == len(expected.constant_steps)
     assert run(f"{plain} {options}").strip() == str(expected).strip()
@@ -112,7 +117,7 @@ def test_cost() -> None:
     )
     found = figures(COST)
     names = ("parameters", "flops", "reference_flops", "write", "size", "peak", "saved", "max_expert_rank")
-    for name in (*names, "gate_parameters", "gate_flops"):
+    for name in (*names, "gate_parameters", "gate_flops", "seconds", "gate_seconds"):
         assert found[name] == getattr(expected, name), name
     assert [layer["parameters"] for layer in found["layers"]] == [
         x.weight_parameters for x in expected.spec.layers
@@ -122,6 +127,9 @@ def test_cost() -> None:
     for name in names:
         assert f"{getattr(expected, name):,}" in table
     assert "768 → 3072" in table and "3072 → 768" in table
+    assert in_words(expected.seconds) in table and str(expected.plans[0].machine) in table
+    gpu = figures(f"{COST} --machine cuda --dtype bfloat16")
+    assert gpu["seconds"] < found["seconds"] and gpu["machine"] == asdict(MACHINES["cuda"]["bfloat16"])
     gated = figures(f"{COST} --gated")
     assert gated["parameters"] == found["parameters"] + found["layers"][0]["parameters"]
     assert run(f"{COST} --gated").count("768 → 3072") == 2
@@ -335,6 +343,10 @@ BAD = [
     (f"plan cp {SMALL} --rank 2 --implementation fast", "'factorized', 'reconstructed', 'auto'"),
     (f"plan cp {SMALL} --rank 2 --constants all", "'weights'"),
     (f"plan cp {SMALL} --rank 2 --dtype int8", "'float64', 'float32', 'bfloat16', 'float16'"),
+    (f"plan cp {SMALL} --rank 2 --machine gpu", "machine must be one of 'cpu', 'cuda', 'h200', got 'gpu'"),
+    (f"plan cp {SMALL} --rank 2 --machine {{", "a machine must be a name or JSON, got '{'"),
+    (f'cost cp {SMALL} --rank 2 --machine {{"flops":1}}', "must have flops and bandwidth, and may have"),
+    (f'cost cp {SMALL} --rank 2 --machine {{"flops":1,"bandwidth":0}}', "bandwidth of a machine must be"),
     (f"plan cp {SMALL} --rank 2 --batch -1", "batch, if not zero, must be positive, got -1"),
     (f"plan cp {SMALL} --rank 2 --batch many", "--batch"),
     (f"plan cp {SMALL} --rank 2 --memory-limit 1 --batch 9", "memory_limit"),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
+from mumoe_tensor.contraction.machine import predicted
 from mumoe_tensor.testing import specs
 
 CLIP = dict(in_features=768, out_features=1000, bias=True, gate=True)
@@ -196,8 +197,10 @@ def test_the_bias_row_is_no_part_of_the_closed_form() -> None:
     assert mt.cost("dense", **sizes, bias=True).reference_flops == mt.cost("dense", **sizes).reference_flops
 
 
-def test_a_cost_reads_as_two_lines() -> None:
+def test_a_cost_reads_as_three_lines() -> None:
     sizes = dict(experts=3, in_features=1000, out_features=50, rank=20, batch=2)
     gated, bare = mt.cost("cp", gate=True, **sizes), mt.cost("cp", dtype="float32", **sizes)
     assert f"{gated.parameters:,} parameters (3,000 of the gate), {gated.flops:,} FLOPs" in str(gated)
-    assert str(bare).endswith(f"peak {bare.peak:,}, saved {bare.saved:,} bytes") and "gate" not in str(bare)
+    _, memory, time = str(bare).splitlines()
+    assert memory.endswith(f"peak {bare.peak:,}, saved {bare.saved:,} bytes") and "gate" not in str(bare)
+    assert time == predicted(bare.seconds, bare.plans[0].machine)

@@ -33,6 +33,7 @@ from mumoe_tensor.cli.options import (
     Rank,
 )
 from mumoe_tensor.cli.values import read_budget, read_machine, read_spec
+from mumoe_tensor.contraction.machine import in_words
 from mumoe_tensor.formats import Format, mode_names
 from mumoe_tensor.spec import as_budget
 
@@ -46,6 +47,7 @@ _COST = {
     "peak": "peak",
     "saved": "saved for backward",
     "max_expert_rank": "largest expert rank",
+    "seconds": "predicted time",
 }
 
 
@@ -155,24 +157,29 @@ def cost(
     ]
     unit = "bytes" if dtype else "elements"
     if as_json:
-        gate_figures = {"gate_parameters": total.gate_parameters, "gate_flops": total.gate_flops}
+        names = ("gate_parameters", "gate_flops", "gate_seconds")
+        gate_figures = {name: getattr(total, name) for name in names}
         parts = [part for _, part in columns]
         padded = {name: held for name, (_, held) in total.spec.padding.items()}
-        print_json(
-            {"format": format, **figures, **gate_figures, "unit": unit, "padded": padded, "layers": parts}
-        )
+        about = {"unit": unit, "machine": asdict(total.plans[0].machine), "padded": padded}
+        print_json({"format": format, **figures, **gate_figures, **about, "layers": parts})
         return
     if gate:
-        columns.append(("gate", {"parameters": total.gate_parameters, "flops": total.gate_flops}))
+        of_gate = {
+            "parameters": total.gate_parameters,
+            "flops": total.gate_flops,
+            "seconds": total.gate_seconds,
+        }
+        columns.append(("gate", of_gate))
     columns.append(("total", figures))
     headings = [heading for heading, _ in columns]
     table = new_table("", *headings, title=f"{format}, batch {batch:,}; memory in {unit}")
     for name, title in _COST.items():
-        values = [column.get(name) for _, column in columns]
-        table.add_row(title, *("" if value is None else f"{value:,}" for value in values))
+        table.add_row(title, *(_figure(name, column.get(name)) for _, column in columns))
     for column in table.columns[1:]:
         column.justify = "right"
     show(table)
+    print(f"predicted at {total.plans[0].machine}")
     for name, (size, held) in total.spec.padding.items():
         print(f"{name} {size:,} padded to {held:,}")
 
@@ -229,6 +236,12 @@ def _declared(format: Format) -> dict[str, Any]:
         "rank": list(format.bonds(1)),
         "parameters": " + ".join("·".join(names.get(x, x) for x in f.indices) for f in held),
     }
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return in_words(value) if name == "seconds" else f"{value:,}"
 
 
 def _cost_figures(cost: mt.Cost) -> dict[str, Any]:

@@ -153,7 +153,12 @@ def machine_entry(machine: AnyMachine) -> str | dict[str, Any]:
     return str(machine) if isinstance(machine, str) else asdict(read)
 
 
-def predicted(seconds: float, machine: Machine) -> str:
-    """A predicted time in words, and what it is predicted for."""
+def in_words(seconds: float) -> str:
+    """A time in the unit that suits it."""
     unit, name = (1e-6, "us") if seconds < 1e-3 else (1e-3, "ms") if seconds < 1 else (1.0, "s")
-    return f"predicted time {seconds / unit:,.3g} {name} at {machine}"
+    return f"{seconds / unit:,.3g} {name}"
+
+
+def predicted(seconds: float, machine: Machine) -> str:
+    """A predicted time, and what it is predicted for."""
+    return f"predicted time {in_words(seconds)} at {machine}"

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 from mumoe_tensor.checks import as_integer, as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
-from mumoe_tensor.contraction.machine import CPU, ITEMSIZE, AnyMachine, Machine, as_machine
+from mumoe_tensor.contraction.machine import CPU, ITEMSIZE, AnyMachine, Machine, as_machine, predicted
 from mumoe_tensor.contraction.network import Indices, Network, forward_networks
 from mumoe_tensor.contraction.order import Objective, Orders, Search
 from mumoe_tensor.formats.registry import AnyFormat
@@ -252,7 +252,8 @@ class ContractionPlan:
             head += f" ({self.search})"
         totals = ("write", "size", "peak", "saved")
         foot = ", ".join(f"{name} {getattr(self, name):,}" for name in totals)
-        return "\n".join([head, *(line.rstrip() for line in lines), f"FLOPs {self.flops:,}; {foot} {unit}"])
+        total = f"FLOPs {self.flops:,}; {foot} {unit}"
+        return "\n".join([head, *map(str.rstrip, lines), total, predicted(self.seconds, self.machine)])
 
 
 @dataclass(frozen=True)
@@ -366,7 +367,8 @@ class SumPlan:
         unit = "bytes" if self.dtype else "elements"
         totals = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
         parts = [f"term {k}: {plan}" for k, plan in enumerate(self.terms, start=1)]
-        return "\n\n".join([*parts, f"sum of {len(self.terms)} terms: FLOPs {self.flops:,}; {totals} {unit}"])
+        total = f"sum of {len(self.terms)} terms: FLOPs {self.flops:,}; {totals} {unit}"
+        return "\n\n".join([*parts, f"{total}\n{predicted(self.seconds, self.machine)}"])
 
 
 Plan = ContractionPlan | SumPlan
@@ -504,6 +506,7 @@ def plan(
     3  B r, B r -> B r    mul       512  8 x 64        0  1,536
     4  B r, o r -> B o    mm    786,432  8 x 768       0  6,656
     FLOPs 1,835,520; write 7,680, size 512, peak 6,656, saved 1,536 elements
+    predicted time 30 us at 160 GFLOP/s, 20 GB/s, float32
     """
     spec = as_spec(format, **sizes)
     batch = as_integer(batch, "batch") and as_positive(batch, "batch, if not zero,")

@@ -20,6 +20,7 @@ from mumoe_tensor.backend import operations_of
 from mumoe_tensor.contraction import order
 from mumoe_tensor.contraction.execute import arrange, execute
 from mumoe_tensor.contraction.layout import Compiler, Operand, Program
+from mumoe_tensor.contraction.machine import MACHINES, predicted
 from mumoe_tensor.contraction.network import Network, Reading, Tree, forward_network, is_read_in_place
 from mumoe_tensor.contraction.plan import PlannedStep, planned_steps
 from mumoe_tensor.formats.base import BATCH
@@ -483,7 +484,7 @@ def test_constants_fold_a_core_that_is_read_often() -> None:
 
 @given(layers(), BATCHES, st.sampled_from(["time", "flops", "peak"]), st.sampled_from(["float64", "float16"]))
 def test_figures_follow_from_the_steps(layer, batch, minimize, dtype) -> None:
-    plan = mt.plan(**layer, batch=batch, minimize=minimize)
+    plan = mt.plan(**layer, batch=batch, minimize=minimize, machine=MACHINES["cpu"][dtype])
     sizes = network_of(layer).sizes_at(batch)
     live, peak, intermediates = {}, 0, []
     operands = dict(enumerate(network_of(layer).squeezed.operands))
@@ -521,10 +522,11 @@ def test_figures_follow_from_the_steps(layer, batch, minimize, dtype) -> None:
 @given(layers(), BATCHES)
 def test_a_plan_prints_a_row_a_step(layer, batch) -> None:
     plan = mt.plan(**layer, batch=batch)
-    head, titles, rule, *rows, totals = str(plan).splitlines()
+    head, titles, rule, *rows, totals, time = str(plan).splitlines()
     assert f"batch {batch:,}" in head
     assert titles.split() == ["product", "kind", "FLOPs", "result", "copied", "live"]
     assert set(rule) == {"-"}
+    assert time == predicted(plan.seconds, plan.machine)
     assert len(rows) == len(plan.steps)
     for row, step in zip(rows, plan.steps, strict=True):
         assert step.equation in row
@@ -627,7 +629,7 @@ def test_execution_follows_the_plan_on_numpy() -> None:
 
 def test_printed_live_is_in_bytes() -> None:
     plan = mt.plan("cp", experts=4, in_features=3, out_features=2, rank=5, dtype="float64")
-    *_, last, _ = str(plan).splitlines()
+    *_, last, _, _ = str(plan).splitlines()
     assert last.split()[-1] == f"{8 * plan.steps[-1].live:,}"
 
 
@@ -729,6 +731,35 @@ def test_batches_of_about_the_same_size_share_a_plan() -> None:
         assert planned == [1, 2, 4, 128, 256]
         mt.multilinear_moe(weight, np.ones((100, 4)), [np.ones((100, 3))], memory_limit=10_000)
     assert planned[-1] == 100  # the limit is for this batch
+
+
+def test_arrays_are_multiplied_in_the_order_for_their_device_and_dtype() -> None:
+    torch = pytest.importorskip("torch")
+    layer = dict(experts=(8, 8, 4), in_features=12, out_features=48, rank=64)
+    weight = mt.FactorizedTensor.random("cp", **layer)
+    places = []
+
+    def planned(*options):
+        places.append(options[-1])
+        return mt.plan("cp", **layer, batch=32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multilinear, "plan_terms", planned)
+        multilinear._planned.cache_clear()
+        for dtype in (np.float32, np.float64):
+            typed = mt.FactorizedTensor("cp", [f.astype(dtype) for f in weight.arrays])
+            arrays = [np.ones((32, n), dtype) for n in (12, 8, 8, 4)]
+            mt.multilinear_moe(typed, arrays[0], arrays[1:])
+            mt.multilinear_moe(typed, arrays[0], arrays[1:], machine="h200")
+            mt.multilinear_moe(typed, arrays[0], arrays[1:], machine={"flops": 2.0, "bandwidth": 1.0})
+        meta = [torch.ones(32, n, device="meta", dtype=torch.bfloat16) for n in (12, 8, 8, 4)]
+        factors = [torch.ones(f.shape, device="meta", dtype=torch.bfloat16) for f in weight.arrays]
+        mt.multilinear_moe(mt.FactorizedTensor("cp", factors), meta[0], meta[1:])
+    multilinear._planned.cache_clear()
+    chosen = mt.Machine(2.0, 1.0)
+    cpu, h200 = MACHINES["cpu"], MACHINES["h200"]
+    assert places[:3] == [cpu["float32"], h200["float32"], chosen]
+    assert places[3:] == [cpu["float64"], h200["float64"], chosen, cpu["bfloat16"]]
 
 
 # ---- split modes ---------------------------------------------------------------------------------------

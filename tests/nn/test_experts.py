@@ -152,6 +152,9 @@ def test_a_plan_for_another_dtype_is_compiled_whole(after: str) -> None:
     a = [torch.rand(3, n, dtype=torch.float64) for n in layer.num_experts]
     if after == "to":
         layer.double()
+        assert (
+            layer._planned.plan.machine == MACHINES["cpu"]["float64"]
+        )  # before a call, which may be recorded
     else:
         for name, factor in list(layer.named_parameters()):
             setattr(layer, name, nn.Parameter(factor.detach().double()))

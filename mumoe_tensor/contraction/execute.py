@@ -7,7 +7,7 @@ from operator import matmul
 from typing import Any
 
 from mumoe_tensor.backend import Array, Operations, operations_of
-from mumoe_tensor.contraction.layout import Arrangement, Operand, Program, Step
+from mumoe_tensor.contraction.layout import Arrangement, Program, Step
 from mumoe_tensor.contraction.network import Reading
 
 _NONE: Mapping[int, Any] = {}
@@ -85,7 +85,7 @@ def run(
 
 
 def views(step: Step, left: Array, right: Array, operations: Operations) -> tuple[Array, Array, Array | None]:
-    """Both operands as the product takes them, and the bias row to add."""
+    """Both operands as the product takes them, or one if the other is None, and the bias row to add."""
     arrays, row, bias = [left, right], None, step.bias
     if bias is not None:
         weights = arrays[bias.side]
@@ -95,16 +95,16 @@ def views(step: Step, left: Array, right: Array, operations: Operations) -> tupl
             row = operations.permute(row, bias.order)
         if bias.shape is not None:
             row = row.reshape(bias.shape)
-    return view(step.left, arrays[0], operations), view(step.right, arrays[1], operations), row
-
-
-def view(operand: Operand, array: Array, operations: Operations) -> Array:
-    """An operand as the product takes it."""
-    if operand.copy_order is not None:
-        array = operations.permute(array, operand.copy_order)
-    if operand.shape is not None:
-        array = array.reshape(operand.shape)
-    return array if operand.axes is None else operations.permute(array, operand.axes)
+    for side, operand in enumerate((step.left, step.right)):
+        if arrays[side] is None:
+            continue
+        if operand.copy_order is not None:
+            arrays[side] = operations.permute(arrays[side], operand.copy_order)
+        if operand.shape is not None:
+            arrays[side] = arrays[side].reshape(operand.shape)
+        if operand.axes is not None:
+            arrays[side] = operations.permute(arrays[side], operand.axes)
+    return arrays[0], arrays[1], row
 
 
 def arranged(program: Program, operands: Sequence[Array], operations: Operations) -> list[Array]:

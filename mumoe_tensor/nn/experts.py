@@ -395,7 +395,7 @@ class Experts(WholeState):
                 f"of {[tuple(a.shape) for a in coefficients]}."
             )
         recorded = is_recorded()
-        is_indexed = any([type(a) is SparseCoefficients for a in coefficients])
+        is_indexed = SparseCoefficients in map(type, coefficients)
         if is_indexed and (recorded or is_transformed() or not is_supported(z)):
             coefficients = [a.dense() if isinstance(a, SparseCoefficients) else a for a in coefficients]
             is_indexed = False

@@ -169,11 +169,6 @@ class ExpertGate(WholeState):
         hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *HOOKS_ON_ALL_MODULES)
         return type(self) is ExpertGate and getattr(self.gate, "sparse_gradient", False) and not any(hooks)
 
-    @property
-    def selects(self) -> bool:
-        """Whether the gate names the experts that it selects, by a method `select`."""
-        return hasattr(self.gate, "select")
-
     def forward(self, z: Tensor, mask: Tensor | None = None, sparse: bool = False) -> tuple[Any, ...]:
         """Coefficients of inputs.
 
@@ -212,9 +207,8 @@ class ExpertGate(WholeState):
         if self.reads_input:
             with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
                 return self._coefficients_of_input(z, sparse)
-        power = self._power
-        if power is not None and kernels.serve(z):
-            return self._by_kernels(z, mask, power)
+        if kernels.serve(z) and self._power is not None:
+            return self._by_kernels(z, mask, self._power)
         if is_frozen(self) and not is_under_autocast and self._is_norm_folded(z):
             assert self.norm is not None
             scale, shift = self.norm.affine_map(z.dtype)

@@ -226,9 +226,10 @@ class Layer(WholeState):
         gate = self.gate
         if are_returned or not gate.is_sparse_gradient:
             return gate(z, mask), False
-        if not (gate.selects and is_supported(z)) or any([e.needs_dense for e in self.mixtures]):
-            return gate(z, mask), True
-        return gate(z, mask, sparse=True), True
+        selects = hasattr(gate.gate, "select") and is_supported(z)
+        if selects and not any(experts.needs_dense for experts in self.mixtures):
+            return gate(z, mask, sparse=True), True
+        return gate(z, mask), True
 
 
 @register_layer

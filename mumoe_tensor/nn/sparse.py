@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mumoe_tensor.backend import operations_of
 from mumoe_tensor.calls import is_exported
-from mumoe_tensor.contraction.execute import view
+from mumoe_tensor.contraction.execute import views
 from mumoe_tensor.contraction.layout import Program
 
 #: Fewest experts of a level at which zeros are counted: with fewer, the dense product takes no longer.
@@ -96,17 +96,18 @@ def indexed_products(
         product = products.get(position)
         if product is None:
             continue
+        is_left = product.side == "left"
         vector, weights = step.left.position, step.right.position
-        operand = step.right
-        if product.side == "right":
-            vector, weights, operand = weights, vector, step.left
+        if not is_left:
+            vector, weights = weights, vector
         coefficients, factor = operands[vector], operands[weights]
         is_plain = step.bias is None and program.arrange[vector] is None and program.arrange[weights] is None
         if isinstance(coefficients, SparseCoefficients) and isinstance(factor, Tensor) and is_plain:
-            factor = view(operand, factor, operations_of(factor))
-            is_left = product.side == "left"
-            result = indexed_product(coefficients, factor if is_left else factor.mT)
-            result = result if is_left else result.mT
+            operations = operations_of(factor)
+            if is_left:
+                result = indexed_product(coefficients, views(step, None, factor, operations)[1])
+            else:
+                result = indexed_product(coefficients, views(step, factor, None, operations)[0].mT).mT
             ready[position] = result if step.shape is None else result.reshape(step.shape)
             rest[vector] = coefficients.values
     return [x.dense() if isinstance(x, SparseCoefficients) else x for x in rest], ready

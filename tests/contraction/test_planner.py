@@ -260,9 +260,15 @@ def test_time_avoids_the_copy_of_a_large_weight() -> None:
 
 @pytest.mark.parametrize("format", [format.name for format in ALL])
 @pytest.mark.parametrize(
-    ("levels", "implementation"), [(8, "factorized"), (8, "reconstructed"), (12, "factorized")]
+    ("levels", "implementation", "minimize"),
+    [
+        (8, "factorized", "flops"),
+        (8, "reconstructed", "time"),
+        (8, "reconstructed", "peak"),
+        (12, "factorized", "time"),
+        (12, "factorized", "peak"),
+    ],
 )
-@pytest.mark.parametrize("minimize", ["time", "flops", "peak"])
 def test_many_levels_are_planned_and_right(format, levels, implementation, minimize) -> None:
     bonds = mt.get_format(format).bonds(levels)
     bias = not mt.get_format(format).splits_input  # there it is a term of its own

@@ -83,7 +83,8 @@ def mode_tail(dense: Any, mode: int, rank: int) -> float:
 def test_exact_recovery(format: str | mt.Format, experts: tuple[int, ...], seed: int) -> None:
     dense = random_dense(format, experts, seed)
     rank = some_rank(format, len(experts))
-    weight, error = decompose(dense, format, rank, bias=True)
+    # Two starts are enough, but where all of them are random.
+    weight, error = decompose(dense, format, rank, bias=True, n_restarts=2 if isinstance(format, str) else 8)
     assert weight.format == with_bias(mt.get_format(format))
     assert (weight.shape, weight.rank) == (dense.shape, rank)
     assert error < 1e-6
@@ -301,7 +302,8 @@ def test_half_precision_does_not_overflow() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_factors_have_like_norms(format: str) -> None:
-    weight, _ = decompose(1e6 * random_dense(format, (4,), 0), format, some_rank(format, 1), bias=True)
+    dense = 1e6 * random_dense(format, (4,), 0)
+    weight, _ = decompose(dense, format, some_rank(format, 1), bias=True, n_restarts=1)
     for term in weight.terms:
         norms = [np.linalg.norm(a) for a in term.arrays]
         assert max(norms) <= 4 * min(norms)

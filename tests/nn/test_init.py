@@ -39,7 +39,7 @@ def test_outputs_start_with_the_variance_of_a_linear_layer(format, experts, size
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("learning_rate", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("learning_rate", [1e-2, 1e-1])
 def test_two_hundred_steps_never_give_nan(format: str, learning_rate: float) -> None:
     torch.manual_seed(0)
     block = MuMoEMLP(16, 24, 16, (4, 2), FORMATS[format], rank_of(format, 2, 3))

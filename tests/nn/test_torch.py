@@ -33,14 +33,15 @@ def block_of(format: Any, experts: tuple[int, ...] = (4, 3), **options: Any) -> 
     return block
 
 
-@pytest.mark.parametrize(("format", "norm"), [*((f, "batch") for f in FORMATS), ("cp", "layer")])
+# Every format is traced by `test_export`.
+@pytest.mark.parametrize(("format", "norm"), [("tr", "batch"), (SUM, "batch"), ("cp", "layer")])
 def test_compile_in_one_graph_for_all_batch_sizes(format: Any, norm: str) -> None:
     block = block_of(format, gate_norm=norm)
     eager = copy.deepcopy(block)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in (6, 17, 2, 64, 5):
+        for batch in (6, 17, 2):
             x = torch.randn(batch, 3, 8)
             outputs, gradients = [], []
             for call, module in ((compiled, block), (eager, eager)):

@@ -366,7 +366,7 @@ class SumPlan:
     def __str__(self) -> str:
         unit = "bytes" if self.dtype else "elements"
         totals = ", ".join(f"{name} {getattr(self, name):,}" for name in ("write", "size", "peak", "saved"))
-        parts = [f"term {k}: {plan}" for k, plan in enumerate(self.terms, start=1)]
+        parts = [f"term {k}: {plan}" for k, plan in enumerate(self.terms)]
         total = f"sum of {len(self.terms)} terms: FLOPs {self.flops:,}; {totals} {unit}"
         return "\n\n".join([*parts, f"{total}\n{predicted(self.seconds, self.machine)}"])
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.checks import check_flag
 from mumoe_tensor.nn.described import register_layer
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, matrix_of
@@ -27,6 +28,8 @@ from mumoe_tensor.selections import Index
 
 #: What the names of experts begin with in a folder, so that `load` does not take them for layers of a model.
 SAVED = "adapters"
+#: What errors say of a layer, after its name.
+REFUSAL = "cannot have experts beside it"
 
 
 @register_layer
@@ -85,7 +88,9 @@ class Adapter(nn.Module):
             return cls(Conv1D(*reversed(sizes)).to(dtype=place.get("dtype")), delta)
 
 
-def add_experts(model: nn.Module, pattern: str, **options: Any) -> list[Replacement]:
+def add_experts(
+    model: nn.Module, pattern: str, *, dry_run: bool = False, **options: Any
+) -> list[Replacement]:
     """Freeze a model, and put experts beside its linear layers, in place.
 
     The outputs stay the same, bit for bit: the last factor of every term of the experts is zero. All
@@ -96,6 +101,8 @@ def add_experts(model: nn.Module, pattern: str, **options: Any) -> list[Replacem
     ----------
     pattern : str
         Shell pattern of the names of the linear layers, e.g. ``"*.q_proj"``.
+    dry_run : bool, default False
+        Change nothing, and only return what would be put in.
     **options
         Of `MuMoE`: experts, format, rank or parameters, and so on, for each layer. The experts have a bias if
         the linear layer has one. They are in float32 by default, or in float64 as the layer.
@@ -123,6 +130,7 @@ def add_experts(model: nn.Module, pattern: str, **options: Any) -> list[Replacem
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
     170
     """
+    check_flag(dry_run, "dry_run")
     if "experts" not in options or {"bias", "gate_features"} & options.keys():
         raise TypeError(
             "the options must have experts, not bias, which is as in the linear layer, and not "
@@ -143,7 +151,8 @@ def add_experts(model: nn.Module, pattern: str, **options: Any) -> list[Replacem
                 raise ValueError(f"the outputs must stay as they are; their relative error would be {error}.")
         return delta
 
-    return _put(model, _planned(model, pattern, make))
+    planned = _planned(model, pattern, make)
+    return [each for _, each in planned.values()] if dry_run else _put(model, planned)
 
 
 def remove_experts(model: nn.Module, pattern: str = "*") -> None:
@@ -268,12 +277,12 @@ def _planned(model: nn.Module, pattern: str, make: Callable[..., MuMoE]) -> Plan
     def fits(module: nn.Module) -> bool:
         return is_linear(module) or isinstance(module, Adapter)
 
-    return plan_replacements(model, pattern, fits, maker, "linear layer", {})
+    return plan_replacements(model, pattern, fits, maker, "linear layer", {}, REFUSAL)
 
 
 def _put(model: nn.Module, planned: Planned) -> list[Replacement]:
     """Put the adapters into the model, and freeze all but them."""
-    replacements = put_replacements(model, planned)
+    replacements = put_replacements(model, planned, refusal=REFUSAL)
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     trained = {id(parameter) for adapter in adapters for parameter in adapter.delta.parameters()}
     for parameter in model.parameters():

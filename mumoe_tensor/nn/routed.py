@@ -339,7 +339,10 @@ class _Route(NamedTuple):
         return torch.empty_like(y).index_copy(0, order, y)
 
     def _contracted(self, factors: Sequence[Tensor], rows: Tensor, entries: Sequence[Any]) -> Tensor:
-        """Inputs mapped by one expert, whose `entries` are numbers, or each by its own: these are vectors."""
+        """Inputs mapped by one expert, whose `entries` are numbers, or each by its own: these are vectors.
+
+        A bias, which is one vector for all inputs, stays one.
+        """
         operands = [factor for factor, axes in zip(factors, self.held, strict=True) if not axes]
         for factor, axes in zip(factors, self.held, strict=True):
             if axes:
@@ -347,8 +350,7 @@ class _Route(NamedTuple):
                 operands.append(first[tuple(entries[part] for part in axes)])
         if self.plan.program.network.takes_input:
             operands.append(rows)
-        y = contract(self.policy, operands, is_recorded=is_recorded())
-        return y.expand(len(rows), -1) if y.ndim == 1 else y  # a bias is one vector for all inputs
+        return contract(self.policy, operands, is_recorded=is_recorded())
 
 
 def _route(term: Term, spec: LayerSpec, batch: int, machine: Machine) -> _Route:

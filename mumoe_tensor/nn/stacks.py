@@ -64,7 +64,7 @@ def replace_experts(
         argument. The fit is then weighted by the inputs of each expert, as they and their routing weights
         occur. Meanwhile N (D² + F²) numbers of float64 are held for each module.
     fit : mapping, optional
-        Arguments of `.decompose` that say how long a fit may take, as ``{"n_restarts": 4}``.
+        ``n_restarts``, ``n_iter``, ``tolerance`` and ``seed`` of `.decompose`, as ``{"n_restarts": 4}``.
     dry_run : bool, default False
         Change nothing, and only return what would be replaced.
     **options
@@ -90,7 +90,10 @@ def replace_experts(
         raise TypeError(
             f"sizes, activation, dtype and device are those of the old experts, got options {sorted(taken)}."
         )
-    options = {"format": format, "parameters": parameters, "fit": {**EFFORT, **(fit or {})}, **options}
+    effort = {**EFFORT, **(fit or {})}
+    if unknown := effort.keys() - {*EFFORT, "seed"}:
+        raise TypeError(f"fit must be of {[*EFFORT, 'seed']}, got {sorted(unknown)}.")
+    options = {"format": format, "parameters": parameters, "fit": effort, **options}
     planned = plan_replacements(model, pattern, is_experts, _maker, "module of routed experts", options)
     if dry_run:
         return [replacement for _, replacement in planned.values()]

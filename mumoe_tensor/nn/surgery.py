@@ -23,6 +23,8 @@ _READ_BY_PARENT = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
+#: What errors say of a module, after its name.
+REFUSAL = "cannot be replaced"
 #: Classes that take hold of all parameters when a model is wrapped in them.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
@@ -161,12 +163,13 @@ def plan_replacements(
     maker: Callable[..., Callable[..., Any]],
     what: str,
     options: dict[str, Any],
+    refusal: str = REFUSAL,
 ) -> Planned:
     """Check all modules that fit and have a name of the pattern; nothing is fitted or changed."""
     chosen = choose(model, pattern, fits, what)
     planned: Planned = {}
     for old, names in chosen.items():
-        with _named(names[0]):
+        with _named(names[0], refusal):
             _check_place(model, old, names, chosen)
             make = maker(old, **options)
             # On the meta device a layer has sizes but no values: wrong options show there.
@@ -177,7 +180,10 @@ def plan_replacements(
 
 
 def put_replacements(
-    model: nn.Module, planned: Planned, called: Callable[[nn.Module], nn.Module] = lambda module: module
+    model: nn.Module,
+    planned: Planned,
+    called: Callable[[nn.Module], nn.Module] = lambda module: module,
+    refusal: str = REFUSAL,
 ) -> list[Replacement]:
     """Make all new modules, compare each with the old one, and then replace all.
 
@@ -185,7 +191,7 @@ def put_replacements(
     """
     new, fitted = {}, []
     for old, (make, replacement) in planned.items():
-        with _named(replacement.name):
+        with _named(replacement.name, refusal):
             new[old] = layer = make()
             difference = None
             if layer.fit_errors:
@@ -206,13 +212,13 @@ def put_replacements(
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _named(name: str, refusal: str) -> Iterator[None]:
     """Say of which module an error is."""
     try:
         yield
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name!r} cannot be replaced: {error}") from error
+        raise kind(f"{name!r} {refusal}: {error}") from error
 
 
 def choose(

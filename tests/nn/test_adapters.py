@@ -161,10 +161,23 @@ def test_outputs_that_would_change_are_refused() -> None:
     # Zero times a coefficient that is not finite is not zero.
     network = Network()
     before = [*network.named_modules()]
-    with pytest.raises(ValueError, match=r"'head' cannot be replaced: .* relative error would be nan"):
+    with pytest.raises(ValueError, match=r"'head' cannot have experts beside it: .* error would be nan"):
         add_experts(network, "head", experts=3, rank=2, gate=lambda logits: logits + torch.inf)
     assert [*network.named_modules()] == before
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_dry_run_changes_nothing() -> None:
+    network = Network()
+    before = [*network.named_modules()]
+    planned = add_experts(network, "layers.*", experts=3, rank=2, dry_run=True)
+    assert [*network.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert planned == add_experts(network, "layers.*", experts=3, rank=2)
+    with pytest.raises(ValueError, match=r"'layers\.0' cannot have experts beside it: it has experts"):
+        add_experts(network, "layers.*", experts=3, rank=2, dry_run=True)
+    with pytest.raises(TypeError, match="dry_run"):
+        add_experts(network, "head", experts=3, rank=2, dry_run=1)
 
 
 def test_a_layer_is_not_replaced_in_part() -> None:
@@ -191,7 +204,7 @@ def test_experts_beside_experts_are_refused() -> None:
     before = [*network.named_modules()]
     part = "it is a part of a layer of class Adapter, which must stay whole"
     for pattern, cause in (("*", "it has experts"), ("*.base", part)):
-        with pytest.raises(ValueError, match=f"cannot be replaced: {cause}"):
+        with pytest.raises(ValueError, match=f"cannot have experts beside it: {cause}"):
             add_experts(network, pattern, experts=3, rank=2)
     assert [*network.named_modules()] == before
     for options in ({}, {"experts": 3, "bias": True}, {"experts": 3, "gate_features": 6}):
@@ -199,7 +212,7 @@ def test_experts_beside_experts_are_refused() -> None:
             add_experts(network, "head", rank=2, **options)
     with pytest.raises(TypeError, match=r"a model must be a torch\.nn\.Module, got str"):
         add_experts("network", "head", experts=3)
-    with pytest.raises(ValueError, match=r"'head' cannot be replaced: .*rank"):
+    with pytest.raises(ValueError, match=r"'head' cannot have experts beside it: .*rank"):
         add_experts(network, "head", experts=3, rank=0)
     # Later adapters are trained with the earlier ones.
     add_experts(network, "head", experts=3, rank=2)
@@ -228,7 +241,7 @@ def test_experts_are_saved_alone(dtype: Any, tmp_path: Path) -> None:
         load_adapter(other, tmp_path)
     plain.head = nn.Linear(6, 5, dtype=dtype)
     before = [*plain.named_modules()]
-    with pytest.raises(ValueError, match=r"'head' cannot be replaced: the experts must have the inputs, out"):
+    with pytest.raises(ValueError, match=r"'head' cannot have experts beside it: the experts must have"):
         load_adapter(plain, tmp_path)
     plain.head = nn.Linear(6, 4, bias=False, dtype=dtype)
     with pytest.raises(ValueError, match=r"bias \(6, 4, False\), got \(6, 4, True\)"):

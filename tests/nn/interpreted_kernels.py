@@ -16,6 +16,7 @@ from mumoe_tensor.nn import MuMoEMLP, entmax15, kernels
 from mumoe_tensor.nn.kernels import coefficients as operations
 from mumoe_tensor.nn.kernels import simplex
 from mumoe_tensor.nn.kernels.coefficients import coefficients
+from mumoe_tensor.nn.kernels.rows import sum_of_indexed_rows, sum_of_indexed_rows_backward
 
 #: What the kernels compute, by POWER.
 GATES = {2: gates.entmax15, 1: gates.sparsemax}
@@ -167,6 +168,39 @@ def test_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = transformed()
     monkeypatch.setattr(kernels, "serve", lambda x: True)
     torch.testing.assert_close(transformed(), expected, atol=1e-5, rtol=1e-4)
+
+
+# ---- rows of a factor ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "k", "rank"), [(6, 3, 70), (5, 1, 1), (3, 4, 1500), (0, 2, 5)])
+def test_sums_of_indexed_rows(rows: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    values = torch.randn(rows, k).to(dtype)
+    indices = torch.rand(rows, 20).topk(k).indices
+    # Rows of a factor that lies in memory the other way round.
+    for factor in (torch.randn(20, rank).to(dtype), torch.randn(rank, 20).to(dtype).mT):
+        dense = torch.zeros(rows, 20, dtype=torch.float64).scatter(1, indices, values.double())
+        gradient = torch.randn(rank, rows).to(dtype).mT
+        y = sum_of_indexed_rows(values, indices, factor)
+        of_values, of_factor = sum_of_indexed_rows_backward(values, indices, factor, gradient)
+        assert (y.dtype, of_values.dtype, of_factor.dtype) == (dtype, dtype, dtype)
+        for found, exact in (
+            (y, dense @ factor.double()),
+            (of_values, (gradient.double() @ factor.double().mT).gather(1, indices)),
+            (of_factor, dense.mT @ gradient.double()),
+        ):
+            bound = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+            assert found.shape == exact.shape
+            torch.testing.assert_close(found.double(), exact, atol=bound * max(1, rank**0.5), rtol=bound)
+
+
+def test_operations_on_rows_are_well_defined() -> None:
+    x, indices, factor = torch.randn(4, 2), torch.randint(9, (4, 2)), torch.randn(9, 5)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(sum_of_indexed_rows, (x, indices, factor), test_utils=checks)
+    of_pass = (x, indices, factor, torch.randn(4, 5))
+    torch.library.opcheck(sum_of_indexed_rows_backward, of_pass, test_utils=checks)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------

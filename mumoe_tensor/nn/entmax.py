@@ -34,6 +34,8 @@ CHUNK = 2**19
 
 def coefficients(z: Tensor) -> Tensor:
     """The coefficients of logits, in float64 too: the same operations for any values."""
+    if _are_few(z) and not torch.compiler.is_compiling():  # (which takes any number of rows)
+        return _sorted(z)
     u = torch.sub(z, z.amax(-1, keepdim=True)).add_(2).relu_()
     for _ in range(_most_steps(z)):
         u.sub_(_step(u)).relu_()
@@ -42,7 +44,7 @@ def coefficients(z: Tensor) -> Tensor:
 
 def coefficients_on_cpu(z: Tensor) -> Tensor:
     """The same, where values can be read."""
-    if z.numel() <= FEWEST and z.dtype == torch.float32:
+    if _are_few(z):
         return _sorted(z)
     rows = z.reshape(-1, z.shape[-1])
     p = _of_few_entries(rows) if _is_long(rows) else None
@@ -72,6 +74,10 @@ def gradient_on_cpu(p: Tensor, dp: Tensor) -> Tensor:
         for part in zip(_chunks(p), _chunks(dp), _chunks(dz), strict=True):
             gradient(*part)
     return dz.view(shape)
+
+
+def _are_few(z: Tensor) -> bool:
+    return z.numel() <= FEWEST and z.dtype == torch.float32
 
 
 def _most_steps(z: Tensor) -> int:
@@ -109,7 +115,7 @@ def _sorted(z: Tensor) -> Tensor:
     # No entry more than 2 below the largest has a coefficient. In float64, because the roots cancel.
     wide = (z - z.amax(-1, keepdim=True)).clamp_(min=-2).double()
     largest = wide.sort(-1, descending=True).values
-    k = torch.arange(1, z.shape[-1] + 1, dtype=torch.float64)
+    k = torch.arange(1, z.shape[-1] + 1, dtype=torch.float64, device=z.device)
     total, squares = largest.cumsum(-1), largest.square().cumsum(-1)
     # The t at which the k largest alone have ‖z − t‖ = 2. It grows with k, and that of all entries is the
     # last that is not above its k-th entry; the entries after that one are below it.

@@ -28,7 +28,9 @@ def compiled(kernel: Any, dtype: str, warps: int, constants: dict[str, Any]) -> 
     }
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
-    return len(triton.compile(source, target=TARGET, options={"num_warps": warps}).asm["cubin"])
+    return len(
+        triton.compile(source, target=TARGET, options={"num_warps": warps, **simplex.OPTIONS}).asm["cubin"]
+    )
 
 
 for norm, power, dtype in (("layer", 2, "bf16"), ("batch", 1, "fp32")):

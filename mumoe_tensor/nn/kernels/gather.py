@@ -51,7 +51,7 @@ def _block(rank: int) -> int:
 
 
 def _shape(block: int) -> dict[str, Any]:
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+    return {"BLOCK": block, "num_warps": max(1, block // 256), "enable_fp_fusion": False}
 
 
 @triton.jit

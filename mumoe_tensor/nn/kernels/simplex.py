@@ -27,6 +27,8 @@ LONGEST_WHOLE = 2**14
 CHUNK = 2**12
 #: Logits that a warp has at once.
 PER_WARP = 2**10
+#: Every product is rounded, as by the interpreter. (Time goes into memory, not into arithmetic.)
+OPTIONS = {"enable_fp_fusion": False}
 
 
 def forward(
@@ -62,10 +64,10 @@ def _launch(whole: Any, in_chunks: Any, arrays: tuple[Any, ...], sizes: tuple[An
     rows = max(1, PER_WARP // block)
     with torch.cuda.device_of(arrays[0]):
         if n > LONGEST_WHOLE:
-            in_chunks[(num_rows,)](*arrays, *sizes, BLOCK=CHUNK, num_warps=CHUNK // 512)
+            in_chunks[(num_rows,)](*arrays, *sizes, BLOCK=CHUNK, num_warps=CHUNK // 512, **OPTIONS)
         else:
             shape = {"ROWS": rows, "BLOCK": block, "num_warps": max(1, block // PER_WARP)}
-            whole[(triton.cdiv(num_rows, rows),)](*arrays, *sizes, **shape)
+            whole[(triton.cdiv(num_rows, rows),)](*arrays, *sizes, **shape, **OPTIONS)
 
 
 @triton.jit

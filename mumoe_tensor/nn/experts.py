@@ -32,7 +32,7 @@ from mumoe_tensor.nn.described import register_layer
 from mumoe_tensor.nn.edits import BiasEdit, BiasEdits, check_edit_name, edits_in
 from mumoe_tensor.nn.frozen import Folded, are_comparable
 from mumoe_tensor.nn.init import draw, scale_to_linear
-from mumoe_tensor.nn.sparse import SparseCoefficients, indexed_products, is_supported
+from mumoe_tensor.nn.sparse import SparseCoefficients, indexed_products, is_indexable, is_supported
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.nn.values import copy_weight, is_distributed
 from mumoe_tensor.selections import Index, read_index, read_number
@@ -396,7 +396,7 @@ class Experts(WholeState):
             )
         recorded = is_recorded()
         is_indexed = SparseCoefficients in map(type, coefficients)
-        if is_indexed and (recorded or is_transformed() or not is_supported(z)):
+        if is_indexed and (recorded or is_transformed() or not is_indexable(z)):
             coefficients = [a.dense() if isinstance(a, SparseCoefficients) else a for a in coefficients]
             is_indexed = False
         # (No needless views: in-place changes of these are restricted.)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mumoe_tensor import gates
-from mumoe_tensor.calls import get_proxy_mode, is_exported, is_jit_traced, is_transformed
+from mumoe_tensor.calls import get_proxy_mode, is_exported, is_jit_traced, is_recorded, is_transformed
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.nn import entmax, kernels
 from mumoe_tensor.nn.kernels.coefficients import coefficients
@@ -100,8 +100,11 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """The k largest logits of each row and their places, for gates that then leave all others alone.
 
     None where the general functions must be used: values cannot be read, a row has NaN, or the k-th largest
-    logit of a row has an equal that is not among the k.
+    logit of a row has an equal that is not among the k. On a GPU it is never None for float32: nothing is
+    read, of equals the first are taken, and a row whose coefficients are NaN has values that are.
     """
+    if kernels.serve(logits) and logits.dtype == torch.float32 and not (is_recorded() or is_transformed()):
+        return _largest_by_keys(logits, k)
     is_wide = logits.dtype in (torch.float32, torch.float64)
     if not is_wide or k >= logits.shape[-1] or not is_eager_on_cpu(logits):
         return None
@@ -109,6 +112,19 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     if not bool(((values[..., k - 1] > values[..., k]) & (values[..., 0] < torch.inf)).all()):
         return None
     return values[..., :k], places[..., :k]
+
+
+def _largest_by_keys(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits and their places, by integers that order logits, then places backwards."""
+    # NaN is the largest, and −0 equals 0.
+    z = torch.where(logits < torch.inf, logits, torch.nan) + 0.0
+    bits = z.detach().view(torch.int32).long()
+    # The bits of a float are in its order, but those of negative ones in the opposite.
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (ordered << 32) - torch.arange(z.shape[-1], device=z.device)
+    places = keys.topk(k, -1).indices
+    values = z.gather(-1, places)
+    return torch.where(values[..., :1] > -torch.inf, values, torch.nan), places
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:

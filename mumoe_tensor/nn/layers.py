@@ -22,7 +22,7 @@ from mumoe_tensor.nn.linear import check_linear, layer_like
 from mumoe_tensor.nn.pruning import keep_experts
 from mumoe_tensor.nn.published import read_published, write_published
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES, elementwise
-from mumoe_tensor.nn.sparse import is_supported
+from mumoe_tensor.nn.sparse import is_indexable
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.selections import Index, Selection
 from mumoe_tensor.spec import LayerSpec, as_budget, as_spec
@@ -226,7 +226,7 @@ class Layer(WholeState):
         gate = self.gate
         if are_returned or not gate.is_sparse_gradient:
             return gate(z, mask), False
-        selects = hasattr(gate.gate, "select") and is_supported(z)
+        selects = hasattr(gate.gate, "select") and is_indexable(z)
         if selects and not any(experts.needs_dense for experts in self.mixtures):
             return gate(z, mask, sparse=True), True
         return gate(z, mask), True

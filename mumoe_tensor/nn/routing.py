@@ -281,7 +281,8 @@ def _uniform_top_k(scores: Tensor, k: int) -> Tensor | SparseCoefficients:
         coefficients: Tensor = gates.uniform_top_k(scores, k)
         return coefficients
     values, places = chosen
-    return SparseCoefficients(torch.full_like(values, 1 / k), places, scores.shape[-1])
+    # (NaN where the values are.)
+    return SparseCoefficients(0 * values + 1 / k, places, scores.shape[-1])
 
 
 def _check_k(k: int, num_experts: int) -> None:

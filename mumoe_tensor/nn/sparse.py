@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.backend import operations_of
-from mumoe_tensor.calls import is_exported
+from mumoe_tensor.calls import is_exported, is_recorded
 from mumoe_tensor.contraction.execute import views
 from mumoe_tensor.contraction.layout import Program
+from mumoe_tensor.contraction.machine import machine_of
+from mumoe_tensor.nn import kernels
+from mumoe_tensor.nn.kernels.rows import sum_of_indexed_rows, sum_of_indexed_rows_backward
 
 #: Fewest experts of a level at which zeros are counted: with fewer, the dense product takes no longer.
 FEWEST_EXPERTS = 1024
 #: Largest share of nonzero coefficients at which the rows of the factor are summed one by one.
 DENSEST = 0.08
+#: The same on a GPU, where products take so much less time than reading rows one by one.
+DENSEST_ON_GPU = 2 / machine_of("cuda", "bfloat16").element
 #: Rows of coefficients from which that share is estimated.
 SAMPLE = 32
 
@@ -27,6 +32,15 @@ def is_supported(coefficients: Tensor) -> bool:
     is_plain = torch.compiler.is_compiling() or type(coefficients) in (Tensor, torch.nn.Parameter)
     is_float = coefficients.dtype in (torch.float32, torch.float64) and coefficients.device.type == "cpu"
     return is_plain and is_float and not is_exported() and not torch.is_autocast_enabled("cpu")
+
+
+def is_indexable(z: Tensor) -> bool:
+    """Whether `indexed_product` is worth it where the inputs are: on a CPU, and by a kernel on a GPU.
+
+    (A kernel adds up gradients in any order.)
+    """
+    by_kernel = kernels.serve(z) and not (is_recorded() or torch.are_deterministic_algorithms_enabled())
+    return by_kernel or is_supported(z)
 
 
 class SparseCoefficients(NamedTuple):
@@ -50,10 +64,16 @@ class SparseCoefficients(NamedTuple):
         return (*self.values.shape[:-1], self.num_experts)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the values."""
+        return self.values.dtype
+
+    @property
     def is_few(self) -> bool:
         """Whether `indexed_product` takes less time than the product with the dense coefficients."""
         k = self.values.shape[-1]
-        return self.num_experts >= FEWEST_EXPERTS and k <= DENSEST * self.num_experts
+        densest = DENSEST if self.values.device.type == "cpu" else DENSEST_ON_GPU
+        return self.num_experts >= FEWEST_EXPERTS and k <= densest * self.num_experts
 
     def reshape(self, *shape: int) -> SparseCoefficients:
         """The same of another shape: the last is N, or -1."""
@@ -69,7 +89,9 @@ class SparseCoefficients(NamedTuple):
 
     def dense(self) -> Tensor:
         """The coefficients of all experts."""
-        return self.values.new_zeros(self.shape).scatter(-1, self.indices, self.values)
+        # (Zeros, or NaN where the values are.)
+        rest = (0 * self.values.detach()[..., :1]).expand(self.shape)
+        return rest.scatter(-1, self.indices, self.values)
 
 
 def indexed_product(coefficients: SparseCoefficients, factor: Tensor) -> Tensor:
@@ -145,6 +167,9 @@ class _IndexedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(values, indices, factor)
+        if kernels.serve(factor):
+            y: Tensor = sum_of_indexed_rows(values, indices, factor)
+            return y
         return torch.nn.functional.embedding_bag(indices, factor, mode="sum", per_sample_weights=values)
 
     @staticmethod
@@ -155,6 +180,9 @@ class _IndexedProduct(torch.autograd.Function):
             of_values = (factor[indices] @ gradient.unsqueeze(-1)).squeeze(-1)
             parts = values.unsqueeze(-1) * gradient.unsqueeze(-2)
             of_factor = torch.zeros_like(factor).index_add(0, indices.flatten(), parts.flatten(0, 1))
+            return of_values, None, of_factor
+        if kernels.serve(factor):
+            of_values, of_factor = sum_of_indexed_rows_backward(values, indices, factor, gradient)
             return of_values, None, of_factor
         rows, k = indices.shape
         row = torch.arange(rows, device=indices.device).repeat_interleave(k)

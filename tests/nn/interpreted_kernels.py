@@ -12,7 +12,7 @@ from nasty_rows import nasty
 from torch import nn
 
 from mumoe_tensor import gates
-from mumoe_tensor.nn import MuMoEMLP, entmax15, kernels
+from mumoe_tensor.nn import MuMoEMLP, entmax15, kernels, sparse
 from mumoe_tensor.nn.kernels import coefficients as operations
 from mumoe_tensor.nn.kernels import simplex
 from mumoe_tensor.nn.kernels.coefficients import coefficients
@@ -240,6 +240,32 @@ def test_layers(gate: str, norm: str, experts: Any, monkeypatch: pytest.MonkeyPa
         for module in (one, other):
             module.zero_grad()
     torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("experts", [1200, (3, 1200)], ids=str)
+def test_layers_that_select_experts(experts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = {"name": "topk", "k": 2}
+    one = MuMoEMLP(6, 5, 4, experts, "cp", 3, gate=gate, gate_norm="layer")
+    other, x = copy.deepcopy(one), torch.randn(7, 6)
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(arguments))
+        return sum_of_indexed_rows(*arguments)
+
+    def step(module: Any) -> list[Any]:
+        y = module(x)
+        y.square().sum().backward()
+        return [y, *(p.grad for p in module.parameters())]
+
+    expected = step(other)
+    monkeypatch.setattr(kernels, "serve", lambda x: x.dtype in kernels.DTYPES)
+    monkeypatch.setattr(sparse, "sum_of_indexed_rows", counted)
+    torch.testing.assert_close(step(one), expected, atol=1e-5, rtol=1e-4)
+    assert len(calls) == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # (Rounded logits select other experts for some inputs.)
+        assert (one(x).float() - expected[0]).abs().median() < 0.05 * expected[0].abs().max()
 
 
 @pytest.mark.usefixtures("on_cpu")

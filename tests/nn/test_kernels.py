@@ -11,14 +11,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from nasty_rows import nasty
 
 torch = pytest.importorskip("torch")
 
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
 from benchmarks.devices import launches  # noqa: E402
+from mumoe_tensor import gates  # noqa: E402
 from mumoe_tensor.nn import MuMoE, MuMoEMLP, entmax15, kernels  # noqa: E402
+from mumoe_tensor.nn.routing import ReLUTopK, TopK  # noqa: E402
+from mumoe_tensor.nn.sparse import SparseCoefficients  # noqa: E402
 
 HERE = Path(__file__).parent
 #: The MLP block of GPT-2: experts, format and rank, then the most kernels of a forward and a backward pass.
@@ -92,6 +97,18 @@ def test_without_triton_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_HAS_TRITON", [False])
     with FakeTensorMode():
         assert not kernels.serve(torch.empty(4, 6, device="cuda"))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_experts_are_selected_without_reading_values(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "serve", lambda x: True)
+    for n in (3, 5, 64):
+        rows = torch.tensor(np.stack([*nasty(n).values(), *(np.zeros((3, n), "f4"))]))
+        rows[-3, n // 2], rows[-2, 1], rows[-1, :] = torch.nan, torch.inf, -torch.inf
+        rows = torch.cat([rows, torch.tensor([-0.0, 0.0]).repeat(n)[:n][None]])
+        for ours, exact in ((TopK(k), gates.top_k), (ReLUTopK(k, bias=False), gates.relu_top_k)):
+            assert type(ours.select(rows)) is SparseCoefficients
+            torch.testing.assert_close(ours(rows), exact(rows, k), equal_nan=True)
 
 
 # ---- launches, and nothing that waits --------------------------------------------------------------------

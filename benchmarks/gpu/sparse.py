@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from benchmarks.gpu.rows import BRIEF, Row
-from mumoe_tensor.nn.sparse import _support
+from mumoe_tensor.nn.sparse import SparseCoefficients, _support, indexed_product
 from mumoe_tensor.study.timing import compare
 
 Route = Callable[[Tensor, Tensor], Tensor]
@@ -23,6 +23,7 @@ def routes(coefficients: Tensor) -> dict[str, Route]:
     """Ways to form the product, the first of them dense."""
     support = _support(coefficients)
     most = int((coefficients != 0).sum(1).max())
+    places = coefficients.topk(most).indices
 
     def bag(a: Tensor, factor: Tensor, support: tuple[Tensor, ...]) -> Tensor:
         position, _, column, starts = support
@@ -32,8 +33,12 @@ def routes(coefficients: Tensor) -> dict[str, Route]:
         values, index = a.topk(most)
         return torch.bmm(values.unsqueeze(1), factor[index]).squeeze(1)
 
+    def indexed(a: Tensor, factor: Tensor) -> Tensor:
+        return indexed_product(SparseCoefficients(a.gather(1, places), places, a.shape[1]), factor)
+
     return {
         "dense": torch.matmul,
+        "indexed": indexed,
         "embedding_bag": lambda a, factor: bag(a, factor, _support(a.detach())),
         "bag, indices given": lambda a, factor: bag(a, factor, support),
         "gather": gather,

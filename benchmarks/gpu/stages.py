@@ -79,8 +79,8 @@ STAGES = {
         25,
         "Coefficients times a factor of rank 556, by the share that is not zero",
         {"experts": ",d", "density": ".1%", "pass": "", "dense ms": ".3f"}
-        | dict.fromkeys(("embedding_bag", "bag, indices given", "gather"), ".2f"),
-        ("Times over the dense product's.",),
+        | dict.fromkeys(("indexed", "embedding_bag", "bag, indices given", "gather"), ".2f"),
+        ("Times over the dense product's. indexed: as layers do it, by a kernel, with the largest k.",),
     ),
     "suites": Stage(asv_suites, 35, "asv suites", {"case": "", "ms": ".3f"}),
     "gpt2": Stage(

@@ -158,6 +158,11 @@ def _costs(planned: Plan) -> Iterator[Measurement]:
     for subject in everything:
         for quantity, value in subject.figures(setting.batch).items():
             yield Measurement.of("cost", subject, quantity, value, batch=setting.batch, note=subject.skip)
+    for device, subject in product(setting.devices, planned.subjects):
+        seconds = subject.predicted(setting.batch, device)
+        yield Measurement.of(
+            "cost", subject, "predicted forward", seconds, device=device, batch=setting.batch
+        )
 
 
 def _timing(setting: Setting, subject: Subject, device: str, batch: int, passes: tuple[str, ...]) -> Task:

@@ -56,6 +56,8 @@ def cells(planned: Plan, results: Results) -> list[Cells]:
             }  # fmt: skip
             for quantity in ("forward", "step"):
                 of_times += _time(results.of(quantity, **of_subject))
+                if quantity == "forward":
+                    of_times.append(f"{1e3 * subject.predicted(setting.batch, device):,.2f} ms")
             of_times += [_mebibytes(results.of(q, **of_subject)) for q in ("forward peak", "step peak")]
         times[2].append(of_times)
     return [costs, times]
@@ -83,7 +85,7 @@ def tables(planned: Plan, results: Results) -> list[Table]:
 
 
 def _measured(device: str) -> list[str]:
-    return [f"forward {device}", "× dense", f"step {device}", "× dense", "peak MiB", "of step"]
+    return [f"forward {device}", "× dense", "predicted", f"step {device}", "× dense", "peak MiB", "of step"]
 
 
 def _time(rows: list[Measurement]) -> list[str]:

@@ -58,6 +58,17 @@ def test_figures_are_those_of_the_cost(layer: mt.LayerSpec) -> None:
             "saved": (cost.saved + 4 * 8 * 24) / 8,
             "expert rank": cost.max_expert_rank,
         }
+        assert subject.predicted(8, "cpu") == cost.seconds
+        gpu = mt.cost(subject.spec, gate=True, batch=8, machine="cuda")
+        assert subject.predicted(8, "cuda") == gpu.seconds
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_more_inputs_are_predicted_to_take_longer(layer: mt.LayerSpec) -> None:
+    for subject in subjects(layer, (4,)):
+        for device in ("cpu", "cuda"):
+            times = [subject.predicted(batch, device) for batch in (1, 64, 4096)]
+            assert 0 < times[0] <= times[1] <= times[2]
 
 
 def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:

@@ -37,6 +37,8 @@ def test_every_subject_has_every_figure(study: Study) -> None:
         rank = joined(subject.spec.full_rank)
         for quantity, value in subject.figures(8).items():
             assert [row.value for row in results.of(quantity, rank=rank, **known)] == [value]
+        (row,) = results.of("predicted forward", device="cpu", batch=8, **known)
+        assert row.value == subject.predicted(8, "cpu") and row.unit == "s"
         for quantity in ("forward", "step"):
             (row,) = results.of(quantity, device="cpu", batch=8, **known)
             assert row.value and row.low <= row.value <= row.high and row.repetitions == 3

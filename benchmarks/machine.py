@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import prod
 from time import perf_counter, process_time
 
 import torch
@@ -16,38 +17,45 @@ from benchmarks.common import DEVICES, need_device
 from benchmarks.harness import threads
 from mumoe_tensor import Machine
 from mumoe_tensor.contraction.machine import ITEMSIZE
+from mumoe_tensor.nn import entmax15
 from mumoe_tensor.study.timing import Comparison, compare
 
 #: Rows, columns and sum of a product, and elements of three arrays: on a CPU as large as those of a layer.
 PRODUCT = {"cpu": (1024, 1024, 768), "cuda": (8192, 8192, 8192)}
 ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+#: Rows and experts of logits.
+LOGITS = {"cpu": (1024, 512), "cuda": (8192, 4096)}
 
 
 def calls(device: str, dtype: str) -> dict[str, Callable[[], object]]:
-    """A matrix product, an elementwise one of large arrays, and one of a single element."""
+    """A matrix product, an elementwise one of large arrays, one of a single element, and norm and gate."""
     place = {"device": device, "dtype": getattr(torch, dtype)}
     m, n, k = PRODUCT[device]
     left, right, out = torch.rand(m, k, **place), torch.rand(k, n, **place), torch.empty(m, n, **place)
     one, other, result = (torch.rand(ELEMENTS[device], **place) for _ in range(3))
-    number = torch.rand(1, **place)
+    number, logits = torch.rand(1, **place), torch.randn(LOGITS[device], **place)
+    experts = logits.shape[-1:]
     return {
         "product": lambda: torch.matmul(left, right, out=out),
         "moves": lambda: torch.mul(one, other, out=result),
         "launch": lambda: torch.mul(number, number, out=number),
+        "gate": lambda: entmax15(torch.nn.functional.layer_norm(logits, experts)),
     }
 
 
 def machine_of(timings: Comparison, device: str, dtype: str) -> Machine:
     """The machine that a comparison of its calls, and perhaps others, shows."""
     m, n, k = PRODUCT[device]
-    seconds = {name: timings.spread(name).median for name in ("product", "moves", "launch")}
+    seconds = {name: timings.spread(name).median for name in ("product", "moves", "launch", "gate")}
     moved = 3 * ELEMENTS[device] * ITEMSIZE[dtype]
-    return Machine(
+    machine = Machine(
         flops=rounded(2 * m * n * k / (seconds["product"] - seconds["launch"])),
         bandwidth=rounded(moved / (seconds["moves"] - seconds["launch"])),
         launch=rounded(seconds["launch"]),
         dtype=dtype,
     )
+    once = machine.seconds(0, 2 * prod(LOGITS[device]))
+    return replace(machine, gate_passes=round(seconds["gate"] / once))
 
 
 def clock_of(device: str, count: int) -> Callable[[], float]:

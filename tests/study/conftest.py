@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
 pytest.importorskip("sklearn")
 
-from samples import SMALL, measurements  # noqa: E402
+from samples import MEASURED, SMALL, measurements  # noqa: E402
 
 from mumoe_tensor import study as studies  # noqa: E402
 from mumoe_tensor.study import sweep as sweeps  # noqa: E402
@@ -33,8 +33,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[studies.Plan, studi
     out = tmp_path_factory.mktemp("study") / "not" / "there" / "yet"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "peaks", lambda subject, batch, device: (1000, 2000 + batch))
-        results = studies.run(**SMALL, out=out)
-    return studies.plan(studies.prepare(**SMALL)), results, out
+        results = studies.run(**MEASURED, out=out)
+    return studies.plan(studies.prepare(**MEASURED)), results, out
 
 
 @pytest.fixture(scope="session")

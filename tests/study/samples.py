@@ -28,6 +28,10 @@ SMALL: dict[str, Any] = {
     "devices": ["cpu"],
     "seed": 3,
 }
+#: Of the study that is run: formats of each kind.
+MEASURED = SMALL | {"formats": ["cp", "tr", "tt", "tucker", "hadamard", "dense", "btt"]}
+#: One of few tasks.
+SHORT = SMALL | {"experts": [4], "batches": (1,), "squares": (16,), "square_batches": (1,), "data": "none"}
 #: Ratios of the made-up study.
 RATIOS = dict.fromkeys(formats(), 1.2) | {"cp": 0.9, "tr": 1.5, "tt": 2.0, "tucker": 3.0}
 RATIOS |= {"dense": 8.0, "sparse": 4.0}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import SMALL
+from samples import SHORT, SMALL
 
 from mumoe_tensor import LayerSpec, sliced, sum_of
 from mumoe_tensor import study as studies
@@ -117,7 +117,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
     monkeypatch.setattr(studies, "write", lambda *_: None)
-    options = SMALL | {"formats": ["cp"], "experts": [4], "data": "none"}
+    options = SHORT | {"formats": ["cp"]}
     total = len(studies.plan(studies.prepare(**options)).tasks)
     ran: list[str] = []
 
@@ -324,7 +324,7 @@ def test_specialisation_of_known_experts() -> None:
 def test_progress_counts_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
     seen: list[tuple[float, float]] = []
-    options = SMALL | {"formats": ["cp"], "experts": [4], "data": "none", "squares": (16,)}
+    options = SHORT | {"formats": ["cp"]}
     studies.run(**options, progress=lambda done, total, _: seen.append((done, total)))
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 0
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -332,7 +332,7 @@ def test_progress_counts_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_mixture_that_is_too_large_is_noted_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
-    options = SMALL | {"experts": [4], "data": "none", "formats": ["cp", "dense"], "squares": (16,)}
+    options = SHORT | {"formats": ["cp", "dense"]}
     parameters = Subject(replace(dense(24, 20, hidden=40), experts=(4,))).figures(2)["parameters"]
     needed = 2 * 4 * parameters / 2**30
     for memory_limit, is_skipped in ((needed, False), (0.999 * needed, True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -33,6 +34,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         import torch
 
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """No later collection of garbage looks at the modules and tests, which stay: timing asks for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

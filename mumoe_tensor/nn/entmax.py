@@ -18,6 +18,8 @@ from mumoe_tensor import gates
 
 #: Logits of a call up to which sorting takes less time than Newton steps, which are more operations.
 FEWEST = 4096
+#: Entries of a row up to which the closed form is close in float32.
+SHORT = 256
 #: Entries of a row from which on those above the bound are looked for.
 LONG = 2048
 #: Entries of which the largest is taken.
@@ -110,17 +112,28 @@ def _solve(u: Tensor) -> Tensor:
     return _closed(u, (u * u).sum(-1, keepdim=True).sqrt_())
 
 
-def _sorted(z: Tensor) -> Tensor:
+def coefficients_in_float32(z: Tensor) -> Tensor | None:
+    """The same without float64, for few logits in short rows; None for others."""
+    if not _are_few(z) or z.shape[-1] > SHORT or torch.compiler.is_compiling():
+        return None
+    return _sorted(z, torch.float32)
+
+
+def _sorted(z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The coefficients of logits by the closed form for the k largest of a row."""
     # No entry more than 2 below the largest has a coefficient. In float64, because the roots cancel.
-    wide = (z - z.amax(-1, keepdim=True)).clamp_(min=-2).double()
+    wide = (z - z.amax(-1, keepdim=True)).clamp_(min=-2).to(dtype)
     largest = wide.sort(-1, descending=True).values
-    k = torch.arange(1, z.shape[-1] + 1, dtype=torch.float64, device=z.device)
+    k = torch.arange(1, z.shape[-1] + 1, dtype=dtype, device=z.device)
     total, squares = largest.cumsum(-1), largest.square().cumsum(-1)
     # The t at which the k largest alone have ‖z − t‖ = 2. It grows with k, and that of all entries is the
     # last that is not above its k-th entry; the entries after that one are below it.
     root = torch.addcmul(total.square(), k, squares.sub_(4), value=-1).relu_().sqrt_()
     t = torch.minimum(total.sub_(root).div_(k), largest).amax(-1, keepdim=True)
+    if dtype == torch.float32:  # a Newton step from there
+        u = (wide - t).relu_()
+        excess = torch.linalg.vector_norm(u, dim=-1, keepdim=True).sub_(2)
+        t.addcdiv_(excess, u.sum(-1, keepdim=True), value=2)
     u = wide.sub_(t).relu_().mul_(0.5)
     return u.mul_(u).to(z.dtype)
 

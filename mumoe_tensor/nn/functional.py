@@ -70,7 +70,10 @@ class _Entmax15(torch.autograd.Function):
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if is_eager_on_cpu(z):
             return entmax.coefficients_on_cpu(z).to(logits.dtype)
-        return entmax.coefficients(z).to(logits.dtype) if has_float64(z.device) else _plain(logits)
+        if has_float64(z.device):
+            return entmax.coefficients(z).to(logits.dtype)
+        p = entmax.coefficients_in_float32(z)
+        return _plain(logits) if p is None else p.to(logits.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -163,3 +163,12 @@ def test_batch_norm_needs_two_rows_in_training(rows: int) -> None:
         layer(torch.zeros(6, 5), mask=torch.arange(6) < rows)
     assert layer.eval()(torch.zeros(rows, 5)).shape == (rows, 4)
     assert MuMoE(5, 4, 3, rank=2, gate_norm="layer")(torch.zeros(rows, 5)).shape == (rows, 4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 100, 256])
+def test_few_logits_without_float64(n: int) -> None:
+    for name, row in nasty(n).items():
+        logits = torch.tensor(row)[None]
+        p, exact = entmax.coefficients_in_float32(logits), mt.entmax15(logits.double())
+        assert p is not None and (p - exact).abs().max() <= 3e-7, name
+        assert abs(p.sum() - 1) <= 2e-6 and not (p[exact == 0] > 1e-13).any(), name

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode  # noqa: E402
 
 from benchmarks.devices import launches  # noqa: E402
 from mumoe_tensor import gates  # noqa: E402
-from mumoe_tensor.nn import MuMoE, MuMoEMLP, entmax15, kernels  # noqa: E402
+from mumoe_tensor.nn import MuMoE, MuMoEMLP, entmax15, functional, kernels  # noqa: E402
 from mumoe_tensor.nn.routing import ReLUTopK, TopK  # noqa: E402
 from mumoe_tensor.nn.sparse import SparseCoefficients  # noqa: E402
 
@@ -144,6 +144,14 @@ def test_launches_of_a_step(name: str, norm: str, monkeypatch: pytest.MonkeyPatc
     gradient = torch.empty_like(y)
     step = partial(torch.autograd.grad, y, leaves, gradient, retain_graph=True)
     assert launches(step, "meta") <= backward
+
+
+@pytest.mark.parametrize(("has_float64", "most"), [(True, 36), (False, 40)])
+def test_launches_without_kernels(has_float64: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Few logits are sorted. (Apple's MPS has no float64.)
+    monkeypatch.setattr(functional, "_HAS_FLOAT64", {"meta": has_float64})
+    made = block("one level", "layer", "meta")
+    assert launches(lambda: made(torch.empty(8, 768, device="meta")), "meta") <= most
 
 
 @every_block

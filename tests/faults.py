@@ -266,7 +266,7 @@ FAULTS = [
           "left, right = right.mT, left.mT", "pass",
           "nn/test_contraction::test_products_summed_along_a_stack"),
     Fault("products: parts of an output are not joined in order", "mumoe_tensor/nn/products.py",
-          ".permute(self.order).contiguous()", ".contiguous()",
+          ".permute(self.order).clone(", ".clone(",
           "nn/test_layers::test_layer_equals_the_core_and_the_dense_weight"),
     Fault("layers: a matrix of parts is never formed", "mumoe_tensor/nn/experts.py",
           '"auto" if is_matrix else "factorized"', '"factorized"',

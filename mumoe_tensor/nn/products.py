@@ -78,4 +78,5 @@ class Joined:
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         if _can_write(left, right, self.order):
             return permuted_product(left, right, self.order)
-        return (left @ right).permute(self.order).contiguous()
+        # (Not `contiguous`, which fake tensors of a GPU lack on a build for CPUs.)
+        return (left @ right).permute(self.order).clone(memory_format=torch.contiguous_format)

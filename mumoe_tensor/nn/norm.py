@@ -57,6 +57,9 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         rows = logits.reshape(-1, logits.shape[-1])
         if not self.training and self.track_running_stats:
+            if rows.dtype == self.running_var.dtype:
+                running = self.running_mean, self.running_var
+                return nn.functional.batch_norm(rows, *running, eps=self.eps).reshape(logits.shape)
             scale, shift = self.affine_map(rows.dtype)
             return torch.addcmul(shift, rows, scale).reshape(logits.shape)
         shared = (

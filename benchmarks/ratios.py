@@ -449,6 +449,7 @@ if torch is not None:
     from benchmarks.predicted import predicted
     from benchmarks.small import small
     from benchmarks.structured import structured
+    from benchmarks.ways import ways
 
     COMPARISONS |= {
         "gates": gates,
@@ -458,6 +459,7 @@ if torch is not None:
         "layers": layers,
         "small": small,
         "busy": busy,
+        "ways": ways,
         "predicted": predicted,
         "structured": structured,
     }

@@ -21,7 +21,7 @@ FEWEST = 4096
 #: Entries of a row up to which the closed form is close in float32.
 SHORT = 256
 #: Entries of a row from which on those above the bound are looked for.
-LONG = 2048
+LONG = 4096
 #: Entries of which the largest is taken.
 BLOCK = 16
 #: Entries above the bound are read by their places where they are at most this share of all.
@@ -50,11 +50,7 @@ def coefficients_on_cpu(z: Tensor) -> Tensor:
         return _sorted(z)
     rows = z.reshape(-1, z.shape[-1])
     p = _of_few_entries(rows) if _is_long(rows) else None
-    if p is None:
-        p = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for part, u in zip(_chunks(rows), _chunks(p), strict=True):
-            _solve(torch.sub(part, part.amax(-1, keepdim=True), out=u).add_(2).relu_())
-    return p.view(z.shape)
+    return (_newton(rows) if p is None else p).view(z.shape)
 
 
 def gradient(p: Tensor, dp: Tensor, result: Tensor | None = None) -> Tensor:
@@ -110,6 +106,14 @@ def _solve(u: Tensor) -> Tensor:
             break
     # (As `sum` adds in pairs, this norm is finer than `vector_norm`, and takes less time than in float64.)
     return _closed(u, (u * u).sum(-1, keepdim=True).sqrt_())
+
+
+def _newton(rows: Tensor) -> Tensor:
+    """The coefficients of rows of logits by Newton steps, one chunk after the other."""
+    p = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for part, u in zip(_chunks(rows), _chunks(p), strict=True):
+        _solve(torch.sub(part, part.amax(-1, keepdim=True), out=u).add_(2).relu_())
+    return p
 
 
 def coefficients_in_float32(z: Tensor) -> Tensor | None:

@@ -50,7 +50,9 @@ def test_compile_in_one_graph_for_all_batch_sizes(format: Any, norm: str) -> Non
                 outputs[-1].square().sum().backward()
                 gradients.append([p.grad for p in module.parameters()])
             torch.testing.assert_close(*outputs)
-            torch.testing.assert_close(*gradients)
+            # (Eager entmax15 sorts so few logits, and compiled takes Newton steps: both are exact to rounding
+            # errors, which batch norm of two rows makes larger.)
+            torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     for name, value in block.state_dict().items():
         torch.testing.assert_close(value, eager.state_dict()[name])
 

@@ -1,0 +1,40 @@
+"""The ways in which entmax15 is computed on a CPU, beside each other and softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Report
+from benchmarks.layers import Call
+from mumoe_tensor.nn import entmax
+from mumoe_tensor.study.timing import compare
+
+#: Rows and experts of a call.
+SIZES = ((32, 64), (128, 64), (1024, 64), (1024, 256), (256, 2048), (256, 4096))
+
+
+def ways(quick: bool, device: str) -> Report:
+    """entmax15 on a CPU: sorted, by Newton steps, from few entries; forward and backward."""
+    rows: list[dict[str, Any]] = []
+    for size in SIZES[:1] if quick else SIZES:
+        torch.manual_seed(0)
+        logits, gradient = torch.randn(size), torch.randn(size)
+        p = entmax.coefficients_on_cpu(logits)
+        calls: dict[str, Call] = {
+            "softmax": lambda z=logits: z.softmax(-1),
+            "sorted": lambda z=logits: entmax._sorted(z),
+            "Newton": lambda z=logits: entmax._newton(z),
+            "few entries": lambda z=logits: entmax._of_few_entries(z),
+            "chosen": lambda z=logits: entmax.coefficients_on_cpu(z),
+            "backward, all entries": lambda p=p, dp=gradient: entmax.gradient(p, dp),
+            "backward, few entries": lambda p=p, dp=gradient: entmax._gradient_of_few_entries(p, dp),
+            "backward, chosen": lambda p=p, dp=gradient: entmax.gradient_on_cpu(p, dp),
+        }
+        timings = compare(calls, "softmax", rounds=3 if quick else 15, limit=1.0 if quick else 10.0)
+        rows.append({"logits": f"{size[0]} x {size[1]}"} | {x: 1e6 * timings.spread(x).median for x in calls})
+    columns = {"logits": ""} | dict.fromkeys(list(rows[0])[1:], ",.0f")
+    title = "entmax15 of normal logits on a CPU, microseconds"
+    notes = ["chosen: the way that the library takes for the size."]
+    return Report("ways", title, columns, rows, notes)

@@ -57,7 +57,7 @@ def statistics(norm: str, n: int) -> tuple[Any, Any]:
 
 @every_power
 def test_nasty_rows(power: int, route: str) -> None:
-    for n in (1, 2, 17, 256, 2100) if route == "whole" else (2, 1500):
+    for n in (1, 17, 256, 2100) if route == "whole" else (1500,):
         rows = torch.tensor(np.stack(list(nasty(n).values())))
         p = coefficients(rows, power).double()
         assert (p - GATES[power](rows.double())).abs().max() <= 3e-7
@@ -93,7 +93,7 @@ def test_dtypes_and_bad_rows(power: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.usefixtures("route")
 def test_norms_and_gradients(power: int, norm: str) -> None:
-    for n in (1, 3, 1300):
+    for n in (1, 1300):
         # A level of several: rows with a stride, in an array with two leading axes.
         logits = (3 * torch.randn(2, 2, 2 * n) + 1)[..., n:].requires_grad_()
         of_norm = statistics(norm, n)

@@ -17,7 +17,7 @@ from benchmarks.common import DEVICES, need_device
 from benchmarks.harness import threads
 from mumoe_tensor import Machine
 from mumoe_tensor.contraction.machine import ITEMSIZE
-from mumoe_tensor.nn import entmax15
+from mumoe_tensor.nn import Experts, entmax15
 from mumoe_tensor.study.timing import Comparison, compare
 
 #: Rows, columns and sum of a product, and elements of three arrays: on a CPU as large as those of a layer.
@@ -25,33 +25,37 @@ PRODUCT = {"cpu": (1024, 512, 768), "cuda": (8192, 8192, 8192)}
 ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 #: Rows and experts of logits.
 LOGITS = {"cpu": (1024, 512), "cuda": (8192, 4096)}
+#: Products of a layer in CP of one level.
+STEPS = 4
 
 
 def calls(device: str, dtype: str) -> dict[str, Callable[[], object]]:
-    """A matrix product, an elementwise one of large arrays, one of a single element, and norm and gate."""
+    """A matrix product, an elementwise one of large arrays, a layer of small ones, and norm and gate."""
     place = {"device": device, "dtype": getattr(torch, dtype)}
     m, n, k = PRODUCT[device]
     left, right = torch.rand(m, k, **place), torch.rand(k, n, **place)
     one, other = torch.rand(ELEMENTS[device], **place), torch.rand(ELEMENTS[device], **place)
-    number, logits = torch.rand(1, **place), torch.randn(LOGITS[device], **place)
-    experts = logits.shape[-1:]
+    logits, size = torch.randn(LOGITS[device], **place), LOGITS[device][1:]
+    small = Experts(8, 8, 4, "cp", 4, **place).requires_grad_(False)
+    row, coefficients = torch.rand(1, 8, **place), [torch.rand(1, 4, **place)]
     return {
         "product": lambda: left @ right,  # (results are new, as those of a layer)
         "moves": lambda: one * other,
-        "launch": lambda: number * number,
-        "gate": lambda: entmax15(torch.nn.functional.layer_norm(logits, experts)),
+        "small layer": torch.no_grad()(lambda: small(row, coefficients)),
+        "gate": lambda: entmax15(torch.nn.functional.layer_norm(logits, size)),
     }
 
 
 def machine_of(timings: Comparison, device: str, dtype: str) -> Machine:
     """The machine that a comparison of its calls, and perhaps others, shows."""
     m, n, k = PRODUCT[device]
-    seconds = {name: timings.spread(name).median for name in ("product", "moves", "launch", "gate")}
+    seconds = {name: spread.median for name in timings.seconds if (spread := timings.spread(name))}
+    launch = seconds["small layer"] / STEPS
     moved = 3 * ELEMENTS[device] * ITEMSIZE[dtype]
     machine = Machine(
-        flops=rounded(2 * m * n * k / (seconds["product"] - seconds["launch"])),
-        bandwidth=rounded(moved / (seconds["moves"] - seconds["launch"])),
-        launch=rounded(seconds["launch"]),
+        flops=rounded(2 * m * n * k / (seconds["product"] - launch)),
+        bandwidth=rounded(moved / (seconds["moves"] - launch)),
+        launch=rounded(launch),
         dtype=dtype,
     )
     once = machine.seconds(0, 2 * prod(LOGITS[device]))

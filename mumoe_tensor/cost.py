@@ -167,7 +167,7 @@ def cost(
     >>> print(mt.cost(head, gate=True))
     769,128 parameters (12,288 of the gate), 1,537,832 FLOPs, largest expert rank 424
     write 2,272, size 424, peak 1,424, saved 1,272 elements
-    predicted time 187 us at 160 GFLOP/s, 20 GB/s, float32
+    predicted time 515 us at 160 GFLOP/s, 20 GB/s, float32
     """
     spec = as_spec(format, **sizes)
     check_flag(gate, "gate")

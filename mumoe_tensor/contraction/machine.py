@@ -23,7 +23,7 @@ class Machine:
     bandwidth : float
         Bytes a second that are read or written.
     launch : float, default 0
-        Seconds that an operation takes besides: on a GPU the launch of its kernel.
+        Seconds that an operation takes besides: on a GPU the launch of its kernel, on a CPU the call of it.
     dtype : {"float64", "float32", "bfloat16", "float16"}, default "float32"
     element : int, default 0
         FLOPs that an element read or written is worth where orders of contraction are compared; 0 for those
@@ -89,10 +89,10 @@ MACHINES: dict[str, dict[str, Machine]] = {
     # One core of an Intel Xeon (Sapphire Rapids), by `python -m benchmarks.machine`. An element is worth
     # less than its bytes take: products read and write while they compute.
     "cpu": {
-        "float64": Machine(80e9, 20e9, 9e-7, "float64", element=16, gate_passes=30),
-        "float32": Machine(160e9, 20e9, 9e-7, "float32", element=16, gate_passes=30),
-        "bfloat16": Machine(1000e9, 20e9, 9e-7, "bfloat16", gate_passes=60),
-        "float16": Machine(140e9, 20e9, 9e-7, "float16", gate_passes=60),
+        "float64": Machine(80e9, 20e9, 1.2e-5, "float64", element=16, gate_passes=20),
+        "float32": Machine(160e9, 20e9, 1.2e-5, "float32", element=16, gate_passes=25),
+        "bfloat16": Machine(1000e9, 20e9, 1.2e-5, "bfloat16", gate_passes=43),
+        "float16": Machine(140e9, 20e9, 1.2e-5, "float16", gate_passes=40),
     },
     # NVIDIA A100 SXM 80 GB, by its data sheet; it stands for all GPUs.
     "cuda": _gpu(2.039e12, float64=19.5e12, float32=19.5e12, bfloat16=312e12, float16=312e12),

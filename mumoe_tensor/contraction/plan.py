@@ -506,7 +506,7 @@ def plan(
     3  B r, B r -> B r    mul       512  8 x 64        0  1,536
     4  B r, o r -> B o    mm    786,432  8 x 768       0  6,656
     FLOPs 1,835,520; write 7,680, size 512, peak 6,656, saved 1,536 elements
-    predicted time 30 us at 160 GFLOP/s, 20 GB/s, float32
+    predicted time 74.4 us at 160 GFLOP/s, 20 GB/s, float32
     """
     spec = as_spec(format, **sizes)
     batch = as_integer(batch, "batch") and as_positive(batch, "batch, if not zero,")

@@ -31,9 +31,10 @@ def entmax15(logits: Tensor) -> Tensor:
     Tensor of shape (..., N)
         Computed in float32, or in float64 where the logits are; in the dtype of `logits`.
     """
-    if kernels.serve(logits):
+    if logits.device.type in kernels.DEVICES and kernels.serve(logits):
         return coefficients(logits, power=2)
-    if not is_eager_on_cpu(logits) and is_exported():
+    # (What `is_exported` asks of any call: this one is made for every level.)
+    if (is_compiling() or is_jit_traced() or get_proxy_mode()) and is_exported():
         return _plain(logits)
     if torch.is_grad_enabled() or is_transformed():
         result: Tensor = _Entmax15.apply(logits)

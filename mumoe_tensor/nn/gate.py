@@ -207,7 +207,7 @@ class ExpertGate(WholeState):
         if self.reads_input:
             with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
                 return self._coefficients_of_input(z, sparse)
-        if kernels.serve(z) and self._power is not None:
+        if z.device.type in kernels.DEVICES and kernels.serve(z) and self._power is not None:
             return self._by_kernels(z, mask, self._power)
         if is_frozen(self) and not is_under_autocast and self._is_norm_folded(z):
             assert self.norm is not None

@@ -70,7 +70,8 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         advances = self.track_running_stats and not is_repeated
         running = self.running_mean, self.running_var
         if mask is None and not shared and (running[0] is None or rows.dtype == running[0].dtype):
-            self._check_rows(rows.shape[0])
+            if rows.shape[0] < 2:
+                raise _too_few(rows.shape[0])
             if advances:
                 self.num_batches_tracked.add_(1)
             elif running[0] is not None:
@@ -89,8 +90,8 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = sums[-1].detach()
         # Copies of a row change nothing in a mean, but are no further samples.
         rows_seen = count / self.copies
-        if not is_recorded():
-            self._check_rows(int(rows_seen))
+        if not is_recorded() and int(rows_seen) < 2:
+            raise _too_few(int(rows_seen))
         mean = sums[:-1] / count
         centred = rows - mean
         variance = total(counted(centred).square().sum(0)) / count
@@ -114,12 +115,12 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Weight of the newest batch, after it was counted."""
         return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _check_rows(self, rows: int) -> None:
-        if rows < 2:
-            raise ValueError(
-                f"gate_norm='batch' needs at least two rows in training that the mask leaves in, got {rows}; "
-                "use gate_norm='layer' or 'none', or call eval()."
-            )
-
     def extra_repr(self) -> str:
         return f"{self.num_features}"
+
+
+def _too_few(rows: int) -> ValueError:
+    return ValueError(
+        f"gate_norm='batch' needs at least two rows in training that the mask leaves in, got {rows}; use "
+        "gate_norm='layer' or 'none', or call eval()."
+    )

@@ -42,6 +42,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers on the CPU take the kernels."""
+    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
     monkeypatch.setattr(kernels, "serve", lambda x: x.dtype in kernels.DTYPES)
 
 
@@ -166,6 +167,7 @@ def test_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     expected = transformed()
+    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
     monkeypatch.setattr(kernels, "serve", lambda x: True)
     torch.testing.assert_close(transformed(), expected, atol=1e-5, rtol=1e-4)
 
@@ -232,6 +234,7 @@ def test_layers(gate: str, norm: str, experts: Any, monkeypatch: pytest.MonkeyPa
         expected = results(other.train(is_training), x)
         masked = other(x, mask=mask)
         with monkeypatch.context() as patch:
+            patch.setattr(kernels, "DEVICES", {"cpu"})
             patch.setattr(kernels, "serve", lambda x: x.dtype in kernels.DTYPES)
             torch.testing.assert_close(results(one.train(is_training), x), expected, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(one(x, mask=mask), masked, atol=2e-5, rtol=1e-4)
@@ -259,6 +262,7 @@ def test_layers_that_select_experts(experts: Any, monkeypatch: pytest.MonkeyPatc
         return [y, *(p.grad for p in module.parameters())]
 
     expected = step(other)
+    monkeypatch.setattr(kernels, "DEVICES", {"cpu"})
     monkeypatch.setattr(kernels, "serve", lambda x: x.dtype in kernels.DTYPES)
     monkeypatch.setattr(sparse, "sum_of_indexed_rows", counted)
     torch.testing.assert_close(step(one), expected, atol=1e-5, rtol=1e-4)

@@ -54,7 +54,8 @@ def test_a_call_takes_a_short_way(training: bool, gradients: bool) -> None:
         layer(x)  # what is prepared once
         files = modules_called(layer, x)
     assert len(files) <= 40
-    assert sum(one != other for one, other in pairwise(files)) <= 10
+    # (The gate of each level is computed in a file of its own.)
+    assert sum(one != other for one, other in pairwise(files)) <= 14
     rooms = {Path(file).stem for file in files}
     assert {"layers", "gate", "experts", "contraction", "execute"} <= rooms
 

@@ -101,6 +101,7 @@ def test_without_triton_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_experts_are_selected_without_reading_values(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DEVICES", {"meta", "cpu"})
     monkeypatch.setattr(kernels, "serve", lambda x: True)
     for n in (3, 5, 64):
         rows = torch.tensor(np.stack([*nasty(n).values(), *(np.zeros((3, n), "f4"))]))
@@ -135,6 +136,7 @@ def on_fake_gpu(module: Any) -> Any:
 def test_launches_of_a_step(name: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # (Tensors without values; fake tensors of a GPU have no backward pass on a build for CPUs. An operation
     # that reads values raises an error.)
+    monkeypatch.setattr(kernels, "DEVICES", {"meta", "cpu"})
     monkeypatch.setattr(kernels, "serve", lambda x: True)
     made, x = block(name, norm, "meta"), torch.empty(1024, 768, device="meta", requires_grad=True)
     *_, forward, backward = BLOCKS[name]
@@ -183,6 +185,7 @@ def test_a_forward_pass_reads_no_values(gate: Any) -> None:
 @pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_a_step_reads_no_values(gate: Any, has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DEVICES", {"meta", "cpu"})
     monkeypatch.setattr(kernels, "serve", lambda x: has_kernels)
     for experts, norm in product(LEVELS, ("layer", "batch", "none")):
         layer = MuMoE(8, 6, experts, "cp", 5, gate=gate, gate_norm=norm, device="meta")

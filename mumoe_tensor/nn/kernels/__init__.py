@@ -15,12 +15,14 @@ from mumoe_tensor.calls import is_exported
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.nn.values import is_distributed
 
+#: Kinds of devices, which callers ask for first.
+DEVICES = frozenset({"cuda"})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serve(x: Tensor) -> bool:
     """Whether there are kernels for a tensor: by its device and dtype, and where Triton is installed."""
-    if x.device.type != "cuda" or x.dtype not in DTYPES:
+    if x.device.type not in DEVICES or x.dtype not in DTYPES:
         return False
     return has_triton() and not is_exported() and not is_distributed(x)
 

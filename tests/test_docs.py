@@ -156,6 +156,8 @@ def test_readme_snippet_runs() -> None:
 def test_docstrings(name: str, request: pytest.FixtureRequest) -> None:
     if name == "mumoe_tensor.nn.pretrained":
         request.getfixturevalue("transformers")
+    if name in ("mumoe_tensor.nn.kernels.gather", "mumoe_tensor.nn.kernels.simplex"):
+        pytest.importorskip("triton")  # (for Linux alone)
     module = importlib.import_module(name)
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(verbose=False)

@@ -740,6 +740,9 @@ FAULTS = [
     Fault("routing: coefficients of a sigmoid gate are not scaled", "mumoe_tensor/nn/routing.py",
           "SparseCoefficients(self.scale * weights,", "SparseCoefficients(weights,",
           "nn/test_routing"),
+    Fault("gate: levels of one size have the coefficients of the first", "mumoe_tensor/nn/gate.py",
+          "p.select(-2, level)", "p.select(-2, 0)",
+          "nn/test_gate::test_levels_of_one_size_are_as_levels_alone"),
 ]  # fmt: skip
 
 

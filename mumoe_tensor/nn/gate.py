@@ -25,11 +25,13 @@ from mumoe_tensor.nn.functional import entmax15, is_eager_on_cpu
 from mumoe_tensor.nn.kernels.coefficients import Norm, coefficients
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
-from mumoe_tensor.nn.sparse import SparseCoefficients
+from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseCoefficients
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.spec import expert_counts
 
 GateNorm = Literal["batch", "layer", "none"]
+#: Gates that levels of one size are passed to at once.
+ROWWISE = (entmax15, gates.entmax15, gates.sparsemax, gates.softmax)
 
 
 class ExpertGate(WholeState):
@@ -88,6 +90,9 @@ class ExpertGate(WholeState):
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
         self.out_features = total = sum(self.num_experts)
+        # (The sparse route copies what does not lie together in memory.)
+        same = len(self.num_experts) > 1 and len(set(self.num_experts)) == 1
+        self._is_stacked = same and self.num_experts[0] < FEWEST_EXPERTS
         self.reads_input = bool(getattr(self.gate, "reads_input", False))
         num_logits = 0 if self.reads_input else total
         weight = torch.empty(num_logits, self.in_features, device=device, dtype=dtype)
@@ -264,7 +269,15 @@ class ExpertGate(WholeState):
         self, logits: Tensor, dtype: torch.dtype | None = None, sparse: bool = False
     ) -> tuple[Any, ...]:
         """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs."""
-        parts = logits.split(self.num_experts, -1) if len(self.num_experts) > 1 else (logits,)
+        count = len(self.num_experts)
+        if self._is_stacked and self.gate in ROWWISE:
+            # One call of the gate takes less time.
+            rows = logits.unflatten(-1, (count, -1))
+            if self.gate_norm == "layer":
+                rows = nn.functional.layer_norm(rows, rows.shape[-1:])
+            p = self.gate(rows).to(dtype or logits.dtype)
+            return tuple([p.select(-2, level) for level in range(count)])
+        parts = logits.split(self.num_experts, -1) if count > 1 else (logits,)
         if self.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
         levels = self._values_of_levels() if self.per_expert else [{}] * len(parts)

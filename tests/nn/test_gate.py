@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from nasty_rows import nasty
@@ -9,6 +11,8 @@ from nasty_rows import nasty
 import mumoe_tensor as mt
 
 torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
 
 from mumoe_tensor.nn import ExpertGate, MuMoE, entmax, entmax15  # noqa: E402
 
@@ -172,3 +176,28 @@ def test_few_logits_without_float64(n: int) -> None:
         p, exact = entmax.coefficients_in_float32(logits), mt.entmax15(logits.double())
         assert p is not None and (p - exact).abs().max() <= 3e-7, name
         assert abs(p.sum() - 1) <= 2e-6 and not (p[exact == 0] > 1e-13).any(), name
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("gate", [entmax15, mt.sparsemax, mt.softmax, lambda x: entmax15(x)], ids=str)
+def test_levels_of_one_size_are_as_levels_alone(gate: Any, norm: str) -> None:
+    torch.manual_seed(0)
+    made = ExpertGate(6, (5, 5, 5), gate=gate, gate_norm=norm, dtype=torch.float64)
+    nn.init.normal_(made.weight)
+    alone = [ExpertGate(6, (5,), gate=gate, gate_norm=norm, dtype=torch.float64) for _ in range(3)]
+    with torch.no_grad():
+        for one, weight in zip(alone, made.weight.split(5), strict=True):
+            one.weight.copy_(weight)
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    for is_training in (True, False):
+        made.train(is_training)
+        results = []
+        for level in alone:
+            level.train(is_training)
+        for parts in (made(x), tuple(level(x)[0] for level in alone)):
+            loss = sum(((k + 1) * p).square().sum() for k, p in enumerate(parts))
+            results.append((parts, loss))
+        torch.testing.assert_close(results[0][0], results[1][0])
+        gradient = torch.autograd.grad(results[0][1], made.weight)[0]
+        expected = torch.autograd.grad(results[1][1], [level.weight for level in alone])
+        torch.testing.assert_close(gradient, torch.cat(expected))

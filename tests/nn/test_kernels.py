@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode  # noqa: E402
 
 from benchmarks.devices import launches  # noqa: E402
 from mumoe_tensor import gates  # noqa: E402
-from mumoe_tensor.nn import MuMoE, MuMoEMLP, entmax15, functional, kernels  # noqa: E402
+from mumoe_tensor.nn import ExpertGate, MuMoE, MuMoEMLP, entmax15, functional, kernels  # noqa: E402
 from mumoe_tensor.nn.routing import ReLUTopK, TopK  # noqa: E402
 from mumoe_tensor.nn.sparse import SparseCoefficients  # noqa: E402
 
@@ -154,6 +154,15 @@ def test_launches_without_kernels(has_float64: bool, most: int, monkeypatch: pyt
     monkeypatch.setattr(functional, "_HAS_FLOAT64", {"meta": has_float64})
     made = block("one level", "layer", "meta")
     assert launches(lambda: made(torch.empty(8, 768, device="meta")), "meta") <= most
+
+
+def test_levels_of_one_size_are_one_call_of_the_gate() -> None:
+    x = torch.empty(8, 768, device="meta")
+    one, two = (
+        launches(partial(ExpertGate(768, sizes, gate_norm="layer", device="meta"), x), "meta")
+        for sizes in ((16,), (16, 16))
+    )
+    assert one == two
 
 
 @every_block

@@ -43,6 +43,12 @@ def entmax15(logits: Tensor) -> Tensor:
     return _Entmax15.forward(logits)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """`mumoe_tensor.softmax` along the last axis, by torch's."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits, -1, dtype=wide).to(logits.dtype)
+
+
 def _plain(logits: Tensor) -> Tensor:
     """The same from operations of torch that have derivatives, in one precision."""
     p: Tensor = gates.entmax15(logits)

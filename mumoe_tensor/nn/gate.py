@@ -21,7 +21,7 @@ from mumoe_tensor.calls import (
 from mumoe_tensor.checks import as_positive, check_choice
 from mumoe_tensor.gates import Gate
 from mumoe_tensor.nn import kernels
-from mumoe_tensor.nn.functional import entmax15, is_eager_on_cpu
+from mumoe_tensor.nn.functional import entmax15, is_eager_on_cpu, softmax
 from mumoe_tensor.nn.kernels.coefficients import Norm, coefficients
 from mumoe_tensor.nn.norm import LogitBatchNorm
 from mumoe_tensor.nn.registry import GATES
@@ -31,7 +31,7 @@ from mumoe_tensor.spec import expert_counts
 
 GateNorm = Literal["batch", "layer", "none"]
 #: Gates that levels of one size are passed to at once.
-ROWWISE = (entmax15, gates.entmax15, gates.sparsemax, gates.softmax)
+ROWWISE = (entmax15, gates.entmax15, gates.sparsemax, softmax, gates.softmax)
 
 
 class ExpertGate(WholeState):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mumoe_tensor import gates
 from mumoe_tensor.arguments import arguments_of
 from mumoe_tensor.calls import has_hooks
-from mumoe_tensor.nn.functional import entmax15
+from mumoe_tensor.nn.functional import entmax15, softmax
 from mumoe_tensor.nn.routing import JumpReLU, NearestCentres, Random, ReLUTopK, SigmoidTopK, TopK
 
 AnyFunction = Callable[..., Any]
@@ -218,7 +218,7 @@ GATES = Registry(
     {
         "entmax15": entmax15,
         "sparsemax": gates.sparsemax,
-        "softmax": gates.softmax,
+        "softmax": softmax,
         "topk": TopK,
         "relu_topk": ReLUTopK,
         "jumprelu": JumpReLU,
@@ -226,7 +226,7 @@ GATES = Registry(
         "random": Random,
         "nearest_centres": NearestCentres,
     },
-    {gates.entmax15: entmax15},
+    {gates.entmax15: entmax15, gates.softmax: softmax},
 )
 ACTIVATIONS = Registry(
     "activation",

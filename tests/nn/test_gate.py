@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from mumoe_tensor.nn import ExpertGate, MuMoE, entmax, entmax15  # noqa: E402
+from mumoe_tensor.nn import ExpertGate, MuMoE, entmax, entmax15, functional  # noqa: E402
 
 #: Of each dtype, how far two results may lie apart that are rounded once from 3e-7 (float64: 5e-14) apart.
 DTYPES = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 6e-7, torch.float64: 5e-14}
@@ -45,6 +45,17 @@ def test_entmax15_in_float32_is_as_exact_as_the_core_gate(n: int) -> None:
     exact = mt.entmax15(rows.double())
     assert (near - exact).abs().max() <= 3e-7
     assert (near.sum(-1) - 1).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax_is_that_of_the_core(dtype: torch.dtype) -> None:
+    logits = torch.from_numpy(np.stack([*nasty(9).values()])).to(dtype)
+    bad = torch.tensor([[torch.nan], [torch.inf], [-torch.inf]], dtype=dtype).expand(3, 9).clone()
+    bad[:2, 1:] = 0
+    for x in (logits, bad, logits[:0]):
+        torch.testing.assert_close(functional.softmax(x), mt.softmax(x), equal_nan=True)
+    layer = MuMoE(4, 3, 2, gate=mt.softmax, rank=2)
+    assert layer.gate.gate is functional.softmax and layer.config["gate"] == "softmax"
 
 
 #: What decides how a CPU computes: each way for calls of any size.

@@ -20,6 +20,8 @@ is_jit_traced = torch.jit.is_tracing  # type: ignore[attr-defined]  # documented
 get_proxy_mode = proxy_tensor.get_proxy_mode
 #: Whether torch.func transforms the call (vmap, grad, ...).
 is_transformed = torch._C._are_functorch_transforms_active
+#: Whether a tensor is a batch of gradients (``is_grads_batched``), which `is_transformed` does not see.
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 #: The number of the backward pass that makes the call, -1 if none does. (Not for torch.compile.)
 backward_pass = torch._C._current_graph_task_id
 #: The hooks on all modules that see or change inputs, outputs and their gradients.

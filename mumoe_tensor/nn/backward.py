@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.backend import operations_of
+from mumoe_tensor.calls import is_batched, is_transformed
 from mumoe_tensor.contraction.execute import run, views
 from mumoe_tensor.contraction.layout import Arrangement, Bias, Operand, Program, Step
-from mumoe_tensor.nn.products import Joined, permuted_product, spread_product, summed_product
+from mumoe_tensor.nn import kernels
+from mumoe_tensor.nn.kernels.pairs import product_backward
+from mumoe_tensor.nn.products import (
+    Joined,
+    permuted_product,
+    product_above_sum,
+    spread_product,
+    summed_product,
+)
 from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseProduct
 
 #: An intermediate is recomputed rather than saved if that takes at most this many FLOPs an element.
@@ -154,21 +163,32 @@ def _gradients_of_step(
     if step.kind != "mul":
         stack = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         gradient = gradient.reshape(*stack, left.shape[-2], right.shape[-1])
+    of_views = None
     if sparse is not None:
         of_views = sparse.gradients(left, right, gradient)
+    elif (
+        step.kind == "mul"
+        and all(is_needed[x.position] for x in operands)
+        and _is_one_kernel(gradient, left, right)
+    ):
+        of_views = product_backward(gradient, left, right)
     gradients = {}
     for side, (operand, whole) in enumerate(zip(operands, wholes, strict=True)):
         if not is_needed[operand.position]:
             continue
         view, other = (left, right) if side == 0 else (right, left)
         # The gradient of the view, with its axes as they lie in memory.
-        if sparse is not None:
+        if of_views is not None:
             of_view = unpermuted(of_views[side], operand.axes)
         elif step.kind == "mul":
             of_view = _product_summed_to(view.shape, gradient, other)
         else:
-            product = permuted_product if view.shape[:-2] == stack else summed_product
             a, b = (gradient, other.mT) if side == 0 else (other.mT, gradient)
+            if _is_last_row(step, side):
+                a, b = (a, b) if side == 1 else (b.mT, a.mT)
+                gradients[operand.position] = product_above_sum(a, b).reshape(whole.shape)
+                continue
+            product = permuted_product if view.shape[:-2] == stack else summed_product
             of_view = product(a, b, _inverse(operand.axes))
         bias = step.bias
         if bias is None or bias.side != side:
@@ -179,6 +199,17 @@ def _gradients_of_step(
         parts = (_of_whole(of_view, operand, shape), _of_bias_row(gradient, bias, shape))
         gradients[operand.position] = torch.cat(parts, dim=bias.axis)
     return gradients
+
+
+def _is_one_kernel(gradient: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Whether a kernel gives both gradients of an elementwise product: nothing is broadcast or strided."""
+    arrays = (gradient, left, right)
+    return (
+        kernels.serve(gradient)
+        and not (is_transformed() or is_batched(gradient))
+        and all(x.shape == gradient.shape and x.dtype == gradient.dtype for x in arrays)
+        and all(x.is_contiguous() for x in arrays)
+    )
 
 
 def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) -> Tensor:
@@ -208,6 +239,17 @@ def _of_whole(gradient: Tensor, operand: Operand, shape: Sequence[int]) -> Tenso
     """The gradient of an operand of this shape from that of its view, whose axes lie as in memory."""
     permuted = shape if operand.copy_order is None else [shape[axis] for axis in operand.copy_order]
     return unpermuted(gradient.reshape(permuted), operand.copy_order)
+
+
+def _is_last_row(step: Step, side: int) -> bool:
+    """Whether one operand is a matrix, as it lies in memory, whose last row is the bias row."""
+    operand, bias = (step.left, step.right)[side], step.bias
+    return (
+        step.kind == "mm"
+        and bias is not None
+        and (bias.side, bias.axis, bias.order, operand.copy_order) == (side, 0, None, None)
+        and (operand.axes is None) == (side == 1)
+    )
 
 
 def _of_bias_row(gradient: Tensor, bias: Bias, shape: Sequence[int]) -> Tensor:

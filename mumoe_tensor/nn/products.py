@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.calls import is_recorded, is_transformed
+from mumoe_tensor.calls import is_batched, is_recorded, is_transformed
 
 #: Elements of a matrix from which torch writes a stack of them into strided memory faster than it copies it.
 LARGE = 4096
+#: Elements of a matrix that are copied in less time than two views of it take to make.
+COPIED = 1 << 16
 
 
 def spread_product(left: Tensor, right: Tensor) -> Tensor:
@@ -54,18 +56,34 @@ def summed_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -
     return torch.tensordot(left, right, dims=([0, 2], [0, 1])).unsqueeze(0)
 
 
+def product_above_sum(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, and the sum of the rows of `right` beneath: as if `left` ended in a row of ones."""
+    if is_recorded() or len(left) * right.shape[1] < COPIED or not _takes_out(left, right):
+        return torch.cat((left @ right, right.sum(0, keepdim=True)))
+    result = right.new_empty(len(left) + 1, right.shape[1])
+    torch.mm(left, right, out=result[:-1])
+    torch.sum(right, 0, out=result[-1])
+    return result
+
+
 def _can_write(left: Tensor, right: Tensor, order: tuple[int, ...]) -> bool:
-    # The matrices must have contiguous rows or columns. An operation with `out` has no derivative, and
-    # transforms and compilers do not take it.
+    # The matrices must have contiguous rows or columns.
     return (
         not is_recorded()  # (first: what follows would tie a compiled function to these sizes)
         and order[-1] != 0
         and len(left) == len(right)
         and left.shape[1] * right.shape[2] >= LARGE
-        and type(left) in (Tensor, nn.Parameter)
+        and _takes_out(left, right)
+    )
+
+
+def _takes_out(left: Tensor, right: Tensor) -> bool:
+    # An operation with `out` has no derivative, and transforms and compilers do not take it.
+    return (
+        type(left) in (Tensor, nn.Parameter)
         and type(right) in (Tensor, nn.Parameter)
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
-        and not is_transformed()
+        and not (is_transformed() or is_batched(left) or is_batched(right))
     )
 
 

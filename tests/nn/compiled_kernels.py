@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mumoe_tensor.nn.kernels import gather, simplex
+from mumoe_tensor.nn.kernels import elementwise, gather, simplex
 
 TARGET = GPUTarget("cuda", 90, 32)
 WHOLE = {"ROWS": 1, "BLOCK": 1024}
@@ -43,5 +43,5 @@ for norm, power, dtype in (("layer", 2, "bf16"), ("batch", 1, "fp32")):
             print(kernel.__name__, norm, power, dtype, size, "bytes")
 
 for dtype in ("fp32", "bf16"):
-    for kernel in (gather._sum_of_rows, gather._gradients):
+    for kernel in (gather._sum_of_rows, gather._gradients, elementwise._multiply_both):
         print(kernel.__name__, dtype, compiled(kernel, dtype, 4, {"BLOCK": 1024}), "bytes")

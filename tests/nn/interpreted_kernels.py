@@ -16,6 +16,7 @@ from mumoe_tensor.nn import MuMoEMLP, entmax15, kernels, sparse
 from mumoe_tensor.nn.kernels import coefficients as operations
 from mumoe_tensor.nn.kernels import simplex
 from mumoe_tensor.nn.kernels.coefficients import coefficients
+from mumoe_tensor.nn.kernels.pairs import product_backward
 from mumoe_tensor.nn.kernels.rows import sum_of_indexed_rows, sum_of_indexed_rows_backward
 
 #: What the kernels compute, by POWER.
@@ -203,6 +204,22 @@ def test_operations_on_rows_are_well_defined() -> None:
     torch.library.opcheck(sum_of_indexed_rows, (x, indices, factor), test_utils=checks)
     of_pass = (x, indices, factor, torch.randn(4, 5))
     torch.library.opcheck(sum_of_indexed_rows_backward, of_pass, test_utils=checks)
+
+
+# ---- elementwise products --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 70), (5, 1, 3), (3, 1500), (1024,), (0, 4)])
+def test_both_gradients_of_a_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gradient, left, right = (torch.randn(shape).to(dtype) for _ in range(3))
+    expected = gradient * right, gradient * left
+    bound = {torch.float32: 0, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
+    for found, exact in zip(product_backward(gradient, left, right), expected, strict=True):
+        assert found.shape == shape and found.dtype == dtype
+        torch.testing.assert_close(found, exact, atol=bound, rtol=bound)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(product_backward, (gradient, left, right), test_utils=checks)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from mumoe_tensor.contraction.plan import plan_network  # noqa: E402
 from mumoe_tensor.nn import Experts, MuMoEMLP, products, replace_mlp  # noqa: E402
 from mumoe_tensor.nn.backward import SavePolicy, saved_results  # noqa: E402
 from mumoe_tensor.nn.contraction import contract  # noqa: E402
-from mumoe_tensor.nn.products import permuted_product, summed_product  # noqa: E402
+from mumoe_tensor.nn.products import permuted_product, product_above_sum, summed_product  # noqa: E402
 from mumoe_tensor.testing.strategies import problems  # noqa: E402
 
 ACTIVATIONS = [None, nn.functional.gelu]
@@ -214,6 +214,14 @@ def test_products_lie_in_the_order_that_is_asked_for(drawn, is_left_transposed, 
     is_large = expected.numel() // max(len(left), len(right)) >= products.LARGE
     if len(left) == len(right) and order is not None and order[-1] != 0 and is_large:
         assert result.is_contiguous() and result._base is None
+
+
+@pytest.mark.parametrize("columns", [3, 300])
+def test_a_row_of_sums_is_that_of_ones(columns: int) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(5, 250, dtype=torch.float64).mT, torch.randn(5, columns, dtype=torch.float64)
+    ones = torch.ones(1, 5, dtype=torch.float64)
+    torch.testing.assert_close(product_above_sum(left, right), torch.cat((left, ones)) @ right)
 
 
 @pytest.mark.parametrize("is_left", [True, False])

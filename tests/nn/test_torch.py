@@ -302,11 +302,13 @@ def test_outputs_may_be_changed_in_place() -> None:
         torch.testing.assert_close(actual, expected)
 
 
-def test_batches_of_gradients() -> None:
+@pytest.mark.parametrize(("features", "rank"), [(7, 3), (256, 300)])
+def test_batches_of_gradients(features: int, rank: int) -> None:
+    # Of few entries, and of as many as are written into one array.
     torch.manual_seed(0)
-    block = MuMoEMLP(7, 8, 3, 4, "cp", 3, gate_norm="layer", dtype=torch.float64)
+    block = MuMoEMLP(features, 8, 3, 4, "cp", rank, gate_norm="layer", dtype=torch.float64)
     nn.init.normal_(block.gate.weight)
-    x = torch.randn(5, 7, dtype=torch.float64)
+    x = torch.randn(2, features, dtype=torch.float64)
     one_by_one, at_once = (torch.autograd.functional.jacobian(block, x, vectorize=v) for v in (False, True))
     torch.testing.assert_close(one_by_one, at_once)
 

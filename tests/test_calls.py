@@ -86,6 +86,16 @@ def test_transformed(run: Callable[..., Any]) -> None:
     assert answers(calls.is_transformed, run) == [run is not eager]
 
 
+@pytest.mark.parametrize("is_batched", [True, False])
+def test_batches_of_gradients_are_seen(is_batched: bool) -> None:
+    seen = []
+    x = torch.randn(3, requires_grad=True)
+    y = 2 * x
+    y.register_hook(lambda gradient: seen.append(calls.is_batched(gradient)))
+    torch.autograd.grad(y, x, torch.eye(3) if is_batched else torch.ones(3), is_grads_batched=is_batched)
+    assert seen == [is_batched]
+
+
 def test_in_a_backward_pass() -> None:
     def repeated(module: nn.Module, x: Any) -> None:
         checkpoint(module, x, use_reentrant=False).sum().backward()

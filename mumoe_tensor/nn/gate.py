@@ -183,7 +183,7 @@ class ExpertGate(WholeState):
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
             False for rows (padded tokens) that batch norm shall not count.
         sparse : bool, default False
-            `.sparse.SparseCoefficients` of levels of many experts of which the gate selects few.
+            ``sparse.SparseCoefficients`` of levels of many experts of which the gate selects few.
 
         Returns
         -------

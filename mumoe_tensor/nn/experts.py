@@ -63,8 +63,8 @@ class Experts(WholeState):
     batch_hint : int, default 1024
         The number of rows that the order of contraction is chosen for. It is right for any.
     machine : str, Machine or mapping, optional
-        What the order of contraction is chosen for, see `.plan`; by default the kind of device and the dtype
-        of the parameters, also after ``.to(...)``. Results are equal but for rounding.
+        What the order of contraction is chosen for, see `mumoe_tensor.plan`; by default the kind of device
+        and the dtype of the parameters, also after ``.to(...)``. Results are equal but for rounding.
     recompute : bool, default False
         Recompute the products of coefficients and factors in the backward pass, instead of saving them.
         Elementwise products are recomputed in any case.

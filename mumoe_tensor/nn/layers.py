@@ -266,7 +266,7 @@ class MuMoE(Layer):
     batch_hint : int, default 1024
         Rows (tokens) a batch usually has: the order of contraction is chosen for it.
     machine : str, Machine or mapping, optional
-        What the order is chosen for, see `.plan`; by default the device and dtype of the parameters.
+        What the order is chosen for, see `mumoe_tensor.plan`; by default device and dtype of the parameters.
     recompute : bool, default False
         Keep less for the backward pass, which then forms products of coefficients and factors again.
 

@@ -40,10 +40,8 @@ class ChosenExperts(Experts):
     planner chooses what takes less time. (`torch.compile` takes the first way in one graph, and breaks it in
     the second.)
 
-    Attributes
-    ----------
-    plan : ContractionPlan, or SumPlan for a format that is a sum
-        For `batch_hint` inputs, or for an expert's share of them where experts come one after the other.
+    The ``plan`` is for `batch_hint` inputs, or for an expert's share of them where experts come one after the
+    other.
     """
 
     def _planned_on(self, machine: Machine) -> _Planned:

@@ -68,6 +68,7 @@ def busy(quick: bool, device: str) -> Report:
         row["over the dense MLP's"] = row["slower"] / dense["slower"]
     columns = {"call": "", "idle ms": ".1f", "busy ms": ".1f"}
     columns |= {"slower": ".2f", "over the dense MLP's": ".2f"}
-    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
-    notes = [f"OMP_WAIT_POLICY: {policy}. Other processes: {len(others)}, each with one thread."]
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    waiting = ", ".join(f"{name}: {os.environ.get(name, 'not set')}" for name in names)
+    notes = [f"{waiting}. Other processes: {len(others)}, each with one thread."]
     return Report("busy", "Times beside other busy processes", columns, rows, notes)

@@ -465,12 +465,21 @@ def test_the_command_runs_and_loads_no_torch_for_a_plan() -> None:
 
 
 def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    run("formats")
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    def policy() -> tuple[str | None, str | None]:
+        run("formats")
+        return os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")
+
+    for spins in (None, "7"):
+        # (`setenv` first, so that both are as before after the test.)
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        if spins:
+            monkeypatch.setenv("GOMP_SPINCOUNT", spins)
+        assert policy() == ("passive", spins or "3000")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    run("formats")
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert policy() == ("active", None)
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

@@ -63,8 +63,10 @@ def main(
 ) -> None:
     """Print the version, or help where no command is named; else register the formats of other packages."""
     # Read when torch is loaded, which commands do: threads that wait for each other then leave the core to
-    # other processes. What the environment has stays.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # other processes, those of GNU's OpenMP after some microseconds. What the environment has stays.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     if version:
         print(mt.__version__)
     elif context.invoked_subcommand is None:

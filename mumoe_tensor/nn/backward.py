@@ -223,8 +223,9 @@ def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) ->
         return [k + skipped for k, size in enumerate(shape) if size == gradient.shape[k + skipped]]
 
     kept = axes(shape)
-    if kept[-1:] == [gradient.ndim - 1]:
+    if kept[-1:] == [gradient.ndim - 1] or is_batched(gradient):
         # Entries next to each other are in different sums: torch sums these fast, one axis at a time.
+        # (And a batch of gradients has no einsum.)
         product = gradient * other
         for axis in reversed([k for k in range(gradient.ndim) if k not in kept]):
             product = product.sum(axis)

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from mumoe_tensor import gates
-from mumoe_tensor.calls import get_proxy_mode, is_exported, is_jit_traced, is_recorded, is_transformed
+from mumoe_tensor.calls import (
+    get_proxy_mode,
+    is_batched,
+    is_exported,
+    is_jit_traced,
+    is_recorded,
+    is_transformed,
+)
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.nn import entmax, kernels
 from mumoe_tensor.nn.kernels.coefficients import coefficients
@@ -139,7 +146,7 @@ def _largest_by_keys(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def is_eager_on_cpu(x: Tensor) -> bool:
     """Whether the values of a tensor can be read at once, and memory be written in place."""
-    if type(x) is not Tensor or x.device.type != "cpu":
+    if type(x) is not Tensor or x.device.type != "cpu" or is_batched(x):
         return False
     # (`is_recorded` written out: a gate asks this for every level.)
     return not (is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed())

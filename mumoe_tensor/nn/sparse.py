@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.backend import operations_of
-from mumoe_tensor.calls import is_exported, is_recorded
+from mumoe_tensor.calls import is_batched, is_exported, is_recorded
 from mumoe_tensor.contraction.execute import views
 from mumoe_tensor.contraction.layout import Program
 from mumoe_tensor.contraction.machine import machine_of
@@ -175,11 +175,13 @@ class _IndexedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
         values, indices, factor = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # The gradient is to have one itself: by operations that have derivatives.
+        if torch.is_grad_enabled() or is_batched(gradient):
+            # The gradient is to have one itself, or is a batch of them: by plain operations of torch.
             of_values = (factor[indices] @ gradient.unsqueeze(-1)).squeeze(-1)
             parts = values.unsqueeze(-1) * gradient.unsqueeze(-2)
-            of_factor = torch.zeros_like(factor).index_add(0, indices.flatten(), parts.flatten(0, 1))
+            of_factor = torch.zeros_like(factor).index_add(
+                0, indices.flatten(), parts.reshape(-1, factor.shape[1])
+            )
             return of_values, None, of_factor
         if kernels.serve(factor):
             of_values, of_factor = sum_of_indexed_rows_backward(values, indices, factor, gradient)

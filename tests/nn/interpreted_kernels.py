@@ -101,12 +101,12 @@ def test_norms_and_gradients(power: int, norm: str) -> None:
         of_norm = statistics(norm, n)
         gradient = torch.randn(2, 2, n)
         p = coefficients(logits, power, norm, *of_norm)
-        (found,) = torch.autograd.grad(p, logits, gradient)
+        (got,) = torch.autograd.grad(p, logits, gradient)
         exact = logits.detach().double().requires_grad_()
         expected = GATES[power](normed(exact, norm, *of_norm))
         torch.testing.assert_close(p.double(), expected, atol=2e-6, rtol=0)
         (expected,) = torch.autograd.grad(expected, exact, gradient.double())
-        torch.testing.assert_close(found.double(), expected, atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(got.double(), expected, atol=5e-6, rtol=1e-5)
 
 
 def test_gradients_of_bad_rows_are_nan_and_those_of_masks_zero() -> None:
@@ -128,7 +128,7 @@ def test_nothing_is_read_of_no_rows() -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_second_derivatives(norm: str) -> None:
     x, of_norm = torch.randn(3, 6), statistics(norm, 6)
-    found = []
+    got = []
     for dtype in (torch.float32, torch.float64):
         leaf = x.to(dtype, copy=True).requires_grad_()
         if dtype == torch.float32:
@@ -136,8 +136,8 @@ def test_second_derivatives(norm: str) -> None:
         else:
             p = gates.entmax15(normed(leaf, norm, *of_norm))
         (first,) = torch.autograd.grad(p.sin().sum(), leaf, create_graph=True)
-        found.append(torch.autograd.grad(first.cos().sum(), leaf)[0].double())
-    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+        got.append(torch.autograd.grad(first.cos().sum(), leaf)[0].double())
+    torch.testing.assert_close(*got, atol=1e-4, rtol=1e-4)
 
 
 def test_operations_are_well_defined() -> None:
@@ -188,14 +188,14 @@ def test_sums_of_indexed_rows(rows: int, k: int, rank: int, dtype: torch.dtype) 
         y = sum_of_indexed_rows(values, indices, factor)
         of_values, of_factor = sum_of_indexed_rows_backward(values, indices, factor, gradient)
         assert (y.dtype, of_values.dtype, of_factor.dtype) == (dtype, dtype, dtype)
-        for found, exact in (
+        for got, exact in (
             (y, dense @ factor.double()),
             (of_values, (gradient.double() @ factor.double().mT).gather(1, indices)),
             (of_factor, dense.mT @ gradient.double()),
         ):
             bound = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-            assert found.shape == exact.shape
-            torch.testing.assert_close(found.double(), exact, atol=bound * max(1, rank**0.5), rtol=bound)
+            assert got.shape == exact.shape
+            torch.testing.assert_close(got.double(), exact, atol=bound * max(1, rank**0.5), rtol=bound)
 
 
 def test_operations_on_rows_are_well_defined() -> None:
@@ -215,9 +215,9 @@ def test_both_gradients_of_a_product(shape: tuple[int, ...], dtype: torch.dtype)
     gradient, left, right = (torch.randn(shape).to(dtype) for _ in range(3))
     expected = gradient * right, gradient * left
     bound = {torch.float32: 0, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    for found, exact in zip(product_backward(gradient, left, right), expected, strict=True):
-        assert found.shape == shape and found.dtype == dtype
-        torch.testing.assert_close(found, exact, atol=bound, rtol=bound)
+    for got, exact in zip(product_backward(gradient, left, right), expected, strict=True):
+        assert got.shape == shape and got.dtype == dtype
+        torch.testing.assert_close(got, exact, atol=bound, rtol=bound)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(product_backward, (gradient, left, right), test_utils=checks)
 
@@ -300,8 +300,8 @@ def test_half_precision_and_autocast(norm: str) -> None:
     result, (c,) = half(x.bfloat16(), return_coefficients=True)
     assert (under_autocast.dtype, b.dtype) == (torch.bfloat16, torch.float32)
     assert (result.dtype, c.dtype) == (torch.bfloat16, torch.bfloat16)
-    for found, exact in ((under_autocast, y), (result, y), (b, a), (c, a)):
-        assert (found.float() - exact).abs().max() < 0.06 * exact.abs().max()
+    for got, exact in ((under_autocast, y), (result, y), (b, a), (c, a)):
+        assert (got.float() - exact).abs().max() < 0.06 * exact.abs().max()
     result.float().sum().backward()
     assert half.gate.weight.grad.isfinite().all()
 
@@ -313,13 +313,13 @@ def test_a_compiled_gate() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (5, 9):
             x = torch.randn(rows, 12)
-            found, expected = [], []
-            for module, into in ((compiled, found), (made, expected)):
+            got, expected = [], []
+            for module, into in ((compiled, got), (made, expected)):
                 made.zero_grad()
                 into += module(x)
                 into[0].square().sum().backward()
                 into.append(made.weight.grad)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -329,7 +329,7 @@ def test_models_mapped_over() -> None:
     models[1].gate.norm.running_var.mul_(2)
     parameters, buffers = torch.func.stack_module_state(models)
     x = torch.randn(5, 12)
-    found = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))(
+    got = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))(
         parameters, buffers
     )
-    torch.testing.assert_close(found, torch.stack([model(x) for model in models]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, torch.stack([model(x) for model in models]), atol=1e-5, rtol=1e-4)

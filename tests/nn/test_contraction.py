@@ -19,7 +19,7 @@ from benchmarks.probes import kept_bytes  # noqa: E402
 from mumoe_tensor.contraction.execute import execute  # noqa: E402
 from mumoe_tensor.contraction.network import forward_networks  # noqa: E402
 from mumoe_tensor.contraction.plan import plan_network  # noqa: E402
-from mumoe_tensor.nn import Experts, MuMoEMLP, products, replace_mlp  # noqa: E402
+from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, products, replace_mlp  # noqa: E402
 from mumoe_tensor.nn.backward import SavePolicy, saved_results  # noqa: E402
 from mumoe_tensor.nn.contraction import contract  # noqa: E402
 from mumoe_tensor.nn.products import permuted_product, product_above_sum, summed_product  # noqa: E402
@@ -279,3 +279,18 @@ def test_an_activation_comes_before_the_padding(has_gradients: bool) -> None:
     layer = Experts(7, 6, 3, format, 2, dtype=torch.float64).requires_grad_(has_gradients)
     x, a = torch.randn(5, 7, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
     torch.testing.assert_close(layer(x, [a], torch.cos), layer(x.cos(), [a]))
+
+
+@pytest.mark.parametrize("format", ["cp", "btt", "kron", "monarch", "tr"])
+@pytest.mark.parametrize(
+    ("experts", "gate"), [(4, "entmax15"), (1024, "entmax15"), (1024, {"name": "topk", "k": 2})]
+)
+def test_batches_of_gradients_of_a_layer(format: str, experts: int, gate: Any) -> None:
+    rank = {"monarch": (), "tr": (2, 2, 2)}.get(format, 2)
+    layer = MuMoE(16, 16, experts, format, rank, gate=gate, gate_norm="layer", dtype=torch.float64)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    y, inputs = layer(x), (x, *layer.experts.parameters())
+    gradients = torch.randn(3, *y.shape, dtype=y.dtype)
+    batched = torch.autograd.grad(y, inputs, gradients, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(y, inputs, gradient, retain_graph=True) for gradient in gradients]
+    torch.testing.assert_close(list(batched), [torch.stack(each) for each in zip(*alone, strict=True)])

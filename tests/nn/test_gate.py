@@ -212,3 +212,13 @@ def test_levels_of_one_size_are_as_levels_alone(gate: Any, norm: str) -> None:
         gradient = torch.autograd.grad(results[0][1], made.weight)[0]
         expected = torch.autograd.grad(results[1][1], [level.weight for level in alone])
         torch.testing.assert_close(gradient, torch.cat(expected))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (256, 4096), (300, 2048)])
+def test_batches_of_gradients(shape: tuple[int, int]) -> None:
+    # As `torch.autograd.functional.jacobian` with `vectorize` has them; each way of the backward pass.
+    x, gradients = torch.randn(shape, requires_grad=True), torch.randn(2, *shape)
+    p = entmax15(x)
+    (batched,) = torch.autograd.grad(p, x, gradients, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(p, x, gradient, retain_graph=True)[0] for gradient in gradients]
+    torch.testing.assert_close(batched, torch.stack(alone), atol=1e-6, rtol=1e-4)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mumoe_tensor.calls import is_batched
+
 Norm = Literal["none", "layer", "batch"]
 #: What is added to variances, as torch does.
 EPS = 1e-5
@@ -61,7 +63,8 @@ class _Coefficients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         p, logits, mean, variance = ctx.saved_tensors
-        function = _differentiable if torch.is_grad_enabled() else simplex_backward
+        is_plain = not (torch.is_grad_enabled() or is_batched(gradient))
+        function = simplex_backward if is_plain else _differentiable
         result = function(gradient, p, logits, mean, variance, ctx.norm, ctx.power, ctx.dtype)
         return result, None, None, None, None, None
 

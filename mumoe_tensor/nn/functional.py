@@ -146,7 +146,7 @@ def _largest_by_keys(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def is_eager_on_cpu(x: Tensor) -> bool:
     """Whether the values of a tensor can be read at once, and memory be written in place."""
-    if type(x) is not Tensor or x.device.type != "cpu" or is_batched(x):
+    if type(x) is not Tensor or x.device.type != "cpu":
         return False
     # (`is_recorded` written out: a gate asks this for every level.)
-    return not (is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed())
+    return not (is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed() or is_batched(x))

@@ -63,7 +63,9 @@ class _Coefficients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         p, logits, mean, variance = ctx.saved_tensors
-        is_plain = not (torch.is_grad_enabled() or is_batched(gradient))
+        # (A compiler cannot ask, and has no batches of gradients.)
+        is_batch = not torch.compiler.is_compiling() and is_batched(gradient)
+        is_plain = not (torch.is_grad_enabled() or is_batch)
         function = simplex_backward if is_plain else _differentiable
         result = function(gradient, p, logits, mean, variance, ctx.norm, ctx.power, ctx.dtype)
         return result, None, None, None, None, None

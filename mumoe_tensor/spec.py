@@ -253,18 +253,12 @@ class LayerSpec:
                 f"{label(self.format)!r} has {total(1):,} at rank {family(1)}, of which the gate alone has "
                 f"{gate * self.gate_parameters:,}."
             )
-        top = 1
-        while total(top) < budget and family(2 * top) != family(top):
-            top *= 2
-        if total(top) < budget and rounding == "up":
+        t = size_for(total, budget, rounding)
+        if total(t) < budget and rounding == "up":
             raise ValueError(
                 f"some rank must reach the budget of {budget:,} parameters; format {label(self.format)!r} "
-                f"has {total(top):,} at its full rank {family(top)}."
+                f"has {total(t):,} at its full rank {family(t)}."
             )
-        t = bisect_left(range(top), budget, lo=1, key=total)
-        over = total(t) - budget
-        if over > 0 and (rounding == "down" or (rounding == "nearest" and budget - total(t - 1) <= over)):
-            t -= 1
         return replace(self, rank=family(t))
 
     def with_full_rank_experts(self) -> LayerSpec:
@@ -368,6 +362,22 @@ def fit_rank(
     spec = as_spec(format, **sizes)
     rank = spec.fitted(parameters, rounding=rounding, gate=gate).full_rank
     return rank[0] if spec.rank is None and len(rank) == 1 else rank
+
+
+def size_for(total: Callable[[int], int], budget: int, rounding: Rounding = "up", least: int = 1) -> int:
+    """The size with a number of parameters, for a total that grows with the size; see `LayerSpec.fitted`.
+
+    The total of the least size is at most the budget. Where the total stops growing below the budget, it is
+    the size from which it does.
+    """
+    top = least
+    while total(top) < budget and total(2 * top) > total(top):
+        top *= 2
+    size = bisect_left(range(top), budget, lo=least, key=total)
+    over = total(size) - budget
+    if over > 0 and (rounding == "down" or (rounding == "nearest" and budget - total(size - 1) <= over)):
+        size -= 1
+    return size
 
 
 def as_budget(parameters: int | str, dense: int) -> int:

@@ -38,7 +38,7 @@ MODULES = [
     for module in pkgutil.walk_packages(mt.__path__, "mumoe_tensor.")
     if not module.name.endswith("__main__")
 ]
-PACKAGES = ("nn", "analysis", "models", "training", "study", "browser")
+PACKAGES = ("nn", "replace", "analysis", "models", "training", "study", "browser")
 #: Blocks of other languages (sh, text) are not run.
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

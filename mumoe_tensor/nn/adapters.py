@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import check_flag
 from mumoe_tensor.nn.described import register_layer
+from mumoe_tensor.nn.init import make_zero
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, matrix_of
 from mumoe_tensor.nn.saving import DESCRIPTION, check_version, load, save
@@ -142,9 +143,7 @@ def add_experts(
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         place = {"device": matrix.device, "dtype": dtype, **options, **more}
         delta = MuMoE(matrix.shape[0] - bias, matrix.shape[1], bias=bias, **place)
-        with torch.no_grad():
-            for term in delta.experts.terms:
-                term.arrays[-1].zero_()
+        make_zero(delta.weight)
         if not (matrix.is_meta or delta.gate.weight.is_meta):
             error = output_error(linear, Adapter(linear, delta), delta.in_features)
             if error != 0:  # (zero times a coefficient that is not finite)

@@ -17,7 +17,7 @@ from mumoe_tensor.backend import to_float64
 from mumoe_tensor.decomposition import decompose
 from mumoe_tensor.dense import expert_matrix, to_dense
 from mumoe_tensor.formats.base import Factor, Format
-from mumoe_tensor.nn.init import declared, fill_neutral, index_sizes, is_bias, of_matrix
+from mumoe_tensor.nn.init import declared, fill_neutral, index_sizes, is_bias, make_zero, of_matrix
 from mumoe_tensor.nn.values import copy_weight
 from mumoe_tensor.tensors import FactorizedTensor
 
@@ -54,7 +54,7 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
         windows = [term.format.window(level) for level in range(term.num_levels)]
         left = rest([window[0] if window else 0 for window in windows])
         if np.linalg.norm(left) <= 8 * torch.finfo(matrix.dtype).eps * norm:  # but for rounding nothing is
-            term.arrays[-1].zero_()
+            make_zero(term)
         else:
             _fit(term, left)
         exact = [None if factor is None else to_float64(factor) for factor in term.factors]

@@ -80,6 +80,16 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
             factor.mul_((3 * in_features * len(terms) * variance).rsqrt() ** (1 / len(scaled)))
 
 
+@torch.no_grad()
+def make_zero(weight: FactorizedTensor) -> None:
+    """Make a weight zero by the last factor of each of its terms, that of the output in our formats.
+
+    The other factors keep their values, so that the last one learns, and they do once it is not zero.
+    """
+    for term in weight.terms:
+        term.arrays[-1].zero_()
+
+
 def of_matrix(term: FactorizedTensor) -> list[int]:
     """Positions of the factors that make the matrix of an expert: those with the input or the output.
 

@@ -1,0 +1,471 @@
+"""Layers in the place of a pretrained one: a mixture whose gate sees the layer's input, and a bias."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.checks import as_entries, as_positive, check_flag
+from mumoe_tensor.formats.base import Format
+from mumoe_tensor.formats.registry import AnyFormat, get_format
+from mumoe_tensor.formats.sums import sliced, sum_of
+from mumoe_tensor.gates import Gate
+from mumoe_tensor.nn.described import register_layer
+from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.nn.init import make_zero
+from mumoe_tensor.nn.layers import MuMoE
+from mumoe_tensor.nn.linear import is_linear, matrix_of
+from mumoe_tensor.nn.mlp import read_mlp
+from mumoe_tensor.nn.registry import ACTIVATIONS, GATES
+from mumoe_tensor.nn.states import WholeState
+from mumoe_tensor.replace.budget import num_parameters, solve
+from mumoe_tensor.selections import Selection
+from mumoe_tensor.spec import Rounding, as_budget, expert_counts
+
+AnyGate = str | dict[str, Any] | Gate
+
+
+class ReplacementLayer(WholeState):
+    """The common part of layers that replace another: ``y = c + S x + sum_n a_n(x) W_n f(x)``.
+
+    The coefficients a are those of the gate, without a norm of the logits. The last factor of the experts (of
+    each term of a sum) is zero at first, and so is S: the outputs are c.
+
+    Attributes
+    ----------
+    mixture : MuMoE
+        The gate and the experts W, without a bias.
+    skip : torch.nn.Linear or None
+    bias : Parameter of shape (out_features,), or None
+        The vector c, at first zero.
+    """
+
+    mixture: MuMoE
+    skip: nn.Linear | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, mixture: Mapping[str, Any], gate: AnyGate | None, *, skip: bool, bias: bool,
+        **place: Any,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_features = as_positive(in_features, "in_features")
+        if gate is not None:
+            mixture = {**mixture, "gate": gate, "gate_features": in_features}
+        self.mixture = MuMoE(**mixture, bias=False, gate_norm="none", **place)
+        self.out_features = self.mixture.out_features
+        for flag, name in ((skip, "skip"), (bias, "bias")):
+            check_flag(flag, name)
+        sizes = self.in_features, self.out_features
+        self.skip = nn.Linear(*sizes, bias=False, **place) if skip else None
+        self.bias = nn.Parameter(torch.zeros(self.out_features, **place)) if bias else None
+        if not self.mixture.gate.weight.is_meta:
+            make_zero(self.mixture.weight)
+            if self.skip is not None:
+                nn.init.zeros_(self.skip.weight)
+
+    @property
+    def num_experts(self) -> tuple[int, ...]:
+        """One number a level."""
+        return self.mixture.gate.num_experts
+
+    @property
+    def gate(self) -> ExpertGate | None:
+        """The gate, or None for a layer without experts."""
+        return self.mixture.gate if self.num_experts else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a layer like this one, by `from_config`, in types of JSON.
+
+        Device and dtype are left out.
+
+        Raises
+        ------
+        ValueError
+            If the format, the gate or the activation has no registered name.
+        """
+        gate = {} if self.gate is None else {"gate": GATES.write(self.gate.gate)}
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        return {**sizes, "bias": self.bias is not None, **gate}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
+        """Make a layer from the `config` of another; further arguments are `device` and `dtype`."""
+        return cls(**config, **options)
+
+    @classmethod
+    def like(
+        cls,
+        block: nn.Module,
+        *,
+        parameters: int | str | None = None,
+        rounding: Rounding = "nearest",
+        activation: str | dict[str, Any] | Callable[[Tensor], Tensor] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make a layer that can take the place of an MLP block, or of a linear layer.
+
+        Sizes, device and dtype are those of the block; nothing else of it is taken, unless the class says so.
+
+        Parameters
+        ----------
+        block : torch.nn.Module
+            A block that `.replace_mlp` can read, or a linear layer where the class has no hidden units.
+        parameters : int or str, optional
+            The number of parameters, gate and biases counted, for which the size that is left out is solved;
+            ``"match"`` for those of the block, or a multiple of them as ``"2x"``.
+        rounding : {"up", "down", "nearest"}, default "nearest"
+            The smallest size with at least the budget, the largest with at most it, or the nearer of the two.
+        activation : str, dict or callable, optional
+            That of the block, where it is no module of the block.
+        **options
+            Further arguments of the layer.
+
+        Raises
+        ------
+        ValueError
+            If the block computes something else or more, no size has the number of parameters, or no size is
+            left out.
+        """
+        arguments = {**cls._read(block, activation), **options}
+        if parameters is None:
+            return cls(**arguments)
+        least, sized = cls._open_size(arguments, options)
+        size = solve(
+            lambda size: cls(**{**arguments, **sized(size), "device": "meta"}),
+            as_budget(parameters, num_parameters(block)),
+            rounding,
+            least,
+        )
+        return cls(**{**arguments, **sized(size)})
+
+    @classmethod
+    def _read(cls, block: nn.Module, activation: Any) -> dict[str, Any]:
+        """The arguments that a block gives."""
+        if is_linear(block):
+            first = last = block
+        else:
+            parts = read_mlp(block, activation)
+            first, last = parts.to_hidden[0], parts.down
+        matrix, bias = matrix_of(first)
+        return {
+            "in_features": matrix.shape[0] - bias,
+            "out_features": matrix_of(last)[0].shape[1],
+            "device": matrix.device,
+            "dtype": matrix.dtype,
+        }
+
+    @classmethod
+    def _open_size(
+        cls, arguments: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[int, Callable[[int], dict[str, Any]]]:
+        """The least size, and the arguments for a size, of the one that is not among the options."""
+        raise NotImplementedError
+
+    def keep_experts(self, level: int, indices: Selection) -> Self:
+        """A new layer with some of the experts of a level; see `.MuMoE.keep_experts`."""
+        return copy.deepcopy(self, {id(self.mixture): self.mixture.keep_experts(level, indices)})
+
+    def forward(self, x: Tensor, *, return_coefficients: bool = False) -> Any:
+        """Map inputs.
+
+        Parameters
+        ----------
+        x : Tensor of shape (..., in_features)
+
+        Returns
+        -------
+        Tensor of shape (..., out_features)
+        tuple of Tensor of shape (..., N_e)
+            The coefficients, one tensor a level; only with `return_coefficients`.
+        """
+        gate_input = x if self.num_experts else None
+        result = self.mixture(
+            self._features(x), gate_input=gate_input, return_coefficients=return_coefficients
+        )
+        y, coefficients = result if return_coefficients else (result, ())
+        if self.skip is not None:
+            y = y + self.skip(x)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return (y, coefficients) if return_coefficients else y
+
+    def _features(self, x: Tensor) -> Tensor:
+        """The input of the experts."""
+        return x
+
+
+@register_layer
+class Transcoder(ReplacementLayer):
+    """Sparse latents, each with a vector of outputs: ``y = D TopK(ReLU(E x + b)) + c``.
+
+    With `skip` a matrix is added, ``+ S x``. The latents are coefficients, and the experts of the one input 1
+    have the rows of D, which are zero at first as in the work on skip transcoders; the rows of E are normal
+    with variance 1 / in_features.
+
+    Parameters
+    ----------
+    latents : int
+    k : int, optional
+        Latents of an input that may not be zero. Either this or a gate.
+    gate : str, dict or callable, optional
+        See `.ExpertGate`; by default ``{"name": "relu_topk", "k": k}``.
+    skip : bool, default False
+    bias : bool, default True
+        Have the vector c.
+
+    References
+    ----------
+    Dunefsky et al., "Transcoders Find Interpretable LLM Feature Circuits", NeurIPS 2024. Paulo et al.,
+    "Transcoders Beat Sparse Autoencoders for Interpretability", arXiv:2501.18823, 2025.
+
+    Examples
+    --------
+    >>> layer = Transcoder(16, 8, latents=64, k=4)
+    >>> y, (a,) = layer(torch.randn(5, 16), return_coefficients=True)
+    >>> y.shape, a.shape, int((a != 0).sum(-1).max())
+    (torch.Size([5, 8]), torch.Size([5, 64]), 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        latents: int,
+        k: int | None = None,
+        *,
+        gate: AnyGate | None = None,
+        skip: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        mixture = {
+            "in_features": 1, "out_features": out_features, "experts": as_positive(latents, "latents"),
+            "format": "dense",
+        }  # fmt: skip
+        super().__init__(
+            in_features, mixture, _gate(k, gate), skip=skip, bias=bias, device=device, dtype=dtype
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "latents": self.num_experts[0], "skip": self.skip is not None}
+
+    @classmethod
+    def _open_size(cls, arguments: Any, options: Any) -> Any:
+        _check_open("latents", options)
+        return _fewest(arguments), lambda size: {"latents": size}
+
+    def _features(self, x: Tensor) -> Tensor:
+        return x.new_ones((*x.shape[:-1], 1))
+
+
+@register_layer
+class MixtureOfDecoders(ReplacementLayer):
+    """A block whose last layer is a mixture of experts: ``y = sum_n a_n(x) W_n z + c``, hidden units z.
+
+    The gate sees the input x of the block, and the experts its hidden units: ``z = activation(U x + d)``, or
+    ``activation(V x + e) * (U x + d)`` if it is gated. In the Hadamard format, as published, ``y = (C^T a) *
+    (D^T z) + c`` and each expert has full rank.
+
+    Parameters
+    ----------
+    experts : int or sequence of int
+        Number of experts, one number a level; ``()`` for the same block without experts.
+    k : int, optional
+        Experts of a level that may have a coefficient. Either this or a gate, where there are experts.
+    format : str, dict or Format, default "hadamard"
+    rank : int or sequence of int, optional
+        See `.MuMoE`, as for the format. By default that of as many parameters as the last layer has.
+    gated : bool, default False
+    activation : str, dict or callable, default "gelu"
+        See `.MuMoEMLP`.
+    gate : str, dict or callable, optional
+        See `.ExpertGate`; by default ``{"name": "relu_topk", "k": k}``. ``{"name": "random", "k": k}`` and
+        ``{"name": "nearest_centres", "k": k}`` are nulls.
+    bias : bool, default True
+        Have the vector c.
+    hidden_bias : bool, default True
+        Have the biases d and e.
+
+    References
+    ----------
+    Oldfield et al., "Towards Interpretability Without Sacrifice: Faithful Dense Layer Decomposition with
+    Mixture of Decoders", NeurIPS 2025.
+
+    Examples
+    --------
+    >>> layer = MixtureOfDecoders(16, 32, 8, experts=64, k=4, gated=True, activation="silu")
+    >>> layer(torch.randn(5, 16)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        experts: int | Sequence[int],
+        k: int | None = None,
+        *,
+        format: AnyFormat = "hadamard",
+        rank: int | Sequence[int] | None = None,
+        gated: bool = False,
+        activation: str | dict[str, Any] | Callable[[Tensor], Tensor] = "gelu",
+        gate: AnyGate | None = None,
+        bias: bool = True,
+        hidden_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        experts = expert_counts(experts)
+        if not experts and (k, gate) != (None, None):
+            raise ValueError(f"a layer without experts has no gate, got k={k} and gate={gate!r}.")
+        mixture = {
+            "in_features": as_positive(hidden_features, "hidden_features"), "out_features": out_features,
+            "experts": experts, "format": format, "rank": rank,
+        }  # fmt: skip
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            in_features, mixture, _gate(k, gate) if experts else None, skip=False, bias=bias, **place
+        )
+        for name, flag in (("gated", gated), ("hidden_bias", hidden_bias)):
+            check_flag(flag, name)
+        sizes = self.in_features, self.mixture.in_features
+        self.gate_proj = nn.Linear(*sizes, bias=hidden_bias, **place) if gated else None
+        self.up = nn.Linear(*sizes, bias=hidden_bias, **place)
+        self.activation = ACTIVATIONS.read(activation, device, dtype)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        mixture = {name: self.mixture.config[name] for name in ("experts", "format", "rank")}
+        return {
+            **super().config,
+            **mixture,
+            "hidden_features": self.mixture.in_features,
+            "gated": self.gate_proj is not None,
+            "activation": ACTIVATIONS.write(self.activation),
+            "hidden_bias": self.up.bias is not None,
+        }
+
+    @classmethod
+    def _read(cls, block: nn.Module, activation: Any) -> dict[str, Any]:
+        parts = read_mlp(block, activation)
+        matrix, bias = matrix_of(parts.to_hidden[0])
+        return {
+            **super()._read(block, activation),
+            "hidden_features": matrix.shape[1],
+            "hidden_bias": bias,
+            "gated": len(parts.to_hidden) > 1,
+            "activation": copy.deepcopy(parts.activation),
+        }
+
+    @classmethod
+    def _open_size(cls, arguments: Any, options: Any) -> Any:
+        if "experts" not in options:
+            return _fewest(arguments), lambda size: {"experts": size}
+        experts, format = expert_counts(options["experts"]), get_format(arguments.get("format", "hadamard"))
+        if format.bonds(len(experts)) and "rank" not in options:
+            shape = (*experts, arguments["hidden_features"], arguments["out_features"])
+            return 1, lambda size: {"rank": format.rank_family(shape, size)}
+        _check_open("hidden_features" if not experts else "experts", options)
+        return 1, lambda size: {"hidden_features": size}
+
+    def _features(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.up(x)
+        if self.gate_proj is None:
+            return self.activation(hidden)
+        return self.activation(self.gate_proj(x)) * hidden
+
+
+@register_layer
+class MixtureOfTransforms(ReplacementLayer):
+    """Low-rank maps, each with its coefficient, of unequal ranks: ``y = sum_n a_n(x) A_n B_n x + c``.
+
+    Parameters
+    ----------
+    ranks : sequence of int
+        The rank of each map. Maps of equal rank that follow each other are one term of a sum of formats.
+    gate : str, dict or callable, default "jumprelu"
+        See `.ExpertGate`.
+    bias : bool, default True
+        Have the vector c.
+
+    References
+    ----------
+    Anthropic, "Sparse Mixtures of Linear Transforms", Transformer Circuits Thread, 2025.
+
+    Examples
+    --------
+    >>> layer = MixtureOfTransforms(16, 8, ranks=[4, 2, 2, 1, 1, 1, 1])
+    >>> layer.mixture.spec.rank
+    (4, 2, 1)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranks: Sequence[int],
+        *,
+        gate: AnyGate = "jumprelu",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        ranks = [as_positive(rank, "every rank") for rank in as_entries(ranks, "ranks")]
+        format, rank = _by_rank(ranks)
+        mixture = {
+            "in_features": in_features, "out_features": out_features, "experts": len(ranks), "format": format,
+            "rank": rank,
+        }  # fmt: skip
+        super().__init__(in_features, mixture, gate, skip=False, bias=bias, device=device, dtype=dtype)
+        self.ranks = ranks
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**super().config, "ranks": self.ranks}
+
+    @classmethod
+    def _open_size(cls, arguments: Any, options: Any) -> Any:
+        ranks = [as_positive(rank, "every rank") for rank in as_entries(arguments["ranks"], "ranks")]
+        most = max(ranks)
+        return 1, lambda size: {"ranks": [max(1, round(rank * size / most)) for rank in ranks]}
+
+
+def _by_rank(ranks: Sequence[int]) -> tuple[Format, list[int]]:
+    """The sum of one low-rank term for each run of equal ranks, and the ranks of these."""
+    terms, start = [], 0
+    runs = [(rank, len(list(run))) for rank, run in groupby(ranks)]
+    for _, count in runs:
+        terms.append(sliced("lowrank", start, start + count))
+        start += count
+    return sum_of(*terms), [rank for rank, _ in runs]
+
+
+def _gate(k: int | None, gate: AnyGate | None) -> AnyGate:
+    """The gate of k experts, or another."""
+    if gate is None and k is not None:
+        return {"name": "relu_topk", "k": k}
+    if gate is None or k is not None:
+        raise ValueError(f"there must be either k or a gate, got k={k} and gate={gate!r}.")
+    return gate
+
+
+def _fewest(arguments: Mapping[str, Any]) -> int:
+    """The least number of experts that a gate can have."""
+    gate: Any = GATES.read(_gate(arguments.get("k"), arguments.get("gate")))
+    return getattr(gate, "k", 1)
+
+
+def _check_open(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a budget beside all sizes."""
+    if name in options:
+        raise ValueError(f"with parameters, {name} must be left out to be solved for; got {options[name]}.")

@@ -1,0 +1,361 @@
+"""What a language model loses with another module in the place of one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import nan
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.analysis.labels import as_integers
+from mumoe_tensor.analysis.usage import Usage
+from mumoe_tensor.interval import interval
+from mumoe_tensor.nn.described import check_model
+from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.nn.watch import evaluating, gates_of, watch_coefficients
+
+#: Tokens of a batch, unless one text has more: their logits are in memory at once.
+BATCH_TOKENS = 2048
+
+
+class DocumentLosses(NamedTuple):
+    """Cross entropy of the next tokens of each text.
+
+    Attributes
+    ----------
+    nats : Tensor of float64 of shape (texts,)
+        Sum over the tokens that are predicted: all but the first.
+    tokens : Tensor of int64 of shape (texts,)
+        How many these are.
+    """
+
+    nats: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats per token, over the tokens of all texts."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+class Bounds(NamedTuple):
+    """Losses of the intact model, and with zeros in the place of a module: what replacements lie between.
+
+    Attributes
+    ----------
+    intact, zeroed : DocumentLosses
+    """
+
+    intact: DocumentLosses
+    zeroed: DocumentLosses
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How faithful and how sparse a layer in the place of a module is, see `evaluate`.
+
+    Attributes
+    ----------
+    losses : DocumentLosses
+        With the layer in the place.
+    bounds : Bounds
+        Of the same texts.
+    nmse : float
+        Squared error of the layer's outputs over the variance of the module's, sum over sum; both get
+        the inputs that the intact model has there.
+    active : float or None
+        Experts with a coefficient other than zero, on average over all tokens; None without a gate.
+    dead : tuple of int
+        Experts that no token gave a coefficient other than zero. Levels are counted one after the other.
+    """
+
+    losses: DocumentLosses
+    bounds: Bounds
+    nmse: float
+    active: float | None
+    dead: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted."""
+        return int(self.losses.tokens.sum())
+
+    @property
+    def ce(self) -> float:
+        """Cross entropy with the layer in the place, in nats per token."""
+        return self.losses.mean
+
+    @property
+    def ce_intact(self) -> float:
+        """Cross entropy of the intact model, in nats per token."""
+        return self.bounds.intact.mean
+
+    @property
+    def ce_zeroed(self) -> float:
+        """Cross entropy with zeros in the place, in nats per token."""
+        return self.bounds.zeroed.mean
+
+    @property
+    def rises(self) -> Tensor:
+        """Rise of the cross entropy of each text, in nats per token: of shape (texts,)."""
+        return (self.losses.nats - self.bounds.intact.nats) / self.losses.tokens
+
+    @property
+    def rise(self) -> float:
+        """Rise of the cross entropy over that of the intact model, in nats per token."""
+        return self.interval()[0]
+
+    def interval(self) -> tuple[float, float | None]:
+        """The rise, and half width of its 95 % interval over texts; None for that of a single text.
+
+        Texts are the units that were drawn, and longer ones weigh more: the interval is that of a ratio
+        of two means, by linearization.
+        """
+        tokens = self.losses.tokens
+        rise = float((self.rises * tokens).sum() / tokens.sum())
+        weights = tokens / tokens.double().mean()
+        return rise, interval((rise + weights * (self.rises - rise)).tolist())[1]
+
+
+@contextmanager
+def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[None]:
+    """While the context lasts, a model has another module in the place of one of its own.
+
+    A module with several names in the model is replaced under all of them. Contexts nest. Afterwards, also
+    after an error, the model is as it was.
+
+    Parameters
+    ----------
+    model : Module
+    name : str
+        Of the module to replace, as in ``model.named_modules()``.
+    module : Module or None
+        Called in its place. None for zeros of the shape of its outputs.
+
+    Raises
+    ------
+    ValueError
+        If the model has no such module.
+    TypeError
+        If it is no module that shall be in the place.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.ones(1, 4)
+    >>> with splice(model, "0", None):
+    ...     model(x)
+    tensor([[0., 0., 0., 0.]])
+    """
+    old = _module_of(model, name)
+    if not (module is None or isinstance(module, nn.Module)):
+        raise TypeError(f"in the place of {name!r} must be a torch.nn.Module or None, got {module!r}.")
+    names = [other for other, each in model.named_modules(remove_duplicate=False) if each is old]
+    try:
+        for each in names:
+            model.set_submodule(each, _Zeros(old) if module is None else module)
+        yield
+    finally:
+        for each in names:
+            model.set_submodule(each, old)
+
+
+def _module_of(model: nn.Module, name: str) -> nn.Module:
+    check_model(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name not in modules or modules[name] is model:
+        last = str(name).rpartition(".")[2]
+        near = [each for each in modules if each.rpartition(".")[2] == last] or [*modules][1:]
+        raise ValueError(f"name must be that of a module in the model, such as {near[:3]}; got {name!r}.")
+    return modules[name]
+
+
+class _Zeros(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        return torch.zeros_like(self.module(*inputs, **named))
+
+
+class _Compared(nn.Module):
+    """A layer beside the module that it replaces: its outputs, and its error on the way.
+
+    The inputs are those of the intact model: nothing that comes before has been replaced.
+    """
+
+    def __init__(self, module: nn.Module, layer: nn.Module):
+        super().__init__()
+        self.module, self.layer = module, layer
+        self.rows, self.error, self.spread, self.mean = 0, 0.0, 0.0, torch.zeros(())
+
+    def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        output = self.layer(x, *inputs, **named)
+        y = self.module(x, *inputs, **named).flatten(0, -2).float()
+        self.error += float((output.flatten(0, -2).float() - y).square().sum())
+        # Means of batches are merged (Chan et al.): a difference of large sums of squares would be rounded.
+        mean, count = y.mean(0), len(y)
+        apart = mean.double().cpu() - self.mean
+        self.spread += float((y - mean).square().sum())
+        self.spread += float(apart.square().sum()) * self.rows * count / (self.rows + count)
+        self.rows += count
+        self.mean = self.mean + apart * count / self.rows
+        return output
+
+
+@torch.no_grad()
+def losses(model: nn.Module, texts: Sequence[Tensor]) -> DocumentLosses:
+    """Cross entropy of the next tokens.
+
+    Parameters
+    ----------
+    model : Module
+        Token numbers of shape (texts, tokens) to logits of shape (texts, tokens, vocabulary), as they are
+        or as attribute `logits`. Runs as in ``eval()``.
+    texts : sequence of Tensor of int of shape (tokens,)
+        Of two tokens or more. Texts of one length share batches of at most 2,048 tokens. The logits of a
+        batch are in memory at once, those of a longer text too: cut it.
+
+    Raises
+    ------
+    ValueError
+        If there is no text, one has fewer than two tokens, or the logits have another shape.
+    TypeError
+        If tokens are no integers.
+    """
+    check_model(model)
+    texts = _read_texts(texts)
+    nats = torch.zeros(len(texts), dtype=torch.float64)
+    place = next((parameter.device for parameter in model.parameters()), None)
+    with evaluating(model):
+        for numbers in _batches([len(text) for text in texts]):
+            tokens = torch.stack([texts[number] for number in numbers]).to(place)
+            output = model(tokens)
+            logits = getattr(output, "logits", output)
+            if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
+                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+                raise ValueError(
+                    "the model must return logits for every token, of shape "
+                    f"{(*tokens.shape, 'vocabulary')}; got {got}."
+                )
+            for number, of_text, text in zip(numbers, logits, tokens, strict=True):
+                each = nn.functional.cross_entropy(of_text[:-1].float(), text[1:], reduction="none")
+                nats[number] = each.cpu().double().sum()
+    return DocumentLosses(nats, torch.tensor([len(text) - 1 for text in texts]))
+
+
+def _read_texts(texts: Sequence[Tensor]) -> list[Tensor]:
+    read = [as_integers(text, "tokens") for text in texts]
+    if wrong := [tuple(text.shape) for text in read if text.ndim != 1 or len(text) < 2]:
+        raise ValueError(f"texts must be of shape (tokens,), of two tokens or more; got {wrong[:3]}.")
+    if not read:
+        raise ValueError("there must be texts, got none.")
+    return read
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of texts of one length, as many as have `BATCH_TOKENS` tokens, or one."""
+    for length in sorted(set(lengths)):
+        numbers = [number for number, each in enumerate(lengths) if each == length]
+        count = max(1, BATCH_TOKENS // length)
+        yield from (numbers[start : start + count] for start in range(0, len(numbers), count))
+
+
+def bounds(model: nn.Module, name: str, texts: Sequence[Tensor]) -> Bounds:
+    """Losses of the intact model, and with zeros in the place of a module.
+
+    Parameters
+    ----------
+    model : Module
+        As in `losses`.
+    name : str
+        Of the module.
+    texts : sequence of Tensor of int of shape (tokens,)
+        As in `losses`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `splice` and `losses`.
+    """
+    with splice(model, name, None):
+        zeroed = losses(model, texts)
+    return Bounds(losses(model, texts), zeroed)
+
+
+def evaluate(
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    texts: Sequence[Tensor],
+    *,
+    bounds: Bounds | None = None,
+) -> Evaluation:
+    """Put a layer in the place of a module for a while, and see what a language model loses.
+
+    Parameters
+    ----------
+    model : Module
+        As in `losses`.
+    name : str
+        Of the module to replace, which a call of the model calls once.
+    layer : Module
+        Gets the inputs of the module.
+    texts : sequence of Tensor of int of shape (tokens,)
+        As in `losses`; none that the layer was trained on.
+    bounds : Bounds, optional
+        Of the function `bounds` for the same model, module and texts: many layers share one. Measured by
+        default.
+
+    Raises
+    ------
+    ValueError
+        If the bounds are of other texts, or as `splice` and `losses`.
+    TypeError
+        As `splice` and `losses`.
+    """
+    texts = _read_texts(texts)
+    limits = _bounds(model, name, texts) if bounds is None else bounds
+    if limits.intact.tokens.tolist() != [len(text) - 1 for text in texts]:
+        raise ValueError("bounds must be of the same texts; these have other numbers of tokens.")
+    compared = _Compared(_module_of(model, name), layer)
+    with splice(model, name, compared), _counted(layer) as usages:
+        of_texts = losses(model, texts)
+    count = sum(map(len, texts))
+    if compared.rows != count:
+        raise ValueError(
+            f"a call of the model must call {name!r} once, with every token; of {count} tokens it got "
+            f"{compared.rows} inputs."
+        )
+    uses = torch.cat([usage.uses for usage in usages]) if usages else None
+    return Evaluation(
+        of_texts,
+        limits,
+        nmse=compared.error / compared.spread if compared.spread else nan,
+        active=None if uses is None else float(uses.sum()) / count,
+        dead=() if uses is None else tuple((uses == 0).nonzero().flatten().tolist()),
+    )
+
+
+_bounds = bounds  # (An argument has this name.)
+
+
+@contextmanager
+def _counted(layer: nn.Module) -> Iterator[list[Usage]]:
+    """While the context lasts, count the use of a layer's experts, level by level; a layer may have none."""
+    if not any(isinstance(module, ExpertGate) for module in layer.modules()):
+        yield []
+        return
+    usages = {name: [*map(Usage, gate.num_experts)] for name, gate in gates_of(layer).items()}
+
+    def count(name: str, coefficients: tuple[Tensor, ...]) -> None:
+        for usage, of_level in zip(usages[name], coefficients, strict=True):
+            usage.update(of_level)
+
+    with watch_coefficients(layer, count):
+        yield [usage for of_gate in usages.values() for usage in of_gate]

@@ -68,7 +68,8 @@ class Evaluation:
         Squared error of the layer's outputs over the variance of the module's, sum over sum; both get
         the inputs that the intact model has there.
     active : float or None
-        Experts with a coefficient other than zero, on average over all tokens; None without a gate.
+        Experts of all levels with a coefficient other than zero, on average over the tokens; None without
+        experts.
     dead : tuple of int
         Experts that no token gave a coefficient other than zero. Levels are counted one after the other.
     """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +16,7 @@ from mumoe_tensor.nn.fitting import fit_experts
 from mumoe_tensor.nn.reading import check_readable, check_same
 from mumoe_tensor.nn.routed import RoutedExperts
 from mumoe_tensor.nn.surgery import Replacement, plan_replacements, put_replacements
+from mumoe_tensor.nn.watch import evaluating, watch_calls
 
 #: The parameters of experts that can be replaced.
 STACKS = ("gate_up_proj", "down_proj")
@@ -212,9 +211,8 @@ def _covariances(
     """
     sums: dict[nn.Module, list[Tensor]] = {}
 
-    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add(module: nn.Module, arguments: dict[str, Any]) -> None:
         experts: Any = module
-        arguments = inspect.signature(experts.forward).bind(*args, **kwargs).arguments
         rows, index, weights = arguments.values()
         if module not in sums:
             count, *sizes = experts.down_proj.shape
@@ -226,17 +224,9 @@ def _covariances(
                 scaled = scale * vectors.float()
                 total[n] += (scaled.T @ scaled).cpu()
 
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with ExitStack() as hooks:
-            for module in modules:
-                hooks.callback(module.register_forward_pre_hook(add, with_kwargs=True).remove)
-            model.eval()
-            for batch in inputs:
-                _call(model, batch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), watch_calls({module: module for module in modules}, before=add):
+        for batch in inputs:
+            _call(model, batch)
     missing = [name for name, module in model.named_modules() if module in modules and module not in sums]
     if missing:
         raise ValueError(f"the inputs must reach all experts to be replaced; they do not reach {missing}.")

@@ -1,16 +1,19 @@
-"""A model in evaluation for a while, and the coefficients of its gates during a forward pass."""
+"""A model in evaluation for a while; calls of its modules and coefficients of its gates, as they pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.nn.gate import ExpertGate
+
+K = TypeVar("K")
 
 
 def gates_of(model: nn.Module) -> dict[str, ExpertGate]:
@@ -47,6 +50,45 @@ def hooked(gate: ExpertGate, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
+def watch_calls(
+    modules: Mapping[K, nn.Module],
+    before: Callable[[K, dict[str, Any]], object] | None = None,
+    after: Callable[[K, Any], object] | None = None,
+) -> Iterator[None]:
+    """While the context lasts, hand the arguments and results of the calls of modules to functions.
+
+    Leaving the context, also by an error, removes every hook. A compiled model runs eagerly in it.
+
+    Parameters
+    ----------
+    modules : mapping of Module
+        By keys of any kind, which the functions get.
+    before : callable, optional
+        Called as ``before(key, arguments)`` before each call, with all arguments by the names that they have
+        in the signature of ``forward``, and in its order.
+    after : callable, optional
+        Called as ``after(key, result)`` after each call.
+    """
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            if before is not None:
+                hook: Any = partial(_arguments, before, key)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(partial(_result, after, key)).remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _arguments(consumer: Any, key: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    consumer(key, inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+def _result(consumer: Any, key: Any, module: nn.Module, args: Any, result: Any) -> None:
+    consumer(key, result)
+
+
+@contextmanager
 def watch_coefficients(
     model: nn.Module, consumer: Callable[[str, tuple[Tensor, ...]], object]
 ) -> Iterator[None]:
@@ -78,10 +120,8 @@ def watch_coefficients(
     [('gate', torch.Size([5, 8]))]
     """
 
-    def hook(name: str, module: nn.Module, inputs: Any, coefficients: tuple[Tensor, ...]) -> None:
+    def hand_over(name: str, coefficients: tuple[Tensor, ...]) -> None:
         consumer(name, tuple(a.detach().reshape(-1, a.shape[-1]) for a in coefficients))
 
-    with ExitStack() as stack:
-        for name, gate in gates_of(model).items():
-            stack.enter_context(hooked(gate, partial(hook, name)))
+    with watch_calls(gates_of(model), after=hand_over):
         yield

@@ -1,5 +1,6 @@
 """Sparse replacement of layers of pretrained models."""
 
+from mumoe_tensor.replace.activations import ActivationRows, Activations
 from mumoe_tensor.replace.evaluation import (
     Bounds,
     DocumentLosses,
@@ -10,16 +11,23 @@ from mumoe_tensor.replace.evaluation import (
     splice,
 )
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
+from mumoe_tensor.replace.training import ExpertUse, Fit, fit, usage
 
 __all__ = [
+    "ActivationRows",
+    "Activations",
     "Bounds",
     "DocumentLosses",
     "Evaluation",
+    "ExpertUse",
+    "Fit",
     "MixtureOfDecoders",
     "MixtureOfTransforms",
     "Transcoder",
     "bounds",
     "evaluate",
+    "fit",
     "losses",
     "splice",
+    "usage",
 ]

@@ -22,8 +22,9 @@ class Evaluation:
         The epoch that the last step was in, counted from 1.
     loss : float
         Mean loss of the training rows since the evaluation before, while they were trained on.
-    validation_loss, accuracy : float
-        Of the validation rows.
+    validation_loss : float
+    accuracy : float or None
+        Of the validation rows; no accuracy where the targets are floats.
     seconds : float
         Time since the evaluation before.
     is_best : bool
@@ -35,7 +36,7 @@ class Evaluation:
     epoch: int
     loss: float
     validation_loss: float
-    accuracy: float
+    accuracy: float | None
     seconds: float
     is_best: bool
     step: int = 0
@@ -68,6 +69,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     kinds: dict[str, Callable[[str], Any]] = {
         "int": int,
         "float": finite,
+        "float | None": lambda text: finite(text) if text else None,
         "bool": lambda text: bool(int(text)),
     }
     columns = {field.name: kinds[str(field.type)] for field in fields(Evaluation)}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
-from math import isfinite
+from math import isfinite, isnan, nan
 from pathlib import Path
 from textwrap import shorten
 from time import perf_counter
@@ -118,9 +118,10 @@ def train(
     model : Module
         Maps inputs of shape (rows, ...) to logits of shape (rows, ..., classes). Is left in evaluation mode.
     data, validation : Rows
+        With labels, or with targets that are floats, for which there is no accuracy.
     config : TrainConfig, optional
     loss : callable, default `cross_entropy`
-        Of logits and labels, to a mean.
+        Of logits and labels, or of outputs and targets, to a mean.
     folder : Path, optional
         For ``checkpoints/``, ``metrics.csv`` with a line an evaluation, and ``tensorboard/``. The same call
         goes on from the last checkpoint, on one process to the same parameters, bit for bit.
@@ -225,7 +226,7 @@ class _Run:
                     self._evaluate()
                     last = state.evaluations[-1]
                     told = {"validation loss": last.validation_loss, "accuracy": last.accuracy}
-                    board.add(state.step, told)
+                    board.add(state.step, {name: value for name, value in told.items() if value is not None})
                     board.flush()
                     start = perf_counter()
                 if self._is_due(self.checkpoint_every) or self._is_over():
@@ -306,7 +307,7 @@ class _Run:
                 self._epoch,
                 self._mean(state.total) / steps,
                 loss,
-                accuracy,
+                None if isnan(accuracy) else accuracy,
                 state.seconds,
                 is_best,
                 state.step,
@@ -401,7 +402,7 @@ def evaluate(
     float
         Mean over labels.
     float
-        Share of the labels that have the largest logit.
+        Share of the labels that have the largest logit; NaN where the targets are floats.
     """
     return _evaluated(model, data, batch_size, loss, None)
 
@@ -420,7 +421,7 @@ def _evaluated(
         # Every process must take part in every forward pass; without rows of its own, with one for nothing.
         x, y = data.batch(own if len(own) else rows[:1])
         logits, labels = model(x.to(device)), y.to(device)
-        right = int((logits.argmax(-1) == labels).sum())
+        right = nan if y.is_floating_point() else float((logits.argmax(-1) == labels).sum())
         if len(own):
             sums += torch.tensor(
                 [float(loss(logits, labels)) * y.numel(), right, y.numel()], dtype=torch.float64

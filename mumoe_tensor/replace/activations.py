@@ -1,0 +1,251 @@
+"""Inputs and outputs of modules of a model over many texts, on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.checks import check_choice
+from mumoe_tensor.nn.watch import watch_calls
+from mumoe_tensor.replace.shards import COUNTS, Progress, Shards, collect_shards
+from mumoe_tensor.selections import Selection, read_selection
+
+KIND = "activations"
+Dtype = Literal["float16", "bfloat16", "float32"]
+#: Rows that are looked at in one go where all are.
+CHUNK = 8192
+
+
+class ActivationRows:
+    """Inputs and outputs of a module, to train on: a row is a token of a text, or a patch of an image.
+
+    Parameters
+    ----------
+    shards : sequence of (Tensor, Tensor)
+        Inputs of shape (rows, in_features) and outputs of shape (rows, out_features) of each shard.
+    documents : Tensor of int64
+        The text that each row of all shards is of.
+    numbers : Tensor of int64, optional
+        Those of the rows that these are; all by default.
+
+    Attributes
+    ----------
+    in_features, out_features : int
+    documents : Tensor of int64 of shape (len(self),)
+    """
+
+    def __init__(
+        self, shards: Sequence[tuple[Tensor, Tensor]], documents: Tensor, numbers: Tensor | None = None
+    ):
+        self._shards, self._documents = shards, documents
+        self._numbers = torch.arange(len(documents)) if numbers is None else numbers
+        self._stops = torch.tensor([len(x) for x, _ in shards]).cumsum(0)
+        self.documents = documents[self._numbers]
+        (self.in_features, self.out_features) = (part.shape[-1] for part in shards[0])
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs of some rows, in their order, in float32.
+
+        Parameters
+        ----------
+        rows : Tensor of int, or anything else that indexes a tensor
+            A row may occur more than once.
+
+        Returns
+        -------
+        Tensor of shape (n, in_features)
+        Tensor of shape (n, out_features)
+        """
+        numbers, order = self._numbers[rows].sort()
+        x = torch.empty(len(numbers), self.in_features)
+        y = torch.empty(len(numbers), self.out_features)
+        edges = torch.searchsorted(numbers, self._stops).tolist()
+        start = first = 0
+        for (inputs, outputs), edge, stop in zip(self._shards, edges, self._stops.tolist(), strict=True):
+            if edge > start:
+                places = numbers[start:edge] - first
+                x[order[start:edge]], y[order[start:edge]] = inputs[places].float(), outputs[places].float()
+            start, first = edge, stop
+        return x, y
+
+    def take(self, documents: Selection) -> ActivationRows:
+        """The rows of some texts.
+
+        Parameters
+        ----------
+        documents : sequence of int, slice, or mask
+            Numbers of texts, those of the rows' `documents` among them.
+
+        Raises
+        ------
+        ValueError
+            If they have no rows here.
+        """
+        chosen = read_selection(documents, int(self._documents[-1]) + 1, "documents")
+        numbers = self._numbers[torch.isin(self.documents, torch.tensor(chosen, dtype=torch.long))]
+        if not len(numbers):
+            raise ValueError("the documents must have rows here; they have none.")
+        return ActivationRows(self._shards, self._documents, numbers)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the outputs, of shape (out_features,)."""
+        return self._moments[0]
+
+    @property
+    def variance(self) -> float:
+        """The mean squared distance of the outputs from their mean."""
+        return self._moments[1]
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, float]:
+        total, squares = torch.zeros(self.out_features, dtype=torch.float64), 0.0
+        for rows in torch.arange(len(self)).split(CHUNK):
+            y = self.batch(rows)[1].double()
+            total += y.sum(0)
+            squares += float(y.square().sum())
+        mean = total / len(self)
+        return mean.float(), max(squares / len(self) - float(mean.square().sum()), 0.0)
+
+
+class Activations:
+    """Inputs and outputs of modules of a model, which stay on the disk until their rows are read.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where `collect` wrote them.
+
+    Attributes
+    ----------
+    modules : tuple of str
+        Names of the modules; ``activations[name]`` are the `ActivationRows` of one.
+    documents : Tensor of int64 of shape (len(self),)
+        The number of the text that each row is of.
+
+    Raises
+    ------
+    ValueError
+        If the folder has no activations, or not all of them yet.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tempfile import TemporaryDirectory
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4))
+    >>> texts = torch.randint(9, (6, 5))
+    >>> with TemporaryDirectory() as folder:
+    ...     store = Activations.collect(model, "1", texts, folder)
+    ...     rows = store["1"].take(range(4))
+    ...     x, y = rows.batch([0, 1, 2])
+    >>> len(store), len(rows), x.shape
+    (30, 20, torch.Size([3, 4]))
+    """
+
+    def __init__(self, folder: str | Path):
+        self._shards = Shards(Path(folder), KIND)
+        self.modules: tuple[str, ...] = tuple(self._shards.about["modules"])
+        counts = self._shards.counts
+        self.documents = torch.arange(len(counts)).repeat_interleave(counts)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, module: str) -> ActivationRows:
+        if module not in self.modules:
+            raise KeyError(f"there are activations of {', '.join(self.modules)}; not of {module!r}.")
+        shards = [(part[f"{module}/inputs"], part[f"{module}/outputs"]) for part in self._shards.tensors]
+        return ActivationRows(shards, self.documents)
+
+    @classmethod
+    def collect(
+        cls,
+        model: nn.Module,
+        modules: str | Sequence[str],
+        texts: Sequence[Tensor],
+        folder: str | Path,
+        *,
+        batch_size: int = 8,
+        dtype: Dtype = "float16",
+        shard_rows: int = 16384,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Write the inputs and outputs of modules into a folder, from one pass over texts.
+
+        A call that was interrupted, or killed, goes on after the last whole shard when it is made again; one
+        that was finished does nothing but check what it was of. Memory holds one shard at a time.
+
+        Parameters
+        ----------
+        model : Module
+            Is called with batches of texts, and runs as in ``eval()``.
+        modules : str or sequence of str
+            Names of modules of the model. Each maps its first argument, of shape (..., features), to such a
+            tensor, or to a tuple whose first entry it is, and is called once in a forward pass.
+        texts : sequence of Tensor
+            Inputs of the model without the axis of the batch, as the token numbers of a text, or an image.
+        folder : str or Path
+        batch_size : int, default 8
+            Texts of one shape that follow each other share a batch of at most so many.
+        dtype : {"float16", "bfloat16", "float32"}
+            On the disk.
+        shard_rows : int, default 16384
+            A shard is written once it has so many rows.
+        progress : callable, optional
+            Called as ``progress(done, total, text)`` with numbers of texts.
+
+        Returns
+        -------
+        Activations
+
+        Raises
+        ------
+        ValueError
+            If a module does not exist, is not called once, or gives something else; if a number is not finite
+            in the dtype; or if the folder has activations of another model, other modules or other texts.
+        OSError
+            If another process writes into the folder, or a file cannot be written.
+        """
+        names = (modules,) if isinstance(modules, str) else tuple(modules)
+        check_choice(dtype, get_args(Dtype), "dtype")
+        watched = {name: model.get_submodule(name) for name in names}
+
+        def tensors_of(batch: Tensor) -> Mapping[str, Tensor]:
+            recorder = _Recorder(len(batch), getattr(torch, dtype))
+            with watch_calls(watched, recorder.before, recorder.after):
+                model(batch)
+            return recorder.tensors
+
+        about = {"kind": KIND, "modules": [*names], "dtype": dtype}
+        collect_shards(
+            model, texts, Path(folder), about, tensors_of,
+            batch_size=batch_size, shard_rows=shard_rows, progress=progress,
+        )  # fmt: skip
+        return cls(folder)
+
+
+class _Recorder:
+    """What modules are called with and give in one forward pass."""
+
+    def __init__(self, texts: int, dtype: torch.dtype):
+        self._texts, self._dtype = texts, dtype
+        self.tensors: dict[str, Tensor] = {}
+
+    def before(self, name: str, arguments: dict[str, Any]) -> None:
+        self._keep(f"{name}/inputs", next(iter(arguments.values())))
+
+    def after(self, name: str, result: Any) -> None:
+        self._keep(f"{name}/outputs", result[0] if isinstance(result, tuple) else result)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        rows = value.reshape(-1, value.shape[-1])
+        self.tensors[COUNTS] = torch.full((self._texts,), len(rows) // self._texts)
+        self.tensors[name] = rows.to("cpu", self._dtype)

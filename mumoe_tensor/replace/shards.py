@@ -1,0 +1,186 @@
+"""A folder of shards: tensors that a model gives for many texts, written as they come and memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.checks import as_positive
+from mumoe_tensor.files import alone_in, whole_file
+from mumoe_tensor.nn.watch import evaluating
+from mumoe_tensor.nn.weights import read_tensors, signature, write_tensors
+from mumoe_tensor.readers import read_json
+
+#: Says what the shards are of. A shard is named after the first of its texts and the one after its last.
+MANIFEST = "manifest.json"
+#: In every shard: the number of rows of each of its texts.
+COUNTS = "counts"
+
+Progress = Callable[[int, int, str], None]
+
+
+class Shards:
+    """The shards of a folder, which stay on the disk until their rows are read.
+
+    Parameters
+    ----------
+    folder : Path
+    kind : str
+        What the manifest must say that they are.
+
+    Attributes
+    ----------
+    about : dict
+        The manifest.
+    tensors : list of dict of str to Tensor
+        Of each shard.
+    counts : Tensor of int64 of shape (texts,)
+        Rows of each text.
+
+    Raises
+    ------
+    ValueError
+        If the folder is of another kind or not finished, or a shard is damaged.
+    FileNotFoundError
+        If there is no manifest.
+    """
+
+    def __init__(self, folder: Path, kind: str):
+        self.about = read_json(folder / MANIFEST)
+        if self.about.get("kind") != kind:
+            raise ValueError(f"{folder} must have {kind}; its {MANIFEST} says {self.about.get('kind')!r}.")
+        paths = _paths(folder)
+        done, total = _stop(paths), self.about["texts"]
+        if done < total:
+            raise ValueError(
+                f"{kind} must be whole before they are read; {folder} has those of {done:,} of {total:,} "
+                "texts. Collecting them again goes on from there."
+            )
+        self.tensors = [read_tensors(path, check=False)[0] for path in paths]
+        self.counts = torch.cat([tensors[COUNTS] for tensors in self.tensors])
+
+
+@torch.no_grad()
+def collect_shards(
+    model: nn.Module,
+    texts: Sequence[Tensor],
+    folder: Path,
+    about: Mapping[str, Any],
+    tensors_of: Callable[[Tensor], Mapping[str, Tensor]],
+    *,
+    batch_size: int,
+    shard_rows: int,
+    progress: Progress | None,
+) -> None:
+    """Write the shards that a folder does not have yet.
+
+    Parameters
+    ----------
+    model : Module
+        Runs as in ``eval()``.
+    texts : sequence of Tensor
+        Inputs of the model without the axis of the batch.
+    folder : Path
+    about : mapping
+        For the manifest: ``kind``, and whatever else the tensors depend on besides the model and the texts.
+    tensors_of : callable
+        From a batch of the model's inputs to tensors that are concatenated along their first axis, one of
+        them `COUNTS`.
+    batch_size : int
+        Texts of one shape that follow each other share a batch of at most so many.
+    shard_rows : int
+        A shard is written once it has so many rows.
+    progress : callable or None
+        Called as ``progress(done, total, text)`` with numbers of texts.
+
+    Raises
+    ------
+    ValueError
+        If there are no texts, or the folder is of another model, other texts, or another `about`.
+    OSError
+        If another process writes into the folder, or a file cannot be written.
+    """
+    batch_size, shard_rows = as_positive(batch_size, "batch_size"), as_positive(shard_rows, "shard_rows")
+    if not len(texts):
+        raise ValueError("there must be texts, got none.")
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    of_model = [*model.named_parameters(), *model.named_buffers()]
+    manifest = {
+        **about,
+        "texts": len(texts),
+        "model": _signature_of(of_model, [f"{k} {type(m).__qualname__}" for k, m in model.named_modules()]),
+        "inputs": _signature_of((str(k), text) for k, text in enumerate(texts)),
+    }
+    with alone_in(folder):
+        _check_manifest(folder / MANIFEST, manifest)
+        begin = done = _stop(_paths(folder))
+        parts: list[Mapping[str, Tensor]] = []
+        with evaluating(model):
+            for batch in _batches(texts, done, batch_size):
+                parts.append(tensors_of(batch.to(device)))
+                done += len(batch)
+                if done == len(texts) or sum(int(part[COUNTS].sum()) for part in parts) >= shard_rows:
+                    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                    write_tensors(folder / f"{begin:08d}-{done:08d}.safetensors", tensors, {})
+                    begin, parts = done, []
+                if progress is not None:
+                    progress(done, len(texts), about["kind"])
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, or compare it with the one that is there."""
+    if not path.exists():
+        with whole_file(path) as file:
+            file.write(json.dumps(manifest, indent=2).encode())
+        return
+    there = read_json(path)
+    if others := [name for name in {**there, **manifest} if there.get(name) != manifest.get(name)]:
+        raise ValueError(
+            f"a folder goes on with what it began with; {', '.join(others)} in {path} was "
+            f"{', '.join(str(there.get(name)) for name in others)}, and is "
+            f"{', '.join(str(manifest.get(name)) for name in others)} now."
+        )
+
+
+def _signature_of(tensors: Iterable[tuple[str, Tensor]], more: Sequence[str] = ()) -> str:
+    """A checksum of names, types, shapes and values."""
+    whole = hashlib.sha256("\n".join(more).encode())
+    for name, value in tensors:
+        # (Tools that move parts of a model to the disk have their parameters on meta.)
+        content = f"{value.dtype} {tuple(value.shape)}" if value.is_meta else signature(value.detach().cpu())
+        whole.update(f"\n{name} {content}".encode())
+    return whole.hexdigest()
+
+
+def _batches(texts: Sequence[Tensor], start: int, batch_size: int) -> Iterator[Tensor]:
+    """Texts from a number on, those of one shape together."""
+    batch: list[Tensor] = []
+    for k in range(start, len(texts)):
+        text = texts[k]
+        if batch and (len(batch) == batch_size or text.shape != batch[0].shape):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(text)
+    if batch:
+        yield torch.stack(batch)
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*-[0-9]*.safetensors"))
+
+
+def _stop(paths: Sequence[Path]) -> int:
+    """The text after the last one of shards without a gap."""
+    stop = 0
+    for path in paths:
+        start, end = map(int, path.stem.split("-"))
+        if start != stop:
+            raise ValueError(f"shards must follow each other; there is none from text {stop:,} to {path}.")
+        stop = end
+    return stop

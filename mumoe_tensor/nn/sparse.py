@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mumoe_tensor.backend import operations_of
 from mumoe_tensor.calls import is_batched, is_exported, is_recorded
-from mumoe_tensor.contraction.execute import views
+from mumoe_tensor.contraction.execute import arrange, views
 from mumoe_tensor.contraction.layout import Program
 from mumoe_tensor.contraction.machine import machine_of
 from mumoe_tensor.nn import kernels
@@ -123,9 +123,10 @@ def indexed_products(
         if not is_left:
             vector, weights = weights, vector
         coefficients, factor = operands[vector], operands[weights]
-        is_plain = step.bias is None and program.arrange[vector] is None and program.arrange[weights] is None
+        is_plain = step.bias is None and program.arrange[vector] is None
         if isinstance(coefficients, SparseCoefficients) and isinstance(factor, Tensor) and is_plain:
             operations = operations_of(factor)
+            factor = arrange(factor, program.arrange[weights], operations)
             if is_left:
                 result = indexed_product(coefficients, views(step, None, factor, operations)[1])
             else:

@@ -20,7 +20,7 @@ from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.init import make_zero
 from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import is_linear, matrix_of
-from mumoe_tensor.nn.mlp import read_mlp
+from mumoe_tensor.nn.mlp import Block, is_mlp, read_mlp
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.replace.budget import num_parameters, solve
@@ -149,17 +149,9 @@ class ReplacementLayer(WholeState):
     def _read(cls, block: nn.Module, activation: Any) -> dict[str, Any]:
         """The arguments that a block gives."""
         if is_linear(block):
-            first = last = block
-        else:
-            parts = read_mlp(block, activation)
-            first, last = parts.to_hidden[0], parts.down
-        matrix, bias = matrix_of(first)
-        return {
-            "in_features": matrix.shape[0] - bias,
-            "out_features": matrix_of(last)[0].shape[1],
-            "device": matrix.device,
-            "dtype": matrix.dtype,
-        }
+            return _sizes(block, block)
+        parts = _parts(block, activation)
+        return _sizes(parts.to_hidden[0], parts.down)
 
     @classmethod
     def _open_size(
@@ -357,10 +349,10 @@ class MixtureOfDecoders(ReplacementLayer):
 
     @classmethod
     def _read(cls, block: nn.Module, activation: Any) -> dict[str, Any]:
-        parts = read_mlp(block, activation)
+        parts = _parts(block, activation)
         matrix, bias = matrix_of(parts.to_hidden[0])
         return {
-            **super()._read(block, activation),
+            **_sizes(parts.to_hidden[0], parts.down),
             "hidden_features": matrix.shape[1],
             "hidden_bias": bias,
             "gated": len(parts.to_hidden) > 1,
@@ -420,7 +412,7 @@ class MixtureOfTransforms(ReplacementLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        ranks = [as_positive(rank, "every rank") for rank in as_entries(ranks, "ranks")]
+        ranks = _positive(ranks)
         format, rank = _by_rank(ranks)
         mixture = {
             "in_features": in_features, "out_features": out_features, "experts": len(ranks), "format": format,
@@ -435,9 +427,34 @@ class MixtureOfTransforms(ReplacementLayer):
 
     @classmethod
     def _open_size(cls, arguments: Any, options: Any) -> Any:
-        ranks = [as_positive(rank, "every rank") for rank in as_entries(arguments["ranks"], "ranks")]
-        most = max(ranks)
-        return 1, lambda size: {"ranks": [max(1, round(rank * size / most)) for rank in ranks]}
+        ranks = _positive(options.get("ranks"))
+        return 1, lambda size: {"ranks": [max(1, round(rank * size / max(ranks))) for rank in ranks]}
+
+
+def _parts(block: nn.Module, activation: Any) -> Block:
+    """The parts of an MLP block, or a ValueError."""
+    if not is_mlp(block):
+        children = [type(child).__name__ for child in block.children()]
+        raise ValueError(
+            f"a block must have two or three linear layers among its children, got {type(block).__name__} "
+            f"with {children}."
+        )
+    return read_mlp(block, activation)
+
+
+def _sizes(first: nn.Module, last: nn.Module) -> dict[str, Any]:
+    """Sizes and place of a layer from the input of one linear layer to the output of another."""
+    matrix, bias = matrix_of(first)
+    sizes = {"in_features": matrix.shape[0] - bias, "out_features": matrix_of(last)[0].shape[1]}
+    return {**sizes, "device": matrix.device, "dtype": matrix.dtype}
+
+
+def _positive(ranks: Any) -> list[int]:
+    """The ranks as integers, at least one."""
+    checked = [as_positive(rank, "every rank") for rank in as_entries(ranks, "ranks")]
+    if not checked:
+        raise ValueError(f"there must be at least one rank, got {ranks!r}.")
+    return checked
 
 
 def _by_rank(ranks: Sequence[int]) -> tuple[Format, list[int]]:

@@ -11,9 +11,11 @@ from mumoe_tensor.replace.evaluation import (
     splice,
 )
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
+from mumoe_tensor.replace.probing import RULES, Probe, sparse_probe, token_labels
 from mumoe_tensor.replace.training import ExpertUse, Fit, fit, usage
 
 __all__ = [
+    "RULES",
     "ActivationRows",
     "Activations",
     "Bounds",
@@ -23,11 +25,14 @@ __all__ = [
     "Fit",
     "MixtureOfDecoders",
     "MixtureOfTransforms",
+    "Probe",
     "Transcoder",
     "bounds",
     "evaluate",
     "fit",
     "losses",
+    "sparse_probe",
     "splice",
+    "token_labels",
     "usage",
 ]

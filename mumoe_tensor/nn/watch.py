@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.nn.described import check_model
 from mumoe_tensor.nn.gate import ExpertGate
 
 K = TypeVar("K")
@@ -24,6 +25,17 @@ def gates_of(model: nn.Module) -> dict[str, ExpertGate]:
             f"a model must have an ExpertGate, as every μMoE layer has; {type(model).__name__} has none."
         )
     return gates
+
+
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """A module in a model by its name, or an error that says which there are."""
+    check_model(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name not in modules or modules[name] is model:
+        last = str(name).rpartition(".")[2]
+        near = [each for each in modules if each.rpartition(".")[2] == last] or [*modules][1:]
+        raise ValueError(f"name must be that of a module in the model, such as {near[:3]}; got {name!r}.")
+    return modules[name]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Sparse replacement of layers of pretrained models."""
 
 from mumoe_tensor.replace.activations import ActivationRows, Activations
+from mumoe_tensor.replace.coefficients import CoefficientRows, Coefficients, collect_coefficients
 from mumoe_tensor.replace.evaluation import (
     Bounds,
     DocumentLosses,
@@ -12,13 +13,16 @@ from mumoe_tensor.replace.evaluation import (
 )
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
 from mumoe_tensor.replace.probing import RULES, Probe, sparse_probe, token_labels
-from mumoe_tensor.replace.training import ExpertUse, Fit, fit, usage
+from mumoe_tensor.replace.training import Fit, fit
+from mumoe_tensor.replace.usage import ExpertUse, usage
 
 __all__ = [
     "RULES",
     "ActivationRows",
     "Activations",
     "Bounds",
+    "CoefficientRows",
+    "Coefficients",
     "DocumentLosses",
     "Evaluation",
     "ExpertUse",
@@ -28,6 +32,7 @@ __all__ = [
     "Probe",
     "Transcoder",
     "bounds",
+    "collect_coefficients",
     "evaluate",
     "fit",
     "losses",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.checks import check_choice
-from mumoe_tensor.nn.watch import watch_calls
-from mumoe_tensor.replace.shards import COUNTS, Progress, Shards, collect_shards
+from mumoe_tensor.nn.watch import module_of, watch_calls
+from mumoe_tensor.replace.shards import Progress, Shards, collect_shards, held, rows_of_each
 from mumoe_tensor.selections import Selection, read_selection
 
 KIND = "activations"
+#: In every shard: the number of rows of each of its texts.
+COUNTS = "counts"
 Dtype = Literal["float16", "bfloat16", "float32"]
 #: Rows that are looked at in one go where all are.
 CHUNK = 8192
@@ -153,7 +156,7 @@ class Activations:
     def __init__(self, folder: str | Path):
         self._shards = Shards(Path(folder), KIND)
         self.modules: tuple[str, ...] = tuple(self._shards.about["modules"])
-        counts = self._shards.counts
+        counts = torch.cat([tensors[COUNTS] for tensors in self._shards.tensors])
         self.documents = torch.arange(len(counts)).repeat_interleave(counts)
 
     def __len__(self) -> int:
@@ -188,8 +191,9 @@ class Activations:
         model : Module
             Is called with batches of texts, and runs as in ``eval()``.
         modules : str or sequence of str
-            Names of modules of the model. Each maps its first argument, of shape (..., features), to such a
-            tensor, or to a tuple whose first entry it is, and is called once in a forward pass.
+            Names of modules of the model. Each maps its first argument, of shape (rows, features) or (texts,
+            ..., features), to such a tensor, or to a tuple whose first entry it is, and is called once in a
+            forward pass. All but the first forward pass end when the last of them has returned.
         texts : sequence of Tensor
             Inputs of the model without the axis of the batch, as the token numbers of a text, or an image.
         folder : str or Path
@@ -215,14 +219,17 @@ class Activations:
             If another process writes into the folder, or a file cannot be written.
         """
         names = (modules,) if isinstance(modules, str) else tuple(modules)
+        if not names:
+            raise ValueError("there must be modules, got none.")
         check_choice(dtype, get_args(Dtype), "dtype")
-        watched = {name: model.get_submodule(name) for name in names}
+        watched = {name: module_of(model, name) for name in names}
 
-        def tensors_of(batch: Tensor) -> Mapping[str, Tensor]:
-            recorder = _Recorder(len(batch), getattr(torch, dtype))
-            with watch_calls(watched, recorder.before, recorder.after):
-                model(batch)
-            return recorder.tensors
+        is_first = True
+
+        def tensors_of(batch: Tensor) -> tuple[int, Mapping[str, Tensor]]:
+            nonlocal is_first
+            stops, is_first = not is_first, False
+            return _Recorder(watched, len(batch), getattr(torch, dtype), stops).run(model, batch)
 
         about = {"kind": KIND, "modules": [*names], "dtype": dtype}
         collect_shards(
@@ -235,17 +242,45 @@ class Activations:
 class _Recorder:
     """What modules are called with and give in one forward pass."""
 
-    def __init__(self, texts: int, dtype: torch.dtype):
-        self._texts, self._dtype = texts, dtype
-        self.tensors: dict[str, Tensor] = {}
+    def __init__(self, modules: Mapping[str, nn.Module], texts: int, dtype: torch.dtype, stops: bool):
+        self._modules, self._texts, self._dtype, self._stops = modules, texts, dtype, stops
+        self._tensors: dict[str, Tensor] = {}
 
-    def before(self, name: str, arguments: dict[str, Any]) -> None:
-        self._keep(f"{name}/inputs", next(iter(arguments.values())))
+    def run(self, model: nn.Module, batch: Tensor) -> tuple[int, Mapping[str, Tensor]]:
+        """The number of rows, and all tensors."""
+        with suppress(_Enough), watch_calls(self._modules, self._before, self._after):
+            model(batch)
+        if missing := [name for name in self._modules if f"{name}/outputs" not in self._tensors]:
+            raise ValueError(f"a module must be called in every forward pass; {', '.join(missing)} is not.")
+        counts = {name: len(rows) for name, rows in self._tensors.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"all modules must have the same number of rows in and out, got {counts}.")
+        rows, *_ = counts.values()
+        return rows, {COUNTS: rows_of_each(rows, self._texts, "a module"), **self._tensors}
 
-    def after(self, name: str, result: Any) -> None:
-        self._keep(f"{name}/outputs", result[0] if isinstance(result, tuple) else result)
+    def _before(self, name: str, arguments: dict[str, Any]) -> None:
+        if f"{name}/inputs" in self._tensors:
+            raise ValueError(f"a module must be called once in a forward pass; {name!r} is called again.")
+        self._keep(f"{name}/inputs", next(iter(arguments.values()), None))
 
-    def _keep(self, name: str, value: Tensor) -> None:
-        rows = value.reshape(-1, value.shape[-1])
-        self.tensors[COUNTS] = torch.full((self._texts,), len(rows) // self._texts)
-        self.tensors[name] = rows.to("cpu", self._dtype)
+    def _after(self, name: str, result: Any) -> None:
+        if isinstance(result, Mapping):  # as outputs of transformers are
+            result = tuple(result.values())
+        self._keep(f"{name}/outputs", result[0] if isinstance(result, tuple) and result else result)
+        if self._stops and len(self._tensors) == 2 * len(self._modules):
+            raise _Enough
+
+    def _keep(self, name: str, value: Any) -> None:
+        is_read = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+        if not is_read or (value.ndim > 2 and len(value) != self._texts):
+            is_tensor = isinstance(value, Tensor)
+            got = f"{value.dtype} of {tuple(value.shape)}" if is_tensor else type(value).__name__
+            raise ValueError(
+                "the first argument of a module, and what it gives, must be a tensor of floats of shape "
+                f"(rows, features) or ({self._texts} texts, ..., features); {name} is {got}."
+            )
+        self._tensors[name] = held(value.reshape(-1, value.shape[-1]), self._dtype, name)
+
+
+class _Enough(Exception):
+    """Ends a forward pass."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.labels import as_integers
-from mumoe_tensor.analysis.usage import Usage
 from mumoe_tensor.interval import interval
 from mumoe_tensor.nn.described import check_model
-from mumoe_tensor.nn.gate import ExpertGate
-from mumoe_tensor.nn.watch import evaluating, gates_of, watch_coefficients
+from mumoe_tensor.nn.watch import evaluating, module_of
+from mumoe_tensor.replace.usage import counted, use_of
 
 #: Tokens of a batch, unless one text has more: their logits are in memory at once.
 BATCH_TOKENS = 2048
@@ -152,7 +151,7 @@ def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[No
     ...     model(x)
     tensor([[0., 0., 0., 0.]])
     """
-    old = _module_of(model, name)
+    old = module_of(model, name)
     if not (module is None or isinstance(module, nn.Module)):
         raise TypeError(f"in the place of {name!r} must be a torch.nn.Module or None, got {module!r}.")
     names = [other for other, each in model.named_modules(remove_duplicate=False) if each is old]
@@ -163,16 +162,6 @@ def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[No
     finally:
         for each in names:
             model.set_submodule(each, old)
-
-
-def _module_of(model: nn.Module, name: str) -> nn.Module:
-    check_model(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if name not in modules or modules[name] is model:
-        last = str(name).rpartition(".")[2]
-        near = [each for each in modules if each.rpartition(".")[2] == last] or [*modules][1:]
-        raise ValueError(f"name must be that of a module in the model, such as {near[:3]}; got {name!r}.")
-    return modules[name]
 
 
 class _Zeros(nn.Module):
@@ -324,8 +313,8 @@ def evaluate(
     limits = _bounds(model, name, texts) if bounds is None else bounds
     if limits.intact.tokens.tolist() != [len(text) - 1 for text in texts]:
         raise ValueError("bounds must be of the same texts; these have other numbers of tokens.")
-    compared = _Compared(_module_of(model, name), layer)
-    with splice(model, name, compared), _counted(layer) as usages:
+    compared = _Compared(module_of(model, name), layer)
+    with splice(model, name, compared), counted(layer) as usages:
         of_texts = losses(model, texts)
     count = sum(map(len, texts))
     if compared.rows != count:
@@ -333,30 +322,12 @@ def evaluate(
             f"a call of the model must call {name!r} once, with every token; of {count} tokens it got "
             f"{compared.rows} inputs."
         )
-    uses = torch.cat([usage.uses for usage in usages]) if usages else None
     return Evaluation(
         of_texts,
         limits,
         nmse=compared.error / compared.spread if compared.spread else nan,
-        active=None if uses is None else float(uses.sum()) / count,
-        dead=() if uses is None else tuple((uses == 0).nonzero().flatten().tolist()),
+        **use_of(usages)._asdict(),
     )
 
 
 _bounds = bounds  # (An argument has this name.)
-
-
-@contextmanager
-def _counted(layer: nn.Module) -> Iterator[list[Usage]]:
-    """While the context lasts, count the use of a layer's experts, level by level; a layer may have none."""
-    if not any(isinstance(module, ExpertGate) for module in layer.modules()):
-        yield []
-        return
-    usages = {name: [*map(Usage, gate.num_experts)] for name, gate in gates_of(layer).items()}
-
-    def count(name: str, coefficients: tuple[Tensor, ...]) -> None:
-        for usage, of_level in zip(usages[name], coefficients, strict=True):
-            usage.update(of_level)
-
-    with watch_coefficients(layer, count):
-        yield [usage for of_gate in usages.values() for usage in of_gate]

@@ -19,8 +19,8 @@ from mumoe_tensor.readers import read_json
 
 #: Says what the shards are of. A shard is named after the first of its texts and the one after its last.
 MANIFEST = "manifest.json"
-#: In every shard: the number of rows of each of its texts.
-COUNTS = "counts"
+#: Largest error of a number that is written, over the largest of them.
+ERROR = 0.01
 
 Progress = Callable[[int, int, str], None]
 
@@ -40,8 +40,6 @@ class Shards:
         The manifest.
     tensors : list of dict of str to Tensor
         Of each shard.
-    counts : Tensor of int64 of shape (texts,)
-        Rows of each text.
 
     Raises
     ------
@@ -63,7 +61,6 @@ class Shards:
                 "texts. Collecting them again goes on from there."
             )
         self.tensors = [read_tensors(path, check=False)[0] for path in paths]
-        self.counts = torch.cat([tensors[COUNTS] for tensors in self.tensors])
 
 
 @torch.no_grad()
@@ -72,7 +69,7 @@ def collect_shards(
     texts: Sequence[Tensor],
     folder: Path,
     about: Mapping[str, Any],
-    tensors_of: Callable[[Tensor], Mapping[str, Tensor]],
+    tensors_of: Callable[[Tensor], tuple[int, Mapping[str, Tensor]]],
     *,
     batch_size: int,
     shard_rows: int,
@@ -90,8 +87,8 @@ def collect_shards(
     about : mapping
         For the manifest: ``kind``, and whatever else the tensors depend on besides the model and the texts.
     tensors_of : callable
-        From a batch of the model's inputs to tensors that are concatenated along their first axis, one of
-        them `COUNTS`.
+        From a batch of the model's inputs to the number of rows it gives, and tensors on the CPU that are
+        concatenated along their first axis.
     batch_size : int
         Texts of one shape that follow each other share a batch of at most so many.
     shard_rows : int
@@ -118,27 +115,61 @@ def collect_shards(
         "inputs": _signature_of((str(k), text) for k, text in enumerate(texts)),
     }
     with alone_in(folder):
-        _check_manifest(folder / MANIFEST, manifest)
         begin = done = _stop(_paths(folder))
+        if done:
+            _check_manifest(folder / MANIFEST, manifest)
+        else:
+            with whole_file(folder / MANIFEST) as file:
+                file.write(json.dumps(manifest, indent=2).encode())
         parts: list[Mapping[str, Tensor]] = []
+        rows = 0
         with evaluating(model):
             for batch in _batches(texts, done, batch_size):
-                parts.append(tensors_of(batch.to(device)))
-                done += len(batch)
-                if done == len(texts) or sum(int(part[COUNTS].sum()) for part in parts) >= shard_rows:
-                    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                    write_tensors(folder / f"{begin:08d}-{done:08d}.safetensors", tensors, {})
-                    begin, parts = done, []
+                count, tensors = tensors_of(batch.to(device))
+                parts.append(tensors)
+                done, rows = done + len(batch), rows + count
+                if done == len(texts) or rows >= shard_rows:
+                    whole = {name: torch.cat([part[name] for part in parts]) for name in tensors}
+                    write_tensors(folder / f"{begin:08d}-{done:08d}.safetensors", whole, {})
+                    begin, parts, rows = done, [], 0
                 if progress is not None:
                     progress(done, len(texts), about["kind"])
 
 
+def rows_of_each(rows: int, texts: int, what: str) -> Tensor:
+    """The number of rows of each text of a batch: the same, as all have one shape."""
+    if rows % texts:
+        raise ValueError(
+            f"{what} must have the same number of rows for each text of a shape; it has {rows} rows for "
+            f"{texts} texts."
+        )
+    return torch.full((texts,), rows // texts)
+
+
+def held(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """A copy of numbers on the CPU, in a dtype that can hold them.
+
+    Raises
+    ------
+    ValueError
+        If a number is not finite, the largest is too large for the dtype, or all are too small.
+    """
+    copy = values.to(dtype, copy=True)
+    if values.numel():
+        exact = values.to(torch.promote_types(values.dtype, torch.float32))
+        largest = exact.abs().amax()
+        if not (copy.to(exact.dtype) - exact).abs().amax() <= ERROR * largest:  # NaN is neither
+            if count := int((~exact.isfinite()).sum()):
+                raise ValueError(f"{what} must be finite; {count:,} of {exact.numel():,} numbers are not.")
+            name, limits = str(dtype).removeprefix("torch."), torch.finfo(dtype)
+            raise ValueError(
+                f"{what} must be numbers that {name} holds, of {limits.tiny:.1e} to {limits.max:.1e}; the "
+                f"largest is {float(largest):.3g}. Collect them with dtype='float32', in a new folder."
+            )
+    return copy.cpu()
+
+
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or compare it with the one that is there."""
-    if not path.exists():
-        with whole_file(path) as file:
-            file.write(json.dumps(manifest, indent=2).encode())
-        return
     there = read_json(path)
     if others := [name for name in {**there, **manifest} if there.get(name) != manifest.get(name)]:
         raise ValueError(

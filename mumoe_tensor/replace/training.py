@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import reduce
-from math import nan
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.analysis.usage import Usage
+from mumoe_tensor.checks import as_finite
 from mumoe_tensor.nn.gate import ExpertGate
-from mumoe_tensor.nn.watch import evaluating, watch_calls
 from mumoe_tensor.replace.activations import ActivationRows
+from mumoe_tensor.replace.penalty import Penalized
+from mumoe_tensor.replace.usage import BATCH, counted, use_of
 from mumoe_tensor.training.checkpoint import Checkpoints
 from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.log import Evaluation
-from mumoe_tensor.training.trainer import evaluate, train
+from mumoe_tensor.training.trainer import Loss, evaluate, train
 
 #: Inputs for each expert that a gate is fitted to, where there are more.
 ROWS_PER_EXPERT = 16
-#: Rows that are mapped at once.
-BATCH = 1024
-
-
-@dataclass(frozen=True)
-class ExpertUse:
-    """How many experts are used.
-
-    Attributes
-    ----------
-    active : float
-        Mean number of experts that a row gives a coefficient other than zero; NaN without a gate.
-    dead : Tensor of int64
-        Experts that no row gives one; of several levels, numbers into all combinations, the last level
-        fastest.
-    """
-
-    active: float = nan
-    dead: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
 
 @dataclass(frozen=True)
@@ -54,15 +33,15 @@ class Fit:
         On the validation rows, while it was trained.
     nmse : float
         Normalised mean squared error of the layer on the validation rows, without the penalty.
-    active : float
-    dead : Tensor of int64
+    active : float or None
+    dead : tuple of int
         See `ExpertUse`; on the validation rows.
     """
 
     evaluations: list[Evaluation]
     nmse: float
-    active: float
-    dead: Tensor
+    active: float | None
+    dead: tuple[int, ...]
 
 
 def fit(
@@ -72,6 +51,7 @@ def fit(
     *,
     validation: ActivationRows,
     folder: str | Path | None = None,
+    penalty: float = 0.0,
     progress: bool = False,
 ) -> Fit:
     """Train a layer, in place, to map the inputs of another one to its outputs.
@@ -92,6 +72,10 @@ def fit(
         Of other documents than `rows`.
     folder : str or Path, optional
         For checkpoints and curves, as of `.train`: the same call goes on from the last checkpoint.
+    penalty : float, default 0.0
+        Weight of the penalty that the loss has besides: the mean over rows of ``sum_n tanh(|a_n| |W_n|)``
+        with the Frobenius norms of the experts, for gates with thresholds, as `.JumpReLU`. Of layers with a
+        `mixture`.
     progress : bool, default False
         Show a bar with the time left (needs rich).
 
@@ -102,24 +86,31 @@ def fit(
     Raises
     ------
     ValueError
-        If the outputs of all rows are the same, or as `.train`.
+        If the outputs of all rows are the same, there is a penalty and no expert, or as `.train`.
     """
     config, folder = config or TrainConfig(), None if folder is None else Path(folder)
+    if as_finite(penalty, "penalty") < 0:
+        raise ValueError(f"penalty must not be negative, got {penalty}.")
     if not rows.variance > 0:
         raise ValueError("the outputs of the training rows must differ; all are the same.")
-    loss = normalised_error(rows.variance)
+    error = normalised_error(rows.variance)
+    model, loss = (Penalized(layer), _penalized(error, penalty)) if penalty else (layer, error)
     if folder is None or not Checkpoints(folder / "checkpoints").steps:
         _start(layer, rows, config.seed)
-    evaluations = train(layer, rows, validation, config, loss=loss, folder=folder, progress=progress)
-    with counting(layer) as use:
-        nmse, _ = evaluate(layer, validation, batch_size=BATCH, loss=loss)
-    found = use()
-    return Fit(evaluations, nmse, found.active, found.dead)
+    evaluations = train(model, rows, validation, config, loss=loss, folder=folder, progress=progress)
+    with counted(layer) as usages:
+        nmse, _ = evaluate(layer, validation, batch_size=BATCH, loss=error)
+    return Fit(evaluations, nmse, **use_of(usages)._asdict())
 
 
-def normalised_error(variance: float) -> Callable[[Tensor, Tensor], Tensor]:
+def normalised_error(variance: float) -> Loss:
     """The mean over rows of ``|y - output|² / variance``, as a function of outputs and y."""
     return lambda output, y: (output - y).square().sum() / (len(y) * variance)
+
+
+def _penalized(error: Loss, penalty: float) -> Any:
+    """The loss of a `Penalized` layer."""
+    return lambda outputs, y: error(outputs[0], y) + penalty * outputs[1]
 
 
 @torch.no_grad()
@@ -134,41 +125,3 @@ def _start(layer: nn.Module, rows: ActivationRows, seed: int) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             gate.fit(rows.batch(sample)[0].to(gate.weight.device))
-
-
-@torch.no_grad()
-def usage(layer: nn.Module, rows: ActivationRows) -> ExpertUse:
-    """How many experts of a layer some rows use.
-
-    Parameters
-    ----------
-    layer : Module
-        Runs as in ``eval()``. Without a ``gate``, nothing is counted.
-    rows : ActivationRows
-    """
-    device = next(layer.parameters()).device
-    with counting(layer) as use, evaluating(layer):
-        for numbers in torch.arange(len(rows)).split(BATCH):
-            layer(rows.batch(numbers)[0].to(device))
-    return use()
-
-
-@contextmanager
-def counting(layer: nn.Module) -> Iterator[Callable[[], ExpertUse]]:
-    """While the context lasts, count the experts that every call of a layer uses; yields what they were."""
-    gate = getattr(layer, "gate", None)
-    if not isinstance(gate, ExpertGate) or not gate.num_experts:
-        yield ExpertUse
-        return
-    counts = Usage(torch.Size(gate.num_experts).numel())
-
-    def count(name: str, levels: tuple[Tensor, ...]) -> None:
-        counts.update(reduce(lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2), levels))
-
-    def use() -> ExpertUse:
-        return ExpertUse(
-            counts.statistics().active * len(counts.uses), (counts.uses == 0).nonzero().flatten()
-        )
-
-    with watch_calls({"gate": gate}, after=count):
-        yield use

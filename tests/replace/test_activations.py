@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from mumoe_tensor.replace import Activations
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from mumoe_tensor.replace import Activations  # noqa: E402
 
 
 class Block(nn.Module):
-    """A residual block whose MLP is called by keyword and gives a tuple."""
+    """A residual block: its MLP is called by keyword, gives a tuple, and its output is changed in place."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -23,7 +30,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixing(x.cumsum(-2))
-        return x + self.mlp(hidden=x)[0]
+        y, _ = self.mlp(scale=1.5, hidden=x)
+        y += x
+        return y
 
 
 class Pair(nn.Module):
@@ -33,54 +42,275 @@ class Pair(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, hidden: Tensor, scale: float = 2.0) -> tuple[Tensor, None]:
-        return self.dropout(scale * self.linear(hidden).relu()), None
+        result = self.dropout(scale * self.linear(hidden).relu())
+        return result, None
 
 
-def language_model() -> nn.Module:
-    torch.manual_seed(0)
+def language_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Embedding(32, 6), Block(6), Block(6), nn.Linear(6, 32))
 
 
-def documents(lengths: list[int], seed: int = 0) -> list[Tensor]:
+def documents(*lengths: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(32, (n,), generator=generator) for n in lengths]
 
 
-def expected(model: nn.Module, name: str, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    seen: list[tuple[Tensor, Tensor]] = []
-    model.eval()
-    module: Any = model.get_submodule(name)
-    hook = module.register_forward_hook(
-        lambda m, args, kwargs, y: seen.append(
-            (*args, *kwargs.values(), y[0] if isinstance(y, tuple) else y)
-        ),
-        with_kwargs=True,
-    )
-    with torch.no_grad():
-        for text in texts:
-            model(text.unsqueeze(0))
-    hook.remove()
-    return torch.cat([x[0] for x, _ in seen]), torch.cat([y[0] for _, y in seen])
+@torch.no_grad()
+def expected(model: nn.Module, block: int, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Inputs and outputs of the MLP of a block, text by text."""
+    seen = []
+    layers: Any = list(model.eval())
+    for text in texts:
+        x = layers[0](text)
+        for layer in layers[1:block]:
+            x = layer(x)
+        x = x + layers[block].mixing(x.cumsum(-2))
+        seen.append((x, 1.5 * layers[block].mlp.linear(x).relu()))
+    return torch.cat([x for x, _ in seen]), torch.cat([y for _, y in seen])
+
+
+MODULES = ["1.mlp", "2.mlp"]
 
 
 def test_rows_are_those_of_the_model(tmp_path: Path) -> None:
-    model, texts = language_model(), documents([5, 5, 5, 3, 7, 7])
-    modules = ["1.mlp", "2.mixing"]
+    model, texts = language_model(), documents(5, 5, 5, 3, 7, 7)
+    seen: list[tuple[int, int]] = []
     store = Activations.collect(
-        model.train(), modules, texts, tmp_path, batch_size=2, shard_rows=8, dtype="float32"
-    )
+        model.train(), MODULES, texts, tmp_path, batch_size=2, shard_rows=8, dtype="float32",
+        progress=lambda done, total, text: seen.append((done, total)),
+    )  # fmt: skip
     assert all(module.training for module in model.modules())
-    assert store.modules == tuple(modules) and len(store) == 32
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert store.modules == tuple(MODULES) and len(store) == 32
     assert store.documents.bincount().tolist() == [len(text) for text in texts]
+    assert seen == [(2, 6), (3, 6), (4, 6), (6, 6)]
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    for name in modules:
-        x, y = expected(model, name, texts)
+    for block, name in enumerate(MODULES, 1):
+        x, y = expected(model, block, texts)
         rows = store[name]
-        order = torch.randperm(32)
+        order = torch.randint(32, (50,))
         torch.testing.assert_close(rows.batch(order), (x[order], y[order]))
         torch.testing.assert_close(rows.mean, y.mean(0))
         assert rows.variance == pytest.approx(float(y.var(0, unbiased=False).sum()), rel=1e-5)
         part = rows.take([4, 1])
         chosen = (store.documents == 1) | (store.documents == 4)
-        torch.testing.assert_close(part.batch(range(len(part)))[0], x[chosen])
+        torch.testing.assert_close(part.batch(range(len(part))), (x[chosen], y[chosen]))
         torch.testing.assert_close(part.mean, y[chosen].mean(0))
+        assert part.documents.unique().tolist() == [1, 4] and len(part.take([4])) == 7
+    assert store["1.mlp"].take(slice(2, None)).documents.unique().tolist() == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match="must have rows here"):
+        store["1.mlp"].take([0]).take([1])
+    with pytest.raises(KeyError, match=r"of 1.mlp, 2.mlp; not of '3'"):
+        store["3"]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=9),
+    batch_size=st.integers(1, 4),
+    shard_rows=st.integers(1, 12),
+)
+@settings(max_examples=settings().max_examples // 2)
+def test_batches_and_shards_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], batch_size: int, shard_rows: int
+) -> None:
+    model, texts = language_model(), documents(*lengths)
+    store = Activations.collect(
+        model, "2.mlp", texts, tmp_path_factory.mktemp("store"),
+        batch_size=batch_size, shard_rows=shard_rows, dtype="float32",
+    )  # fmt: skip
+    x, y = expected(model, 2, texts)
+    order = torch.arange(len(store)).flip(0)
+    torch.testing.assert_close(store["2.mlp"].batch(order), (x[order], y[order]))
+    assert store.documents.tolist() == [k for k, n in enumerate(lengths) for _ in range(n)]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2e-3), ("bfloat16", 2e-2), ("float32", 1e-6)])
+def test_numbers_are_held_in_the_dtype(tmp_path: Path, dtype: Any, error: float) -> None:
+    model, texts = language_model(), documents(6, 6)
+    rows = Activations.collect(model, "1.mlp", texts, tmp_path, dtype=dtype)["1.mlp"]
+    for read, exact in zip(rows.batch(range(12)), expected(model, 1, texts), strict=True):
+        assert read.dtype == torch.float32
+        torch.testing.assert_close(read, exact, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (1e6, r"1.mlp/outputs must be numbers that float16 holds, .*; the largest is .*dtype='float32'"),
+        (1e-9, "that float16 holds"),
+        (torch.nan, r"1.mlp/outputs must be finite; \d+ of 36 numbers are not"),
+    ],
+)
+def test_numbers_that_the_dtype_does_not_hold_are_refused(
+    tmp_path: Path, factor: float, message: str
+) -> None:
+    model: Any = language_model()
+    with torch.no_grad():
+        model[1].mlp.linear.weight *= factor
+        model[1].mlp.linear.bias *= factor
+    with pytest.raises(ValueError, match=message):
+        Activations.collect(model, "1.mlp", documents(6), tmp_path)
+    if factor == factor:
+        Activations.collect(model, "1.mlp", documents(6), tmp_path, dtype="float32")
+
+
+def test_only_the_first_forward_pass_is_whole(tmp_path: Path) -> None:
+    model: Any = language_model()
+    calls: list[int] = []
+    model[3].register_forward_hook(lambda *_: calls.append(1))
+    store = Activations.collect(model, "1.mlp", documents(4, 5, 6, 7), tmp_path)
+    assert len(store) == 22 and len(calls) == 1
+
+
+class Twice(nn.Module):
+    """A module that is called twice, one that is not called, and some that give something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.text, self.vector, self.part, self.rows = (nn.Identity() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.text("text"), self.vector(x[0, 0]), self.part(x[:1]), self.rows(x.reshape(-1, 4)[1:])
+        return self.last(self.twice(self.twice(x)))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("twice", "called once in a forward pass; 'twice' is called again"),
+        ("never", "must be called in every forward pass; never is not"),
+        ("text", r"tensor of floats .*; text/inputs is str"),
+        ("vector", r"vector/inputs is torch.float32 of \(4,\)"),
+        ("part", r"part/inputs is torch.float32 of \(1, 3, 4\)"),
+        ("rows", "it has 5 rows for 2 texts"),
+        (["last", "never"], "never is not"),
+        ("", "name must be that of a module in the model"),
+        ("las", "such as .*; got 'las'"),
+        ([], "must be modules, got none"),
+    ],
+)
+def test_modules_that_cannot_be_collected(tmp_path: Path, module: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Activations.collect(Twice(), module, torch.randn(2, 3, 4), tmp_path)
+
+
+def test_rows_of_all_modules_are_the_same(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 4))
+    with pytest.raises(ValueError, match=r"same number of rows .*'0/inputs': 6.*'2/inputs': 2"):
+        Activations.collect(model, ["0", "2"], torch.randn(2, 3, 4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"model": language_model(1)}, "model in .*manifest.json was"),
+        (lambda a: a | {"texts": documents(5, 5, 5, seed=1)}, "inputs in"),
+        (lambda a: a | {"texts": documents(5, 5)}, "texts, inputs in"),
+        (lambda a: a | {"modules": "2.mlp"}, r"modules in .* was \['1.mlp'\], and is \['2.mlp'\] now"),
+        (lambda a: a | {"dtype": "bfloat16"}, "dtype in"),
+        (lambda a: a | {"model": nn.Sequential(*a["model"], nn.Tanh())}, "model in"),
+    ],
+)
+def test_a_folder_goes_on_with_what_it_began_with(
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
+) -> None:
+    arguments: dict[str, Any] = {
+        "model": language_model(), "modules": "1.mlp", "texts": documents(5, 5, 5), "dtype": "float16"
+    }  # fmt: skip
+    Activations.collect(folder=tmp_path, **arguments)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    Activations.collect(folder=tmp_path, **arguments, batch_size=1, shard_rows=3)
+    with pytest.raises(ValueError, match=message):
+        Activations.collect(folder=tmp_path, **change(arguments))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Activations(tmp_path)
+    with pytest.raises(ValueError, match="must be texts, got none"):
+        Activations.collect(language_model(), "1.mlp", [], tmp_path)
+    Activations.collect(language_model(), "1.mlp", documents(5, 6, 7), tmp_path, shard_rows=1)
+    _, second, third = sorted(tmp_path.glob("*.safetensors"))
+    content = third.read_bytes()
+    third.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"00000002-00000003.*whole file of safetensors"):
+        Activations(tmp_path)
+    third.unlink()
+    with pytest.raises(ValueError, match=r"those of 2 of 3 texts. Collecting them again goes on"):
+        Activations(tmp_path)
+    third.write_bytes(content)
+    second.unlink()
+    with pytest.raises(ValueError, match=r"none from text 1 to .*00000002-00000003"):
+        Activations(tmp_path)
+
+
+KILLED = """
+import sys
+sys.path[:0] = [{here!r}]
+from test_activations import MODULES, documents, language_model
+from mumoe_tensor.replace import Activations
+import time
+def progress(done, total, text):
+    print(done, flush=True)
+    if done == 5:
+        time.sleep(60)
+Activations.collect(
+    language_model(), MODULES, documents(*range(3, 13)), {folder!r}, shard_rows=10, batch_size=1,
+    progress=progress,
+)
+"""
+
+
+def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+    here, folder = str(Path(__file__).parent), tmp_path / "killed"
+    code = KILLED.format(here=here, folder=str(folder))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "5\n":
+            assert process.poll() is None
+        process.kill()
+    shards = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert [path.stem for path in sorted(shards)] == ["00000000-00000003", "00000003-00000005"]
+    (folder / ".00000005-00000007.safetensors.abc.part").touch()
+    time.sleep(0.01)
+    seen: list[int] = []
+    store = Activations.collect(
+        language_model(), MODULES, documents(*range(3, 13)), folder, shard_rows=10, batch_size=1,
+        progress=lambda done, total, text: seen.append(done),
+    )  # fmt: skip
+    assert seen == [6, 7, 8, 9, 10]
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    assert not list(folder.glob(".*"))
+    whole = Activations.collect(language_model(), MODULES, documents(*range(3, 13)), tmp_path / "whole")
+    for name in MODULES:
+        read, again = (activations[name].batch(range(len(whole))) for activations in (store, whole))
+        torch.testing.assert_close(read, again, rtol=1e-3, atol=1e-4)
+    assert store.documents.equal(whole.documents)
+
+
+def test_shards_stay_on_the_disk(tmp_path: Path) -> None:
+    """Rows are read when they are asked for: opening reads none."""
+    store = Activations.collect(language_model(), "1.mlp", documents(5, 5), tmp_path, dtype="float32")
+    (path,) = tmp_path.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    store = Activations(tmp_path)
+    x = store["1.mlp"].batch([3])[0]
+    place = content.index(x.numpy().tobytes())
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(torch.full((6,), 7.0).numpy().tobytes())
+    assert store["1.mlp"].batch([3])[0].tolist() == [[7.0] * 6]
+
+
+def test_a_model_of_transformers(llama: Any, texts: list[Tensor], tmp_path: Path) -> None:
+    modules = ["model.layers.1.mlp", "model.layers.2.post_attention_layernorm", "model.layers.0.self_attn"]
+    store = Activations.collect(llama, modules, texts, tmp_path, dtype="float32")
+    x, y = store["model.layers.1.mlp"].batch(range(len(store)))
+    with torch.no_grad():
+        torch.testing.assert_close(llama.model.layers[1].mlp(x), y)
+        x, y = store["model.layers.2.post_attention_layernorm"].batch(range(len(store)))
+        torch.testing.assert_close(llama.model.layers[2].post_attention_layernorm(x), y)
+    assert len(store) == sum(map(len, texts))

@@ -11,7 +11,15 @@ from torch import nn
 pytest.importorskip("accelerate")
 
 from mumoe_tensor.nn import MuMoE
-from mumoe_tensor.replace import ActivationRows, Activations, fit, usage
+from mumoe_tensor.replace import (
+    ActivationRows,
+    Activations,
+    MixtureOfDecoders,
+    MixtureOfTransforms,
+    Transcoder,
+    fit,
+    usage,
+)
 from mumoe_tensor.training import TrainConfig
 
 CONFIG = TrainConfig(batch_size=32, learning_rate=0.03, steps=60, evaluate_every=20)
@@ -58,5 +66,75 @@ def test_the_bias_starts_at_the_mean_and_dead_experts_are_reported(rows: Activat
     outcome = fit(layer, rows, TrainConfig(batch_size=32, steps=1, learning_rate=1e-12), validation=rows)
     torch.testing.assert_close(layer.bias.detach(), rows.mean)
     assert outcome.nmse == pytest.approx(1, rel=1e-4)
-    assert 0 < outcome.active <= 2 and 5 in outcome.dead.tolist()
+    assert 0 < outcome.active <= 2 and 5 in outcome.dead
     assert usage(layer, rows).active == outcome.active
+
+
+def layers() -> dict[str, nn.Module]:
+    torch.manual_seed(2)
+    null = {"name": "nearest_centres", "k": 2}
+    return {
+        "decoders": MixtureOfDecoders(6, 12, 3, experts=16, k=2),
+        "centres": MixtureOfDecoders(6, 12, 3, experts=16, gate=null),
+        "random": MixtureOfDecoders(6, 12, 3, experts=16, gate={"name": "random", "k": 2}),
+        "transcoder": Transcoder(6, 3, latents=32, k=4, skip=True),
+        "transforms": MixtureOfTransforms(6, 3, ranks=[2, 2, 1, 1]),
+        "none": MixtureOfDecoders(6, 12, 3, experts=()),
+    }
+
+
+@pytest.mark.parametrize("name", layers())
+def test_it_goes_on_to_the_same_parameters(rows: ActivationRows, tmp_path: Path, name: str) -> None:
+    """A run that ends after the second checkpoint, and one that was not interrupted."""
+    training, validation = rows.take(range(32)), rows.take(range(32, 40))
+    penalty = 0.1 if name == "transforms" else 0.0
+    whole, cut, again = (layers()[name] for _ in range(3))
+    expected = fit(whole, training, CONFIG, validation=validation, folder=tmp_path / "a", penalty=penalty)
+
+    class Cut(ActivationRows):
+        batches = 0
+
+        def batch(self, rows: object) -> tuple[torch.Tensor, torch.Tensor]:
+            Cut.batches += len(rows) == 32  # type: ignore[arg-type]
+            if Cut.batches > 50:
+                raise KeyboardInterrupt
+            return super().batch(rows)
+
+    interrupted = Cut(training._shards, training._documents, training._numbers)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, interrupted, CONFIG, validation=validation, folder=tmp_path / "b", penalty=penalty)
+    outcome = fit(again, training, CONFIG, validation=validation, folder=tmp_path / "b", penalty=penalty)
+    assert outcome.nmse == expected.nmse or name == "random"
+    assert outcome.dead == expected.dead or name == "random"
+    assert [e.validation_loss for e in outcome.evaluations] == [
+        e.validation_loss for e in expected.evaluations
+    ]
+    for parameter, exact in zip(again.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert parameter.equal(exact)
+    assert outcome.nmse < 0.9
+    if name == "centres":
+        x = training.batch(range(len(training)))[0]
+        gate = again.get_submodule("mixture.gate")
+        assert gate.centres.abs().max() < x.abs().max()  # type: ignore[operator]
+
+
+def test_a_penalty_makes_fewer_experts_active(rows: ActivationRows) -> None:
+    active = []
+    for penalty in (0.0, 1.0):
+        outcome = fit(layers()["transforms"], rows, CONFIG, validation=rows, penalty=penalty)
+        assert outcome.active is not None
+        active.append(outcome.active)
+        loss = outcome.evaluations[-1].validation_loss
+        assert loss > outcome.nmse + 1e-3 if penalty else loss == pytest.approx(outcome.nmse, rel=1e-5)
+    assert active[1] < 0.9 * active[0]
+
+
+def test_what_is_refused(rows: ActivationRows) -> None:
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        fit(nn.Linear(6, 3), rows, CONFIG, validation=rows, penalty=-1)
+    with pytest.raises(ValueError, match="layers with experts"):
+        fit(layers()["none"], rows, CONFIG, validation=rows, penalty=1)
+    same = ActivationRows([(torch.randn(40, 6), torch.ones(40, 3))], torch.zeros(40, dtype=torch.long))
+    with pytest.raises(ValueError, match="must differ; all are the same"):
+        fit(nn.Linear(6, 3), same, CONFIG, validation=rows)
+    assert usage(nn.Linear(6, 3), rows) == (None, ())

@@ -1,0 +1,180 @@
+"""Coefficients of the gates of a model over many texts, on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array, vstack
+from torch import Tensor, nn
+
+from mumoe_tensor.checks import as_finite
+from mumoe_tensor.nn.watch import gates_of, watch_coefficients
+from mumoe_tensor.replace.shards import Progress, Shards, collect_shards, held, rows_of_each
+
+KIND = "coefficients"
+
+
+class CoefficientRows:
+    """The coefficients of a level of a gate that are above the threshold; a row is a token, or a patch.
+
+    Attributes
+    ----------
+    num_experts : int
+    documents : Tensor of int64 of shape (len(self),)
+        The number of the text that each row is of.
+    """
+
+    def __init__(self, shards: Sequence[Mapping[str, Tensor]], key: str, num_experts: int):
+        self.num_experts = num_experts
+        self._parts = [(shard[f"{key}/values"], shard[f"{key}/indices"]) for shard in shards]
+        self._lengths = [shard[f"{key}/lengths"] for shard in shards]
+        counts = torch.cat([shard[f"{key}/counts"] for shard in shards])
+        self.documents = torch.arange(len(counts)).repeat_interleave(counts)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> csr_array:
+        """Rows as an array of SciPy, all of them by default.
+
+        Parameters
+        ----------
+        start, stop : int, optional
+
+        Returns
+        -------
+        scipy.sparse.csr_array of float32 of shape (stop - start, num_experts)
+        """
+        start, stop, _ = slice(start, stop).indices(len(self))
+        parts, first = [csr_array((0, self.num_experts), dtype=np.float32)], 0
+        for (values, indices), lengths in zip(self._parts, self._lengths, strict=True):
+            begin, end = (min(max(k - first, 0), len(lengths)) for k in (start, stop))
+            if begin < end:
+                edges = np.concatenate([[0], lengths.numpy().cumsum(dtype=np.int64)])
+                of_rows = slice(edges[begin], edges[end])
+                starts = edges[begin : end + 1] - edges[begin]
+                part = values[of_rows].numpy(), indices[of_rows].numpy(), starts
+                parts.append(csr_array(part, shape=(end - begin, self.num_experts)))
+            first += len(lengths)
+        return vstack(parts, format="csr")
+
+
+class Coefficients:
+    """Coefficients of the gates of a model, which stay on the disk until their rows are read.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where `collect_coefficients` wrote them.
+
+    Attributes
+    ----------
+    gates : dict of str to tuple of int
+        Names of the gates, and their numbers of experts, one a level. ``coefficients[name]`` are the
+        `CoefficientRows` of the first level of one, ``coefficients[name, level]`` those of any.
+    threshold : float
+
+    Raises
+    ------
+    ValueError
+        If the folder has no coefficients, or not all of them yet.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._shards = Shards(Path(folder), KIND)
+        self.gates = {name: tuple(experts) for name, experts in self._shards.about["gates"].items()}
+        self.threshold: float = self._shards.about["threshold"]
+
+    def __getitem__(self, gate: str | tuple[str, int]) -> CoefficientRows:
+        name, level = (gate, 0) if isinstance(gate, str) else gate
+        if level not in range(len(self.gates.get(name, ()))):
+            raise KeyError(f"there are coefficients of {self.gates}; not of level {level} of {name!r}.")
+        return CoefficientRows(self._shards.tensors, f"{name}/{level}", self.gates[name][level])
+
+
+@torch.no_grad()
+def collect_coefficients(
+    model: nn.Module,
+    texts: Sequence[Tensor],
+    folder: str | Path,
+    *,
+    threshold: float = 0.0,
+    batch_size: int = 8,
+    shard_rows: int = 16384,
+    progress: Progress | None = None,
+) -> Coefficients:
+    """Write the coefficients of every gate of a model into a folder, from one pass over texts.
+
+    It goes on where it was interrupted, see `.Activations.collect`.
+
+    Parameters
+    ----------
+    model : Module
+        Is called with batches of texts, and runs as in ``eval()``. Each gate is called once in a forward
+        pass.
+    texts : sequence of Tensor
+        Inputs of the model without the axis of the batch.
+    folder : str or Path
+    threshold : float, default 0.0
+        Coefficients are left out whose magnitude is not larger.
+    batch_size : int, default 8
+        Texts of one shape that follow each other share a batch of at most so many.
+    shard_rows : int, default 16384
+        A shard is written once it has the coefficients of so many rows, those of all gates counted.
+    progress : callable, optional
+        Called as ``progress(done, total, text)`` with numbers of texts.
+
+    Raises
+    ------
+    ValueError
+        If the model has no gate, one is not called once, or the folder has coefficients of another model,
+        other texts or above another threshold.
+    OSError
+        If another process writes into the folder, or a file cannot be written.
+    """
+    threshold = as_finite(threshold, "threshold")
+    gates = {name: gate.num_experts for name, gate in gates_of(model).items() if gate.num_experts}
+
+    def tensors_of(batch: Tensor) -> tuple[int, Mapping[str, Tensor]]:
+        tensors: dict[str, Tensor] = {}
+        rows = 0
+
+        def keep(name: str, levels: tuple[Tensor, ...]) -> None:
+            nonlocal rows
+            for level, coefficients in enumerate(levels):
+                key = f"{name}/{level}"
+                if f"{key}/values" in tensors:
+                    raise ValueError(f"a gate must be called once in a forward pass; {name!r} is twice.")
+                rows += len(coefficients)
+                tensors.update(_sparse(key, coefficients, threshold, len(batch)))
+
+        with watch_coefficients(model, keep):
+            model(batch)
+        if missing := [name for name in gates if f"{name}/0/values" not in tensors]:
+            raise ValueError(f"a gate must be called in every forward pass; {', '.join(missing)} is not.")
+        return rows, tensors
+
+    about: dict[str, Any] = {
+        "kind": KIND, "gates": {name: [*experts] for name, experts in gates.items()}, "threshold": threshold
+    }  # fmt: skip
+    collect_shards(
+        model, texts, Path(folder), about, tensors_of,
+        batch_size=batch_size, shard_rows=shard_rows, progress=progress,
+    )  # fmt: skip
+    return Coefficients(folder)
+
+
+def _sparse(key: str, coefficients: Tensor, threshold: float, texts: int) -> dict[str, Tensor]:
+    """Compressed rows that can be concatenated: they have lengths, in the place of where rows start."""
+    coefficients = held(coefficients, torch.float32, key)
+    is_kept = coefficients.abs() > threshold
+    return {
+        f"{key}/values": coefficients[is_kept],
+        f"{key}/indices": is_kept.nonzero()[:, 1].int(),
+        f"{key}/lengths": is_kept.sum(1).int(),
+        f"{key}/counts": rows_of_each(len(coefficients), texts, key),
+    }

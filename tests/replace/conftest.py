@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from llama import write_llama
 
 torch = pytest.importorskip("torch")
 
@@ -25,3 +27,10 @@ def texts() -> list[Any]:
     """Documents of different lengths."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(64, (length,), generator=generator) for length in (7, 12, 2, 7, 7, 5, 12, 9)]
+
+
+@pytest.fixture
+def saved_llama(llama: Any, tmp_path: Path) -> Path:
+    """Its folder, with a tokenizer of the words ``w0`` to ``w63``."""
+    write_llama(tmp_path / "llama", llama)
+    return tmp_path / "llama"

@@ -1,0 +1,71 @@
+"""The command that puts sparse layers into the places of a language model's blocks: replace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
+from mumoe_tensor.cli.options import Imports, Json
+from mumoe_tensor.extras import require
+
+
+def replace(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a causal language model of transformers and its tokenizer; or of one *.gguf.",
+            show_default=False,
+        ),
+    ],
+    grid: Annotated[Path, typer.Option(help="The grid, in TOML.", show_default=False)],
+    training: Annotated[
+        Path,
+        typer.Option(help="JSON lines with an entry text, or a folder of *.txt.", show_default=False),
+    ],
+    validation: Annotated[Path, typer.Option(help="Texts that settings are chosen by.", show_default=False)],
+    test: Annotated[Path, typer.Option(help="Texts for the results.", show_default=False)],
+    processes: Annotated[int, typer.Option(help="Trainings at once, each on one thread.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/replace"),
+    imports: Imports = None,
+    as_json: Json = False,
+) -> None:
+    """Replace blocks of a language model by sparse layers, and measure what it loses over their sparsity.
+
+    Trains transcoders, mixtures of decoders and other layers of a grid to the outputs of the blocks, and
+    measures the rise of the cross entropy with each in the place. Leaves frontier.csv, to which every layer
+    adds its row, and the layers. Interrupted, the same command goes on where it stopped.
+
+    Example: `mumoe-tensor replace SmolLM2 --grid grid.toml --training a.jsonl --validation b.jsonl --test
+    c.jsonl`
+    """
+    require("torch", "train", "transformers")
+    with bad_input():
+        from transformers.utils import logging
+
+        from mumoe_tensor.replace.frontier import run_grid
+        from mumoe_tensor.replace.grid import Grid
+
+        if processes < 1:
+            raise ValueError(f"--processes must be positive, got {processes}.")
+        logging.disable_progress_bar()
+        paths = (training, validation, test)
+        with can_go_on(), progress_bar("replace") as progress:
+            rows = run_grid(model, paths, Grid.read(grid), out, processes=processes, progress=progress)
+    if as_json:
+        print_json(rows)
+        return
+    table = new_table("module", "arm", "K", "seed", "parameters", "NMSE", "rise, nats", "active", "dead")
+    for row in rows:
+        half = "" if row["half"] is None else f" ± {row['half']:.3f}"
+        table.add_row(
+            row["module"], row["arm"], str(row["k"] or ""), str(row["seed"]), f"{row['parameters']:,}",
+            f"{row['nmse']:.3f}", f"{row['rise']:.3f}{half}", f"{row['active']:.1f}", str(row["dead"]),
+        )  # fmt: skip
+    show(table, labels=4)
+    print(
+        "Rises are of the cross entropy, in nats a token, with 95 % intervals over documents. Written to "
+        f"{out}."
+    )

@@ -1,0 +1,241 @@
+"""The runs of a grid, trained and evaluated: a table that grows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from functools import cached_property
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mumoe_tensor.experiments.records import Records, Row
+from mumoe_tensor.files import alone_in, whole_file
+from mumoe_tensor.nn.saving import save
+from mumoe_tensor.readers import read_json
+from mumoe_tensor.replace.activations import Activations
+from mumoe_tensor.replace.budget import num_parameters
+from mumoe_tensor.replace.evaluation import Bounds, bounds, evaluate
+from mumoe_tensor.replace.grid import FRONTIER, TUNING, Grid, Run
+from mumoe_tensor.replace.language import Windows, load_language_model, read_texts, windows
+from mumoe_tensor.replace.training import Fit, fit
+
+Progress = Callable[[int, int, str], None]
+PARTS = ("training", "validation", "test")
+#: Settings of a grid that a later call may add to.
+GROWING = ("places", "arms")
+
+
+def run_grid(
+    model: str | Path,
+    texts: Sequence[str | Path],
+    grid: Grid,
+    folder: str | Path,
+    *,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Train and evaluate every layer of a grid; each becomes a row of a table.
+
+    ``frontier.csv`` has the rows, ``tuning.csv`` those that learning rates are chosen by, and ``layers/`` the
+    layers, each in a folder that `mumoe_tensor.nn.load` reads. Interrupted, the same call goes on. What has a
+    row is not run again, and activations are collected only where a run is left.
+
+    Parameters
+    ----------
+    model : str or Path
+        See `.load_language_model`.
+    texts : sequence of str or Path
+        For training, validation and test; see `.read_texts`.
+    grid : Grid
+        A later call may add places, seeds and arms.
+    folder : str or Path
+    processes : int, default 1
+        Runs at once. Of several, each has one thread.
+    progress : callable, optional
+        Called as ``progress(done, total, text)``.
+
+    Returns
+    -------
+    list of dict
+        The rows of ``frontier.csv``. ``ce`` is the cross entropy of the test texts in nats a token with the
+        layer in its place, ``rise`` its difference to that of the intact model, ``half`` half the width of
+        the 95 % interval of the rise over documents, and ``rise_zeroed`` the rise with zeros in the place.
+
+    Raises
+    ------
+    ValueError
+        If the folder has results of another grid, model or texts, or a layer cannot be made.
+    """
+    job = _Job(Path(model), tuple(map(Path, texts)), grid, Path(folder))
+    with alone_in(job.folder):
+        tuning = Records(job.folder / "tuning.csv", TUNING)
+        frontier = Records(job.folder / "frontier.csv", FRONTIER)
+        job.check()
+        _go_through(job, "tune", [*grid.tuning_runs()], tuning, processes, progress)
+        chosen = [grid.chosen(run, tuning) for run in grid.runs()]
+        _go_through(job, "test", chosen, frontier, processes, progress)
+    return list(frontier)
+
+
+class _Job:
+    """What every run needs. A process reads the model and the texts once, when it needs them."""
+
+    def __init__(self, model: Path, texts: tuple[Path, ...], grid: Grid, folder: Path):
+        if len(texts) != len(PARTS):
+            raise ValueError(f"there must be texts for {', '.join(PARTS)}, got {len(texts)} path(s).")
+        self.grid, self.folder, self._source, self._paths = grid, folder, model, texts
+        self._bounds: dict[str, Bounds] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process reads the model and the texts itself.
+        return {name: value for name, value in vars(self).items() if name not in ("_language", "_windows")}
+
+    @cached_property
+    def _language(self) -> tuple[nn.Module, Any]:
+        return load_language_model(self._source)
+
+    @cached_property
+    def _windows(self) -> dict[str, Windows]:
+        tokenizer, context = self._language[1], self.grid.context
+        parts = {
+            part: windows(read_texts(path), tokenizer, context)
+            for part, path in zip(PARTS, self._paths, strict=True)
+        }
+        if len(set(parts["test"].documents)) < 2:
+            raise ValueError(
+                f"an interval over documents needs two or more with {context} tokens; {self._paths[2]} has "
+                "one."
+            )
+        return parts
+
+    def check(self) -> None:
+        """A ValueError if the folder has results of something else, or if texts or layers cannot be made.
+
+        Otherwise write what the results depend on.
+        """
+        sources = {"model": str(self._source), "texts": [str(path) for path in self._paths]}
+        now = json.loads(json.dumps(sources | asdict(self.grid)))
+        path = self.folder / "grid.json"
+        before = read_json(path) if path.exists() else {}
+        if before:
+            changed = [name for name in now if name not in GROWING and now[name] != before.get(name)]
+            arms = before.get("arms", {})
+            changed += [
+                name for name in now["arms"] if now["arms"][name] != arms.get(name, now["arms"][name])
+            ]
+            if changed:
+                raise ValueError(
+                    f"a folder has the results of one grid; {', '.join(changed)} differ from those in {path}."
+                )
+        if before == now:
+            return
+        model, _ = self._language
+        assert self._windows
+        for run in {(run.module, run.arm): run for run in self.grid.runs()}.values():
+            self._make(run, model)
+        with whole_file(path) as file:
+            file.write(json.dumps(now, indent=2).encode())
+
+    def _make(self, run: Run, model: nn.Module) -> Any:
+        """The layer before training, drawn with the run's seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(run.seed)
+            try:
+                return self.grid.arms[run.arm].make(
+                    model.get_submodule(run.module), run.k, self.grid.parameters
+                )
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"{run.arm} cannot be made for {run.module}: {error}") from error
+
+    def collect(self, progress: Progress | None) -> None:
+        """Write the activations of all places, unless they are there."""
+        places = [place.module for place in self.grid.places]
+        for part in PARTS[:2]:
+            texts = self._windows[part].tokens
+            Activations.collect(self._language[0], places, texts, self._store(part), progress=progress)
+
+    def _store(self, part: str) -> Path:
+        return self.folder / "activations" / part
+
+    def tune(self, run: Run) -> Row:
+        """A row of tuning.csv."""
+        layer, fitted, seconds = self._trained(run, self.folder / "runs" / run.name)
+        measured = {"nmse": fitted.nmse, "active": fitted.active or 0.0, "dead": len(fitted.dead)}
+        shutil.rmtree(self.folder / "runs" / run.name)
+        return {**run.key, **_sizes(layer), **measured, "seconds": seconds}
+
+    def test(self, run: Run) -> Row:
+        """A row of frontier.csv; the layer is saved."""
+        layer, _, seconds = self._trained(run, self.folder / "runs" / run.name)
+        model, (texts, documents) = self._language[0], self._windows["test"]
+        if run.module not in self._bounds:
+            self._bounds[run.module] = bounds(model, run.module, texts)
+        result = evaluate(model, run.module, layer, texts, bounds=self._bounds[run.module])
+        rise, half = result.of_documents(documents).interval()
+        save(layer, self.folder / "layers" / run.name)
+        shutil.rmtree(self.folder / "runs" / run.name)
+        measured = {"nmse": result.nmse, "active": result.active or 0.0, "dead": len(result.dead)}
+        return {
+            **run.key, **_sizes(layer), **measured, "ce": result.ce, "rise": rise, "half": half,
+            "rise_zeroed": result.ce_zeroed - result.ce_intact, "seconds": seconds,
+        }  # fmt: skip
+
+    def _trained(self, run: Run, folder: Path) -> tuple[Any, Fit, float]:
+        """A trained layer; a training that was interrupted goes on in its folder."""
+        training, validation = (Activations(self._store(part))[run.module] for part in PARTS[:2])
+        layer = self._make(run, self._language[0])
+        config = replace(self.grid.train, learning_rate=run.learning_rate, seed=run.seed)
+        fitted = fit(layer, training, config, validation=validation, folder=folder, penalty=run.penalty)
+        return layer, fitted, sum(evaluation.seconds for evaluation in fitted.evaluations)
+
+
+def _sizes(layer: Any) -> Row:
+    return {
+        "parameters": num_parameters(layer),
+        "experts": prod(layer.num_experts) if layer.num_experts else 0,
+    }
+
+
+def _go_through(
+    job: _Job, stage: str, runs: Sequence[Run], table: Records, processes: int, progress: Progress | None
+) -> None:
+    """Do the runs that the table lacks."""
+    left = [run for run in runs if not table.has(run.name)]
+    tell = progress or (lambda done, total, text: None)
+    if left:
+        job.collect(progress)
+    for count, (run, row) in enumerate(_rows(job, stage, left, processes), len(runs) - len(left) + 1):
+        table.add(run.name, [row])
+        tell(count, len(runs), run.name)
+
+
+def _rows(job: _Job, stage: str, runs: Sequence[Run], processes: int) -> Iterator[tuple[Run, Row]]:
+    if processes == 1:
+        yield from ((run, getattr(job, stage)(run)) for run in runs)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start, (job,)) as pool:
+        futures = {pool.submit(_do, stage, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+#: The job of a worker process.
+_job: _Job
+
+
+def _start(job: _Job) -> None:
+    global _job
+    _job = job
+    torch.set_num_threads(1)
+
+
+def _do(stage: str, run: Run) -> Row:
+    return getattr(_job, stage)(run)

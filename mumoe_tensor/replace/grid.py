@@ -1,0 +1,208 @@
+"""A grid of replacements: which layers are put into which places of a model, and how they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from mumoe_tensor.experiments.records import Records, Row
+from mumoe_tensor.readers import checked, read_toml, reading
+from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
+from mumoe_tensor.training.config import TrainConfig
+
+LAYERS = {kind.__name__: kind for kind in (Transcoder, MixtureOfDecoders, MixtureOfTransforms)}
+#: The seed of the runs that learning rates are chosen by.
+TUNING_SEED = 100
+#: Columns of the tables, besides the name of a run.
+KEY: dict[str, type] = {"module": str, "arm": str, "k": int, "seed": int}
+SETTINGS: dict[str, type] = {"learning_rate": float, "penalty": float}
+MEASURED: dict[str, type] = {"parameters": int, "experts": int, "nmse": float, "active": float, "dead": int}
+TUNING = {**KEY, **SETTINGS, **MEASURED, "seconds": float}
+FRONTIER = {
+    **KEY, **SETTINGS, **MEASURED, "ce": float, "rise": float, "half": float, "rise_zeroed": float,
+    "seconds": float,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module that is replaced.
+
+    Attributes
+    ----------
+    module : str
+        Its name in the model.
+    k : tuple of int
+        Numbers of active experts.
+    seeds : tuple of int
+        For each of them, how many seeds.
+    """
+
+    module: str
+    k: tuple[int, ...] = (32,)
+    seeds: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        if not self.k or len(self.k) != len(self.seeds) or min(*self.k, *self.seeds) < 1:
+            raise ValueError(
+                f"k and seeds must be as many positive numbers as each other, got {self.k} and {self.seeds}."
+            )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A kind of layer.
+
+    Attributes
+    ----------
+    layer : {"Transcoder", "MixtureOfDecoders", "MixtureOfTransforms"}
+    options : dict
+        Of its method `like`, besides k and parameters.
+    gate : str, optional
+        The gate, in the place of the layer's: ``"random"`` or ``"nearest_centres"``.
+    parameters : int, str or None, optional
+        See `like`. By default those of the grid; None where the options give all sizes.
+    learning_rates : tuple of float
+        The one with the lowest error on the validation texts is taken.
+    penalties : tuple of float
+        See `.fit`; chosen with the learning rates, among those that leave K experts active on average.
+    """
+
+    layer: Literal["Transcoder", "MixtureOfDecoders", "MixtureOfTransforms"]
+    options: dict[str, Any] = field(default_factory=dict)
+    gate: str | None = None
+    parameters: int | str | None = "grid"
+    learning_rates: tuple[float, ...] = (1e-3,)
+    penalties: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates or not self.penalties:
+            raise ValueError("learning_rates and penalties must have a number each.")
+
+    @property
+    def has_k(self) -> bool:
+        """Whether the number of active experts is a setting of the layer."""
+        return self.layer != "MixtureOfTransforms" and self.options.get("experts", True) not in ([], ())
+
+    def make(self, block: nn.Module, k: int, parameters: int | str) -> Any:
+        """The layer for a block, drawn with torch's random numbers."""
+        budget = parameters if self.parameters == "grid" else self.parameters
+        options = {**self.options, "parameters": budget}
+        if self.has_k:
+            options |= {"k": k} if self.gate is None else {"gate": {"name": self.gate, "k": k}}
+        return LAYERS[self.layer].like(block, **options)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places, the layers that are put there, and how they are trained.
+
+    Attributes
+    ----------
+    places : tuple of Place
+    arms : dict of str to Arm
+    context : int
+        Tokens of a window.
+    parameters : int or str
+        Of a layer, as its method `like` has it: ``"2x"`` for twice those of the block it replaces.
+    tuned_at : int
+        The K of the first place at which learning rates and penalties are chosen; one of its K.
+    train : TrainConfig
+        Its learning rate and seed are not used.
+    """
+
+    places: tuple[Place, ...]
+    arms: dict[str, Arm]
+    context: int = 256
+    parameters: int | str = "2x"
+    tuned_at: int = 32
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not self.places or not self.arms:
+            raise ValueError("a grid must have places and arms.")
+        if self.tuned_at not in self.places[0].k:
+            raise ValueError(
+                f"tuned_at must be a K of the first place, {self.places[0].k}, got {self.tuned_at}."
+            )
+
+    @classmethod
+    def read(cls, path: str | Path) -> Grid:
+        """Read a grid from TOML.
+
+        Raises
+        ------
+        ValueError
+            If a value is missing, unknown or wrong; the message names its key.
+        """
+        tables = read_toml(path)
+        for arm in tables.get("arms", {}).values():
+            if isinstance(arm, dict) and arm.get("parameters") == "none":
+                arm["parameters"] = None
+        with reading(path):
+            return checked(cls, tables)
+
+    def runs(self) -> Iterator[Run]:
+        """All runs; those that share a seed first. Arms without K have one run a seed."""
+        most = max(seeds for place in self.places for seeds in place.seeds)
+        for seed in range(most):
+            for place in self.places:
+                for k, seeds in zip(place.k, place.seeds, strict=True):
+                    for name, arm in self.arms.items():
+                        # (An arm without K is run beside the K that it is tuned at, or the first.)
+                        alone = self.tuned_at if self.tuned_at in place.k else place.k[0]
+                        if seed < seeds and (arm.has_k or k == alone):
+                            yield Run(
+                                place.module, name, k if arm.has_k or arm.penalties != (0.0,) else 0, seed
+                            )
+
+    def tuning_runs(self) -> Iterator[Run]:
+        """Those that choose a learning rate and a penalty, where there is a choice."""
+        for run in replace(self, places=(Place(self.places[0].module, (self.tuned_at,), (1,)),)).runs():
+            arm = self.arms[run.arm]
+            choices = [(rate, penalty) for rate in arm.learning_rates for penalty in arm.penalties]
+            if len(choices) > 1:
+                for rate, penalty in choices:
+                    yield run._replace(seed=TUNING_SEED, learning_rate=rate, penalty=penalty)
+
+    def chosen(self, run: Run, tuning: Records) -> Run:
+        """A run with the learning rate and the penalty of its arm.
+
+        Of the settings that leave at most K experts active, on average over the validation texts, those with
+        the lowest error; if none does, those that leave the fewest active.
+        """
+        arm = self.arms[run.arm]
+        rows = tuning.of(arm=run.arm)
+        if not rows:
+            return run._replace(learning_rate=arm.learning_rates[0], penalty=arm.penalties[0])
+        sparse = [row for row in rows if row["active"] <= self.tuned_at]
+        best = min(sparse or rows, key=lambda row: row["nmse" if sparse else "active"])
+        return run._replace(learning_rate=best["learning_rate"], penalty=best["penalty"])
+
+
+class Run(NamedTuple):
+    """One training; k is 0 where the layer has none, and the settings 0 until they are chosen."""
+
+    module: str
+    arm: str
+    k: int
+    seed: int
+    learning_rate: float = 0.0
+    penalty: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """How tables and files name it."""
+        settings = [f"{x:g}" for x in (self.learning_rate, self.penalty) if self.seed == TUNING_SEED]
+        return " ".join(
+            [self.module, self.arm.replace(",", ""), f"K={self.k}", f"seed={self.seed}", *settings]
+        )
+
+    @property
+    def key(self) -> Row:
+        """The columns that identify it, and its settings."""
+        return {name: getattr(self, name) for name in (*KEY, *SETTINGS)}

@@ -1,0 +1,119 @@
+"""Language models of transformers and texts, both from the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.checks import as_positive
+from mumoe_tensor.extras import require
+from mumoe_tensor.readers import parse_json, read_text, reading
+
+
+def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
+    """A causal language model of transformers in float32, in evaluation, and its tokenizer.
+
+    Nothing is downloaded.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where ``save_pretrained`` wrote both, or with one file ``*.gguf`` (which needs the package gguf).
+
+    Raises
+    ------
+    OSError, ValueError
+        If the folder has no such model.
+    """
+    require("transformers")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"a language model must be a folder, there is none at {folder}.")
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) > 1:
+        raise ValueError(f"a folder must have one file *.gguf, {folder} has {len(packed)}.")
+    options: dict[str, Any] = {"gguf_file": packed[0].name} if packed else {}
+    options["local_files_only"] = True
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model.eval(), tokenizer
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The documents of a file of JSON lines, each with an entry ``text``, or of a folder of files ``*.txt``.
+
+    Raises
+    ------
+    ValueError
+        If a line has no text, or there is no document.
+    FileNotFoundError
+        If there is no such file or folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        texts = [read_text(file) for file in sorted(path.glob("*.txt"))]
+    else:
+        texts = []
+        # (splitlines ends lines at more characters than JSON escapes.)
+        for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
+            with reading(path):
+                text = parse_json(line).get("text")
+                if not isinstance(text, str):
+                    raise ValueError(f"line {number} must have an entry text, a string; got {text!r}.")
+            texts.append(text)
+    if not texts:
+        raise ValueError(f"there must be a document: a line of JSON, or a file *.txt; {path} has none.")
+    return texts
+
+
+def write_texts(path: str | Path, texts: Sequence[str]) -> None:
+    """Write documents as `read_texts` reads them from one file."""
+    Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+class Windows(NamedTuple):
+    """Windows of documents.
+
+    Attributes
+    ----------
+    tokens : list of Tensor of int64 of shape (context,)
+    documents : tuple of int
+        The number of the document that each window is of.
+    """
+
+    tokens: list[Tensor]
+    documents: tuple[int, ...]
+
+
+def windows(texts: Sequence[str], tokenizer: Any, context: int) -> Windows:
+    """Cut documents into windows without overlap, all of one length; the rest of a document is left out.
+
+    Parameters
+    ----------
+    tokenizer : callable
+        As of transformers: called with a text, the result has ``input_ids``.
+    context : int
+        Tokens of a window.
+
+    Raises
+    ------
+    ValueError
+        If no document has so many tokens.
+    """
+    as_positive(context, "context")
+    tokens, documents = [], []
+    for number, text in enumerate(texts):
+        ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+        parts = [part for part in ids.split(context) if len(part) == context]
+        tokens += parts
+        documents += [number] * len(parts)
+    if not tokens:
+        raise ValueError(f"a document must have {context} tokens or more, the context; none has.")
+    return Windows(tokens, tuple(documents))

@@ -1,0 +1,156 @@
+"""A grid of replacements of a small Llama, as rows of a table."""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+from mumoe_tensor.nn import load  # noqa: E402
+from mumoe_tensor.replace import evaluate  # noqa: E402
+from mumoe_tensor.replace.frontier import run_grid  # noqa: E402
+from mumoe_tensor.replace.grid import Arm, Grid, Place  # noqa: E402
+from mumoe_tensor.replace.language import read_texts, windows, write_texts  # noqa: E402
+from mumoe_tensor.training import TrainConfig  # noqa: E402
+
+MODULE = "model.layers.1.mlp"
+PARTS = ("training", "validation", "test")
+ARMS = {
+    "transcoder": Arm("Transcoder", {"skip": True}, learning_rates=(0.01, 0.001)),
+    "MxD": Arm("MixtureOfDecoders"),
+    "random": Arm("MixtureOfDecoders", {"experts": 8}, gate="random", parameters=None),
+    "centres": Arm("MixtureOfDecoders", {"experts": 8}, gate="nearest_centres", parameters=None),
+    "no experts": Arm("MixtureOfDecoders", {"experts": []}, parameters=None),
+    "MOLT": Arm("MixtureOfTransforms", {"ranks": [4, 2, 2]}, penalties=(0.0, 10.0)),
+}
+GRID = Grid(
+    (Place(MODULE, (2, 4), (1, 2)),), ARMS, context=8, tuned_at=2,
+    train=TrainConfig(epochs=1, batch_size=16, keep="last"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Texts of three parts."""
+    generator = torch.Generator().manual_seed(2)
+    for number, part in enumerate(PARTS):
+        texts = [
+            " ".join(f"w{i}" for i in torch.randint(64, (17,), generator=generator).tolist())
+            for _ in range(8 if number == 0 else 3)
+        ]
+        write_texts(tmp_path / f"{part}.jsonl", texts)
+    return [tmp_path / f"{part}.jsonl" for part in PARTS]
+
+
+def test_every_layer_of_a_grid_has_a_row_once(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = run_grid(saved_llama, paths, GRID, out)
+    with_k = [name for name, arm in ARMS.items() if arm.has_k]
+    assert sorted((row["arm"], row["k"], row["seed"]) for row in rows) == sorted(
+        [(name, k, seed) for name in with_k for k, seed in ((2, 0), (4, 0), (4, 1))]
+        + [("no experts", 0, 0), ("MOLT", 2, 0)]
+    )
+    # One that was interrupted goes on with what is left, and needs no activations for what is there.
+    table = (out / "frontier.csv").read_text().splitlines()
+    (out / "frontier.csv").write_text("\n".join(table[:-1]) + "\n")
+    shutil_free = {path for path in out.rglob("*") if path.is_file()}
+    again = run_grid(saved_llama, paths, GRID, out)
+    assert [row["run"] for row in again] == [row["run"] for row in rows]
+    for one, other in zip(rows, again, strict=True):
+        assert all(one[name] == pytest.approx(other[name]) for name in one if name != "seconds")
+    assert {path for path in out.rglob("*") if path.is_file()} == shutil_free
+
+
+def test_rows_are_of_the_layers_that_are_saved(
+    saved_llama: Path, paths: list[Path], tmp_path: Path, llama: Any
+) -> None:
+    from mumoe_tensor.replace.language import load_language_model
+
+    grid = replace(GRID, arms={"MxD": ARMS["MxD"]}, places=(Place(MODULE, (2,), (1,)),))
+    (row,) = run_grid(saved_llama, paths, grid, tmp_path / "out")
+    (folder,) = (tmp_path / "out" / "layers").iterdir()
+    model, tokenizer = load_language_model(saved_llama)
+    tokens, documents = windows(read_texts(paths[2]), tokenizer, 8)
+    result = evaluate(model, MODULE, load(folder), tokens)
+    assert row["ce"] == pytest.approx(result.ce) and row["nmse"] == pytest.approx(result.nmse)
+    assert row["rise"] == pytest.approx(result.ce - result.ce_intact)
+    assert row["rise_zeroed"] == pytest.approx(result.ce_zeroed - result.ce_intact)
+    # Two windows of one document are one unit of the interval.
+    assert len(documents) == 2 * len(set(documents))
+    assert row["half"] == pytest.approx(result.of_documents(documents).interval()[1])
+    block = model.get_submodule(MODULE)
+    assert row["parameters"] == pytest.approx(2 * sum(p.numel() for p in block.parameters()), rel=0.02)
+
+
+def test_settings_of_the_lowest_validation_error_are_taken(
+    saved_llama: Path, paths: list[Path], tmp_path: Path
+) -> None:
+    arms = {name: ARMS[name] for name in ("transcoder", "MOLT")}
+    grid = replace(GRID, arms=arms, places=(Place(MODULE, (2,), (1,)),))
+    rows = run_grid(saved_llama, paths, grid, tmp_path / "out")
+    from mumoe_tensor.experiments.records import Records
+    from mumoe_tensor.replace.grid import TUNING
+
+    tuning = list(Records(tmp_path / "out" / "tuning.csv", TUNING))
+    assert [row["learning_rate"] for row in tuning if row["arm"] == "transcoder"] == [0.01, 0.001]
+    for row in rows:
+        tried = [other for other in tuning if other["arm"] == row["arm"]]
+        sparse = [other for other in tried if other["active"] <= grid.tuned_at]
+        best = min(sparse or tried, key=lambda other: other["nmse" if sparse else "active"])
+        assert (row["learning_rate"], row["penalty"]) == (best["learning_rate"], best["penalty"])
+
+
+def test_another_grid_in_the_folder_is_refused_and_a_larger_one_taken(
+    saved_llama: Path, paths: list[Path], tmp_path: Path
+) -> None:
+    arms = {"no experts": ARMS["no experts"]}
+    grid = replace(GRID, arms=arms, places=(Place(MODULE, (2,), (1,)),))
+    run_grid(saved_llama, paths, grid, tmp_path / "out")
+    with pytest.raises(ValueError, match="context differ"):
+        run_grid(saved_llama, paths, replace(grid, context=4), tmp_path / "out")
+    changed = {"no experts": Arm("MixtureOfDecoders", {"experts": []}, parameters="2x")}
+    with pytest.raises(ValueError, match="no experts differ"):
+        run_grid(saved_llama, paths, replace(grid, arms=changed), tmp_path / "out")
+    more = replace(grid, arms=arms | {"random": ARMS["random"]})
+    assert [row["arm"] for row in run_grid(saved_llama, paths, more, tmp_path / "out")] == [
+        "no experts",
+        "random",
+    ]
+
+
+class Pool(ThreadPoolExecutor):
+    """Stands for worker processes, whose start takes seconds: what they get is pickled."""
+
+    def __init__(self, count: int, context: Any, start: Any, arguments: Any):
+        super().__init__(1)
+        start(*pickle.loads(pickle.dumps(arguments)))
+
+
+def test_processes_do_not_change_the_rows(
+    saved_llama: Path, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mumoe_tensor.replace.frontier.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    grid = replace(GRID, arms={"MxD": ARMS["MxD"]}, places=(Place(MODULE, (2,), (2,)),))
+    rows = [
+        sorted(run_grid(saved_llama, paths, grid, tmp_path / f"{n}", processes=n), key=lambda row: row["run"])
+        for n in (1, 2)
+    ]
+    for one, other in zip(*rows, strict=True):
+        assert all(one[name] == pytest.approx(other[name]) for name in one if name != "seconds")
+
+
+def test_one_test_document_has_no_interval(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
+    write_texts(paths[2], read_texts(paths[2])[:1])
+    with pytest.raises(ValueError, match="two or more with 8 tokens"):
+        run_grid(saved_llama, paths, GRID, tmp_path / "out")
+    with pytest.raises(ValueError, match="texts for training, validation, test, got 2"):
+        run_grid(saved_llama, paths[:2], GRID, tmp_path / "out")

@@ -1,0 +1,33 @@
+"""Grids of replacements as they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("pydantic")
+
+from mumoe_tensor.replace.grid import Grid, Place
+
+
+def test_a_grid_is_read_from_toml(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'context = 8\ntuned_at = 2\n[[places]]\nmodule = "a"\nk = [2]\nseeds = [1]\n'
+        '[arms.dense]\nlayer = "MixtureOfDecoders"\noptions = { experts = [] }\nparameters = "none"\n'
+    )
+    grid = Grid.read(path)
+    assert grid.places == (Place("a", (2,), (1,)),)
+    assert grid.arms["dense"].parameters is None and not grid.arms["dense"].has_k
+    for old, new, error in (
+        ("tuned_at = 2", "tuned_at = 3", "tuned_at must be a K of the first place"),
+        ("k = [2]", "k = [2, 4]", "as many positive numbers"),
+        ('"MixtureOfDecoders"', '"Decoder"', "arms.dense.layer"),
+        ("context", "contexts", "contexts"),
+    ):
+        path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(ValueError, match=error):
+            Grid.read(path)
+        path.write_text(path.read_text().replace(new, old))

@@ -1,0 +1,82 @@
+"""Language models and texts from the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mumoe_tensor.replace.language import load_language_model, read_texts, windows, write_texts  # noqa: E402
+
+
+def test_a_saved_model_is_loaded_with_its_tokenizer(saved_llama: Path, llama: Any) -> None:
+    model, tokenizer = load_language_model(saved_llama)
+    ids = torch.tensor([tokenizer("w3 w5 w1")["input_ids"]])
+    assert ids.tolist() == [[3, 5, 1]]
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+    torch.testing.assert_close(model(ids).logits, llama(ids).logits)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, transformers: Any) -> None:
+    with pytest.raises(NotADirectoryError, match="there is none at"):
+        load_language_model(tmp_path / "absent")
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"one file .*gguf.* has 2"):
+        load_language_model(tmp_path)
+
+
+def test_texts_come_back_from_a_file_and_from_a_folder(tmp_path: Path) -> None:
+    texts = ["one\ntwo", "“three”"]
+    write_texts(tmp_path / "texts.jsonl", texts)
+    assert read_texts(tmp_path / "texts.jsonl") == texts
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    assert read_texts(tmp_path) == texts
+
+
+def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there must be a document"):
+        read_texts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("", "a text must have characters"),
+        ('{"text": "a"}\n{"words": 3}', "line 2 must have an entry text"),
+        ('{"text": 3}', "line 1 must have an entry text, a string; got 3"),
+        ("plain text", "texts.jsonl"),
+        ("[1]", "texts.jsonl"),
+    ],
+)
+def test_a_file_without_texts_is_refused(tmp_path: Path, content: str, error: str) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=error):
+        read_texts(path)
+
+
+def test_windows_cut_documents_and_leave_the_rest() -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    tokens, documents = windows(["1 2 3 4 5", "6", "7 8"], tokenizer, 2)
+    assert [each.tolist() for each in tokens] == [[1, 2], [3, 4], [7, 8]]
+    assert documents == (0, 0, 2)
+    with pytest.raises(ValueError, match="6 tokens or more"):
+        windows(["1 2 3 4 5"], tokenizer, 6)
+    with pytest.raises(ValueError, match="context must be positive"):
+        windows(["1"], tokenizer, 0)
+
+
+def test_a_text_with_line_ends_of_unicode_is_one_line(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts.jsonl", ["a\u2028b"])
+    (tmp_path / "raw.jsonl").write_text(
+        json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert read_texts(tmp_path / "texts.jsonl") == read_texts(tmp_path / "raw.jsonl") == ["a\u2028b"]

@@ -11,6 +11,9 @@ from mumoe_tensor.replace.evaluation import (
     losses,
     splice,
 )
+from mumoe_tensor.replace.frontier import run_grid
+from mumoe_tensor.replace.grid import Arm, Grid, Place
+from mumoe_tensor.replace.language import Windows, load_language_model, read_texts, windows
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
 from mumoe_tensor.replace.probing import RULES, Probe, sparse_probe, token_labels
 from mumoe_tensor.replace.training import Fit, fit
@@ -20,6 +23,7 @@ __all__ = [
     "RULES",
     "ActivationRows",
     "Activations",
+    "Arm",
     "Bounds",
     "CoefficientRows",
     "Coefficients",
@@ -27,17 +31,24 @@ __all__ = [
     "Evaluation",
     "ExpertUse",
     "Fit",
+    "Grid",
     "MixtureOfDecoders",
     "MixtureOfTransforms",
+    "Place",
     "Probe",
     "Transcoder",
+    "Windows",
     "bounds",
     "collect_coefficients",
     "evaluate",
     "fit",
+    "load_language_model",
     "losses",
+    "read_texts",
+    "run_grid",
     "sparse_probe",
     "splice",
     "token_labels",
     "usage",
+    "windows",
 ]

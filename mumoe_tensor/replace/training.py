@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_finite
 from mumoe_tensor.nn.gate import ExpertGate
-from mumoe_tensor.replace.activations import ActivationRows
+from mumoe_tensor.replace.activations import ActivationRows, Activations
 from mumoe_tensor.replace.penalty import Penalized
 from mumoe_tensor.replace.usage import BATCH, counted, use_of
 from mumoe_tensor.training.checkpoint import Checkpoints
@@ -46,10 +46,10 @@ class Fit:
 
 def fit(
     layer: nn.Module,
-    rows: ActivationRows,
+    rows: ActivationRows | Activations,
     config: TrainConfig | None = None,
     *,
-    validation: ActivationRows,
+    validation: ActivationRows | None = None,
     folder: str | Path | None = None,
     penalty: float = 0.0,
     progress: bool = False,
@@ -66,10 +66,10 @@ def fit(
         Maps inputs of shape (rows, in_features) to outputs of shape (rows, out_features). Of `.Transcoder`,
         `.MixtureOfDecoders`, `.MixtureOfTransforms`, or any other class; its parameters are of float32. May
         have a ``gate`` and a ``bias`` of shape (out_features,).
-    rows : ActivationRows
+    rows : ActivationRows, or Activations of one module
     config : TrainConfig, optional
-    validation : ActivationRows
-        Of other documents than `rows`.
+    validation : ActivationRows, optional
+        Of other documents than `rows`. By default every tenth document of `rows`, which is not trained on.
     folder : str or Path, optional
         For checkpoints and curves, as of `.train`: the same call goes on from the last checkpoint.
     penalty : float, default 0.0
@@ -86,11 +86,15 @@ def fit(
     Raises
     ------
     ValueError
-        If the outputs of all rows are the same, there is a penalty and no expert, or as `.train`.
+        If the outputs of all rows are the same, there is a penalty and no expert, the activations are of
+        several modules, there are fewer than ten documents to hold some out, or as `.train`.
     """
     config, folder = config or TrainConfig(), None if folder is None else Path(folder)
     if as_finite(penalty, "penalty") < 0:
         raise ValueError(f"penalty must not be negative, got {penalty}.")
+    rows = _of_one_module(rows)
+    if validation is None:
+        rows, validation = _held_out(rows)
     if not rows.variance > 0:
         raise ValueError("the outputs of the training rows must differ; all are the same.")
     error = normalised_error(rows.variance)
@@ -101,6 +105,29 @@ def fit(
     with counted(layer) as usages:
         nmse, _ = evaluate(layer, validation, batch_size=BATCH, loss=error)
     return Fit(evaluations, nmse, **use_of(usages)._asdict())
+
+
+def _of_one_module(rows: ActivationRows | Activations) -> ActivationRows:
+    if isinstance(rows, ActivationRows):
+        return rows
+    if len(rows.modules) != 1:
+        raise ValueError(
+            f"a layer is fitted to one module; the activations are of {', '.join(rows.modules)}: give those "
+            "of one, as activations[name]."
+        )
+    return rows[rows.modules[0]]
+
+
+def _held_out(rows: ActivationRows) -> tuple[ActivationRows, ActivationRows]:
+    """All rows but those of every tenth document, and these."""
+    documents = rows.documents.unique()
+    if len(documents) < 10:
+        raise ValueError(
+            f"to hold out every tenth document there must be ten; the rows are of {len(documents)}: give "
+            "`validation`."
+        )
+    is_held = torch.arange(len(documents)) % 10 == 9
+    return rows.take(documents[~is_held].tolist()), rows.take(documents[is_held].tolist())
 
 
 def normalised_error(variance: float) -> Loss:

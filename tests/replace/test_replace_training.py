@@ -46,6 +46,25 @@ def test_the_error_is_normalised_and_falls(rows: ActivationRows, tmp_path: Path)
     assert (tmp_path / "metrics.csv").exists()
 
 
+def test_every_tenth_document_is_held_out_by_default(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    store = Activations.collect(model, "1", torch.randn(20, 8, 4), tmp_path / "one")
+    outcomes = []
+    for arguments in (
+        {"rows": store},
+        {"rows": store["1"].take([*range(9), *range(10, 19)]), "validation": store["1"].take([9, 19])},
+    ):
+        torch.manual_seed(1)
+        outcomes.append(fit(nn.Linear(4, 2), config=CONFIG, **arguments))
+    assert outcomes[0].nmse == outcomes[1].nmse
+    with pytest.raises(ValueError, match="there must be ten; the rows are of 9"):
+        fit(nn.Linear(4, 2), store["1"].take(range(9)), CONFIG)
+    both = Activations.collect(model, ["0", "1"], torch.randn(20, 8, 4), tmp_path / "two")
+    with pytest.raises(ValueError, match="one module; the activations are of 0, 1"):
+        fit(nn.Linear(4, 2), both, CONFIG)
+
+
 def test_the_bias_starts_at_the_mean_and_dead_experts_are_reported(rows: ActivationRows) -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:

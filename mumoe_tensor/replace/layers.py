@@ -49,25 +49,34 @@ class ReplacementLayer(WholeState):
     skip: nn.Linear | None
     bias: nn.Parameter | None
 
-    def __init__(
-        self, in_features: int, mixture: Mapping[str, Any], gate: AnyGate | None, *, skip: bool, bias: bool,
-        **place: Any,
-    ):  # fmt: skip
+    def __init__(self, in_features: int, mixture: MuMoE, *, skip: bool, bias: bool):
         super().__init__()
-        self.in_features = as_positive(in_features, "in_features")
-        if gate is not None:
-            mixture = {**mixture, "gate": gate, "gate_features": in_features}
-        self.mixture = MuMoE(**mixture, bias=False, gate_norm="none", **place)
-        self.out_features = self.mixture.out_features
         for flag, name in ((skip, "skip"), (bias, "bias")):
             check_flag(flag, name)
-        sizes = self.in_features, self.out_features
-        self.skip = nn.Linear(*sizes, bias=False, **place) if skip else None
-        self.bias = nn.Parameter(torch.zeros(self.out_features, **place)) if bias else None
-        if not self.mixture.gate.weight.is_meta:
-            make_zero(self.mixture.weight)
-            if self.skip is not None:
-                nn.init.zeros_(self.skip.weight)
+        self.mixture = mixture
+        self.in_features, self.out_features = in_features, mixture.out_features
+        sizes, like = (in_features, self.out_features), mixture.gate.weight
+        self.skip = nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype) if skip else None
+        self.bias = nn.Parameter(like.new_empty(self.out_features)) if bias else None
+        self._begin_at_zero()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as at first.
+
+        A tool that resets each module of a model must reset the layer after its children.
+        """
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        make_zero(self.mixture.weight)
+        if self.skip is not None:
+            nn.init.zeros_(self.skip.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @property
     def num_experts(self) -> tuple[int, ...]:
@@ -197,9 +206,9 @@ class ReplacementLayer(WholeState):
 class Transcoder(ReplacementLayer):
     """Sparse latents, each with a vector of outputs: ``y = D TopK(ReLU(E x + b)) + c``.
 
-    With `skip` a matrix is added, ``+ S x``. The latents are coefficients, and the experts of the one input 1
-    have the rows of D, which are zero at first as in the work on skip transcoders; the rows of E are normal
-    with variance 1 / in_features.
+    With `skip` a matrix is added, ``+ S x``. The latents are the coefficients of experts whose input is 1.
+    Their outputs, the columns of D, start at zero, and the entries of E are normal with variance
+    1 / in_features. In `like`, `parameters` solves for the latents.
 
     Parameters
     ----------
@@ -238,13 +247,12 @@ class Transcoder(ReplacementLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        mixture = {
-            "in_features": 1, "out_features": out_features, "experts": as_positive(latents, "latents"),
-            "format": "dense",
-        }  # fmt: skip
-        super().__init__(
-            in_features, mixture, _gate(k, gate), skip=skip, bias=bias, device=device, dtype=dtype
-        )
+        in_features, latents = as_positive(in_features, "in_features"), as_positive(latents, "latents")
+        decoder = MuMoE(
+            1, out_features, latents, "dense", bias=False, gate=_gate(k, gate), gate_norm="none",
+            gate_features=in_features, device=device, dtype=dtype,
+        )  # fmt: skip
+        super().__init__(in_features, decoder, skip=skip, bias=bias)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -265,7 +273,11 @@ class MixtureOfDecoders(ReplacementLayer):
 
     The gate sees the input x of the block, and the experts its hidden units: ``z = activation(U x + d)``, or
     ``activation(V x + e) * (U x + d)`` if it is gated. In the Hadamard format, as published, ``y = (C^T a) *
-    (D^T z) + c`` and each expert has full rank.
+    (D^T z) + c`` and each expert has full rank; D starts at zero.
+
+    Of a block, `like` takes the kind of its hidden units: gated or not, the activation, whether there are
+    biases d and e, and how many units. It takes no weights. There `parameters` solves for the experts; if
+    these are given, for the rank; and without experts, of a format without a rank, for the hidden features.
 
     Parameters
     ----------
@@ -275,7 +287,8 @@ class MixtureOfDecoders(ReplacementLayer):
         Experts of a level that may have a coefficient. Either this or a gate, where there are experts.
     format : str, dict or Format, default "hadamard"
     rank : int or sequence of int, optional
-        See `.MuMoE`, as for the format. By default that of as many parameters as the last layer has.
+        See `.MuMoE`, as for the format. By default experts and gate have as many parameters as one matrix
+        from the hidden units to the outputs.
     gated : bool, default False
     activation : str, dict or callable, default "gelu"
         See `.MuMoEMLP`.
@@ -320,17 +333,16 @@ class MixtureOfDecoders(ReplacementLayer):
         experts = expert_counts(experts)
         if not experts and (k, gate) != (None, None):
             raise ValueError(f"a layer without experts has no gate, got k={k} and gate={gate!r}.")
-        mixture = {
-            "in_features": as_positive(hidden_features, "hidden_features"), "out_features": out_features,
-            "experts": experts, "format": format, "rank": rank,
-        }  # fmt: skip
+        in_features = as_positive(in_features, "in_features")
+        hidden_features = as_positive(hidden_features, "hidden_features")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            in_features, mixture, _gate(k, gate) if experts else None, skip=False, bias=bias, **place
-        )
+        gating = {"gate": _gate(k, gate), "gate_features": in_features} if experts else {}
+        options: dict[str, Any] = {"bias": False, "gate_norm": "none", **gating, **place}
+        decoders = MuMoE(hidden_features, out_features, experts, format, rank, **options)
+        super().__init__(in_features, decoders, skip=False, bias=bias)
         for name, flag in (("gated", gated), ("hidden_bias", hidden_bias)):
             check_flag(flag, name)
-        sizes = self.in_features, self.mixture.in_features
+        sizes = self.in_features, hidden_features
         self.gate_proj = nn.Linear(*sizes, bias=hidden_bias, **place) if gated else None
         self.up = nn.Linear(*sizes, bias=hidden_bias, **place)
         self.activation = ACTIVATIONS.read(activation, device, dtype)
@@ -379,7 +391,9 @@ class MixtureOfDecoders(ReplacementLayer):
 
 @register_layer
 class MixtureOfTransforms(ReplacementLayer):
-    """Low-rank maps, each with its coefficient, of unequal ranks: ``y = sum_n a_n(x) A_n B_n x + c``.
+    """Low-rank maps of unequal ranks, each with its coefficient: ``y = sum_n a_n(x) A_n B_n x + c``.
+
+    In `like`, `parameters` solves for the factor that multiplies all ranks.
 
     Parameters
     ----------
@@ -392,7 +406,7 @@ class MixtureOfTransforms(ReplacementLayer):
 
     References
     ----------
-    Anthropic, "Sparse Mixtures of Linear Transforms", Transformer Circuits Thread, 2025.
+    Lindsey et al., "Sparse mixtures of linear transforms", Transformer Circuits Thread, 2025.
 
     Examples
     --------
@@ -414,11 +428,11 @@ class MixtureOfTransforms(ReplacementLayer):
     ):
         ranks = _positive(ranks)
         format, rank = _by_rank(ranks)
-        mixture = {
-            "in_features": in_features, "out_features": out_features, "experts": len(ranks), "format": format,
-            "rank": rank,
-        }  # fmt: skip
-        super().__init__(in_features, mixture, gate, skip=False, bias=bias, device=device, dtype=dtype)
+        transforms = MuMoE(
+            in_features, out_features, len(ranks), format, rank, bias=False, gate=gate, gate_norm="none",
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        super().__init__(transforms.in_features, transforms, skip=False, bias=bias)
         self.ranks = ranks
 
     @property

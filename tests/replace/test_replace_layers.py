@@ -189,6 +189,15 @@ def test_outputs_start_at_the_bias_and_the_output_factor_learns(spec) -> None:
         assert layer.mixture.experts.factors[term.factors][-1].grad.any()
 
 
+def test_memory_without_values_is_filled(layer: Any) -> None:
+    empty = type(layer).from_config(layer.config, device="meta").to_empty(device="cpu")
+    for parameter in empty.parameters():
+        parameter.data.fill_(torch.nan)
+    empty.reset_parameters()
+    x = torch.randn(5, 6)
+    assert not empty(x).any() and all(parameter.isfinite().all() for parameter in empty.parameters())
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.0])
 def test_all_of_a_layer_learns(factor: float) -> None:
     """After one step, which only the output factor and what is added take, every parameter has a gradient."""

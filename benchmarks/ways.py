@@ -25,6 +25,7 @@ def ways(quick: bool, device: str) -> Report:
         calls: dict[str, Call] = {
             "softmax": lambda z=logits: z.softmax(-1),
             "sorted": lambda z=logits: entmax._sorted(z),
+            "sorted by NumPy": lambda z=logits: entmax._by_numpy(z.numpy()),
             "Newton": lambda z=logits: entmax._newton(z),
             "few entries": lambda z=logits: entmax._of_few_entries(z),
             "chosen": lambda z=logits: entmax.coefficients_on_cpu(z),

@@ -6,7 +6,8 @@ all backends imports it late.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,16 @@ _WITH_AUTOCAST = frozenset(
 def unviewed(array: Tensor, shape: Sequence[int]) -> Tensor:
     """A new result in another shape, which autograd does not count as a view: nothing else may hold it."""
     return torch.ops.aten._unsafe_view(array, shape)
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` where nothing transforms or compiles the call, of all arguments by position.
+
+    (``function.apply`` inspects the signature in every call, which takes longer than a small product.)
+    """
+    inherited: Any = super(torch.autograd.Function, function)
+    apply: Callable[..., Any] = inherited.apply
+    return apply
 
 
 def is_recorded() -> bool:

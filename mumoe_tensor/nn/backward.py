@@ -161,7 +161,9 @@ def _gradients_of_step(
     wholes = (values[step.left.position], values[step.right.position])
     left, right, _ = views(step, *wholes, TORCH)
     if step.kind != "mul":
-        stack = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        stack = left.shape[:-2]
+        if right.shape[:-2] != stack:
+            stack = torch.broadcast_shapes(stack, right.shape[:-2])
         gradient = gradient.reshape(*stack, left.shape[-2], right.shape[-1])
     of_views = None
     if sparse is not None:

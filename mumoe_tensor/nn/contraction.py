@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mumoe_tensor.calls import unviewed
+from mumoe_tensor.calls import is_transformed, plain_apply, unviewed
 from mumoe_tensor.contraction.execute import arrange, arranged, run
 from mumoe_tensor.contraction.layout import Arrangement
 from mumoe_tensor.nn.backward import TORCH, Activation, SavePolicy, gradients_of, unpermuted
@@ -43,7 +43,8 @@ def contract(
     if not program.steps:  # one vector of outputs for all inputs
         return operands[0]
     if torch.is_grad_enabled() and not is_recorded:
-        y = _Contraction.apply(policy, activation, tuple(ready), *operands, *ready.values())[0]
+        apply = _Contraction.apply if is_transformed() else _apply
+        y = apply(policy, activation, tuple(ready), *operands, *ready.values())[0]
     else:
         y = _run(policy, activation, operands, ready)[program.result]
     output = policy.output
@@ -127,3 +128,6 @@ class _Contraction(torch.autograd.Function):
             policy, activation, saved[:count], {**results, **ready}, gradient, needed[:count], needed_of_ready
         )
         return None, None, None, *gradients
+
+
+_apply = plain_apply(_Contraction)

@@ -2,21 +2,27 @@
 
 All are about u = (z − t)₊, where z are logits less the largest of their row; p = (u / 2)² sums to one where
 ‖u‖ = 2. Newton steps on ‖u‖ − 2 rise to that t from any below it. What a CPU does instead depends on the
-size of a call. Few logits are sorted, for a closed form. Of long rows the largest of every 16 entries are
-taken: their t is a lower bound of the row's, and close to it. Few entries are above it, and only they are
-read again.
+size of a call. Few logits are sorted, for a closed form; by NumPy, whose operations take less time to call
+than those of torch. Of long rows the largest of every 16 entries are taken: their t is a lower bound of the
+row's, and close to it. Few entries are above it, and only they are read again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mumoe_tensor import gates
+from mumoe_tensor.nn.norm import LogitBatchNorm
 
-#: Logits of a call up to which sorting takes less time than Newton steps, which are more operations.
+#: Logits of a call up to which NumPy, on one thread, takes less time than torch.
+FEW = 8192
+#: Logits of a call up to which sorting by torch takes less time than Newton steps, which are more operations.
 FEWEST = 4096
 #: Entries of a row up to which the closed form is close in float32.
 SHORT = 256
@@ -46,11 +52,28 @@ def coefficients(z: Tensor) -> Tensor:
 
 def coefficients_on_cpu(z: Tensor) -> Tensor:
     """The same, where values can be read."""
-    if z.numel() <= FEWEST and z.dtype == torch.float32:
-        return _sorted(z)
+    if z.numel() <= FEW and z.dtype == torch.float32:
+        return torch.from_numpy(_by_numpy(z.detach().numpy()))
     rows = z.reshape(-1, z.shape[-1])
     p = _of_few_entries(rows) if _is_long(rows) else None
     return (_newton(rows) if p is None else p).view(z.shape)
+
+
+def coefficients_of_levels(
+    logits: Tensor, sizes: Sequence[int], norm: LogitBatchNorm | None
+) -> tuple[Tensor, ...]:
+    """The coefficients of few logits of levels of these sizes, after batch norm by its running statistics."""
+    z = logits.numpy()
+    if norm is not None:
+        with np.errstate(all="ignore"):
+            z = (z - norm.running_mean.numpy()) / np.sqrt(norm.running_var.numpy() + norm.eps)
+        z = z.astype(np.float32, copy=False)
+    if len(sizes) == 1:
+        return (torch.from_numpy(_by_numpy(z)),)
+    if len(set(sizes)) == 1:  # one call takes less time
+        return torch.from_numpy(_by_numpy(z.reshape(*z.shape[:-1], len(sizes), sizes[0]))).unbind(-2)
+    levels = [z[..., stop - n : stop] for n, stop in zip(sizes, accumulate(sizes), strict=True)]
+    return tuple([torch.from_numpy(_by_numpy(level)) for level in levels])
 
 
 def gradient(p: Tensor, dp: Tensor, result: Tensor | None = None) -> Tensor:
@@ -140,6 +163,38 @@ def _sorted(z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         t.addcdiv_(excess, u.sum(-1, keepdim=True), value=2)
     u = wide.sub_(t).relu_().mul_(0.5)
     return u.mul_(u).to(z.dtype)
+
+
+def _by_numpy(z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The coefficients by the closed form for the k largest of a row: NumPy takes less time for each step."""
+    with np.errstate(invalid="ignore", over="ignore"):  # (of rows that become NaN)
+        behind = np.negative(z)
+        behind.sort(-1)
+        least = behind[..., :1]
+        # How far each logit is behind the largest. From 2 on it has no coefficient. (In float64,
+        # as roots cancel.)
+        d = np.subtract(behind, least, dtype=np.float64)
+        np.minimum(d, 2, out=d)
+        # The t at which the k largest alone have ‖t − d‖ = 2. It falls with k, and that of all entries is
+        # the last that is not below the k-th distance; later entries are above it.
+        k = np.arange(1.0, z.shape[-1] + 1)
+        total, squares = d.cumsum(-1), (d * d).cumsum(-1)
+        squares -= 4
+        squares *= k
+        t = total * total
+        t -= squares
+        np.maximum(t, 0, out=t)
+        np.sqrt(t, out=t)
+        t += total
+        t /= k
+        np.maximum(t, d, out=t)
+        # (In this order: a logit and the largest may be far from zero.)
+        p = z + least
+        p += np.minimum.reduce(t, -1, keepdims=True)
+        np.maximum(p, 0, out=p)
+        p *= 0.5
+        p *= p
+    return p
 
 
 def _chunks(rows: Tensor) -> Sequence[Tensor]:

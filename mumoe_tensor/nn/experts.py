@@ -15,7 +15,6 @@ from mumoe_tensor.calls import (
     autocast_dtype,
     check_dense,
     has_hooks,
-    is_frozen,
     is_recorded,
     is_transformed,
 )
@@ -407,7 +406,7 @@ class Experts(WholeState):
         if dtype is not None:
             # Autocast does not reach into the backward pass of a function.
             vectors = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in vectors)
-        use_folded = dtype is None and is_frozen(self) and not is_indexed
+        use_folded = not (dtype or is_indexed or recorded or self.training or torch.is_grad_enabled())
         y: Tensor | None = None
         with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
             # (`.to` plans anew; but parameters may have been replaced.)

@@ -16,12 +16,16 @@ from mumoe_tensor.calls import (
     is_jit_traced,
     is_recorded,
     is_transformed,
+    plain_apply,
 )
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.nn import entmax, kernels
 from mumoe_tensor.nn.kernels.coefficients import coefficients
 
 __all__ = ["entmax15"]
+
+#: Dtypes that are computed in.
+WIDE = (torch.float32, torch.float64)
 
 
 @gates.sparse_gradient
@@ -40,14 +44,15 @@ def entmax15(logits: Tensor) -> Tensor:
     """
     if logits.device.type in kernels.DEVICES and kernels.serve(logits):
         return coefficients(logits, power=2)
-    # (What `is_exported` asks of any call: this one is made for every level.)
-    if (is_compiling() or is_jit_traced() or get_proxy_mode()) and is_exported():
+    is_eager = is_eager_on_cpu(logits)
+    if not is_eager and is_exported():
         return _plain(logits)
     if torch.is_grad_enabled() or is_transformed():
-        result: Tensor = _Entmax15.apply(logits)
+        apply = _apply if is_eager else _Entmax15.apply
+        result: Tensor = apply(logits, is_eager)
         return result
     # (Applying a function takes longer than computing a row.)
-    return _Entmax15.forward(logits)
+    return _Entmax15.forward(logits, is_eager)
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -80,37 +85,43 @@ _HAS_FLOAT64: dict[str, bool] = {}
 
 class _Entmax15(torch.autograd.Function):
     @staticmethod
-    def forward(logits: Tensor) -> Tensor:
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if is_eager_on_cpu(z):
-            return entmax.coefficients_on_cpu(z).to(logits.dtype)
+    def forward(logits: Tensor, is_eager: bool) -> Tensor:
+        z = logits if logits.dtype in WIDE else logits.float()
+        if is_eager:
+            p = entmax.coefficients_on_cpu(z)
+            return p if z is logits else p.to(logits.dtype)
         if has_float64(z.device):
             return entmax.coefficients(z).to(logits.dtype)
-        p = entmax.coefficients_in_float32(z)
-        return _plain(logits) if p is None else p.to(logits.dtype)
+        short = entmax.coefficients_in_float32(z)
+        return _plain(logits) if short is None else short.to(logits.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (p,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             # The derivative is a function of p alone, so its own derivative follows through p. The root of
             # zero has none: it is kept out of the graph.
             s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), p)
             scaled = s * gradient
-            return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
+            return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)), None
         dtype = torch.promote_types(p.dtype, torch.float32)
         solve = entmax.gradient_on_cpu if is_eager_on_cpu(gradient) else entmax.gradient
-        return solve(p.to(dtype), gradient.to(dtype)).to(p.dtype)
+        return solve(p.to(dtype), gradient.to(dtype)).to(p.dtype), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None], logits: Tensor) -> tuple[Tensor, int]:
-        (axis,) = in_dims
+    def vmap(
+        info: Any, in_dims: tuple[int | None, None], logits: Tensor, is_eager: bool
+    ) -> tuple[Tensor, int]:
+        axis, _ = in_dims
         assert axis is not None
-        return _Entmax15.apply(logits.movedim(axis, 0)), 0
+        return _Entmax15.apply(logits.movedim(axis, 0), is_eager), 0
+
+
+_apply = plain_apply(_Entmax15)
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:

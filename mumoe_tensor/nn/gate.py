@@ -20,7 +20,7 @@ from mumoe_tensor.calls import (
 )
 from mumoe_tensor.checks import as_positive, check_choice
 from mumoe_tensor.gates import Gate
-from mumoe_tensor.nn import kernels
+from mumoe_tensor.nn import entmax, kernels
 from mumoe_tensor.nn.functional import entmax15, is_eager_on_cpu, softmax
 from mumoe_tensor.nn.kernels.coefficients import Norm, coefficients
 from mumoe_tensor.nn.norm import LogitBatchNorm
@@ -208,26 +208,30 @@ class ExpertGate(WholeState):
             mask = _read_mask(mask, z.shape[:-1])
         if not self.num_experts:
             return ()
-        is_under_autocast = autocast_dtype(z.device) is not None
         if self.reads_input:
+            is_under_autocast = autocast_dtype(z.device) is not None
             with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
                 return self._coefficients_of_input(z, sparse)
         if z.device.type in kernels.DEVICES and kernels.serve(z) and self._power is not None:
             return self._by_kernels(z, mask, self._power)
-        if is_frozen(self) and not is_under_autocast and self._is_norm_folded(z):
+        frozen = is_frozen(self)
+        if frozen and self._is_norm_folded(z) and autocast_dtype(z.device) is None:
             assert self.norm is not None
             scale, shift = self.norm.affine_map(z.dtype)
             logits = nn.functional.linear(z, scale.unsqueeze(1) * self.weight, shift)
             return self.coefficients_of(logits, z.dtype, sparse)
         logits = nn.functional.linear(z, self.weight)
+        if frozen and self._is_by_numpy(logits):
+            return entmax.coefficients_of_levels(logits, self.num_experts, self.norm)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        is_under_autocast = autocast_dtype(z.device) is not None
         with torch.autocast(z.device.type, enabled=False) if is_under_autocast else nullcontext():
             normed = logits if self.norm is None else self.norm(logits, mask)
             return self.coefficients_of(normed, z.dtype, sparse)
 
     def _is_norm_folded(self, z: Tensor) -> bool:
         """Whether frozen batch norm goes into the weight: where that has fewer rows than the batch."""
-        if self.norm is None or self.norm.training or z.numel() <= self.in_features**2:
+        if z.numel() <= self.in_features**2 or self.norm is None or self.norm.training:
             return False
         return z.dtype in (torch.float32, torch.float64) and self._is_norm_frozen(z)
 
@@ -237,7 +241,18 @@ class ExpertGate(WholeState):
         if norm is None or norm.training or has_hooks(norm):
             return False
         # Tools remove the statistics, or move them to the device only when the norm itself is called.
-        return norm.running_var is not None and norm.running_var.device == z.device
+        var = norm.running_var
+        return var is not None and var.device == z.device
+
+    def _is_by_numpy(self, logits: Tensor) -> bool:
+        """Whether few logits become coefficients, by a norm that needs no other rows."""
+        return (
+            self._power == 2
+            and is_eager_on_cpu(logits)
+            and logits.dtype == torch.float32
+            and logits.numel() <= entmax.FEW
+            and (self.gate_norm == "none" if self.norm is None else self._is_norm_frozen(logits))
+        )
 
     @property
     def _power(self) -> int | None:

@@ -55,11 +55,13 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         ValueError
             In training with fewer than two rows that count.
         """
-        rows = logits.reshape(-1, logits.shape[-1])
+        rows = logits if logits.ndim == 2 else logits.reshape(-1, logits.shape[-1])
         if not self.training and self.track_running_stats:
             if rows.dtype == self.running_var.dtype:
+                # (As `nn.functional.batch_norm` calls it.)
                 running = self.running_mean, self.running_var
-                return nn.functional.batch_norm(rows, *running, eps=self.eps).reshape(logits.shape)
+                normed = torch.batch_norm(rows, None, None, *running, False, 0.0, self.eps, False)
+                return normed.reshape(logits.shape)
             scale, shift = self.affine_map(rows.dtype)
             return torch.addcmul(shift, rows, scale).reshape(logits.shape)
         shared = (

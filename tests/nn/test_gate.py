@@ -59,12 +59,12 @@ def test_softmax_is_that_of_the_core(dtype: torch.dtype) -> None:
 
 
 #: What decides how a CPU computes: each way for calls of any size.
-WAYS = {
+WAYS: dict[str, dict[str, float]] = {
     "by size": {},
-    "in chunks": {"FEWEST": 0, "CHUNK": 1000},
-    "sorted": {"FEWEST": 10**9},
-    "Newton": {"FEWEST": 0, "LONG": 10**9},
-    "few entries": {"FEWEST": 0, "LONG": 32, "SHARE": 1.0},
+    "in chunks": {"FEW": 0, "CHUNK": 1000},
+    "closed form": {"FEW": 10**9},
+    "Newton": {"FEW": 0, "LONG": 10**9},
+    "few entries": {"FEW": 0, "LONG": 32, "SHARE": 1.0},
 }
 
 
@@ -180,13 +180,46 @@ def test_batch_norm_needs_two_rows_in_training(rows: int) -> None:
     assert MuMoE(5, 4, 3, rank=2, gate_norm="layer")(torch.zeros(rows, 5)).shape == (rows, 4)
 
 
+@pytest.mark.parametrize("gate_norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("experts", [(5,), (4, 4, 4), (3, 5)])
+def test_few_logits_in_evaluation_without_gradients(experts: tuple[int, ...], gate_norm: Any) -> None:
+    gate = ExpertGate(6, experts, gate_norm=gate_norm)
+    nn.init.normal_(gate.weight)
+    gate(torch.randn(9, 6))
+    gate.eval()
+    for shape in ((7, 6), (2, 3, 6), (6,), (0, 6)):
+        z = 3 * torch.randn(shape)
+        if len(shape) == 2:
+            z[1:2, 0], z[2:3, 1] = torch.inf, torch.nan
+        with torch.no_grad():
+            levels = gate(z)
+        for a, expected, n in zip(levels, gate(z), experts, strict=True):
+            assert a.shape == (*shape[:-1], n) and a.dtype == torch.float32
+            torch.testing.assert_close(a, expected, atol=1e-6, rtol=0, equal_nan=True)
+
+
+def test_few_logits_after_a_norm_that_is_more_than_its_statistics() -> None:
+    gate, z = ExpertGate(6, [5]), torch.randn(7, 6)
+    nn.init.normal_(gate.weight)
+    norm = gate.norm
+    assert norm is not None
+    with torch.no_grad():
+        a = gate.eval()(z)[0]
+        norm.double()
+        torch.testing.assert_close(gate(z)[0], a)
+        assert gate(z)[0].dtype == torch.float32
+        norm.float().register_forward_hook(lambda module, inputs, output: 0 * output)
+        torch.testing.assert_close(gate(z)[0], torch.full((7, 5), 0.2))
+
+
 @pytest.mark.parametrize("n", [1, 2, 17, 100, 256])
 def test_few_logits_without_float64(n: int) -> None:
     for name, row in nasty(n).items():
         logits = torch.tensor(row)[None]
-        p, exact = entmax.coefficients_in_float32(logits), mt.entmax15(logits.double())
-        assert p is not None and (p - exact).abs().max() <= 3e-7, name
-        assert abs(p.sum() - 1) <= 2e-6 and not (p[exact == 0] > 1e-13).any(), name
+        exact = mt.entmax15(logits.double())
+        for p in (entmax.coefficients_in_float32(logits), entmax._sorted(logits)):
+            assert p is not None and (p - exact).abs().max() <= 3e-7, name
+            assert abs(p.sum() - 1) <= 2e-6 and not (p[exact == 0] > 1e-13).any(), name
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ def loss_effects(
     Parameters
     ----------
     model : Module
-        Token numbers of shape (rows, tokens) to logits of shape (rows, tokens, vocabulary). Runs as in
-        ``eval()``.
+        Token numbers of shape (rows, tokens) to logits of shape (rows, tokens, vocabulary), as they are or
+        as attribute `logits`. Runs as in ``eval()``.
     layer : Module
         The layer of the model that the expert belongs to.
     batches : iterable of (tokens, next tokens)
@@ -48,7 +49,8 @@ def loss_effects(
     Raises
     ------
     ValueError
-        If the layer has not one gate, there is no such level or expert, or there is no token.
+        If the layer has not one gate, there is no such level or expert, there is no token, or the logits
+        have another shape.
     TypeError
         If the level or an expert is no integer.
     """
@@ -70,7 +72,20 @@ def _loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Mean over tokens."""
     total, count = 0.0, 0
     for tokens, following in batches:
-        logits = model(tokens).flatten(0, 1)
+        logits = logits_of(model, tokens).flatten(0, 1)
         total += float(nn.functional.cross_entropy(logits.float(), following.flatten(), reduction="sum"))
         count += following.numel()
     return total / count
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The logits that a language model returns, alone or as an attribute, of every token."""
+    output: Any = model(tokens)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise ValueError(
+            "the model must return logits for every token, of shape "
+            f"{(*tokens.shape, 'vocabulary')}; got {got}."
+        )
+    return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,6 +20,7 @@ from mumoe_tensor.analysis import (
 )
 from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.analysis.parts import gate_of
+from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating, gates_of
 
 Progress = Callable[[int, int, str], None]
@@ -74,8 +75,8 @@ class ExpertLevel:
 class _Seen:
     """What is counted of one level as batches pass."""
 
-    def __init__(self, experts: int, labels: int, k: int):
-        self.usage, self.top = Usage(experts), TopInputs(experts, k)
+    def __init__(self, experts: int, labels: int, k: int, threshold: float):
+        self.usage, self.top = Usage(experts, threshold), TopInputs(experts, k)
         self.sums = torch.zeros(labels, experts)
 
     def update(self, rows: Tensor, pooled: Tensor, labels: Tensor | None) -> None:
@@ -99,16 +100,18 @@ def collect(
     effects: bool = True,
     removed: int | None = None,
     effect_inputs: int | None = None,
+    layers: Sequence[str] | None = None,
+    threshold: float = 0.5,
     progress: Progress | None = None,
 ) -> list[ExpertLevel]:
-    """Look at all experts of a model.
+    """Look at all experts of a model, or of some of its modules.
 
     Parameters
     ----------
     model : Module
         Inputs of shape (rows, ...) to logits of shape (rows, classes), or of a language model
-        (rows, tokens, vocabulary). Runs as in ``eval()``. Each of its gates is called once a batch, with the
-        inputs in the first axis.
+        (rows, tokens, vocabulary), as they are or as attribute `logits`. Runs as in ``eval()``. Each of the
+        gates is called once a batch, with the inputs in the first axis.
     inputs : Tensor of shape (rows, ...)
     labels : Tensor of int of shape (rows,) or (rows, tokens), optional
         Classes of the inputs; or, where inputs are token numbers, the token that follows each.
@@ -127,6 +130,10 @@ def collect(
         Remove the most used so many experts of a level only; all by default.
     effect_inputs : int, optional
         Look for effects in the first so many inputs only; in all by default.
+    layers : sequence of str, optional
+        Names of modules of the model: only experts in these are looked at.
+    threshold : float, default 0.5
+        A row counts for the load of an expert with a coefficient of this at least.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -138,8 +145,8 @@ def collect(
     Raises
     ------
     ValueError
-        If the model has no gate, there is no input, labels do not fit the inputs, or a gate has rows that do
-        not divide into inputs and passages.
+        If the model, or one of the layers, has no experts, there is no input, labels do not fit the inputs,
+        or a gate has rows that do not divide into inputs and passages.
     """
     is_language = labels is not None and labels.ndim == 2 and labels.shape == inputs.shape
     if not len(inputs) or not (labels is None or is_language or labels.shape == inputs.shape[:1]):
@@ -149,9 +156,10 @@ def collect(
         )
     labels = None if labels is None else read_labels(labels)
     found, places, frequency = _labelled(inputs if is_language else labels, is_language)
+    gates = _gates_in(model, [""] if layers is None else layers)
     seen = {
-        (name, level): _Seen(experts, 0 if found is None else len(found), k)
-        for name, gate in gates_of(model).items()
+        (name, level): _Seen(experts, 0 if found is None else len(found), k, threshold)
+        for name, gate in gates.items()
         for level, experts in enumerate(gate.num_experts)
     }
     starts = range(0, len(inputs), batch_size)
@@ -159,6 +167,8 @@ def collect(
     total = 2 * len(starts) + len(seen)
 
     def update(name: str, coefficients: tuple[Tensor, ...], start: int) -> None:
+        if name not in gates:
+            return
         count = min(batch_size, len(inputs) - start)
         of_batch = None if places is None else places[start : start + count]
         for level, rows in enumerate(coefficients):
@@ -203,10 +213,25 @@ def collect(
     return levels
 
 
+def _gates_in(model: nn.Module, layers: Sequence[str]) -> dict[str, ExpertGate]:
+    """The gates with experts that some modules have."""
+    gates = {name: gate for name, gate in gates_of(model).items() if gate.num_experts}
+    chosen: dict[str, ExpertGate] = {}
+    for layer in layers:
+        inside = {
+            name: gate for name, gate in gates.items() if not layer or f"{name}.".startswith(f"{layer}.")
+        }
+        if not inside:
+            raise ValueError(f"a layer must have experts, as {[*gates][:3]} do; {layer!r} has none.")
+        chosen |= inside
+    return chosen
+
+
 def _labelled(labels: Tensor | None, is_language: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Labels that there are, the place of each input's (token's) among them, and their frequency."""
     if labels is None:
         return None, None, None
+    labels = labels.cpu()  # as the figures of all batches are
     if is_language:
         found, places, counts = labels.unique(return_inverse=True, return_counts=True)
     else:
@@ -246,7 +271,7 @@ def _keep_rows(
     """Keep the coefficient of every row of the inputs that are shown, if inputs have several."""
 
     def look(name: str, coefficients: tuple[Tensor, ...]) -> None:
-        for level, rows in enumerate(coefficients):
+        for level, rows in enumerate(coefficients if (name, 0) in shown else ()):
             by_input = _by_input(rows, len(batch), passage)
             if by_input.shape[1] == 1:
                 continue

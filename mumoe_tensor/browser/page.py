@@ -72,7 +72,8 @@ const shade = (element, a, most) => {
 const nameOf = label => String(data.classes[label] ?? label);
 const shown = label => data.language ? visible(nameOf(label)) : nameOf(label);
 data.levels.forEach((level, k) => by('level').append(
-  new Option(`${level.layer}, level ${level.level + 1} (${level.experts.length} experts)`, k)));
+  new Option(`${level.layer}, level ${level.level + 1} (` + (level.experts.length < level.total
+    ? `the ${level.experts.length} most used of ${level.total} experts)` : `${level.total} experts)`), k)));
 
 // From the largest on; what is missing or NaN comes last.
 const descending = key => (a, b) => {
@@ -135,7 +136,8 @@ function fill(card, expert) {
     button.addEventListener('click', () => { sampleExpert = expert.n; drawSample(); });
     heading.append(button);
   }
-  const use = `mean coefficient ${percent(expert.mean)}, load ${percent(expert.load)}`;
+  const mean = level.shares ? percent(expert.mean) : fixed(expert.mean, 4);
+  const use = `mean coefficient ${mean}, load ${percent(expert.load)}`;
   card.append(heading, make('p', '', use + effectOf(expert)));
   if (!expert.top.length) card.append(make('p', '', 'No input uses it.'));
   const most = largest(expert.top.flatMap(top => top.rows));
@@ -222,6 +224,7 @@ def page(
     classes: Sequence[str] | Mapping[int, str] = (),
     grids: Mapping[str, tuple[int, int]] | None = None,
     written: Sample | None = None,
+    experts: int | None = None,
 ) -> str:
     """Make a page of experts.
 
@@ -241,6 +244,8 @@ def page(
         patches are shaded by the expert's coefficients.
     written : Sample, optional
         A text that the model wrote, shown above the experts.
+    experts : int, optional
+        Show the most used so many experts of a level only; all by default.
 
     Returns
     -------
@@ -253,14 +258,14 @@ def page(
         If there are fewer samples than inputs.
     """
     grids = grids or {}
-    plain = plain_levels(levels, True if isinstance(samples, Texts) else grids)
-    experts = [expert for level in plain for expert in level["experts"]]
-    used = sorted({top["i"] for expert in experts for top in expert["top"]})
+    plain = plain_levels(levels, True if isinstance(samples, Texts) else grids, experts)
+    cards = [expert for level in plain for expert in level["experts"]]
+    used = sorted({top["i"] for expert in cards for top in expert["top"]})
     if samples is not None and used and used[-1] >= len(samples):
         raise ValueError(
             f"there must be a sample for every input; input {used[-1]} of {len(samples)} is shown."
         )
-    labels = sorted({label for expert in experts for label, *_ in expert["bars"]})
+    labels = sorted({label for expert in cards for label, *_ in expert["bars"]})
     known = classes if isinstance(classes, Mapping) else dict(enumerate(classes))
     is_language = any(level.is_language for level in levels)
     data: dict[str, Any] = {

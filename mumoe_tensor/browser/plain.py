@@ -35,7 +35,9 @@ class Sample:
     about: str = ""
 
 
-def plain_levels(levels: list[ExpertLevel], shaded: bool | Mapping[str, Any]) -> list[dict[str, Any]]:
+def plain_levels(
+    levels: list[ExpertLevel], shaded: bool | Mapping[str, Any], most: int | None = None
+) -> list[dict[str, Any]]:
     """Levels, layer after layer.
 
     Parameters
@@ -43,14 +45,19 @@ def plain_levels(levels: list[ExpertLevel], shaded: bool | Mapping[str, Any]) ->
     levels : list of ExpertLevel
     shaded : bool, or mapping of layers
         Whether the coefficients of single rows are shown, or the layers whose are.
+    most : int, optional
+        Only so many experts of a level: those with the largest mean coefficients.
     """
     return [
         {
             "layer": level.layer or "model",
             "level": level.level,
+            "total": len(level.top),
+            # Coefficients that sum to one are shares; others may be of any size.
+            "shares": not abs(float(level.usage.mean.sum()) - 1) > 1e-3,
             "experts": [
                 _plain_expert(level, n, shaded if isinstance(shaded, bool) else level.layer in shaded)
-                for n in range(len(level.top))
+                for n in level.usage.mean.argsort(descending=True, stable=True)[:most].sort().values.tolist()
             ],
         }
         for level in levels

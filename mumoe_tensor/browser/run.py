@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.browser.collect import collect
 from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.plain import STRONGEST, Sample
@@ -30,6 +31,8 @@ Progress = Callable[[int, int, str], None]
 ROWS, TOKENS = 2000, 65_536
 #: Images, or tokens in whole windows, in which the effect of an expert is looked for.
 EFFECT_IMAGES, EFFECT_TOKENS = 500, 2048
+#: Tokens whose logits are in memory at once, if a window has not more.
+BATCH_TOKENS = 2048
 #: Tokens of a passage that is shown, at most; of the start of the text that is written; and of that text.
 PASSAGE, GIVEN, WRITTEN = 32, 16, 128
 #: How that text is drawn.
@@ -163,27 +166,149 @@ def _browse_gpt2(
     decode = _decoder(settings, vocabulary)
     count = min(-(-TOKENS // context) if rows is None else rows, len(kept))
     x, y = kept.batch(torch.arange(count))
-    passage = max(size for size in range(1, min(PASSAGE, context) + 1) if context % size == 0)
-    looked = min(max(1, EFFECT_TOKENS // context), count)
+    return _page_of_tokens(
+        model,
+        x,
+        y,
+        decode,
+        passage=max(size for size in range(1, min(PASSAGE, context) + 1) if context % size == 0),
+        k=k,
+        removed=removed,
+        title=f"{_times(config.experts)} experts in every block of a GPT-2, {config.format}",
+        about=f"{x.numel():,} tokens that it was not trained on.",
+        written=_written(model, x[len(x) // 2], decode),
+        progress=progress,
+    )
+
+
+def browse_language_model(
+    model: nn.Module,
+    decode: Callable[[list[int]], str],
+    windows: Tensor,
+    layers: Sequence[str],
+    *,
+    k: int = 8,
+    experts: int = 256,
+    removed: int = 16,
+    title: str = "",
+    about: str = "",
+    progress: Progress | None = None,
+) -> str:
+    """Make the page of layers of experts in a causal language model of any library, as those of transformers.
+
+    Parameters
+    ----------
+    model : Module
+        Token numbers of shape (rows, tokens) to logits, as they are or as attribute `logits`. Has layers of
+        experts, such as those of `mumoe_tensor.replace`.
+    decode : callable
+        From a list of token numbers to their text, as the method of a tokenizer.
+    windows : Tensor of int of shape (rows, tokens)
+        Text to look at; passages of 32 tokens are shown, and what is left of a window is not looked at.
+    layers : sequence of str
+        Names of the modules of the model whose experts are shown.
+    k : int, default 8
+        Passages to show for each expert.
+    experts : int, default 256
+        Most used experts of a level to show. The page has about 4 kB for each.
+    removed : int, default 16
+        Most used experts of a level that are removed to see the effect on the loss, in the first 2,048 tokens
+        (whole windows): each takes two or more forward passes.
+    title, about : str
+        Above the experts; `about` says what the text is.
+    progress : callable, optional
+        Called as ``progress(done, total, text)``.
+
+    Returns
+    -------
+    str
+        HTML.
+
+    Raises
+    ------
+    ValueError
+        If a layer has no experts, there is no window, it has fewer than two tokens, or a number is out of
+        range.
+    TypeError
+        If tokens are no integers.
+    """
+    windows = read_labels(windows, what="tokens")
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
+        raise ValueError(
+            f"windows must be of shape (rows, tokens), of two tokens or more; got {tuple(windows.shape)}."
+        )
+    if k < 1 or experts < 1 or removed < 0:
+        raise ValueError(
+            f"k and experts must be positive, and removed not negative, got {k}, {experts} and {removed}."
+        )
+    windows = windows.to(next(model.parameters()).device)
+    passage = min(PASSAGE, windows.shape[1] - 1)
+    context = (windows.shape[1] - 1) // passage * passage
+    return _page_of_tokens(
+        model,
+        windows[:, :context],
+        windows[:, 1 : context + 1],
+        lambda token: decode([token]),
+        passage=passage,
+        k=k,
+        removed=removed,
+        title=title or f"Experts of {', '.join(layers)}",
+        about=about or f"{len(windows) * context:,} tokens.",
+        layers=layers,
+        experts=experts,
+        threshold=torch.finfo(torch.float32).tiny,
+        progress=progress,
+    )
+
+
+def _page_of_tokens(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    decode: Callable[[int], str],
+    *,
+    passage: int,
+    k: int,
+    removed: int,
+    title: str,
+    about: str,
+    layers: Sequence[str] | None = None,
+    experts: int | None = None,
+    threshold: float = 0.5,
+    written: Sample | None = None,
+    progress: Progress | None,
+) -> str:
+    """The page of a language model, of tokens of shape (windows, tokens) and the ones that follow each."""
+    rows = max(1, BATCH_TOKENS // x.shape[1])
+    looked = min(max(1, EFFECT_TOKENS // x.shape[1]), len(x))
     levels = collect(
-        model, x, y, k=k, batch_size=max(1, 4096 // context), passage=passage, effects=removed > 0,
-        removed=removed, effect_inputs=looked, progress=progress,
+        model, x, y, k=k, batch_size=rows, passage=passage, effects=removed > 0, removed=removed,
+        effect_inputs=looked, layers=layers, threshold=threshold, progress=progress,
     )  # fmt: skip
-    names = {int(token): decode(int(token)) for token in x.unique()}
+    counts = [
+        f" {level.layer}, level {level.level + 1}: {level.usage.active * len(level.top):.1f} of "
+        f"{len(level.top):,} experts are active for a token on average, {level.usage.dead:,} for none."
+        for level in levels
+        if experts is not None
+    ]
+    names = {token: decode(token) for token in x.unique().tolist()}
     return page(
         levels,
         Texts([[names[token] for token in row] for row in x.reshape(-1, passage).tolist()]),
-        title=f"{_times(config.experts)} experts in every block of a GPT-2, {config.format}",
+        title=title,
         about=(
-            f"{x.numel():,} tokens that it was not trained on. Shown are the passages of {passage} tokens "
+            f"{about} Shown are the passages of {passage} tokens "
             "whose most active token is the most active; tokens are shaded by the expert's coefficient, "
             "relative to the largest on the card. Bars: the tokens that the expert's coefficients go to, "
             "beyond their share of all tokens; in brackets, how many times that share. Loss: the change in "
-            f"nats per token without the expert, {_told_effects(removed, config.experts)} on "
-            f"{looked * context:,} tokens. Load: tokens with a coefficient of 0.5 or more."
+            "nats per token without the expert, "
+            f"{_told_effects(removed, [len(level.top) for level in levels])} on "
+            f"{looked * x.shape[1]:,} tokens. Load: tokens with a coefficient "
+            f"{'of 0.5 or more' if threshold == 0.5 else 'above zero'}.{''.join(counts)}"
         ),
         classes=names,
-        written=_written(model, x[len(x) // 2], decode),
+        written=written,
+        experts=experts,
     )
 
 

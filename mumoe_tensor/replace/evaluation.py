@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.labels import as_integers
+from mumoe_tensor.analysis.losses import logits_of
 from mumoe_tensor.interval import interval
 from mumoe_tensor.nn.described import check_model
 from mumoe_tensor.nn.watch import evaluating, module_of
@@ -248,15 +249,7 @@ def losses(model: nn.Module, texts: Sequence[Tensor]) -> DocumentLosses:
     with evaluating(model):
         for numbers in _batches([len(text) for text in texts]):
             tokens = torch.stack([texts[number] for number in numbers]).to(place)
-            output = model(tokens)
-            logits = getattr(output, "logits", output)
-            if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:
-                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-                raise ValueError(
-                    "the model must return logits for every token, of shape "
-                    f"{(*tokens.shape, 'vocabulary')}; got {got}."
-                )
-            for number, of_text, text in zip(numbers, logits, tokens, strict=True):
+            for number, of_text, text in zip(numbers, logits_of(model, tokens), tokens, strict=True):
                 each = nn.functional.cross_entropy(of_text[:-1].float(), text[1:], reduction="none")
                 nats[number] = each.cpu().double().sum()
     return DocumentLosses(nats, torch.tensor([len(text) - 1 for text in texts]))

@@ -1,0 +1,161 @@
+"""The page of some layers of a language model of any library, with more experts than it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+
+from mumoe_tensor.analysis import loss_effects  # noqa: E402
+from mumoe_tensor.browser import browse_language_model, collect  # noqa: E402
+from mumoe_tensor.nn import MuMoE  # noqa: E402
+
+EXPERTS, VOCABULARY = 1000, 31
+
+
+class Language(nn.Module):
+    """As of transformers: blocks in a list, and an output with logits in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+        gate = {"name": "relu_topk", "k": 3}
+        options: dict[str, Any] = {"rank": 4, "gate": gate, "gate_norm": "none"}
+        self.blocks = nn.ModuleList(MuMoE(8, 8, experts=n, **options) for n in (EXPERTS, 12, 5))
+        self.blocks.append(MuMoE(8, 8, experts=(), format="dense"))
+
+    def forward(self, tokens: Tensor) -> Any:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return SimpleNamespace(logits=self.head(x))
+
+
+@pytest.fixture(scope="module")
+def model() -> Language:
+    torch.manual_seed(0)
+    return Language()
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    return torch.randint(VOCABULARY, (6, 70), generator=torch.Generator().manual_seed(1))
+
+
+def decode(tokens: list[int]) -> str:
+    (token,) = tokens
+    return f" {token}"
+
+
+def content(html: str) -> Any:
+    found = re.search(r'application/json">(.*?)</script>', html, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+@pytest.fixture(scope="module")
+def html(model: Language, windows: Tensor) -> str:
+    layers = ["blocks.2", "blocks.0"]
+    return browse_language_model(model, decode, windows, layers, experts=20, removed=2, k=4, about="Numbers.")
+
+
+def test_the_most_used_experts_are_shown(html: str, model: Language, windows: Tensor) -> None:
+    told = content(html)
+    assert [(level["layer"], level["total"]) for level in told["levels"]] == [
+        ("blocks.2", 5), ("blocks.0", EXPERTS),
+    ]  # fmt: skip
+    x, y = windows[:, :64], windows[:, 1:65]  # two passages of 32 tokens, and what follows
+    with torch.no_grad():
+        a = model.blocks[0](model.embed(x), return_coefficients=True)[1][0]
+    mean = a.flatten(0, 1).mean(0)
+    experts = told["levels"][1]["experts"]
+    assert [expert["n"] for expert in experts] == mean.argsort(descending=True)[:20].sort().values.tolist()
+    passages = a.reshape(12, 32, EXPERTS)
+    for expert in experts:
+        n = expert["n"]
+        assert expert["mean"] == pytest.approx(mean[n].item(), abs=1e-6)
+        assert expert["load"] == pytest.approx((a[..., n] > 0).double().mean().item(), abs=1e-6)
+        best = passages[..., n].amax(1).topk(4)
+        assert [top["a"] for top in expert["top"]] == pytest.approx(
+            best.values[best.values > 0].tolist(), abs=1e-4
+        )
+        for top in expert["top"]:
+            assert top["rows"] == pytest.approx(passages[top["i"], :, n].tolist(), abs=1e-3)
+    shown = x.reshape(12, 32)
+    for index, tokens in told["samples"].items():
+        assert tokens == [f" {token}" for token in shown[int(index)].tolist()]
+    # The most used two of each level were removed, in nats.
+    for level, layer in zip(told["levels"], (model.blocks[2], model.blocks[0]), strict=True):
+        removed = [expert for expert in level["experts"] if expert["effect"] is not None]
+        assert len(removed) == 2
+        expected = loss_effects(model, layer, [(x, y)], experts=[expert["n"] for expert in removed])
+        assert [expert["effect"] for expert in removed] == pytest.approx(expected.tolist(), abs=2e-6)
+
+
+def test_the_text_says_how_many_experts_there_are(html: str, model: Language, windows: Tensor) -> None:
+    levels = collect(model, windows[:, :64], windows[:, 1:65], layers=["blocks.0"], effects=False)
+    (usage,) = (level.usage for level in levels)
+    active = f"{usage.active * EXPERTS:.1f} of 1,000 experts are active for a token on average"
+    assert f"blocks.0, level 1: {active}, {usage.dead} for none." in html
+    assert "Numbers." in html and "Load: tokens with a coefficient above zero." in html
+    assert "measured for the 2 most used experts of a level on 384 tokens" in html
+
+
+def test_the_page_has_a_size_that_does_not_grow_with_the_experts(model: Language, windows: Tensor) -> None:
+    few, many = (
+        len(browse_language_model(model, decode, windows, ["blocks.0"], experts=n, removed=0))
+        for n in (20, 40)
+    )
+    assert many < 2 * few and many - few < 20 * 4096
+
+
+@pytest.mark.parametrize("length", [2, 5, 33, 65])
+def test_windows_of_any_length(model: Language, length: int) -> None:
+    windows = torch.arange(3 * length).reshape(3, length) % VOCABULARY
+    told = content(browse_language_model(model, decode, windows, ["blocks.1"], removed=0))
+    size = min(32, length - 1)
+    assert {len(tokens) for tokens in told["samples"].values()} == {size}
+    assert told["samples"]["0"] == [f" {token}" for token in windows[0, :size].tolist()]
+
+
+def test_what_is_refused(model: Language, windows: Tensor) -> None:
+    for layer in ("blocks.7", "blocks.3", "embed", "block"):
+        with pytest.raises(ValueError, match=rf"must have experts, as \['blocks.0.gate'.*'{layer}' has none"):
+            browse_language_model(model, decode, windows, [layer])
+    for wrong in (windows[0], windows[:, :1], windows[:0]):
+        with pytest.raises(ValueError, match="windows must be of shape"):
+            browse_language_model(model, decode, wrong, ["blocks.0"])
+    with pytest.raises(TypeError, match="tokens must be integers"):
+        browse_language_model(model, decode, windows.float(), ["blocks.0"])
+    for name, value in (("k", 0), ("experts", 0), ("removed", -1)):
+        with pytest.raises(ValueError, match="k and experts must be positive"):
+            browse_language_model(model, decode, windows, ["blocks.0"], **{name: value})
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_page_in_a_browser(html: str, visit: Any, tmp_path: Path, width: int) -> None:
+    path = tmp_path / "experts.html"
+    path.write_text(html, encoding="utf-8")
+    tab, told = visit(path, width)
+    tab.wait_for_selector(".card .line")
+    options = tab.evaluate("[...document.querySelectorAll('#level option')].map(o => o.textContent)")
+    assert options == [
+        "blocks.2, level 1 (5 experts)", "blocks.0, level 1 (the 20 most used of 1000 experts)",
+    ]  # fmt: skip
+    tab.select_option("#level", "1")
+    tab.select_option("#sort", "effect")
+    tab.wait_for_selector(".card .line")
+    assert tab.locator(".card").count() == 20 and tab.inner_text("#count") == "20 of 20"
+    first = tab.evaluate("document.querySelector('.card').expert")
+    line = tab.inner_text(".card h2 + p >> nth=0")
+    # Coefficients of this gate are no shares.
+    assert f"mean coefficient {first['mean']:.4f}, load " in line and "without it" in line
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width and told == []

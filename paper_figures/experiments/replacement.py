@@ -1,9 +1,11 @@
-"""Texts of the experiment with replaced layers, by the protocol of ``docs/experiments/replacement.md``.
+"""The experiment with replaced layers, by the protocol of ``docs/experiments/replacement.md``.
 
-    python -m paper_figures.experiments.replacement FOLDER
+    python -m paper_figures.experiments.replacement texts     entries of the Jargon File, in three parts
+    python -m paper_figures.experiments.replacement probe     sparse probes of experts, latents and neurons
+    python -m paper_figures.experiments.replacement claims    the differences that the claims are about
 
-Needs `make data`. Writes ``training.jsonl``, ``validation.jsonl`` and ``test.jsonl`` into a folder: entries
-of the Jargon File, neighbours in one document, and each document in one of the three parts.
+Needs `make data`. Texts are in ``data/replacement``; the layers that are probed are those that
+``mumoe-tensor replace`` trains into ``results/replacement``.
 """
 
 from __future__ import annotations
@@ -14,11 +16,34 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mumoe_tensor.interval import interval
+from mumoe_tensor.nn import load
+from mumoe_tensor.replace import (
+    RULES,
+    Activations,
+    Grid,
+    load_language_model,
+    read_texts,
+    sparse_probe,
+    token_labels,
+    windows,
+)
+from mumoe_tensor.replace.frontier import PARTS
 from mumoe_tensor.replace.language import write_texts
-from paper_figures.experiments.heads import DATA
+from paper_figures.common import Row
+from paper_figures.common import table as as_text
+from paper_figures.experiments.heads import DATA, ROOT, table, write_table
+
+MODEL, FOLDER, RESULTS = DATA / "smollm2", DATA / "replacement", ROOT / "results" / "replacement"
+GRID = Path(__file__).with_suffix(".toml")
+#: What the other arms are compared with.
+REFERENCE = "MxD"
+#: The layers that are probed, and the numbers of features of a probe.
+MODULE, PROBED_AT, FEATURES = "model.layers.11.mlp", 32, (1, 5)
 
 #: Characters from which on a document is closed: most are one window of 256 tokens, or somewhat more.
 LEAST = 1200
@@ -55,17 +80,87 @@ def split(texts: Sequence[str]) -> dict[str, list[str]]:
     return {name: [texts[i] for i in part.tolist()] for name, part in zip(names, parts, strict=True)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the texts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(arguments).folder
+def write_parts() -> None:
+    """The documents of the three parts, as files of JSON lines."""
     with gzip.open(DATA / "jargon" / "jargon.txt.gz", "rt", encoding="utf-8") as file:
         parts = split(documents(entries(file.read())))
-    folder.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     for name, texts in parts.items():
-        write_texts(folder / f"{name}.jsonl", texts)
+        write_texts(FOLDER / f"{name}.jsonl", texts)
         print(f"{name}: {len(texts)} documents, {sum(map(len, texts)):,} characters")
+
+
+@torch.no_grad()
+def probe() -> list[Row]:
+    """F1 of the best single feature for each rule, of the layers of one K and of the block's neurons.
+
+    The feature and its threshold are chosen on the validation texts and judged on the test texts.
+    """
+    model, tokenizer = load_language_model(MODEL)
+    tokens, edges = [], [0]
+    for part in PARTS[1:]:
+        tokens += windows(read_texts(FOLDER / f"{part}.jsonl"), tokenizer, Grid.read(GRID).context).tokens
+        edges.append(sum(map(len, tokens)))
+    words = [[tokenizer.decode([token]) for token in window] for window in tokens]
+    labels = {rule: torch.cat([token_labels(window, rule) for window in words]) for rule in RULES}
+    names = (MODULE, f"{MODULE}.down_proj")
+    stored = Activations.collect(model, names, tokens, RESULTS / "activations" / "probes")
+    inputs, neurons = (stored[name].batch(range(len(stored)))[0] for name in names)
+    rows: list[Row] = []
+
+    def judge(arm: str, seed: int, features: Any) -> None:
+        for rule, of_rule in labels.items():
+            for k in FEATURES:
+                found = sparse_probe(
+                    features, of_rule, k=k, training=range(edges[1]), test=range(edges[1], edges[2])
+                )
+                scores = {"f1": found.f1, "auc": found.auc}
+                rows.append({"arm": arm, "seed": seed, "rule": rule, "features": k, **scores})
+
+    judge("neurons", 0, neurons)
+    for row in table("replacement"):
+        if (row["module"], row["k"]) == (MODULE, PROBED_AT):
+            layer = load(RESULTS / "layers" / row["run"])
+            (coefficients,) = zip(*(layer.gate(part) for part in inputs.split(4096)), strict=True)
+            judge(row["arm"], row["seed"], torch.cat(coefficients))
+    return rows
+
+
+def claims() -> list[Row]:
+    """Rise of each arm less that of MxD, seed by seed: mean and 95 % interval, in nats a token."""
+    rows = table("replacement")
+    records = []
+
+    def rises(module: str, arm: str, k: int) -> dict[int, float]:
+        here = [row for row in rows if (row["module"], row["arm"]) == (module, arm)]
+        return {row["seed"]: row["rise"] for row in here if row["k"] in (k, 0)}
+
+    places = dict.fromkeys((row["module"], row["k"]) for row in rows if row["arm"] == REFERENCE)
+    for module, k in places:
+        reference = rises(module, REFERENCE, k)
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            other = rises(module, arm, k)
+            differences = [other[seed] - reference[seed] for seed in sorted(other.keys() & reference.keys())]
+            if arm == REFERENCE or not differences:
+                continue
+            mean, half = interval(differences)
+            records.append(
+                {"module": module, "K": k, "arm": arm, "mean": mean, "half": half, "seeds": len(differences)}
+            )
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do a step of the experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("step", choices=("texts", "probe", "claims"))
+    step = parser.parse_args(arguments).step
+    if step == "texts":
+        write_parts()
+    elif step == "probe":
+        write_table("replacement_probes", probe())
+    else:
+        print(as_text(claims()))
     return 0
 
 

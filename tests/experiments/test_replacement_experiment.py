@@ -1,0 +1,70 @@
+"""Texts and claims of the experiment with replaced layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
+from paper_figures.experiments import replacement  # noqa: E402
+
+TEXT = """
+   Introduction
+
+Glossary
+
+   bar
+
+   :bar: /bar/, n.
+
+   1. [very common] The second
+   {metasyntactic variable}.
+
+   2. Often appended
+   to {foo}.
+
+   :baz: n.
+
+   [common] The third.
+"""
+
+
+def test_entries_are_paragraphs_without_braces() -> None:
+    assert replacement.entries(TEXT) == [
+        ":bar: /bar/, n.\n\n1. [very common] The second metasyntactic variable.\n\n2. Often appended to foo.",
+        ":baz: n.\n\n[common] The third.",
+    ]
+
+
+def test_neighbours_are_joined_to_documents_of_a_length() -> None:
+    parts = ["a" * 4, "b" * 4, "c" * 10, "d" * 3]
+    assert replacement.documents(parts, 8) == ["aaaa\n\nbbbb", "c" * 10]
+
+
+def test_every_document_is_in_one_part() -> None:
+    texts = [str(i) for i in range(200)]
+    parts = replacement.split(texts)
+    assert list(parts) == ["training", "validation", "test"]
+    assert sorted(text for part in parts.values() for text in part) == sorted(texts)
+    assert [len(part) for part in parts.values()] == [164, 18, 18]
+    assert parts == replacement.split(texts)
+
+
+def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(arm: str, k: int, seed: int, rise: float) -> dict[str, Any]:
+        return {"module": "mlp", "arm": arm, "k": k, "seed": seed, "rise": rise}
+
+    rows = [row("MxD", k, seed, 0.1 * k + 0.01 * seed) for k in (8, 32) for seed in (0, 1)]
+    rows += [row("transcoder", 8, seed, 0.9 + 0.01 * seed) for seed in (0, 1)]
+    rows += [row("no experts", 0, 1, 3.0)]
+    monkeypatch.setattr(replacement, "table", lambda name: rows)
+    found = {(each["arm"], each["K"]): each for each in replacement.claims()}
+    assert found.keys() == {("transcoder", 8), ("no experts", 8), ("no experts", 32)}
+    assert found["transcoder", 8]["mean"] == pytest.approx(0.1)
+    assert (
+        found["transcoder", 8]["half"] == pytest.approx(0, abs=1e-9) and found["transcoder", 8]["seeds"] == 2
+    )
+    assert found["no experts", 32]["mean"] == pytest.approx(-0.21) and found["no experts", 32]["half"] is None

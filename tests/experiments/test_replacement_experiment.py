@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-from paper_figures.experiments import replacement  # noqa: E402
+from paper_figures.experiments import replacement
 
 TEXT = """
    Introduction

@@ -78,7 +78,9 @@ class Evaluation:
         Of the same texts.
     nmse : float
         Squared error of the layer's outputs over the variance of the module's, sum over sum; both get
-        the inputs that the intact model has there.
+        the inputs that the intact model has there. A few tokens may have nearly all of the variance.
+    relative_error : float
+        Mean over tokens of the squared error over the squared norm of the module's outputs.
     active : float or None
         Experts of all levels with a coefficient other than zero, on average over the tokens; None without
         experts.
@@ -89,6 +91,7 @@ class Evaluation:
     losses: DocumentLosses
     bounds: Bounds
     nmse: float
+    relative_error: float
     active: float | None
     dead: tuple[int, ...]
 
@@ -207,11 +210,14 @@ class _Compared(nn.Module):
         super().__init__()
         self.module, self.layer = module, layer
         self.rows, self.error, self.spread, self.mean = 0, 0.0, 0.0, torch.zeros(())
+        self.relative_error = 0.0
 
     def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         output = self.layer(x, *inputs, **named)
         y = self.module(x, *inputs, **named).flatten(0, -2).float()
-        self.error += float((output.flatten(0, -2).float() - y).square().sum())
+        errors = (output.flatten(0, -2).float() - y).square().sum(1)
+        self.error += float(errors.sum())
+        self.relative_error += float((errors / y.square().sum(1)).sum())
         # Means of batches are merged (Chan et al.): a difference of large sums of squares would be rounded.
         mean, count = y.mean(0), len(y)
         apart = mean.double().cpu() - self.mean
@@ -342,6 +348,7 @@ def evaluate(
         of_texts,
         limits,
         nmse=compared.error / compared.spread if compared.spread else nan,
+        relative_error=compared.relative_error / count,
         **use_of(usages)._asdict(),
     )
 

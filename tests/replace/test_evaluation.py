@@ -196,6 +196,8 @@ def test_an_evaluation_is_what_a_loop_measures(llama: Any, texts: list[Tensor]) 
     assert found.rises.tolist() == pytest.approx(rises, rel=1e-3, abs=1e-5)
     nmse = (y - output).square().sum() / (y - y.mean(0)).square().sum()
     assert found.nmse == pytest.approx(float(nmse), rel=1e-5)
+    relative = ((y - output).square().sum(1) / y.square().sum(1)).mean()
+    assert found.relative_error == pytest.approx(float(relative), rel=1e-5)
     assert found.active == pytest.approx(float((a != 0).sum(-1).double().mean()))
     assert 4 in found.dead and found.dead == tuple(n for n in range(6) if not a[:, n].any())
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import check_choice
 from mumoe_tensor.nn.watch import module_of, watch_calls
+from mumoe_tensor.replace.moments import Moments
 from mumoe_tensor.replace.shards import Progress, Shards, collect_shards, held, rows_of_each
 from mumoe_tensor.selections import Selection, read_selection
 
@@ -67,17 +68,19 @@ class ActivationRows:
         Tensor of shape (n, in_features)
         Tensor of shape (n, out_features)
         """
+        return self._read(0, rows), self._read(1, rows)
+
+    def _read(self, side: int, rows: Selection) -> Tensor:
+        """Inputs (side 0) or outputs (side 1) of some rows; each shard is read in its order."""
         numbers, order = self._numbers[rows].sort()
-        x = torch.empty(len(numbers), self.in_features)
-        y = torch.empty(len(numbers), self.out_features)
+        values = torch.empty(len(numbers), self._shards[0][side].shape[-1])
         edges = torch.searchsorted(numbers, self._stops).tolist()
         start = first = 0
-        for (inputs, outputs), edge, stop in zip(self._shards, edges, self._stops.tolist(), strict=True):
+        for shard, edge, stop in zip(self._shards, edges, self._stops.tolist(), strict=True):
             if edge > start:
-                places = numbers[start:edge] - first
-                x[order[start:edge]], y[order[start:edge]] = inputs[places].float(), outputs[places].float()
+                values[order[start:edge]] = shard[side][numbers[start:edge] - first].float()
             start, first = edge, stop
-        return x, y
+        return values
 
     def take(self, documents: Selection) -> ActivationRows:
         """The rows of some texts.
@@ -101,22 +104,19 @@ class ActivationRows:
     @property
     def mean(self) -> Tensor:
         """The mean of the outputs, of shape (out_features,)."""
-        return self._moments[0]
+        return self._moments.mean.float()
 
     @property
     def variance(self) -> float:
         """The mean squared distance of the outputs from their mean."""
-        return self._moments[1]
+        return self._moments.spread / len(self)
 
     @cached_property
-    def _moments(self) -> tuple[Tensor, float]:
-        total, squares = torch.zeros(self.out_features, dtype=torch.float64), 0.0
+    def _moments(self) -> Moments:
+        moments = Moments()
         for rows in torch.arange(len(self)).split(CHUNK):
-            y = self.batch(rows)[1].double()
-            total += y.sum(0)
-            squares += float(y.square().sum())
-        mean = total / len(self)
-        return mean.float(), max(squares / len(self) - float(mean.square().sum()), 0.0)
+            moments.update(self._read(1, rows))
+        return moments
 
 
 class Activations:
@@ -184,7 +184,8 @@ class Activations:
         """Write the inputs and outputs of modules into a folder, from one pass over texts.
 
         A call that was interrupted, or killed, goes on after the last whole shard when it is made again; one
-        that was finished does nothing but check what it was of. Memory holds one shard at a time.
+        that was finished does nothing but check what it was of. Memory holds one shard, and copies of it
+        while it is written.
 
         Parameters
         ----------
@@ -218,12 +219,11 @@ class Activations:
         OSError
             If another process writes into the folder, or a file cannot be written.
         """
-        names = (modules,) if isinstance(modules, str) else tuple(modules)
+        names = (modules,) if isinstance(modules, str) else tuple(dict.fromkeys(modules))
         if not names:
             raise ValueError("there must be modules, got none.")
         check_choice(dtype, get_args(Dtype), "dtype")
         watched = {name: module_of(model, name) for name in names}
-
         is_first = True
 
         def tensors_of(batch: Tensor) -> tuple[int, Mapping[str, Tensor]]:
@@ -261,12 +261,10 @@ class _Recorder:
     def _before(self, name: str, arguments: dict[str, Any]) -> None:
         if f"{name}/inputs" in self._tensors:
             raise ValueError(f"a module must be called once in a forward pass; {name!r} is called again.")
-        self._keep(f"{name}/inputs", next(iter(arguments.values()), None))
+        self._keep(f"{name}/inputs", _first(arguments))
 
     def _after(self, name: str, result: Any) -> None:
-        if isinstance(result, Mapping):  # as outputs of transformers are
-            result = tuple(result.values())
-        self._keep(f"{name}/outputs", result[0] if isinstance(result, tuple) and result else result)
+        self._keep(f"{name}/outputs", _first(result))
         if self._stops and len(self._tensors) == 2 * len(self._modules):
             raise _Enough
 
@@ -280,6 +278,13 @@ class _Recorder:
                 f"(rows, features) or ({self._texts} texts, ..., features); {name} is {got}."
             )
         self._tensors[name] = held(value.reshape(-1, value.shape[-1]), self._dtype, name)
+
+
+def _first(value: Any) -> Any:
+    """The first entry of a tuple, or of a mapping, as which modules of transformers give their outputs."""
+    while isinstance(value, (tuple, Mapping)) and value:
+        value = next(iter(value.values() if isinstance(value, Mapping) else value))
+    return value
 
 
 class _Enough(Exception):

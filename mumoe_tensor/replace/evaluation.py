@@ -16,6 +16,7 @@ from mumoe_tensor.analysis.losses import logits_of
 from mumoe_tensor.interval import interval
 from mumoe_tensor.nn.described import check_model
 from mumoe_tensor.nn.watch import evaluating, module_of
+from mumoe_tensor.replace.moments import Moments
 from mumoe_tensor.replace.usage import counted, use_of
 
 #: Tokens of a batch, unless one text has more: their logits are in memory at once.
@@ -209,8 +210,7 @@ class _Compared(nn.Module):
     def __init__(self, module: nn.Module, layer: nn.Module):
         super().__init__()
         self.module, self.layer = module, layer
-        self.rows, self.error, self.spread, self.mean = 0, 0.0, 0.0, torch.zeros(())
-        self.relative_error = 0.0
+        self.error, self.relative_error, self.moments = 0.0, 0.0, Moments()
 
     def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         output = self.layer(x, *inputs, **named)
@@ -218,13 +218,7 @@ class _Compared(nn.Module):
         errors = (output.flatten(0, -2).float() - y).square().sum(1)
         self.error += float(errors.sum())
         self.relative_error += float((errors / y.square().sum(1)).sum())
-        # Means of batches are merged (Chan et al.): a difference of large sums of squares would be rounded.
-        mean, count = y.mean(0), len(y)
-        apart = mean.double().cpu() - self.mean
-        self.spread += float((y - mean).square().sum())
-        self.spread += float(apart.square().sum()) * self.rows * count / (self.rows + count)
-        self.rows += count
-        self.mean = self.mean + apart * count / self.rows
+        self.moments.update(y)
         return output
 
 
@@ -339,15 +333,16 @@ def evaluate(
     with splice(model, name, compared), counted(layer) as usages:
         of_texts = losses(model, texts)
     count = sum(map(len, texts))
-    if compared.rows != count:
+    moments = compared.moments
+    if moments.rows != count:
         raise ValueError(
             f"a call of the model must call {name!r} once, with every token; of {count} tokens it got "
-            f"{compared.rows} inputs."
+            f"{moments.rows} inputs."
         )
     return Evaluation(
         of_texts,
         limits,
-        nmse=compared.error / compared.spread if compared.spread else nan,
+        nmse=compared.error / moments.spread if moments.spread else nan,
         relative_error=compared.relative_error / count,
         **use_of(usages)._asdict(),
     )

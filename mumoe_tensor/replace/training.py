@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_finite
 from mumoe_tensor.nn.gate import ExpertGate
+from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.replace.activations import ActivationRows, Activations
 from mumoe_tensor.replace.penalty import Penalized
 from mumoe_tensor.replace.usage import BATCH, counted, use_of
@@ -86,8 +87,9 @@ def fit(
     Raises
     ------
     ValueError
-        If the outputs of all rows are the same, there is a penalty and no expert, the activations are of
-        several modules, there are fewer than ten documents to hold some out, or as `.train`.
+        If the layer does not map the inputs to outputs of that size, its parameters are not of float32, the
+        outputs of all rows are the same, there is a penalty and no expert, the activations are of several
+        modules, there are fewer than ten documents to hold some out, or as `.train`.
     """
     config, folder = config or TrainConfig(), None if folder is None else Path(folder)
     if as_finite(penalty, "penalty") < 0:
@@ -97,12 +99,14 @@ def fit(
         rows, validation = _held_out(rows)
     if not rows.variance > 0:
         raise ValueError("the outputs of the training rows must differ; all are the same.")
+    _check(layer, rows)
     error = normalised_error(rows.variance)
     model, loss = (Penalized(layer), _penalized(error, penalty)) if penalty else (layer, error)
     if folder is None or not Checkpoints(folder / "checkpoints").steps:
         _start(layer, rows, config.seed)
     evaluations = train(model, rows, validation, config, loss=loss, folder=folder, progress=progress)
-    with counted(layer) as usages:
+    with torch.random.fork_rng(), counted(layer) as usages:
+        torch.manual_seed(config.seed)  # for gates that draw experts
         nmse, _ = evaluate(layer, validation, batch_size=BATCH, loss=error)
     return Fit(evaluations, nmse, **use_of(usages)._asdict())
 
@@ -141,10 +145,29 @@ def _penalized(error: Loss, penalty: float) -> Any:
 
 
 @torch.no_grad()
+def _check(layer: nn.Module, rows: ActivationRows) -> None:
+    """Check that a layer maps the inputs to outputs of the right size."""
+    parameters = list(layer.parameters())
+    if others := {p.dtype for p in parameters} - {torch.float32}:
+        raise ValueError(
+            f"the parameters of a layer to fit must be of float32, got {', '.join(map(str, others))}. "
+            "A config with precision='bf16' makes products in bfloat16."
+        )
+    x = rows.batch([0, len(rows) - 1])[0].to(parameters[0].device)
+    with evaluating(layer), torch.random.fork_rng():
+        shape = tuple(layer(x).shape)
+    if shape != (2, rows.out_features):
+        raise ValueError(
+            f"a layer must map inputs of {rows.in_features} features to outputs of {rows.out_features} "
+            f"features; it maps {tuple(x.shape)} to {shape}."
+        )
+
+
+@torch.no_grad()
 def _start(layer: nn.Module, rows: ActivationRows, seed: int) -> None:
     """What a layer has before the first step."""
     bias, gate = getattr(layer, "bias", None), getattr(layer, "gate", None)
-    if isinstance(bias, Tensor):
+    if isinstance(bias, Tensor) and bias.shape == rows.mean.shape:
         bias.copy_(rows.mean)
     if isinstance(gate, ExpertGate) and hasattr(gate.gate, "fit"):
         generator = torch.Generator().manual_seed(seed)

@@ -47,8 +47,8 @@ class ActivationRows:
         self, shards: Sequence[tuple[Tensor, Tensor]], documents: Tensor, numbers: Tensor | None = None
     ):
         self._shards, self._documents = shards, documents
-        self._numbers = torch.arange(len(documents)) if numbers is None else numbers
-        self._stops = torch.tensor([len(x) for x, _ in shards]).cumsum(0)
+        self._numbers = torch.arange(len(documents), device="cpu") if numbers is None else numbers
+        self._stops = torch.tensor([len(x) for x, _ in shards], device="cpu").cumsum(0)
         self.documents = documents[self._numbers]
         (self.in_features, self.out_features) = (part.shape[-1] for part in shards[0])
 
@@ -73,7 +73,7 @@ class ActivationRows:
     def _read(self, side: int, rows: Selection) -> Tensor:
         """Inputs (side 0) or outputs (side 1) of some rows; each shard is read in its order."""
         numbers, order = self._numbers[rows].sort()
-        values = torch.empty(len(numbers), self._shards[0][side].shape[-1])
+        values = torch.empty(len(numbers), self._shards[0][side].shape[-1], device="cpu")
         edges = torch.searchsorted(numbers, self._stops).tolist()
         start = first = 0
         for shard, edge, stop in zip(self._shards, edges, self._stops.tolist(), strict=True):
@@ -95,11 +95,12 @@ class ActivationRows:
         ValueError
             If they have no rows here.
         """
-        chosen = read_selection(documents, int(self._documents[-1]) + 1, "documents")
-        numbers = self._numbers[torch.isin(self.documents, torch.tensor(chosen, dtype=torch.long))]
-        if not len(numbers):
+        numbers = read_selection(documents, int(self._documents[-1]) + 1, "documents")
+        chosen = torch.tensor(numbers, dtype=torch.long, device="cpu")
+        rows = self._numbers[torch.isin(self.documents, chosen)]
+        if not len(rows):
             raise ValueError("the documents must have rows here; they have none.")
-        return ActivationRows(self._shards, self._documents, numbers)
+        return ActivationRows(self._shards, self._documents, rows)
 
     @property
     def mean(self) -> Tensor:
@@ -114,7 +115,7 @@ class ActivationRows:
     @cached_property
     def _moments(self) -> Moments:
         moments = Moments()
-        for rows in torch.arange(len(self)).split(CHUNK):
+        for rows in torch.arange(len(self), device="cpu").split(CHUNK):
             moments.update(self._read(1, rows))
         return moments
 
@@ -157,7 +158,7 @@ class Activations:
         self._shards = Shards(Path(folder), KIND)
         self.modules: tuple[str, ...] = tuple(self._shards.about["modules"])
         counts = torch.cat([tensors[COUNTS] for tensors in self._shards.tensors])
-        self.documents = torch.arange(len(counts)).repeat_interleave(counts)
+        self.documents = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
 
     def __len__(self) -> int:
         return len(self.documents)

@@ -33,7 +33,7 @@ class CoefficientRows:
         self._parts = [(shard[f"{key}/values"], shard[f"{key}/indices"]) for shard in shards]
         self._lengths = [shard[f"{key}/lengths"] for shard in shards]
         counts = torch.cat([shard[f"{key}/counts"] for shard in shards])
-        self.documents = torch.arange(len(counts)).repeat_interleave(counts)
+        self.documents = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
 
     def __len__(self) -> int:
         return len(self.documents)

@@ -17,7 +17,7 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self.rows, self.mean, self.spread = 0, torch.zeros((), dtype=torch.float64), 0.0
+        self.rows, self.mean, self.spread = 0, torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
 
     def update(self, rows: Tensor) -> None:
         """Count further rows, of shape (n, features) and of float32 or float64."""

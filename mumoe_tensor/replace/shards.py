@@ -100,6 +100,8 @@ def collect_shards(
     ------
     ValueError
         If there are no texts, or the folder is of another model, other texts, or another `about`.
+    TypeError
+        If a text is no tensor.
     OSError
         If another process writes into the folder, or a file cannot be written.
     """
@@ -112,7 +114,7 @@ def collect_shards(
         **about,
         "texts": len(texts),
         "model": _signature_of(of_model, [f"{k} {type(m).__qualname__}" for k, m in model.named_modules()]),
-        "inputs": _signature_of((str(k), text) for k, text in enumerate(texts)),
+        "inputs": _signature_of(_numbered(texts)),
     }
     with alone_in(folder):
         begin = done = _stop(_paths(folder))
@@ -143,7 +145,7 @@ def rows_of_each(rows: int, texts: int, what: str) -> Tensor:
             f"{what} must have the same number of rows for each text of a shape; it has {rows} rows for "
             f"{texts} texts."
         )
-    return torch.full((texts,), rows // texts)
+    return torch.full((texts,), rows // texts, device="cpu")
 
 
 def held(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
@@ -187,6 +189,13 @@ def _signature_of(tensors: Iterable[tuple[str, Tensor]], more: Sequence[str] = (
         content = f"{value.dtype} {tuple(value.shape)}" if value.is_meta else signature(value.detach().cpu())
         whole.update(f"\n{name} {content}".encode())
     return whole.hexdigest()
+
+
+def _numbered(texts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for k, text in enumerate(texts):
+        if not isinstance(text, Tensor):
+            raise TypeError(f"texts must be tensors, each an input of the model; got {type(text).__name__}.")
+        yield str(k), text
 
 
 def _batches(texts: Sequence[Tensor], start: int, batch_size: int) -> Iterator[Tensor]:

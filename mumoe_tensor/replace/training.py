@@ -21,7 +21,7 @@ from mumoe_tensor.training.log import Evaluation
 from mumoe_tensor.training.trainer import Loss, evaluate, train
 
 #: Inputs for each expert that a gate is fitted to, where there are more.
-ROWS_PER_EXPERT = 16
+ROWS_PER_EXPERT = 8
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def usage(layer: nn.Module, rows: ActivationRows) -> ExpertUse:
     """
     device = next((p.device for p in layer.parameters()), None)
     with counted(layer) as usages, evaluating(layer):
-        for numbers in torch.arange(len(rows)).split(BATCH):
+        for numbers in torch.arange(len(rows), device="cpu").split(BATCH):
             layer(rows.batch(numbers)[0].to(device))
     return use_of(usages)
 

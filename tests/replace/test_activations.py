@@ -232,6 +232,8 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         Activations(tmp_path)
     with pytest.raises(ValueError, match="must be texts, got none"):
         Activations.collect(language_model(), "1.mlp", [], tmp_path)
+    with pytest.raises(TypeError, match=r"texts must be tensors, .*; got list"):
+        Activations.collect(language_model(), "1.mlp", [[1, 2]], tmp_path)  # type: ignore[list-item]
     Activations.collect(language_model(), "1.mlp", documents(5, 6, 7), tmp_path, shard_rows=1)
     _, second, third = sorted(tmp_path.glob("*.safetensors"))
     content = third.read_bytes()
@@ -289,6 +291,16 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
         read, again = (activations[name].batch(range(len(whole))) for activations in (store, whole))
         torch.testing.assert_close(read, again, rtol=1e-3, atol=1e-4)
     assert store.documents.equal(whole.documents)
+
+
+def test_rows_are_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    model, texts = language_model(), documents(5, 5)
+    with torch.device("meta"):
+        rows = Activations.collect(model, "1.mlp", texts, tmp_path, dtype="float32")["1.mlp"].take([1])
+        x, y = rows.batch([0, 3])
+        mean = rows.mean
+    expected_x, expected_y = expected(model, 1, texts[1:])
+    torch.testing.assert_close((x, y, mean), (expected_x[[0, 3]], expected_y[[0, 3]], expected_y.mean(0)))
 
 
 def test_shards_stay_on_the_disk(tmp_path: Path) -> None:

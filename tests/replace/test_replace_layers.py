@@ -331,24 +331,35 @@ def test_some_experts_are_kept() -> None:
         MixtureOfTransforms(6, 4, [2, 1]).keep_experts(0, [1])
 
 
-@pytest.mark.parametrize("kind", ["transcoder", "decoders", "cp"])
-def test_only_the_active_experts_are_saved(kind: str) -> None:
+@pytest.fixture(params=["transcoder", "one output", "decoders", "cp"])
+def many(request: pytest.FixtureRequest) -> Any:
+    """A layer of many experts, few of them active."""
+    torch.manual_seed(0)
+    kinds = {
+        "transcoder": lambda: Transcoder(6, 4, 2048, k=3, skip=True, dtype=FLOAT64),
+        "one output": lambda: Transcoder(6, 1, 2048, k=3, dtype=FLOAT64),
+        "decoders": lambda: MixtureOfDecoders(6, 9, 4, 2048, 3, gated=True, dtype=FLOAT64),
+        "cp": lambda: MixtureOfDecoders(6, 9, 4, 2048, 3, format="cp", rank=5, dtype=FLOAT64),
+    }
+    return drawn(kinds[request.param]())
+
+
+def test_only_the_active_experts_are_saved(many: Any) -> None:
     """No tensor of all rows and experts; not even the logits, whose derivative needs none."""
-    layer = {
-        "transcoder": lambda: Transcoder(6, 4, 2048, k=3, skip=True),
-        "decoders": lambda: MixtureOfDecoders(6, 9, 4, 2048, 3, gated=True),
-        "cp": lambda: MixtureOfDecoders(6, 9, 4, 2048, 3, format="cp", rank=5),
-    }[kind]()
     saved: list[int] = []
-    weights = {parameter.data_ptr() for parameter in layer.parameters()}
+    weights = {parameter.data_ptr() for parameter in many.parameters()}
 
     def pack(x: Tensor) -> Tensor:
         saved.append(0 if x.data_ptr() in weights else x.numel())
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        layer(torch.randn(100, 6))
+        many(torch.randn(100, 6, dtype=FLOAT64))
     assert 0 < max(saved) <= 100 * 9
+
+
+def test_the_active_experts_give_what_all_give(many: Any) -> None:
+    assert_equals(many, lambda x: many(x, return_coefficients=True)[0], torch.randn(20, 6, dtype=FLOAT64))
 
 
 def test_in_a_model_of_transformers(llama: Any, transformers: Any, tmp_path: Path) -> None:

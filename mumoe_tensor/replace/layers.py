@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Self
 
@@ -28,6 +28,8 @@ from mumoe_tensor.selections import Selection
 from mumoe_tensor.spec import Rounding, as_budget, expert_counts
 
 AnyGate = str | dict[str, Any] | Gate
+#: The least value of a size that is solved for, and the arguments of a layer for a value.
+OpenSize = tuple[int, Callable[[int], dict[str, Any]]]
 
 
 class ReplacementLayer(WholeState):
@@ -146,12 +148,8 @@ class ReplacementLayer(WholeState):
         if parameters is None:
             return cls(**arguments)
         least, sized = cls._open_size(arguments, options)
-        size = solve(
-            lambda size: cls(**{**arguments, **sized(size), "device": "meta"}),
-            as_budget(parameters, num_parameters(block)),
-            rounding,
-            least,
-        )
+        on_meta, budget = {**arguments, "device": "meta"}, as_budget(parameters, num_parameters(block))
+        size = solve(lambda size: cls(**{**on_meta, **sized(size)}), budget, rounding, least)
         return cls(**{**arguments, **sized(size)})
 
     @classmethod
@@ -163,10 +161,8 @@ class ReplacementLayer(WholeState):
         return _sizes(parts.to_hidden[0], parts.down)
 
     @classmethod
-    def _open_size(
-        cls, arguments: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> tuple[int, Callable[[int], dict[str, Any]]]:
-        """The least size, and the arguments for a size, of the one that is not among the options."""
+    def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
+        """The size that is not among the options, for the arguments of the layer so far."""
         raise NotImplementedError
 
     def keep_experts(self, level: int, indices: Selection) -> Self:
@@ -259,7 +255,7 @@ class Transcoder(ReplacementLayer):
         return {**super().config, "latents": self.num_experts[0], "skip": self.skip is not None}
 
     @classmethod
-    def _open_size(cls, arguments: Any, options: Any) -> Any:
+    def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
         _check_open("latents", options)
         return _fewest(arguments), lambda size: {"latents": size}
 
@@ -372,7 +368,7 @@ class MixtureOfDecoders(ReplacementLayer):
         }
 
     @classmethod
-    def _open_size(cls, arguments: Any, options: Any) -> Any:
+    def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
         if "experts" not in options:
             return _fewest(arguments), lambda size: {"experts": size}
         experts, format = expert_counts(options["experts"]), get_format(arguments.get("format", "hadamard"))
@@ -440,7 +436,7 @@ class MixtureOfTransforms(ReplacementLayer):
         return {**super().config, "ranks": self.ranks}
 
     @classmethod
-    def _open_size(cls, arguments: Any, options: Any) -> Any:
+    def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
         ranks = _positive(options.get("ranks"))
         return 1, lambda size: {"ranks": [max(1, round(rank * size / max(ranks))) for rank in ranks]}
 
@@ -490,13 +486,13 @@ def _gate(k: int | None, gate: AnyGate | None) -> AnyGate:
     return gate
 
 
-def _fewest(arguments: Mapping[str, Any]) -> int:
+def _fewest(arguments: dict[str, Any]) -> int:
     """The least number of experts that a gate can have."""
-    gate: Any = GATES.read(_gate(arguments.get("k"), arguments.get("gate")))
-    return getattr(gate, "k", 1)
+    fewest: int = getattr(GATES.read(_gate(arguments.get("k"), arguments.get("gate"))), "k", 1)
+    return fewest
 
 
-def _check_open(name: str, options: Mapping[str, Any]) -> None:
+def _check_open(name: str, options: dict[str, Any]) -> None:
     """Refuse a budget beside all sizes."""
     if name in options:
         raise ValueError(f"with parameters, {name} must be left out to be solved for; got {options[name]}.")

@@ -18,6 +18,8 @@ from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.nn.watch import gates_of
 from mumoe_tensor.nn.weights import load_tensors, read_tensors
 from mumoe_tensor.readers import read_arrays, read_json, reading
+from mumoe_tensor.replace import load_language_model, read_texts, splice, windows
+from mumoe_tensor.replace.place import is_saved, load_in_place
 from mumoe_tensor.training.data import Dataset, as_pixels, split
 from mumoe_tensor.training.features import extract
 from mumoe_tensor.training.finished import read_head_run, read_run
@@ -45,30 +47,35 @@ def browse(
     images: str | Path | None = None,
     classes: Sequence[str] = (),
     vocabulary: str | Path = "data/gpt2-vocabulary",
+    texts: str | Path | None = None,
     rows: int | None = None,
     k: int = 8,
     removed: int = 16,
     progress: Progress | None = None,
 ) -> str:
-    """Make the page of a run of ``mumoe-tensor train``, from rows that it was not trained on.
+    """Make the page of a run of ``mumoe-tensor train``, or of a layer of ``mumoe-tensor replace``.
+
+    The inputs are rows that it was not trained on.
 
     Parameters
     ----------
     folder : str or Path
-        That of the run.
+        That of the run, or of the layer.
     images : str or Path, optional
         Of a head on features: see `browse_head`.
     classes : sequence of str, optional
         Names of the classes of images.
     vocabulary : str or Path, default "data/gpt2-vocabulary"
         Of a GPT-2: the folder with the byte pairs, ``encoder.json`` and ``vocab.bpe``.
+    texts : str or Path, optional
+        Of a layer that replaces another: see `.read_texts`; by default the test texts of its grid.
     rows : int, optional
         Validation rows to look at: 2000 images by default, or whole windows of at least 65,536 tokens.
     k : int, default 8
         Inputs to show for each expert.
     removed : int, default 16
-        Of Mixer and GPT-2, experts of a level that are removed to see their effect: the most used ones; of
-        a head, all are.
+        Of Mixer, GPT-2 and layers that replace others, experts of a level that are removed to see their
+        effect: the most used ones; of a head, all are.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -87,6 +94,10 @@ def browse(
         raise ValueError(
             f"rows and k must be positive, and removed not negative, got {rows}, {k} and {removed}."
         )
+    if is_saved(folder):
+        return _browse_replaced(folder, texts, rows, k, removed, progress)
+    if texts is not None:
+        raise ValueError(f"texts are for a layer that replaces another; {folder} has a run of another kind.")
     if (folder / "config.json").exists():
         known = read_json(folder / "config.json")
     if HEAD[0] in known:
@@ -101,6 +112,22 @@ def browse(
     if isinstance(settings, MixerRun):
         return _browse_mixer(settings, model, classes, ROWS if rows is None else rows, k, removed, progress)
     return _browse_gpt2(settings, model, Path(vocabulary), rows, k, removed, progress)
+
+
+def _browse_replaced(
+    folder: Path, texts: str | Path | None, rows: int | None, k: int, removed: int, progress: Progress | None
+) -> str:
+    layer, place = load_in_place(folder)
+    model, tokenizer = load_language_model(place.model)
+    path = place.texts if texts is None else texts
+    tokens, _ = windows(read_texts(path), tokenizer, place.context)
+    count = -(-TOKENS // place.context) if rows is None else rows
+    with splice(model, place.module, layer):
+        return browse_language_model(
+            model, tokenizer.decode, torch.stack(tokens[:count]), [place.module], k=k, removed=removed,
+            title=f"{type(layer).__name__} in the place of {place.module}",
+            about=f"Texts: {Path(path).name}.", progress=progress,
+        )  # fmt: skip
 
 
 def _check_names(classes: Sequence[str], count: int) -> None:

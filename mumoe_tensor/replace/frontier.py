@@ -18,13 +18,13 @@ from torch import nn
 
 from mumoe_tensor.experiments.records import Records, Row
 from mumoe_tensor.files import alone_in, whole_file
-from mumoe_tensor.nn.saving import save
 from mumoe_tensor.readers import read_json
 from mumoe_tensor.replace.activations import Activations
 from mumoe_tensor.replace.budget import num_parameters
 from mumoe_tensor.replace.evaluation import Bounds, bounds, evaluate
 from mumoe_tensor.replace.grid import FRONTIER, TUNING, Grid, Run
 from mumoe_tensor.replace.language import Windows, load_language_model, read_texts, windows
+from mumoe_tensor.replace.place import SavedPlace, save_in_place
 from mumoe_tensor.replace.training import Fit, fit
 
 Progress = Callable[[int, int, str], None]
@@ -45,8 +45,9 @@ def run_grid(
     """Train and evaluate every layer of a grid; each becomes a row of a table.
 
     ``frontier.csv`` has the rows, ``tuning.csv`` those that learning rates are chosen by, and ``layers/`` the
-    layers, each in a folder that `mumoe_tensor.nn.load` reads. Interrupted, the same call goes on. What has a
-    row is not run again, and activations are collected only where a run is left.
+    layers, each in a folder that `mumoe_tensor.nn.load` and ``mumoe-tensor inspect`` read. Interrupted, the
+    same call goes on. What has a row is not run again, and activations are collected only where a run is
+    left.
 
     Parameters
     ----------
@@ -180,7 +181,8 @@ class _Job:
             self._bounds[run.module] = bounds(model, run.module, texts)
         result = evaluate(model, run.module, layer, texts, bounds=self._bounds[run.module])
         rise, half = result.of_documents(documents).interval()
-        save(layer, self.folder / "layers" / run.name)
+        place = SavedPlace(str(self._source), run.module, str(self._paths[2]), self.grid.context)
+        save_in_place(layer, place, self.folder / "layers" / run.name)
         shutil.rmtree(self.folder / "runs" / run.name)
         measured = {"nmse": result.nmse, "active": result.active or 0.0, "dead": len(result.dead)}
         return {

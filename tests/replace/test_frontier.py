@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
+from mumoe_tensor.browser import browse  # noqa: E402
 from mumoe_tensor.nn import load  # noqa: E402
 from mumoe_tensor.replace import evaluate  # noqa: E402
 from mumoe_tensor.replace.frontier import run_grid  # noqa: E402
@@ -88,6 +89,9 @@ def test_rows_are_of_the_layers_that_are_saved(
     assert row["half"] == pytest.approx(result.of_documents(documents).interval()[1])
     block = model.get_submodule(MODULE)
     assert row["parameters"] == pytest.approx(2 * sum(p.numel() for p in block.parameters()), rel=0.02)
+    html = browse(folder, k=2, removed=1)
+    assert f"MixtureOfDecoders in the place of {MODULE}" in html and "Texts: test.jsonl." in html
+    assert browse(folder, texts=paths[0], rows=1, k=2, removed=0) != html
 
 
 def test_settings_of_the_lowest_validation_error_are_taken(

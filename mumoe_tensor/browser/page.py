@@ -87,7 +87,7 @@ const orders = {
   clarity: descending('clarity'),
 };
 const effectOf = expert => expert.effect == null ? '' : data.language
-  ? `, loss ${expert.effect < 0 ? '−' : '+'}${fixed(Math.abs(expert.effect), 4)} without it`
+  ? `, loss ${expert.effect < 0 ? '−' : '+'}${fixed(Math.abs(expert.effect), 4)} nats without it`
   : `, effect ${fixed(expert.effect, 3)}`;
 
 function text(tokens, top, most) {
@@ -245,7 +245,7 @@ def page(
     written : Sample, optional
         A text that the model wrote, shown above the experts.
     experts : int, optional
-        Show the most used so many experts of a level only; all by default.
+        Show the most used so many experts of a level only, and none that no input uses; all by default.
 
     Returns
     -------

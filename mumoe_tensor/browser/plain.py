@@ -46,7 +46,7 @@ def plain_levels(
     shaded : bool, or mapping of layers
         Whether the coefficients of single rows are shown, or the layers whose are.
     most : int, optional
-        Only so many experts of a level: those with the largest mean coefficients.
+        Only so many experts of a level: those with the largest mean coefficients, above zero.
     """
     return [
         {
@@ -57,11 +57,18 @@ def plain_levels(
             "shares": not abs(float(level.usage.mean.sum()) - 1) > 1e-3,
             "experts": [
                 _plain_expert(level, n, shaded if isinstance(shaded, bool) else level.layer in shaded)
-                for n in level.usage.mean.argsort(descending=True, stable=True)[:most].sort().values.tolist()
+                for n in _most_used(level.usage.mean, most)
             ],
         }
         for level in levels
     ]
+
+
+def _most_used(mean: Tensor, most: int | None) -> list[int]:
+    if most is None:
+        return [*range(len(mean))]
+    used = mean.argsort(descending=True, stable=True)[: min(most, int((mean > 0).sum()))]
+    return used.sort().values.tolist()
 
 
 def _plain_expert(level: ExpertLevel, n: int, is_shaded: bool) -> dict[str, Any]:

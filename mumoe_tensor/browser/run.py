@@ -314,7 +314,7 @@ def _page_of_tokens(
     )  # fmt: skip
     counts = [
         f" {level.layer}, level {level.level + 1}: {level.usage.active * len(level.top):.1f} of "
-        f"{len(level.top):,} experts are active for a token on average, {level.usage.dead:,} for none."
+        f"{len(level.top):,} experts are active for a token on average, {level.usage.dead:,} for no token."
         for level in levels
         if experts is not None
     ]

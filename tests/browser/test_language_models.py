@@ -104,7 +104,7 @@ def test_the_text_says_how_many_experts_there_are(html: str, model: Language, wi
     levels = collect(model, windows[:, :64], windows[:, 1:65], layers=["blocks.0"], effects=False)
     (usage,) = (level.usage for level in levels)
     active = f"{usage.active * EXPERTS:.1f} of 1,000 experts are active for a token on average"
-    assert f"blocks.0, level 1: {active}, {usage.dead} for none." in html
+    assert f"blocks.0, level 1: {active}, {usage.dead} for no token." in html
     assert "Numbers." in html and "Load: tokens with a coefficient above zero." in html
     assert "measured for the 2 most used experts of a level on 384 tokens" in html
 
@@ -115,6 +115,12 @@ def test_the_page_has_a_size_that_does_not_grow_with_the_experts(model: Language
         for n in (20, 40)
     )
     assert many < 2 * few and many - few < 20 * 4096
+
+
+def test_experts_that_nothing_uses_are_not_shown(model: Language) -> None:
+    told = content(browse_language_model(model, decode, torch.zeros(1, 2).int(), ["blocks.0"], removed=0))
+    (level,) = told["levels"]
+    assert len(level["experts"]) <= 3 and all(expert["mean"] > 0 for expert in level["experts"])
 
 
 @pytest.mark.parametrize("length", [2, 5, 33, 65])

@@ -822,6 +822,12 @@ FAULTS = [
     Fault("replaced layer: texts of all lengths weigh the same", "mumoe_tensor/replace/evaluation.py",
           "weights = tokens / tokens.double().mean()", "weights = torch.ones(len(tokens))",
           "replace/test_evaluation::test_the_interval_is_over_texts"),
+    Fault("browser: all gates of a model are shown", "mumoe_tensor/browser/collect.py",
+          "        chosen |= inside\n", "        chosen |= gates\n",
+          "browser/test_language_models::test_the_most_used_experts_are_shown"),
+    Fault("browser: the first of many experts are shown", "mumoe_tensor/browser/plain.py",
+          "    used = mean.argsort(descending=True, stable=True)[", "    used = mean.argsort()[",
+          "browser/test_language_models::test_the_most_used_experts_are_shown"),
     Fault("probe: features are chosen on all rows", "mumoe_tensor/replace/probing.py",
           'kinds = is_labelled[rows["training"]]\n', 'kinds = is_labelled[rows["training"]]\n'
           "    weights += np.where(is_labelled, 1 / is_labelled.sum(), -1 / (~is_labelled).sum())\n",

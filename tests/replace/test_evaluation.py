@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from mumoe_tensor.interval import interval  # noqa: E402
@@ -71,6 +73,16 @@ def test_losses_are_those_of_a_loop(
     assert of_texts.nats.tolist() == pytest.approx(expected, rel=1e-5)
     assert of_texts.tokens.tolist() == [6, 11, 1, 6, 6, 4, 11, 8]
     assert of_texts.mean == pytest.approx(sum(expected) / 53, rel=1e-5)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 99))
+def test_losses_do_not_depend_on_the_batches(lengths: list[int], limit: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model = Plain().eval()
+    texts = [torch.randint(11, (length,), generator=generator) for length in lengths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "BATCH_TOKENS", limit)
+        assert losses(model, texts).nats.tolist() == pytest.approx(slow_losses(model, texts), rel=1e-5)
 
 
 def test_losses_of_plain_logits_in_evaluation_and_any_integers() -> None:

@@ -47,7 +47,7 @@ def coefficients(z: Tensor) -> Tensor:
     u = torch.sub(z, z.amax(-1, keepdim=True)).add_(2).relu_()
     for _ in range(_most_steps(z)):
         u.sub_(_step(u)).relu_()
-    return _closed(u, torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64))
+    return _closed(u, torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float64), u.sign())
 
 
 def coefficients_on_cpu(z: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ def _step(u: Tensor) -> Tensor:
     return (norm * (norm - 2) / u.sum(-1, keepdim=True)).relu_()
 
 
-def _closed(u: Tensor, norm: Tensor) -> Tensor:
-    """The coefficients from u and its norm, with a last step, in the memory of u."""
+def _closed(u: Tensor, norm: Tensor, support: Tensor) -> Tensor:
+    """The coefficients from u, its norm and its signs, with a last step, in the memory of u."""
     # It may also go back, where rounding errors have led too far: on the support alone, which stays as it is.
     step = norm * (2 - norm) / u.sum(-1, keepdim=True)
     # (Without `value`, of which torch.compile makes an operation that torch.func.grad cannot differentiate.)
-    u.addcmul_(u.sign(), step.to(u.dtype)).mul_(0.5)
+    u.addcmul_(support, step.to(u.dtype)).mul_(0.5)
     return u.mul_(u)
 
 
@@ -128,7 +128,10 @@ def _solve(u: Tensor) -> Tensor:
         if not bool((step > SMALL).any()):
             break
     # (As `sum` adds in pairs, this norm is finer than `vector_norm`, and takes less time than in float64.)
-    return _closed(u, (u * u).sum(-1, keepdim=True).sqrt_())
+    # (And fresh memory takes longer to write than all else.)
+    squares = u * u
+    norm = squares.sum(-1, keepdim=True).sqrt_()
+    return _closed(u, norm, torch.sign(u, out=squares))
 
 
 def _newton(rows: Tensor) -> Tensor:

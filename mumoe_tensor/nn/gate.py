@@ -230,8 +230,11 @@ class ExpertGate(WholeState):
             return self.coefficients_of(normed, z.dtype, sparse)
 
     def _is_norm_folded(self, z: Tensor) -> bool:
-        """Whether frozen batch norm goes into the weight: where that has fewer rows than the batch."""
-        if z.numel() <= self.in_features**2 or self.norm is None or self.norm.training:
+        """Whether frozen batch norm goes into the weight: where the batch has more rows, and many logits."""
+        rows = z.numel() // self.in_features
+        if rows <= self.in_features or rows * self.out_features <= entmax.FEW:
+            return False
+        if self.norm is None or self.norm.training:
             return False
         return z.dtype in (torch.float32, torch.float64) and self._is_norm_frozen(z)
 

@@ -832,8 +832,11 @@ FAULTS = [
           'kinds = is_labelled[rows["training"]]\n', 'kinds = is_labelled[rows["training"]]\n'
           "    weights += np.where(is_labelled, 1 / is_labelled.sum(), -1 / (~is_labelled).sum())\n",
           "replace/test_probing::test_the_rows_that_are_tested_have_no_part_in_the_choice"),
+    Fault("probe: features of a large scale are chosen", "mumoe_tensor/replace/probing.py",
+          "np.abs(matrix.T @ weights) / scale", "np.abs(matrix.T @ weights)",
+          "replace/test_probing::test_the_scale_of_a_feature_has_no_part_in_the_choice"),
     Fault("probe: only features that are higher where the label is", "mumoe_tensor/replace/probing.py",
-          "np.abs(matrix.T @ weights)", "matrix.T @ weights",
+          "np.abs(matrix.T @ weights) / scale", "(matrix.T @ weights) / scale",
           "replace/test_probing::test_features_that_say_nothing_and_those_that_say_all"),
     Fault("labels: only the first token of a match", "mumoe_tensor/replace/probing.py",
           "bisect_left(ends, match.end()) + 1]", "bisect_right(ends, match.start()) + 1]",

@@ -91,8 +91,10 @@ class Probe(NamedTuple):
 def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection, test: Selection) -> Probe:
     """Tell labelled rows by the k features whose means differ most, with a logistic regression.
 
-    They are chosen, scaled and weighted on the training rows alone. Features can be the hidden units of a
+    Features are chosen, scaled and weighted on the training rows alone. They can be the hidden units of a
     block (the inputs of its last layer), the latents of a transcoder or the coefficients of experts.
+    Differences are in standard deviations of the feature: some neurons of a language model have outputs a
+    thousand times those of others.
 
     Parameters
     ----------
@@ -156,7 +158,8 @@ def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection,
     weights = np.zeros(len(is_labelled), np.float32)
     kinds = is_labelled[rows["training"]]
     weights[rows["training"]] = np.where(kinds, 1 / kinds.sum(), -1 / (~kinds).sum())
-    difference = np.abs(matrix.T @ weights)
+    scale = StandardScaler(with_mean=False).fit(matrix[rows["training"]]).scale_  # (1 for constant features)
+    difference = np.abs(matrix.T @ weights) / scale
     if wrong := np.flatnonzero(~np.isfinite(difference)).tolist():
         raise ValueError(f"features must be finite, got {wrong[:5]} that are not.")
     indices = np.argsort(-difference, kind="stable")[:k]

@@ -80,7 +80,7 @@ def test_a_probe_of_one_feature_is_its_best_threshold() -> None:
     training, test = np.arange(300) < 200, np.arange(300) >= 200
     probe = sparse_probe(features, labels, training=training, test=test)
     seen, truth = features[training], labels[training]
-    gaps = [abs(seen[truth, j].mean() - seen[~truth, j].mean()) for j in range(12)]
+    gaps = [abs(seen[truth, j].mean() - seen[~truth, j].mean()) / seen[:, j].std() for j in range(12)]
     assert probe.indices == (int(np.argmax(gaps)),) == (5,)
     threshold = best_f1(seen[:, 5], truth)
     assert probe.f1 == pytest.approx(f1_score(labels[test], features[test, 5] >= threshold))
@@ -97,6 +97,15 @@ def test_dense_sparse_and_tensors_have_one_probe(k: int) -> None:
         other = sparse_probe(others, torch.from_numpy(labels), k=k, **parts)
         assert other.indices == probe.indices
         assert (other.f1, other.auc) == pytest.approx((probe.f1, probe.auc))
+
+
+def test_the_scale_of_a_feature_has_no_part_in_the_choice() -> None:
+    features, labels = drawn()
+    parts = {"training": range(200), "test": range(200, 300)}
+    probe = sparse_probe(features, labels, k=2, **parts)
+    features[:, 3] *= 1000
+    features[:, 9] = 7
+    assert sparse_probe(features, labels, k=2, **parts) == probe
 
 
 def test_features_that_say_nothing_and_those_that_say_all() -> None:

@@ -164,7 +164,7 @@ def _gradients_of_step(
         stack = left.shape[:-2]
         if right.shape[:-2] != stack:
             stack = torch.broadcast_shapes(stack, right.shape[:-2])
-        gradient = gradient.reshape(*stack, left.shape[-2], right.shape[-1])
+        gradient = _reshaped(gradient, (*stack, left.shape[-2], right.shape[-1]))
     of_views = None
     if sparse is not None:
         of_views = sparse.gradients(left, right, gradient)
@@ -188,7 +188,7 @@ def _gradients_of_step(
             a, b = (gradient, other.mT) if side == 0 else (other.mT, gradient)
             if _is_last_row(step, side):
                 a, b = (a, b) if side == 1 else (b.mT, a.mT)
-                gradients[operand.position] = product_above_sum(a, b).reshape(whole.shape)
+                gradients[operand.position] = _reshaped(product_above_sum(a, b), whole.shape)
                 continue
             product = permuted_product if view.shape[:-2] == stack else summed_product
             of_view = product(a, b, _inverse(operand.axes))
@@ -241,7 +241,12 @@ def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) ->
 def _of_whole(gradient: Tensor, operand: Operand, shape: Sequence[int]) -> Tensor:
     """The gradient of an operand of this shape from that of its view, whose axes lie as in memory."""
     permuted = shape if operand.copy_order is None else [shape[axis] for axis in operand.copy_order]
-    return unpermuted(gradient.reshape(permuted), operand.copy_order)
+    return unpermuted(_reshaped(gradient, permuted), operand.copy_order)
+
+
+def _reshaped(array: Tensor, shape: Sequence[int]) -> Tensor:
+    # (A view that changes nothing takes as long as a small sum.)
+    return array if array.shape == tuple(shape) else array.reshape(shape)
 
 
 def _is_last_row(step: Step, side: int) -> bool:

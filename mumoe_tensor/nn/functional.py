@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from mumoe_tensor import gates
@@ -45,7 +46,7 @@ def entmax15(logits: Tensor) -> Tensor:
     if logits.device.type in kernels.DEVICES and kernels.serve(logits):
         return coefficients(logits, power=2)
     is_eager = is_eager_on_cpu(logits)
-    if not is_eager and is_exported():
+    if not is_eager and (is_exported() or (not is_compiling() and forward_ad._current_level >= 0)):
         return _plain(logits)
     if torch.is_grad_enabled() or is_transformed():
         apply = _apply if is_eager else _Entmax15.apply
@@ -160,4 +161,6 @@ def is_eager_on_cpu(x: Tensor) -> bool:
     if type(x) is not Tensor or x.device.type != "cpu":
         return False
     # (`is_recorded` written out: a gate asks this for every level.)
-    return not (is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed() or is_batched(x))
+    if is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed() or is_batched(x):
+        return False
+    return forward_ad._current_level < 0  # (a tangent would be lost)

@@ -13,6 +13,7 @@ import mumoe_tensor as mt
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 from mumoe_tensor.nn import ExpertGate, MuMoE, entmax, entmax15, functional  # noqa: E402
 
@@ -196,6 +197,18 @@ def test_few_logits_in_evaluation_without_gradients(experts: tuple[int, ...], ga
         for a, expected, n in zip(levels, gate(z), experts, strict=True):
             assert a.shape == (*shape[:-1], n) and a.dtype == torch.float32
             torch.testing.assert_close(a, expected, atol=1e-6, rtol=0, equal_nan=True)
+
+
+def test_forward_mode_derivatives() -> None:
+    z, tangent = torch.randn(7, 6), torch.randn(7, 6)
+    gate = ExpertGate(6, [5])
+    nn.init.normal_(gate.weight)
+    for function in (entmax15, lambda x: gate.eval()(x)[0]):
+        expected = torch.autograd.functional.jvp(function, z, tangent)[1]
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+                dual = function(forward_ad.make_dual(z, tangent))
+                torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
 
 
 def test_few_logits_after_a_norm_that_is_more_than_its_statistics() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.nn.watch import gates_of
 from mumoe_tensor.nn.weights import load_tensors, read_tensors
 from mumoe_tensor.readers import read_arrays, read_json, reading
-from mumoe_tensor.replace import load_language_model, read_texts, splice, windows
+from mumoe_tensor.replace import Replaced, load_language_model, read_texts, splice, windows
 from mumoe_tensor.replace.place import is_saved, load_in_place
 from mumoe_tensor.training.data import Dataset, as_pixels, split
 from mumoe_tensor.training.features import extract
@@ -122,9 +123,11 @@ def _browse_replaced(
     path = place.texts if texts is None else texts
     tokens, _ = windows(read_texts(path), tokenizer, place.context)
     count = -(-TOKENS // place.context) if rows is None else rows
-    with splice(model, place.module, layer):
+    limit = inf if place.limit is None else place.limit
+    with splice(model, place.module, Replaced(model.get_submodule(place.module), layer, limit)):
         return browse_language_model(
-            model, tokenizer.decode, torch.stack(tokens[:count]), [place.module], k=k, removed=removed,
+            model, tokenizer.decode, torch.stack(tokens[:count]), [f"{place.module}.layer"], k=k,
+            removed=removed,
             title=f"{type(layer).__name__} in the place of {place.module}",
             about=f"Texts: {Path(path).name}.", progress=progress,
         )  # fmt: skip

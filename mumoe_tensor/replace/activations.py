@@ -82,6 +82,34 @@ class ActivationRows:
             start, first = edge, stop
         return values
 
+    def below(self, limit: float) -> ActivationRows:
+        """The rows whose outputs have at most this norm; see `median_norm`.
+
+        Raises
+        ------
+        ValueError
+            If there are none.
+        """
+        is_below = self._norms <= limit
+        if not is_below.any():
+            raise ValueError(f"there must be outputs of at most this norm, {limit:.3g}; there are none.")
+        return ActivationRows(self._shards, self._documents, self._numbers[is_below])
+
+    @property
+    def median_norm(self) -> float:
+        """The median of the norms of the outputs.
+
+        Language models have tokens, most often the first of a text, with outputs a thousand times as large
+        (Sun et al., "Massive Activations in Large Language Models", COLM 2024). They would be all that an
+        error counts: leave them out by ``rows.below(5 * rows.median_norm)``.
+        """
+        return float(self._norms.median())
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        parts = torch.arange(len(self), device="cpu").split(CHUNK)
+        return torch.cat([self._read(1, part).norm(dim=1) for part in parts])
+
     def take(self, documents: Selection) -> ActivationRows:
         """The rows of some texts.
 
@@ -105,19 +133,26 @@ class ActivationRows:
     @property
     def mean(self) -> Tensor:
         """The mean of the outputs, of shape (out_features,)."""
-        return self._moments.mean.float()
+        return self._moments[1].mean.float()
+
+    @property
+    def input_mean(self) -> Tensor:
+        """The mean of the inputs, of shape (in_features,)."""
+        return self._moments[0].mean.float()
 
     @property
     def variance(self) -> float:
         """The mean squared distance of the outputs from their mean."""
-        return self._moments.spread / len(self)
+        return self._moments[1].spread / len(self)
 
     @cached_property
-    def _moments(self) -> Moments:
-        moments = Moments()
+    def _moments(self) -> tuple[Moments, Moments]:
+        """Of the inputs and the outputs."""
+        both = Moments(), Moments()
         for rows in torch.arange(len(self), device="cpu").split(CHUNK):
-            moments.update(self._read(1, rows))
-        return moments
+            for moments, part in zip(both, self.batch(rows), strict=True):
+                moments.update(part)
+        return both
 
 
 class Activations:

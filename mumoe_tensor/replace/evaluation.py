@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import nan
+from math import inf, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,8 @@ class Evaluation:
         Of the same texts.
     nmse : float
         Squared error of the layer's outputs over the variance of the module's, sum over sum; both get
-        the inputs that the intact model has there. A few tokens may have nearly all of the variance.
+        the inputs that the intact model has there. Without a limit, a few tokens may have nearly all of the
+        variance.
     relative_error : float
         Mean over tokens of the squared error over the squared norm of the module's outputs.
     active : float or None
@@ -185,40 +186,66 @@ def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[No
     names = [other for other, each in model.named_modules(remove_duplicate=False) if each is old]
     try:
         for each in names:
-            model.set_submodule(each, _Zeros(old) if module is None else module)
+            model.set_submodule(each, Replaced(old, None) if module is None else module)
         yield
     finally:
         for each in names:
             model.set_submodule(each, old)
 
 
-class _Zeros(nn.Module):
-    def __init__(self, module: nn.Module):
+class Replaced(nn.Module):
+    """A layer in the place of a module, which keeps the outputs of the module that are larger than a limit.
+
+    Parameters
+    ----------
+    module : Module
+        The one that is replaced.
+    layer : Module or None
+        None for zeros.
+    limit : float, default inf
+        Largest norm of an output of the module that the layer gives; see `.ActivationRows.median_norm`.
+    """
+
+    def __init__(self, module: nn.Module, layer: nn.Module | None, limit: float = inf):
         super().__init__()
-        self.module = module
+        self.module, self.layer, self.limit = module, layer, limit
 
-    def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        return torch.zeros_like(self.module(*inputs, **named))
+    def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        y: Tensor = self.module(x, *inputs, **named)
+        output = torch.zeros_like(y) if self.layer is None else self.layer(x, *inputs, **named)
+        if self.limit == inf:
+            return self._compared(y, output)
+        is_large = y.norm(dim=-1, dtype=torch.promote_types(y.dtype, torch.float32)) > self.limit
+        self._compared(y[~is_large], output[~is_large])
+        return torch.where(is_large.unsqueeze(-1), y, output)
+
+    def _compared(self, y: Tensor, output: Tensor) -> Tensor:
+        """The output of the layer beside that of the module."""
+        return output
 
 
-class _Compared(nn.Module):
-    """A layer beside the module that it replaces: its outputs, and its error on the way.
+class _Compared(Replaced):
+    """Counts the errors of the layer.
 
     The inputs are those of the intact model: nothing that comes before has been replaced.
     """
 
-    def __init__(self, module: nn.Module, layer: nn.Module):
-        super().__init__()
-        self.module, self.layer = module, layer
-        self.error, self.relative_error, self.moments = 0.0, 0.0, Moments()
+    layer: nn.Module
+
+    def __init__(self, module: nn.Module, layer: nn.Module, limit: float):
+        super().__init__(module, layer, limit)
+        self.rows, self.error, self.relative_error, self.moments = 0, 0.0, 0.0, Moments()
 
     def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        output = self.layer(x, *inputs, **named)
-        y = self.module(x, *inputs, **named).flatten(0, -2).float()
-        errors = (output.flatten(0, -2).float() - y).square().sum(1)
+        self.rows += x[..., 0].numel()
+        return super().forward(x, *inputs, **named)
+
+    def _compared(self, y: Tensor, output: Tensor) -> Tensor:
+        rows = y.flatten(0, -2).float()
+        errors = (output.flatten(0, -2).float() - rows).square().sum(1)
         self.error += float(errors.sum())
-        self.relative_error += float((errors / y.square().sum(1)).sum())
-        self.moments.update(y)
+        self.relative_error += float((errors / rows.square().sum(1)).sum())
+        self.moments.update(rows)
         return output
 
 
@@ -272,7 +299,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield from (numbers[start : start + count] for start in range(0, len(numbers), count))
 
 
-def bounds(model: nn.Module, name: str, texts: Sequence[Tensor]) -> Bounds:
+def bounds(model: nn.Module, name: str, texts: Sequence[Tensor], *, limit: float = inf) -> Bounds:
     """Losses of the intact model, and with zeros in the place of a module.
 
     Parameters
@@ -283,13 +310,15 @@ def bounds(model: nn.Module, name: str, texts: Sequence[Tensor]) -> Bounds:
         Of the module.
     texts : sequence of Tensor of int of shape (tokens,)
         As in `losses`.
+    limit : float, default inf
+        As in `evaluate`.
 
     Raises
     ------
     ValueError, TypeError
         As `splice` and `losses`.
     """
-    with splice(model, name, None):
+    with splice(model, name, Replaced(module_of(model, name), None, limit)):
         zeroed = losses(model, texts)
     return Bounds(losses(model, texts), zeroed)
 
@@ -301,6 +330,7 @@ def evaluate(
     texts: Sequence[Tensor],
     *,
     bounds: Bounds | None = None,
+    limit: float = inf,
 ) -> Evaluation:
     """Put a layer in the place of a module for a while, and see what a language model loses.
 
@@ -315,8 +345,11 @@ def evaluate(
     texts : sequence of Tensor of int of shape (tokens,)
         As in `losses`; none that the layer was trained on.
     bounds : Bounds, optional
-        Of the function `bounds` for the same model, module and texts: many layers share one. Measured by
-        default.
+        Of the function `bounds` for the same model, module, texts and limit: many layers share one. Measured
+        by default.
+    limit : float, default inf
+        Tokens for which the norm of the module's output is larger keep that output, and no error is counted
+        for them; see `.ActivationRows.median_norm`.
 
     Raises
     ------
@@ -326,24 +359,25 @@ def evaluate(
         As `splice` and `losses`.
     """
     texts = _read_texts(texts)
-    limits = _bounds(model, name, texts) if bounds is None else bounds
-    if limits.intact.tokens.tolist() != [len(text) - 1 for text in texts]:
+    if not limit > 0:
+        raise ValueError(f"limit must be positive, got {limit}.")
+    between = _bounds(model, name, texts, limit=limit) if bounds is None else bounds
+    if between.intact.tokens.tolist() != [len(text) - 1 for text in texts]:
         raise ValueError("bounds must be of the same texts; these have other numbers of tokens.")
-    compared = _Compared(module_of(model, name), layer)
+    compared = _Compared(module_of(model, name), layer, limit)
     with splice(model, name, compared), counted(layer) as usages:
         of_texts = losses(model, texts)
-    count = sum(map(len, texts))
-    moments = compared.moments
-    if moments.rows != count:
+    count, moments = sum(map(len, texts)), compared.moments
+    if compared.rows != count:
         raise ValueError(
             f"a call of the model must call {name!r} once, with every token; of {count} tokens it got "
-            f"{moments.rows} inputs."
+            f"{compared.rows} inputs."
         )
     return Evaluation(
         of_texts,
-        limits,
+        between,
         nmse=compared.error / moments.spread if moments.spread else nan,
-        relative_error=compared.relative_error / count,
+        relative_error=compared.relative_error / moments.rows if moments.rows else nan,
         **use_of(usages)._asdict(),
     )
 

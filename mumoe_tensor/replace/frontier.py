@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import cached_property
-from math import prod
+from math import inf, isfinite, prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class _Job:
             raise ValueError(f"there must be texts for {', '.join(PARTS)}, got {len(texts)} path(s).")
         self.grid, self.folder, self._source, self._paths = grid, folder, model, texts
         self._bounds: dict[str, Bounds] = {}
+        self._limits: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process reads the model and the texts itself.
@@ -166,6 +167,15 @@ class _Job:
     def _store(self, part: str) -> Path:
         return self.folder / "activations" / part
 
+    def _limit(self, module: str) -> float:
+        """The largest norm of an output of a module that a layer is to give."""
+        if self.grid.massive is None:
+            return inf
+        if module not in self._limits:
+            rows = Activations(self._store(PARTS[0]))[module]
+            self._limits[module] = self.grid.massive * rows.median_norm
+        return self._limits[module]
+
     def tune(self, run: Run) -> Row:
         """A row of tuning.csv."""
         layer, fitted, seconds = self._trained(run, self.folder / "runs" / run.name)
@@ -177,22 +187,32 @@ class _Job:
         """A row of frontier.csv; the layer is saved."""
         layer, _, seconds = self._trained(run, self.folder / "runs" / run.name)
         model, (texts, documents) = self._language[0], self._windows["test"]
+        limit = self._limit(run.module)
         if run.module not in self._bounds:
-            self._bounds[run.module] = bounds(model, run.module, texts)
-        result = evaluate(model, run.module, layer, texts, bounds=self._bounds[run.module])
+            self._bounds[run.module] = bounds(model, run.module, texts, limit=limit)
+        result = evaluate(model, run.module, layer, texts, bounds=self._bounds[run.module], limit=limit)
         rise, half = result.of_documents(documents).interval()
-        place = SavedPlace(str(self._source), run.module, str(self._paths[2]), self.grid.context)
+        place = SavedPlace(
+            str(self._source),
+            run.module,
+            str(self._paths[2]),
+            self.grid.context,
+            limit if isfinite(limit) else None,
+        )
         save_in_place(layer, place, self.folder / "layers" / run.name)
         shutil.rmtree(self.folder / "runs" / run.name)
         measured = {"nmse": result.nmse, "active": result.active or 0.0, "dead": len(result.dead)}
         return {
-            **run.key, **_sizes(layer), **measured, "ce": result.ce, "rise": rise, "half": half,
-            "rise_zeroed": result.ce_zeroed - result.ce_intact, "seconds": seconds,
+            **run.key, **_sizes(layer), **measured, "relative_error": result.relative_error, "ce": result.ce,
+            "rise": rise, "half": half, "rise_zeroed": result.ce_zeroed - result.ce_intact,
+            "seconds": seconds,
         }  # fmt: skip
 
     def _trained(self, run: Run, folder: Path) -> tuple[Any, Fit, float]:
         """A trained layer; a training that was interrupted goes on in its folder."""
-        training, validation = (Activations(self._store(part))[run.module] for part in PARTS[:2])
+        training, validation = (
+            Activations(self._store(part))[run.module].below(self._limit(run.module)) for part in PARTS[:2]
+        )
         layer = self._make(run, self._language[0])
         config = replace(self.grid.train, learning_rate=run.learning_rate, seed=run.seed)
         fitted = fit(layer, training, config, validation=validation, folder=folder, penalty=run.penalty)

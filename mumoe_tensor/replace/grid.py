@@ -23,8 +23,8 @@ SETTINGS: dict[str, type] = {"learning_rate": float, "penalty": float}
 MEASURED: dict[str, type] = {"parameters": int, "experts": int, "nmse": float, "active": float, "dead": int}
 TUNING = {**KEY, **SETTINGS, **MEASURED, "seconds": float}
 FRONTIER = {
-    **KEY, **SETTINGS, **MEASURED, "ce": float, "rise": float, "half": float, "rise_zeroed": float,
-    "seconds": float,
+    **KEY, **SETTINGS, **MEASURED, "relative_error": float, "ce": float, "rise": float, "half": float,
+    "rise_zeroed": float, "seconds": float,
 }  # fmt: skip
 
 
@@ -109,6 +109,9 @@ class Grid:
         Tokens of a window.
     parameters : int or str
         Of a layer, as its method `like` has it: ``"2x"`` for twice those of the block it replaces.
+    massive : float or None
+        Tokens for which the block's output has a norm of more than so many times the median are left to the
+        block, see `.ActivationRows.median_norm`; None to replace all.
     tuned_at : int
         The K of the first place at which learning rates and penalties are chosen; one of its K.
     train : TrainConfig
@@ -119,6 +122,7 @@ class Grid:
     arms: dict[str, Arm]
     context: int = 256
     parameters: int | str = "2x"
+    massive: float | None = 5.0
     tuned_at: int = 32
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -140,9 +144,12 @@ class Grid:
             If a value is missing, unknown or wrong; the message names its key.
         """
         tables = read_toml(path)
-        for arm in tables.get("arms", {}).values():
-            if isinstance(arm, dict) and arm.get("parameters") == "none":
-                arm["parameters"] = None
+        for table, name in [
+            (tables, "massive"),
+            *((arm, "parameters") for arm in tables.get("arms", {}).values()),
+        ]:
+            if isinstance(table, dict) and table.get(name) == "none":
+                table[name] = None
         with reading(path):
             return checked(cls, tables)
 

@@ -29,12 +29,15 @@ class SavedPlace:
         Path of texts that it was not trained on, see `.read_texts`.
     context : int
         Tokens of a window.
+    limit : float or None
+        Tokens for which the norm of the module's output is larger are left to the module.
     """
 
     model: str
     module: str
     texts: str
     context: int
+    limit: float | None = None
 
 
 def is_saved(folder: Path) -> bool:

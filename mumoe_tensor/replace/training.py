@@ -59,7 +59,8 @@ def fit(
 
     The loss is the normalised mean squared error: the sum of ``|y - layer(x)|²`` over that of ``|y - m|²``,
     where m is the mean of the outputs of the training rows. Before the first step the layer's ``bias``
-    becomes m, and a gate that can be fitted, as `.NearestCentres`, is fitted to some of the inputs.
+    becomes m. That of a gate without a norm, as `.ReLUTopK`, gives the mean input logits of zero, unless the
+    bias has been set. A gate that can be fitted, as `.NearestCentres`, is fitted to some of the inputs.
 
     Parameters
     ----------
@@ -169,6 +170,12 @@ def _start(layer: nn.Module, rows: ActivationRows, seed: int) -> None:
     bias, gate = getattr(layer, "bias", None), getattr(layer, "gate", None)
     if isinstance(bias, Tensor) and bias.shape == rows.mean.shape:
         bias.copy_(rows.mean)
+    if not isinstance(gate, ExpertGate):
+        return
+    gate_bias = getattr(gate, "bias", None)
+    if gate_bias is not None and gate.gate_norm == "none" and not gate_bias.any():
+        # What all inputs have in common would choose the same experts for all, and the others never learn.
+        gate_bias.copy_(-gate.weight @ rows.input_mean.to(gate.weight))
     if isinstance(gate, ExpertGate) and hasattr(gate.gate, "fit"):
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randperm(len(rows), generator=generator)[: ROWS_PER_EXPERT * gate.out_features]

@@ -21,6 +21,8 @@ class Moments:
 
     def update(self, rows: Tensor) -> None:
         """Count further rows, of shape (n, features) and of float32 or float64."""
+        if not len(rows):
+            return
         # Means of batches are merged (Chan et al.): a difference of large sums of squares would be rounded.
         mean, count = rows.mean(0), len(rows)
         apart = mean.cpu().double() - self.mean

@@ -105,6 +105,27 @@ def test_rows_are_those_of_the_model(tmp_path: Path) -> None:
         store["3"]
 
 
+def test_rows_below_a_norm(tmp_path: Path) -> None:
+    """Large outputs of some rows do not count where they are left out."""
+    model = nn.Sequential(nn.Embedding(8, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[0] *= 1000
+    texts = torch.randint(1, 8, (9, 5))
+    texts[:, 0] = 0
+    rows = Activations.collect(model, "1", texts, tmp_path, shard_rows=7, dtype="float32")["1"]
+    x, y = rows.batch(range(len(rows)))
+    assert rows.median_norm == pytest.approx(float(y.norm(dim=1).median()))
+    below = rows.below(5 * rows.median_norm)
+    is_below = y.norm(dim=1) <= 5 * y.norm(dim=1).median()
+    assert not is_below[::5].any() and len(below) == int(is_below.sum()) < len(rows)
+    torch.testing.assert_close(below.batch(range(len(below))), (x[is_below], y[is_below]), rtol=0, atol=0)
+    torch.testing.assert_close(below.mean, y[is_below].mean(0))
+    torch.testing.assert_close(below.input_mean, x[is_below].mean(0))
+    assert below.documents.tolist() == rows.documents[is_below].tolist()
+    with pytest.raises(ValueError, match="of at most this norm, 0; there are none"):
+        rows.below(0.0)
+
+
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=9),
     batch_size=st.integers(1, 4),

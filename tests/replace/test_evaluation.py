@@ -214,6 +214,48 @@ def test_an_evaluation_is_what_a_loop_measures(llama: Any, texts: list[Tensor]) 
     assert 4 in found.dead and found.dead == tuple(n for n in range(6) if not a[:, n].any())
 
 
+def test_outputs_above_the_limit_are_kept(llama: Any, texts: list[Tensor]) -> None:
+    """As if the layer were told to give the block's output for these tokens; no error is counted for them."""
+    block = llama.get_submodule(PLACE)
+    norms = [x.norm(dim=-1).flatten() for x in outputs_of(llama, texts)]
+    limit = float(torch.cat(norms).quantile(0.6))
+
+    class Kept(nn.Module):
+        def __init__(self, factor: float):
+            super().__init__()
+            self.block, self.factor = block, factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(x)
+            return torch.stack([v if v.norm() > limit else self.factor * v for v in y.flatten(0, -2)]).view(
+                y.shape
+            )
+
+    result = evaluate(llama, PLACE, Scaled(block, 0.5), texts, limit=limit)
+    with splice(llama, PLACE, Kept(0.5)):
+        torch.testing.assert_close(result.losses.nats, losses(llama, texts).nats)
+    with splice(llama, PLACE, Kept(0.0)):
+        torch.testing.assert_close(result.bounds.zeroed.nats, losses(llama, texts).nats)
+    ordinary = torch.cat([x.flatten(0, -2) for x in outputs_of(llama, texts)])
+    ordinary = ordinary[ordinary.norm(dim=1) <= limit]
+    spread = (ordinary - ordinary.mean(0)).square().sum()
+    assert result.nmse == pytest.approx(float(0.25 * ordinary.square().sum() / spread), rel=1e-5)
+    assert result.relative_error == pytest.approx(0.25, rel=1e-5)
+    with pytest.raises(ValueError, match="limit must be positive, got 0"):
+        evaluate(llama, PLACE, block, texts, limit=0.0)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, texts: list[Tensor]) -> list[Tensor]:
+    """Those of the block, text by text."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(PLACE).register_forward_hook(lambda module, inputs, y: found.append(y))
+    for text in texts:
+        model(text[None])
+    handle.remove()
+    return found
+
+
 def test_bounds_are_measured_once(llama: Any, texts: list[Tensor]) -> None:
     block, calls = llama.get_submodule(PLACE), []
     limits = bounds(llama, PLACE, texts)

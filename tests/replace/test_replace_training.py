@@ -137,6 +137,17 @@ def test_it_goes_on_to_the_same_parameters(rows: ActivationRows, tmp_path: Path,
         assert gate.centres.abs().max() < x.abs().max()  # type: ignore[operator]
 
 
+def test_a_gate_with_a_bias_starts_at_the_mean_input(rows: ActivationRows) -> None:
+    config = TrainConfig(batch_size=32, steps=1, learning_rate=1e-12)
+    layer = Transcoder(6, 3, latents=16, k=2)
+    fit(layer, rows, config, validation=rows)
+    logits = layer.gate.weight @ rows.input_mean + layer.gate.bias
+    torch.testing.assert_close(logits, torch.zeros(16), rtol=0, atol=1e-6)
+    torch.nn.init.ones_(layer.gate.bias)
+    fit(layer, rows, config, validation=rows)
+    torch.testing.assert_close(layer.gate.bias.detach(), torch.ones(16))
+
+
 def test_a_penalty_makes_fewer_experts_active(rows: ActivationRows) -> None:
     active = []
     for penalty in (0.0, 1.0):

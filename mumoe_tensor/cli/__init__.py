@@ -20,6 +20,7 @@ except ImportError as error:
 
 from mumoe_tensor.cli.app import Command, OneLineErrors, main
 from mumoe_tensor.cli.browser import inspect
+from mumoe_tensor.cli.data import data
 from mumoe_tensor.cli.layers import cost, fit, formats, plan
 from mumoe_tensor.cli.replacement import replace
 from mumoe_tensor.cli.studies import bias, figures, study
@@ -35,17 +36,8 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(main)
 commands: list[Callable[..., None]] = [
-    formats,
-    plan,
-    cost,
-    fit,
-    study,
-    bias,
-    figures,
-    tokenize,
-    replace,
-    inspect,
-]
+    formats, plan, cost, fit, study, data, tokenize, inspect, replace, bias, figures,
+]  # fmt: skip
 for command in commands:
     app.command(cls=Command)(command)
 

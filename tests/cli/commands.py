@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama import write_llama
 from typer.testing import CliRunner
 
 from mumoe_tensor.cli import app
@@ -26,6 +25,7 @@ LINES = {
     "figures": "figures gate_share --quick --out {out}",
     "tokenize": "tokenize {data}/texts/one.txt {data}/texts/two.txt --hold-out two* "
     "--vocabulary-files {data} --out {out}",
+    "data": "data --list",
     "replace": "replace {data}/llama --grid {data}/grid.toml --training {data}/training.jsonl "
     "--validation {data}/test.jsonl --test {data}/test.jsonl --out {out}",
     "inspect": "inspect {data}/head --out {out}/page.html --rows 20",
@@ -68,6 +68,8 @@ def prepare(data: Path) -> None:
             for _ in range(900)
         )
         (data / "adult" / name).write_text("\n".join(people))
+    from llama import write_llama
+
     write_llama(data / "llama")
     (data / "grid.toml").write_text(
         "context = 8\ntuned_at = 2\n[train]\nsteps = 2\nbatch_size = 8\n"

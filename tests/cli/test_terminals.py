@@ -221,6 +221,8 @@ NEEDED = {
     "bias": ("torch", "train", "experiments"),
     "figures": ("torch", "train", "study"),
     **dict.fromkeys(("tokenize", "inspect", "train head", "train mixer", "train gpt2"), ("torch", "train")),
+    "data": ("torch", "train"),
+    "replace": ("torch", "train", "transformers"),
 }
 
 
@@ -231,6 +233,7 @@ NEEDED = {
         for command, extras in NEEDED.items()
         for extra in extras
         for package in EXTRAS[extra]
+        if f"[{extra}]" in str(missing(package))  # which names the first of several extras
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

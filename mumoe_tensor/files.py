@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,6 +55,36 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock against other processes.
+
+    Parameters
+    ----------
+    path : Path
+        Of a file for the lock alone; it is there while the lock is held.
+    timeout : float, default -1
+        Seconds to wait for another process; −1 for no limit.
+
+    Raises
+    ------
+    filelock.Timeout
+        If another process holds the lock.
+    OSError
+        If the file cannot be made.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path, timeout=timeout)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # some systems remove no file that is open
+            os.unlink(path)
+        lock.release()
+
+
+@contextmanager
 def alone_in(folder: Path, *subfolders: str) -> Iterator[None]:
     """Write into a folder as its only process, after what a killed one left there is tidied up.
 
@@ -70,29 +100,24 @@ def alone_in(folder: Path, *subfolders: str) -> Iterator[None]:
     OSError
         If another process writes into it, or the folder cannot be made or written into.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(folder / LOCK, timeout=0)
-            lock.acquire()
-        except Timeout:
-            raise BlockingIOError(
-                f"one process at a time writes into a folder; another one is at work in {folder}."
-            ) from None
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(folder / LOCK, timeout=0))
+            except Timeout:
+                raise BlockingIOError(
+                    f"one process at a time writes into a folder; another one is at work in {folder}."
+                ) from None
             if (folder / WHOLE).exists():
                 _change_places(folder)
             for part in (folder, *(folder / name for name in subfolders)):
                 for left in part.glob(f".*{PART}"):
                     left.unlink()
             yield
-        finally:
-            with suppress(OSError):  # some systems remove no file that is open
-                os.unlink(folder / LOCK)
-            lock.release()
     finally:
         for path in made:
             with suppress(OSError):

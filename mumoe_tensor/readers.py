@@ -12,7 +12,7 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
+from io import BytesIO, StringIO
 from math import isfinite, prod
 from pathlib import Path
 from reprlib import repr as short
@@ -177,7 +177,8 @@ def read_table(
     with reading(path):
         if not text.endswith("\n"):
             raise ValueError("a table must end with a whole line; the last one is cut off.")
-        names, *rows = csv.reader(text.splitlines(keepends=True), strict=True)
+        # (Lines of text may end in other characters too, which stand in the middle of cells.)
+        names, *rows = csv.reader(StringIO(text), strict=True)
         missing = [name for name in columns if name not in names]
         others = [name for name in names if name not in columns]
         if missing or len(set(names)) < len(names) or (others and not more):

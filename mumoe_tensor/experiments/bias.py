@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
-from mumoe_tensor.experiments.records import Records, Row
 from mumoe_tensor.interval import interval
+from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.nn.weights import load_tensors, read_weights, write_tensors
 from mumoe_tensor.readers import reading
@@ -26,8 +26,8 @@ from mumoe_tensor.training.attributes import Population, Task
 #: What is told of every model and correction; along a curve only the first three.
 METRICS = ("accuracy", "target", "worst", "deviation", "equal_opportunity")
 COLUMNS: dict[str, type] = {
-    "task": str, "method": str, "seed": int, "split": str, "setting": str, "value": float, "chosen": int,
-    "members": int, "loss": float, **dict.fromkeys(METRICS, float),
+    "run": str, "task": str, "method": str, "seed": int, "split": str, "setting": str, "value": float,
+    "chosen": int, "members": int, "loss": float, **dict.fromkeys(METRICS, float),
 }  # fmt: skip
 #: Models that are trained, and corrections of them: by method, the model that is corrected.
 ARCHITECTURES = ("linear", "high-rank linear", "mumoe")
@@ -113,7 +113,7 @@ class Experiment:
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
         self.task, self.recipe, self.folder = task, recipe, folder
-        self.records = Records(folder / "results.csv", COLUMNS)
+        self.ledger = Ledger(folder / "results.csv", COLUMNS)
 
     def validate(self, progress: Progress | None = None) -> None:
         """Choose settings, train every model with every seed, and judge all on validation rows."""
@@ -127,7 +127,9 @@ class Experiment:
         ValueError
             If `validate` is not finished.
         """
-        if missing := [run for run, _ in self._seeds("validation") if not self.records.has(self._key(run))]:
+        if missing := [
+            run for run, _ in self._seeds("validation") if not self.ledger.has(run=self._key(run))
+        ]:
             raise ValueError(f"test rows are read after all validation; {missing[0]!r} is not done yet.")
         self._do(list(self._seeds("test")), progress)
 
@@ -139,7 +141,7 @@ class Experiment:
         split : str
             ``"validation"`` or ``"test"``.
         """
-        found = self.records.of(task=self.task.name, split=split)
+        found = self.ledger.of(task=self.task.name, split=split)
         return [row for row in found if row["seed"] < self.recipe.seeds]
 
     # ---- runs ---------------------------------------------------------------------------------------------
@@ -148,8 +150,8 @@ class Experiment:
         for done, (run, call) in enumerate(runs):
             if progress is not None:
                 progress(done, len(runs), run)
-            if not self.records.has(self._key(run)):
-                self.records.add(self._key(run), call())
+            if not self.ledger.has(run=self._key(run)):
+                self.ledger.add({"run": self._key(run), **row} for row in call())
 
     def _key(self, run: str) -> str:
         return f"{self.task.name}: {run}"
@@ -182,7 +184,7 @@ class Experiment:
                 yield f"{method}, seed {seed}, {split}", call
 
     def _chosen(self, method: str) -> float:
-        rows = self.records.of(task=self.task.name, method=method, split="tuning")
+        rows = self.ledger.of(task=self.task.name, method=method, split="tuning")
         if method in ARCHITECTURES:
             return float(min(rows, key=lambda row: row["loss"])["value"])
         return best(rows)
@@ -227,7 +229,7 @@ class Experiment:
             strength = best(curve)
             if split == "test":
                 known = {"task": self.task.name, "method": name, "seed": seed, "split": "validation"}
-                (row,) = self.records.of(**known, chosen=1)
+                (row,) = self.ledger.of(**known, chosen=1)
                 strength = row["value"]
             corrected = moved(self.task, logits, strength * direction)
             chosen = self._row(name, seed, split, "strength", strength, nan, corrected)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mumoe_tensor.experiments.records import Records, Row
 from mumoe_tensor.files import alone_in, whole_file
+from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.readers import read_json
 from mumoe_tensor.replace.activations import Activations
 from mumoe_tensor.replace.budget import num_parameters
@@ -77,8 +77,8 @@ def run_grid(
     """
     job = _Job(Path(model), tuple(map(Path, texts)), grid, Path(folder))
     with alone_in(job.folder):
-        tuning = Records(job.folder / "tuning.csv", TUNING)
-        frontier = Records(job.folder / "frontier.csv", FRONTIER)
+        tuning = Ledger(job.folder / "tuning.csv", TUNING)
+        frontier = Ledger(job.folder / "frontier.csv", FRONTIER)
         job.check()
         _go_through(job, "tune", [*grid.tuning_runs()], tuning, processes, progress)
         chosen = [grid.chosen(run, tuning) for run in grid.runs()]
@@ -227,15 +227,15 @@ def _sizes(layer: Any) -> Row:
 
 
 def _go_through(
-    job: _Job, stage: str, runs: Sequence[Run], table: Records, processes: int, progress: Progress | None
+    job: _Job, stage: str, runs: Sequence[Run], table: Ledger, processes: int, progress: Progress | None
 ) -> None:
     """Do the runs that the table lacks."""
-    left = [run for run in runs if not table.has(run.name)]
+    left = [run for run in runs if not table.has(run=run.name)]
     tell = progress or (lambda done, total, text: None)
     if left:
         job.collect(progress)
     for count, (run, row) in enumerate(_rows(job, stage, left, processes), len(runs) - len(left) + 1):
-        table.add(run.name, [row])
+        table.add([row])
         tell(count, len(runs), run.name)
 
 

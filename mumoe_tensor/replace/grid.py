@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from mumoe_tensor.experiments.records import Records, Row
+from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.readers import checked, read_toml, reading
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
 from mumoe_tensor.training.config import TrainConfig
@@ -17,14 +17,14 @@ from mumoe_tensor.training.config import TrainConfig
 LAYERS = {kind.__name__: kind for kind in (Transcoder, MixtureOfDecoders, MixtureOfTransforms)}
 #: The seed of the runs that learning rates are chosen by.
 TUNING_SEED = 100
-#: Columns of the tables, besides the name of a run.
+#: Columns of the tables.
 KEY: dict[str, type] = {"module": str, "arm": str, "k": int, "seed": int}
 SETTINGS: dict[str, type] = {"learning_rate": float, "penalty": float}
 MEASURED: dict[str, type] = {"parameters": int, "experts": int, "nmse": float, "active": float, "dead": int}
-TUNING = {**KEY, **SETTINGS, **MEASURED, "seconds": float}
+TUNING = {"run": str, **KEY, **SETTINGS, **MEASURED, "seconds": float}
 FRONTIER = {
-    **KEY, **SETTINGS, **MEASURED, "relative_error": float, "ce": float, "rise": float, "half": float,
-    "rise_zeroed": float, "seconds": float,
+    "run": str, **KEY, **SETTINGS, **MEASURED, "relative_error": float, "ce": float, "rise": float,
+    "half": float, "rise_zeroed": float, "seconds": float,
 }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ class Grid:
                 for rate, penalty in choices:
                     yield run._replace(seed=TUNING_SEED, learning_rate=rate, penalty=penalty)
 
-    def chosen(self, run: Run, tuning: Records) -> Run:
+    def chosen(self, run: Run, tuning: Ledger) -> Run:
         """A run with the learning rate and the penalty of its arm.
 
         Of the settings that leave at most K experts active, on average over the validation texts, those with
@@ -212,4 +212,4 @@ class Run(NamedTuple):
     @property
     def key(self) -> Row:
         """The columns that identify it, and its settings."""
-        return {name: getattr(self, name) for name in (*KEY, *SETTINGS)}
+        return {"run": self.name, **{name: getattr(self, name) for name in (*KEY, *SETTINGS)}}

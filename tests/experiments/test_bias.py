@@ -25,7 +25,6 @@ from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients
 from mumoe_tensor.cli import app
 from mumoe_tensor.experiments import bias
 from mumoe_tensor.experiments.bias import CORRECTIONS, METHODS, METRICS, MODELS, Experiment, Recipe
-from mumoe_tensor.experiments.records import Records
 from mumoe_tensor.interval import interval
 from mumoe_tensor.nn.weights import read_weights
 from mumoe_tensor.training import attributes
@@ -113,12 +112,12 @@ def test_settings_are_chosen_on_validation_rows(finished: Experiment) -> None:
     assert chosen["validation"] == chosen["test"]
     assert set(chosen["test"]) == {(method, seed) for method in METHODS for seed in range(2)}
     for (method, seed), value in chosen["test"].items():
-        rows = finished.records.of(method=method, seed=seed, split="validation")
+        rows = finished.ledger.of(method=method, seed=seed, split="validation")
         if method in CORRECTIONS:
             assert len(rows) == len(RECIPE.strengths)
             assert max(r["worst"] for r in rows) == next(r["worst"] for r in rows if r["value"] == value)
         else:
-            tried = finished.records.of(method=method, split="tuning")
+            tried = finished.ledger.of(method=method, split="tuning")
             assert value in {r["value"] for r in tried}
             if method in bias.ARCHITECTURES:
                 assert min(r["loss"] for r in tried) == next(r["loss"] for r in tried if r["value"] == value)
@@ -132,7 +131,7 @@ def test_test_rows_are_those_of_the_test_part(finished: Experiment) -> None:
     rows = finished.task.test
     with torch.no_grad():
         right = (model(rows.x)[:, 0] > 0).long() == rows.y[:, 0]
-    (row,) = finished.records.of(method="mumoe", seed=1, split="test")
+    (row,) = finished.ledger.of(method="mumoe", seed=1, split="test")
     members = (rows.y[:, 0] == 1) & (rows.group == 1)
     assert row["accuracy"] == pytest.approx(float(right.float().mean()), abs=2e-5)
     assert row["target"] == pytest.approx(float(right[members].float().mean()), abs=2e-5)
@@ -352,11 +351,6 @@ def test_bad_input_is_one_line(line: str, words: str, data: Path) -> None:
 
 
 def test_wrong_files_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (data / "results.csv").write_text("run,other\na,b\n")
-    with pytest.raises(
-        ValueError, match=r"results\.csv: a table must have its columns.* missing \['value'\]"
-    ):
-        Records(data / "results.csv", {"value": float})
     (data / "adult" / "adult.data").write_text("1, 2\n")
     with pytest.raises(ValueError, match="15 columns"):
         read_adult(data / "adult", ("income", 1), ("Male", 0))

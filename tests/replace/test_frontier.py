@@ -100,10 +100,10 @@ def test_settings_of_the_lowest_validation_error_are_taken(
     arms = {name: ARMS[name] for name in ("transcoder", "MOLT")}
     grid = replace(GRID, arms=arms, places=(Place(MODULE, (2,), (1,)),))
     rows = run_grid(saved_llama, paths, grid, tmp_path / "out")
-    from mumoe_tensor.experiments.records import Records
+    from mumoe_tensor.ledger import Ledger
     from mumoe_tensor.replace.grid import TUNING
 
-    tuning = list(Records(tmp_path / "out" / "tuning.csv", TUNING))
+    tuning = list(Ledger(tmp_path / "out" / "tuning.csv", TUNING))
     assert [row["learning_rate"] for row in tuning if row["arm"] == "transcoder"] == [0.01, 0.001]
     for row in rows:
         tried = [other for other in tuning if other["arm"] == row["arm"]]

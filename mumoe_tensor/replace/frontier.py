@@ -25,6 +25,7 @@ from mumoe_tensor.replace.evaluation import Bounds, bounds, evaluate
 from mumoe_tensor.replace.grid import FRONTIER, TUNING, Grid, Run
 from mumoe_tensor.replace.language import Windows, load_language_model, read_texts, windows
 from mumoe_tensor.replace.place import SavedPlace, save_in_place
+from mumoe_tensor.replace.shards import MANIFEST
 from mumoe_tensor.replace.training import Fit, fit
 
 Progress = Callable[[int, int, str], None]
@@ -56,7 +57,7 @@ def run_grid(
     texts : sequence of str or Path
         For training, validation and test; see `.read_texts`.
     grid : Grid
-        A later call may add places, seeds and arms.
+        A later call may add places, seeds and arms. Of new places, all activations are collected anew.
     folder : str or Path
     processes : int, default 1
         Runs at once. Of several, each has one thread.
@@ -127,9 +128,9 @@ class _Job:
         now = json.loads(json.dumps(sources | asdict(self.grid)))
         path = self.folder / "grid.json"
         before = read_json(path) if path.exists() else {}
+        arms = before.get("arms", {})
         if before:
             changed = [name for name in now if name not in GROWING and now[name] != before.get(name)]
-            arms = before.get("arms", {})
             changed += [
                 name for name in now["arms"] if now["arms"][name] != arms.get(name, now["arms"][name])
             ]
@@ -137,6 +138,7 @@ class _Job:
                 raise ValueError(
                     f"a folder has the results of one grid; {', '.join(changed)} differ from those in {path}."
                 )
+        now["arms"] = arms | now["arms"]  # those of earlier calls have rows too
         if before == now:
             return
         model, _ = self._language
@@ -161,8 +163,12 @@ class _Job:
         """Write the activations of all places, unless they are there."""
         places = [place.module for place in self.grid.places]
         for part in PARTS[:2]:
-            texts = self._windows[part].tokens
-            Activations.collect(self._language[0], places, texts, self._store(part), progress=progress)
+            texts, store = self._windows[part].tokens, self._store(part)
+            there = read_json(store / MANIFEST)["modules"] if (store / MANIFEST).exists() else []
+            if not {*places} <= {*there}:  # one pass gives those of all places
+                shutil.rmtree(store, ignore_errors=True)
+                there = places
+            Activations.collect(self._language[0], there, texts, store, progress=progress)
 
     def _store(self, part: str) -> Path:
         return self.folder / "activations" / part

@@ -133,6 +133,11 @@ class Grid:
             raise ValueError(
                 f"tuned_at must be a K of the first place, {self.places[0].k}, got {self.tuned_at}."
             )
+        if wrong := [name for name in self.arms if "/" in name]:
+            raise ValueError(f"the name of an arm is part of that of a folder: no slash in it, got {wrong}.")
+        names = [run.name for run in self.runs()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"every run must have another name, got more than one {', '.join(twice)}.")
 
     @classmethod
     def read(cls, path: str | Path) -> Grid:

@@ -18,7 +18,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from mumoe_tensor.replace import Activations  # noqa: E402
+from mumoe_tensor.replace import ActivationRows, Activations  # noqa: E402
 
 
 class Block(nn.Module):
@@ -126,6 +126,14 @@ def test_rows_below_a_norm(tmp_path: Path) -> None:
         rows.below(0.0)
 
 
+def test_rows_of_the_limit_and_of_chosen_documents_are_below_it() -> None:
+    y = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 5.0], [0.0, 1.0]])
+    rows = ActivationRows([(y, y)], torch.arange(4))
+    assert rows.below(5.0).documents.tolist() == [0, 2, 3]
+    part = rows.take([1, 2, 3]).below(5.0)
+    assert part.documents.tolist() == [2, 3] and part.batch([0])[1].tolist() == [[0, 5]]
+
+
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=9),
     batch_size=st.integers(1, 4),
@@ -180,8 +188,15 @@ def test_only_the_first_forward_pass_is_whole(tmp_path: Path) -> None:
     model: Any = language_model()
     calls: list[int] = []
     model[3].register_forward_hook(lambda *_: calls.append(1))
-    store = Activations.collect(model, "1.mlp", documents(4, 5, 6, 7), tmp_path)
-    assert len(store) == 22 and len(calls) == 1
+    store = Activations.collect(model, ["1.mlp", "1.mlp"], documents(4, 5, 6, 7), tmp_path)
+    assert len(store) == 22 and len(calls) == 1 and store.modules == ("1.mlp",)
+
+
+def test_texts_of_one_length_and_other_shapes(tmp_path: Path) -> None:
+    texts = [torch.randn(3, size, 4) for size in (4, 5, 5)]
+    store = Activations.collect(nn.Sequential(nn.Linear(4, 4)), "0", texts, tmp_path, dtype="float32")
+    assert store.documents.bincount().tolist() == [12, 15, 15]
+    assert store["0"].batch(slice(None))[0].equal(torch.cat([text.flatten(0, 1) for text in texts]))
 
 
 class Twice(nn.Module):
@@ -232,6 +247,7 @@ def test_rows_of_all_modules_are_the_same(tmp_path: Path) -> None:
         (lambda a: a | {"modules": "2.mlp"}, r"modules in .* was \['1.mlp'\], and is \['2.mlp'\] now"),
         (lambda a: a | {"dtype": "bfloat16"}, "dtype in"),
         (lambda a: a | {"model": nn.Sequential(*a["model"], nn.Tanh())}, "model in"),
+        (lambda a: a["model"].register_buffer("scale", torch.ones(1)) or a, "model in"),
     ],
 )
 def test_a_folder_goes_on_with_what_it_began_with(

@@ -128,6 +128,13 @@ def test_another_grid_in_the_folder_is_refused_and_a_larger_one_taken(
         "no experts",
         "random",
     ]
+    # An arm that a call leaves out is not forgotten, and places may come while the activations are there.
+    run_grid(saved_llama, paths, replace(grid, arms={"random": ARMS["random"]}), tmp_path / "out")
+    with pytest.raises(ValueError, match="no experts differ"):
+        run_grid(saved_llama, paths, replace(grid, arms=changed), tmp_path / "out")
+    places = (*grid.places, Place("model.layers.0.mlp", (2,), (1,)))
+    rows = run_grid(saved_llama, paths, replace(grid, places=places), tmp_path / "out")
+    assert [row["module"] for row in rows] == [MODULE, MODULE, "model.layers.0.mlp"]
 
 
 class Pool(ThreadPoolExecutor):

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("pydantic")
 
-from mumoe_tensor.replace.grid import Grid, Place
+from mumoe_tensor.replace.grid import Arm, Grid, Place
 
 
 def test_a_grid_is_read_from_toml(tmp_path: Path) -> None:
@@ -31,3 +31,15 @@ def test_a_grid_is_read_from_toml(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=error):
             Grid.read(path)
         path.write_text(path.read_text().replace(new, old))
+
+
+def test_no_two_runs_have_one_name() -> None:
+    place, arm = Place("a", (2,), (1,)), Arm("Transcoder")
+    for places, arms, error in (
+        ((place, place), {"x": arm}, "more than one a x K=2 seed=0"),
+        ((Place("a", (2, 2), (1, 1)),), {"x": arm}, "more than one a x K=2 seed=0"),
+        ((place,), {"x, y": arm, "x y": arm}, "more than one a x y K=2 seed=0"),
+        ((place,), {"x/y": arm}, r"no slash in it, got \['x/y'\]"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            Grid(places, arms, tuned_at=2)

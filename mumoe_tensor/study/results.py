@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from mumoe_tensor.files import write_table
-from mumoe_tensor.readers import read_table
+from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.layers import features
 from mumoe_tensor.study.subjects import UNITS, Subject
@@ -112,13 +110,17 @@ def total(experts: str) -> int:
     return count
 
 
+#: Names and types of the columns.
+COLUMNS = get_type_hints(Measurement)
+
+
 class Results:
     """Measurements so far, in memory or in a file.
 
     Parameters
     ----------
     path : Path, optional
-        A CSV file. What it has already is read; every `add` writes it anew, whole.
+        A CSV file; what it has already is read.
 
     Raises
     ------
@@ -128,29 +130,26 @@ class Results:
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self._rows: list[tuple[Measurement, dict[str, Any]]] = []
-        if path is not None and path.exists():
-            self._rows = list(_read(path))
+        # Columns of the environment, which another version may have others of, are text.
+        self._ledger = Ledger(path, COLUMNS, more=str)
 
     def __iter__(self) -> Iterator[Measurement]:
-        return (row for row, _ in self._rows)
+        return map(_measurement, self._ledger)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._ledger)
 
     @property
     def tasks(self) -> set[str]:
         """The tasks that are done."""
-        return {row.task for row in self}
+        return {row["task"] for row in self._ledger}
 
     @property
     def environments(self) -> list[dict[str, Any]]:
         """Machines and versions of the rows, without date and load, each once."""
-        environments = {}
-        for _, about in self._rows:
-            environment = {k: str(v or "") for k, v in about.items() if k not in ("date", "load")}
-            environments[tuple(environment.values())] = environment
-        return list(environments.values())
+        left = {*COLUMNS, "date", "load"}
+        found = ({name: value for name, value in row.items() if name not in left} for row in self._ledger)
+        return list({tuple(environment.values()): environment for environment in found}.values())
 
     def add(self, rows: Sequence[Measurement], environment: dict[str, Any]) -> None:
         """Add all rows of a task at once.
@@ -160,11 +159,7 @@ class Results:
         environment : dict
             Machine, versions and commit.
         """
-        self._rows += [(row, environment) for row in rows]
-        if self.path is not None:
-            lines = [asdict(row) | about for row, about in self._rows]
-            # Another version may record other columns.
-            write_table(self.path, list(dict.fromkeys(name for line in lines for name in line)), lines)
+        self._ledger.add(asdict(row) | environment for row in rows)
 
     def of(self, quantity: str, **values: Any) -> list[Measurement]:
         """Measurements of a quantity that have these values.
@@ -174,22 +169,8 @@ class Results:
         **values
             Attributes and their values.
         """
-        return [
-            row
-            for row in self
-            if row.quantity == quantity and all(getattr(row, k) == v for k, v in values.items())
-        ]
+        return list(map(_measurement, self._ledger.of(quantity=quantity, **values)))
 
 
-def _read(path: Path) -> Iterator[tuple[Measurement, dict[str, Any]]]:
-    names = {f.name: partial(_parsed, kind=str(f.type)) for f in fields(Measurement)}
-    for row in read_table(path, names, more=True):
-        yield Measurement(**{name: row.pop(name) for name in names}), row
-
-
-def _parsed(text: str, kind: str) -> Any:
-    if kind == "str":
-        return text
-    if not text and kind.endswith("None"):
-        return None
-    return int(text) if kind.startswith("int") else float(text)
+def _measurement(row: Row) -> Measurement:
+    return Measurement(**{name: row[name] for name in COLUMNS})

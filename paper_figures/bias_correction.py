@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from mumoe_tensor.experiments.bias import CORRECTIONS, LARGEST_LOSS, METHODS
+from mumoe_tensor.experiments.bias import COLUMNS, CORRECTIONS, LARGEST_LOSS, METHODS
 from mumoe_tensor.interval import interval
-from paper_figures.common import FOLDER, Row, colour_of, new_figure, read
+from mumoe_tensor.ledger import Ledger
+from paper_figures.common import FOLDER, Row, colour_of, new_figure
 
 TABLE = FOLDER.parent / "docs" / "experiments" / "bias.csv"
 TASKS = {
@@ -47,7 +48,7 @@ MARKERS = {"linear": "v", "high-rank linear": "^", "mumoe": "o", "oversampling":
 
 def rows(quick: bool) -> list[Row]:
     """One row a task, method and strength: means over seeds. Strength None: that chosen for each."""
-    tested = [row for row in read(TABLE) if row["split"] == "test"]
+    tested = Ledger(TABLE, COLUMNS).of(split="test")
     records = []
     for task in dict.fromkeys(row["task"] for row in tested):
         for method in METHODS:

@@ -6,7 +6,6 @@ whose numbers are measured, or take long, has ``measure(quick)`` in place of `ro
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -23,12 +22,12 @@ from benchmarks.harness import threads
 from mumoe_tensor import Cost, LayerSpec, cost
 from mumoe_tensor.files import replacing, whole_file, write_table
 from mumoe_tensor.formats import formats
+from mumoe_tensor.ledger import Ledger, Row, plain
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
 from mumoe_tensor.study.timing import Spread
 
-Row = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent
 FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common")))
 #: The linear layer of the figures over the number of experts, and the number at which mixtures match it.
@@ -178,26 +177,11 @@ def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool =
             return module.rows(quick)
         path = folder / f"{name_of(module)}.csv"
         if path.exists() and not fresh:
-            rows = read(path)
+            rows = list(Ledger(path, {}, more=plain))
             if quick or not rows[0]["quick"]:
                 return rows
         where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
         return [row | {"quick": int(quick), "measured": where} for row in module.measure(quick)]
-
-
-def read(path: Path) -> list[Row]:
-    """A table that `write` wrote."""
-
-    def value(text: str) -> Any:
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-        return text or None
-
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ FITS = {"plain": "fitted to the weights", "weighted": "weighted by the inputs of
 
 def rows(quick: bool) -> list[Row]:
     """One row a seed, format, share of parameters saved and way of fitting."""
-    return table("mixture")
+    return list(table("mixture"))
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -24,7 +24,7 @@ MARKERS = "osvDPX^<>"
 
 def rows(quick: bool) -> list[Row]:
     """One row a network, format, share of the parameters and way of fitting."""
-    return table("compression")
+    return list(table("compression"))
 
 
 def draw(rows: Sequence[Row]) -> Figure:

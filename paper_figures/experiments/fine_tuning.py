@@ -23,15 +23,7 @@ from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
 from mumoe_tensor.training.head import fine_tune, train_head
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import (
-    DATA,
-    HIDDEN,
-    TRAINING,
-    images,
-    is_same,
-    keep,
-    table,
-)
+from paper_figures.experiments.heads import DATA, HIDDEN, TRAINING, images, keep, table
 
 TABLE = "heads_fine_tuning"
 ROWS, VALIDATED, BATCH = 400, 2_000, 50
@@ -112,11 +104,7 @@ def fit(case: Case) -> Row:
 
 def rate(network: str, format: str) -> float:
     """The learning rate with the highest validation accuracy."""
-    tried = [
-        row
-        for row in table(TABLE)
-        if is_same(row, {"network": network, "format": format, "seed": TUNING_SEED})
-    ]
+    tried = table(TABLE).of(network=network, format=format, seed=TUNING_SEED)
     if len(tried) != len(RATES[network]):
         raise ValueError(f"{len(RATES[network])} learning rates must be tried first, got {len(tried)}.")
     return float(max(tried, key=lambda row: row["accuracy"])["learning_rate"])

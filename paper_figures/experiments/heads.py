@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -30,11 +31,12 @@ from torch import Tensor
 from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
 from mumoe_tensor.interval import interval
+from mumoe_tensor.ledger import Ledger, plain
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.study.environment import environment
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
 from mumoe_tensor.training.head import train_head
-from paper_figures.common import Row, read
+from paper_figures.common import Row
 from paper_figures.common import table as as_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,10 +233,9 @@ def go_through(
             print(f"{count} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
 
 
-def table(name: str) -> list[Row]:
-    """The rows of a table of the experiment; none if it is not there."""
-    path = TABLES / f"{name}.csv"
-    return read(path) if path.exists() else []
+def table(name: str) -> Ledger:
+    """A table of the experiment."""
+    return Ledger(TABLES / f"{name}.csv", {}, more=plain)
 
 
 def over_seeds(rows: Sequence[Row], column: str) -> Row:
@@ -243,7 +244,7 @@ def over_seeds(rows: Sequence[Row], column: str) -> Row:
     return {column: mean, f"{column}_low": mean - (half or 0), f"{column}_high": mean + (half or 0)}
 
 
-def means(rows: Sequence[Row], by: str, columns: Sequence[str]) -> list[Row]:
+def means(rows: Iterable[Row], by: str, columns: Sequence[str]) -> list[Row]:
     """Means over the seeds of each value of a column, in the order of their first rows."""
     records = []
     for value in dict.fromkeys(row[by] for row in rows):
@@ -261,17 +262,11 @@ def write_table(name: str, rows: Sequence[Row]) -> None:
 
 def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, processes: int) -> None:
     """Run the tasks that have no row in a table yet; a task is the columns of its row and its arguments."""
-    rows = table(name)
+    kept = table(name)
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
-    left = [arguments for key, arguments in tasks if not any(is_same(row, key) for row in rows)]
+    left = [arguments for key, arguments in tasks if not kept.has(**key)]
     for row in go_through(left, work, processes):
-        rows.append(row | {"measured": where})
-        write_table(name, rows)
-
-
-def is_same(row: Row, key: Row) -> bool:
-    """Whether a row of a table has these columns, as text."""
-    return all(str(row[name]) == str(value) for name, value in key.items())
+        kept.add([row | {"measured": where}])
 
 
 def tune_all(processes: int) -> None:
@@ -283,7 +278,7 @@ def tune_all(processes: int) -> None:
 
 def learning_rate(run: Run) -> float:
     """The rate with the highest validation accuracy."""
-    group = [row for row in table("heads_tuning") if is_same(row, run.tuned_as.key)]
+    group = table("heads_tuning").of(**run.tuned_as.key)
     if len(group) != len(LEARNING_RATES):
         raise ValueError(f"learning rates must be tried first, by `tune`; {run.tuned_as} has {len(group)}.")
     return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
@@ -295,16 +290,14 @@ def test_all(processes: int) -> None:
     make_features("t10k", DATA / "heads-test.npz")
     rows, loads = table("heads"), table("heads_load")
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
-    left = [task for task in tasks if not any(is_same(row, task[0].key) for row in rows)]
+    left = [task for task in tasks if not rows.has(**task[0].key)]
     for row, load, top in go_through(left, test, processes):
         # The row is written last: if it is there, the others are.
         if load:
-            loads += load
-            write_table("heads_load", loads)
+            loads.add(load)
         if top:
             keep_images(top)
-        rows.append(row | {"measured": where})
-        write_table("heads", rows)
+        rows.add([row | {"measured": where}])
 
 
 def try_cause(name: str, seed: int) -> Row:
@@ -332,11 +325,10 @@ def try_cause(name: str, seed: int) -> Row:
 def find_causes(processes: int) -> None:
     """Search, on validation rows, for causes of the difference between blocks of experts and the MLP."""
     rows = table("heads_causes")
-    left = [(name, seed) for name in CAUSES for seed in CAUSE_SEEDS
-            if not any(is_same(row, {"cause": name, "seed": seed}) for row in rows)]  # fmt: skip
+    tasks = product(CAUSES, CAUSE_SEEDS)
+    left = [(name, seed) for name, seed in tasks if not rows.has(cause=name, seed=seed)]
     for row in go_through(left, try_cause, processes):
-        rows.append(row)
-        write_table("heads_causes", rows)
+        rows.add([row])
 
 
 def claims(name: str = "heads") -> list[Row]:
@@ -348,7 +340,7 @@ def claims(name: str = "heads") -> list[Row]:
 
     def values(column: str, **key: Any) -> dict[int, float]:
         columns = {"gate": "entmax15", "gate_norm": "batch"} | key
-        return {row["seed"]: row[column] for row in rows if is_same(row, columns)}
+        return {row["seed"]: row[column] for row in rows.of(**columns)}
 
     records = []
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -134,13 +134,13 @@ def tune(kind: str, processes: int) -> None:
 
 def learning_rate(kind: str, arm: str) -> float:
     """The rate with the lowest validation loss; two levels have that of one."""
-    group = [row for row in table(f"{kind}_tuning") if row["tuning"] == arm.partition(",")[0]]
+    group = table(f"{kind}_tuning").of(tuning=arm.partition(",")[0])
     if len(group) != len(LEARNING_RATES[kind]):
         raise ValueError(f"learning rates must be tried first, by `tune`; {arm} has {len(group)}.")
     return float(min(group, key=lambda row: row["validation_loss"])["rate"])
 
 
-def curves(kind: str, rows: Sequence[Row]) -> list[Row]:
+def curves(kind: str, rows: Iterable[Row]) -> list[Row]:
     """Evaluations of trainings; of those whose folder is not here any more, what the table has."""
     records = []
     for row in rows:
@@ -158,8 +158,7 @@ def curves(kind: str, rows: Sequence[Row]) -> list[Row]:
                 for e in read_evaluations(metrics)
             ]
         else:
-            key = (row["arm"], row["seed"])
-            records += [old for old in table(f"{kind}_curves") if (old["arm"], old["seed"]) == key]
+            records += table(f"{kind}_curves").of(arm=row["arm"], seed=row["seed"])
     return records
 
 
@@ -178,12 +177,13 @@ def run_all(kind: str, processes: int) -> None:
         data = read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")
         # Runs that have a row are not evaluated again; the images are read once.
         tested = table("mixer_test")
-        judged = {(row["arm"], row["seed"]) for row in tested}
-        for row in (row for row in rows if (row["arm"], row["seed"]) not in judged):
+        for row in rows:
+            key = {"arm": row["arm"], "seed": row["seed"]}
+            if tested.has(**key):
+                continue
             model = load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
             loss, accuracy = evaluate(model, data)
-            tested.append({"arm": row["arm"], "seed": row["seed"], "loss": loss, "accuracy": accuracy})
-        write_table("mixer_test", tested)
+            tested.add([{**key, "loss": loss, "accuracy": accuracy}])
 
 
 def find_causes(kind: str, processes: int) -> None:
@@ -220,8 +220,8 @@ def truncated(kind: str) -> None:
     for seed in SEEDS:
         settings = settings_of(kind, ARMS[kind]["dense"], learning_rate(kind, "dense"), seed)
         _, validation = settings.read_data()
-        folder = next(row["folder"] for row in table(kind) if (row["arm"], row["seed"]) == ("dense", seed))
-        model: Any = load_model(ROOT / "results" / kind / folder / "model.safetensors")
+        (row,) = table(kind).of(arm="dense", seed=seed)
+        model: Any = load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
         layers = [
             layer
             for name, layer in model.named_modules()
@@ -239,7 +239,7 @@ def truncated(kind: str) -> None:
 def write_samples() -> None:
     """Have each arm's GPT-2 of seed 0 go on with the same words."""
     texts = []
-    for row in (row for row in table("gpt2") if row["seed"] == 0):
+    for row in table("gpt2").of(seed=0):
         model: Any = load_model(ROOT / "results" / "gpt2" / row["folder"] / "model.safetensors")
         tokenizer = Tokenizer(ROOT / "data" / "gpt2-vocabulary", model.config.vocabulary)
         tokens = model.generate(

@@ -118,11 +118,10 @@ def probe() -> list[Row]:
                 rows.append({"arm": arm, "seed": seed, "rule": rule, "features": k, **scores})
 
     judge("neurons", 0, neurons)
-    for row in table("replacement"):
-        if (row["module"], row["k"]) == (MODULE, PROBED_AT):
-            layer = load(RESULTS / "layers" / row["run"])
-            (coefficients,) = zip(*(layer.gate(part) for part in inputs.split(4096)), strict=True)
-            judge(row["arm"], row["seed"], torch.cat(coefficients))
+    for row in table("replacement").of(module=MODULE, k=PROBED_AT):
+        layer = load(RESULTS / "layers" / row["run"])
+        (coefficients,) = zip(*(layer.gate(part) for part in inputs.split(4096)), strict=True)
+        judge(row["arm"], row["seed"], torch.cat(coefficients))
     return rows
 
 
@@ -132,7 +131,7 @@ def claims() -> list[Row]:
     records = []
 
     def rises(module: str, arm: str, k: int) -> dict[int, float]:
-        here = [row for row in rows if (row["module"], row["arm"]) == (module, arm)]
+        here = rows.of(module=module, arm=arm)
         return {row["seed"]: row["rise"] for row in here if row["k"] in (k, 0)}
 
     places = dict.fromkeys((row["module"], row["k"]) for row in rows if row["arm"] == REFERENCE)

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pydantic")
 pytest.importorskip("tokenizers")
 
+from ledgers import ledger_of  # noqa: E402
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 
 from mumoe_tensor.models import GPT2, GPT2Config  # noqa: E402
@@ -46,7 +47,7 @@ def test_the_rate_is_that_of_the_lowest_loss(monkeypatch: pytest.MonkeyPatch) ->
         for arm, losses in {"dense": (3.0, 2.0, 4.0), "CP": (1.0, 2.0, 3.0)}.items()
         for rate, loss in zip(pretraining.LEARNING_RATES["mixer"], losses, strict=True)
     ]
-    monkeypatch.setattr(pretraining, "table", lambda name: rows)
+    monkeypatch.setattr(pretraining, "table", lambda name: ledger_of(rows))
     assert pretraining.learning_rate("mixer", "dense") == 2e-3
     assert pretraining.learning_rate("mixer", "CP, two levels") == 1e-3
     with pytest.raises(ValueError, match="by `tune`; TR has 0"):
@@ -70,7 +71,7 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
         "mixer_test": rows(arms, ("loss", "accuracy")),
         "mixer_followed": rows(["TR, published initialisation"], columns),
     }
-    monkeypatch.setattr(pretraining, "table", tables.__getitem__)
+    monkeypatch.setattr(pretraining, "table", lambda name: ledger_of(tables[name]))
     found = {(row["measure"], row["arm"]): row for row in pretraining.claims("mixer")}
     assert len(found) == 5 * len(arms) + 3
 
@@ -158,7 +159,7 @@ def test_samples_go_on_with_the_same_words(monkeypatch: pytest.MonkeyPatch, tmp_
         rows += [{"arm": arm, "seed": seed, "folder": arm} for seed in (0, 1)]
     monkeypatch.setattr(pretraining, "ROOT", tmp_path)
     monkeypatch.setattr(pretraining, "TABLES", tmp_path)
-    monkeypatch.setattr(pretraining, "table", {"gpt2": rows}.__getitem__)
+    monkeypatch.setattr(pretraining, "table", lambda name: ledger_of(rows))
     assert pretraining.main(["gpt2", "samples"]) == 0
     text = (tmp_path / "gpt2_samples.txt").read_text(encoding="utf-8")
     _, dense, cp = re.split("---- .* ----\n", text)
@@ -203,7 +204,7 @@ def test_a_training_is_kept_and_goes_into_its_table(
     assert curve[-1]["validation_loss"] == pytest.approx(row["validation_loss"])
     # Without the folder the curve is what the table has of it.
     heads.write_table("mixer_curves", curve)
-    assert pretraining.curves("mixer", [row | {"folder": "gone"}]) == heads.table("mixer_curves")
+    assert pretraining.curves("mixer", [row | {"folder": "gone"}]) == list(heads.table("mixer_curves"))
     assert pretraining.curves("mixer", [row | {"folder": "gone", "seed": 8}]) == []
 
 

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
+from ledgers import ledger_of
+
 from paper_figures.experiments import replacement
 
 TEXT = """
@@ -60,7 +62,7 @@ def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None
     rows = [row("MxD", k, seed, 0.1 * k + 0.01 * seed) for k in (8, 32) for seed in (0, 1)]
     rows += [row("transcoder", 8, seed, 0.9 + 0.01 * seed) for seed in (0, 1)]
     rows += [row("no experts", 0, 1, 3.0)]
-    monkeypatch.setattr(replacement, "table", lambda name: rows)
+    monkeypatch.setattr(replacement, "table", lambda name: ledger_of(rows))
     found = {(each["arm"], each["K"]): each for each in replacement.claims()}
     assert found.keys() == {("transcoder", 8), ("no experts", 8), ("no experts", 32)}
     assert found["transcoder", 8]["mean"] == pytest.approx(0.1)

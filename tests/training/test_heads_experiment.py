@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("fairlearn")
 
 import torch
+from ledgers import ledger_of
 from torch import nn
 
 from mumoe_tensor.analysis import ablate
@@ -47,9 +48,8 @@ def test_the_best_rate_on_validation_rows_is_taken() -> None:
     rows = heads.table("heads_tuning")
     assert len(rows) == 7 * len(heads.LEARNING_RATES)
     for row in heads.table("heads"):
-        run_as = [r for r in heads.runs() if heads.is_same(row, r.key)]
-        assert len(run_as) == 1, row
-        tried = [r for r in rows if heads.is_same(r, run_as[0].tuned_as.key)]
+        (run,) = [run for run in heads.runs() if all(str(row[k]) == str(v) for k, v in run.key.items())]
+        tried = rows.of(**run.tuned_as.key)
         best = max(r["accuracy"] for r in tried)
         assert row["learning_rate"] in [r["learning_rate"] for r in tried if r["accuracy"] == best]
 
@@ -60,8 +60,8 @@ def test_figures_say_what_the_table_says() -> None:
     assert rows[0]["name"] == "mlp" and {row["name"] for row in rows} == {"mlp", *heads.FORMATS}
     for row in rows:
         format = "linear" if row["name"] == "mlp" else row["name"]
-        key = {"kind": "matched", "format": format, "experts": row["modes"]}
-        values = [r["accuracy"] for r in table if heads.is_same(r, key)]
+        of_row = table.of(kind="matched", format=format, experts=row["modes"])
+        values = [r["accuracy"] for r in of_row]
         assert row["accuracy"] == pytest.approx(np.mean(values)) and row["seeds"] == len(values)
         # Of five values Student's t has the quantile 2.776.
         half = 2.776 * np.std(values, ddof=1) / np.sqrt(5)
@@ -114,9 +114,9 @@ def test_a_training_of_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert len(loads) == 32 and sorted((r["load"] for r in loads), reverse=True) == [r["load"] for r in loads]
     assert top["indices_32"].shape == (heads.SHOWN, heads.IMAGES)
     monkeypatch.setattr(heads, "TABLES", tmp_path)
-    heads.write_table("some", [row])
-    assert heads.is_same(heads.table("some")[0], Run("single", "cp", (32,)).key)
-    assert not heads.is_same(heads.table("some")[0], Run("single", "cp", (32,), seed=1).key)
+    heads.table("some").add([row])
+    assert heads.table("some").has(**Run("single", "cp", (32,)).key)
+    assert not heads.table("some").has(**Run("single", "cp", (32,), seed=1).key)
 
 
 # ---- the network below, trained too -----------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_differences_of_fine_tuning_are_those_of_the_same_seed(monkeypatch: pyte
             *((s, 0.1) for s in range(3)),
         ]
     ]
-    monkeypatch.setattr(fine_tuning, "table", lambda name: rows[::-1])
+    monkeypatch.setattr(fine_tuning, "table", lambda name: ledger_of(rows[::-1]))
     for network, format in kinds:
         mine = [r for r in rows if (r["network"], r["format"]) == (network, format)]
         best = max((r for r in mine if r["seed"] == 100), key=lambda row: row["accuracy"])
@@ -187,7 +187,7 @@ def test_differences_of_fine_tuning_are_those_of_the_same_seed(monkeypatch: pyte
         assert found[name]["mean"] == pytest.approx(expected.mean())
         # Of three values Student's t has the quantile 4.303.
         assert found[name]["half"] == pytest.approx(4.303 * expected.std(ddof=1) / np.sqrt(3), rel=1e-3)
-    monkeypatch.setattr(fine_tuning, "table", lambda name: rows[1:])
+    monkeypatch.setattr(fine_tuning, "table", lambda name: ledger_of(rows[1:]))
     with pytest.raises(ValueError, match="3 learning rates must be tried first, got 2"):
         fine_tuning.rate(*kinds[0])
 
@@ -221,7 +221,7 @@ def test_removal_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_figure_of_removed_experts_has_the_rows_of_the_table() -> None:
-    kept = heads.table(removal.TABLE)
+    kept = list(heads.table(removal.TABLE))
     rows = expert_removal.rows(False)
     assert len(kept) == 10 * len(rows) == 10 * sum(heads.LOOKED_AT)
     for row in kept[:: len(kept) // 50]:

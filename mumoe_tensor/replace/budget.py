@@ -17,7 +17,11 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def solve(
-    make: Callable[[int], nn.Module], parameters: int, rounding: Rounding = "nearest", least: int = 1
+    make: Callable[[int], nn.Module],
+    parameters: int,
+    rounding: Rounding = "nearest",
+    least: int = 1,
+    smallest: str = "",
 ) -> int:
     """The size with which a layer has a number of parameters.
 
@@ -31,6 +35,8 @@ def solve(
         See `.LayerSpec.fitted`.
     least : int, default 1
         The smallest size.
+    smallest : str, optional
+        What errors call it.
 
     Raises
     ------
@@ -45,8 +51,8 @@ def solve(
 
     if total(least) > parameters:
         raise ValueError(
-            f"the smallest layer must fit the budget of {parameters:,} parameters; with size {least} it has "
-            f"{total(least):,}."
+            f"the smallest layer must fit the budget of {parameters:,} parameters; with {smallest or least} "
+            f"it has {total(least):,}."
         )
     size = size_for(total, parameters, rounding, least)
     if total(size) < parameters and total(size + 1) == total(size) and rounding != "down":

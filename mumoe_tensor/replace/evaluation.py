@@ -17,6 +17,7 @@ from mumoe_tensor.interval import interval
 from mumoe_tensor.nn.described import check_model
 from mumoe_tensor.nn.watch import evaluating, module_of
 from mumoe_tensor.replace.moments import Moments
+from mumoe_tensor.replace.shards import check_text
 from mumoe_tensor.replace.usage import counted, use_of
 
 #: Tokens of a batch, unless one text has more: their logits are in memory at once.
@@ -44,7 +45,16 @@ class DocumentLosses(NamedTuple):
         ----------
         documents : sequence of int
             The number of the document that each text is a part of.
+
+        Raises
+        ------
+        ValueError
+            If there is not one for each text.
         """
+        if len(documents) != len(self.tokens):
+            raise ValueError(
+                f"documents must have a number for each of {len(self.tokens)} texts, got {len(documents)}."
+            )
         places = torch.tensor(documents).unique(return_inverse=True)[1]
         count = int(places.max()) + 1
         return DocumentLosses(*(x.new_zeros(count).index_add(0, places, x) for x in self))
@@ -212,7 +222,14 @@ class Replaced(nn.Module):
 
     def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         y: Tensor = self.module(x, *inputs, **named)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"a module to replace must give a tensor, it gives {type(y).__name__}.")
         output = torch.zeros_like(y) if self.layer is None else self.layer(x, *inputs, **named)
+        if output.shape != y.shape:  # else both would be broadcast
+            raise ValueError(
+                f"a layer must give outputs of the module's shape, {tuple(y.shape)}; got "
+                f"{tuple(output.shape)}."
+            )
         if self.limit == inf:
             return self._compared(y, output)
         is_large = y.norm(dim=-1, dtype=torch.promote_types(y.dtype, torch.float32)) > self.limit
@@ -267,7 +284,7 @@ def losses(model: nn.Module, texts: Sequence[Tensor]) -> DocumentLosses:
     ValueError
         If there is no text, one has fewer than two tokens, or the logits have another shape.
     TypeError
-        If tokens are no integers.
+        If a text is no tensor, or tokens are no integers.
     """
     check_model(model)
     texts = _read_texts(texts)
@@ -283,6 +300,8 @@ def losses(model: nn.Module, texts: Sequence[Tensor]) -> DocumentLosses:
 
 
 def _read_texts(texts: Sequence[Tensor]) -> list[Tensor]:
+    for text in texts:
+        check_text(text)
     read = [as_integers(text, "tokens") for text in texts]
     if wrong := [tuple(text.shape) for text in read if text.ndim != 1 or len(text) < 2]:
         raise ValueError(f"texts must be of shape (tokens,), of two tokens or more; got {wrong[:3]}.")
@@ -354,11 +373,14 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the bounds are of other texts, or as `splice` and `losses`.
+        If outputs of the layer have another shape than the module's, the bounds are of other texts, or as
+        `splice` and `losses`.
     TypeError
-        As `splice` and `losses`.
+        If the layer is no module, the module gives no tensor, or as `splice` and `losses`.
     """
     texts = _read_texts(texts)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"a layer must be a torch.nn.Module, got {layer!r}.")
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}.")
     between = _bounds(model, name, texts, limit=limit) if bounds is None else bounds

@@ -39,6 +39,8 @@ def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) > 1:
         raise ValueError(f"a folder must have one file *.gguf, {folder} has {len(packed)}.")
+    if not packed and not (folder / "config.json").exists():
+        raise ValueError(f"a language model must have config.json or a *.gguf; {folder} has neither.")
     options: dict[str, Any] = {"gguf_file": packed[0].name} if packed else {}
     options["local_files_only"] = True
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -64,7 +66,10 @@ def read_texts(path: str | Path) -> list[str]:
         # (splitlines ends lines at more characters than JSON escapes.)
         for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
             with reading(path):
-                text = parse_json(line).get("text")
+                try:
+                    text = parse_json(line).get("text")
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
                 if not isinstance(text, str):
                     raise ValueError(f"line {number} must have an entry text, a string; got {text!r}.")
             texts.append(text)
@@ -106,7 +111,11 @@ def windows(texts: Sequence[str], tokenizer: Any, context: int) -> Windows:
     ------
     ValueError
         If no document has so many tokens.
+    TypeError
+        If texts are one string.
     """
+    if isinstance(texts, str):
+        raise TypeError("texts must be a sequence of strings, got one string.")
     as_positive(context, "context")
     tokens, documents = [], []
     for number, text in enumerate(texts):

@@ -149,7 +149,8 @@ class ReplacementLayer(WholeState):
             return cls(**arguments)
         least, sized = cls._open_size(arguments, options)
         on_meta, budget = {**arguments, "device": "meta"}, as_budget(parameters, num_parameters(block))
-        size = solve(lambda size: cls(**{**on_meta, **sized(size)}), budget, rounding, least)
+        smallest = ", ".join(f"{name}={size}" for name, size in sized(least).items())
+        size = solve(lambda size: cls(**{**on_meta, **sized(size)}), budget, rounding, least, smallest)
         return cls(**{**arguments, **sized(size)})
 
     @classmethod
@@ -437,7 +438,9 @@ class MixtureOfTransforms(ReplacementLayer):
 
     @classmethod
     def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
-        ranks = _positive(options.get("ranks"))
+        if "ranks" not in options:
+            raise ValueError("with parameters there must be ranks, which are multiplied; got none.")
+        ranks = _positive(options["ranks"])
         return 1, lambda size: {"ranks": [max(1, round(rank * size / max(ranks))) for rank in ranks]}
 
 

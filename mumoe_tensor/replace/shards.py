@@ -99,7 +99,8 @@ def collect_shards(
     Raises
     ------
     ValueError
-        If there are no texts, or the folder is of another model, other texts, or another `about`.
+        If there are no texts, token numbers have the axis of the batch, or the folder is of another model,
+        other texts, or another `about`.
     TypeError
         If a text is no tensor.
     OSError
@@ -191,10 +192,21 @@ def _signature_of(tensors: Iterable[tuple[str, Tensor]], more: Sequence[str] = (
     return whole.hexdigest()
 
 
+def check_text(text: Any) -> None:
+    """Check that a text is a tensor."""
+    if not isinstance(text, Tensor):
+        raise TypeError(f"texts must be tensors, such as `windows(...).tokens`; got {type(text).__name__}.")
+
+
 def _numbered(texts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
     for k, text in enumerate(texts):
-        if not isinstance(text, Tensor):
-            raise TypeError(f"texts must be tensors, each an input of the model; got {type(text).__name__}.")
+        check_text(text)
+        if text.ndim == 2 and len(text) == 1 and not text.is_floating_point():
+            # (As tokenizers return them: a model takes two axes of a batch, and computes something else.)
+            raise ValueError(
+                "the token numbers of a text must be of shape (tokens,), without the axis of the batch; got "
+                f"{tuple(text.shape)}."
+            )
         yield str(k), text
 
 

@@ -50,7 +50,7 @@ def fit(
     rows: ActivationRows | Activations,
     config: TrainConfig | None = None,
     *,
-    validation: ActivationRows | None = None,
+    validation: ActivationRows | Activations | None = None,
     folder: str | Path | None = None,
     penalty: float = 0.0,
     progress: bool = False,
@@ -70,7 +70,7 @@ def fit(
         have a ``gate`` and a ``bias`` of shape (out_features,).
     rows : ActivationRows, or Activations of one module
     config : TrainConfig, optional
-    validation : ActivationRows, optional
+    validation : ActivationRows, or Activations of one module, optional
         Of other documents than `rows`. By default every tenth document of `rows`, which is not trained on.
     folder : str or Path, optional
         For checkpoints and curves, as of `.train`: the same call goes on from the last checkpoint.
@@ -91,11 +91,13 @@ def fit(
         If the layer does not map the inputs to outputs of that size, its parameters are not of float32, the
         outputs of all rows are the same, there is a penalty and no expert, the activations are of several
         modules, there are fewer than ten documents to hold some out, or as `.train`.
+    TypeError
+        If the layer is no module, or rows are no activations.
     """
     config, folder = config or TrainConfig(), None if folder is None else Path(folder)
     if as_finite(penalty, "penalty") < 0:
         raise ValueError(f"penalty must not be negative, got {penalty}.")
-    rows = _of_one_module(rows)
+    rows, validation = _of_one_module(rows), None if validation is None else _of_one_module(validation)
     if validation is None:
         rows, validation = _held_out(rows)
     if not rows.variance > 0:
@@ -115,6 +117,8 @@ def fit(
 def _of_one_module(rows: ActivationRows | Activations) -> ActivationRows:
     if isinstance(rows, ActivationRows):
         return rows
+    if not isinstance(rows, Activations):
+        raise TypeError(f"rows must be Activations or the ActivationRows of a module, got {rows!r}.")
     if len(rows.modules) != 1:
         raise ValueError(
             f"a layer is fitted to one module; the activations are of {', '.join(rows.modules)}: give those "
@@ -148,6 +152,8 @@ def _penalized(error: Loss, penalty: float) -> Any:
 @torch.no_grad()
 def _check(layer: nn.Module, rows: ActivationRows) -> None:
     """Check that a layer maps the inputs to outputs of the right size."""
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"a layer must be a torch.nn.Module, got {layer!r}.")
     parameters = list(layer.parameters())
     if others := {p.dtype for p in parameters} - {torch.float32}:
         raise ValueError(

@@ -45,6 +45,21 @@ class Plain(nn.Module):
         return self.head(self.dropout(x + self.block(x)))
 
 
+class Tupled(Plain):
+    """One whose block gives a tuple, as attention does."""
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return x, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Block()  # type: ignore[assignment]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(tokens))[0])
+
+
 @torch.no_grad()
 def slow_losses(model: nn.Module, texts: list[Tensor]) -> list[float]:
     """Token by token."""
@@ -165,6 +180,14 @@ def test_names_and_modules_that_are_refused(llama: Any, texts: list[Tensor]) -> 
         pass
     with pytest.raises(TypeError, match="a model must be"), splice(torch.relu, PLACE, None):
         pass
+    with pytest.raises(TypeError, match="a layer must be"):
+        evaluate(llama, PLACE, None, texts)  # type: ignore[arg-type]
+    # Neither is broadcast to the outputs of the block.
+    for layer in (nn.Linear(16, 1), nn.Sequential(nn.Linear(16, 16), nn.Flatten(1))):
+        with pytest.raises(ValueError, match=r"module's shape, \(1, 2, 16\); got \(1, "):
+            evaluate(llama, PLACE, layer, texts)
+    with pytest.raises(TypeError, match="must give a tensor, it gives tuple"):
+        evaluate(Tupled(), "block", nn.Identity(), [torch.arange(5)])
 
 
 def test_texts_and_models_that_are_refused(llama: Any, texts: list[Tensor]) -> None:
@@ -174,6 +197,9 @@ def test_texts_and_models_that_are_refused(llama: Any, texts: list[Tensor]) -> N
         losses(llama, [])
     with pytest.raises(TypeError, match="integers"):
         losses(llama, [torch.zeros(4)])
+    for wrong, kind in (("a text", "str"), (["a text"], "str"), ([[1, 2]], "list")):
+        with pytest.raises(TypeError, match=f"must be tensors, .*; got {kind}"):
+            losses(llama, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="logits for every token"):
         losses(llama.model, texts)
     with pytest.raises(ValueError, match="logits for every token"):
@@ -323,6 +349,8 @@ def test_the_interval_is_over_texts(llama: Any, texts: list[Tensor]) -> None:
     found = evaluate(llama, PLACE, Scaled(block, 0.2), equal)
     mean, half = interval(found.rises.tolist())
     assert found.interval() == (pytest.approx(mean), pytest.approx(half))
+    with pytest.raises(ValueError, match="a number for each of 7 texts, got 2"):
+        found.of_documents([0, 1])
     # Of unequal texts: the error of a ratio of means, from its residuals.
     whole = evaluate(llama, PLACE, Scaled(block, 0.2), texts)
     lengths = [len(text) - 1 for text in texts]

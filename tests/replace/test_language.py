@@ -24,6 +24,8 @@ def test_a_saved_model_is_loaded_with_its_tokenizer(saved_llama: Path, llama: An
 def test_what_is_no_model_is_refused(tmp_path: Path, transformers: Any) -> None:
     with pytest.raises(NotADirectoryError, match="there is none at"):
         load_language_model(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"must have config.json or a \*.gguf"):
+        load_language_model(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"one file .*gguf.* has 2"):
@@ -51,6 +53,7 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"words": 3}', "line 2 must have an entry text"),
         ('{"text": 3}', "line 1 must have an entry text, a string; got 3"),
         ("plain text", "texts.jsonl"),
+        ('{"text": "a"}\n\n{"text": "b"}', "line 2: it must be JSON"),
         ("[1]", "texts.jsonl"),
     ],
 )
@@ -70,6 +73,8 @@ def test_windows_cut_documents_and_leave_the_rest() -> None:
     assert documents == (0, 0, 2)
     with pytest.raises(ValueError, match="6 tokens or more"):
         windows(["1 2 3 4 5"], tokenizer, 6)
+    with pytest.raises(TypeError, match="sequence of strings, got one string"):
+        windows("1 2 3", tokenizer, 2)
     with pytest.raises(ValueError, match="context must be positive"):
         windows(["1"], tokenizer, 0)
 

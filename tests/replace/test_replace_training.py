@@ -171,4 +171,7 @@ def test_what_is_refused(rows: ActivationRows) -> None:
         fit(nn.Linear(6, 1), rows, CONFIG, validation=rows)
     with pytest.raises(ValueError, match=r"must be of float32, got torch.float64"):
         fit(nn.Linear(6, 3).double(), rows, CONFIG, validation=rows)
+    for layer, data in ((None, rows), (nn.Linear(6, 3), torch.ones(9, 6))):
+        with pytest.raises(TypeError, match="must be"):
+            fit(layer, data, CONFIG, validation=rows)  # type: ignore[arg-type]
     assert usage(nn.Linear(6, 3), rows) == (None, ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ from torch import nn
 
 from mumoe_tensor.files import alone_in, whole_file
 from mumoe_tensor.ledger import Ledger, Row
+from mumoe_tensor.nn.watch import module_of
 from mumoe_tensor.readers import read_json
 from mumoe_tensor.replace.activations import Activations
 from mumoe_tensor.replace.budget import num_parameters
@@ -57,7 +58,8 @@ def run_grid(
     texts : sequence of str or Path
         For training, validation and test; see `.read_texts`.
     grid : Grid
-        A later call may add places, seeds and arms. Of new places, all activations are collected anew.
+        A later call may add places, seeds and arms, and change arms that have no row. Of new places, all
+        activations are collected anew.
     folder : str or Path
     processes : int, default 1
         Runs at once. Of several, each has one thread.
@@ -80,7 +82,7 @@ def run_grid(
     with alone_in(job.folder):
         tuning = Ledger(job.folder / "tuning.csv", TUNING)
         frontier = Ledger(job.folder / "frontier.csv", FRONTIER)
-        job.check()
+        job.check({row["arm"] for table in (tuning, frontier) for row in table})
         _go_through(job, "tune", [*grid.tuning_runs()], tuning, processes, progress)
         chosen = [grid.chosen(run, tuning) for run in grid.runs()]
         _go_through(job, "test", chosen, frontier, processes, progress)
@@ -119,24 +121,29 @@ class _Job:
             )
         return parts
 
-    def check(self) -> None:
+    def check(self, done: Set[str]) -> None:
         """A ValueError if the folder has results of something else, or if texts or layers cannot be made.
 
-        Otherwise write what the results depend on.
+        Otherwise write what the results depend on. Arms may change as long as they have no results.
+
+        Parameters
+        ----------
+        done : set of str
+            Arms that have a row.
         """
         sources = {"model": str(self._source), "texts": [str(path) for path in self._paths]}
         now = json.loads(json.dumps(sources | asdict(self.grid)))
         path = self.folder / "grid.json"
         before = read_json(path) if path.exists() else {}
         arms = before.get("arms", {})
+        others = [name for name in now["arms"] if now["arms"][name] != arms.get(name, now["arms"][name])]
         if before:
             changed = [name for name in now if name not in GROWING and now[name] != before.get(name)]
-            changed += [
-                name for name in now["arms"] if now["arms"][name] != arms.get(name, now["arms"][name])
-            ]
+            changed += [name for name in others if name in done]
             if changed:
                 raise ValueError(
-                    f"a folder has the results of one grid; {', '.join(changed)} differ from those in {path}."
+                    f"a folder has the results of one grid; {', '.join(changed)} differ from those in "
+                    f"{path}: choose another folder."
                 )
         now["arms"] = arms | now["arms"]  # those of earlier calls have rows too
         if before == now:
@@ -145,6 +152,8 @@ class _Job:
         assert self._windows
         for run in {(run.module, run.arm): run for run in self.grid.runs()}.values():
             self._make(run, model)
+        if others:  # what they have begun is of other settings
+            shutil.rmtree(self.folder / "runs", ignore_errors=True)
         with whole_file(path) as file:
             file.write(json.dumps(now, indent=2).encode())
 
@@ -153,10 +162,9 @@ class _Job:
         with torch.random.fork_rng():
             torch.manual_seed(run.seed)
             try:
-                return self.grid.arms[run.arm].make(
-                    model.get_submodule(run.module), run.k, self.grid.parameters
-                )
-            except (AttributeError, TypeError, ValueError) as error:
+                block = module_of(model, run.module)
+                return self.grid.arms[run.arm].make(block, run.k, self.grid.parameters)
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{run.arm} cannot be made for {run.module}: {error}") from error
 
     def collect(self, progress: Progress | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,6 +83,10 @@ class Arm:
     def __post_init__(self) -> None:
         if not self.learning_rates or not self.penalties:
             raise ValueError("learning_rates and penalties must have a number each.")
+        if not all(0 < rate < inf for rate in self.learning_rates):
+            raise ValueError(f"learning_rates must be positive, got {self.learning_rates}.")
+        if not all(0 <= penalty < inf for penalty in self.penalties):
+            raise ValueError(f"penalties must not be negative, got {self.penalties}.")
 
     @property
     def has_k(self) -> bool:
@@ -106,7 +111,7 @@ class Grid:
     places : tuple of Place
     arms : dict of str to Arm
     context : int
-        Tokens of a window.
+        Tokens of a window, two or more.
     parameters : int or str
         Of a layer, as its method `like` has it: ``"2x"`` for twice those of the block it replaces.
     massive : float or None
@@ -129,6 +134,10 @@ class Grid:
     def __post_init__(self) -> None:
         if not self.places or not self.arms:
             raise ValueError("a grid must have places and arms.")
+        if self.context < 2:
+            raise ValueError(f"context must be two tokens or more, got {self.context}.")
+        if self.massive is not None and not self.massive > 0:
+            raise ValueError(f"massive must be positive, or none; got {self.massive}.")
         if self.tuned_at not in self.places[0].k:
             raise ValueError(
                 f"tuned_at must be a K of the first place, {self.places[0].k}, got {self.tuned_at}."

@@ -24,6 +24,7 @@ from mumoe_tensor.training import TrainConfig  # noqa: E402
 
 MODULE = "model.layers.1.mlp"
 PARTS = ("training", "validation", "test")
+PLACES = (Place(MODULE, (2,), (1,)),)
 ARMS = {
     "transcoder": Arm("Transcoder", {"skip": True}, learning_rates=(0.01, 0.001)),
     "MxD": Arm("MixtureOfDecoders"),
@@ -135,6 +136,29 @@ def test_another_grid_in_the_folder_is_refused_and_a_larger_one_taken(
     places = (*grid.places, Place("model.layers.0.mlp", (2,), (1,)))
     rows = run_grid(saved_llama, paths, replace(grid, places=places), tmp_path / "out")
     assert [row["module"] for row in rows] == [MODULE, MODULE, "model.layers.0.mlp"]
+
+
+def test_an_arm_without_a_row_may_change(
+    saved_llama: Path, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    grid = replace(GRID, arms={"a": ARMS["MxD"]}, places=PLACES)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("mumoe_tensor.replace.frontier.evaluate", interrupted)
+        run_grid(saved_llama, paths, grid, tmp_path / "out")
+    assert list((tmp_path / "out" / "runs").glob("*/checkpoints/*"))
+    grid = replace(grid, arms={"a": Arm("MixtureOfDecoders", learning_rates=(0.02,))})
+    (row,) = run_grid(saved_llama, paths, grid, tmp_path / "out")
+    (same,) = run_grid(saved_llama, paths, grid, tmp_path / "afresh")
+    assert row["learning_rate"] == 0.02 and row["nmse"] == pytest.approx(same["nmse"])
+
+
+def test_a_module_that_is_not_there_is_named(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
+    grid = replace(GRID, places=(Place("model.layers.9.mlp", (2,), (1,)),))
+    with pytest.raises(ValueError, match=r"such as \['model.layers.0.mlp'"):
+        run_grid(saved_llama, paths, grid, tmp_path / "out")
 
 
 class Pool(ThreadPoolExecutor):

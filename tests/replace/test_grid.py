@@ -26,6 +26,11 @@ def test_a_grid_is_read_from_toml(tmp_path: Path) -> None:
         ("k = [2]", "k = [2, 4]", "as many positive numbers"),
         ('"MixtureOfDecoders"', '"Decoder"', "arms.dense.layer"),
         ("context", "contexts", "contexts"),
+        ("context = 8", "context = 1", "two tokens or more"),
+        ("context = 8", "context = 8\nmassive = -1.0", "massive must be positive"),
+        ("context = 8", "context = 8\nmassive = nan", "massive"),
+        ("[arms.dense]", "[arms.dense]\nlearning_rates = [0.0]", "learning_rates must be positive"),
+        ("[arms.dense]", "[arms.dense]\npenalties = [-1.0]", "penalties must not be negative"),
     ):
         path.write_text(path.read_text().replace(old, new))
         with pytest.raises(ValueError, match=error):

@@ -119,6 +119,22 @@ def test_a_training_of_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert not heads.table("some").has(**Run("single", "cp", (32,), seed=1).key)
 
 
+def test_a_run_that_has_a_row_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(heads, "TABLES", tmp_path)
+    monkeypatch.setattr(heads, "go_through", lambda tasks, work, _: (work(*task) for task in tasks))
+    done: list[int] = []
+
+    def work(experts: int) -> dict[str, Any]:
+        done.append(experts)
+        return {**Run("single", "cp", (experts,)).key, "accuracy": 0.5}
+
+    tasks = [(Run("single", "cp", (n,)).key, (n,)) for n in (8, 16)]
+    for count in (1, 2, 2):
+        heads.keep("some", tasks[:count], work, 1)
+    assert done == [8, 16] == [row["experts"] for row in heads.table("some")]
+    assert all("torch" in row["measured"] for row in heads.table("some"))
+
+
 # ---- the network below, trained too -----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' || $(BIN)/python -m pip install --no-deps $(TRITON)
+	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --no-deps $(TRITON)
 	@touch $@
 
 .venv: $(STAMP)  ## make the environment with the pinned requirements

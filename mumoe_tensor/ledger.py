@@ -13,6 +13,8 @@ from mumoe_tensor.files import locked, whole_file
 from mumoe_tensor.readers import read_table
 
 Row = dict[str, Any]
+#: What makes a value from the text of a cell.
+Parser = Callable[[str], Any]
 
 
 class Ledger:
@@ -39,13 +41,7 @@ class Ledger:
         If the file has other columns, or a cell that is not of its type; see `read_table`.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        columns: Mapping[str, Any],
-        *,
-        more: Callable[[str], Any] | None = None,
-    ):
+    def __init__(self, path: Path | None, columns: Mapping[str, Any], *, more: Parser | None = None):
         self.path = path
         self._kinds = dict(columns)
         self._parsers = {name: _parser(name, kind) for name, kind in self._kinds.items()}
@@ -171,7 +167,7 @@ def _type_of(kind: Any) -> type:
     return found
 
 
-def _parser(name: str, kind: Any) -> Callable[[str], Any]:
+def _parser(name: str, kind: Any) -> Parser:
     if kind not in (str, int, float, int | None, float | None):
         raise TypeError(
             f"a column must be of str, int or float, or one of these or None; {name} is of {kind}."

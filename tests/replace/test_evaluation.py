@@ -16,7 +16,17 @@ from torch import Tensor, nn  # noqa: E402
 
 from mumoe_tensor.interval import interval  # noqa: E402
 from mumoe_tensor.nn import MuMoE  # noqa: E402
-from mumoe_tensor.replace import bounds, evaluate, evaluation, losses, splice  # noqa: E402
+from mumoe_tensor.replace import (  # noqa: E402
+    Bounds,
+    DocumentLosses,
+    Evaluation,
+    Replaced,
+    bounds,
+    evaluate,
+    evaluation,
+    losses,
+    splice,
+)
 
 PLACE = "model.layers.1.mlp"
 
@@ -113,8 +123,11 @@ def test_losses_of_plain_logits_in_evaluation_and_any_integers() -> None:
 def test_no_batch_has_more_tokens_than_the_limit() -> None:
     model, sizes = Plain(), []
     model.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape)))
-    losses(model, [torch.zeros(length, dtype=torch.long) for length in (3000, 1000, 1000, 3, 1000, 3)])
-    assert sizes == [(2, 3), (2, 1000), (1, 1000), (1, 3000)]
+    losses(
+        model,
+        [torch.zeros(length, dtype=torch.long) for length in (3000, 1024, 1025, 3, 1025, 3, 1024, 1024)],
+    )
+    assert sizes == [(2, 3), (2, 1024), (1, 1024), (1, 1025), (1, 1025), (1, 3000)]
 
 
 def test_losses_of_half_precision_are_computed_in_single(llama: Any, texts: list[Tensor]) -> None:
@@ -150,6 +163,23 @@ def test_the_model_is_as_it_was_after_an_error(llama: Any) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         evaluate(llama, PLACE, nn.Linear(5, 5), [torch.arange(6)])
     assert state_of(llama) == before
+
+
+class Shifted(nn.Module):
+    def __init__(self, sign: int):
+        super().__init__()
+        self.sign = sign
+
+    def forward(self, x: Tensor, shift: float, *, factor: float = 1.0) -> Tensor:
+        return self.sign * (factor * x + shift)
+
+
+def test_a_layer_gets_all_arguments_and_norms_are_those_of_float32() -> None:
+    x = torch.tensor([[[2048.0, 64.0], [1.0, 2.0]]], dtype=torch.float16)
+    replaced = Replaced(Shifted(1), Shifted(-1))
+    assert replaced(x, 3.0, factor=0.5).equal(-(0.5 * x + 3))
+    replaced.limit = 2048.5  # float16 would have the norm of the first as 2048
+    assert replaced(x, 0.0).tolist() == [[[2048, 64], [-1, -2]]]
 
 
 def test_two_places_and_one_place_twice_nest(llama: Any, texts: list[Tensor]) -> None:
@@ -364,6 +394,17 @@ def test_the_interval_is_over_texts(llama: Any, texts: list[Tensor]) -> None:
     assert whole.interval() == (pytest.approx(rise, rel=1e-6), pytest.approx(t * error, rel=1e-5))
     single = evaluate(llama, PLACE, Scaled(block, 0.2), texts[:1])
     assert single.interval() == (pytest.approx(single.rise), None)
+
+
+def test_texts_are_joined_to_documents_in_any_order() -> None:
+    tokens, documents = torch.tensor([1, 2, 3, 4]), [7, 2, 7, 4]
+    each = [
+        DocumentLosses(nats, tokens) for nats in torch.tensor([[4.0, 3, 2, 1], [1, 1, 1, 1], [9, 8, 7, 6]])
+    ]
+    joined = Evaluation(each[0], Bounds(*each[1:]), 0.0, 0.0, None, ()).of_documents(documents)
+    assert [x.nats.tolist() for x in (joined.losses, *joined.bounds)] == [[3, 1, 6], [1, 1, 2], [8, 6, 16]]
+    assert joined.losses.tokens.tolist() == [2, 4, 4]
+    assert joined.rise == pytest.approx(0.6) and joined.rises.tolist() == [1, 0, 1]
 
 
 def test_not_a_number_is_shown() -> None:

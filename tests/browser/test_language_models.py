@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from mumoe_tensor.analysis import loss_effects  # noqa: E402
-from mumoe_tensor.browser import browse_language_model, collect  # noqa: E402
+from mumoe_tensor.browser import browse_language_model, collect, run  # noqa: E402
 from mumoe_tensor.nn import MuMoE  # noqa: E402
 
 EXPERTS, VOCABULARY = 1000, 31
@@ -115,6 +115,27 @@ def test_the_page_has_a_size_that_does_not_grow_with_the_experts(model: Language
         for n in (20, 40)
     )
     assert many < 2 * few and many - few < 20 * 4096
+
+
+def test_batches_change_nothing(model: Language, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = []
+    for tokens in (2048, 128):  # (of 64 tokens a window, two passages each)
+        monkeypatch.setattr(run, "BATCH_TOKENS", tokens)
+        pages.append(content(browse_language_model(model, decode, windows, ["blocks.1"], removed=0)))
+    assert pages[0]["samples"] == pages[1]["samples"]
+    for one, other in zip(*(page["levels"][0]["experts"] for page in pages), strict=True):
+        assert [top["i"] for top in one["top"]] == [top["i"] for top in other["top"]]
+        for top, same in zip(one["top"], other["top"], strict=True):
+            assert top["rows"] == pytest.approx(same["rows"], abs=2e-3)
+
+
+def test_effects_are_those_in_the_first_inputs(model: Language, windows: Tensor) -> None:
+    x, y = windows[:, :-1], windows[:, 1:]
+    (level,) = collect(model, x, y, layers=["blocks.2"], removed=1, effect_inputs=2, batch_size=1)
+    expert = int(level.usage.mean.argmax())
+    expected = loss_effects(model, model.blocks[2], [(x[:2], y[:2])], experts=[expert])
+    torch.testing.assert_close(level.effects[[expert]], expected, atol=2e-6, rtol=0)
+    assert int(level.effects.isfinite().sum()) == 1
 
 
 def test_experts_that_nothing_uses_are_not_shown(model: Language) -> None:

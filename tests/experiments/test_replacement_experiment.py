@@ -56,12 +56,12 @@ def test_every_document_is_in_one_part() -> None:
 
 
 def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(arm: str, k: int, seed: int, rise: float) -> dict[str, Any]:
-        return {"module": "mlp", "arm": arm, "k": k, "seed": seed, "rise": rise}
+    def row(arm: str, k: int, seed: int, rise: float, module: str = "mlp") -> dict[str, Any]:
+        return {"module": module, "arm": arm, "k": k, "seed": seed, "rise": rise}
 
     rows = [row("MxD", k, seed, 0.1 * k + 0.01 * seed) for k in (8, 32) for seed in (0, 1)]
     rows += [row("transcoder", 8, seed, 0.9 + 0.01 * seed) for seed in (0, 1)]
-    rows += [row("no experts", 0, 1, 3.0)]
+    rows += [row("no experts", 0, 1, 3.0), row("MxD", 8, 0, 7.0, "another")]
     monkeypatch.setattr(replacement, "table", lambda name: ledger_of(rows))
     found = {(each["arm"], each["K"]): each for each in replacement.claims()}
     assert found.keys() == {("transcoder", 8), ("no experts", 8), ("no experts", 32)}

@@ -199,6 +199,20 @@ def test_few_logits_in_evaluation_without_gradients(experts: tuple[int, ...], ga
             torch.testing.assert_close(a, expected, atol=1e-6, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("experts", [(5,), (4, 4, 4), (3, 5)])
+def test_calls_share_no_memory_and_leave_their_inputs(experts: tuple[int, ...]) -> None:
+    gate = ExpertGate(6, experts).eval()
+    nn.init.normal_(gate.weight)
+    inputs, before = (torch.randn(4, 6, 7, generator=torch.Generator().manual_seed(0)).mT for _ in range(2))
+    assert not inputs[0].is_contiguous()
+    for function in (gate, lambda x: (entmax15(x),)):
+        with torch.no_grad():
+            expected = [tuple(a.clone() for a in function(x.contiguous())) for x in inputs]
+            results = [function(x) for x in inputs]
+            torch.testing.assert_close(results, expected, rtol=0, atol=1e-6)
+            assert inputs.equal(before)
+
+
 def test_forward_mode_derivatives() -> None:
     z, tangent = torch.randn(7, 6), torch.randn(7, 6)
     gate = ExpertGate(6, [5])
@@ -223,6 +237,17 @@ def test_few_logits_after_a_norm_that_is_more_than_its_statistics() -> None:
         assert gate(z)[0].dtype == torch.float32
         norm.float().register_forward_hook(lambda module, inputs, output: 0 * output)
         torch.testing.assert_close(gate(z)[0], torch.full((7, 5), 0.2))
+
+
+def test_few_logits_after_a_norm_in_training_alone() -> None:
+    gate, z = ExpertGate(6, [5]).eval(), torch.randn(7, 6)
+    nn.init.normal_(gate.weight)
+    assert gate.norm is not None
+    gate.norm.train()
+    logits = z @ gate.weight.T.detach()
+    normed = (logits - logits.mean(0)) / (logits.var(0, correction=0) + gate.norm.eps).sqrt()
+    with torch.no_grad():
+        torch.testing.assert_close(gate(z)[0], entmax15(normed))
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 100, 256])

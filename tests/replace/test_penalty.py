@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 
 import mumoe_tensor as mt  # noqa: E402
 from mumoe_tensor.formats import sliced, sum_of  # noqa: E402
-from mumoe_tensor.replace import MixtureOfTransforms, Transcoder  # noqa: E402
+from mumoe_tensor.replace import MixtureOfDecoders, MixtureOfTransforms, Transcoder  # noqa: E402
 from mumoe_tensor.replace.penalty import Penalized, expert_norms  # noqa: E402
 from mumoe_tensor.testing.strategies import weights  # noqa: E402
 
@@ -56,6 +56,18 @@ def test_the_penalty_is_its_formula_and_has_gradients_at_zero() -> None:
     _, (a,) = layer(x, return_coefficients=True)
     norms = [mt.expert_matrix(layer.mixture.weight, n).norm() for n in range(4)]
     expected = (a * torch.stack(norms)).tanh().sum(1).mean()
+    torch.testing.assert_close(Penalized(layer)(x)[1], expected)
+
+
+def test_the_penalty_of_two_levels_and_of_negative_coefficients() -> None:
+    torch.manual_seed(0)
+    layer = MixtureOfDecoders(6, 5, 4, (3, 2), gate=torch.tanh, format="cp", rank=2)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(10, 6)
+    first, second = layer(x, return_coefficients=True)[1]
+    norms = mt.to_dense(layer.mixture.weight).flatten(-2).norm(dim=-1)
+    expected = (torch.einsum("bm,bn->bmn", first, second).abs() * norms).tanh().sum((1, 2)).mean()
     torch.testing.assert_close(Penalized(layer)(x)[1], expected)
 
 

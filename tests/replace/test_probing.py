@@ -124,6 +124,13 @@ def test_the_rows_that_are_tested_have_no_part_in_the_choice() -> None:
     probe = sparse_probe(features, labels, **parts)
     features[200:, 0] = 100 * labels[200:]
     assert sparse_probe(features, labels, **parts) == probe
+    # Nor in the scale of a feature, and in the threshold.
+    features[200:, 5] *= 1000
+    threshold = best_f1(features[:200, 5], labels[:200])
+    scaled = sparse_probe(features, labels, **parts)
+    assert scaled.indices == probe.indices == (5,)
+    assert scaled.f1 == pytest.approx(f1_score(labels[200:], features[200:, 5] >= threshold))
+    assert scaled.f1 < 0.8 * probe.f1
 
 
 def test_what_a_probe_refuses() -> None:

@@ -95,6 +95,8 @@ def browse(
         raise ValueError(
             f"rows and k must be positive, and removed not negative, got {rows}, {k} and {removed}."
         )
+    if (folder / "grid.json").exists():
+        raise ValueError(f"a layer of replace has a folder of its own: choose one in {folder / 'layers'}.")
     if is_saved(folder):
         return _browse_replaced(folder, texts, rows, k, removed, progress)
     if texts is not None:

@@ -229,7 +229,10 @@ class _Job:
         )
         layer = self._make(run, self._language[0])
         config = replace(self.grid.train, learning_rate=run.learning_rate, seed=run.seed)
-        fitted = fit(layer, training, config, validation=validation, folder=folder, penalty=run.penalty)
+        try:
+            fitted = fit(layer, training, config, validation=validation, folder=folder, penalty=run.penalty)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{run.name}: {error}") from error
         return layer, fitted, sum(evaluation.seconds for evaluation in fitted.evaluations)
 
 

@@ -155,6 +155,14 @@ def test_an_arm_without_a_row_may_change(
     assert row["learning_rate"] == 0.02 and row["nmse"] == pytest.approx(same["nmse"])
 
 
+def test_a_run_without_a_finite_loss_is_named(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
+    grid = replace(GRID, arms={"a": Arm("MixtureOfDecoders", learning_rates=(1e30,))}, places=PLACES)
+    with pytest.raises(FloatingPointError, match=r"layers.1.mlp a K=2 seed=0: the loss must be"):
+        run_grid(saved_llama, paths, grid, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"choose one in .*layers"):
+        browse(tmp_path / "out")
+
+
 def test_a_module_that_is_not_there_is_named(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
     grid = replace(GRID, places=(Place("model.layers.9.mlp", (2,), (1,)),))
     with pytest.raises(ValueError, match=r"such as \['model.layers.0.mlp'"):

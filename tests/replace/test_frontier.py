@@ -16,10 +16,11 @@ pytest.importorskip("sklearn")
 
 from mumoe_tensor.browser import browse  # noqa: E402
 from mumoe_tensor.nn import load  # noqa: E402
-from mumoe_tensor.replace import evaluate  # noqa: E402
+from mumoe_tensor.replace import Activations, Replaced, evaluate, fit  # noqa: E402
 from mumoe_tensor.replace.frontier import run_grid  # noqa: E402
 from mumoe_tensor.replace.grid import Arm, Grid, Place  # noqa: E402
 from mumoe_tensor.replace.language import read_texts, windows, write_texts  # noqa: E402
+from mumoe_tensor.replace.place import load_in_place  # noqa: E402
 from mumoe_tensor.training import TrainConfig  # noqa: E402
 
 MODULE = "model.layers.1.mlp"
@@ -52,6 +53,20 @@ def paths(tmp_path: Path) -> list[Path]:
     return [tmp_path / f"{part}.jsonl" for part in PARTS]
 
 
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Of every training, the sum of the parameters, numbers of rows, the seed and the settings."""
+    seen: list[tuple[Any, ...]] = []
+
+    def recorded(layer: Any, rows: Any, config: Any, *, validation: Any, penalty: float, folder: Any) -> Any:
+        start = sum(parameter.sum().item() for parameter in layer.parameters())
+        seen.append((start, len(rows), len(validation), config.seed, config.learning_rate, penalty))
+        return fit(layer, rows, config, validation=validation, penalty=penalty, folder=folder)
+
+    monkeypatch.setattr("mumoe_tensor.replace.frontier.fit", recorded)
+    return seen
+
+
 def test_every_layer_of_a_grid_has_a_row_once(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     rows = run_grid(saved_llama, paths, GRID, out)
@@ -72,16 +87,24 @@ def test_every_layer_of_a_grid_has_a_row_once(saved_llama: Path, paths: list[Pat
 
 
 def test_rows_are_of_the_layers_that_are_saved(
-    saved_llama: Path, paths: list[Path], tmp_path: Path, llama: Any
+    saved_llama: Path, paths: list[Path], tmp_path: Path, fits: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mumoe_tensor.replace.language import load_language_model
 
-    grid = replace(GRID, arms={"MxD": ARMS["MxD"]}, places=(Place(MODULE, (2,), (1,)),))
+    # (So that the block keeps half of the rows.)
+    grid = replace(GRID, arms={"MxD": ARMS["MxD"]}, places=(Place(MODULE, (2,), (1,)),), massive=1.0)
     (row,) = run_grid(saved_llama, paths, grid, tmp_path / "out")
     (folder,) = (tmp_path / "out" / "layers").iterdir()
     model, tokenizer = load_language_model(saved_llama)
     tokens, documents = windows(read_texts(paths[2]), tokenizer, 8)
-    result = evaluate(model, MODULE, load(folder), tokens)
+    parts = [Activations(tmp_path / "out" / "activations" / part)[MODULE] for part in PARTS[:2]]
+    limit = parts[0].median_norm
+    counts = [len(part.below(limit)) for part in parts]
+    assert [each[1:] for each in fits] == [(*counts, 0, row["learning_rate"], row["penalty"])] and counts[
+        0
+    ] < len(parts[0])
+    assert load_in_place(folder)[1].limit == limit
+    result = evaluate(model, MODULE, load(folder), tokens, limit=limit)
     assert row["ce"] == pytest.approx(result.ce) and row["nmse"] == pytest.approx(result.nmse)
     assert row["rise"] == pytest.approx(result.ce - result.ce_intact)
     assert row["rise_zeroed"] == pytest.approx(result.ce_zeroed - result.ce_intact)
@@ -90,13 +113,21 @@ def test_rows_are_of_the_layers_that_are_saved(
     assert row["half"] == pytest.approx(result.of_documents(documents).interval()[1])
     block = model.get_submodule(MODULE)
     assert row["parameters"] == pytest.approx(2 * sum(p.numel() for p in block.parameters()), rel=0.02)
+    limits = []
+
+    def replaced(*arguments: Any) -> Any:
+        limits.append(arguments[2])
+        return Replaced(*arguments)
+
+    monkeypatch.setattr("mumoe_tensor.browser.run.Replaced", replaced)
     html = browse(folder, k=2, removed=1)
+    assert limits == [limit]
     assert f"MixtureOfDecoders in the place of {MODULE}" in html and "Texts: test.jsonl." in html
-    assert browse(folder, texts=paths[0], rows=1, k=2, removed=0) != html
+    assert "Texts: training.jsonl." in browse(folder, texts=paths[0], rows=1, k=2, removed=0)
 
 
 def test_settings_of_the_lowest_validation_error_are_taken(
-    saved_llama: Path, paths: list[Path], tmp_path: Path
+    saved_llama: Path, paths: list[Path], tmp_path: Path, fits: list[Any]
 ) -> None:
     arms = {name: ARMS[name] for name in ("transcoder", "MOLT")}
     grid = replace(GRID, arms=arms, places=(Place(MODULE, (2,), (1,)),))
@@ -106,6 +137,8 @@ def test_settings_of_the_lowest_validation_error_are_taken(
 
     tuning = list(Ledger(tmp_path / "out" / "tuning.csv", TUNING))
     assert [row["learning_rate"] for row in tuning if row["arm"] == "transcoder"] == [0.01, 0.001]
+    settings = [(row["seed"], row["learning_rate"], row["penalty"]) for row in (*tuning, *rows)]
+    assert [each[3:] for each in fits] == settings
     for row in rows:
         tried = [other for other in tuning if other["arm"] == row["arm"]]
         sparse = [other for other in tried if other["active"] <= grid.tuned_at]
@@ -114,7 +147,7 @@ def test_settings_of_the_lowest_validation_error_are_taken(
 
 
 def test_another_grid_in_the_folder_is_refused_and_a_larger_one_taken(
-    saved_llama: Path, paths: list[Path], tmp_path: Path
+    saved_llama: Path, paths: list[Path], tmp_path: Path, fits: list[Any]
 ) -> None:
     arms = {"no experts": ARMS["no experts"]}
     grid = replace(GRID, arms=arms, places=(Place(MODULE, (2,), (1,)),))
@@ -133,9 +166,19 @@ def test_another_grid_in_the_folder_is_refused_and_a_larger_one_taken(
     run_grid(saved_llama, paths, replace(grid, arms={"random": ARMS["random"]}), tmp_path / "out")
     with pytest.raises(ValueError, match="no experts differ"):
         run_grid(saved_llama, paths, replace(grid, arms=changed), tmp_path / "out")
-    places = (*grid.places, Place("model.layers.0.mlp", (2,), (1,)))
+    first = "model.layers.0.mlp"
+    places = (Place(MODULE, (2,), (2,)), Place(first, (2,), (1,)))
     rows = run_grid(saved_llama, paths, replace(grid, places=places), tmp_path / "out")
-    assert [row["module"] for row in rows] == [MODULE, MODULE, "model.layers.0.mlp"]
+    assert [row["module"] for row in rows] == [MODULE, MODULE, first, MODULE]
+    # Seeds draw the layers; bounds and limits are those of the row's module.
+    first_seed, *_, of_another_place, second_seed = (start for start, *_ in fits)
+    assert first_seed == of_another_place != second_seed
+    zeroed = [row["rise_zeroed"] for row in rows]
+    assert zeroed == pytest.approx([zeroed[0], zeroed[0], zeroed[2], zeroed[0]]) and zeroed[0] != zeroed[2]
+    store = Activations(tmp_path / "out" / "activations" / "training")
+    for row in rows:
+        place = load_in_place(tmp_path / "out" / "layers" / row["run"])[1]
+        assert (place.module, place.limit) == (row["module"], 5 * store[row["module"]].median_norm)
 
 
 def test_an_arm_without_a_row_may_change(

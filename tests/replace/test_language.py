@@ -19,6 +19,8 @@ def test_a_saved_model_is_loaded_with_its_tokenizer(saved_llama: Path, llama: An
     assert ids.tolist() == [[3, 5, 1]]
     assert not model.training and next(model.parameters()).dtype == torch.float32
     torch.testing.assert_close(model(ids).logits, llama(ids).logits)
+    llama.bfloat16().save_pretrained(saved_llama)
+    assert next(load_language_model(saved_llama)[0].parameters()).dtype == torch.float32
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, transformers: Any) -> None:

@@ -90,6 +90,14 @@ def test_the_bias_starts_at_the_mean_and_dead_experts_are_reported(rows: Activat
     assert usage(layer, rows).active == outcome.active
 
 
+def test_experts_of_two_levels_are_counted_one_level_after_the_other(rows: ActivationRows) -> None:
+    layer = MixtureOfDecoders(6, 5, 3, (3, 2), k=1)
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+        layer.gate.bias.copy_(torch.tensor([1.0, -1, -1, -1, 1]))
+    assert usage(layer, rows) == (2.0, (1, 2, 3))
+
+
 def layers() -> dict[str, nn.Module]:
     torch.manual_seed(2)
     null = {"name": "nearest_centres", "k": 2}

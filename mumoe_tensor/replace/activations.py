@@ -251,8 +251,8 @@ class Activations:
         ------
         ValueError
             If a module does not exist, is not called once, or gives something else; if a number is not finite
-            in the dtype; if token numbers are of shape (1, tokens); or if the folder has activations of
-            another model, other modules or other texts.
+            in the dtype; if a text is empty, or of token numbers of shape (1, tokens); or if the folder has
+            activations of another model, other modules or other texts.
         TypeError
             If a text is no tensor.
         OSError

@@ -99,8 +99,8 @@ def collect_shards(
     Raises
     ------
     ValueError
-        If there are no texts, token numbers have the axis of the batch, or the folder is of another model,
-        other texts, or another `about`.
+        If there are no texts, one is empty, token numbers have the axis of the batch, or the folder is of
+        another model, other texts, or another `about`.
     TypeError
         If a text is no tensor.
     OSError
@@ -201,6 +201,8 @@ def check_text(text: Any) -> None:
 def _numbered(texts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
     for k, text in enumerate(texts):
         check_text(text)
+        if not text.numel():
+            raise ValueError(f"a text must have tokens, number {k} is of shape {tuple(text.shape)}.")
         if text.ndim == 2 and len(text) == 1 and not text.is_floating_point():
             # (As tokenizers return them: a model takes two axes of a batch, and computes something else.)
             raise ValueError(

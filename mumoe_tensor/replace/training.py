@@ -118,7 +118,7 @@ def _of_one_module(rows: ActivationRows | Activations) -> ActivationRows:
     if isinstance(rows, ActivationRows):
         return rows
     if not isinstance(rows, Activations):
-        raise TypeError(f"rows must be Activations or the ActivationRows of a module, got {rows!r}.")
+        raise TypeError(f"rows must be Activations or those of a module, got {type(rows).__name__}.")
     if len(rows.modules) != 1:
         raise ValueError(
             f"a layer is fitted to one module; the activations are of {', '.join(rows.modules)}: give those "

@@ -271,6 +271,8 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         Activations.collect(language_model(), "1.mlp", [], tmp_path)
     with pytest.raises(TypeError, match=r"texts must be tensors, .*; got list"):
         Activations.collect(language_model(), "1.mlp", [[1, 2]], tmp_path)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"must have tokens, number 1 is of shape \(0,\)"):
+        Activations.collect(language_model(), "1.mlp", documents(5, 0), tmp_path)
     with pytest.raises(ValueError, match=r"without the axis of the batch; got \(1, 4\)"):
         Activations.collect(language_model(), "1.mlp", [torch.ones(1, 4, dtype=torch.long)], tmp_path)
     Activations.collect(language_model(), "1.mlp", documents(5, 6, 7), tmp_path, shard_rows=1)

@@ -43,7 +43,7 @@ def test_entries_are_paragraphs_without_braces() -> None:
 
 def test_neighbours_are_joined_to_documents_of_a_length() -> None:
     parts = ["a" * 4, "b" * 4, "c" * 10, "d" * 3]
-    assert replacement.documents(parts, 8) == ["aaaa\n\nbbbb", "c" * 10]
+    assert replacement.documents(parts, 10) == ["aaaa\n\nbbbb", "c" * 10]
 
 
 def test_every_document_is_in_one_part() -> None:

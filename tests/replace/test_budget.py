@@ -47,6 +47,7 @@ def test_each_class_gets_the_nearest_number_of_parameters(block: Any, arm: str) 
 
 
 def test_budgets_in_words(block: Any) -> None:
+    assert num_parameters(nn.BatchNorm1d(3)) == 6  # without its statistics
     whole = num_parameters(block)
     for words, factor in (("match", 1), ("2x", 2)):
         count = num_parameters(Transcoder.like(block, k=4, parameters=words))

@@ -90,12 +90,16 @@ def test_the_bias_starts_at_the_mean_and_dead_experts_are_reported(rows: Activat
     assert usage(layer, rows).active == outcome.active
 
 
-def test_experts_of_two_levels_are_counted_one_level_after_the_other(rows: ActivationRows) -> None:
+def test_experts_of_two_levels_are_counted_one_level_after_the_other() -> None:
     layer = MixtureOfDecoders(6, 5, 3, (3, 2), k=1)
+    x = torch.zeros(5, 6)
     with torch.no_grad():
         layer.gate.weight.zero_()
         layer.gate.bias.copy_(torch.tensor([1.0, -1, -1, -1, 1]))
-    assert usage(layer, rows) == (2.0, (1, 2, 3))
+        layer.gate.weight[2, 0], x[3, 0] = 9, 1  # an expert of one row
+    rows = ActivationRows([(x, torch.zeros(5, 3))], torch.arange(5))
+    assert usage(layer, rows) == (2.0, (1, 3))
+    assert usage(nn.Sequential(nn.Dropout(1.0), layer).train(), rows) == (2.0, (1, 3))
 
 
 def layers() -> dict[str, nn.Module]:

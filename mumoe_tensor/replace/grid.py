@@ -197,7 +197,7 @@ class Grid:
         the lowest error; if none does, those that leave the fewest active.
         """
         arm = self.arms[run.arm]
-        rows = tuning.of(arm=run.arm)
+        rows = tuning.of(module=self.places[0].module, arm=run.arm)
         if not rows:
             return run._replace(learning_rate=arm.learning_rates[0], penalty=arm.penalties[0])
         sparse = [row for row in rows if row["active"] <= self.tuned_at]

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("pydantic")
 
-from mumoe_tensor.replace.grid import Arm, Grid, Place
+from mumoe_tensor.ledger import Ledger
+from mumoe_tensor.replace.grid import TUNING, Arm, Grid, Place
 
 
 def test_a_grid_is_read_from_toml(tmp_path: Path) -> None:
@@ -48,3 +49,15 @@ def test_no_two_runs_have_one_name() -> None:
     ):
         with pytest.raises(ValueError, match=error):
             Grid(places, arms, tuned_at=2)
+
+
+def test_settings_are_those_tuned_at_the_first_place() -> None:
+    grid = Grid((Place("a", (2,), (1,)), Place("b", (2,), (1,))), {"x": Arm("Transcoder")}, tuned_at=2)
+    key = {"arm": "x", "k": 2, "seed": 100, "penalty": 0.0}
+    measured = {"parameters": 9, "experts": 3, "active": 2.0, "dead": 0, "seconds": 1.0}
+    tuning = Ledger(None, TUNING)
+    for module, rate, nmse in (("a", 0.1, 0.5), ("a", 0.2, 0.4), ("b", 0.3, 0.1)):
+        run = {"run": f"{module} {rate}", "module": module, "learning_rate": rate, "nmse": nmse}
+        tuning.add([{**run, **key, **measured}])
+    chosen = [grid.chosen(run, tuning).learning_rate for run in grid.runs()]
+    assert chosen == [0.2, 0.2]

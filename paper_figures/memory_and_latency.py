@@ -107,6 +107,8 @@ def draw(rows: Sequence[Row]) -> Figure:
             )
         ax.set_yticks(range(len(names)), [title_of(name) for name in names])
         ax.set(xscale="log", ylim=(len(names) - 0.5, -0.5))
+        # (Those of less than a decade would overlap.)
+        ax.xaxis.set_minor_formatter("")
         ax.set_axisbelow(True)
         ax.grid(axis="y", color="0.9")
     axes[0].set(xlabel="latency, ms", xlim=(0.01, None))

@@ -39,7 +39,7 @@ def kernel_of_sparsemax(logits: torch.Tensor) -> torch.Tensor:
 
 def without_kernel(logits: torch.Tensor) -> torch.Tensor:
     """entmax15 from operations of torch."""
-    result: torch.Tensor = _Entmax15.apply(logits)
+    result: torch.Tensor = _Entmax15.apply(logits, False)
     return result
 
 

@@ -232,7 +232,7 @@ def browse_language_model(
     ----------
     model : Module
         Token numbers of shape (rows, tokens) to logits, as they are or as attribute `logits`. Has layers of
-        experts, such as those of `mumoe_tensor.replace`.
+        experts, such as those of ``mumoe_tensor.replace``.
     decode : callable
         From a list of token numbers to their text, as the method of a tokenizer.
     windows : Tensor of int of shape (rows, tokens)

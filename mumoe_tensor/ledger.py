@@ -163,8 +163,8 @@ def plain(text: str) -> int | float | str | None:
 
 
 def _type_of(kind: Any) -> type:
-    (found,) = {*(get_args(kind) or (kind,))} - {NoneType}
-    return found
+    (plain_kind,) = {*(get_args(kind) or (kind,))} - {NoneType}
+    return plain_kind
 
 
 def _parser(name: str, kind: Any) -> Parser:

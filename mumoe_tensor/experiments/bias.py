@@ -141,8 +141,8 @@ class Experiment:
         split : str
             ``"validation"`` or ``"test"``.
         """
-        found = self.ledger.of(task=self.task.name, split=split)
-        return [row for row in found if row["seed"] < self.recipe.seeds]
+        rows = self.ledger.of(task=self.task.name, split=split)
+        return [row for row in rows if row["seed"] < self.recipe.seeds]
 
     # ---- runs ---------------------------------------------------------------------------------------------
 

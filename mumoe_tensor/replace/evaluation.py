@@ -92,7 +92,8 @@ class Evaluation:
         the inputs that the intact model has there. Without a limit, a few tokens may have nearly all of the
         variance.
     relative_error : float
-        Mean over tokens of the squared error over the squared norm of the module's outputs.
+        Mean of the squared error over the squared norm of the module's output, over the tokens for which
+        that is not zero.
     active : float or None
         Experts of all levels with a coefficient other than zero, on average over the tokens; None without
         experts.
@@ -251,7 +252,8 @@ class _Compared(Replaced):
 
     def __init__(self, module: nn.Module, layer: nn.Module, limit: float):
         super().__init__(module, layer, limit)
-        self.rows, self.error, self.relative_error, self.moments = 0, 0.0, 0.0, Moments()
+        self.rows, self.error, self.moments = 0, 0.0, Moments()
+        self.relative_error, self.with_output = 0.0, 0
 
     def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         self.rows += x[..., 0].numel()
@@ -261,7 +263,10 @@ class _Compared(Replaced):
         rows = y.flatten(0, -2).float()
         errors = (output.flatten(0, -2).float() - rows).square().sum(1)
         self.error += float(errors.sum())
-        self.relative_error += float((errors / rows.square().sum(1)).sum())
+        squares = rows.square().sum(1)
+        has_output = squares != 0  # (NaN has)
+        self.relative_error += float((errors[has_output] / squares[has_output]).sum())
+        self.with_output += int(has_output.sum())
         self.moments.update(rows)
         return output
 
@@ -399,7 +404,7 @@ def evaluate(
         of_texts,
         between,
         nmse=compared.error / moments.spread if moments.spread else nan,
-        relative_error=compared.relative_error / moments.rows if moments.rows else nan,
+        relative_error=compared.relative_error / compared.with_output if compared.with_output else nan,
         **use_of(usages)._asdict(),
     )
 

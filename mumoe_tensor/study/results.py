@@ -148,8 +148,8 @@ class Results:
     def environments(self) -> list[dict[str, Any]]:
         """Machines and versions of the rows, without date and load, each once."""
         left = {*COLUMNS, "date", "load"}
-        found = ({name: value for name, value in row.items() if name not in left} for row in self._ledger)
-        return list({tuple(environment.values()): environment for environment in found}.values())
+        environments = ({k: value for k, value in row.items() if k not in left} for row in self._ledger)
+        return list({tuple(environment.values()): environment for environment in environments}.values())
 
     def add(self, rows: Sequence[Measurement], environment: dict[str, Any]) -> None:
         """Add all rows of a task at once.

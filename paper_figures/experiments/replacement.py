@@ -111,10 +111,10 @@ def probe() -> list[Row]:
     def judge(arm: str, seed: int, features: Any) -> None:
         for rule, of_rule in labels.items():
             for k in FEATURES:
-                found = sparse_probe(
+                scored = sparse_probe(
                     features, of_rule, k=k, training=range(edges[1]), test=range(edges[1], edges[2])
                 )
-                scores = {"f1": found.f1, "auc": found.auc}
+                scores = {"f1": scored.f1, "auc": scored.auc}
                 rows.append({"arm": arm, "seed": seed, "rule": rule, "features": k, **scores})
 
     judge("neurons", 0, neurons)

@@ -407,6 +407,25 @@ def test_texts_are_joined_to_documents_in_any_order() -> None:
     assert joined.rise == pytest.approx(0.6) and joined.rises.tolist() == [1, 0, 1]
 
 
+def test_tokens_without_output_have_no_relative_error() -> None:
+    torch.manual_seed(0)
+    model, texts = Plain(), [torch.tensor([0, 1, 2, 1]), torch.tensor([1, 0, 3])]
+
+    class OfSome(nn.Module):
+        """The block, but nothing for the inputs of token 1."""
+
+        def __init__(self, block: nn.Module, absent: Tensor):
+            super().__init__()
+            self.block, self.absent = block, absent
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) * (x != self.absent).any(-1, keepdim=True)
+
+    model.block = OfSome(model.block, model.embed.weight[1].detach().clone())
+    result = evaluate(model, "block", Scaled(model.block, 0.5), texts)
+    assert result.relative_error == pytest.approx(0.25)
+
+
 def test_not_a_number_is_shown() -> None:
     model, tokens = Plain(), torch.zeros(3, 4, dtype=torch.long)
     nn.init.zeros_(model.block.weight)

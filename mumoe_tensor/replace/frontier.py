@@ -191,9 +191,14 @@ class _Job:
         return self._limits[module]
 
     def tune(self, run: Run) -> Row:
-        """A row of tuning.csv."""
-        layer, fitted, seconds = self._trained(run, self.folder / "runs" / run.name)
-        measured = {"nmse": fitted.nmse, "active": fitted.active or 0.0, "dead": len(fitted.dead)}
+        """A row of tuning.csv; its error is infinite if the training diverges."""
+        seconds: float | None = None
+        try:
+            layer, fitted, seconds = self._trained(run, self.folder / "runs" / run.name)
+            measured = {"nmse": fitted.nmse, "active": fitted.active or 0.0, "dead": len(fitted.dead)}
+        except FloatingPointError:
+            layer = self._make(run, self._language[0])
+            measured = {"nmse": inf, "active": inf, "dead": 0}
         shutil.rmtree(self.folder / "runs" / run.name)
         return {**run.key, **_sizes(layer), **measured, "seconds": seconds}
 

@@ -22,7 +22,7 @@ TUNING_SEED = 100
 KEY: dict[str, type] = {"module": str, "arm": str, "k": int, "seed": int}
 SETTINGS: dict[str, type] = {"learning_rate": float, "penalty": float}
 MEASURED: dict[str, type] = {"parameters": int, "experts": int, "nmse": float, "active": float, "dead": int}
-TUNING = {"run": str, **KEY, **SETTINGS, **MEASURED, "seconds": float}
+TUNING = {"run": str, **KEY, **SETTINGS, **MEASURED, "seconds": float | None}
 FRONTIER = {
     "run": str, **KEY, **SETTINGS, **MEASURED, "relative_error": float, "ce": float, "rise": float,
     "half": float, "rise_zeroed": float, "seconds": float,
@@ -202,6 +202,8 @@ class Grid:
             return run._replace(learning_rate=arm.learning_rates[0], penalty=arm.penalties[0])
         sparse = [row for row in rows if row["active"] <= self.tuned_at]
         best = min(sparse or rows, key=lambda row: row["nmse" if sparse else "active"])
+        if best["nmse"] == inf:
+            raise FloatingPointError(f"{run.arm} diverges with every learning rate of the grid.")
         return run._replace(learning_rate=best["learning_rate"], penalty=best["penalty"])
 
 

@@ -206,6 +206,20 @@ def test_a_run_without_a_finite_loss_is_named(saved_llama: Path, paths: list[Pat
         browse(tmp_path / "out")
 
 
+def test_a_learning_rate_that_diverges_is_not_chosen(
+    saved_llama: Path, paths: list[Path], tmp_path: Path
+) -> None:
+    grid = replace(GRID, arms={"a": Arm("MixtureOfDecoders", learning_rates=(1e30, 0.01))}, places=PLACES)
+    (row,) = run_grid(saved_llama, paths, grid, tmp_path / "out")
+    assert row["learning_rate"] == 0.01
+    assert "inf" in (tmp_path / "out" / "tuning.csv").read_text()
+    # An interrupted grid reads the infinite error again.
+    assert run_grid(saved_llama, paths, grid, tmp_path / "out") == [row]
+    grid = replace(GRID, arms={"a": Arm("MixtureOfDecoders", learning_rates=(1e30, 1e29))}, places=PLACES)
+    with pytest.raises(FloatingPointError, match=r"a diverges with every learning rate of the grid\."):
+        run_grid(saved_llama, paths, grid, tmp_path / "worse")
+
+
 def test_a_module_that_is_not_there_is_named(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
     grid = replace(GRID, places=(Place("model.layers.9.mlp", (2,), (1,)),))
     with pytest.raises(ValueError, match=r"such as \['model.layers.0.mlp'"):

@@ -212,9 +212,9 @@ class _Job:
         result = evaluate(model, run.module, layer, texts, bounds=self._bounds[run.module], limit=limit)
         rise, half = result.of_documents(documents).interval()
         place = SavedPlace(
-            str(self._source),
+            str(self._source.resolve()),
             run.module,
-            str(self._paths[2]),
+            str(self._paths[2].resolve()),
             self.grid.context,
             limit if isfinite(limit) else None,
         )

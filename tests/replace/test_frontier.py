@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -91,6 +92,9 @@ def test_rows_are_of_the_layers_that_are_saved(
 ) -> None:
     from mumoe_tensor.replace.language import load_language_model
 
+    monkeypatch.chdir(tmp_path.parent)  # paths may be relative to the folder that the command runs in
+    paths = [path.relative_to(tmp_path.parent) for path in paths]
+    saved_llama = Path(os.path.relpath(saved_llama, tmp_path.parent))
     # (So that the block keeps half of the rows.)
     grid = replace(GRID, arms={"MxD": ARMS["MxD"]}, places=(Place(MODULE, (2,), (1,)),), massive=1.0)
     (row,) = run_grid(saved_llama, paths, grid, tmp_path / "out")
@@ -120,10 +124,14 @@ def test_rows_are_of_the_layers_that_are_saved(
         return Replaced(*arguments)
 
     monkeypatch.setattr("mumoe_tensor.browser.run.Replaced", replaced)
+    monkeypatch.chdir(tmp_path)
+    (folder,) = Path("out", "layers").iterdir()
     html = browse(folder, k=2, removed=1)
     assert limits == [limit]
     assert f"MixtureOfDecoders in the place of {MODULE}" in html and "Texts: test.jsonl." in html
-    assert "Texts: training.jsonl." in browse(folder, texts=paths[0], rows=1, k=2, removed=0)
+    assert "Texts: training.jsonl." in browse(
+        folder, texts=tmp_path / "training.jsonl", rows=1, k=2, removed=0
+    )
 
 
 def test_settings_of_the_lowest_validation_error_are_taken(

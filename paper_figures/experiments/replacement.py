@@ -2,6 +2,7 @@
 
     python -m paper_figures.experiments.replacement texts     entries of the Jargon File, in three parts
     python -m paper_figures.experiments.replacement probe     sparse probes of experts, latents and neurons
+    python -m paper_figures.experiments.replacement rises     the results, means over seeds
     python -m paper_figures.experiments.replacement claims    the differences that the claims are about
 
 Needs `make data`. Texts are in ``data/replacement``; the layers that are probed are those that
@@ -16,6 +17,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ MODEL, FOLDER, RESULTS = DATA / "smollm2", DATA / "replacement", ROOT / "results
 GRID = Path(__file__).with_suffix(".toml")
 #: What the other arms are compared with.
 REFERENCE = "MxD"
+#: Arms without experts, or with experts chosen by chance or by distance.
+NULLS = ("MxD, random experts", "MxD, nearest centres", "no experts", "no experts, same width")
 #: The layers that are probed, and the numbers of features of a probe.
 MODULE, PROBED_AT, FEATURES = "model.layers.11.mlp", 32, (1, 5)
 
@@ -125,20 +129,34 @@ def probe() -> list[Row]:
     return rows
 
 
+def rises() -> list[Row]:
+    """Rise in nats a token, error, active and dead experts and minutes of training, means over seeds."""
+    rows = table("replacement")
+    records = []
+    for module, k, arm in dict.fromkeys((row["module"], row["k"], row["arm"]) for row in rows):
+        here = rows.of(module=module, k=k, arm=arm)
+        mean, half = interval([row["rise"] for row in here])
+        means = {name: fmean(row[name] for row in here) for name in ("nmse", "active", "dead", "seconds")}
+        records.append(
+            {"module": module, "K": k, "arm": arm, "rise": mean, "half": half, **means, "seeds": len(here)}
+        )
+    return sorted(records, key=lambda row: (row["module"], row["K"], row["rise"]))
+
+
 def claims() -> list[Row]:
     """Rise of each arm less that of MxD, seed by seed: mean and 95 % interval, in nats a token."""
     rows = table("replacement")
     records = []
 
-    def rises(module: str, arm: str, k: int) -> dict[int, float]:
+    def by_seed(module: str, arm: str, k: int) -> dict[int, float]:
         here = rows.of(module=module, arm=arm)
         return {row["seed"]: row["rise"] for row in here if row["k"] in (k, 0)}
 
     places = dict.fromkeys((row["module"], row["k"]) for row in rows if row["arm"] == REFERENCE)
     for module, k in places:
-        reference = rises(module, REFERENCE, k)
+        reference = by_seed(module, REFERENCE, k)
         for arm in dict.fromkeys(row["arm"] for row in rows):
-            other = rises(module, arm, k)
+            other = by_seed(module, arm, k)
             differences = [other[seed] - reference[seed] for seed in sorted(other.keys() & reference.keys())]
             if arm == REFERENCE or not differences:
                 continue
@@ -152,14 +170,14 @@ def claims() -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("texts", "probe", "claims"))
+    parser.add_argument("step", choices=("texts", "probe", "rises", "claims"))
     step = parser.parse_args(arguments).step
     if step == "texts":
         write_parts()
     elif step == "probe":
         write_table("replacement_probes", probe())
     else:
-        print(as_text(claims()))
+        print(as_text(rises() if step == "rises" else claims()))
     return 0
 
 

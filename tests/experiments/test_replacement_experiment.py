@@ -70,3 +70,13 @@ def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None
         found["transcoder", 8]["half"] == pytest.approx(0, abs=1e-9) and found["transcoder", 8]["seeds"] == 2
     )
     assert found["no experts", 32]["mean"] == pytest.approx(-0.21) and found["no experts", 32]["half"] is None
+
+
+def test_results_are_means_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {"module": "mlp", "active": 8.0, "dead": 1, "seconds": 60.0}
+    rows = [{**same, "arm": "MxD", "k": 8, "seed": s, "rise": r, "nmse": r} for s, r in enumerate((0.1, 0.3))]
+    rows += [{**same, "arm": "transcoder", "k": 8, "seed": 0, "rise": 0.1, "nmse": 0.5}]
+    monkeypatch.setattr(replacement, "table", lambda name: ledger_of(rows))
+    first, second = replacement.rises()
+    assert (first["arm"], first["rise"], first["half"], first["seeds"]) == ("transcoder", 0.1, None, 1)
+    assert second["nmse"] == pytest.approx(0.2) and second["half"] == pytest.approx(12.706 * 0.1, rel=1e-3)

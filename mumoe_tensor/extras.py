@@ -9,7 +9,7 @@ EXTRAS = {
     "cli": ("typer", "rich"),
     "torch": ("torch",),
     "jax": ("jax",),
-    "train": ("accelerate", "filelock", "pydantic", "safetensors", "tensorboardX", "tokenizers"),
+    "train": ("accelerate", "filelock", "joblib", "pydantic", "safetensors", "tensorboardX", "tokenizers"),
     "timm": ("timm", "torchvision"),
     "transformers": ("safetensors", "transformers"),
     "experiments": ("fairlearn", "pandas", "efficientnet_lite_pytorch", "gguf"),

@@ -6,10 +6,11 @@ from html import escape
 from math import log10
 from typing import Any
 
-from mumoe_tensor.html import html_text, script_json
+from mumoe_tensor.pages import render
 from mumoe_tensor.study.chart import Chart, Panel, Place, Series, limits
 from mumoe_tensor.study.plots import colour, marker, short
 from mumoe_tensor.study.results import Results
+from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.summary import notes, paragraph
 from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.table import cells
@@ -36,60 +37,6 @@ SYMBOLS: dict[Any, str] = {
     (6, 1, 0): "hexagram",
     ".": "circle",
 }
-FONT = "system-ui, 'Helvetica Neue', Arial, sans-serif"
-
-STYLE = f"""
-:root {{ color-scheme: light; }}
-* {{ box-sizing: border-box; }}
-body {{ font: 16px/1.5 {FONT}; color: #1a1a1a; margin: 0 auto; max-width: 1200px; padding: 0 16px 48px;
-        overflow-wrap: anywhere; }}
-h1 {{ font-size: 1.6rem; line-height: 1.2; margin: 24px 0 4px; }}
-h2 {{ font-size: 1.2rem; margin: 40px 0 4px; }}
-h3 {{ font-size: 1rem; margin: 8px 0 0; }}
-p {{ max-width: 75ch; }}
-.setting, figcaption, footer {{ color: #555; font-size: .9rem; }}
-nav {{ position: sticky; top: 0; z-index: 5; background: #fffffff2; border-bottom: 1px solid #ddd;
-       padding: 8px 0; display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: .9rem; }}
-nav label {{ display: inline-flex; align-items: center; gap: 6px; cursor: pointer; }}
-nav i {{ display: inline-block; flex: none; width: 12px; height: 12px; border-radius: 3px; }}
-figure {{ margin: 0; }}
-.panels {{ display: grid; gap: 8px 16px;
-           grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); }}
-.panels.labelled {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 370px), 1fr)); }}
-.panels.one {{ grid-template-columns: 1fr; }}
-.panels > div {{ min-width: 0; }}
-.plot {{ width: 100%; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }}
-th:first-child, td:first-child {{ text-align: left; }}
-thead th {{ border-bottom: 1px solid #999; }}
-"""
-
-#: Draws every panel, and lets the switches act on all of them.
-SCRIPT = """
-const plots = [...document.querySelectorAll('.plot')];
-const panels = JSON.parse(document.getElementById('panels').textContent);
-plots.forEach((div, k) => Plotly.newPlot(div, panels[k].data, structuredClone(panels[k].layout),
-  {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d']}));
-document.querySelectorAll('nav input[data-subject]').forEach(box => box.addEventListener('change', () => {
-  plots.forEach(div => {
-    const traces = div.data.map((t, k) => t.meta === box.dataset.subject ? k : -1).filter(k => k >= 0);
-    if (traces.length) Plotly.restyle(div, {visible: box.checked}, traces);
-  });
-}));
-// A logarithmic axis keeps its ticks; a linear one makes new ones.
-const linear = axis => ({...axis, type: 'linear', autorange: true, tickformat: '~s',
-  range: undefined, dtick: undefined, tickvals: undefined, ticktext: undefined});
-document.getElementById('log').addEventListener('change', event => plots.forEach((div, k) => {
-  const change = {};
-  for (const name of ['xaxis', 'yaxis']) {
-    const axis = panels[k].layout[name];
-    if (axis.type === 'log') change[name] = event.target.checked ? {...axis} : linear(axis);
-  }
-  if (Object.keys(change).length) Plotly.relayout(div, change);
-}));
-"""
 
 
 def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
@@ -102,73 +49,32 @@ def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    titles = {name: title for chart in charts for name, title in chart.titles.items()}
-    figures = [_figure(panel) for chart in charts for panel in chart.panels]
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html_text(planned.setting.layer.title)}: a study of mixtures of experts</title>",
-        f"<style>{STYLE}</style></head><body>",
-        f"<h1>{html_text(str(planned.setting.layer))}</h1>",
-        f'<p class="setting">{html_text(planned.setting.title)}</p>',
-        f"<p>{html_text(' '.join(paragraph(planned, results)))}</p>",
-        f"<nav>{_switches(titles)}</nav>",
-        *(_section(chart) for chart in charts),
-        *(
-            f'<h2>{html_text(title)}</h2><div class="wide">{_table(headings, rows)}</div>'
-            for title, headings, rows in cells(planned, results)
-        ),
-        '<p class="setting">Every figure, with its spread: results.csv, beside this page.</p>',
-        "<h2>How to read this</h2>",
-        "<ul>" + "".join(f"<li>{html_text(note)}</li>" for note in notes(planned, results)) + "</ul>",
-        f"<footer>{_environments(results)}</footer>",
-        f'<script id="panels" type="application/json">{script_json(figures)}</script>',
-        f"<script>{get_plotlyjs()}</script>",
-        f"<script>{SCRIPT}</script>",
-        "</body></html>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _switches(titles: dict[str, str]) -> str:
-    boxes = [
-        f'<label><input type="checkbox" data-subject="{html_text(name)}" checked>'
-        f'<i style="background:{colour(name)}"></i>{html_text(title)}</label>'
-        for name, title in titles.items()
-    ]
-    return "".join([*boxes, '<label><input type="checkbox" id="log" checked>logarithmic axes</label>'])
-
-
-def _section(chart: Chart) -> str:
-    plots = "".join(
-        f"<div>{f'<h3>{html_text(panel.title)}</h3>' if panel.title else ''}"
-        f'<div class="wide"><div class="plot" style="{_size(panel)}"></div></div></div>'
-        for panel in chart.panels
+    return render(
+        "study.html",
+        layer=planned.setting.layer,
+        setting=planned.setting.title,
+        words=" ".join(paragraph(planned, results)),
+        subjects={name: title for chart in charts for name, title in chart.titles.items()},
+        colour=_colour,
+        charts=charts,
+        size=_size,
+        tables=cells(planned, results),
+        notes=notes(planned, results),
+        environments=results.environments,
+        figures=[_figure(panel) for chart in charts for panel in chart.panels],
+        plotly=get_plotlyjs(),
     )
-    look = " one" if len(chart.panels) == 1 else " labelled" if chart.panels[0].ys else ""
-    return (
-        f'<section id="{chart.name}"><h2>{html_text(chart.title)}</h2>'
-        f'<figure><div class="panels{look}">{plots}</div>'
-        f"<figcaption>{html_text(chart.caption)}</figcaption></figure></section>"
-    )
+
+
+def _colour(name: str) -> str:
+    """Colour of a subject; the black one is that of the page's text, which may be light."""
+    return "var(--text)" if name == BASELINE else colour(name)
 
 
 def _size(panel: Panel) -> str:
     """Style of the element of a panel. A map has columns to read: on a narrow page it scrolls."""
     height = 90 + (44 if panel.is_map else 26) * len(panel.ys) if panel.ys else 300
     return f"height:{height}px" + (f";min-width:{160 + 52 * len(panel.xs)}px" if panel.is_map else "")
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html_text(text)}</th>" for text in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html_text(text)}</td>" for text in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _environments(results: Results) -> str:
-    lines = ("; ".join(f"{k} {v}" for k, v in about.items() if v) for about in results.environments)
-    return "<br>".join(html_text(line) for line in lines)
 
 
 def _place(place: Place) -> Place:
@@ -180,13 +86,10 @@ def _figure(panel: Panel) -> dict[str, Any]:
     layout: dict[str, Any] = {
         "showlegend": False,
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-        "font": {"family": FONT, "size": 12, "color": "#1a1a1a"},
         "hovermode": "closest",
         "hoverlabel": {"align": "left"},
         "xaxis": _axis(panel, "x"),
         "yaxis": _axis(panel, "y"),
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
     }
     if panel.reference:
         axis, value = panel.reference
@@ -194,7 +97,7 @@ def _figure(panel: Panel) -> dict[str, Any]:
         layout["shapes"] = [
             {
                 "type": "line", f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1,
-                f"{other}ref": "paper", "line": {"color": "#aaa", "width": 1}, "layer": "below",
+                f"{other}ref": "paper", "line": {"color": "var(--line)", "width": 1}, "layer": "below",
             }
         ]  # fmt: skip
     data = [_trace(panel, series) for series in panel.series]
@@ -203,7 +106,7 @@ def _figure(panel: Panel) -> dict[str, Any]:
             {
                 "type": "scatter", "mode": "lines", "x": [p.x for p in panel.front],
                 "y": [p.y for p in panel.front], "hoverinfo": "skip",
-                "line": {"color": "#999", "width": 1, "dash": "dash", "shape": "hv"},
+                "line": {"color": "var(--line)", "width": 1, "dash": "dash", "shape": "hv"},
             }
         )  # fmt: skip
     return {"data": data, "layout": layout}
@@ -213,10 +116,7 @@ def _axis(panel: Panel, axis: str) -> dict[str, Any]:
     categories, is_log, label = (
         (panel.xs, panel.xlog, panel.xlabel) if axis == "x" else (panel.ys, panel.ylog, panel.ylabel)
     )
-    layout: dict[str, Any] = {
-        "title": {"text": _place(label), "standoff": 6}, "automargin": True, "gridcolor": "#eee",
-        "zeroline": False, "fixedrange": False,
-    }  # fmt: skip
+    layout: dict[str, Any] = {"title": {"text": _place(label), "standoff": 6}}
     if categories:
         # Plotly counts categories from below.
         order = [_place(x) for x in (categories if axis == "x" else reversed(categories))]
@@ -237,7 +137,7 @@ def _axis(panel: Panel, axis: str) -> dict[str, Any]:
 
 
 def _trace(panel: Panel, series: Series) -> dict[str, Any]:
-    shade = colour(series.subject)
+    shade = _colour(series.subject)
     points = series.points
     trace: dict[str, Any] = {
         "type": "scatter",
@@ -252,7 +152,7 @@ def _trace(panel: Panel, series: Series) -> dict[str, Any]:
         "line": {"color": shade, "width": 1.8},
     }
     if series.hollow:
-        trace["marker"] |= {"color": "white", "line": {"color": shade, "width": 1.5}}
+        trace["marker"] |= {"color": "var(--back)", "line": {"color": shade, "width": 1.5}}
         trace["line"] |= {"dash": "dot"}
     if panel.is_map:
         trace["mode"] = "markers+text"

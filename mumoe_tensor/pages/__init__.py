@@ -1,0 +1,65 @@
+"""Pages in one file each that need no network: templates (jinja2) with their styles and scripts inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from math import isfinite, isnan
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template.
+
+    Values are escaped. Within a script, ``{{ value | tojson }}`` is JSON that neither ends the script nor
+    opens a comment in it. JSON has no NaN and no infinity: they become the strings ``"NaN"``, ``"Infinity"``
+    and ``"-Infinity"``, which JavaScript's ``Number`` reads.
+
+    Parameters
+    ----------
+    template : str
+        Name of a file in ``templates``; ``{{ asset(name) }}`` in it is a file of ``assets``.
+    **values
+        What the template names.
+
+    Returns
+    -------
+    str
+        HTML; characters that UTF-8 cannot hold have become question marks.
+    """
+    return _environment().get_template(template).render(values).encode("utf-8", "replace").decode()
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__name__), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.globals["asset"] = _asset
+    environment.policies["json.dumps_function"] = _json
+    environment.policies["json.dumps_kwargs"] = {}
+    return environment
+
+
+def _asset(name: str) -> Markup:
+    return Markup((files(__name__) / "assets" / name).read_text(encoding="utf-8"))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not isfinite(value):
+        return "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.harness import Report, threads
 from mumoe_tensor.analysis import Labels, TopInputs, Usage, watch_coefficients
+from mumoe_tensor.measure.environment import environment
+from mumoe_tensor.measure.memory import growth
 from mumoe_tensor.nn import MuMoE
-from mumoe_tensor.study.environment import environment
-from mumoe_tensor.study.memory import growth
 
 INPUTS, EXPERTS, BATCH = 1_000_000, 10_000, 1_000
 #: A layer that costs little compared with its gate, and the number of top inputs of each expert.

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report
-from benchmarks.layers import WORKLOADS, Beside, entmax15, forward, step
-from mumoe_tensor.study.timing import compare
+from benchmarks.layers import WORKLOADS, Beside, entmax15
+from mumoe_tensor.measure.passes import forward, step
+from mumoe_tensor.measure.timing import compare
 
 
 @contextmanager

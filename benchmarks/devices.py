@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mumoe_tensor.study.timing import WARM_UP
+from mumoe_tensor.measure.timing import WARM_UP
 
 #: Dtype and precision of matrix products, by name.
 PRECISIONS = {

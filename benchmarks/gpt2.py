@@ -8,13 +8,14 @@ backward), each the median of rounds in which the models take turns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from mumoe_tensor.measure.passes import forward
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.models import GPT2, GPT2Config
 from mumoe_tensor.nn import replace_mlp
 
@@ -47,32 +48,24 @@ def theirs(format: str) -> Callable[[Any], Any]:
     return lambda tokens: model(tokens).logits
 
 
-def forward(model: Callable[[Any], Any], tokens: Any) -> None:
-    with torch.no_grad():
-        model(tokens)
-
-
-def step(model: Callable[[Any], Any], tokens: Any) -> None:
-    cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
-
-
 def main() -> None:
     tokens = torch.randint(SIZES["vocabulary"], (ROWS, SIZES["context"]))
     print(f"{SIZES}, {ROWS} rows, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for format in ("mlp", "cp", "tr"):
         torch.manual_seed(0)
         models = {"ours": ours(format), "transformers": theirs(format)}
-        for call in (forward, step):
-            seconds: dict[str, list[float]] = {name: [] for name in models}
-            for _ in range(ROUNDS + 1):
-                for name, model in models.items():
-                    start = perf_counter()
-                    call(model, tokens)
-                    seconds[name].append(perf_counter() - start)
-            # The first of each is not counted.
-            speed = {name: tokens.numel() / median(times[1:]) for name, times in seconds.items()}
-            speeds = ", ".join(f"{name} {value:,.0f}" for name, value in speed.items())
-            print(f"{format:>4} {call.__name__:>8}: {speeds} tokens per second")
+
+        def step(model: Callable[[Any], Any]) -> None:
+            cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+
+        for kind in ("forward", "step"):
+            calls = {
+                name: partial(step, model) if kind == "step" else forward(model, tokens)
+                for name, model in models.items()
+            }
+            times = compare(calls, "ours", rounds=ROUNDS, limit=60)
+            speeds = ", ".join(f"{name} {tokens.numel() / times.spread(name).median:,.0f}" for name in models)
+            print(f"{format:>4} {kind:>8}: {speeds} tokens per second")
 
 
 if __name__ == "__main__":

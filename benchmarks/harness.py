@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.files import whole_file, write_table
+from mumoe_tensor.text_table import text_table
 
 
 @contextmanager
@@ -61,14 +62,8 @@ class Report:
         for row in self.rows:
             values = [(row.get(column), spec) for column, spec in self.columns.items()]
             cells.append(["-" if value is None else format(value, spec) for value, spec in values])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(_justified, row, widths, self.columns.values())).rstrip() for row in cells]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([self.title, rule, lines[0], rule, *lines[1:], *self.notes])
-
-
-def _justified(cell: str, width: int, spec: str) -> str:
-    return cell.rjust(width) if spec else cell.ljust(width)
+        align = "".join(">" if spec else "<" for spec in self.columns.values())
+        return "\n".join([self.title, text_table(cells, align), *self.notes])
 
 
 def write_json(path: Path, reports: Sequence[Report], about: Mapping[str, Any]) -> None:

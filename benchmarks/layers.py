@@ -14,9 +14,10 @@ from benchmarks.devices import graphed
 from benchmarks.harness import Report
 from mumoe_tensor.contraction.network import BATCH
 from mumoe_tensor.gates import sparse_gradient
+from mumoe_tensor.measure.passes import forward, step
+from mumoe_tensor.measure.timing import Comparison, Spread, compare
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, entmax15
 from mumoe_tensor.spec import LayerSpec
-from mumoe_tensor.study.timing import Comparison, Spread, compare
 
 try:
     import entmax
@@ -96,9 +97,9 @@ def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     for experts in layer.children():
         if isinstance(experts, Experts):
             sizes = experts.plan.program.network.sizes_at(rows)
-            for step in experts.plan.steps:
-                left, right, result = (set(axes) for axes in step.axes)
-                if step.kind != "mul":
+            for made in experts.plan.steps:
+                left, right, result = (set(axes) for axes in made.axes)
+                if made.kind != "mul":
                     shared, summed = left & right & result, (left & right) - result
                     batch, m, k, n = (
                         prod(sizes[x] for x in axes) for axes in (shared, left - right, summed, right - left)
@@ -127,27 +128,6 @@ def limit(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], backward: bool) ->
     return run
 
 
-def forward(module: Any, x: torch.Tensor) -> Call:
-    """A forward pass without gradients."""
-
-    def run() -> object:
-        with torch.no_grad():
-            return module(x)
-
-    return run
-
-
-def step(module: Any, x: torch.Tensor, gradient: torch.Tensor) -> Call:
-    """zero_grad, forward, backward, as in the middle of a network: the input has a gradient too."""
-
-    def run() -> None:
-        module.zero_grad()
-        x.grad = None
-        module(x).backward(gradient)
-
-    return run
-
-
 def elementwise(layer: Any, rows: int, backward: bool) -> Call:
     """All but the matrix products: gate, elementwise products, activation; with their gradients."""
     weight = layer.gate.weight
@@ -164,9 +144,9 @@ def elementwise(layer: Any, rows: int, backward: bool) -> Call:
     children = [child for child in layer.children() if isinstance(child, Experts)]
     for experts in children:
         sizes = experts.plan.program.network.sizes_at(rows)
-        for step in experts.plan.steps:
-            if step.kind == "mul":
-                left, right, result = step.axes
+        for made in experts.plan.steps:
+            if made.kind == "mul":
+                left, right, result = made.axes
                 pair = (random(*(sizes[x] if x in axes else 1 for x in result)) for axes in (left, right))
                 jobs.append((torch.mul, tuple(pair)))
     if len(children) == 2:

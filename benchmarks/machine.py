@@ -17,8 +17,8 @@ from benchmarks.common import DEVICES, need_device
 from benchmarks.harness import threads
 from mumoe_tensor import Machine
 from mumoe_tensor.contraction.machine import ITEMSIZE
+from mumoe_tensor.measure.timing import Comparison, compare
 from mumoe_tensor.nn import Experts, entmax15
-from mumoe_tensor.study.timing import Comparison, compare
 
 #: Rows, columns and sum of a product, and elements of three arrays: on a CPU as large as those of a layer.
 PRODUCT = {"cpu": (1024, 512, 768), "cuda": (8192, 8192, 8192)}

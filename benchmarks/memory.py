@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Report
-from benchmarks.layers import GPT2, gpt2_block, step
-from benchmarks.probes import in_a_fresh_process, kept_bytes
-from mumoe_tensor.study.memory import growth
-from mumoe_tensor.study.timing import compare
+from benchmarks.layers import GPT2, gpt2_block
+from benchmarks.probes import kept_bytes
+from mumoe_tensor.measure.memory import growth, in_fresh_process
+from mumoe_tensor.measure.passes import step
+from mumoe_tensor.measure.timing import compare
 
 MIB = 2**20
 ROWS = 1024
@@ -55,7 +54,7 @@ def memory(quick: bool, device: str) -> Report:
     peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}
     for _ in range(1 if quick else 5):
         for case in cases[: 2 if quick else None]:
-            peaks[case].append(in_a_fresh_process("benchmarks.memory", *case, device))
+            peaks[case].append(in_fresh_process("benchmarks.memory:peak_of_a_step", *case, device))
     dense = peaks["dense", False]
     times: dict[tuple[str, bool], float] = {}
     for case in () if quick else CASES:
@@ -84,7 +83,3 @@ def memory(quick: bool, device: str) -> Report:
         "step: time of a step over the same module's without recompute.",
     ]
     return Report("memory", title, columns, rows, notes)
-
-
-if __name__ == "__main__":
-    print(peak_of_a_step(*json.loads(sys.argv[1])))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
@@ -92,38 +90,13 @@ class Step(Module):
 
         return kept_bytes(self.module, self.x)
 
-    track_saved_bytes.unit = "bytes"
+    def track_cuda_peak_bytes(self, *_: Any) -> int:
+        """Bytes allocated at most during a step, parameters and input included."""
+        # asv runs each case in a process of its own: nothing else has used the device's memory.
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated()
+
+    track_saved_bytes.unit = track_cuda_peak_bytes.unit = "bytes"
     peakmem_step.params = track_saved_bytes.params = [*Module.params[:-1], ["cpu"]]
-
-
-class CudaStep(Benchmark):
-    """A step in a fresh process, in which nothing else has used the device's memory."""
-
-    param_names = Module.param_names
-    params = [*Module.params[:-1], ["cuda"]]
-
-    def prepare(self, format: str, experts: int, levels: int, module: str, dtype: str, device: str) -> None:
-        need_device(device)
-        spec_of(format, experts, levels, module)  # skips what a step would skip
-
-    def track_cuda_peak_bytes(self, *values: Any) -> int:
-        from benchmarks.probes import in_a_fresh_process
-
-        return in_a_fresh_process("benchmarks.modules", *values)
-
-    track_cuda_peak_bytes.unit = "bytes"
-
-
-def cuda_peak_bytes(*values: Any) -> int:
-    """Bytes allocated at most during a step, parameters and input included."""
-    suite = Step()
-    suite.setup(*values)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    suite.step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
-
-
-if __name__ == "__main__":
-    print(cuda_peak_bytes(*json.loads(sys.argv[1])))
+    track_cuda_peak_bytes.params = [*Module.params[:-1], ["cuda"]]

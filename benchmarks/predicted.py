@@ -9,9 +9,10 @@ import torch
 
 import mumoe_tensor as mt
 from benchmarks.harness import Report, threads
-from benchmarks.layers import WORKLOADS, forward
+from benchmarks.layers import WORKLOADS
 from benchmarks.machine import calls, clock_of, machine_of
-from mumoe_tensor.study.timing import compare
+from mumoe_tensor.measure.passes import forward
+from mumoe_tensor.measure.timing import compare
 
 DTYPE = "float32"
 #: Goal: the longer of the two times over the other.

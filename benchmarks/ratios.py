@@ -27,9 +27,9 @@ from benchmarks.harness import Report, threads, write_csv, write_json
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import Implementation, planned_steps
+from mumoe_tensor.measure.environment import environment
+from mumoe_tensor.measure.timing import Spread, compare
 from mumoe_tensor.spec import LayerSpec
-from mumoe_tensor.study.environment import environment
-from mumoe_tensor.study.timing import Spread, compare
 
 THREADS = 2
 #: Goals: microseconds more than code by hand, and milliseconds of a search by number of levels.

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report, threads
-from benchmarks.layers import WORKLOADS, Beside, Workload, by_hand, forward
+from benchmarks.layers import WORKLOADS, Beside, Workload, by_hand
+from mumoe_tensor.measure.passes import forward
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.spec import LayerSpec
-from mumoe_tensor.study.timing import compare
 
 
 def layer(size: int, experts: int, rows: int) -> Workload:

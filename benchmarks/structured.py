@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from benchmarks.harness import Report, threads
-from benchmarks.layers import Call, forward, limit, step
+from benchmarks.layers import Call, limit
 from benchmarks.probes import kept_bytes
 from mumoe_tensor.formats.splits import balanced
+from mumoe_tensor.measure.passes import forward, step
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import Experts, MuMoE
-from mumoe_tensor.study.timing import compare
 
 IN, OUT = 768, 3072
 #: Format, experts, rank.

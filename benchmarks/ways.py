@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.harness import Report, threads
 from benchmarks.layers import Call
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import entmax
-from mumoe_tensor.study.timing import compare
 
 #: Rows and experts of a call.
 SIZES = ((32, 64), (128, 64), (1024, 64), (1024, 256), (256, 2048), (256, 4096))

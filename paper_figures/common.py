@@ -23,10 +23,11 @@ from mumoe_tensor import Cost, LayerSpec, cost
 from mumoe_tensor.files import replacing, whole_file, write_table
 from mumoe_tensor.formats import formats
 from mumoe_tensor.ledger import Ledger, Row, plain
-from mumoe_tensor.study.environment import environment
+from mumoe_tensor.measure.environment import environment
+from mumoe_tensor.measure.timing import Spread
 from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
-from mumoe_tensor.study.timing import Spread
+from mumoe_tensor.text_table import text_table
 
 FOLDER = Path(__file__).resolve().parent
 FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common")))
@@ -225,5 +226,4 @@ def table(rows: Sequence[Row]) -> str:
         return format(value, spec)
 
     cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in cells)
+    return text_table(cells, ">" * len(rows[0]))

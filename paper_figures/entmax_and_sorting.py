@@ -18,8 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import entmax15
-from mumoe_tensor.study.timing import compare
 from paper_figures.common import Row, new_figure, set_experts_axis, spread
 
 ROWS = 256

@@ -11,8 +11,6 @@ process, with quartiles. Peak: weights, and growth of the resident set in the pa
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,11 +21,10 @@ from torch import nn
 
 import mumoe_tensor as mt
 from benchmarks.memory import MIB
-from benchmarks.probes import in_a_fresh_process
+from mumoe_tensor.measure.memory import growth, in_fresh_process
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import MuMoE
-from mumoe_tensor.study.memory import growth
 from mumoe_tensor.study.mixtures import SparseMixture
-from mumoe_tensor.study.timing import compare
 from paper_figures.common import FORMATS, LINEAR, OTHERS, Row, colour_of, new_figure, spread, title_of
 
 EXPERTS, TOP_K, BATCH = 128, 2, 256
@@ -55,7 +52,8 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def peak(name: str, inputs: int) -> int:
-    """Bytes of the weights, and by which this process grows at most in a forward pass."""
+    """Bytes of the weights, and by which this process grows at most in a forward pass, on one thread."""
+    torch.set_num_threads(1)
     with torch.no_grad():
         # A small layer of the kind first, for which libraries allocate their buffers.
         module_of(name, 4, features=64, experts=4)(torch.randn(4, 64))
@@ -82,7 +80,7 @@ def measure(quick: bool) -> list[Row]:
                     "parameters": parameters_of(module),
                     **spread("ms", times.spread(name), 1e-3),
                     **spread("to_linear", times.ratio(name)),
-                    "peak_mib": in_a_fresh_process(__name__, name, inputs) / MIB,
+                    "peak_mib": in_fresh_process(f"{__name__}:peak", name, inputs) / MIB,
                 }
             )
     return records
@@ -118,8 +116,3 @@ def draw(rows: Sequence[Row]) -> Figure:
         axes[1].plot([], [], "ko", markerfacecolor=face, markersize=5, label=label)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(peak(*json.loads(sys.argv[1])))

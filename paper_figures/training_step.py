@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.layers import GPT2, gpt2_block, step
+from benchmarks.layers import GPT2, gpt2_block
 from benchmarks.memory import MIB
 from benchmarks.probes import kept_bytes
-from mumoe_tensor.study.timing import compare
+from mumoe_tensor.measure.passes import step
+from mumoe_tensor.measure.timing import compare
 from paper_figures.common import FORMATS, Row, draw_lines, new_figure, rank_text, set_experts_axis, spread
 
 TOKENS, MATCHED_AT = 1024, 256

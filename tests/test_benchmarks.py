@@ -19,7 +19,7 @@ import opt_einsum
 import pytest
 
 import mumoe_tensor as mt
-from benchmarks import common, guard, harness, modules, probes, ratios
+from benchmarks import common, guard, harness, modules, ratios
 from benchmarks.costs import Cost
 from benchmarks.planning import Planning
 
@@ -50,7 +50,6 @@ def report() -> harness.Report:
 def test_a_report_prints_as_a_table(report: harness.Report) -> None:
     assert str(report).splitlines() == [
         "A title",
-        "--------------------",
         "name    count  ratio",
         "--------------------",
         "first   1,234   0.50",
@@ -129,8 +128,8 @@ def test_every_comparison_fills_its_table(name: str, monkeypatch: pytest.MonkeyP
     assert report.rows
     for row in report.rows:
         assert set(row) <= set(report.columns)
-    # A line a row, the title, the column names between two rules, and the notes.
-    assert len(str(report).splitlines()) == len(report.rows) + 4 + len(report.notes)
+    # A line a row, the title, the column names with a rule below, and the notes.
+    assert len(str(report).splitlines()) == len(report.rows) + 3 + len(report.notes)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +185,7 @@ def test_asv_finds_the_suites_and_nothing_else(suites: dict[str, Any]) -> None:
         "forward.Forward.time_forward",
         "gates.Gate.time_gate",
         "imports.timeraw_import",
-        "modules.CudaStep.track_cuda_peak_bytes",
+        "modules.Step.track_cuda_peak_bytes",
         "modules.Inference.time_forward",
         "modules.Step.peakmem_step",
         "modules.Step.time_step",
@@ -195,7 +194,7 @@ def test_asv_finds_the_suites_and_nothing_else(suites: dict[str, Any]) -> None:
         "planning.Planning.time_cold_search",
     ]
     for name, benchmark in suites.items():
-        if name not in ("imports.timeraw_import", "modules.CudaStep.track_cuda_peak_bytes"):
+        if name not in ("imports.timeraw_import", "modules.Step.track_cuda_peak_bytes"):
             benchmark.set_param_idx(0)
             assert not benchmark.do_setup(), name
             benchmark.func(*benchmark._current_params)
@@ -216,7 +215,7 @@ def test_without_cuda_its_benchmarks_are_skipped(
     assert skipped == {
         "forward.Forward.time_forward",
         "gates.Gate.time_gate",
-        "modules.CudaStep.track_cuda_peak_bytes",
+        "modules.Step.track_cuda_peak_bytes",
         "modules.Inference.time_forward",
         "modules.Step.time_step",
     }
@@ -244,24 +243,11 @@ def test_modules_run_in_every_dtype(module: str, levels: int, dtype: str) -> Non
 
 def test_the_peak_on_a_device_is_that_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+    for name in ("reset_peak_memory_stats", "max_memory_allocated"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda name=name: calls.append(name))
     monkeypatch.setattr(modules.Step, "step", lambda self: calls.append("step"))
-    modules.cuda_peak_bytes("cp", 64, 1, "MuMoE", "float32", "cpu")
-    order = ["step", "synchronize", "reset_peak_memory_stats", "step", "synchronize", "max_memory_allocated"]
-    assert calls == order
-
-
-def test_a_fresh_process_imports_the_library_that_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A folder `mumoe_tensor` where the process starts, or one in the repository, must not be taken for it.
-    (tmp_path / "mumoe_tensor").mkdir()
-    (tmp_path / "mumoe_tensor" / "__init__.py").write_text("raise RuntimeError('this is not the library')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(probes, "__file__", str(tmp_path / "benchmarks" / "probes.py"))
-    (tmp_path / "probe.py").write_text("import sys, mumoe_tensor; print(len(sys.argv[1]))")
-    assert probes.in_a_fresh_process("probe", 1, "a") == len('[1, "a"]')
+    modules.Step().track_cuda_peak_bytes()
+    assert calls == ["reset_peak_memory_stats", "step", "max_memory_allocated"]
 
 
 def test_no_search_of_a_plan_is_timed_twice() -> None:
@@ -296,7 +282,7 @@ def test_figures_that_are_counted_are_as_stored() -> None:
 def test_every_counted_figure_is_stored(suites: dict[str, Any]) -> None:
     counted = {name for name, benchmark in suites.items() if benchmark.type == "track"}
     stored = {name.split("(")[0] for name in json.loads(guard.STORED.read_text())}
-    assert stored == counted - {"modules.CudaStep.track_cuda_peak_bytes"}
+    assert stored == counted - {"modules.Step.track_cuda_peak_bytes"}
 
 
 @pytest.mark.parametrize(

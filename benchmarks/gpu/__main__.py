@@ -28,7 +28,7 @@ from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.table import as_text
 from benchmarks.harness import Report, write_json
 from mumoe_tensor.files import whole_file
-from mumoe_tensor.study.environment import environment
+from mumoe_tensor.measure.environment import environment
 
 BUDGET = 480.0
 

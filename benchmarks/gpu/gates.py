@@ -13,11 +13,11 @@ import torch
 from benchmarks.gpu.rows import BRIEF, Row
 from benchmarks.layers import entmax
 from mumoe_tensor.gates import sparsemax
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import entmax15
 from mumoe_tensor.nn.functional import _Entmax15
 from mumoe_tensor.nn.kernels import serve
 from mumoe_tensor.nn.kernels.coefficients import coefficients
-from mumoe_tensor.study.timing import compare
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 #: What a pass moves at least, in copies of the logits. A step reads logits and writes coefficients; then it

@@ -15,9 +15,9 @@ from benchmarks.devices import PRECISIONS, launches, precision
 from benchmarks.gpu.rows import BRIEF, MIB, Row
 from benchmarks.layers import WORKLOADS, Beside, Workload, gpt2_block, over_limit
 from benchmarks.probes import kept_bytes
+from mumoe_tensor.measure.memory import growth
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.spec import LayerSpec
-from mumoe_tensor.study.memory import growth
-from mumoe_tensor.study.timing import compare
 
 BLOCKS = (
     gpt2_block("cp", 256, 556),

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from benchmarks.gpu.rows import BRIEF, Row
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn.sparse import SparseCoefficients, _support, indexed_product
-from mumoe_tensor.study.timing import compare
 
 Route = Callable[[Tensor, Tensor], Tensor]
 #: Most elements that a gather may copy.

@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.gpu.rows import MIB, ROOT, Row
+from mumoe_tensor.measure.memory import growth
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.models import GPT2, GPT2Config
-from mumoe_tensor.study.memory import growth
-from mumoe_tensor.study.timing import compare
 
 DENSE, EXPERTS = "mlp", ("cp-256", "tr-256")
 TOY = {"vocabulary": 64, "context": 16, "width": 32, "depth": 1, "heads": 2, "hidden": 64, "experts": [4]}

@@ -20,6 +20,7 @@ from mumoe_tensor.contraction.network import Indices, Network, forward_networks
 from mumoe_tensor.contraction.order import Objective, Orders, Search
 from mumoe_tensor.formats.registry import AnyFormat
 from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
+from mumoe_tensor.text_table import text_table
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
 
@@ -243,17 +244,14 @@ class ContractionPlan:
             figures = (f"{s.copied * self.itemsize:,}", f"{s.live * self.itemsize:,}")
             ahead = "ahead" if s.constant and self.fold_weights else str(k)
             rows.append((ahead, s.equation, s.kind, f"{s.flops:,}", shape, *figures))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        align = (str.rjust, str.ljust, str.ljust, str.rjust, str.ljust, str.rjust, str.rjust)
-        lines = ["  ".join(put(x, w) for put, x, w in zip(align, row, widths, strict=True)) for row in rows]
-        lines.insert(1, "-" * len(lines[0]))
         head = f"{self.implementation}, batch {self.batch:,}, least {self.minimize}"
         if self.search != "exact":
             head += f" ({self.search})"
         totals = ("write", "size", "peak", "saved")
         foot = ", ".join(f"{name} {getattr(self, name):,}" for name in totals)
         total = f"FLOPs {self.flops:,}; {foot} {unit}"
-        return "\n".join([head, *map(str.rstrip, lines), total, predicted(self.seconds, self.machine)])
+        table = text_table(rows, "><<><>>")
+        return "\n".join([head, table, total, predicted(self.seconds, self.machine)])
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import fields, replace
-from importlib import import_module
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from mumoe_tensor.formats.registry import config_entry, formats, get_format
+from mumoe_tensor.formats.registry import get_format
+from mumoe_tensor.measure.memory import METERS, in_fresh_process
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.study.subjects import Subject
 
@@ -33,26 +27,8 @@ def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     OSError
         If the process failed, or the system has no ``/proc`` to read it from.
     """
-    spec = {f.name: getattr(subject.spec, f.name) for f in fields(subject.spec)}
-    order = json.dumps([{**vars(subject), "spec": spec}, batch, device], default=config_entry)
-    # Formats are registered by their modules; the main module would be another one there.
-    modules = {type(format).__module__ for format in formats().values()} - {"__main__"}
-    command = [sys.executable, "-m", "mumoe_tensor.study.memory", order, *modules]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise OSError(f"the process that measures memory failed: {last}")
-    forward, step = json.loads(done.stdout)
+    forward, step = in_fresh_process("mumoe_tensor.study.memory:measure", subject, batch, device)
     return forward, step
-
-
-class Meter(NamedTuple):
-    """Functions that read the memory of a device, in bytes."""
-
-    reset: Callable[[], object]
-    now: Callable[[], int]
-    peak: Callable[[], int]
 
 
 def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
@@ -83,46 +59,3 @@ def _small(spec: LayerSpec) -> LayerSpec:
         return replace(spec, **sizes, rank=(1,) * len(spec.full_rank))
     except ValueError:  # the format has parts or slices of other sizes
         return replace(spec, **sizes, format=get_format("tr"), rank=(1,) * (spec.num_levels + 2))
-
-
-def growth(call: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes by which memory grows at most in a call: the resident set, on CUDA what torch allocates.
-
-    Parameters
-    ----------
-    device : {"cpu", "cuda"}, default "cpu"
-    """
-    meter = METERS[device]
-    meter.reset()
-    before = meter.now()
-    call()
-    return meter.peak() - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
-def _cuda_peak() -> int:
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
-
-
-METERS = {
-    # Writing 5 resets the largest resident set (proc(5)).
-    "cpu": Meter(
-        lambda: Path("/proc/self/clear_refs").write_text("5"),
-        lambda: _status("VmRSS"),
-        lambda: _status("VmHWM"),
-    ),
-    "cuda": Meter(torch.cuda.reset_peak_memory_stats, torch.cuda.memory_allocated, _cuda_peak),
-}
-
-
-if __name__ == "__main__":
-    order, *modules = sys.argv[1:]
-    for module in modules:
-        import_module(module)
-    values, *options = json.loads(order)
-    print(json.dumps(measure(Subject(LayerSpec(**values.pop("spec")), **values), *options)))

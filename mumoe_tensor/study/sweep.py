@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from torch import Tensor, nn
 
-from mumoe_tensor.study.environment import environment
+from mumoe_tensor.measure import passes
+from mumoe_tensor.measure.environment import environment
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.memory import peaks
 from mumoe_tensor.study.quality import heads, judge
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.subjects import BASELINE, ITEM, SPARSE, Subject, fitted
-from mumoe_tensor.study.timing import compare
 
 #: Numbers of experts for which formats are compared by formula.
 GRID = tuple(2**k for k in range(3, 15))
@@ -165,28 +165,29 @@ def _costs(planned: Plan) -> Iterator[Measurement]:
         )
 
 
-def _timing(setting: Setting, subject: Subject, device: str, batch: int, passes: tuple[str, ...]) -> Task:
+def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: tuple[str, ...]) -> Task:
     key = f"time {subject.key} {device} {batch}"
 
     def run() -> list[Measurement]:
         torch.manual_seed(setting.seed)
-        x = torch.randn(batch, subject.spec.in_features, device=device)
+        x = torch.randn(batch, subject.spec.in_features, device=device, requires_grad=True)
         # The dense layer is measured against itself, and costs one turn only.
         spec = subject.spec
         baseline = Subject(dense(spec.in_features, spec.out_features, spec.hidden), BASELINE)
         chosen = {"this": subject} if subject.role == BASELINE else {"dense": baseline, "this": subject}
         modules = {name: one.build(device) for name, one in chosen.items()}
         rows = []
-        for each in passes:
+        for kind in kinds:
             calls = {
-                name: (forward if each == "forward" else step)(module, x) for name, module in modules.items()
+                name: passes.step(module.train(), x) if kind == "step" else passes.forward(module.eval(), x)
+                for name, module in modules.items()
             }
             first = next(iter(calls))
-            limit = setting.seconds if "step" in passes else setting.seconds / 2
+            limit = setting.seconds if "step" in kinds else setting.seconds / 2
             times = compare(calls, first, rounds=setting.rounds, limit=limit, device=device)
             seconds, ratio = times.spread("this"), times.ratio("this")
             row = Measurement.of(
-                key, subject, each, seconds.median, low=seconds.low, high=seconds.high, ratio=ratio.median,
+                key, subject, kind, seconds.median, low=seconds.low, high=seconds.high, ratio=ratio.median,
                 ratio_low=ratio.low, ratio_high=ratio.high, repetitions=times.rounds, device=device,
                 batch=batch, seed=setting.seed,
             )  # fmt: skip
@@ -194,7 +195,7 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, passes:
         return rows
 
     text = f"time of {subject.title}, {_experts(subject)}batch {batch:,}, {device}"
-    return Task(key, text, 0.2 + setting.seconds * (1.3 if len(passes) > 1 else 0.4), run)
+    return Task(key, text, 0.2 + setting.seconds * (1.3 if len(kinds) > 1 else 0.4), run)
 
 
 def _peak(setting: Setting, subject: Subject, device: str) -> Task:
@@ -224,32 +225,6 @@ def _training(setting: Setting, subject: Subject, seed: int) -> Task:
 
     text = f"training of {subject.title}, {_experts(subject)}seed {seed}"
     return Task(key, text, 0.03 * setting.epochs, run)
-
-
-def forward(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A forward pass in evaluation, without gradients."""
-
-    def run() -> None:
-        with torch.no_grad():
-            module(x)
-
-    module.eval()
-    return run
-
-
-def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """zero_grad, forward, backward, as in the middle of a network: the input has a gradient too."""
-    x = x.clone().requires_grad_()
-    with torch.no_grad():
-        gradient = torch.randn_like(module(x))
-
-    def run() -> None:
-        module.zero_grad()
-        x.grad = None
-        module(x).backward(gradient)
-
-    module.train()
-    return run
 
 
 def _experts(subject: Subject) -> str:

@@ -19,6 +19,7 @@ from mumoe_tensor.models.gpt2 import GPT2Config
 from mumoe_tensor.models.mixer import MixerConfig
 from mumoe_tensor.nn.backward import saved_results
 from mumoe_tensor.spec import LayerSpec
+from mumoe_tensor.text_table import text_table
 from mumoe_tensor.training.settings import RUNS, GPT2Run, Settings, packaged, read_settings
 
 #: Inputs that the order of contraction is chosen for, as in the layers.
@@ -425,10 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scale: {error}", file=sys.stderr)
         return 2
     for lines in printed:
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
-        print()
+        print(text_table(lines, ">" * len(lines[0])), end="\n\n")
     return 0
 
 

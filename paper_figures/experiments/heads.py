@@ -32,8 +32,8 @@ from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
 from mumoe_tensor.interval import interval
 from mumoe_tensor.ledger import Ledger, plain
+from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.models import Head, load_backbone
-from mumoe_tensor.study.environment import environment
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
 from mumoe_tensor.training.head import train_head
 from paper_figures.common import Row

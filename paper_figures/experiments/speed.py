@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report, threads
-from mumoe_tensor.study.environment import environment
-from mumoe_tensor.study.memory import growth
-from mumoe_tensor.study.timing import compare
+from mumoe_tensor.measure.environment import environment
+from mumoe_tensor.measure.memory import growth, in_fresh_process
+from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.training.settings import MixerRun, read_settings
 from mumoe_tensor.training.trainer import cross_entropy
-from paper_figures.experiments.heads import go_through
 from paper_figures.experiments.pretraining import ARMS
 
 ROUNDS, SECONDS, MIB = 31, 120.0, 2**20
@@ -55,8 +54,8 @@ def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
     return step, y.numel(), sum(p.numel() for p in model.parameters())
 
 
-def peak(kind: str, arm: str) -> tuple[str, int]:
-    """The arm, and bytes by which this process grows by its model, its optimizer and some steps."""
+def peak(kind: str, arm: str) -> int:
+    """Bytes by which this process grows by its model, its optimizer and some steps."""
     torch.set_num_threads(1)
     # A small model first, for which libraries load and allocate.
     small = torch.nn.Linear(8, 8)
@@ -68,14 +67,14 @@ def peak(kind: str, arm: str) -> tuple[str, int]:
         for _ in range(3):
             step()
 
-    return arm, growth(run)
+    return growth(run)
 
 
 def measure(kind: str) -> Report:
     """Speed and memory of all arms of an experiment."""
     made = {arm: make(kind, arm) for arm in ARMS[kind]}
     timings = compare({arm: step for arm, (step, *_) in made.items()}, "dense", rounds=ROUNDS, limit=SECONDS)
-    peaks = dict(go_through([(kind, arm) for arm in made], peak, processes=1, one_each=True))
+    peaks = {arm: in_fresh_process("paper_figures.experiments.speed:peak", kind, arm) for arm in made}
     rows = []
     for arm, (_, inputs, parameters) in made.items():
         ratio = timings.ratio(arm)

@@ -20,7 +20,9 @@ from samples import SHORT, SMALL
 
 from mumoe_tensor import LayerSpec, sliced, sum_of
 from mumoe_tensor import study as studies
-from mumoe_tensor.formats import get_format, registry
+from mumoe_tensor.formats import get_format
+from mumoe_tensor.measure.memory import METERS, Meter
+from mumoe_tensor.measure.timing import Comparison
 from mumoe_tensor.study import memory, quality
 from mumoe_tensor.study import sweep as sweeps
 from mumoe_tensor.study.layers import dense, features
@@ -72,28 +74,14 @@ def test_squares_are_set_against_linear_layers(study: Study) -> None:
         assert {(row.experts, row.batch) for row in rows} <= {("3", 1), ("3", 4)} and rows
 
 
-def test_steps_have_gradients_and_forwards_have_none() -> None:
-    module, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
-    sweeps.forward(module, x)()
-    assert module.weight.grad is None and not module.training
-    run = sweeps.step(module, x)
-    run()
-    first = module.weight.grad.clone()
-    run()
-    torch.testing.assert_close(module.weight.grad, first)
-    assert module.training and x.grad is None
-
-
 def test_ratios_are_over_the_dense_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
     def compare(calls: dict[str, Any], baseline: str, **_: Any) -> Any:
         seen.append([*calls, baseline])
-        return studies_timing.Comparison(
+        return Comparison(
             baseline, {name: (2.0, 4.0) if name == "dense" else (6.0, 4.0) for name in calls}, {}
         )
-
-    from mumoe_tensor.study import timing as studies_timing
 
     monkeypatch.setattr(sweeps, "compare", compare)
     setting = studies.prepare(**SMALL)
@@ -215,34 +203,11 @@ def test_a_small_layer_comes_before_any_that_is_measured(
 ) -> None:
     rank = (2,) * len(get_format(format).bonds(1))
     spec = LayerSpec(format, experts=5, in_features=24, hidden=hidden, out_features=16, rank=rank, bias=True)
-    monkeypatch.setitem(memory.METERS, "cpu", memory.Meter(lambda: None, lambda: 3, lambda: 5))
+    monkeypatch.setitem(METERS, "cpu", Meter(lambda: None, lambda: 3, lambda: 5))
     assert memory.measure(Subject(spec), 4, "cpu") == (2, 2)
 
 
-def test_on_a_device_memory_is_what_is_allocated_once_its_work_is_done(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[str] = []
-    bytes_of = {"reset_peak_memory_stats": None, "memory_allocated": 5, "max_memory_allocated": 12}
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: calls.append("synchronize"))
-    meter = {name: lambda name=name: calls.append(name) or bytes_of[name] for name in bytes_of}
-    monkeypatch.setitem(
-        memory.METERS, "cuda", memory.Meter(*(meter[name] for name in list(bytes_of)[:2]), memory._cuda_peak)
-    )
-    monkeypatch.setattr("torch.cuda.max_memory_allocated", meter["max_memory_allocated"])
-    assert memory.growth(lambda: calls.append("call"), "cuda") == 7
-    assert calls == [*list(bytes_of)[:2], "call", "synchronize", "max_memory_allocated"]
-
-
 def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        # The other process does not have this format.
-        patch.setattr(type(get_format("cp")), "name", "here")
-        patch.setitem(registry._registry, "here", get_format("cp"))
-        subject = Subject(LayerSpec("here", experts=2, in_features=3, out_features=2, rank=2, bias=True))
-        with pytest.raises(OSError, match="unknown format 'here'"):
-            memory.peaks(subject, 4, "cpu")
-
     def fails(*_: object) -> None:
         raise OSError("no memory")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mumoe_tensor.study import timing
+from mumoe_tensor.measure import timing
 
 
 class FakeTime:

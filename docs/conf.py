@@ -54,16 +54,12 @@ def markdown(rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def scale_tables(kind: str) -> dict[str, str]:
-    """What the published trainings are predicted to take: their work, and on accelerators."""
-    found = {}
-    for name, (heading, *lines) in zip(
-        ("work", "scale"), scale.tables(kind, scale.published(kind)), strict=True
-    ):
-        # Names of settings stay on one line.
-        marked = ([f"`{text}`" if "-" in text else text for text in line] for line in lines)
-        found[f"{name}_of_{kind}"] = markdown([heading, ["---:"] * len(heading), *marked])
-    return found
+def scale_table(kind: str) -> str:
+    """FLOPs and memory of the published trainings, as a table in Markdown."""
+    heading, *lines = scale.table(kind, scale.published(kind))
+    # Names of settings stay on one line.
+    marked = ([f"`{name}`", *figures] for name, *figures in lines)
+    return markdown([heading, ["---:"] * len(heading), *marked])
 
 
 def cost_table(**layer: Any) -> str:
@@ -96,8 +92,8 @@ myst_substitutions = {
     "cost_of_block": cost_table(
         experts=256, in_features=768, hidden=3072, out_features=768, bias=True, gate=True
     ),
-    **scale_tables("gpt2"),
-    **scale_tables("mixer"),
+    "scale_of_gpt2": scale_table("gpt2"),
+    "scale_of_mixer": scale_table("mixer"),
 }
 
 autosummary_generate = False

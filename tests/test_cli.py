@@ -204,7 +204,10 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_version_and_help() -> None:
     assert run("--version") == f"{mt.__version__}\n"
     assert "Usage" in run("") and "Usage" in run("--help")
-    for command in ("formats", "plan", "cost", "fit", "study", "figures", "inspect", "tokenize"):
+    first = [line.strip() for line in run("").splitlines() if line.startswith("  mumoe-tensor ")]
+    assert len(first) == 3 and first[-1] == "mumoe-tensor study --quick"
+    assert all(run(line.removeprefix("mumoe-tensor ")) for line in first[:2])
+    for command in ("formats", "plan", "cost", "fit", "study", "inspect", "tokenize"):
         assert command in run("--help")
         output = " ".join(run(f"{command} --help").split())
         assert f"Example: mumoe-tensor {command}" in output and "--json" in output

@@ -19,16 +19,17 @@ except ImportError as error:
     raise SystemExit(2) from error
 
 from mumoe_tensor.cli.app import Command, OneLineErrors, main
+from mumoe_tensor.cli.bias import bias
 from mumoe_tensor.cli.browser import inspect
 from mumoe_tensor.cli.data import data
 from mumoe_tensor.cli.layers import cost, fit, formats, plan
 from mumoe_tensor.cli.replacement import replace
-from mumoe_tensor.cli.studies import bias, figures, study
+from mumoe_tensor.cli.studies import study
 from mumoe_tensor.cli.training import tokenize, train_gpt2, train_head, train_mixer
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Multilinear mixture-of-experts layers: formats, plans, costs, ranks, and the study of a layer.",
+    help="Plan, measure and train layers of experts whose weights are factorized tensors.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -36,14 +37,14 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(main)
 commands: list[Callable[..., None]] = [
-    formats, plan, cost, fit, study, data, tokenize, inspect, replace, bias, figures,
+    formats, plan, cost, fit, study, data, tokenize, inspect, replace, bias,
 ]  # fmt: skip
 for command in commands:
     app.command(cls=Command)(command)
 
 train = typer.Typer(
     cls=OneLineErrors,
-    help="Train on data of your own.",
+    help="Train a head, an MLP-Mixer or a GPT-2 on your own data.",
     rich_markup_mode="markdown",
 )
 train.command("head", cls=Command)(train_head)

@@ -17,6 +17,16 @@ from mumoe_tensor.formats.elsewhere import load_entry_points
 
 #: What typer raises for a line it cannot parse. It exports only this subclass of it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+#: What to do first, shown where no command is named.
+START = """Three commands to start with:
+
+  mumoe-tensor formats
+  mumoe-tensor fit cp --experts 64 --in-features 768 --out-features 768
+  mumoe-tensor study --quick
+
+The first lists the tensor formats, the second finds the rank at which a layer has the parameters of the
+dense one, the third measures layers on this machine and writes a report.
+"""
 #: What seeds and sizes must stay below: torch and NumPy count in 64 bits.
 LIMIT = 2**63
 
@@ -61,7 +71,7 @@ def main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Print the version, or help where no command is named; else register the formats of other packages."""
+    """Print the version, or where to start; before a command, register the formats of other packages."""
     # Read when torch is loaded, which commands do: threads that wait for each other then leave the core to
     # other processes, those of GNU's OpenMP after some microseconds. What the environment has stays.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -70,6 +80,7 @@ def main(
     if version:
         print(mt.__version__)
     elif context.invoked_subcommand is None:
+        print(START)
         print(context.get_help())
     else:
         for problem in load_entry_points():

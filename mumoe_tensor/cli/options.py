@@ -28,70 +28,77 @@ FormatName = Annotated[
 ]
 Experts = Annotated[
     str,
-    typer.Option(help="Number of experts, levels as 64x64, or none for no level.", show_default=False),
+    typer.Option(help="Number of experts, e.g. 64, 64x64 for two levels, or none.", show_default=False),
 ]
-InFeatures = Annotated[int, typer.Option(help="Size of the input.", show_default=False)]
-OutFeatures = Annotated[int, typer.Option(help="Size of the output.", show_default=False)]
-Hidden = Annotated[
-    int | None, typer.Option(help="Count two layers with this size between them.", show_default=False)
-]
+InFeatures = Annotated[int, typer.Option(help="Number of input features.", show_default=False)]
+OutFeatures = Annotated[int, typer.Option(help="Number of output features.", show_default=False)]
+Hidden = Annotated[int | None, typer.Option(help="Hidden size of a block of two layers.", show_default=False)]
 Gated = Annotated[
     bool,
     typer.Option(
-        "--gated/--no-gated", help="With --hidden: the first layer twice, one a factor of the other."
+        "--gated/--no-gated", help="With --hidden: a gated block, whose hidden layer is a product of two."
     ),
 ]
 Rank = Annotated[
     str | None,
-    typer.Option(help="One number a bond, e.g. 64,128,128; see `mumoe-tensor formats`.", show_default=False),
+    typer.Option(
+        help="Rank, one number a bond, e.g. 64,128,128; see `mumoe-tensor formats`.", show_default=False
+    ),
 ]
 OpenRank = Annotated[
     str | None,
     typer.Option(
-        help="One number a bond, ? for the one to solve, e.g. 4,4,?; by default the format's convention.",
+        help="Rank, one number a bond, ? for the one to find, e.g. 4,4,?. By default all follow the budget.",
         show_default=False,
     ),
 ]
-Batch = Annotated[int, typer.Option(help="Number of inputs.")]
+Batch = Annotated[int, typer.Option(help="Number of inputs in a batch.")]
 Bias = Annotated[
     bool,
-    typer.Option(
-        "--bias/--no-bias", help="Every expert has a bias: one more row in the weight's input mode."
-    ),
+    typer.Option("--bias/--no-bias", help="Every expert has a bias, one more row of the input mode."),
 ]
-Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="Count the gate.")]
-Minimize = Annotated[str, typer.Option(help="time, flops or peak.")]
-Implementation = Annotated[str, typer.Option(help="factorized, reconstructed or auto.")]
+Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="Include the gate.")]
+Minimize = Annotated[str, typer.Option(help="What the plan minimizes: time, flops or peak (memory).")]
+Implementation = Annotated[
+    str,
+    typer.Option(help="factorized (contract the factors), reconstructed (form the weight) or auto."),
+]
 MemoryLimit = Annotated[
     int | None,
-    typer.Option(help="Largest intermediate, in elements, or in bytes of --dtype.", show_default=False),
+    typer.Option(
+        help="Limit of the largest intermediate result, in elements, with --dtype in bytes.",
+        show_default=False,
+    ),
 ]
 Constants = Annotated[
     str | None,
-    typer.Option(help="weights: make products of weights alone ahead, uncounted.", show_default=False),
+    typer.Option(
+        help="weights: products of weights alone are computed ahead and not counted.", show_default=False
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Count bytes of float64, float32, bfloat16 or float16 instead of elements.", show_default=False
+        help="Count memory in bytes of float64, float32, bfloat16 or float16, instead of elements.",
+        show_default=False,
     ),
 ]
 MachineName = Annotated[
     str,
     typer.Option(
         "--machine",
-        help="What to plan for, in --dtype or float32: cpu, cuda, h200, or FLOPs and bytes a second as JSON: "
+        help="Machine that times are predicted for: cpu, cuda, h200, or its speeds as JSON: "
         """'{"flops": 3e14, "bandwidth": 2e12, "launch": 4e-6, "dtype": "bfloat16"}'.""",
     ),
 ]
 Parameters = Annotated[
-    str, typer.Option(help="The budget: a number, match for that of the dense layer, or a multiple as 2x.")
+    str, typer.Option(help="Number of parameters, match for those of the dense layer, or a multiple as 2x.")
 ]
 Imports = Annotated[
     list[Path] | None,
     typer.Option(
         "--import",
-        help="A Python file to run first, that registers formats; may be repeated.",
+        help="Python file to run first, which registers formats; may be repeated.",
         callback=lambda paths: _import_files(paths or []),
         is_eager=True,
         show_default=False,

@@ -27,7 +27,7 @@ def replace(
     ],
     validation: Annotated[Path, typer.Option(help="Texts that settings are chosen by.", show_default=False)],
     test: Annotated[Path, typer.Option(help="Texts for the results.", show_default=False)],
-    processes: Annotated[int, typer.Option(help="Trainings at once, each on one thread.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Trainings at once, each on one thread.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/replace"),
     imports: Imports = None,
     as_json: Json = False,
@@ -48,12 +48,12 @@ def replace(
         from mumoe_tensor.replace.frontier import run_grid
         from mumoe_tensor.replace.grid import Grid
 
-        if processes < 1:
-            raise ValueError(f"--processes must be positive, got {processes}.")
+        if jobs < 1:
+            raise ValueError(f"--jobs must be positive, got {jobs}.")
         logging.disable_progress_bar()
         paths = (training, validation, test)
         with can_go_on(), progress_bar("replace") as progress:
-            rows = run_grid(model, paths, Grid.read(grid), out, processes=processes, progress=progress)
+            rows = run_grid(model, paths, Grid.read(grid), out, jobs=jobs, progress=progress)
     if as_json:
         print_json(rows)
         return

@@ -1,22 +1,18 @@
-"""Commands that measure: study, bias, figures."""
+"""The command that measures a layer: study."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
+from mumoe_tensor.cli.console import bad_input, can_go_on, print_json, progress_bar, show
 from mumoe_tensor.cli.options import Hidden, Imports, Json
 from mumoe_tensor.cli.values import read_formats, read_names, read_several
 from mumoe_tensor.extras import require
-from mumoe_tensor.files import alone_in
 
 
 def study(
@@ -172,118 +168,6 @@ def study(
     print(f"\nWritten to {out}: " + ", ".join(names))
 
 
-def bias(
-    target: Annotated[
-        str,
-        typer.Option(
-            help="What is predicted, and its value in the subpopulation, e.g. Young=0; 1 if left out."
-        ),
-    ],
-    group: Annotated[str, typer.Option(help="The group, and its value in the subpopulation, e.g. Male=0.")],
-    data: Annotated[str, typer.Option(help="celeba or adult.")] = "celeba",
-    folder: Annotated[Path, typer.Option(help="Where `make data` has put the data.")] = Path("data"),
-    embeddings: Annotated[
-        Path | None,
-        typer.Option(
-            help="An .npz file with x, a row an image of CelebA: the input, in the place of attributes.",
-            show_default=False,
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each model.")] = 5,
-    test: Annotated[bool, typer.Option("--test", help="Read test rows, after all is chosen.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bias"),
-    as_json: Json = False,
-) -> None:
-    """Correct a bias against a subpopulation by the experts' biases, beside other ways to do so.
-
-    Trains a linear, a high-rank linear and a μMoE classifier, with oversampling or adversarial debiasing too;
-    corrects them by the edit of the experts and by thresholds. Settings are chosen on validation rows; once
-    that is finished, `--test` reads the test rows. Leaves results.csv, to which every task adds its rows.
-    Interrupted, the same command goes on where it stopped.
-
-    Example: `mumoe-tensor bias --target Blond_Hair --group Male`
-    """
-    require("torch", "train", "experiments")
-    with bad_input():
-        from mumoe_tensor.experiments import bias as experiments
-        from mumoe_tensor.training.attributes import read_adult, read_celeba
-
-        if seeds < 1:
-            raise ValueError(f"--seeds must be positive, got {seeds}.")
-        sides, place = (_side("target", target), _side("group", group)), folder / data
-        if data not in experiments.RECIPES:
-            raise ValueError(f"--data must be one of {', '.join(experiments.RECIPES)}, got {data!r}.")
-        if not place.is_dir():
-            raise OSError(f"there is no folder {place}; `make data` fetches the data into data.")
-        if data == "celeba":
-            task = read_celeba(place, *sides, embeddings)
-        elif embeddings is None:
-            task = read_adult(place, *sides)
-        else:
-            raise ValueError(f"--embeddings are of the images of celeba, {data} has none.")
-        recipe = replace(experiments.RECIPES[data], seeds=seeds)
-        if quick:
-            task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
-        split = "test" if test else "validation"
-        with alone_in(out, "models"), can_go_on(), progress_bar(task.name) as progress:
-            experiment = experiments.Experiment(task, recipe, out)
-            (experiment.test if test else experiment.validate)(progress)
-    rows = experiment.rows(split)
-    methods, differences = experiments.summary(rows), experiments.comparisons(rows)
-    if as_json:
-        print_json({"task": task.name, "split": split, "methods": methods, "differences": differences})
-        return
-    names = (*experiments.METRICS, "area")
-    table = new_table("", *names, title=f"{task.name}, {split} rows")
-    for row in methods:
-        cells = (_with_half(row[name], row[f"{name}_half"]) if name in row else "" for name in names)
-        table.add_row(row["method"], *cells)
-    show(table)
-    table = new_table("difference", "of", "minus", "")
-    for row in differences:
-        table.add_row(row["metric"], row["of"], row["minus"], _with_half(row["difference"], row["half"]))
-    show(table, labels=3)
-    print(f"Means and 95 % intervals over {recipe.seeds} seed(s). Written to {out / 'results.csv'}.")
-
-
-def figures(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="NAME", help="Which figures; by default all.", show_default=False),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer points.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("results/figures"),
-    as_json: Json = False,
-) -> None:
-    """Draw the figures of the papers, in a checkout of the repository.
-
-    Prints the numbers of each and leaves them as CSV, the picture as PNG and PDF. What was measured is
-    measured once.
-
-    Example: `mumoe-tensor figures levels gate_share --quick`
-    """
-    require("torch", "train", "study")
-    with bad_input():
-        if find_spec("paper_figures") is None:
-            raise ImportError("figures are drawn in a checkout of the repository; the package has none.")
-        common = import_module("paper_figures.common")
-        modules = [common.load(name) for name in names or common.FIGURES]
-    drawn = {}
-    with alone_in(out), progress_bar("figures") as progress:
-        for done, module in enumerate(modules):
-            name = common.name_of(module)
-            progress(done, len(modules), name)
-            rows = common.rows_of(module, out, quick, fresh)
-            paths = common.write(module, rows, out)
-            drawn[name] = {"rows": rows, "files": [str(path) for path in paths]}
-            if not as_json:
-                print(common.as_text(module, rows), *paths, sep="\n", end="\n\n")
-    if as_json:
-        print_json(drawn)
-
-
 def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -> Any:
     """A published layer by its name, or one of these sizes."""
     from mumoe_tensor.study import Layer, dense
@@ -294,16 +178,3 @@ def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -
     if name is not None or in_features is None or out_features is None:
         raise ValueError("a layer is told by --layer, or by --in-features and --out-features.")
     return Layer("Layer" if hidden is None else "MLP", dense(in_features, out_features, hidden))
-
-
-def _side(option: str, text: str) -> tuple[str, int]:
-    """An attribute and its value, from NAME or NAME=0."""
-    name, _, value = text.partition("=")
-    if not name or value not in ("", "0", "1"):
-        raise ValueError(f"--{option} must be an attribute, with =0 or =1 after it or nothing, got {text!r}.")
-    return name, int(value or 1)
-
-
-def _with_half(value: float, half: float | None) -> str:
-    """A mean, and the half width of its interval where there is one."""
-    return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"

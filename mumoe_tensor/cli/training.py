@@ -18,8 +18,8 @@ from mumoe_tensor.formats.text import read_format
 ConfigName = Annotated[
     str | None,
     typer.Argument(
-        help="A TOML file, or the name of settings that come with the library.",
-        show_default="those of the command's name, for a laptop",
+        help="A TOML file with settings, or the name of settings in the library.",
+        show_default="small ones, for a laptop",
     ),
 ]
 Overrides = Annotated[
@@ -27,15 +27,17 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="A setting in the place of the file's, as train.epochs=3; as many as you like.",
+        help="Change a setting of the file, as train.epochs=3; may be repeated.",
         show_default=False,
     ),
 ]
 FromStep = Annotated[
     int | None,
-    typer.Option(help="Go on from the checkpoint of this step, not from the last.", show_default=False),
+    typer.Option(help="Continue from the checkpoint of this step instead of the last.", show_default=False),
 ]
-FreshRun = Annotated[bool, typer.Option("--fresh", help="Train anew, whatever the folder has.")]
+FreshRun = Annotated[
+    bool, typer.Option("--fresh", help="Train again, even if the folder has a finished run.")
+]
 
 
 def train_head(
@@ -46,68 +48,74 @@ def train_head(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="In the place of --features: an .npz file with images x and labels y, or images in IDX.",
+            help="Instead of --features: an .npz file with images x and labels y, or images in IDX.",
             show_default=False,
         ),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels of images in IDX.", show_default=False)] = None,
     backbone: Annotated[
-        str, typer.Option(help="The network below the head: efficientnet-lite0, or a model of timm.")
+        str, typer.Option(help="Network below the head: efficientnet-lite0, or a model of timm.")
     ] = "efficientnet-lite0",
     weights: Annotated[
         Path | None,
-        typer.Option(help="Its weights.", show_default="those that `make data` fetches"),
+        typer.Option(help="Weights of the network.", show_default="those that `mumoe-tensor data` fetches"),
     ] = None,
-    size: Annotated[int, typer.Option(help="Height and width images are scaled to.")] = 64,
+    size: Annotated[int, typer.Option(help="Height and width that images are scaled to, in pixels.")] = 64,
     train_backbone: Annotated[
-        bool, typer.Option("--train-backbone", help="Train the network too, not the head alone.")
+        bool, typer.Option("--train-backbone", help="Train the network below the head too.")
     ] = False,
-    format: Annotated[str, typer.Option(help="Of the experts; linear for a head without.")] = "cp",
-    experts: Annotated[str, typer.Option(help="Number of experts, levels as 8x8.")] = "64",
+    format: Annotated[
+        str, typer.Option(help="Tensor format of the experts; linear for a dense head.")
+    ] = "cp",
+    experts: Annotated[str, typer.Option(help="Number of experts, e.g. 64, or 8x8 for two levels.")] = "64",
     hidden: Annotated[
         int | None,
-        typer.Option(
-            help="The head is a block of two layers with this size between.", show_default="one layer"
-        ),
+        typer.Option(help="Hidden size of a head of two layers.", show_default="one layer"),
     ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
-            help="One number a bond, ? for the one that --parameters solve, e.g. 4,4,?.",
+            help="Rank, one number a bond; ? for the one that --parameters determines, e.g. 4,4,?.",
             show_default="the smallest at which an expert can have full rank",
         ),
     ] = None,
     parameters: Annotated[
         str | None,
         typer.Option(
-            help="In the place of a whole rank: a number, match for that of the head without experts, or a "
-            "multiple as 2x; gate and biases are counted.",
+            help="Instead of a rank: a number of parameters, match for those of the dense head, or a "
+            "multiple as 2x. Gate and biases count.",
             show_default=False,
         ),
     ] = None,
-    gate: Annotated[str, typer.Option(help="entmax15, sparsemax or softmax.")] = "entmax15",
-    gate_norm: Annotated[str, typer.Option(help="Norm of the logits: batch, layer or none.")] = "batch",
-    validation: Annotated[float, typer.Option(help="Share of the rows kept for validation.")] = 0.2,
-    epochs: Annotated[int, typer.Option(help="Epochs; the best one counts.")] = 20,
+    gate: Annotated[str, typer.Option(help="Gate function: entmax15, sparsemax or softmax.")] = "entmax15",
+    gate_norm: Annotated[
+        str, typer.Option(help="Norm of the gate's logits: batch, layer or none.")
+    ] = "batch",
+    validation: Annotated[float, typer.Option(help="Share of the rows held out for validation.")] = 0.2,
+    epochs: Annotated[int, typer.Option(help="Passes over the data; the best one is kept.")] = 20,
     batch_size: Annotated[
-        int, typer.Option(help="Rows of a step; all there are for training, where these are fewer than 128.")
+        int, typer.Option(help="Rows of a step; all rows if there are fewer than 128.")
     ] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Largest, after a warm-up.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate, after the warm-up.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.01,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop after so many epochs without a lower loss.", show_default="never"),
+        typer.Option(
+            help="Stop after this many epochs without a lower validation loss.", show_default="never"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first weights and of the order of rows.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train again what the folder has.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of the rows.")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train again, even if the folder has a finished head.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the head.")] = Path("results/head"),
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Train a head of experts, or a dense one, on features or on images.
+    """Train a classifier head on features or images, of experts or dense.
 
-    Leaves config.json, metrics.csv with a line an epoch, and head.safetensors for
-    `mumoe_tensor.models.load_head`. What the folder has already is not trained again.
+    Writes config.json, metrics.csv with a line for each epoch, and head.safetensors, which
+    `mumoe_tensor.models.load_head` reads. A finished head in the folder is not trained again.
 
     Example: `mumoe-tensor train head --features features.npz --format cp --experts 64 --rank 64
     --out results/head`
@@ -172,11 +180,12 @@ def train_mixer(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Train an MLP-Mixer on images, with dense blocks or with experts in every block.
+    """Train an MLP-Mixer on images, with dense blocks or blocks of experts.
 
-    The settings say which model, which data and how. By default they are for Fashion-MNIST, which `make data`
-    fetches. Leaves config.json, metrics.csv, curves for TensorBoard, checkpoints, and last model.safetensors
-    for `mumoe_tensor.models.load_model`. Interrupted, the same command goes on where it stopped.
+    The settings name the model, the data and the training. The default ones are for Fashion-MNIST, which
+    `mumoe-tensor data` fetches. Writes config.json, metrics.csv, curves for TensorBoard, checkpoints, and at
+    the end model.safetensors, which `mumoe_tensor.models.load_model` reads. If it is interrupted, the same
+    command continues.
 
     Example: `mumoe-tensor train mixer --set model.format=cp --out results/mixer-cp`
     """
@@ -192,11 +201,11 @@ def train_gpt2(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Train a GPT-2 on files of tokens, with dense blocks or with experts in every block.
+    """Train a GPT-2 on files of tokens, with dense blocks or blocks of experts.
 
-    The settings say which model, which data and how. By default they are for the works of Shakespeare, whose
-    tokens `mumoe-tensor tokenize` writes. Leaves what `train mixer` leaves. Interrupted, the same command
-    goes on where it stopped.
+    The settings name the model, the data and the training. The default ones are for the works of Shakespeare,
+    whose tokens `mumoe-tensor tokenize` writes. Writes the files that `train mixer` writes. If it is
+    interrupted, the same command continues.
 
     Example: `mumoe-tensor train gpt2 --set model.format=cp --out results/gpt2-cp`
     """
@@ -245,32 +254,31 @@ def tokenize(
         list[Path], typer.Argument(help="Files of text, or folders with files *.txt.", show_default=False)
     ],
     vocabulary_files: Annotated[
-        Path, typer.Option(help="Folder of encoder.json and vocab.bpe, which `make data` fetches.")
+        Path, typer.Option(help="Folder of encoder.json and vocab.bpe, which `mumoe-tensor data` fetches.")
     ] = Path("data/gpt2-vocabulary"),
     vocabulary: Annotated[
-        int | None, typer.Option(help="Number of ids: the bytes and the first merges.", show_default="all")
+        int | None,
+        typer.Option(help="Size of the vocabulary: the bytes and the first merges.", show_default="all"),
     ] = None,
     hold_out: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="Files for validation, as 'macbeth*'; as many as you like.",
+            help="Files for validation, e.g. 'macbeth*'; may be repeated.",
             show_default=False,
         ),
     ] = None,
     leave_out: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="Files that go nowhere; as many as you like.", show_default=False
-        ),
+        typer.Option(metavar="PATTERN", help="Files to leave out; may be repeated.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tokens.")] = Path("results/tokens"),
     as_json: Json = False,
 ) -> None:
-    """Write texts as tokens of GPT-2's byte pairs, parted into training and validation, file by file.
+    """Turn texts into GPT-2 tokens for training and validation.
 
-    Leaves training.bin and validation.bin, numbers of two bytes, for `train gpt2`, and tokens.json: what
-    went where.
+    Writes training.bin and validation.bin, numbers of two bytes that `train gpt2` reads, and tokens.json with
+    the files of each part.
 
     Example: `mumoe-tensor tokenize texts --hold-out 'macbeth*' --vocabulary 8192`
     """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence, Set
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from math import inf, isfinite, prod
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from mumoe_tensor.files import alone_in, whole_file
+from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.nn.watch import module_of
 from mumoe_tensor.readers import read_json
@@ -41,7 +41,7 @@ def run_grid(
     grid: Grid,
     folder: str | Path,
     *,
-    processes: int = 1,
+    jobs: int = 1,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Train and evaluate every layer of a grid; each becomes a row of a table.
@@ -61,8 +61,8 @@ def run_grid(
         A later call may add places, seeds and arms, and change arms that have no row. Of new places, all
         activations are collected anew.
     folder : str or Path
-    processes : int, default 1
-        Runs at once. Of several, each has one thread.
+    jobs : int, default 1
+        Runs at once. Of several, each has one thread of a process of its own; see `.side_by_side`.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -83,9 +83,9 @@ def run_grid(
         tuning = Ledger(job.folder / "tuning.csv", TUNING)
         frontier = Ledger(job.folder / "frontier.csv", FRONTIER)
         job.check({row["arm"] for table in (tuning, frontier) for row in table})
-        _go_through(job, "tune", [*grid.tuning_runs()], tuning, processes, progress)
+        _go_through(job, "tune", [*grid.tuning_runs()], tuning, jobs, progress)
         chosen = [grid.chosen(run, tuning) for run in grid.runs()]
-        _go_through(job, "test", chosen, frontier, processes, progress)
+        _go_through(job, "test", chosen, frontier, jobs, progress)
     return list(frontier)
 
 
@@ -249,37 +249,30 @@ def _sizes(layer: Any) -> Row:
 
 
 def _go_through(
-    job: _Job, stage: str, runs: Sequence[Run], table: Ledger, processes: int, progress: Progress | None
+    job: _Job, stage: str, runs: Sequence[Run], table: Ledger, jobs: int, progress: Progress | None
 ) -> None:
     """Do the runs that the table lacks."""
     left = [run for run in runs if not table.has(run=run.name)]
     tell = progress or (lambda done, total, text: None)
     if left:
         job.collect(progress)
-    for count, (run, row) in enumerate(_rows(job, stage, left, processes), len(runs) - len(left) + 1):
+    for count, (run, row) in enumerate(_rows(job, stage, left, jobs), len(runs) - len(left) + 1):
         table.add([row])
         tell(count, len(runs), run.name)
 
 
-def _rows(job: _Job, stage: str, runs: Sequence[Run], processes: int) -> Iterator[tuple[Run, Row]]:
-    if processes == 1:
-        yield from ((run, getattr(job, stage)(run)) for run in runs)
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start, (job,)) as pool:
-        futures = {pool.submit(_do, stage, run): run for run in runs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+def _rows(job: _Job, stage: str, runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, Row]]:
+    work = getattr(job, stage) if jobs == 1 else partial(_do, pickle.dumps(job), stage)
+    for number, row in side_by_side([partial(work, run) for run in runs], jobs):
+        yield runs[number], row
 
 
-#: The job of a worker process.
-_job: _Job
+def _do(job: bytes, stage: str, run: Run) -> Row:
+    return getattr(_received(job), stage)(run)
 
 
-def _start(job: _Job) -> None:
-    global _job
-    _job = job
+@lru_cache(maxsize=1)
+def _received(job: bytes) -> _Job:
+    """In another process: the job, which reads the model once for all of its runs."""
     torch.set_num_threads(1)
-
-
-def _do(stage: str, run: Run) -> Row:
-    return getattr(_job, stage)(run)
+    return pickle.loads(job)

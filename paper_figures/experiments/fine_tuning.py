@@ -110,16 +110,16 @@ def rate(network: str, format: str) -> float:
     return float(max(tried, key=lambda row: row["accuracy"])["learning_rate"])
 
 
-def fine_tune_all(processes: int) -> None:
+def fine_tune_all(jobs: int) -> None:
     """Try the learning rates, then train with the best of each kind of head."""
     kinds = [(network, format) for network in EPOCHS for format in FORMATS]
-    do(processes, [Case(*kind, TUNING_SEED, each) for kind in kinds for each in RATES[kind[0]]])
-    do(processes, [Case(*kind, seed, rate(*kind)) for seed in SEEDS for kind in kinds])
+    do(jobs, [Case(*kind, TUNING_SEED, each) for kind in kinds for each in RATES[kind[0]]])
+    do(jobs, [Case(*kind, seed, rate(*kind)) for seed in SEEDS for kind in kinds])
 
 
-def do(processes: int, cases: list[Case]) -> None:
+def do(jobs: int, cases: list[Case]) -> None:
     """Do what is not in the table yet."""
-    keep(TABLE, [(case.key, (case,)) for case in cases], fit, processes)
+    keep(TABLE, [(case.key, (case,)) for case in cases], fit, jobs)
 
 
 def differences() -> list[Row]:
@@ -155,12 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("step", choices=("runs", "claims"))
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args(arguments)
     if options.step == "claims":
         print(as_text(differences()))
     else:
-        fine_tune_all(options.processes)
+        fine_tune_all(options.jobs)
     return 0
 
 

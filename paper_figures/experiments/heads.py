@@ -6,7 +6,7 @@
     python -m paper_figures.experiments.heads test        all results, on test rows
     python -m paper_figures.experiments.heads claims      the differences that the claims are about
 
-Needs `make data`. Interrupted, all but the first go on where they stopped. ``--processes`` says how many
+Needs `make data`. Interrupted, all but the first go on where they stopped. ``--jobs`` says how many
 trainings run at once, each on one thread.
 """
 
@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,6 +29,7 @@ from torch import Tensor
 from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
 from mumoe_tensor.interval import interval
+from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, plain
 from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.models import Head, load_backbone
@@ -220,17 +219,12 @@ def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]
     return row, loads, {f"indices_{n}": top.indices[:SHOWN].numpy()}
 
 
-def go_through(
-    tasks: Sequence[tuple[Any, ...]], work: Any, processes: int, one_each: bool = False
-) -> Iterator[Any]:
-    """Results as they come, from several processes; or each from a fresh one, to measure peaks of memory."""
-    # (Started anew, not forked: the threads of products do not survive a fork.)
-    lasting = {"max_tasks_per_child": 1} if one_each else {}
-    with ProcessPoolExecutor(processes, get_context("spawn"), **lasting) as pool:
-        futures = [pool.submit(work, *task) for task in tasks]
-        for count, future in enumerate(as_completed(futures), 1):
-            yield future.result()
-            print(f"{count} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
+def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, jobs: int) -> Iterator[Any]:
+    """Results as they come."""
+    results = side_by_side([partial(work, *task) for task in tasks], jobs)
+    for count, (_, result) in enumerate(results, 1):
+        yield result
+        print(f"{count} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
 
 
 def table(name: str) -> Ledger:
@@ -260,20 +254,20 @@ def write_table(name: str, rows: Sequence[Row]) -> None:
     files.write_table(TABLES / f"{name}.csv", list(rows[0]), rows)
 
 
-def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, processes: int) -> None:
+def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, jobs: int) -> None:
     """Run the tasks that have no row in a table yet; a task is the columns of its row and its arguments."""
     kept = table(name)
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     left = [arguments for key, arguments in tasks if not kept.has(**key)]
-    for row in go_through(left, work, processes):
+    for row in go_through(left, work, jobs):
         kept.add([row | {"measured": where}])
 
 
-def tune_all(processes: int) -> None:
+def tune_all(jobs: int) -> None:
     """Try every learning rate of every kind of head."""
     tuned = dict.fromkeys(run.tuned_as for run in runs())
     tasks = [(run.key | {"learning_rate": rate}, (run, rate)) for run in tuned for rate in LEARNING_RATES]
-    keep("heads_tuning", tasks, tune, processes)
+    keep("heads_tuning", tasks, tune, jobs)
 
 
 def learning_rate(run: Run) -> float:
@@ -284,14 +278,14 @@ def learning_rate(run: Run) -> float:
     return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
 
 
-def test_all(processes: int) -> None:
+def test_all(jobs: int) -> None:
     """Train everything with the rates of `tune_all`, and evaluate it on the test rows."""
     tasks = [(run, learning_rate(run)) for run in runs()]
     make_features("t10k", DATA / "heads-test.npz")
     rows, loads = table("heads"), table("heads_load")
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
     left = [task for task in tasks if not rows.has(**task[0].key)]
-    for row, load, top in go_through(left, test, processes):
+    for row, load, top in go_through(left, test, jobs):
         # The row is written last: if it is there, the others are.
         if load:
             loads.add(load)
@@ -322,12 +316,12 @@ def try_cause(name: str, seed: int) -> Row:
     }  # fmt: skip
 
 
-def find_causes(processes: int) -> None:
+def find_causes(jobs: int) -> None:
     """Search, on validation rows, for causes of the difference between blocks of experts and the MLP."""
     rows = table("heads_causes")
     tasks = product(CAUSES, CAUSE_SEEDS)
     left = [(name, seed) for name, seed in tasks if not rows.has(cause=name, seed=seed)]
-    for row in go_through(left, try_cause, processes):
+    for row in go_through(left, try_cause, jobs):
         rows.add([row])
 
 
@@ -408,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("step", choices=("features", "tune", "test", "causes", "claims"))
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", default="heads", help="of the claims: heads, or heads_repeated")
     options = parser.parse_args(arguments)
     if options.step == "features":
@@ -422,9 +416,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns = ("dead", "polysemanticity", "polysemanticity_random")
         print(f"\n{as_text(means(rows, 'experts', columns))}")
     else:
-        {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.processes)
+        {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.jobs)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Other processes have no functions of `__main__`.
+    from paper_figures.experiments import heads
+
+    sys.exit(heads.main())

@@ -10,7 +10,7 @@
 
 and the same with ``gpt2``, all but ``follow``; samples are of ``gpt2`` alone. Needs `make data`, and for
 GPT-2 the tokens, whose command is in ``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they
-stopped, even within a training. ``--processes`` says how many trainings run at once, each on one thread.
+stopped, even within a training. ``--jobs`` says how many trainings run at once, each on one thread.
 """
 
 from __future__ import annotations
@@ -116,20 +116,20 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
     }
 
 
-def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], processes: int) -> None:
+def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], jobs: int) -> None:
     """Train the runs that a table has no row of: columns of the row, settings, learning rate."""
     work = [(key, (kind, key, overrides, rate)) for key, overrides, rate in tasks]
-    keep(name, work, trained, processes)
+    keep(name, work, trained, jobs)
 
 
-def tune(kind: str, processes: int) -> None:
+def tune(kind: str, jobs: int) -> None:
     """Try every learning rate with one level of experts of each format, and without."""
     tasks = [
         ({"tuning": arm, "rate": rate, "seed": TUNING_SEED}, [*ARMS[kind][arm], *TUNING[kind]], rate)
         for arm in ("dense", "CP", "TR")
         for rate in LEARNING_RATES[kind]
     ]
-    train_all(kind, f"{kind}_tuning", tasks, processes)
+    train_all(kind, f"{kind}_tuning", tasks, jobs)
 
 
 def learning_rate(kind: str, arm: str) -> float:
@@ -162,14 +162,14 @@ def curves(kind: str, rows: Iterable[Row]) -> list[Row]:
     return records
 
 
-def run_all(kind: str, processes: int) -> None:
+def run_all(kind: str, jobs: int) -> None:
     """All trainings of the protocol, their curves, and for Mixers the test images."""
     tasks = [
         ({"arm": arm, "seed": seed}, ARMS[kind][arm], learning_rate(kind, arm))
         for seed in SEEDS
         for arm in ARMS[kind]
     ]
-    train_all(kind, kind, tasks, processes)
+    train_all(kind, kind, tasks, jobs)
     rows = table(kind)
     write_table(f"{kind}_curves", curves(kind, rows))
     if kind == "mixer":
@@ -186,7 +186,7 @@ def run_all(kind: str, processes: int) -> None:
             tested.add([{**key, "loss": loss, "accuracy": accuracy}])
 
 
-def find_causes(kind: str, processes: int) -> None:
+def find_causes(kind: str, jobs: int) -> None:
     """Blocks of CP with one thing changed; these and the dense model with other learning rates."""
     tasks = []
     for seed in CAUSE_SEEDS[kind]:
@@ -199,10 +199,10 @@ def find_causes(kind: str, processes: int) -> None:
                 ({"changed": name, "seed": seed}, [*ARMS[kind][arm], *CAUSING[kind], *change], rate)
                 for name, change, rate in changed
             ]
-    train_all(kind, f"{kind}_causes", tasks, processes)
+    train_all(kind, f"{kind}_causes", tasks, jobs)
 
 
-def follow(kind: str, processes: int) -> None:
+def follow(kind: str, jobs: int) -> None:
     """Train all arms of experts by the protocol with one thing changed, that of `FOLLOWED`."""
     name = FOLLOWED[kind]
     tasks = [
@@ -211,7 +211,7 @@ def follow(kind: str, processes: int) -> None:
         for arm, settings in ARMS[kind].items()
         if arm != "dense"
     ]
-    train_all(kind, f"{kind}_followed", tasks, processes)
+    train_all(kind, f"{kind}_followed", tasks, jobs)
 
 
 def truncated(kind: str) -> None:
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kind", choices=list(ARMS))
     parser.add_argument("step", choices=("tune", "runs", "causes", "follow", "svd", "claims", "samples"))
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args(arguments)
     if options.step == "follow" and options.kind not in FOLLOWED:
         parser.error(f"nothing is followed of {options.kind}")
@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         truncated(options.kind)
     else:
         steps = {"tune": tune, "runs": run_all, "causes": find_causes, "follow": follow}
-        steps[options.step](options.kind, options.processes)
+        steps[options.step](options.kind, options.jobs)
     return 0
 
 

@@ -22,7 +22,6 @@ LINES = {
     "study": "study --in-features 6 --out-features 4 --experts 2 --formats cp --quick --seconds 0.001 "
     "--data none --device cpu --out {out}",
     "bias": "bias --data adult --folder {data} --target income --group Male=0 --quick --out {out}",
-    "figures": "figures gate_share --quick --out {out}",
     "tokenize": "tokenize {data}/texts/one.txt {data}/texts/two.txt --hold-out two* "
     "--vocabulary-files {data} --out {out}",
     "data": "data --list",

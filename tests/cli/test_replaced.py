@@ -18,7 +18,6 @@ from mumoe_tensor.files import alone_in
 RESULTS = {
     "study": ["results.csv", "study.json", "report.html", "pareto.png"],
     "bias": ["notes.csv"],
-    "figures": ["gate_share.csv", "gate_share.png", "gate_share.pdf"],
     "tokenize": ["training.bin", "validation.bin", "tokens.json"],
     "inspect": ["page.html"],
     "replace": ["notes.csv"],
@@ -26,7 +25,7 @@ RESULTS = {
     "train mixer": ["config.json", "metrics.csv", "checkpoints/step-1", "model.safetensors"],
     "train gpt2": ["config.json", "metrics.csv", "tensorboard/events", "model.safetensors"],
 }
-FRESH = ("study", "figures", "train head", "train mixer", "train gpt2")
+FRESH = ("study", "train head", "train mixer", "train gpt2")
 #: Options that are refused, some only once data are read or a model is made.
 REFUSED = [
     ("study", "--data missing.npz"),
@@ -35,11 +34,10 @@ REFUSED = [
     ("study", "--seconds nan"),
     ("bias", "--target wealth"),
     ("bias", "--seeds 0"),
-    ("figures", "no_such_figure"),
     ("tokenize", "{data}/texts/three.txt"),
     ("tokenize", "{data}/encoder.json --hold-out none*"),
     ("tokenize", "--vocabulary 3"),
-    ("replace", "--processes 0"),
+    ("replace", "--jobs 0"),
     ("replace", "--grid {data}/mixer.toml"),
     ("replace", "--test {data}/missing.jsonl"),
     ("replace", "--test {data}/x.npz"),

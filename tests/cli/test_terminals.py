@@ -41,7 +41,7 @@ def test_every_command_has_a_line() -> None:
 # ---- encodings --------------------------------------------------------------------------------------------
 
 #: All but those that take long, and print as the others do.
-QUICK = [command for command in LINES if command not in ("study", "bias", "figures")]
+QUICK = [command for command in LINES if command not in ("study", "bias")]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
@@ -219,7 +219,6 @@ def test_train_alone_says_what_is_missing(data: Path, tmp_path: Path) -> None:
 NEEDED = {
     "study": ("torch", "train", "study"),
     "bias": ("torch", "train", "experiments"),
-    "figures": ("torch", "train", "study"),
     **dict.fromkeys(("tokenize", "inspect", "train head", "train mixer", "train gpt2"), ("torch", "train")),
     "data": ("torch", "train"),
     "replace": ("torch", "train", "transformers"),

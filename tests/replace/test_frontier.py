@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,13 @@ pytest.importorskip("sklearn")
 
 from mumoe_tensor.browser import browse  # noqa: E402
 from mumoe_tensor.nn import load  # noqa: E402
-from mumoe_tensor.replace import Activations, Replaced, evaluate, fit  # noqa: E402
+from mumoe_tensor.replace import (  # noqa: E402
+    Activations,
+    Replaced,
+    evaluate,
+    fit,
+    frontier,
+)
 from mumoe_tensor.replace.frontier import run_grid  # noqa: E402
 from mumoe_tensor.replace.grid import Arm, Grid, Place  # noqa: E402
 from mumoe_tensor.replace.language import read_texts, windows, write_texts  # noqa: E402
@@ -234,22 +238,15 @@ def test_a_module_that_is_not_there_is_named(saved_llama: Path, paths: list[Path
         run_grid(saved_llama, paths, grid, tmp_path / "out")
 
 
-class Pool(ThreadPoolExecutor):
-    """Stands for worker processes, whose start takes seconds: what they get is pickled."""
-
-    def __init__(self, count: int, context: Any, start: Any, arguments: Any):
-        super().__init__(1)
-        start(*pickle.loads(pickle.dumps(arguments)))
-
-
 def test_processes_do_not_change_the_rows(
     saved_llama: Path, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mumoe_tensor.replace.frontier.ProcessPoolExecutor", Pool)
+    # (In this process, as starting others takes seconds; what they get is pickled nevertheless.)
+    monkeypatch.setattr(frontier, "side_by_side", lambda calls, _: enumerate(call() for call in calls))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     grid = replace(GRID, arms={"MxD": ARMS["MxD"]}, places=(Place(MODULE, (2,), (2,)),))
     rows = [
-        sorted(run_grid(saved_llama, paths, grid, tmp_path / f"{n}", processes=n), key=lambda row: row["run"])
+        sorted(run_grid(saved_llama, paths, grid, tmp_path / f"{n}", jobs=n), key=lambda row: row["run"])
         for n in (1, 2)
     ]
     for one, other in zip(*rows, strict=True):

@@ -19,7 +19,6 @@ from torch import nn
 
 from mumoe_tensor.analysis import ablate
 from mumoe_tensor.models import Backbone
-from paper_figures import accuracy_over_experts, expert_load, expert_removal, softmax_and_entmax
 from paper_figures.experiments import fine_tuning, heads, removal
 from paper_figures.experiments.heads import Run
 
@@ -42,33 +41,6 @@ def test_seeds_draw_the_weights() -> None:
     one, same, other = (Run("single", "cp", (8,), seed=seed).build(320, 10) for seed in (0, 0, 1))
     assert torch.equal(one.body.experts.factors[0], same.body.experts.factors[0])
     assert not torch.equal(one.body.experts.factors[0], other.body.experts.factors[0])
-
-
-def test_the_best_rate_on_validation_rows_is_taken() -> None:
-    rows = heads.table("heads_tuning")
-    assert len(rows) == 7 * len(heads.LEARNING_RATES)
-    for row in heads.table("heads"):
-        (run,) = [run for run in heads.runs() if all(str(row[k]) == str(v) for k, v in run.key.items())]
-        tried = rows.of(**run.tuned_as.key)
-        best = max(r["accuracy"] for r in tried)
-        assert row["learning_rate"] in [r["learning_rate"] for r in tried if r["accuracy"] == best]
-
-
-def test_figures_say_what_the_table_says() -> None:
-    table = heads.table("heads")
-    rows = accuracy_over_experts.rows(False)
-    assert rows[0]["name"] == "mlp" and {row["name"] for row in rows} == {"mlp", *heads.FORMATS}
-    for row in rows:
-        format = "linear" if row["name"] == "mlp" else row["name"]
-        of_row = table.of(kind="matched", format=format, experts=row["modes"])
-        values = [r["accuracy"] for r in of_row]
-        assert row["accuracy"] == pytest.approx(np.mean(values)) and row["seeds"] == len(values)
-        # Of five values Student's t has the quantile 2.776.
-        half = 2.776 * np.std(values, ddof=1) / np.sqrt(5)
-        assert row["accuracy_high"] - row["accuracy"] == pytest.approx(half, rel=1e-3)
-    assert len(softmax_and_entmax.rows(False)) == 6
-    for row in expert_load.rows(False):
-        assert 0 <= row["load_low"] <= row["load"] <= row["load_high"] <= 1
 
 
 def test_claims_are_differences_of_the_same_seed() -> None:
@@ -234,12 +206,3 @@ def test_removal_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             change = accuracies() - intact
         np.testing.assert_allclose([r["change"] for r in rows if r["expert"] == expert], change, atol=2e-6)
     assert any(r["change"] for r in rows)
-
-
-def test_figure_of_removed_experts_has_the_rows_of_the_table() -> None:
-    kept = list(heads.table(removal.TABLE))
-    rows = expert_removal.rows(False)
-    assert len(kept) == 10 * len(rows) == 10 * sum(heads.LOOKED_AT)
-    for row in kept[:: len(kept) // 50]:
-        (mine,) = (r for r in rows if (r["experts"], r["expert"]) == (row["experts"], row["expert"]))
-        assert mine[expert_removal.CLASSES[row["label"]]] == pytest.approx(100 * row["change"])

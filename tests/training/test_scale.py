@@ -1,9 +1,8 @@
-"""Predictions of trainings are what torch counts and allocates."""
+"""FLOPs and memory of trainings are what torch counts and allocates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ pytest.importorskip("pydantic")
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from mumoe_tensor.training.scale import Machine, main, predict, published, tables, work  # noqa: E402
+from mumoe_tensor.training.scale import accumulation, main, published, table, work  # noqa: E402
 from mumoe_tensor.training.settings import RUNS, read_settings  # noqa: E402
 from mumoe_tensor.training.trainer import cross_entropy  # noqa: E402
 
@@ -88,8 +87,7 @@ def test_state_is_what_torch_allocates(kind: str, format: str) -> None:
     held = [*model.parameters(), *(p.grad for p in model.parameters())]
     held += [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     allocated = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
-    # (With one process there are no buckets.)
-    assert predict(settings, 1, known=work(settings)).state == allocated
+    assert work(settings).state == allocated
 
 
 def kept(model: Any, x: Any, y: Any, precision: str) -> int:
@@ -127,7 +125,7 @@ def test_activations_are_what_autograd_keeps(
     assert work(settings).activations == pytest.approx(found, rel=tolerance)
 
 
-# ---- predictions ------------------------------------------------------------------------------------------
+# ---- parts of a step --------------------------------------------------------------------------------------
 
 
 def test_published_parameters() -> None:
@@ -138,86 +136,51 @@ def test_published_parameters() -> None:
     }  # fmt: skip
     assert {name for kind in RUNS for name in published(kind)} == set(totals)
     for kind in RUNS:
-        (heading, *lines), predictions = tables(kind, published(kind), [4])
+        heading, *lines = table(kind, published(kind), [4])
         assert lines[0][0].endswith("mlp") and heading[1] == "parameters"
         assert {line[0]: int(line[1].replace(",", "")) for line in lines} == {
             name: total for name, total in totals.items() if name.startswith(kind)
         }
-        assert [line[:2] for line in predictions[1:]] == [("4", line[0]) for line in lines]
 
 
-def test_time_and_memory_over_accelerators() -> None:
+def test_accumulation_is_the_least_that_fits() -> None:
     settings = read_settings("gpt2", "gpt2-124m-mlp")
-    known, machine = work(settings), Machine(peak=1e15, utilisation=0.5, memory=40e9)
-    one, four = (predict(settings, n, machine=machine, known=known) for n in (1, 4))
-    assert one.units_per_second == pytest.approx(5e14 / known.flops)
-    assert four.units_per_second == pytest.approx(4 * one.units_per_second)
-    # 100,000 steps of 960 windows of 1,024 tokens.
-    assert four.days * 86_400 == pytest.approx(100_000 * 983_040 / four.units_per_second)
-    assert one.sent == 0 and four.sent > 0
-    for found, n in ((one, 1), (four, 4)):
-        each = known.activations + known.loss
-        assert found.rows * found.accumulation * n == 960
-        assert found.memory == found.state + found.rows * each <= 40e9
-        # One part less does not fit, or does not divide.
-        fewer = [p for p in range(1, found.accumulation) if 960 % (p * n) == 0]
-        assert all(found.state + 960 // (p * n) * each > 40e9 for p in fewer)
-    sharded = [predict(settings, n, is_sharded=True, known=known).state for n in (4, 64)]
-    divided = 16 * known.parameters * (1 / 4 - 1 / 64)
-    assert sharded[0] - sharded[1] == pytest.approx(divided, abs=1) and sharded[0] < four.state
-    faster = replace(settings, train=replace(settings.train, steps=50_000))
-    assert predict(faster, 4, machine=machine, known=known).days == pytest.approx(four.days / 2)
-
-
-@pytest.mark.parametrize("precision", ("no", "bf16"))
-def test_state_and_traffic_by_hand(precision: str) -> None:
-    settings = small("gpt2", "mlp", f"train.precision={precision}", "train.batch_size=8")
     known = work(settings)
-    model = settings.make_model("meta")
-    p, block = known.parameters, sum(x.numel() for x in model.blocks[0].parameters())
-    assert known.outside == p - 3 * block
-    item = {"no": 4, "bf16": 2}[precision]
-    copies = {"no": 0, "bf16": 2}[precision]
-    one, four = (predict(settings, n, known=known) for n in (1, 4))
-    sharded = predict(settings, 4, is_sharded=True, known=known)
-    # Weights, gradients, two numbers of AdamW; DDP's buckets; FSDP2's two blocks and what is outside of them,
-    # weights and gradients.
-    assert (one.state, four.state) == ((16 + copies) * p, (20 + copies) * p)
-    assert sharded.state == 4 * p + 2 * item * (known.outside + 2 * block)
-    # A ring of four passes three quarters on: gradients twice, or weights twice and gradients once.
-    seconds = 8 * 64 / four.units_per_second
-    assert four.sent * seconds == pytest.approx(8 * p * 3 / 4)
-    assert sharded.sent * seconds == pytest.approx(3 * item * p * 3 / 4)
-    # The logits of the model, in float32 where they are not, and their gradient.
-    logits = 64 * 311
-    assert known.loss == {"no": 8, "bf16": 10}[precision] * logits
+    row = known.activations + known.loss
+    for n, buckets in ((1, 0), (4, 4 * known.parameters)):
+        parts = accumulation(settings, n, 40e9, known)
+        assert known.state + buckets + 960 // (parts * n) * row <= 40e9
+        # One part less does not fit, or does not divide.
+        fewer = [p for p in range(1, parts) if 960 % (p * n) == 0]
+        assert all(known.state + buckets + 960 // (p * n) * row > 40e9 for p in fewer)
+
+
+def test_state_by_hand() -> None:
+    for precision, item in (("no", 16), ("bf16", 18)):
+        known = work(small("gpt2", "mlp", f"train.precision={precision}"))
+        assert known.state == item * known.parameters
+        # The logits of the model, in float32 where they are not, and their gradient.
+        assert known.loss == {"no": 8, "bf16": 10}[precision] * 64 * 311
 
 
 def test_mixed_rows_stay_together() -> None:
     settings = small("mixer", "mlp", "train.batch_size=8", "train.mixup=0.5")
-    assert predict(settings, 4).accumulation == 1
+    assert accumulation(settings, 4) == 1
     with pytest.raises(ValueError, match="must divide among 8 accelerators"):
-        predict(settings, 8)
+        accumulation(settings, 8)
 
 
-def test_what_cannot_be_predicted() -> None:
+def test_what_does_not_fit() -> None:
     settings = small("gpt2", "mlp")
     with pytest.raises(ValueError, match=r"fit in 0\.0 GB"):
-        predict(settings, 1, machine=Machine(memory=1e6))
+        accumulation(settings, 1, memory=1e6)
     with pytest.raises(ValueError, match="there must be an accelerator"):
-        predict(settings, 0)
-    for wrong in ({"peak": 0.0}, {"utilisation": 1.1}, {"memory": float("nan")}):
-        with pytest.raises(ValueError, match="must be positive"):
-            Machine(**wrong)
+        accumulation(settings, 0)
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["gpt2", "gpt2-124m-mlp", "--accelerators", "8", "--peak", "1e15", "--set", "train.steps=10000"]
-    assert main(line) == 0
+    assert main(["gpt2", "gpt2-124m-mlp", "--accelerators", "8"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert "124,373,760" in told[1] and "tokens/s" in told[3] and told[4].split()[:2] == ["8", line[1]]
-    # 10,000 steps of 983,040 tokens at 8 × 0.4e15 FLOPs a second.
-    hours = 10_000 * 983_040 * work(read_settings("gpt2", "gpt2-124m-mlp")).flops / (8 * 0.4e15) / 3600
-    assert float(told[4].split()[-2]) == pytest.approx(hours, abs=0.05)
+    assert "124,373,760" in told[2] and told[0].endswith("accumulation on 8")
     assert main(["gpt2", "nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,108 @@
+"""The command that corrects a bias: bias."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
+from mumoe_tensor.cli.options import Json
+from mumoe_tensor.extras import require
+from mumoe_tensor.files import alone_in
+
+
+def bias(
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Attribute to predict, with its value in the subpopulation, e.g. Young=0; 1 if left out."
+        ),
+    ],
+    group: Annotated[
+        str, typer.Option(help="Attribute of the group, with its value in the subpopulation, e.g. Male=0.")
+    ],
+    data: Annotated[str, typer.Option(help="Data set: celeba or adult.")] = "celeba",
+    folder: Annotated[Path, typer.Option(help="Folder of the data that `mumoe-tensor data` fetches.")] = Path(
+        "data"
+    ),
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Inputs for CelebA instead of its attributes: an .npz file with x, a row for each image.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of trainings of each model.")] = 5,
+    test: Annotated[
+        bool, typer.Option("--test", help="Evaluate on test rows, once validation is finished.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to try the command.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bias"),
+    as_json: Json = False,
+) -> None:
+    """Correct a bias against a subpopulation by the experts' biases, beside other ways to do so.
+
+    Trains linear, high-rank linear and μMoE classifiers, with oversampling and adversarial debiasing too, and
+    corrects them by editing experts and by thresholds. Settings are chosen on validation rows; after that,
+    `--test` evaluates on test rows. Adds its rows to results.csv. If it is interrupted, the same command
+    continues.
+
+    Example: `mumoe-tensor bias --target Blond_Hair --group Male`
+    """
+    require("torch", "train", "experiments")
+    with bad_input():
+        from mumoe_tensor.experiments import bias as experiments
+        from mumoe_tensor.training.attributes import read_adult, read_celeba
+
+        if seeds < 1:
+            raise ValueError(f"--seeds must be positive, got {seeds}.")
+        sides, place = (_side("target", target), _side("group", group)), folder / data
+        if data not in experiments.RECIPES:
+            raise ValueError(f"--data must be one of {', '.join(experiments.RECIPES)}, got {data!r}.")
+        if not place.is_dir():
+            raise OSError(f"there is no folder {place}; `mumoe-tensor data` fetches the data into data.")
+        if data == "celeba":
+            task = read_celeba(place, *sides, embeddings)
+        elif embeddings is None:
+            task = read_adult(place, *sides)
+        else:
+            raise ValueError(f"--embeddings are of the images of celeba, {data} has none.")
+        recipe = replace(experiments.RECIPES[data], seeds=seeds)
+        if quick:
+            task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
+        split = "test" if test else "validation"
+        with alone_in(out, "models"), can_go_on(), progress_bar(task.name) as progress:
+            experiment = experiments.Experiment(task, recipe, out)
+            (experiment.test if test else experiment.validate)(progress)
+    rows = experiment.rows(split)
+    methods, differences = experiments.summary(rows), experiments.comparisons(rows)
+    if as_json:
+        print_json({"task": task.name, "split": split, "methods": methods, "differences": differences})
+        return
+    names = (*experiments.METRICS, "area")
+    table = new_table("", *names, title=f"{task.name}, {split} rows")
+    for row in methods:
+        cells = (_with_half(row[name], row[f"{name}_half"]) if name in row else "" for name in names)
+        table.add_row(row["method"], *cells)
+    show(table)
+    table = new_table("difference", "of", "minus", "")
+    for row in differences:
+        table.add_row(row["metric"], row["of"], row["minus"], _with_half(row["difference"], row["half"]))
+    show(table, labels=3)
+    print(f"Means and 95 % intervals over {recipe.seeds} seed(s). Written to {out / 'results.csv'}.")
+
+
+def _side(option: str, text: str) -> tuple[str, int]:
+    """An attribute and its value, from NAME or NAME=0."""
+    name, _, value = text.partition("=")
+    if not name or value not in ("", "0", "1"):
+        raise ValueError(f"--{option} must be an attribute, with =0 or =1 after it or nothing, got {text!r}.")
+    return name, int(value or 1)
+
+
+def _with_half(value: float, half: float | None) -> str:
+    """A mean, and the half width of its interval where there is one."""
+    return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"

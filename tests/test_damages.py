@@ -44,7 +44,7 @@ from mumoe_tensor.nn.weights import read_tensors, read_weights, write_tensors  #
 from mumoe_tensor.study import Results, Setting  # noqa: E402
 from mumoe_tensor.training import attributes, read_images, read_npz  # noqa: E402
 from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402
-from mumoe_tensor.training.folder import MODEL, read_config  # noqa: E402
+from mumoe_tensor.training.folder import read_config  # noqa: E402
 
 RUNS = Path(__file__).parent / "data" / "states" / "runs.tar.xz"
 Damage = Callable[[Path], Any]
@@ -64,7 +64,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints = Checkpoints(folder / "begun" / "checkpoints")
     checkpoints.write(4, *checkpoints.read(4))
     checkpoints.path(2).unlink()
-    config = read_config(folder / "mixer" / "config.json", MODEL)
+    config = read_config(folder / "mixer" / "config.json")
     config["settings"]["data"]["scale"] = True
     for name in ("mixer", "begun"):
         (folder / name / "config.json").write_text(json.dumps(config, indent=2))

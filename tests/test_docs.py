@@ -25,7 +25,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mumoe_tensor as mt
-from benchmarks import readme
 from mumoe_tensor.formats import mode_names, registry
 from mumoe_tensor.testing import check_format
 
@@ -215,12 +214,6 @@ def test_a_docstring_with_a_parameter_that_there_is_not_fails(monkeypatch: pytes
     renamed = mt.multilinear_moe.__doc__.replace("coefficients : ", "weights : ")
     monkeypatch.setattr(mt.multilinear_moe, "__doc__", renamed)
     assert "weights" in docstring_errors(name)["PR02"]
-
-
-def test_measured_ratios_of_the_readme_are_those_that_are_kept() -> None:
-    section = README.read_text(encoding="utf-8").split("<!-- measured -->")[1].split("<!-- /measured -->")[0]
-    assert section.strip() == readme.table()
-    assert len(section.strip().splitlines()) == 2 + len(readme.ROWS)
 
 
 def test_public_names_are_in_the_reference() -> None:

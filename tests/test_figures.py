@@ -315,29 +315,6 @@ def test_the_experiment_of_structured_formats_runs(capsys: pytest.CaptureFixture
     assert "kron" in capsys.readouterr().out
 
 
-def test_the_table_of_the_compression_page_is_that_of_its_results() -> None:
-    folder = Path(__file__).parents[1] / "docs/experiments"
-    with (folder / "compression.csv").open() as file:
-        results = list(csv.DictReader(file))
-    of_network = [
-        {(r["format"], r["fit"], f"{float(r['output_error']):.3f}") for r in results if r["network"] == name}
-        for name in ("EfficientNet-Lite2", "SmolLM2-135M")
-    ]
-    names = {
-        "low rank": "lowrank", "Kronecker, TT-matrix": "kron", "Block Tensor Train": "btt",
-        "Tucker-matrix": "tucker-matrix", "CP-matrix": "cp-matrix",
-        "Monarch + low rank": "monarch + lowrank", "Kronecker + low rank": "kron + lowrank",
-    }  # fmt: skip
-    lines = (folder / "compression.md").read_text().splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"][2:]
-    assert [label.split(" (")[0] for label, *_ in table] == list(names)
-    for label, *cells in table:
-        for errors, cell in zip(of_network, cells, strict=True):
-            pairs = zip(("plain", "weighted"), cell.split(", "), strict=True) if cell != "–" else ()
-            for fit, error in pairs:
-                assert (names[label.split(" (")[0]], fit, error) in errors
-
-
 def test_the_experiment_of_a_compressed_mixture_runs(
     transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,10 +338,3 @@ def test_the_experiment_of_a_compressed_mixture_runs(
         assert row["saved"] >= row["asked"]
         if row["asked"] < 0.5:
             assert row["perplexity"] == pytest.approx(dense["perplexity"], rel=0.02)
-
-
-def test_the_table_of_the_mixture_page_is_that_of_its_results() -> None:
-    rows, folder = load("mixture_perplexity").rows(quick=True), Path(__file__).parents[1] / "docs/experiments"
-    assert {row["seed"] for row in rows} == {*mixture.SEEDS}
-    lines = (folder / "mixture.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith("|")] == mixture.rises(rows)

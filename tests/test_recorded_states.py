@@ -19,8 +19,8 @@ import mumoe_tensor.study as study  # noqa: E402
 from mumoe_tensor.browser import browse  # noqa: E402
 from mumoe_tensor.formats import formats  # noqa: E402
 from mumoe_tensor.models import load_head, load_model  # noqa: E402
-from mumoe_tensor.training.folder import HEAD, MODEL, read_config  # noqa: E402
-from mumoe_tensor.training.head import HeadSetting, run_head  # noqa: E402
+from mumoe_tensor.training.folder import read_config  # noqa: E402
+from mumoe_tensor.training.head import HeadSetting  # noqa: E402
 from mumoe_tensor.training.run import run  # noqa: E402
 from mumoe_tensor.training.settings import RUNS, Settings  # noqa: E402
 
@@ -113,7 +113,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def settings_of(folder: Path) -> Settings:
     from pydantic import TypeAdapter
 
-    settings = read_config(folder / "config.json", MODEL)["settings"]
+    settings = read_config(folder / "config.json")["settings"]
     return TypeAdapter(RUNS[settings.pop("kind")]).validate_python(settings)
 
 
@@ -135,8 +135,9 @@ def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(runs
 def test_a_finished_head_is_not_trained_again(runs: Path) -> None:
     from pydantic import TypeAdapter
 
-    recorded = read_config(runs / "head" / "config.json", HEAD)["setting"]
-    done = run_head(TypeAdapter(HeadSetting).validate_python(recorded), runs / "head")
+    recorded = read_config(runs / "head" / "config.json")["settings"]
+    assert recorded.pop("kind") == HeadSetting.kind
+    done = run(TypeAdapter(HeadSetting).validate_python(recorded), runs / "head")
     assert not done["trained"] and done["rank"] == [3]
 
 

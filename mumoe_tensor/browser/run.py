@@ -16,15 +16,16 @@ from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.plain import STRONGEST, Sample
 from mumoe_tensor.browser.samples import Images, Texts
 from mumoe_tensor.models.backbones import load_backbone
+from mumoe_tensor.models.heads import Head
 from mumoe_tensor.nn.watch import gates_of
 from mumoe_tensor.nn.weights import load_tensors, read_tensors
-from mumoe_tensor.readers import read_arrays, read_json, reading
+from mumoe_tensor.readers import read_arrays, reading
 from mumoe_tensor.replace import Replaced, load_language_model, read_texts, splice, windows
 from mumoe_tensor.replace.place import is_saved, load_in_place
 from mumoe_tensor.training.data import Dataset, as_pixels, split
 from mumoe_tensor.training.features import extract
-from mumoe_tensor.training.finished import read_head_run, read_run
-from mumoe_tensor.training.folder import HEAD
+from mumoe_tensor.training.finished import read_run
+from mumoe_tensor.training.head import HeadSetting
 from mumoe_tensor.training.images import DEVIATION, MEAN
 from mumoe_tensor.training.settings import GPT2Run, MixerRun
 from mumoe_tensor.training.tokens import Tokenizer, read_vocabulary_size
@@ -90,7 +91,7 @@ def browse(
     ValueError
         If the folder has no finished run, or its model has no experts, or an argument does not fit it.
     """
-    folder, known = Path(folder), {}
+    folder = Path(folder)
     if (rows is not None and rows < 1) or k < 1 or removed < 0:
         raise ValueError(
             f"rows and k must be positive, and removed not negative, got {rows}, {k} and {removed}."
@@ -101,16 +102,14 @@ def browse(
         return _browse_replaced(folder, texts, rows, k, removed, progress)
     if texts is not None:
         raise ValueError(f"texts are for a layer that replaces another; {folder} has a run of another kind.")
-    if (folder / "config.json").exists():
-        known = read_json(folder / "config.json")
-    if HEAD[0] in known:
+    settings, model = read_run(folder)
+    if isinstance(settings, HeadSetting):
         return browse_head(
             folder, images=images, classes=classes, rows=ROWS if rows is None else rows, k=k,
             progress=progress,
         )  # fmt: skip
     if images is not None:
         raise ValueError(f"images are for a head on features; {folder} has a run of another kind.")
-    settings, model = read_run(folder)
     gates_of(model)  # without experts there is nothing to show
     if isinstance(settings, MixerRun):
         return _browse_mixer(settings, model, classes, ROWS if rows is None else rows, k, removed, progress)
@@ -432,7 +431,9 @@ def browse_head(
     folder = Path(folder)
     if rows < 1 or k < 1:
         raise ValueError(f"rows and k must be positive, got {rows} and {k}.")
-    setting, head = read_head_run(folder)
+    setting, head = read_run(folder)
+    if not isinstance(setting, HeadSetting) or not isinstance(head, Head):
+        raise ValueError(f"this must be a run of train head; {folder} has one of train {setting.kind}.")
     data = setting.read_data()
     _, kept = split(data, setting.validation, seed=0)
     kept = kept.rows(torch.arange(min(rows, len(kept))))

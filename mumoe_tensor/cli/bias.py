@@ -35,6 +35,7 @@ def bias(
             show_default=False,
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(help="Trainings at once, each in a process of its own.")] = 1,
     seeds: Annotated[int, typer.Option(help="Number of trainings of each model.")] = 5,
     test: Annotated[
         bool, typer.Option("--test", help="Evaluate on test rows, once validation is finished.")
@@ -59,6 +60,8 @@ def bias(
 
         if seeds < 1:
             raise ValueError(f"--seeds must be positive, got {seeds}.")
+        if jobs < 1:
+            raise ValueError(f"--jobs must be positive, got {jobs}.")
         sides, place = (_side("target", target), _side("group", group)), folder / data
         if data not in experiments.RECIPES:
             raise ValueError(f"--data must be one of {', '.join(experiments.RECIPES)}, got {data!r}.")
@@ -76,7 +79,7 @@ def bias(
         split = "test" if test else "validation"
         with alone_in(out, "models"), can_go_on(), progress_bar(task.name) as progress:
             experiment = experiments.Experiment(task, recipe, out)
-            (experiment.test if test else experiment.validate)(progress)
+            (experiment.test if test else experiment.validate)(progress, jobs)
     rows = experiment.rows(split)
     methods, differences = experiments.summary(rows), experiments.comparisons(rows)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mumoe_tensor.cli.console import bad_input, can_go_on, fail, new_table, print_json, show
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
 from mumoe_tensor.cli.options import Imports, Json
 from mumoe_tensor.cli.values import read_budget, read_experts, read_rank
 from mumoe_tensor.extras import require
@@ -114,8 +114,9 @@ def train_head(
 ) -> None:
     """Train a classifier head on features or images, of experts or dense.
 
-    Writes config.json, metrics.csv with a line for each epoch, and head.safetensors, which
-    `mumoe_tensor.models.load_head` reads. A finished head in the folder is not trained again.
+    Writes config.json, metrics.csv with a line for each epoch, curves for TensorBoard, checkpoints, and at
+    the end head.safetensors, which `mumoe_tensor.models.load_head` reads. A finished head in the folder is
+    not trained again. If it is interrupted, the same command continues.
 
     Example: `mumoe-tensor train head --features features.npz --format cp --experts 64 --rank 64
     --out results/head`
@@ -123,7 +124,7 @@ def train_head(
     require("torch", "train")
     with bad_input():
         from mumoe_tensor.training import TrainConfig
-        from mumoe_tensor.training.head import HeadSetting, run_head
+        from mumoe_tensor.training.head import HeadSetting
 
         inputs = [path for path in (features, images) if path is not None]
         if len(inputs) != 1:
@@ -157,18 +158,7 @@ def train_head(
                 weight_decay=weight_decay, patience=patience, seed=seed,
             ),
         )  # fmt: skip
-    try:
-        with bad_input():
-            figures = run_head(setting, out, fresh=fresh, progress=sys.stdout.isatty() and not as_json)
-    except KeyboardInterrupt as stop:
-        raise typer.Exit(fail("interrupted; nothing was kept.", 130)) from stop
-    if as_json:
-        print_json(figures)
-        return
-    trained = "" if figures["trained"] else "; it was trained before, --fresh trains it again"
-    print(f"{figures['parameters']:,} parameters, rank {figures['rank'] or 'none'}")
-    print(f"accuracy {figures['accuracy']:.4f} on validation rows, best epoch {figures['epoch']}{trained}")
-    print(f"Written to {out}: config.json, metrics.csv, head.safetensors")
+    _run(setting, out, as_json, fresh=fresh)
 
 
 def train_mixer(
@@ -224,14 +214,19 @@ def _train(
     """Train a model of settings and print its figures."""
     require("torch", "train")
     with bad_input():
-        from mumoe_tensor.training.processes import processes
-        from mumoe_tensor.training.run import run
         from mumoe_tensor.training.settings import read_settings
 
         settings = read_settings(kind, config, overrides or ())
-        progress = sys.stdout.isatty() and not as_json
-        with can_go_on():
-            figures = run(settings, out, fresh=fresh, from_step=from_step, progress=progress)
+    _run(settings, out, as_json, fresh=fresh, from_step=from_step)
+
+
+def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:
+    """Run a training and print its figures."""
+    from mumoe_tensor.training.processes import processes
+    from mumoe_tensor.training.run import run
+
+    with bad_input(), can_go_on():
+        figures = run(settings, out, progress=sys.stdout.isatty() and not as_json, **options)
     group = processes()
     group.destroy_process_group()
     if not group.is_main_process:
@@ -239,14 +234,15 @@ def _train(
     if as_json:
         print_json(figures)
         return
-    ranks = ", ".join(f"{name} {value}" for name, value in figures["ranks"].items() if value)
-    print(f"{figures['parameters']:,} parameters" + (f", {ranks}" if ranks else ""))
+    ranks = figures["ranks"] if "ranks" in figures else {"rank": figures["rank"]}
+    told = ", ".join(f"{name} {value}" for name, value in ranks.items() if value)
+    print(f"{figures['parameters']:,} parameters" + (f", {told}" if told else ""))
     trained = "" if figures["trained"] else "; it was trained before, --fresh trains it again"
     print(
         f"accuracy {figures['accuracy']:.4f}, loss {figures['validation_loss']:.4f} on validation rows, "
         f"after {figures['steps']:,} steps in {figures['seconds']:.0f} s{trained}"
     )
-    print(f"Written to {out}: config.json, metrics.csv, tensorboard, checkpoints, model.safetensors")
+    print(f"Written to {out}: config.json, metrics.csv, tensorboard, checkpoints, {settings.result}")
 
 
 def tokenize(

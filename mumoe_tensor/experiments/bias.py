@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
 from mumoe_tensor.interval import interval
+from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.nn.weights import load_tensors, read_weights, write_tensors
@@ -31,7 +32,8 @@ COLUMNS: dict[str, type] = {
 }  # fmt: skip
 #: Models that are trained, and corrections of them: by method, the model that is corrected.
 ARCHITECTURES = ("linear", "high-rank linear", "mumoe")
-MODELS = (*ARCHITECTURES, "oversampling", "adversarial")
+DEBIASED = ("oversampling", "adversarial")
+MODELS = (*ARCHITECTURES, *DEBIASED)
 CORRECTIONS = {
     "edit": "mumoe",
     "threshold": "mumoe",
@@ -54,7 +56,7 @@ COMPARED = (
     ("worst", "edit", "adversarial"),
 )
 
-#: Called with the runs that are done, those of all, and what comes now.
+#: Called with the number of runs that are done, that of all, and the last one.
 Progress = Callable[[float, float, str], None]
 
 
@@ -115,11 +117,20 @@ class Experiment:
         self.task, self.recipe, self.folder = task, recipe, folder
         self.ledger = Ledger(folder / "results.csv", COLUMNS)
 
-    def validate(self, progress: Progress | None = None) -> None:
-        """Choose settings, train every model with every seed, and judge all on validation rows."""
-        self._do([*self._tuning(), *self._seeds("validation")], progress)
+    def validate(self, progress: Progress | None = None, jobs: int = 1) -> None:
+        """Choose settings, train every model with every seed, and judge all on validation rows.
 
-    def test(self, progress: Progress | None = None) -> None:
+        Parameters
+        ----------
+        progress : callable, optional
+        jobs : int, default 1
+            Trainings at once, see `.side_by_side`.
+        """
+        # Debiased models start from settings of the others.
+        for runs in (self._tuning(ARCHITECTURES), self._tuning(DEBIASED), self._seeds("validation")):
+            self._do([*runs], progress, jobs)
+
+    def test(self, progress: Progress | None = None, jobs: int = 1) -> None:
         """Judge everything on test rows, with the settings that were chosen on validation rows.
 
         Raises
@@ -131,7 +142,7 @@ class Experiment:
             run for run, _ in self._seeds("validation") if not self.ledger.has(run=self._key(run))
         ]:
             raise ValueError(f"test rows are read after all validation; {missing[0]!r} is not done yet.")
-        self._do(list(self._seeds("test")), progress)
+        self._do([*self._seeds("test")], progress, jobs)
 
     def rows(self, split: str) -> list[Row]:
         """Rows of this task and of the seeds of the recipe.
@@ -146,24 +157,29 @@ class Experiment:
 
     # ---- runs ---------------------------------------------------------------------------------------------
 
-    def _do(self, runs: Sequence[tuple[str, Callable[[], list[Row]]]], progress: Progress | None) -> None:
-        for done, (run, call) in enumerate(runs):
+    def _do(
+        self, runs: Sequence[tuple[str, Callable[[], list[Row]]]], progress: Progress | None, jobs: int
+    ) -> None:
+        left = [(run, call) for run, call in runs if not self.ledger.has(run=self._key(run))]
+        results = side_by_side([call for _, call in left], jobs)
+        for done, (number, rows) in enumerate(results, 1 + len(runs) - len(left)):
+            run, _ = left[number]
+            self.ledger.add({"run": self._key(run), **row} for row in rows)
             if progress is not None:
                 progress(done, len(runs), run)
-            if not self.ledger.has(run=self._key(run)):
-                self.ledger.add({"run": self._key(run), **row} for row in call())
 
     def _key(self, run: str) -> str:
         return f"{self.task.name}: {run}"
 
-    def _tuning(self) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
-        """What settings are chosen by. Each later one needs the earlier ones."""
+    def _tuning(self, methods: Sequence[str]) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+        """What settings of these methods are chosen by."""
         grids = {
             **{name: ("learning rate", self.recipe.learning_rates) for name in ARCHITECTURES},
             "oversampling": ("repetitions", self.recipe.repetitions),
             "adversarial": ("alpha", self.recipe.alphas),
         }
-        for method, (setting, values) in grids.items():
+        for method in methods:
+            setting, values = grids[method]
             for value in values:
 
                 def call(method: str = method, setting: str = setting, value: float = value) -> list[Row]:

@@ -1,35 +1,31 @@
-"""Training of a head on features, or of a head with the network below it, and the folder that keeps it."""
+"""Training of a head on features, or of a head with the network below it."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mumoe_tensor.files import alone_in, replacing, whole_file
 from mumoe_tensor.models.backbones import load_backbone
-from mumoe_tensor.models.heads import Head, save_head
+from mumoe_tensor.models.heads import Head, load_head, save_head
 from mumoe_tensor.nn.weights import write_tensors
+from mumoe_tensor.readers import reading
 from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract
-from mumoe_tensor.training.folder import HEAD, read_config
-from mumoe_tensor.training.log import Evaluation, read_evaluations, write_evaluations
+from mumoe_tensor.training.job import Job
+from mumoe_tensor.training.log import Evaluation
 from mumoe_tensor.training.memory import check_memory, made, parameters_of
 from mumoe_tensor.training.trainer import train
-
-#: What a run leaves.
-RESULTS = ("config.json", "metrics.csv", "backbone.safetensors", "head.safetensors")
 
 
 @dataclass(frozen=True)
 class HeadSetting:
-    """Everything that a run of `run_head` depends on.
+    """A head, its data, and how it is trained; `.run.run` trains it.
 
     Attributes
     ----------
@@ -56,6 +52,8 @@ class HeadSetting:
         If choices do not fit together.
     """
 
+    kind: ClassVar[str] = "head"
+    result: ClassVar[str] = "head.safetensors"
     inputs: str
     head: dict[str, Any]
     training: TrainConfig
@@ -86,6 +84,78 @@ class HeadSetting:
             See `read_npz` and `read_images`.
         """
         return read_npz(self.inputs) if self.backbone is None else read_images(self.inputs, self.labels)
+
+    @property
+    def train(self) -> TrainConfig:
+        """How the head is trained."""
+        return self.training
+
+    def job(self, *, progress: bool = False) -> Job:
+        """Read the data and make the head, centred on the features, its weights drawn with the seed.
+
+        Raises
+        ------
+        ValueError
+            If data and setting do not fit together.
+        """
+        data = self.read_data()
+        classes = data.classes
+        if classes < 2:
+            raise ValueError(f"labels must be of two classes or more; those of {self.inputs} are all 0.")
+        backbone = None
+        if self.backbone is not None and self.weights is not None:
+            backbone = load_backbone(self.backbone, self.weights, self.size)
+            if not self.train_backbone:
+                data, backbone = extract(backbone, data, progress=progress), None
+        elif data.x.ndim != 2:
+            data = Dataset(data.x.flatten(1), data.y)
+        training, validation = split(data, self.validation, seed=0)
+        features = training.x if backbone is None else extract(backbone, training, progress=progress).x
+        make = partial(Head, features.shape[1], classes, **self.head)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.training.seed)
+            with torch.device("meta"):
+                check_memory(parameters_of(make))
+            head = made(make)
+        head.centre_on(features)
+        model = head if backbone is None else nn.Sequential(backbone, head)
+        return Job(model, training, validation, self.training.for_rows(len(training)))
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """Parameters, rank and hidden size of the head."""
+        head = model[1] if self.train_backbone else model
+        return {
+            "parameters": sum(p.numel() for p in head.parameters()),
+            "rank": head.config.get("rank"),
+            "hidden": head.config["hidden"],
+        }
+
+    def save(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the trained head, and before it a trained backbone."""
+        head = model
+        if self.train_backbone:
+            _, head = model
+            backbone, state = (
+                {name[2:]: value for name, value in state.items() if name.startswith(part)}
+                for part in ("0.", "1.")
+            )
+            write_tensors(folder / "backbone.safetensors", backbone, {})
+        with torch.device("meta"):
+            whole = Head(**head.config)
+        whole.load_state_dict(state, assign=True)
+        save_head(whole, folder / self.result)
+
+    def load(self, folder: Path) -> Head:
+        """Read the trained head; raises a ValueError if it is not that of the setting."""
+        head = load_head(folder / self.result)
+        with reading(folder / self.result):
+            for name, asked in self.head.items():
+                there = head.config.get(name, asked)
+                if name in ("format", "gate", "gate_norm", "init") and there != asked:
+                    raise ValueError(
+                        f"the head must be that of config.json; {name} is {there!r} here, {asked!r} there."
+                    )
+        return head
 
 
 def train_head(
@@ -138,105 +208,3 @@ def fine_tune(
     """
     head.centre_on(extract(backbone, data, progress=progress).x)
     return train(nn.Sequential(backbone, head), data, validation, config, progress=progress)
-
-
-def run_head(
-    setting: HeadSetting,
-    folder: Path,
-    *,
-    fresh: bool = False,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Train the head of a setting and leave it in a folder.
-
-    ``config.json`` is the setting with the solved rank, ``metrics.csv`` has a line an epoch, and
-    ``head.safetensors`` is for `load_head`. A trained backbone is in ``backbone.safetensors``. They appear,
-    and take the place of an older run's, once all are whole; where they are, the same setting does nothing
-    again.
-
-    Parameters
-    ----------
-    setting : HeadSetting
-    folder : Path
-    fresh : bool, default False
-        Train again what is done, or was done with another setting.
-    progress : bool, default False
-        Show bars with the time left (needs rich).
-
-    Returns
-    -------
-    dict
-        ``accuracy`` and ``validation_loss`` of the best epoch, its number, ``parameters``, ``rank``, and
-        ``trained``: whether it was trained just now.
-
-    Raises
-    ------
-    ValueError
-        If the folder has a run of another setting, or data and setting do not fit together.
-    OSError
-        If another process writes into the folder, or the results cannot be written.
-    """
-    if not fresh and (done := _done(setting, folder)) is not None:
-        return done
-    data = setting.read_data()
-    classes = data.classes
-    if classes < 2:
-        raise ValueError(f"labels must be of two classes or more; those of {setting.inputs} are all 0.")
-    backbone = None
-    if setting.backbone is not None and setting.weights is not None:
-        backbone = load_backbone(setting.backbone, setting.weights, setting.size)
-        if not setting.train_backbone:
-            data = extract(backbone, data, progress=progress)
-    elif data.x.ndim != 2:
-        data = Dataset(data.x.flatten(1), data.y)
-    training, validation = split(data, setting.validation, seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(setting.training.seed)
-        width = (
-            extract(backbone, training.rows(torch.arange(1))).x.shape[1]
-            if backbone is not None and setting.train_backbone
-            else data.x.shape[1]
-        )
-        make = partial(Head, width, classes, **setting.head)
-        with torch.device("meta"):
-            check_memory(parameters_of(make))
-        head = made(make)
-    config = setting.training.for_rows(len(training))
-    about = {
-        "parameters": sum(p.numel() for p in head.parameters()),
-        "rank": head.config.get("rank"),
-        "hidden": head.config["hidden"],
-    }
-    with alone_in(folder):
-        # (Another process may have finished one while the data were read.)
-        if not fresh and (done := _done(setting, folder)) is not None:
-            return done
-        if backbone is not None and setting.train_backbone:
-            epochs = fine_tune(backbone, head, training, validation, config, progress=progress)
-        else:
-            epochs = train_head(head, training, validation, config, progress=progress)
-        with replacing(folder, RESULTS) as new:
-            with whole_file(new / "config.json") as file:
-                file.write(json.dumps({"setting": asdict(setting), "head": about}, indent=2).encode())
-            write_evaluations(epochs, new / "metrics.csv")
-            if backbone is not None and setting.train_backbone:
-                write_tensors(new / "backbone.safetensors", backbone.state_dict(), {})
-            save_head(head, new / "head.safetensors")
-    return {**_best(epochs), **about, "trained": True}
-
-
-def _done(setting: HeadSetting, folder: Path) -> dict[str, Any] | None:
-    """What `run_head` returns of a run that is done; raises if it is one of another setting."""
-    if not (folder / "config.json").exists():
-        return None
-    recorded = read_config(folder / "config.json", HEAD)
-    if not (folder / "head.safetensors").exists():
-        return None
-    if recorded["setting"] != json.loads(json.dumps(asdict(setting))):
-        raise ValueError(f"{folder} has a run of another setting: give another folder, or --fresh.")
-    return {**_best(read_evaluations(folder / "metrics.csv")), **recorded["head"], "trained": False}
-
-
-def _best(epochs: list[Evaluation]) -> dict[str, Any]:
-    best = [epoch for epoch in epochs if epoch.is_best][-1]
-    return {"accuracy": best.accuracy, "validation_loss": best.validation_loss, "epoch": best.epoch}

@@ -9,26 +9,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from mumoe_tensor.files import NEW, alone_in, remove, replacing, whole_file
-from mumoe_tensor.models.saved import save_model
 from mumoe_tensor.training.checkpoint import Checkpoints, model_state
-from mumoe_tensor.training.folder import MODEL, read_config
+from mumoe_tensor.training.folder import read_config
+from mumoe_tensor.training.job import Runnable
 from mumoe_tensor.training.log import Evaluation, read_evaluations
 from mumoe_tensor.training.processes import processes
-from mumoe_tensor.training.settings import Settings
 from mumoe_tensor.training.trainer import FREE, train
 
-#: The tables of settings.
-PARTS = ("data", "model", "train")
-#: What a run leaves.
-RESULTS = ("config.json", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors")
+#: What runs leave.
+RESULTS = (
+    "config.json", "metrics.csv", "tensorboard", "checkpoints", "backbone.safetensors", "head.safetensors",
+    "model.safetensors",
+)  # fmt: skip
 
 
 def run(
-    settings: Settings,
+    settings: Runnable,
     folder: Path,
     *,
     fresh: bool = False,
@@ -39,15 +36,16 @@ def run(
 
     ``config.json`` has the settings, and the parameters and ranks of the model; ``metrics.csv`` a line an
     evaluation; ``tensorboard/`` the curves; ``checkpoints/`` what the same call goes on from after an
-    interruption. ``model.safetensors``, for `load_model`, is written last, so where it is the run is done,
-    and the same settings do nothing again. Of several processes only the first one writes.
+    interruption. ``model.safetensors``, for `load_model`, or ``head.safetensors``, for `load_head`, is
+    written last, so where it is the run is done, and the same settings do nothing again. Of several processes
+    only the first one writes.
 
     What is trained anew stands in a hidden folder, ``.new``, until it takes the place of a run that is done
     or begun. Interrupted, the same call goes on there, and a call without `fresh` with the older run.
 
     Parameters
     ----------
-    settings : MixerRun or GPT2Run
+    settings : MixerRun, GPT2Run or HeadSetting
     folder : Path
     fresh : bool, default False
         Train again what is done, begun, or was done with other settings.
@@ -59,8 +57,9 @@ def run(
     Returns
     -------
     dict
-        ``parameters``; ``ranks`` by their names; of the evaluation that the model is of, ``accuracy`` and
-        ``validation_loss``; ``steps``, ``seconds`` of the training; ``trained``: whether it was trained now.
+        ``parameters``; ``ranks`` by their names, or of a head ``rank`` and ``hidden``; of the evaluation that
+        the model is of, ``accuracy``, ``validation_loss`` and ``epoch``; ``steps``, ``seconds`` of the
+        training; ``trained``: whether it was trained now.
 
     Raises
     ------
@@ -73,18 +72,19 @@ def run(
         See `train`; or if another process trains in the folder.
     """
     own = processes()
-    told: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(settings)}))
+    chosen: Any = settings
+    told: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(chosen)}))
     if fresh and from_step is not None:
         raise ValueError(f"what is trained anew has no step to go on from, got from_step={from_step}.")
-    if not fresh:
-        done = _done(settings, folder, told, from_step)
-        if done is not None:
-            return done
-    training, validation = settings.read_data()
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.train.seed)
-        model = settings.make_model().to(own.device)
-    about = {"parameters": sum(p.numel() for p in model.parameters()), "ranks": _ranks(model)}
+
+    def done() -> dict[str, Any] | None:
+        return None if fresh else _done(settings, folder, told, from_step)
+
+    if (figures := done()) is not None:
+        return figures
+    model, training, validation, config = settings.job(progress=progress)
+    model.to(own.device)
+    about = settings.about(model)
 
     def go_on(place: Path) -> dict[str, Any]:
         if own.is_main_process:
@@ -92,14 +92,12 @@ def run(
                 file.write(json.dumps({"settings": told, "model": about}, indent=2).encode())
         own.wait_for_everyone()
         evaluations = train(
-            model, training, validation, settings.train, folder=place, from_step=from_step, progress=progress
+            model, training, validation, config, folder=place, from_step=from_step, progress=progress
         )
         # Trained by several processes, the model may be wrapped, and have a part of each weight.
         state = model_state(model)
         if own.is_main_process:
-            whole: Any = settings.make_model("meta")
-            whole.load_state_dict(state, assign=True)
-            save_model(whole, place / "model.safetensors")
+            settings.save(model, state, place)
         own.wait_for_everyone()
         return {**about, **_figures(settings, evaluations), "trained": True}
 
@@ -108,6 +106,9 @@ def run(
     if not own.is_main_process:
         return go_on(folder / NEW if is_beside else folder)
     with alone_in(folder, "checkpoints"):
+        # (Another process may have finished one while the data were read.)
+        if own.num_processes == 1 and (figures := done()) is not None:
+            return figures
         if is_beside:
             with replacing(folder, RESULTS, lambda new: _is_begun(new, told)) as new:
                 return go_on(new)
@@ -115,19 +116,20 @@ def run(
             return go_on(folder)
 
 
-def _done(settings: Settings, folder: Path, told: dict[str, Any], from_step: int | None) -> Any:
+def _done(settings: Runnable, folder: Path, told: dict[str, Any], from_step: int | None) -> Any:
     """What `run` returns of a run that is done; raises if it is one of other settings."""
-    config, weights = folder / "config.json", folder / "model.safetensors"
+    config = folder / "config.json"
     if not config.exists():
         return None
-    known = read_config(config, MODEL)
+    known = read_config(config)
     difference = _difference(known["settings"], told)
     # One that came to nothing keeps no other from its folder.
-    if difference and (weights.exists() or Checkpoints(folder / "checkpoints").steps):
+    is_done = any((folder / name).exists() for name in ("head.safetensors", "model.safetensors"))
+    if difference and (is_done or Checkpoints(folder / "checkpoints").steps):
         raise ValueError(
             f"{config} is of a run of other settings ({difference}): give another folder, or --fresh."
         )
-    if not weights.exists():
+    if not is_done:
         return None
     if from_step is not None:
         raise ValueError(f"the run in {folder} is done, there is no step to go on from; see --fresh.")
@@ -140,7 +142,7 @@ def _is_begun(folder: Path, told: dict[str, Any]) -> bool:
     if not Checkpoints(folder / "checkpoints").steps:
         return False
     try:
-        known = read_config(folder / "config.json", MODEL)
+        known = read_config(folder / "config.json")
     except (OSError, ValueError):
         return False
     return _difference(known["settings"], told) is None
@@ -159,17 +161,12 @@ def _nothing_for_nothing(folder: Path) -> Iterator[None]:
         raise
 
 
-def _ranks(model: nn.Module) -> dict[str, Any]:
-    config: dict[str, Any] = asdict(model.config)  # type: ignore[call-overload]
-    ranks = {name: value for name, value in config.items() if name.endswith("rank")}
-    return {name: None if value is None else list(value) for name, value in ranks.items()}
-
-
-def _figures(settings: Settings, evaluations: list[Evaluation]) -> dict[str, Any]:
+def _figures(settings: Runnable, evaluations: list[Evaluation]) -> dict[str, Any]:
     best = [e for e in evaluations if e.is_best] if settings.train.keep == "best" else evaluations
     return {
         "accuracy": best[-1].accuracy,
         "validation_loss": best[-1].validation_loss,
+        "epoch": best[-1].epoch,
         "steps": evaluations[-1].step,
         "seconds": sum(e.seconds for e in evaluations),
     }
@@ -177,12 +174,12 @@ def _figures(settings: Settings, evaluations: list[Evaluation]) -> dict[str, Any
 
 def _difference(known: dict[str, Any], told: dict[str, Any]) -> str | None:
     """Words for the first setting that is another one and makes a difference."""
-    flat = [
-        {"kind": given.get("kind")}
-        | {f"{part}.{name}": value for part in PARTS for name, value in dict(given.get(part, {})).items()}
-        for given in (known, told)
-    ]
-    free = {f"train.{name}" for name in FREE}
+    flat: list[dict[str, Any]] = [{}, {}]
+    for values, given in zip(flat, (known, told), strict=True):
+        for part, value in given.items():
+            entries = value.items() if isinstance(value, dict) else ()
+            values |= {f"{part}.{name}": entry for name, entry in entries} or {part: value}
+    free = {f"{part}.{name}" for part in ("train", "training") for name in FREE}
     for name in dict.fromkeys([*flat[0], *flat[1]]):
         there, here = (values.get(name) for values in flat)
         if there != here and name not in free:

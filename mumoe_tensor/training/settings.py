@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -13,20 +13,72 @@ from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
 from mumoe_tensor.models.mixer import Mixer, MixerConfig
-from mumoe_tensor.readers import read_toml
+from mumoe_tensor.models.saved import load_model, save_model
+from mumoe_tensor.readers import read_toml, reading
 from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.images import ImageData
+from mumoe_tensor.training.job import Job
 from mumoe_tensor.training.memory import check_memory, made, parameters_of
 from mumoe_tensor.training.tokens import TokenData
 
 
+class _ModelRun:
+    """What runs of a Mixer and of a GPT-2 have in common."""
+
+    kind: ClassVar[str]
+    result: ClassVar[str] = "model.safetensors"
+    train: TrainConfig
+    model: Any
+
+    def make_model(self, device: torch.device | str | None = None) -> nn.Module:
+        """The model, with weights drawn from torch's random numbers; a ValueError if it has no room."""
+        raise NotImplementedError
+
+    def read_data(self) -> tuple[Rows, Rows]:
+        """Rows for training and for validation."""
+        raise NotImplementedError
+
+    def job(self, *, progress: bool = False) -> Job:
+        """Read the data and make the model, its weights drawn with the seed of the training."""
+        rows = self.read_data()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.train.seed)
+            return Job(self.make_model(), *rows, self.train)
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """Parameters, and ranks by their names."""
+        ranks = {name: value for name, value in asdict(model.config).items() if name.endswith("rank")}
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "ranks": {name: None if value is None else list(value) for name, value in ranks.items()},
+        }
+
+    def save(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the trained model."""
+        whole: Any = self.make_model("meta")
+        whole.load_state_dict(state, assign=True)
+        save_model(whole, folder / self.result)
+
+    def load(self, folder: Path) -> nn.Module:
+        """Read what `save` wrote; raises a ValueError if the model is not that of the settings."""
+        model: Any = load_model(folder / self.result)
+        with reading(folder / self.result):
+            for name, asked in vars(self.model).items():
+                there = getattr(model.config, name, None)
+                if asked is not None and asked != there:
+                    raise ValueError(
+                        f"the model must be that of config.json; {name} is {there!r} here, {asked!r} there."
+                    )
+        return model
+
+
 @dataclass(frozen=True)
-class MixerRun:
+class MixerRun(_ModelRun):
     """A Mixer, images, and how it is trained on them.
 
     Attributes
@@ -68,7 +120,7 @@ class MixerRun:
 
 
 @dataclass(frozen=True)
-class GPT2Run:
+class GPT2Run(_ModelRun):
     """A GPT-2, texts, and how it is trained on them.
 
     Attributes

@@ -14,6 +14,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import mumoe_tensor as mt
 from mumoe_tensor import files
+from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.nn import replace_experts
 from paper_figures.common import Row
 from paper_figures.experiments.heads import TABLES
@@ -134,6 +136,13 @@ def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float
                 }
 
 
+def of_seed(seed: int, trained: Tensor, validated: Tensor) -> list[Row]:
+    """Train a model and measure it, on one thread."""
+    torch.set_num_threads(1)
+    model, held = train(trained, seed), windows(validated, VALIDATION)
+    return [{"seed": seed, **row} for row in measure(model, windows(trained, CALIBRATION, seed + 100), held)]
+
+
 def relative(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, tuple[float, list[float]]]]:
     """By format and fit, then by the share asked for: the share saved, and perplexities.
 
@@ -169,18 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--out", type=Path, default=TABLES / "mixture.csv")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     trained, validated = text_of(options.folder)
-    held = windows(validated, VALIDATION)
+    calls = [partial(of_seed, seed, trained, validated) for seed in options.seeds]
     rows: list[Row] = []
-    for seed in options.seeds:
-        model = train(trained, seed)
-        for row in measure(model, windows(trained, CALIBRATION, seed + 100), held):
-            rows.append({"seed": seed, **row})
-            print(*rows[-1].values(), flush=True)
-            files.write_table(options.out, list(rows[0]), rows)
+    for _, of_one in side_by_side(calls, options.jobs):
+        rows = sorted([*rows, *of_one], key=lambda row: row["seed"])
+        files.write_table(options.out, list(rows[0]), rows)
     print(*rises(rows), sep="\n")
     return 0
 

@@ -170,6 +170,6 @@ def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text('{"settings": {"kind": "mixer"}}')
     with pytest.raises(
         ValueError,
-        match=r"config\.json: a run of .* has the objects settings and model",
+        match=r"config\.json: a run has the objects settings and model",
     ):
         read_run(tmp_path)

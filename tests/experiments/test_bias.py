@@ -162,7 +162,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Experiment(task_of(), recipe, tmp_path).validate()
     steps: list[str] = []
     Experiment(task_of(), recipe, tmp_path).validate(lambda done, total, text: steps.append(text))
-    assert len(steps) == len(set(steps)) == 5 + len(MODELS)
+    assert len(steps) == len(set(steps)) == 3 + len(MODELS)
     # The linear models of the tuning were not trained again, but for the adversaries of one.
     assert calls[:4] == ["linear", "high-rank linear", "mumoe", "mumoe"]
 

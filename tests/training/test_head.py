@@ -22,8 +22,9 @@ import mumoe_tensor as mt
 from mumoe_tensor.models import Backbone, Head, load_head, save_head
 from mumoe_tensor.spec import as_budget
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, split, write_npz
-from mumoe_tensor.training.finished import read_head_run
-from mumoe_tensor.training.head import HeadSetting, fine_tune, run_head, train_head
+from mumoe_tensor.training.finished import read_run
+from mumoe_tensor.training.head import HeadSetting, fine_tune, train_head
+from mumoe_tensor.training.run import run
 
 CLASSES = 3
 SHORT = TrainConfig(epochs=12, batch_size=64, learning_rate=0.02)
@@ -246,24 +247,24 @@ def test_a_frozen_network_stays_and_a_trained_one_does_not() -> None:
 def test_a_run_is_kept_and_not_done_again(features: Path, tmp_path: Path) -> None:
     setting = HeadSetting(str(features), {"experts": (4, 4), "rank": (6,)}, SHORT)
     out = tmp_path / "out"
-    found = run_head(setting, out)
+    found = run(setting, out)
     assert found["trained"] and found["accuracy"] > 0.9
     head, data = load_head(out / "head.safetensors"), read_npz(features)
     assert evaluate(head, data)[1] > 0.9 and found["parameters"] == count(head)
     lines = (out / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + SHORT.epochs and lines[0].startswith("epoch,loss")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    again = run_head(setting, out)
+    again = run(setting, out)
     assert again == {**found, "trained": False}
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    # One that was cut off is done anew, and gives the same.
+    # One that was cut off goes on, and gives the same.
     (out / "head.safetensors").unlink()
-    assert run_head(setting, out) == found
+    assert run(setting, out) == found
     assert torch.equal(load_head(out / "head.safetensors")(data.x), head(data.x))
     other = HeadSetting(str(features), {"experts": 4, "rank": (6,)}, SHORT)
-    with pytest.raises(ValueError, match="another setting"):
-        run_head(other, out)
-    assert run_head(other, out, fresh=True)["trained"]
+    with pytest.raises(ValueError, match="other settings"):
+        run(other, out)
+    assert run(other, out, fresh=True)["trained"]
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_kept(
@@ -274,13 +275,13 @@ def test_a_run_that_another_process_finished_meanwhile_is_kept(
 
     def read_slowly(setting: HeadSetting) -> Any:
         if setting is second:
-            run_head(first, out)
+            run(first, out)
         return read(setting)
 
     monkeypatch.setattr(HeadSetting, "read_data", read_slowly)
-    with pytest.raises(ValueError, match="another setting"):
-        run_head(second, out)
-    assert not run_head(first, out)["trained"]
+    with pytest.raises(ValueError, match="other settings"):
+        run(second, out)
+    assert not run(first, out)["trained"]
 
 
 @pytest.mark.parametrize(
@@ -290,16 +291,16 @@ def test_a_run_that_another_process_finished_meanwhile_is_kept(
 def test_data_that_no_head_can_learn(x: Any, message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", x=x, y=np.zeros(9, int))
     with pytest.raises(ValueError, match=message):
-        run_head(HeadSetting(str(tmp_path / "f.npz"), {}, SHORT), tmp_path / "out")
+        run(HeadSetting(str(tmp_path / "f.npz"), {}, SHORT), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_config_that_is_not_that_of_the_head(features: Path, tmp_path: Path) -> None:
-    run_head(HeadSetting(str(features), {"experts": 4, "rank": (5,), "gate": "softmax"}, SHORT), tmp_path)
+    run(HeadSetting(str(features), {"experts": 4, "rank": (5,), "gate": "softmax"}, SHORT), tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("softmax", "sparsemax"))
     with pytest.raises(ValueError, match="gate is 'softmax' here, 'sparsemax' there"):
-        read_head_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_settings_that_do_not_fit_together() -> None:
@@ -319,7 +320,7 @@ def test_a_run_on_images(trained: bool, tmp_path: Path, monkeypatch: pytest.Monk
         str(tmp_path / "images.npz"), {"experts": 4, "rank": 4}, SHORT, backbone="tiny", weights="tiny.pth",
         train_backbone=trained,
     )  # fmt: skip
-    run_head(setting, tmp_path / "out")
+    run(setting, tmp_path / "out")
     assert (tmp_path / "out" / "backbone.safetensors").exists() == trained
     backbone, head = tiny(), load_head(tmp_path / "out" / "head.safetensors")
     if trained:
@@ -338,9 +339,9 @@ def test_a_run_anew_leaves_no_network_of_the_one_before(
         str(tmp_path / "images.npz"), {"experts": 4, "rank": 4}, replace(SHORT, epochs=1), backbone="tiny",
         weights="tiny.pth", train_backbone=True,
     )  # fmt: skip
-    run_head(setting, tmp_path / "out")
+    run(setting, tmp_path / "out")
     assert (tmp_path / "out" / "backbone.safetensors").exists()
-    run_head(replace(setting, train_backbone=False), tmp_path / "out", fresh=True)
+    run(replace(setting, train_backbone=False), tmp_path / "out", fresh=True)
     assert not (tmp_path / "out" / "backbone.safetensors").exists()
 
 
@@ -362,9 +363,11 @@ def test_command(features: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and result.stderr == "", result.stderr
     assert "500" not in result.stderr and "accuracy" in result.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "checkpoints",
         "config.json",
         "head.safetensors",
         "metrics.csv",
+        "tensorboard",
     ]
     told = json.loads(invoke(f"{line} {tmp_path / 'out'} --json").stdout)
     head = load_head(tmp_path / "out" / "head.safetensors")

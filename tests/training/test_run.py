@@ -209,7 +209,6 @@ def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) 
     [
         ("{", "it must be JSON"),
         ("[]", "it must be a JSON object"),
-        ('{"setting": {}, "head": {}}', "this is a run of train head"),
         ('{"settings": {}}', "has the objects settings and model"),
     ],
 )
@@ -218,6 +217,13 @@ def test_a_folder_of_something_else(content: str, told: str, mixer: MixerRun, tm
     with pytest.raises(ValueError, match=rf"config\.json: .*{told}"):
         run(mixer, tmp_path)
     assert (tmp_path / "config.json").read_text() == content
+
+
+def test_a_folder_of_a_head_is_left_alone(mixer: MixerRun, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"setting": {}, "head": {}}')  # as earlier versions wrote it
+    (tmp_path / "head.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="kind is 'head' there, 'mixer' here"):
+        run(mixer, tmp_path)
 
 
 def test_results_of_no_run_are_left_alone(gpt2: GPT2Run, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from mumoe_tensor.models import GPT2, GPT2Config, Head, Mixer, MixerConfig, save
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.training.attributes import read_adult
 from mumoe_tensor.training.config import TrainConfig
-from mumoe_tensor.training.head import HeadSetting, run_head
+from mumoe_tensor.training.head import HeadSetting
 from mumoe_tensor.training.images import ImageData
 from mumoe_tensor.training.run import run
 from mumoe_tensor.training.settings import GPT2Run, MixerRun
@@ -181,7 +181,7 @@ def record_runs() -> None:
         r.integers(0, 40, count).astype("<u2").tofile(f"{part}.bin")
     train = TrainConfig(epochs=2, batch_size=20, checkpoint_every=2, keep="last")
     head = dict(experts=4, rank=3, format="cp")
-    run_head(HeadSetting("features.npz", head, TrainConfig(epochs=2, batch_size=20)), Path("head"))
+    run(HeadSetting("features.npz", head, TrainConfig(epochs=2, batch_size=20)), Path("head"))
     small: Any = dict(image_size=8, patch=4, width=8, depth=1, token_hidden=4, channel_hidden=12, classes=3)
     mixer = MixerConfig(**small, format="cp", experts=(4,), token_rank=(2,), channel_rank=(2,))
     run(MixerRun(ImageData("images.npz"), mixer, train), Path("mixer"))

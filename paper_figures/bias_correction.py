@@ -20,7 +20,7 @@ from mumoe_tensor.interval import interval
 from mumoe_tensor.ledger import Ledger
 from paper_figures.common import FOLDER, Row, colour_of, new_figure
 
-TABLE = FOLDER.parent / "docs" / "experiments" / "bias.csv"
+TABLE = FOLDER / "tables" / "bias.csv"
 TASKS = {
     "celeba Blond_Hair=1 Male=1": "CelebA: blond men",
     "celeba Young=0 Male=0": "CelebA: old women",

@@ -5,7 +5,7 @@ when its experts are compressed.
 
 Settings: two layers of 8 experts, 2 for a byte; each weight fitted from one start with 10 sweeps, no training
 after. Left: fits to the weights. Right: weighted by the inputs of each expert. Lines are means over seeds,
-bands reach from the least to the most. Reads ``docs/experiments/mixture.csv``, which
+bands reach from the least to the most. Reads ``paper_figures/tables/mixture.csv``, which
 ``experiments/mixture.py`` makes.
 """
 

@@ -7,7 +7,7 @@ Settings: an expanding convolution of EfficientNet-Lite2 (120 → 720) and an up
 parameters. Above: the error of the weight, fitted without weighting. Below: that of the outputs, dotted
 without weighting, solid with `input_covariance`, of the same inputs as the error: those that the layer has
 in its network. Kronecker and TT-matrix of two parts are the same matrices. CP-matrix ends at 600
-components. Reads ``docs/experiments/compression.csv``, which ``experiments/compression.py`` makes.
+components. Reads ``paper_figures/tables/compression.csv``, which ``experiments/compression.py`` makes.
 """
 
 from __future__ import annotations

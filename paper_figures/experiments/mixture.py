@@ -5,7 +5,7 @@
 Trains a small Mixtral of transformers on the bytes of the text files in a folder, as ``data/shakespeare`` of
 ``make data``, and replaces its experts in several formats, at 10 to 90 % fewer parameters, by fits to the
 weights alone and by fits weighted by the inputs of each expert. Downloads nothing. Writes
-``docs/experiments/mixture.csv``; takes about 15 minutes of one core.
+``paper_figures/tables/mixture.csv``; takes about 15 minutes of one core.
 """
 
 from __future__ import annotations

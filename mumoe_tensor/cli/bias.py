@@ -24,7 +24,7 @@ def bias(
     group: Annotated[
         str, typer.Option(help="Attribute of the group, with its value in the subpopulation, e.g. Male=0.")
     ],
-    data: Annotated[str, typer.Option(help="Data set: celeba or adult.")] = "celeba",
+    data: Annotated[str, typer.Option(help="celeba, adult, or an .npz file of your own.")] = "celeba",
     folder: Annotated[Path, typer.Option(help="Folder of the data that `mumoe-tensor data` fetches.")] = Path(
         "data"
     ),
@@ -51,29 +51,35 @@ def bias(
     `--test` evaluates on test rows. Adds its rows to results.csv. If it is interrupted, the same command
     continues.
 
-    Example: `mumoe-tensor bias --target Blond_Hair --group Male`
+    Your own file has x of shape (rows, features), and for each attribute an array of 0 and 1 under its name.
+
+    Example: `mumoe-tensor bias --data embeddings.npz --target y=0 --group group=1`
     """
     require("torch", "train", "experiments")
     with bad_input():
         from mumoe_tensor.experiments import bias as experiments
-        from mumoe_tensor.training.attributes import read_adult, read_celeba
+        from mumoe_tensor.training.attributes import read_adult, read_celeba, read_embeddings
 
         if seeds < 1:
             raise ValueError(f"--seeds must be positive, got {seeds}.")
         if jobs < 1:
             raise ValueError(f"--jobs must be positive, got {jobs}.")
         sides, place = (_side("target", target), _side("group", group)), folder / data
-        if data not in experiments.RECIPES:
-            raise ValueError(f"--data must be one of {', '.join(experiments.RECIPES)}, got {data!r}.")
-        if not place.is_dir():
+        is_own = data.endswith(".npz")
+        if data not in experiments.RECIPES and not is_own:
+            known = ", ".join(experiments.RECIPES)
+            raise ValueError(f"--data must be one of {known} or a file *.npz, got {data!r}.")
+        if not is_own and not place.is_dir():
             raise OSError(f"there is no folder {place}; `mumoe-tensor data` fetches the data into data.")
         if data == "celeba":
             task = read_celeba(place, *sides, embeddings)
         elif embeddings is None:
-            task = read_adult(place, *sides)
+            task = read_embeddings(Path(data), *sides) if is_own else read_adult(place, *sides)
         else:
             raise ValueError(f"--embeddings are of the images of celeba, {data} has none.")
-        recipe = replace(experiments.RECIPES[data], seeds=seeds)
+        recipe = replace(experiments.RECIPES["adult" if is_own else data], seeds=seeds)
+        if len(task.training) < recipe.batch_size:
+            recipe = replace(recipe, batch_size=len(task.training))
         if quick:
             task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
         split = "test" if test else "validation"

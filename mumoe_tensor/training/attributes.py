@@ -1,4 +1,4 @@
-"""Readers of populations with binary attributes: CelebA and Adult."""
+"""Readers of populations with binary attributes: CelebA, Adult, and your own embeddings."""
 
 from __future__ import annotations
 
@@ -216,6 +216,40 @@ def read_adult(folder: Path, target: Side, group: Side) -> Task:
     name = f"adult {_said(target)} {_said(group)}"
     training, validation, test = map(population, tables)
     return Task(name, training, validation, test, 0, (target[1], group[1]))
+
+
+def read_embeddings(path: Path, target: Side, group: Side) -> Task:
+    """Embeddings with binary attributes; a fifth of the rows, drawn with seed 0, validates, and one tests.
+
+    Parameters
+    ----------
+    path : Path
+        An ``.npz`` file with ``x`` of shape (rows, features), and an array of 0 and 1 of shape (rows,) under
+        the name of each attribute.
+    target, group : tuple of str and int
+        Attribute and value of the label, and of the group, of the subpopulation.
+
+    Raises
+    ------
+    ValueError
+        If an array is missing or not of this kind.
+    """
+    x, *attributes = read_arrays(path, ("x", target[0], group[0]))
+    with reading(path):
+        if x.ndim != 2:
+            raise ValueError(f"x must be of shape (rows, features), got {x.shape}.")
+        for (name, _), values in zip((target, group), attributes, strict=True):
+            if values.shape != x.shape[:1] or not np.isin(values, (0, 1)).all():
+                raise ValueError(f"{name} must be 0 or 1 for each row of x, got shape {values.shape}.")
+        features = as_features(x)
+    label, by = (torch.from_numpy(values.astype(np.int64)) for values in attributes)
+    test, validation, training = torch.randperm(
+        len(x), generator=torch.Generator().manual_seed(0)
+    ).tensor_split((len(x) // 5, len(x) // 5 * 2))
+    mean, scale = centring(features[training])
+    whole = Population((features - mean) / scale, label[:, None], by)
+    parts = (whole.rows(part.tolist()) for part in (training, validation, test))
+    return Task(f"{path.name} {_said(target)} {_said(group)}", *parts, 0, (target[1], group[1]))
 
 
 def _column(names: list[str], side: Side) -> int:

@@ -332,7 +332,9 @@ def test_adult(data: Path) -> None:
         ("--target Smiling --group Male --embeddings missing.npz", "missing.npz"),
         ("--target Smiling --group Male --embeddings {data}/short.npz", "must have shape (800, features)"),
         ("--target Smiling --group Male --embeddings {data}/empty.npz", "must have arrays x"),
-        ("--target Smiling --group Male --folder nowhere", "make data"),
+        ("--target Smiling --group Male --folder nowhere", "mumoe-tensor data"),
+        ("--data {data}/short.npz --target y --group g", "must have arrays"),
+        ("--data {data}/own.npz --target y --group g", "g must be 0 or 1 for each row of x"),
         ("--target Smiling --group Male --seeds 0", "--seeds must be positive"),
         ("--target Smiling --group Male --test", "after all validation"),
         ("--target Smiling --group Smiling=0", "have rows of the subpopulation"),
@@ -342,6 +344,7 @@ def test_adult(data: Path) -> None:
 def test_bad_input_is_one_line(line: str, words: str, data: Path) -> None:
     np.savez(data / "short.npz", x=np.zeros((3, 2)))
     np.savez(data / "empty.npz", y=np.zeros(3))
+    np.savez(data / "own.npz", x=np.zeros((3, 2)), y=np.zeros(3), g=np.arange(3))
     if "--folder" not in line:
         line += f" --folder {data}"
     result = CliRunner().invoke(app, shlex.split(f"bias {line.format(data=data)} --out {data / 'out'}"))
@@ -357,6 +360,23 @@ def test_wrong_files_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(attributes, "CELEBA_PARTS", (600, 100, 101))
     with pytest.raises(ValueError, match="801 rows"):
         read_celeba(data / "celeba", ("Smiling", 1), ("Male", 0))
+
+
+def test_embeddings_of_the_user(data: Path) -> None:
+    draw = np.random.default_rng(0)
+    x, y, g = draw.normal(3, 2, (100, 5)), draw.integers(0, 2, 100), draw.integers(0, 2, 100)
+    np.savez(data / "own.npz", x=x, y=y, g=g)
+    task = attributes.read_embeddings(data / "own.npz", ("y", 0), ("g", 1))
+    parts = (task.training, task.validation, task.test)
+    assert [len(part) for part in parts] == [60, 20, 20] and task.target == (0, 1)
+    assert task.training.x.mean().abs() < 1e-6 and task.training.x.square().mean() == pytest.approx(1)
+    # Every row is in one part, with its attributes.
+    first, labels, groups = (
+        np.concatenate([np.asarray(of(part)) for part in parts])
+        for of in (lambda p: p.x[:, 0], lambda p: p.y[:, 0], lambda p: p.group)
+    )
+    found, order = np.argsort(first), np.argsort(x[:, 0])
+    assert (labels[found] == y[order]).all() and (groups[found] == g[order]).all()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Reports of comparisons: as tables on the screen, as JSON and as CSV."""
+"""Reports of comparisons: as tables on the screen, as JSON, and in a ledger."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.files import whole_file, write_table
+from mumoe_tensor.files import whole_file
+from mumoe_tensor.ledger import Ledger, plain
 from mumoe_tensor.text_table import text_table
 
 
@@ -79,12 +80,6 @@ def read_json(path: Path) -> tuple[list[Report], dict[str, Any]]:
     return [Report(**report) for report in content["reports"]], content["about"]
 
 
-def write_csv(path: Path, reports: Sequence[Report], about: Mapping[str, Any]) -> None:
-    """Write a tidy table: one line a figure, with the report, its row and what it belongs to in each."""
-    lines = [
-        {"report": report.name, "row": k, "column": column, "value": row.get(column), **about}
-        for report in reports
-        for k, row in enumerate(report.rows)
-        for column in report.columns
-    ]
-    write_table(path, ["report", "row", "column", "value", *about], lines)
+def keep(path: Path, report: Report, about: Mapping[str, Any]) -> None:
+    """Add the rows of a report, with what they belong to, to a table that grows."""
+    Ledger(path, {}, more=plain).add({"report": report.name, **row, **about} for row in report.rows)

@@ -23,7 +23,7 @@ import opt_einsum
 
 import mumoe_tensor as mt
 from benchmarks.common import DEVICES, inputs, need_device, torch
-from benchmarks.harness import Report, threads, write_csv, write_json
+from benchmarks.harness import Report, keep, threads, write_json
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import Implementation, planned_steps
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute; default: cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a tidy table, one line a figure")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="add the rows to a table that grows")
     parser.add_argument("--list", action="store_true", help="list the comparisons and stop")
     options = parser.parse_args(arguments)
     if options.list:
@@ -502,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.json:
                 write_json(options.json, reports, about)
             if options.csv:
-                write_csv(options.csv, reports, about)
+                keep(options.csv, reports[-1], about)
 
 
 if __name__ == "__main__":

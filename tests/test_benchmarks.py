@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ import mumoe_tensor as mt
 from benchmarks import common, guard, harness, modules, ratios
 from benchmarks.costs import Cost
 from benchmarks.planning import Planning
+from mumoe_tensor.ledger import Ledger, plain
 
 ROOT = Path(__file__).parents[1]
 CELEBA = ratios.layer("tucker", 128, 768, 40, (32, 64, 64))
@@ -64,14 +65,16 @@ def test_reports_come_back_from_json(report: harness.Report, tmp_path: Path) -> 
     assert harness.read_json(path) == ([report, report], {"machine": "here"})
 
 
-def test_csv_has_a_line_for_each_figure(report: harness.Report, tmp_path: Path) -> None:
+def test_rows_of_reports_are_kept(report: harness.Report, tmp_path: Path) -> None:
+    pytest.importorskip("filelock")
     path = tmp_path / "ratios.csv"
-    harness.write_csv(path, [report], {"machine": "here"})
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 6
-    assert lines[1] == {"report": "demo", "row": "0", "column": "count", "value": "1234", "machine": "here"}
-    assert lines[5]["value"] == ""
+    for name in ("demo", "other"):
+        harness.keep(path, replace(report, name=name), {"machine": "here"})
+    rows = list(Ledger(path, {}, more=plain))
+    assert [(row["report"], row["count"]) for row in rows] == [
+        (name, count) for name in ("demo", "other") for count in (1234, 7)
+    ]
+    assert rows[1]["ratio"] is None and rows[1]["machine"] == "here"
 
 
 @pytest.mark.parametrize("spec", ratios.CP_LAYERS[:3], ids=ratios.label)

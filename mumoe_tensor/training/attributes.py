@@ -248,8 +248,9 @@ def read_embeddings(path: Path, target: Side, group: Side) -> Task:
     ).tensor_split((len(x) // 5, len(x) // 5 * 2))
     mean, scale = centring(features[training])
     whole = Population((features - mean) / scale, label[:, None], by)
-    parts = (whole.rows(part.tolist()) for part in (training, validation, test))
-    return Task(f"{path.name} {_said(target)} {_said(group)}", *parts, 0, (target[1], group[1]))
+    name = f"{path.name} {_said(target)} {_said(group)}"
+    first, second, third = (whole.rows(part.tolist()) for part in (training, validation, test))
+    return Task(name, first, second, third, 0, (target[1], group[1]))
 
 
 def _column(names: list[str], side: Side) -> int:

@@ -127,7 +127,8 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    from mumoe_tensor.study import report, settings, sweep, timing
+    from mumoe_tensor.measure import timing
+    from mumoe_tensor.study import report, settings, sweep
     from mumoe_tensor.study.charts import over_batches
 
     # To save time:

@@ -219,6 +219,12 @@ def finite(text: str) -> float:
 # ---- arrays -----------------------------------------------------------------------------------------------
 
 
+def array_names(path: str | Path) -> list[str]:
+    """Names of the arrays in a NumPy archive."""
+    with reading(path), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        return [entry.removesuffix(".npy") for entry in archive.namelist()]
+
+
 def read_arrays(path: str | Path, names: Sequence[str]) -> list[np.ndarray[Any, Any]]:
     """Read arrays of numbers from a NumPy archive; a declared shape takes no memory before it is checked.
 

@@ -849,7 +849,7 @@ FAULTS = [
     Fault("browser: all gates of a model are shown", "mumoe_tensor/browser/collect.py",
           "        chosen |= inside\n", "        chosen |= gates\n",
           "browser/test_language_models::test_the_most_used_experts_are_shown"),
-    Fault("browser: the first of many experts are shown", "mumoe_tensor/browser/plain.py",
+    Fault("browser: the first of many experts are shown", "mumoe_tensor/browser/view.py",
           "    used = mean.argsort(descending=True, stable=True)[", "    used = mean.argsort()[",
           "browser/test_language_models::test_the_most_used_experts_are_shown"),
     Fault("probe: features are chosen on all rows", "mumoe_tensor/replace/probing.py",
@@ -953,9 +953,12 @@ FAULTS = [
     Fault("evaluation: texts are joined in the order of documents", "mumoe_tensor/replace/evaluation.py",
           "index_add(0, places, x)", "index_add(0, places.sort().values, x)",
           "replace/test_evaluation::test_texts_are_joined_to_documents_in_any_order"),
-    Fault("browser: passages of each batch count from its first input", "mumoe_tensor/browser/collect.py",
-          "first = start * len(by_input) // len(batch)", "first = start",
+    Fault("top inputs: parts of the first inputs stay", "mumoe_tensor/analysis/top_inputs.py",
+          "        kept[expert, place] = parts[row, :, column].float().cpu()\n", "",
           "browser/test_language_models::test_batches_change_nothing"),
+    Fault("browser: bars are not in the order of their numbers", "mumoe_tensor/browser/view.py",
+          "beyond[shares[beyond].argsort(descending=True, stable=True)]", "beyond",
+          "browser/test_browser::test_passages_and_tokens_of_a_language_model"),
 ]  # fmt: skip
 
 

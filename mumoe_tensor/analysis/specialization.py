@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mumoe_tensor.analysis.interventions import random_gate
 from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.analysis.parts import gate_of, read_experts
+from mumoe_tensor.analysis.usage import CHUNK
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating, hooked
 from mumoe_tensor.selections import Selection
@@ -78,14 +80,17 @@ class Labels:
                 f"{tuple(coefficients.shape)}, labels of {tuple(labels.shape)}."
             )
         labels = read_labels(labels, classes)
-        a = coefficients.detach()
-        is_active = torch.empty_like(a, dtype=torch.float32)
-        if self.threshold > 0:
-            torch.ge(a, self.threshold, out=is_active)
-        else:
-            torch.gt(a, 0, out=is_active)
-        # (Sums of floats, a pass over the rows: whole numbers are exact up to 2^24 rows a batch.)
-        counts = is_active.new_zeros(classes, experts).index_add_(0, labels.to(a.device), is_active)
+        a, labels = coefficients.detach(), labels.to(coefficients.device)
+        # (Sums of floats: whole numbers are exact up to 2^24 rows a batch.)
+        counts = a.new_zeros(classes, experts, dtype=torch.float32)
+        size = max(1, CHUNK // experts)
+        for part, of_part in zip(a.split(size), labels.split(size), strict=True):
+            is_active = torch.empty_like(part, dtype=torch.float32)
+            if self.threshold > 0:
+                torch.ge(part, self.threshold, out=is_active)
+            else:
+                torch.gt(part, 0, out=is_active)
+            counts.index_add_(0, of_part, is_active)
         self.counts += counts.T.to(self.counts.device, self.counts.dtype)
         self.all += torch.bincount(labels.to(self.all.device), minlength=classes)
 
@@ -133,7 +138,8 @@ def ablation_effects(
     Parameters
     ----------
     model : Module
-        A classifier: inputs of shape (rows, ...) to logits of shape (rows, classes). Runs as in ``eval()``.
+        A classifier: inputs of shape (rows, ...) to logits of shape (rows, classes), as they are or as
+        attribute `logits`. Runs as in ``eval()``.
     layer : Module
         The layer of the model that the expert belongs to.
     batches : iterable of (inputs, labels)
@@ -178,7 +184,7 @@ def ablation_effects(
                     without = [a[rows] for a in coefficients]
                     without[level][..., expert] = 0
                     with hooked(gate, lambda *_, given=tuple(without): given):
-                        is_right_now = model(inputs[rows]).argmax(-1) == labels[rows]
+                        is_right_now = _predicted(model, inputs[rows]) == labels[rows]
                     difference = is_right_now.long() - is_right[rows].long()
                     change[k].index_add_(0, labels[rows].cpu(), difference.cpu())
     return change / total
@@ -193,13 +199,18 @@ def _intact(
         if random_seed is not None:
             stack.enter_context(random_gate(layer, random_seed + place))
         stack.enter_context(hooked(gate, lambda module, inputs, coefficients: seen.append(coefficients)))
-        predicted = model(inputs).argmax(-1)
+        predicted = _predicted(model, inputs)
     if len(seen) != 1 or any(a.shape[0] != len(inputs) for a in seen[0]):
         raise ValueError(
             f"the gate must be called once, with the {len(inputs)} inputs of the batch in the first axis; it "
             f"was called {len(seen)} time(s), giving {[tuple(a.shape) for each in seen for a in each]}."
         )
     return seen[0], predicted
+
+
+def _predicted(model: nn.Module, inputs: Tensor) -> Tensor:
+    output: Any = model(inputs)
+    return getattr(output, "logits", output).argmax(-1)
 
 
 def polysemanticity(effects: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mumoe_tensor.analysis.labels import read_labels
+from mumoe_tensor.analysis.usage import CHUNK
 
 
 class TopInputs:
@@ -27,6 +28,8 @@ class TopInputs:
         above zero for fewer than `k`.
     coefficients : Tensor of shape (N, k)
         Theirs, in float32, or in float64 once some in float64 were seen; zero where there is none.
+    parts : Tensor of shape (N, k, parts)
+        What these were pooled from, where updates have it; of no parts otherwise.
     rows : int
         Inputs that were seen.
 
@@ -50,8 +53,11 @@ class TopInputs:
         self.indices = torch.full((experts, k), -1)
         # (Not in float64 from the start: not every device has it.)
         self.coefficients = torch.zeros(experts, k, dtype=torch.float32)
+        self.parts = torch.zeros(experts, k, 0)
 
-    def update(self, coefficients: Tensor, indices: Tensor | None = None) -> None:
+    def update(
+        self, coefficients: Tensor, indices: Tensor | None = None, parts: Tensor | None = None
+    ) -> None:
         """Look at further inputs.
 
         Parameters
@@ -59,6 +65,9 @@ class TopInputs:
         coefficients : Tensor of shape (..., N)
         indices : Tensor of int of shape (...), optional
             Numbers of these inputs, at least 0; from the number of those seen so far on, by default.
+        parts : Tensor of shape (..., parts, N), optional
+            What the coefficients were pooled from, such as those of the tokens of a text: in all updates of
+            one size, or in none.
 
         Raises
         ------
@@ -67,7 +76,7 @@ class TopInputs:
         TypeError
             If indices are no integers.
         """
-        experts, k = self.indices.shape
+        experts = len(self.indices)
         leading = coefficients.shape[:-1]
         if coefficients.shape != (*leading, experts) or (indices is not None and indices.shape != leading):
             raise ValueError(
@@ -80,15 +89,49 @@ class TopInputs:
             numbers = torch.arange(len(new)) + self.rows
         else:
             numbers = read_labels(indices, what="indices").reshape(-1).cpu()
+        of_new = None if parts is None else parts.detach().reshape(len(new), -1, experts)
         self.rows += len(new)
-        # Few inputs are better than the k best so far: the more are seen, the fewer.
-        row, expert = (new > self.coefficients[:, -1].to(new.device)).nonzero().unbind(1)
-        value = torch.cat([self.coefficients.flatten(), new[row, expert].cpu()])
-        index = torch.cat([self.indices.flatten(), numbers[row.cpu()]])
-        owner = torch.cat([torch.arange(experts).repeat_interleave(k), expert.cpu()])
+        # Few rows at a time: they stay in the cache, and few of the next ones are among the best.
+        size = max(1, CHUNK // experts)
+        for start in range(0, len(new), size):
+            rows = slice(start, start + size)
+            self._update(new[rows], numbers[rows], None if of_new is None else of_new[rows])
+
+    def _update(self, new: Tensor, numbers: Tensor, parts: Tensor | None) -> None:
+        k = self.indices.shape[1]
+        least = self.coefficients[:, -1].to(new.device)
+        # (NaN is the largest of its column, and larger than nothing.)
+        changed = (~(new.amax(0) <= least)).nonzero()[:, 0]
+        if not len(changed):
+            return
+        new = new[:, changed]
+        row, column = (new > least[changed]).nonzero().unbind(1)
+        value, row, column = new[row, column].cpu(), row.cpu(), column.cpu()
+        changed = changed.cpu()
+        value = torch.cat([self.coefficients[changed].flatten(), value])
+        index = torch.cat([self.indices[changed].flatten(), numbers[row]])
+        owner = torch.cat([torch.arange(len(changed)).repeat_interleave(k), column])
         # By expert, then by coefficient; stable, so that of equal ones the first stays first.
         order = value.argsort(descending=True, stable=True)
         order = order[owner[order].argsort(stable=True)]
-        count = owner.bincount(minlength=experts)
+        count = owner.bincount(minlength=len(changed))
         best = order[(count.cumsum(0) - count)[:, None] + torch.arange(k)]
-        self.coefficients, self.indices = value[best], index[best]
+        if value.dtype != self.coefficients.dtype:
+            self.coefficients = self.coefficients.to(value.dtype)
+        self.coefficients[changed], self.indices[changed] = value[best], index[best]
+        if parts is not None:
+            self._keep(parts, changed, best, row, column)
+
+    def _keep(self, parts: Tensor, changed: Tensor, best: Tensor, row: Tensor, column: Tensor) -> None:
+        """Put the parts of the best in order, and add those of the new ones."""
+        experts, k = self.indices.shape
+        if not self.parts.shape[2]:
+            self.parts = torch.zeros(experts, k, parts.shape[1])
+        before = len(changed) * k
+        old = self.parts[changed].flatten(0, 1)
+        kept = old[best.clamp(max=before - 1)]
+        expert, place = (best >= before).nonzero().unbind(1)
+        new = best[expert, place] - before
+        row, column = (each[new].to(parts.device) for each in (row, changed[column]))
+        kept[expert, place] = parts[row, :, column].float().cpu()
+        self.parts[changed] = kept

@@ -8,6 +8,9 @@ from math import log
 import torch
 from torch import Tensor
 
+#: Coefficients that are counted together: few enough for the cache of a processor.
+CHUNK = 2**20
+
 
 @dataclass(frozen=True)
 class UsageStatistics:
@@ -84,11 +87,14 @@ class Usage:
             )
         rows = coefficients.detach().reshape(-1, len(self.sums))
         self.rows += len(rows)
-        # A pass each, as sums of floats: those of a bool tensor, or in float64, take ten times as long.
-        marks = torch.empty_like(rows, dtype=torch.float32)
-        self._add(self.sums, rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)))
-        self._add(self.loads, torch.ge(rows, self.threshold, out=marks).sum(0))
-        self._add(self.uses, torch.ne(rows, 0, out=marks).sum(0))
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        for part in rows.split(max(1, CHUNK // len(self.sums))):
+            # Sums as products with ones, and marks as floats: those of a bool tensor, or in float64, take ten
+            # times as long.
+            ones, marks = part.new_ones(len(part), dtype=dtype), torch.empty_like(part, dtype=dtype)
+            self._add(self.sums, ones @ part.to(dtype))
+            self._add(self.loads, ones @ torch.ge(part, self.threshold, out=marks))
+            self._add(self.uses, ones @ torch.ne(part, 0, out=marks))
 
     @staticmethod
     def _add(total: Tensor, part: Tensor) -> None:

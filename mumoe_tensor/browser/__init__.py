@@ -1,19 +1,23 @@
 """A page of experts: what they are active for, how much they are used, what is lost without them."""
 
 from mumoe_tensor.browser.collect import ExpertLevel, collect
+from mumoe_tensor.browser.elsewhere import browse_built
+from mumoe_tensor.browser.models import browse_language_model, browse_model
 from mumoe_tensor.browser.page import page
-from mumoe_tensor.browser.plain import Sample
-from mumoe_tensor.browser.run import browse, browse_head, browse_language_model
+from mumoe_tensor.browser.run import browse
 from mumoe_tensor.browser.samples import Images, Texts
+from mumoe_tensor.browser.view import Sample, View
 
 __all__ = [
     "ExpertLevel",
     "Images",
     "Sample",
     "Texts",
+    "View",
     "browse",
-    "browse_head",
+    "browse_built",
     "browse_language_model",
+    "browse_model",
     "collect",
     "page",
 ]

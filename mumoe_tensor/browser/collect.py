@@ -1,4 +1,4 @@
-"""What there is to tell of the experts of a model: two passes over some inputs, and one for each expert."""
+"""What there is to tell of the experts of a model: one pass over inputs, and one for each expert removed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating, gates_of
 
 Progress = Callable[[int, int, str], None]
+#: Sums of coefficients by label that a level has at most; of more labels the most frequent are counted apart.
+MOST_SUMS = 2**26
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class ExpertLevel:
     usage : UsageStatistics
         Over all rows.
     labels : Tensor of int of shape (C,) or None
-        Classes of the inputs, or of a language model the tokens that occur.
+        Classes of the inputs, or of a language model the tokens that occur. Where these are more than
+        2²⁶ / N, the rare ones are the last label, −1.
     frequency : Tensor of shape (C,) or None
         Share of the inputs, or tokens, that each of them has.
     sums : Tensor of shape (N, C) or None
@@ -50,8 +53,8 @@ class ExpertLevel:
         Numbers of the inputs with the largest coefficients; −1 where there are fewer.
     coefficients : Tensor of shape (N, k)
         Theirs, as pooled.
-    rows : dict of (int, int) to list of float
-        By expert and input: the coefficient of every row. Empty where inputs have one row each.
+    rows : Tensor of shape (N, k, rows) or None
+        The coefficient of every row of these inputs; None where inputs have one row each.
     effects : Tensor of shape (N, C) or (N,), or None
         Change of the accuracy of each class without the expert, or of the loss of a language model in nats
         per token; NaN of experts that were not removed.
@@ -67,7 +70,7 @@ class ExpertLevel:
     sums: Tensor | None
     top: Tensor
     coefficients: Tensor
-    rows: dict[tuple[int, int], list[float]]
+    rows: Tensor | None
     effects: Tensor | None
     is_language: bool = False
 
@@ -79,9 +82,14 @@ class _Seen:
         self.usage, self.top = Usage(experts, threshold), TopInputs(experts, k)
         self.sums = torch.zeros(labels, experts)
 
-    def update(self, rows: Tensor, pooled: Tensor, labels: Tensor | None) -> None:
+    def update(self, rows: Tensor, by_input: Tensor, pool: str, labels: Tensor | None) -> None:
+        """Count the rows of a batch, which are also given as (inputs, rows of an input, experts)."""
         self.usage.update(rows)
-        self.top.update(pooled)
+        if by_input.shape[1] == 1:
+            pooled, parts = by_input[:, 0], None
+        else:
+            pooled, parts = (by_input.amax(1) if pool == "max" else by_input.mean(1)), by_input
+        self.top.update(pooled, parts=parts)
         if labels is not None:
             of_labels = rows if len(labels) == len(rows) else pooled
             self.sums.index_add_(0, labels, of_labels.float().cpu())
@@ -155,8 +163,9 @@ def collect(
             f"of shape {tuple(inputs.shape)}, labels of {None if labels is None else tuple(labels.shape)}."
         )
     labels = None if labels is None else read_labels(labels)
-    found, places, frequency = _labelled(inputs if is_language else labels, is_language)
     gates = _gates_in(model, [""] if layers is None else layers)
+    most = MOST_SUMS // max(experts for gate in gates.values() for experts in gate.num_experts)
+    found, places, frequency = _labelled(inputs if is_language else labels, is_language, most)
     seen = {
         (name, level): _Seen(experts, 0 if found is None else len(found), k, threshold)
         for name, gate in gates.items()
@@ -164,7 +173,7 @@ def collect(
     }
     starts = range(0, len(inputs), batch_size)
     tell = progress or (lambda done, total, text: None)
-    total = 2 * len(starts) + len(seen)
+    total = len(starts) + len(seen)
 
     def update(name: str, coefficients: tuple[Tensor, ...], start: int) -> None:
         if name not in gates:
@@ -175,23 +184,17 @@ def collect(
             by_input = _by_input(rows, count, passage)
             if of_batch is not None and not is_language:
                 of_batch = of_batch.reshape(count, -1)[:, :1].expand(-1, len(by_input) // count)
-            pooled = by_input.amax(1) if pool == "max" else by_input.mean(1)
-            seen[name, level].update(rows, pooled, None if of_batch is None else of_batch.flatten())
+            seen[name, level].update(rows, by_input, pool, None if of_batch is None else of_batch.flatten())
 
     with evaluating(model):
         for done, start in enumerate(starts):
             tell(done, total, "coefficients")
             with watch_coefficients(model, partial(update, start=start)):
                 model(inputs[start : start + batch_size])
-        shown = {key: _shown(counted.top.indices) for key, counted in seen.items()}
-        of_rows: dict[tuple[str, int], dict[tuple[int, int], list[float]]] = {key: {} for key in seen}
-        for done, start in enumerate(starts):
-            tell(len(starts) + done, total, "inputs that are shown")
-            _keep_rows(model, inputs[start : start + batch_size], start, passage, shown, of_rows)
         levels = []
         for done, ((name, level), counted) in enumerate(seen.items()):
             layer = name.rpartition(".")[0]
-            tell(2 * len(starts) + done, total, f"experts of {layer or 'the model'}")
+            tell(len(starts) + done, total, f"experts of {layer or 'the model'}")
             usage, lost = counted.usage.statistics(), None
             if effects and labels is not None:
                 module = model.get_submodule(layer)
@@ -200,13 +203,13 @@ def collect(
                 batches = list(
                     zip(inputs[part].split(batch_size), labels[part].split(batch_size), strict=True)
                 )
-                classes = None if is_language or found is None else len(found)
+                classes = None if is_language else int(labels.max()) + 1
                 lost = _effects(model, module, batches, classes, level, chosen.tolist())
             levels.append(
                 ExpertLevel(
                     layer, level, usage, found, frequency, None if found is None else counted.sums.T,
-                    counted.top.indices, counted.top.coefficients, of_rows[name, level], lost,
-                    is_language,
+                    counted.top.indices, counted.top.coefficients,
+                    counted.top.parts if counted.top.parts.shape[2] else None, lost, is_language,
                 )
             )  # fmt: skip
         tell(total, total, "done")
@@ -227,7 +230,9 @@ def _gates_in(model: nn.Module, layers: Sequence[str]) -> dict[str, ExpertGate]:
     return chosen
 
 
-def _labelled(labels: Tensor | None, is_language: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _labelled(
+    labels: Tensor | None, is_language: bool, most: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Labels that there are, the place of each input's (token's) among them, and their frequency."""
     if labels is None:
         return None, None, None
@@ -237,6 +242,16 @@ def _labelled(labels: Tensor | None, is_language: bool) -> tuple[Tensor | None, 
     else:
         found, places = torch.arange(int(labels.max()) + 1), labels
         counts = labels.bincount(minlength=len(found))
+    if is_language and len(found) > most:
+        frequent = counts.argsort(descending=True, stable=True)[: max(1, most - 1)].sort().values
+        place_of = torch.full((len(found),), len(frequent))
+        place_of[frequent] = torch.arange(len(frequent))
+        rare = counts.sum() - counts[frequent].sum()
+        found, counts = (
+            torch.cat([found[frequent], found.new_tensor([-1])]),
+            torch.cat([counts[frequent], rare[None]]),
+        )
+        places = place_of[places]
     return found, places, counts / counts.sum()
 
 
@@ -250,38 +265,6 @@ def _by_input(rows: Tensor, count: int, passage: int | None) -> Tensor:
             f"has {len(rows)} rows."
         )
     return rows.reshape(-1, size, rows.shape[-1])
-
-
-def _shown(top: Tensor) -> dict[int, list[int]]:
-    """By input the experts that it is shown for."""
-    users: dict[int, list[int]] = {}
-    for expert, place in (top >= 0).nonzero().tolist():
-        users.setdefault(int(top[expert, place]), []).append(expert)
-    return users
-
-
-def _keep_rows(
-    model: nn.Module,
-    batch: Tensor,
-    start: int,
-    passage: int | None,
-    shown: dict[tuple[str, int], dict[int, list[int]]],
-    kept: dict[tuple[str, int], dict[tuple[int, int], list[float]]],
-) -> None:
-    """Keep the coefficient of every row of the inputs that are shown, if inputs have several."""
-
-    def look(name: str, coefficients: tuple[Tensor, ...]) -> None:
-        for level, rows in enumerate(coefficients if (name, 0) in shown else ()):
-            by_input = _by_input(rows, len(batch), passage)
-            if by_input.shape[1] == 1:
-                continue
-            first = start * len(by_input) // len(batch)
-            for place, of_input in enumerate(by_input):
-                for expert in shown[name, level].get(first + place, ()):
-                    kept[name, level][expert, first + place] = of_input[:, expert].tolist()
-
-    with watch_coefficients(model, look):
-        model(batch)
 
 
 def _effects(

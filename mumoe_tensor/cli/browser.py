@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mumoe_tensor.cli.console import bad_input, print_json, progress_bar
+from mumoe_tensor.cli.console import bad_input, fail, print_json, progress_bar
 from mumoe_tensor.cli.options import Imports, Json
 from mumoe_tensor.cli.values import read_names
 from mumoe_tensor.extras import require
@@ -15,13 +15,33 @@ from mumoe_tensor.extras import require
 
 def inspect(
     run: Annotated[
-        Path,
+        Path | None,
         typer.Argument(help="Folder of a run of `train`, or of a layer of `replace`.", show_default=False),
-    ],
+    ] = None,
+    beside: Annotated[
+        Path | None, typer.Option(help="Another such folder, to compare it with.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="In the place of RUN: package.module:function of your own, which returns the model, or the "
+            "model and its tokenizer.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_import: Annotated[
+        bool, typer.Option("--allow-import", help="Agree that --model imports and runs your code.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of --model: its inputs, an .npz file with x, and perhaps classes as y.", show_default=False
+        ),
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Of a head on features: their images, an .npz file with x.",
+            help="Of a head on features, or of --data: their images, an .npz file with x.",
             show_default=False,
         ),
     ] = None,
@@ -34,15 +54,15 @@ def inspect(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Of a layer of `replace`: JSON lines with an entry text, or a folder of *.txt.",
+            help="Of a layer of `replace` or --model: JSON lines with an entry text, or a folder of *.txt.",
             show_default="the test texts of its grid",
         ),
     ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
-            help="Validation rows to look at.",
-            show_default="2000; of a language model windows of 65,536 tokens together",
+            help="Rows to look at.",
+            show_default="2000; of a language model windows of 65,536 tokens together; of --model all",
         ),
     ] = None,
     shown: Annotated[int, typer.Option(help="Inputs to show for each expert.")] = 8,
@@ -52,36 +72,47 @@ def inspect(
             help="Except of heads: remove the most used so many experts of a level, to see their effect."
         ),
     ] = 16,
-    out: Annotated[Path | None, typer.Option(help="The page.", show_default="experts.html in RUN")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="experts.html in RUN, or here")
+    ] = None,
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Write a page to browse the experts of a trained head, Mixer or GPT-2 in, or of a layer of `replace`.
+    """Write a page to browse the experts of a model in: one of `train` or `replace`, or your own.
 
     For each expert: the inputs it is most active for, the classes or tokens it is used for, how much it is
     used, and what is lost without it; of a GPT-2 also a text that it writes. One file, no network.
 
     Example: `mumoe-tensor inspect results/head`
+
+    Of your own: `mumoe-tensor inspect --model models:build --data rows.npz --allow-import`
     """
     require("torch", "train")
-    from mumoe_tensor.browser import browse
+    from mumoe_tensor.browser import browse, browse_built
     from mumoe_tensor.files import alone_in, whole_file
 
-    path = run / "experts.html" if out is None else out
-    if not run.is_dir():
-        raise NotADirectoryError(f"there is no folder {run}; `train` and `replace` leave some.")
+    if (run is None) == (model is None):
+        raise typer.Exit(fail("inspect takes either the folder of a run or --model.", 2))
+    if model is not None and not allow_import:
+        raise typer.Exit(fail(f"{model} is code that would be run; --allow-import agrees to that.", 2))
+    if model is None and data is not None:
+        raise typer.Exit(fail("--data is for --model; a run has its own data.", 2))
+    if model is not None and beside is not None:
+        raise typer.Exit(fail("--beside is for folders of runs; view several models in Python.", 2))
+    for folder in (run, beside):
+        if folder is not None and not folder.is_dir():
+            raise NotADirectoryError(f"there is no folder {folder}; `train` and `replace` leave some.")
+    path = (run or Path()) / "experts.html" if out is None else out
+    options: dict[str, Any] = {
+        "images": images, "classes": read_names(classes) or (), "texts": texts, "rows": rows, "k": shown,
+        "removed": removed,
+    }  # fmt: skip
     with bad_input(), alone_in(path.parent), progress_bar("experts") as progress:
-        text = browse(
-            run,
-            images=images,
-            classes=read_names(classes) or (),
-            vocabulary=vocabulary_files,
-            texts=texts,
-            rows=rows,
-            k=shown,
-            removed=removed,
-            progress=progress,
-        )
+        if model is not None:
+            text = browse_built(model, data=data, progress=progress, **options)
+        else:
+            assert run is not None
+            text = browse(run, vocabulary=vocabulary_files, beside=beside, progress=progress, **options)
         with whole_file(path) as file:
             file.write(text.encode())
     if as_json:

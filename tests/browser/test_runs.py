@@ -31,7 +31,8 @@ from mumoe_tensor.training.settings import read_settings  # noqa: E402
 def content(page: Path) -> Any:
     found = re.search(r'application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
     assert found
-    return json.loads(found[1])
+    (view,) = json.loads(found[1])
+    return view
 
 
 def inspect(*line: str) -> Any:
@@ -156,7 +157,7 @@ def test_a_gpt2_is_inspected(gpt2: Path) -> None:
 def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> None:
     for line, wrong in (
         ([str(mixer), "--images", "x.npz"], "images are for a head on features"),
-        ([str(mixer), "--removed", "-1"], "removed not negative"),
+        ([str(mixer), "--removed", "-1"], "removed must not be negative"),
         ([str(mixer), "--classes", "a,b"], "a name for each of"),
         ([str(gpt2), "--vocabulary-files", str(tmp_path)], "encoder.json"),
     ):

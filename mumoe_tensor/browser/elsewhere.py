@@ -1,0 +1,151 @@
+"""The page of a model that a user's own code builds, from files with its inputs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.browser.collect import Progress
+from mumoe_tensor.browser.models import browse_language_model, browse_model
+from mumoe_tensor.browser.samples import Images
+from mumoe_tensor.readers import array_names, read_arrays, reading
+from mumoe_tensor.replace import read_texts, windows
+from mumoe_tensor.training.data import as_labels, as_pixels
+
+#: Tokens of a window of text.
+CONTEXT = 256
+
+
+def browse_built(
+    build: str,
+    *,
+    data: str | Path | None = None,
+    texts: str | Path | None = None,
+    images: str | Path | None = None,
+    classes: Sequence[str] = (),
+    rows: int | None = None,
+    k: int = 8,
+    removed: int = 16,
+    progress: Progress | None = None,
+) -> str:
+    """Make the page of a model that a function of the user's own builds.
+
+    The function is imported and called: only name code that you trust.
+
+    Parameters
+    ----------
+    build : str
+        ``package.module:function``, also from the current folder. The function takes no argument and returns
+        the model, or of a language model the model and its tokenizer.
+    data : str or Path, optional
+        An ``.npz`` file with inputs as x, and perhaps their classes as y. Bytes become numbers from 0 to 1,
+        other integers stay such.
+    texts : str or Path, optional
+        In the place of `data`, of a language model: see `.read_texts`.
+    images : str or Path, optional
+        What the inputs look like: an ``.npz`` file with images as x, in the same order. Not needed for inputs
+        that are images.
+    classes : sequence of str, optional
+        Names of the classes.
+    rows : int, optional
+        Inputs to look at, the first ones, or windows of 256 tokens; all by default.
+    k, removed, progress
+        As of `browse_model`.
+
+    Returns
+    -------
+    str
+        HTML.
+
+    Raises
+    ------
+    ValueError
+        If the function cannot be imported or called, or returns something else, or files do not fit it.
+    """
+    if (data is None) == (texts is None):
+        raise ValueError("a model of your own needs its inputs, as data or as texts, and not both.")
+    model, tokenizer = build_model(build)
+    if texts is not None:
+        if tokenizer is None:
+            raise ValueError(f"for texts, {build} must return the model and its tokenizer; it has none.")
+        tokens, _ = windows(read_texts(texts), tokenizer, CONTEXT)
+        return browse_language_model(
+            model, tokenizer.decode, torch.stack(tokens[:rows]), k=k, removed=removed, progress=progress,
+            title=f"Experts of {build}", about=f"Texts: {Path(texts).name}.",
+        )  # fmt: skip
+    assert data is not None
+    x, labels = _read_inputs(data)
+    if images is not None:
+        (shown,) = read_arrays(images, ("x",))
+        with reading(images):
+            samples: Images | None = Images(as_pixels(shown).numpy())
+    else:
+        samples = _as_images(x)
+    return browse_model(
+        model, x[:rows], labels if labels is None else labels[:rows], samples=samples, classes=classes, k=k,
+        removed=removed, progress=progress, title=f"Experts of {build}",
+        about=f"{len(x[:rows]):,} inputs of {Path(data).name}.",
+    )  # fmt: skip
+
+
+def build_model(build: str) -> tuple[nn.Module, Any]:
+    """Call a function that returns a model, or a model and its tokenizer, which is None otherwise.
+
+    Parameters
+    ----------
+    build : str
+        ``package.module:function``.
+
+    Raises
+    ------
+    ValueError
+        Of whatever the user's code raises.
+    """
+    name, _, function = build.partition(":")
+    if not name or not function:
+        raise ValueError(f"a model must be package.module:function, got {build!r}.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(import_module(name), function)()
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(f"{build} raises {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{build} must return a torch Module, or one and a tokenizer; got {type(model).__name__}."
+        )
+    return model, tokenizer
+
+
+def _read_inputs(path: str | Path) -> tuple[Tensor, Tensor | None]:
+    (x,) = read_arrays(path, ("x",))
+    labels = read_arrays(path, ("y",)) if "y" in array_names(path) else []
+    with reading(path):
+        if x.dtype == np.uint8:
+            inputs = as_pixels(x)
+        else:
+            inputs = torch.tensor(x, dtype=torch.float32 if x.dtype.kind == "f" else torch.int64)
+        return inputs, as_labels(labels[0]) if labels else None
+
+
+def _as_images(x: Tensor) -> Images | None:
+    """Inputs of shape (rows, height, width), with channels before or after these or without, as images."""
+    if x.ndim == 4 and x.shape[1] in (1, 3):
+        x = x.movedim(1, -1)
+    if x.ndim == 4 and x.shape[3] == 1:
+        x = x[..., 0]
+    if not x.is_floating_point() or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)):
+        return None
+    least, most = x.aminmax()
+    if least < 0 or most > 1:  # normalised
+        x = (x - least) / (most - least).clamp_min(1e-30)
+    return Images(x.numpy())

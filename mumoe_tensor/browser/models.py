@@ -1,0 +1,299 @@
+"""The page of a model of the user's own: of any inputs, or of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.analysis.labels import read_labels
+from mumoe_tensor.browser.collect import Progress, collect
+from mumoe_tensor.browser.page import page
+from mumoe_tensor.browser.samples import Images, Texts
+from mumoe_tensor.browser.view import Sample, View
+from mumoe_tensor.checks import as_integer, as_positive
+
+#: Most used experts of a level that are shown of a language model.
+EXPERTS = 256
+#: Inputs, or tokens in whole windows, in which the effect of an expert is looked for.
+EFFECT_INPUTS, EFFECT_TOKENS = 500, 2048
+#: Tokens whose logits are in memory at once, if a window has not more; and of a passage that is shown.
+BATCH_TOKENS, PASSAGE = 2048, 32
+
+
+def browse_model(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    samples: Images | Texts | None = None,
+    classes: Sequence[str] = (),
+    layers: Sequence[str] | None = None,
+    grids: Mapping[str, tuple[int, int]] | None = None,
+    k: int = 8,
+    experts: int | None = None,
+    removed: int = 16,
+    batch_size: int = 256,
+    pool: Literal["max", "mean"] = "max",
+    threshold: float = 0.5,
+    title: str = "",
+    about: str = "",
+    progress: Progress | None = None,
+) -> str:
+    """Make the page of the experts of any model, from some of its inputs.
+
+    For a language model, see `browse_language_model`.
+
+    Parameters
+    ----------
+    model : Module
+        Takes inputs of shape (rows, ...). It has layers of experts; with `labels` it gives logits of shape
+        (rows, classes), as they are or as attribute `logits`.
+    inputs : Tensor of shape (rows, ...)
+    labels : Tensor of int of shape (rows,), optional
+        Classes of the inputs.
+    samples : Images or Texts, optional
+        What the inputs look like; without, their numbers are shown.
+    classes : sequence of str, optional
+        Names of the classes.
+    layers : sequence of str, optional
+        Names of modules of the model: only experts in these are shown.
+    grids : mapping of str to (int, int), optional
+        Layers that see the patches of images; see `View`.
+    k : int, default 8
+        Inputs to show for each expert.
+    experts : int, optional
+        Most used experts of a level to show; all by default.
+    removed : int, default 16
+        With `labels`: most used experts of a level that are removed to see the effect on the classes, in the
+        first 500 inputs.
+    batch_size : int, default 256
+    pool : {"max", "mean"}, default "max"
+        An input of several rows, such as patches or tokens, is as active as its most active row, or as its
+        rows on average.
+    threshold : float, default 0.5
+        A row counts for the load of an expert with a coefficient of this at least.
+    title, about : str
+        Above the experts; `about` says what the inputs are.
+    progress : callable, optional
+        Called as ``progress(done, total, text)``.
+
+    Returns
+    -------
+    str
+        HTML.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `collect`, or if a number is out of range, or classes or samples do not fit the inputs.
+
+    Examples
+    --------
+    >>> from mumoe_tensor.nn import MuMoE
+    >>> model, x, y = MuMoE(16, 3, experts=4, rank=2), torch.rand(20, 16), torch.arange(20) % 3
+    >>> browse_model(model, x, y, samples=Images(x.reshape(20, 4, 4)), classes=["a", "b", "c"])[:15]
+    '<!doctype html>'
+    """
+    check_counts(removed, k=k, batch_size=batch_size, **({} if experts is None else {"experts": experts}))
+    if labels is not None and labels.numel():
+        check_names(classes, int(labels.max()) + 1)
+    device = next((p.device for p in model.parameters()), inputs.device)
+    levels = collect(
+        model, inputs.to(device), labels if labels is None else labels.to(device), k=k, pool=pool,
+        batch_size=batch_size, effects=removed > 0, removed=removed, effect_inputs=EFFECT_INPUTS,
+        layers=layers, threshold=threshold, progress=progress,
+    )  # fmt: skip
+    legend = [about or f"{len(inputs):,} inputs."]
+    if any(level.rows is not None for level in levels):
+        how = "most active row" if pool == "max" else "rows on average"
+        legend.append(f"An input counts as its {how}.")
+    if labels is not None:
+        counts = [len(level.top) for level in levels]
+        looked = min(EFFECT_INPUTS, len(inputs))
+        legend.append(f"{BARS_OF_CLASSES}, {told_effects(removed, counts)} on {looked:,} inputs.")
+    legend.append(f"Load: rows with a coefficient of {threshold:g} or more.")
+    return page(
+        View(
+            levels, samples, title=title or f"Experts of {type(model).__name__}", about=" ".join(legend),
+            classes=classes, grids=grids or {}, experts=experts,
+        )
+    )  # fmt: skip
+
+
+#: What cards say of classes.
+BARS_OF_CLASSES = (
+    "Bars: the classes that the expert's coefficients go to, beyond their share of the inputs; in brackets, "
+    "the change of their accuracy without it, in points. Effect: the sum of these changes"
+)
+
+
+def check_counts(removed: int, **counts: int) -> None:
+    """Numbers of things to show must be positive, that of experts to remove not negative."""
+    for name, count in counts.items():
+        as_positive(count, name)
+    if as_integer(removed, "removed") < 0:
+        raise ValueError(f"removed must not be negative, got {removed}.")
+
+
+def check_names(classes: Sequence[str], count: int) -> None:
+    """There must be a name for every class, or none."""
+    if classes and len(classes) != count:
+        raise ValueError(f"there must be a name for each of {count} classes, or none; got {len(classes)}.")
+
+
+def told_effects(removed: int, experts: Sequence[int]) -> str:
+    """How many effects were measured, in the middle of a sentence."""
+    if not removed:
+        return "not looked for,"
+    if removed >= max(experts):
+        return "measured"
+    return f"measured for the {removed} most used experts of a level"
+
+
+def browse_language_model(
+    model: nn.Module,
+    decode: Callable[[list[int]], str],
+    windows: Tensor,
+    layers: Sequence[str] | None = None,
+    *,
+    k: int = 8,
+    experts: int = EXPERTS,
+    removed: int = 16,
+    title: str = "",
+    about: str = "",
+    progress: Progress | None = None,
+) -> str:
+    """Make the page of layers of experts in a causal language model of any library, as those of transformers.
+
+    Parameters
+    ----------
+    model : Module
+        Token numbers of shape (rows, tokens) to logits, as they are or as attribute `logits`. Has layers of
+        experts, such as those of ``mumoe_tensor.replace``.
+    decode : callable
+        From a list of token numbers to their text, as the method of a tokenizer.
+    windows : Tensor of int of shape (rows, tokens)
+        Text to look at; passages of 32 tokens are shown, and what is left of a window is not looked at.
+    layers : sequence of str, optional
+        Names of the modules of the model whose experts are shown; all by default.
+    k : int, default 8
+        Passages to show for each expert.
+    experts : int, default 256
+        Most used experts of a level to show. The page has about 4 kB for each.
+    removed : int, default 16
+        Most used experts of a level that are removed to see the effect on the loss, in the first 2,048 tokens
+        (whole windows): each takes two or more forward passes.
+    title, about : str
+        Above the experts; `about` says what the text is.
+    progress : callable, optional
+        Called as ``progress(done, total, text)``.
+
+    Returns
+    -------
+    str
+        HTML.
+
+    Raises
+    ------
+    ValueError
+        If a layer has no experts, there is no window, it has fewer than two tokens, or a number is out of
+        range.
+    TypeError
+        If tokens are no integers.
+    """
+    return page(
+        view_language_model(model, decode, windows, layers, k, experts, removed, title, about, progress)
+    )
+
+
+def view_language_model(
+    model: nn.Module,
+    decode: Callable[[list[int]], str],
+    windows: Tensor,
+    layers: Sequence[str] | None,
+    k: int,
+    experts: int,
+    removed: int,
+    title: str,
+    about: str,
+    progress: Progress | None,
+) -> View:
+    """See `browse_language_model`."""
+    check_counts(removed, k=k, experts=experts)
+    windows = read_labels(windows, what="tokens")
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
+        raise ValueError(
+            f"windows must be of shape (rows, tokens), of two tokens or more; got {tuple(windows.shape)}."
+        )
+    windows = windows.to(next(model.parameters()).device)
+    passage = min(PASSAGE, windows.shape[1] - 1)
+    context = (windows.shape[1] - 1) // passage * passage
+    return view_tokens(
+        model,
+        windows[:, :context],
+        windows[:, 1 : context + 1],
+        lambda token: decode([token]),
+        passage=passage,
+        k=k,
+        removed=removed,
+        title=title or f"Experts of {', '.join(layers or [type(model).__name__])}",
+        about=about or f"{len(windows) * context:,} tokens.",
+        layers=layers,
+        experts=experts,
+        threshold=torch.finfo(torch.float32).tiny,
+        progress=progress,
+    )
+
+
+def view_tokens(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    decode: Callable[[int], str],
+    *,
+    passage: int,
+    k: int,
+    removed: int,
+    title: str,
+    about: str,
+    layers: Sequence[str] | None = None,
+    experts: int | None = None,
+    threshold: float = 0.5,
+    written: Sample | None = None,
+    progress: Progress | None,
+) -> View:
+    """A language model on tokens of shape (windows, tokens) and the ones that follow each."""
+    rows = max(1, BATCH_TOKENS // x.shape[1])
+    looked = min(max(1, EFFECT_TOKENS // x.shape[1]), len(x))
+    levels = collect(
+        model, x, y, k=k, batch_size=rows, passage=passage, effects=removed > 0, removed=removed,
+        effect_inputs=looked, layers=layers, threshold=threshold, progress=progress,
+    )  # fmt: skip
+    counts = [
+        f" {level.layer}, level {level.level}: {level.usage.active * len(level.top):.1f} of "
+        f"{len(level.top):,} experts are active for a token on average, {level.usage.dead:,} for no token."
+        for level in levels
+        if experts is not None
+    ]
+    names = {token: decode(token) for token in x.unique().tolist()}
+    return View(
+        levels,
+        Texts([[names[token] for token in row] for row in x.reshape(-1, passage).tolist()]),
+        title=title,
+        about=(
+            f"{about} Shown are the passages of {passage} tokens "
+            "whose most active token is the most active; tokens are shaded by the expert's coefficient, "
+            "relative to the largest on the card. Bars: the tokens that the expert's coefficients go to, "
+            "beyond their share of all tokens; in brackets, how many times that share. Loss: the change in "
+            "nats per token without the expert, "
+            f"{told_effects(removed, [len(level.top) for level in levels])} on "
+            f"{looked * x.shape[1]:,} tokens. Load: tokens with a coefficient "
+            f"{'of 0.5 or more' if threshold == 0.5 else 'above zero'}.{''.join(counts)}"
+        ),
+        classes=names,
+        written=written,
+        experts=experts,
+    )

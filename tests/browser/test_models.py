@@ -1,0 +1,221 @@
+"""The page of a model of the user's own, in Python and by the command."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+for package in ("PIL", "jinja2", "pydantic", "safetensors", "typer"):
+    pytest.importorskip(package)
+
+from torch import Tensor, nn  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from mumoe_tensor.analysis import ablation_effects  # noqa: E402
+from mumoe_tensor.browser import Images, View, browse_model, collect, models, page  # noqa: E402
+from mumoe_tensor.cli import app  # noqa: E402
+from mumoe_tensor.formats import shared, sum_of  # noqa: E402
+from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
+
+
+class Several(nn.Module):
+    """Patches of images through a sum of formats, a gated block of two levels and a dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = MuMoE(
+            4, 8, experts=5, format=sum_of("cp", shared("lowrank")), rank=(4, 2), gate_norm="layer"
+        )
+        self.second = MuMoEMLP(8, 6, 8, experts=(4, 3), rank=4, gated=True, gate_norm="layer")
+        self.head = nn.Linear(8, 3)
+        for gate in (self.first.gate, self.second.gate):
+            nn.init.normal_(gate.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = images.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)
+        return self.head(self.second(self.first(patches)).mean(1))
+
+
+def content(html: str) -> Any:
+    found = re.search(r'application/json">(.*?)</script>', html, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    return torch.rand(30, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(30) % 3
+
+
+def test_sums_levels_and_gated_blocks(data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    model = Several()
+    grids = dict.fromkeys(("first", "second"), (3, 3))
+    html = browse_model(
+        model, x, y, samples=Images(x), classes=["a", "b", "c"], grids=grids, k=4, removed=2, batch_size=7
+    )
+    (view,) = content(html)
+    levels = [("first", 0, 5), ("second", 0, 4), ("second", 1, 3)]
+    assert [(level["layer"], level["level"], level["total"]) for level in view["levels"]] == levels
+    assert "2 most used experts of a level on 30 inputs" in html and "most active row" in html
+    with torch.no_grad():
+        patches = x.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)
+        a = model.second(model.first(patches), return_coefficients=True)[1][1]
+    for expert in view["levels"][2]["experts"]:
+        of_images = a[..., expert["n"]].amax(1)
+        assert [top["i"] for top in expert["top"]] == of_images.sort(descending=True, stable=True).indices[
+            :4
+        ].tolist()
+        for top in expert["top"]:
+            assert top["rows"] == pytest.approx(a[top["i"], :, expert["n"]].tolist(), abs=1e-3)
+    removed = [expert for expert in view["levels"][1]["experts"] if expert["effect"] is not None]
+    numbers = [expert["n"] for expert in removed]
+    effects = ablation_effects(model, model.second, [(x, y)], 3, level=0, experts=numbers).abs().sum(1)
+    assert len(removed) == 2
+    assert [expert["effect"] for expert in removed] == pytest.approx(effects.tolist(), abs=1e-5)
+    # The heat map: the share of each class in an expert's coefficients.
+    drawn = view["levels"][0]["map"]
+    with torch.no_grad():
+        pooled = model.first(patches, return_coefficients=True)[1][0].amax(1)
+    shares = torch.stack([pooled[y == c].sum(0) for c in range(3)], 1)
+    shares /= shares.sum(1, keepdim=True)
+    found = np.frombuffer(base64.b64decode(drawn["data"]), np.uint8).reshape(5, 3)
+    assert drawn["labels"] == [0, 1, 2] and np.abs(found / 255 - shares.numpy()).max() < 0.003
+
+
+def test_plain_rows_without_labels() -> None:
+    torch.manual_seed(0)
+    html = browse_model(nn.Sequential(MuMoE(6, 2, experts=4, rank=2)), torch.randn(9, 6), k=2)
+    (view,) = content(html)
+    (level,) = view["levels"]
+    assert level["layer"] == "0" and level["map"] is None and not view["samples"]
+    assert all(not expert["bars"] and expert["effect"] is None for expert in level["experts"])
+
+
+def test_rare_tokens_are_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = MuMoE(4, 9, experts=3, rank=2)
+    model = nn.Sequential(nn.Embedding(9, 4), layer)
+    tokens = torch.tensor([[0, 1, 1, 2, 2, 2, 3, 4]])
+    whole = collect(model, tokens, tokens, effects=False)[0]
+    monkeypatch.setattr(import_module("mumoe_tensor.browser.collect"), "MOST_SUMS", 9)
+    (level,) = collect(model, tokens, tokens, effects=False)
+    assert level.labels.tolist() == [1, 2, -1] and level.frequency.tolist() == [0.25, 0.375, 0.375]
+    torch.testing.assert_close(level.sums[:, 2], whole.sums[:, [0, 3, 4]].sum(1))
+    torch.testing.assert_close(level.sums[:, :2], whole.sums[:, 1:3])
+    (view,) = content(page(View([level])))
+    assert {bar[0] for expert in view["levels"][0]["experts"] for bar in expert["bars"]} <= {1, 2}
+
+
+def test_a_page_shows_something() -> None:
+    with pytest.raises(ValueError, match="must show the experts of a model"):
+        page()
+    layer, x = MuMoE(6, 2, experts=4, rank=2), torch.randn(9, 6)
+    for name, wrong in (("k", 0), ("removed", -1), ("experts", 0), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=f"{name} must"):
+            browse_model(layer, x, **{name: wrong})
+    with pytest.raises(ValueError, match="a name for each of 2 classes"):
+        browse_model(layer, x, torch.arange(9) % 2, classes=["a"])
+
+
+# ---- by the command ---------------------------------------------------------------------------------------
+
+CODE = """
+import torch
+from mumoe_tensor.nn import MuMoE
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), MuMoE(16, 3, experts=4, rank=2))
+
+def text():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.layer = torch.nn.Embedding(128, 8), MuMoE(8, 128, experts=4, rank=2)
+        def forward(self, tokens):
+            return self.layer(self.embedding(tokens))
+    class Tokenizer:
+        def __call__(self, text, **options):
+            return {"input_ids": [min(ord(letter), 127) for letter in text]}
+        def decode(self, tokens):
+            return "".join(map(chr, tokens))
+    return Model(), Tokenizer()
+
+def wrong():
+    return 3
+
+def fails():
+    raise KeyError("no weights")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    name = f"own_model_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(CODE)
+    x = np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "rows.npz", x=x, y=np.arange(20) % 3)
+    np.savez(tmp_path / "plain.npz", x=x / 255)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "Some words. " * 50}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def inspect(folder: Path, function: str, line: str) -> Any:
+    (code,) = folder.glob("*.py")
+    return CliRunner().invoke(app, ["inspect", "--model", f"{code.stem}:{function}", *line.split()])
+
+
+def test_a_model_is_built_and_inspected(folder: Path) -> None:
+    done = inspect(folder, "build", "--data rows.npz --classes a,b,c --allow-import --out page.html")
+    assert done.exit_code == 0, done.stderr
+    (view,) = content((folder / "page.html").read_text())
+    x = np.load("rows.npz")["x"]
+    assert view["samples"] and view["classes"] == {"0": "a", "1": "b", "2": "c"}
+    assert all(uri == Images(x).shown(int(index)) for index, uri in view["samples"].items())
+    done = inspect(folder, "build", "--data plain.npz --images rows.npz --rows 5 --allow-import")
+    assert done.exit_code == 0, done.stderr
+    (view,) = content((folder / "experts.html").read_text())
+    assert set(map(int, view["samples"])) <= set(range(5)) and not view["classes"]
+
+
+def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
+    done = inspect(folder, "text", "--texts texts.jsonl --removed 1 --allow-import")
+    assert done.exit_code == 0, done.stderr
+    (view,) = content((folder / "experts.html").read_text(encoding="utf-8"))
+    assert view["language"] and "".join(view["samples"]["0"]) == ("Some words. " * 3)[: models.PASSAGE]
+
+
+@pytest.mark.parametrize(
+    ("function", "line", "wrong"),
+    [
+        ("build", "--data rows.npz", "--allow-import agrees to that"),
+        ("build", "--allow-import", "needs its inputs"),
+        ("build", "run --data rows.npz --allow-import", "either the folder of a run or --model"),
+        ("build", "--data rows.npz --beside run --allow-import", "--beside is for folders of runs"),
+        (
+            "wrong",
+            "--data rows.npz --allow-import",
+            "must return a torch Module, or one and a tokenizer; got int",
+        ),
+        ("fails", "--data rows.npz --allow-import", "raises KeyError: 'no weights'"),
+        ("missing", "--data rows.npz --allow-import", "raises AttributeError"),
+        ("build", "--texts texts.jsonl --allow-import", "must return the model and its tokenizer"),
+        ("build", "--data texts.jsonl --allow-import", "texts.jsonl: "),
+        ("build", "--data rows.npz --classes a --allow-import", "a name for each of 3 classes"),
+    ],
+)
+def test_what_is_refused(folder: Path, function: str, line: str, wrong: str) -> None:
+    done = inspect(folder, function, line)
+    assert done.exit_code == 2 and wrong in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(folder.glob("*.html"))

@@ -37,6 +37,7 @@ for package in (
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from mumoe_tensor import study  # noqa: E402
 from mumoe_tensor.cli import app  # noqa: E402
 from mumoe_tensor.experiments import bias  # noqa: E402
 from mumoe_tensor.models import load_head, load_model, save_head, save_model  # noqa: E402
@@ -69,6 +70,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mixer", "begun"):
         (folder / name / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "own.toml").write_text(toml(config["settings"]))
+    shutil.rmtree(folder / "study")
+    layer, more = study.Layer("Layer", study.dense(8, 6)), {"data": "none", "devices": ["cpu"]}
+    planned = study.plan(study.prepare(layer, experts=2, formats=["cp"], batch=4, **more))
+    with study.open_folder(planned.setting, folder / "study") as (_, results):
+        for task in planned.tasks[:3]:
+            results.add(task.run(), {"machine": "none"})
     texts = folder / "texts"
     texts.mkdir()
     for name in "ab":

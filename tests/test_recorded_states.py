@@ -15,7 +15,6 @@ safetensors = pytest.importorskip("safetensors")
 pytest.importorskip("accelerate")
 
 import mumoe_tensor.nn as mnn  # noqa: E402
-import mumoe_tensor.study as study  # noqa: E402
 from mumoe_tensor.browser import browse  # noqa: E402
 from mumoe_tensor.formats import formats  # noqa: E402
 from mumoe_tensor.models import load_head, load_model  # noqa: E402
@@ -154,15 +153,6 @@ def test_a_run_on_images_that_were_not_scaled_does_not_go_on_with_scaled_ones(ru
 @pytest.mark.parametrize("kind", ["head", "mixer"])
 def test_recorded_runs_are_browsed(runs: Path, kind: str) -> None:
     assert "experts" in browse(runs / kind, rows=12, k=2, removed=2)
-
-
-def test_a_recorded_study_resumes(runs: Path) -> None:
-    setting = study.Setting.from_json(runs / "study" / "study.json")
-    lines = (runs / "study" / "results.csv").read_text().count("\n")
-    assert lines > 100
-    with study.open_folder(setting, runs / "study") as (_, results):
-        study.measure(study.plan(setting), results)
-    assert (runs / "study" / "results.csv").read_text().count("\n") == lines  # nothing was measured again
 
 
 def test_a_recorded_experiment_resumes(runs: Path) -> None:

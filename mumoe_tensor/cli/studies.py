@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mumoe_tensor.cli.console import bad_input, can_go_on, print_json, progress_bar, show
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
 from mumoe_tensor.cli.options import Hidden, Imports, Json
 from mumoe_tensor.cli.values import read_formats, read_names, read_several
 from mumoe_tensor.extras import require
@@ -22,6 +23,29 @@ def study(
             help="gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.", show_default="gpt2-mlp"
         ),
     ] = None,
+    weight: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE:NAME",
+            help="In the place of --layer: the weight of your layer, in a file of safetensors, NumPy or "
+            "torch.save. A pattern as 'layers.*.up_proj.weight' is a stack of experts.",
+            show_default=False,
+        ),
+    ] = None,
+    transposed: Annotated[
+        bool,
+        typer.Option(
+            "--transposed", help="The file has in x out, as Conv1D of GPT-2; not out x in, as nn.Linear."
+        ),
+    ] = False,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE:NAME",
+            help="Rows of inputs of that layer: errors are those of its outputs, too.",
+            show_default=False,
+        ),
+    ] = None,
     in_features: Annotated[
         int | None, typer.Option(help="In the place of --layer: size of the input.", show_default=False)
     ] = None,
@@ -30,8 +54,8 @@ def study(
     experts: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of experts, e.g. 256,64x64.",
-            show_default="the layer's, a quarter, four times as many",
+            help="Numbers of experts, e.g. 256,64x64; none for a plain layer.",
+            show_default="the layer's",
         ),
     ] = None,
     formats: Annotated[
@@ -43,8 +67,8 @@ def study(
     parameters: Annotated[
         str | None,
         typer.Option(
-            help="The budget: a number, match for that of the dense layer, or a multiple of it as 0.5x.",
-            show_default="match",
+            help="Budgets: numbers, match for that of the dense layer, or multiples of it as 0.5x.",
+            show_default="match,0.5x; of a weight 0.5x,0.25x,0.1x",
         ),
     ] = None,
     batch: Annotated[
@@ -58,7 +82,9 @@ def study(
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="What needs more GiB is not run, but told by its formula.", show_default="2"),
+        typer.Option(
+            help="Dense experts that need more GiB are run with fewer, and estimated.", show_default="2"
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -95,8 +121,14 @@ def study(
             help="Rows of a step of a training; all, where these are fewer than 128.", show_default="128"
         ),
     ] = None,
+    sweeps: Annotated[
+        int | None, typer.Option(help="The most sweeps of a fit to a weight.", show_default="10; quick 2")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
+    jobs: Annotated[
+        int, typer.Option(help="Processes for fits and trainings; timings are always alone.")
+    ] = os.cpu_count() or 1,
     setting: Annotated[
         Path | None,
         typer.Option(
@@ -108,12 +140,12 @@ def study(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Set mixtures of every format beside the dense layer they may take the place of.
+    """Set layers of every format beside the dense layer they may take the place of.
 
-    Ranks are fitted to a budget. Beside the dense layer, the dense and a sparse mixture: parameters, FLOPs,
-    memory, expert rank; measured time and peak memory; accuracy of heads trained on real data. Leaves a page
-    (report.html), the table (results.csv), pictures, and the setting (study.json). Interrupted, the same
-    command goes on where it stopped.
+    For every format and budget: parameters, FLOPs, memory, rank, measured and predicted time; with --weight
+    the error of the format fitted to your layer, with --inputs that of its outputs; and the accuracy of heads
+    trained on --data. Leaves a page (report.html), the table (results.csv), pictures, and the setting
+    (study.json). Interrupted, the same command goes on where it stopped; with other --formats it adds these.
 
     Example: `mumoe-tensor study --layer gpt2-mlp --experts 256,64x64`
     """
@@ -124,7 +156,7 @@ def study(
         options: dict[str, Any] = {
             "experts": read_several(experts),
             "formats": read_formats(formats),
-            "parameters": parameters,
+            "parameters": read_names(parameters),
             "batch": batch,
             "devices": read_names(device),
             "seconds": seconds,
@@ -138,6 +170,10 @@ def study(
             "epochs": epochs,
             "batch_size": batch_size,
             "seed": seed,
+            "weight": weight,
+            "transposed": transposed or None,
+            "inputs": inputs,
+            "sweeps": sweeps,
         }
         sizes = (in_features, hidden, out_features)
         if setting is not None:
@@ -146,23 +182,27 @@ def study(
                 raise ValueError("--setting takes the place of all options but --fresh, --out and --json.")
             chosen = studies.Setting.from_json(setting)
         else:
+            if weight is not None and (layer is not None or any(size is not None for size in sizes)):
+                raise ValueError("a layer is told by --layer, by its sizes, or by --weight.")
             chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
+        if not fresh:
+            chosen = studies.going_on(chosen, out)
         planned = studies.plan(chosen)
     with ExitStack() as stack:
         with bad_input():
             folder, results = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
         with can_go_on(), progress_bar(chosen.title) as progress:
-            studies.measure(planned, results, progress)
+            studies.measure(planned, results, progress, jobs)
         names = [path.name for path in studies.write(planned, results, folder)]
     if as_json:
         print_json({**studies.to_json(planned, results), "files": [str(out / name) for name in names]})
         return
-    for table in studies.tables(planned, results):
+    for title, headings, rows in studies.cells(planned, results):
+        table = new_table(*headings, title=title)
+        for row in rows:
+            table.add_row(*row)
         show(table, labels=2)
     console = Console()
-    for sentence in studies.paragraph(planned, results):
-        console.print(sentence, highlight=False, markup=False)
-    console.print()
     for note in studies.notes(planned, results):
         console.print(f"• {note}", highlight=False, markup=False)
     print(f"\nWritten to {out}: " + ", ".join(names))
@@ -174,7 +214,7 @@ def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -
 
     in_features, hidden, out_features = sizes
     if all(size is None for size in sizes):
-        return name or "gpt2-mlp"
+        return name
     if name is not None or in_features is None or out_features is None:
         raise ValueError("a layer is told by --layer, or by --in-features and --out-features.")
     return Layer("Layer" if hidden is None else "MLP", dense(in_features, out_features, hidden))

@@ -18,9 +18,9 @@ from mumoe_tensor.study.report import RESULTS, to_json, write
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting, prepare
 from mumoe_tensor.study.subjects import UNITS, Subject, fitted
-from mumoe_tensor.study.summary import notes, paragraph
+from mumoe_tensor.study.summary import notes
 from mumoe_tensor.study.sweep import Plan, measure, plan
-from mumoe_tensor.study.table import tables
+from mumoe_tensor.study.table import cells
 
 __all__ = [
     "LAYERS",
@@ -31,27 +31,28 @@ __all__ = [
     "Results",
     "Setting",
     "Subject",
+    "cells",
     "dense",
     "fitted",
     "get_layer",
+    "going_on",
     "measure",
     "notes",
     "open_folder",
-    "paragraph",
     "plan",
     "prepare",
     "run",
-    "tables",
     "to_json",
     "write",
 ]
 
 
 def run(
-    layer: str | Layer = "gpt2-mlp",
+    layer: str | Layer | None = None,
     *,
     out: str | Path | None = None,
     fresh: bool = False,
+    jobs: int = 1,
     progress: Callable[[float, float, str], None] | None = None,
     **options: Any,
 ) -> Results:
@@ -59,12 +60,14 @@ def run(
 
     Parameters
     ----------
-    layer : str or Layer, default "gpt2-mlp"
-        A name in `LAYERS`, or another layer.
+    layer : str or Layer, optional
+        A name in `LAYERS`, or another layer; by default that of `weight`, or else ``"gpt2-mlp"``.
     out : str or Path, optional
         Folder for the results; by default nothing is written. A study that was begun there goes on.
     fresh : bool, default False
         Measure everything again.
+    jobs : int, default 1
+        Processes for what is not timed.
     progress : callable, optional
         Called as ``progress(seconds done, seconds in all, text)``; seconds are an estimate.
     **options
@@ -87,19 +90,42 @@ def run(
     Examples
     --------
     >>> import mumoe_tensor.study as study
-    >>> planned = study.plan(study.prepare("clip-head", experts=16, formats=["cp", "tr"], data="none"))
+    >>> options = dict(experts=16, formats=["cp", "tr"], parameters="match", data="none")
+    >>> planned = study.plan(study.prepare("clip-head", **options))
     >>> [(subject.title, subject.spec.rank) for subject in planned.subjects]
     [('Linear layer', ()), ('CP', (424,)), ('Tensor Ring', (4, 4, 107)), ('Sparse mixture, top 2', ())]
     """
-    planned = plan(prepare(layer, **options))
+    setting = prepare(layer, **options)
+    planned = plan(setting if out is None or fresh else going_on(setting, out))
     if out is None:
         results = Results()
-        measure(planned, results, progress)
+        measure(planned, results, progress, jobs)
         return results
     with open_folder(planned.setting, out, fresh=fresh) as (folder, results):
-        measure(planned, results, progress)
+        measure(planned, results, progress, jobs)
         write(planned, results, folder)
     return results
+
+
+def going_on(setting: Setting, out: str | Path) -> Setting:
+    """The setting with which the study of a folder goes on: formats and the like are added to those it has.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a study with another setting.
+    """
+    path = Path(out, "study.json")
+    if not (path.exists() and path.with_name("results.csv").exists()):
+        return setting
+    there = Setting.from_json(path)
+    try:
+        return setting.with_all_of(there)
+    except ValueError as error:
+        raise ValueError(
+            f"{out} holds a study with another setting (study.json); choose another folder, or measure "
+            f"afresh to replace it: {error}"
+        ) from error
 
 
 @contextmanager
@@ -124,7 +150,7 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     Raises
     ------
     ValueError
-        If the folder holds a study with another setting.
+        If the folder holds a study with another setting, or one that has more; see `going_on`.
     ImportError
         If a package of the extra study is not installed.
     OSError
@@ -149,10 +175,7 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
         elif fresh:
             with replacing(folder, RESULTS, goes_on) as new:
                 yield begin(new)
-        elif (folder / "study.json").exists() and not goes_on(folder):
-            raise ValueError(
-                f"{folder} holds a study with another setting (study.json); choose another folder, or "
-                "measure afresh to replace it."
-            )
+        elif going_on(setting, folder) != setting:
+            raise ValueError(f"{folder} holds a study with more than this setting; see going_on.")
         else:
             yield begin(folder)

@@ -141,11 +141,12 @@ def limits(panel: Panel, axis: str) -> tuple[float, float]:
     return low - 0.08 * (high - low), high + room * (high - low)
 
 
-def front(points: Iterable[Point]) -> list[Point]:
-    """The points for which no other one has less x and more y, from left to right."""
+def front(points: Iterable[Point], lowest: bool = False) -> list[Point]:
+    """The points for which no other one has less x and more y, with `lowest` less y, from left to right."""
+    sign = -1 if lowest else 1
     best: list[Point] = []
     measured = [point for point in points if isfinite(float(point.x)) and isfinite(float(point.y))]
-    for point in sorted(measured, key=lambda point: (float(point.x), -float(point.y))):
-        if not best or float(point.y) > float(best[-1].y):
+    for point in sorted(measured, key=lambda point: (float(point.x), -sign * float(point.y))):
+        if not best or sign * float(point.y) > sign * float(best[-1].y):
             best.append(point)
     return best

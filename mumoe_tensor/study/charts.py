@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from math import isfinite
-from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
-from mumoe_tensor.formats.text import read_format
-from mumoe_tensor.interval import interval
+from mumoe_tensor.interval import proportion
 from mumoe_tensor.study.chart import Chart, Panel, Point, Series, front
-from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.results import Measurement, Results, joined, sizes_of, total
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import HEAD_BATCH, Plan
 
-#: Formats this near to the best of a column share it; more than two are only counted.
-TIE = 0.01
-ALIKE = "alike"
-
 #: Names of all charts.
-NAMES = (
-    "pareto", "beside-dense", "which-format", "over-experts", "over-batches", "crossover", "specialisation",
-)  # fmt: skip
+NAMES = ("pareto", "beside-dense", "over-experts", "over-batches", "heads")
 
 
 def charts(planned: Plan, results: Results) -> list[Chart]:
@@ -33,20 +23,86 @@ def charts(planned: Plan, results: Results) -> list[Chart]:
     -------
     list of Chart
     """
-    drawn = [beside_dense(planned, results), best_formats(planned, results)]
+    drawn = [pareto(planned, results), beside_dense(planned, results)]
     if len(planned.setting.experts) > 1:
         drawn.append(over_experts(planned, results))
-    drawn += [over_batches(planned, results), crossover(planned, results)]
+    drawn.append(over_batches(planned, results))
     if planned.heads:
-        drawn = [pareto(planned, results), *drawn, specialisation(planned, results)]
+        drawn.append(heads(planned, results))
     return drawn
 
 
-def beside_dense(planned: Plan, results: Results) -> Chart:
-    """Every subject beside the dense layer, at the first number of experts."""
+class TradeOff(NamedTuple):
+    """Quality over one cost: a point for each subject, and the front of those that nothing beats."""
+
+    title: str
+    label: str
+    points: dict[str, Point]
+    front: list[Point]
+
+
+def quality_of(planned: Plan) -> tuple[str, str, bool]:
+    """Quantity that stands for quality in a study, its label, and whether less of it is better."""
+    if planned.setting.inputs:
+        return "output error", "error of outputs, %", True
+    if planned.setting.weight:
+        return "weight error", "error of the weight, %", True
+    return "expert rank", "largest rank of an expert", False
+
+
+def trade_offs(planned: Plan, results: Results) -> list[TradeOff]:
+    """Quality over each cost, of the subjects of the first number of experts."""
     setting = planned.setting
-    sizes, experts = sizes_of(setting.layer.spec), joined(setting.experts[0])
-    titles = {s.name: s.title for s in planned.subjects if joined(s.spec.experts) in ("", experts)}
+    quality, _, lowest = quality_of(planned)
+    experts = setting.experts[0]
+    axes: list[tuple[str, str, str, dict[str, Any], float]] = [
+        ("Parameters", "parameters", "parameters", {}, 1.0),
+        ("FLOPs", "FLOPs of an input", "FLOPs", {}, 1.0),
+    ]
+    for device in setting.devices:
+        at = {"device": device, "batch": setting.batch}
+        axes += [
+            (f"Forward, {device}", "ms", "forward", at, 1e3),
+            (f"Step, {device}", "ms", "step", at, 1e3),
+            (f"Memory of a step, {device}", "MiB", "step peak", at, 2**-20),
+        ]
+    made = []
+    for title, label, quantity, values, scale in axes:
+        points = {}
+        for subject in planned.subjects:
+            costs = results.of_subject(subject, quantity, **values)
+            found = results.of_subject(subject, quality)
+            if costs and found and subject.spec.experts in ((), experts):
+                y = (100.0 if lowest else 1.0) * (found[0].value or 0.0)
+                points[subject.key] = Point(scale * (costs[0].value or 0.0), y, text=_details(costs[0]))
+        made.append(TradeOff(title, label, points, front(points.values(), lowest)))
+    return [each for each in made if each.points]
+
+
+def pareto(planned: Plan, results: Results) -> Chart:
+    """Quality over what it costs."""
+    _, label, lowest = quality_of(planned)
+    panels = []
+    for title, cost, points, best in trade_offs(planned, results):
+        of_name: dict[str, list[Point]] = {}
+        for subject in planned.subjects:
+            if subject.key in points:
+                of_name.setdefault(subject.name, []).append(points[subject.key])
+        titles = {subject.name: subject.title for subject in planned.subjects}
+        series = [Series(name, titles[name], sorted(of_name[name])) for name in titles if name in of_name]
+        panels.append(Panel(title, cost, label, series, ylog=not lowest, front=best))
+    counts = count_text(joined(planned.setting.experts[0]))
+    return Chart(
+        "pareto",
+        f"{label.partition(',')[0].capitalize()} over what it costs, {counts} experts",
+        "A point is a format at a budget. The dashed line joins those that nothing beats in both.",
+        panels,
+    )
+
+
+def beside_dense(planned: Plan, results: Results) -> Chart:
+    """Every subject beside the dense layer, at the first number of experts and the first budget."""
+    setting = planned.setting
     computed = {"Parameters": "parameters", "FLOPs": "FLOPs", "Saved for backward": "saved"}
     computed |= {"Expert rank": "expert rank"}
     measured = {
@@ -61,17 +117,18 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
         for device in setting.devices
         for title, quantity in measured.items()
     ]
+    titles = {subject.name: subject.title for subject in planned.main}
     panels = []
     for title, quantity, device in wanted:
-        of_quantity = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
         rows = {
-            row.subject: row for row in of_quantity if row.experts in ("", experts) and row.value is not None
+            subject.name: row
+            for subject in planned.main
+            for row in results.of_subject(subject, quantity, device=device, batch=setting.batch)
         }
         if BASELINE in rows:
             series = [
-                Series(name, titles[name], [_beside(rows[name], rows[BASELINE])], line=False)
-                for name in titles
-                if name in rows
+                Series(name, titles[name], [_beside(row, rows[BASELINE])], line=False)
+                for name, row in rows.items()
             ]
             look: dict[str, Any] = {"errors": "x", "reference": ("x", 1.0), "shown": True}
             panels.append(
@@ -79,84 +136,22 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
             )
     return Chart(
         "beside-dense",
-        f"Beside the {setting.layer.kind}, {count_text(experts)} experts",
-        "Everything relative to the dense layer. Times: median of the turns with quartiles; what was not run "
-        "is left out of them.",
+        f"Beside the {setting.layer.kind}, {_at(planned)}",
+        "Everything relative to the dense layer. Times: median of the turns with quartiles.",
         panels,
     )
 
 
-def best_formats(planned: Plan, results: Results) -> Chart:
-    """Which format is best at which number of experts, by several measures."""
-    setting, sizes = planned.setting, sizes_of(planned.setting.layer.spec)
-    measures: list[tuple[str, list[Measurement], Callable[..., float]]] = [
-        ("fewest FLOPs", results.of("FLOPs", sizes=sizes), min),
-        ("least saved", results.of("saved", sizes=sizes), min),
-        ("highest rank", results.of("expert rank", sizes=sizes), max),
-    ]
-    for device in setting.devices:
-        of_setting: dict[str, Any] = {"sizes": sizes, "device": device, "batch": setting.batch}
-        measures += [
-            (f"fastest forward, {device}", results.of("forward", **of_setting), min),
-            (f"fastest step, {device}", results.of("step", **of_setting), min),
-            (f"least peak, {device}", results.of("step peak", **of_setting), min),
-        ]
-    if planned.heads:
-        accuracies = results.of("accuracy", sizes=sizes_of(planned.heads[0].spec))
-        measures.append(("best accuracy*", _at_budget(planned, accuracies), max))
-    points: dict[str, list[Point]] = {}
-    titles = {ALIKE: "several alike"}
-    for title, rows, best_of in measures:
-        for experts, of_experts in _grouped(rows, lambda row: row.experts).items():
-            # A format without a rank is not at the budget.
-            fitted = [row for row in of_experts if row.budget and is_figure(row.value)]
-            means = {
-                name: mean(row.value or 0.0 for row in of_format)
-                for name, of_format in _grouped(fitted, lambda row: row.subject).items()
-            }
-            if means:
-                best = best_of(means.values())
-                names = [name for name, value in means.items() if abs(value - best) <= TIE * abs(best)]
-                titles |= {row.subject: row.title for row in fitted}
-                short = [read_format(name).name for name in names]
-                text = ", ".join(short) if len(names) < 3 else f"{len(names)} alike"
-                name = names[0] if len(names) < 3 else ALIKE
-                points.setdefault(name, []).append(Point(experts, title, text=text))
-    columns = {str(point.x) for cells in points.values() for point in cells}
-    seen = {str(point.y) for cells in points.values() for point in cells}
-    series = [
-        Series(
-            name, titles[name], [point._replace(x=count_text(str(point.x))) for point in cells], line=False
-        )
-        for name, cells in points.items()
-    ]
-    panel = Panel(
-        "",
-        "experts",
-        "",
-        series,
-        xs=tuple(count_text(experts) for experts in sorted(columns, key=lambda text: (total(text), text))),
-        ys=tuple(title for title, *_ in measures if title in seen),
-    )
-    return Chart(
-        "which-format",
-        "Which format at which number of experts",
-        f"The best format at the budget by each measure; within {TIE:.0%} of it counts as equal. Times and "
-        "peaks where they were measured. *Of the heads on real data, by their mean.",
-        [panel],
-    )
-
-
 def over_experts(planned: Plan, results: Results) -> Chart:
-    """Time, rank and saved activations over the number of experts."""
+    """Time, rank and saved activations over the number of experts, at the first budget."""
     setting, sizes = planned.setting, sizes_of(planned.setting.layer.spec)
+    budgets = (0, setting.budgets[0])
     panels = []
     for device in setting.devices:
         for quantity in ("forward", "step"):
             of_quantity = results.of(quantity, sizes=sizes, device=device, batch=setting.batch)
-            series = _lines(
-                (row for row in of_quantity if row.experts), _ratio_over(lambda row: total(row.experts))
-            )
+            rows = [row for row in of_quantity if row.experts and row.budget in budgets]
+            series = _lines(rows, _ratio_over(lambda row: total(row.experts)))
             title = f"{quantity.capitalize()}, {device}"
             panels.append(
                 Panel(title, "experts", "time × dense", series, reference=("y", 1.0), measured=True)
@@ -165,13 +160,16 @@ def over_experts(planned: Plan, results: Results) -> Chart:
         ("Expert rank", "expert rank", "largest rank of an expert", 1.0),
         ("Saved", "saved", "KiB an input, for backward", 1 / 1024),
     ):
-        rows = [row for row in results.of(quantity, sizes=sizes) if row.budget and "x" not in row.experts]
-        points = partial(_over_experts, scale=scale)
-        panels.append(Panel(title, "experts", label, _lines(rows, points), measured=True))
+        rows = [row for row in results.of(quantity, sizes=sizes) if row.budget == setting.budgets[0]]
+
+        def point(row: Measurement, scale: float = scale) -> Point:
+            return Point(total(row.experts), scale * (row.value or 0.0), text=_details(row))
+
+        panels.append(Panel(title, "experts", label, _lines(rows, point), measured=True))
     return Chart(
         "over-experts",
         "Over the number of experts",
-        "At the same budget of parameters. Ranks and saved activations by formula.",
+        f"With {setting.budgets[0]:,} parameters. Ranks and saved activations by formula.",
         panels,
     )
 
@@ -179,7 +177,8 @@ def over_experts(planned: Plan, results: Results) -> Chart:
 def over_batches(planned: Plan, results: Results) -> Chart:
     """Throughput and relative time over the batch size."""
     setting = planned.setting
-    sizes, experts = sizes_of(setting.layer.spec), joined(setting.experts[0])
+    keys = {(subject.name, joined(subject.spec.full_rank)) for subject in planned.main}
+    sizes, experts = sizes_of(setting.layer.spec), ("", joined(setting.experts[0]))
 
     def throughput(row: Measurement) -> Point:
         batch = row.batch or 0
@@ -189,7 +188,7 @@ def over_batches(planned: Plan, results: Results) -> Chart:
     panels = []
     for device in setting.devices:
         forwards = results.of("forward", sizes=sizes, device=device)
-        rows = [row for row in forwards if row.experts in ("", experts)]
+        rows = [row for row in forwards if row.experts in experts and (row.subject, row.rank) in keys]
         series = _lines(rows, throughput)
         panels.append(
             Panel(f"Throughput, {device}", "batch", "inputs per second", series, ylog=True, measured=True)
@@ -200,95 +199,49 @@ def over_batches(planned: Plan, results: Results) -> Chart:
         panels.append(Panel(f"Forward time, {device}", "batch", "time × dense", series, **look))
     return Chart(
         "over-batches",
-        f"Over the batch size, {count_text(experts)} experts",
+        f"Over the batch size, {_at(planned)}",
         "Forward passes in evaluation, without gradients.",
         panels,
     )
 
 
-def crossover(planned: Plan, results: Results) -> Chart:
-    """Where a square layer is as fast as `torch.nn.Linear`."""
-    setting = planned.setting
-    look: dict[str, Any] = {"ylog": True, "reference": ("y", 1.0), "measured": True}
-    squares = {sizes_of(dense(size, size)) for size in setting.squares}
-    panels = []
-    for device in setting.devices:
-        for batch in setting.square_batches:
-            rows = [
-                row
-                for row in results.of("forward", device=device, batch=batch)
-                if row.sizes in squares and row.subject != BASELINE
-            ]
-            series = _lines(rows, _ratio_over(lambda row: int(row.sizes.split("x")[0])))
-            title = f"Batch {batch:,}, {device}"
-            panels.append(Panel(title, "inputs = outputs", "time × nn.Linear", series, **look))
-    return Chart(
-        "crossover",
-        "Crossover against nn.Linear",
-        f"Forward time of square layers of {setting.square_experts} experts with as many parameters. Below "
-        "the line the mixture is faster.",
-        panels,
-    )
-
-
-def pareto(planned: Plan, results: Results) -> Chart:
+def heads(planned: Plan, results: Results) -> Chart:
     """Accuracy of heads over what they cost."""
-    sizes, device = sizes_of(planned.heads[0].spec), planned.setting.devices[0]
-    accuracy = _grouped(results.of("accuracy", sizes=sizes), _head)
-    latency = results.of("forward", sizes=sizes, device=device, batch=HEAD_BATCH)
+    device = planned.setting.devices[0]
+    at = {"device": device, "batch": HEAD_BATCH}
     panels = []
-    for title, label, rows, scale in (
-        ("Parameters", "parameters", results.of("parameters", sizes=sizes), 1.0),
-        ("FLOPs", "FLOPs of an input", results.of("FLOPs", sizes=sizes), 1.0),
-        ("Latency", f"µs for {HEAD_BATCH} inputs, {device}", latency, 1e6),
+    for title, label, quantity, values, scale in (
+        ("Parameters", "parameters", "parameters", {}, 1.0),
+        ("FLOPs", "FLOPs of an input", "FLOPs", {}, 1.0),
+        ("Latency", f"µs for {HEAD_BATCH} inputs, {device}", "forward", at, 1e6),
     ):
-        costs = {_head(row): scale * row.value for row in rows if row.value is not None}
         points: dict[str, list[Point]] = {}
-        for head, runs in accuracy.items():
-            if head in costs:
-                points.setdefault(runs[0].subject, []).append(_mean_of(runs, costs[head], 100.0))
-        titles = {runs[0].subject: runs[0].title for runs in accuracy.values()}
+        for head in planned.heads:
+            costs, runs = results.of_subject(head, quantity, **values), results.of_subject(head, "accuracy")
+            if costs and runs:
+                middle, low, high = (100 * share for share in accuracy_of(runs))
+                text = f"{_details(runs[0])}, {len(runs)} run{'s' if len(runs) > 1 else ''}"
+                point = Point(scale * (costs[0].value or 0.0), middle, low, high, text)
+                points.setdefault(head.name, []).append(point)
+        titles = {head.name: head.title for head in planned.heads}
         series = [
             Series(name, titles[name], sorted(of_subject), line=False) for name, of_subject in points.items()
         ]
         everything = front(point for of_subject in points.values() for point in of_subject)
         panels.append(Panel(title, label, "accuracy, %", series, front=everything))
-    return Chart(
-        "pareto",
-        "Accuracy over what it costs",
-        f"Heads {sizes.replace('x', ' → ')} trained on {planned.setting.data_name}, validation rows; mean "
-        "and 95 % interval over the runs. Up and to the left is better; the line joins what nothing beats.",
-        panels,
-    )
-
-
-def specialisation(planned: Plan, results: Results) -> Chart:
-    """What became of the experts of the heads."""
     sizes = sizes_of(planned.heads[0].spec)
-    panels = []
-    for title, label, quantities, scale in (
-        ("Polysemanticity", "0 = one class", ("polysemanticity", "polysemanticity, random gate"), 1.0),
-        ("Active experts", "% of experts an input uses", ("active experts",), 100.0),
-        ("Dead experts", "% no input uses", ("dead experts",), 100.0),
-    ):
-        series = []
-        for quantity in quantities:
-            rows = _at_budget(planned, results.of(quantity, sizes=sizes))
-            measured_rows = [row for row in rows if is_figure(row.value)]
-            for name, of_subject in _grouped(measured_rows, lambda row: row.subject).items():
-                points = [
-                    _mean_of(runs, total(runs[0].experts), scale)
-                    for runs in _grouped(of_subject, _head).values()
-                ]
-                series.append(Series(name, of_subject[0].title, sorted(points), hollow="random" in quantity))
-        panels.append(Panel(title, "experts", label, series, measured=True))
     return Chart(
-        "specialisation",
-        "What became of the experts",
-        "Heads at the dense head's parameters. Hollow: the same experts under a gate that deals its "
-        "coefficients out at random; specialised experts lie below it.",
+        "heads",
+        f"Heads trained on {planned.setting.data_name}",
+        f"{sizes.replace('x', ' → ')}, validation rows; mean over the runs and its 95 % interval. The dashed "
+        "line joins what nothing beats.",
         panels,
     )
+
+
+def accuracy_of(runs: list[Measurement]) -> tuple[float, float, float]:
+    """Mean accuracy of the runs of a head, and the ends of its interval."""
+    return proportion((row.value or 0.0 for row in runs), runs[0].repetitions)
 
 
 def count_text(experts: str) -> str:
@@ -296,22 +249,26 @@ def count_text(experts: str) -> str:
     return " × ".join(f"{int(n):,}" for n in experts.split("x")) if experts else "no"
 
 
+def _at(planned: Plan) -> str:
+    experts = count_text(joined(planned.setting.experts[0]))
+    return f"{experts} experts, {planned.setting.budgets[0]:,} parameters"
+
+
 def _lines(rows: Iterable[Measurement], point: Callable[[Measurement], Point]) -> list[Series]:
     """One line a subject, from left to right, of what was run."""
-    run = [row for row in rows if row.value is not None]
+    of_name: dict[str, list[Measurement]] = {}
+    for row in rows:
+        if is_figure(row.value):
+            of_name.setdefault(row.subject, []).append(row)
     return [
         Series(name, of_subject[0].title, sorted(point(row) for row in of_subject))
-        for name, of_subject in _grouped(run, lambda row: row.subject).items()
+        for name, of_subject in of_name.items()
     ]
 
 
 def _ratio_over(x: Callable[[Measurement], float]) -> Callable[[Measurement], Point]:
     """Time over the dense layer's, with quartiles."""
     return lambda row: Point(x(row), row.ratio or 0.0, row.ratio_low, row.ratio_high, _details(row))
-
-
-def _over_experts(row: Measurement, scale: float) -> Point:
-    return Point(total(row.experts), scale * (row.value or 0.0), text=_details(row))
 
 
 def _beside(row: Measurement, reference: Measurement) -> Point:
@@ -322,36 +279,9 @@ def _beside(row: Measurement, reference: Measurement) -> Point:
     return Point(ratio, row.title, low, high, f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:,.0f}")
 
 
-def _mean_of(runs: list[Measurement], x: float, scale: float) -> Point:
-    centre, half = interval(scale * (row.value or 0.0) for row in runs)
-    low, high = centre - (half or 0.0), centre + (half or 0.0)
-    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    return Point(x, centre, low, high, ", ".join(part for part in (_details(runs[0]), count) if part))
-
-
 def is_figure(value: float | None) -> bool:
     """Whether a value was measured, and is a finite number."""
     return value is not None and isfinite(value)
-
-
-def _grouped(rows: Iterable[Measurement], key: Callable[[Measurement], Any]) -> dict[Any, list[Measurement]]:
-    groups: dict[Any, list[Measurement]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
-def _head(row: Measurement) -> tuple[str, str, str]:
-    """What tells a head from the others."""
-    return row.subject, row.experts, row.rank
-
-
-def _at_budget(planned: Plan, rows: Iterable[Measurement]) -> list[Measurement]:
-    """Rows of the factorized heads at the budget nearest to the dense head's parameters."""
-    budgets = {subject.budget for subject in planned.heads if subject.budget}
-    dense = planned.heads[0].figures(2)["parameters"]
-    nearest = min(budgets, key=lambda budget: abs(budget - dense), default=None)
-    return [row for row in rows if row.budget == nearest]
 
 
 def _details(row: Measurement) -> str:

@@ -25,7 +25,7 @@ class Layer:
     Raises
     ------
     ValueError
-        If the layer has experts or no biases.
+        If the layer has experts.
     """
 
     title: str
@@ -33,8 +33,9 @@ class Layer:
     experts: int = 256
 
     def __post_init__(self) -> None:
-        if self.spec != dense(self.spec.in_features, self.spec.out_features, self.spec.hidden):
-            raise ValueError(f"a layer to study must be dense and have biases, got {self.spec!r}.")
+        spec = self.spec
+        if spec != dense(spec.in_features, spec.out_features, spec.hidden, spec.bias):
+            raise ValueError(f"a layer to study must be dense, got {spec!r}.")
         object.__setattr__(self, "experts", as_positive(self.experts, "experts"))  # a layer is frozen
 
     def __str__(self) -> str:
@@ -49,7 +50,7 @@ class Layer:
 
     def entry(self) -> dict[str, Any]:
         """Plain data, from which pydantic makes the layer again."""
-        sizes = {name: getattr(self.spec, name) for name in ("in_features", "out_features", "hidden")}
+        sizes = {name: getattr(self.spec, name) for name in ("in_features", "out_features", "hidden", "bias")}
         return {"title": self.title, **sizes, "experts": self.experts}
 
     @classmethod
@@ -58,15 +59,20 @@ class Layer:
 
 
 def _from_entry(
-    title: str, in_features: int, out_features: int, hidden: int | None = None, experts: int = 256
+    title: str,
+    in_features: int,
+    out_features: int,
+    hidden: int | None = None,
+    experts: int = 256,
+    bias: bool = True,
 ) -> Layer:
-    return Layer(title, dense(in_features, out_features, hidden), experts)
+    return Layer(title, dense(in_features, out_features, hidden, bias), experts)
 
 
-def dense(in_features: int, out_features: int, hidden: int | None = None) -> LayerSpec:
-    """The spec of a linear layer with bias, or of a block of two with this size between them."""
+def dense(in_features: int, out_features: int, hidden: int | None = None, bias: bool = True) -> LayerSpec:
+    """The spec of a linear layer, or of a block of two with this size between them."""
     return LayerSpec(
-        "dense", experts=(), in_features=in_features, hidden=hidden, out_features=out_features, bias=True
+        "dense", experts=(), in_features=in_features, hidden=hidden, out_features=out_features, bias=bias
     )
 
 

@@ -11,7 +11,7 @@ from mumoe_tensor.study.chart import Chart, Panel, Place, Series, limits
 from mumoe_tensor.study.plots import colour, marker, short
 from mumoe_tensor.study.results import Results
 from mumoe_tensor.study.subjects import BASELINE
-from mumoe_tensor.study.summary import notes, paragraph
+from mumoe_tensor.study.summary import notes
 from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.table import cells
 
@@ -49,16 +49,17 @@ def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
     """
     from plotly.offline import get_plotlyjs
 
+    verdicts, *tables = cells(planned, results)
     return render(
         "study.html",
         layer=planned.setting.layer,
         setting=planned.setting.title,
-        words=" ".join(paragraph(planned, results)),
         subjects={name: title for chart in charts for name, title in chart.titles.items()},
         colour=_colour,
         charts=charts,
         size=_size,
-        tables=cells(planned, results),
+        verdicts=verdicts,
+        tables=tables,
         notes=notes(planned, results),
         environments=results.environments,
         figures=[_figure(panel) for chart in charts for panel in chart.panels],

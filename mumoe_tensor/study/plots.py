@@ -16,14 +16,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.chart import Chart, Panel, Series, limits
-from mumoe_tensor.study.charts import ALIKE
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
 
 #: Okabe and Ito's colours, told apart by every kind of colour vision. A format keeps its colour everywhere.
 COLOURS = {
     BASELINE: "#000000",
     SPARSE: "#999933",
-    ALIKE: "#BBBBBB",
     "cp": "#0072B2",
     "tr": "#D55E00",
     "tt": "#E69F00",
@@ -59,7 +57,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "mumoe_tensor",
 }
 #: Markers tell subjects apart where colours cannot.
-MARKERS: dict[str, Any] = dict(zip(COLOURS, [*"o*.svDPX^<8>phdH", (4, 1, 0)], strict=True))
+MARKERS: dict[str, Any] = dict(zip(COLOURS, [*"o*svDPX^<8>phdH", (4, 1, 0)], strict=True))
 #: Stars of three and of six points.
 FURTHER_MARKERS = ((3, 1, 0), (6, 1, 0))
 #: Width of a page in inches, and panels in a row of it.

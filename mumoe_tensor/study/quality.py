@@ -87,7 +87,7 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
     return subjects, unfitted
 
 
-def judge(setting: Setting, subject: Subject, seed: int) -> dict[str, float]:
+def judge(setting: Setting, subject: Subject, seed: int) -> tuple[dict[str, float], int]:
     """Train a head and evaluate it.
 
     Parameters
@@ -99,6 +99,8 @@ def judge(setting: Setting, subject: Subject, seed: int) -> dict[str, float]:
     -------
     dict of str to float
         Quantities as in `UNITS`.
+    int
+        Rows of validation.
     """
     training, validation = data_of(setting.data)
     with torch.random.fork_rng():
@@ -117,7 +119,9 @@ def judge(setting: Setting, subject: Subject, seed: int) -> dict[str, float]:
         "loss": loss,
         "training time": sum(epoch.seconds for epoch in epochs),
     }
-    return figures if subject.name == BASELINE else figures | specialisation(head, validation, seed)
+    if subject.name != BASELINE:
+        figures |= specialisation(head, validation, seed)
+    return figures, len(validation)
 
 
 @torch.no_grad()

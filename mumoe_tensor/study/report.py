@@ -10,7 +10,6 @@ from typing import Any
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.charts import NAMES, charts
 from mumoe_tensor.study.results import Results
-from mumoe_tensor.study.summary import paragraph
 from mumoe_tensor.study.sweep import Plan
 
 #: Files of a study.
@@ -40,11 +39,10 @@ def write(planned: Plan, results: Results, folder: Path) -> list[Path]:
 
 
 def to_json(planned: Plan, results: Results) -> dict[str, Any]:
-    """Setting, results and sentences of a study as plain values."""
+    """Setting and results of a study as plain values."""
     return {
         "setting": json.loads(planned.setting.to_json()),
         "rows": [asdict(row) for row in results],
         "unfitted": planned.unfitted,
         "environments": results.environments,
-        "words": paragraph(planned, results),
     }

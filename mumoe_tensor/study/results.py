@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -170,6 +171,14 @@ class Results:
             Attributes and their values.
         """
         return list(map(_measurement, self._ledger.of(quantity=quantity, **values)))
+
+    def of_subject(self, subject: Subject, quantity: str, **values: Any) -> list[Measurement]:
+        """Measurements of a quantity of a subject that have finite values, of each repetition."""
+        experts, rank = joined(subject.spec.experts), joined(subject.spec.full_rank)
+        rows = self.of(
+            quantity, subject=subject.name, sizes=sizes_of(subject.spec), experts=experts, rank=rank, **values
+        )
+        return [row for row in rows if row.value is not None and isfinite(row.value)]
 
 
 def _measurement(row: Row) -> Measurement:

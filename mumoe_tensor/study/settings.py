@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from math import isfinite
+from dataclasses import dataclass, fields, replace
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mumoe_tensor.checks import as_positive, as_python
+from mumoe_tensor.checks import as_positive, as_python, check_flag
 from mumoe_tensor.formats import Format
 from mumoe_tensor.formats.registry import formats as registered
 from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.formats.text import format_text, read_format
 from mumoe_tensor.readers import checked, read_json, reading
-from mumoe_tensor.spec import as_budget, expert_counts
-from mumoe_tensor.study.layers import Layer, get_layer
+from mumoe_tensor.spec import LayerSpec, as_budget, expert_counts
+from mumoe_tensor.study.layers import Layer, dense, get_layer
+from mumoe_tensor.study.weights import read_covariance, read_weight
 
 Levels = tuple[int, ...]
+#: What may be added to a finished study.
+GROWING = (
+    "experts", "formats", "parameters", "batches", "devices", "head_experts", "head_parameters",
+    "head_formats",
+)  # fmt: skip
 #: Names of `data` that are no files.
 DIGITS, NO_DATA = "digits", "none"
 
@@ -34,27 +40,23 @@ class Setting:
     layer : Layer
         The dense layer.
     experts : tuple of tuple of int
-        Experts to study it with, one number a level. Batches are varied and peak memory is measured with the
-        first.
+        Experts to study it with, one number a level. Batches are varied with the first.
     formats : tuple of str
         Names, or config entries as JSON of formats with settings.
-    parameters : str
-        The budget; see `.LayerSpec.fitted`.
+    parameters : tuple of str
+        Budgets; see `.LayerSpec.fitted`. Batches are varied with the first. A multiple is one of `whole`.
     batch : int
         Inputs of a forward pass and of a step.
     batches : tuple of int
         Further batches, forward only.
-    squares : tuple of int
-        Sizes of the square layers that are set against `torch.nn.Linear`.
-    square_batches : tuple of int
-    square_experts : int
     seconds : float
         A timing stops after the round in which this time has passed, but not before three rounds. A forward
         pass alone has half the time.
     rounds : int
         Rounds of a timing at most.
     memory : float
-        Subjects whose parameters and gradients take more GiB are not run.
+        Mixtures of dense experts whose parameters and gradients take more GiB are run with fewer experts, and
+        their figures estimated from those.
     top_k : int
         Experts that an input of the sparse mixture uses.
     devices : tuple of str
@@ -76,17 +78,22 @@ class Setting:
         Rows of a step of a training; all, where these are fewer than the default.
     head_formats : tuple of str
         Formats of the heads that are trained.
+    weight : str or None
+        Where the weight of the layer is, see `.read_weight`: then formats are fitted to it.
+    transposed : bool
+        Whether that file has it as in × out.
+    inputs : str or None
+        Where rows of inputs of the layer are: then formats are fitted to its outputs for these, too.
+    sweeps : int
+        The most sweeps of a fit; see `.decompose`.
     """
 
     layer: Layer
     experts: tuple[Levels, ...]
     formats: tuple[str, ...]
-    parameters: str
+    parameters: tuple[str, ...]
     batch: int
     batches: tuple[int, ...]
-    squares: tuple[int, ...]
-    square_batches: tuple[int, ...]
-    square_experts: int
     seconds: float
     rounds: int
     memory: float
@@ -102,6 +109,20 @@ class Setting:
     learning_rate: float
     batch_size: int = 128
     head_formats: tuple[str, ...] = ()
+    weight: str | None = None
+    transposed: bool = False
+    inputs: str | None = None
+    sweeps: int = 10
+
+    @property
+    def whole(self) -> LayerSpec:
+        """What budgets are multiples of: the dense layer, or the dense experts of a stack of weights."""
+        return replace(self.layer.spec, experts=self.experts[0] if self.weight else ())
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Numbers of parameters, each once."""
+        return tuple(dict.fromkeys(as_budget(text, self.whole.parameters) for text in self.parameters))
 
     @property
     def data_name(self) -> str:
@@ -113,6 +134,23 @@ class Setting:
         """The setting in one line."""
         counts = ", ".join(" × ".join(f"{n:,}" for n in levels) or "no" for levels in self.experts)
         return f"{self.layer}; {counts} experts, batch {self.batch:,}, float32"
+
+    def with_all_of(self, other: Setting) -> Setting:
+        """The setting with the formats, experts, budgets, batches and devices that another one has besides.
+
+        Raises
+        ------
+        ValueError
+            If the other one differs in anything else.
+        """
+        joined = {name: dict.fromkeys((*getattr(other, name), *getattr(self, name))) for name in GROWING}
+        grown: dict[str, Any] = {name: tuple(values) for name, values in joined.items()}
+        both = replace(self, **grown)
+        if replace(other, **grown) != both:
+            names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+            others = ", ".join(name for name in names if name not in GROWING)
+            raise ValueError(f"studies must differ in {', '.join(GROWING)} alone; these do in {others}.")
+        return both
 
     def to_json(self) -> str:
         """As text that `from_json` reads."""
@@ -134,18 +172,20 @@ class Setting:
             return prepare(**values | {"head_hidden": setting.head_hidden or 0})
 
 
+#: For a matrix without experts: formats of whole modes would all be low rank.
+OF_MATRICES = (
+    "lowrank", "kron", "monarch", "btt", "tt-matrix", "tucker-matrix", "cp-matrix",
+    '{"name":"sum","formats":["monarch","lowrank"]}', '{"name":"sum","formats":["kron","lowrank"]}',
+)  # fmt: skip
 #: Defaults. None: `experts` follow from the layer, `devices` from the machine, `formats` are all registered
-#: ones, and `head_formats` those of them that neither split modes, into parts that numbers of classes seldom
-#: have, nor are sums.
+#: ones, without experts `OF_MATRICES`, and `head_formats` those of them that neither split modes, into parts
+#: that numbers of classes seldom have, nor are sums.
 DEFAULTS: dict[str, Any] = {
     "experts": None,
     "formats": None,
-    "parameters": "match",
+    "parameters": None,
     "batch": 1024,
-    "batches": (1, 8, 64, 512, 4096),
-    "squares": (256, 512, 1024, 2048),
-    "square_batches": (1, 32, 1024),
-    "square_experts": 64,
+    "batches": (1, 8, 64, 512),
     "seconds": 0.4,
     "rounds": 15,
     "memory": 2.0,
@@ -161,38 +201,41 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-3,
     "batch_size": Setting.batch_size,
     "head_formats": None,
+    "weight": None,
+    "transposed": False,
+    "inputs": None,
+    "sweeps": Setting.sweeps,
 }
 #: Small batches, few repetitions, short trainings, to see that all works.
 QUICK: dict[str, Any] = {
     "batch": 32,
     "batches": (1, 8),
-    "squares": (64, 128),
-    "square_batches": (1, 8),
-    "square_experts": 8,
     "seconds": 0.05,
     "rounds": 3,
     "head_experts": (8,),
     "head_parameters": ("match",),
     "seeds": 1,
     "epochs": 1,
+    "sweeps": 2,
 }
 
 
-def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: Any) -> Setting:
+def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options: Any) -> Setting:
     """Check options and fill in defaults. Nothing is measured yet.
 
     Parameters
     ----------
-    layer : str or Layer, default "gpt2-mlp"
-        A name in `LAYERS`, or another layer.
+    layer : str or Layer, optional
+        A name in `LAYERS`, or another layer; by default that of `weight`, or else ``"gpt2-mlp"``.
     quick : bool, default False
         Small batches, few repetitions, short trainings, to see that all works.
     **options
         The attributes of `Setting`; what is left out or None has its default. `experts` and `head_experts`
         may be a number or a sequence, in which a sequence in the place of a number has one number a level.
-        By default `experts` are those of the layer, a quarter and four times as many. `formats` may be any
-        formats; `head_formats` are the same where `formats` are set. `head_hidden` may be 0, for heads of one
-        layer.
+        By default `experts` are those of the layer, of a weight as many as it is a stack of, and budgets the
+        layer's parameters and half of them, or of a weight a half, a quarter and a tenth. `formats` may be
+        any formats; `head_formats` are the same where `formats` are set. `head_hidden` may be 0, for heads of
+        one layer. Heads are trained by default where there is no weight.
 
     Returns
     -------
@@ -203,15 +246,26 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     ValueError, TypeError
         If a name is unknown, a size is not a positive integer, or a file or a device is not there.
     """
-    layer = get_layer(layer)
     if unknown := set(options) - set(DEFAULTS):
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
     values = DEFAULTS | (QUICK if quick else {}) | _as_python(options)
-    values["experts"] = _counts(_or(values["experts"], _around(layer, quick)))
+    experts: Any = None
+    if values["weight"] is not None:
+        layer, experts = _layer_of(layer, values)
+        values |= {"data": options.get("data") or NO_DATA}
+    elif values["inputs"] is not None or values["transposed"]:
+        raise ValueError("inputs, and transposed, are of a weight; there must be one beside them.")
+    layer = get_layer("gpt2-mlp" if layer is None else layer)
+    values["experts"] = _counts(_or(values["experts"], [layer.experts] if experts is None else [experts]))
+    if experts is not None and any(prod(levels) != prod(experts) for levels in values["experts"]):
+        raise ValueError(
+            f"numbers of experts must make up the {prod(experts):,} of the weight, got {values['experts']}."
+        )
+    everything = OF_MATRICES if values["experts"] == ((),) else registered()
     heads = values["head_formats"] or values["formats"]
     if heads is None:
         heads = [name for name, format in registered().items() if _is_whole(format)]
-    for name, listed in (("formats", _or(values["formats"], registered())), ("head_formats", heads)):
+    for name, listed in (("formats", _or(values["formats"], everything)), ("head_formats", heads)):
         values[name] = tuple(dict.fromkeys(format_text(_format(format)) for format in listed))
     if not values["formats"]:
         raise ValueError("a study needs at least one format, got none.")
@@ -224,10 +278,9 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
     values["head_hidden"] = (
         as_positive(values["head_hidden"], "head_hidden") if values["head_hidden"] else None
     )
-    for name in ("batch", "square_experts", "rounds", "top_k", "seeds", "epochs", "batch_size"):
+    for name in ("batch", "rounds", "top_k", "seeds", "epochs", "batch_size", "sweeps"):
         as_positive(values[name], name)
-    for name in ("batches", "squares", "square_batches"):
-        values[name] = tuple(sorted({as_positive(n, f"every entry of {name}") for n in values[name]}))
+    values["batches"] = tuple(sorted({as_positive(n, "every entry of batches") for n in values["batches"]}))
     for name in ("seconds", "memory", "learning_rate"):
         if not (values[name] > 0 and isfinite(values[name])):
             raise ValueError(f"{name} must be positive and finite, got {values[name]}.")
@@ -235,12 +288,35 @@ def prepare(layer: str | Layer = "gpt2-mlp", *, quick: bool = False, **options: 
         raise ValueError(f"batch must be at least 2, for the batch norm of a step; got {values['batch']}.")
     if values["seed"] < 0:
         raise ValueError(f"seed must not be negative, got {values['seed']}.")
-    values["parameters"] = str(values["parameters"])
-    values["head_parameters"] = tuple(map(str, values["head_parameters"]))
-    for text in (values["parameters"], *values["head_parameters"]):
+    default = ("match", "0.5x") if experts is None else ("0.5x", "0.25x", "0.1x")
+    values["parameters"] = _texts(_or(values["parameters"], default))
+    values["head_parameters"] = _texts(values["head_parameters"])
+    if not values["parameters"]:
+        raise ValueError("a study needs at least one budget of parameters, got none.")
+    for text in (*values["parameters"], *values["head_parameters"]):
         as_budget(text, layer.spec.dense_parameters)
     values["devices"] = _devices(values["devices"])
     return Setting(layer=layer, **values)
+
+
+def _layer_of(layer: str | Layer | None, values: dict[str, Any]) -> tuple[Layer, Levels]:
+    """The layer of a weight, and the experts that it is a stack of."""
+    check_flag(values["transposed"], "transposed")
+    source = values["weight"] = str(values["weight"])
+    *experts, in_features, out_features = read_weight(source, values["transposed"]).shape
+    title = source.rpartition(":")[2] if not Path(source).exists() else Path(source).stem
+    read = Layer(title, dense(in_features, out_features, bias=False), prod(experts))
+    if layer not in (None, read):
+        raise ValueError(f"the layer must be that of the weight, {read}, got {layer}.")
+    if values["inputs"] is not None:
+        values["inputs"] = str(values["inputs"])
+        read_covariance(values["inputs"], in_features)
+    return read, tuple(experts)
+
+
+def _texts(budgets: Any) -> tuple[str, ...]:
+    """Budgets as text; one may stand alone."""
+    return tuple(map(str, [budgets] if isinstance(budgets, (str, int)) else budgets))
 
 
 def _as_python(options: dict[str, Any]) -> dict[str, Any]:
@@ -260,11 +336,6 @@ def _is_whole(format: Format) -> bool:
 def _or(value: Any, default: Any) -> Any:
     """The default in the place of None alone; empty values and zeros are checked later."""
     return default if value is None else value
-
-
-def _around(layer: Layer, quick: bool) -> list[int]:
-    """The layer's number of experts, a quarter and four times as many."""
-    return [layer.experts] if quick else [layer.experts, max(layer.experts // 4, 2), 4 * layer.experts]
 
 
 def _counts(experts: Any) -> tuple[Levels, ...]:

@@ -32,7 +32,7 @@ class Subject:
     Attributes
     ----------
     spec : LayerSpec
-        With biases; the dense layer's and the sparse mixture's format is the dense one.
+        The dense layer's and the sparse mixture's format is the dense one.
     role : {"mixture", "baseline", "sparse"}
         A factorized mixture, the dense layer itself, or a mixture of dense experts of which each input uses
         a few.
@@ -65,7 +65,8 @@ class Subject:
         format = self.spec.format
         if not isinstance(label(format), str):
             return repr(format)
-        return f"{format.title} mixture" if len(format.declaration(1)) == 1 else format.title
+        is_mixture = self.spec.experts and len(format.declaration(1)) == 1
+        return f"{format.title} mixture" if is_mixture else format.title
 
     @property
     def key(self) -> str:
@@ -80,7 +81,9 @@ class Subject:
         if self.role == SPARSE:
             return SparseMixture(spec, self.top_k, device=device)
         if self.role == BASELINE:
-            first, *second = (nn.Linear(p.in_features, p.out_features, device=device) for p in spec.layers)
+            first, *second = (
+                nn.Linear(p.in_features, p.out_features, bias=p.bias, device=device) for p in spec.layers
+            )
             return nn.Sequential(first, nn.GELU(), *second) if second else first
         make: Any = MuMoE if spec.hidden is None else MuMoEMLP
         return make.from_spec(spec, device=device)
@@ -157,6 +160,9 @@ UNITS = {
     "saved": "byte/input",
     "expert rank": "1",
     "predicted forward": "s",
+    "weight error": "1",
+    "output error": "1",
+    "output error, plain fit": "1",
     "forward": "s",
     "step": "s",
     "forward peak": "byte",
@@ -173,19 +179,19 @@ UNITS = {
 
 
 def fitted(
-    layer: LayerSpec, experts: Sequence[int], formats: Sequence[str], parameters: str = "match"
+    layer: LayerSpec, experts: Sequence[int], formats: Sequence[str], parameters: int | str = "match"
 ) -> tuple[list[Subject], dict[str, str]]:
     """Mixtures in the place of a dense layer, each with the rank that comes nearest to a budget.
 
     Parameters
     ----------
     layer : LayerSpec
-        The dense layer, with biases.
+        The dense layer.
     experts : sequence of int
         Number of experts of each level.
     formats : sequence of str
         Names, or config entries as JSON of formats with settings.
-    parameters : str, default "match"
+    parameters : int or str, default "match"
         The budget; see `.LayerSpec.fitted`.
 
     Returns

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
+from itertools import groupby, product
+from math import prod
+from typing import Any
 
 import torch
 
+from mumoe_tensor.decomposition import decompose
+from mumoe_tensor.decomposition.joint import weighted_norm
+from mumoe_tensor.dense import to_dense
+from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.measure import passes
 from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.measure.timing import compare
@@ -16,13 +23,15 @@ from mumoe_tensor.study.memory import peaks
 from mumoe_tensor.study.quality import heads, judge
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting
-from mumoe_tensor.study.subjects import BASELINE, ITEM, SPARSE, Subject, fitted
-
-#: Numbers of experts for which formats are compared by formula.
-GRID = tuple(2**k for k in range(3, 15))
+from mumoe_tensor.study.subjects import BASELINE, ITEM, MIXTURE, SPARSE, Subject, fitted
+from mumoe_tensor.study.weights import read_covariance, read_weight
 
 #: Batch of the latency of heads.
 HEAD_BATCH = 256
+#: A mixture of dense experts with a forward pass that is predicted to take more seconds is estimated.
+SLOW = 0.5
+#: A fit ends when two sweeps in a row lower its error by a smaller fraction each.
+TOLERANCE = 1e-3
 
 #: Called with the seconds that have passed, those of all tasks (estimates), and the text of the next task.
 Progress = Callable[[float, float, str], None]
@@ -42,12 +51,15 @@ class Task:
         An estimate.
     run : callable
         Makes the measurements.
+    alone : bool
+        Whether nothing else may run meanwhile, as of a timing.
     """
 
     key: str
     text: str
     seconds: float
     run: Callable[[], list[Measurement]]
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,8 @@ class Plan:
     ----------
     setting : Setting
     subjects : list of Subject
-        The dense layer, then for each number of experts every format and the sparse mixture.
-    heads, squares : list of Subject
+        The dense layer, then for each number of experts every format at every budget, and the sparse mixture.
+    heads : list of Subject
     unfitted : dict of str to str
         Formats that do not fit their budget, and why.
     tasks : list of Task
@@ -68,101 +80,148 @@ class Plan:
     setting: Setting
     subjects: list[Subject]
     heads: list[Subject]
-    squares: list[Subject]
     unfitted: dict[str, str]
     tasks: list[Task]
 
+    @property
+    def main(self) -> list[Subject]:
+        """Those with the first number of experts and the first budget, or without experts or a budget."""
+        experts, budgets = self.setting.experts[0], (0, self.setting.budgets[0])
+        return [s for s in self.subjects if s.spec.experts in ((), experts) and s.budget in budgets]
+
 
 def plan(setting: Setting) -> Plan:
-    """Fit every format to its budget and list the measurements. Nothing is run yet.
+    """Fit every format to its budgets and list the measurements. Nothing is run yet.
 
     Raises
     ------
     ValueError
-        If no format fits the budget.
+        If no format fits a budget.
     """
     layer = setting.layer.spec
-    baseline = Subject(layer, BASELINE)
-    subjects = [baseline]
+    subjects = {"": Subject(layer, BASELINE)}
     unfitted: dict[str, str] = {}
     for experts in setting.experts:
-        mixtures, missing = fitted(layer, experts, setting.formats, setting.parameters)
-        mixtures.append(Subject(replace(layer, experts=experts), SPARSE, top_k=setting.top_k))
-        subjects += [replace(subject, skip=_too_large(subject, setting.memory)) for subject in mixtures]
-        unfitted |= {f"{name}, {'x'.join(map(str, experts))} experts": why for name, why in missing.items()}
-    if not any(subject.name in setting.formats for subject in subjects):
+        for budget in setting.budgets:
+            mixtures, missing = fitted(layer, experts, setting.formats, budget)
+            # Two budgets may give the same rank.
+            subjects = {subject.key: subject for subject in mixtures} | subjects
+            counts = "x".join(map(str, experts)) or "no"
+            unfitted |= {f"{name}, {counts} experts, {budget:,}": why for name, why in missing.items()}
+        if experts:
+            sparse = Subject(replace(layer, experts=experts), SPARSE, top_k=setting.top_k)
+            subjects[sparse.key] = sparse
+    everything = sorted(subjects.values(), key=partial(_place, setting))
+    if not any(subject.name in setting.formats for subject in everything):
         raise ValueError(f"some format must fit the budget; none does: {' '.join(unfitted.values())}")
     trained, missing = heads(setting)
-    squares = []
-    for size in setting.squares:
-        squares += [Subject(dense(size, size), BASELINE)]
-        of_size, _ = fitted(dense(size, size), (setting.square_experts,), setting.formats)
-        squares += [subject for subject in of_size if subject.budget]
-    planned = Plan(setting, subjects, trained, squares, unfitted | missing, [])
+    planned = Plan(setting, everything, trained, unfitted | missing, [])
     planned.tasks.extend(_tasks(planned))
     return planned
 
 
-def measure(planned: Plan, results: Results, progress: Progress | None = None) -> None:
+def _place(setting: Setting, subject: Subject) -> tuple[int, ...]:
+    """The dense layer, then by number of experts, budget and format; without a budget, last."""
+    if subject.role == BASELINE:
+        return (-1,)
+    budgets, is_sparse = [*setting.budgets, 0], subject.role == SPARSE
+    format = 0 if is_sparse else setting.formats.index(subject.name)
+    return (setting.experts.index(subject.spec.experts), budgets.index(subject.budget), is_sparse, format)
+
+
+def measure(planned: Plan, results: Results, progress: Progress | None = None, jobs: int = 1) -> None:
     """Run every task without results.
 
     Parameters
     ----------
     results : Results
         Gets the measurements of each task when it ends.
+    jobs : int, default 1
+        Processes for what is not timed: trainings, fits, and peaks of memory.
     """
-    about = environment()
-    done = results.tasks
+    about, done = environment(), results.tasks
     left = [task for task in planned.tasks if task.key not in done]
     total, passed = sum(task.seconds for task in left), 0.0
-    for task in left:
+    for alone, group in groupby(left, key=lambda task: task.alone):
+        tasks = list(group)
         if progress is not None:
-            progress(passed, total, task.text)
-        results.add(task.run(), about)
-        passed += task.seconds
+            progress(passed, total, tasks[0].text)
+        for count, (number, rows) in enumerate(
+            side_by_side([task.run for task in tasks], 1 if alone else jobs), 1
+        ):
+            results.add(rows, about)
+            passed += tasks[number].seconds
+            if progress is not None and count < len(tasks):
+                progress(passed, total, tasks[count].text)
     if progress is not None:
         progress(total, total, "done")
 
 
 def _tasks(planned: Plan) -> Iterator[Task]:
     """The tasks, the most informative first."""
-    setting = planned.setting
-    yield Task("cost", "costs by formula", 1.0, lambda: list(_costs(planned)))
-    runnable = [subject for subject in planned.subjects if not subject.skip]
-    main = setting.experts[0]
-    for device, subject in product(setting.devices, runnable):
+    setting, subjects = planned.setting, planned.subjects
+    for subject in [*subjects, *planned.heads]:
+        yield _costs(setting, subject)
+    for subject in subjects if setting.weight else ():
+        if subject.role == MIXTURE:
+            yield _fit(setting, subject)
+    for device, subject in product(setting.devices, subjects):
         yield _timing(setting, subject, device, setting.batch, ("forward", "step"))
     for subject, seed in product(planned.heads, range(setting.seeds)):
         yield _training(setting, subject, setting.seed + seed)
+    for device, subject in product(setting.devices, subjects):
+        yield _peak(setting, subject, device)
     for device, subject in product(setting.devices, planned.heads):
         yield _timing(setting, subject, device, HEAD_BATCH, ("forward",))
-    for device, subject in product(setting.devices, runnable):
-        if subject.spec.experts in ((), main):
-            yield _peak(setting, subject, device)
-    for device, batch, subject in product(setting.devices, setting.batches, runnable):
-        if subject.spec.experts in ((), main) and batch != setting.batch:
+    for device, batch, subject in product(setting.devices, setting.batches, planned.main):
+        if batch != setting.batch:
             yield _timing(setting, subject, device, batch, ("forward",))
-    for device, subject, batch in product(setting.devices, planned.squares, setting.square_batches):
-        yield _timing(setting, subject, device, batch, ("forward",))
 
 
-def _costs(planned: Plan) -> Iterator[Measurement]:
-    """Figures by formula, of all subjects and over the grid of numbers of experts."""
-    setting = planned.setting
-    grid = []
-    for n in GRID:
-        if (n,) not in setting.experts:
-            mixtures, _ = fitted(setting.layer.spec, (n,), setting.formats, setting.parameters)
-            grid += [subject for subject in mixtures if subject.budget]
-    everything = dict.fromkeys([*planned.subjects, *planned.heads, *planned.squares, *grid])
-    for subject in everything:
-        for quantity, value in subject.figures(setting.batch).items():
-            yield Measurement.of("cost", subject, quantity, value, batch=setting.batch, note=subject.skip)
-    for device, subject in product(setting.devices, planned.subjects):
-        seconds = subject.predicted(setting.batch, device)
-        yield Measurement.of(
-            "cost", subject, "predicted forward", seconds, device=device, batch=setting.batch
-        )
+def _costs(setting: Setting, subject: Subject) -> Task:
+    key = f"cost {subject.key} {setting.batch}"
+
+    def run() -> list[Measurement]:
+        figures = subject.figures(setting.batch)
+        rows = [
+            Measurement.of(key, subject, quantity, value, batch=setting.batch)
+            for quantity, value in figures.items()
+        ]
+        for device in setting.devices:
+            seconds = subject.predicted(setting.batch, device)
+            more: Any = {"device": device, "batch": setting.batch}
+            rows.append(Measurement.of(key, subject, "predicted forward", seconds, **more))
+        return rows
+
+    return Task(key, "costs by formula", 0.01, run)
+
+
+def _fit(setting: Setting, subject: Subject) -> Task:
+    key = f"fit {subject.key}"
+    effort: Any = dict(n_restarts=1, n_iter=setting.sweeps, tolerance=TOLERANCE, seed=setting.seed)
+
+    def run() -> list[Measurement]:
+        assert setting.weight is not None
+        spec = subject.spec
+        weight = read_weight(setting.weight, setting.transposed).reshape(spec.mode_sizes)
+        plain, error = decompose(weight, spec.format, spec.full_rank, **effort)
+        errors = {"weight error": error}
+        if setting.inputs is not None:
+            covariance = read_covariance(setting.inputs, spec.in_features)
+            _, best = decompose(weight, spec.format, spec.full_rank, input_covariance=covariance, **effort)
+            rest = to_dense(plain).astype(float) - weight
+            norm = weighted_norm(weight.astype(float), covariance) or 1
+            errors |= {
+                "output error": best,
+                "output error, plain fit": weighted_norm(rest, covariance) / norm,
+            }
+        return [
+            Measurement.of(key, subject, quantity, value, seed=setting.seed)
+            for quantity, value in errors.items()
+        ]
+
+    seconds = 1e-5 * subject.spec.in_features * subject.spec.out_features
+    return Task(key, f"fit of {subject.title}, rank {subject.spec.full_rank}", seconds, run, alone=False)
 
 
 def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: tuple[str, ...]) -> Task:
@@ -171,10 +230,12 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: 
     def run() -> list[Measurement]:
         torch.manual_seed(setting.seed)
         x = torch.randn(batch, subject.spec.in_features, device=device, requires_grad=True)
+        run_one = smaller(subject, setting, batch, device)
+        scale = subject.predicted(batch, device) / run_one.predicted(batch, device)
         # The dense layer is measured against itself, and costs one turn only.
         spec = subject.spec
-        baseline = Subject(dense(spec.in_features, spec.out_features, spec.hidden), BASELINE)
-        chosen = {"this": subject} if subject.role == BASELINE else {"dense": baseline, "this": subject}
+        baseline = Subject(dense(spec.in_features, spec.out_features, spec.hidden, spec.bias), BASELINE)
+        chosen = {"this": subject} if subject.role == BASELINE else {"dense": baseline, "this": run_one}
         modules = {name: one.build(device) for name, one in chosen.items()}
         rows = []
         for kind in kinds:
@@ -185,11 +246,12 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: 
             first = next(iter(calls))
             limit = setting.seconds if "step" in kinds else setting.seconds / 2
             times = compare(calls, first, rounds=setting.rounds, limit=limit, device=device)
-            seconds, ratio = times.spread("this"), times.ratio("this")
+            spreads = times.spread("this"), times.ratio("this")
+            seconds, ratio = ([scale * part for part in spread] for spread in spreads)
             row = Measurement.of(
-                key, subject, kind, seconds.median, low=seconds.low, high=seconds.high, ratio=ratio.median,
-                ratio_low=ratio.low, ratio_high=ratio.high, repetitions=times.rounds, device=device,
-                batch=batch, seed=setting.seed,
+                key, subject, kind, seconds[0], low=seconds[1], high=seconds[2], ratio=ratio[0],
+                ratio_low=ratio[1], ratio_high=ratio[2], repetitions=times.rounds, device=device,
+                batch=batch, seed=setting.seed, note=_estimated(subject, run_one),
             )  # fmt: skip
             rows.append(row)
         return rows
@@ -202,10 +264,16 @@ def _peak(setting: Setting, subject: Subject, device: str) -> Task:
     key = f"peak {subject.key} {device} {setting.batch}"
 
     def run() -> list[Measurement]:
-        values: tuple[int | None, int | None] = (None, None)
-        note = ""
+        run_one = smaller(subject, setting, setting.batch, device)
+        # What is not there: parameters, and in a step their gradients and what is kept for them.
+        more = [s.figures(setting.batch) for s in (subject, run_one)]
+        parameters = ITEM * (more[0]["parameters"] - more[1]["parameters"])
+        kept = setting.batch * (more[0]["saved"] - more[1]["saved"])
+        note = _estimated(subject, run_one)
+        values: tuple[float | None, float | None] = (None, None)
         try:
-            values = peaks(subject, setting.batch, device)
+            forward_peak, step_peak = peaks(run_one, setting.batch, device)
+            values = (forward_peak + parameters, step_peak + 2 * parameters + kept)
         except OSError as error:
             note = str(error)
         return [
@@ -213,27 +281,50 @@ def _peak(setting: Setting, subject: Subject, device: str) -> Task:
             for quantity, value in zip(("forward peak", "step peak"), values, strict=True)
         ]
 
-    return Task(key, f"peak memory of {subject.title}, {_experts(subject)}{device}", 3.0, run)
+    return Task(key, f"peak memory of {subject.title}, {_experts(subject)}{device}", 3.0, run, alone=False)
 
 
 def _training(setting: Setting, subject: Subject, seed: int) -> Task:
     key = f"train {subject.key} {subject.budget} seed {seed}"
 
     def run() -> list[Measurement]:
-        figures = judge(setting, subject, seed)
-        return [Measurement.of(key, subject, name, value, seed=seed) for name, value in figures.items()]
+        figures, rows = judge(setting, subject, seed)
+        return [
+            Measurement.of(key, subject, name, value, seed=seed, repetitions=rows)
+            for name, value in figures.items()
+        ]
 
     text = f"training of {subject.title}, {_experts(subject)}seed {seed}"
-    return Task(key, text, 0.03 * setting.epochs, run)
+    return Task(key, text, 0.03 * setting.epochs, run, alone=False)
+
+
+def smaller(subject: Subject, setting: Setting, batch: int, device: str) -> Subject:
+    """The subject itself, or with fewer experts of one level if these are dense and it is too large or slow.
+
+    Its parameters and gradients have to fit the memory of the setting, and its forward pass has to be
+    predicted to take at most `SLOW` seconds, or that of the dense layer.
+    """
+
+    def fits(one: Subject) -> bool:
+        seconds = max(SLOW, Subject(setting.layer.spec, BASELINE).predicted(batch, device))
+        is_small = 2 * ITEM * one.figures(batch)["parameters"] <= setting.memory * 2**30
+        return is_small and one.predicted(batch, device) <= seconds
+
+    is_factorized = subject.role == MIXTURE and len(subject.spec.format.declaration(1)) > 1
+    if is_factorized or subject.role == BASELINE:
+        return subject
+    while not fits(subject) and prod(subject.spec.experts) > subject.top_k:
+        experts = max(prod(subject.spec.experts) // 2, subject.top_k)
+        subject = replace(subject, spec=replace(subject.spec, experts=(experts,)))
+    return subject
+
+
+def _estimated(subject: Subject, run: Subject) -> str:
+    if run is subject:
+        return ""
+    return f"estimated from {run.spec.experts[0]:,} experts, which are run"
 
 
 def _experts(subject: Subject) -> str:
     experts = subject.spec.experts
     return f"{'×'.join(map(str, experts))} experts, " if experts else ""
-
-
-def _too_large(subject: Subject, memory: float) -> str:
-    needed = 2 * ITEM * subject.figures(2)["parameters"] / 2**30
-    if needed <= memory:
-        return ""
-    return f"not run: parameters and gradients take {needed:.1f} GiB, the limit is {memory:g} GiB"

@@ -1,87 +1,110 @@
-"""The tables of a study: costs and times of its subjects."""
+"""The tables of a study: verdicts, costs and times of its subjects, and heads."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mumoe_tensor.study.charts import count_text
-from mumoe_tensor.study.results import Measurement, Results, joined, sizes_of
-from mumoe_tensor.study.subjects import BASELINE
+from mumoe_tensor.study.charts import accuracy_of, count_text, trade_offs
+from mumoe_tensor.study.results import Measurement, Results, joined
+from mumoe_tensor.study.subjects import BASELINE, Subject
 from mumoe_tensor.study.sweep import Plan
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-#: A title, headings, and rows below them.
-Cells = tuple[str, list[str], list[list[str]]]
+from mumoe_tensor.study.verdicts import Cells, head_verdicts, is_specialised, verdicts
 
 
 def cells(planned: Plan, results: Results) -> list[Cells]:
-    """The tables of costs and of times, for the screen and the page.
+    """All tables, for the screen and the page; the first says which format is best.
 
     Returns
     -------
     list of (str, list of str, list of list of str)
     """
-    setting = planned.setting
-    costs: Cells = (
-        "Costs", ["", "experts", "rank", "parameters", "MFLOPs", "FLOP/byte", "saved KiB", "expert rank"], []
-    )  # fmt: skip
-    times: Cells = (
-        "Times and peaks",
-        ["", "experts", *(x for d in setting.devices for x in _measured(d))],
-        [],
-    )
+    made = [verdicts(planned, results), _costs(planned, results), _times(planned, results)]
+    if planned.heads:
+        made += [head_verdicts(planned, results), _heads(planned, results)]
+    return made
+
+
+def _costs(planned: Plan, results: Results) -> Cells:
+    fronts: dict[str, list[str]] = {}
+    for title, _, points, front in trade_offs(planned, results):
+        for key, point in points.items():
+            if point in front:
+                fronts.setdefault(key, []).append(title.lower())
+    headed = {
+        "weight error": "error %",
+        "output error": "of outputs %",
+        "output error, plain fit": "plain fit %",
+    }
+    errors = {name: heading for name, heading in headed.items() if results.of(name)}
+    headings = ["rank", "parameters", "MFLOPs", "FLOP/byte", "saved KiB", "expert rank", *errors.values()]
+    rows = []
     for subject in planned.subjects:
-        figures = subject.figures(setting.batch)
-        experts = joined(subject.spec.experts)
-        head = [subject.title, count_text(experts) if experts else ""]
-        costs[2].append(
+        figures = subject.figures(planned.setting.batch)
+        row = [
+            *_head(subject),
+            ", ".join(map(str, subject.spec.full_rank)),
+            f"{figures['parameters']:,.0f}",
+            f"{figures['FLOPs'] / 1e6:,.2f}",
+            f"{figures['intensity']:,.1f}",
+            f"{figures['saved'] / 1024:,.1f}",
+            f"{figures['expert rank']:,.0f}",
+        ]
+        for quantity in errors:
+            found = results.of_subject(subject, quantity)
+            row.append(f"{100 * (found[0].value or 0.0):.2f}" if found else "")
+        rows.append([*row, ", ".join(fronts.get(subject.key, []))])
+    return "Costs", ["", "experts", *headings, "on the front of"], rows
+
+
+def _times(planned: Plan, results: Results) -> Cells:
+    setting = planned.setting
+    headings = ["", "experts", "parameters", *(x for d in setting.devices for x in _measured(d))]
+    rows = []
+    for subject in planned.subjects:
+        row = [*_head(subject), f"{subject.figures(setting.batch)['parameters']:,.0f}"]
+        for device in setting.devices:
+            at: dict[str, Any] = {"device": device, "batch": setting.batch}
+            row += _time(results.of_subject(subject, "forward", **at))
+            row.append(f"{1e3 * subject.predicted(setting.batch, device):,.2f} ms")
+            row += _time(results.of_subject(subject, "step", **at))
+            row += [_mebibytes(results.of_subject(subject, q, **at)) for q in ("forward peak", "step peak")]
+        rows.append(row)
+    return "Times and peaks", headings, rows
+
+
+def _heads(planned: Plan, results: Results) -> Cells:
+    headings = ["parameters", "accuracy %", "95 % interval", "loss", "active %", "dead %"]
+    headings += ["polysemanticity", "random gate", "specialised"]
+    rows = []
+    for head in planned.heads:
+        runs = results.of_subject(head, "accuracy")
+        if not runs:
+            continue
+        middle, low, high = (100 * share for share in accuracy_of(runs))
+        rows.append(
             [
-                *head,
-                ", ".join(map(str, subject.spec.full_rank)),
-                f"{figures['parameters']:,.0f}",
-                f"{figures['FLOPs'] / 1e6:,.2f}",
-                f"{figures['intensity']:,.1f}",
-                f"{figures['saved'] / 1024:,.1f}",
-                f"{figures['expert rank']:,.0f}",
+                *_head(head),
+                f"{head.figures(2)['parameters']:,.0f}",
+                f"{middle:.1f}",
+                f"{low:.1f}–{high:.1f}",
+                _mean(results.of_subject(head, "loss")),
+                _mean(results.of_subject(head, "active experts"), 100),
+                _mean(results.of_subject(head, "dead experts"), 100),
+                _mean(results.of_subject(head, "polysemanticity")),
+                _mean(results.of_subject(head, "polysemanticity, random gate")),
+                is_specialised(results, head),
             ]
         )
-        of_times = list(head)
-        for device in setting.devices:
-            of_subject: dict[str, Any] = {
-                "sizes": sizes_of(subject.spec), "subject": subject.name, "experts": experts,
-                "device": device, "batch": setting.batch,
-            }  # fmt: skip
-            for quantity in ("forward", "step"):
-                of_times += _time(results.of(quantity, **of_subject))
-                if quantity == "forward":
-                    of_times.append(f"{1e3 * subject.predicted(setting.batch, device):,.2f} ms")
-            of_times += [_mebibytes(results.of(q, **of_subject)) for q in ("forward peak", "step peak")]
-        times[2].append(of_times)
-    return [costs, times]
+    return f"Heads on {planned.setting.data_name}", ["", "experts", *headings], rows
 
 
-def tables(planned: Plan, results: Results) -> list[Table]:
-    """The tables for the screen."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _head(subject: Subject) -> list[str]:
+    experts = joined(subject.spec.experts)
+    return [subject.title, count_text(experts) if experts else ""]
 
-    made = []
-    for k, (title, headings, rows) in enumerate(cells(planned, results)):
-        # A title may have brackets: Text is no markup.
-        table = Table(
-            title=Text(planned.setting.title if k == 0 else title, "bold"), title_justify="left",
-            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
-        )  # fmt: skip
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading in ("", "rank") else "right", no_wrap=True)
-        for n, row in enumerate(rows):
-            table.add_row(*map(Text, row), end_section=n == 0)
-        made.append(table)
-    return made
+
+def _mean(rows: list[Measurement], scale: float = 1.0) -> str:
+    return f"{scale * sum(row.value or 0.0 for row in rows) / len(rows):.3g}" if rows else ""
 
 
 def _measured(device: str) -> list[str]:
@@ -89,13 +112,13 @@ def _measured(device: str) -> list[str]:
 
 
 def _time(rows: list[Measurement]) -> list[str]:
-    if not rows or rows[0].value is None or rows[0].ratio is None:
-        return ["not run", ""]
+    if not rows or rows[0].ratio is None:
+        return ["–", ""]
     row = rows[0]
-    is_baseline = row.subject == BASELINE
+    about = "≈ " if row.note else ""
     quartiles = f"{row.ratio:.2f} ({row.ratio_low:.2f}–{row.ratio_high:.2f})"
-    return [f"{1e3 * rows[0].value:,.2f} ms", "" if is_baseline else quartiles]
+    return [f"{about}{1e3 * (row.value or 0.0):,.2f} ms", "" if row.subject == BASELINE else quartiles]
 
 
 def _mebibytes(rows: list[Measurement]) -> str:
-    return f"{rows[0].value / 2**20:,.0f}" if rows and rows[0].value is not None else "–"
+    return f"{'≈ ' if rows[0].note else ''}{rows[0].value / 2**20:,.0f}" if rows and rows[0].value else "–"

@@ -128,15 +128,13 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     from mumoe_tensor.measure import timing
-    from mumoe_tensor.study import report, settings, sweep
+    from mumoe_tensor.study import report, sweep
     from mumoe_tensor.study.charts import over_batches
 
     # To save time:
     monkeypatch.setattr(report, "charts", lambda *study: [over_batches(*study)])
     monkeypatch.setattr(timing, "_no_collection", nullcontext)
     monkeypatch.setattr(sweep, "peaks", lambda *_: (1, 2))
-    monkeypatch.setattr(sweep, "GRID", (8,))
-    monkeypatch.setitem(settings.QUICK, "squares", (8,))
     yield Disk(monkeypatch)
 
 

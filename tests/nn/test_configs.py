@@ -218,7 +218,7 @@ def test_settings_of_a_training_and_of_a_layer_to_study_are_plain() -> None:
     config = TrainConfig(**strange, clip=torch.tensor(0.5), compile=np.True_)
     assert through_a_file(asdict(config)) == asdict(TrainConfig(**plain, clip=0.5, compile=True))
     assert through_json(asdict(config))["betas"] == [0.5, 0.75]
-    numbers = dict(batch=4, batches=[1, 2], squares=[8], experts=[4, 2], seconds=0.5, seed=3, head_hidden=6)
+    numbers = dict(batch=4, batches=[1, 2], experts=[4, 2], seconds=0.5, seed=3, head_hidden=6)
     study = prepare("clip-head", **{name: np.asarray(value) for name, value in numbers.items()}, data="none")
     assert study == prepare("clip-head", **numbers, data="none")
     assert json.loads(study.to_json())["batch"] == 4

@@ -15,9 +15,7 @@ SMALL: dict[str, Any] = {
     "experts": [4, (3, 2)],
     "batch": 8,
     "batches": (1, 4),
-    "squares": (16, 24),
-    "square_batches": (1, 4),
-    "square_experts": 3,
+    "parameters": ["match"],
     "seconds": 1e-3,
     "rounds": 3,
     "head_experts": [3, 4],
@@ -29,9 +27,9 @@ SMALL: dict[str, Any] = {
     "seed": 3,
 }
 #: Of the study that is run: formats of each kind.
-MEASURED = SMALL | {"formats": ["cp", "tr", "tt", "tucker", "hadamard", "dense", "btt"]}
+MEASURED = SMALL | {"formats": ["cp", "hadamard", "dense", "btt"], "head_experts": [3], "batches": (1,)}
 #: One of few tasks.
-SHORT = SMALL | {"experts": [4], "batches": (1,), "squares": (16,), "square_batches": (1,), "data": "none"}
+SHORT = SMALL | {"experts": [4], "batches": (1,), "data": "none"}
 #: Ratios of the made-up study.
 RATIOS = dict.fromkeys(formats(), 1.2) | {"cp": 0.9, "tr": 1.5, "tt": 2.0, "tucker": 3.0}
 RATIOS |= {"dense": 8.0, "sparse": 4.0}
@@ -40,14 +38,11 @@ ACCURACIES = {"baseline": 0.90, "cp": 0.95, "tr": 0.80}
 
 def measurements(planned: studies.Plan) -> list[Measurement]:
     """Costs as computed, everything else as set."""
-    rows = list(sweeps._costs(planned))
-    for task in planned.tasks[1:]:
-        rows += MADE[task.key.split()[0]](planned, task)
-    return rows
+    return [row for task in planned.tasks for row in MADE[task.key.split()[0]](planned, task)]
 
 
 def _subject_of(planned: studies.Plan, key: str) -> studies.Subject:
-    everything = [*planned.subjects, *planned.heads, *planned.squares]
+    everything = [*planned.subjects, *planned.heads]
     return max((s for s in everything if f" {s.key} " in key), key=lambda s: len(s.key))
 
 
@@ -78,7 +73,14 @@ def _trained(planned: studies.Plan, task: sweeps.Task) -> list[Measurement]:
     if subject.name != BASELINE:
         found |= {"active experts": 0.5, "dead experts": 0.25}
         found |= {"polysemanticity": 0.3, "polysemanticity, random gate": 0.6}
-    return [Measurement.of(task.key, subject, name, value, seed=seed) for name, value in found.items()]
+    return [
+        Measurement.of(task.key, subject, name, value, seed=seed, repetitions=360)
+        for name, value in found.items()
+    ]
 
 
-MADE = {"time": _times, "peak": _peaks, "train": _trained}
+def _as_computed(planned: studies.Plan, task: sweeps.Task) -> list[Measurement]:
+    return task.run()
+
+
+MADE = {"cost": _as_computed, "time": _times, "peak": _peaks, "train": _trained}

@@ -8,6 +8,8 @@ from mumoe_tensor.study.chart import Panel, Point, Series, front, limits
 def test_the_front_has_what_nothing_beats() -> None:
     points = [Point(1, 5), Point(2, 4), Point(2, 7), Point(3, 7), Point(0.5, 1)]
     assert front(points) == [Point(0.5, 1), Point(1, 5), Point(2, 7)]
+    assert front(points, lowest=True) == [Point(0.5, 1)]
+    assert front(points[:4], lowest=True) == [Point(1, 5), Point(2, 4)]
 
 
 def test_axes_have_room() -> None:

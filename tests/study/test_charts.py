@@ -43,25 +43,11 @@ def test_beside_the_dense_layer(made_up: Made) -> None:
     assert points_of(panels["Step peak, cpu"])["tucker"][0].text == "3.00"
 
 
-def test_the_best_format_of_each_measure(made_up: Made) -> None:
-    planned, _ = made_up
-    (panel,) = by_name(made_up)["which-format"].panels
-    best_at = {(point.x, point.y): point.text for point in panel.points}
-    # Of those at the budget: the dense mixture and Hadamard are not, the sparse one neither.
-    assert best_at["4", "fastest step, cpu"] == "cp" and best_at["3 × 2", "fastest forward, cpu"] == "cp"
-    assert best_at["4", "best accuracy*"] == "cp"
-    at_budget = [s for s in planned.subjects if s.budget and s.spec.experts == (4,)]
-    ranks = {subject.name: subject.figures(8)["expert rank"] for subject in at_budget}
-    best = [name for name, rank in ranks.items() if rank >= 0.99 * max(ranks.values())]
-    assert best_at["4", "highest rank"] == (", ".join(best) if len(best) < 3 else f"{len(best)} alike")
-    assert panel.ys[0] == "fewest FLOPs" and panel.xs[0] == "3"
-
-
 def test_lines_over_experts_batches_and_sizes(made_up: Made) -> None:
     found = by_name(made_up)
     forward, step, rank, saved = found["over-experts"].panels
     assert [p.x for p in points_of(step)["tr"]] == [4, 6] and points_of(forward)["tr"][0].y == 1.5
-    assert [p.x for p in points_of(rank)["cp"]][:2] == [4, 8] and points_of(saved)["cp"][0].y > 0
+    assert [p.x for p in points_of(rank)["cp"]] == [4, 6] and points_of(saved)["cp"][0].y > 0
     throughput, ratios = found["over-batches"].panels
     assert [(p.x, round(float(p.y))) for p in points_of(throughput)[BASELINE]] == [
         (1, 1000), (4, 4000), (8, 8000),
@@ -69,14 +55,24 @@ def test_lines_over_experts_batches_and_sizes(made_up: Made) -> None:
     low, high = points_of(throughput)["tr"][0].low, points_of(throughput)["tr"][0].high
     assert low == pytest.approx(1 / 1.2e-3 / 1.5) and high == pytest.approx(1 / 0.9e-3 / 1.5)
     assert BASELINE not in points_of(ratios) and throughput.xticks == [1, 4, 8]
-    for panel, batch in zip(found["crossover"].panels, (1, 4), strict=True):
-        assert panel.title == f"Batch {batch}, cpu"
-        assert [(p.x, p.y) for p in points_of(panel)["cp"]] == [(16, 0.9), (24, 0.9)]
+
+
+def test_quality_over_what_it_costs(made_up: Made) -> None:
+    """Without a weight it is the rank of an expert."""
+    planned, _ = made_up
+    panels = {panel.title: panel for panel in by_name(made_up)["pareto"].panels}
+    assert list(panels) == ["Parameters", "FLOPs", "Forward, cpu", "Step, cpu", "Memory of a step, cpu"]
+    for subject in planned.main:
+        figures = subject.figures(8)
+        (point,) = points_of(panels["FLOPs"])[subject.name]
+        assert (point.x, point.y) == (figures["FLOPs"], figures["expert rank"])
+    for panel in panels.values():
+        assert panel.front and set(panel.front) <= set(panel.points)
 
 
 def test_heads_over_what_they_cost(made_up: Made) -> None:
     planned, _ = made_up
-    parameters, flops, latency = by_name(made_up)["pareto"].panels
+    parameters, flops, latency = by_name(made_up)["heads"].panels
     cp = points_of(parameters)["cp"]
     assert [p.y for p in cp] == [pytest.approx(95.5)] * 2
     assert sorted(p.x for p in cp) == sorted(
@@ -85,18 +81,10 @@ def test_heads_over_what_they_cost(made_up: Made) -> None:
     assert points_of(latency)["tr"][0].x == pytest.approx(1500)
     assert {s.subject for s in flops.series} == {s.subject for s in parameters.series}
     assert [float(p.y) for p in latency.front] == sorted(float(p.y) for p in latency.front)
-    poly, active, _ = by_name(made_up)["specialisation"].panels
-    assert {(s.hollow, s.points[0].y) for s in poly.series if s.subject == "cp"} == {
-        (False, 0.3),
-        (True, 0.6),
-    }
-    assert points_of(active)["tr"][0].y == 50
+    assert all(0 <= p.low <= p.y <= p.high <= 100 for panel in (parameters, flops) for p in panel.points)
 
 
 def test_without_data_there_are_no_heads(made_up: Made) -> None:
     planned, results = made_up
-    planned = studies.Plan(planned.setting, planned.subjects, [], planned.squares, {}, [])
-    assert [chart.name for chart in charts(planned, results)] == [
-        name for name in NAMES if name not in ("pareto", "specialisation")
-    ]
-    studies.paragraph(planned, results)
+    planned = studies.Plan(planned.setting, planned.subjects, [], {}, [])
+    assert [chart.name for chart in charts(planned, results)] == [name for name in NAMES if name != "heads"]

@@ -16,5 +16,5 @@ def test_the_folder_has_everything(study: tuple[studies.Plan, studies.Results, P
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
     page = (out / "report.html").read_text()
     assert not re.search(r"<[^>]+ (src|href)=", page.split('<script id="panels"')[0])
-    for title in ("Dense MLP", "Tensor Ring", "Sparse mixture, top 2", "Which format"):
+    for title in ("Dense MLP", "Block Tensor Train", "Sparse mixture, top 2", "Best format"):
         assert title in page

@@ -19,7 +19,8 @@ from mumoe_tensor.study.quality import judge
 def test_defaults() -> None:
     found = studies.prepare()
     assert found.layer.spec == studies.dense(768, 768, hidden=3072)
-    assert found.experts == ((256,), (64,), (1024,)) and found.formats == tuple(mt.formats())
+    assert found.experts == ((256,),) and found.formats == tuple(mt.formats())
+    assert found.parameters == ("match", "0.5x")
     assert found.batch == 1024 and found.data == "digits" and found.head_hidden == 128
     quick = studies.prepare(quick=True)
     assert quick.experts == ((256,),) and quick.batch == 32 and quick.head_experts == ((8,),)
@@ -29,7 +30,8 @@ def test_defaults() -> None:
 def test_published_layers() -> None:
     for name, layer in studies.LAYERS.items():
         planned = studies.plan(studies.prepare(name, formats=["cp"], data="none"))
-        assert {subject.budget for subject in planned.subjects} == {0, layer.spec.dense_parameters}
+        dense = layer.spec.dense_parameters
+        assert {subject.budget for subject in planned.subjects} == {0, dense, round(dense / 2)}
     assert str(studies.LAYERS["clip-head"]) == "CLIP ViT-B/32 head, 768 → 1000"
 
 
@@ -67,7 +69,7 @@ def test_heads_have_ordinary_data_without_further_options(
     setting = studies.prepare("clip-head", data=data, epochs=2)
     planned = studies.plan(setting)
     assert "cp" in {subject.name for subject in planned.heads}
-    found = judge(setting, next(subject for subject in planned.heads if subject.name == "cp"), 0)
+    found, _ = judge(setting, next(subject for subject in planned.heads if subject.name == "cp"), 0)
     assert all(isfinite(found[name]) for name in ("accuracy", "loss", "training time"))
 
 
@@ -139,6 +141,10 @@ def test_a_file_that_is_no_setting_is_refused(tmp_path: Path, change: dict[str, 
         ({"experts": []}, "at least one number of experts"),
         ({"experts": 0}, "must be positive"),
         ({"formats": []}, "at least one format"),
+        ({"parameters": []}, "at least one budget"),
+        ({"inputs": "x.npy"}, "there must be one beside them"),
+        ({"transposed": True}, "there must be one beside them"),
+        ({"sweeps": 0}, "sweeps must be positive, got 0"),
         ({"devices": ["tpu"]}, "'cpu' or 'cuda', got 'tpu'"),
         ({"data": "nothing.npz"}, "there is no file 'nothing.npz'"),
     ],
@@ -167,9 +173,8 @@ def test_a_budget_no_format_fits_is_refused() -> None:
         studies.plan(studies.prepare(parameters=10, formats=["cp", "tr"], data="none"))
 
 
-def test_a_layer_is_dense_and_has_biases() -> None:
+def test_a_layer_is_dense() -> None:
     with pytest.raises(ValueError, match="hidden must be positive, got 0"):
         studies.dense(3, 2, hidden=0)
-    for change in ({"experts": (4,)}, {"bias": False}):
-        with pytest.raises(ValueError, match="must be dense and have biases, got LayerSpec"):
-            studies.Layer("Other", replace(studies.dense(3, 2), **change))
+    with pytest.raises(ValueError, match="must be dense, got LayerSpec"):
+        studies.Layer("Other", replace(studies.dense(3, 2), experts=(4,)))

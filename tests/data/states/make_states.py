@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import mumoe_tensor.study as study
 from mumoe_tensor.analysis import edit_bias, mean_coefficients
 from mumoe_tensor.experiments import bias
 from mumoe_tensor.formats import formats, get_format, shared, sliced, sum_of
@@ -188,20 +187,8 @@ def record_runs() -> None:
     words: Any = dict(vocabulary=40, context=8, width=8, depth=1, heads=2, hidden=16)
     gpt2 = GPT2Config(**words, format="tr", experts=(2,), rank=(2, 2, 2))
     run(GPT2Run(TokenData("training.bin", "validation.bin"), gpt2, train), Path("gpt2"))
-    layer = study.Layer("Layer", study.dense(8, 6))
-    study.run(
-        layer,
-        out="study",
-        experts=[(2,)],
-        formats=["cp"],
-        seconds=0.01,
-        data="none",
-        batch=4,
-        devices=["cpu"],
-    )
-    for path in (*Path("study").glob("*.*"), *Path().glob("*/tensorboard/*")):
-        if path.suffix not in (".csv", ".json"):  # the page and the pictures are made, never read
-            path.unlink()
+    for path in Path().glob("*/tensorboard/*"):
+        path.unlink()
     random.seed(0)
 
     def person() -> str:

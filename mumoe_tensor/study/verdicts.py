@@ -1,0 +1,160 @@
+"""The best format of each budget by each measure; formats whose intervals overlap tie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from mumoe_tensor.interval import interval
+from mumoe_tensor.study.charts import accuracy_of, count_text, is_figure
+from mumoe_tensor.study.results import Measurement, Results, joined
+from mumoe_tensor.study.subjects import Subject
+from mumoe_tensor.study.sweep import Plan
+
+#: A title, headings, and rows below them.
+Cells = tuple[str, list[str], list[list[str]]]
+#: What has no spread has this one: figures that differ by less than 1 % tie.
+SPREAD = 0.005
+#: Names of formats that tie are written out up to this many.
+MOST_NAMES = 3
+
+
+class Figure(NamedTuple):
+    """A figure and the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Measure(NamedTuple):
+    """A measure by which formats are compared.
+
+    Attributes
+    ----------
+    title, quantity : str
+    figure : callable
+        From the measurements of a subject.
+    text : callable
+        Of a value.
+    values : mapping
+        What measurements must have.
+    highest : bool
+        Whether more is better.
+    """
+
+    title: str
+    quantity: str
+    figure: Callable[[list[Measurement]], Figure]
+    text: Callable[[float], str]
+    values: Mapping[str, Any] = MappingProxyType({})
+    highest: bool = False
+
+
+def best(figures: dict[str, Figure], highest: bool = False) -> list[str]:
+    """The name of the best figure, and of all that it cannot be told from, the best first."""
+    ordered = sorted(figures, key=lambda name: figures[name].value, reverse=highest)
+    first = figures[ordered[0]]
+    return [n for n in ordered if not (figures[n].low > first.high or figures[n].high < first.low)]
+
+
+def measures(planned: Plan) -> list[Measure]:
+    """The measures of the layer's subjects."""
+    errors = [("least error of the weight", "weight error"), ("least error of outputs", "output error")]
+    made = [Measure(title, quantity, _exact, _percent) for title, quantity in errors]
+    made += [
+        Measure("highest rank", "expert rank", _exact, lambda value: f"{value:,.0f}", highest=True),
+        Measure("fewest FLOPs", "FLOPs", _exact, lambda value: f"{value / 1e6:,.2f} M"),
+    ]
+    for device in planned.setting.devices:
+        at: dict[str, Any] = {"device": device, "batch": planned.setting.batch}
+        for quantity in ("forward", "step"):
+            made.append(Measure(f"fastest {quantity}, {device}", quantity, _ratio, _times, at))
+        made.append(Measure(f"least memory of a step, {device}", "step peak", _exact, _mebibytes, at))
+    return made
+
+
+def verdicts(planned: Plan, results: Results) -> Cells:
+    """The best format of the layer for each number of experts and budget, by each measure."""
+    return _table("Best format", planned.subjects, measures(planned), results)
+
+
+def head_verdicts(planned: Plan, results: Results) -> Cells:
+    """The best format of the heads for each number of experts and budget."""
+    by_accuracy = [
+        Measure("best accuracy", "accuracy", lambda runs: Figure(*accuracy_of(runs)), _percent, highest=True)
+    ]
+    return _table("Best head", planned.heads, by_accuracy, results)
+
+
+def is_specialised(results: Results, head: Subject) -> str:
+    """Whether experts have fewer classes each than under a random gate, by the runs of a head."""
+    real = {row.seed: row.value for row in results.of_subject(head, "polysemanticity")}
+    null = {row.seed: row.value for row in results.of_subject(head, "polysemanticity, random gate")}
+    differences = [(null[seed] or 0.0) - (real[seed] or 0.0) for seed in real if seed in null]
+    if not differences:
+        return ""
+    middle, half = interval(differences)
+    if half is None or abs(middle) <= half:
+        return "tie"
+    return "yes" if middle > 0 else "no"
+
+
+def _table(title: str, subjects: Sequence[Subject], by: Sequence[Measure], results: Results) -> Cells:
+    """A row for each number of experts and budget, and a column a measure that has figures."""
+    groups: dict[tuple[Any, int], list[Subject]] = {}
+    for subject in subjects:
+        if subject.budget:
+            groups.setdefault((subject.spec.experts, subject.budget), []).append(subject)
+    columns = {}
+    for measure in by:
+        cells = [_cell(of_group, measure, results) for of_group in groups.values()]
+        if any(cells):
+            columns[measure.title] = cells
+    lines = [
+        [count_text(joined(experts)), f"{budget:,}", *(cells[n] for cells in columns.values())]
+        for n, (experts, budget) in enumerate(groups)
+    ]
+    return title, ["experts", "parameters", *columns], lines
+
+
+def _cell(subjects: Sequence[Subject], measure: Measure, results: Results) -> str:
+    figures = {}
+    for subject in subjects:
+        rows = results.of_subject(subject, measure.quantity, **measure.values)
+        if rows and is_figure((figure := measure.figure(rows)).value):
+            figures[subject.title] = figure
+    if not figures:
+        return ""
+    names = best(figures, measure.highest)
+    value = measure.text(figures[names[0]].value)
+    if len(names) == 1:
+        return f"{names[0]} {value}"
+    if len(names) == len(figures):
+        return f"all tie, {value}"
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"tie: {', '.join(names[:MOST_NAMES])}{more}, {value}"
+
+
+def _exact(rows: list[Measurement]) -> Figure:
+    value = rows[0].value or 0.0
+    return Figure(value, (1 - SPREAD) * value, (1 + SPREAD) * value)
+
+
+def _ratio(rows: list[Measurement]) -> Figure:
+    """Time over the dense layer's, with quartiles."""
+    ratio, low, high = (float(x or 0.0) for x in (rows[0].ratio, rows[0].ratio_low, rows[0].ratio_high))
+    return Figure(ratio, low, high)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} × dense"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"

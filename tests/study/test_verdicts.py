@@ -1,0 +1,43 @@
+"""The best format of each budget; what intervals do not tell apart ties."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mumoe_tensor import study as studies
+from mumoe_tensor.study.verdicts import Figure, best, head_verdicts, is_specialised, verdicts
+
+Made = tuple[studies.Plan, studies.Results]
+
+
+def test_the_best_format_of_each_measure(made_up: Made) -> None:
+    _, headings, rows = verdicts(*made_up)
+    assert headings[:2] == ["experts", "parameters"] and [row[0] for row in rows] == ["4", "3 × 2"]
+    cells = dict(zip(headings, rows[0], strict=True))
+    # Of those at the budget: the dense mixture and Hadamard are not. The quartiles of most others overlap.
+    assert cells["fastest step, cpu"].startswith("tie: CP, ") and "0.90 × dense" in cells["fastest step, cpu"]
+    assert cells["least memory of a step, cpu"] == "CP 1 MiB"
+    assert "least error of the weight" not in headings
+    # Two runs of each head tell 95 % from 50 %, and not from 80 %.
+    _, _, heads = head_verdicts(*made_up)
+    assert [row[:1] + row[2:] for row in heads] == [[n, "tie: CP, Tensor Ring, 95.5 %"] for n in ("3", "4")]
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 2)), min_size=1, max_size=6), st.booleans())
+def test_ties_are_those_whose_intervals_overlap(spreads: list[tuple[float, float]], highest: bool) -> None:
+    figures = {str(k): Figure(x, x - half, x + half) for k, (x, half) in enumerate(spreads)}
+    names = best(figures, highest)
+    extreme = (max if highest else min)(figure.value for figure in figures.values())
+    first = figures[names[0]]
+    assert first.value == extreme
+    for name, figure in figures.items():
+        apart = figure.low > first.high or figure.high < first.low
+        assert (name in names) is not apart
+
+
+def test_experts_are_specialised_if_all_runs_say_so(made_up: Made) -> None:
+    planned, results = made_up
+    head = next(head for head in planned.heads if head.name == "cp")
+    assert is_specialised(results, head) == "yes"  # 0.3 under 0.6 in both runs
+    assert is_specialised(results, planned.heads[0]) == ""

@@ -645,7 +645,7 @@ FAULTS = [
           "ledger::test_none_is_an_empty_cell_and_nan_a_value"),
     Fault("experiments: what has a row is trained again", "paper_figures/experiments/heads.py",
           "if not kept.has(**key)]", "if key]",
-          "training/test_heads_experiment::test_a_run_that_has_a_row_is_not_done_again"),
+          "experiments/test_heads_experiment::test_a_run_that_has_a_row_is_not_done_again"),
     Fault("ledger: a new column is of new rows alone", "mumoe_tensor/ledger.py",
           "old = self._keyed(names, self) if grows else self._rows", "old = self._rows",
           "ledger::test_columns_that_are_not_declared"),

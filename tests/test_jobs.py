@@ -11,7 +11,7 @@ joblib = pytest.importorskip("joblib")
 from mumoe_tensor.jobs import side_by_side  # noqa: E402
 
 
-def squares(jobs: int) -> tuple[dict[int, int], set[int]]:
+def squares(jobs: int | str) -> tuple[dict[int, int], set[int]]:
     """Results by the number of their call, and the processes that made them."""
     results = dict(side_by_side([lambda n=n: (n * n, os.getpid()) for n in range(8)], jobs))
     return {number: square for number, (square, _) in results.items()}, {pid for _, pid in results.values()}
@@ -35,8 +35,7 @@ def test_a_cluster_takes_the_place_of_processes() -> None:
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
-        joblib.parallel_config("dask"),
     ):
         workers = set(client.run(os.getpid).values())
-        results, processes = squares(2)
+        results, processes = squares(cluster.scheduler_address)
     assert results == {n: n * n for n in range(8)} and processes <= workers

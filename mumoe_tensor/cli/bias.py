@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
-from mumoe_tensor.cli.options import Json
+from mumoe_tensor.cli.options import Jobs, Json
+from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.extras import require
 from mumoe_tensor.files import alone_in
 
@@ -35,7 +36,7 @@ def bias(
             show_default=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Trainings at once, each in a process of its own.")] = 1,
+    jobs: Jobs = "1",
     seeds: Annotated[int, typer.Option(help="Number of trainings of each model.")] = 5,
     test: Annotated[
         bool, typer.Option("--test", help="Evaluate on test rows, once validation is finished.")
@@ -44,7 +45,7 @@ def bias(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bias"),
     as_json: Json = False,
 ) -> None:
-    """Correct a bias against a subpopulation by the experts' biases, beside other ways to do so.
+    """Correct the errors of a classifier on a subpopulation by editing experts; compare with other methods.
 
     Trains linear, high-rank linear and μMoE classifiers, with oversampling and adversarial debiasing too, and
     corrects them by editing experts and by thresholds. Settings are chosen on validation rows; after that,
@@ -62,8 +63,6 @@ def bias(
 
         if seeds < 1:
             raise ValueError(f"--seeds must be positive, got {seeds}.")
-        if jobs < 1:
-            raise ValueError(f"--jobs must be positive, got {jobs}.")
         sides, place = (_side("target", target), _side("group", group)), folder / data
         is_own = data.endswith(".npz")
         if data not in experiments.RECIPES and not is_own:
@@ -85,7 +84,7 @@ def bias(
         split = "test" if test else "validation"
         with alone_in(out, "models"), can_go_on(), progress_bar(task.name) as progress:
             experiment = experiments.Experiment(task, recipe, out)
-            (experiment.test if test else experiment.validate)(progress, jobs)
+            (experiment.test if test else experiment.validate)(progress, read_jobs(jobs))
     rows = experiment.rows(split)
     methods, differences = experiments.summary(rows), experiments.comparisons(rows)
     if as_json:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
-from mumoe_tensor.cli.options import Imports, Json
+from mumoe_tensor.cli.options import Imports, Jobs, Json
+from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.extras import require
 
 
@@ -27,7 +28,7 @@ def replace(
     ],
     validation: Annotated[Path, typer.Option(help="Texts that settings are chosen by.", show_default=False)],
     test: Annotated[Path, typer.Option(help="Texts for the results.", show_default=False)],
-    jobs: Annotated[int, typer.Option(help="Trainings at once, each on one thread.")] = 1,
+    jobs: Jobs = "1",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/replace"),
     imports: Imports = None,
     as_json: Json = False,
@@ -48,12 +49,10 @@ def replace(
         from mumoe_tensor.replace.frontier import run_grid
         from mumoe_tensor.replace.grid import Grid
 
-        if jobs < 1:
-            raise ValueError(f"--jobs must be positive, got {jobs}.")
         logging.disable_progress_bar()
         paths = (training, validation, test)
         with can_go_on(), progress_bar("replace") as progress:
-            rows = run_grid(model, paths, Grid.read(grid), out, jobs=jobs, progress=progress)
+            rows = run_grid(model, paths, Grid.read(grid), out, jobs=read_jobs(jobs), progress=progress)
     if as_json:
         print_json(rows)
         return

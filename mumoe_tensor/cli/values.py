@@ -26,6 +26,15 @@ def read_several(text: str | None) -> list[tuple[int, ...]] | None:
     return None if text is None else [read_experts(levels.strip()) for levels in text.split(",")]
 
 
+def read_jobs(text: str) -> int | str:
+    """A number of processes, or the address of a Dask scheduler."""
+    if "://" in text:
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--jobs must be positive, or the address of a Dask scheduler, got {text!r}.")
+    return int(text)
+
+
 def read_names(text: str | None) -> list[str] | None:
     """Names with commas between."""
     return None if text is None else [name.strip() for name in text.split(",")]

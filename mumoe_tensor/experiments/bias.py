@@ -117,20 +117,20 @@ class Experiment:
         self.task, self.recipe, self.folder = task, recipe, folder
         self.ledger = Ledger(folder / "results.csv", COLUMNS)
 
-    def validate(self, progress: Progress | None = None, jobs: int = 1) -> None:
+    def validate(self, progress: Progress | None = None, jobs: int | str = 1) -> None:
         """Choose settings, train every model with every seed, and judge all on validation rows.
 
         Parameters
         ----------
         progress : callable, optional
-        jobs : int, default 1
+        jobs : int or str, default 1
             Trainings at once, see `.side_by_side`.
         """
         # Debiased models start from settings of the others.
         for runs in (self._tuning(ARCHITECTURES), self._tuning(DEBIASED), self._seeds("validation")):
             self._do([*runs], progress, jobs)
 
-    def test(self, progress: Progress | None = None, jobs: int = 1) -> None:
+    def test(self, progress: Progress | None = None, jobs: int | str = 1) -> None:
         """Judge everything on test rows, with the settings that were chosen on validation rows.
 
         Raises
@@ -158,7 +158,7 @@ class Experiment:
     # ---- runs ---------------------------------------------------------------------------------------------
 
     def _do(
-        self, runs: Sequence[tuple[str, Callable[[], list[Row]]]], progress: Progress | None, jobs: int
+        self, runs: Sequence[tuple[str, Callable[[], list[Row]]]], progress: Progress | None, jobs: int | str
     ) -> None:
         left = [(run, call) for run, call in runs if not self.ledger.has(run=self._key(run))]
         results = side_by_side([call for _, call in left], jobs)

@@ -41,7 +41,7 @@ def run_grid(
     grid: Grid,
     folder: str | Path,
     *,
-    jobs: int = 1,
+    jobs: int | str = 1,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Train and evaluate every layer of a grid; each becomes a row of a table.
@@ -61,7 +61,7 @@ def run_grid(
         A later call may add places, seeds and arms, and change arms that have no row. Of new places, all
         activations are collected anew.
     folder : str or Path
-    jobs : int, default 1
+    jobs : int or str, default 1
         Runs at once. Of several, each has one thread of a process of its own; see `.side_by_side`.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
@@ -249,7 +249,7 @@ def _sizes(layer: Any) -> Row:
 
 
 def _go_through(
-    job: _Job, stage: str, runs: Sequence[Run], table: Ledger, jobs: int, progress: Progress | None
+    job: _Job, stage: str, runs: Sequence[Run], table: Ledger, jobs: int | str, progress: Progress | None
 ) -> None:
     """Do the runs that the table lacks."""
     left = [run for run in runs if not table.has(run=run.name)]
@@ -261,7 +261,7 @@ def _go_through(
         tell(count, len(runs), run.name)
 
 
-def _rows(job: _Job, stage: str, runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, Row]]:
+def _rows(job: _Job, stage: str, runs: Sequence[Run], jobs: int | str) -> Iterator[tuple[Run, Row]]:
     work = getattr(job, stage) if jobs == 1 else partial(_do, pickle.dumps(job), stage)
     for number, row in side_by_side([partial(work, run) for run in runs], jobs):
         yield runs[number], row

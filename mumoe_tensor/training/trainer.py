@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from math import isfinite, isnan, nan
 from pathlib import Path
@@ -164,16 +164,19 @@ def train(
 
 def _accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState
 
     own = processes()
     if config.precision == "fp16" and own.device.type == "cpu":
         # (Accelerate would compute in float32 and say nothing.)
         raise ValueError("precision 'fp16' needs an accelerator; on CPUs there is 'bf16'.")
-    # Accelerate keeps one precision for a process; public is only the reset of the processes' group as well.
+    # Accelerate keeps one precision for a process, and how far a step is accumulated, even one that was
+    # interrupted; public is only the reset of the processes' group as well.
     AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
     return Accelerator(
         device_placement=own.num_processes > 1,
+        gradient_accumulation_steps=config.accumulation,
         mixed_precision=config.precision,
         dynamo_backend="inductor" if config.compile else "no",
     )
@@ -275,14 +278,13 @@ class _Run:
         torch.manual_seed(seed_of(self.config.seed, self.state.step, self.accelerator.process_index))
         self.optimizer.zero_grad()
         total = 0.0
-        for k, (x, y) in enumerate(parts):
+        for x, y in parts:
             # Processes add up their gradients once, with those of the last part.
-            is_last = k == len(parts) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                value = self.loss(self.wrapped(x.to(self.device)), y.to(self.device)) / len(parts)
+            with self.accelerator.accumulate(self.wrapped):
+                value = self.loss(self.wrapped(x.to(self.device)), y.to(self.device))
                 self.accelerator.backward(value)
             total += value.item()
-        return total
+        return total / len(parts)
 
     def _not_finite(self, parts: list[Batch], value: float, rate: float) -> str:
         when = f"in step {self.state.step}, epoch {self._epoch}, at a learning rate of {rate:.3g}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
@@ -110,14 +111,14 @@ def rate(network: str, format: str) -> float:
     return float(max(tried, key=lambda row: row["accuracy"])["learning_rate"])
 
 
-def fine_tune_all(jobs: int) -> None:
+def fine_tune_all(jobs: int | str) -> None:
     """Try the learning rates, then train with the best of each kind of head."""
     kinds = [(network, format) for network in EPOCHS for format in FORMATS]
     do(jobs, [Case(*kind, TUNING_SEED, each) for kind in kinds for each in RATES[kind[0]]])
     do(jobs, [Case(*kind, seed, rate(*kind)) for seed in SEEDS for kind in kinds])
 
 
-def do(jobs: int, cases: list[Case]) -> None:
+def do(jobs: int | str, cases: list[Case]) -> None:
     """Do what is not in the table yet."""
     keep(TABLE, [(case.key, (case,)) for case in cases], fit, jobs)
 
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("step", choices=("runs", "claims"))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=read_jobs, default=1)
     options = parser.parse_args(arguments)
     if options.step == "claims":
         print(as_text(differences()))

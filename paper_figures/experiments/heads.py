@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.interval import interval
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, plain
@@ -219,7 +220,7 @@ def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]
     return row, loads, {f"indices_{n}": top.indices[:SHOWN].numpy()}
 
 
-def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, jobs: int) -> Iterator[Any]:
+def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, jobs: int | str) -> Iterator[Any]:
     """Results as they come."""
     results = side_by_side([partial(work, *task) for task in tasks], jobs)
     for count, (_, result) in enumerate(results, 1):
@@ -254,7 +255,7 @@ def write_table(name: str, rows: Sequence[Row]) -> None:
     files.write_table(TABLES / f"{name}.csv", list(rows[0]), rows)
 
 
-def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, jobs: int) -> None:
+def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, jobs: int | str) -> None:
     """Run the tasks that have no row in a table yet; a task is the columns of its row and its arguments."""
     kept = table(name)
     where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
@@ -263,7 +264,7 @@ def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, job
         kept.add([row | {"measured": where}])
 
 
-def tune_all(jobs: int) -> None:
+def tune_all(jobs: int | str) -> None:
     """Try every learning rate of every kind of head."""
     tuned = dict.fromkeys(run.tuned_as for run in runs())
     tasks = [(run.key | {"learning_rate": rate}, (run, rate)) for run in tuned for rate in LEARNING_RATES]
@@ -278,7 +279,7 @@ def learning_rate(run: Run) -> float:
     return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
 
 
-def test_all(jobs: int) -> None:
+def test_all(jobs: int | str) -> None:
     """Train everything with the rates of `tune_all`, and evaluate it on the test rows."""
     tasks = [(run, learning_rate(run)) for run in runs()]
     make_features("t10k", DATA / "heads-test.npz")
@@ -316,7 +317,7 @@ def try_cause(name: str, seed: int) -> Row:
     }  # fmt: skip
 
 
-def find_causes(jobs: int) -> None:
+def find_causes(jobs: int | str) -> None:
     """Search, on validation rows, for causes of the difference between blocks of experts and the MLP."""
     rows = table("heads_causes")
     tasks = product(CAUSES, CAUSE_SEEDS)
@@ -402,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do a step of the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("step", choices=("features", "tune", "test", "causes", "claims"))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=read_jobs, default=1)
     parser.add_argument("--table", default="heads", help="of the claims: heads, or heads_repeated")
     options = parser.parse_args(arguments)
     if options.step == "features":

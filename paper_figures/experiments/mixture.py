@@ -24,6 +24,7 @@ from torch import Tensor
 
 import mumoe_tensor as mt
 from mumoe_tensor import files
+from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.nn import replace_experts
 from paper_figures.common import Row
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    parser.add_argument("--jobs", type=read_jobs, default=1, help="trainings at once")
     parser.add_argument("--out", type=Path, default=TABLES / "mixture.csv")
     options = parser.parse_args(arguments)
     trained, validated = text_of(options.folder)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mumoe_tensor.analysis import truncate
+from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import load_model
@@ -116,13 +117,13 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
     }
 
 
-def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], jobs: int) -> None:
+def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], jobs: int | str) -> None:
     """Train the runs that a table has no row of: columns of the row, settings, learning rate."""
     work = [(key, (kind, key, overrides, rate)) for key, overrides, rate in tasks]
     keep(name, work, trained, jobs)
 
 
-def tune(kind: str, jobs: int) -> None:
+def tune(kind: str, jobs: int | str) -> None:
     """Try every learning rate with one level of experts of each format, and without."""
     tasks = [
         ({"tuning": arm, "rate": rate, "seed": TUNING_SEED}, [*ARMS[kind][arm], *TUNING[kind]], rate)
@@ -162,7 +163,7 @@ def curves(kind: str, rows: Iterable[Row]) -> list[Row]:
     return records
 
 
-def run_all(kind: str, jobs: int) -> None:
+def run_all(kind: str, jobs: int | str) -> None:
     """All trainings of the protocol, their curves, and for Mixers the test images."""
     tasks = [
         ({"arm": arm, "seed": seed}, ARMS[kind][arm], learning_rate(kind, arm))
@@ -186,7 +187,7 @@ def run_all(kind: str, jobs: int) -> None:
             tested.add([{**key, "loss": loss, "accuracy": accuracy}])
 
 
-def find_causes(kind: str, jobs: int) -> None:
+def find_causes(kind: str, jobs: int | str) -> None:
     """Blocks of CP with one thing changed; these and the dense model with other learning rates."""
     tasks = []
     for seed in CAUSE_SEEDS[kind]:
@@ -202,7 +203,7 @@ def find_causes(kind: str, jobs: int) -> None:
     train_all(kind, f"{kind}_causes", tasks, jobs)
 
 
-def follow(kind: str, jobs: int) -> None:
+def follow(kind: str, jobs: int | str) -> None:
     """Train all arms of experts by the protocol with one thing changed, that of `FOLLOWED`."""
     name = FOLLOWED[kind]
     tasks = [
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kind", choices=list(ARMS))
     parser.add_argument("step", choices=("tune", "runs", "causes", "follow", "svd", "claims", "samples"))
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=read_jobs, default=1)
     options = parser.parse_args(arguments)
     if options.step == "follow" and options.kind not in FOLLOWED:
         parser.error(f"nothing is followed of {options.kind}")

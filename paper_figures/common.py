@@ -23,7 +23,7 @@ from mumoe_tensor import Cost, LayerSpec, cost
 from mumoe_tensor.files import replacing, whole_file, write_table
 from mumoe_tensor.formats import formats
 from mumoe_tensor.ledger import Ledger, Row, plain
-from mumoe_tensor.measure.environment import environment
+from mumoe_tensor.measure.environment import environment_text
 from mumoe_tensor.measure.timing import Spread
 from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
@@ -181,7 +181,7 @@ def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool =
             rows = list(Ledger(path, {}, more=plain))
             if quick or not rows[0]["quick"]:
                 return rows
-        where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+        where = environment_text()
         return [row | {"quick": int(quick), "measured": where} for row in module.measure(quick)]
 
 

@@ -31,6 +31,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def environment_text() -> str:
+    """What `environment` has, in one line."""
+    return "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

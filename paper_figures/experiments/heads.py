@@ -32,7 +32,7 @@ from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.interval import interval
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, plain
-from mumoe_tensor.measure.environment import environment
+from mumoe_tensor.measure.environment import environment_text
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
 from mumoe_tensor.training.head import train_head
@@ -258,7 +258,7 @@ def write_table(name: str, rows: Sequence[Row]) -> None:
 def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, jobs: int | str) -> None:
     """Run the tasks that have no row in a table yet; a task is the columns of its row and its arguments."""
     kept = table(name)
-    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+    where = environment_text()
     left = [arguments for key, arguments in tasks if not kept.has(**key)]
     for row in go_through(left, work, jobs):
         kept.add([row | {"measured": where}])
@@ -284,7 +284,7 @@ def test_all(jobs: int | str) -> None:
     tasks = [(run, learning_rate(run)) for run in runs()]
     make_features("t10k", DATA / "heads-test.npz")
     rows, loads = table("heads"), table("heads_load")
-    where = "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
+    where = environment_text()
     left = [task for task in tasks if not rows.has(**task[0].key)]
     for row, load, top in go_through(left, test, jobs):
         # The row is written last: if it is there, the others are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -27,7 +28,7 @@ from mumoe_tensor.training.memory import check_memory, made, parameters_of
 from mumoe_tensor.training.tokens import TokenData
 
 
-class _ModelRun:
+class _ModelRun(ABC):
     """What runs of a Mixer and of a GPT-2 have in common."""
 
     kind: ClassVar[str]
@@ -35,13 +36,13 @@ class _ModelRun:
     train: TrainConfig
     model: Any
 
+    @abstractmethod
     def make_model(self, device: torch.device | str | None = None) -> nn.Module:
         """The model, with weights drawn from torch's random numbers; a ValueError if it has no room."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_data(self) -> tuple[Rows, Rows]:
         """Rows for training and for validation."""
-        raise NotImplementedError
 
     def job(self, *, progress: bool = False) -> Job:
         """Read the data and make the model, its weights drawn with the seed of the training."""

@@ -19,29 +19,30 @@ def inspect(
         typer.Argument(help="Folder of a run of `train`, or of a layer of `replace`.", show_default=False),
     ] = None,
     beside: Annotated[
-        Path | None, typer.Option(help="Another such folder, to compare it with.", show_default=False)
+        Path | None, typer.Option(help="A second folder, to compare with.", show_default=False)
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="In the place of RUN: package.module:function of your own, which returns the model, or the "
-            "model and its tokenizer.",
+            help="Instead of RUN: package.module:function that returns your model, or your model and "
+            "its tokenizer.",
             show_default=False,
         ),
     ] = None,
     allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Agree that --model imports and runs your code.")
+        bool, typer.Option("--allow-import", help="Allow --model to import and run your code.")
     ] = False,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Of --model: its inputs, an .npz file with x, and perhaps classes as y.", show_default=False
+            help="With --model: an .npz file with inputs x, and optionally their classes y.",
+            show_default=False,
         ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Of a head on features, or of --data: their images, an .npz file with x.",
+            help="Images to show for a head on features, or for --data: an .npz file with x.",
             show_default=False,
         ),
     ] = None,
@@ -49,12 +50,12 @@ def inspect(
         str | None, typer.Option(help="Names of the classes, with commas between.", show_default=False)
     ] = None,
     vocabulary_files: Annotated[
-        Path, typer.Option(help="Of a GPT-2: folder with encoder.json and vocab.bpe.")
+        Path, typer.Option(help="For a GPT-2: folder of encoder.json and vocab.bpe.")
     ] = Path("data/gpt2-vocabulary"),
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Of a layer of `replace` or --model: JSON lines with an entry text, or a folder of *.txt.",
+            help="For a layer of `replace`, or --model: JSON lines with an entry text, or a folder of *.txt.",
             show_default="the test texts of its grid",
         ),
     ] = None,
@@ -69,23 +70,23 @@ def inspect(
     removed: Annotated[
         int,
         typer.Option(
-            help="Except of heads: remove the most used so many experts of a level, to see their effect."
+            help="How many experts of a level to remove, one by one, to see their effect; of a head all."
         ),
     ] = 16,
     out: Annotated[
-        Path | None, typer.Option(help="The page.", show_default="experts.html in RUN, or here")
+        Path | None, typer.Option(help="File for the page.", show_default="experts.html in RUN, or here")
     ] = None,
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Write a page to browse the experts of a model in: one of `train` or `replace`, or your own.
+    """Write a page that shows the experts of a trained model, of this library or your own.
 
     For each expert: the inputs it is most active for, the classes or tokens it is used for, how much it is
     used, and what is lost without it; of a GPT-2 also a text that it writes. One file, no network.
 
     Example: `mumoe-tensor inspect results/head`
 
-    Of your own: `mumoe-tensor inspect --model models:build --data rows.npz --allow-import`
+    Your own model: `mumoe-tensor inspect --model models:build --data rows.npz --allow-import`
     """
     require("torch", "train")
     from mumoe_tensor.browser import browse, browse_built

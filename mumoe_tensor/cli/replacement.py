@@ -17,27 +17,29 @@ def replace(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a causal language model of transformers and its tokenizer; or of one *.gguf.",
+            help="Folder of a causal language model of transformers with its tokenizer, or of a *.gguf file.",
             show_default=False,
         ),
     ],
-    grid: Annotated[Path, typer.Option(help="The grid, in TOML.", show_default=False)],
+    grid: Annotated[Path, typer.Option(help="TOML file with the grid of layers.", show_default=False)],
     training: Annotated[
         Path,
-        typer.Option(help="JSON lines with an entry text, or a folder of *.txt.", show_default=False),
+        typer.Option(
+            help="Texts to train on: JSON lines with an entry text, or a folder of *.txt.", show_default=False
+        ),
     ],
-    validation: Annotated[Path, typer.Option(help="Texts that settings are chosen by.", show_default=False)],
-    test: Annotated[Path, typer.Option(help="Texts for the results.", show_default=False)],
+    validation: Annotated[Path, typer.Option(help="Texts to choose settings on.", show_default=False)],
+    test: Annotated[Path, typer.Option(help="Texts to measure results on.", show_default=False)],
     jobs: Jobs = "1",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/replace"),
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Replace blocks of a language model by sparse layers, and measure what it loses over their sparsity.
+    """Replace blocks of a language model by sparse layers, and measure how much worse it predicts.
 
-    Trains transcoders, mixtures of decoders and other layers of a grid to the outputs of the blocks, and
-    measures the rise of the cross entropy with each in the place. Leaves frontier.csv, to which every layer
-    adds its row, and the layers. Interrupted, the same command goes on where it stopped.
+    Trains transcoders, mixtures of decoders and other layers of a grid on the outputs of the blocks, and
+    measures the cross entropy of the model with each layer in place. Writes the layers, and frontier.csv with
+    a row for each. If it is interrupted, the same command continues.
 
     Example: `mumoe-tensor replace SmolLM2 --grid grid.toml --training a.jsonl --validation b.jsonl --test
     c.jsonl`

@@ -336,6 +336,7 @@ def test_adult(data: Path) -> None:
         ("--data {data}/short.npz --target y --group g", "must have arrays"),
         ("--data {data}/own.npz --target y --group g", "g must be 0 or 1 for each row of x"),
         ("--target Smiling --group Male --seeds 0", "--seeds must be positive"),
+        ("--target Smiling --group Male --jobs 0", "--jobs must be positive"),
         ("--target Smiling --group Male --test", "after all validation"),
         ("--target Smiling --group Smiling=0", "have rows of the subpopulation"),
         ("--target Smiling --group Smiling", "both groups must have rows of label 1"),

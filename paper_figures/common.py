@@ -30,7 +30,7 @@ from mumoe_tensor.study.subjects import BASELINE, SPARSE
 from mumoe_tensor.text_table import text_table
 
 FOLDER = Path(__file__).resolve().parent
-FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common")))
+FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "common"))
 #: The linear layer of the figures over the number of experts, and the number at which mixtures match it.
 LINEAR = LayerSpec("dense", experts=(), in_features=768, out_features=768, bias=True)
 MATCHED_AT = 64

@@ -108,7 +108,7 @@ def test_stages_fill_their_tables(reports: list[harness.Report]) -> None:
     for report in reports:
         assert report.rows, report.name
         assert {name for row in report.rows for name in row} | {"note"} == {*report.columns, "note"}
-        assert len(str(report).splitlines()) == len(report.rows) + 4 + len(report.notes)
+        assert len(str(report).splitlines()) == len(report.rows) + 3 + len(report.notes)
 
 
 def test_a_layer_without_room_is_noted_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

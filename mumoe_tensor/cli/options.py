@@ -106,6 +106,8 @@ Imports = Annotated[
 ]
 Jobs = Annotated[
     str,
-    typer.Option(help="Trainings at once, or the address of a Dask scheduler, e.g. tcp://host:8786."),
+    typer.Option(
+        help="Fits and trainings at once, or the address of a Dask scheduler, e.g. tcp://host:8786."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

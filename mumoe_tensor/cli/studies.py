@@ -11,9 +11,11 @@ import typer
 from rich.console import Console
 
 from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
-from mumoe_tensor.cli.options import Hidden, Imports, Json
-from mumoe_tensor.cli.values import read_formats, read_names, read_several
+from mumoe_tensor.cli.options import Hidden, Imports, Jobs, Json
+from mumoe_tensor.cli.values import read_formats, read_jobs, read_names, read_several
 from mumoe_tensor.extras import require
+
+CORES = str(os.cpu_count() or 1)
 
 
 def study(
@@ -126,9 +128,7 @@ def study(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
-    jobs: Annotated[
-        int, typer.Option(help="Processes for fits and trainings; timings are always alone.")
-    ] = os.cpu_count() or 1,
+    jobs: Jobs = CORES,
     setting: Annotated[
         Path | None,
         typer.Option(
@@ -153,6 +153,7 @@ def study(
     from mumoe_tensor import study as studies
 
     with bad_input():
+        processes = read_jobs(jobs)
         options: dict[str, Any] = {
             "experts": read_several(experts),
             "formats": read_formats(formats),
@@ -192,7 +193,7 @@ def study(
         with bad_input():
             folder, results = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
         with can_go_on(), progress_bar(chosen.title) as progress:
-            studies.measure(planned, results, progress, jobs)
+            studies.measure(planned, results, progress, processes)
         names = [path.name for path in studies.write(planned, results, folder)]
     if as_json:
         print_json({**studies.to_json(planned, results), "files": [str(out / name) for name in names]})

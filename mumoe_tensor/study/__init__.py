@@ -52,7 +52,7 @@ def run(
     *,
     out: str | Path | None = None,
     fresh: bool = False,
-    jobs: int = 1,
+    jobs: int | str = 1,
     progress: Callable[[float, float, str], None] | None = None,
     **options: Any,
 ) -> Results:
@@ -66,7 +66,7 @@ def run(
         Folder for the results; by default nothing is written. A study that was begun there goes on.
     fresh : bool, default False
         Measure everything again.
-    jobs : int, default 1
+    jobs : int or str, default 1
         Processes for what is not timed.
     progress : callable, optional
         Called as ``progress(seconds done, seconds in all, text)``; seconds are an estimate.

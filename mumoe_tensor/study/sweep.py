@@ -129,14 +129,14 @@ def _place(setting: Setting, subject: Subject) -> tuple[int, ...]:
     return (setting.experts.index(subject.spec.experts), budgets.index(subject.budget), is_sparse, format)
 
 
-def measure(planned: Plan, results: Results, progress: Progress | None = None, jobs: int = 1) -> None:
+def measure(planned: Plan, results: Results, progress: Progress | None = None, jobs: int | str = 1) -> None:
     """Run every task without results.
 
     Parameters
     ----------
     results : Results
         Gets the measurements of each task when it ends.
-    jobs : int, default 1
+    jobs : int or str, default 1
         Processes for what is not timed: trainings, fits, and peaks of memory.
     """
     about, done = environment(), results.tasks

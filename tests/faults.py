@@ -977,7 +977,7 @@ FAULTS = [
           "        kept[expert, place] = parts[row, :, column].float().cpu()\n", "",
           "browser/test_language_models::test_batches_change_nothing"),
     Fault("browser: bars are not in the order of their numbers", "mumoe_tensor/browser/view.py",
-          "beyond[shares[beyond].argsort(descending=True, stable=True)]", "beyond",
+          "places = beyond.gather(1, order)", "places = beyond",
           "browser/test_browser::test_passages_and_tokens_of_a_language_model"),
 ]  # fmt: skip
 

@@ -84,8 +84,9 @@ class Labels:
         # (Sums of floats: whole numbers are exact up to 2^24 rows a batch.)
         counts = a.new_zeros(classes, experts, dtype=torch.float32)
         size = max(1, CHUNK // experts)
+        buffer = torch.empty_like(a[:size], dtype=torch.float32)
         for part, of_part in zip(a.split(size), labels.split(size), strict=True):
-            is_active = torch.empty_like(part, dtype=torch.float32)
+            is_active = buffer[: len(part)]
             if self.threshold > 0:
                 torch.ge(part, self.threshold, out=is_active)
             else:

@@ -88,10 +88,13 @@ class Usage:
         rows = coefficients.detach().reshape(-1, len(self.sums))
         self.rows += len(rows)
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        for part in rows.split(max(1, CHUNK // len(self.sums))):
-            # Sums as products with ones, and marks as floats: those of a bool tensor, or in float64, take ten
-            # times as long.
-            ones, marks = part.new_ones(len(part), dtype=dtype), torch.empty_like(part, dtype=dtype)
+        size = max(1, CHUNK // len(self.sums))
+        # Sums as products with ones, and marks as floats in memory that is used again: sums of a bool tensor,
+        # or in float64, take many times as long.
+        all_ones = rows.new_ones(min(size, len(rows)), dtype=dtype)
+        buffer = torch.empty_like(rows[:size], dtype=dtype)
+        for part in rows.split(size):
+            ones, marks = all_ones[: len(part)], buffer[: len(part)]
             self._add(self.sums, ones @ part.to(dtype))
             self._add(self.loads, ones @ torch.ge(part, self.threshold, out=marks))
             self._add(self.uses, ones @ torch.ne(part, 0, out=marks))

@@ -112,8 +112,7 @@ def browse_model(
         legend.append(f"An input counts as its {how}.")
     if labels is not None:
         counts = [len(level.top) for level in levels]
-        looked = min(EFFECT_INPUTS, len(inputs))
-        legend.append(f"{BARS_OF_CLASSES}, {told_effects(removed, counts)} on {looked:,} inputs.")
+        legend.append(legend_of_classes(removed, counts, min(EFFECT_INPUTS, len(inputs))))
     legend.append(f"Load: rows with a coefficient of {threshold:g} or more.")
     return page(
         View(
@@ -123,11 +122,16 @@ def browse_model(
     )  # fmt: skip
 
 
-#: What cards say of classes.
-BARS_OF_CLASSES = (
-    "Bars: the classes that the expert's coefficients go to, beyond their share of the inputs; in brackets, "
-    "the change of their accuracy without it, in points. Effect: the sum of these changes"
-)
+def legend_of_classes(removed: int, experts: Sequence[int], looked: int) -> str:
+    """What cards say of classes, and the effects that were measured, on so many inputs."""
+    start = "Bars: the classes that the expert's coefficients go to, beyond their share of the inputs; in"
+    if not removed:
+        return f"{start} brackets, how many times that share."
+    of = "" if removed >= max(experts) else f" for the {removed} most used experts of a level"
+    return (
+        f"{start} brackets, the change of their accuracy without it, in points. Effect: the sum of these "
+        f"changes, measured{of} on {looked:,} inputs."
+    )
 
 
 def check_counts(removed: int, **counts: int) -> None:

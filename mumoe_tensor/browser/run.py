@@ -12,13 +12,12 @@ from torch import Tensor
 
 from mumoe_tensor.browser.collect import Progress, collect
 from mumoe_tensor.browser.models import (
-    BARS_OF_CLASSES,
     EFFECT_INPUTS,
     EXPERTS,
     PASSAGE,
     check_counts,
     check_names,
-    told_effects,
+    legend_of_classes,
     view_language_model,
     view_tokens,
 )
@@ -187,8 +186,7 @@ def _view_mixer(
             f"{len(x):,} images that it was not trained on. An expert of a token_mlp sees the channels of an "
             "image, each over all patches; one of a channel_mlp sees the patches. An image counts with the "
             "mean coefficient of its channels or patches; patches are shaded by theirs, relative to the "
-            f"largest on the card. {BARS_OF_CLASSES}, {told_effects(removed, config.experts)} on {looked:,} "
-            "images. "
+            f"largest on the card. {legend_of_classes(removed, config.experts, looked)} "
             "Load: channels or patches with a coefficient of 0.5 or more."
         ),
         classes=classes,
@@ -302,13 +300,14 @@ def _view_head(
                 load_tensors(backbone, tensors)
         kept = extract(backbone, kept)
     check_names(classes, head.config["classes"])
-    levels = collect(head, kept.x.flatten(1), kept.y, k=k, progress=progress)
+    levels, experts = collect(head, kept.x.flatten(1), kept.y, k=k, progress=progress), head.config["experts"]
     return View(
         levels,
         samples,
-        title=f"{_times(head.config.get('experts', ()))} experts of a {head.config['format']} head",
+        title=f"{_times(experts)} experts of a {head.config['format']} head",
         about=(
-            f"{len(kept):,} rows that the head was not trained on. {BARS_OF_CLASSES}. "
+            f"{len(kept):,} rows that the head was not trained on. "
+            f"{legend_of_classes(max(experts, default=0), experts, len(kept))} "
             "Load: inputs with a coefficient of 0.5 or more."
         ),
         classes=classes,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mumoe_tensor.browser.collect import ExpertLevel
@@ -15,6 +17,8 @@ from mumoe_tensor.browser.samples import Images, Texts
 
 #: Labels that a card shows, and experts of a token of a written text that are kept.
 BARS, STRONGEST = 5, 8
+#: Experts whose labels are sorted at once.
+ROWS = 256
 #: Entries of a heat map at most, a byte each: of more classes than fit the most frequent are drawn.
 MAP = 2**21
 
@@ -108,8 +112,13 @@ class View:
         }
 
     def _level(self, level: ExpertLevel) -> dict[str, Any]:
-        is_shaded = isinstance(self.samples, Texts) or level.layer in self.grids
         usage, experts = level.usage, _most_used(level.usage.mean, self.experts)
+        effects = _effects(level)
+        columns = zip(
+            experts, usage.mean[experts].tolist(), usage.load[experts].tolist(), _bars(level, experts),
+            [None] * len(experts) if effects is None else effects[experts].tolist(),
+            _tops(level, experts, isinstance(self.samples, Texts) or level.layer in self.grids), strict=True,
+        )  # fmt: skip
         return {
             "layer": level.layer or "model",
             "level": level.level,
@@ -119,7 +128,18 @@ class View:
             "entropy": round(usage.entropy, 3),
             # Coefficients that sum to one are shares; others may be of any size.
             "shares": not abs(float(usage.mean.sum()) - 1) > 1e-3,
-            "experts": [_plain_expert(level, n, is_shaded) for n in experts],
+            "experts": [
+                {
+                    "n": n,
+                    "mean": round(mean, 6),
+                    "load": round(load, 6),
+                    "bars": bars,
+                    "clarity": clarity,
+                    "effect": None if effect is None or isnan(effect) else round(effect, 6),
+                    "top": top,
+                }
+                for n, mean, load, (bars, clarity), effect, top in columns
+            ],
             "map": None if level.is_language else _plain_map(level, experts),
         }
 
@@ -131,59 +151,71 @@ def _most_used(mean: Tensor, most: int | None) -> list[int]:
     return used.sort().values.tolist()
 
 
-def _plain_expert(level: ExpertLevel, n: int, is_shaded: bool) -> dict[str, Any]:
-    bars, clarity = _bars(level, n)
-    return {
-        "n": n,
-        "mean": round(float(level.usage.mean[n]), 6),
-        "load": round(float(level.usage.load[n]), 6),
-        "clarity": clarity,
-        "bars": bars,
-        "effect": _effect(level, n),
-        "top": _top(level, n, is_shaded),
-    }
-
-
-def _top(level: ExpertLevel, n: int, is_shaded: bool) -> list[dict[str, Any]]:
-    top = zip(level.top[n].tolist(), level.coefficients[n].tolist(), strict=True)
-    shown = [{"i": index, "a": round(a, 4), "rows": []} for index, a in top if index >= 0]
+def _tops(level: ExpertLevel, experts: list[int], is_shaded: bool) -> list[list[dict[str, Any]]]:
+    """The inputs of each expert, with the coefficients of their rows if these are shown."""
+    rows: Any = [[()] * level.top.shape[1]] * len(experts)
     if is_shaded and level.rows is not None:
-        for each, rows in zip(shown, level.rows[n].tolist(), strict=False):
-            each["rows"] = [round(x, 3) for x in rows]
-    return shown
+        rows = level.rows[experts].tolist()
+    tops = zip(level.top[experts].tolist(), level.coefficients[experts].tolist(), rows, strict=True)
+    return [
+        [
+            {"i": index, "a": round(a, 4), "rows": [round(x, 3) for x in of_input]}
+            for index, a, of_input in zip(*top, strict=True)
+            if index >= 0
+        ]
+        for top in tops
+    ]
 
 
-def _effect(level: ExpertLevel, n: int) -> float | None:
-    """Sum of the changes of the classes, or the change of the loss; None if the expert was not removed."""
-    if level.effects is None or level.effects[n].isnan().all():
-        return None
-    effects = level.effects[n].nan_to_num(0.0, float("inf"), -float("inf"))
-    return round(float(effects.abs().sum() if effects.ndim else effects), 6)
+def _effects(level: ExpertLevel) -> Tensor | None:
+    """Sums of the changes of the classes, or changes of the loss; NaN for an expert that was not removed."""
+    if level.effects is None or level.effects.ndim == 1:
+        return level.effects
+    sums = level.effects.nan_to_num(0.0, float("inf"), -float("inf")).abs().sum(1)
+    return sums.masked_fill(level.effects.isnan().all(1), float("nan"))
 
 
-def _bars(level: ExpertLevel, n: int) -> tuple[list[list[Any]], float]:
+def _bars(level: ExpertLevel, experts: list[int]) -> list[tuple[list[list[Any]], float]]:
     """Labels that coefficients go to beyond their frequency, as (label, share, remark); the largest share.
 
-    The largest share comes first. The remark is the change of the class's accuracy without the expert, or of
-    a token how many times larger its share is than that among all tokens.
+    The largest share comes first. The remark is the change of the class's accuracy without the expert, or
+    where this was not measured how many times larger the share is than that among all inputs or tokens.
     """
-    if level.sums is None or level.labels is None or level.frequency is None or not level.sums[n].any():
-        return [], 0.0
-    shares = level.sums[n] / level.sums[n].sum()
-    shares[level.labels < 0] = 0.0  # the rare ones together are no label
-    beyond = (shares - level.frequency).argsort(descending=True, stable=True)[:BARS]
-    bars = []
-    for place in beyond[shares[beyond].argsort(descending=True, stable=True)].tolist():
-        share, usual = float(shares[place]), float(level.frequency[place])
-        remark = ""
-        if level.effects is not None and level.effects.ndim == 2:
-            change = float(level.effects[n, place])
-            remark = "" if change != change else f"{100 * change:+.1f}"
-        elif usual:
-            remark = f"×{share / usual:.1f}"
-        if share > 0:
-            bars.append([int(level.labels[place]), round(share, 5), remark])
-    return bars, round(float(shares.max()), 5)
+    if level.sums is None or level.labels is None or level.frequency is None:
+        return [([], 0.0)] * len(experts)
+    frequency, is_label = level.frequency, level.labels >= 0  # the rare ones together are no label
+    bars: list[tuple[list[list[Any]], float]] = []
+    for chunk in torch.tensor(experts).split(ROWS):
+        sums = level.sums[chunk]
+        shares = sums / sums.sum(1, keepdim=True) * is_label
+        beyond = (shares - frequency * is_label).argsort(dim=1, descending=True, stable=True)[:, :BARS]
+        order = shares.gather(1, beyond).argsort(dim=1, descending=True, stable=True)
+        places = beyond.gather(1, order)
+        of_bars = zip(
+            sums.any(1).tolist(), shares.amax(1).tolist(), level.labels[places].tolist(),
+            shares.gather(1, places).tolist(), frequency[places].tolist(), _changes(level, chunk, places),
+            strict=True,
+        )  # fmt: skip
+        for is_used, most, *columns in of_bars:
+            listed = [
+                [label, round(share, 5), _remark(share, usual, change)]
+                for label, share, usual, change in zip(*columns, strict=True)
+                if share > 0
+            ]
+            bars.append((listed, round(most, 5)) if is_used else ([], 0.0))
+    return bars
+
+
+def _changes(level: ExpertLevel, experts: Tensor, places: Tensor) -> list[list[float | None]]:
+    if level.effects is None or level.effects.ndim == 1:
+        return [[None] * places.shape[1]] * len(places)
+    return level.effects[experts].gather(1, places).tolist()
+
+
+def _remark(share: float, usual: float, change: float | None) -> str:
+    if change is None:
+        return f"×{share / usual:.1f}" if usual else ""
+    return "" if isnan(change) else f"{100 * change:+.1f}"
 
 
 def _plain_map(level: ExpertLevel, experts: list[int]) -> dict[str, Any] | None:

@@ -127,6 +127,67 @@ def test_a_page_shows_something() -> None:
         browse_model(layer, x, torch.arange(9) % 2, classes=["a"])
 
 
+@pytest.mark.parametrize("width", [1280, 420])
+def test_two_models_in_a_browser(visit: Any, data: tuple[Tensor, Tensor], tmp_path: Path, width: int) -> None:
+    x, y = data
+    views = []
+    for experts in (70, 30):
+        torch.manual_seed(experts)
+        layer = MuMoE(36, 3, experts=(4, experts), rank=2, gate="softmax", gate_norm="none")
+        nn.init.normal_(layer.gate.weight)
+        levels = collect(nn.Sequential(nn.Flatten(), layer), x, y, k=3, effects=False)
+        views.append(View(levels, Images(x), title=f"{experts} experts", classes=["a", "b", "c"]))
+    path = tmp_path / "two.html"
+    path.write_text(page(*views), encoding="utf-8")
+    tab, told = visit(path, width)
+    tab.wait_for_selector(".card")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    heads = tab.locator("h1")
+    assert [heads.nth(k).is_visible() for k in (0, 1)] == [True, width == 1280]
+    # An address opens an expert of the level and the model that it names.
+    tab.evaluate("location.hash = 'expert=27&layer=1&level=1&model=2'")
+    tab.wait_for_selector(".opened")
+    assert tab.inner_text(".opened h2") == "Expert 27" and heads.nth(1).is_visible()
+    assert tab.evaluate("views[1].level.level") == 1 and tab.evaluate("views[0].level.level") == 0
+    box = tab.locator(".opened").bounding_box()
+    assert box is not None and 0 < box["y"] < 900
+    assert tab.inner_text(".opened h2 a") == "Expert 27"
+    assert tab.get_attribute(".opened h2 a", "href") == "#expert=27&layer=1&level=1&model=2"
+    # A column of the map is an expert with its class, and its card one click away.
+    tab.evaluate("document.querySelectorAll('canvas')[1].scrollIntoView({block: 'center'})")
+    tab.locator(".map canvas").nth(1).click(position={"x": 3, "y": 3})
+    first = tab.evaluate("views[1].columns[0].expert.n")
+    tab.wait_for_function(f"document.querySelector('.opened h2')?.textContent === 'Expert {first}'")
+    levels = views[1].levels[1]
+    assert levels.sums is not None
+    share = (levels.sums[first] / levels.sums[first].sum())[0]
+    assert f"Expert {first}, a: {100 * share:.0f}"[:-1] in tab.locator(".map output").nth(1).inner_text()
+    # Cards are as high as what they show.
+    heights = "[...document.querySelectorAll('.card')].every(c => c.scrollHeight <= c.clientHeight + 1)"
+    assert tab.evaluate(heights) and told == []
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_page_is_light_or_dark(browser: Any, tmp_path: Path, width: int) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "page.html"
+    path.write_text(browse_model(MuMoE(6, 2, experts=4, rank=2), torch.randn(9, 6)), encoding="utf-8")
+    colours = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(
+            offline=True, color_scheme=scheme, viewport={"width": width, "height": 900}
+        )
+        tab = context.new_page()
+        tab.goto(path.as_uri())
+        style = "getComputedStyle(document.body)"
+        colours[scheme] = tab.evaluate(
+            f"[{style}.color, {style}.backgroundColor].map(c => +c.match(/\\d+/)[0])"
+        )
+        context.close()
+    (text, back), (dark_text, dark_back) = colours["light"], colours["dark"]
+    assert back - text > 150 and dark_text - dark_back > 150
+
+
 # ---- by the command ---------------------------------------------------------------------------------------
 
 CODE = """

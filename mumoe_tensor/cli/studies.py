@@ -135,6 +135,10 @@ def study(
             help="The study.json of a study to run again, in the place of all above.", show_default=False
         ),
     ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="The folder of another study, to show beside this one.", show_default=False),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/study"),
     imports: Imports = None,
@@ -189,16 +193,18 @@ def study(
         if not fresh:
             chosen = studies.going_on(chosen, out)
         planned = studies.plan(chosen)
+        if compare is not None:
+            studies.read_study(compare)  # before anything is measured
     with ExitStack() as stack:
         with bad_input():
             folder, results = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
         with can_go_on(), progress_bar(chosen.title) as progress:
             studies.measure(planned, results, progress, processes)
-        names = [path.name for path in studies.write(planned, results, folder)]
+        names = [path.name for path in studies.write(planned, results, folder, compare)]
     if as_json:
         print_json({**studies.to_json(planned, results), "files": [str(out / name) for name in names]})
         return
-    for title, headings, rows in studies.cells(planned, results):
+    for title, headings, rows in studies.cells(planned, results, compare):
         table = new_table(*headings, title=title)
         for row in rows:
             table.add_row(*row)

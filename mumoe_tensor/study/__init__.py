@@ -13,6 +13,7 @@ from typing import Any
 
 from mumoe_tensor.extras import require
 from mumoe_tensor.files import alone_in, replacing, whole_file
+from mumoe_tensor.study.beside import beside, read_study
 from mumoe_tensor.study.layers import LAYERS, Layer, dense, get_layer
 from mumoe_tensor.study.report import RESULTS, to_json, write
 from mumoe_tensor.study.results import Measurement, Results
@@ -21,6 +22,7 @@ from mumoe_tensor.study.subjects import UNITS, Subject, fitted
 from mumoe_tensor.study.summary import notes
 from mumoe_tensor.study.sweep import Plan, measure, plan
 from mumoe_tensor.study.table import cells
+from mumoe_tensor.study.weights import read_covariance, read_weight
 
 __all__ = [
     "LAYERS",
@@ -31,6 +33,7 @@ __all__ = [
     "Results",
     "Setting",
     "Subject",
+    "beside",
     "cells",
     "dense",
     "fitted",
@@ -41,6 +44,9 @@ __all__ = [
     "open_folder",
     "plan",
     "prepare",
+    "read_covariance",
+    "read_study",
+    "read_weight",
     "run",
     "to_json",
     "write",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 from math import log10
+from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.pages import render
@@ -39,8 +40,8 @@ SYMBOLS: dict[Any, str] = {
 }
 
 
-def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
-    """The page of a study.
+def page(planned: Plan, results: Results, charts: list[Chart], compare: str | Path | None = None) -> str:
+    """The page of a study, beside another one that is in a folder.
 
     Returns
     -------
@@ -49,7 +50,7 @@ def page(planned: Plan, results: Results, charts: list[Chart]) -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    verdicts, *tables = cells(planned, results)
+    verdicts, *tables = cells(planned, results, compare)
     return render(
         "study.html",
         layer=planned.setting.layer,

@@ -77,7 +77,7 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
             mixtures, missing = fitted(head, experts, setting.head_formats, parameters)
             subjects += [subject for subject in mixtures if subject not in subjects]
             budget, counts = as_budget(parameters, head.dense_parameters), "x".join(map(str, experts))
-            unfitted |= {f"{name} head, {counts} experts, {budget:,}": why for name, why in missing.items()}
+            unfitted |= {f"{name} head, {counts}, {budget:,}": why for name, why in missing.items()}
         subjects.append(Subject(replace(head, experts=experts), SPARSE, top_k=setting.top_k))
     if unfitted and not any(subject.budget for subject in subjects):
         raise ValueError(

@@ -19,8 +19,13 @@ RESULTS = (
 )  # fmt: skip
 
 
-def write(planned: Plan, results: Results, folder: Path) -> list[Path]:
+def write(planned: Plan, results: Results, folder: Path, compare: str | Path | None = None) -> list[Path]:
     """Write the page and the pictures of a study, each whole or not at all.
+
+    Parameters
+    ----------
+    compare : str or Path, optional
+        The folder of another study, to stand beside this one.
 
     Returns
     -------
@@ -34,7 +39,7 @@ def write(planned: Plan, results: Results, folder: Path) -> list[Path]:
     drawn = charts(planned, results)
     paths = [folder / "results.csv", folder / "report.html", folder / "study.json"]
     with whole_file(paths[1]) as file:
-        file.write(page(planned, results, drawn).encode())
+        file.write(page(planned, results, drawn, compare).encode())
     return paths + write_plots(drawn, folder)
 
 

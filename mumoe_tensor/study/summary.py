@@ -23,7 +23,6 @@ def notes(planned: Plan, results: Results) -> list[str]:
             "The weight error is that of the matrix, the output error that of its outputs for the inputs, "
             "each relative, of a fit to it."
         )
-    sentences += [f"{name}: {why}" for name, why in planned.unfitted.items()]
     sentences += dict.fromkeys(
         f"{row.title}, {row.experts} experts: {row.note}." for row in results if row.note
     )

@@ -107,7 +107,7 @@ def plan(setting: Setting) -> Plan:
             # Two budgets may give the same rank.
             subjects = {subject.key: subject for subject in mixtures} | subjects
             counts = "x".join(map(str, experts)) or "no"
-            unfitted |= {f"{name}, {counts} experts, {budget:,}": why for name, why in missing.items()}
+            unfitted |= {f"{name}, {counts}, {budget:,}": why for name, why in missing.items()}
         if experts:
             sparse = Subject(replace(layer, experts=experts), SPARSE, top_k=setting.top_k)
             subjects[sparse.key] = sparse

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from mumoe_tensor.study.beside import beside, read_study
 from mumoe_tensor.study.charts import accuracy_of, count_text, trade_offs
 from mumoe_tensor.study.results import Measurement, Results, joined
 from mumoe_tensor.study.subjects import BASELINE, Subject
@@ -11,16 +13,27 @@ from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.verdicts import Cells, head_verdicts, is_specialised, verdicts
 
 
-def cells(planned: Plan, results: Results) -> list[Cells]:
+def cells(planned: Plan, results: Results, compare: str | Path | None = None) -> list[Cells]:
     """All tables, for the screen and the page; the first says which format is best.
+
+    Parameters
+    ----------
+    compare : str or Path, optional
+        The folder of another study, to stand beside this one.
 
     Returns
     -------
     list of (str, list of str, list of list of str)
     """
-    made = [verdicts(planned, results), _costs(planned, results), _times(planned, results)]
+    made = [verdicts(planned, results)]
+    if compare is not None:
+        made.append(beside((planned.setting, results), read_study(compare), str(compare)))
+    made += [_costs(planned, results), _times(planned, results)]
     if planned.heads:
         made += [head_verdicts(planned, results), _heads(planned, results)]
+    if planned.unfitted:
+        rows = [[*where.rsplit(", ", 2), why] for where, why in planned.unfitted.items()]
+        made.append(("Left out", ["", "experts", "parameters", "why"], rows))
     return made
 
 

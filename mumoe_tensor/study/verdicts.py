@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mumoe_tensor.interval import interval
 from mumoe_tensor.study.charts import accuracy_of, count_text, is_figure
 from mumoe_tensor.study.results import Measurement, Results, joined
+from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.subjects import Subject
 from mumoe_tensor.study.sweep import Plan
 
@@ -51,6 +52,10 @@ class Measure(NamedTuple):
     values: Mapping[str, Any] = MappingProxyType({})
     highest: bool = False
 
+    def is_of(self, row: Measurement) -> bool:
+        """Whether a measurement is of the measure."""
+        return row.quantity == self.quantity and self.values.items() <= vars(row).items()
+
 
 def best(figures: dict[str, Figure], highest: bool = False) -> list[str]:
     """The name of the best figure, and of all that it cannot be told from, the best first."""
@@ -59,7 +64,7 @@ def best(figures: dict[str, Figure], highest: bool = False) -> list[str]:
     return [n for n in ordered if not (figures[n].low > first.high or figures[n].high < first.low)]
 
 
-def measures(planned: Plan) -> list[Measure]:
+def measures(setting: Setting) -> list[Measure]:
     """The measures of the layer's subjects."""
     errors = [("least error of the weight", "weight error"), ("least error of outputs", "output error")]
     made = [Measure(title, quantity, _exact, _percent) for title, quantity in errors]
@@ -67,8 +72,8 @@ def measures(planned: Plan) -> list[Measure]:
         Measure("highest rank", "expert rank", _exact, lambda value: f"{value:,.0f}", highest=True),
         Measure("fewest FLOPs", "FLOPs", _exact, lambda value: f"{value / 1e6:,.2f} M"),
     ]
-    for device in planned.setting.devices:
-        at: dict[str, Any] = {"device": device, "batch": planned.setting.batch}
+    for device in setting.devices:
+        at: dict[str, Any] = {"device": device, "batch": setting.batch}
         for quantity in ("forward", "step"):
             made.append(Measure(f"fastest {quantity}, {device}", quantity, _ratio, _times, at))
         made.append(Measure(f"least memory of a step, {device}", "step peak", _exact, _mebibytes, at))
@@ -77,7 +82,7 @@ def measures(planned: Plan) -> list[Measure]:
 
 def verdicts(planned: Plan, results: Results) -> Cells:
     """The best format of the layer for each number of experts and budget, by each measure."""
-    return _table("Best format", planned.subjects, measures(planned), results)
+    return _table("Best format", planned.subjects, measures(planned.setting), results)
 
 
 def head_verdicts(planned: Plan, results: Results) -> Cells:

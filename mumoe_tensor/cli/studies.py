@@ -74,7 +74,7 @@ def study(
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Inputs of a forward pass and a step.", show_default="1024; quick 32")
+        int | None, typer.Option(help="Inputs of a forward pass and a step.", show_default="512; quick 32")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cpu,cuda.", show_default="all there are")

@@ -103,14 +103,8 @@ def pareto(planned: Plan, results: Results) -> Chart:
 def beside_dense(planned: Plan, results: Results) -> Chart:
     """Every subject beside the dense layer, at the first number of experts and the first budget."""
     setting = planned.setting
-    computed = {"Parameters": "parameters", "FLOPs": "FLOPs", "Saved for backward": "saved"}
-    computed |= {"Expert rank": "expert rank"}
-    measured = {
-        "Forward": "forward",
-        "Step": "step",
-        "Forward peak": "forward peak",
-        "Step peak": "step peak",
-    }
+    computed = {"FLOPs": "FLOPs", "Saved for backward": "saved"}
+    measured = {"Forward": "forward", "Step": "step", "Step peak": "step peak"}
     wanted = [(title, quantity, "") for title, quantity in computed.items()]
     wanted += [
         (f"{title}, {device}", quantity, device)

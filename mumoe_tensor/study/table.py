@@ -34,7 +34,13 @@ def cells(planned: Plan, results: Results, compare: str | Path | None = None) ->
     if planned.unfitted:
         rows = [[*where.rsplit(", ", 2), why] for where, why in planned.unfitted.items()]
         made.append(("Left out", ["", "experts", "parameters", "why"], rows))
-    return made
+    return [_without_empty(*each) for each in made]
+
+
+def _without_empty(title: str, headings: list[str], rows: list[list[str]]) -> Cells:
+    """The columns that have anything, such as experts."""
+    used = [n for n in range(len(headings)) if any(row[n] for row in rows)]
+    return title, [headings[n] for n in used], [[row[n] for n in used] for row in rows]
 
 
 def _costs(planned: Plan, results: Results) -> Cells:

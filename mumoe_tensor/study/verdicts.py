@@ -107,21 +107,18 @@ def is_specialised(results: Results, head: Subject) -> str:
 
 
 def _table(title: str, subjects: Sequence[Subject], by: Sequence[Measure], results: Results) -> Cells:
-    """A row for each number of experts and budget, and a column a measure that has figures."""
-    groups: dict[tuple[Any, int], list[Subject]] = {}
+    """A row a measure that has figures, and a column for each number of experts and budget."""
+    groups: dict[str, list[Subject]] = {}
     for subject in subjects:
         if subject.budget:
-            groups.setdefault((subject.spec.experts, subject.budget), []).append(subject)
-    columns = {}
-    for measure in by:
-        cells = [_cell(of_group, measure, results) for of_group in groups.values()]
-        if any(cells):
-            columns[measure.title] = cells
+            experts = joined(subject.spec.experts)
+            counts = f"{count_text(experts)} experts, " if experts else ""
+            groups.setdefault(f"{counts}{subject.budget:,} parameters", []).append(subject)
     lines = [
-        [count_text(joined(experts)), f"{budget:,}", *(cells[n] for cells in columns.values())]
-        for n, (experts, budget) in enumerate(groups)
+        [measure.title, *(_cell(of_group, measure, results) for of_group in groups.values())]
+        for measure in by
     ]
-    return title, ["experts", "parameters", *columns], lines
+    return title, ["", *groups], [line for line in lines if any(line[1:])]
 
 
 def _cell(subjects: Sequence[Subject], measure: Measure, results: Results) -> str:

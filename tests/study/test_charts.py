@@ -31,15 +31,14 @@ def test_beside_the_dense_layer(made_up: Made) -> None:
     planned, _ = made_up
     panels = {panel.title: panel for panel in by_name(made_up)["beside-dense"].panels}
     assert list(panels) == [
-        "Parameters", "FLOPs", "Saved for backward", "Expert rank", "Forward, cpu", "Step, cpu",
-        "Forward peak, cpu", "Step peak, cpu",
+        "FLOPs", "Saved for backward", "Forward, cpu", "Step, cpu", "Step peak, cpu",
     ]  # fmt: skip
     for name, (point,) in points_of(panels["Step, cpu"]).items():
         ratio = RATIOS.get(name, 1.0)
         assert (point.x, point.low, point.high) == (ratio, 0.9 * ratio, 1.2 * ratio)
     subjects = {s.name: s for s in planned.subjects if s.spec.experts in ((), (4,))}
     dense, cp = (subjects[name].figures(8) for name in ("baseline", "cp"))
-    assert points_of(panels["Parameters"])["cp"][0].x == cp["parameters"] / dense["parameters"]
+    assert points_of(panels["FLOPs"])["cp"][0].x == cp["FLOPs"] / dense["FLOPs"]
     assert points_of(panels["Step peak, cpu"])["tucker"][0].text == "3.00"
 
 

@@ -21,7 +21,7 @@ def test_defaults() -> None:
     assert found.layer.spec == studies.dense(768, 768, hidden=3072)
     assert found.experts == ((256,),) and found.formats == tuple(mt.formats())
     assert found.parameters == ("match", "0.5x")
-    assert found.batch == 1024 and found.data == "digits" and found.head_hidden == 128
+    assert found.batch == 512 and found.data == "digits" and found.head_hidden == 128
     quick = studies.prepare(quick=True)
     assert quick.experts == ((256,),) and quick.batch == 32 and quick.head_experts == ((8,),)
     assert studies.prepare(quick=True, batch=64).batch == 64

@@ -61,10 +61,11 @@ def trade_offs(planned: Plan, results: Results) -> list[TradeOff]:
     ]
     for device in setting.devices:
         at = {"device": device, "batch": setting.batch}
+        where = f", {device}" if len(setting.devices) > 1 else ""
         axes += [
-            (f"Forward, {device}", "ms", "forward", at, 1e3),
-            (f"Step, {device}", "ms", "step", at, 1e3),
-            (f"Memory of a step, {device}", "MiB", "step peak", at, 2**-20),
+            (f"Forward{where}", "ms", "forward", at, 1e3),
+            (f"Step{where}", "ms", "step", at, 1e3),
+            (f"Memory{where}", "MiB of a step", "step peak", at, 2**-20),
         ]
     made = []
     for title, label, quantity, values, scale in axes:

@@ -48,7 +48,7 @@ def _costs(planned: Plan, results: Results) -> Cells:
     for title, _, points, front in trade_offs(planned, results):
         for key, point in points.items():
             if point in front:
-                fronts.setdefault(key, []).append(title.lower())
+                fronts.setdefault(key, []).append(title)
     headed = {
         "weight error": "error %",
         "output error": "of outputs %",

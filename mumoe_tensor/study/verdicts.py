@@ -114,10 +114,7 @@ def _table(title: str, subjects: Sequence[Subject], by: Sequence[Measure], resul
             experts = joined(subject.spec.experts)
             counts = f"{count_text(experts)} experts, " if experts else ""
             groups.setdefault(f"{counts}{subject.budget:,} parameters", []).append(subject)
-    lines = [
-        [measure.title, *(_cell(of_group, measure, results) for of_group in groups.values())]
-        for measure in by
-    ]
+    lines = [[each.title, *(_cell(group, each, results) for group in groups.values())] for each in by]
     return title, ["", *groups], [line for line in lines if any(line[1:])]
 
 

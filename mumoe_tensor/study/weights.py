@@ -27,9 +27,9 @@ def read_weight(source: str, transposed: bool = False) -> Any:
     Parameters
     ----------
     source : str
-        A file and the name of a tensor in it, as ``model.safetensors:layers.3.mlp.up_proj.weight``; see
-        `tensors_of`. Of several names that match a pattern, each is one expert, in the order of the numbers
-        in their names.
+        A file of safetensors, of NumPy or of ``torch.save``, or a folder of safetensors, and the name of a
+        tensor in it, as ``model.safetensors:layers.3.mlp.up_proj.weight``. Of several names that match a
+        pattern, each is one expert, in the order of the numbers in their names.
     transposed : bool, default False
         Whether the file has (..., in, out), as the ``Conv1D`` of GPT-2 and the arrays of this library; by
         default it has (..., out, in), as `torch.nn.Linear`.

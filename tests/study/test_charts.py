@@ -60,7 +60,7 @@ def test_quality_over_what_it_costs(made_up: Made) -> None:
     """Without a weight it is the rank of an expert."""
     planned, _ = made_up
     panels = {panel.title: panel for panel in by_name(made_up)["pareto"].panels}
-    assert list(panels) == ["Parameters", "FLOPs", "Forward, cpu", "Step, cpu", "Memory of a step, cpu"]
+    assert list(panels) == ["Parameters", "FLOPs", "Forward", "Step", "Memory"]
     for subject in planned.main:
         figures = subject.figures(8)
         (point,) = points_of(panels["FLOPs"])[subject.name]

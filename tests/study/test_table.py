@@ -23,7 +23,7 @@ def test_costs_are_those_of_the_subjects(made_up: Made) -> None:
         assert row["parameters"] == f"{figures['parameters']:,}"
         assert row["expert rank"] == f"{figures['expert rank']:,}"
         assert row["rank"] == ", ".join(map(str, subject.spec.full_rank))
-    assert any("parameters" in row["on the front of"] for row in rows)
+    assert any("Parameters" in row["on the front of"] for row in rows)
 
 
 def test_times_are_beside_the_dense_layer(made_up: Made) -> None:

@@ -227,6 +227,26 @@ def test_examples_in_the_help_are_the_documented_ones(command: str) -> None:
     assert "".join(f"mumoe-tensor {command}".split()) in output
 
 
+@needs_training
+def test_defaults_of_options_are_those_of_the_settings() -> None:
+    from inspect import signature
+
+    from mumoe_tensor.cli.training import train_head
+    from mumoe_tensor.models import Head
+    from mumoe_tensor.training import TrainConfig
+    from mumoe_tensor.training.head import HeadSetting
+
+    told = {name: p.default for name, p in signature(train_head).parameters.items()}
+    told.pop("backbone")  # which matters only with images
+    shared = set()
+    for settings in (Head, HeadSetting, TrainConfig):
+        for name, parameter in signature(settings).parameters.items():
+            if name in told and parameter.default is not parameter.empty:
+                assert str(told[name]) == str(parameter.default), name
+                shared.add(name)
+    assert {"format", "experts", "gate_norm", "size", "validation", "epochs", "learning_rate"} <= shared
+
+
 def own_tokens(folder: Path) -> str:
     """Options for a tiny GPT-2 on a file of tokens that repeat themselves."""
     (np.arange(300) % 5).astype("<u2").tofile(folder / "tokens.bin")

@@ -14,6 +14,7 @@ from mumoe_tensor.nn.functional import entmax15
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.layers import MuMoE, MuMoEMLP
 from mumoe_tensor.nn.parallel import gather, parallelize
+from mumoe_tensor.nn.rates import parameter_groups
 from mumoe_tensor.nn.registry import register_activation, register_gate
 from mumoe_tensor.nn.routed import ChosenExperts, RoutedExperts
 from mumoe_tensor.nn.saving import load, save
@@ -36,6 +37,7 @@ __all__ = [
     "load_adapter",
     "merge_experts",
     "parallelize",
+    "parameter_groups",
     "prepare_to_save",
     "register_activation",
     "register_gate",

@@ -1,0 +1,116 @@
+"""Learning rates of factors: how far a step of each moves the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mumoe_tensor.nn.experts import Experts, Init
+from mumoe_tensor.nn.init import is_bias
+from mumoe_tensor.spec import LayerSpec
+
+#: Inputs whose outputs are compared, draws of the factors, and a learning rate small enough that outputs are
+#: linear in it.
+ROWS, DRAWS, STEP = 64, 3, 1e-6
+PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
+
+
+def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """Groups of parameters for an optimizer, with a learning rate for every factor.
+
+    A first step of Adam changes each entry of a parameter by the learning rate. How far that moves the
+    outputs depends on the place of a factor in its network: on how many entries it sums over, and on the
+    factors beside it. Here each factor of a layer has an equal share in a step that moves the outputs as far
+    as one of `torch.nn.Linear` with the same sizes. All other parameters, gates and biases among them, have
+    the learning rate itself. (After Qiu et al., "Compute Better Spent", 2024, who scale the rate of each
+    factor by the entries it sums over.)
+
+    Rates follow from the declaration of the layers: they are measured once on factors as
+    `Experts.reset_parameters` draws them, with random inputs and equal coefficients.
+
+    Parameters
+    ----------
+    learning_rate : float
+        One that suits the dense layers of the model.
+
+    Returns
+    -------
+    list of dict
+        With the entries ``params``, ``lr`` and ``scale``, the factor from ``learning_rate`` to ``lr``, by
+        which a schedule may set rates. Parameters without gradients are left out.
+
+    Raises
+    ------
+    ValueError
+        If the learning rate is not positive.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mumoe_tensor.nn import MuMoE, parameter_groups
+    >>> layer = MuMoE(64, 64, experts=16, format="tt")
+    >>> optimizer = torch.optim.AdamW(parameter_groups(layer, learning_rate=1e-3))
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    scales: dict[Tensor, float] = {}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            scales.update(zip(module.factors, scales_of(module.spec, module.options["init"]), strict=True))
+    groups: dict[float, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": learning_rate * scale, "scale": scale}
+        for scale, parameters in groups.items()
+    ]
+
+
+@lru_cache(maxsize=256)
+def scales_of(spec: LayerSpec, init: Init) -> tuple[float, ...]:
+    """What the learning rate is multiplied by for each factor of experts, a geometric mean over draws."""
+    with torch.random.fork_rng(devices=()), torch.enable_grad():
+        torch.manual_seed(0)
+        drawn = [_scales_of_draw(Experts.from_spec(spec, init=init, **PLACE)) for _ in range(DRAWS)]
+    return tuple(map(geometric_mean, zip(*drawn, strict=True)))
+
+
+def _scales_of_draw(experts: Experts) -> list[float]:
+    spec = experts.spec
+    linear = nn.Linear(spec.in_features, spec.out_features, bias=False, **PLACE)
+    x, gradient = (torch.randn(ROWS, n, **PLACE) for n in (spec.in_features, spec.out_features))
+    equal = [torch.full((ROWS, n), 1 / n, **PLACE) for n in spec.experts]
+
+    def outputs() -> Tensor:
+        y: Tensor = experts(x, equal)
+        return y
+
+    # A bias has the learning rate itself, as that of a linear layer has.
+    biases = [is_bias(term) for term in experts.weight.terms for factor in term.factors if factor is not None]
+    factors = [factor for factor, bias in zip(experts.factors, biases, strict=True) if not bias]
+    alone = [_moved(outputs, gradient, {factor: 1.0}) for factor in factors]
+    shares = {factor: 1 / moved for factor, moved in zip(factors, alone, strict=True)}
+    target = _moved(lambda: linear(x), gradient, {linear.weight: 1.0})
+    share = target / _moved(outputs, gradient, shares)
+    return [share * shares[factor] if factor in shares else 1.0 for factor in experts.factors]
+
+
+@torch.no_grad()
+def _moved(outputs: Callable[[], Tensor], gradient: Tensor, scales: Mapping[Tensor, float]) -> float:
+    """How far a first step of Adam moves the outputs, over the learning rate."""
+    with torch.enable_grad():
+        before = outputs()
+    gradients = torch.autograd.grad(before, [*scales], gradient)
+    steps = [STEP * scale * each.sign() for scale, each in zip(scales.values(), gradients, strict=True)]
+    for parameter, step in zip(scales, steps, strict=True):
+        parameter.sub_(step)
+    moved = torch.linalg.vector_norm(outputs() - before).item() / STEP
+    for parameter, step in zip(scales, steps, strict=True):
+        parameter.add_(step)
+    return moved

@@ -154,8 +154,12 @@ def test_two_models_in_a_browser(visit: Any, data: tuple[Tensor, Tensor], tmp_pa
     assert tab.inner_text(".opened h2 a") == "Expert 27"
     assert tab.get_attribute(".opened h2 a", "href") == "#expert=27&layer=1&level=1&model=2"
     # A column of the map is an expert with its class, and its card one click away.
-    tab.evaluate("document.querySelectorAll('canvas')[1].scrollIntoView({block: 'center'})")
-    tab.locator(".map canvas").nth(1).click(position={"x": 3, "y": 3})
+    tab.evaluate("""() => {
+        const canvas = document.querySelectorAll('.map canvas')[1];
+        const {left, top} = canvas.getBoundingClientRect();
+        for (const kind of ['mousemove', 'click'])
+            canvas.dispatchEvent(new MouseEvent(kind, {clientX: left + 3, clientY: top + 3}));
+    }""")
     first = tab.evaluate("views[1].columns[0].expert.n")
     tab.wait_for_function(f"document.querySelector('.opened h2')?.textContent === 'Expert {first}'")
     levels = views[1].levels[1]

@@ -56,7 +56,9 @@ def browse_built(
         Names of the classes.
     rows : int, optional
         Inputs to look at, the first ones, or windows of 256 tokens; all by default.
-    k, removed, progress
+    k, removed : int
+        As of `browse_model`.
+    progress : callable, optional
         As of `browse_model`.
 
     Returns

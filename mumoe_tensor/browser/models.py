@@ -106,7 +106,7 @@ def browse_model(
         batch_size=batch_size, effects=removed > 0, removed=removed, effect_inputs=EFFECT_INPUTS,
         layers=layers, threshold=threshold, progress=progress,
     )  # fmt: skip
-    legend = [about or f"{len(inputs):,} inputs."]
+    legend = []
     if any(level.rows is not None for level in levels):
         how = "most active row" if pool == "max" else "rows on average"
         legend.append(f"An input counts as its {how}.")
@@ -116,8 +116,9 @@ def browse_model(
     legend.append(f"Load: rows with a coefficient of {threshold:g} or more.")
     return page(
         View(
-            levels, samples, title=title or f"Experts of {type(model).__name__}", about=" ".join(legend),
-            classes=classes, grids=grids or {}, experts=experts,
+            levels, samples, title=title or f"Experts of {type(model).__name__}",
+            about=about or f"{len(inputs):,} inputs.", legend=" ".join(legend), classes=classes,
+            grids=grids or {}, experts=experts,
         )
     )  # fmt: skip
 
@@ -276,26 +277,20 @@ def view_tokens(
         model, x, y, k=k, batch_size=rows, passage=passage, effects=removed > 0, removed=removed,
         effect_inputs=looked, layers=layers, threshold=threshold, progress=progress,
     )  # fmt: skip
-    counts = [
-        f" {level.layer}, level {level.level}: {level.usage.active * len(level.top):.1f} of "
-        f"{len(level.top):,} experts are active for a token on average, {level.usage.dead:,} for no token."
-        for level in levels
-        if experts is not None
-    ]
     names = {token: decode(token) for token in x.unique().tolist()}
     return View(
         levels,
         Texts([[names[token] for token in row] for row in x.reshape(-1, passage).tolist()]),
         title=title,
-        about=(
-            f"{about} Shown are the passages of {passage} tokens "
-            "whose most active token is the most active; tokens are shaded by the expert's coefficient, "
-            "relative to the largest on the card. Bars: the tokens that the expert's coefficients go to, "
-            "beyond their share of all tokens; in brackets, how many times that share. Loss: the change in "
-            "nats per token without the expert, "
+        about=about,
+        legend=(
+            f"Shown are the passages of {passage} tokens whose most active token is the most active; tokens "
+            "are shaded by the expert's coefficient, relative to the largest on the card. Bars: the tokens "
+            "that the expert's coefficients go to, beyond their share of all tokens; in brackets, how many "
+            "times that share. Loss: the change in nats per token without the expert, "
             f"{told_effects(removed, [len(level.top) for level in levels])} on "
             f"{looked * x.shape[1]:,} tokens. Load: tokens with a coefficient "
-            f"{'of 0.5 or more' if threshold == 0.5 else 'above zero'}.{''.join(counts)}"
+            f"{'of 0.5 or more' if threshold == 0.5 else 'above zero'}."
         ),
         classes=names,
         written=written,

@@ -182,8 +182,9 @@ def _view_mixer(
         levels,
         Images((pixels[..., 0] if config.channels == 1 else pixels).numpy()),
         title=f"{_times(config.experts)} experts in every block of a Mixer, {config.format}",
-        about=(
-            f"{len(x):,} images that it was not trained on. An expert of a token_mlp sees the channels of an "
+        about=f"{len(x):,} images that it was not trained on.",
+        legend=(
+            "An expert of a token_mlp sees the channels of an "
             "image, each over all patches; one of a channel_mlp sees the patches. An image counts with the "
             "mean coefficient of its channels or patches; patches are shaded by theirs, relative to the "
             f"largest on the card. {legend_of_classes(removed, config.experts, looked)} "
@@ -305,8 +306,8 @@ def _view_head(
         levels,
         samples,
         title=f"{_times(experts)} experts of a {head.config['format']} head",
-        about=(
-            f"{len(kept):,} rows that the head was not trained on. "
+        about=f"{len(kept):,} rows that the head was not trained on.",
+        legend=(
             f"{legend_of_classes(max(experts, default=0), experts, len(kept))} "
             "Load: inputs with a coefficient of 0.5 or more."
         ),

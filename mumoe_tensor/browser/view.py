@@ -57,6 +57,8 @@ class View:
         the expert's coefficients.
     title, about : str
         Above the experts.
+    legend : str, optional
+        How to read a card.
     classes : sequence or mapping of int to str, optional
         Names of the classes, or of tokens; their numbers by default.
     grids : mapping of str to (int, int), optional
@@ -77,6 +79,7 @@ class View:
     samples: Images | Texts | None = None
     title: str = "Experts"
     about: str = ""
+    legend: str = ""
     classes: Sequence[str] | Mapping[int, str] = ()
     grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     written: Sample | None = None

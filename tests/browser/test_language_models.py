@@ -101,11 +101,12 @@ def test_the_most_used_experts_are_shown(html: str, model: Language, windows: Te
         assert [expert["effect"] for expert in removed] == pytest.approx(expected.tolist(), abs=2e-6)
 
 
-def test_the_text_says_how_many_experts_there_are(html: str, model: Language, windows: Tensor) -> None:
+def test_the_page_says_how_many_experts_are_used(html: str, model: Language, windows: Tensor) -> None:
     levels = collect(model, windows[:, :64], windows[:, 1:65], layers=["blocks.0"], effects=False)
     (usage,) = (level.usage for level in levels)
-    active = f"{usage.active * EXPERTS:.1f} of 1,000 experts are active for a token on average"
-    assert f"blocks.0, level 0: {active}, {usage.dead} for no token." in html
+    told = content(html)["levels"][1]
+    assert (told["total"], told["dead"]) == (EXPERTS, usage.dead)
+    assert told["active"] == pytest.approx(usage.active * EXPERTS, abs=0.01)
     assert "Numbers." in html and "Load: tokens with a coefficient above zero." in html
     assert "measured for the 2 most used experts of a level on 384 tokens" in html
 

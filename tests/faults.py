@@ -671,7 +671,7 @@ FAULTS = [
           "if replace(other, **grown) != both:", "if False:",
           "study/test_sweep::test_formats_are_added_to_a_finished_study"),
     Fault("study: experts that are not there have no memory", "mumoe_tensor/study/sweep.py",
-          "(forward_peak + parameters, ", "(forward_peak, ",
+          "                copies * parameters + (peak", "                copies * run_parameters + (peak",
           "study/test_sweep::test_a_mixture_of_dense_experts_that_is_too_large_is_estimated"),
     Fault("study: everything measured again", "mumoe_tensor/study/sweep.py",
           "if task.key not in done]", "if True or task.key not in done]",

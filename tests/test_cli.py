@@ -181,9 +181,10 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mumoe_tensor.study import sweep
 
     monkeypatch.setattr(sweep, "peaks", lambda *_: (1, 2))
+    monkeypatch.setattr("mumoe_tensor.cli.console.LINE_SECONDS", 1e9)
     sizes = "--in-features 40 --hidden 50 --out-features 30"
     line = f"study {sizes} --experts 4,3x2 --formats cp,hadamard --parameters 0.9x --batch 4 --data none"
-    line += f" --seed 7 --seconds 0.001 --device cpu --quick --out {tmp_path}"
+    line += f" --seed 7 --seconds 0.001 --device cpu --quick --jobs 1 --out {tmp_path}"
     found = figures(line)
     assert {Path(file).suffix for file in found["files"]} == {".csv", ".html", ".json", ".png", ".svg"}
     assert all(Path(file).stat().st_size > 0 for file in found["files"])
@@ -197,7 +198,7 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["value"] == mt.cost("cp", rank=rank, **layer).parameters and row["rank"] == str(rank)
     assert {row["seed"] for row in rows if row["quantity"] == "forward"} == {7}
     # Again, from its own setting: everything is there.
-    text = run(f"study --setting {tmp_path}/study.json --out {tmp_path}")
+    text = run(f"study --jobs 1 --setting {tmp_path}/study.json --out {tmp_path}")
     assert f"{row['value']:,.0f}" in text and "report.html" in text
 
 

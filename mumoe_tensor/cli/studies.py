@@ -85,7 +85,8 @@ def study(
     memory: Annotated[
         float | None,
         typer.Option(
-            help="Dense experts that need more GiB are run with fewer, and estimated.", show_default="2"
+            help="What needs more GiB is run with fewer dense experts or inputs, and estimated.",
+            show_default="2",
         ),
     ] = None,
     data: Annotated[

@@ -55,8 +55,8 @@ class Setting:
     rounds : int
         Rounds of a timing at most.
     memory : float
-        Mixtures of dense experts whose parameters and gradients take more GiB are run with fewer experts, and
-        their figures estimated from those.
+        What takes more GiB is run with fewer dense experts or inputs, and its figures are estimated from
+        those.
     top_k : int
         Experts that an input of the sparse mixture uses.
     devices : tuple of str

@@ -28,8 +28,9 @@ from mumoe_tensor.study.weights import read_covariance, read_weight
 
 #: Batch of the latency of heads.
 HEAD_BATCH = 256
-#: A mixture of dense experts with a forward pass that is predicted to take more seconds is estimated.
-SLOW = 0.5
+#: What is predicted to take more seconds for a forward pass, and more than the dense layer twice, is
+#: estimated.
+SLOW = 0.1
 #: A fit ends when two sweeps in a row lower its error by a smaller fraction each.
 TOLERANCE = 1e-3
 
@@ -230,8 +231,9 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: 
     def run() -> list[Measurement]:
         torch.manual_seed(setting.seed)
         x = torch.randn(batch, subject.spec.in_features, device=device, requires_grad=True)
-        run_one = smaller(subject, setting, batch, device)
-        scale = subject.predicted(batch, device) / run_one.predicted(batch, device)
+        run_one, few = smaller(subject, setting, batch, device)
+        scale = subject.predicted(batch, device) / run_one.predicted(few, device)
+        inputs = {"dense": x, "this": x[:few].detach().requires_grad_()}
         # The dense layer is measured against itself, and costs one turn only.
         spec = subject.spec
         baseline = Subject(dense(spec.in_features, spec.out_features, spec.hidden, spec.bias), BASELINE)
@@ -240,7 +242,9 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: 
         rows = []
         for kind in kinds:
             calls = {
-                name: passes.step(module.train(), x) if kind == "step" else passes.forward(module.eval(), x)
+                name: passes.step(module.train(), inputs[name])
+                if kind == "step"
+                else passes.forward(module.eval(), inputs[name])
                 for name, module in modules.items()
             }
             first = next(iter(calls))
@@ -251,7 +255,7 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: 
             row = Measurement.of(
                 key, subject, kind, seconds[0], low=seconds[1], high=seconds[2], ratio=ratio[0],
                 ratio_low=ratio[1], ratio_high=ratio[2], repetitions=times.rounds, device=device,
-                batch=batch, seed=setting.seed, note=_estimated(subject, run_one),
+                batch=batch, seed=setting.seed, note=_estimated(subject, run_one, batch, few),
             )  # fmt: skip
             rows.append(row)
         return rows
@@ -264,16 +268,17 @@ def _peak(setting: Setting, subject: Subject, device: str) -> Task:
     key = f"peak {subject.key} {device} {setting.batch}"
 
     def run() -> list[Measurement]:
-        run_one = smaller(subject, setting, setting.batch, device)
-        # What is not there: parameters, and in a step their gradients and what is kept for them.
-        more = [s.figures(setting.batch) for s in (subject, run_one)]
-        parameters = ITEM * (more[0]["parameters"] - more[1]["parameters"])
-        kept = setting.batch * (more[0]["saved"] - more[1]["saved"])
-        note = _estimated(subject, run_one)
-        values: tuple[float | None, float | None] = (None, None)
+        run_one, few = smaller(subject, setting, setting.batch, device)
+        # What is not there: inputs, or parameters, in a step with their gradients, and what is kept for them.
+        parameters, run_parameters = (ITEM * s.figures(few)["parameters"] for s in (subject, run_one))
+        kept = few * (subject.figures(few)["saved"] - run_one.figures(few)["saved"])
+        note = _estimated(subject, run_one, setting.batch, few)
+        values: list[float | None] = [None, None]
         try:
-            forward_peak, step_peak = peaks(run_one, setting.batch, device)
-            values = (forward_peak + parameters, step_peak + 2 * parameters + kept)
+            values = [
+                copies * parameters + (peak - copies * run_parameters + more) * setting.batch / few
+                for peak, copies, more in zip(peaks(run_one, few, device), (1, 2), (0, kept), strict=True)
+            ]
         except OSError as error:
             note = str(error)
         return [
@@ -298,31 +303,35 @@ def _training(setting: Setting, subject: Subject, seed: int) -> Task:
     return Task(key, text, 0.03 * setting.epochs, run, alone=False)
 
 
-def smaller(subject: Subject, setting: Setting, batch: int, device: str) -> Subject:
-    """The subject itself, or with fewer experts of one level if these are dense and it is too large or slow.
+def smaller(subject: Subject, setting: Setting, batch: int, device: str) -> tuple[Subject, int]:
+    """What is run in the place of a subject that is too large or slow, and on how many inputs.
 
-    Its parameters and gradients have to fit the memory of the setting, and its forward pass has to be
-    predicted to take at most `SLOW` seconds, or that of the dense layer.
+    Dense experts are fewer, of one level; of other subjects the batch is smaller. What is kept for the
+    backward pass, parameters and gradients have to fit the memory of the setting, and the forward pass has to
+    be predicted to take at most `SLOW` seconds, or twice those of the dense layer.
     """
-
-    def fits(one: Subject) -> bool:
-        seconds = max(SLOW, Subject(setting.layer.spec, BASELINE).predicted(batch, device))
-        is_small = 2 * ITEM * one.figures(batch)["parameters"] <= setting.memory * 2**30
-        return is_small and one.predicted(batch, device) <= seconds
-
+    dense_layer = Subject(setting.layer.spec, BASELINE)
     is_factorized = subject.role == MIXTURE and len(subject.spec.format.declaration(1)) > 1
-    if is_factorized or subject.role == BASELINE:
-        return subject
-    while not fits(subject) and prod(subject.spec.experts) > subject.top_k:
-        experts = max(prod(subject.spec.experts) // 2, subject.top_k)
-        subject = replace(subject, spec=replace(subject.spec, experts=(experts,)))
-    return subject
+
+    def fits(one: Subject, count: int) -> bool:
+        figures, seconds = one.figures(count), max(SLOW, 2 * dense_layer.predicted(batch, device))
+        held = 2 * ITEM * figures["parameters"] + count * figures["saved"]
+        return held <= setting.memory * 2**30 and one.predicted(count, device) <= seconds
+
+    one, count = subject, batch
+    while is_factorized and count > 3 and not fits(one, count):
+        count //= 2
+    while subject.role != BASELINE and not is_factorized and not fits(one, batch):
+        if prod(one.spec.experts) <= one.top_k:
+            break
+        one = replace(one, spec=replace(one.spec, experts=(max(prod(one.spec.experts) // 2, one.top_k),)))
+    return one, count
 
 
-def _estimated(subject: Subject, run: Subject) -> str:
-    if run is subject:
-        return ""
-    return f"estimated from {run.spec.experts[0]:,} experts, which are run"
+def _estimated(subject: Subject, run: Subject, batch: int, count: int) -> str:
+    if run is not subject:
+        return f"estimated from {run.spec.experts[0]:,} experts, which are run"
+    return "" if count == batch else f"estimated from {count:,} inputs, which are run"
 
 
 def _experts(subject: Subject) -> str:

@@ -295,13 +295,14 @@ def test_a_mixture_of_dense_experts_that_is_too_large_is_estimated(
 ) -> None:
     monkeypatch.setattr(sweeps, "peaks", lambda *_: (10, 20))
     options = SHORT | {"formats": ["cp", "dense"], "experts": [16], "parameters": "9x"}
-    parameters = Subject(replace(dense(24, 20, hidden=40), experts=(16,))).figures(2)["parameters"]
-    needed = 2 * 4 * parameters / 2**30
-    planned = studies.plan(studies.prepare(**options, memory=0.6 * needed))
-    (mixture,) = [subject for subject in planned.subjects if subject.name == name]
-    assert sweeps.smaller(mixture, studies.prepare(**options, memory=1.1 * needed), 8, "cpu") is mixture
-    run = sweeps.smaller(mixture, planned.setting, 8, "cpu")
-    assert run.spec.experts == (8,)
+    (mixture,) = [s for s in studies.plan(studies.prepare(**options)).subjects if s.name == name]
+    figures = mixture.figures(8)
+    needed = (2 * 4 * figures["parameters"] + 8 * figures["saved"]) / 2**30
+    planned = studies.plan(studies.prepare(**options, memory=0.8 * needed))
+    whole = sweeps.smaller(mixture, studies.prepare(**options, memory=2 * needed), 8, "cpu")
+    assert whole == (mixture, 8)
+    run, batch = sweeps.smaller(mixture, planned.setting, 8, "cpu")
+    assert run.spec.experts == (8,) and batch == 8
     rows = [row for task in planned.tasks for row in task.run() if f" {mixture.key} " in f"{task.key} "]
     figures = {row.quantity: row for row in rows}
     assert figures["parameters"].value == mixture.figures(8)["parameters"]
@@ -310,6 +311,40 @@ def test_a_mixture_of_dense_experts_that_is_too_large_is_estimated(
     assert figures["forward"].value > 0
     for quantity in ("forward", "step", "step peak"):
         assert figures[quantity].note == "estimated from 8 experts, which are run"
+
+
+def test_a_layer_that_is_too_slow_is_estimated_from_fewer_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = studies.prepare(**SHORT | {"formats": ["cp"], "batch": 64})
+    subject = Subject(
+        LayerSpec("cp", experts=4, in_features=24, hidden=40, out_features=20, rank=9, bias=True)
+    )
+    limit = subject.predicted(20, "cpu")
+    monkeypatch.setattr(sweeps, "SLOW", limit)
+    monkeypatch.setattr(Subject, "predicted", lambda self, batch, device: limit * batch / 20)
+    assert sweeps.smaller(subject, setting, 64, "cpu") == (subject, 64)  # no slower than the dense layer
+    monkeypatch.setattr(
+        Subject, "predicted", lambda self, batch, device: limit * batch / (20 if self is subject else 1000)
+    )
+    assert sweeps.smaller(subject, setting, 64, "cpu") == (subject, 16)
+    calls: list[int] = []
+
+    def compare(calls_of: dict[str, Any], baseline: str, **_: Any) -> Comparison:
+        return Comparison(baseline, {"dense": (1.0,), "this": (3.0,)}, {})
+
+    def peaks(one: Subject, batch: int, device: str) -> tuple[int, int]:
+        calls.append(batch)
+        return 4 * parameters + 16, 8 * parameters + 160
+
+    parameters = int(subject.figures(64)["parameters"])
+    monkeypatch.setattr(sweeps, "compare", compare)
+    monkeypatch.setattr(sweeps, "peaks", peaks)
+    (forward,) = sweeps._timing(setting, subject, "cpu", 64, ("forward",)).run()
+    assert (forward.value, forward.ratio) == (12.0, 12.0)
+    forward_peak, step_peak = sweeps._peak(setting, subject, "cpu").run()
+    assert calls == [16]
+    assert (forward_peak.value, step_peak.value) == (4 * parameters + 64, 8 * parameters + 640)
+    for row in (forward, step_peak):
+        assert row.note == "estimated from 16 inputs, which are run"
 
 
 def test_what_is_not_timed_runs_in_other_processes(tmp_path: Path) -> None:

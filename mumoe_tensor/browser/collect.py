@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.analysis.parts import gate_of
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating, gates_of
+
+if TYPE_CHECKING:
+    from mumoe_tensor.replace.coefficients import CoefficientRows, Coefficients
 
 Progress = Callable[[int, int, str], None]
 #: Sums of coefficients by label that a level has at most; of more labels the most frequent are counted apart.
@@ -110,6 +113,7 @@ def collect(
     effect_inputs: int | None = None,
     layers: Sequence[str] | None = None,
     threshold: float = 0.5,
+    coefficients: Coefficients | None = None,
     progress: Progress | None = None,
 ) -> list[ExpertLevel]:
     """Look at all experts of a model, or of some of its modules.
@@ -142,6 +146,8 @@ def collect(
         Names of modules of the model: only experts in these are looked at.
     threshold : float, default 0.5
         A row counts for the load of an expert with a coefficient of this at least.
+    coefficients : Coefficients, optional
+        Those of these inputs that `.collect_coefficients` wrote: the model is only run to see effects.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -153,8 +159,8 @@ def collect(
     Raises
     ------
     ValueError
-        If the model, or one of the layers, has no experts, there is no input, labels do not fit the inputs,
-        or a gate has rows that do not divide into inputs and passages.
+        If the model, or one of the layers, has no experts, there is no input, labels or coefficients do not
+        fit the inputs, or a gate has rows that do not divide into inputs and passages.
     """
     is_language = labels is not None and labels.ndim == 2 and labels.shape == inputs.shape
     if not len(inputs) or not (labels is None or is_language or labels.shape == inputs.shape[:1]):
@@ -186,11 +192,16 @@ def collect(
                 of_batch = of_batch.reshape(count, -1)[:, :1].expand(-1, len(by_input) // count)
             seen[name, level].update(rows, by_input, pool, None if of_batch is None else of_batch.flatten())
 
+    stored = {} if coefficients is None else _stored(coefficients, gates, len(inputs))
     with evaluating(model):
         for done, start in enumerate(starts):
             tell(done, total, "coefficients")
-            with watch_coefficients(model, partial(update, start=start)):
-                model(inputs[start : start + batch_size])
+            batch = inputs[start : start + batch_size]
+            for name, of_gate in stored.items():
+                update(name, tuple(_rows_of(rows, start, len(batch)) for rows in of_gate), start)
+            if not stored:
+                with watch_coefficients(model, partial(update, start=start)):
+                    model(batch)
         levels = []
         for done, ((name, level), counted) in enumerate(seen.items()):
             layer = name.rpartition(".")[0]
@@ -228,6 +239,29 @@ def _gates_in(model: nn.Module, layers: Sequence[str]) -> dict[str, ExpertGate]:
             raise ValueError(f"a layer must have experts, as {[*gates][:3]} do; {layer!r} has none.")
         chosen |= inside
     return chosen
+
+
+def _stored(
+    coefficients: Coefficients, gates: dict[str, ExpertGate], count: int
+) -> dict[str, list[CoefficientRows]]:
+    """The stored coefficients of gates, level by level."""
+    found = {}
+    for name, gate in gates.items():
+        if coefficients.gates.get(name) != gate.num_experts:
+            raise ValueError(
+                f"coefficients must have those of the gate {name!r} with {gate.num_experts} experts; they "
+                f"have {coefficients.gates}."
+            )
+        found[name] = [coefficients[name, level] for level in range(len(gate.num_experts))]
+        if any(len(rows) % count or int(rows.documents[-1]) + 1 != count for rows in found[name]):
+            raise ValueError(f"coefficients must be those of the {count} inputs, each with as many rows.")
+    return found
+
+
+def _rows_of(rows: CoefficientRows, start: int, count: int) -> Tensor:
+    """Coefficients of some inputs."""
+    each = len(rows) // (int(rows.documents[-1]) + 1)
+    return torch.from_numpy(rows.rows(start * each, (start + count) * each).toarray())
 
 
 def _labelled(

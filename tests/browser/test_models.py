@@ -24,6 +24,7 @@ from mumoe_tensor.browser import Images, View, browse_model, collect, models, pa
 from mumoe_tensor.cli import app  # noqa: E402
 from mumoe_tensor.formats import shared, sum_of  # noqa: E402
 from mumoe_tensor.nn import MuMoE, MuMoEMLP  # noqa: E402
+from mumoe_tensor.replace import collect_coefficients  # noqa: E402
 
 
 class Several(nn.Module):
@@ -114,6 +115,27 @@ def test_rare_tokens_are_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(level.sums[:, :2], whole.sums[:, 1:3])
     (view,) = content(page(View([level])))
     assert {bar[0] for expert in view["levels"][0]["experts"] for bar in expert["bars"]} <= {1, 2}
+
+
+def test_stored_coefficients_in_the_place_of_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = MuMoE(4, 9, experts=(5, 3), rank=2, gate_norm="layer")
+    nn.init.normal_(layer.gate.weight)
+    model = nn.Sequential(nn.Embedding(9, 4), layer)
+    tokens = torch.randint(9, (7, 8))
+    stored = collect_coefficients(model, [*tokens], tmp_path / "coefficients", shard_rows=20, batch_size=2)
+    options = {"k": 3, "passage": 4, "batch_size": 3, "removed": 1}
+    expected = collect(model, tokens, tokens, **options)
+    found = collect(model, tokens, tokens, coefficients=stored, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.top, other.top) and torch.equal(one.rows, other.rows)
+        torch.testing.assert_close(one.sums, other.sums)
+        torch.testing.assert_close(one.usage.mean, other.usage.mean)
+        torch.testing.assert_close(one.effects, other.effects, equal_nan=True)
+    with pytest.raises(ValueError, match="must be those of the 6 inputs"):
+        collect(model, tokens[:6], coefficients=stored)
+    with pytest.raises(ValueError, match=r"must have those of the gate '1\.gate' with"):
+        collect(nn.Sequential(model[0], MuMoE(4, 9, experts=5, rank=2)), tokens, coefficients=stored)
 
 
 def test_a_page_shows_something() -> None:

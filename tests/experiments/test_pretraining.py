@@ -217,14 +217,12 @@ def test_steps_that_are_timed_train_the_arm(kind: str, arm: str) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_the_table_of_the_benchmark_has_all_arms(monkeypatch: pytest.MonkeyPatch) -> None:
-    arms = {arm: pretraining.ARMS["mixer"][arm] for arm in ("dense", "CP, two levels")}
-    monkeypatch.setitem(pretraining.ARMS, "mixer", arms)
+def test_the_table_of_the_benchmark_has_speed_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # (One arm: each takes seconds, and a process.)
+    monkeypatch.setitem(pretraining.ARMS, "mixer", {"dense": pretraining.ARMS["mixer"]["dense"]})
     monkeypatch.setattr(speed, "SECONDS", 0.0)
     report = speed.measure("mixer")
-    assert [row["model"] for row in report.rows] == list(arms)
-    for row in report.rows:
-        # A training keeps weights, gradients and two moments of each parameter, and what is between.
-        assert row["peak MiB"] > 4 * 4 * row["parameters"] / 2**20 and row["images a second"] > 0
-    assert report.rows[0]["time of a step / dense"] == 1
-    assert "CP, two levels" in str(report)
+    (row,) = report.rows
+    # A training keeps weights, gradients and two moments of each parameter, and what is between.
+    assert row["peak MiB"] > 4 * 4 * row["parameters"] / 2**20 and row["images a second"] > 0
+    assert row["time of a step / dense"] == 1 and "dense" in str(report)

@@ -95,7 +95,7 @@ def inspect(
     if (run is None) == (model is None):
         raise typer.Exit(fail("inspect takes either the folder of a run or --model.", 2))
     if model is not None and not allow_import:
-        raise typer.Exit(fail(f"{model} is code that would be run; --allow-import agrees to that.", 2))
+        raise typer.Exit(fail(f"--model imports and runs {model}; allow it by --allow-import.", 2))
     if model is None and data is not None:
         raise typer.Exit(fail("--data is for --model; a run has its own data.", 2))
     if model is not None and beside is not None:

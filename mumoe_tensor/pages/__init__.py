@@ -52,7 +52,11 @@ def _asset(name: str) -> Markup:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+    write = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+    try:
+        return write(value)
+    except ValueError:  # rare, and looking at every number takes longer than to write them
+        return write(_finite(value))
 
 
 def _finite(value: Any) -> Any:

@@ -286,7 +286,7 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "line", "wrong"),
     [
-        ("build", "--data rows.npz", "--allow-import agrees to that"),
+        ("build", "--data rows.npz", "allow it by --allow-import"),
         ("build", "--allow-import", "needs its inputs"),
         ("build", "run --data rows.npz --allow-import", "either the folder of a run or --model"),
         ("build", "--data rows.npz --beside run --allow-import", "--beside is for folders of runs"),

@@ -90,6 +90,18 @@ def test_a_mixer_is_inspected(mixer: Path) -> None:
     assert set(told["classes"].values()) <= {"a", "b", "c"} and not told["language"]
 
 
+def test_two_runs_side_by_side(mixer: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "page.html")
+    done = inspect(str(mixer), "--beside", str(mixer), "--rows", "9", "--removed", "0", "--out", out)
+    assert done.exit_code == 0, done.stderr
+    found = re.search(r'application/json">(.*?)</script>', (tmp_path / "page.html").read_text(), re.DOTALL)
+    assert found
+    one, other = json.loads(found[1])
+    assert one == other and len(one["levels"]) == 4
+    done = inspect(str(mixer), "--beside", str(tmp_path / "missing"))
+    assert done.exit_code == 2 and "there is no folder" in done.stderr and done.stderr.count("\n") == 1
+
+
 def write_vocabulary(folder: Path) -> Path:
     """Files as those of GPT-2, of two merges."""
     folder.mkdir()

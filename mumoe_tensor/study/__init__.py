@@ -19,9 +19,8 @@ from mumoe_tensor.study.report import RESULTS, to_json, write
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting, prepare
 from mumoe_tensor.study.subjects import UNITS, Subject, fitted
-from mumoe_tensor.study.summary import notes
 from mumoe_tensor.study.sweep import Plan, measure, plan
-from mumoe_tensor.study.table import cells
+from mumoe_tensor.study.table import cells, notes
 from mumoe_tensor.study.weights import read_covariance, read_weight
 
 __all__ = [

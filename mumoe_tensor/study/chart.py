@@ -34,15 +34,12 @@ class Series:
     points : list of Point
     line : bool
         Whether points are joined.
-    hollow : bool
-        Markers without filling, and a dotted line: a baseline of the subject.
     """
 
     subject: str
     title: str
     points: list[Point]
     line: bool = True
-    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,10 @@ class Panel:
     title, xlabel, ylabel : str
     series : list of Series
     xlog, ylog : bool
-    xs, ys : tuple of str
-        The categories of an axis without numbers, from left to right and from top to bottom.
-    errors : str
-        The axis of error bars, "x" or "y".
-    reference : tuple of str and float, optional
-        An axis, and where on it a line stands.
-    shown : bool
-        Whether texts are written beside the points.
+    ys : tuple of str
+        Categories in the place of numbers of y, from top to bottom. Then texts are written beside the points.
+    reference : float, optional
+        Where on `values` a line stands.
     measured : bool
         Whether the ticks of x are where something was measured.
     front : list of Point
@@ -74,18 +67,15 @@ class Panel:
     series: list[Series]
     xlog: bool = True
     ylog: bool = False
-    xs: tuple[str, ...] = ()
     ys: tuple[str, ...] = ()
-    errors: str = "y"
-    reference: tuple[str, float] | None = None
-    shown: bool = False
+    reference: float | None = None
     measured: bool = False
     front: Sequence[Point] = ()
 
     @property
-    def is_map(self) -> bool:
-        """Whether both axes have categories: then points are tiles."""
-        return bool(self.xs and self.ys)
+    def values(self) -> str:
+        """The axis of what was measured, with its error bars: "y", or "x" where that has categories."""
+        return "x" if self.ys else "y"
 
     @property
     def points(self) -> list[Point]:
@@ -125,14 +115,14 @@ class Chart:
 def limits(panel: Panel, axis: str) -> tuple[float, float]:
     """Ends of an axis of numbers on which all points, their errors and their texts have room."""
     values = [float(point.x if axis == "x" else point.y) for point in panel.points]
-    if panel.errors == axis:
+    if panel.values == axis:
         values += [end for point in panel.points for end in (point.low, point.high) if end is not None]
     is_log = panel.xlog if axis == "x" else panel.ylog
-    if panel.reference and panel.reference[0] == axis:
-        values += [panel.reference[1] * factor for factor in (0.8, 1.25)]
+    if panel.reference and panel.values == axis:
+        values += [panel.reference * factor for factor in (0.8, 1.25)]
     values = [value for value in values if isfinite(value) and (value > 0 or not is_log)] or [1.0]
     low, high = min(values), max(values)
-    room = 0.45 if panel.shown and axis == "x" else 0.08
+    room = 0.45 if panel.ys and axis == "x" else 0.08
     if is_log:
         span = max(high / low, 2.0)
         return low / span**0.08, max(high, low * 1.1) * span**room

@@ -125,10 +125,8 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
                 Series(name, titles[name], [_beside(row, rows[BASELINE])], line=False)
                 for name, row in rows.items()
             ]
-            look: dict[str, Any] = {"errors": "x", "reference": ("x", 1.0), "shown": True}
-            panels.append(
-                Panel(title, f"× {setting.layer.kind}", "", series, ys=tuple(titles.values()), **look)
-            )
+            look: dict[str, Any] = {"ys": tuple(titles.values()), "reference": 1.0}
+            panels.append(Panel(title, f"× {setting.layer.kind}", "", series, **look))
     return Chart(
         "beside-dense",
         f"Beside the {setting.layer.kind}, {_at(planned)}",
@@ -148,9 +146,7 @@ def over_experts(planned: Plan, results: Results) -> Chart:
             rows = [row for row in of_quantity if row.experts and row.budget in budgets]
             series = _lines(rows, _ratio_over(lambda row: total(row.experts)))
             title = f"{quantity.capitalize()}, {device}"
-            panels.append(
-                Panel(title, "experts", "time × dense", series, reference=("y", 1.0), measured=True)
-            )
+            panels.append(Panel(title, "experts", "time × dense", series, reference=1.0, measured=True))
     for title, quantity, label, scale in (
         ("Expert rank", "expert rank", "largest rank of an expert", 1.0),
         ("Saved", "saved", "KiB an input, for backward", 1 / 1024),
@@ -190,7 +186,7 @@ def over_batches(planned: Plan, results: Results) -> Chart:
         )
         mixtures = [row for row in rows if row.subject != BASELINE]
         series = _lines(mixtures, _ratio_over(lambda row: row.batch or 0))
-        look: dict[str, Any] = {"ylog": True, "reference": ("y", 1.0), "measured": True}
+        look: dict[str, Any] = {"ylog": True, "reference": 1.0, "measured": True}
         panels.append(Panel(f"Forward time, {device}", "batch", "time × dense", series, **look))
     return Chart(
         "over-batches",

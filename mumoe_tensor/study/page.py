@@ -12,9 +12,8 @@ from mumoe_tensor.study.chart import Chart, Panel, Place, Series, limits
 from mumoe_tensor.study.plots import colour, marker, short
 from mumoe_tensor.study.results import Results
 from mumoe_tensor.study.subjects import BASELINE
-from mumoe_tensor.study.summary import notes
 from mumoe_tensor.study.sweep import Plan
-from mumoe_tensor.study.table import cells
+from mumoe_tensor.study.table import cells, notes
 
 #: Plotly's names of matplotlib's markers.
 SYMBOLS: dict[Any, str] = {
@@ -74,9 +73,8 @@ def _colour(name: str) -> str:
 
 
 def _size(panel: Panel) -> str:
-    """Style of the element of a panel. A map has columns to read: on a narrow page it scrolls."""
-    height = 90 + (44 if panel.is_map else 26) * len(panel.ys) if panel.ys else 300
-    return f"height:{height}px" + (f";min-width:{160 + 52 * len(panel.xs)}px" if panel.is_map else "")
+    """Style of the element of a panel."""
+    return f"height:{90 + 26 * len(panel.ys) if panel.ys else 300}px"
 
 
 def _place(place: Place) -> Place:
@@ -93,9 +91,8 @@ def _figure(panel: Panel) -> dict[str, Any]:
         "xaxis": _axis(panel, "x"),
         "yaxis": _axis(panel, "y"),
     }
-    if panel.reference:
-        axis, value = panel.reference
-        other = "y" if axis == "x" else "x"
+    if (value := panel.reference) is not None:
+        axis, other = ("x", "y") if panel.values == "x" else ("y", "x")
         layout["shapes"] = [
             {
                 "type": "line", f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1,
@@ -115,13 +112,10 @@ def _figure(panel: Panel) -> dict[str, Any]:
 
 
 def _axis(panel: Panel, axis: str) -> dict[str, Any]:
-    categories, is_log, label = (
-        (panel.xs, panel.xlog, panel.xlabel) if axis == "x" else (panel.ys, panel.ylog, panel.ylabel)
-    )
+    is_log, label = (panel.xlog, panel.xlabel) if axis == "x" else (panel.ylog, panel.ylabel)
     layout: dict[str, Any] = {"title": {"text": _place(label), "standoff": 6}}
-    if categories:
-        # Plotly counts categories from below.
-        order = [_place(x) for x in (categories if axis == "x" else reversed(categories))]
+    if axis == "y" and panel.ys:
+        order = [_place(y) for y in reversed(panel.ys)]  # plotly counts from below
         return layout | {
             "type": "category", "categoryorder": "array", "categoryarray": order, "showgrid": False,
             "range": [-0.6, len(order) - 0.4],
@@ -153,18 +147,11 @@ def _trace(panel: Panel, series: Series) -> dict[str, Any]:
         "marker": {"symbol": SYMBOLS[marker(series.subject)], "size": 8, "color": shade},
         "line": {"color": shade, "width": 1.8},
     }
-    if series.hollow:
-        trace["marker"] |= {"color": "var(--back)", "line": {"color": shade, "width": 1.5}}
-        trace["line"] |= {"dash": "dot"}
-    if panel.is_map:
-        trace["mode"] = "markers+text"
-        trace["marker"] = {"symbol": "square", "size": 32, "color": shade, "opacity": 0.35}
-        trace["text"] = [text.replace(", ", "<br>") for text in trace["text"]]
-    elif panel.shown:
+    if panel.ys:
         trace |= {"mode": "markers+text", "textposition": "middle right", "cliponaxis": False}
     if any(p.low is not None for p in points):
-        centres = [float(p.x if panel.errors == "x" else p.y) for p in points]
-        trace[f"error_{panel.errors}"] = {
+        centres = [float(p.x if panel.values == "x" else p.y) for p in points]
+        trace[f"error_{panel.values}"] = {
             "type": "data", "symmetric": False, "thickness": 1, "width": 0, "color": shade,
             "array": [max((p.high or c) - c, 0.0) for c, p in zip(centres, points, strict=True)],
             "arrayminus": [max(c - (p.low or c), 0.0) for c, p in zip(centres, points, strict=True)],

@@ -11,7 +11,6 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mumoe_tensor.files import whole_file
@@ -87,7 +86,6 @@ def draw(chart: Chart) -> Figure:
     columns = min(len(chart.panels), MOST_COLUMNS if first.ys or len(chart.panels) > 3 else 3)
     lines = -(-len(chart.panels) // columns)
     height = 0.7 + 0.24 * len(first.ys) if first.ys else 2.1
-    height += 0.2 * len(first.ys) * first.is_map
     with matplotlib.rc_context(STYLE):
         margins = 0.3 if first.ys else 0.4 + 0.2 * -(-len(chart.titles) // LEGEND_COLUMNS)
         figure = Figure(figsize=(WIDTH, margins + lines * height), layout="constrained")
@@ -98,7 +96,7 @@ def draw(chart: Chart) -> Figure:
         for ax, panel in zip(axes.flat, chart.panels, strict=False):
             _frame(ax, panel)
             for series in panel.series:
-                (_tiles if panel.is_map else _points)(ax, panel, series)
+                _points(ax, panel, series)
         figure.suptitle(chart.title, x=0.01, ha="left", weight="bold")
         if not first.ys:
             handles = [
@@ -140,11 +138,11 @@ def _frame(ax: Any, panel: Panel) -> None:
     ax.set_title(panel.title, loc="left")
     ax.set_xlabel(panel.xlabel)
     ax.set_ylabel(panel.ylabel)
-    for axis, categories, is_log in ((ax.xaxis, panel.xs, panel.xlog), (ax.yaxis, panel.ys, panel.ylog)):
+    for axis, is_log in ((ax.xaxis, panel.xlog), (ax.yaxis, panel.ylog)):
         name = axis.axis_name
-        if categories:
-            getattr(ax, f"set_{name}ticks")(range(len(categories)), categories)
-            getattr(ax, f"set_{name}lim")(-0.6, len(categories) - 0.4)
+        if name == "y" and panel.ys:
+            ax.set_yticks(range(len(panel.ys)), panel.ys)
+            ax.set_ylim(len(panel.ys) - 0.4, -0.6)
             axis.set_tick_params(length=0)
             continue
         low, high = limits(panel, name)
@@ -161,11 +159,9 @@ def _frame(ax: Any, panel: Panel) -> None:
             axis.set_major_locator(MaxNLocator(5))
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         getattr(ax, f"set_{name}lim")(low, high)
-    if panel.ys:
-        ax.invert_yaxis()
-    if panel.reference:
-        draw_line = ax.axvline if panel.reference[0] == "x" else ax.axhline
-        draw_line(panel.reference[1], color="0.7", linewidth=0.8, zorder=0)
+    if panel.reference is not None:
+        draw_line = ax.axvline if panel.values == "x" else ax.axhline
+        draw_line(panel.reference, color="0.7", linewidth=0.8, zorder=0)
     if panel.front:
         x, y = [float(p.x) for p in panel.front], [float(p.y) for p in panel.front]
         ax.step(x, y, where="post", color="0.6", linewidth=0.8, linestyle="--", zorder=0)
@@ -173,38 +169,27 @@ def _frame(ax: Any, panel: Panel) -> None:
 
 def _points(ax: Any, panel: Panel, series: Series) -> None:
     """Points with their errors, joined or not."""
-    x = [panel.xs.index(str(p.x)) if panel.xs else float(p.x) for p in series.points]
+    x = [float(p.x) for p in series.points]
     y = [panel.ys.index(str(p.y)) if panel.ys else float(p.y) for p in series.points]
-    centres = x if panel.errors == "x" else y
+    centres = x if panel.values == "x" else y
     below = [c - (p.low if p.low is not None else c) for c, p in zip(centres, series.points, strict=True)]
     above = [(p.high if p.high is not None else c) - c for c, p in zip(centres, series.points, strict=True)]
     ax.errorbar(
         x,
         y,
         # A median of ratios may lie beside the quartiles by a rounding error, and a figure may be infinite.
-        **{f"{panel.errors}err": [[e if 0 < e < inf else 0.0 for e in es] for es in (below, above)]},
+        **{f"{panel.values}err": [[e if 0 < e < inf else 0.0 for e in es] for es in (below, above)]},
         marker=marker(series.subject),
-        linestyle=(":" if series.hollow else "-") if series.line else "",
+        linestyle="-" if series.line else "",
         color=colour(series.subject),
-        markerfacecolor="white" if series.hollow else colour(series.subject),
         markersize=4,
         linewidth=1.2,
         elinewidth=0.8,
     )
-    if panel.shown:
+    if panel.ys:
         for a, b, point in zip(x, y, series.points, strict=True):
             right = max(a, point.high or a)
             ax.annotate(point.text, (right, b), xytext=(5, 0), textcoords="offset points", va="center")
-
-
-def _tiles(ax: Any, panel: Panel, series: Series) -> None:
-    """A tile a point, its text within."""
-    for point in series.points:
-        x, y = panel.xs.index(str(point.x)), panel.ys.index(str(point.y))
-        ax.add_patch(
-            Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour(series.subject), alpha=0.3, linewidth=0)
-        )
-        ax.annotate(point.text.replace(", ", "\n"), (x, y), ha="center", va="center", fontsize=8)
 
 
 def short(value: float) -> str:

@@ -40,15 +40,12 @@ class Subject:
         Number of parameters that the rank was fitted to, gate and biases counted; 0 without a rank.
     top_k : int
         Experts that an input of the sparse mixture uses.
-    skip : str
-        Why it is not run; empty if it is.
     """
 
     spec: LayerSpec
     role: str = MIXTURE
     budget: int = 0
     top_k: int = 2
-    skip: str = ""
 
     @property
     def name(self) -> str:

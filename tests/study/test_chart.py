@@ -14,7 +14,7 @@ def test_the_front_has_what_nothing_beats() -> None:
 
 def test_axes_have_room() -> None:
     series = [Series("cp", "CP", [Point(10.0, 1.0, 0.5, 4.0), Point(1000.0, 2.0)])]
-    panel = Panel("", "", "", series, reference=("y", 8.0))
+    panel = Panel("", "", "", series, reference=8.0)
     low, high = limits(panel, "x")
     assert low < 10 and high > 1000
     low, high = limits(panel, "y")

@@ -709,7 +709,7 @@ FAULTS = [
           "study/test_verdicts::test_ties_are_those_whose_intervals_overlap"),
     Fault("intervals: runs that differ tell as much as one", "mumoe_tensor/interval.py",
           "(half / NORMAL) ** 2 if half else 0.0", "0.0",
-          "test_interval::test_runs_that_differ_tell_less"),
+          "interval::test_runs_that_differ_tell_less"),
     Fault("pages: names are markup", "mumoe_tensor/pages/__init__.py", "autoescape=True", "autoescape=False",
           "pages::test_values_are_text_and_data"),
     Fault("pages: NaN is no JSON", "mumoe_tensor/pages/__init__.py",

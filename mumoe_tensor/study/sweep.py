@@ -204,6 +204,10 @@ def _fit(setting: Setting, subject: Subject) -> Task:
     def run() -> list[Measurement]:
         assert setting.weight is not None
         spec = subject.spec
+        if max(spec.full_rank, default=0) > max(spec.mode_sizes):
+            # Alternating least squares solves systems of that size, many times.
+            note = "not fitted, as it has a larger rank than any mode has entries"
+            return [Measurement.of(key, subject, "weight error", None, note=note)]
         weight = read_weight(setting.weight, setting.transposed).reshape(spec.mode_sizes)
         plain, error = decompose(weight, spec.format, spec.full_rank, **effort)
         errors = {"weight error": error}

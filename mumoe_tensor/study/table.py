@@ -53,9 +53,11 @@ def notes(planned: Plan, results: Results) -> list[str]:
             "The weight error is that of the matrix, the output error that of its outputs for the inputs, "
             "each relative, of a fit to it."
         )
-    sentences += dict.fromkeys(
-        f"{row.title}, {row.experts} experts: {row.note}." for row in results if row.note
-    )
+    noted: dict[str, dict[str, None]] = {}
+    for row in results:
+        if row.note:
+            noted.setdefault(row.note, {})[row.title] = None
+    sentences += [f"{note[:1].upper()}{note[1:]}: {', '.join(titles)}." for note, titles in noted.items()]
     if len(results.environments) > 1:
         sentences.append("The figures come from more than one machine, version or commit; see results.csv.")
     return sentences

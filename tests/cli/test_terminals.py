@@ -119,6 +119,15 @@ def test_a_terminal_without_a_size_is_80_wide(
     assert max(map(len, printed.splitlines())) <= 80 and "value-19" in printed
 
 
+def test_progress_is_in_lines_where_output_is_piped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    with console.progress_bar("a study") as progress:
+        progress(1, 4, "time of CP")
+    assert capsys.readouterr().err == " 25 % time of CP\n"
+
+
 def test_tables_of_a_study_and_of_bias_are_shown_by_the_same_function() -> None:
     """No command prints a table that a narrow terminal would cut."""
     for path in (ROOT / "mumoe_tensor" / "cli").glob("*.py"):

@@ -408,6 +408,17 @@ def test_fits_are_of_the_weight_and_of_its_outputs(tmp_path: Path) -> None:
                 assert (error < 1e-6) == (subject.name == "dense")
 
 
+def test_a_rank_above_all_modes_is_not_fitted(tmp_path: Path) -> None:
+    np.save(tmp_path / "w.npy", np.ones((8, 8), "float32"))
+    planned = studies.plan(studies.prepare(weight=tmp_path / "w.npy", formats=["cp-matrix"], parameters="5x"))
+    results = studies.Results()
+    studies.measure(replace(planned, tasks=[t for t in planned.tasks if t.key.startswith("fit")]), results)
+    (row,) = results.of("weight error")
+    assert row.value is None and row.note.startswith("not fitted")
+    assert any("Not fitted" in note and "CP-matrix" in note for note in studies.notes(planned, results))
+    assert not results.of_subject(planned.subjects[1], "weight error")
+
+
 def test_the_levels_of_a_stack_make_up_its_experts(tmp_path: Path) -> None:
     np.save(tmp_path / "w.npy", np.ones((6, 4, 5), "float32"))
     setting = studies.prepare(weight=tmp_path / "w.npy", experts=[6, (2, 3)], formats=["cp"])

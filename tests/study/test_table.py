@@ -56,4 +56,7 @@ def test_figures_that_are_estimated_say_so(made_up: Made) -> None:
     estimated.add(rows, {})
     (row, *_) = [row for row in columns((planned, estimated), 2) if "Sparse" in row[""]]
     assert row["forward cpu"].startswith("≈ ") and row["peak MiB"].startswith("≈ ")
-    assert any(note["note"] in text for text in studies.notes(planned, estimated))
+    assert any(
+        "Estimated from 2 experts, which are run: Sparse" in text
+        for text in studies.notes(planned, estimated)
+    )

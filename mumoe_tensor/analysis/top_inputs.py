@@ -84,12 +84,20 @@ class TopInputs:
                 f"every input; got coefficients of {tuple(coefficients.shape)}, indices of "
                 f"{None if indices is None else tuple(indices.shape)}."
             )
+        count = 0
+        if parts is not None:
+            count = self.parts.shape[2] or (parts.shape[-2] if parts.ndim > 1 else 0)
+            if parts.shape != (*leading, count, experts):
+                raise ValueError(
+                    f"parts must have the shape {(*leading, count or 'parts', experts)}, got "
+                    f"{tuple(parts.shape)}."
+                )
         new = coefficients.detach().reshape(-1, experts)
         if indices is None:
             numbers = torch.arange(len(new)) + self.rows
         else:
             numbers = read_labels(indices, what="indices").reshape(-1).cpu()
-        of_new = None if parts is None else parts.detach().reshape(len(new), -1, experts)
+        of_new = None if parts is None else parts.detach().reshape(len(new), count, experts)
         self.rows += len(new)
         # Few rows at a time: they stay in the cache, and few of the next ones are among the best.
         size = max(1, CHUNK // experts)

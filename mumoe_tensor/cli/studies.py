@@ -22,135 +22,138 @@ def study(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.", show_default="gpt2-mlp"
+            help="Published layer: gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.",
+            show_default="gpt2-mlp",
         ),
     ] = None,
     weight: Annotated[
         str | None,
         typer.Option(
             metavar="FILE:NAME",
-            help="In the place of --layer: the weight of your layer, in a file of safetensors, NumPy or "
-            "torch.save. A pattern as 'layers.*.up_proj.weight' is a stack of experts.",
+            help="Instead of --layer: the weight of your own layer, in a file of safetensors, NumPy or "
+            "torch.save. A pattern such as 'layers.*.up_proj.weight' gives a stack of experts.",
             show_default=False,
         ),
     ] = None,
     transposed: Annotated[
         bool,
         typer.Option(
-            "--transposed", help="The file has in x out, as Conv1D of GPT-2; not out x in, as nn.Linear."
+            "--transposed",
+            help="The file has the weight as in x out (Conv1D of GPT-2), not as out x in (nn.Linear).",
         ),
     ] = False,
     inputs: Annotated[
         str | None,
         typer.Option(
             metavar="FILE:NAME",
-            help="Rows of inputs of that layer: errors are those of its outputs, too.",
+            help="Inputs of that layer, one a row: adds the errors of its outputs.",
             show_default=False,
         ),
     ] = None,
     in_features: Annotated[
-        int | None, typer.Option(help="In the place of --layer: size of the input.", show_default=False)
+        int | None, typer.Option(help="Instead of --layer: number of input features.", show_default=False)
     ] = None,
-    out_features: Annotated[int | None, typer.Option(help="Size of the output.", show_default=False)] = None,
+    out_features: Annotated[
+        int | None, typer.Option(help="Number of output features.", show_default=False)
+    ] = None,
     hidden: Hidden = None,
     experts: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of experts, e.g. 256,64x64; none for a plain layer.",
+            help="Numbers of experts, e.g. 256,64x64; none for a layer without experts.",
             show_default="the layer's",
         ),
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option(
-            help="Names with commas between, e.g. cp,tr, or a list of formats as JSON.", show_default="all"
-        ),
+        typer.Option(help="Tensor formats, e.g. cp,tr, or a list as JSON.", show_default="all"),
     ] = None,
     parameters: Annotated[
         str | None,
         typer.Option(
-            help="Budgets: numbers, match for that of the dense layer, or multiples of it as 0.5x.",
+            help="Budgets: numbers of parameters, match for those of the dense layer, or multiples as 0.5x.",
             show_default="match,0.5x; of a weight 0.5x,0.25x,0.1x",
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Inputs of a forward pass and a step.", show_default="512; quick 32")
+        int | None, typer.Option(help="Number of inputs in a batch.", show_default="512; quick 32")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cpu,cuda.", show_default="all there are")
+        str | None,
+        typer.Option(help="Devices to measure on: cpu, cuda or cpu,cuda.", show_default="all there are"),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Time of a timing.", show_default="0.4; quick 0.05")
+        float | None, typer.Option(help="Seconds for each timing.", show_default="0.4; quick 0.05")
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
-            help="What needs more GiB is run with fewer dense experts or inputs, and estimated.",
+            help="Limit in GiB; larger layers run with fewer dense experts or inputs, and are extrapolated.",
             show_default="2",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Train heads on digits, or on an .npz file with x and y; or none.", show_default="digits"
+            help="Data to train heads on: digits, an .npz file with x and y, or none.", show_default="digits"
         ),
     ] = None,
     head_hidden: Annotated[
         int | None,
-        typer.Option(
-            help="Heads are an MLP with this size between; 0 for a linear layer.", show_default="128"
-        ),
+        typer.Option(help="Hidden size of the heads; 0 for linear ones.", show_default="128"),
     ] = None,
     head_formats: Annotated[
         str | None,
         typer.Option(
-            help="Formats of heads.", show_default="those of --formats; of all that no size must be split for"
+            help="Tensor formats of the heads.", show_default="those of --formats that split no size"
         ),
     ] = None,
     head_experts: Annotated[
         str | None,
-        typer.Option(help="Numbers of experts of heads.", show_default="8,32; quick 8"),
+        typer.Option(help="Numbers of experts of the heads.", show_default="8,32; quick 8"),
     ] = None,
     head_parameters: Annotated[
-        str | None, typer.Option(help="Budgets of heads.", show_default="0.5x,match; quick match")
+        str | None, typer.Option(help="Budgets of the heads.", show_default="0.5x,match; quick match")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Trainings of a head.", show_default="3; quick 1")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Number of trainings of each head.", show_default="3; quick 1")
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of a training.", show_default="15; quick 1")
+        int | None, typer.Option(help="Passes over the data in a training.", show_default="15; quick 1")
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            help="Rows of a step of a training; all, where these are fewer than 128.", show_default="128"
-        ),
+        typer.Option(help="Rows of a step; all rows if there are fewer than 128.", show_default="128"),
     ] = None,
     sweeps: Annotated[
-        int | None, typer.Option(help="The most sweeps of a fit to a weight.", show_default="10; quick 2")
+        int | None, typer.Option(help="Most sweeps of a fit to the weight.", show_default="10; quick 2")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to see that all works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small and short, to try the command.")] = False,
     jobs: Jobs = CORES,
     setting: Annotated[
         Path | None,
         typer.Option(
-            help="The study.json of a study to run again, in the place of all above.", show_default=False
+            help="The study.json of a study to run again, instead of the options above.", show_default=False
         ),
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(help="The folder of another study, to show beside this one.", show_default=False),
+        typer.Option(help="Folder of another study, to compare with.", show_default=False),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again, even if the folder has results.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/study"),
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Set layers of every format beside the dense layer they may take the place of.
+    """Compare layers of every tensor format with the dense layer that they can replace.
 
     For every format and budget: parameters, FLOPs, memory, rank, measured and predicted time; with --weight
     the error of the format fitted to your layer, with --inputs that of its outputs; and the accuracy of heads
-    trained on --data. Leaves a page (report.html), the table (results.csv), pictures, and the setting
-    (study.json). Interrupted, the same command goes on where it stopped; with other --formats it adds these.
+    trained on --data. Writes a page (report.html), the table (results.csv), pictures, and the setting
+    (study.json). If it is interrupted, the same command continues; with other --formats it adds them.
 
     Example: `mumoe-tensor study --layer gpt2-mlp --experts 256,64x64`
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.browser.collect import Progress
-from mumoe_tensor.browser.models import browse_language_model, browse_model
+from mumoe_tensor.browser.models import browse_language_model, browse_model, check_counts
 from mumoe_tensor.browser.samples import Images
 from mumoe_tensor.readers import array_names, read_arrays, reading
 from mumoe_tensor.replace import read_texts, windows
@@ -73,6 +73,7 @@ def browse_built(
     """
     if (data is None) == (texts is None):
         raise ValueError("a model of your own needs its inputs, as data or as texts, and not both.")
+    check_counts(removed, k=k, rows=rows)
     model, tokenizer = build_model(build)
     if texts is not None:
         if tokenizer is None:

@@ -97,7 +97,7 @@ def browse_model(
     >>> browse_model(model, x, y, samples=Images(x.reshape(20, 4, 4)), classes=["a", "b", "c"])[:15]
     '<!doctype html>'
     """
-    check_counts(removed, k=k, batch_size=batch_size, **({} if experts is None else {"experts": experts}))
+    check_counts(removed, k=k, batch_size=batch_size, experts=experts)
     if labels is not None and labels.numel():
         check_names(classes, int(labels.max()) + 1)
     device = next((p.device for p in model.parameters()), inputs.device)
@@ -135,10 +135,11 @@ def legend_of_classes(removed: int, experts: Sequence[int], looked: int) -> str:
     )
 
 
-def check_counts(removed: int, **counts: int) -> None:
+def check_counts(removed: int, **counts: int | None) -> None:
     """Numbers of things to show must be positive, that of experts to remove not negative."""
     for name, count in counts.items():
-        as_positive(count, name)
+        if count is not None:
+            as_positive(count, name)
     if as_integer(removed, "removed") < 0:
         raise ValueError(f"removed must not be negative, got {removed}.")
 

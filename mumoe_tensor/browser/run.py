@@ -98,7 +98,7 @@ def browse(
     ValueError
         If the folder has no finished run, or its model has no experts, or an argument does not fit it.
     """
-    check_counts(removed, k=k, **({} if rows is None else {"rows": rows}))
+    check_counts(removed, k=k, rows=rows)
     folders = [Path(each) for each in (folder, beside) if each is not None]
     views = [
         _view_run(each, images, classes, Path(vocabulary), texts, rows, k, removed, progress)

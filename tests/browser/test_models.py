@@ -299,6 +299,7 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
         ("missing", "--data rows.npz --allow-import", "raises AttributeError"),
         ("build", "--texts texts.jsonl --allow-import", "must return the model and its tokenizer"),
         ("build", "--data texts.jsonl --allow-import", "texts.jsonl: "),
+        ("build", "--data rows.npz --rows 0 --allow-import", "rows must be positive"),
         ("build", "--data rows.npz --classes a --allow-import", "a name for each of 3 classes"),
     ],
 )

@@ -191,8 +191,8 @@ class View {
     const card = chunk.children[place % CHUNK];
     card.classList.add('opened');
     // Once more when the chunks around it have their cards.
-    card.scrollIntoView({block: 'center'});
-    requestAnimationFrame(() => requestAnimationFrame(() => card.scrollIntoView({block: 'center'})));
+    card.scrollIntoView();
+    requestAnimationFrame(() => requestAnimationFrame(() => card.scrollIntoView()));
   }
 
   // ---- classes by experts: a pixel for each, made larger by the style ----

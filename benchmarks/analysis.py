@@ -88,6 +88,7 @@ def measure(inputs: int, experts: int) -> Report:
         "at once MiB": 4 * usage.rows * experts / MIB,
         "seconds": seconds,
         "inputs a second": usage.rows / seconds,
+        "over the layer": seconds / analysis.seconds["layer and inputs"],
         "active an input": usage.active * experts,
         "dead": usage.dead,
         "label ratio": labels.ratio,
@@ -95,8 +96,8 @@ def measure(inputs: int, experts: int) -> Report:
     }
     columns = {
         "inputs": ",d", "experts": ",d", "peak MiB": ",.0f", "at once MiB": ",.0f", "seconds": ",.0f",
-        "inputs a second": ",.0f", "active an input": ".1f", "dead": ",d", "label ratio": ".2f",
-        "clarity": ".2f",
+        "inputs a second": ",.0f", "over the layer": ".2f", "active an input": ".1f", "dead": ",d",
+        "label ratio": ".2f", "clarity": ".2f",
     }  # fmt: skip
     notes = [
         f"Usage, {KEPT} top inputs and labels of every expert, batches of {BATCH:,}; a layer",

@@ -83,7 +83,7 @@ def draw(chart: Chart) -> Figure:
         7.2 inches wide, the width of a page.
     """
     first = chart.panels[0]
-    columns = min(len(chart.panels), MOST_COLUMNS if first.ys or len(chart.panels) > 3 else 3)
+    columns = min(len(chart.panels), MOST_COLUMNS if len(chart.panels) > 3 and not first.ys else 3)
     lines = -(-len(chart.panels) // columns)
     height = 0.7 + 0.24 * len(first.ys) if first.ys else 2.1
     with matplotlib.rc_context(STYLE):

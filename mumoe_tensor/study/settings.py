@@ -177,9 +177,11 @@ OF_MATRICES = (
     "lowrank", "kron", "monarch", "btt", "tt-matrix", "tucker-matrix", "cp-matrix",
     '{"name":"sum","formats":["monarch","lowrank"]}', '{"name":"sum","formats":["kron","lowrank"]}',
 )  # fmt: skip
+#: For mixtures, beside the registered formats: a matrix that all experts share.
+SHARED = '{"name":"sum","formats":[{"name":"shared","format":"lowrank"},"cp"]}'
 #: Defaults. None: `experts` follow from the layer, `devices` from the machine, `formats` are all registered
-#: ones, without experts `OF_MATRICES`, and `head_formats` those of them that neither split modes, into parts
-#: that numbers of classes seldom have, nor are sums.
+#: ones and `SHARED`, without experts `OF_MATRICES`, and `head_formats` those of them that neither split
+#: modes, into parts that numbers of classes seldom have, nor are sums.
 DEFAULTS: dict[str, Any] = {
     "experts": None,
     "formats": None,
@@ -261,7 +263,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
         raise ValueError(
             f"numbers of experts must make up the {prod(experts):,} of the weight, got {values['experts']}."
         )
-    everything = OF_MATRICES if values["experts"] == ((),) else registered()
+    everything = OF_MATRICES if values["experts"] == ((),) else (*registered(), SHARED)
     heads = values["head_formats"] or values["formats"]
     if heads is None:
         heads = [name for name, format in registered().items() if _is_whole(format)]

@@ -19,7 +19,8 @@ from mumoe_tensor.study.quality import judge
 def test_defaults() -> None:
     found = studies.prepare()
     assert found.layer.spec == studies.dense(768, 768, hidden=3072)
-    assert found.experts == ((256,),) and found.formats == tuple(mt.formats())
+    assert found.experts == ((256,),) and found.formats[:-1] == tuple(mt.formats())
+    assert len(mt.get_format(json.loads(found.formats[-1])).summands(1)) == 2
     assert found.parameters == ("match", "0.5x")
     assert found.batch == 512 and found.data == "digits" and found.head_hidden == 128
     quick = studies.prepare(quick=True)

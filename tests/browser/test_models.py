@@ -7,6 +7,7 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,21 @@ def test_plain_rows_without_labels() -> None:
     (level,) = view["levels"]
     assert level["layer"] == "0" and level["map"] is None and not view["samples"]
     assert all(not expert["bars"] and expert["effect"] is None for expert in level["experts"])
+
+
+def test_a_classifier_that_returns_more_than_logits() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = MuMoE(6, 3, experts=4, rank=2, gate="softmax", gate_norm="none")
+
+        def forward(self, x: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.layer(x))
+
+    model, x, y = Outer(), torch.randn(20, 6), torch.arange(20) % 3
+    (of_outer,), (of_layer,) = (collect(each, x, y) for each in (model, model.layer))
+    assert torch.equal(of_outer.effects, of_layer.effects) and of_outer.effects.abs().sum() > 0
 
 
 def test_rare_tokens_are_one_label(monkeypatch: pytest.MonkeyPatch) -> None:

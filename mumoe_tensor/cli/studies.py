@@ -128,6 +128,10 @@ def study(
     sweeps: Annotated[
         int | None, typer.Option(help="Most sweeps of a fit to the weight.", show_default="10; quick 2")
     ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(help="Other machines to predict times for, e.g. cuda,h200.", show_default=False),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small and short, to try the command.")] = False,
     jobs: Jobs = CORES,
@@ -183,6 +187,7 @@ def study(
             "transposed": transposed or None,
             "inputs": inputs,
             "sweeps": sweeps,
+            "machines": read_names(machine),
         }
         sizes = (in_features, hidden, out_features)
         if setting is not None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from mumoe_tensor.checks import as_positive, as_python, check_flag
+from mumoe_tensor.checks import as_positive, as_python, check_choice, check_flag
+from mumoe_tensor.contraction.machine import MACHINES
 from mumoe_tensor.formats import Format
 from mumoe_tensor.formats.registry import formats as registered
 from mumoe_tensor.formats.registry import get_format
@@ -25,7 +26,7 @@ Levels = tuple[int, ...]
 #: What may be added to a finished study.
 GROWING = (
     "experts", "formats", "parameters", "batches", "devices", "head_experts", "head_parameters",
-    "head_formats",
+    "head_formats", "machines",
 )  # fmt: skip
 #: Names of `data` that are no files.
 DIGITS, NO_DATA = "digits", "none"
@@ -86,6 +87,8 @@ class Setting:
         Where rows of inputs of the layer are: then formats are fitted to its outputs for these, too.
     sweeps : int
         The most sweeps of a fit; see `.decompose`.
+    machines : tuple of str
+        Machines that times are predicted for, beside the devices; see `.Machine`.
     """
 
     layer: Layer
@@ -113,6 +116,7 @@ class Setting:
     transposed: bool = False
     inputs: str | None = None
     sweeps: int = 10
+    machines: tuple[str, ...] = ()
 
     @property
     def whole(self) -> LayerSpec:
@@ -207,6 +211,7 @@ DEFAULTS: dict[str, Any] = {
     "transposed": False,
     "inputs": None,
     "sweeps": Setting.sweeps,
+    "machines": (),
 }
 #: Small batches, few repetitions, short trainings, to see that all works.
 QUICK: dict[str, Any] = {
@@ -298,6 +303,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
     for text in (*values["parameters"], *values["head_parameters"]):
         as_budget(text, layer.spec.dense_parameters)
     values["devices"] = _devices(values["devices"])
+    values["machines"] = tuple(check_choice(name, MACHINES, "machine") for name in values["machines"])
     return Setting(layer=layer, **values)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mumoe_tensor.contraction.machine import ITEMSIZE, machine_of
+from mumoe_tensor.contraction.machine import ITEMSIZE, as_machine
 from mumoe_tensor.cost import cost
 from mumoe_tensor.formats.registry import label
 from mumoe_tensor.formats.text import format_text, read_format
@@ -114,17 +114,17 @@ class Subject:
             "expert rank": total.max_expert_rank,
         }
 
-    def predicted(self, batch: int, device: str) -> float:
-        """Predicted seconds of a forward pass on a kind of device; on a CPU on one core.
+    def predicted(self, batch: int, machine: str) -> float:
+        """Predicted seconds of a forward pass on a machine, as of the kind of a device; on a CPU on one core.
 
         See `.Cost`. Of the sparse mixture it is one roofline, of all its FLOPs and traffic.
         """
-        machine = machine_of(device, DTYPE)
+        computing = as_machine(machine, DTYPE)
         if self.role != SPARSE:
-            return cost(self.spec, gate=True, batch=batch, machine=machine).seconds
+            return cost(self.spec, gate=True, batch=batch, machine=computing).seconds
         figures = self.figures(batch)
         flops = batch * figures["FLOPs"]
-        return machine.seconds(flops, flops / figures["intensity"] / ITEM)
+        return computing.seconds(flops, flops / figures["intensity"] / ITEM)
 
     def _sparse_figures(self, batch: int) -> dict[str, float]:
         spec, k, count = self.spec, self.top_k, prod(self.spec.experts)

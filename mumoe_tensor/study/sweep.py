@@ -163,6 +163,8 @@ def _tasks(planned: Plan) -> Iterator[Task]:
     setting, subjects = planned.setting, planned.subjects
     for subject in [*subjects, *planned.heads]:
         yield _costs(setting, subject)
+    for subject, machine in product(subjects, dict.fromkeys((*setting.devices, *setting.machines))):
+        yield _prediction(setting, subject, machine)
     for subject in subjects if setting.weight else ():
         if subject.role == MIXTURE:
             yield _fit(setting, subject)
@@ -183,18 +185,23 @@ def _costs(setting: Setting, subject: Subject) -> Task:
     key = f"cost {subject.key} {setting.batch}"
 
     def run() -> list[Measurement]:
-        figures = subject.figures(setting.batch)
-        rows = [
+        return [
             Measurement.of(key, subject, quantity, value, batch=setting.batch)
-            for quantity, value in figures.items()
+            for quantity, value in subject.figures(setting.batch).items()
         ]
-        for device in setting.devices:
-            seconds = subject.predicted(setting.batch, device)
-            more: Any = {"device": device, "batch": setting.batch}
-            rows.append(Measurement.of(key, subject, "predicted forward", seconds, **more))
-        return rows
 
     return Task(key, "costs by formula", 0.01, run)
+
+
+def _prediction(setting: Setting, subject: Subject, machine: str) -> Task:
+    key = f"predict {subject.key} {machine} {setting.batch}"
+
+    def run() -> list[Measurement]:
+        seconds = subject.predicted(setting.batch, machine)
+        more: Any = {"device": machine, "batch": setting.batch}
+        return [Measurement.of(key, subject, "predicted forward", seconds, **more)]
+
+    return Task(key, "predicted times", 0.01, run)
 
 
 def _fit(setting: Setting, subject: Subject) -> Task:

@@ -104,15 +104,17 @@ def _costs(planned: Plan, results: Results) -> Cells:
 def _times(planned: Plan, results: Results) -> Cells:
     setting = planned.setting
     headings = ["", "experts", "parameters", *(x for d in setting.devices for x in _measured(d))]
+    headings += [f"predicted {machine}" for machine in setting.machines]
     rows = []
     for subject in planned.subjects:
         row = [*_head(subject), f"{subject.figures(setting.batch)['parameters']:,.0f}"]
         for device in setting.devices:
             at: dict[str, Any] = {"device": device, "batch": setting.batch}
             row += _time(results.of_subject(subject, "forward", **at))
-            row.append(f"{1e3 * subject.predicted(setting.batch, device):,.2f} ms")
+            row.append(_prediction(subject, setting.batch, device))
             row += _time(results.of_subject(subject, "step", **at))
             row += [_mebibytes(results.of_subject(subject, q, **at)) for q in ("forward peak", "step peak")]
+        row += [_prediction(subject, setting.batch, machine) for machine in setting.machines]
         rows.append(row)
     return "Times and peaks", headings, rows
 
@@ -150,6 +152,10 @@ def _head(subject: Subject) -> list[str]:
 
 def _mean(rows: list[Measurement], scale: float = 1.0) -> str:
     return f"{scale * sum(row.value or 0.0 for row in rows) / len(rows):.3g}" if rows else ""
+
+
+def _prediction(subject: Subject, batch: int, machine: str) -> str:
+    return f"{1e3 * subject.predicted(batch, machine):,.2f} ms"
 
 
 def _measured(device: str) -> list[str]:

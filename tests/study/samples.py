@@ -83,4 +83,4 @@ def _as_computed(planned: studies.Plan, task: sweeps.Task) -> list[Measurement]:
     return task.run()
 
 
-MADE = {"cost": _as_computed, "time": _times, "peak": _peaks, "train": _trained}
+MADE = {"cost": _as_computed, "predict": _as_computed, "time": _times, "peak": _peaks, "train": _trained}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from samples import RATIOS
 
 from mumoe_tensor import study as studies
@@ -35,6 +37,13 @@ def test_times_are_beside_the_dense_layer(made_up: Made) -> None:
         assert row["× dense"] == ("" if subject.role == "baseline" else quartiles)
 
 
+def test_times_are_predicted_for_other_machines(made_up: Made) -> None:
+    planned, results = made_up
+    planned = replace(planned, setting=replace(planned.setting, machines=("h200",)))
+    for subject, row in zip(planned.subjects, columns((planned, results), 2), strict=True):
+        assert row["predicted h200"] == f"{1e3 * subject.predicted(8, 'h200'):,.2f} ms"
+
+
 def test_heads_stand_beside_their_nulls(made_up: Made) -> None:
     planned, _ = made_up
     rows = columns(made_up, 4)
@@ -47,8 +56,6 @@ def test_heads_stand_beside_their_nulls(made_up: Made) -> None:
 
 
 def test_figures_that_are_estimated_say_so(made_up: Made) -> None:
-    from dataclasses import replace
-
     planned, results = made_up
     estimated = studies.Results()
     note = {"note": "estimated from 2 experts, which are run"}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from mumoe_tensor.browser.collect import Progress
 from mumoe_tensor.browser.models import browse_language_model, browse_model, check_counts
 from mumoe_tensor.browser.samples import Images
+from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.readers import array_names, read_arrays, reading
 from mumoe_tensor.replace import read_texts, windows
-from mumoe_tensor.training.data import as_labels, as_pixels
+from mumoe_tensor.training.data import as_features, as_labels, as_pixels
 
 #: Tokens of a window of text.
 CONTEXT = 256
@@ -46,7 +47,7 @@ def browse_built(
         the model, or of a language model the model and its tokenizer.
     data : str or Path, optional
         An ``.npz`` file with inputs as x, and perhaps their classes as y. Bytes become numbers from 0 to 1,
-        other integers stay such.
+        floats and booleans float32; other integers stay such.
     texts : str or Path, optional
         In the place of `data`, of a language model: see `.read_texts`.
     images : str or Path, optional
@@ -76,11 +77,15 @@ def browse_built(
     check_counts(removed, k=k, rows=rows)
     model, tokenizer = build_model(build)
     if texts is not None:
+        if images is not None or classes:
+            raise ValueError("texts have no images or classes; those are for data.")
         if tokenizer is None:
             raise ValueError(f"for texts, {build} must return the model and its tokenizer; it has none.")
         tokens, _ = windows(read_texts(texts), tokenizer, CONTEXT)
+        inputs = torch.stack(tokens[:rows])
+        _check_call(build, model, inputs[:2])
         return browse_language_model(
-            model, tokenizer.decode, torch.stack(tokens[:rows]), k=k, removed=removed, progress=progress,
+            model, tokenizer.decode, inputs, k=k, removed=removed, progress=progress,
             title=f"Experts of {build}", about=f"Texts: {Path(texts).name}.",
         )  # fmt: skip
     assert data is not None
@@ -89,8 +94,11 @@ def browse_built(
         (shown,) = read_arrays(images, ("x",))
         with reading(images):
             samples: Images | None = Images(as_pixels(shown).numpy())
+            if len(shown) != len(x):
+                raise ValueError(f"there must be an image for each of {len(x):,} inputs, got {len(shown):,}.")
     else:
         samples = _as_images(x)
+    _check_call(build, model, x[:2], 0 if labels is None or not len(labels) else int(labels.max()) + 1)
     return browse_model(
         model, x[:rows], labels if labels is None else labels[:rows], samples=samples, classes=classes, k=k,
         removed=removed, progress=progress, title=f"Experts of {build}",
@@ -129,6 +137,25 @@ def build_model(build: str) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
+def _check_call(build: str, model: nn.Module, x: Tensor, classes: int = 0) -> None:
+    """The model must take such inputs, and give a logit for each of the classes."""
+    device = next((parameter.device for parameter in model.parameters()), x.device)
+    try:
+        with evaluating(model), torch.no_grad():
+            output = model(x.to(device))
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"the model of {build} must take inputs such as x, of shape {tuple(x.shape)} and {x.dtype}; it "
+            f"raises {type(error).__name__}: {error}"
+        ) from error
+    logits = getattr(output, "logits", output)
+    if classes and not (isinstance(logits, Tensor) and logits.ndim and logits.shape[-1] >= classes):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model of {build} must give a logit for each of {classes} classes, got {shape}."
+        )
+
+
 def _read_inputs(path: str | Path) -> tuple[Tensor, Tensor | None]:
     (x,) = read_arrays(path, ("x",))
     labels = read_arrays(path, ("y",)) if "y" in array_names(path) else []
@@ -136,7 +163,7 @@ def _read_inputs(path: str | Path) -> tuple[Tensor, Tensor | None]:
         if x.dtype == np.uint8:
             inputs = as_pixels(x)
         else:
-            inputs = torch.tensor(x, dtype=torch.float32 if x.dtype.kind == "f" else torch.int64)
+            inputs = as_features(x) if x.dtype.kind in "bf" else torch.tensor(x, dtype=torch.int64)
         return inputs, as_labels(labels[0]) if labels else None
 
 

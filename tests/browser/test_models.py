@@ -257,6 +257,15 @@ def text():
 def wrong():
     return 3
 
+def mapping():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build()
+        def forward(self, x):
+            return {"logits": self.model(x)}
+    return Model()
+
 def fails():
     raise KeyError("no weights")
 """
@@ -269,6 +278,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     x = np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "rows.npz", x=x, y=np.arange(20) % 3)
     np.savez(tmp_path / "plain.npz", x=x / 255)
+    np.savez(tmp_path / "wide.npz", x=np.ones((20, 5, 5)))
+    np.savez(tmp_path / "counts.npz", x=np.ones((20, 4, 4), dtype=np.int64))
+    np.savez(tmp_path / "missing.npz", x=np.full((20, 4, 4), np.nan))
+    np.savez(tmp_path / "more.npz", x=x, y=np.arange(20) % 3 + 1)
+    np.savez(tmp_path / "few.npz", x=x[:3])
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "Some words. " * 50}) + "\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -317,6 +331,13 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
         ("build", "--data texts.jsonl --allow-import", "texts.jsonl: "),
         ("build", "--data rows.npz --rows 0 --allow-import", "rows must be positive"),
         ("build", "--data rows.npz --classes a --allow-import", "a name for each of 3 classes"),
+        ("build", "--data wide.npz --allow-import", "must take inputs such as x, of shape (2, 5, 5)"),
+        ("build", "--data counts.npz --allow-import", "torch.int64; it raises RuntimeError"),
+        ("build", "--data missing.npz --allow-import", "inputs must be finite"),
+        ("build", "--data more.npz --allow-import", "a logit for each of 4 classes, got (2, 3)"),
+        ("mapping", "--data rows.npz --allow-import", "a logit for each of 3 classes, got dict"),
+        ("build", "--data rows.npz --images few.npz --allow-import", "an image for each of 20 inputs, got 3"),
+        ("text", "--texts texts.jsonl --classes a,b --allow-import", "texts have no images or classes"),
     ],
 )
 def test_what_is_refused(folder: Path, function: str, line: str, wrong: str) -> None:

@@ -95,7 +95,8 @@ def study(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data to train heads on: digits, an .npz file with x and y, or none.", show_default="digits"
+            help="Data to train heads on: digits, an .npz file with x and y, or none.",
+            show_default="digits; with --weight none",
         ),
     ] = None,
     head_hidden: Annotated[
@@ -197,7 +198,9 @@ def study(
             chosen = studies.Setting.from_json(setting)
         else:
             if weight is not None and (layer is not None or any(size is not None for size in sizes)):
-                raise ValueError("a layer is told by --layer, by its sizes, or by --weight.")
+                raise ValueError(
+                    "a study takes one of --layer, --weight, and --in-features with --out-features."
+                )
             chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
         if not fresh:
             chosen = studies.going_on(chosen, out)
@@ -232,5 +235,5 @@ def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -
     if all(size is None for size in sizes):
         return name
     if name is not None or in_features is None or out_features is None:
-        raise ValueError("a layer is told by --layer, or by --in-features and --out-features.")
+        raise ValueError("a study takes --layer, or --in-features and --out-features.")
     return Layer("Layer" if hidden is None else "MLP", dense(in_features, out_features, hidden))

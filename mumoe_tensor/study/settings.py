@@ -153,7 +153,7 @@ class Setting:
         if replace(other, **grown) != both:
             names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
             others = ", ".join(name for name in names if name not in GROWING)
-            raise ValueError(f"studies must differ in {', '.join(GROWING)} alone; these do in {others}.")
+            raise ValueError(f"studies may only differ in {', '.join(GROWING)}; these differ in {others}.")
         return both
 
     def to_json(self) -> str:
@@ -261,12 +261,13 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
         layer, experts = _layer_of(layer, values)
         values |= {"data": options.get("data") or NO_DATA}
     elif values["inputs"] is not None or values["transposed"]:
-        raise ValueError("inputs, and transposed, are of a weight; there must be one beside them.")
+        raise ValueError("inputs and transposed need a weight: they describe the layer that it is from.")
     layer = get_layer("gpt2-mlp" if layer is None else layer)
     values["experts"] = _counts(_or(values["experts"], [layer.experts] if experts is None else [experts]))
     if experts is not None and any(prod(levels) != prod(experts) for levels in values["experts"]):
         raise ValueError(
-            f"numbers of experts must make up the {prod(experts):,} of the weight, got {values['experts']}."
+            f"the levels of experts must multiply to the {prod(experts):,} matrices of the weight, got "
+            f"{values['experts']}; a single matrix has none."
         )
     everything = OF_MATRICES if values["experts"] == ((),) else (*registered(), SHARED)
     heads = values["head_formats"] or values["formats"]

@@ -120,8 +120,9 @@ def tensors_of(source: str) -> Iterator[tuple[str, Tensor]]:
     everything = [(name, tensor) for file in files for name, tensor in _read(file).items()]
     matching = [(name, tensor) for name, tensor in everything if fnmatchcase(name, pattern)]
     if not matching:
-        names = ", ".join(sorted({name for name, _ in everything}, key=_in_order)[:8]) or "none"
-        raise ValueError(f"{path} must have tensors {pattern!r}; it has {len(everything):,}: {names} …")
+        names = sorted({name for name, _ in everything}, key=_in_order)
+        some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        raise ValueError(f"{path} must have a tensor {pattern!r}; it has {len(names):,}: {some or 'none'}.")
     yield from sorted(matching, key=lambda item: _in_order(item[0]))
 
 

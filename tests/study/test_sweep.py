@@ -426,7 +426,7 @@ def test_the_levels_of_a_stack_make_up_its_experts(tmp_path: Path) -> None:
     planned = studies.plan(setting)
     (fit, *_) = [t for t in planned.tasks if t.key.startswith("fit") and " 2x3 " in t.key]
     assert fit.run()[0].value < 0.1
-    with pytest.raises(ValueError, match="must make up the 6 of the weight"):
+    with pytest.raises(ValueError, match="must multiply to the 6 matrices of the weight"):
         studies.prepare(weight=tmp_path / "w.npy", experts=[4])
     with pytest.raises(ValueError, match="the layer must be that of the weight"):
         studies.prepare("clip-head", weight=tmp_path / "w.npy")

@@ -67,7 +67,7 @@ def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
         ("c", "must be a matrix of floats, or a stack of them; c is torch.float32"),
         ("d", "d is torch.int32"),
         ("[ab]", "must have one shape"),
-        ("e*", r"must have tensors 'e\*'; it has 4: a, b, c, d"),
+        ("e*", r"must have a tensor 'e\*'; it has 4: a, b, c, d\."),
     ):
         with pytest.raises(ValueError, match=message):
             read_weight(f"{path}:{name}")

@@ -45,14 +45,14 @@ def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
     ...     print(torch.linalg.matrix_rank(layer.weight).item())
     3
     """
-    found = list(layers)
-    if not found:
+    chosen = list(layers)
+    if not chosen:
         raise ValueError("there must be linear layers to truncate, got none.")
     if not (isfinite(share) and 0 <= share <= 1):
         raise ValueError(f"the share of singular values to keep must lie from 0 to 1, got {share}.")
-    if wrong := sorted({type(layer).__name__ for layer in found if not is_linear(layer)}):
+    if wrong := sorted({type(layer).__name__ for layer in chosen if not is_linear(layer)}):
         raise TypeError(f"only linear layers can be truncated, got {', '.join(wrong)}.")
-    weights: list[nn.Parameter] = [layer.weight for layer in found]  # type: ignore[misc]
+    weights: list[nn.Parameter] = [layer.weight for layer in chosen]  # type: ignore[misc]
     originals = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

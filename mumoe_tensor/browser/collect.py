@@ -171,9 +171,9 @@ def collect(
     labels = None if labels is None else read_labels(labels)
     gates = _gates_in(model, [""] if layers is None else layers)
     most = MOST_SUMS // max(experts for gate in gates.values() for experts in gate.num_experts)
-    found, places, frequency = _labelled(inputs if is_language else labels, is_language, most)
+    distinct, places, frequency = _labelled(inputs if is_language else labels, is_language, most)
     seen = {
-        (name, level): _Seen(experts, 0 if found is None else len(found), k, threshold)
+        (name, level): _Seen(experts, 0 if distinct is None else len(distinct), k, threshold)
         for name, gate in gates.items()
         for level, experts in enumerate(gate.num_experts)
     }
@@ -218,7 +218,7 @@ def collect(
                 lost = _effects(model, module, batches, classes, level, chosen.tolist())
             levels.append(
                 ExpertLevel(
-                    layer, level, usage, found, frequency, None if found is None else counted.sums.T,
+                    layer, level, usage, distinct, frequency, None if distinct is None else counted.sums.T,
                     counted.top.indices, counted.top.coefficients,
                     counted.top.parts if counted.top.parts.shape[2] else None, lost, is_language,
                 )
@@ -245,17 +245,17 @@ def _stored(
     coefficients: Coefficients, gates: dict[str, ExpertGate], count: int
 ) -> dict[str, list[CoefficientRows]]:
     """The stored coefficients of gates, level by level."""
-    found = {}
+    by_layer = {}
     for name, gate in gates.items():
         if coefficients.gates.get(name) != gate.num_experts:
             raise ValueError(
                 f"coefficients must have those of the gate {name!r} with {gate.num_experts} experts; they "
                 f"have {coefficients.gates}."
             )
-        found[name] = [coefficients[name, level] for level in range(len(gate.num_experts))]
-        if any(len(rows) % count or int(rows.documents[-1]) + 1 != count for rows in found[name]):
+        by_layer[name] = [coefficients[name, level] for level in range(len(gate.num_experts))]
+        if any(len(rows) % count or int(rows.documents[-1]) + 1 != count for rows in by_layer[name]):
             raise ValueError(f"coefficients must be those of the {count} inputs, each with as many rows.")
-    return found
+    return by_layer
 
 
 def _rows_of(rows: CoefficientRows, start: int, count: int) -> Tensor:
@@ -272,21 +272,21 @@ def _labelled(
         return None, None, None
     labels = labels.cpu()  # as the figures of all batches are
     if is_language:
-        found, places, counts = labels.unique(return_inverse=True, return_counts=True)
+        distinct, places, counts = labels.unique(return_inverse=True, return_counts=True)
     else:
-        found, places = torch.arange(int(labels.max()) + 1), labels
-        counts = labels.bincount(minlength=len(found))
-    if is_language and len(found) > most:
+        distinct, places = torch.arange(int(labels.max()) + 1), labels
+        counts = labels.bincount(minlength=len(distinct))
+    if is_language and len(distinct) > most:
         frequent = counts.argsort(descending=True, stable=True)[: max(1, most - 1)].sort().values
-        place_of = torch.full((len(found),), len(frequent))
+        place_of = torch.full((len(distinct),), len(frequent))
         place_of[frequent] = torch.arange(len(frequent))
         rare = counts.sum() - counts[frequent].sum()
-        found, counts = (
-            torch.cat([found[frequent], found.new_tensor([-1])]),
+        distinct, counts = (
+            torch.cat([distinct[frequent], distinct.new_tensor([-1])]),
             torch.cat([counts[frequent], rare[None]]),
         )
         places = place_of[places]
-    return found, places, counts / counts.sum()
+    return distinct, places, counts / counts.sum()
 
 
 def _by_input(rows: Tensor, count: int, passage: int | None) -> Tensor:
@@ -311,9 +311,9 @@ def _effects(
 ) -> Tensor:
     """Effects of the experts that are removed, and NaN of the others; without classes, on the loss."""
     if classes is None:
-        found = loss_effects(model, layer, batches, level=level, experts=experts)
+        measured = loss_effects(model, layer, batches, level=level, experts=experts)
     else:
-        found = ablation_effects(model, layer, batches, classes, level=level, experts=experts)
-    effects = torch.full((gate_of(layer).num_experts[level], *found.shape[1:]), torch.nan)
-    effects[experts] = found
+        measured = ablation_effects(model, layer, batches, classes, level=level, experts=experts)
+    effects = torch.full((gate_of(layer).num_experts[level], *measured.shape[1:]), torch.nan)
+    effects[experts] = measured
     return effects

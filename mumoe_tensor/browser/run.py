@@ -230,7 +230,7 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
     given = min(GIVEN, len(start) // 2) or 1
     steps = max(1, min(WRITTEN, len(start)) - given)
     top_k = min(TOP_K, model.config.vocabulary)
-    tokens, found = model.generate(
+    tokens, coefficients = model.generate(
         start[None, :given], steps, temperature=TEMPERATURE, top_k=top_k,
         generator=torch.Generator().manual_seed(0), return_coefficients=True,
     )  # fmt: skip
@@ -239,7 +239,7 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
         given=given,
         coefficients={
             (name.rpartition(".")[0], level): each[0]
-            for name, of_gate in found.items()
+            for name, of_gate in coefficients.items()
             for level, each in enumerate(of_gate)
         },
         about=(

@@ -235,14 +235,14 @@ def _plain_map(level: ExpertLevel, experts: list[int]) -> dict[str, Any] | None:
 
 def _plain_sample(sample: Sample, levels: list[ExpertLevel]) -> dict[str, Any]:
     """A written text: of every level and token the strongest experts, as (number, coefficient)."""
-    found = []
+    strongest = []
     for level in levels:
         of_level = sample.coefficients[level.layer, level.level]
         values, experts = of_level.topk(min(STRONGEST, of_level.shape[1]))
-        found.append(
+        strongest.append(
             [
                 [[int(n), round(float(a), 3)] for n, a in zip(ns, each, strict=True) if not a <= 0]
                 for ns, each in zip(experts, values, strict=True)
             ]
         )
-    return {"tokens": sample.tokens, "given": sample.given, "levels": found}
+    return {"tokens": sample.tokens, "given": sample.given, "levels": strongest}

@@ -66,8 +66,8 @@ def bias(
         sides, place = (_side("target", target), _side("group", group)), folder / data
         is_own = data.endswith(".npz")
         if data not in experiments.RECIPES and not is_own:
-            known = ", ".join(experiments.RECIPES)
-            raise ValueError(f"--data must be one of {known} or a file *.npz, got {data!r}.")
+            recipes = ", ".join(experiments.RECIPES)
+            raise ValueError(f"--data must be one of {recipes} or a file *.npz, got {data!r}.")
         if not is_own and not place.is_dir():
             raise OSError(f"there is no folder {place}; `mumoe-tensor data` fetches the data into data.")
         if data == "celeba":

@@ -235,8 +235,8 @@ def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:
         print_json(figures)
         return
     ranks = figures["ranks"] if "ranks" in figures else {"rank": figures["rank"]}
-    told = ", ".join(f"{name} {value}" for name, value in ranks.items() if value)
-    print(f"{figures['parameters']:,} parameters" + (f", {told}" if told else ""))
+    text = ", ".join(f"{name} {value}" for name, value in ranks.items() if value)
+    print(f"{figures['parameters']:,} parameters" + (f", {text}" if text else ""))
     trained = "" if figures["trained"] else "; it was trained before, --fresh trains it again"
     print(
         f"accuracy {figures['accuracy']:.4f}, loss {figures['validation_loss']:.4f} on validation rows, "

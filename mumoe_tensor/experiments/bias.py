@@ -235,7 +235,7 @@ class Experiment:
         rows: Population = getattr(self.task, split)
         logits = logits_of(model, rows.x)
         setting = {"oversampling": "repetitions", "adversarial": "alpha"}.get(method, "learning rate")
-        found = [self._row(method, seed, split, setting, value, loss, logits)]
+        records = [self._row(method, seed, split, setting, value, loss, logits)]
         own = {name for name, corrected in CORRECTIONS.items() if corrected == method}
         for name, direction in directions(self.task, model, rows, own).items():
             curve = []
@@ -244,13 +244,13 @@ class Experiment:
                 curve.append(self._named(name, seed, split, "strength", s, figures) | {"chosen": 0})
             strength = best(curve)
             if split == "test":
-                known = {"task": self.task.name, "method": name, "seed": seed, "split": "validation"}
-                (row,) = self.ledger.of(**known, chosen=1)
+                key = {"task": self.task.name, "method": name, "seed": seed, "split": "validation"}
+                (row,) = self.ledger.of(**key, chosen=1)
                 strength = row["value"]
             corrected = moved(self.task, logits, strength * direction)
             chosen = self._row(name, seed, split, "strength", strength, nan, corrected)
-            found += [chosen if row["value"] == strength else row for row in curve]
-        return found
+            records += [chosen if row["value"] == strength else row for row in curve]
+        return records
 
     def _built(self, method: str) -> nn.Module:
         features, outputs = self.task.training.x.shape[1], self.task.training.y.shape[1]
@@ -265,8 +265,8 @@ class Experiment:
         """All figures of a model, or of a correction at its chosen strength."""
         rows: Population = self.task.test if split == "test" else self.task.validation
         predictions = (logit_of(self.task, logits) > 0).long()
-        found = fairness(predictions, self.task.labels(rows), rows.group, self.task.target)
-        figures = {"loss": loss, **{name: getattr(found, name) for name in METRICS}}
+        scores = fairness(predictions, self.task.labels(rows), rows.group, self.task.target)
+        figures = {"loss": loss, **{name: getattr(scores, name) for name in METRICS}}
         return self._named(method, seed, split, setting, value, figures)
 
     def _named(
@@ -359,20 +359,20 @@ def directions(task: Task, model: nn.Module, rows: Population, names: set[str]) 
     """
     label, group = task.target
     toward = 2 * label - 1
-    found = {}
+    changes = {}
     for name in sorted(names):
         if name == "edit":
             members = task.training.x[task.members(task.training)]
             means = mean_coefficients(model, model, members.split(8192))
             before = logits_of(model, rows.x)
             edit_bias(model, "subpopulation", means, task.output, toward / float(means[0].square().sum()))
-            found[name] = (logits_of(model, rows.x) - before)[:, task.output]
+            changes[name] = (logits_of(model, rows.x) - before)[:, task.output]
             remove_edit(model, "subpopulation")
         elif name == "group threshold":
-            found[name] = toward * (rows.group == group).float()
+            changes[name] = toward * (rows.group == group).float()
         else:
-            found[name] = torch.full((len(rows),), float(toward))
-    return found
+            changes[name] = torch.full((len(rows),), float(toward))
+    return changes
 
 
 def logit_of(task: Task, logits: Tensor) -> Tensor:
@@ -441,7 +441,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     rows : sequence of dict
         Of one task and one split.
     """
-    found = []
+    records = []
     for method in METHODS:
         figures = by_seed(rows, method)
         row: Row = {"method": method}
@@ -449,8 +449,8 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             row[name], row[f"{name}_half"] = interval(values)
         row["members"] = rows[0]["members"]
         row["target_sampling"] = 1.96 * (row["target"] * (1 - row["target"]) / row["members"]) ** 0.5
-        found.append(row)
-    return found
+        records.append(row)
+    return records
 
 
 def comparisons(rows: Sequence[Row]) -> list[Row]:
@@ -461,22 +461,23 @@ def comparisons(rows: Sequence[Row]) -> list[Row]:
     rows : sequence of dict
         Of one task and one split.
     """
-    found = []
+    records = []
     for metric, one, other in COMPARED:
         pairs = zip(by_seed(rows, one)[metric], by_seed(rows, other)[metric], strict=True)
         difference, half = interval([a - b for a, b in pairs])
-        found.append({"metric": metric, "of": one, "minus": other, "difference": difference, "half": half})
-    return found
+        records.append({"metric": metric, "of": one, "minus": other, "difference": difference, "half": half})
+    return records
 
 
 def by_seed(rows: Sequence[Row], method: str) -> dict[str, list[float]]:
     """Figures of a method at its chosen setting, one a seed; of a correction also the trade-off area."""
-    mine = [row for row in rows if row["method"] == method]
-    chosen = sorted((row for row in mine if row["chosen"]), key=lambda row: row["seed"])
+    of_method = [row for row in rows if row["method"] == method]
+    chosen = sorted((row for row in of_method if row["chosen"]), key=lambda row: row["seed"])
     figures = {name: [row[name] for row in chosen] for name in ("value", *METRICS)}
     if method in CORRECTIONS:
         reference = {row["seed"]: row["accuracy"] for row in rows if row["method"] == "mumoe"}
         figures["area"] = [
-            area([row for row in mine if row["seed"] == seed], reference[seed]) for seed in sorted(reference)
+            area([row for row in of_method if row["seed"] == seed], reference[seed])
+            for seed in sorted(reference)
         ]
     return figures

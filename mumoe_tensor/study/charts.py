@@ -72,9 +72,9 @@ def trade_offs(planned: Plan, results: Results) -> list[TradeOff]:
         points = {}
         for subject in planned.subjects:
             costs = results.of_subject(subject, quantity, **values)
-            found = results.of_subject(subject, quality)
-            if costs and found and subject.spec.experts in ((), experts):
-                y = (100.0 if lowest else 1.0) * (found[0].value or 0.0)
+            measured = results.of_subject(subject, quality)
+            if costs and measured and subject.spec.experts in ((), experts):
+                y = (100.0 if lowest else 1.0) * (measured[0].value or 0.0)
                 points[subject.key] = Point(scale * (costs[0].value or 0.0), y, text=_details(costs[0]))
         made.append(TradeOff(title, label, points, front(points.values(), lowest)))
     return [each for each in made if each.points]

@@ -95,8 +95,8 @@ def _costs(planned: Plan, results: Results) -> Cells:
             f"{figures['expert rank']:,.0f}",
         ]
         for quantity in errors:
-            found = results.of_subject(subject, quantity)
-            row.append(f"{100 * (found[0].value or 0.0):.2f}" if found else "")
+            measured = results.of_subject(subject, quantity)
+            row.append(f"{100 * (measured[0].value or 0.0):.2f}" if measured else "")
         rows.append([*row, ", ".join(fronts.get(subject.key, []))])
     return "Costs", ["", "experts", *headings, "on the front of"], rows
 

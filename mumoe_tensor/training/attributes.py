@@ -192,16 +192,16 @@ def read_adult(folder: Path, target: Side, group: Side) -> Task:
                     )
             table = pandas.DataFrame([row for row in rows if "?" not in row], columns=list(ADULT_COLUMNS))
             table[list(ADULT_NUMBERS)] = table[list(ADULT_NUMBERS)].apply(pandas.to_numeric)
-            for column, known in (("sex", ("Male", "Female")), ("income", ("<=50K", ">50K"))):
-                odd = set(table[column].str.removesuffix(".")) - set(known)
+            for column, values in (("sex", ("Male", "Female")), ("income", ("<=50K", ">50K"))):
+                odd = set(table[column].str.removesuffix(".")) - set(values)
                 if odd:
-                    raise ValueError(f"{column} must be {' or '.join(known)}, got {sorted(odd)[0]!r}.")
+                    raise ValueError(f"{column} must be {' or '.join(values)}, got {sorted(odd)[0]!r}.")
         return table.drop(columns=list(ADULT_SKIPPED))
 
-    known, test = read("adult.data", 0), read("adult.test", 1)
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).numpy()
-    count = len(known) // 5
-    tables = [known.iloc[order[count:]], known.iloc[order[:count]], test]
+    labelled, test = read("adult.data", 0), read("adult.test", 1)
+    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0)).numpy()
+    count = len(labelled) // 5
+    tables = [labelled.iloc[order[count:]], labelled.iloc[order[:count]], test]
     numbers = tables[0][list(ADULT_NUMBERS)]
     categories = {c: sorted(set(tables[0][c])) for c in ADULT_CATEGORIES}
 

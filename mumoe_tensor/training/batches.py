@@ -89,7 +89,7 @@ class Batches(TorchDataset[list[Batch]]):
     def __getitem__(self, step: int) -> list[Batch]:
         seed = self._config.seed
         parts = self.rows(step).chunk(self._config.accumulation)
-        found = []
+        batches = []
         for k, part in enumerate(parts):
             # What `batch` draws, it draws from here.
             torch.manual_seed(seed_of(seed, step, k, self._process))
@@ -97,8 +97,8 @@ class Batches(TorchDataset[list[Batch]]):
             if self._config.mixup:
                 share = np.random.default_rng([seed, step, k]).beta(self._config.mixup, self._config.mixup)
                 x, y = mixed(x, share), mixed(torch.nn.functional.one_hot(y, self._classes).float(), share)
-            found.append((x, y))
-        return found
+            batches.append((x, y))
+        return batches
 
     def after(self, step: int, *, pin_memory: bool = False) -> Iterator[list[Batch]]:
         """The batches from a step on, loaded ahead by the config's workers."""

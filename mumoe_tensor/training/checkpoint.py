@@ -43,8 +43,8 @@ def model_state(model: nn.Module) -> State:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: Any = get_model_state_dict(model, options=options)
-    return {name: value.clone() for name, value in found.items()}
+    state: Any = get_model_state_dict(model, options=options)
+    return {name: value.clone() for name, value in state.items()}
 
 
 def restore_model(model: nn.Module, state: State) -> None:
@@ -70,10 +70,10 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options)
     kept = {
         f"{name}/{key}": value
-        for name, values in found.get("state", {}).items()
+        for name, values in state.get("state", {}).items()
         for key, value in values.items()
     }
     return Snapshot(model_state(model), kept)
@@ -163,7 +163,9 @@ class Checkpoints:
             If it cannot be written; says which step, and the last checkpoint there is.
         """
         parts = {"model": state.model, "optimizer": state.optimizer, "best": best}
-        tensors = {f"{part}/{name}": value for part, found in parts.items() for name, value in found.items()}
+        tensors = {
+            f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()
+        }
         try:
             write_tensors(self.path(step), tensors, {"checkpoint": json.dumps({"progress": progress})})
         except OSError as error:
@@ -191,17 +193,17 @@ class Checkpoints:
         parts: dict[str, State] = {"model": {}, "optimizer": {}, "best": {}}
         try:
             tensors, about = read_tensors(path)
-            told = parse_json(about.get("checkpoint", "{}"))
-            if "progress" not in told:
+            entries = parse_json(about.get("checkpoint", "{}"))
+            if "progress" not in entries:
                 raise ValueError("it must say how far the run is.")
-            if "checksums" in told:  # where version 0.1 has them, of the bytes alone
-                check_tensors(tensors, told["checksums"], checksum_of_bytes)
+            if "checksums" in entries:  # where version 0.1 has them, of the bytes alone
+                check_tensors(tensors, entries["checksums"], checksum_of_bytes)
             for name, value in tensors.items():
                 part, _, own = name.partition("/")
                 if part not in parts:
                     raise ValueError(f"tensors must be of {', '.join(parts)}; {name} is not.")
                 parts[part][own] = value
-            return Snapshot(parts["model"], parts["optimizer"]), parts["best"], told["progress"]
+            return Snapshot(parts["model"], parts["optimizer"]), parts["best"], entries["progress"]
         except (ValueError, OSError) as error:
             raise self.damaged(step, str(error)) from error
 

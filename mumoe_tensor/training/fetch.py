@@ -316,13 +316,13 @@ def fetch(
     ValueError
         If a name is unknown.
     """
-    known = {source.name: source for source in SOURCES}
-    unknown = [name for name in names if name not in known]
+    sources = {source.name: source for source in SOURCES}
+    unknown = [name for name in names if name not in sources]
     if unknown:
-        raise ValueError(f"unknown source(s) {', '.join(unknown)}; known are {', '.join(known)}.")
+        raise ValueError(f"unknown source(s) {', '.join(unknown)}; known are {', '.join(sources)}.")
     folder.mkdir(parents=True, exist_ok=True)
     outcome = {}
-    for name in names or known:
+    for name in names or sources:
         if (folder / name).is_dir():
             outcome[name] = "there"
             continue
@@ -331,7 +331,7 @@ def fetch(
             package, files = Path(temporary, "package"), Path(temporary, "files")
             package.mkdir()
             files.mkdir()
-            source = known[name]
+            source = sources[name]
             try:
                 archive = get(source, package)
                 if not source.debian:

@@ -24,9 +24,9 @@ def first_layer_not_finite(model: nn.Module, x: Tensor) -> str:
             return f"the parameter {name} is not finite"
     if not _is_finite(x):
         return "the inputs are not finite"
-    found: list[str] = []
+    names: list[str] = []
     hooks = [
-        module.register_forward_hook(_noted(name, found))
+        module.register_forward_hook(_noted(name, names))
         for name, module in model.named_modules()
         if name and not any(module.children())
     ]
@@ -35,7 +35,7 @@ def first_layer_not_finite(model: nn.Module, x: Tensor) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    return f"it came up in the layer {found[0]}" if found else "it came up in the loss"
+    return f"it came up in the layer {names[0]}" if names else "it came up in the loss"
 
 
 def not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
@@ -47,10 +47,10 @@ def _is_finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
-def _noted(name: str, found: list[str]) -> Any:
+def _noted(name: str, names: list[str]) -> Any:
     def hook(module: nn.Module, arguments: Any, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
         if any(isinstance(y, Tensor) and not _is_finite(y) for y in outputs):
-            found.append(name)
+            names.append(name)
 
     return hook

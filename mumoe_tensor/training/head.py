@@ -67,7 +67,7 @@ class HeadSetting:
     def __post_init__(self) -> None:
         if (self.backbone is None) != (self.weights is None):
             raise ValueError(
-                "a backbone is told by its name and a file of weights, got "
+                "a backbone needs a name and a file of weights, got "
                 f"backbone={self.backbone!r} and weights={self.weights!r}."
             )
         if self.backbone is None and (self.train_backbone or self.labels is not None):

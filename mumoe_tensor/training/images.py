@@ -99,13 +99,13 @@ class ImageData:
 
         if self.labels is not None:
             raise ValueError(f"the folders of {self.inputs} are its labels; got others in {self.labels}.")
-        found = ImageFolder(self.inputs)
-        files, held = found.samples, []
+        folder = ImageFolder(self.inputs)
+        files, held = folder.samples, []
         if isinstance(self.validation, str):
             other = ImageFolder(self.validation)
-            if other.classes != found.classes:
+            if other.classes != folder.classes:
                 raise ValueError(
-                    f"both folders must have the same classes; {self.inputs} has {len(found.classes)}, "
+                    f"both folders must have the same classes; {self.inputs} has {len(folder.classes)}, "
                     f"{self.validation} has {len(other.classes)}, and some only one of them."
                 )
             held = other.samples
@@ -113,7 +113,7 @@ class ImageData:
             rows = Dataset(torch.arange(len(files)), torch.tensor([label for _, label in files]))
             training, validation = split(rows, self.validation, seed=self.seed)
             files, held = [files[i] for i in training.x], [files[i] for i in validation.x]
-        classes = len(found.classes)
+        classes = len(folder.classes)
         return (
             ImageFiles(files, classes, _training_transform(size, self.augment)),
             ImageFiles(held, classes, _validation_transform(size)),

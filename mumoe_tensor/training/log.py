@@ -73,11 +73,11 @@ def read_evaluations(path: Path) -> list[Evaluation]:
         "bool": lambda text: bool(int(text)),
     }
     columns = {field.name: kinds[str(field.type)] for field in fields(Evaluation)}
-    found = [Evaluation(**row) for row in read_table(path, columns)]
+    evaluations = [Evaluation(**row) for row in read_table(path, columns)]
     with reading(path):
-        if not found or not found[0].is_best:
+        if not evaluations or not evaluations[0].is_best:
             raise ValueError("a run must have evaluations, the first of them the best so far.")
-    return found
+    return evaluations
 
 
 class TensorBoard:

@@ -73,12 +73,12 @@ def run(
     """
     own = processes()
     chosen: Any = settings
-    told: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(chosen)}))
+    described: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(chosen)}))
     if fresh and from_step is not None:
         raise ValueError(f"what is trained anew has no step to go on from, got from_step={from_step}.")
 
     def done() -> dict[str, Any] | None:
-        return None if fresh else _done(settings, folder, told, from_step)
+        return None if fresh else _done(settings, folder, described, from_step)
 
     if (figures := done()) is not None:
         return figures
@@ -89,7 +89,7 @@ def run(
     def go_on(place: Path) -> dict[str, Any]:
         if own.is_main_process:
             with whole_file(place / "config.json") as file:
-                file.write(json.dumps({"settings": told, "model": about}, indent=2).encode())
+                file.write(json.dumps({"settings": described, "model": about}, indent=2).encode())
         own.wait_for_everyone()
         evaluations = train(
             model, training, validation, config, folder=place, from_step=from_step, progress=progress
@@ -110,19 +110,19 @@ def run(
         if own.num_processes == 1 and (figures := done()) is not None:
             return figures
         if is_beside:
-            with replacing(folder, RESULTS, lambda new: _is_begun(new, told)) as new:
+            with replacing(folder, RESULTS, lambda new: _is_begun(new, described)) as new:
                 return go_on(new)
         with _nothing_for_nothing(folder):
             return go_on(folder)
 
 
-def _done(settings: Runnable, folder: Path, told: dict[str, Any], from_step: int | None) -> Any:
+def _done(settings: Runnable, folder: Path, described: dict[str, Any], from_step: int | None) -> Any:
     """What `run` returns of a run that is done; raises if it is one of other settings."""
     config = folder / "config.json"
     if not config.exists():
         return None
-    known = read_config(config)
-    difference = _difference(known["settings"], told)
+    written = read_config(config)
+    difference = _difference(written["settings"], described)
     # One that came to nothing keeps no other from its folder.
     is_done = any((folder / name).exists() for name in ("head.safetensors", "model.safetensors"))
     if difference and (is_done or Checkpoints(folder / "checkpoints").steps):
@@ -134,18 +134,18 @@ def _done(settings: Runnable, folder: Path, told: dict[str, Any], from_step: int
     if from_step is not None:
         raise ValueError(f"the run in {folder} is done, there is no step to go on from; see --fresh.")
     evaluations = read_evaluations(folder / "metrics.csv")
-    return {**known["model"], **_figures(settings, evaluations), "trained": False}
+    return {**written["model"], **_figures(settings, evaluations), "trained": False}
 
 
-def _is_begun(folder: Path, told: dict[str, Any]) -> bool:
+def _is_begun(folder: Path, described: dict[str, Any]) -> bool:
     """Whether a folder has a checkpoint of a run of these settings."""
     if not Checkpoints(folder / "checkpoints").steps:
         return False
     try:
-        known = read_config(folder / "config.json")
+        written = read_config(folder / "config.json")
     except (OSError, ValueError):
         return False
-    return _difference(known["settings"], told) is None
+    return _difference(written["settings"], described) is None
 
 
 @contextmanager
@@ -172,10 +172,10 @@ def _figures(settings: Runnable, evaluations: list[Evaluation]) -> dict[str, Any
     }
 
 
-def _difference(known: dict[str, Any], told: dict[str, Any]) -> str | None:
+def _difference(written: dict[str, Any], described: dict[str, Any]) -> str | None:
     """Words for the first setting that is another one and makes a difference."""
     flat: list[dict[str, Any]] = [{}, {}]
-    for values, given in zip(flat, (known, told), strict=True):
+    for values, given in zip(flat, (written, described), strict=True):
         for part, value in given.items():
             entries = value.items() if isinstance(value, dict) else ()
             values |= {f"{part}.{name}": entry for name, entry in entries} or {part: value}

@@ -88,7 +88,7 @@ def work(settings: Settings) -> Work:
 
 
 def accumulation(
-    settings: Settings, accelerators: int, memory: float = MEMORY, known: Work | None = None
+    settings: Settings, accelerators: int, memory: float = MEMORY, counted: Work | None = None
 ) -> int:
     """The fewest parts of a step with which memory suffices, for ``train.accumulation``.
 
@@ -100,7 +100,7 @@ def accumulation(
     accelerators : int
     memory : float, default 64e9
         Usable bytes of an accelerator.
-    known : Work, optional
+    counted : Work, optional
         The result of `work`, if it is there already.
 
     Raises
@@ -109,7 +109,7 @@ def accumulation(
         If a step cannot be shared out among the accelerators, or memory does not suffice even for the fewest
         rows.
     """
-    counted, train = known or work(settings), settings.train
+    counted, train = counted or work(settings), settings.train
     if accelerators < 1:
         raise ValueError(f"there must be an accelerator, got {accelerators}.")
     state = counted.state + (ITEM * counted.parameters if accelerators > 1 else 0)

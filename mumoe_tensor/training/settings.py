@@ -212,21 +212,21 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
 
 
 def _tables(kind: str, config: str | Path) -> dict[str, Any]:
-    known = packaged(kind)
-    if config in known:
+    names = packaged(kind)
+    if config in names:
         with as_file(files("mumoe_tensor") / "configs" / f"{config}.toml") as path:
             return read_toml(path)
     if Path(config).suffix == ".toml":
         return read_toml(config)
-    raise ValueError(f"settings are a TOML file or one of {', '.join(known)}; got {str(config)!r}.")
+    raise ValueError(f"settings are a TOML file or one of {', '.join(names)}; got {str(config)!r}.")
 
 
-def settings_of(told: Mapping[str, Any]) -> Settings:
+def settings_of(mapping: Mapping[str, Any]) -> Settings:
     """Settings from what ``config.json`` has of them.
 
     Parameters
     ----------
-    told : mapping
+    mapping : mapping
         With ``kind``.
 
     Raises
@@ -234,7 +234,7 @@ def settings_of(told: Mapping[str, Any]) -> Settings:
     ValueError
         If the kind or a key is unknown, or a value is wrong.
     """
-    tables = dict(told)
+    tables = dict(mapping)
     kind = tables.pop("kind", None)
     if kind not in RUNS:
         raise ValueError(f"kind: settings are of the kind {' or '.join(RUNS)}, got {kind!r}.")
@@ -244,25 +244,27 @@ def settings_of(told: Mapping[str, Any]) -> Settings:
 def _value(text: str) -> Any:
     """A value as in TOML; what is none is text."""
     try:
-        found = tomllib.loads(f"value = {text}")
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    return found["value"] if len(found) == 1 else text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _checked(run: type[MixerRun] | type[GPT2Run], tables: Mapping[str, Any]) -> Settings:
     from pydantic import TypeAdapter, ValidationError
 
     parts = get_type_hints(run)
-    known = {part.name: {f.name for f in fields(parts[part.name])} for part in fields(run)}
+    allowed = {part.name: {f.name for f in fields(parts[part.name])} for part in fields(run)}
     given: dict[str, Any] = {}
     for table, values in tables.items():
-        if table not in known or not isinstance(values, dict):
-            raise ValueError(f"{table}: settings of {run.kind} have the tables {', '.join(known)}.")
+        if table not in allowed or not isinstance(values, dict):
+            raise ValueError(f"{table}: settings of {run.kind} have the tables {', '.join(allowed)}.")
         hints = get_type_hints(parts[table])
         for key in values:
-            if key not in known[table]:
-                raise ValueError(f"{table}.{key}: no such key; there are {', '.join(sorted(known[table]))}.")
+            if key not in allowed[table]:
+                raise ValueError(
+                    f"{table}.{key}: no such key; there are {', '.join(sorted(allowed[table]))}."
+                )
             if isinstance(values[key], int) and abs(values[key]) >= 2**63:
                 raise ValueError(f"{table}.{key}: must fit into 64 bits, got {values[key]}.")
         given[table] = {key: _none(value, hints[key]) for key, value in values.items()}
@@ -270,7 +272,7 @@ def _checked(run: type[MixerRun] | type[GPT2Run], tables: Mapping[str, Any]) -> 
         # As JSON, so that no value is made into one of another type: a "3" is no number.
         return TypeAdapter(run).validate_json(json.dumps(given, default=str), strict=True)
     except ValidationError as error:
-        raise ValueError(_told(error.errors()[0], known)) from None
+        raise ValueError(_message(error.errors()[0], allowed)) from None
 
 
 def _none(value: Any, hint: Any) -> Any:
@@ -278,7 +280,7 @@ def _none(value: Any, hint: Any) -> Any:
     return None if value == "none" and NoneType in get_args(hint) else value
 
 
-def _told(error: Mapping[str, Any], known: Mapping[str, set[str]]) -> str:
+def _message(error: Mapping[str, Any], allowed: Mapping[str, set[str]]) -> str:
     """A complaint, after the key it is about."""
     table, *keys = map(str, error["loc"])
     rule = error["msg"].removeprefix("Value error, ").rstrip(".")
@@ -286,4 +288,4 @@ def _told(error: Mapping[str, Any], known: Mapping[str, set[str]]) -> str:
         return f"{'.'.join([table, *keys[:1]])}: {rule}, got {error['input']!r}."
     # What a dataclass says of a value itself starts with its name, or is about several.
     key, _, rest = rule.partition(" ")
-    return f"{table}.{key}: {rest}." if key in known[table] else f"{table}: {rule}."
+    return f"{table}.{key}: {rest}." if key in allowed[table] else f"{table}: {rule}."

@@ -82,11 +82,11 @@ class Tokenizer:
         ValueError
             If an id is not of the vocabulary.
         """
-        known = [int(i) for i in ids]
-        strange = [i for i in known if not 0 <= i < self.vocabulary]
+        numbers = [int(i) for i in ids]
+        strange = [i for i in numbers if not 0 <= i < self.vocabulary]
         if strange:
             raise ValueError(f"ids lie from 0 to {self.end:,}, got {strange[0]:,}.")
-        return self._pairs.decode(known)
+        return self._pairs.decode(numbers)
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -172,10 +172,10 @@ def tokenize(
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"texts are files, or folders with files *.txt; there is no {source}.")
-        found = sorted(source.glob("*.txt")) if source.is_dir() else [source]
-        if not found:
+        texts = sorted(source.glob("*.txt")) if source.is_dir() else [source]
+        if not texts:
             raise ValueError(f"a folder of texts must have files *.txt; {source} has none.")
-        files += [file for file in found if file not in files]
+        files += [file for file in texts if file not in files]
     for pattern in (*hold_out, *leave_out):
         if not any(file.match(pattern) for file in files):
             raise ValueError(f"a pattern must fit the name of a file; {pattern!r} fits none.")
@@ -187,15 +187,15 @@ def tokenize(
     for part, held in parts.items():
         if not held:
             raise ValueError(f"both parts must have files; for {part} there is none.")
-    told: dict[str, Any] = {"vocabulary": tokenizer.vocabulary}
+    about: dict[str, Any] = {"vocabulary": tokenizer.vocabulary}
     # All three change at once: no old part must be taken for one of this vocabulary.
     with alone_in(out), replacing(out, ("tokens.json", *(f"{part}.bin" for part in parts))) as new:
         for part, held in parts.items():
             counts = write_tokens(map(read_text, held), tokenizer, new / f"{part}.bin")
-            told[part] = [{"file": f.name, "tokens": n} for f, n in zip(held, counts, strict=True)]
+            about[part] = [{"file": f.name, "tokens": n} for f, n in zip(held, counts, strict=True)]
         with whole_file(new / "tokens.json") as file:
-            file.write(json.dumps(told, indent=2).encode())
-    return told
+            file.write(json.dumps(about, indent=2).encode())
+    return about
 
 
 def _fits(path: Path, patterns: Sequence[str]) -> bool:
@@ -214,9 +214,9 @@ def read_vocabulary_size(path: Path) -> int:
     ValueError
         If the file does not say it.
     """
-    told = read_json(path)
+    about = read_json(path)
     with reading(path):
-        return as_positive(told.get("vocabulary"), "vocabulary")
+        return as_positive(about.get("vocabulary"), "vocabulary")
 
 
 class Tokens:
@@ -279,8 +279,8 @@ class Tokens:
         """
         numbers = np.array(read_selection(rows, len(self), "rows", repeats=True), dtype=np.int64)
         places = numbers[:, None] * self.context + np.arange(self.context + 1)
-        found = torch.from_numpy(self._tokens[places].astype(np.int64))
-        return found[:, :-1], found[:, 1:]
+        windows = torch.from_numpy(self._tokens[places].astype(np.int64))
+        return windows[:, :-1], windows[:, 1:]
 
 
 @dataclass(frozen=True)

@@ -232,8 +232,10 @@ class _Run:
                 if self._is_due(self.evaluate_every):
                     self._evaluate()
                     last = state.evaluations[-1]
-                    told = {"validation loss": last.validation_loss, "accuracy": last.accuracy}
-                    board.add(state.step, {name: value for name, value in told.items() if value is not None})
+                    validated = {"validation loss": last.validation_loss, "accuracy": last.accuracy}
+                    board.add(
+                        state.step, {name: value for name, value in validated.items() if value is not None}
+                    )
                     board.flush()
                     start = perf_counter()
                 if self._is_due(self.checkpoint_every) or self._is_over():
@@ -352,9 +354,9 @@ class _Run:
                 )
             return
         step = self.checkpoints.steps[-1] if from_step is None else from_step
-        state, self.best_state, told = self.checkpoints.read(step)
+        state, self.best_state, entries = self.checkpoints.read(step)
         try:
-            kept = checked(_Kept, told)
+            kept = checked(_Kept, entries)
         except ValueError as error:
             raise self.checkpoints.damaged(step, f"progress, {error}") from None
         own = json.loads(json.dumps(asdict(self.config)))
@@ -379,14 +381,14 @@ class _Run:
         if self.folder is None or self.checkpoints is None:
             return
         state, scaler = self.state, self.accelerator.scaler
-        told = asdict(state) | {
+        entries = asdict(state) | {
             "total": self._mean(state.total),
             "config": asdict(self.config),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         whole = snapshot(self.model, self.optimizer.optimizer)
         if self.accelerator.is_main_process:
-            self.checkpoints.write(state.step, whole, self.best_state, told)
+            self.checkpoints.write(state.step, whole, self.best_state, entries)
             write_evaluations(state.evaluations, self.folder / "metrics.csv")
 
 

@@ -119,11 +119,11 @@ class View {
     const text = by('search').value.trim().toLowerCase(), {experts} = this.level;
     const isNamed = expert => expert.bars.slice(0, 3).some(([label]) =>
       this.nameOf(label).toLowerCase().includes(text));
-    this.found = experts.filter(expert => !text || String(expert.n) === text || isNamed(expert))
+    this.matches = experts.filter(expert => !text || String(expert.n) === text || isNamed(expert))
       .sort(orders[by('sort').value]);
-    this.count.textContent = `${this.found.length} of ${experts.length}`;
+    this.count.textContent = `${this.matches.length} of ${experts.length}`;
     for (const chunk of this.find('.cards').children) watcher.unobserve(chunk);
-    this.find('.cards').replaceChildren(...Array.from({length: Math.ceil(this.found.length / CHUNK)}, (_, k) => {
+    this.find('.cards').replaceChildren(...Array.from({length: Math.ceil(this.matches.length / CHUNK)}, (_, k) => {
       const chunk = make('div', 'chunk');
       chunk.fill = () => this.fill(chunk, k);
       watcher.observe(chunk);
@@ -135,7 +135,7 @@ class View {
   fill(chunk, k) {
     if (chunk.childElementCount) return;
     chunk.style.minHeight = '';
-    chunk.append(...this.found.slice(k * CHUNK, (k + 1) * CHUNK).map(expert => this.card(expert)));
+    chunk.append(...this.matches.slice(k * CHUNK, (k + 1) * CHUNK).map(expert => this.card(expert)));
     if (k === 0) this.find('.cards').style.setProperty('--height', `${chunk.offsetHeight}px`);
   }
 
@@ -174,17 +174,17 @@ class View {
   bars(expert) {
     const bars = make('div', 'bars');
     for (const [label, share, remark] of expert.bars) {
-      const bar = make('i'), told = percent(share) + (remark && ` (${remark})`);
+      const bar = make('i'), text = percent(share) + (remark && ` (${remark})`);
       bar.style.width = `${100 * share}%`;
-      bars.append(make('span', '', this.shown(label)), bar, make('b', '', told));
+      bars.append(make('span', '', this.shown(label)), bar, make('b', '', text));
     }
     return bars;
   }
 
   // Opens an expert that an address names.
   open(n) {
-    if (!this.found.some(expert => expert.n === n)) { by('search').value = ''; this.show(); }
-    const place = this.found.findIndex(expert => expert.n === n);
+    if (!this.matches.some(expert => expert.n === n)) { by('search').value = ''; this.show(); }
+    const place = this.matches.findIndex(expert => expert.n === n);
     if (place < 0) return;
     const chunk = this.find('.cards').children[Math.floor(place / CHUNK)];
     chunk.fill();

@@ -261,13 +261,13 @@ def test_the_page_in_a_browser(visit: Any, many: Path, width: int) -> None:
     tab.evaluate("window.scrollTo(0, 0)")
     tab.select_option("#sort", "use")
     tab.wait_for_function("document.querySelector('.card h2') !== null")
-    means = tab.evaluate("views[0].found.map(expert => expert.mean)")
+    means = tab.evaluate("views[0].matches.map(expert => expert.mean)")
     assert means == sorted(means, reverse=True) and first == "Expert 0"
     tab.fill("#search", "37")
     tab.wait_for_function("document.querySelectorAll('.card h2').length === 1")
     assert tab.inner_text(".card h2") == "Expert 37" and tab.inner_text(".count") == "1 of 1000"
     tab.fill("#search", "class c")
-    found = tab.evaluate("views[0].found.every(e => e.bars.slice(0, 3).some(bar => bar[0] === 2))")
+    found = tab.evaluate("views[0].matches.every(e => e.bars.slice(0, 3).some(bar => bar[0] === 2))")
     assert found and tab.locator(".card").count() > 0
     assert told == []
 
@@ -312,7 +312,7 @@ def test_tokens_are_shaded_in_a_browser(visit: Any, language: Path, width: int) 
     assert [a / 0.85 for a in alphas] == pytest.approx([row / max(rows) for row in rows], abs=0.01)
     tab.select_option("#sort", "effect")
     tab.wait_for_function("document.querySelector('.card h2') !== null")
-    effects = tab.evaluate("views[0].found.map(expert => expert.effect)")
+    effects = tab.evaluate("views[0].matches.map(expert => expert.effect)")
     assert effects[:3] == sorted(effects[:3], reverse=True) and effects[3:] == [None] * 997
     assert "without it" in tab.inner_text(".card p >> nth=0")
     # The text it wrote: a token tells its experts, an expert shades the text.
@@ -325,7 +325,7 @@ def test_tokens_are_shaded_in_a_browser(visit: Any, language: Path, width: int) 
     assert tab.inner_text(".shading").startswith(f"Shaded: expert {strongest[0][0]};")
     assert tab.evaluate("document.querySelectorAll('.written span')[5].style.background") != ""
     tab.fill("#search", "word7")
-    named = "views[0].found.map(e => e.bars.slice(0, 3).map(b => views[0].nameOf(b[0])))"
+    named = "views[0].matches.map(e => e.bars.slice(0, 3).map(b => views[0].nameOf(b[0])))"
     found = tab.evaluate(named)
     assert found and all(any("word7" in name for name in names) for names in found)
     assert told == []
@@ -375,7 +375,7 @@ def test_names_and_figures_appear_as_they_are(
         assert line.endswith(f", effect {effect}") if effect else "effect" not in line
     for order, first in (("use", [2, 0, 5, 4]), ("effect", [3, 0, 5, 4])):
         tab.select_option("#sort", order)
-        assert tab.evaluate("views[0].found.map(expert => expert.n)")[:4] == first
+        assert tab.evaluate("views[0].matches.map(expert => expert.n)")[:4] == first
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate("window.hacked") is None and told == []
 

@@ -1,0 +1,67 @@
+"""Rise of a language model's cross entropy over the active experts of layers in the place of an MLP.
+
+After the figures of Oldfield et al. (2025), who compare mixtures of decoders with transcoders. Here are also
+layers whose gate is replaced by a null, and layers without experts.
+
+Settings: one MLP block of SmolLM2-135M-Instruct is replaced at a time; all layers but those without experts
+of the same width have twice its parameters. Lines are means over seeds, bands reach from the least to the
+most. Nulls are dashed; what has no K is a level line. Gray: the model with zeros in the place; the intact
+model is at zero. Reads ``paper_figures/tables/replacement.csv``, which ``mumoe-tensor replace`` makes of
+``experiments/replacement.toml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from paper_figures.common import Row
+from paper_figures.experiments.heads import table
+from paper_figures.experiments.replacement import NULLS
+
+#: Of arms, in their order; gray is for the model without the block.
+COLOURS = [f"C{number}" for number in range(10) if number != 7]
+
+
+def rows(quick: bool) -> list[Row]:
+    """One row a trained layer."""
+    return list(table("replacement"))
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A panel a place, with a line an arm."""
+    modules, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("module", "arm"))
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(modules), sharey=True, squeeze=False, width_ratios=[2, 1][: len(modules)])
+    for ax, module in zip(axes[0], modules, strict=True):
+        here = [row for row in rows if row["module"] == module]
+        ax.axhline(here[0]["rise_zeroed"], color="gray", linewidth=1, label="zeroed")
+        for colour, arm in zip(COLOURS, arms, strict=False):
+            null = {"linestyle": "--", "markerfacecolor": "white"} if arm in NULLS else {}
+            look = {"color": colour, "label": arm, **null}
+            draw_arm(ax, [row for row in here if row["arm"] == arm], look)
+        ks = sorted({row["k"] for row in here if row["k"]})
+        ax.set(xscale="log", yscale="log", title=module, xlabel="active experts K")
+        ax.set_xlim(ks[0] / 1.4, ks[-1] * 1.4)
+        ax.set_xticks(ks, map(str, ks))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    axes[0][0].set(ylabel="rise of the cross entropy, nats a token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_arm(ax: Axes, rows: Sequence[Row], look: dict[str, str]) -> None:
+    """The mean over seeds at each K, and a band from the least to the most."""
+    ks = sorted({row["k"] for row in rows})
+    rises = [[row["rise"] for row in rows if row["k"] == k] for k in ks]
+    if ks == [0]:
+        ax.axhline(fmean(rises[0]), **look)
+        return
+    ax.plot(ks, [*map(fmean, rises)], marker="o", markersize=4, **look)
+    ax.fill_between(ks, [*map(min, rises)], [*map(max, rises)], color=look["color"], alpha=0.15, linewidth=0)

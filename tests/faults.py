@@ -983,7 +983,7 @@ FAULTS = [
           "analysis/test_top_inputs::test_an_infinite_coefficient_hides_no_other"),
     Fault("browser: an address counts models from 0", "mumoe_tensor/pages/assets/experts.js",
           "(place.get('model') ?? 1) - 1", "place.get('model') ?? 0",
-          "browser/test_models::test_two_models_in_a_browser"),
+          "browser/test_elsewhere_models::test_two_models_in_a_browser"),
     Fault("top inputs: parts of the first inputs stay", "mumoe_tensor/analysis/top_inputs.py",
           "        kept[expert, place] = parts[row, :, column].float().cpu()\n", "",
           "browser/test_language_models::test_the_most_used_experts_are_shown"),

@@ -63,8 +63,8 @@ def test_names_and_figures_appear_as_they_are(
     shown = "selector => [...document.querySelectorAll(selector)].map(element => element.textContent)"
     assert tab.evaluate(shown, "h1") == [str(layer)]
     assert everything in tab.evaluate(shown, "footer")[0]
-    shown_names = {subject.name for subject in planned.subjects if subject.spec.experts == (4,)}
-    titles = {get_format(name).title for name in shown_names - {"dense", "sparse"}}
+    named = {subject.name for subject in planned.subjects if subject.spec.experts == (4,)} & set(formats())
+    titles = {formats()[name].title for name in named - {"dense"}}
     for place in ("nav label", "td:first-child", "#beside-dense .ytick text"):
         assert titles <= set(tab.evaluate(shown, place)), place
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

@@ -377,7 +377,7 @@ def test_formats_are_added_to_a_finished_study(tmp_path: Path, monkeypatch: pyte
     # A study of fewer formats than the folder has leaves nothing out.
     setting = studies.prepare(**SHORT | {"formats": ["tr"]})
     assert studies.going_on(setting, tmp_path).formats == ("cp", "tr")
-    with pytest.raises(ValueError, match=r"holds a study with another setting.*these do in seconds"):
+    with pytest.raises(ValueError, match=r"holds a study with another setting.*these differ in seconds"):
         studies.going_on(replace(setting, seconds=9.0), tmp_path)
 
 

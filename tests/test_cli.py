@@ -403,7 +403,7 @@ BAD = [
     ("study --in-features 3", "a study takes --layer, or --in-features"),
     ("study --in-features 0 --out-features 2", "in_features must be positive, got 0"),
     ("study --setting nothing.json", "nothing.json"),
-    ("study --setting nothing.json --seed 1", "--setting takes the place of all options"),
+    ("study --setting nothing.json --seed 1", "--setting replaces the options"),
     ("study --data nothing.npz", "there is no file 'nothing.npz'"),
     ("study --device tpu", "'cpu' or 'cuda', got 'tpu'"),
     ("study --seconds 0", "seconds must be positive and finite, got 0"),

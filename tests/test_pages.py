@@ -25,9 +25,9 @@ def templates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(value: Any) -> str:
-    found = re.search("json.>(.*)</script>", pages.render("page", text="", value=value), re.DOTALL)
-    assert found
-    return found[1]
+    match = re.search("json.>(.*)</script>", pages.render("page", text="", value=value), re.DOTALL)
+    assert match
+    return match[1]
 
 
 def test_values_are_text_and_data(hostile: list[str]) -> None:
@@ -36,14 +36,14 @@ def test_values_are_text_and_data(hostile: list[str]) -> None:
         assert not set(json_text) & set("<>&\u2028\u2029") and json_text.isascii()
         assert json.loads(json_text) == {text: [text]}
         start = pages.render("page", text=text, value=0).partition("</p>")[0]
-        found = re.fullmatch('<p title="([^"]*)">([^<]*)', start, re.DOTALL)
-        assert found and unescape(found[1]) == unescape(found[2]) == text
+        match = re.fullmatch('<p title="([^"]*)">([^<]*)', start, re.DOTALL)
+        assert match and unescape(match[1]) == unescape(match[2]) == text
 
 
 @pytest.mark.parametrize(("value", "name"), [(nan, "NaN"), (inf, "Infinity"), (-inf, "-Infinity")])
 def test_figures_that_json_lacks_become_strings(value: float, name: str) -> None:
-    found = json.loads(written({"a": [value, (1.5, value)], "b": {"c": value}, "d": value}))
-    assert found == {"a": [name, [1.5, name]], "b": {"c": name}, "d": name}
+    values = json.loads(written({"a": [value, (1.5, value)], "b": {"c": value}, "d": value}))
+    assert values == {"a": [name, [1.5, name]], "b": {"c": name}, "d": name}
 
 
 def test_what_utf8_cannot_hold_and_what_is_missing() -> None:

@@ -19,6 +19,7 @@ from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.readers import array_names, read_arrays, reading
 from mumoe_tensor.replace import read_texts, windows
 from mumoe_tensor.training.data import as_features, as_labels, as_pixels
+from mumoe_tensor.training.finite import first_layer_not_finite
 
 #: Tokens of a window of text.
 CONTEXT = 256
@@ -90,6 +91,8 @@ def browse_built(
         )  # fmt: skip
     assert data is not None
     x, labels = _read_inputs(data)
+    if not len(x):
+        raise ValueError(f"there must be an input, {data} has none.")
     if images is not None:
         (shown,) = read_arrays(images, ("x",))
         with reading(images):
@@ -122,13 +125,14 @@ def build_model(build: str) -> tuple[nn.Module, Any]:
     name, _, function = build.partition(":")
     if not name or not function:
         raise ValueError(f"a model must be package.module:function, got {build!r}.")
-    sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         made = getattr(import_module(name), function)()
     except Exception as error:  # the user's code may raise anything
         raise ValueError(f"{build} raises {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(folder)
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -149,6 +153,10 @@ def _check_call(build: str, model: nn.Module, x: Tensor, classes: int = 0) -> No
             f"raises {type(error).__name__}: {error}"
         ) from error
     logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and not logits.isfinite().all():
+        with evaluating(model):
+            where = first_layer_not_finite(model, x.to(device))
+        raise ValueError(f"the model of {build} must give finite outputs; {where}.")
     if classes and not (isinstance(logits, Tensor) and logits.ndim and logits.shape[-1] >= classes):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

@@ -123,15 +123,23 @@ def browse_model(
     )  # fmt: skip
 
 
+def measured(removed: int, experts: Sequence[int]) -> str:
+    """Which effects were measured, in the middle of a sentence."""
+    if not removed:
+        return "not measured,"
+    if removed >= max(experts):
+        return "measured"
+    return f"measured for the {removed} most used experts of a level"
+
+
 def legend_of_classes(removed: int, experts: Sequence[int], looked: int) -> str:
     """What cards say of classes, and the effects that were measured, on so many inputs."""
     start = "Bars: the classes that the expert's coefficients go to, beyond their share of the inputs; in"
     if not removed:
         return f"{start} brackets, how many times that share."
-    of = "" if removed >= max(experts) else f" for the {removed} most used experts of a level"
     return (
         f"{start} brackets, the change of their accuracy without it, in points. Effect: the sum of these "
-        f"changes, measured{of} on {looked:,} inputs."
+        f"changes, {measured(removed, experts)} on {looked:,} inputs."
     )
 
 
@@ -148,15 +156,6 @@ def check_names(classes: Sequence[str], count: int) -> None:
     """There must be a name for every class, or none."""
     if classes and len(classes) != count:
         raise ValueError(f"there must be a name for each of {count} classes, or none; got {len(classes)}.")
-
-
-def told_effects(removed: int, experts: Sequence[int]) -> str:
-    """How many effects were measured, in the middle of a sentence."""
-    if not removed:
-        return "not looked for,"
-    if removed >= max(experts):
-        return "measured"
-    return f"measured for the {removed} most used experts of a level"
 
 
 def browse_language_model(
@@ -289,7 +288,7 @@ def view_tokens(
             "are shaded by the expert's coefficient, relative to the largest on the card. Bars: the tokens "
             "that the expert's coefficients go to, beyond their share of all tokens; in brackets, how many "
             "times that share. Loss: the change in nats per token without the expert, "
-            f"{told_effects(removed, [len(level.top) for level in levels])} on "
+            f"{measured(removed, [len(level.top) for level in levels])} on "
             f"{looked * x.shape[1]:,} tokens. Load: tokens with a coefficient "
             f"{'of 0.5 or more' if threshold == 0.5 else 'above zero'}."
         ),

@@ -194,7 +194,7 @@ def study(
         if setting is not None:
             others = [name for name, value in {**options, "layer": layer}.items() if value is not None]
             if others or quick or any(sizes):
-                raise ValueError("--setting takes the place of all options but --fresh, --out and --json.")
+                raise ValueError("--setting replaces the options that describe the study.")
             chosen = studies.Setting.from_json(setting)
         else:
             if weight is not None and (layer is not None or any(size is not None for size in sizes)):

@@ -87,7 +87,7 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
     return subjects, unfitted
 
 
-def judge(setting: Setting, subject: Subject, seed: int) -> tuple[dict[str, float], int]:
+def train_and_evaluate(setting: Setting, subject: Subject, seed: int) -> tuple[dict[str, float], int]:
     """Train a head and evaluate it.
 
     Parameters

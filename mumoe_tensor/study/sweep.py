@@ -20,7 +20,7 @@ from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.memory import peaks
-from mumoe_tensor.study.quality import heads, judge
+from mumoe_tensor.study.quality import heads, train_and_evaluate
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.subjects import BASELINE, ITEM, MIXTURE, SPARSE, Subject, fitted
@@ -304,7 +304,7 @@ def _training(setting: Setting, subject: Subject, seed: int) -> Task:
     key = f"train {subject.key} {subject.budget} seed {seed}"
 
     def run() -> list[Measurement]:
-        figures, rows = judge(setting, subject, seed)
+        figures, rows = train_and_evaluate(setting, subject, seed)
         return [
             Measurement.of(key, subject, name, value, seed=seed, repetitions=rows)
             for name, value in figures.items()

@@ -44,15 +44,15 @@ def notes(planned: Plan, results: Results) -> list[str]:
     sentences = [
         f"Ranks come nearest to {', '.join(f'{b:,}' for b in setting.budgets)} parameters, gate included."
         + (f" Without a rank, at their own cost: {', '.join(free)}." if free else ""),
-        "A mixture's forward counts its gate. A step is zero_grad, forward and backward, the input has a "
-        "gradient too. All run eagerly.",
+        "A step is zero_grad, forward and backward, the input has a gradient too. All run eagerly.",
         f"Times are medians of {setting.rounds} turns at most, beside the dense layer in the same process.",
     ]
+    if any(subject.spec.experts for subject in planned.subjects):
+        sentences.append("The time of a mixture includes its gate.")
     if setting.weight:
-        sentences.append(
-            "The weight error is that of the matrix, the output error that of its outputs for the inputs, "
-            "each relative, of a fit to it."
-        )
+        sentences.append("Errors are relative: the norm of the difference over that of the weight.")
+    if setting.inputs:
+        sentences.append("Errors of outputs are those of the outputs for the inputs, over their norm.")
     noted: dict[str, dict[str, None]] = {}
     for row in results:
         if row.note:

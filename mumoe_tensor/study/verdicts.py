@@ -58,7 +58,7 @@ class Measure(NamedTuple):
 
 
 def best(figures: dict[str, Figure], highest: bool = False) -> list[str]:
-    """The name of the best figure, and of all that it cannot be told from, the best first."""
+    """The names of the best figure and of those that tie with it, the best first."""
     ordered = sorted(figures, key=lambda name: figures[name].value, reverse=highest)
     first = figures[ordered[0]]
     return [n for n in ordered if not (figures[n].low > first.high or figures[n].high < first.low)]

@@ -203,7 +203,7 @@ class _Run:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=True,  # three times as fast as the default on CPUs
+            fused=True,  # one pass over the parameters: the default on CPUs makes one an operation
         )
         # What is wrapped computes; checkpoints and names are of the model itself.
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)

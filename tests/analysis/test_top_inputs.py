@@ -57,8 +57,8 @@ def test_top_inputs_are_those_of_a_sort(
     assert top.indices.tolist() == indices and top.coefficients.tolist() == values
     assert top.rows == len(a)
     places = {number: place for place, number in enumerate(numbers.tolist())}
-    for n, found in enumerate(indices):
-        for place, index in enumerate(found):
+    for n, of_expert in enumerate(indices):
+        for place, index in enumerate(of_expert):
             if index >= 0:
                 assert torch.equal(top.parts[n, place], parts[places[index], :, n])
 

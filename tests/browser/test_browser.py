@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("PIL")
+
+from views import views_of  # noqa: E402
 
 from mumoe_tensor.analysis import ablate, loss_effects  # noqa: E402
 from mumoe_tensor.browser import Images, Sample, Texts, View, collect, page  # noqa: E402
@@ -126,8 +126,8 @@ class Language(torch.nn.Module):
 def test_passages_and_tokens_of_a_language_model() -> None:
     torch.manual_seed(0)
     model = Language()
-    found = torch.randint(11, (9, 13))
-    x, y = found[:, :-1], found[:, 1:]
+    windows = torch.randint(11, (9, 13))
+    x, y = windows[:, :-1], windows[:, 1:]
     (level,) = collect(model, x, y, k=3, batch_size=4, passage=4, removed=2, effect_inputs=5)
     with torch.no_grad():
         (a,) = model.layer.gate(model.embedding(x))
@@ -148,13 +148,13 @@ def test_passages_and_tokens_of_a_language_model() -> None:
         collect(model, x, y, passage=5)
     names = {token: f"t{token}" for token in range(11)}
     # On the page: what the coefficients of the first expert go to beyond its frequency.
-    told = content(page(View([level], Texts([["a", "b", "c", "d"]] * 27), classes=names)))
-    (experts,) = (each["experts"] for each in told["levels"])
+    view = content(page(View([level], Texts([["a", "b", "c", "d"]] * 27), classes=names)))
+    (experts,) = (each["experts"] for each in view["levels"])
     excess = level.sums[0] / level.sums[0].sum() - level.frequency
     bars = experts[0]["bars"]
     assert [bar[1] for bar in bars] == sorted((bar[1] for bar in bars), reverse=True)
     ((label, share, remark),) = (bar for bar in bars if bar[0] == level.labels[excess.argmax()])
-    assert label == level.labels[excess.argmax()] and told["classes"][str(label)] == f"t{label}"
+    assert label == level.labels[excess.argmax()] and view["classes"][str(label)] == f"t{label}"
     usual = level.frequency[excess.argmax()].item()
     assert share == pytest.approx(excess.max().item() + usual, abs=1e-5) and remark == f"×{share / usual:.1f}"
     assert [n for n in range(5) if experts[n]["effect"] is not None] == used
@@ -168,15 +168,15 @@ def test_images_are_shown_as_they_are() -> None:
 
     for pixels in (np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), np.linspace(0, 1, 16).reshape(1, 4, 4)):
         uri = Images(pixels).shown(0)
-        found = np.asarray(Image.open(BytesIO(b64decode(uri.partition(",")[2]))))
+        drawn = np.asarray(Image.open(BytesIO(b64decode(uri.partition(",")[2]))))
         expected = pixels[0] if pixels.dtype == np.uint8 else np.round(255 * pixels[0]).astype(np.uint8)
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(drawn, expected)
     with pytest.raises(ValueError, match="must have the shape"):
         Images(np.zeros((3, 4)))
 
 
 def content(html: str) -> Any:
-    (view,) = json.loads(re.search(r'application/json">(.*?)</script>', html, re.DOTALL).group(1))  # type: ignore[union-attr]
+    (view,) = views_of(html)
     return view
 
 
@@ -186,9 +186,9 @@ def test_the_page_has_the_samples_that_are_shown(model: Any, data: tuple[Any, An
     texts = Texts([["</script>", f"<b>{n}"] for n in range(70)])
     html = page(View(levels, texts, title="<i>x", classes=["a", "b", "c"]))
     assert "<i>x" not in html and "<b>1" in str(content(html)["samples"]) and html.count("</script>") == 2
-    told = content(html)
-    shown = {top["i"] for level in told["levels"] for expert in level["experts"] for top in expert["top"]}
-    assert set(map(int, told["samples"])) == shown and told["classes"] == {"0": "a", "1": "b", "2": "c"}
+    view = content(html)
+    shown = {top["i"] for level in view["levels"] for expert in level["experts"] for top in expert["top"]}
+    assert set(map(int, view["samples"])) == shown and view["classes"] == {"0": "a", "1": "b", "2": "c"}
     with pytest.raises(ValueError, match="a sample for every input"):
         page(View(levels, Texts([["only one"]])))
 
@@ -210,16 +210,16 @@ def test_a_trained_head_is_inspected(tmp_path: Path) -> None:
     line = ["inspect", str(tmp_path / "run"), "--images", str(tmp_path / "x.npz"), "--classes", "a,b,c"]
     run = CliRunner().invoke(app, [*line, "--rows", "6"])
     assert run.exit_code == 0, run.stderr
-    told = content((tmp_path / "run" / "experts.html").read_text())
-    ((level),) = told["levels"]
-    assert len(level["experts"]) == 4 and told["classes"] == {"0": "a", "1": "b", "2": "c"}
-    assert set(map(int, told["samples"])) <= set(range(6))
+    view = content((tmp_path / "run" / "experts.html").read_text())
+    ((level),) = view["levels"]
+    assert len(level["experts"]) == 4 and view["classes"] == {"0": "a", "1": "b", "2": "c"}
+    assert set(map(int, view["samples"])) <= set(range(6))
     # The images are those of the validation rows, in their order.
     from mumoe_tensor.training import read_npz, split
 
     _, kept = split(read_npz(tmp_path / "x.npz"), 0.2, seed=0)
     shown = Images(kept.x.numpy() / max(1.0, float(images.max())))
-    assert all(uri == shown.shown(int(index)) for index, uri in told["samples"].items())
+    assert all(uri == shown.shown(int(index)) for index, uri in view["samples"].items())
     for line, wrong in (
         (["inspect", str(tmp_path)], "must have a finished run"),
         (["inspect", str(tmp_path / "run"), "--rows", "0"], "rows must be positive"),
@@ -247,7 +247,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("width", [1280, 420])
 def test_the_page_in_a_browser(visit: Any, many: Path, width: int) -> None:
-    tab, told = visit(many, width)
+    tab, errors = visit(many, width)
     tab.wait_for_selector(".card img")
     assert tab.inner_text(".count") == "1000 of 1000"
     # Only what is near the window is drawn: that is why thousands do not lag.
@@ -267,9 +267,9 @@ def test_the_page_in_a_browser(visit: Any, many: Path, width: int) -> None:
     tab.wait_for_function("document.querySelectorAll('.card h2').length === 1")
     assert tab.inner_text(".card h2") == "Expert 37" and tab.inner_text(".count") == "1 of 1000"
     tab.fill("#search", "class c")
-    found = tab.evaluate("views[0].matches.every(e => e.bars.slice(0, 3).some(bar => bar[0] === 2))")
-    assert found and tab.locator(".card").count() > 0
-    assert told == []
+    is_named = tab.evaluate("views[0].matches.every(e => e.bars.slice(0, 3).some(bar => bar[0] === 2))")
+    assert is_named and tab.locator(".card").count() > 0
+    assert errors == []
 
 
 @pytest.fixture(scope="module")
@@ -279,15 +279,15 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = dict(vocabulary=50, context=16, width=12, depth=1, heads=2, hidden=8)
     model = GPT2(GPT2Config(**sizes, format="cp", experts=(1000,), rank=(4,), gate="softmax"))
     torch.nn.init.normal_(model.blocks[0].mlp.gate.weight)
-    found = torch.randint(50, (12, 17))
-    levels = collect(model, found[:, :-1], found[:, 1:], passage=8, removed=3, k=3)
-    tokens, coefficients = model.generate(found[:1, :3], 9, return_coefficients=True)
+    windows = torch.randint(50, (12, 17))
+    levels = collect(model, windows[:, :-1], windows[:, 1:], passage=8, removed=3, k=3)
+    tokens, coefficients = model.generate(windows[:1, :3], 9, return_coefficients=True)
     words = {token: f" word{token}" for token in range(50)}
     ((gate, (a,)),) = coefficients.items()
     written = Sample(
         [words[t] for t in tokens[0].tolist()], 3, {(gate.removesuffix(".gate"), 0): a[0]}, "Drawn."
     )
-    texts = Texts([[words[t] for t in row] for row in found[:, :-1].reshape(-1, 8).tolist()])
+    texts = Texts([[words[t] for t in row] for row in windows[:, :-1].reshape(-1, 8).tolist()])
     path = tmp_path_factory.mktemp("page") / "language.html"
     path.write_text(page(View(levels, texts, classes=words, written=written)), encoding="utf-8")
     return path
@@ -295,7 +295,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("width", [1280, 420])
 def test_tokens_are_shaded_in_a_browser(visit: Any, language: Path, width: int) -> None:
-    tab, told = visit(language, width)
+    tab, errors = visit(language, width)
     tab.wait_for_selector(".card .line")
     assert 0 < tab.evaluate("document.querySelectorAll('.card').length") < 200
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -326,9 +326,9 @@ def test_tokens_are_shaded_in_a_browser(visit: Any, language: Path, width: int) 
     assert tab.evaluate("document.querySelectorAll('.written span')[5].style.background") != ""
     tab.fill("#search", "word7")
     named = "views[0].matches.map(e => e.bars.slice(0, 3).map(b => views[0].nameOf(b[0])))"
-    found = tab.evaluate(named)
-    assert found and all(any("word7" in name for name in names) for names in found)
-    assert told == []
+    cards = tab.evaluate(named)
+    assert cards and all(any("word7" in name for name in names) for names in cards)
+    assert errors == []
 
 
 @pytest.mark.parametrize("width", [1280, 420])
@@ -351,7 +351,7 @@ def test_names_and_figures_appear_as_they_are(
     path = tmp_path / "experts.html"
     title = " ".join(hostile)
     path.write_text(page(View(levels, images, title=title, about=title, classes=hostile)), encoding="utf-8")
-    tab, told = visit(path, width)
+    tab, errors = visit(path, width)
     tab.evaluate("document.querySelector('.cards').scrollIntoView()")
     tab.wait_for_selector(".card h2")
     shown = "selector => [...document.querySelectorAll(selector)].map(element => element.textContent)"
@@ -377,7 +377,7 @@ def test_names_and_figures_appear_as_they_are(
         tab.select_option("#sort", order)
         assert tab.evaluate("views[0].matches.map(expert => expert.n)")[:4] == first
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    assert tab.evaluate("window.hacked") is None and told == []
+    assert tab.evaluate("window.hacked") is None and errors == []
 
 
 def test_tokens_appear_as_they_are(visit: Any, hostile: list[str], tmp_path: Path) -> None:
@@ -385,16 +385,16 @@ def test_tokens_appear_as_they_are(visit: Any, hostile: list[str], tmp_path: Pat
     sizes = dict(vocabulary=len(hostile), context=8, width=12, depth=1, heads=2, hidden=8)
     model = GPT2(GPT2Config(**sizes, format="cp", experts=(4,), rank=(4,), gate="softmax"))
     torch.nn.init.normal_(model.blocks[0].mlp.gate.weight)
-    found = torch.arange(len(hostile)).repeat(9)[: 16 * 9].reshape(16, 9)
-    levels = collect(model, found[:, :-1], found[:, 1:], k=3)
+    windows = torch.arange(len(hostile)).repeat(9)[: 16 * 9].reshape(16, 9)
+    levels = collect(model, windows[:, :-1], windows[:, 1:], k=3)
     levels[0].rows[..., :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     coefficients = torch.rand(len(hostile), 4)
     coefficients[1], coefficients[2], coefficients[3, 0] = torch.nan, torch.inf, -torch.inf
     written = Sample(hostile, 2, {(levels[0].layer, 0): coefficients}, " ".join(hostile))
-    texts = Texts([[hostile[t] for t in row] for row in found[:, :-1].tolist()])
+    texts = Texts([[hostile[t] for t in row] for row in windows[:, :-1].tolist()])
     path = tmp_path / "language.html"
     path.write_text(page(View(levels, texts, classes=hostile, written=written)), encoding="utf-8")
-    tab, told = visit(path, 1280)
+    tab, errors = visit(path, 1280)
     tab.wait_for_selector(".card .line")
     assert tab.locator(".card").count() == 4
     shown = "selector => [...document.querySelectorAll(selector)].map(element => element.textContent)"
@@ -409,4 +409,4 @@ def test_tokens_appear_as_they_are(visit: Any, hostile: list[str], tmp_path: Pat
     for place, strongest in ((1, "NaN"), (2, "∞")):
         tab.evaluate("place => document.querySelectorAll('.written span')[place].click()", place)
         assert f"expert 0: {strongest}" in tab.inner_text(".strongest")
-    assert tab.evaluate("window.hacked") is None and told == []
+    assert tab.evaluate("window.hacked") is None and errors == []

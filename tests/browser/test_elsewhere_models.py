@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ for package in ("PIL", "jinja2", "pydantic", "safetensors", "typer"):
 
 from torch import Tensor, nn  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
+from views import views_of  # noqa: E402
 
 from mumoe_tensor.analysis import ablation_effects  # noqa: E402
 from mumoe_tensor.browser import Images, View, browse_model, collect, models, page  # noqa: E402
@@ -47,12 +47,6 @@ class Several(nn.Module):
         return self.head(self.second(self.first(patches)).mean(1))
 
 
-def content(html: str) -> Any:
-    found = re.search(r'application/json">(.*?)</script>', html, re.DOTALL)
-    assert found
-    return json.loads(found[1])
-
-
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
     return torch.rand(30, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(30) % 3
@@ -65,7 +59,7 @@ def test_sums_levels_and_gated_blocks(data: tuple[Tensor, Tensor]) -> None:
     html = browse_model(
         model, x, y, samples=Images(x), classes=["a", "b", "c"], grids=grids, k=4, removed=2, batch_size=7
     )
-    (view,) = content(html)
+    (view,) = views_of(html)
     levels = [("first", 0, 5), ("second", 0, 4), ("second", 1, 3)]
     assert [(level["layer"], level["level"], level["total"]) for level in view["levels"]] == levels
     assert "2 most used experts of a level on 30 inputs" in html and "most active row" in html
@@ -90,14 +84,14 @@ def test_sums_levels_and_gated_blocks(data: tuple[Tensor, Tensor]) -> None:
         pooled = model.first(patches, return_coefficients=True)[1][0].amax(1)
     shares = torch.stack([pooled[y == c].sum(0) for c in range(3)], 1)
     shares /= shares.sum(1, keepdim=True)
-    found = np.frombuffer(base64.b64decode(drawn["data"]), np.uint8).reshape(5, 3)
-    assert drawn["labels"] == [0, 1, 2] and np.abs(found / 255 - shares.numpy()).max() < 0.003
+    drawn_shares = np.frombuffer(base64.b64decode(drawn["data"]), np.uint8).reshape(5, 3)
+    assert drawn["labels"] == [0, 1, 2] and np.abs(drawn_shares / 255 - shares.numpy()).max() < 0.003
 
 
 def test_plain_rows_without_labels() -> None:
     torch.manual_seed(0)
     html = browse_model(nn.Sequential(MuMoE(6, 2, experts=4, rank=2)), torch.randn(9, 6), k=2)
-    (view,) = content(html)
+    (view,) = views_of(html)
     (level,) = view["levels"]
     assert level["layer"] == "0" and level["map"] is None and not view["samples"]
     assert all(not expert["bars"] and expert["effect"] is None for expert in level["experts"])
@@ -129,7 +123,7 @@ def test_rare_tokens_are_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
     assert level.labels.tolist() == [1, 2, -1] and level.frequency.tolist() == [0.25, 0.375, 0.375]
     torch.testing.assert_close(level.sums[:, 2], whole.sums[:, [0, 3, 4]].sum(1))
     torch.testing.assert_close(level.sums[:, :2], whole.sums[:, 1:3])
-    (view,) = content(page(View([level])))
+    (view,) = views_of(page(View([level])))
     assert {bar[0] for expert in view["levels"][0]["experts"] for bar in expert["bars"]} <= {1, 2}
 
 
@@ -142,8 +136,8 @@ def test_stored_coefficients_in_the_place_of_the_model(tmp_path: Path) -> None:
     stored = collect_coefficients(model, [*tokens], tmp_path / "coefficients", shard_rows=20, batch_size=2)
     options = {"k": 3, "passage": 4, "batch_size": 3, "removed": 1}
     expected = collect(model, tokens, tokens, **options)
-    found = collect(model, tokens, tokens, coefficients=stored, **options)
-    for one, other in zip(found, expected, strict=True):
+    made = collect(model, tokens, tokens, coefficients=stored, **options)
+    for one, other in zip(made, expected, strict=True):
         assert torch.equal(one.top, other.top) and torch.equal(one.rows, other.rows)
         torch.testing.assert_close(one.sums, other.sums)
         torch.testing.assert_close(one.usage.mean, other.usage.mean)
@@ -177,7 +171,7 @@ def test_two_models_in_a_browser(visit: Any, data: tuple[Tensor, Tensor], tmp_pa
         views.append(View(levels, Images(x), title=f"{experts} experts", classes=["a", "b", "c"]))
     path = tmp_path / "two.html"
     path.write_text(page(*views), encoding="utf-8")
-    tab, told = visit(path, width)
+    tab, errors = visit(path, width)
     tab.wait_for_selector(".card")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     heads = tab.locator("h1")
@@ -206,7 +200,7 @@ def test_two_models_in_a_browser(visit: Any, data: tuple[Tensor, Tensor], tmp_pa
     assert f"Expert {first}, a: {100 * share:.0f}"[:-1] in tab.locator(".map output").nth(1).inner_text()
     # Cards are as high as what they show.
     heights = "[...document.querySelectorAll('.card')].every(c => c.scrollHeight <= c.clientHeight + 1)"
-    assert tab.evaluate(heights) and told == []
+    assert tab.evaluate(heights) and errors == []
 
 
 @pytest.mark.parametrize("width", [1280, 420])
@@ -266,6 +260,11 @@ def mapping():
             return {"logits": self.model(x)}
     return Model()
 
+def damaged():
+    model = build()
+    torch.nn.init.constant_(model[1].experts.factor_0, float("nan"))
+    return model
+
 def fails():
     raise KeyError("no weights")
 """
@@ -283,6 +282,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "missing.npz", x=np.full((20, 4, 4), np.nan))
     np.savez(tmp_path / "more.npz", x=x, y=np.arange(20) % 3 + 1)
     np.savez(tmp_path / "few.npz", x=x[:3])
+    np.savez(tmp_path / "none.npz", x=x[:0])
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "Some words. " * 50}) + "\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -296,20 +296,20 @@ def inspect(folder: Path, function: str, line: str) -> Any:
 def test_a_model_is_built_and_inspected(folder: Path) -> None:
     done = inspect(folder, "build", "--data rows.npz --classes a,b,c --allow-import --out page.html")
     assert done.exit_code == 0, done.stderr
-    (view,) = content((folder / "page.html").read_text())
+    (view,) = views_of((folder / "page.html").read_text())
     x = np.load("rows.npz")["x"]
     assert view["samples"] and view["classes"] == {"0": "a", "1": "b", "2": "c"}
     assert all(uri == Images(x).shown(int(index)) for index, uri in view["samples"].items())
     done = inspect(folder, "build", "--data plain.npz --images rows.npz --rows 5 --allow-import")
     assert done.exit_code == 0, done.stderr
-    (view,) = content((folder / "experts.html").read_text())
+    (view,) = views_of((folder / "experts.html").read_text())
     assert set(map(int, view["samples"])) <= set(range(5)) and not view["classes"]
 
 
 def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
     done = inspect(folder, "text", "--texts texts.jsonl --removed 1 --allow-import")
     assert done.exit_code == 0, done.stderr
-    (view,) = content((folder / "experts.html").read_text(encoding="utf-8"))
+    (view,) = views_of((folder / "experts.html").read_text(encoding="utf-8"))
     assert view["language"] and "".join(view["samples"]["0"]) == ("Some words. " * 3)[: models.PASSAGE]
 
 
@@ -335,6 +335,8 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
         ("build", "--data counts.npz --allow-import", "torch.int64; it raises RuntimeError"),
         ("build", "--data missing.npz --allow-import", "inputs must be finite"),
         ("build", "--data more.npz --allow-import", "a logit for each of 4 classes, got (2, 3)"),
+        ("damaged", "--data rows.npz --allow-import", "the parameter 1.experts.factor_0 is not finite"),
+        ("build", "--data none.npz --allow-import", "there must be an input, none.npz has none"),
         ("mapping", "--data rows.npz --allow-import", "a logit for each of 3 classes, got dict"),
         ("build", "--data rows.npz --images few.npz --allow-import", "an image for each of 20 inputs, got 3"),
         ("text", "--texts texts.jsonl --classes a,b --allow-import", "texts have no images or classes"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
+from views import views_of  # noqa: E402
 
 from mumoe_tensor.analysis import loss_effects  # noqa: E402
 from mumoe_tensor.browser import browse_language_model, collect, models  # noqa: E402
@@ -56,9 +55,7 @@ def decode(tokens: list[int]) -> str:
 
 
 def content(html: str) -> Any:
-    found = re.search(r'application/json">(.*?)</script>', html, re.DOTALL)
-    assert found
-    (view,) = json.loads(found[1])
+    (view,) = views_of(html)
     return view
 
 
@@ -69,15 +66,15 @@ def html(model: Language, windows: Tensor) -> str:
 
 
 def test_the_most_used_experts_are_shown(html: str, model: Language, windows: Tensor) -> None:
-    told = content(html)
-    assert [(level["layer"], level["total"]) for level in told["levels"]] == [
+    view = content(html)
+    assert [(level["layer"], level["total"]) for level in view["levels"]] == [
         ("blocks.2", 5), ("blocks.0", EXPERTS),
     ]  # fmt: skip
     x, y = windows[:, :64], windows[:, 1:65]  # two passages of 32 tokens, and what follows
     with torch.no_grad():
         a = model.blocks[0](model.embed(x), return_coefficients=True)[1][0]
     mean = a.flatten(0, 1).mean(0)
-    experts = told["levels"][1]["experts"]
+    experts = view["levels"][1]["experts"]
     assert [expert["n"] for expert in experts] == mean.argsort(descending=True)[:20].sort().values.tolist()
     passages = a.reshape(12, 32, EXPERTS)
     for expert in experts:
@@ -91,10 +88,10 @@ def test_the_most_used_experts_are_shown(html: str, model: Language, windows: Te
         for top in expert["top"]:
             assert top["rows"] == pytest.approx(passages[top["i"], :, n].tolist(), abs=1e-3)
     shown = x.reshape(12, 32)
-    for index, tokens in told["samples"].items():
+    for index, tokens in view["samples"].items():
         assert tokens == [f" {token}" for token in shown[int(index)].tolist()]
     # The most used two of each level were removed, in nats.
-    for level, layer in zip(told["levels"], (model.blocks[2], model.blocks[0]), strict=True):
+    for level, layer in zip(view["levels"], (model.blocks[2], model.blocks[0]), strict=True):
         removed = [expert for expert in level["experts"] if expert["effect"] is not None]
         assert len(removed) == 2
         expected = loss_effects(model, layer, [(x, y)], experts=[expert["n"] for expert in removed])
@@ -104,9 +101,9 @@ def test_the_most_used_experts_are_shown(html: str, model: Language, windows: Te
 def test_the_page_says_how_many_experts_are_used(html: str, model: Language, windows: Tensor) -> None:
     levels = collect(model, windows[:, :64], windows[:, 1:65], layers=["blocks.0"], effects=False)
     (usage,) = (level.usage for level in levels)
-    told = content(html)["levels"][1]
-    assert (told["total"], told["dead"]) == (EXPERTS, usage.dead)
-    assert told["active"] == pytest.approx(usage.active * EXPERTS, abs=0.01)
+    view = content(html)["levels"][1]
+    assert (view["total"], view["dead"]) == (EXPERTS, usage.dead)
+    assert view["active"] == pytest.approx(usage.active * EXPERTS, abs=0.01)
     assert "Numbers." in html and "Load: tokens with a coefficient above zero." in html
     assert "measured for the 2 most used experts of a level on 384 tokens" in html
 
@@ -141,18 +138,18 @@ def test_effects_are_those_in_the_first_inputs(model: Language, windows: Tensor)
 
 
 def test_experts_that_nothing_uses_are_not_shown(model: Language) -> None:
-    told = content(browse_language_model(model, decode, torch.zeros(1, 2).int(), ["blocks.0"], removed=0))
-    (level,) = told["levels"]
+    view = content(browse_language_model(model, decode, torch.zeros(1, 2).int(), ["blocks.0"], removed=0))
+    (level,) = view["levels"]
     assert len(level["experts"]) <= 3 and all(expert["mean"] > 0 for expert in level["experts"])
 
 
 @pytest.mark.parametrize("length", [2, 5, 33, 65])
 def test_windows_of_any_length(model: Language, length: int) -> None:
     windows = torch.arange(3 * length).reshape(3, length) % VOCABULARY
-    told = content(browse_language_model(model, decode, windows, ["blocks.1"], removed=0))
+    view = content(browse_language_model(model, decode, windows, ["blocks.1"], removed=0))
     size = min(32, length - 1)
-    assert {len(tokens) for tokens in told["samples"].values()} == {size}
-    assert told["samples"]["0"] == [f" {token}" for token in windows[0, :size].tolist()]
+    assert {len(tokens) for tokens in view["samples"].values()} == {size}
+    assert view["samples"]["0"] == [f" {token}" for token in windows[0, :size].tolist()]
 
 
 def test_what_is_refused(model: Language, windows: Tensor) -> None:
@@ -173,7 +170,7 @@ def test_what_is_refused(model: Language, windows: Tensor) -> None:
 def test_the_page_in_a_browser(html: str, visit: Any, tmp_path: Path, width: int) -> None:
     path = tmp_path / "experts.html"
     path.write_text(html, encoding="utf-8")
-    tab, told = visit(path, width)
+    tab, errors = visit(path, width)
     tab.wait_for_selector(".card .line")
     options = tab.evaluate("[...document.querySelectorAll('.level option')].map(o => o.textContent)")
     assert options == [
@@ -187,4 +184,4 @@ def test_the_page_in_a_browser(html: str, visit: Any, tmp_path: Path, width: int
     line = tab.inner_text(".card h2 + p >> nth=0")
     # Coefficients of this gate are no shares.
     assert f"mean coefficient {first['mean']:.4f}, load " in line and "without it" in line
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width and told == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width and errors == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ pytest.importorskip("typer")
 
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
+from views import views_of  # noqa: E402
 
 from mumoe_tensor.analysis import ablate, loss_effects  # noqa: E402
 from mumoe_tensor.browser import Images  # noqa: E402
@@ -29,9 +29,7 @@ from mumoe_tensor.training.settings import read_settings  # noqa: E402
 
 
 def content(page: Path) -> Any:
-    found = re.search(r'application/json">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
-    assert found
-    (view,) = json.loads(found[1])
+    (view,) = views_of(page.read_text(encoding="utf-8"))
     return view
 
 
@@ -56,17 +54,19 @@ def mixer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_mixer_is_inspected(mixer: Path) -> None:
     done = inspect(str(mixer), "--classes", "a,b,c", "--rows", "20", "--removed", "2", "--shown", "4")
     assert done.exit_code == 0, done.stderr
-    told = content(mixer / "experts.html")
-    assert [level["layer"] for level in told["levels"]] == [
+    view = content(mixer / "experts.html")
+    assert [level["layer"] for level in view["levels"]] == [
         f"blocks.{block}.{kind}" for block in (0, 1) for kind in ("token_mlp", "channel_mlp")
     ]
     settings, model = read_run(mixer)
     _, kept = settings.read_data()
     x, y = kept.batch(torch.arange(20))
-    level = told["levels"][3]
+    level = view["levels"][3]
     with torch.no_grad():
         seen: list[Any] = []
-        handle = model.blocks[1].channel_mlp.gate.register_forward_hook(lambda *found: seen.append(found[2]))
+        handle = model.blocks[1].channel_mlp.gate.register_forward_hook(
+            lambda *arguments: seen.append(arguments[2])
+        )
         right = model(x).argmax(1) == y
         handle.remove()
         ((a,),) = seen
@@ -83,20 +83,18 @@ def test_a_mixer_is_inspected(mixer: Path) -> None:
                 change = (model(x).argmax(1) == y).double() - right.double()
             expected = sum(abs(change[y == c].mean().item()) for c in range(3))
             assert expert["effect"] == pytest.approx(expected, abs=1e-5)
-    assert told["grids"]["blocks.1.channel_mlp"] == [2, 2] and "blocks.1.token_mlp" not in told["grids"]
-    assert not any(top["rows"] for expert in told["levels"][0]["experts"] for top in expert["top"])
+    assert view["grids"]["blocks.1.channel_mlp"] == [2, 2] and "blocks.1.token_mlp" not in view["grids"]
+    assert not any(top["rows"] for expert in view["levels"][0]["experts"] for top in expert["top"])
     shown = Images(x[:, 0].numpy())
-    assert all(uri == shown.shown(int(index)) for index, uri in told["samples"].items())
-    assert set(told["classes"].values()) <= {"a", "b", "c"} and not told["language"]
+    assert all(uri == shown.shown(int(index)) for index, uri in view["samples"].items())
+    assert set(view["classes"].values()) <= {"a", "b", "c"} and not view["language"]
 
 
 def test_two_runs_side_by_side(mixer: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "page.html")
     done = inspect(str(mixer), "--beside", str(mixer), "--rows", "9", "--removed", "0", "--out", out)
     assert done.exit_code == 0, done.stderr
-    found = re.search(r'application/json">(.*?)</script>', (tmp_path / "page.html").read_text(), re.DOTALL)
-    assert found
-    one, other = json.loads(found[1])
+    one, other = views_of((tmp_path / "page.html").read_text())
     assert one == other and len(one["levels"]) == 4
     done = inspect(str(mixer), "--beside", str(tmp_path / "missing"))
     assert done.exit_code == 2 and "there is no folder" in done.stderr and done.stderr.count("\n") == 1
@@ -131,21 +129,21 @@ def test_a_gpt2_is_inspected(gpt2: Path) -> None:
     vocabulary = str(gpt2.parent / "vocabulary")
     done = inspect(str(gpt2), "--vocabulary-files", vocabulary, "--rows", "9", "--removed", "2")
     assert done.exit_code == 0, done.stderr
-    told = content(gpt2 / "experts.html")
-    assert [(level["layer"], level["level"]) for level in told["levels"]] == [
+    view = content(gpt2 / "experts.html")
+    assert [(level["layer"], level["level"]) for level in view["levels"]] == [
         ("blocks.0.mlp", 0), ("blocks.0.mlp", 1),
     ]  # fmt: skip
     settings, model = read_run(gpt2)
     _, kept = settings.read_data()
     x, y = kept.batch(torch.arange(9))
-    assert told["language"] and all(len(tokens) == 8 for tokens in told["samples"].values())
+    assert view["language"] and all(len(tokens) == 8 for tokens in view["samples"].values())
     bytes_of = sorted(ByteLevel.alphabet())
     letters = {row: "".join(bytes_of[t] if t < 256 else "?" for t in x[row].tolist()) for row in range(9)}
-    for row, tokens in told["samples"].items():
+    for row, tokens in view["samples"].items():
         for letter, token in zip(letters[int(row)], tokens, strict=True):
             # (What is no printed letter of one byte has another sign in the files of the vocabulary.)
             assert token == letter or not letter.isascii() or letter == "?"
-    for level in told["levels"]:
+    for level in view["levels"]:
         measured = [expert for expert in level["experts"] if expert["effect"] is not None]
         assert len(measured) == 2
         for expert in measured:
@@ -153,7 +151,7 @@ def test_a_gpt2_is_inspected(gpt2: Path) -> None:
                 model, model.blocks[0].mlp, [(x, y)], level=level["level"], experts=[expert["n"]]
             )
             assert expert["effect"] == pytest.approx(change.item(), abs=2e-6)
-    written = told["sample"]
+    written = view["sample"]
     assert written["given"] == 4 and len(written["tokens"]) == 8
     _, coefficients = model.generate(
         x[4:5, :4], 4, temperature=0.8, top_k=40, generator=torch.Generator().manual_seed(0),

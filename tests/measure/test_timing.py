@@ -33,14 +33,14 @@ class FakeTime:
 def test_callables_take_turns() -> None:
     clock = FakeTime()
     callables = {name: clock.taking(name, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 4))}
-    found = timing.compare(callables, "a", rounds=4, turn=1, limit=1e9, clock=clock)
+    times = timing.compare(callables, "a", rounds=4, turn=1, limit=1e9, clock=clock)
     # One call to warm up and one that is long enough for a turn, then the rounds.
     assert clock.calls[:6] == [*"aabbcc"]
     orders = ["".join(clock.calls[k : k + 3]) for k in range(6, 18, 3)]
     assert {"".join(sorted(order)) for order in orders} == {"abc"} and len(clock.calls) == 18
     assert len({*orders}) > 1  # no callable always follows the same one
-    assert found.rounds == 4
-    assert found.loops == {"a": 1, "b": 1, "c": 1}
+    assert times.rounds == 4
+    assert times.loops == {"a": 1, "b": 1, "c": 1}
 
 
 def test_a_turn_on_a_device_ends_with_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +55,9 @@ def test_a_turn_on_a_device_ends_with_its_work(monkeypatch: pytest.MonkeyPatch) 
         waited.append(len(clock.calls) - sum(waited))
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    found = timing.compare({"a": launch}, "a", rounds=4, turn=4, limit=1e9, device="cuda", clock=clock)
+    times = timing.compare({"a": launch}, "a", rounds=4, turn=4, limit=1e9, device="cuda", clock=clock)
     # Three calls to warm up are done before the first turn; a turn has two.
-    assert found.seconds == {"a": (3.0,) * 4}
+    assert times.seconds == {"a": (3.0,) * 4}
     assert waited == [3, 1, 0, 2, *[0, 2] * 4]
 
 
@@ -69,12 +69,12 @@ def test_an_unknown_device_is_refused() -> None:
 def test_known_durations_give_known_ratios() -> None:
     clock = FakeTime()
     callables = {name: clock.taking(name, seconds) for name, seconds in (("b", 6e-6), ("a", 2e-6))}
-    found = timing.compare(callables, "a", rounds=5, turn=1e-3, clock=clock)
-    assert found.loops == {"a": 512, "b": 256}
-    assert found.spread("b") == pytest.approx((6e-6, 6e-6, 6e-6))
-    assert found.ratio("b") == pytest.approx((3, 3, 3))
-    assert found.excess("b") == pytest.approx((4e-6, 4e-6, 4e-6))
-    assert found.ratio("a") == (1, 1, 1)
+    times = timing.compare(callables, "a", rounds=5, turn=1e-3, clock=clock)
+    assert times.loops == {"a": 512, "b": 256}
+    assert times.spread("b") == pytest.approx((6e-6, 6e-6, 6e-6))
+    assert times.ratio("b") == pytest.approx((3, 3, 3))
+    assert times.excess("b") == pytest.approx((4e-6, 4e-6, 4e-6))
+    assert times.ratio("a") == (1, 1, 1)
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -85,18 +85,18 @@ def test_ratios_are_taken_within_a_round() -> None:
         "base": clock.taking("base", 1, 1, *slow),
         "other": clock.taking("other", 1, 1, *(2 * s for s in slow)),
     }
-    found = timing.compare(callables, "base", rounds=5, turn=1, limit=1e9, clock=clock)
-    assert found.seconds == {"base": slow, "other": tuple(2 * s for s in slow)}
-    assert found.ratio("other") == (2, 2, 2)
-    assert found.spread("other") == (2, 2, 20)
-    assert found.excess("other") == (1, 1, 10)
+    times = timing.compare(callables, "base", rounds=5, turn=1, limit=1e9, clock=clock)
+    assert times.seconds == {"base": slow, "other": tuple(2 * s for s in slow)}
+    assert times.ratio("other") == (2, 2, 2)
+    assert times.spread("other") == (2, 2, 20)
+    assert times.excess("other") == (1, 1, 10)
 
 
 @pytest.mark.parametrize(("limit", "rounds"), [(0, 3), (9, 5), (1e9, 20)])
 def test_no_round_begins_after_the_limit(limit: float, rounds: int) -> None:
     clock = FakeTime()
-    found = timing.compare({"a": clock.taking("a", 2)}, "a", rounds=20, turn=1, limit=limit, clock=clock)
-    assert found.rounds == rounds
+    times = timing.compare({"a": clock.taking("a", 2)}, "a", rounds=20, turn=1, limit=limit, clock=clock)
+    assert times.rounds == rounds
 
 
 def test_an_unknown_baseline_is_refused() -> None:

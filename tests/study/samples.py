@@ -69,13 +69,13 @@ def _peaks(planned: studies.Plan, task: sweeps.Task) -> list[Measurement]:
 def _trained(planned: studies.Plan, task: sweeps.Task) -> list[Measurement]:
     subject, seed = _subject_of(planned, task.key), int(task.key.split()[-1])
     accuracy = ACCURACIES.get(subject.name, 0.5) + 0.01 * (seed - SMALL["seed"])
-    found = {"accuracy": accuracy}
+    figures = {"accuracy": accuracy}
     if subject.name != BASELINE:
-        found |= {"active experts": 0.5, "dead experts": 0.25}
-        found |= {"polysemanticity": 0.3, "polysemanticity, random gate": 0.6}
+        figures |= {"active experts": 0.5, "dead experts": 0.25}
+        figures |= {"polysemanticity": 0.3, "polysemanticity, random gate": 0.6}
     return [
         Measurement.of(task.key, subject, name, value, seed=seed, repetitions=360)
-        for name, value in found.items()
+        for name, value in figures.items()
     ]
 
 

@@ -43,11 +43,11 @@ def test_beside_the_dense_layer(made_up: Made) -> None:
 
 
 def test_lines_over_experts_batches_and_sizes(made_up: Made) -> None:
-    found = by_name(made_up)
-    forward, step, rank, saved = found["over-experts"].panels
+    drawn = by_name(made_up)
+    forward, step, rank, saved = drawn["over-experts"].panels
     assert [p.x for p in points_of(step)["tr"]] == [4, 6] and points_of(forward)["tr"][0].y == 1.5
     assert [p.x for p in points_of(rank)["cp"]] == [4, 6] and points_of(saved)["cp"][0].y > 0
-    throughput, ratios = found["over-batches"].panels
+    throughput, ratios = drawn["over-batches"].panels
     assert [(p.x, round(float(p.y))) for p in points_of(throughput)[BASELINE]] == [
         (1, 1000), (4, 4000), (8, 8000),
     ]  # fmt: skip

@@ -13,16 +13,16 @@ import pytest
 
 import mumoe_tensor as mt
 from mumoe_tensor import study as studies
-from mumoe_tensor.study.quality import judge
+from mumoe_tensor.study.quality import train_and_evaluate
 
 
 def test_defaults() -> None:
-    found = studies.prepare()
-    assert found.layer.spec == studies.dense(768, 768, hidden=3072)
-    assert found.experts == ((256,),) and found.formats[:-1] == tuple(mt.formats())
-    assert len(mt.get_format(json.loads(found.formats[-1])).summands(1)) == 2
-    assert found.parameters == ("match", "0.5x")
-    assert found.batch == 512 and found.data == "digits" and found.head_hidden == 128
+    chosen = studies.prepare()
+    assert chosen.layer.spec == studies.dense(768, 768, hidden=3072)
+    assert chosen.experts == ((256,),) and chosen.formats[:-1] == tuple(mt.formats())
+    assert len(mt.get_format(json.loads(chosen.formats[-1])).summands(1)) == 2
+    assert chosen.parameters == ("match", "0.5x")
+    assert chosen.batch == 512 and chosen.data == "digits" and chosen.head_hidden == 128
     quick = studies.prepare(quick=True)
     assert quick.experts == ((256,),) and quick.batch == 32 and quick.head_experts == ((8,),)
     assert studies.prepare(quick=True, batch=64).batch == 64
@@ -39,8 +39,8 @@ def test_published_layers() -> None:
 def test_heads_on_other_data_are_those_on_the_digits(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.touch()
-    found = studies.prepare("clip-head", experts=[16, (4, 4)], data=path)
-    assert found.head_hidden == 128 and found.head_experts == ((8,), (32,))
+    chosen = studies.prepare("clip-head", experts=[16, (4, 4)], data=path)
+    assert chosen.head_hidden == 128 and chosen.head_experts == ((8,), (32,))
     assert studies.prepare("clip-head", data=path, head_hidden=0).head_hidden is None
 
 
@@ -70,8 +70,10 @@ def test_heads_have_ordinary_data_without_further_options(
     setting = studies.prepare("clip-head", data=data, epochs=2)
     planned = studies.plan(setting)
     assert "cp" in {subject.name for subject in planned.heads}
-    found, _ = judge(setting, next(subject for subject in planned.heads if subject.name == "cp"), 0)
-    assert all(isfinite(found[name]) for name in ("accuracy", "loss", "training time"))
+    figures, _ = train_and_evaluate(
+        setting, next(subject for subject in planned.heads if subject.name == "cp"), 0
+    )
+    assert all(isfinite(figures[name]) for name in ("accuracy", "loss", "training time"))
 
 
 @pytest.mark.parametrize(
@@ -92,17 +94,17 @@ def test_data_that_do_not_fit_are_refused_before_anything_is_measured(
 
 
 def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
-    found = studies.prepare(
+    chosen = studies.prepare(
         "clip-head", experts=[16, (4, 4)], parameters="0.5x", formats=["tr", "cp"], seed=4
     )
     path = tmp_path / "study.json"
-    path.write_text(found.to_json())
-    assert studies.Setting.from_json(path) == found
+    path.write_text(chosen.to_json())
+    assert studies.Setting.from_json(path) == chosen
     # Studies of heads of one layer, and from before there was a batch size.
-    entries = json.loads(found.to_json()) | {"head_hidden": None}
+    entries = json.loads(chosen.to_json()) | {"head_hidden": None}
     del entries["batch_size"]
     path.write_text(json.dumps(entries))
-    assert studies.Setting.from_json(path) == replace(found, head_hidden=None, batch_size=128)
+    assert studies.Setting.from_json(path) == replace(chosen, head_hidden=None, batch_size=128)
 
 
 @pytest.mark.parametrize(

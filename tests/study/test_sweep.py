@@ -229,7 +229,7 @@ def test_linear_heads_on_data_of_a_file(tmp_path: Path) -> None:
     assert len(training) == 720 and len(validation) == 180
     assert float(training.x.square().mean()) == pytest.approx(1, abs=1e-4)
     (cp,) = [head for head in heads if head.name == "cp" and head.spec.experts == (3,)]
-    figures, rows = quality.judge(setting, cp, 0)
+    figures, rows = quality.train_and_evaluate(setting, cp, 0)
     assert figures["accuracy"] > 0.6 and rows == 180
 
 
@@ -249,11 +249,11 @@ def test_training_learns_and_the_seed_decides() -> None:
     heads, _ = quality.heads(setting)
     for head in [h for h in heads if h.name in (BASELINE, "cp", SPARSE)][:3]:
         torch.manual_seed(1)
-        found, _ = quality.judge(setting, head, 0)
-        assert found["accuracy"] > 0.8, head
+        figures, _ = quality.train_and_evaluate(setting, head, 0)
+        assert figures["accuracy"] > 0.8, head
         torch.manual_seed(2)
-        again, _ = quality.judge(setting, head, 0)
-        assert again["loss"] == found["loss"] != quality.judge(setting, head, 1)[0]["loss"]
+        again, _ = quality.train_and_evaluate(setting, head, 0)
+        assert again["loss"] == figures["loss"] != quality.train_and_evaluate(setting, head, 1)[0]["loss"]
 
 
 def test_specialisation_of_known_experts() -> None:
@@ -273,11 +273,11 @@ def test_specialisation_of_known_experts() -> None:
 
     y = torch.arange(3).repeat(20)
     data = quality.Dataset(torch.eye(3)[y], y)
-    found = quality.specialisation(OneHot(), data, 0)
-    assert found["active experts"] == pytest.approx(1 / 4) and found["dead experts"] == 1 / 4
-    assert found["largest share"] == pytest.approx(1 / 3)
-    assert found["polysemanticity"] == pytest.approx(0, abs=1e-6)
-    assert found["polysemanticity, random gate"] > 0.2
+    figures = quality.specialisation(OneHot(), data, 0)
+    assert figures["active experts"] == pytest.approx(1 / 4) and figures["dead experts"] == 1 / 4
+    assert figures["largest share"] == pytest.approx(1 / 3)
+    assert figures["polysemanticity"] == pytest.approx(0, abs=1e-6)
+    assert figures["polysemanticity, random gate"] > 0.2
 
 
 def test_progress_counts_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def inspect(
     removed: Annotated[
         int,
         typer.Option(
-            help="How many experts of a level to remove, one by one, to see their effect; of a head all."
+            help="How many experts of a level to remove, one by one, to see their effect; for a head, all."
         ),
     ] = 16,
     out: Annotated[

@@ -21,7 +21,7 @@ def _import_files(paths: list[Path]) -> list[Path]:
 FormatName = Annotated[
     str,
     typer.Argument(
-        help="Name of the format; `mumoe-tensor formats` lists them. With settings its config entry as JSON: "
+        help="Name of the format; see `mumoe-tensor formats`. With settings, its config entry as JSON: "
         """'{"name": "btt", "splits": {"i": [16, 48]}}'.""",
         show_default=False,
     ),
@@ -42,13 +42,13 @@ Gated = Annotated[
 Rank = Annotated[
     str | None,
     typer.Option(
-        help="Rank, one number a bond, e.g. 64,128,128; see `mumoe-tensor formats`.", show_default=False
+        help="Rank, one number per bond, e.g. 64,128,128; see `mumoe-tensor formats`.", show_default=False
     ),
 ]
 OpenRank = Annotated[
     str | None,
     typer.Option(
-        help="Rank, one number a bond, ? for the one to find, e.g. 4,4,?. By default all follow the budget.",
+        help="Rank, one number per bond, ? to solve for one, e.g. 4,4,?. By default all follow the budget.",
         show_default=False,
     ),
 ]
@@ -66,7 +66,7 @@ Implementation = Annotated[
 MemoryLimit = Annotated[
     int | None,
     typer.Option(
-        help="Limit of the largest intermediate result, in elements, with --dtype in bytes.",
+        help="Limit of the largest intermediate result, in elements, or in bytes with --dtype.",
         show_default=False,
     ),
 ]
@@ -92,7 +92,7 @@ MachineName = Annotated[
     ),
 ]
 Parameters = Annotated[
-    str, typer.Option(help="Number of parameters, match for those of the dense layer, or a multiple as 2x.")
+    str, typer.Option(help="Number of parameters, match for those of the dense layer, or a multiple (2x).")
 ]
 Imports = Annotated[
     list[Path] | None,

@@ -46,7 +46,7 @@ def study(
         str | None,
         typer.Option(
             metavar="FILE:NAME",
-            help="Inputs of that layer, one a row: adds the errors of its outputs.",
+            help="Inputs of that layer, one per row: adds the errors of its outputs.",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +71,7 @@ def study(
     parameters: Annotated[
         str | None,
         typer.Option(
-            help="Budgets: numbers of parameters, match for those of the dense layer, or multiples as 0.5x.",
+            help="Budgets: numbers of parameters, match for those of the dense layer, or multiples (0.5x).",
             show_default="match,0.5x; of a weight 0.5x,0.25x,0.1x",
         ),
     ] = None,
@@ -80,7 +80,7 @@ def study(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Devices to measure on: cpu, cuda or cpu,cuda.", show_default="all there are"),
+        typer.Option(help="Devices to measure on: cpu, cuda or cpu,cuda.", show_default="all available"),
     ] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Seconds for each timing.", show_default="0.4; quick 0.05")
@@ -127,7 +127,8 @@ def study(
         typer.Option(help="Rows of a step; all rows if there are fewer than 128.", show_default="128"),
     ] = None,
     sweeps: Annotated[
-        int | None, typer.Option(help="Most sweeps of a fit to the weight.", show_default="10; quick 2")
+        int | None,
+        typer.Option(help="Maximum number of sweeps of a fit to the weight.", show_default="10; quick 2"),
     ] = None,
     machine: Annotated[
         str | None,

@@ -27,7 +27,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a setting of the file, as train.epochs=3; may be repeated.",
+        help="Change a setting of the file, e.g. train.epochs=3; may be repeated.",
         show_default=False,
     ),
 ]
@@ -75,7 +75,7 @@ def train_head(
     rank: Annotated[
         str | None,
         typer.Option(
-            help="Rank, one number a bond; ? for the one that --parameters determines, e.g. 4,4,?.",
+            help="Rank, one number per bond; ? for the one that --parameters determines, e.g. 4,4,?.",
             show_default="the smallest at which an expert can have full rank",
         ),
     ] = None,
@@ -112,7 +112,7 @@ def train_head(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier head on features or images, of experts or dense.
+    """Train a classifier head, with experts or dense, on features or images.
 
     Writes config.json, metrics.csv with a line for each epoch, curves for TensorBoard, checkpoints, and at
     the end head.safetensors, which `mumoe_tensor.models.load_head` reads. A finished head in the folder is

@@ -27,7 +27,7 @@ model = MuMoE(64, 10, experts=16, format="cp", rank=32)
 train(model, fit, validation, TrainConfig(epochs=20, batch_size=64, learning_rate=0.01))
 
 _, accuracy = evaluate(model, test)
-print(f"{accuracy:.1%} of {len(test)} digits are told right")
+print(f"{accuracy:.1%} of {len(test)} digits are classified correctly")
 
 # %%
 # How much are they used?

@@ -113,10 +113,10 @@ def edit_bias(
     experts = experts_of(layer)
     check_edit_name(name)
     if name in (experts.edits or ()):
-        raise ValueError(f"an edit must have a name of its own; {name!r} is one already.")
+        raise ValueError(f"the name of an edit must be new; {name!r} exists.")
     means = [means] if isinstance(means, Tensor) else list(means)
     if wrong := [type(mean).__name__ for mean in means if not isinstance(mean, Tensor)]:
-        raise TypeError(f"mean coefficients must be tensors, one a level, got {wrong}.")
+        raise TypeError(f"mean coefficients must be tensors, one per level, got {wrong}.")
     if [tuple(mean.shape) for mean in means] != [(count,) for count in experts.num_experts]:
         raise ValueError(
             f"there must be one mean coefficient for each of {experts.num_experts} experts; got means of "

@@ -104,7 +104,7 @@ class Labels:
             If no input was seen.
         """
         if not self.all.sum():
-            raise ValueError("there must be inputs before experts can be told apart by labels, got none.")
+            raise ValueError("there must be inputs before statistics of labels can be computed, got none.")
         active = self.counts.sum(1)
         if not active.sum():
             return LabelStatistics(self.counts.clone(), float("nan"), float("nan"), float("nan"))

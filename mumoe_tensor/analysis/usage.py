@@ -112,7 +112,7 @@ class Usage:
             If no input was seen.
         """
         if not self.rows:
-            raise ValueError("there must be inputs before their use of experts can be told, got none.")
+            raise ValueError("there must be inputs before usage can be computed, got none.")
         mean = self.sums / self.rows
         share = mean / mean.sum()
         count = len(share)

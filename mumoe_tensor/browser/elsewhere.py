@@ -74,7 +74,7 @@ def browse_built(
         If the function cannot be imported or called, or returns something else, or files do not fit it.
     """
     if (data is None) == (texts is None):
-        raise ValueError("a model of your own needs its inputs, as data or as texts, and not both.")
+        raise ValueError("a model needs either data or texts as its inputs.")
     check_counts(removed, k=k, rows=rows)
     model, tokenizer = build_model(build)
     if texts is not None:

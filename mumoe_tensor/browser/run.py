@@ -119,7 +119,7 @@ def _view_run(
     progress: Progress | None,
 ) -> View:
     if (folder / "grid.json").exists():
-        raise ValueError(f"a layer of replace has a folder of its own: choose one in {folder / 'layers'}.")
+        raise ValueError(f"choose the folder of one layer in {folder / 'layers'}.")
     if is_saved(folder):
         return _view_replaced(folder, texts, rows, k, removed, progress)
     if texts is not None:

@@ -95,9 +95,9 @@ def inspect(
     if (run is None) == (model is None):
         raise typer.Exit(fail("inspect takes either the folder of a run or --model.", 2))
     if model is not None and not allow_import:
-        raise typer.Exit(fail(f"--model imports and runs {model}; allow it by --allow-import.", 2))
+        raise typer.Exit(fail(f"--model imports and runs {model}; allow it with --allow-import.", 2))
     if model is None and data is not None:
-        raise typer.Exit(fail("--data is for --model; a run has its own data.", 2))
+        raise typer.Exit(fail("--data is for --model; a run names its data.", 2))
     if model is not None and beside is not None:
         raise typer.Exit(fail("--beside is for folders of runs; view several models in Python.", 2))
     for folder in (run, beside):

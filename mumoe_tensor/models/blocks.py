@@ -163,7 +163,7 @@ def check_config(
     checked: dict[str, Any] = {name: as_positive(getattr(config, name), name) for name in sizes}
     checked |= {name: as_fraction(getattr(config, name), name) for name in probabilities}
     if not isinstance(config.experts, tuple):
-        raise TypeError(f"experts must be a tuple with one number a level, got {config.experts!r}.")
+        raise TypeError(f"experts must be a tuple with one number per level, got {config.experts!r}.")
     checked["experts"] = expert_counts(config.experts)
     if not isinstance(config.gate, str):
         raise TypeError(f"gate must be a name, got {config.gate!r}; see register_gate.")

@@ -81,7 +81,7 @@ class Head(nn.Module):
         self.config: dict[str, Any]
         if format == LINEAR:
             if rank is not None or parameters is not None:
-                raise ValueError("a head without experts has no rank, and its own number of parameters.")
+                raise ValueError("a head without experts has a fixed number of parameters and no rank.")
             self.body = _dense(in_features, hidden, classes)
             self.config = dict(in_features=in_features, classes=classes, hidden=hidden, format=LINEAR)
         else:

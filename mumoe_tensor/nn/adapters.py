@@ -115,7 +115,7 @@ def add_experts(
     Raises
     ------
     ValueError
-        As `replace_linear`; if a layer has experts beside it already.
+        As `replace_linear`; if a layer already has experts beside it.
 
     Examples
     --------
@@ -269,7 +269,7 @@ def _planned(model: nn.Module, pattern: str, make: Callable[..., MuMoE]) -> Plan
 
     def maker(linear: nn.Module) -> Callable[..., Adapter]:
         if isinstance(linear, Adapter):
-            raise ValueError("it has experts beside it already: remove or merge them first.")
+            raise ValueError("it already has experts beside it: remove or merge them first.")
         check_linear(linear)
         return lambda **more: Adapter(linear, make(linear, **more)).train(linear.training)
 

@@ -30,7 +30,7 @@ def check_linear(module: nn.Module) -> None:
         raise TypeError(f"a linear layer is torch.nn.Linear or a Conv1D, got {type(module).__name__}.")
     check_readable(module)
     if type(module).forward is not kind.forward:
-        raise ValueError(f"the class {type(module).__name__} has a forward method of its own.")
+        raise ValueError(f"the class {type(module).__name__} overrides the forward method.")
     layer: Any = module
     names = sorted(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
     if names != (["weight"] if layer.bias is None else ["bias", "weight"]) or layer.weight.ndim != 2:

@@ -153,7 +153,7 @@ def _empty(model: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
         dense = type(model)(copy.deepcopy(model.config))
     places = dict(dense.named_modules())
     if new := [name for name in layers if name not in places]:
-        raise ValueError(f"a layer must stand where the config of the model has a module; {new} do not.")
+        raise ValueError(f"layers must replace modules that the config of the model makes; {new} do not.")
     return {
         # (transformers splits those of a stack of experts into parts.)
         f"{name}.{key}": torch.zeros((1, 2, 1) if value.ndim == 3 else (0,), dtype=model.dtype)

@@ -122,7 +122,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
     with reading(folder):
         if model is None:
             if [*layers] != [""]:
-                raise ValueError(f"the layers {[*layers]} need a model that they stand in: load(…, model=…).")
+                raise ValueError(f"the layers {[*layers]} must be loaded into a model: load(…, model=…).")
             model = _with_state(rebuild(layers[""], device="meta"), state)
         present = describe(model)
         new = {
@@ -212,7 +212,7 @@ def _layer(model: nn.Module, name: str, entry: Any, state: Mapping[str, Tensor])
     try:
         old = model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"the model has no module {name!r}, where a layer must stand.") from None
+        raise ValueError(f"the model must have a module {name!r}, which a layer replaces.") from None
     if old is model:
         raise ValueError(f"the model must be a layer like the saved one, got {type(model).__name__}.")
     layer = rebuild(entry, device="meta")

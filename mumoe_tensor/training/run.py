@@ -75,7 +75,7 @@ def run(
     chosen: Any = settings
     described: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(chosen)}))
     if fresh and from_step is not None:
-        raise ValueError(f"what is trained anew has no step to go on from, got from_step={from_step}.")
+        raise ValueError(f"fresh=True and from_step cannot be combined, got from_step={from_step}.")
 
     def done() -> dict[str, Any] | None:
         return None if fresh else _done(settings, folder, described, from_step)

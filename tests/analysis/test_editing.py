@@ -278,7 +278,7 @@ def test_divided_layers_add_edits_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "up"}, "'up' is one already"),
+        ({"name": "up"}, "'up' exists"),
         ({"name": "a.b"}, "without dots, got 'a.b'"),
         ({"name": ""}, "without dots"),
         ({"name": "keys"}, "got 'keys'"),
@@ -322,7 +322,7 @@ def test_means_are_floats_that_the_layer_can_hold(mean: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("change", [{"means": [[0.1] * N]}, {"means": [None]}, {"name": 1}])
 def test_means_and_names_of_other_types(change: Any) -> None:
-    with pytest.raises(TypeError, match=r"must be tensors, one a level|must be a string, got 1"):
+    with pytest.raises(TypeError, match=r"must be tensors, one per level|must be a string, got 1"):
         edit_bias(
             layer_of(), **{"name": "new", "means": torch.rand(N), "outputs": 0, "strength": 1.0} | change
         )

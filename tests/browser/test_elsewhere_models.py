@@ -316,8 +316,8 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "line", "wrong"),
     [
-        ("build", "--data rows.npz", "allow it by --allow-import"),
-        ("build", "--allow-import", "needs its inputs"),
+        ("build", "--data rows.npz", "allow it with --allow-import"),
+        ("build", "--allow-import", "either data or texts"),
         ("build", "run --data rows.npz --allow-import", "either the folder of a run or --model"),
         ("build", "--data rows.npz --beside run --allow-import", "--beside is for folders of runs"),
         (

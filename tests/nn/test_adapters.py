@@ -237,7 +237,7 @@ def test_experts_are_saved_alone(dtype: Any, tmp_path: Path) -> None:
     assert not any(p.requires_grad for n, p in other.named_parameters() if ".delta." not in n)
     assert all(p.requires_grad for n, p in other.named_parameters() if ".delta." in n)
     # What does not fit changes nothing.
-    with pytest.raises(ValueError, match="it has experts beside it already"):
+    with pytest.raises(ValueError, match="it already has experts beside it"):
         load_adapter(other, tmp_path)
     plain.head = nn.Linear(6, 5, dtype=dtype)
     before = [*plain.named_modules()]

@@ -237,8 +237,8 @@ HOOKS = (
 
 #: Linear layers that are refused, with words of the cause.
 REFUSED_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "an adapter": (lambda: Adapted(6, 6), "Adapted has a forward method of its own"),
-    "a router": (lambda: Router(6, 6), "Router has a forward method of its own"),
+    "an adapter": (lambda: Adapted(6, 6), "Adapted overrides the forward method"),
+    "a router": (lambda: Router(6, 6), "Router overrides the forward method"),
     "a call of its own": (lambda: Doubled(6, 6), "multiplies by 2"),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), "parametrization"),
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(6, 6)), "parametrization"),

@@ -10,6 +10,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from math import prod
@@ -37,8 +38,8 @@ MODULES = [
     if not module.name.endswith("__main__")
 ]
 PACKAGES = ("nn", "replace", "analysis", "models", "training", "study", "browser")
-#: Blocks of other languages (sh, text) are not run.
-PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: Blocks of other languages (sh, text) are not run. What a block without prompts prints may stand below it.
+PYTHON = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```output\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +79,10 @@ class Checker(doctest.OutputChecker):
         return is_near and NUMBER.sub("0", want).split() == NUMBER.sub("0", got).split()
 
 
-def python_blocks(path: Path) -> list[tuple[int, str]]:
-    """Line number and source of every Python block of a page."""
+def python_blocks(path: Path) -> list[tuple[int, str, str | None]]:
+    """Line number, source, and the output below it, of every Python block of a page."""
     text = path.read_text(encoding="utf-8")
-    return [(text[: match.start(1)].count("\n"), match[1]) for match in PYTHON.finditer(text)]
+    return [(text[: match.start(1)].count("\n"), match[1], match[2]) for match in PYTHON.finditer(text)]
 
 
 def run_page(path: Path) -> int:
@@ -90,9 +91,12 @@ def run_page(path: Path) -> int:
     runner = doctest.DocTestRunner(Checker(), optionflags=doctest.REPORT_NDIFF, verbose=False)
     report = StringIO()
     blocks = python_blocks(path)
-    for line, source in blocks:
+    for line, source, output in blocks:
         if not source.startswith(">>>"):
-            exec(compile("\n" * line + source, str(path), "exec"), namespace)
+            with redirect_stdout(StringIO()) as printed:
+                exec(compile("\n" * line + source, str(path), "exec"), namespace)
+            got = printed.getvalue()
+            assert output is None or Checker().check_output(output, got, ROUGH), f"{path}:{line}: {got}"
             continue
         test = doctest.DocTestParser().get_doctest(source, namespace, path.name, str(path), line)
         runner.run(test, out=report.write, clear_globs=False)
@@ -103,7 +107,7 @@ def run_page(path: Path) -> int:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page_runs(page: Path, own_files: None, request: pytest.FixtureRequest) -> None:
-    if "transformers" in "".join(source for _, source in python_blocks(page)):
+    if "transformers" in "".join(source for _, source, _ in python_blocks(page)):
         request.getfixturevalue("transformers")
     run_page(page)
 
@@ -114,9 +118,12 @@ def test_pages_are_found() -> None:
     assert sum(len(python_blocks(page)) for page in PAGES) > 30
 
 
-def test_a_wrong_page_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "block", ["```python\n>>> n + 1\n4\n```\n", "```python\nprint(n + 1)\n```\n\n```output\n40\n```\n"]
+)
+def test_a_wrong_page_fails(tmp_path: Path, block: str) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```python\n>>> n = 1\n```\n\n```python\n>>> n + 1\n3\n```\n", encoding="utf-8")
+    page.write_text(f"```python\n>>> n = 1\n```\n\n{block}", encoding="utf-8")
     with pytest.raises(AssertionError, match=r"page\.md"):
         run_page(page)
 
@@ -133,7 +140,7 @@ def test_rough_output(want: str, is_right: bool) -> None:
 def test_readme_snippet_runs() -> None:
     pytest.importorskip("torch")
     namespace: dict[str, Any] = {}
-    ((line, source),) = python_blocks(README)
+    ((line, source, _),) = python_blocks(README)
     exec(compile("\n" * line + source, str(README), "exec"), namespace)
     layer, coefficients = namespace["layer"], namespace["coefficients"]
     assert prod(a.shape[-1] for a in coefficients) == 4096 and namespace["y"].shape == (32, 1000)

@@ -184,7 +184,7 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mumoe_tensor.cli.console.LINE_SECONDS", 1e9)
     sizes = "--in-features 40 --hidden 50 --out-features 30"
     line = f"study {sizes} --experts 4,3x2 --formats cp,hadamard --parameters 0.9x --batch 4 --data none"
-    line += f" --seed 7 --seconds 0.001 --device cpu --quick --jobs 1 --out {tmp_path}"
+    line += f" --seed 7 --seconds 0.001 --devices cpu --quick --jobs 1 --out {tmp_path}"
     found = figures(line)
     assert {Path(file).suffix for file in found["files"]} == {".csv", ".html", ".json", ".png", ".svg"}
     assert all(Path(file).stat().st_size > 0 for file in found["files"])
@@ -234,18 +234,12 @@ def test_defaults_of_options_are_those_of_the_settings() -> None:
 
     from mumoe_tensor.cli.training import train_head
     from mumoe_tensor.models import Head
-    from mumoe_tensor.training import TrainConfig
-    from mumoe_tensor.training.head import HeadSetting
 
-    told = {name: p.default for name, p in signature(train_head).parameters.items()}
-    told.pop("backbone")  # which matters only with images
-    shared = set()
-    for settings in (Head, HeadSetting, TrainConfig):
-        for name, parameter in signature(settings).parameters.items():
-            if name in told and parameter.default is not parameter.empty:
-                assert str(told[name]) == str(parameter.default), name
-                shared.add(name)
-    assert {"format", "experts", "gate_norm", "size", "validation", "epochs", "learning_rate"} <= shared
+    told, settings = (signature(made).parameters for made in (train_head, Head))
+    shared = told.keys() & settings
+    assert {"format", "experts", "gate", "gate_norm", "hidden", "rank", "parameters"} == shared
+    for name in shared:
+        assert str(told[name].default) == str(settings[name].default), name
 
 
 def own_tokens(folder: Path) -> str:
@@ -405,7 +399,7 @@ BAD = [
     ("study --setting nothing.json", "nothing.json"),
     ("study --setting nothing.json --seed 1", "--setting replaces the options"),
     ("study --data nothing.npz", "there is no file 'nothing.npz'"),
-    ("study --device tpu", "'cpu' or 'cuda', got 'tpu'"),
+    ("study --devices tpu", "'cpu' or 'cuda', got 'tpu'"),
     ("study --seconds 0", "seconds must be positive and finite, got 0"),
     ("study --memory -1", "memory must be positive and finite, got -1"),
     ("study --seed -1", "seed must not be negative, got -1"),

@@ -9,7 +9,7 @@ import typer
 
 from mumoe_tensor.cli.console import bad_input, fail, print_json, progress_bar
 from mumoe_tensor.cli.options import Imports, Json
-from mumoe_tensor.cli.values import read_names
+from mumoe_tensor.cli.values import read_list
 from mumoe_tensor.extras import require
 
 
@@ -105,8 +105,8 @@ def inspect(
             raise NotADirectoryError(f"there is no folder {folder}; `train` and `replace` leave some.")
     path = (run or Path()) / "experts.html" if out is None else out
     options: dict[str, Any] = {
-        "images": images, "classes": read_names(classes) or (), "texts": texts, "rows": rows, "k": shown,
-        "removed": removed,
+        "images": images, "classes": read_list(classes) if classes else (), "texts": texts, "rows": rows,
+        "k": shown, "removed": removed,
     }  # fmt: skip
     with bad_input(), alone_in(path.parent), progress_bar("experts") as progress:
         if model is not None:

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mumoe_tensor.cli.configs import options_of
 from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
 from mumoe_tensor.cli.options import Imports, Json
 from mumoe_tensor.cli.values import read_budget, read_experts, read_rank
+from mumoe_tensor.configs.head import HeadConfig
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.extras import require
 from mumoe_tensor.formats.registry import config_entry
 from mumoe_tensor.formats.text import read_format
@@ -38,8 +41,12 @@ FromStep = Annotated[
 FreshRun = Annotated[
     bool, typer.Option("--fresh", help="Train again, even if the folder has a finished run.")
 ]
+#: Attributes of a `TrainConfig` that are options of a head.
+TRAIN = ("epochs", "batch_size", "learning_rate", "weight_decay", "patience", "seed")
 
 
+@options_of("data", HeadConfig)
+@options_of("train", TrainConfig, TRAIN)
 def train_head(
     features: Annotated[
         Path | None,
@@ -52,18 +59,8 @@ def train_head(
             show_default=False,
         ),
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Labels of images in IDX.", show_default=False)] = None,
-    backbone: Annotated[
-        str, typer.Option(help="Network below the head: efficientnet-lite0, or a model of timm.")
-    ] = "efficientnet-lite0",
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights of the network.", show_default="those that `mumoe-tensor data` fetches"),
-    ] = None,
-    size: Annotated[int, typer.Option(help="Height and width that images are scaled to, in pixels.")] = 64,
-    train_backbone: Annotated[
-        bool, typer.Option("--train-backbone", help="Train the network below the head too.")
-    ] = False,
+    *,
+    data: dict[str, Any],
     format: Annotated[
         str, typer.Option(help="Tensor format of the experts; linear for a dense head.")
     ] = "cp",
@@ -91,23 +88,8 @@ def train_head(
     gate_norm: Annotated[
         str, typer.Option(help="Norm of the gate's logits: batch, layer or none.")
     ] = "batch",
-    validation: Annotated[float, typer.Option(help="Share of the rows held out for validation.")] = 0.2,
-    epochs: Annotated[int, typer.Option(help="Passes over the data; the best one is kept.")] = 20,
-    batch_size: Annotated[
-        int, typer.Option(help="Rows of a step; all rows if there are fewer than 128.")
-    ] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate, after the warm-up.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.01,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Stop after this many epochs without a lower validation loss.", show_default="never"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of the rows.")] = 0,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Train again, even if the folder has a finished head.")
-    ] = False,
+    train: dict[str, Any],
+    fresh: FreshRun = False,
     out: Annotated[Path, typer.Option(help="Folder for the head.")] = Path("results/head"),
     imports: Imports = None,
     as_json: Json = False,
@@ -123,7 +105,6 @@ def train_head(
     """
     require("torch", "train")
     with bad_input():
-        from mumoe_tensor.training import TrainConfig
         from mumoe_tensor.training.head import HeadSetting
 
         inputs = [path for path in (features, images) if path is not None]
@@ -142,22 +123,10 @@ def train_head(
                 "rank": read_rank(rank),
                 "parameters": None if parameters is None else read_budget(parameters),
             }
-        network: dict[str, Any] = {}
         if images is not None:
-            network = {"backbone": backbone, "weights": str(_weights(backbone, weights))}
-        setting = HeadSetting(
-            inputs=str(inputs[0]),
-            labels=None if labels is None else str(labels),
-            **network,
-            size=size,
-            train_backbone=train_backbone,
-            head=options,
-            validation=validation,
-            training=TrainConfig(
-                epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-                weight_decay=weight_decay, patience=patience, seed=seed,
-            ),
-        )  # fmt: skip
+            backbone = data.setdefault("backbone", "efficientnet-lite0")
+            data["weights"] = data.get("weights") or _weights(backbone)
+        setting = HeadSetting(str(inputs[0]), options, TrainConfig(**train), **data)
     _run(setting, out, as_json, fresh=fresh)
 
 
@@ -296,11 +265,9 @@ def tokenize(
     print(f"{written['vocabulary']:,} ids. Written to {out}: training.bin, validation.bin, tokens.json")
 
 
-def _weights(backbone: str, weights: Path | None) -> Path:
-    """The file of weights of a network, by default what `make data` fetched."""
-    if weights is not None:
-        return weights
+def _weights(backbone: str) -> str:
+    """The file of weights of a network that `mumoe-tensor data` fetched."""
     files = sorted(Path("data", backbone).glob("*.pth"))
     if not files:
         raise ValueError(f"weights of {backbone} must be given by --weights; data/{backbone} has none.")
-    return files[0]
+    return str(files[0])

@@ -21,9 +21,17 @@ def read_experts(text: str) -> tuple[int, ...]:
         raise ValueError(f"{rule}, got {text!r}.") from None
 
 
-def read_several(text: str | None) -> list[tuple[int, ...]] | None:
+def read_several(text: str) -> list[tuple[int, ...]]:
     """Several numbers of experts, as `read_experts` reads them, with commas between."""
-    return None if text is None else [read_experts(levels.strip()) for levels in text.split(",")]
+    return [read_experts(levels.strip()) for levels in text.split(",")]
+
+
+def read_integers(text: str) -> list[int]:
+    """Integers with commas between."""
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise ValueError(f"these must be integers with commas between, got {text!r}.") from None
 
 
 def read_jobs(text: str) -> int | str:
@@ -35,21 +43,14 @@ def read_jobs(text: str) -> int | str:
     return int(text)
 
 
-def read_names(text: str | None) -> list[str] | None:
-    """Names with commas between."""
-    return None if text is None else [name.strip() for name in text.split(",")]
-
-
-def read_formats(text: str | None) -> list[Any] | None:
-    """Names of formats with commas between, one format as JSON, or a JSON list of formats."""
-    if text is None or not text.lstrip().startswith(("[", "{")):
-        return read_names(text)
+def read_list(text: str) -> list[Any]:
+    """Names with commas between, a JSON list, or one object as JSON."""
+    if not text.lstrip().startswith(("[", "{")):
+        return [name.strip() for name in text.split(",")]
     try:
         listed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"formats must be names with commas between, or JSON, got {text!r}: {error}."
-        ) from None
+        raise ValueError(f"names must have commas between or be JSON, got {text!r}: {error}.") from None
     return listed if isinstance(listed, list) else [listed]
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.readers import checked, read_toml, reading
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
-from mumoe_tensor.training.config import TrainConfig
 
 LAYERS = {kind.__name__: kind for kind in (Transcoder, MixtureOfDecoders, MixtureOfTransforms)}
 #: The seed of the runs that learning rates are chosen by.

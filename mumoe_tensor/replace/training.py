@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_finite
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.replace.activations import ActivationRows, Activations
 from mumoe_tensor.replace.penalty import Penalized
 from mumoe_tensor.replace.usage import BATCH, counted, use_of
 from mumoe_tensor.training.checkpoint import Checkpoints
-from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.log import Evaluation
 from mumoe_tensor.training.trainer import Loss, evaluate, train
 

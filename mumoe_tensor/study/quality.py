@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from mumoe_tensor.analysis import Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.configs.study import DIGITS, NO_DATA
 from mumoe_tensor.models.heads import centring
 from mumoe_tensor.spec import as_budget
 from mumoe_tensor.study.layers import LAYERS, dense
-from mumoe_tensor.study.settings import DIGITS, NO_DATA, Setting
+from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, fitted
 from mumoe_tensor.training import Dataset, TrainConfig, digits, evaluate, read_npz, split, train
 

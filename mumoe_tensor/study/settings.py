@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mumoe_tensor.checks import as_positive, as_python, check_choice, check_flag
+from mumoe_tensor.configs.study import DIGITS, NO_DATA, QUICK, Levels, StudyConfig
 from mumoe_tensor.contraction.machine import MACHINES
 from mumoe_tensor.formats import Format
 from mumoe_tensor.formats.registry import formats as registered
@@ -22,101 +23,24 @@ from mumoe_tensor.spec import LayerSpec, as_budget, expert_counts
 from mumoe_tensor.study.layers import Layer, dense, get_layer
 from mumoe_tensor.study.weights import read_covariance, read_weight
 
-Levels = tuple[int, ...]
 #: What may be added to a finished study.
 GROWING = (
     "experts", "formats", "parameters", "batches", "devices", "head_experts", "head_parameters",
     "head_formats", "machines",
 )  # fmt: skip
-#: Names of `data` that are no files.
-DIGITS, NO_DATA = "digits", "none"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Everything that a study measures depends on.
+@dataclass(frozen=True, kw_only=True)
+class Setting(StudyConfig):
+    """A layer and the config of its study, with nothing left to a default; `prepare` makes it.
 
     Attributes
     ----------
     layer : Layer
         The dense layer.
-    experts : tuple of tuple of int
-        Experts to study it with, one number a level. Batches are varied with the first.
-    formats : tuple of str
-        Names, or config entries as JSON of formats with settings.
-    parameters : tuple of str
-        Budgets; see `.LayerSpec.fitted`. Batches are varied with the first. A multiple is one of `whole`.
-    batch : int
-        Inputs of a forward pass and of a step.
-    batches : tuple of int
-        Further batches, forward only.
-    seconds : float
-        A timing stops after the round in which this time has passed, but not before three rounds. A forward
-        pass alone has half the time.
-    rounds : int
-        Rounds of a timing at most.
-    memory : float
-        What takes more GiB is run with fewer dense experts or inputs, and its figures are estimated from
-        those.
-    top_k : int
-        Experts that an input of the sparse mixture uses.
-    devices : tuple of str
-    seed : int
-    data : str
-        ``"digits"``, the path of an ``.npz`` file with x and y, or ``"none"``.
-    head_hidden : int or None
-        Size between the two layers of the heads that are trained; None for one layer.
-    head_experts : tuple of tuple of int
-    head_parameters : tuple of str
-        Budgets of the heads.
-    seeds : int
-        Trainings of each head.
-    epochs : int
-        Epochs of a training.
-    learning_rate : float
-        The largest one of a training.
-    batch_size : int
-        Rows of a step of a training; all, where these are fewer than the default.
-    head_formats : tuple of str
-        Formats of the heads that are trained.
-    weight : str or None
-        Where the weight of the layer is, see `.read_weight`: then formats are fitted to it.
-    transposed : bool
-        Whether that file has it as in × out.
-    inputs : str or None
-        Where rows of inputs of the layer are: then formats are fitted to its outputs for these, too.
-    sweeps : int
-        The most sweeps of a fit; see `.decompose`.
-    machines : tuple of str
-        Machines that times are predicted for, beside the devices; see `.Machine`.
     """
 
     layer: Layer
-    experts: tuple[Levels, ...]
-    formats: tuple[str, ...]
-    parameters: tuple[str, ...]
-    batch: int
-    batches: tuple[int, ...]
-    seconds: float
-    rounds: int
-    memory: float
-    top_k: int
-    devices: tuple[str, ...]
-    seed: int
-    data: str
-    head_hidden: int | None
-    head_experts: tuple[Levels, ...]
-    head_parameters: tuple[str, ...]
-    seeds: int
-    epochs: int
-    learning_rate: float
-    batch_size: int = 128
-    head_formats: tuple[str, ...] = ()
-    weight: str | None = None
-    transposed: bool = False
-    inputs: str | None = None
-    sweeps: int = 10
-    machines: tuple[str, ...] = ()
 
     @property
     def whole(self) -> LayerSpec:
@@ -183,48 +107,8 @@ OF_MATRICES = (
 )  # fmt: skip
 #: For mixtures, beside the registered formats: a matrix that all experts share.
 SHARED = '{"name":"sum","formats":[{"name":"shared","format":"lowrank"},"cp"]}'
-#: Defaults. None: `experts` follow from the layer, `devices` from the machine, `formats` are all registered
-#: ones and `SHARED`, without experts `OF_MATRICES`, and `head_formats` those of them that neither split
-#: modes, into parts that numbers of classes seldom have, nor are sums.
-DEFAULTS: dict[str, Any] = {
-    "experts": None,
-    "formats": None,
-    "parameters": None,
-    "batch": 512,
-    "batches": (1, 8, 64),
-    "seconds": 0.4,
-    "rounds": 15,
-    "memory": 2.0,
-    "top_k": 2,
-    "devices": None,
-    "seed": 0,
-    "data": DIGITS,
-    "head_hidden": 128,  # a linear layer may have fewer parameters than a gate
-    "head_experts": (8, 32),
-    "head_parameters": ("0.5x", "match"),
-    "seeds": 3,
-    "epochs": 15,
-    "learning_rate": 3e-3,
-    "batch_size": Setting.batch_size,
-    "head_formats": None,
-    "weight": None,
-    "transposed": False,
-    "inputs": None,
-    "sweeps": Setting.sweeps,
-    "machines": (),
-}
-#: Small batches, few repetitions, short trainings, to see that all works.
-QUICK: dict[str, Any] = {
-    "batch": 32,
-    "batches": (1, 8),
-    "seconds": 0.05,
-    "rounds": 3,
-    "head_experts": (8,),
-    "head_parameters": ("match",),
-    "seeds": 1,
-    "epochs": 1,
-    "sweeps": 2,
-}
+#: None where the default follows from the rest.
+DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default for f in fields(StudyConfig)}
 
 
 def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options: Any) -> Setting:
@@ -237,12 +121,9 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
     quick : bool, default False
         Small batches, few repetitions, short trainings, to see that all works.
     **options
-        The attributes of `Setting`; what is left out or None has its default. `experts` and `head_experts`
-        may be a number or a sequence, in which a sequence in the place of a number has one number a level.
-        By default `experts` are those of the layer, of a weight as many as it is a stack of, and budgets the
-        layer's parameters and half of them, or of a weight a half, a quarter and a tenth. `formats` may be
-        any formats; `head_formats` are the same where `formats` are set. `head_hidden` may be 0, for heads of
-        one layer. Heads are trained by default where there is no weight.
+        The attributes of `.StudyConfig`; what is left out or None has its default. `formats` may be any
+        formats. `experts` and `head_experts` may be a number or a sequence, in which a sequence in the place
+        of a number has one number a level.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """Real data and one small trainer, for the study and the experiments."""
 
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.readers import read_text
 from mumoe_tensor.training.checkpoint import DamagedCheckpoint
-from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import (
     Dataset,
     Rows,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from mumoe_tensor.training.config import TrainConfig
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.training.data import Rows
 
 Batch = tuple[Tensor, Tensor]

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.configs.head import HeadConfig
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head, load_head, save_head
 from mumoe_tensor.nn.weights import write_tensors
 from mumoe_tensor.readers import reading
-from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract
 from mumoe_tensor.training.job import Job
@@ -24,32 +25,18 @@ from mumoe_tensor.training.trainer import train
 
 
 @dataclass(frozen=True)
-class HeadSetting:
-    """A head, its data, and how it is trained; `.run.run` trains it.
+class HeadSetting(HeadConfig):
+    """A head, its data (see `.HeadConfig`), and how it is trained; `.run.run` trains it.
 
     Attributes
     ----------
     inputs : str
         An ``.npz`` file with x and y, features as `read_npz` reads them or images as `read_images`; or with
         `labels` a file of images in IDX.
-    labels : str or None
-    backbone, weights : str or None
-        Where inputs are images: the network below the head, see `load_backbone`.
-    size : int
-        Height and width that images are scaled to.
-    train_backbone : bool
-        Train the network too, not the head alone.
     head : dict
         Arguments of `.models.Head` but `in_features` and `classes`.
-    validation : float
-        Share of the rows that are kept for validation.
     training : TrainConfig
         See `.TrainConfig.for_rows`.
-
-    Raises
-    ------
-    ValueError
-        If choices do not fit together.
     """
 
     kind: ClassVar[str] = "head"
@@ -57,23 +44,6 @@ class HeadSetting:
     inputs: str
     head: dict[str, Any]
     training: TrainConfig
-    labels: str | None = None
-    backbone: str | None = None
-    weights: str | None = None
-    size: int = 64
-    train_backbone: bool = False
-    validation: float = 0.2
-
-    def __post_init__(self) -> None:
-        if (self.backbone is None) != (self.weights is None):
-            raise ValueError(
-                "a backbone needs a name and a file of weights, got "
-                f"backbone={self.backbone!r} and weights={self.weights!r}."
-            )
-        if self.backbone is None and (self.train_backbone or self.labels is not None):
-            raise ValueError("images need a backbone below the head; without one inputs are features.")
-        if self.size < 1:
-            raise ValueError(f"the size of images must be positive, got {self.size}.")
 
     def read_data(self) -> Dataset:
         """Features, or where there is a backbone images, with their labels.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from mumoe_tensor.training.config import TrainConfig
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.training.data import Rows
 
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
 from mumoe_tensor.models.mixer import Mixer, MixerConfig
 from mumoe_tensor.models.saved import load_model, save_model
 from mumoe_tensor.readers import read_toml, reading
-from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.images import ImageData
 from mumoe_tensor.training.job import Job

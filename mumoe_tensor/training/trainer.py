@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.readers import checked
 from mumoe_tensor.training.batches import Batch, Batches, seed_of
 from mumoe_tensor.training.checkpoint import (
@@ -26,7 +27,6 @@ from mumoe_tensor.training.checkpoint import (
     restore_model,
     snapshot,
 )
-from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.finite import first_layer_not_finite, not_finite
 from mumoe_tensor.training.log import Evaluation, NoBoard, TensorBoard, write_evaluations

@@ -20,7 +20,7 @@ LINES = {
     "cost": f"cost cp {SIZES} --rank 2",
     "fit": f"fit cp {SIZES} --parameters 100",
     "study": "study --in-features 6 --out-features 4 --experts 2 --formats cp --quick --seconds 0.001 "
-    "--data none --device cpu --jobs 1 --out {out}",
+    "--data none --devices cpu --jobs 1 --out {out}",
     "bias": "bias --data adult --folder {data} --target income --group Male=0 --quick --out {out}",
     "tokenize": "tokenize {data}/texts/one.txt {data}/texts/two.txt --hold-out two* "
     "--vocabulary-files {data} --out {out}",

@@ -118,7 +118,7 @@ def test_a_study_of_a_format_of_a_file(tmp_path: Path) -> None:
     summed = '{"name":"sum","formats":[{"name":"shared","format":"dense"},"blocks"]}'
     done = command(
         "study", "--in-features", "12", "--out-features", "20", "--experts", "2", "--parameters", "2x",
-        "--formats", f'["blocks", {summed}]', "--data", "none", "--quick", "--seconds", "0.001", "--device",
+        "--formats", f'["blocks", {summed}]', "--data", "none", "--quick", "--seconds", "0.001", "--devices",
         "cpu", "--jobs", "1", "--import", str(file), "--out", str(tmp_path / "out"), "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -38,6 +38,25 @@ def test_every_command_has_a_line() -> None:
     assert set(COMMANDS) == set(LINES)
 
 
+def test_every_option_has_a_text() -> None:
+    for name, command in COMMANDS.items():
+        assert all(param.help for param in command.params), name
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "words"),
+    [
+        ("study", "head_experts", "Numbers of experts of the heads. (8,32; quick 8)"),
+        ("study", "transposed", "Whether the file has the weight as in x out"),
+        ("train head", "validation", "Share of the rows held out for validation. (0.2)"),
+        ("train head", "epochs", "Passes over the rows. (20)"),
+    ],
+)
+def test_options_follow_from_the_configs(command: str, option: str, words: str) -> None:
+    (param,) = (param for param in COMMANDS[command].params if param.name == option)
+    assert f"{param.help} ({param.show_default})".startswith(words) and param.default is None
+
+
 # ---- encodings --------------------------------------------------------------------------------------------
 
 #: All but those that take long, and print as the others do.

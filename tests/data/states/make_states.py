@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mumoe_tensor.analysis import edit_bias, mean_coefficients
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.experiments import bias
 from mumoe_tensor.formats import formats, get_format, shared, sliced, sum_of
 from mumoe_tensor.models import GPT2, GPT2Config, Head, Mixer, MixerConfig, save_head, save_model
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
 from mumoe_tensor.training.attributes import read_adult
-from mumoe_tensor.training.config import TrainConfig
 from mumoe_tensor.training.head import HeadSetting
 from mumoe_tensor.training.images import ImageData
 from mumoe_tensor.training.run import run

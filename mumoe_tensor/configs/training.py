@@ -22,21 +22,21 @@ class TrainConfig:
     Attributes
     ----------
     epochs : int
-        How often every row is seen.
+        Passes over the rows.
     batch_size : int
         Rows of a step, those of all processes and of all parts together.
     learning_rate : float
-        At the end of the warm-up.
+        The highest, at the end of the warm-up.
     weight_decay : float
-        Of all parameters.
+        Weight decay of AdamW, of all parameters.
     warmup : float or int
         Steps in which the learning rate rises; a float is a share of all steps.
     clip : float or None
         Largest norm of all gradients together.
     patience : int or None
-        Stop once the validation loss has not fallen for so many evaluations.
+        Stop once the validation loss has not fallen for so many evaluations; by default never.
     seed : int
-        Of the order of the rows, of mixup and of dropout. The model is drawn before, by whoever makes it.
+        Seed of the order of the rows, of mixup and of dropout; of a run also of the initial weights.
     steps : int or None
         Train for so many steps, in the place of `epochs`.
     accumulation : int

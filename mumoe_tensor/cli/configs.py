@@ -1,0 +1,84 @@
+"""From a config to the options of a command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field, fields
+from functools import wraps
+from inspect import Parameter, Signature, getdoc, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from mumoe_tensor.cli.console import bad_input
+from mumoe_tensor.cli.values import read_integers, read_list, read_several
+
+#: What reads the text of an option, by the type of the attribute; typer reads the other types.
+READERS: dict[Any, Callable[[str], Any]] = {
+    tuple[int, ...]: read_integers,
+    tuple[str, ...]: read_list,
+    tuple[tuple[int, ...], ...]: read_several,
+}
+Command = Callable[..., None]
+
+
+def options_of(
+    parameter: str, config: type, names: Collection[str] = (), quick: Mapping[str, Any] | None = None
+) -> Callable[[Command], Command]:
+    """Put options for the attributes of a config in the place of a parameter of a command.
+
+    Name, type and default of an option are those of the attribute, its help is the text of the docstring. The
+    command gets a dict of the options that are given: the config has the defaults of the others.
+
+    Parameters
+    ----------
+    parameter : str
+        Name of a keyword-only parameter.
+    config : type
+        A dataclass.
+    names : collection of str, optional
+        Of the attributes; by default all.
+    quick : mapping, optional
+        Other defaults that `--quick` brings, for the help.
+    """
+    hints = get_type_hints(config)
+    texts = dict(re.findall(r"^(\w+)(?: : .*)?\n((?: {4}.+\n?)+)", getdoc(config) or "", re.MULTILINE))
+    attributes = [field for field in fields(config) if field.name in (names or hints)]
+
+    def option(attribute: Field[Any], place: Parameter) -> Parameter:
+        name, default = attribute.name, attribute.default
+        hint: Any = str if hints[name] in READERS else hints[name]
+        shown = "" if default in (MISSING, None) or hint is bool else _text(default)
+        if quick and name in quick:
+            shown += f"; quick {_text(quick[name])}"
+        flag = ("--" + name.replace("_", "-"),) if hint is bool else ()  # without its opposite
+        help = " ".join(texts.get(name, "").split())
+        kind = Annotated[hint | None, typer.Option(*flag, help=help, show_default=shown or False)]
+        return place.replace(name=name, annotation=kind, default=None)
+
+    def decorated(command: Command) -> Command:
+        @wraps(command)
+        def called(**values: Any) -> None:
+            given = {a.name: values.pop(a.name) for a in attributes}
+            with bad_input():
+                values[parameter] = {
+                    name: READERS.get(hints[name], lambda value: value)(value)
+                    for name, value in given.items()
+                    if value is not None
+                }
+            command(**values)
+
+        parameters: list[Parameter] = []
+        for place in signature(command, eval_str=True).parameters.values():
+            parameters += [option(a, place) for a in attributes] if place.name == parameter else [place]
+        called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return decorated
+
+
+def _text(value: Any, separator: str = ",") -> str:
+    """A value as it is given on the command line."""
+    return separator.join(_text(v, "x") for v in value) if isinstance(value, tuple) else str(value)

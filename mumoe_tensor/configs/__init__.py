@@ -1,0 +1,1 @@
+"""Configs that the command line reads without torch, and in TOML the settings of models to train."""

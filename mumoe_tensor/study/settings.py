@@ -28,6 +28,8 @@ GROWING = (
     "experts", "formats", "parameters", "batches", "devices", "head_experts", "head_parameters",
     "head_formats", "machines",
 )  # fmt: skip
+#: What files of earlier versions lack.
+ADDED = {"batch_size", "head_formats", "weight", "transposed", "inputs", "sweeps", "machines"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,8 @@ class Setting(StudyConfig):
 
     def to_json(self) -> str:
         """As text that `from_json` reads."""
-        return json.dumps({**vars(self), "layer": self.layer.entry()}, indent=2) + "\n"
+        layer = {"layer": self.layer.entry()}
+        return json.dumps(layer | vars(self) | layer, indent=2) + "\n"  # the layer first
 
     @classmethod
     def from_json(cls, path: str | Path) -> Setting:
@@ -95,6 +98,8 @@ class Setting(StudyConfig):
         """
         entries = read_json(path)
         with reading(path):
+            if missing := {f.name for f in fields(cls)} - entries.keys() - ADDED:
+                raise ValueError(f"{min(missing)}: Field required.")
             setting = checked(cls, entries)
             values = {f.name: getattr(setting, f.name) for f in fields(cls)}
             return prepare(**values | {"head_hidden": setting.head_hidden or 0})

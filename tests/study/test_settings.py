@@ -111,7 +111,7 @@ def test_a_setting_comes_back_from_its_file(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"layer": None}, r"study\.json: layer: Field required"),
-        ({"experts": None}, "experts: Field required"),
+        ({"seeds": None}, "seeds: Field required"),
         ({"bogus": 3}, "bogus: Unexpected keyword argument"),
         ({"batch": "32"}, "batch: .*integer, got '32'"),
         ({"batch": 0}, "batch must be positive, got 0"),

@@ -63,6 +63,9 @@ class TrainConfig:
         Steps between checkpoints; None for one each evaluation.
     workers : int
         Processes that load rows ahead; 0 to load them when they are needed.
+    structured_rates : bool
+        Scale the learning rate of each factor of experts by its place in the network, see
+        `.parameter_groups`.
 
     Raises
     ------
@@ -91,6 +94,7 @@ class TrainConfig:
     evaluation_batch_size: int = 1024
     checkpoint_every: int | None = None
     workers: int = 0
+    structured_rates: bool = False
 
     def __post_init__(self) -> None:
         # What is written beside a checkpoint are numbers of Python, whatever library they come from.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mumoe_tensor.nn.weights import read_weights
 
-#: The name of the network that ``make data`` fetches weights of.
-LITE0 = "efficientnet-lite0"
+#: Networks of the package efficientnet-lite-pytorch.
+EFFICIENTNETS = tuple(f"efficientnet-lite{k}" for k in range(5))
 
 
 class Backbone(nn.Module):
@@ -74,8 +74,9 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     Parameters
     ----------
     name : str
-        ``"efficientnet-lite0"``, whose features are those of its last block (needs the package
-        ``efficientnet-lite-pytorch``; ``make data`` fetches the weights), or a model of timm.
+        ``"efficientnet-lite0"`` to ``"efficientnet-lite4"``, whose features are those of the last block
+        (needs the package ``efficientnet-lite-pytorch``; ``make data`` fetches weights of 0 and 2), or a
+        model of timm.
     weights : str or Path
         A ``state_dict`` in a file of safetensors, or of torch without anything but tensors in it.
     size : int, default 64
@@ -95,7 +96,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     """
     network: Any
     state = read_weights(weights)
-    if name == LITE0:
+    if name in EFFICIENTNETS:
         from efficientnet_lite_pytorch import EfficientNet
 
         whole = EfficientNet.from_name(name)
@@ -106,7 +107,9 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     from timm.data.config import resolve_model_data_config
 
     if not timm.is_model(name):
-        raise ValueError(f"a backbone must be {LITE0} or a model of timm, got {name!r}.")
+        raise ValueError(
+            f"a backbone must be one of {', '.join(EFFICIENTNETS)} or a model of timm, got {name!r}."
+        )
     network = timm.create_model(name, pretrained=False)
     _load(network, state, name, weights)
     network.reset_classifier(0)

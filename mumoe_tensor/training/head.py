@@ -18,6 +18,7 @@ from mumoe_tensor.nn.weights import write_tensors
 from mumoe_tensor.readers import reading
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract
+from mumoe_tensor.training.images import ImageFiles, Images, Scaled, class_folders
 from mumoe_tensor.training.job import Job
 from mumoe_tensor.training.log import Evaluation
 from mumoe_tensor.training.memory import check_memory, made, parameters_of
@@ -31,8 +32,8 @@ class HeadSetting(HeadConfig):
     Attributes
     ----------
     inputs : str
-        An ``.npz`` file with x and y, features as `read_npz` reads them or images as `read_images`; or with
-        `labels` a file of images in IDX.
+        An ``.npz`` file with x and y, features as `read_npz` reads them or images as `read_images`; with
+        `labels` a file of images in IDX; or a folder with a folder of images for each class.
     head : dict
         Arguments of `.models.Head` but `in_features` and `classes`.
     training : TrainConfig
@@ -45,15 +46,21 @@ class HeadSetting(HeadConfig):
     head: dict[str, Any]
     training: TrainConfig
 
-    def read_data(self) -> Dataset:
+    def read_data(self) -> Images:
         """Features, or where there is a backbone images, with their labels.
 
         Raises
         ------
         ValueError
-            See `read_npz` and `read_images`.
+            See `read_npz`, `read_images` and `class_folders`.
         """
-        return read_npz(self.inputs) if self.backbone is None else read_images(self.inputs, self.labels)
+        if self.backbone is None:
+            return read_npz(self.inputs)
+        if Path(self.inputs).is_dir():
+            if self.labels is not None:
+                raise ValueError(f"the folders of {self.inputs} are its labels; got others in {self.labels}.")
+            return ImageFiles(class_folders(self.inputs)[0], Scaled(self.size))
+        return read_images(self.inputs, self.labels)
 
     @property
     def train(self) -> TrainConfig:
@@ -77,10 +84,10 @@ class HeadSetting(HeadConfig):
             backbone = load_backbone(self.backbone, self.weights, self.size)
             if not self.train_backbone:
                 data, backbone = extract(backbone, data, progress=progress), None
-        elif data.x.ndim != 2:
+        elif isinstance(data, Dataset):
             data = Dataset(data.x.flatten(1), data.y)
         training, validation = split(data, self.validation, seed=0)
-        features = training.x if backbone is None else extract(backbone, training, progress=progress).x
+        features = extract(backbone or nn.Identity(), training, progress=progress).x
         make = partial(Head, features.shape[1], classes, **self.head)
         with torch.random.fork_rng():
             torch.manual_seed(self.training.seed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Of images for validation, how much larger they are before their middle is cut out.
 MARGIN = 256 / 224
 
+#: A file with an image, and the number of its class.
+LabelledFile = tuple[Path, int]
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -27,7 +31,7 @@ class ImageData:
     ----------
     inputs : str
         An ``.npz`` file with x and y as `read_images` reads it; with `labels` a file of images in IDX; or a
-        folder with a folder of images for each class (needs torchvision).
+        folder with a folder of images for each class, see `class_folders` (needs torchvision).
     labels : str or None
         Labels in IDX.
     validation : float or str
@@ -95,51 +99,97 @@ class ImageData:
         return split(data, self.validation, seed=self.seed)
 
     def _folders(self, size: int) -> tuple[Images, Images]:
-        from torchvision.datasets import ImageFolder
-
         if self.labels is not None:
             raise ValueError(f"the folders of {self.inputs} are its labels; got others in {self.labels}.")
-        folder = ImageFolder(self.inputs)
-        files, held = folder.samples, []
+        files, classes = class_folders(self.inputs)
+        training = ImageFiles(files, _training_transform(size, self.augment))
         if isinstance(self.validation, str):
-            other = ImageFolder(self.validation)
-            if other.classes != folder.classes:
+            files, others = class_folders(self.validation)
+            if others != classes:
                 raise ValueError(
-                    f"both folders must have the same classes; {self.inputs} has {len(folder.classes)}, "
-                    f"{self.validation} has {len(other.classes)}, and some only one of them."
+                    f"both folders must have the same classes; {self.inputs} has {len(classes)}, "
+                    f"{self.validation} has {len(others)}, and some only one of them."
                 )
-            held = other.samples
+            validation = ImageFiles(files, training.transform)
         else:
-            rows = Dataset(torch.arange(len(files)), torch.tensor([label for _, label in files]))
-            training, validation = split(rows, self.validation, seed=self.seed)
-            files, held = [files[i] for i in training.x], [files[i] for i in validation.x]
-        classes = len(folder.classes)
-        return (
-            ImageFiles(files, classes, _training_transform(size, self.augment)),
-            ImageFiles(held, classes, _validation_transform(size)),
-        )
+            training, validation = split(training, self.validation, seed=self.seed)
+        return training, replace(validation, transform=_validation_transform(size))
 
 
-class ImageFiles:
-    """Images in a file each, that are read and transformed when they are needed.
+def class_folders(folder: str | Path) -> tuple[list[LabelledFile], list[str]]:
+    """Images in a folder for each class, in the order of their paths.
 
     Parameters
     ----------
-    files : sequence of (str, int)
-        Paths and labels.
-    classes : int
+    folder : str or Path
+        Labels are the numbers of its folders in the order of their names. Images may lie in folders below.
+
+    Returns
+    -------
+    list of (Path, int)
+        Files and their labels.
+    list of str
+        Names of the classes.
+
+    Raises
+    ------
+    ValueError
+        If there are no folders, or one has no images.
+    """
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    files = [
+        sorted(path for path in Path(folder, name).rglob("*") if path.suffix.lower() in kinds)
+        for name in classes
+    ]
+    if empty := [name for name, paths in zip(classes, files, strict=True) if not paths] or not classes:
+        raise ValueError(f"{folder} must have a folder of images for each class; got none in {empty}.")
+    return [(path, label) for label, paths in enumerate(files) for path in paths], classes
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images in a file each, that are read and transformed when they are needed.
+
+    Attributes
+    ----------
+    files : sequence of (Path, int)
+        With labels.
     transform : callable
-        Of a picture to a tensor of shape (channels, height, width). Draws from torch's random numbers.
+        Of a picture of PIL to a tensor of shape (3, height, width). Draws from torch's random numbers.
     """
 
-    def __init__(self, files: Sequence[tuple[str, int]], classes: int, transform: Any):
-        self._files, self.classes, self._transform = files, classes, transform
+    files: Sequence[LabelledFile]
+    transform: Callable[[Any], Tensor]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
+
+    @property
+    def y(self) -> Tensor:
+        """Labels, of shape (len(self),)."""
+        return torch.tensor([label for _, label in self.files])
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: one more than the largest label."""
+        return 1 + max(label for _, label in self.files)
+
+    def rows(self, index: Selection) -> ImageFiles:
+        """Some of the images.
+
+        Parameters
+        ----------
+        index : sequence of int, slice, or mask of shape (len(self),)
+            A row may occur more than once.
+        """
+        numbers = read_selection(index, len(self), "rows", repeats=True)
+        return replace(self, files=[self.files[i] for i in numbers])
 
     def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
-        """Some of the images.
+        """Some of the images, read and transformed.
 
         Parameters
         ----------
@@ -150,12 +200,32 @@ class ImageFiles:
         -------
         Tensor of float32 of shape (n, 3, height, width), Tensor of int64 of shape (n,)
         """
-        chosen = [self._files[i] for i in read_selection(rows, len(self), "rows", repeats=True)]
+        from PIL import Image
 
-        from torchvision.datasets.folder import pil_loader
+        chosen = self.rows(rows)
+        x = []
+        for path, _ in chosen.files:
+            with Image.open(path) as image:
+                x.append(self.transform(image.convert("RGB")))
+        return torch.stack(x), chosen.y
 
-        x = torch.stack([self._transform(pil_loader(path)) for path, _ in chosen])
-        return x, torch.tensor([label for _, label in chosen])
+
+@dataclass(frozen=True)
+class Scaled:
+    """A transform of pictures to one size, without cropping, and to colours from 0 to 1.
+
+    Attributes
+    ----------
+    size : int
+        Height and width.
+    """
+
+    size: int
+
+    def __call__(self, image: Any) -> Tensor:
+        """A tensor of shape (3, size, size)."""
+        pixels = np.asarray(image.resize((self.size, self.size)), np.float32) / 255
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 Images = Dataset | ImageFiles

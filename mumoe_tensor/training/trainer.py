@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.configs.training import TrainConfig
+from mumoe_tensor.nn.rates import parameter_groups
 from mumoe_tensor.readers import checked
 from mumoe_tensor.training.batches import Batch, Batches, seed_of
 from mumoe_tensor.training.checkpoint import (
@@ -198,8 +199,9 @@ class _Run:
         self.model, self.batches, self.validation = model, batches, validation
         self.config, self.loss, self.accelerator, self.folder = config, loss, accelerator, folder
         self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
+        groups = parameter_groups(model, config.learning_rate) if config.structured_rates else None
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            groups or model.parameters(),
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -260,7 +262,7 @@ class _Run:
         config, accelerator, state = self.config, self.accelerator, self.state
         rate = config.learning_rate * config.factor(state.step, self.batches.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         value = self._gradients(parts)
         accelerator.unscale_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -359,12 +361,12 @@ class _Run:
             kept = checked(_Kept, entries)
         except ValueError as error:
             raise self.checkpoints.damaged(step, f"progress, {error}") from None
-        own = json.loads(json.dumps(asdict(self.config)))
-        others = [name for name in own if name not in FREE and own[name] != kept.config.get(name)]
-        if others:
+        config, default = (json.loads(json.dumps(asdict(each))) for each in (self.config, TrainConfig()))
+        before = default | kept.config  # a version before may have had fewer settings
+        if others := [name for name in config if name not in FREE and config[name] != before[name]]:
             raise ValueError(
                 f"a run goes on with the config it began with; {', '.join(others)} in {self.folder} was "
-                f"{', '.join(str(kept.config.get(name)) for name in others)}."
+                f"{', '.join(str(before[name]) for name in others)}."
             )
         try:
             restore(self.model, self.optimizer.optimizer, state)

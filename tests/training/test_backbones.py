@@ -66,18 +66,19 @@ def test_features_are_what_the_classifier_of_timm_sees(name: str, suffix: str, s
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_features_are_those_of_the_last_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "width"), [("efficientnet-lite0", 320), ("efficientnet-lite2", 352)])
+def test_features_are_those_of_the_last_block(name: str, width: int, tmp_path: Path) -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
     torch.manual_seed(0)
-    whole = warmed(package.EfficientNet.from_name("efficientnet-lite0"))
-    torch.save(whole.state_dict(), tmp_path / "lite0.pth")
+    whole = warmed(package.EfficientNet.from_name(name))
+    torch.save(whole.state_dict(), tmp_path / "lite.pth")
     seen: list[Tensor] = []
     whole._conv_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         whole.extract_features((x * 255 - 127) / 128)
-        found = load_backbone("efficientnet-lite0", tmp_path / "lite0.pth")(x)
-    assert found.shape == (2, 320) and found.std() > 0.1
+        found = load_backbone(name, tmp_path / "lite.pth")(x)
+    assert found.shape == (2, width) and found.std() > 0.1
     torch.testing.assert_close(found, seen[0].mean((2, 3)), rtol=1e-3, atol=1e-5)
 
 

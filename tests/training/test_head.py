@@ -24,6 +24,7 @@ from mumoe_tensor.spec import as_budget
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, split, write_npz
 from mumoe_tensor.training.finished import read_run
 from mumoe_tensor.training.head import HeadSetting, fine_tune, train_head
+from mumoe_tensor.training.images import ImageFiles, Scaled, class_folders
 from mumoe_tensor.training.run import run
 
 CLASSES = 3
@@ -303,6 +304,41 @@ def test_a_config_that_is_not_that_of_the_head(features: Path, tmp_path: Path) -
         read_run(tmp_path)
 
 
+def test_features_of_images_in_folders(tmp_path: Path) -> None:
+    data = images(12)
+    write_folders(data, tmp_path / "images")
+    files, classes = class_folders(tmp_path / "images")
+    assert classes == ["0", "1", "2"] and [label for _, label in files] == sorted(data.y.tolist())
+    rows = ImageFiles(files, Scaled(12))
+    x, y = rows.batch([0, 11])
+    assert x.shape == (2, 3, 12, 12) and y.tolist() == [0, 2]
+    torch.testing.assert_close(x[0], data.x[0].expand(3, -1, -1), atol=1 / 255, rtol=0)
+    features = extract(tiny(), rows, batch_size=5)
+    by_class = data.y.sort(stable=True).indices
+    torch.testing.assert_close(features.x, extract(tiny(), data).x[by_class], atol=0.01, rtol=0)
+    assert torch.equal(features.y, data.y[by_class])
+    assert rows.batch([3])[0].shape == (1, 3, 12, 12) and Scaled(6)(picture_of(files)).shape == (3, 6, 6)
+
+
+def picture_of(files: Any) -> Any:
+    from PIL import Image
+
+    return Image.open(files[0][0]).convert("RGB")
+
+
+def test_folders_that_are_no_classes(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    with pytest.raises(ValueError, match=r"a folder of images for each class; got none in \[\]"):
+        class_folders(tmp_path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "notes.txt").write_text("none")
+    with pytest.raises(ValueError, match=r"got none in \['cat'\]"):
+        class_folders(tmp_path)
+    setting = HeadSetting(str(tmp_path), {}, SHORT, labels="y.gz", backbone="tiny", weights="tiny.pth")
+    with pytest.raises(ValueError, match="are its labels"):
+        setting.read_data()
+
+
 def test_settings_that_do_not_fit_together() -> None:
     with pytest.raises(ValueError, match="file of weights"):
         HeadSetting("x.npz", {}, SHORT, backbone="resnet18")
@@ -312,13 +348,25 @@ def test_settings_that_do_not_fit_together() -> None:
         HeadSetting("x.npz", {}, SHORT, size=0)
 
 
+def write_folders(data: Dataset, folder: Path) -> None:
+    """Images in a file each, in a folder for each class."""
+    picture = pytest.importorskip("PIL.Image")
+    for number, (x, y) in enumerate(zip(data.x, data.y.tolist(), strict=True)):
+        (folder / str(y)).mkdir(parents=True, exist_ok=True)
+        picture.fromarray((255 * x).byte().numpy()).save(folder / str(y) / f"{number:03}.png")
+
+
+@pytest.mark.parametrize("inputs", ["images.npz", "images"])
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_run_on_images(trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_images(trained: bool, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mumoe_tensor.training.head.load_backbone", lambda name, weights, size: tiny())
-    write_npz(images(), tmp_path / "images.npz")
+    if inputs == "images":
+        write_folders(images(), tmp_path / inputs)
+    else:
+        write_npz(images(), tmp_path / inputs)
     setting = HeadSetting(
-        str(tmp_path / "images.npz"), {"experts": 4, "rank": 4}, SHORT, backbone="tiny", weights="tiny.pth",
-        train_backbone=trained,
+        str(tmp_path / inputs), {"experts": 4, "rank": 4}, SHORT, backbone="tiny", weights="tiny.pth",
+        size=12, train_backbone=trained,
     )  # fmt: skip
     run(setting, tmp_path / "out")
     assert (tmp_path / "out" / "backbone.safetensors").exists() == trained

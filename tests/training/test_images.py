@@ -142,9 +142,9 @@ def test_a_share_of_a_folder_is_for_validation(tmp_path: Path) -> None:
     training, validation = ImageData(images_of(tmp_path), validation=1 / 3).read(16)
     assert isinstance(training, ImageFiles) and isinstance(validation, ImageFiles)
     assert (len(training), len(validation)) == (12, 6)
-    names = {path for path, _ in training._files} | {path for path, _ in validation._files}
+    names = {path for path, _ in training.files} | {path for path, _ in validation.files}
     assert len(names) == 18 and all(
-        Path(path).parent.name == sorted(COLOURS)[y] for path, y in training._files
+        Path(path).parent.name == sorted(COLOURS)[y] for path, y in training.files
     )
 
 
@@ -157,5 +157,5 @@ def test_folders_that_do_not_fit(tmp_path: Path, files: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="both folders must have the same classes"):
         ImageData(inputs, validation=other).read(16)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="class"):
+    with pytest.raises(ValueError, match="a folder of images for each class"):
         ImageData(str(tmp_path / "empty")).read(16)

@@ -26,7 +26,7 @@ pytest.importorskip("tensorboardX")
 from groups import leave  # noqa: E402
 from torch import nn  # noqa: E402
 
-from mumoe_tensor.nn import MuMoEMLP  # noqa: E402
+from mumoe_tensor.nn import MuMoEMLP, parameter_groups  # noqa: E402
 from mumoe_tensor.training import DamagedCheckpoint, Dataset, TrainConfig, train  # noqa: E402
 from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402
 from mumoe_tensor.training.trainer import _accelerator  # noqa: E402
@@ -128,16 +128,33 @@ def stop_after(step: int, data: Dataset) -> Any:
     return Stops(data.x, data.y)
 
 
-@pytest.mark.parametrize("step", [1, 5, 10, 29])
-def test_interrupted_at_any_step_it_goes_on_to_the_same(step: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "structured"), [(1, False), (5, False), (10, True), (29, False)])
+def test_interrupted_at_any_step_it_goes_on_to_the_same(step: int, structured: bool, tmp_path: Path) -> None:
+    config = replace(CONFIG, structured_rates=structured)
     expected = model(0.2)
-    history = train(expected, clouds(), clouds(seed=1), CONFIG)
+    history = train(expected, clouds(), clouds(seed=1), config)
     with pytest.raises(KeyboardInterrupt):
-        train(model(0.2), stop_after(step, clouds()), clouds(seed=1), CONFIG, folder=tmp_path)
+        train(model(0.2), stop_after(step, clouds()), clouds(seed=1), config, folder=tmp_path)
     net = model(0.2)
-    resumed = train(net, clouds(), clouds(seed=1), CONFIG, folder=tmp_path)
+    resumed = train(net, clouds(), clouds(seed=1), config, folder=tmp_path)
     assert equal(state_of(net), state_of(expected))
     assert [replace(e, seconds=0) for e in resumed] == [replace(e, seconds=0) for e in history]
+
+
+def test_structured_rates_are_those_of_parameter_groups() -> None:
+    config = replace(
+        CONFIG, steps=1, warmup=0, weight_decay=0.0, clip=None, keep="last", structured_rates=True
+    )
+    net, expected = model(), model()
+    groups = parameter_groups(expected, config.learning_rate)
+    assert len({group["lr"] for group in groups}) > 2
+    optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=0.0)
+    data = clouds(rows=16)
+    nn.functional.cross_entropy(expected(data.x), data.y).backward()
+    optimizer.step()
+    train(net, data, data, config)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter, expected.get_parameter(name))
 
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
@@ -162,6 +179,16 @@ def test_another_config_does_not_go_on(tmp_path: Path) -> None:
         other = replace(short, steps=8, learning_rate=0.1)
         train(model(), clouds(), clouds(seed=1), other, folder=tmp_path)
     train(model(), clouds(), clouds(seed=1), replace(short, workers=1), folder=tmp_path)
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings(tmp_path: Path) -> None:
+    short = replace(CONFIG, steps=4)
+    history = train(model(), clouds(), clouds(seed=1), short, folder=tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state, best, progress = checkpoints.read(4)
+    del progress["config"]["structured_rates"]
+    checkpoints.write(4, state, best, progress)
+    assert train(model(), clouds(), clouds(seed=1), short, folder=tmp_path) == history
 
 
 # ---- what stops it ---------------------------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""Embeddings of faces for ``mumoe-tensor bias``, by the protocol of ``docs/experiments/faces.md``.
+
+    python -m paper_figures.experiments.faces
+
+Reads the files ``data/utkface/AGE_GENDER_*.jpg``, and weights that `make data` fetches; writes
+``data/faces.npz``: features x, and the attributes old and male.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mumoe_tensor.files import whole_file
+from mumoe_tensor.models import load_backbone
+from mumoe_tensor.training import extract
+from mumoe_tensor.training.images import ImageFiles, Scaled
+from paper_figures.experiments.heads import DATA
+
+#: From this age on a face is old; images are scaled to this height and width.
+OLD, SIZE = 50, 128
+
+
+def labels(paths: list[Path]) -> tuple[list[int], list[int]]:
+    """Old and male, 0 or 1, from names AGE_GENDER_…, where a gender of 0 is male.
+
+    Raises
+    ------
+    ValueError
+        If a name is of another form.
+    """
+    old, male = [], []
+    for path in paths:
+        age, gender, *_ = path.name.split("_")
+        if not age.isdecimal() or gender not in ("0", "1"):
+            raise ValueError(f"files must be named AGE_GENDER_…, got {path.name}.")
+        old.append(int(int(age) >= OLD))
+        male.append(int(gender == "0"))
+    return old, male
+
+
+def main() -> None:
+    """Write the embeddings."""
+    paths = sorted(path for path in (DATA / "utkface").glob("*.jpg") if path.name.count("_") >= 3)
+    old, male = labels(paths)
+    (weights,) = (DATA / "efficientnet-lite2").glob("*.pth")
+    images = ImageFiles(list(zip(paths, old, strict=True)), Scaled(SIZE))
+    features = extract(load_backbone("efficientnet-lite2", weights, SIZE), images, progress=True).x
+    with whole_file(DATA / "faces.npz") as file:
+        np.savez(file, x=features.numpy(), old=np.array(old), male=np.array(male))
+    print(f"{len(paths):,} faces: {sum(old):,} old, {sum(male):,} male")
+
+
+if __name__ == "__main__":
+    main()

@@ -186,38 +186,64 @@ def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]
     }  # fmt: skip
     if run.format == "linear":
         return row, [], {}
-    seen: list[Tensor] = []
-    with torch.no_grad(), watch_coefficients(head, lambda name, a: seen.extend(a)):
-        head(data.x)
-    usages = []
-    for a in seen:
-        usages.append(Usage(a.shape[-1]))
-        usages[-1].update(a)
-    levels = [usage.statistics() for usage in usages]
-    row |= {
-        "active": float(np.mean([level.active for level in levels])),
-        "dead": sum(level.dead for level in levels) / sum(run.experts),
-        "entropy": float(np.mean([level.entropy for level in levels])),
-    }
+    row |= use_of_experts(head, data)
     if run.kind == "matched":
         return row, [], {}
     (n,) = run.experts
-    removed = torch.randperm(n, generator=torch.Generator().manual_seed(run.seed))[:MOST_REMOVED].tolist()
-    for column, seed in (("polysemanticity", None), ("polysemanticity_random", run.seed)):
-        effects = ablation_effects(head, head, [(data.x, data.y)], 10, experts=removed, random_seed=seed)
-        row[column] = float(polysemanticity(effects).nanmean())
+    row |= removal(head, data, 10, run.seed)
     is_shown = (run.gate, run.gate_norm) == ("entmax15", "batch") and n in LOOKED_AT
     if not is_shown:
         return row, [], {}
+    (a,) = coefficients(head, data)
+    usage = Usage(n)
+    usage.update(a)
     loads = [
         {"experts": n, "seed": run.seed, "place": place, "load": load}
-        for place, load in enumerate(levels[0].load.sort(descending=True).values.tolist(), 1)
+        for place, load in enumerate(usage.statistics().load.sort(descending=True).values.tolist(), 1)
     ]
     if run.seed:
         return row, loads, {}
     top = TopInputs(n, IMAGES)
-    top.update(seen[0])
+    top.update(a)
     return row, loads, {f"indices_{n}": top.indices[:SHOWN].numpy()}
+
+
+@torch.no_grad()
+def coefficients(head: Head, data: Dataset) -> list[Tensor]:
+    """The coefficients of each level, of shape (rows, experts)."""
+    seen: list[Tensor] = []
+    with watch_coefficients(head, lambda name, a: seen.extend(a)):
+        head(data.x)
+    return seen
+
+
+def use_of_experts(head: Head, data: Dataset) -> Row:
+    """Shares of active and of dead experts and entropy of their use, on average over levels."""
+    levels = []
+    for a in coefficients(head, data):
+        usage = Usage(a.shape[-1])
+        usage.update(a)
+        levels.append(usage.statistics())
+    if not levels:
+        return {}
+    return {
+        "active": float(np.mean([level.active for level in levels])),
+        "dead": sum(level.dead for level in levels) / sum(head.config["experts"]),
+        "entropy": float(np.mean([level.entropy for level in levels])),
+    }
+
+
+def removal(head: Head, data: Dataset, classes: int, seed: int) -> Row:
+    """Polysemanticity of the experts of one level, also with coefficients dealt to experts at random."""
+    (n,) = head.config["experts"]
+    removed = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:MOST_REMOVED].tolist()
+    values = {}
+    for column, random_seed in (("polysemanticity", None), ("polysemanticity_random", seed)):
+        effects = ablation_effects(
+            head, head, [(data.x, data.y)], classes, experts=removed, random_seed=random_seed
+        )
+        values[column] = float(polysemanticity(effects).nanmean())
+    return values
 
 
 def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, jobs: int | str) -> Iterator[Any]:

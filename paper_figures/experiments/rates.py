@@ -1,0 +1,171 @@
+"""Heads with a learning rate for every factor, by the protocol of ``docs/experiments/rates.md``.
+
+    python -m paper_figures.experiments.rates tune      learning rates, on validation rows
+    python -m paper_figures.experiments.rates test      all results, on test rows
+    python -m paper_figures.experiments.rates claims    the differences that the claims are about
+
+Needs `make data` and the features of ``python -m paper_figures.experiments.heads features``. Interrupted, all
+go on where they stopped. ``--jobs`` says how many trainings run at once, each on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import product
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from mumoe_tensor.cli.values import read_jobs
+from mumoe_tensor.interval import interval
+from mumoe_tensor.models import Head
+from mumoe_tensor.training import Dataset, TrainConfig, evaluate
+from mumoe_tensor.training.head import train_head
+from paper_figures.common import Row
+from paper_figures.common import table as as_text
+from paper_figures.experiments.heads import DATA, HIDDEN, keep, make_features, parts, table, test_rows
+
+FORMATS, EXPERTS = ("cp", "tr"), 32
+RATES, NORMS, INITS = ("one", "structured"), ("batch", "layer", "none"), ("linear", "published")
+LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01)
+TUNING_SEEDS, SEEDS = (100, 101), range(5)
+MLP = "mlp"
+
+
+class Setting(NamedTuple):
+    """A kind of head and of training; those of the MLP have no rates, norm and initialisation to choose."""
+
+    format: str
+    rates: str = "one"
+    norm: str = ""
+    init: str = ""
+
+
+SETTINGS = [Setting(MLP), *(Setting(*each) for each in product(FORMATS, RATES, NORMS, INITS))]
+
+
+def judge(setting: Setting, seed: int, learning_rate: float, on_test: bool) -> Row:
+    """Train a head; accuracy and loss on validation or test rows."""
+    torch.set_num_threads(1)
+    training, validation = parts()
+    rows: Dataset = test_rows() if on_test else validation
+    options: Any = {"format": "linear"}
+    if setting.format != MLP:
+        options = {
+            "format": setting.format, "experts": EXPERTS, "parameters": "match",
+            "gate_norm": setting.norm, "init": setting.init,
+        }  # fmt: skip
+    torch.manual_seed(seed)
+    head = Head(training.x.shape[1], 10, HIDDEN, **options)
+    config = TrainConfig(
+        epochs=10, batch_size=256, learning_rate=learning_rate, seed=seed,
+        structured_rates=setting.rates == "structured",
+    )  # fmt: skip
+    epochs = train_head(head, training, validation, config)
+    loss, accuracy = evaluate(head, rows)
+    return {
+        **setting._asdict(), "seed": seed, "learning_rate": learning_rate, "accuracy": accuracy,
+        "loss": loss, "parameters": sum(p.numel() for p in head.parameters()),
+        "epoch": max(epoch.epoch for epoch in epochs if epoch.is_best),
+    }  # fmt: skip
+
+
+def tune_all(jobs: int | str) -> None:
+    """Try every learning rate of every setting."""
+    tasks = [
+        ({**setting._asdict(), "seed": seed, "learning_rate": rate}, (setting, seed, rate, False))
+        for seed in TUNING_SEEDS
+        for setting in SETTINGS
+        for rate in LEARNING_RATES
+    ]
+    keep("rates_tuning", tasks, judge, jobs)
+
+
+def validated(setting: Setting) -> dict[float, float]:
+    """Mean accuracy on validation rows by learning rate."""
+    rows = table("rates_tuning").of(**setting._asdict())
+    if len(rows) != len(LEARNING_RATES) * len(TUNING_SEEDS):
+        raise ValueError(f"learning rates must be tried first, by `tune`; {setting} has {len(rows)} rows.")
+    rates = LEARNING_RATES
+    return {rate: fmean(row["accuracy"] for row in rows if row["learning_rate"] == rate) for rate in rates}
+
+
+def learning_rate(setting: Setting) -> float:
+    """The rate with the highest mean accuracy on validation rows."""
+    return max(validated(setting).items(), key=lambda pair: pair[1])[0]
+
+
+def best(format: str) -> Setting:
+    """The setting of a format with the highest accuracy on validation rows."""
+    return max(
+        (setting for setting in SETTINGS if setting.format == format),
+        key=lambda setting: max(validated(setting).values()),
+    )
+
+
+def test_all(jobs: int | str) -> None:
+    """Train every setting with its learning rate, and evaluate it on the test rows."""
+    rates = {setting: learning_rate(setting) for setting in SETTINGS}
+    make_features("t10k", DATA / "heads-test.npz")
+    tasks = [
+        ({**setting._asdict(), "seed": seed}, (setting, seed, rate, True))
+        for seed in SEEDS
+        for setting, rate in rates.items()
+    ]
+    keep("rates", tasks, judge, jobs)
+
+
+def claims() -> list[Row]:
+    """Differences of accuracy in percent, seed by seed: mean and 95 % interval.
+
+    A main effect is the mean of a seed's differences over all settings of the other factors.
+    """
+    rows = table("rates")
+
+    def accuracy(setting: Setting) -> dict[int, float]:
+        return {row["seed"]: 100 * row["accuracy"] for row in rows.of(**setting._asdict())}
+
+    records: list[Row] = []
+
+    def compare(text: str, pairs: Sequence[tuple[Setting, Setting]]) -> None:
+        values = [(accuracy(one), accuracy(other)) for one, other in pairs]
+        differences = [fmean(one[seed] - other[seed] for one, other in values) for seed in SEEDS]
+        mean, half = interval(differences)
+        records.append({"difference": text, "mean": mean, "half": half, "seeds": len(differences)})
+
+    for format in FORMATS:
+        setting = best(format)
+        compare(f"{format}, best of validation ({', '.join(setting[1:])}) - MLP", [(setting, Setting(MLP))])
+        first = Setting(format, "one", "batch", "linear")
+        compare(f"{format}, as in the first protocol - MLP", [(first, Setting(MLP))])
+        for factor, base, others in (
+            ("rates", RATES[0], RATES[1:]), ("norm", NORMS[0], NORMS[1:]), ("init", INITS[0], INITS[1:]),
+        ):  # fmt: skip
+            before = [each for each in SETTINGS if each.format == format and getattr(each, factor) == base]
+            for other in others:
+                after: list[Setting] = [each._replace(**{factor: other}) for each in before]
+                compare(f"{format}, {factor} {other} - {base}", list(zip(after, before, strict=True)))
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do a step of the experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("step", choices=("tune", "test", "claims"))
+    parser.add_argument("--jobs", type=read_jobs, default=1)
+    options = parser.parse_args(arguments)
+    if options.step == "claims":
+        print(as_text(claims()))
+    else:
+        {"tune": tune_all, "test": test_all}[options.step](options.jobs)
+    return 0
+
+
+if __name__ == "__main__":
+    # Other processes have no functions of `__main__`.
+    from paper_figures.experiments import rates
+
+    sys.exit(rates.main())

@@ -56,7 +56,7 @@ def test_choices_and_effects(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.mean([row["accuracy"] for row in rows if row["learning_rate"] == rate])
 
     for setting in rates.SETTINGS:
-        assert rates.learning_rate(setting) == max(rates.LEARNING_RATES, key=lambda r: mean(setting, r))  # noqa: B023
+        assert rates.learning_rate(setting) == max(rates.LEARNING_RATES, key=lambda r: mean(setting, r))
     of_tr = [setting for setting in rates.SETTINGS if setting.format == "tr"]
     assert len(of_tr) == 12
     best = max(of_tr, key=lambda setting: max(mean(setting, rate) for rate in rates.LEARNING_RATES))

@@ -35,7 +35,7 @@ from mumoe_tensor.training.data import Dataset, as_pixels, split
 from mumoe_tensor.training.features import extract
 from mumoe_tensor.training.finished import read_run
 from mumoe_tensor.training.head import HeadSetting
-from mumoe_tensor.training.images import DEVIATION, MEAN
+from mumoe_tensor.training.images import DEVIATION, MEAN, class_folders
 from mumoe_tensor.training.settings import GPT2Run, MixerRun
 from mumoe_tensor.training.tokens import Tokenizer, read_vocabulary_size
 
@@ -278,6 +278,8 @@ def _view_head(
     data = setting.read_data()
     _, kept = split(data, setting.validation, seed=0)
     kept = kept.rows(torch.arange(min(rows, len(kept))))
+    if not isinstance(kept, Dataset):
+        kept, classes = Dataset(*kept.batch(range(len(kept)))), classes or class_folders(setting.inputs)[1]
     samples = None
     if images is not None:
         (pictures,) = read_arrays(images, ("x",))
@@ -292,6 +294,8 @@ def _view_head(
             samples = Images(shown.x[: len(kept)].numpy())
     elif kept.x.ndim == 3:
         samples = Images(kept.x.numpy())
+    elif kept.x.ndim == 4 and kept.x.shape[1] == 3:
+        samples = Images(kept.x.movedim(1, -1).numpy())
     if setting.backbone is not None and setting.weights is not None:
         backbone = load_backbone(setting.backbone, setting.weights, setting.size)
         if setting.train_backbone:

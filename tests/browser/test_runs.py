@@ -23,7 +23,10 @@ from views import views_of  # noqa: E402
 from mumoe_tensor.analysis import ablate, loss_effects  # noqa: E402
 from mumoe_tensor.browser import Images  # noqa: E402
 from mumoe_tensor.cli import app  # noqa: E402
+from mumoe_tensor.models import Backbone  # noqa: E402
+from mumoe_tensor.training import TrainConfig  # noqa: E402
 from mumoe_tensor.training.finished import read_run  # noqa: E402
+from mumoe_tensor.training.head import HeadSetting  # noqa: E402
 from mumoe_tensor.training.run import run  # noqa: E402
 from mumoe_tensor.training.settings import read_settings  # noqa: E402
 
@@ -49,6 +52,31 @@ def mixer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides += ["train.epochs=2", "train.learning_rate=0.05", "train.batch_size=9"]
     run(read_settings("mixer", None, overrides), folder / "run")
     return folder / "run"
+
+
+def test_a_head_on_folders_shows_its_images_and_the_names_of_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    for number in range(30):
+        colour = [(200, 20, 20), (20, 200, 20), (20, 20, 200)][number % 3]
+        folder = tmp_path / "images" / ("red", "green", "blue")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(folder / f"{number:02}.png")
+    network = Backbone(torch.nn.Conv2d(3, 6, 2), 8, 0.5, 1.0).eval()
+    for place in ("training.head", "browser.run"):
+        monkeypatch.setattr(f"mumoe_tensor.{place}.load_backbone", lambda *_: network)
+    setting = HeadSetting(
+        str(tmp_path / "images"), {"experts": 4, "rank": 4}, TrainConfig(epochs=2, batch_size=8),
+        backbone="tiny", weights="tiny.pth", size=8, validation=0.4,
+    )  # fmt: skip
+    run(setting, tmp_path / "run")
+    done = inspect(str(tmp_path / "run"), "--rows", "5")
+    assert done.exit_code == 0, done.stderr
+    view = content(tmp_path / "run" / "experts.html")
+    assert view["classes"] == {"0": "blue", "1": "green", "2": "red"} and view["about"].startswith("5 rows")
+    assert '"data:image/png;base64,' in (tmp_path / "run" / "experts.html").read_text(encoding="utf-8")
 
 
 def test_a_mixer_is_inspected(mixer: Path) -> None:

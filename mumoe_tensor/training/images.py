@@ -144,7 +144,8 @@ def class_folders(folder: str | Path) -> tuple[list[LabelledFile], list[str]]:
         sorted(path for path in Path(folder, name).rglob("*") if path.suffix.lower() in kinds)
         for name in classes
     ]
-    if empty := [name for name, paths in zip(classes, files, strict=True) if not paths] or not classes:
+    empty = [name for name, paths in zip(classes, files, strict=True) if not paths]
+    if empty or not classes:
         raise ValueError(f"{folder} must have a folder of images for each class; got none in {empty}.")
     return [(path, label) for label, paths in enumerate(files) for path in paths], classes
 

@@ -224,8 +224,6 @@ def use_of_experts(head: Head, data: Dataset) -> Row:
         usage = Usage(a.shape[-1])
         usage.update(a)
         levels.append(usage.statistics())
-    if not levels:
-        return {}
     return {
         "active": float(np.mean([level.active for level in levels])),
         "dead": sum(level.dead for level in levels) / sum(head.config["experts"]),

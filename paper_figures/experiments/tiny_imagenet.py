@@ -185,7 +185,9 @@ def test(run: Run, learning_rate: float) -> Row:
     head, row = trained(run, learning_rate)
     data = test_rows()
     loss, accuracy = evaluate(head, data)
-    row |= {"accuracy": accuracy, "loss": loss} | use_of_experts(head, data)
+    row |= {"accuracy": accuracy, "loss": loss}
+    if run.experts:
+        row |= use_of_experts(head, data)
     if run.format == "cp" and len(run.experts) == 1:
         row |= removal(head, data, CLASSES, run.seed)
     if run == Run("cp", GATE_AT):

@@ -56,3 +56,22 @@ def require(*extras: str) -> None:
         for package in EXTRAS[extra]:
             if find_spec(package) is None:
                 raise ModuleNotFoundError(missing(package), name=package)
+
+
+def check_torchvision() -> None:
+    """Check that torchvision, which transformers imports where it is installed, can be imported.
+
+    Raises
+    ------
+    ImportError
+        If it is of another build than torch.
+    """
+    if find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            f"torchvision must be of torch's build, for transformers imports it; here: {error}. Install both "
+            "from one index, or uninstall torchvision."
+        ) from error

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.extras import require
+from mumoe_tensor.extras import check_torchvision, require
 from mumoe_tensor.nn.described import describe, rebuild
 from mumoe_tensor.nn.saving import VERSION, check_version
 
 require("transformers")
+check_torchvision()
 
 from transformers import PreTrainedModel  # noqa: E402
 from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_positive
-from mumoe_tensor.extras import require
+from mumoe_tensor.extras import check_torchvision, require
 from mumoe_tensor.readers import parse_json, read_text, reading
 
 
@@ -29,8 +29,11 @@ def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
     ------
     OSError, ValueError
         If the folder has no such model.
+    ImportError
+        If transformers is not installed, or torchvision is and does not fit torch.
     """
     require("transformers")
+    check_torchvision()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)

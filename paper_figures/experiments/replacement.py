@@ -123,7 +123,11 @@ def probe() -> list[Row]:
 
     judge("neurons", 0, neurons)
     for row in table("replacement").of(module=MODULE, k=PROBED_AT):
-        layer = load(RESULTS / "layers" / row["run"])
+        folder = RESULTS / "layers" / row["run"]
+        if not folder.exists():
+            print(f"{row['run']} is not probed: the table has its row, {RESULTS} no layer.")
+            continue
+        layer = load(folder)
         (coefficients,) = zip(*(layer.gate(part) for part in inputs.split(4096)), strict=True)
         judge(row["arm"], row["seed"], torch.cat(coefficients))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ def test_a_saved_model_is_loaded_with_its_tokenizer(saved_llama: Path, llama: An
     torch.testing.assert_close(model(ids).logits, llama(ids).logits)
     llama.bfloat16().save_pretrained(saved_llama)
     assert next(load_language_model(saved_llama)[0].parameters()).dtype == torch.float32
+
+
+def test_a_torchvision_of_another_build_is_named(
+    saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(ImportError, match="torchvision must be of torch's build.*nms does not exist"):
+        load_language_model(saved_llama)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, transformers: Any) -> None:

@@ -30,7 +30,7 @@ def test_a_torchvision_of_another_build_is_named(
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    with pytest.raises(ImportError, match="torchvision must be of torch's build.*nms does not exist"):
+    with pytest.raises(ImportError, match=r"torchvision must be of torch's build.*nms does not exist"):
         load_language_model(saved_llama)
 
 

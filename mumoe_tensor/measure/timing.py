@@ -164,7 +164,6 @@ def synchronizer(device: str) -> Callable[[], object]:
 def _no_collection() -> Iterator[None]:
     """No garbage collection in the middle of a turn."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -309,7 +309,7 @@ def test_rows_of_files(tmp_path: Any) -> None:
     expected = tokens.batch([1, 3, 4])
     for kind in SOME.values():
         assert_equal(tokens.batch(kind())[0], expected[0])
-    pictures = ImageFiles([("", k) for k in range(N)], N, None)
+    pictures = ImageFiles([("", k) for k in range(N)], None)
     for value, error, got in BAD.values():
         for rows in (tokens, pictures):
             with pytest.raises(error) as caught:
@@ -335,7 +335,7 @@ OTHERS = {
     "TopInputs.update(indices)",  # numbers of inputs, of any size: see tests/test_arrays.py
     "Rows.batch(rows)",  # a protocol
     "Format.window(level)", "sliced(level)",  # of a declaration, before there are experts: see tests/formats
-    "Tokens.batch(rows)", "ImageFiles.batch(rows)",  # above
+    "Tokens.batch(rows)", "ImageFiles.batch(rows)", "ImageFiles.rows(index)",  # above
     "MuMoEMLP.keep_experts(level)", "MuMoEMLP.keep_experts(indices)",  # inherited as MuMoE's
     "Measurement(experts)", "Setting(experts)",  # of a study
 }  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from math import cos, isfinite, pi
-from typing import Literal
+from typing import Any, Literal
 
 from mumoe_tensor.checks import as_python
 
@@ -159,3 +161,9 @@ class TrainConfig:
         left = 0.5 * (1 + cos(pi * done)) if self.schedule == "cosine" else 1 - done
         last = self.final_learning_rate / self.learning_rate
         return last + (1 - last) * left
+
+
+def settings_of(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a `TrainConfig` as JSON has them; a version before may have written fewer of them."""
+    settings: dict[str, Any] = json.loads(json.dumps({**asdict(TrainConfig()), **entries}))
+    return settings

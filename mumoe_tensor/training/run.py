@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mumoe_tensor.configs.training import settings_of
 from mumoe_tensor.files import NEW, alone_in, remove, replacing, whole_file
 from mumoe_tensor.training.checkpoint import Checkpoints, model_state
 from mumoe_tensor.training.folder import read_config
@@ -17,6 +18,8 @@ from mumoe_tensor.training.log import Evaluation, read_evaluations
 from mumoe_tensor.training.processes import processes
 from mumoe_tensor.training.trainer import FREE, train
 
+#: Parts of settings that are those of a `TrainConfig`.
+TRAINING = ("train", "training")
 #: What runs leave.
 RESULTS = (
     "config.json", "metrics.csv", "tensorboard", "checkpoints", "backbone.safetensors", "head.safetensors",
@@ -87,7 +90,7 @@ def run(
     about = settings.about(model)
 
     def go_on(place: Path) -> dict[str, Any]:
-        if own.is_main_process:
+        if own.is_main_process and not _is_begun(place, described):
             with whole_file(place / "config.json") as file:
                 file.write(json.dumps({"settings": described, "model": about}, indent=2).encode())
         own.wait_for_everyone()
@@ -177,9 +180,11 @@ def _difference(written: dict[str, Any], described: dict[str, Any]) -> str | Non
     flat: list[dict[str, Any]] = [{}, {}]
     for values, given in zip(flat, (written, described), strict=True):
         for part, value in given.items():
-            entries = value.items() if isinstance(value, dict) else ()
-            values |= {f"{part}.{name}": entry for name, entry in entries} or {part: value}
-    free = {f"{part}.{name}" for part in ("train", "training") for name in FREE}
+            entries = value if isinstance(value, dict) else {}
+            if part in TRAINING:
+                entries = settings_of(entries)
+            values |= {f"{part}.{name}": entry for name, entry in entries.items()} or {part: value}
+    free = {f"{part}.{name}" for part in TRAINING for name in FREE}
     for name in dict.fromkeys([*flat[0], *flat[1]]):
         there, here = (values.get(name) for values in flat)
         if there != here and name not in free:

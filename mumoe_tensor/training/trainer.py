@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.configs.training import TrainConfig
+from mumoe_tensor.configs.training import TrainConfig, settings_of
 from mumoe_tensor.nn.rates import parameter_groups
 from mumoe_tensor.readers import checked
 from mumoe_tensor.training.batches import Batch, Batches, seed_of
@@ -361,8 +360,7 @@ class _Run:
             kept = checked(_Kept, entries)
         except ValueError as error:
             raise self.checkpoints.damaged(step, f"progress, {error}") from None
-        config, default = (json.loads(json.dumps(asdict(each))) for each in (self.config, TrainConfig()))
-        before = default | kept.config  # a version before may have had fewer settings
+        config, before = settings_of(asdict(self.config)), settings_of(kept.config)
         if others := [name for name in config if name not in FREE and config[name] != before[name]]:
             raise ValueError(
                 f"a run goes on with the config it began with; {', '.join(others)} in {self.folder} was "

@@ -174,7 +174,9 @@ def test_a_dry_run_changes_nothing() -> None:
     assert [*network.named_modules()] == before
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert planned == add_experts(network, "layers.*", experts=3, rank=2)
-    with pytest.raises(ValueError, match=r"'layers\.0' cannot have experts beside it: it has experts"):
+    with pytest.raises(
+        ValueError, match=r"'layers\.0' cannot have experts beside it: it already has experts"
+    ):
         add_experts(network, "layers.*", experts=3, rank=2, dry_run=True)
     with pytest.raises(TypeError, match="dry_run"):
         add_experts(network, "head", experts=3, rank=2, dry_run=1)
@@ -193,7 +195,7 @@ def test_a_folder_of_experts_alone_is_no_model(tmp_path: Path) -> None:
     add_experts(model, "0", experts=3, rank=2)
     save_adapter(model, tmp_path)
     plain = nn.Sequential(nn.Linear(6, 4))
-    with pytest.raises(ValueError, match=r"the model has no module 'adapters\.0'"):
+    with pytest.raises(ValueError, match=r"the model must have a module 'adapters\.0'"):
         load(tmp_path, model=plain)
     assert type(plain[0]) is nn.Linear
 
@@ -203,7 +205,7 @@ def test_experts_beside_experts_are_refused() -> None:
     add_experts(network, "layers.0", experts=3, rank=2)
     before = [*network.named_modules()]
     part = "it is a part of a layer of class Adapter, which must stay whole"
-    for pattern, cause in (("*", "it has experts"), ("*.base", part)):
+    for pattern, cause in (("*", "it already has experts"), ("*.base", part)):
         with pytest.raises(ValueError, match=f"cannot have experts beside it: {cause}"):
             add_experts(network, pattern, experts=3, rank=2)
     assert [*network.named_modules()] == before

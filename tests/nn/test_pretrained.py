@@ -267,7 +267,9 @@ def test_what_cannot_be_loaded_is_not_saved(llama: Any, tmp_path: Path) -> None:
         llama.save_pretrained(tmp_path)
     llama.model.layers[1].mlp.down_proj = nn.Linear(12, 8, bias=False)
     llama.extra = MuMoE(3, 3, 2, rank=1)
-    with pytest.raises(ValueError, match=r"where the config of the model has a module; \['extra'\] do not"):
+    with pytest.raises(
+        ValueError, match=r"must replace modules that the config of the model makes; \['extra'\] do not"
+    ):
         llama.save_pretrained(tmp_path)
 
 

@@ -126,7 +126,7 @@ def test_a_layer_needs_no_model(tmp_path: Path) -> None:
     assert torch.equal(again.weight.factors[-1], layer.weight.factors[-1])
     assert load(tmp_path, model=again) is again
     save(nn.Sequential(layer), tmp_path)
-    with pytest.raises(ValueError, match=r"the layers \['0'\] need a model"):
+    with pytest.raises(ValueError, match=r"the layers \['0'\] must be loaded into a model"):
         load(tmp_path)
 
 
@@ -195,7 +195,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "option": (described(lambda d: d["layers"]["blocks.0"]["config"].update(wide=1)), "wide"),
     "place": (
         described(lambda d: d["layers"].update({"blocks.3": d["layers"].pop("blocks.0")})),
-        "no module 'blocks.3'",
+        "must have a module 'blocks.3'",
     ),
     "no layer": (described(lambda d: d["layers"].pop("blocks.1.0")), r"blocks\.1\.0\..* is left over"),
     "edit": (described(lambda d: d["layers"]["blocks.0"].pop("edits")), "edits.more.* is left over"),

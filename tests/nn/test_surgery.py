@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Block(in_order("up", "up", "act", "down"), up=nn.Linear(6, 6), down=nn.Linear(6, 6)),
         "called once",
     ),
-    "an adapter": (lambda: Block(usual, up=Adapted(6, 10)), "Adapted has a forward"),
+    "an adapter": (lambda: Block(usual, up=Adapted(6, 10)), "Adapted overrides the forward"),
     "one bias": (lambda: Block(usual, up=nn.Linear(6, 10, bias=False)), "a bias or none"),
     "half frozen": (lambda: Block(usual, up=nn.Linear(6, 10).requires_grad_(False)), "all frozen or none"),
     "offloaded": (lambda: with_forward(plain(nn.ReLU())), "forward method of the instance"),

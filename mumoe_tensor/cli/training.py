@@ -55,7 +55,8 @@ def train_head(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of --features: an .npz file with images x and labels y, or images in IDX.",
+            help="Instead of --features: an .npz file with images x and labels y, images in IDX, or a folder "
+            "with a folder of images for each class.",
             show_default=False,
         ),
     ] = None,

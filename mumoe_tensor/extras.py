@@ -59,7 +59,7 @@ def require(*extras: str) -> None:
 
 
 def check_torchvision() -> None:
-    """Check that torchvision, which transformers imports where it is installed, can be imported.
+    """Check that torchvision, which timm and transformers import where it is installed, can be imported.
 
     Raises
     ------
@@ -72,6 +72,6 @@ def check_torchvision() -> None:
         import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise ImportError(
-            f"torchvision must be of torch's build, for transformers imports it; here: {error}. Install both "
+            f"torchvision must fit torch, which timm and transformers import; it says: {error}. Install both "
             "from one index, or uninstall torchvision."
         ) from error

@@ -37,7 +37,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_finish() -> None:
-    """No later collection of garbage looks at the modules and tests, which stay: timing asks for many."""
+    """No later collection of garbage looks at the modules and tests, which stay."""
     gc.collect()
     gc.freeze()
 

@@ -235,11 +235,11 @@ def test_defaults_of_options_are_those_of_the_settings() -> None:
     from mumoe_tensor.cli.training import train_head
     from mumoe_tensor.models import Head
 
-    told, settings = (signature(made).parameters for made in (train_head, Head))
-    shared = told.keys() & settings
+    options, settings = (signature(made).parameters for made in (train_head, Head))
+    shared = options.keys() & settings
     assert {"format", "experts", "gate", "gate_norm", "hidden", "rank", "parameters"} == shared
     for name in shared:
-        assert str(told[name].default) == str(settings[name].default), name
+        assert str(options[name].default) == str(settings[name].default), name
 
 
 def own_tokens(folder: Path) -> str:

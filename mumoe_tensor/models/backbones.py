@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mumoe_tensor.extras import check_torchvision
 from mumoe_tensor.nn.weights import read_weights
 
 #: Networks of the package efficientnet-lite-pytorch.
@@ -90,7 +91,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     Raises
     ------
     ImportError
-        If the package is not installed.
+        If the package is not installed, or torchvision, which timm needs, does not fit torch.
     ValueError
         If there is no model of that name, the file has not its weights, or it takes no images of that size.
     """
@@ -103,6 +104,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
         _load(whole, state, name, weights)
         network = nn.Sequential(whole._conv_stem, whole._bn0, whole._swish, *whole._blocks)
         return _tried(Backbone(network, size, 127 / 255, 128 / 255), name)
+    check_torchvision()
     import timm
     from timm.data.config import resolve_model_data_config
 

@@ -109,7 +109,7 @@ class Dataset:
 
 
 class Divisible(Protocol):
-    """What may be parted into rows."""
+    """Data that `split` can divide."""
 
     def __len__(self) -> int: ...
 

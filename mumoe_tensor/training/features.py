@@ -12,14 +12,14 @@ from torch import nn
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.training.data import Dataset
-from mumoe_tensor.training.images import ImageFiles
+from mumoe_tensor.training.images import Images
 from mumoe_tensor.training.progress import Bar
 
 
 @torch.no_grad()
 def extract(
     backbone: nn.Module,
-    data: Dataset | ImageFiles,
+    data: Images,
     *,
     batch_size: int = 100,
     progress: bool = False,

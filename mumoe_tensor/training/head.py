@@ -57,9 +57,7 @@ class HeadSetting(HeadConfig):
         if self.backbone is None:
             return read_npz(self.inputs)
         if Path(self.inputs).is_dir():
-            if self.labels is not None:
-                raise ValueError(f"the folders of {self.inputs} are its labels; got others in {self.labels}.")
-            return ImageFiles(class_folders(self.inputs)[0], Scaled(self.size))
+            return ImageFiles(class_folders(self.inputs, self.labels)[0], Scaled(self.size))
         return read_images(self.inputs, self.labels)
 
     @property

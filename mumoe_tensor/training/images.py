@@ -99,9 +99,7 @@ class ImageData:
         return split(data, self.validation, seed=self.seed)
 
     def _folders(self, size: int) -> tuple[Images, Images]:
-        if self.labels is not None:
-            raise ValueError(f"the folders of {self.inputs} are its labels; got others in {self.labels}.")
-        files, classes = class_folders(self.inputs)
+        files, classes = class_folders(self.inputs, self.labels)
         training = ImageFiles(files, _training_transform(size, self.augment))
         if isinstance(self.validation, str):
             files, others = class_folders(self.validation)
@@ -116,13 +114,15 @@ class ImageData:
         return training, replace(validation, transform=_validation_transform(size))
 
 
-def class_folders(folder: str | Path) -> tuple[list[LabelledFile], list[str]]:
+def class_folders(folder: str | Path, labels: str | None = None) -> tuple[list[LabelledFile], list[str]]:
     """Images in a folder for each class, in the order of their paths.
 
     Parameters
     ----------
     folder : str or Path
         Labels are the numbers of its folders in the order of their names. Images may lie in folders below.
+    labels : str, optional
+        Is refused: the folders are the labels.
 
     Returns
     -------
@@ -134,8 +134,10 @@ def class_folders(folder: str | Path) -> tuple[list[LabelledFile], list[str]]:
     Raises
     ------
     ValueError
-        If there are no folders, or one has no images.
+        If there are no folders, one has no images, or there is a file of labels.
     """
+    if labels is not None:
+        raise ValueError(f"the folders of {folder} are its labels; got others in {labels}.")
     from PIL import Image
 
     kinds = Image.registered_extensions()

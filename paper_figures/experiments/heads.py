@@ -297,9 +297,14 @@ def tune_all(jobs: int | str) -> None:
 
 def learning_rate(run: Run) -> float:
     """The rate with the highest validation accuracy."""
-    group = table("heads_tuning").of(**run.tuned_as.key)
-    if len(group) != len(LEARNING_RATES):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {run.tuned_as} has {len(group)}.")
+    return tuned_rate(table("heads_tuning"), run.tuned_as.key, LEARNING_RATES)
+
+
+def tuned_rate(tuned: Ledger, key: Row, rates: Sequence[float]) -> float:
+    """The rate with the highest accuracy, once all were tried with these columns."""
+    group = tuned.of(**key)
+    if len(group) != len(rates):
+        raise ValueError(f"learning rates must be tried first, by `tune`; {key} has {len(group)}.")
     return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
 
 

@@ -33,7 +33,16 @@ from mumoe_tensor.training.head import train_head
 from mumoe_tensor.training.images import ImageFiles, Scaled, class_folders
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import DATA, TABLES, coefficients, keep, removal, table, use_of_experts
+from paper_figures.experiments.heads import (
+    DATA,
+    TABLES,
+    coefficients,
+    keep,
+    removal,
+    table,
+    tuned_rate,
+    use_of_experts,
+)
 
 FOLDER, SIZE, CLASSES = DATA / "tiny-imagenet", 128, 200
 VALIDATION = 0.1
@@ -93,7 +102,7 @@ class Run:
         format, budget = FORMATS[self.format]
         gate: Any = self.gate if self.gate in GATES[:2] else {"name": self.gate, "k": ACTIVE}
         options: Any = {"format": format, "experts": self.experts, "gate": gate, "gate_norm": self.gate_norm}
-        if self.format != "hadamard":
+        if mt.get_format(format).bonds(len(self.experts)):  # else it has no rank to fit
             options["parameters"] = budget
         head = Head(width, CLASSES, **options)
         if self.gate == "nearest_centres":
@@ -213,10 +222,7 @@ def tune_all(jobs: int | str) -> None:
 
 def learning_rate(run: Run) -> float:
     """The rate with the highest validation accuracy."""
-    group = table("tiny_imagenet_tuning").of(**run.tuned_as.key)
-    if len(group) != len(LEARNING_RATES):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {run.tuned_as} has {len(group)}.")
-    return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
+    return tuned_rate(table("tiny_imagenet_tuning"), run.tuned_as.key, LEARNING_RATES)
 
 
 def test_all(jobs: int | str) -> None:

@@ -61,7 +61,7 @@ def test_choices_and_effects(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(of_tr) == 12
     best = max(of_tr, key=lambda setting: max(mean(setting, rate) for rate in rates.LEARNING_RATES))
     assert rates.best("tr") == best
-    found = {row["difference"]: row for row in rates.claims()}
+    differences = {row["difference"]: row for row in rates.claims()}
     accuracy = {(*(row[f] for f in Setting._fields), row["seed"]): 100 * row["accuracy"] for row in tested}
     for norm in ("layer", "none"):
         by_seed = [
@@ -72,11 +72,11 @@ def test_choices_and_effects(monkeypatch: pytest.MonkeyPatch) -> None:
             ])
             for seed in rates.SEEDS
         ]  # fmt: skip
-        row = found[f"cp, norm {norm} - batch"]
+        row = differences[f"cp, norm {norm} - batch"]
         assert row["mean"] == pytest.approx(np.mean(by_seed)) and row["seeds"] == 5
         assert row["half"] == pytest.approx(2.776 * np.std(by_seed, ddof=1) / np.sqrt(5), rel=1e-3)
     gaps = [accuracy[(*best, seed)] - accuracy["mlp", "one", "", "", seed] for seed in rates.SEEDS]
-    assert found[f"tr, best of validation ({', '.join(best[1:])}) - MLP"]["mean"] == pytest.approx(
+    assert differences[f"tr, best of validation ({', '.join(best[1:])}) - MLP"]["mean"] == pytest.approx(
         np.mean(gaps)
     )
     monkeypatch.setattr(rates, "table", lambda name: ledger_of(tuning[1:]))

@@ -65,7 +65,7 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
     columns = ("accuracy", "polysemanticity", "polysemanticity_random", "entropy", "dead")
     rows = [{**run.key, **{name: draw.random() for name in columns}} for run in tiny_imagenet.runs()]
     monkeypatch.setattr(tiny_imagenet, "table", lambda name: ledger_of(rows[::-1]))
-    found = {row["difference"]: row for row in tiny_imagenet.claims()}
+    differences = {row["difference"]: row for row in tiny_imagenet.claims()}
 
     def values(column: str, **key: Any) -> Any:
         return np.array([row[column] for row in rows if key.items() <= row.items()])
@@ -73,12 +73,12 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
     plain = {"gate": "entmax15", "gate_norm": "batch"}
     one = values("accuracy", format="cp", experts="64x64", **plain)
     dense = values("accuracy", format="dense", budget=LINEAR)
-    assert found["accuracy in %, cp of 64x64 experts - dense"]["mean"] == pytest.approx(
+    assert differences["accuracy in %, cp of 64x64 experts - dense"]["mean"] == pytest.approx(
         100 * (one - dense).mean()
     )
     trained = values("polysemanticity", format="cp", experts="128", **plain)
     null = values("polysemanticity", format="cp", experts="128", gate="nearest_centres", gate_norm="none")
-    row = found["polysemanticity of 128 experts, trained - nearest_centres gate"]
+    row = differences["polysemanticity of 128 experts, trained - nearest_centres gate"]
     assert row["mean"] == pytest.approx((trained - null).mean()) and row["seeds"] == 5
 
 

@@ -24,13 +24,13 @@ def test_a_saved_model_is_loaded_with_its_tokenizer(saved_llama: Path, llama: An
     assert next(load_language_model(saved_llama)[0].parameters()).dtype == torch.float32
 
 
-def test_a_torchvision_of_another_build_is_named(
+def test_a_torchvision_that_does_not_fit_is_named(
     saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    with pytest.raises(ImportError, match=r"torchvision must be of torch's build.*nms does not exist"):
+    with pytest.raises(ImportError, match=r"torchvision must fit torch.*nms does not exist"):
         load_language_model(saved_llama)
 
 

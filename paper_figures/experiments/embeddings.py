@@ -1,0 +1,23 @@
+"""Features of images by EfficientNet-Lite2, whose weights `make data` fetches."""
+
+from __future__ import annotations
+
+import torch
+
+from mumoe_tensor.models import load_backbone
+from mumoe_tensor.training import Dataset, extract
+from mumoe_tensor.training.images import ImageFiles, LabelledFile, Scaled
+from paper_figures.experiments.heads import DATA
+
+#: Height and width that images are scaled to.
+SIZE = 128
+
+
+def embed(files: list[LabelledFile]) -> Dataset:
+    """Features of shape (images, 352) in float32, computed in bfloat16; labels as they are."""
+    (weights,) = (DATA / "efficientnet-lite2").glob("*.pth")
+    network = load_backbone("efficientnet-lite2", weights, SIZE)
+    network.to(memory_format=torch.channels_last)  # faster on a CPU, as is bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        features = extract(network, ImageFiles(files, Scaled(SIZE)), progress=True)
+    return Dataset(features.x.float(), features.y)

@@ -11,7 +11,7 @@ Settings: attributes of CelebA (blond men, old women) and Adult (well-paid women
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from matplotlib.figure import Figure
 
@@ -21,11 +21,13 @@ from mumoe_tensor.ledger import Ledger
 from paper_figures.common import FOLDER, Row, colour_of, new_figure
 
 TABLE = FOLDER / "tables" / "bias.csv"
-TASKS = {
+ATTRIBUTES = {
     "celeba Blond_Hair=1 Male=1": "CelebA: blond men",
     "celeba Young=0 Male=0": "CelebA: old women",
     "adult income=1 Male=0": "Adult: well-paid women",
 }
+FACES = {"faces.npz old=1 male=0": "UTKFace: old women", "faces.npz old=0 male=1": "UTKFace: young men"}
+TASKS = ATTRIBUTES | FACES
 TITLES = {
     "edit": "expert edit of the μMoE",
     "threshold": "global threshold of the μMoE",
@@ -47,10 +49,15 @@ MARKERS = {"linear": "v", "high-rank linear": "^", "mumoe": "o", "oversampling":
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a task, method and strength: means over seeds. Strength None: that chosen for each."""
+    """Rows of the tasks with attributes, see `means`."""
+    return means(ATTRIBUTES)
+
+
+def means(tasks: Collection[str]) -> list[Row]:
+    """One row per task, method and strength: means over seeds. Strength None is the one chosen per seed."""
     tested = Ledger(TABLE, COLUMNS).of(split="test")
     records = []
-    for task in dict.fromkeys(row["task"] for row in tested):
+    for task in tasks:
         for method in METHODS:
             group = [row for row in tested if (row["task"], row["method"]) == (task, method)]
             chosen = [row for row in group if row["chosen"]]

@@ -39,6 +39,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from mumoe_tensor import study  # noqa: E402
 from mumoe_tensor.cli import app  # noqa: E402
+from mumoe_tensor.configs.bias import RECIPES  # noqa: E402
 from mumoe_tensor.experiments import bias  # noqa: E402
 from mumoe_tensor.models import load_head, load_model, save_head, save_model  # noqa: E402
 from mumoe_tensor.nn.weights import read_tensors, read_weights, write_tensors  # noqa: E402
@@ -590,7 +591,7 @@ def test_models_of_an_experiment(damage: str, work: Path) -> None:
     old.unlink()
     (TENSORS | {"missing": Path.unlink})[damage](path)
     task = attributes.read_adult(work / "adult", ("income", 1), ("Male", 0))
-    experiment = bias.Experiment(task, bias.RECIPES["adult"].quick(), work / "bias")
+    experiment = bias.Experiment(task, RECIPES["adult"].quick(), work / "bias")
     with pytest.raises((ValueError, FileNotFoundError), match="mumoe-0"):
         experiment.test()
 

@@ -15,7 +15,7 @@ safetensors = pytest.importorskip("safetensors")
 pytest.importorskip("accelerate")
 
 import mumoe_tensor.nn as mnn  # noqa: E402
-from mumoe_tensor.browser import browse  # noqa: E402
+from mumoe_tensor.browser import PageConfig, browse  # noqa: E402
 from mumoe_tensor.formats import formats  # noqa: E402
 from mumoe_tensor.models import load_head, load_model  # noqa: E402
 from mumoe_tensor.training.folder import read_config  # noqa: E402
@@ -152,17 +152,18 @@ def test_a_run_on_images_that_were_not_scaled_does_not_go_on_with_scaled_ones(ru
 
 @pytest.mark.parametrize("kind", ["head", "mixer"])
 def test_recorded_runs_are_browsed(runs: Path, kind: str) -> None:
-    assert "experts" in browse(runs / kind, rows=12, k=2, removed=2)
+    assert "experts" in browse(runs / kind, PageConfig(rows=12, shown=2, removed=2))
 
 
 def test_a_recorded_experiment_resumes(runs: Path) -> None:
     pytest.importorskip("fairlearn")
+    from mumoe_tensor.configs.bias import RECIPES
     from mumoe_tensor.experiments import bias
     from mumoe_tensor.training.attributes import read_adult
 
     task = read_adult(Path("adult"), ("income", 1), ("Male", 0))
     before = (runs / "bias" / "results.csv").read_text()
-    experiment = bias.Experiment(task, bias.RECIPES["adult"].quick(), runs / "bias")
+    experiment = bias.Experiment(task, RECIPES["adult"].quick(), runs / "bias")
     experiment.validate()
     assert (runs / "bias" / "results.csv").read_text() == before
     experiment.test()

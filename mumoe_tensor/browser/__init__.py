@@ -7,10 +7,12 @@ from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.run import browse
 from mumoe_tensor.browser.samples import Images, Texts
 from mumoe_tensor.browser.view import Sample, View
+from mumoe_tensor.configs.page import PageConfig
 
 __all__ = [
     "ExpertLevel",
     "Images",
+    "PageConfig",
     "Sample",
     "Texts",
     "View",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.browser.collect import Progress
-from mumoe_tensor.browser.models import browse_language_model, browse_model, check_counts
+from mumoe_tensor.browser.models import browse_language_model, browse_model
 from mumoe_tensor.browser.samples import Images
+from mumoe_tensor.configs.page import PageConfig
 from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.readers import array_names, read_arrays, reading
 from mumoe_tensor.replace import read_texts, windows
@@ -27,14 +27,9 @@ CONTEXT = 256
 
 def browse_built(
     build: str,
+    config: PageConfig | None = None,
     *,
     data: str | Path | None = None,
-    texts: str | Path | None = None,
-    images: str | Path | None = None,
-    classes: Sequence[str] = (),
-    rows: int | None = None,
-    k: int = 8,
-    removed: int = 16,
     progress: Progress | None = None,
 ) -> str:
     """Make the page of a model that a function of the user's own builds.
@@ -46,20 +41,12 @@ def browse_built(
     build : str
         ``package.module:function``, also from the current folder. The function takes no argument and returns
         the model, or of a language model the model and its tokenizer.
+    config : PageConfig, optional
+        What the page shows. A language model takes the place of `data` by its `texts`, in windows of 256
+        tokens; `images` are not needed for inputs that are images.
     data : str or Path, optional
         An ``.npz`` file with inputs as x, and perhaps their classes as y. Bytes become numbers from 0 to 1,
         floats and booleans float32; other integers stay such.
-    texts : str or Path, optional
-        In the place of `data`, of a language model: see `.read_texts`.
-    images : str or Path, optional
-        What the inputs look like: an ``.npz`` file with images as x, in the same order. Not needed for inputs
-        that are images.
-    classes : sequence of str, optional
-        Names of the classes.
-    rows : int, optional
-        Inputs to look at, the first ones, or windows of 256 tokens; all by default.
-    k, removed : int
-        As of `browse_model`.
     progress : callable, optional
         As of `browse_model`.
 
@@ -73,12 +60,13 @@ def browse_built(
     ValueError
         If the function cannot be imported or called, or returns something else, or files do not fit it.
     """
+    config = config or PageConfig()
+    texts, images, rows = config.texts, config.images, config.rows
     if (data is None) == (texts is None):
         raise ValueError("a model needs either data or texts as its inputs.")
-    check_counts(removed, k=k, rows=rows)
     model, tokenizer = build_model(build)
     if texts is not None:
-        if images is not None or classes:
+        if images is not None or config.classes:
             raise ValueError("texts have no images or classes; those are for data.")
         if tokenizer is None:
             raise ValueError(f"for texts, {build} must return the model and its tokenizer; it has none.")
@@ -86,7 +74,7 @@ def browse_built(
         inputs = torch.stack(tokens[:rows])
         _check_call(build, model, inputs[:2])
         return browse_language_model(
-            model, tokenizer.decode, inputs, k=k, removed=removed, progress=progress,
+            model, tokenizer.decode, inputs, k=config.shown, removed=config.removed, progress=progress,
             title=f"Experts of {build}", about=f"Texts: {Path(texts).name}.",
         )  # fmt: skip
     assert data is not None
@@ -103,9 +91,9 @@ def browse_built(
         samples = _as_images(x)
     _check_call(build, model, x[:2], 0 if labels is None or not len(labels) else int(labels.max()) + 1)
     return browse_model(
-        model, x[:rows], labels if labels is None else labels[:rows], samples=samples, classes=classes, k=k,
-        removed=removed, progress=progress, title=f"Experts of {build}",
-        about=f"{len(x[:rows]):,} inputs of {Path(data).name}.",
+        model, x[:rows], labels if labels is None else labels[:rows], samples=samples,
+        classes=config.classes, k=config.shown, removed=config.removed, progress=progress,
+        title=f"Experts of {build}", about=f"{len(x[:rows]):,} inputs of {Path(data).name}.",
     )  # fmt: skip
 
 

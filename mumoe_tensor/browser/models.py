@@ -13,7 +13,7 @@ from mumoe_tensor.browser.collect import Progress, collect
 from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.samples import Images, Texts
 from mumoe_tensor.browser.view import Sample, View
-from mumoe_tensor.checks import as_integer, as_positive
+from mumoe_tensor.configs.page import check_counts
 
 #: Most used experts of a level that are shown of a language model.
 EXPERTS = 256
@@ -141,15 +141,6 @@ def legend_of_classes(removed: int, experts: Sequence[int], looked: int) -> str:
         f"{start} brackets, the change of their accuracy without it, in points. Effect: the sum of these "
         f"changes, {measured(removed, experts)} on {looked:,} inputs."
     )
-
-
-def check_counts(removed: int, **counts: int | None) -> None:
-    """Numbers of things to show must be positive, that of experts to remove not negative."""
-    for name, count in counts.items():
-        if count is not None:
-            as_positive(count, name)
-    if as_integer(removed, "removed") < 0:
-        raise ValueError(f"removed must not be negative, got {removed}.")
 
 
 def check_names(classes: Sequence[str], count: int) -> None:

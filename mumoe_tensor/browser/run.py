@@ -15,7 +15,6 @@ from mumoe_tensor.browser.models import (
     EFFECT_INPUTS,
     EXPERTS,
     PASSAGE,
-    check_counts,
     check_names,
     legend_of_classes,
     view_language_model,
@@ -24,6 +23,7 @@ from mumoe_tensor.browser.models import (
 from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.samples import Images
 from mumoe_tensor.browser.view import STRONGEST, Sample, View
+from mumoe_tensor.configs.page import PageConfig
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head
 from mumoe_tensor.nn.watch import gates_of
@@ -49,14 +49,8 @@ TEMPERATURE, TOP_K = 0.8, 40
 
 def browse(
     folder: str | Path,
+    config: PageConfig | None = None,
     *,
-    images: str | Path | None = None,
-    classes: Sequence[str] = (),
-    vocabulary: str | Path = "data/gpt2-vocabulary",
-    texts: str | Path | None = None,
-    rows: int | None = None,
-    k: int = 8,
-    removed: int = 16,
     beside: str | Path | None = None,
     progress: Progress | None = None,
 ) -> str:
@@ -68,21 +62,8 @@ def browse(
     ----------
     folder : str or Path
         That of the run, or of the layer.
-    images : str or Path, optional
-        Of a head on features: an ``.npz`` file with their images as x, in the same order.
-    classes : sequence of str, optional
-        Names of the classes of images.
-    vocabulary : str or Path, default "data/gpt2-vocabulary"
-        Of a GPT-2: the folder with the byte pairs, ``encoder.json`` and ``vocab.bpe``.
-    texts : str or Path, optional
-        Of a layer that replaces another: see `.read_texts`; by default the test texts of its grid.
-    rows : int, optional
-        Validation rows to look at: 2000 images by default, or whole windows of at least 65,536 tokens.
-    k : int, default 8
-        Inputs to show for each expert.
-    removed : int, default 16
-        Of Mixer, GPT-2 and layers that replace others, experts of a level that are removed to see their
-        effect: the most used ones; of a head, all are.
+    config : PageConfig, optional
+        What the page shows.
     beside : str or Path, optional
         Another run, of inputs of the same kind, to compare it with.
     progress : callable, optional
@@ -96,81 +77,57 @@ def browse(
     Raises
     ------
     ValueError
-        If the folder has no finished run, or its model has no experts, or an argument does not fit it.
+        If the folder has no finished run, or its model has no experts, or the config does not fit it.
     """
-    check_counts(removed, k=k, rows=rows)
+    config = config or PageConfig()
     folders = [Path(each) for each in (folder, beside) if each is not None]
-    views = [
-        _view_run(each, images, classes, Path(vocabulary), texts, rows, k, removed, progress)
-        for each in folders
-    ]
-    return page(*views)
+    return page(*(_view_run(each, config, progress) for each in folders))
 
 
-def _view_run(
-    folder: Path,
-    images: str | Path | None,
-    classes: Sequence[str],
-    vocabulary: Path,
-    texts: str | Path | None,
-    rows: int | None,
-    k: int,
-    removed: int,
-    progress: Progress | None,
-) -> View:
+def _view_run(folder: Path, config: PageConfig, progress: Progress | None) -> View:
     if (folder / "grid.json").exists():
         raise ValueError(f"choose the folder of one layer in {folder / 'layers'}.")
     if is_saved(folder):
-        return _view_replaced(folder, texts, rows, k, removed, progress)
-    if texts is not None:
+        return _view_replaced(folder, config, progress)
+    if config.texts is not None:
         raise ValueError(f"texts are for a layer that replaces another; {folder} has a run of another kind.")
     settings, model = read_run(folder)
     if isinstance(settings, HeadSetting):
         assert isinstance(model, Head)
-        return _view_head(folder, settings, model, images, classes, rows or ROWS, k, progress)
-    if images is not None:
+        return _view_head(folder, settings, model, config, progress)
+    if config.images is not None:
         raise ValueError(f"images are for a head on features; {folder} has a run of another kind.")
     gates_of(model)  # without experts there is nothing to show
     if isinstance(settings, MixerRun):
-        return _view_mixer(settings, model, classes, rows or ROWS, k, removed, progress)
-    return _view_gpt2(settings, model, vocabulary, rows, k, removed, progress)
+        return _view_mixer(settings, model, config, progress)
+    return _view_gpt2(settings, model, config, progress)
 
 
-def _view_replaced(
-    folder: Path, texts: str | Path | None, rows: int | None, k: int, removed: int, progress: Progress | None
-) -> View:
+def _view_replaced(folder: Path, config: PageConfig, progress: Progress | None) -> View:
     layer, place = load_in_place(folder)
     model, tokenizer = load_language_model(place.model)
-    path = place.texts if texts is None else texts
+    path = place.texts if config.texts is None else config.texts
     tokens, _ = windows(read_texts(path), tokenizer, place.context)
-    count = -(-TOKENS // place.context) if rows is None else rows
+    count = -(-TOKENS // place.context) if config.rows is None else config.rows
     limit = inf if place.limit is None else place.limit
     with splice(model, place.module, Replaced(model.get_submodule(place.module), layer, limit)):
         return view_language_model(
-            model, tokenizer.decode, torch.stack(tokens[:count]), [f"{place.module}.layer"], k, EXPERTS,
-            removed, f"{type(layer).__name__} in the place of {place.module}", f"Texts: {Path(path).name}.",
-            progress,
+            model, tokenizer.decode, torch.stack(tokens[:count]), [f"{place.module}.layer"], config.shown,
+            EXPERTS, config.removed, f"{type(layer).__name__} in the place of {place.module}",
+            f"Texts: {Path(path).name}.", progress,
         )  # fmt: skip
 
 
-def _view_mixer(
-    settings: MixerRun,
-    model: Any,
-    classes: Sequence[str],
-    rows: int,
-    k: int,
-    removed: int,
-    progress: Progress | None,
-) -> View:
-    check_names(classes, model.config.classes)
+def _view_mixer(settings: MixerRun, model: Any, config: PageConfig, progress: Progress | None) -> View:
+    sizes, removed = model.config, config.removed
+    check_names(config.classes, sizes.classes)
     _, kept = settings.read_data()
-    x, y = kept.batch(torch.arange(min(rows, len(kept))))
+    x, y = kept.batch(torch.arange(min(config.rows or ROWS, len(kept))))
     levels = collect(
-        model, x, y, k=k, pool="mean", effects=removed > 0, removed=removed, effect_inputs=EFFECT_INPUTS,
-        progress=progress,
+        model, x, y, k=config.shown, pool="mean", effects=removed > 0, removed=removed,
+        effect_inputs=EFFECT_INPUTS, progress=progress,
     )  # fmt: skip
-    config = model.config
-    side = config.image_size // config.patch
+    side = sizes.image_size // sizes.patch
     pixels = x.permute(0, 2, 3, 1)
     if Path(settings.data.inputs).is_dir():  # whose images are normalised
         pixels = pixels * torch.tensor(DEVIATION) + torch.tensor(MEAN)
@@ -180,35 +137,26 @@ def _view_mixer(
     looked = min(EFFECT_INPUTS, len(x))
     return View(
         levels,
-        Images((pixels[..., 0] if config.channels == 1 else pixels).numpy()),
-        title=f"{_times(config.experts)} experts in every block of a Mixer, {config.format}",
+        Images((pixels[..., 0] if sizes.channels == 1 else pixels).numpy()),
+        title=f"{_times(sizes.experts)} experts in every block of a Mixer, {sizes.format}",
         about=f"{len(x):,} images that it was not trained on.",
         legend=(
             "An expert of a token_mlp sees the channels of an "
             "image, each over all patches; one of a channel_mlp sees the patches. An image counts with the "
             "mean coefficient of its channels or patches; patches are shaded by theirs, relative to the "
-            f"largest on the card. {legend_of_classes(removed, config.experts, looked)} "
+            f"largest on the card. {legend_of_classes(removed, sizes.experts, looked)} "
             "Load: channels or patches with a coefficient of 0.5 or more."
         ),
-        classes=classes,
-        grids={f"blocks.{block}.channel_mlp": (side, side) for block in range(config.depth)},
+        classes=config.classes,
+        grids={f"blocks.{block}.channel_mlp": (side, side) for block in range(sizes.depth)},
     )
 
 
-def _view_gpt2(
-    settings: GPT2Run,
-    model: Any,
-    vocabulary: Path,
-    rows: int | None,
-    k: int,
-    removed: int,
-    progress: Progress | None,
-) -> View:
+def _view_gpt2(settings: GPT2Run, model: Any, config: PageConfig, progress: Progress | None) -> View:
     _, kept = settings.read_data()
-    config = model.config
-    context = config.context
-    decode = _decoder(settings, vocabulary)
-    count = min(-(-TOKENS // context) if rows is None else rows, len(kept))
+    sizes, context = model.config, model.config.context
+    decode = _decoder(settings, config.vocabulary_files)
+    count = min(-(-TOKENS // context) if config.rows is None else config.rows, len(kept))
     x, y = kept.batch(torch.arange(count))
     return view_tokens(
         model,
@@ -216,9 +164,9 @@ def _view_gpt2(
         y,
         decode,
         passage=max(size for size in range(1, min(PASSAGE, context) + 1) if context % size == 0),
-        k=k,
-        removed=removed,
-        title=f"{_times(config.experts)} experts in every block of a GPT-2, {config.format}",
+        k=config.shown,
+        removed=config.removed,
+        title=f"{_times(sizes.experts)} experts in every block of a GPT-2, {sizes.format}",
         about=f"{x.numel():,} tokens that it was not trained on.",
         written=_written(model, x[len(x) // 2], decode),
         progress=progress,
@@ -266,24 +214,18 @@ def _times(experts: Sequence[int]) -> str:
 
 
 def _view_head(
-    folder: Path,
-    setting: HeadSetting,
-    head: Head,
-    images: str | Path | None,
-    classes: Sequence[str],
-    rows: int,
-    k: int,
-    progress: Progress | None,
+    folder: Path, setting: HeadSetting, head: Head, config: PageConfig, progress: Progress | None
 ) -> View:
-    data = setting.read_data()
+    data, classes = setting.read_data(), config.classes
     _, kept = split(data, setting.validation, seed=0)
-    kept = kept.rows(torch.arange(min(rows, len(kept))))
+    kept = kept.rows(torch.arange(min(config.rows or ROWS, len(kept))))
     if not isinstance(kept, Dataset):
-        kept, classes = Dataset(*kept.batch(range(len(kept)))), classes or class_folders(setting.inputs)[1]
+        kept = Dataset(*kept.batch(range(len(kept))))
+        classes = classes or tuple(class_folders(setting.inputs)[1])
     samples = None
-    if images is not None:
-        (pictures,) = read_arrays(images, ("x",))
-        with reading(images):
+    if config.images is not None:
+        (pictures,) = read_arrays(config.images, ("x",))
+        with reading(config.images):
             if pictures.shape[:1] != (len(data),):
                 raise ValueError(
                     f"there must be an image for every input; x has shape {pictures.shape}, the run has "
@@ -305,7 +247,8 @@ def _view_head(
                 load_tensors(backbone, tensors)
         kept = extract(backbone, kept)
     check_names(classes, head.config["classes"])
-    levels, experts = collect(head, kept.x.flatten(1), kept.y, k=k, progress=progress), head.config["experts"]
+    levels = collect(head, kept.x.flatten(1), kept.y, k=config.shown, progress=progress)
+    experts = head.config["experts"]
     return View(
         levels,
         samples,

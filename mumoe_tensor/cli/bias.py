@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mumoe_tensor.cli.configs import options_of
 from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
 from mumoe_tensor.cli.options import Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
+from mumoe_tensor.configs.bias import RECIPES, Recipe
 from mumoe_tensor.extras import require
 from mumoe_tensor.files import alone_in
 
 
+@options_of("recipe", Recipe, ["seeds"])
 def bias(
     target: Annotated[
         str,
@@ -37,7 +40,8 @@ def bias(
         ),
     ] = None,
     jobs: Jobs = "1",
-    seeds: Annotated[int, typer.Option(help="Number of trainings of each model.")] = 5,
+    *,
+    recipe: dict[str, Any],
     test: Annotated[
         bool, typer.Option("--test", help="Evaluate on test rows, once validation is finished.")
     ] = False,
@@ -61,13 +65,10 @@ def bias(
         from mumoe_tensor.experiments import bias as experiments
         from mumoe_tensor.training.attributes import read_adult, read_celeba, read_embeddings
 
-        if seeds < 1:
-            raise ValueError(f"--seeds must be positive, got {seeds}.")
         sides, place = (_side("target", target), _side("group", group)), folder / data
         is_own = data.endswith(".npz")
-        if data not in experiments.RECIPES and not is_own:
-            recipes = ", ".join(experiments.RECIPES)
-            raise ValueError(f"--data must be one of {recipes} or a file *.npz, got {data!r}.")
+        if data not in RECIPES and not is_own:
+            raise ValueError(f"--data must be one of {', '.join(RECIPES)} or a file *.npz, got {data!r}.")
         if not is_own and not place.is_dir():
             raise OSError(f"there is no folder {place}; `mumoe-tensor data` fetches the data into data.")
         if data == "celeba":
@@ -76,14 +77,14 @@ def bias(
             task = read_embeddings(Path(data), *sides) if is_own else read_adult(place, *sides)
         else:
             raise ValueError(f"--embeddings are of the images of celeba, {data} has none.")
-        recipe = replace(experiments.RECIPES["adult" if is_own else data], seeds=seeds)
-        if len(task.training) < recipe.batch_size:
-            recipe = replace(recipe, batch_size=len(task.training))
+        chosen = replace(RECIPES["adult" if is_own else data], **recipe)
+        if len(task.training) < chosen.batch_size:
+            chosen = replace(chosen, batch_size=len(task.training))
         if quick:
-            task, recipe = replace(task, name=f"{task.name} quick"), recipe.quick()
+            task, chosen = replace(task, name=f"{task.name} quick"), chosen.quick()
         split = "test" if test else "validation"
         with alone_in(out, "models"), can_go_on(), progress_bar(task.name) as progress:
-            experiment = experiments.Experiment(task, recipe, out)
+            experiment = experiments.Experiment(task, chosen, out)
             (experiment.test if test else experiment.validate)(progress, read_jobs(jobs))
     rows = experiment.rows(split)
     methods, differences = experiments.summary(rows), experiments.comparisons(rows)
@@ -100,7 +101,7 @@ def bias(
     for row in differences:
         table.add_row(row["metric"], row["of"], row["minus"], _with_half(row["difference"], row["half"]))
     show(table, labels=3)
-    print(f"Means and 95 % intervals over {recipe.seeds} seed(s). Written to {out / 'results.csv'}.")
+    print(f"Means and 95 % intervals over {chosen.seeds} seed(s). Written to {out / 'results.csv'}.")
 
 
 def _side(option: str, text: str) -> tuple[str, int]:

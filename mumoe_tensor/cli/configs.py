@@ -7,18 +7,31 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from inspect import Parameter, Signature, getdoc, signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
 from mumoe_tensor.cli.console import bad_input
-from mumoe_tensor.cli.values import read_integers, read_list, read_several
+from mumoe_tensor.cli.values import (
+    read_budget,
+    read_entry,
+    read_experts,
+    read_integers,
+    read_list,
+    read_rank,
+    read_several,
+)
+from mumoe_tensor.configs.kinds import Budget, FormatEntry, Levels, Rank
 
 #: What reads the text of an option, by the type of the attribute; typer reads the other types.
 READERS: dict[Any, Callable[[str], Any]] = {
     tuple[int, ...]: read_integers,
     tuple[str, ...]: read_list,
-    tuple[tuple[int, ...], ...]: read_several,
+    Levels: read_experts,
+    tuple[Levels, ...]: read_several,
+    Rank | None: read_rank,
+    Budget | None: read_budget,
+    FormatEntry: read_entry,
 }
 Command = Callable[..., None]
 
@@ -42,13 +55,14 @@ def options_of(
     quick : mapping, optional
         Other defaults that `--quick` brings, for the help.
     """
-    hints = get_type_hints(config)
+    hints = get_type_hints(config, include_extras=True)
     texts = dict(re.findall(r"^(\w+)(?: : .*)?\n((?: {4}.+\n?)+)", getdoc(config) or "", re.MULTILINE))
     attributes = [field for field in fields(config) if field.name in (names or hints)]
 
     def option(attribute: Field[Any], place: Parameter) -> Parameter:
         name, default = attribute.name, attribute.default
-        hint: Any = str if hints[name] in READERS else hints[name]
+        is_text = hints[name] in READERS or get_origin(hints[name]) is Literal  # older typer has no choices
+        hint: Any = str if is_text else hints[name]
         shown = "" if default in (MISSING, None) or hint is bool else _text(default)
         if quick and name in quick:
             shown += f"; quick {_text(quick[name])}"

@@ -11,12 +11,9 @@ import typer
 from mumoe_tensor.cli.configs import options_of
 from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
 from mumoe_tensor.cli.options import Imports, Json
-from mumoe_tensor.cli.values import read_budget, read_experts, read_rank
-from mumoe_tensor.configs.head import HeadConfig
+from mumoe_tensor.configs.head import HeadConfig, HeadModelConfig
 from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.extras import require
-from mumoe_tensor.formats.registry import config_entry
-from mumoe_tensor.formats.text import read_format
 
 ConfigName = Annotated[
     str | None,
@@ -46,6 +43,7 @@ TRAIN = ("epochs", "batch_size", "learning_rate", "weight_decay", "patience", "s
 
 
 @options_of("data", HeadConfig)
+@options_of("model", HeadModelConfig)
 @options_of("train", TrainConfig, TRAIN)
 def train_head(
     features: Annotated[
@@ -62,33 +60,7 @@ def train_head(
     ] = None,
     *,
     data: dict[str, Any],
-    format: Annotated[
-        str, typer.Option(help="Tensor format of the experts; linear for a dense head.")
-    ] = "cp",
-    experts: Annotated[str, typer.Option(help="Number of experts, e.g. 64, or 8x8 for two levels.")] = "64",
-    hidden: Annotated[
-        int | None,
-        typer.Option(help="Hidden size of a head of two layers.", show_default="one layer"),
-    ] = None,
-    rank: Annotated[
-        str | None,
-        typer.Option(
-            help="Rank, one number per bond; ? for the one that --parameters determines, e.g. 4,4,?.",
-            show_default="the smallest at which an expert can have full rank",
-        ),
-    ] = None,
-    parameters: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of a rank: a number of parameters, match for those of the dense head, or a "
-            "multiple as 2x. Gate and biases count.",
-            show_default=False,
-        ),
-    ] = None,
-    gate: Annotated[str, typer.Option(help="Gate function: entmax15, sparsemax or softmax.")] = "entmax15",
-    gate_norm: Annotated[
-        str, typer.Option(help="Norm of the gate's logits: batch, layer or none.")
-    ] = "batch",
+    model: dict[str, Any],
     train: dict[str, Any],
     fresh: FreshRun = False,
     out: Annotated[Path, typer.Option(help="Folder for the head.")] = Path("results/head"),
@@ -111,23 +83,12 @@ def train_head(
         inputs = [path for path in (features, images) if path is not None]
         if len(inputs) != 1:
             raise ValueError("give either --features or --images.")
-        options: dict[str, Any] = {"format": format, "hidden": hidden}
-        if format != "linear":
-            options |= {
-                "format": config_entry(read_format(format)),
-                "experts": read_experts(experts),
-                "gate": gate,
-                "gate_norm": gate_norm,
-            }
-        if rank is not None or parameters is not None:
-            options |= {
-                "rank": read_rank(rank),
-                "parameters": None if parameters is None else read_budget(parameters),
-            }
         if images is not None:
             backbone = data.setdefault("backbone", "efficientnet-lite0")
             data["weights"] = data.get("weights") or _weights(backbone)
-        setting = HeadSetting(str(inputs[0]), options, TrainConfig(**train), **data)
+        setting = HeadSetting(
+            str(inputs[0]), HeadModelConfig(**model).arguments(), TrainConfig(**train), **data
+        )
     _run(setting, out, as_json, fresh=fresh)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mumoe_tensor.configs.head import LINEAR
 from mumoe_tensor.contraction.machine import AnyMachine, as_machine
+from mumoe_tensor.formats.registry import config_entry
 from mumoe_tensor.formats.text import read_format
 from mumoe_tensor.spec import LayerSpec
 
@@ -63,6 +65,11 @@ def read_rank(text: str | None) -> tuple[int | None, ...] | None:
     except ValueError:
         rule = "--rank must be numbers with commas between, e.g. 64,128,128; for fit one may be ?"
         raise ValueError(f"{rule}; got {text!r}.") from None
+
+
+def read_entry(text: str) -> str | dict[str, Any]:
+    """The config entry of a format from its name or from JSON; linear stays."""
+    return text if text == LINEAR else config_entry(read_format(text))
 
 
 def read_spec(

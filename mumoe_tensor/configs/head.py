@@ -1,8 +1,52 @@
-"""What is below a head, and which rows it is trained on."""
+"""A head, what is below it, and which rows it is trained on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mumoe_tensor.configs.kinds import Budget, FormatEntry, Levels, Rank
+
+#: The name of a head without experts, where others have that of a format.
+LINEAR = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadModelConfig:
+    """The head itself, see `.models.Head`.
+
+    Attributes
+    ----------
+    format : str or dict
+        Tensor format of the experts; linear for a dense head.
+    experts : tuple of int
+        Number of experts, e.g. 64, or 8x8 for two levels.
+    hidden : int or None
+        Hidden size of a head of two layers. By default the head has one layer.
+    rank : tuple of int and None, or None
+        Rank, one number per bond; ? for the one that --parameters determines, e.g. 4,4,?. By default the
+        smallest at which an expert can have full rank.
+    parameters : int or str or None
+        Instead of a rank: a number of parameters, match for those of the dense head, or a multiple as 2x.
+        Gate and biases count.
+    gate : str
+        Gate function: entmax15, sparsemax or softmax.
+    gate_norm : {"batch", "layer", "none"}
+        Norm of the gate's logits: batch, layer or none.
+    """
+
+    format: FormatEntry = "cp"
+    experts: Levels = (64,)
+    hidden: int | None = None
+    rank: Rank | None = None
+    parameters: Budget | None = None
+    gate: str = "entmax15"
+    gate_norm: Literal["batch", "layer", "none"] = "batch"
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `.models.Head`, without those that a dense head ignores."""
+        ignored = ("experts", "gate", "gate_norm") if self.format == LINEAR else ()
+        return {name: value for name, value in asdict(self).items() if name not in ignored}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-Levels = tuple[int, ...]
+from mumoe_tensor.configs.kinds import Levels
+
 #: Names of `data` that are no files.
 DIGITS, NO_DATA = "digits", "none"
 

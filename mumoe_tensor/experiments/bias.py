@@ -6,7 +6,6 @@ What is done, and what is chosen where, stands in the protocol: ``docs/experimen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from statistics import mean
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients, remove_edit
+from mumoe_tensor.configs.bias import Recipe
 from mumoe_tensor.interval import interval
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, Row
@@ -58,48 +58,6 @@ COMPARED = (
 
 #: Called with the number of runs that are done, that of all, and the last one.
 Progress = Callable[[float, float, str], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How models are made, trained and corrected.
-
-    Attributes
-    ----------
-    epochs, batch_size : int
-    seeds : int
-        Trainings of each model.
-    experts, rank : int
-        Of the μMoE, in the CP format.
-    hidden : int
-        Between the two maps of the high-rank linear model.
-    learning_rates, repetitions, alphas : tuple
-        Of which one is chosen on validation rows; of α, see `AdversarialFairnessClassifier` of fairlearn.
-    strengths : tuple of float
-        What corrections add to the logits of the subpopulation on average; the first is 0.
-    """
-
-    epochs: int
-    batch_size: int
-    seeds: int = 5
-    experts: int = 128
-    rank: int = 512
-    hidden: int = 1024
-    learning_rates: tuple[float, ...] = (0.001, 0.01, 0.1)
-    repetitions: tuple[int, ...] = (4, 16, 64)
-    alphas: tuple[float, ...] = (0.01, 0.1, 1.0)
-    strengths: tuple[float, ...] = tuple(k / 4 for k in range(33))
-
-    def quick(self) -> Recipe:
-        """A small and short one of the same data, to see that all works."""
-        return replace(
-            self, epochs=1, seeds=1, experts=8, rank=16, hidden=16, learning_rates=(0.01,), repetitions=(4,),
-            alphas=(0.1,), strengths=(0.0, 2.0, 4.0),
-        )  # fmt: skip
-
-
-#: By the name of the data.
-RECIPES = {"celeba": Recipe(epochs=6, batch_size=2048), "adult": Recipe(epochs=20, batch_size=512)}
 
 
 class Experiment:

@@ -6,20 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_positive
+from mumoe_tensor.configs.head import LINEAR, HeadModelConfig
 from mumoe_tensor.formats import Format
 from mumoe_tensor.nn import MuMoE, MuMoEMLP
+from mumoe_tensor.nn.experts import Init
+from mumoe_tensor.nn.gate import GateNorm
 from mumoe_tensor.nn.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.readers import parse_json, reading
 from mumoe_tensor.spec import LayerSpec, as_budget
-
-#: The name of a head without experts, where others have that of a format.
-LINEAR = "linear"
 
 
 class Head(nn.Module):
@@ -67,13 +67,13 @@ class Head(nn.Module):
         classes: int,
         hidden: int | None = None,
         *,
-        format: str | Mapping[str, Any] | Format = "cp",
-        experts: Any = 64,
+        format: str | Mapping[str, Any] | Format = HeadModelConfig.format,
+        experts: Any = HeadModelConfig.experts,
         rank: Any = None,
         parameters: int | str | None = None,
-        gate: str = "entmax15",
-        gate_norm: Literal["batch", "layer", "none"] = "batch",
-        init: Literal["linear", "published"] = "linear",
+        gate: str = HeadModelConfig.gate,
+        gate_norm: GateNorm = HeadModelConfig.gate_norm,
+        init: Init = "linear",
     ):
         super().__init__()
         in_features, classes = as_positive(in_features, "in_features"), as_positive(classes, "classes")

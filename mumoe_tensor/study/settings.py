@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mumoe_tensor.checks import as_positive, as_python, check_choice, check_flag
-from mumoe_tensor.configs.study import DIGITS, NO_DATA, QUICK, Levels, StudyConfig
+from mumoe_tensor.configs.kinds import Levels
+from mumoe_tensor.configs.study import DIGITS, NO_DATA, QUICK, StudyConfig
 from mumoe_tensor.contraction.machine import MACHINES
 from mumoe_tensor.formats import Format
 from mumoe_tensor.formats.registry import formats as registered

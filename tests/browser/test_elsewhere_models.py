@@ -330,6 +330,8 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
         ("build", "--texts texts.jsonl --allow-import", "must return the model and its tokenizer"),
         ("build", "--data texts.jsonl --allow-import", "texts.jsonl: "),
         ("build", "--data rows.npz --rows 0 --allow-import", "rows must be positive"),
+        ("build", "--data rows.npz --shown 0 --allow-import", "shown must be positive, got 0"),
+        ("build", "--data rows.npz --removed -1 --allow-import", "removed must not be negative, got -1"),
         ("build", "--data rows.npz --classes a --allow-import", "a name for each of 3 classes"),
         ("build", "--data wide.npz --allow-import", "must take inputs such as x, of shape (2, 5, 5)"),
         ("build", "--data counts.npz --allow-import", "torch.int64; it raises RuntimeError"),

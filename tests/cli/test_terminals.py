@@ -50,6 +50,9 @@ def test_every_option_has_a_text() -> None:
         ("study", "transposed", "Whether the file has the weight as in x out"),
         ("train head", "validation", "Share of the rows held out for validation. (0.2)"),
         ("train head", "epochs", "Passes over the rows. (20)"),
+        ("train head", "experts", "Number of experts, e.g. 64, or 8x8 for two levels. (64)"),
+        ("bias", "seeds", "Number of trainings of each model. (5)"),
+        ("inspect", "shown", "Inputs to show for each expert. (8)"),
     ],
 )
 def test_options_follow_from_the_configs(command: str, option: str, words: str) -> None:

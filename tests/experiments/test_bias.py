@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 
 from mumoe_tensor.analysis import edit_bias, fairness, mean_coefficients
 from mumoe_tensor.cli import app
+from mumoe_tensor.configs.bias import RECIPES, Recipe
 from mumoe_tensor.experiments import bias
-from mumoe_tensor.experiments.bias import CORRECTIONS, METHODS, METRICS, MODELS, Experiment, Recipe
+from mumoe_tensor.experiments.bias import CORRECTIONS, METHODS, METRICS, MODELS, Experiment
 from mumoe_tensor.interval import interval
 from mumoe_tensor.nn.weights import read_weights
 from mumoe_tensor.training import attributes
@@ -335,7 +336,7 @@ def test_adult(data: Path) -> None:
         ("--target Smiling --group Male --folder nowhere", "mumoe-tensor data"),
         ("--data {data}/short.npz --target y --group g", "must have arrays"),
         ("--data {data}/own.npz --target y --group g", "g must be 0 or 1 for each row of x"),
-        ("--target Smiling --group Male --seeds 0", "--seeds must be positive"),
+        ("--target Smiling --group Male --seeds 0", "seeds must be positive"),
         ("--target Smiling --group Male --jobs 0", "--jobs must be positive"),
         ("--target Smiling --group Male --test", "after all validation"),
         ("--target Smiling --group Smiling=0", "have rows of the subpopulation"),
@@ -392,8 +393,8 @@ def command(data: Path) -> Callable[[str], Any]:
 
 
 def test_command(command: Callable[[str], Any], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = {name: replace(recipe, batch_size=64) for name, recipe in bias.RECIPES.items()}
-    monkeypatch.setattr(bias, "RECIPES", batches)
+    for name, recipe in list(RECIPES.items()):
+        monkeypatch.setitem(RECIPES, name, replace(recipe, batch_size=64))
     found = json.loads(command("--json"))
     assert [row["method"] for row in found["methods"]] == list(METHODS) and found["split"] == "validation"
     assert len(found["differences"]) == len(bias.COMPARED)
@@ -430,8 +431,8 @@ def test_these_are_the_attributes_of_celeba() -> None:
 def test_command_with_embeddings_and_all_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings of which one number tells an attribute of their image let it be predicted."""
     monkeypatch.setattr(attributes, "CELEBA_PARTS", (600, 300, 300))
-    batches = {name: replace(recipe, batch_size=16) for name, recipe in bias.RECIPES.items()}
-    monkeypatch.setattr(bias, "RECIPES", batches)
+    for name, recipe in list(RECIPES.items()):
+        monkeypatch.setitem(RECIPES, name, replace(recipe, batch_size=16))
     draw = np.random.default_rng(0)
     values = draw.choice([-1, 1], (1200, len(CELEBA)))
     lines = [f"{k:06}.jpg,{','.join(map(str, row))}" for k, row in enumerate(values, 1)]

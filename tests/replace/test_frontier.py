@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
-from mumoe_tensor.browser import browse  # noqa: E402
+from mumoe_tensor.browser import PageConfig, browse  # noqa: E402
 from mumoe_tensor.nn import load  # noqa: E402
 from mumoe_tensor.replace import (  # noqa: E402
     Activations,
@@ -130,11 +130,11 @@ def test_rows_are_of_the_layers_that_are_saved(
     monkeypatch.setattr("mumoe_tensor.browser.run.Replaced", replaced)
     monkeypatch.chdir(tmp_path)
     (folder,) = Path("out", "layers").iterdir()
-    html = browse(folder, k=2, removed=1)
+    html = browse(folder, PageConfig(shown=2, removed=1))
     assert limits == [limit]
     assert f"MixtureOfDecoders in the place of {MODULE}" in html and "Texts: test.jsonl." in html
     assert "Texts: training.jsonl." in browse(
-        folder, texts=tmp_path / "training.jsonl", rows=1, k=2, removed=0
+        folder, PageConfig(texts=tmp_path / "training.jsonl", rows=1, shown=2, removed=0)
     )
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mumoe_tensor.analysis import edit_bias, mean_coefficients
+from mumoe_tensor.configs.bias import RECIPES
 from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.experiments import bias
 from mumoe_tensor.formats import formats, get_format, shared, sliced, sum_of
@@ -201,7 +202,7 @@ def record_runs() -> None:
     for name, rows in (("adult.data", 700), ("adult.test", 60)):
         Path("adult", name).write_text("\n".join(person() for _ in range(rows)))
     task = read_adult(Path("adult"), ("income", 1), ("Male", 0))
-    bias.Experiment(task, bias.RECIPES["adult"].quick(), Path("bias")).validate()
+    bias.Experiment(task, RECIPES["adult"].quick(), Path("bias")).validate()
 
 
 def main(folder: Path, only: str | None = None) -> None:

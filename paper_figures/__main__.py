@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from mumoe_tensor.cli.console import bad_input, failures, print_json, progress_bar
+from mumoe_tensor.cli.console import bad_input, failures, print_json
 from mumoe_tensor.cli.options import Json
 from mumoe_tensor.files import alone_in
+from mumoe_tensor.progress import progress_bar
 from paper_figures import common
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -181,7 +181,7 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mumoe_tensor.study import sweep
 
     monkeypatch.setattr(sweep, "peaks", lambda *_: (1, 2))
-    monkeypatch.setattr("mumoe_tensor.cli.console.LINE_SECONDS", 1e9)
+    monkeypatch.setattr("mumoe_tensor.progress.LINE_SECONDS", 1e9)
     sizes = "--in-features 40 --hidden 50 --out-features 30"
     line = f"study {sizes} --experts 4,3x2 --formats cp,hadamard --parameters 0.9x --batch 4 --data none"
     line += f" --seed 7 --seconds 0.001 --devices cpu --quick --jobs 1 --out {tmp_path}"

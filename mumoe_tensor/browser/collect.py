@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -22,11 +22,11 @@ from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.analysis.parts import gate_of
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating, gates_of
+from mumoe_tensor.progress import Progress
 
 if TYPE_CHECKING:
     from mumoe_tensor.replace.coefficients import CoefficientRows, Coefficients
 
-Progress = Callable[[int, int, str], None]
 #: Sums of coefficients by label that a level has at most; of more labels the most frequent are counted apart.
 MOST_SUMS = 2**26
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.browser.collect import Progress
 from mumoe_tensor.browser.models import browse_language_model, browse_model
 from mumoe_tensor.browser.samples import Images
 from mumoe_tensor.configs.page import PageConfig
 from mumoe_tensor.nn.watch import evaluating
+from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import array_names, read_arrays, reading
 from mumoe_tensor.replace import read_texts, windows
 from mumoe_tensor.training.data import as_features, as_labels, as_pixels

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.labels import read_labels
-from mumoe_tensor.browser.collect import Progress, collect
+from mumoe_tensor.browser.collect import collect
 from mumoe_tensor.browser.page import page
 from mumoe_tensor.browser.samples import Images, Texts
 from mumoe_tensor.browser.view import Sample, View
 from mumoe_tensor.configs.page import check_counts
+from mumoe_tensor.progress import Progress
 
 #: Most used experts of a level that are shown of a language model.
 EXPERTS = 256

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mumoe_tensor.browser.collect import Progress, collect
+from mumoe_tensor.browser.collect import collect
 from mumoe_tensor.browser.models import (
     EFFECT_INPUTS,
     EXPERTS,
@@ -28,6 +28,7 @@ from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head
 from mumoe_tensor.nn.watch import gates_of
 from mumoe_tensor.nn.weights import load_tensors, read_tensors
+from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import read_arrays, reading
 from mumoe_tensor.replace import Replaced, load_language_model, read_texts, splice, windows
 from mumoe_tensor.replace.place import is_saved, load_in_place

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from mumoe_tensor.cli.configs import options_of
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
 from mumoe_tensor.cli.options import Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.configs.bias import RECIPES, Recipe
 from mumoe_tensor.extras import require
 from mumoe_tensor.files import alone_in
+from mumoe_tensor.progress import progress_bar
 
 
 @options_of("recipe", Recipe, ["seeds"])

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from mumoe_tensor.cli.configs import options_of
-from mumoe_tensor.cli.console import bad_input, print_json, progress_bar
+from mumoe_tensor.cli.console import bad_input, print_json
 from mumoe_tensor.cli.options import Imports, Json
 from mumoe_tensor.configs.page import PageConfig
 from mumoe_tensor.extras import require
+from mumoe_tensor.progress import progress_bar
 
 
 @options_of("page", PageConfig)

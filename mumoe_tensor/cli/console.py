@@ -1,4 +1,4 @@
-"""Output of commands: JSON, tables, progress, and failures in one line."""
+"""Output of commands: JSON, tables, and failures in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from time import monotonic
 from typing import Any
 
 import typer
@@ -18,9 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mumoe_tensor.extras import missing
-
-#: Between lines of progress.
-LINE_SECONDS = 10.0
 
 
 def fail(message: str, code: int) -> int:
@@ -144,23 +140,3 @@ def _part(table: Table, columns: list[int]) -> Table:
         for place, column in enumerate(columns)
     ]
     return part
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Any]:
-    """A progress bar on stderr; where that is no terminal, a line every `LINE_SECONDS`."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task, last = bar.add_task(title, total=None), monotonic()
-
-        def update(done: float, total: float, text: str) -> None:
-            nonlocal last
-            bar.update(task, completed=done, total=total, description=text)
-            if bar.disable and monotonic() - last >= LINE_SECONDS:
-                last = monotonic()
-                print(f"{100 * done / (total or 1):3.0f} % {text}", file=sys.stderr, flush=True)
-
-        yield update

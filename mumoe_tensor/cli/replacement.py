@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
 from mumoe_tensor.cli.options import Imports, Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.extras import require
+from mumoe_tensor.progress import progress_bar
 
 
 def replace(

@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 
 from mumoe_tensor.cli.configs import options_of
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, progress_bar, show
+from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
 from mumoe_tensor.cli.options import Hidden, Imports, Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.configs.study import QUICK, StudyConfig
 from mumoe_tensor.extras import require
+from mumoe_tensor.progress import progress_bar
 
 CORES = str(os.cpu_count() or 1)
 

@@ -157,7 +157,7 @@ def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:
     from mumoe_tensor.training.run import run
 
     with bad_input(), can_go_on():
-        figures = run(settings, out, progress=sys.stdout.isatty() and not as_json, **options)
+        figures = run(settings, out, progress=sys.stderr.isatty(), **options)
     group = processes()
     group.destroy_process_group()
     if not group.is_main_process:

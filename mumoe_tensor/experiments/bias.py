@@ -20,6 +20,7 @@ from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.nn.weights import load_tensors, read_weights, write_tensors
+from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import reading
 from mumoe_tensor.training import Dataset, TrainConfig, train
 from mumoe_tensor.training.attributes import Population, Task
@@ -55,9 +56,6 @@ COMPARED = (
     ("worst", "edit", "oversampling"),
     ("worst", "edit", "adversarial"),
 )
-
-#: Called with the number of runs that are done, that of all, and the last one.
-Progress = Callable[[float, float, str], None]
 
 
 class Experiment:

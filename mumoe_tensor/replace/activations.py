@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import check_choice
 from mumoe_tensor.nn.watch import module_of, watch_calls
+from mumoe_tensor.progress import Progress
 from mumoe_tensor.replace.moments import Moments
-from mumoe_tensor.replace.shards import Progress, Shards, collect_shards, held, rows_of_each
+from mumoe_tensor.replace.shards import Shards, collect_shards, held, rows_of_each
 from mumoe_tensor.selections import Selection, read_selection
 
 KIND = "activations"

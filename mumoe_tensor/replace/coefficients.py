@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mumoe_tensor.checks import as_finite
 from mumoe_tensor.nn.watch import gates_of, watch_coefficients
-from mumoe_tensor.replace.shards import Progress, Shards, collect_shards, held, rows_of_each
+from mumoe_tensor.progress import Progress
+from mumoe_tensor.replace.shards import Shards, collect_shards, held, rows_of_each
 
 KIND = "coefficients"
 

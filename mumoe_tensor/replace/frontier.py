@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache, partial
 from math import inf, isfinite, prod
@@ -19,6 +19,7 @@ from mumoe_tensor.files import alone_in, whole_file
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, Row
 from mumoe_tensor.nn.watch import module_of
+from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import read_json
 from mumoe_tensor.replace.activations import Activations
 from mumoe_tensor.replace.budget import num_parameters
@@ -29,7 +30,6 @@ from mumoe_tensor.replace.place import SavedPlace, save_in_place
 from mumoe_tensor.replace.shards import MANIFEST
 from mumoe_tensor.replace.training import Fit, fit
 
-Progress = Callable[[int, int, str], None]
 PARTS = ("training", "validation", "test")
 #: Settings of a grid that a later call may add to.
 GROWING = ("places", "arms")

@@ -15,14 +15,13 @@ from mumoe_tensor.checks import as_positive
 from mumoe_tensor.files import alone_in, whole_file
 from mumoe_tensor.nn.watch import evaluating
 from mumoe_tensor.nn.weights import read_tensors, signature, write_tensors
+from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import read_json
 
 #: Says what the shards are of. A shard is named after the first of its texts and the one after its last.
 MANIFEST = "manifest.json"
 #: Largest error of a number that is written, over the largest of them.
 ERROR = 0.01
-
-Progress = Callable[[int, int, str], None]
 
 
 class Shards:

@@ -18,6 +18,7 @@ from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.measure import passes
 from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.measure.timing import compare
+from mumoe_tensor.progress import Progress
 from mumoe_tensor.study.layers import dense
 from mumoe_tensor.study.memory import peaks
 from mumoe_tensor.study.quality import heads, train_and_evaluate
@@ -33,9 +34,6 @@ HEAD_BATCH = 256
 SLOW = 0.1
 #: A fit ends when two sweeps in a row lower its error by a smaller fraction each.
 TOLERANCE = 1e-3
-
-#: Called with the seconds that have passed, those of all tasks (estimates), and the text of the next task.
-Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,9 @@ from torch import nn
 
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.nn.watch import evaluating
+from mumoe_tensor.progress import progress_bar
 from mumoe_tensor.training.data import Dataset
 from mumoe_tensor.training.images import Images
-from mumoe_tensor.training.progress import Bar
 
 
 @torch.no_grad()
@@ -47,12 +46,11 @@ def extract(
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     features = []
     batches = torch.arange(len(data)).split(batch_size)
-    bar = Bar(len(batches)) if progress else nullcontext(lambda text: None)
-    with evaluating(backbone), bar as advance:
-        for rows in batches:
+    with evaluating(backbone), progress_bar("features", progress) as update:
+        for done, rows in enumerate(batches, 1):
             x, _ = data.batch(rows)
             features.append(backbone(x.to(device)).cpu())
-            advance("features")
+            update(done, len(batches), "features")
     if features[0].ndim != 2:
         raise ValueError(
             f"a backbone must give features of shape (rows, features), got {tuple(features[0].shape)}."

@@ -122,16 +122,3 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is left."""
         self._writer.close()
-
-
-class NoBoard:
-    """In the place of `TensorBoard` where nothing is to be written."""
-
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""

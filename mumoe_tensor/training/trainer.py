@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from math import isfinite, isnan, nan
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.configs.training import TrainConfig, settings_of
 from mumoe_tensor.nn.rates import parameter_groups
+from mumoe_tensor.progress import progress_bar
 from mumoe_tensor.readers import checked
 from mumoe_tensor.training.batches import Batch, Batches, seed_of
 from mumoe_tensor.training.checkpoint import (
@@ -29,9 +30,8 @@ from mumoe_tensor.training.checkpoint import (
 )
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.finite import first_layer_not_finite, not_finite
-from mumoe_tensor.training.log import Evaluation, NoBoard, TensorBoard, write_evaluations
+from mumoe_tensor.training.log import Evaluation, TensorBoard, write_evaluations
 from mumoe_tensor.training.processes import processes
-from mumoe_tensor.training.progress import Bar
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -217,27 +217,26 @@ class _Run:
     def train(self, progress: bool) -> None:
         state = self.state
         with ExitStack() as stack:
-            advance = (
-                stack.enter_context(Bar(self.batches.steps, state.step)) if progress else lambda text: None
-            )
-            board = self._board()
-            stack.callback(board.close)
+            update = stack.enter_context(progress_bar("training", progress))
+            board = None
+            if self.folder is not None and self.accelerator.is_main_process:
+                board = stack.enter_context(closing(TensorBoard(self.folder / "tensorboard", state.step)))
             start = perf_counter() - state.seconds
             ahead = self.batches.after(state.step, pin_memory=self.device.type == "cuda")
             while not self._is_over():
                 self.wrapped.train()
                 figures = self._step(next(ahead))
-                board.add(state.step, figures)
-                advance(f"epoch {self._epoch}")
+                if board:
+                    board.add(state.step, figures)
+                update(state.step, self.batches.steps, f"epoch {self._epoch}, step {state.step:,}")
                 state.seconds = perf_counter() - start
                 if self._is_due(self.evaluate_every):
                     self._evaluate()
                     last = state.evaluations[-1]
                     validated = {"validation loss": last.validation_loss, "accuracy": last.accuracy}
-                    board.add(
-                        state.step, {name: value for name, value in validated.items() if value is not None}
-                    )
-                    board.flush()
+                    if board:
+                        board.add(state.step, {name: v for name, v in validated.items() if v is not None})
+                        board.flush()
                     start = perf_counter()
                 if self._is_due(self.checkpoint_every) or self._is_over():
                     self._write()
@@ -334,11 +333,6 @@ class _Run:
         return float(self.accelerator.reduce(tensor, "mean"))
 
     # ---- what is kept in the folder ----------------------------------------------------------------------
-
-    def _board(self) -> Any:
-        if self.folder is None or not self.accelerator.is_main_process:
-            return NoBoard()
-        return TensorBoard(self.folder / "tensorboard", self.state.step)
 
     def go_on(self, from_step: int | None) -> None:
         """Take the state of the last checkpoint, or of that of a step, where there is one."""

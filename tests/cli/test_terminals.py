@@ -18,6 +18,7 @@ from typer.main import get_command
 
 from mumoe_tensor.cli import app, console
 from mumoe_tensor.extras import EXTRAS, missing
+from mumoe_tensor.progress import progress_bar
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,8 +145,8 @@ def test_a_terminal_without_a_size_is_80_wide(
 def test_progress_is_in_lines_where_output_is_piped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
-    with console.progress_bar("a study") as progress:
+    monkeypatch.setattr("mumoe_tensor.progress.LINE_SECONDS", 0.0)
+    with progress_bar("a study") as progress:
         progress(1, 4, "time of CP")
     assert capsys.readouterr().err == " 25 % time of CP\n"
 

@@ -382,7 +382,9 @@ def test_embeddings_of_the_user(data: Path) -> None:
 
 
 @pytest.fixture
-def command(data: Path) -> Callable[[str], Any]:
+def command(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    monkeypatch.setattr("mumoe_tensor.progress.LINE_SECONDS", 1e9)
+
     def run(line: str) -> Any:
         line = f"bias --target Smiling --group Male --quick --folder {data} --out {data / 'out'} {line}"
         result = CliRunner().invoke(app, shlex.split(line))

@@ -282,9 +282,14 @@ def test_bad_figures_stop_it() -> None:
             TrainConfig(**bad)  # type: ignore[arg-type]
 
 
-def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
+    monkeypatch.setattr("mumoe_tensor.progress.LINE_SECONDS", 0.0)
     config = TrainConfig(epochs=2, batch_size=100)
     shown = train(model(), clouds(), clouds(seed=1), config, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    steps = 2 * (len(clouds()) // 100)
+    assert len(lines) == steps and lines[-1] == f"100 % epoch 2, step {steps}"
     hidden = train(model(), clouds(), clouds(seed=1), config)
+    assert capsys.readouterr().err == ""
     assert [e.loss for e in shown] == [e.loss for e in hidden]

@@ -14,7 +14,7 @@ from math import prod
 from matplotlib.figure import Figure
 
 from paper_figures.common import FORMATS, Row, colour_of, draw_lines, new_figure, set_experts_axis
-from paper_figures.experiments.heads import over_seeds, table
+from paper_figures.experiments.tables import over_seeds, table
 
 
 def rows(quick: bool) -> list[Row]:

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, colour_of, new_figure
-from paper_figures.experiments.heads import LOOKED_AT, table
+from paper_figures.experiments.heads import LOOKED_AT
+from paper_figures.experiments.tables import table
 
 
 def rows(quick: bool) -> list[Row]:

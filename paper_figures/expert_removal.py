@@ -17,8 +17,9 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, new_figure
-from paper_figures.experiments.heads import LOOKED_AT, table
+from paper_figures.experiments.heads import LOOKED_AT
 from paper_figures.experiments.removal import TABLE
+from paper_figures.experiments.tables import table
 from paper_figures.top_inputs import CLASSES
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, colour_of, new_figure
-from paper_figures.experiments.heads import over_seeds, table
+from paper_figures.experiments.tables import over_seeds, table
 
 #: Titles of networks.
 NETWORKS = {"mixer": "Mixer, Fashion-MNIST", "gpt2": "GPT-2, Shakespeare"}

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row
-from paper_figures.experiments.heads import table
 from paper_figures.experiments.mixture import relative
+from paper_figures.experiments.tables import table
 
 MARKERS = "osvDPX^<>"
 FITS = {"plain": "fitted to the weights", "weighted": "weighted by the inputs of each expert"}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, colour_of, new_figure, set_experts_axis
-from paper_figures.experiments.heads import over_seeds, table
+from paper_figures.experiments.tables import over_seeds, table
 
 #: Column, label, style.
 LINES = (

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from paper_figures.common import Row
-from paper_figures.experiments.heads import table
 from paper_figures.experiments.replacement import NULLS
+from paper_figures.experiments.tables import table
 
 #: Of arms, in their order; gray is for the model without the block.
 COLOURS = [f"C{number}" for number in range(10) if number != 7]

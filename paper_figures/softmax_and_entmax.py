@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, colour_of, new_figure
-from paper_figures.experiments.heads import GATE_AT, over_seeds, table
+from paper_figures.experiments.heads import GATE_AT
+from paper_figures.experiments.tables import over_seeds, table
 
 NORMS = ("none", "layer", "batch")
 GATES = {"entmax15": (colour_of("cp"), "o", -0.12), "softmax": (colour_of("tr"), "s", 0.12)}

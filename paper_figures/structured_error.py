@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row
-from paper_figures.experiments.heads import table
+from paper_figures.experiments.tables import table
 
 MARKERS = "osvDPX^<>"
 

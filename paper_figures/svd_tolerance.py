@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, new_figure, pretrained
-from paper_figures.experiments.heads import over_seeds, table
+from paper_figures.experiments.tables import over_seeds, table
 
 BLOCKS = ("6", "7", "8")
 STYLES = {"6": "-", "7": "--", "8": ":", "normal": "-"}

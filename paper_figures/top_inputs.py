@@ -15,7 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, new_figure
-from paper_figures.experiments.heads import LOOKED_AT, TABLES
+from paper_figures.experiments.heads import LOOKED_AT
+from paper_figures.experiments.tables import TABLES
 
 KEPT = TABLES / "heads_top_inputs.npz"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")

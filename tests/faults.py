@@ -648,7 +648,7 @@ FAULTS = [
           "lambda text: None if may_be_none and not text else of_text(text)",
           'lambda text: of_text("nan" if may_be_none and not text else text)',
           "ledger::test_none_is_an_empty_cell_and_nan_a_value"),
-    Fault("experiments: what has a row is trained again", "paper_figures/experiments/heads.py",
+    Fault("experiments: what has a row is trained again", "paper_figures/experiments/tables.py",
           "if not kept.has(**key)]", "if key]",
           "experiments/test_heads_experiment::test_a_run_that_has_a_row_is_not_done_again"),
     Fault("ledger: a new column is of new rows alone", "mumoe_tensor/ledger.py",

@@ -13,8 +13,6 @@ stored.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ import torch
 from torch import nn
 
 import mumoe_tensor as mt
-from mumoe_tensor import files
 from mumoe_tensor.decomposition.joint import weighted_norm
 from paper_figures.common import Row, rank_text
-from paper_figures.experiments.heads import TABLES, table
+from paper_figures.experiments import command
+from paper_figures.experiments.tables import table, write_table
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)
 FORMATS: dict[str, str | mt.Format] = {
@@ -132,18 +130,17 @@ def measure(name: str, matrix: Any, covariance: Any, shares: Sequence[float] = S
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure one network."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("network", choices=("efficientnet", "smollm2"))
-    parser.add_argument("paths", nargs="+")
-    options = parser.parse_args(arguments)
+def keep(network: str, matrix: Any, covariance: Any) -> None:
+    """Replace the rows of a network in the table."""
     torch.set_num_threads(1)
-    rows = measure(*{"efficientnet": efficientnet, "smollm2": smollm2}[options.network](*options.paths))
-    kept = [row for row in table("compression") if row["network"] != rows[0]["network"]]
-    files.write_table(TABLES / "compression.csv", list(rows[0]), kept + rows)
-    return 0
+    rows = measure(network, matrix, covariance)
+    write_table("compression", [row for row in table("compression") if row["network"] != network] + rows)
 
+
+STEPS = {
+    "efficientnet": lambda weights: keep(*efficientnet(weights)),
+    "smollm2": lambda folder, text: keep(*smollm2(folder, text)),
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("compression")

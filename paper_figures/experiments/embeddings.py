@@ -7,7 +7,7 @@ import torch
 from mumoe_tensor.models import load_backbone
 from mumoe_tensor.training import Dataset, extract
 from mumoe_tensor.training.images import ImageFiles, LabelledFile, Scaled
-from paper_figures.experiments.heads import DATA
+from paper_figures.experiments.tables import DATA
 
 #: Height and width that images are scaled to.
 SIZE = 128

@@ -14,7 +14,7 @@ import numpy as np
 
 from mumoe_tensor.files import whole_file
 from paper_figures.experiments.embeddings import embed
-from paper_figures.experiments.heads import DATA
+from paper_figures.experiments.tables import DATA
 
 #: From this age on a face is old.
 OLD = 50

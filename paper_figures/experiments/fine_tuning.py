@@ -8,23 +8,20 @@ Interrupted, the trainings go on where they stopped.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
 from mumoe_tensor.training.head import fine_tune, train_head
 from paper_figures.common import Row
-from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import DATA, HIDDEN, TRAINING, images, keep, table
+from paper_figures.experiments import command
+from paper_figures.experiments.heads import HIDDEN, TRAINING, images
+from paper_figures.experiments.tables import DATA, keep, table, tuned_rate
 
 TABLE = "heads_fine_tuning"
 ROWS, VALIDATED, BATCH = 400, 2_000, 50
@@ -105,10 +102,8 @@ def fit(case: Case) -> Row:
 
 def rate(network: str, format: str) -> float:
     """The learning rate with the highest validation accuracy."""
-    tried = table(TABLE).of(network=network, format=format, seed=TUNING_SEED)
-    if len(tried) != len(RATES[network]):
-        raise ValueError(f"{len(RATES[network])} learning rates must be tried first, got {len(tried)}.")
-    return float(max(tried, key=lambda row: row["accuracy"])["learning_rate"])
+    key = {"network": network, "format": format, "seed": TUNING_SEED}
+    return tuned_rate(table(TABLE), key, RATES[network])
 
 
 def fine_tune_all(jobs: int | str) -> None:
@@ -152,18 +147,7 @@ def differences() -> list[Row]:
     return records
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do a step of the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("runs", "claims"))
-    parser.add_argument("--jobs", type=read_jobs, default=1)
-    options = parser.parse_args(arguments)
-    if options.step == "claims":
-        print(as_text(differences()))
-    else:
-        fine_tune_all(options.jobs)
-    return 0
-
+STEPS = {"runs": fine_tune_all, "claims": differences}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("fine_tuning")

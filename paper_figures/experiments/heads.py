@@ -12,14 +12,10 @@ trainings run at once, each on one thread.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,19 +24,25 @@ from torch import Tensor
 
 from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
-from mumoe_tensor.cli.values import read_jobs
-from mumoe_tensor.interval import interval
-from mumoe_tensor.jobs import side_by_side
-from mumoe_tensor.ledger import Ledger, plain
 from mumoe_tensor.measure.environment import environment_text
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
 from mumoe_tensor.training.head import train_head
+from mumoe_tensor.training.log import Evaluation
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
+from paper_figures.experiments import command, tables
+from paper_figures.experiments.tables import (
+    DATA,
+    TABLES,
+    difference,
+    go_through,
+    keep,
+    means,
+    table,
+    tuned_rate,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA, TABLES = ROOT / "data", ROOT / "paper_figures" / "tables"
 TRAINING, VALIDATION = 12_000, 6_000
 HIDDEN, SINGLE_RANK = 512, 64
 #: By default both layers would have the rank 3 of outputs that suits 10 classes.
@@ -155,14 +157,19 @@ def make_features(part: str, path: Path) -> None:
         write_npz(extract(load_backbone("efficientnet-lite0", weights), images(part)), path)
 
 
-def tune(run: Run, learning_rate: float) -> Row:
-    """Accuracy on validation rows at one learning rate."""
+def trained(run: Run, learning_rate: float) -> tuple[Head, list[Evaluation]]:
+    """A head, trained on one thread, and the evaluations of its training."""
     torch.set_num_threads(1)
     training, validation = parts()
     head = run.build(training.x.shape[1], 10)
     config = TrainConfig(epochs=10, batch_size=256, learning_rate=learning_rate, seed=run.seed)
-    epochs = train_head(head, training, validation, config)
-    loss, accuracy = evaluate(head, validation)
+    return head, train_head(head, training, validation, config)
+
+
+def tune(run: Run, learning_rate: float) -> Row:
+    """Accuracy on validation rows at one learning rate."""
+    head, epochs = trained(run, learning_rate)
+    loss, accuracy = evaluate(head, parts()[1])
     return {
         **run.key, "learning_rate": learning_rate, "parameters": sum(p.numel() for p in head.parameters()),
         "accuracy": accuracy, "loss": loss, "epoch": max(e.epoch for e in epochs if e.is_best),
@@ -171,12 +178,8 @@ def tune(run: Run, learning_rate: float) -> Row:
 
 def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]]:
     """Figures on test rows; loads of experts and the most active inputs of some, where asked for."""
-    torch.set_num_threads(1)
-    training, validation = parts()
+    head, epochs = trained(run, learning_rate)
     data = test_rows()
-    head = run.build(training.x.shape[1], 10)
-    config = TrainConfig(epochs=10, batch_size=256, learning_rate=learning_rate, seed=run.seed)
-    epochs = train_head(head, training, validation, config)
     loss, accuracy = evaluate(head, data)
     row = {
         **run.key, "learning_rate": learning_rate, "parameters": sum(p.numel() for p in head.parameters()),
@@ -244,50 +247,6 @@ def removal(head: Head, data: Dataset, classes: int, seed: int) -> Row:
     return values
 
 
-def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, jobs: int | str) -> Iterator[Any]:
-    """Results as they come."""
-    results = side_by_side([partial(work, *task) for task in tasks], jobs)
-    for count, (_, result) in enumerate(results, 1):
-        yield result
-        print(f"{count} of {len(tasks)}", end="\r", file=sys.stderr, flush=True)
-
-
-def table(name: str) -> Ledger:
-    """A table of the experiment."""
-    return Ledger(TABLES / f"{name}.csv", {}, more=plain)
-
-
-def over_seeds(rows: Sequence[Row], column: str) -> Row:
-    """Mean of a column and its 95 % interval over seeds, as the columns that figures draw."""
-    mean, half = interval([row[column] for row in rows])
-    return {column: mean, f"{column}_low": mean - (half or 0), f"{column}_high": mean + (half or 0)}
-
-
-def means(rows: Iterable[Row], by: str, columns: Sequence[str]) -> list[Row]:
-    """Means over the seeds of each value of a column, in the order of their first rows."""
-    records = []
-    for value in dict.fromkeys(row[by] for row in rows):
-        group = [row for row in rows if row[by] == value]
-        constant = {c: group[0][c] for c in columns if len({row[c] for row in group}) == 1}
-        mean = {c: constant[c] if c in constant else fmean(row[c] for row in group) for c in columns}
-        records.append({by: value, **mean, "seeds": len(group)})
-    return records
-
-
-def write_table(name: str, rows: Sequence[Row]) -> None:
-    """Write a table, whole."""
-    files.write_table(TABLES / f"{name}.csv", list(rows[0]), rows)
-
-
-def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, jobs: int | str) -> None:
-    """Run the tasks that have no row in a table yet; a task is the columns of its row and its arguments."""
-    kept = table(name)
-    where = environment_text()
-    left = [arguments for key, arguments in tasks if not kept.has(**key)]
-    for row in go_through(left, work, jobs):
-        kept.add([row | {"measured": where}])
-
-
 def tune_all(jobs: int | str) -> None:
     """Try every learning rate of every kind of head."""
     tuned = dict.fromkeys(run.tuned_as for run in runs())
@@ -298,14 +257,6 @@ def tune_all(jobs: int | str) -> None:
 def learning_rate(run: Run) -> float:
     """The rate with the highest validation accuracy."""
     return tuned_rate(table("heads_tuning"), run.tuned_as.key, LEARNING_RATES)
-
-
-def tuned_rate(tuned: Ledger, key: Row, rates: Sequence[float]) -> float:
-    """The rate with the highest accuracy, once all were tried with these columns."""
-    group = tuned.of(**key)
-    if len(group) != len(rates):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {key} has {len(group)}.")
-    return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
 
 
 def test_all(jobs: int | str) -> None:
@@ -371,11 +322,7 @@ def claims(name: str = "heads") -> list[Row]:
     def compare(
         claim: int | str, text: str, one: dict[int, float], other: dict[int, float], unit: float = 1
     ) -> None:
-        differences = [unit * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
-        mean, half = interval(differences)
-        records.append(
-            {"claim": claim, "difference": text, "mean": mean, "half": half, "seeds": len(differences)}
-        )
+        records.append({"claim": claim, "difference": text, **difference(one, other, unit)})
 
     mlp = values("accuracy", kind="matched", format="linear")
     for format in FORMATS:
@@ -413,6 +360,23 @@ def claims(name: str = "heads") -> list[Row]:
     return records
 
 
+def print_claims(table: str = "heads") -> None:
+    """Print the differences, and means over seeds of the searches for causes and of layers of CP.
+
+    Parameters
+    ----------
+    table : {"heads", "heads_repeated"}
+    """
+    causes, rows = tables.table("heads_causes"), tables.table(table)
+    single = rows.of(kind="single", format="cp", gate="entmax15", gate_norm="batch")
+    for shown in (
+        claims(table),
+        means(causes, "cause", ("parameters", "accuracy", "accuracy_at_the_end")),
+        means(single, "experts", ("dead", "polysemanticity", "polysemanticity_random")),
+    ):
+        print(as_text(shown), end="\n\n")
+
+
 def keep_images(top: dict[str, Any]) -> None:
     """Store the images of the most active inputs with their labels and indices."""
     path = TABLES / "heads_top_inputs.npz"
@@ -428,30 +392,13 @@ def keep_images(top: dict[str, Any]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do a step of the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("features", "tune", "test", "causes", "claims"))
-    parser.add_argument("--jobs", type=read_jobs, default=1)
-    parser.add_argument("--table", default="heads", help="of the claims: heads, or heads_repeated")
-    options = parser.parse_args(arguments)
-    if options.step == "features":
-        make_features("train", DATA / "heads-training.npz")
-    elif options.step == "claims":
-        print(as_text(claims(options.table)))
-        columns = ("parameters", "accuracy", "accuracy_at_the_end")
-        print(f"\n{as_text(means(table('heads_causes'), 'cause', columns))}")
-        rows = [row for row in table(options.table) if row["kind"] == "single" and row["format"] == "cp"]
-        rows = [row for row in rows if (row["gate"], row["gate_norm"]) == ("entmax15", "batch")]
-        columns = ("dead", "polysemanticity", "polysemanticity_random")
-        print(f"\n{as_text(means(rows, 'experts', columns))}")
-    else:
-        {"tune": tune_all, "test": test_all, "causes": find_causes}[options.step](options.jobs)
-    return 0
-
+STEPS = {
+    "features": lambda: make_features("train", DATA / "heads-training.npz"),
+    "tune": tune_all,
+    "test": test_all,
+    "causes": find_causes,
+    "claims": print_claims,
+}
 
 if __name__ == "__main__":
-    # Other processes have no functions of `__main__`.
-    from paper_figures.experiments import heads
-
-    sys.exit(heads.main())
+    command.run("heads")

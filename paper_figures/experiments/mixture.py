@@ -28,7 +28,7 @@ from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.nn import replace_experts
 from paper_figures.common import Row
-from paper_figures.experiments.heads import TABLES
+from paper_figures.experiments.tables import TABLES
 
 SEEDS = (0, 1, 2)
 SAVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)

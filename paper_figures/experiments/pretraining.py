@@ -15,15 +15,13 @@ stopped, even within a training. ``--jobs`` says how many trainings run at once,
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from mumoe_tensor.analysis import truncate
-from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import load_model
@@ -34,7 +32,8 @@ from mumoe_tensor.training.settings import read_settings
 from mumoe_tensor.training.tokens import Tokenizer
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import ROOT, TABLES, keep, means, table, write_table
+from paper_figures.experiments import command
+from paper_figures.experiments.tables import ROOT, TABLES, keep, means, table, write_table
 
 #: What is compared, and how its settings differ from those that come with the library.
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -289,30 +288,25 @@ def tried(kind: str) -> list[Row]:
     return means(table(f"{kind}_causes"), "changed", columns)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do a step of an experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("kind", choices=list(ARMS))
-    parser.add_argument("step", choices=("tune", "runs", "causes", "follow", "svd", "claims", "samples"))
-    parser.add_argument("--jobs", type=read_jobs, default=1)
-    options = parser.parse_args(arguments)
-    if options.step == "follow" and options.kind not in FOLLOWED:
-        parser.error(f"nothing is followed of {options.kind}")
-    if options.step == "samples":
-        if options.kind != "gpt2":
-            parser.error("samples are of gpt2: a Mixer writes no text")
-        write_samples()
-    elif options.step == "claims":
-        print(as_text(claims(options.kind)))
-        if table(f"{options.kind}_causes"):
-            print(f"\n{as_text(tried(options.kind))}")
-    elif options.step == "svd":
-        truncated(options.kind)
-    else:
-        steps = {"tune": tune, "runs": run_all, "causes": find_causes, "follow": follow}
-        steps[options.step](options.kind, options.jobs)
-    return 0
+def print_claims(kind: str) -> None:
+    """Print the differences, and the results of other settings where there are some."""
+    print(as_text(claims(kind)))
+    if table(f"{kind}_causes"):
+        print(f"\n{as_text(tried(kind))}")
 
+
+STEPS: dict[str, dict[str, Any]] = {
+    kind: {
+        "tune": partial(tune, kind),
+        "runs": partial(run_all, kind),
+        "causes": partial(find_causes, kind),
+        "svd": partial(truncated, kind),
+        "claims": partial(print_claims, kind),
+    }
+    for kind in ARMS
+}
+STEPS["mixer"]["follow"] = partial(follow, "mixer")
+STEPS["gpt2"]["samples"] = write_samples
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("pretraining")

@@ -10,8 +10,6 @@ go on where they stopped. ``--jobs`` says how many trainings run at once, each o
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from itertools import product
 from statistics import fmean
@@ -19,14 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mumoe_tensor.cli.values import read_jobs
-from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate
 from mumoe_tensor.training.head import train_head
 from paper_figures.common import Row
-from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import DATA, HIDDEN, keep, make_features, parts, table, test_rows
+from paper_figures.experiments import command
+from paper_figures.experiments.heads import HIDDEN, make_features, parts, test_rows
+from paper_figures.experiments.tables import DATA, difference, keep, table
 
 FORMATS, EXPERTS = ("cp", "tr"), 32
 RATES, NORMS, INITS = ("one", "structured"), ("batch", "layer", "none"), ("linear", "published")
@@ -131,10 +128,9 @@ def claims() -> list[Row]:
     records: list[Row] = []
 
     def compare(text: str, pairs: Sequence[tuple[Setting, Setting]]) -> None:
-        values = [(accuracy(one), accuracy(other)) for one, other in pairs]
-        differences = [fmean(one[seed] - other[seed] for one, other in values) for seed in SEEDS]
-        mean, half = interval(differences)
-        records.append({"difference": text, "mean": mean, "half": half, "seeds": len(differences)})
+        one, other = (list(map(accuracy, side)) for side in zip(*pairs, strict=True))
+        means = [{seed: fmean(each[seed] for each in side) for seed in SEEDS} for side in (one, other)]
+        records.append({"difference": text, **difference(*means)})
 
     for format in FORMATS:
         setting = best(format)
@@ -151,21 +147,7 @@ def claims() -> list[Row]:
     return records
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do a step of the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("tune", "test", "claims"))
-    parser.add_argument("--jobs", type=read_jobs, default=1)
-    options = parser.parse_args(arguments)
-    if options.step == "claims":
-        print(as_text(claims()))
-    else:
-        {"tune": tune_all, "test": test_all}[options.step](options.jobs)
-    return 0
-
+STEPS = {"tune": tune_all, "test": test_all, "claims": claims}
 
 if __name__ == "__main__":
-    # Other processes have no functions of `__main__`.
-    from paper_figures.experiments import rates
-
-    sys.exit(rates.main())
+    command.run("rates")

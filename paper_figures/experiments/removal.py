@@ -5,23 +5,18 @@ python -m paper_figures.experiments.removal
 
 from __future__ import annotations
 
-import torch
-
 from mumoe_tensor.analysis import ablation_effects
-from mumoe_tensor.training import TrainConfig
-from mumoe_tensor.training.head import train_head
 from paper_figures.common import Row
-from paper_figures.experiments.heads import LOOKED_AT, Run, learning_rate, parts, write_table
+from paper_figures.experiments.heads import LOOKED_AT, Run, learning_rate, parts, trained
+from paper_figures.experiments.tables import write_table
 
 TABLE = "heads_removal"
 
 
 def changes(run: Run) -> list[Row]:
     """Change of the accuracy of every class of the validation rows, one expert removed at a time."""
-    training, validation = parts()
-    head = run.build(training.x.shape[1], 10)
-    config = TrainConfig(epochs=10, batch_size=256, learning_rate=learning_rate(run), seed=run.seed)
-    train_head(head, training, validation, config)
+    head, _ = trained(run, learning_rate(run))
+    _, validation = parts()
     effects = ablation_effects(head, head, [(validation.x, validation.y)], 10)
     return [
         {"experts": run.experts[0], "expert": expert, "label": label, "change": round(change, 6)}
@@ -32,7 +27,6 @@ def changes(run: Run) -> list[Row]:
 
 def remove_all() -> None:
     """Remove every expert of the layers whose images are shown, those of seed 0."""
-    torch.set_num_threads(1)
     write_table(TABLE, [row for n in LOOKED_AT for row in changes(Run("single", "cp", (n,)))])
 
 

@@ -11,10 +11,8 @@ Needs `make data`. Texts are in ``data/replacement``; the layers that are probed
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -37,8 +35,8 @@ from mumoe_tensor.replace import (
 from mumoe_tensor.replace.frontier import PARTS
 from mumoe_tensor.replace.language import write_texts
 from paper_figures.common import Row
-from paper_figures.common import table as as_text
-from paper_figures.experiments.heads import DATA, ROOT, table, write_table
+from paper_figures.experiments import command
+from paper_figures.experiments.tables import DATA, ROOT, difference, table, write_table
 
 MODEL, FOLDER, RESULTS = DATA / "smollm2", DATA / "replacement", ROOT / "results" / "replacement"
 GRID = Path(__file__).with_suffix(".toml")
@@ -161,29 +159,17 @@ def claims() -> list[Row]:
         reference = by_seed(module, REFERENCE, k)
         for arm in dict.fromkeys(row["arm"] for row in rows):
             other = by_seed(module, arm, k)
-            differences = [other[seed] - reference[seed] for seed in sorted(other.keys() & reference.keys())]
-            if arm == REFERENCE or not differences:
-                continue
-            mean, half = interval(differences)
-            records.append(
-                {"module": module, "K": k, "arm": arm, "mean": mean, "half": half, "seeds": len(differences)}
-            )
+            if arm != REFERENCE and other.keys() & reference.keys():
+                records.append({"module": module, "K": k, "arm": arm, **difference(other, reference)})
     return records
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do a step of the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("texts", "probe", "rises", "claims"))
-    step = parser.parse_args(arguments).step
-    if step == "texts":
-        write_parts()
-    elif step == "probe":
-        write_table("replacement_probes", probe())
-    else:
-        print(as_text(rises() if step == "rises" else claims()))
-    return 0
-
+STEPS = {
+    "texts": write_parts,
+    "probe": lambda: write_table("replacement_probes", probe()),
+    "rises": rises,
+    "claims": claims,
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("replacement")

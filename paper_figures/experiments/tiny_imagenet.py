@@ -12,9 +12,6 @@ once, each on one thread.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -23,27 +20,17 @@ import numpy as np
 import torch
 
 import mumoe_tensor as mt
-from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.files import whole_file
-from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head
 from mumoe_tensor.readers import read_text
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, read_npz, split, write_npz
 from mumoe_tensor.training.head import train_head
 from mumoe_tensor.training.images import LabelledFile, class_folders
 from paper_figures.common import Row
-from paper_figures.common import table as as_text
+from paper_figures.experiments import command
 from paper_figures.experiments.embeddings import embed
-from paper_figures.experiments.heads import (
-    DATA,
-    TABLES,
-    coefficients,
-    keep,
-    removal,
-    table,
-    tuned_rate,
-    use_of_experts,
-)
+from paper_figures.experiments.heads import coefficients, removal, use_of_experts
+from paper_figures.experiments.tables import DATA, TABLES, difference, keep, table, tuned_rate
 
 FOLDER, CLASSES = DATA / "tiny-imagenet", 200
 VALIDATION = 0.1
@@ -145,11 +132,12 @@ def class_names() -> list[str]:
     return [words[name].split(",")[0] for name in class_folders(FOLDER / "train")[1]]
 
 
-def make_features(part: str) -> None:
+def make_features() -> None:
     """Compute features, unless they are there."""
-    path = DATA / f"tiny-imagenet-{part}.npz"
-    if not path.exists():
-        write_npz(embed(images(part)), path)
+    for part in ("training", "test"):
+        path = DATA / f"tiny-imagenet-{part}.npz"
+        if not path.exists():
+            write_npz(embed(images(part)), path)
 
 
 @cache
@@ -241,9 +229,7 @@ def claims() -> list[Row]:
     def compare(
         claim: int, text: str, one: dict[int, float], other: dict[int, float], unit: float = 1
     ) -> None:
-        seeds = sorted(one.keys() & other.keys())
-        mean, half = interval([unit * (one[seed] - other[seed]) for seed in seeds])
-        records.append({"claim": claim, "difference": text, "mean": mean, "half": half, "seeds": len(seeds)})
+        records.append({"claim": claim, "difference": text, **difference(one, other, unit)})
 
     for run in runs():
         if run.seed or not run.experts or (run.gate, run.gate_norm) != ("entmax15", "batch"):
@@ -276,24 +262,7 @@ def claims() -> list[Row]:
     return records
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do a step of the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("step", choices=("features", "tune", "test", "claims"))
-    parser.add_argument("--jobs", type=read_jobs, default=1)
-    options = parser.parse_args(arguments)
-    if options.step == "features":
-        make_features("training")
-        make_features("test")
-    elif options.step == "claims":
-        print(as_text(claims()))
-    else:
-        {"tune": tune_all, "test": test_all}[options.step](options.jobs)
-    return 0
-
+STEPS = {"features": make_features, "tune": tune_all, "test": test_all, "claims": claims}
 
 if __name__ == "__main__":
-    # Other processes have no functions of `__main__`.
-    from paper_figures.experiments import tiny_imagenet
-
-    sys.exit(tiny_imagenet.main())
+    command.run("tiny_imagenet")

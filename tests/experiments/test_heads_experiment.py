@@ -19,7 +19,7 @@ from torch import nn
 
 from mumoe_tensor.analysis import ablate
 from mumoe_tensor.models import Backbone
-from paper_figures.experiments import fine_tuning, heads, removal
+from paper_figures.experiments import fine_tuning, heads, removal, tables
 from paper_figures.experiments.heads import Run
 
 MLP = 320 * 512 + 512 + 512 * 10 + 10
@@ -44,7 +44,7 @@ def test_seeds_draw_the_weights() -> None:
 
 
 def test_claims_are_differences_of_the_same_seed() -> None:
-    table = heads.table("heads")
+    table = tables.table("heads")
     found = {row["difference"]: row for row in heads.claims()}
     by_seed: dict[Any, dict[int, float]] = {}
     for row in table:
@@ -55,7 +55,7 @@ def test_claims_are_differences_of_the_same_seed() -> None:
     assert told["mean"] == pytest.approx(np.mean(mine)) and told["seeds"] == 5
     assert told["half"] == pytest.approx(2.776 * np.std(mine, ddof=1) / np.sqrt(5), rel=1e-3)
     losses: dict[Any, list[float]] = {}
-    for row in sorted(heads.table("heads_repeated"), key=lambda row: row["seed"]):
+    for row in sorted(tables.table("heads_repeated"), key=lambda row: row["seed"]):
         if row["kind"] == "matched" and str(row["experts"]) in ("none", "8"):
             losses.setdefault(row["format"], []).append(row["loss"])
     again = {row["difference"]: row for row in heads.claims("heads_repeated")}
@@ -65,7 +65,7 @@ def test_claims_are_differences_of_the_same_seed() -> None:
 
 def test_means_are_over_seeds() -> None:
     rows = [{"cause": name, "seed": s, "size": 7, "loss": s} for name in "ba" for s in (0, 1)]
-    assert heads.means(rows, "cause", ("size", "loss")) == [
+    assert tables.means(rows, "cause", ("size", "loss")) == [
         {"cause": name, "size": 7, "loss": 0.5, "seeds": 2} for name in "ba"
     ]
 
@@ -85,15 +85,15 @@ def test_a_training_of_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert row["polysemanticity"] < row["polysemanticity_random"]
     assert len(loads) == 32 and sorted((r["load"] for r in loads), reverse=True) == [r["load"] for r in loads]
     assert top["indices_32"].shape == (heads.SHOWN, heads.IMAGES)
-    monkeypatch.setattr(heads, "TABLES", tmp_path)
-    heads.table("some").add([row])
-    assert heads.table("some").has(**Run("single", "cp", (32,)).key)
-    assert not heads.table("some").has(**Run("single", "cp", (32,), seed=1).key)
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    tables.table("some").add([row])
+    assert tables.table("some").has(**Run("single", "cp", (32,)).key)
+    assert not tables.table("some").has(**Run("single", "cp", (32,), seed=1).key)
 
 
 def test_a_run_that_has_a_row_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(heads, "TABLES", tmp_path)
-    monkeypatch.setattr(heads, "go_through", lambda tasks, work, _: (work(*task) for task in tasks))
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    monkeypatch.setattr(tables, "go_through", lambda tasks, work, _: (work(*task) for task in tasks))
     done: list[int] = []
 
     def work(experts: int) -> dict[str, Any]:
@@ -102,9 +102,9 @@ def test_a_run_that_has_a_row_is_not_done_again(monkeypatch: pytest.MonkeyPatch,
 
     tasks = [(Run("single", "cp", (n,)).key, (n,)) for n in (8, 16)]
     for count in (1, 2, 2):
-        heads.keep("some", tasks[:count], work, 1)
-    assert done == [8, 16] == [row["experts"] for row in heads.table("some")]
-    assert all("torch" in row["measured"] for row in heads.table("some"))
+        tables.keep("some", tasks[:count], work, 1)
+    assert done == [8, 16] == [row["experts"] for row in tables.table("some")]
+    assert all("torch" in row["measured"] for row in tables.table("some"))
 
 
 # ---- the network below, trained too -----------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_differences_of_fine_tuning_are_those_of_the_same_seed(monkeypatch: pyte
         # Of three values Student's t has the quantile 4.303.
         assert found[name]["half"] == pytest.approx(4.303 * expected.std(ddof=1) / np.sqrt(3), rel=1e-3)
     monkeypatch.setattr(fine_tuning, "table", lambda name: ledger_of(rows[1:]))
-    with pytest.raises(ValueError, match="3 learning rates must be tried first, got 2"):
+    with pytest.raises(ValueError, match=r"learning rates must be tried first, .* has 2"):
         fine_tuning.rate(*kinds[0])
 
 
@@ -187,7 +187,8 @@ def test_removal_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.arange(600) % 10
     x = torch.randn(600, 24, generator=torch.Generator().manual_seed(0)) + 2 * torch.eye(24)[y]
     data, made, build = heads.Dataset(x, y), [], Run.build
-    monkeypatch.setattr(removal, "parts", lambda: (data, data))
+    for module in (heads, removal):
+        monkeypatch.setattr(module, "parts", lambda: (data, data))
     monkeypatch.setattr(Run, "build", lambda *args: made.append(build(*args)) or made[-1])
     rows = removal.changes(Run("single", "cp", (8,)))
     assert [(r["experts"], r["expert"], r["label"]) for r in rows] == [

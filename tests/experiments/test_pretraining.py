@@ -23,7 +23,8 @@ from mumoe_tensor.models import GPT2, GPT2Config  # noqa: E402
 from mumoe_tensor.models.saved import save_model  # noqa: E402
 from mumoe_tensor.training.data import Dataset  # noqa: E402
 from mumoe_tensor.training.settings import MixerRun  # noqa: E402
-from paper_figures.experiments import heads, pretraining, speed  # noqa: E402
+from paper_figures.experiments import command, pretraining, speed  # noqa: E402
+from paper_figures.experiments import tables as experiments  # noqa: E402
 
 ARMS = [(kind, arm) for kind, arms in pretraining.ARMS.items() for arm in arms]
 
@@ -156,7 +157,7 @@ def test_samples_go_on_with_the_same_words(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(pretraining, "ROOT", tmp_path)
     monkeypatch.setattr(pretraining, "TABLES", tmp_path)
     monkeypatch.setattr(pretraining, "table", lambda name: ledger_of(rows))
-    assert pretraining.main(["gpt2", "samples"]) == 0
+    command.run("pretraining", ["gpt2", "samples"])
     text = (tmp_path / "gpt2_samples.txt").read_text(encoding="utf-8")
     _, dense, cp = re.split("---- .* ----\n", text)
     assert text.count("----") == 4 and text.index("---- dense ----") < text.index("---- CP ----")
@@ -165,11 +166,12 @@ def test_samples_go_on_with_the_same_words(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(
-    ("line", "told"), [("gpt2 follow", "nothing is followed"), ("mixer samples", "no text")]
+    ("line", "told"),
+    [("gpt2 follow", "invalid choice: 'follow'"), ("mixer samples", "invalid choice: 'samples'")],
 )
 def test_steps_that_a_kind_does_not_have(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        pretraining.main(line.split())
+        command.run("pretraining", line.split())
     assert told in capsys.readouterr().err
 
 
@@ -189,18 +191,18 @@ def test_a_training_is_kept_and_goes_into_its_table(
     data = Dataset(torch.rand(256, 1, 28, 28) + 2 * torch.eye(28)[y][:, None, None], y)
     monkeypatch.setattr(MixerRun, "read_data", lambda self: (data, data.rows(torch.arange(200))))
     monkeypatch.setattr(pretraining, "ROOT", tmp_path)
-    monkeypatch.setattr(heads, "TABLES", tmp_path)
+    monkeypatch.setattr(experiments, "TABLES", tmp_path)
     key = {"arm": "CP, two levels", "seed": 7}
     changes = [*pretraining.ARMS["mixer"]["CP, two levels"], "train.epochs=4"]
     row = pretraining.trained("mixer", key, changes, 0.004)
     assert row["steps"] == 8 and row["validation_accuracy"] > 0.3 and row["folder"] == "CP-two-levels-7"
-    heads.write_table("mixer", [row])
-    curve = pretraining.curves("mixer", heads.table("mixer"))
+    experiments.write_table("mixer", [row])
+    curve = pretraining.curves("mixer", experiments.table("mixer"))
     assert [point["step"] for point in curve] == [2, 4, 6, 8]
     assert curve[-1]["validation_loss"] == pytest.approx(row["validation_loss"])
     # Without the folder the curve is what the table has of it.
-    heads.write_table("mixer_curves", curve)
-    assert pretraining.curves("mixer", [row | {"folder": "gone"}]) == list(heads.table("mixer_curves"))
+    experiments.write_table("mixer_curves", curve)
+    assert pretraining.curves("mixer", [row | {"folder": "gone"}]) == list(experiments.table("mixer_curves"))
     assert pretraining.curves("mixer", [row | {"folder": "gone", "seed": 8}]) == []
 
 

@@ -1,0 +1,54 @@
+"""The command line of an experiment: its steps by their names."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawTextHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+from mumoe_tensor.cli.values import read_jobs
+from paper_figures.common import table
+
+#: By its name a step, or the steps of a kind. The arguments of a step are those of its function.
+Steps = Mapping[str, "Callable[..., Any] | Steps"]
+
+
+def run(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Do one of the `STEPS` of an experiment, and print the rows that it returns.
+
+    The module is imported by its name: worker processes have no functions of `__main__`.
+
+    Parameters
+    ----------
+    name : str
+        Of a module in this folder.
+    arguments : sequence of str, optional
+        By default those of the command line.
+    """
+    module = import_module(f"paper_figures.experiments.{name}")
+    parser = ArgumentParser(
+        f"python -m {module.__name__}", description=module.__doc__, formatter_class=RawTextHelpFormatter
+    )
+    _add(parser, module.STEPS)
+    options = vars(parser.parse_args(arguments))
+    rows = options.pop("step")(**options)
+    if rows:
+        print(table(rows))
+
+
+def _add(parser: ArgumentParser, steps: Any) -> None:
+    if isinstance(steps, Mapping):
+        parsers = parser.add_subparsers(required=True, metavar="|".join(steps))
+        for name, step in steps.items():
+            _add(parsers.add_parser(name), step)
+        return
+    parser.set_defaults(step=steps)
+    for parameter in signature(steps).parameters.values():
+        if parameter.name == "jobs":
+            parser.add_argument("--jobs", type=read_jobs, default=1, help="trainings at once")
+        elif parameter.default is parameter.empty:
+            parser.add_argument(parameter.name)
+        else:
+            parser.add_argument(f"--{parameter.name}", default=parameter.default)

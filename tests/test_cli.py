@@ -404,6 +404,7 @@ BAD = [
     ("study --memory -1", "memory must be positive and finite, got -1"),
     ("study --seed -1", "seed must not be negative, got -1"),
     ("study --weight none.safetensors:a", "none.safetensors"),
+    ("study --weight x.npz:a --weight=y.npz:a", "--weight must be given once"),
     ("study --weight x.npy --layer clip-head", "a study takes one of --layer, --weight"),
     ("study --inputs x.npy", "inputs and transposed need a weight"),
     ("study --parameters some", "parameters must be match, a positive number, or a multiple"),

@@ -29,12 +29,18 @@ dense one, the third measures layers on this machine and writes a report.
 """
 #: What seeds and sizes must stay below: torch and NumPy count in 64 bits.
 LIMIT = 2**63
+#: Options of which a second one is no correction of the first, but another tensor.
+ONCE = ("--weight", "--inputs")
 
 
 class Command(TyperCommand):
-    """A command whose numbers are finite and fit into 64 bits, whatever option they belong to."""
+    """A command whose numbers are finite and fit into 64 bits, and that names a tensor once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for option in ONCE:
+            if sum(arg.partition("=")[0] == option for arg in args) > 1:
+                rule = f"{option} must be given once; several tensors are a pattern, as FILE:layers.*.weight"
+                raise typer.BadParameter(rule, ctx=ctx)
         left: list[str] = super().parse_args(ctx, args)
         for param in self.params:
             value = ctx.params.get(param.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
@@ -41,22 +42,23 @@ def read_weight(source: str, transposed: bool = False) -> Any:
     Raises
     ------
     ValueError
-        If a file is damaged, no name matches, or the tensors are no matrices or stacks of one shape.
+        If a file is damaged, no name matches, or the tensors are no matrices or stacks of one shape, empty,
+        not finite, or all zero.
     OSError
         If a file cannot be read.
     """
     tensors = dict(tensors_of(source))
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or not tensor.is_floating_point():
+        if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.numel():
             raise ValueError(
-                f"a weight must be a matrix of floats, or a stack of them; {name} is {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}."
+                f"a weight must be a matrix of floats, or a stack of them, and not empty; {name} is "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}."
             )
     if len(shapes := {tuple(tensor.shape) for tensor in tensors.values()}) > 1:
         raise ValueError(f"weights of one stack must have one shape, got {sorted(shapes)} for {source!r}.")
     weight = torch.stack([tensor.float() for tensor in tensors.values()])
-    if not weight.isfinite().all():
-        raise ValueError(f"every entry of a weight must be finite; {source!r} has others.")
+    if not weight.isfinite().all() or not weight.any():
+        raise ValueError(f"a weight must be finite and not all zero; {source!r} is not.")
     weight = weight.squeeze(0) if len(tensors) == 1 else weight
     return np.ascontiguousarray((weight if transposed else weight.mT).numpy())
 
@@ -92,7 +94,7 @@ def read_covariance(source: str, in_features: int) -> Any:
             total += rows.double().T @ rows.double()
             count += len(rows)
     if not total.isfinite().all() or not total.any():
-        raise ValueError(f"inputs must be finite and not all zero; {source!r} has others.")
+        raise ValueError(f"inputs must be finite and not all zero; {source!r} is not.")
     return (total / count).numpy()
 
 
@@ -109,7 +111,7 @@ def tensors_of(source: str) -> Iterator[tuple[str, Tensor]]:
     Raises
     ------
     ValueError
-        If a file is damaged, or no name matches.
+        If a file is damaged, no name matches, or two files have a tensor of one name.
     OSError
         If a file cannot be read.
     """
@@ -123,6 +125,8 @@ def tensors_of(source: str) -> Iterator[tuple[str, Tensor]]:
         names = sorted({name for name, _ in everything}, key=_in_order)
         some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
         raise ValueError(f"{path} must have a tensor {pattern!r}; it has {len(names):,}: {some or 'none'}.")
+    if twice := [name for name, count in Counter(name for name, _ in matching).items() if count > 1]:
+        raise ValueError(f"files of a folder must have different tensors; {path} has {twice[0]} twice.")
     yield from sorted(matching, key=lambda item: _in_order(item[0]))
 
 

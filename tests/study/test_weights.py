@@ -62,12 +62,15 @@ def test_the_covariance_is_the_mean_over_all_rows(
 def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     tensors = {"a": torch.ones(2, 3), "b": torch.ones(3, 2), "c": torch.ones(4), "d": torch.ones(2, 2).int()}
+    tensors |= {"empty": torch.ones(0, 3), "zero": torch.zeros(2, 3)}
     save_file(tensors, path)
     for name, message in (
-        ("c", "must be a matrix of floats, or a stack of them; c is torch.float32"),
+        ("c", "must be a matrix of floats, or a stack of them, and not empty; c is torch.float32"),
         ("d", "d is torch.int32"),
+        ("empty", r"not empty; empty is torch.float32 of shape \(0, 3\)"),
+        ("zero", "a weight must be finite and not all zero"),
         ("[ab]", "must have one shape"),
-        ("e*", r"must have a tensor 'e\*'; it has 4: a, b, c, d\."),
+        ("x*", r"must have a tensor 'x\*'; it has 6: a, b, c, d, empty, zero\."),
     ):
         with pytest.raises(ValueError, match=message):
             read_weight(f"{path}:{name}")
@@ -75,8 +78,11 @@ def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
         np.save(tmp_path / f"{value}.npy", np.full((3, 2), value))
         with pytest.raises(ValueError, match=message):
             read_covariance(f"{tmp_path}/{value}.npy", 2)
-    with pytest.raises(ValueError, match="every entry of a weight must be finite"):
+    with pytest.raises(ValueError, match="a weight must be finite"):
         read_weight(f"{tmp_path}/inf.npy")
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "n.safetensors")
+    with pytest.raises(ValueError, match=r"files of a folder must .* has a twice"):
+        read_weight(f"{tmp_path}:a")
     (tmp_path / "x.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match=r"x\.npy: "):
         read_weight(str(tmp_path / "x.npy"))

@@ -1,4 +1,4 @@
-"""How configs write an object of a class: by the arguments that make it again, in types of JSON."""
+"""Constructor arguments of an object as JSON types, so that a config can store the object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def as_json(value: Any) -> Any:
-    """A value in types that JSON has; numbers of NumPy and torch become Python's."""
+    """Convert a value to JSON types; numbers of NumPy and torch become Python numbers."""
     if getattr(value, "ndim", None) == 0:
         value = value.tolist()
     if isinstance(value, (list, tuple)):
@@ -27,9 +27,10 @@ def arguments_of(
     left_out: Collection[str] = (),
     as_json: Callable[[Any], Any] = as_json,
 ) -> dict[str, Any]:
-    """The arguments an instance was made with, but for those `left_out`: its attributes of the same names.
+    """The constructor arguments of an instance, read from its attributes, except those in `left_out`.
 
-    Each must be an attribute, and of a type that JSON has. `what` is the word for instances in errors.
+    Each argument must be an attribute whose value has a JSON type. `what` names the instance in error
+    messages.
     """
     kind = type(instance)
     arguments: dict[str, Any] = {}
@@ -39,15 +40,15 @@ def arguments_of(
         is_named = parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
         if not is_named or name == "name" or not hasattr(instance, name):
             raise ValueError(
-                f"{what} must have every argument of its class as an attribute to be written in a "
-                f"config; {kind.__name__} has no such attribute for {name!r}."
+                f"{what} must have every constructor argument as an attribute to be stored in a config; "
+                f"{kind.__name__} has no such attribute for {name!r}."
             )
         value = getattr(instance, name)
         try:
             arguments[name] = as_json(value)
         except (TypeError, RuntimeError):  # (a tensor on the meta device has no value)
             raise ValueError(
-                f"{what} must have arguments of types that JSON has to be written in a config; "
-                f"{kind.__name__} has {name}={value!r}."
+                f"{what} must have arguments of JSON types to be stored in a config; {kind.__name__} has "
+                f"{name}={value!r}."
             ) from None
     return arguments

@@ -1,4 +1,4 @@
-"""Which backend an array belongs to. The only place that knows NumPy, PyTorch and JAX apart."""
+"""The backend of an array. No other module distinguishes between NumPy, PyTorch and JAX."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 from mumoe_tensor.compiling import constant_under_compile
 
-#: Arrays belong to three libraries and share no type: NumPy's, torch's and JAX's differ in most methods.
+#: Arrays of NumPy, PyTorch and JAX have no common type and differ in most methods.
 Array = Any
 
-#: Package an array class comes from -> name of TensorLy's backend.
+#: Package of an array class -> name of TensorLy's backend.
 _BACKENDS = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "jaxlib": "jax"}
 _ARRAY_CLASSES = {"ndarray", "Tensor", "ArrayImpl", "Tracer"}
-#: Subclasses whose operations mean something else: results would be wrong.
+#: Subclasses whose operations have a different meaning: results would be wrong.
 _REFUSED_CLASSES = {"MaskedArray", "matrix", "MaskedTensor", "NestedTensor"}
-#: Names of the floating dtypes, in the machine's byte order.
+#: Names of the floating dtypes in native byte order.
 _FLOATING = {"float16", "bfloat16", "float32", "float64", "float96", "float128"}
 
 
-# Dictionaries and not lru_cache, which torch.compile looks through with a warning.
+# Dictionaries instead of lru_cache, which torch.compile traces through with a warning.
 _names: dict[type, str | None] = {}
 _loaded: dict[str, Any] = {}
 _loading = RLock()
@@ -40,7 +40,8 @@ def _backend_name(cls: type) -> str | None:
 def load_backend(name: str) -> Any:
     """Load TensorLy's backend `name` without making it the current one.
 
-    Loading the JAX backend switches ``jax_enable_x64`` on for the whole process; the flag is put back.
+    Loading the JAX backend switches ``jax_enable_x64`` on for the whole process; this function restores the
+    flag.
     """
     _ensure_loaded(name)
     return _loaded[name]
@@ -50,14 +51,14 @@ def load_backend(name: str) -> Any:
 def _ensure_loaded(name: str) -> None:
     if name in _loaded:
         return
-    # One thread at a time: a second one would read the flag after JAX's backend has switched it on.
+    # One thread at a time: a second one would read the flag after JAX's backend has already switched it on.
     with _loading:
         if name not in _loaded:
             _loaded[name] = _load_jax() if name == "jax" else _manager().load_backend(name)
 
 
 def _manager() -> Any:
-    # TensorLy takes most of a second to import: only once it is needed.
+    # Imported only when needed: importing TensorLy takes most of a second.
     from tensorly.backend import BackendManager
 
     return BackendManager
@@ -68,7 +69,8 @@ def _load_jax() -> Any:
 
     import jax
 
-    # A new thread reads the flag of the process, not that of a ``with jax.enable_x64(...)`` around the call.
+    # A new thread reads the flag of the process; the present one may be inside a ``with
+    # jax.enable_x64(...)``.
     with ThreadPoolExecutor(1) as thread:
         x64 = thread.submit(jax.config.read, "jax_enable_x64").result()
     try:
@@ -78,19 +80,19 @@ def _load_jax() -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Whether `value` is an array of a backend the library works on."""
+    """Whether `value` is an array of a supported backend."""
     return _backend_name(type(value)) is not None
 
 
 class Operations(NamedTuple):
-    """What a contraction needs of a backend besides ``*``, ``@`` and ``reshape``, under torch's names."""
+    """Backend operations of a contraction besides ``*``, ``@`` and ``reshape``, under torch's names."""
 
     permute: Callable[[Array, tuple[int, ...]], Array]
     select: Callable[[Array, int, int], Array]
     narrow: Callable[[Array, int, int, int], Array]
     addmm: Callable[[Array, Array, Array], Array]
     baddbmm: Callable[[Array, Array, Array], Array]
-    #: Zeros before and after the entries along an axis.
+    #: Add zeros before and after the entries along an axis.
     pad: Callable[[Array, int, int, int], Array]
     expand: Callable[[Array, tuple[int, ...]], Array]
 
@@ -100,7 +102,7 @@ def _pad(array: Array, axis: int, before: int, after: int) -> Array:
     return array.__array_namespace__().pad(array, widths)
 
 
-#: Those of NumPy and JAX.
+#: The operations of NumPy and JAX.
 _OPERATIONS = Operations(
     permute=lambda array, order: array.transpose(order),
     select=lambda array, axis, index: array[(*(slice(None),) * axis, index)],
@@ -129,7 +131,8 @@ def operations_of(array: Array) -> Operations:
 def backend_of(*arrays: Array) -> Any:
     """TensorLy's backend object for these arrays.
 
-    They must belong to one backend and be plain: no masked arrays, `numpy.matrix`, nested or sparse tensors.
+    The arrays must belong to one backend. Masked arrays, `numpy.matrix`, nested and sparse tensors are
+    refused.
     """
     first = _backend_name(type(arrays[0]))
     for array in arrays:
@@ -148,7 +151,7 @@ def backend_of(*arrays: Array) -> Any:
 
 
 def is_traced(array: Array) -> bool:
-    """Whether torch records the present call, and the array is a tensor."""
+    """Whether the array is a tensor and torch records the current call."""
     if _backend_name(type(array)) != "pytorch":
         return False
     from mumoe_tensor.calls import is_recorded
@@ -157,11 +160,11 @@ def is_traced(array: Array) -> bool:
 
 
 def device_kind(array: Array) -> str:
-    """The kind of device that an array is on: ``"cpu"``, ``"cuda"``, ..."""
+    """The type of the device of an array: ``"cpu"``, ``"cuda"``, ..."""
     name = _backend_name(type(array))
     if name == "pytorch":
         return str(array.device.type)
-    if name == "jax":  # (while it traces, an array is on no device)
+    if name == "jax":  # (a traced array has no device)
         import jax
 
         return str(jax.default_backend())
@@ -181,7 +184,7 @@ def check_floating(arrays: dict[str, Array]) -> Any:
     if any(a.dtype != first.dtype for a in values) or dtype_name(first) not in _FLOATING:
         listed = ", ".join(f"{name}: {dtype_name(a)}" for name, a in arrays.items())
         raise TypeError(
-            "all arrays must have one floating dtype, of 16 bits or more and in the machine's byte order, "
+            "all arrays must have the same floating dtype, of at least 16 bits and in native byte order, "
             f"got {listed}."
         )
     if backend.backend_name == "pytorch" and any(a.device != first.device for a in values):
@@ -191,12 +194,12 @@ def check_floating(arrays: dict[str, Array]) -> Any:
 
 
 def context_of(array: Array, tl: Any) -> dict[str, Any]:
-    """Dtype and device of an array, as arguments of the functions of its TensorLy backend."""
+    """Dtype and device of an array, as keyword arguments for the functions of its TensorLy backend."""
     return {key: value for key, value in tl.context(array).items() if key != "requires_grad"}
 
 
 def stop_gradient(array: Array) -> Array:
-    """The array's values without its history."""
+    """The array, detached from automatic differentiation."""
     name = _backend_name(type(array))
     if name == "pytorch":
         return array.detach()
@@ -208,7 +211,7 @@ def stop_gradient(array: Array) -> Array:
 
 
 def kth_largest(array: Array, k: int) -> Array:
-    """The k-th largest entry along the last axis, which stays; a sort takes many times longer."""
+    """The k-th largest entry along the last axis, which is kept; much faster than a sort."""
     name = _backend_name(type(array))
     if name == "pytorch":
         return array.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -223,7 +226,7 @@ def kth_largest(array: Array, k: int) -> Array:
 
 
 def to_float64(array: Array) -> Any:
-    """Copy of an array as NumPy's float64. Short dtypes go through float32: NumPy has no bfloat16."""
+    """Copy an array to NumPy float64, half precision by way of float32, since NumPy has no bfloat16."""
     import numpy as np
 
     array = stop_gradient(cast(array, "float32") if array.dtype.itemsize < 4 else array)
@@ -231,7 +234,7 @@ def to_float64(array: Array) -> Any:
 
 
 def cast(array: Array, dtype: str) -> Array:
-    """The array in the dtype of this name; itself if it has it."""
+    """Cast an array to the dtype of this name; return the array itself if it has this dtype."""
     if dtype_name(array) == dtype:
         return array
     backend = backend_of(array)
@@ -246,8 +249,8 @@ def cast(array: Array, dtype: str) -> Array:
 def tensorly_backend(name: str) -> Iterator[Any]:
     """Run TensorLy's own functions on a backend, in this thread only.
 
-    TensorLy's ``backend_context`` sets the default of every thread when it ends. This one leaves the global
-    setting and that of the thread as they were.
+    TensorLy's ``backend_context`` changes the default of every thread when it exits. This context manager
+    restores both the global setting and that of the thread.
     """
     backend = load_backend(name)
     local = _manager()._THREAD_LOCAL_DATA

@@ -1,7 +1,7 @@
-"""How torch makes the present call: recorded, transformed, in a backward pass, under autocast.
+"""The state of torch during a call: recorded, transformed, in a backward pass, under autocast.
 
-What a call of a layer reads of torch's private state has its name here. (This imports torch, so what is for
-all backends imports it late.)
+This module gives public names to the private attributes of torch that the layers read. (It imports torch, so
+modules for all backends import it only inside functions.)
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn.modules import module
 
 #: Whether ``torch.jit.trace`` records the call.
 is_jit_traced = torch.jit.is_tracing  # type: ignore[attr-defined]  # documented, but not in __all__
-#: The mode in which ``make_fx`` records the call, None if it does not.
+#: The mode in which ``make_fx`` records the call, or None.
 get_proxy_mode = proxy_tensor.get_proxy_mode
 #: Whether torch.func transforms the call (vmap, grad, ...).
 is_transformed = torch._C._are_functorch_transforms_active
 #: Whether a tensor is a batch of gradients (``is_grads_batched``), which `is_transformed` does not see.
 is_batched = torch._C._functorch.is_legacy_batchedtensor
-#: The number of the backward pass that makes the call, -1 if none does. (Not for torch.compile.)
+#: The number of the backward pass in which the call is made, or -1 outside of one. (Not for torch.compile.)
 backward_pass = torch._C._current_graph_task_id
-#: The hooks on all modules that see or change inputs, outputs and their gradients.
+#: Global hooks, which apply to all modules and see or change inputs, outputs and their gradients.
 HOOKS_ON_ALL_MODULES = (
     module._global_forward_pre_hooks,
     module._global_forward_hooks,
@@ -44,7 +44,7 @@ _HOOKS_ON_ONE = {
     "hook after loading": "_load_state_dict_post_hooks",
 }
 
-#: Kinds of devices. (Not asked in a call: torch 2.11 cannot compile the question.)
+#: Device types with autocast. (Computed at import: torch 2.11 cannot compile this check.)
 _WITH_AUTOCAST = frozenset(
     kind
     for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
@@ -53,12 +53,12 @@ _WITH_AUTOCAST = frozenset(
 
 
 def unviewed(array: Tensor, shape: Sequence[int]) -> Tensor:
-    """A new result in another shape, which autograd does not count as a view: nothing else may hold it."""
+    """Reshape a new result without making it a view for autograd. No other reference to it may exist."""
     return torch.ops.aten._unsafe_view(array, shape)
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` where nothing transforms or compiles the call, of all arguments by position.
+    """A faster ``function.apply`` for calls that are not transformed or compiled; arguments are positional.
 
     (``function.apply`` inspects the signature in every call, which takes longer than a small product.)
     """
@@ -70,24 +70,24 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 def is_recorded() -> bool:
     """Whether ``torch.compile``, ``torch.export``, ``torch.jit.trace`` or ``make_fx`` records this call.
 
-    It then runs later, on other values and other batches: nothing may depend on values, and the size of a
-    batch is no constant.
+    The record runs later on other values and batch sizes, so nothing may depend on values, and the batch size
+    is not a constant.
     """
     return is_compiling() or is_jit_traced() or get_proxy_mode() is not None
 
 
 def is_exported() -> bool:
-    """Whether it is any of them but ``torch.compile``: the record must do without this package."""
+    """Whether any of these but ``torch.compile`` records the call: the record must not need this package."""
     return torch.compiler.is_exporting() if is_compiling() else is_recorded()
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether a module runs in evaluation and without gradients, and torch does not record the call."""
+    """Whether a module is in evaluation mode, gradients are disabled, and torch does not record the call."""
     return not (module.training or torch.is_grad_enabled() or is_recorded())
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on this device, None where it is off."""
+    """The dtype of autocast on this device, or None if autocast is off."""
     kind = device.type
     if kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -102,7 +102,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> dict[str, list[str]]:
-    """Names of the hooks on a module, of calls and of states, by their kind."""
+    """Names of the hooks on a module (on calls and on state dicts), by kind."""
     hooks = {kind: getattr(module, attribute).values() for kind, attribute in _HOOKS_ON_ONE.items()}
     return {
         kind: [getattr(hook, "__name__", type(hook).__name__) for hook in of_kind]
@@ -112,11 +112,11 @@ def hooks_of(module: nn.Module) -> dict[str, list[str]]:
 
 
 def check_dense(x: Tensor) -> None:
-    """Raise a TypeError unless an input is a tensor with a value for every entry."""
+    """Raise a TypeError unless an input is a dense tensor."""
     if not isinstance(x, Tensor):
-        # Most often a Proxy of torch.fx.
+        # Usually a Proxy of torch.fx.
         raise TypeError(
-            f"an input must be a torch.Tensor, got {type(x).__name__}; a Tracer of torch.fx must take the "
+            f"an input must be a torch.Tensor, got {type(x).__name__}; a torch.fx Tracer must treat the "
             "layers as leaves, see its method is_leaf_module."
         )
     if x.is_nested or x.layout != torch.strided:

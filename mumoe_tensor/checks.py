@@ -1,4 +1,4 @@
-"""Reading and checking arguments: numbers of any library become Python's, and an error states the rule."""
+"""Checks of arguments: numbers of any library become Python numbers, and errors state the rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def as_integer(value: Any, what: str) -> int:
-    """Return an integer of any library as an int, or say that `what` must be an integer."""
+    """Convert an integer of any library to an int, or raise a TypeError that names `what`."""
     if type(value) is int:  # (torch.compile cannot trace the rest)
         return value
     number = as_python(value)
@@ -20,7 +20,7 @@ def as_integer(value: Any, what: str) -> int:
 
 
 def as_positive(value: Any, what: str) -> int:
-    """As `as_integer`, but `what` must be positive."""
+    """Like `as_integer`, but the number must be positive."""
     number = as_integer(value, what)
     if number < 1:
         raise ValueError(f"{what} must be positive, got {number}.")
@@ -28,7 +28,7 @@ def as_positive(value: Any, what: str) -> int:
 
 
 def as_finite(value: Any, what: str) -> float:
-    """Return a number of any library as a float, or say that `what` must be a finite number."""
+    """Convert a finite number of any library to a float, or raise an error that names `what`."""
     if type(value) is float and -inf < value < inf:  # (torch.compile cannot trace the rest)
         return value
     number = as_python(value)
@@ -40,7 +40,7 @@ def as_finite(value: Any, what: str) -> float:
 
 
 def as_fraction(value: Any, what: str) -> float:
-    """As `as_finite`, but `what` must be at least 0 and less than 1."""
+    """Like `as_finite`, but the number must be at least 0 and less than 1."""
     number = as_finite(value, what)
     if not 0 <= number < 1:
         raise ValueError(f"{what} must be at least 0 and less than 1, got {number}.")
@@ -48,7 +48,7 @@ def as_fraction(value: Any, what: str) -> float:
 
 
 def as_entries(value: Any, what: str) -> tuple[Any, ...]:
-    """Return the entries of a sequence or an array, read once; a number is its only entry."""
+    """The entries of a sequence or an array; a number becomes a single entry. An iterator is consumed."""
     value = as_python(value)
     if isinstance(value, (str, bytes, Mapping, AbstractSet)):
         raise TypeError(f"{what} must be an integer or a sequence of integers, got {value!r}.")
@@ -56,7 +56,7 @@ def as_entries(value: Any, what: str) -> tuple[Any, ...]:
 
 
 def as_python(value: Any) -> Any:
-    """A number or a list of Python for a number or an array of any library; other values as they are."""
+    """Convert numbers and arrays of any library to Python numbers and lists; keep other values unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

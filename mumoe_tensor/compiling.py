@@ -1,4 +1,4 @@
-"""What `torch.compile` must not trace."""
+"""A decorator for functions that `torch.compile` must not trace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def constant_under_compile(function: Function) -> Function:
-    """Have `torch.compile` call a function while it compiles and keep the result, not trace its code."""
-    # What torch.compiler.assume_constant_result sets; set here because torch must not be imported for it.
+    """Make `torch.compile` call a function at compile time and treat its result as a constant."""
+    # The same as torch.compiler.assume_constant_result, without importing torch.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,4 +1,4 @@
-"""What a layer costs, from its sizes alone: the plan's figures beside the closed forms of the literature."""
+"""The cost of a layer, computed from its sizes: from its plan, and by the closed forms of the literature."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mumoe_tensor.spec import LayerSpec, Sizes, as_spec
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a layer, or of a block, and of the gate where that is counted.
+    """Cost of a layer or a block, with or without its gate.
 
     Attributes
     ----------
     spec : LayerSpec
     plans : tuple of ContractionPlan or SumPlan
-        The forward pass of each layer. (The costs of the layers of a block are those of ``spec.layers``.)
+        The plan of the forward pass of each layer in ``spec.layers``.
     gate : bool
-        Whether the gate is counted.
+        Whether the gate is included.
     """
 
     spec: LayerSpec
@@ -32,7 +32,7 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Entries of the factors, bias rows included, and parameters of the gate."""
+        """Entries of the factors, including bias rows, and parameters of the gate."""
         return self.spec.weight_parameters + self.gate_parameters
 
     @property
@@ -42,7 +42,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """FLOPs of the planned layers and of the gate's product, multiply and add counted apart."""
+        """FLOPs of the layers and of the gate's product; multiplications and additions count separately."""
         return sum(plan.flops for plan in self.plans) + self.gate_flops
 
     @property
@@ -52,21 +52,21 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of the layers, of a block's activation, and of the gate where that is counted.
+        """Predicted time in seconds of the layers, of a block's activation, and of the gate if included.
 
-        See the predicted time of a plan. An activation reads and writes the hidden features.
+        See `ContractionPlan.seconds`. An activation reads and writes the hidden features.
         """
         first = self.plans[0]
         total = sum(plan.seconds for plan in self.plans) + self.gate_seconds
         if self.spec.hidden is None:
             return total
-        # (In a gated block the product with the other features reads both and writes one.)
+        # (A gated block also multiplies by the gated features: two arrays read, one written.)
         moved = (5 if self.spec.gated else 2) * first.batch * self.spec.hidden
         return total + first.machine.seconds(0, moved)
 
     @property
     def gate_seconds(self) -> float:
-        """Predicted time of the gate's product and, each as an operation, the passes over its logits."""
+        """Predicted time in seconds of the gate's product and of the passes over its logits."""
         if not self.gate_parameters:
             return 0.0
         machine, batch = self.plans[0].machine, self.plans[0].batch
@@ -78,7 +78,7 @@ class Cost:
 
     @property
     def reference_flops(self) -> int | None:
-        """FLOPs by the closed form of the format, `Format.reference_flops`, or None where it has none."""
+        """FLOPs by the closed form of the format, `Format.reference_flops`, or None if it has none."""
         total = self.gate_flops
         spec = self.spec if self.spec.format.has_bias_term else replace(self.spec, bias=False)
         for layer in spec.layers:
@@ -100,15 +100,15 @@ class Cost:
 
     @property
     def peak(self) -> int:
-        """Most that is live at once in a contraction besides its parameters and inputs."""
+        """Largest memory in use at once in a contraction, without its parameters and inputs."""
         return max(plan.peak for plan in self.plans)
 
     @property
     def saved(self) -> int:
-        """Kept for the backward pass besides parameters, coefficients and the inputs of the first layer.
+        """Stored for the backward pass, without parameters, coefficients and the inputs of the first layer.
 
-        Between two layers these are the activations before and after the nonlinearity, and in a gated block
-        what they are multiplied with and the product.
+        In a block this includes the hidden features before and after the activation, and in a gated block
+        also the features that multiply them and the product.
         """
         first = self.plans[0]
         count = 4 if self.spec.gated else 2
@@ -117,7 +117,7 @@ class Cost:
 
     @property
     def max_expert_rank(self) -> int:
-        """Largest rank the matrix of an expert can have, the smallest of a block's."""
+        """Largest rank that the matrix of an expert can have; in a block, the smallest over its layers."""
         return self.spec.max_expert_rank
 
     def __str__(self) -> str:
@@ -147,14 +147,14 @@ def cost(
     machine: AnyMachine = "cpu",
     **sizes: Unpack[Sizes],
 ) -> Cost:
-    """Cost of a layer of experts, or of a block; the gate is counted only with ``gate=True``.
+    """Cost of a layer of experts or of a block; the gate is included only with ``gate=True``.
 
     Parameters
     ----------
     format : str, Format or LayerSpec
-        A format, with `sizes` beside it, or the spec of a layer or a block.
+        A format together with `sizes`, or the spec of a layer or a block.
     gate : bool, default False
-        Count the gate, as `.nn.MuMoE` has one: a matrix ``in_features x experts`` a level, without bias.
+        Include the gate of `.nn.MuMoE`: one matrix ``in_features x experts`` per level, without bias.
     batch, minimize, implementation, memory_limit, fold_weights, dtype, machine : optional
         See `plan`.
     **sizes

@@ -1,4 +1,4 @@
-"""What a weight stands for: the whole tensor, the matrix of an expert, or a mixture of them."""
+"""Dense arrays of a weight: the whole tensor, the matrix of an expert, or a mixture of experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
 
 def to_dense(weight: Any) -> Array:
-    """Form the weight tensor, of shape (N1, ..., NE, I, O). I counts the bias row, if there is one."""
+    """Form the weight tensor, of shape (N1, ..., NE, I, O). I includes the bias row, if there is one."""
     weight = as_factorized(weight)
     return _added(weight, [None] * weight.num_levels)
 
@@ -33,14 +33,14 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
     ----------
     weight : FactorizedTensor, container of TensorLy, or array
     index : int or sequence of int
-        The expert, one number a level.
+        The expert, one index per level.
     bias : bool, default False
-        Whether the last row of the input mode is the bias; without it that row is one more of the matrix.
+        Whether the last row of the input mode is the bias. Otherwise it is a row of the matrix.
 
     Returns
     -------
     array of shape (I, O)
-        ``z @ matrix`` is the expert's output: the transpose of `torch.nn.Linear.weight`.
+        The transpose of a `torch.nn.Linear.weight`: the output of the expert is ``z @ matrix``.
     array of shape (O,)
         Only with `bias`.
     """
@@ -54,7 +54,7 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
 
 
 def check_bias(weight: FactorizedTensor, bias: bool) -> None:
-    """Check that a weight can have a bias, if it is said to have one."""
+    """Check that the weight can have a bias if `bias` is True."""
     check_flag(bias, "bias")
     format = weight.format
     if bias and format.splits_input and not format.has_bias_term:
@@ -65,14 +65,15 @@ def check_bias(weight: FactorizedTensor, bias: bool) -> None:
 
 
 def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Array:
-    """The matrix of shape (I, O) that mixes all experts by coefficients, one vector a level."""
+    """The mixture of all experts, of shape (I, O), by one vector of coefficients per level."""
     return _added(weight, coefficients)
 
 
 def _added(weight: FactorizedTensor, experts: Sequence[Any]) -> Array:
-    """The terms of a weight, added.
+    """The sum of the terms of a weight.
 
-    Of each level `experts` takes all (None), one (an int), or a mixture by coefficients (a vector).
+    For each level, `experts` selects all experts (None), one (an int), or a mixture (a vector of
+    coefficients).
     """
     operations = operations_of(weight.arrays[0])
     total: Array = None
@@ -95,7 +96,7 @@ def _formed(term: FactorizedTensor, experts: Sequence[Any], operations: Operatio
     levels = [level for level in range(len(names)) if level >= len(experts) or experts[level] is None]
     shape = tuple(term.shape[level] for level in levels)
 
-    # 1. One expert takes an entry of each index of its mode; a mixture is a vector on them.
+    # 1. One expert selects an entry of each index of its mode; a mixture is a vector over these indices.
     entries: dict[str, int] = {}
     vectors: list[tuple[Indices, Array]] = []
     for level, expert in enumerate(experts):
@@ -123,7 +124,7 @@ def _formed(term: FactorizedTensor, experts: Sequence[Any], operations: Operatio
     if format.is_plain:
         return tensor
 
-    # 3. The parts of each mode are joined, its padding is cut off, and experts of other slices are zero.
+    # 3. Join the parts of each mode, cut off its padding, and set the experts of other slices to zero.
     present = [[x for x in format.parts(names[level]) if x in network.output] for level in levels]
     tensor = tensor.reshape([prod(sizes[x] for x in parts) for parts in present])
     for axis, (level, size) in enumerate(zip(levels, shape, strict=True)):
@@ -132,7 +133,7 @@ def _formed(term: FactorizedTensor, experts: Sequence[Any], operations: Operatio
             tensor = operations.narrow(tensor, axis, 0, stop - start)
         if stop - start < size:
             tensor = operations.pad(tensor, axis, start, size - stop)
-    # 4. The term is constant along modes that it does not have. (What NumPy expands is read-only.)
+    # 4. The term is constant along modes that it omits. (An array expanded by NumPy is read-only.)
     return tensor if tuple(tensor.shape) == shape else operations.expand(tensor, shape)
 
 
@@ -141,7 +142,7 @@ _weight_network = lru_cache(maxsize=1024)(weight_network)
 
 @lru_cache(maxsize=1024)
 def _mixing(network: Network, entries: frozenset[str], vectors: tuple[Indices, ...]) -> Program:
-    """Program of fewest FLOPs for weights, some of whose entries are taken, and vectors on their modes."""
+    """The program with the fewest FLOPs for a weight with selected entries and vectors on its modes."""
     gone = entries.union(*vectors)
     output = tuple(x for x in network.output if x not in gone)
     mixed = network.without(set(entries)).with_vectors([(axes, Reading()) for axes in vectors], output)

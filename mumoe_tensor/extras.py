@@ -1,10 +1,10 @@
-"""Which extra brings a package that is missing."""
+"""The extras of this package, and the optional dependencies that they install."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-#: The packages that are imported, by the extra that brings them.
+#: Optional packages under their import names, by the extra that installs them.
 EXTRAS = {
     "cli": ("typer", "rich"),
     "torch": ("torch",),
@@ -27,12 +27,12 @@ EXTRAS = {
 
 
 def missing(package: str) -> str | None:
-    """What to install for a package; None for one that no extra brings.
+    """How to install a missing package; None if no extra installs it.
 
     Parameters
     ----------
     package : str
-        As it is imported.
+        Its import name.
     """
     for extra, packages in EXTRAS.items():
         if package.partition(".")[0] in packages:
@@ -41,7 +41,7 @@ def missing(package: str) -> str | None:
 
 
 def require(*extras: str) -> None:
-    """Check that everything an extra brings is installed, before any work.
+    """Check that all packages of some extras are installed.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def require(*extras: str) -> None:
     Raises
     ------
     ModuleNotFoundError
-        That names the package and the extra.
+        If a package is missing; the message names the package and the extra.
     """
     for extra in extras:
         for package in EXTRAS[extra]:
@@ -59,12 +59,12 @@ def require(*extras: str) -> None:
 
 
 def check_torchvision() -> None:
-    """Check that torchvision, which timm and transformers import where it is installed, can be imported.
+    """Check that torchvision can be imported if it is installed, since timm and transformers then import it.
 
     Raises
     ------
     ImportError
-        If it is of another build than torch.
+        If its build does not match that of torch.
     """
     if find_spec("torchvision") is None:
         return
@@ -72,6 +72,6 @@ def check_torchvision() -> None:
         import torchvision  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise ImportError(
-            f"torchvision must fit torch, which timm and transformers import; it says: {error}. Install both "
-            "from one index, or uninstall torchvision."
+            f"torchvision, which timm and transformers import, must match the build of torch; got: {error}. "
+            "Install both from the same index, or uninstall torchvision."
         ) from error

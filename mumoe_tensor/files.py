@@ -1,8 +1,8 @@
-"""Files and folders of results: written whole or not at all, by one process at a time.
+"""Atomic writing of files and of folders of results, by one process at a time.
 
-A command that replaces results writes the new ones into a hidden folder beside the old, and they change
-places once the new ones are whole. The change is a rename of that folder, which says that it is whole, and
-then one rename a result; if a process is killed in between, the next one in the folder finishes the change.
+A command that replaces results writes the new ones into a hidden folder beside the old ones. Once they are
+complete, this folder is renamed, which marks it as complete, and then each result is moved into place. If a
+process is killed in between, the next process that uses the folder finishes the replacement.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-#: The end of the name of a file that is being written.
+#: Suffix of a file that is being written.
 PART = ".part"
-#: The lock of a folder; the folder in it for results that are not whole yet, and its name once they are; the
-#: list in it of older results that have no successor.
+#: The lock file of a folder; its subfolder for incomplete results, and the name of this subfolder once they
+#: are complete; in that subfolder, the list of older results to be removed.
 LOCK, NEW, WHOLE, OBSOLETE = ".lock", ".new", ".whole", ".obsolete"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears at `path` only once it is complete, in place of what was there.
+    """Open a file that appears at `path` only once it is complete, and then replaces an existing file.
 
     Parameters
     ----------
     path : Path
-        Its folder is made if need be. If the block raises, nothing is left behind.
+        Its folder is created if necessary. If the block raises, the new file is deleted.
 
     Raises
     ------
     OSError
-        If it cannot be written, such as on a full disk; it names the file.
+        If the file cannot be written, for example on a full disk; the error names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
@@ -45,7 +45,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is its owner's alone
+        os.chmod(name, 0o666 & ~umask)  # only its owner can read a temporary file
         os.replace(name, path)
     except BaseException as error:
         os.unlink(name)
@@ -61,16 +61,16 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     Parameters
     ----------
     path : Path
-        Of a file for the lock alone; it is there while the lock is held.
+        The lock file, which exists while the lock is held.
     timeout : float, default -1
-        Seconds to wait for another process; −1 for no limit.
+        Seconds to wait for another process; −1 waits without limit.
 
     Raises
     ------
     filelock.Timeout
         If another process holds the lock.
     OSError
-        If the file cannot be made.
+        If the lock file cannot be created.
     """
     from filelock import FileLock
 
@@ -79,26 +79,26 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # some systems remove no file that is open
+        with suppress(OSError):  # some systems cannot remove an open file
             os.unlink(path)
         lock.release()
 
 
 @contextmanager
 def alone_in(folder: Path, *subfolders: str) -> Iterator[None]:
-    """Write into a folder as its only process, after what a killed one left there is tidied up.
+    """Lock a folder for writing, and clean up after processes that were killed.
 
     Parameters
     ----------
     folder : Path
-        Is made if need be, and removed again if the block writes nothing into it.
+        Created if necessary, and removed again if the block writes nothing into it.
     *subfolders : str
-        Folders in it that are written into as well.
+        Subfolders that are written as well.
 
     Raises
     ------
     OSError
-        If another process writes into it, or the folder cannot be made or written into.
+        If another process holds the lock, or the folder cannot be created or written.
     """
     from filelock import Timeout
 
@@ -110,7 +110,7 @@ def alone_in(folder: Path, *subfolders: str) -> Iterator[None]:
                 stack.enter_context(locked(folder / LOCK, timeout=0))
             except Timeout:
                 raise BlockingIOError(
-                    f"one process at a time writes into a folder; another one is at work in {folder}."
+                    f"only one process at a time can write into a folder; another is writing into {folder}."
                 ) from None
             if (folder / WHOLE).exists():
                 _change_places(folder)
@@ -128,18 +128,18 @@ def alone_in(folder: Path, *subfolders: str) -> Iterator[None]:
 def replacing(
     folder: Path, results: Iterable[str], goes_on: Callable[[Path], bool] = lambda new: False
 ) -> Iterator[Path]:
-    """Write results beside the old ones; if the block ends well, they take the place of those.
+    """Write new results into a separate folder; if the block succeeds, they replace the old ones.
 
     Parameters
     ----------
     folder : Path
-        See `alone_in`, within which this is to be called.
+        A folder locked by `alone_in`.
     results : iterable of str
-        Names of all files and folders that may be among the old results; those that are not written now are
-        removed in the end. Other files stay.
+        Names of all files and folders that may be among the old results. Those without a new version are
+        removed at the end. Other files are kept.
     goes_on : callable, optional
-        Of the folder of new results, whether the block can go on with what it has. If so that is kept where
-        the block fails, for the next call; by default it never is.
+        Gets the folder for the new results, and returns whether the block can resume from its content. If so,
+        the folder is kept for the next call when the block fails. By default it is not.
 
     Yields
     ------
@@ -163,14 +163,14 @@ def replacing(
 
 
 def _change_places(folder: Path) -> None:
-    """Put whole new results into the place of the old ones; may be called again after it was cut off."""
+    """Replace old results by complete new ones; can be called again after an interruption."""
     whole = folder / WHOLE
     if (whole / OBSOLETE).exists():
         for name in (whole / OBSOLETE).read_text(encoding="utf-8").splitlines():
             remove(folder / name)
         for path in whole.iterdir():
             if path.name != OBSOLETE:
-                if path.is_dir():  # which takes no other's place
+                if path.is_dir():  # a folder cannot replace another one
                     remove(folder / path.name)
                 path.replace(folder / path.name)
         (whole / OBSOLETE).unlink()
@@ -178,7 +178,7 @@ def _change_places(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there.
+    """Remove a file, or a folder with its content, if it exists.
 
     Parameters
     ----------
@@ -191,19 +191,19 @@ def remove(path: Path) -> None:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as a CSV file, whole or not at all.
+    """Write rows as a CSV file, atomically.
 
     Parameters
     ----------
     path : Path
     columns : sequence of str
     rows : iterable of mapping
-        With these columns and no other.
+        The rows, each with exactly these columns.
 
     Raises
     ------
     ValueError
-        If a row has another column.
+        If a row has other columns.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")

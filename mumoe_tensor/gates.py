@@ -1,11 +1,11 @@
-"""Gates: maps from logits to coefficients along an axis, which are at least zero.
+"""Gates: maps from logits to nonnegative coefficients along an axis.
 
-A gate takes a NumPy, PyTorch or JAX array and returns the same kind, shape, dtype and device. It computes in
-float32, or in float64 where the logits are float64. Logits of −inf are masks: their coefficients and
-derivatives are zero. A row (along `axis`) with NaN or +inf in it, or with nothing but −inf, becomes NaN,
-and no other row does. Of equal logits those with the lowest indices are the largest.
+A gate takes a NumPy, PyTorch or JAX array and returns one of the same kind, shape, dtype and device. It
+computes in float32, or in float64 if the logits are float64. Logits of −inf are masks: their coefficients and
+derivatives are zero. A row (along `axis`) that contains NaN or +inf, or only −inf, becomes NaN; other rows
+are not affected. Among equal logits, those with the lowest indices are selected first.
 
-Coefficients sum to one, except where a gate says otherwise.
+Coefficients sum to one unless the gate says otherwise.
 """
 
 from __future__ import annotations
@@ -36,34 +36,39 @@ __all__ = [
     "uniform_top_k",
 ]
 
-#: Newton steps of entmax15 for N logits, by log2 N rounded up. A step at least halves ‖u‖ − 1 or its slope,
-#: both at most √N at first. That makes log2(N) / 2 steps, and four more converge. Rows built by hill climbing
-#: to be slow do need them: 6 at N = 16, 14 at N = 2**20.
+#: Number of Newton steps of entmax15 for N logits, indexed by log2 N rounded up. A step at least halves ‖u‖ −
+#: 1 or its slope, and both are at most √N at first. So log2(N) / 2 steps reach the root's neighbourhood, and
+#: four more converge. Rows constructed by hill climbing to be slow need all of them: 6 at N = 16, 14 at N =
+#: 2**20.
 ENTMAX15_STEPS = tuple((bits + 1) // 2 + 4 for bits in range(64))
 
 
 class Gate(Protocol):
-    """What a layer takes as a gate: a map from logits of shape (..., N) to coefficients of that shape.
+    """The gate function of a layer: a map from logits of shape (..., N) to coefficients of the same shape.
 
-    It is a function, or an instance of a class with ``__call__`` such as a module. It may declare more, as an
-    attribute of the function or the class; each is False or absent unless declared:
+    A gate is a function, or an instance of a class with ``__call__``, such as a module. The function or the
+    class may have these optional attributes, which are otherwise taken as False or absent:
 
-    - ``sparse_gradient = True``: its derivative is zero wherever its result is. A layer may then leave the
-      gradients of these coefficients out.
-    - a method ``select``, called as the gate is: the values and indices of k experts, as a
-      ``mumoe_tensor.nn.sparse.SparseCoefficients``, or all coefficients. A layer whose gate has no hook then
-      reads the rows of these experts alone, where they are few of many.
-    - ``random_start = True``: the weight of the layer's gate starts random instead of zero. So it must where
-      equal logits have unequal coefficients, or none: the same experts would be left out for ever.
-    - ``reads_input = True``: it is called with the input of the layer's gate, of shape (..., in_features),
-      and the number of experts of a level, instead of logits. The layer's gate then has no weight and no
-      norm.
-    - a method ``per_expert(num_experts, in_features)``: arrays with the experts of a level as their first
-      axis, by name, at their first values. The layer's gate has them under these names, those of all levels
-      one after the other, as parameters if they are parameters, else as buffers. The gate is called with
-      those of the level as keyword arguments. The method raises a ValueError for a level that the gate
-      cannot serve.
-    - a method ``fit(z, num_experts)``: these arrays for a level, fitted to inputs of shape (rows,
+    - ``sparse_gradient = True``: the derivative is zero wherever the coefficient is zero. A layer may then
+    skip
+      the gradients of these coefficients.
+    - a method ``select``, with the same arguments as the gate: returns the values and indices of k experts,
+    as
+      a ``mumoe_tensor.nn.sparse.SparseCoefficients``, or all coefficients. If k is small compared with N and
+      the gate has no hooks, a layer then reads only the rows of these experts.
+    - ``random_start = True``: the weight of the layer's gate is initialised at random instead of at zero.
+    This
+      is necessary if equal logits get unequal coefficients, or zero: the same experts would never be
+      selected.
+    - ``reads_input = True``: the gate is called with the input of the layer's gate, of shape
+      (..., in_features), and the number of experts of a level, instead of logits. The layer's gate then has
+      no weight and no norm.
+    - a method ``per_expert(num_experts, in_features)``: returns a dictionary of initial arrays whose first
+    axis
+      is the experts of a level. The layer's gate stores them under their names, concatenated over the levels,
+      as parameters if they are parameters, otherwise as buffers. The gate is called with the arrays of its
+      level as keyword arguments. The method raises a ValueError if the gate cannot be used for a level.
+    - a method ``fit(z, num_experts)``: returns these arrays for a level, fitted to inputs of shape (rows,
       in_features).
     """
 
@@ -76,7 +81,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def sparse_gradient(gate: _Function) -> _Function:
-    """Declare of a function that its derivative is zero wherever its result is; see `Gate`."""
+    """Declare that the derivative of a gate is zero wherever its result is zero; see `Gate`."""
     declared: Any = gate  # (To mypy a callable has no attributes.)
     declared.sparse_gradient = True
     return gate
@@ -84,12 +89,12 @@ def sparse_gradient(gate: _Function) -> _Function:
 
 @sparse_gradient
 def entmax15(x: Array, axis: int = -1) -> Array:
-    r"""1.5-entmax: sparse as sparsemax, smoother at the edge of the support.
+    r"""1.5-entmax: sparse like sparsemax, but smoother at the boundary of the support.
 
     .. math:: p_i = \max(x_i / 2 - \tau, 0)^2, \qquad \tau \text{ such that } \sum_i p_i = 1
 
-    Exact, without a sort: Newton steps on the norm of :math:`u = (x/2 - \tau)_+`. Their number depends on
-    N alone.
+    The threshold is found exactly and without sorting, by Newton steps on the norm of
+    :math:`u = (x/2 - \tau)_+`. The number of steps depends only on N.
 
     Parameters
     ----------
@@ -101,12 +106,13 @@ def entmax15(x: Array, axis: int = -1) -> Array:
     Returns
     -------
     array of the shape and dtype of `x`
-        Coefficients; the same for logits shifted by a constant.
+        Coefficients. Adding a constant to all logits does not change them.
 
     Raises
     ------
     TypeError, ValueError
-        If `x` is no floating array, has no axis, or N is 0; if `axis` is no integer or out of range.
+        If `x` is not a floating array, has no axis, or N is 0; if `axis` is not an integer or is out of
+        range.
 
     References
     ----------
@@ -121,7 +127,7 @@ def entmax15(x: Array, axis: int = -1) -> Array:
     backend, rows = _rows(x, axis)
 
     def shift(u: Array, total: Callable[..., Array]) -> Array:
-        # ‖u‖ − 1 over its slope. (‖u‖² − 1 has the same root but takes up to twice as many steps.)
+        # ‖u‖ − 1 divided by its slope. (‖u‖² − 1 has the same root but takes up to twice as many steps.)
         square = total(backend, u * u)
         return (square - backend.sqrt(square)) / _total(backend, u)
 
@@ -148,8 +154,8 @@ def sparsemax(x: Array, axis: int = -1) -> Array:
     def shift(u: Array, total: Callable[..., Array]) -> Array:
         return (total(backend, u) - 1.0) / _total(backend, cast(u != 0, dtype_name(u)))
 
-    # As in entmax15, but the sum and its slope start at N and nothing is quadratic. Again, this is what rows
-    # built to be slow need to come down to the rounding errors.
+    # As in entmax15, but the sum and its slope start at N, and convergence is not quadratic. Rows constructed
+    # to be slow need this many steps to reach rounding errors.
     steps = _log2(rows) + (12 if dtype_name(rows) == "float64" else 4)
     p = _newton(backend, _centred(backend, rows), shift, steps, differentiated=1)
     return _restored(backend, p, x, axis)
@@ -170,7 +176,7 @@ def softmax(x: Array, axis: int = -1) -> Array:
 def top_k(x: Array, k: int, axis: int = -1, *, normalize: bool = True) -> Array:
     r"""Softmax over the k largest logits, zero elsewhere.
 
-    It is the softmax of all logits, of which the k largest coefficients are kept and divided by their sum.
+    Equivalently, the k largest coefficients of the softmax over all logits, divided by their sum.
 
     Parameters
     ----------
@@ -180,7 +186,8 @@ def top_k(x: Array, k: int, axis: int = -1, *, normalize: bool = True) -> Array:
         Number of logits that keep a coefficient, from 1 to N.
     axis : int
     normalize : bool
-        False leaves the k coefficients as the softmax of all logits has them: their sum is less than one.
+        False returns the k coefficients of the softmax over all logits without dividing; their sum is less
+        than one.
 
     References
     ----------
@@ -198,14 +205,14 @@ def top_k(x: Array, k: int, axis: int = -1, *, normalize: bool = True) -> Array:
 
 @sparse_gradient
 def relu_top_k(x: Array, k: int, axis: int = -1) -> Array:
-    r"""ReLU of the k largest logits, zero elsewhere. The coefficients have any sum.
+    r"""ReLU of the k largest logits, zero elsewhere. The sum of the coefficients is arbitrary.
 
     Parameters
     ----------
     x : array of shape (..., N, ...)
         As in `entmax15`; so are result and errors.
     k : int
-        Number of logits that may have a coefficient, from 1 to N. Those that are not positive have none.
+        Maximum number of nonzero coefficients, from 1 to N. Logits that are not positive get zero.
     axis : int
 
     References
@@ -223,12 +230,12 @@ def relu_top_k(x: Array, k: int, axis: int = -1) -> Array:
 def jumprelu(
     x: Array, threshold: Array | float = 0.001, axis: int = -1, *, bandwidth: float = 0.001
 ) -> Array:
-    r"""JumpReLU: logits above a threshold as they are, zero elsewhere. The coefficients have any sum.
+    r"""JumpReLU: the logits above a threshold, zero elsewhere. The sum of the coefficients is arbitrary.
 
     .. math:: p_i = x_i \text{ where } x_i > \theta_i, \text{ else } 0
 
     The derivative with respect to a logit is one or zero. With respect to the threshold it is zero almost
-    everywhere; in its place is the published straight-through estimate, with a rectangle as the kernel:
+    everywhere, and is replaced by the published straight-through estimate with a rectangular kernel:
 
     .. math:: \frac{\partial p_i}{\partial \theta_i} \approx
               -\frac{\theta_i}{\varepsilon} \text{ where } |x_i - \theta_i| < \varepsilon / 2, \text{ else } 0
@@ -238,7 +245,7 @@ def jumprelu(
     x : array of shape (..., N, ...)
         As in `entmax15`; so are result and errors.
     threshold : float or array of shape (N,)
-        At least zero. An array is of the backend and dtype of `x`, and has derivatives.
+        At least zero. An array must have the backend and dtype of `x`, and gets a gradient.
     axis : int
     bandwidth : float
         The width :math:`\varepsilon`, in units of the logits.
@@ -255,7 +262,7 @@ def jumprelu(
         theta = _along_rows("threshold", threshold, x, rows)
         constant = stop_gradient(theta)
         is_near = abs(stop_gradient(rows) - constant) < bandwidth / 2
-        # Zero, but with a derivative.
+        # The value is zero, the derivative is not.
         jump = backend.where(is_near, constant / bandwidth, 0.0) * (theta - constant)
     else:
         theta = constant = as_finite(threshold, "threshold")
@@ -278,28 +285,29 @@ def sigmoid_top_k(
     normalize: bool = True,
     scale: float = 1.0,
 ) -> Array:
-    r"""Sigmoid of k logits of a few groups, zero elsewhere: the gate of DeepSeek-V3.
+    r"""Sigmoid of k logits from a few groups, zero elsewhere: the gate of DeepSeek-V3.
 
-    They are chosen by their scores :math:`\sigma(x_i) + b_i`. The logits are in equal groups, one after the
-    other; the groups whose two best scores have the largest sums are taken, and in these the k best scores.
-    Bias and groups affect the choice alone. Fewer than k have a coefficient where all others are masks.
+    The logits are selected by their scores :math:`\sigma(x_i) + b_i`. They form consecutive groups of equal
+    size. The gate selects the groups with the largest sums of their two best scores, and in these groups the
+    k best scores. Bias and groups affect only the selection. Fewer than k coefficients are nonzero if the
+    other logits are masks.
 
     Parameters
     ----------
     x : array of shape (..., N, ...)
         As in `entmax15`; so are result and errors.
     k : int
-        Number of logits with a coefficient, from 1 to the size of `top_groups` groups.
+        Number of selected logits, from 1 to the size of `top_groups` groups.
     axis : int
     bias : array of shape (N,), optional
-        Of the backend and dtype of `x`, and finite: rows are NaN where it is not, except that −inf keeps a
-        logit from being chosen. It has no derivative.
+        Bias of the scores, of the backend and dtype of `x`. An entry of −inf prevents a logit from being
+        selected; with other entries that are not finite, rows become NaN. The bias gets no gradient.
     groups, top_groups : int
-        Number of groups, which divides N, and how many of them are taken.
+        Number of groups, which divides N, and number of groups to select.
     normalize : bool
         Divide the coefficients by their sum.
     scale : float
-        Positive. Multiplies the coefficients: their sum, if they are normalised.
+        Positive factor of the coefficients: their sum, if they are normalised.
 
     References
     ----------
@@ -330,12 +338,13 @@ def sigmoid_top_k(
 
 
 def uniform_top_k(x: Array, k: int, axis: int = -1) -> Array:
-    """1 / k for each of the k largest logits, zero elsewhere. It has no derivative.
+    """1 / k for each of the k largest logits, zero elsewhere. There is no gradient.
 
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`; so are result and errors. Where fewer than k are no masks, these share one.
+        As in `entmax15`; so are result and errors. If fewer than k logits are unmasked, their coefficients
+        are one divided by their number.
     k : int
         From 1 to N.
     axis : int
@@ -347,15 +356,15 @@ def uniform_top_k(x: Array, k: int, axis: int = -1) -> Array:
 
 
 def check_groups(size: int, k: int, groups: int, top_groups: int) -> int:
-    """The size of a group of `sigmoid_top_k`; a ValueError if there are no such groups, or k is too large."""
+    """Check the groups and k of `sigmoid_top_k`, and return the size of a group."""
     if size % as_positive(groups, "groups") or as_positive(top_groups, "top_groups") > groups:
         raise ValueError(
-            f"groups must divide the size of the axis, and top_groups be at most groups; got groups = "
+            f"groups must divide the size of the axis, and top_groups must be at most groups; got groups = "
             f"{groups} and top_groups = {top_groups} for size {size}."
         )
     if not 1 <= as_integer(k, "k") <= top_groups * (size // groups):
         raise ValueError(
-            f"k must be at least 1 and at most the size of the groups taken, got k = {k} for {top_groups} "
+            f"k must be at least 1 and at most the size of the selected groups, got k = {k} for {top_groups} "
             f"group(s) of size {size // groups}."
         )
     return size // groups
@@ -372,23 +381,23 @@ def _rows(x: Array, axis: int) -> tuple[Any, Array]:
         raise ValueError(f"the axis must have at least one entry, got axis {axis} of shape {tuple(x.shape)}.")
     # (torch.func.vmap has no rule for torch's `moveaxis`.)
     rows = cast(x.swapaxes(-1, axis), "float32" if x.dtype.itemsize < 4 else dtype_name(x))
-    # In row-major order: along another axis NumPy adds one by one, which loses four digits at 2**20 entries.
+    # In row-major order: along other axes NumPy sums sequentially, which loses four digits at 2**20 entries.
     return backend, rows.reshape(-1).reshape(rows.shape)
 
 
 def _along_rows(name: str, values: Array, x: Array, rows: Array) -> Array:
-    """An array with an entry for each logit of a row, in the dtype of the rows."""
+    """Check an array with one entry per logit of a row, and cast it to the dtype of the rows."""
     check_floating({"x": x, name: values})
     if values.shape != rows.shape[-1:]:
         raise ValueError(
-            f"{name} must have an entry for each logit of a row, shape {tuple(rows.shape[-1:])}, got shape "
+            f"{name} must have one entry per logit of a row, shape {tuple(rows.shape[-1:])}, got shape "
             f"{tuple(values.shape)}."
         )
     return cast(values, dtype_name(rows))
 
 
 def _best_groups(backend: Any, scores: Array, count: int) -> Array:
-    """Scores of shape (..., groups, size), −inf outside of the groups whose two best have the best sums."""
+    """Set scores, of shape (..., groups, size), to −inf outside of the groups with the best sums of two."""
     best = backend.sort(scores, axis=-1)[..., -2:]
     totals = backend.sum(backend.where(best == -backend.inf, 0.0, best), axis=-1)
     totals = backend.where(best[..., -1] == -backend.inf, -backend.inf, totals)  # masks alone
@@ -396,7 +405,7 @@ def _best_groups(backend: Any, scores: Array, count: int) -> Array:
 
 
 def _is_dropped(backend: Any, rows: Array, k: int) -> Array:
-    """Whether each entry is not among the k largest of its row, which has no NaN."""
+    """Whether each entry is outside of the k largest of its row. Rows must not contain NaN."""
     n = rows.shape[-1]
     if not 1 <= as_integer(k, "k") <= n:
         raise ValueError(f"k must be at least 1 and at most the size of the axis, got k = {k} for size {n}.")
@@ -413,13 +422,13 @@ def _log2(rows: Array) -> int:
 
 
 def _centred(backend: Any, rows: Array) -> Array:
-    """Every row less its maximum; NaN where that is not finite."""
+    """Subtract its maximum from every row; NaN if the maximum is not finite."""
     top = backend.max(stop_gradient(rows), axis=-1)[..., None]
     return rows - backend.where(abs(top) < backend.inf, top, backend.nan)
 
 
 def _checked(backend: Any, p: Array, rows: Array) -> Array:
-    """Rows of coefficients; NaN where the largest logit of a row is not finite."""
+    """Set rows of coefficients to NaN if their largest logit is not finite."""
     top = backend.max(stop_gradient(rows), axis=-1)[..., None]
     return backend.where(abs(top) < backend.inf, p, backend.nan)
 
@@ -429,10 +438,11 @@ def _total(backend: Any, u: Array) -> Array:
 
 
 def _fine_total(backend: Any, u: Array) -> Array:
-    """The same for rows with a sum near one, as exact as if it were rounded once, in any order.
+    """The sum of rows whose sum is near one, as exact as if it were rounded once, in any order of summation.
 
-    Some backends add dozens of numbers one by one (XLA on CPUs: 32 or more), and each costs up to half a unit
-    in the last place of the sum. Multiples of 2**-22 add up exactly in float32; what they leave is small.
+    Some backends add dozens of numbers sequentially (XLA on CPUs: 32 or more), and each addition loses up to
+    half a unit in the last place of the sum. Multiples of 2**-22 add up exactly in float32; the remainders
+    are small.
     """
     coarse = (u * 2.0**22).round() * 2.0**-22
     return _total(backend, coarse) + _total(backend, u - coarse)
@@ -441,9 +451,9 @@ def _fine_total(backend: Any, u: Array) -> Array:
 def _newton(backend: Any, z: Array, shift: Callable[..., Array], steps: int, differentiated: int) -> Array:
     """Find u = (z − τ)₊ for rows z with maximum 0, where `shift` is the Newton step for τ at u.
 
-    The steps start from τ = −1, left of the root of a convex function, and are monotone: what has left the
-    support does not come back. So they move u itself. A rounded τ would be one error common to all of u, and
-    4e-5 in the sum of a float32 row with one large value over a near-tied cloud.
+    The steps start at τ = −1, left of the root of a convex function, and are monotone: an entry that has left
+    the support does not return. So they update u itself. A rounded τ would add the same error to all entries
+    of u, and 4e-5 to the sum of a float32 row with one large value above many near ties.
     """
 
     def step(u: Array, total: Callable[..., Array]) -> Array:
@@ -454,9 +464,9 @@ def _newton(backend: Any, z: Array, shift: Callable[..., Array], steps: int, dif
     for _ in range(steps - differentiated):
         u = step(u, _total)
     if stop_gradient(z) is not z:
-        # At the root the result of a Newton step does not depend, to first order, on the τ it starts from. So
-        # one step with a constant τ has the exact first derivative, and two steps have the second as well.
-        # What is outside the support has none, and −inf − −inf would be NaN.
+        # At the root, the result of a Newton step does not depend on its start to first order. So one step
+        # from a constant τ has the exact first derivative, and two steps have the exact second derivative as
+        # well. Entries outside the support have no derivative, and −inf − −inf would be NaN.
         z = backend.where(u == 0, 0.0, z)
         u = u + (z - stop_gradient(z))
     for _ in range(differentiated):
@@ -470,5 +480,5 @@ def _softmax(backend: Any, z: Array) -> Array:
 
 
 def _restored(backend: Any, p: Array, x: Array, axis: int) -> Array:
-    """Rows of coefficients in the axis order and dtype of the logits `x`."""
+    """Move rows of coefficients back to the axis order and dtype of the logits `x`."""
     return cast(p.swapaxes(-1, axis), dtype_name(x))

@@ -1,4 +1,4 @@
-"""Intervals of means, and of proportions."""
+"""Confidence intervals of means and of proportions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from math import isfinite, sqrt
 from statistics import mean, stdev
 
-#: Standard deviations of a normal distribution that hold 95 % of it.
+#: Half width, in standard deviations, of the 95 % interval of a normal distribution.
 NORMAL = 1.959963984540054
 
 
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean, and half width of the 95 % interval of Student's t; None for that of a single value.
+    """Mean, and half width of its 95 % confidence interval by Student's t.
 
-    None, too, where a value is NaN or infinite. There must be at least one value.
+    The half width is None for a single value, and if a value is NaN or infinite. At least one value is
+    required.
     """
     from scipy.stats import t
 
@@ -25,18 +26,19 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
 
 
 def proportion(shares: Iterable[float], trials: int) -> tuple[float, float, float]:
-    """Mean of shares of successes, as accuracies of several runs, and its 95 % interval.
+    """Mean of proportions, such as accuracies of several runs, and its 95 % confidence interval.
 
     It is the interval of Wilson ("Probable inference, the law of succession, and statistical inference",
-    1927), which stays between 0 and 1. The number of trials is that with the variance of the mean: of so many
-    trials, which are the same ones in every run, and between the runs.
+    1927), which stays between 0 and 1. Its number of trials is an effective number, at which the binomial
+    variance equals the variance of the mean: the variance within a run, whose trials are the same in every
+    run, plus the variance between runs.
 
     Parameters
     ----------
     shares : iterable of float
-        One or more, between 0 and 1.
+        At least one proportion, between 0 and 1.
     trials : int
-        Trials of a run, as rows of validation.
+        Number of trials of a run, such as validation rows.
 
     Returns
     -------

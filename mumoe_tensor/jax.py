@@ -9,7 +9,7 @@ import jax
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.tensors import FactorizedTensor
 
-#: Format and shape, None where that follows from the factors.
+#: Format, and the shape or None if it follows from the factors.
 Kind = tuple[Format, tuple[int, ...] | None]
 
 
@@ -22,7 +22,7 @@ def _unflatten(kind: Kind, factors: tuple[Any, ...]) -> FactorizedTensor:
     try:
         return FactorizedTensor(format, factors, shape)
     except (TypeError, ValueError):
-        # JAX also builds trees whose leaves make no weight: placeholders, stacks to map over.
+        # JAX also builds trees whose leaves are not a valid weight, such as placeholders and batched arrays.
         weight = object.__new__(FactorizedTensor)
         weight.format, weight.factors, weight.asked = format, tuple(factors), shape
         weight.arrays = tuple(factor for factor in factors if factor is not None)

@@ -1,4 +1,4 @@
-"""Independent computations side by side. Timings, which need the machine alone, are none of these."""
+"""Independent computations in parallel; not for timings, which need the machine to themselves."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ T = TypeVar("T")
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], jobs: int | str = 1) -> Iterator[tuple[int, T]]:
-    """Call functions in several processes, and yield each result as it comes.
+    """Call functions in several processes, and yield each result as soon as it is available.
 
-    Processes are joblib's. A backend that `joblib.parallel_config` has set, such as that of Dask for a
-    cluster, is used in their place.
+    The processes are started by joblib, or by a backend set with `joblib.parallel_config`, such as Dask for a
+    cluster.
 
     Parameters
     ----------
     calls : sequence of callable
-        Without arguments. What they refer to is pickled by cloudpickle, if there are several jobs.
+        Functions without arguments. With several jobs they are pickled by cloudpickle.
     jobs : int or str, default 1
-        Processes at most; with one, the functions are called in this process, in their order. Text is the
-        address of a Dask scheduler, such as ``"tcp://host:8786"``, whose workers call them.
+        Maximum number of processes. With one, the functions are called in order in this process. A string is
+        the address of a Dask scheduler, such as ``"tcp://host:8786"``, whose workers call the functions.
 
     Yields
     ------
     int
-        The position of the call.
+        The index of the call.
     object
         Its result.
 
     Raises
     ------
     Exception
-        What a call raises. Others that have begun are ended.
+        Any exception that a call raises. Calls in progress are then terminated.
     """
     from joblib import Parallel, delayed, parallel_config
 

@@ -1,4 +1,4 @@
-"""A table of finished runs. Rows are only added, and a run that has its rows is not done again."""
+"""An append-only table of finished runs, by which a run that is already in the table can be skipped."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from mumoe_tensor.files import locked, whole_file
 from mumoe_tensor.readers import read_table
 
 Row = dict[str, Any]
-#: What makes a value from the text of a cell.
+#: Converts the text of a cell to a value.
 Parser = Callable[[str], Any]
 
 
 class Ledger:
     """Rows of finished runs, in memory or in a CSV file.
 
-    A process that is killed during an `add` leaves all of its rows in the file, or none. Several processes
-    may add to one file: an `add` first reads what the others have added.
+    `add` is atomic: if the process is killed, the file contains all of its rows or none. Several processes
+    may add to one file: `add` first reads the rows that others have added.
 
     Parameters
     ----------
     path : Path or None
-        A CSV file, which need not exist yet. Without one the rows stay in memory.
+        A CSV file, which need not exist yet. With None the rows are only in memory.
     columns : mapping of str to type
-        Names of columns, and ``str``, ``int`` or ``float``. Cells of ``int | None`` and ``float | None`` may
-        be empty; NaN is another value than None.
+        Names of columns, and their types: ``str``, ``int`` or ``float``. Cells of ``int | None`` and
+        ``float | None`` may be empty, which means None and not NaN.
     more : callable, optional
-        Makes a value from the text of a cell in columns that are not declared. By default there are none.
+        Converts the text of a cell in an undeclared column to a value. By default, undeclared columns are
+        refused.
 
     Raises
     ------
     TypeError
         If a column has another type.
     ValueError
-        If the file has other columns, or a cell that is not of its type; see `read_table`.
+        If the columns of the file differ, or a cell does not have the type of its column; see `read_table`.
     """
 
     def __init__(self, path: Path | None, columns: Mapping[str, Any], *, more: Parser | None = None):
@@ -48,7 +49,7 @@ class Ledger:
         self._more = more
         self._content: bytes | None = None
         self._names = list(self._kinds)
-        # A table has a row once; so its cells as text are its key.
+        # Rows are unique, so the text of a row's cells is its key.
         self._rows: dict[tuple[str, ...], Row] = {}
         self._read()
 
@@ -59,31 +60,31 @@ class Ledger:
         return len(self._rows)
 
     def has(self, **key: Any) -> bool:
-        """Whether a row has these values."""
+        """Whether any row has these values."""
         return bool(self.of(**key))
 
     def of(self, **values: Any) -> list[Row]:
-        """Rows that have these values.
+        """All rows with these values.
 
         Raises
         ------
         ValueError
-            If there is no such column, or a value is not of the type of its column.
+            If there is no such column, or a value does not have the type of its column.
         """
         if self._rows and (unknown := [name for name in values if name not in self._names]):
-            raise ValueError(f"a ledger must have the columns that are asked for; it has no {unknown}.")
+            raise ValueError(f"names must be columns of the ledger, got {unknown}.")
         wanted = {name: self._value(name, value) for name, value in values.items()}
         return [row for row in self if all(row[name] == value for name, value in wanted.items())]
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows, all at once.
+        """Add rows atomically.
 
         Raises
         ------
         ValueError
-            If a row has other columns, a value that is not of the type of its column, or is there already.
+            If a row has other columns, has a value of another type than its column, or already exists.
         OSError
-            If the file cannot be written. Then nothing is added.
+            If the file cannot be written. Then no row is added.
         """
         rows = list(rows)
         if self.path is None:
@@ -103,7 +104,7 @@ class Ledger:
         return pandas.DataFrame(list(self), columns=self._names).astype(types)
 
     def _read(self) -> None:
-        """Read the file, unless it is as it was."""
+        """Read the file if it has changed."""
         content = self.path.read_bytes() if self.path is not None and self.path.exists() else None
         if self.path is None or content == self._content:
             return
@@ -127,10 +128,10 @@ class Ledger:
         old = self._keyed(names, self) if grows else self._rows
         new = self._keyed(names, rows)
         if len(new) < len(rows) or new.keys() & old.keys():
-            raise ValueError("a table must have a row once, got one that is there already.")
+            raise ValueError("the rows of a ledger must be unique, got a row that already exists.")
         if self.path is not None:
-            # What is in the file stays as it is, byte by byte, unless all rows get another column. (To copy
-            # two megabytes takes half as long as to wait for a disk that has one more line.)
+            # The existing bytes of the file are kept unless a column is added. (Copying two megabytes takes
+            # half as long as waiting for the disk to write a line.)
             is_whole = grows or not old
             content = _lines([names, *old, *new]) if is_whole else (self._content or b"") + _lines(new)
             with whole_file(self.path) as file:
@@ -143,7 +144,7 @@ class Ledger:
         return {_texts(row): row for row in values}
 
     def _value(self, name: str, value: Any) -> Any:
-        """What the file will say of a value."""
+        """A value as it will be read from the file."""
         parse = self._parsers.get(name, self._more)
         assert parse is not None
         try:
@@ -153,7 +154,7 @@ class Ledger:
 
 
 def plain(text: str) -> int | float | str | None:
-    """A value from its text, by its looks: a number if it is one, None if it is empty."""
+    """Parse the text of a cell: a number if possible, None if it is empty, otherwise the text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -170,7 +171,7 @@ def _type_of(kind: Any) -> type:
 def _parser(name: str, kind: Any) -> Parser:
     if kind not in (str, int, float, int | None, float | None):
         raise TypeError(
-            f"a column must be of str, int or float, or one of these or None; {name} is of {kind}."
+            f"a column must have type str, int, float, int | None or float | None, got {kind} for {name}."
         )
     of_text, may_be_none = _type_of(kind), kind != _type_of(kind)
     return lambda text: None if may_be_none and not text else of_text(text)
@@ -179,7 +180,7 @@ def _parser(name: str, kind: Any) -> Parser:
 def _text(value: Any) -> str:
     text = "" if value is None else str(value)
     if "\0" in text or "\r" in text:
-        raise ValueError(f"a cell must have no NUL and no carriage return, got {text!r}")
+        raise ValueError(f"a cell must not contain NUL or carriage return, got {text!r}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Factors against a declaration: the number of levels, the shape and the rank of a weight."""
+"""Matching factors with a declaration: the number of levels, the shape and the rank of a weight."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mumoe_tensor.formats.sums import Sum
 
 
 class Matched(NamedTuple):
-    """A weight, as its factors say.
+    """Format, shape and rank of a weight, inferred from its factors.
 
     Attributes
     ----------
     format : Format
-        With the splits that the factors have.
+        The format, with the splits of the factors.
     factors : tuple of array or None
-        All declared ones, None for those that are missing.
+        All declared factors, None for missing ones.
     shape, rank : tuple of int
     asked : tuple of int or None
-        The shape, where it does not follow from the factors.
+        The shape, if it does not follow from the factors.
     """
 
     format: Format
@@ -36,7 +36,7 @@ class Matched(NamedTuple):
 
 
 def match(format: Format, factors: Sequence[Array | None], shape: Sequence[int] | None) -> Matched:
-    """Match factors with a declaration; an error says what does not fit. See `.FactorizedTensor`."""
+    """Match factors with a declaration, or raise an error if they do not fit. See `.FactorizedTensor`."""
     if shape is not None:
         shape = tuple(as_positive(n, "every size of a shape") for n in as_entries(shape, "shape"))
         if len(shape) < 2:
@@ -58,8 +58,8 @@ def match(format: Format, factors: Sequence[Array | None], shape: Sequence[int] 
     follows = [_size(format.has_bias_term, terms, level, mode) for level, mode in enumerate(modes)]
     if shape is None and None in follows:
         raise ValueError(
-            "a shape must be given for a weight none of whose factors has all entries of mode "
-            f"{modes[follows.index(None)]!r}; its format is {format!r}."
+            "a shape must be given if no factor has all entries of a mode, got None for mode "
+            f"{modes[follows.index(None)]!r} of format {format!r}."
         )
     asked = None if shape is None or list(shape) == follows else tuple(shape)
     shape = asked or tuple(size for size in follows if size is not None)
@@ -75,7 +75,7 @@ def match(format: Format, factors: Sequence[Array | None], shape: Sequence[int] 
 def levels_of(
     format: Format, factors: Sequence[Any], shape: Sequence[int] | None = None
 ) -> tuple[int, tuple[Any, ...]]:
-    """The number of levels whose declaration the factors fit, and all of them, None for missing ones."""
+    """The number of levels at which the factors fit the declaration, and the factors, None if missing."""
     if arrays := [factor for factor in factors if factor is not None]:
         backend_of(*arrays)
     for num_levels in range(MOST_LEVELS + 1) if shape is None else (len(shape) - 2,):
@@ -93,7 +93,7 @@ def levels_of(
     expected = " | ".join(" ".join(f.indices) for f in format.declaration(1))
     shapes = ", ".join("None" if factor is None else str(tuple(factor.shape)) for factor in factors)
     raise ValueError(
-        f"the factors of format {format.name!r} are {expected} (for one level of experts), got arrays of "
+        f"the factors of format {format.name!r} must be {expected} (for one level of experts), got arrays of "
         f"shapes {shapes or 'none'}."
     )
 
@@ -101,19 +101,21 @@ def levels_of(
 def _index_sizes(
     term: Format, num_levels: int, factors: Sequence[Array | None], start: int
 ) -> dict[str, int]:
-    """Size of every index of a term, the same wherever it occurs; its first factor is at `start`."""
+    """The size of each index of a term, which all factors must share; the factors begin at `start`."""
     indices = {start + k: f.indices for k, f in enumerate(term.declaration(num_levels))}
-    # (torch.compile traces this: it knows neither `:=` here nor a `min` with a default.)
+    # (torch.compile traces this, and supports neither `:=` here nor `min` with a default.)
     arrays: dict[int, Array] = {k: factors[k] for k in indices if factors[k] is not None}
     sizes: dict[str, int] = {}
     for k, factor in arrays.items():
         for index, size in zip(indices[k], factor.shape, strict=True):
             if size == 0:
-                raise ValueError(f"every size must be positive, factor[{k}] has shape {tuple(factor.shape)}.")
+                raise ValueError(
+                    f"every size must be positive, got factor[{k}] of shape {tuple(factor.shape)}."
+                )
             if sizes.setdefault(index, size) != size:
                 first = next(j for j in arrays if index in indices[j])
                 raise ValueError(
-                    f"factors that share an index must agree in its size; {index!r} has size "
+                    f"factors that share an index must have the same size there; {index!r} has size "
                     f"{sizes[index]} in factor[{first}] and {size} in factor[{k}]."
                 )
     bonds = term.bonds(num_levels) if len(arrays) < len(indices) else ()
@@ -121,8 +123,8 @@ def _index_sizes(
         for x in indices[k]:
             if [x in indices[j] for j in arrays].count(True) < (2 if x in bonds else 1):
                 raise ValueError(
-                    "a factor may be None only where others have its modes, and its bonds still join two of "
-                    f"them; factor[{k}] of format {term.name!r} has {x!r}."
+                    "a factor may be None only if other factors have its modes and its bonds still join two "
+                    f"factors, got None for factor[{k}] of format {term.name!r}, which has {x!r}."
                 )
     return sizes
 
@@ -130,9 +132,9 @@ def _index_sizes(
 def _size(
     has_bias_term: bool, terms: Sequence[tuple[Format, Mapping[str, int]]], level: int, mode: str
 ) -> int | None:
-    """Size of a mode of the weight: the least that a term has, for parts may hold more.
+    """Size of a mode of the weight, or None if it does not follow from the factors.
 
-    None if it does not follow from the factors.
+    It is the smallest size among the terms, because split modes may be padded.
     """
     held = [
         prod([sizes[part] for part in term.parts(mode)]) + (mode == "i" and has_bias_term)
@@ -143,7 +145,7 @@ def _size(
 
 
 def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -> Format:
-    """The format of a term with the splits of its factors, which hold these sizes."""
+    """The format of a term with the splits of its factors, checked against the sizes of the modes."""
     num_levels = len(mode_sizes) - 2
     splits = {}
     for mode, size in zip(mode_names(num_levels), term.within(mode_sizes), strict=True):
@@ -153,8 +155,8 @@ def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -
         held = tuple(sizes[part] for part in parts)
         if prod(held) < size or (parts == (mode,) and held != (size,)):
             raise ValueError(
-                f"the factors must have the sizes of the weight; mode {mode!r} has {size} entries, the "
-                f"factors of format {term.name!r} {' x '.join(map(str, held))}."
+                f"the factors must have the sizes of the weight; mode {mode!r} has {size} entries, but "
+                f"{' x '.join(map(str, held))} in the factors of format {term.name!r}."
             )
         if parts == (mode,) or held == term.splits[mode]:
             continue
@@ -163,7 +165,7 @@ def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -
                 f"the factors must have the parts of the format; mode {mode!r} is split into "
                 f"{term.splits[mode]}, the factors have {held}."
             )
-        # (Constants, where torch.compile has symbols.)
+        # (Constants instead of the symbolic sizes of torch.compile.)
         if not is_default(constant(size), tuple(map(constant, held))):
             splits[mode] = held
     return term.with_splits(splits) if splits else term

@@ -21,7 +21,7 @@ from mumoe_tensor.dense import check_bias
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
-#: A function that is compiled or exported for any batch plans for this one.
+#: Functions that are compiled or exported for any batch size plan for this one.
 TRACED_BATCH = 1024
 
 
@@ -40,35 +40,36 @@ def multilinear_moe(
     """Mix the outputs of all experts: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
     Equation (1) of Oldfield et al. (2024), for any number of levels of experts and any format. The weight
-    tensor is never formed unless the implementation says so.
+    tensor is only formed if `implementation` allows it.
 
     Parameters
     ----------
     weight : FactorizedTensor, container of TensorLy, or array
-        Of shape (N1, ..., NE, I, O); with ``bias=True`` (N1, ..., NE, I + 1, O), the last row of the input
-        mode being the bias.
+        A weight of shape (N1, ..., NE, I, O). With ``bias=True``, it has shape (N1, ..., NE, I + 1, O), and
+        the last row of the input mode is the bias.
     z : array of shape (..., I)
         Inputs.
     coefficients : sequence of array of shape (..., Ne)
-        One array of expert coefficients a level, with the leading shape of `z`.
+        One array of expert coefficients per level, with the leading shape of `z`.
     minimize, implementation, memory_limit : optional
         See the function `plan`.
     machine : str, Machine or mapping, optional
-        What to plan for, see the function `plan`; by default the kind of device and the dtype of the arrays.
+        The machine to plan for, see the function `plan`. By default it follows from the device and the dtype
+        of the arrays.
     plan : ContractionPlan or SumPlan, optional
-        Run this plan, made for these sizes, instead of asking for one. `minimize`, `implementation`,
-        `memory_limit` and `machine` are then not looked at.
+        Run this plan, which must have been made for these sizes. `minimize`, `implementation`, `memory_limit`
+        and `machine` are then ignored.
 
     Returns
     -------
     array of shape (..., O)
-        Of the backend, dtype and device of the inputs.
+        The outputs, in the backend, dtype and device of the inputs.
 
     Raises
     ------
     ValueError, TypeError
         If the arrays differ in backend, device or floating dtype, shapes or the number of levels do not
-        match, or no order keeps within `memory_limit`.
+        match, or no contraction path stays within `memory_limit`.
 
     Examples
     --------
@@ -82,7 +83,7 @@ def multilinear_moe(
     leading = _check_inputs(weight, z, coefficients, bias)
     batch = prod(leading)
     if plan is None:
-        # (A symbolic batch of JAX or torch is no int.)
+        # (A symbolic batch size of JAX or torch is not an int.)
         hint = batch if isinstance(batch, int) and not is_traced(z) else TRACED_BATCH
         chosen = as_machine(machine) if isinstance(machine, Mapping) else machine
         place = device_kind(z), dtype_name(z), chosen
@@ -94,19 +95,19 @@ def multilinear_moe(
 
 
 def bind(plan: Plan, weight: Any, *, bias: bool = False) -> Callable[[Array, Sequence[Array]], Array]:
-    """Make the products of weights alone that a plan has, once, for many calls.
+    """Compute a plan's products of weights alone once, and return a function for many calls.
 
     Parameters
     ----------
     plan : ContractionPlan or SumPlan
         Usually one made with ``fold_weights=True``.
     weight : FactorizedTensor, container of TensorLy, or array
-        The weight the plan was made for. Later changes of it are not seen.
+        The weight for which the plan was made. Later changes to it have no effect.
 
     Returns
     -------
     callable
-        ``f(z, coefficients)`` as `multilinear_moe`.
+        A function ``f(z, coefficients)``, see `multilinear_moe`.
     """
     weight = as_factorized(weight)
     check_bias(weight, bias)
@@ -122,7 +123,7 @@ def bind(plan: Plan, weight: Any, *, bias: bool = False) -> Callable[[Array, Seq
 
 
 def _arrays(weight: FactorizedTensor) -> list[list[Array]]:
-    """The factors of each term that are not missing."""
+    """For each term, its factors that are not missing."""
     if weight.format.is_plain:
         return [list(weight.arrays)]
     summands = weight.format.summands(weight.num_levels)
@@ -135,10 +136,10 @@ def _mixed(
     vectors: Sequence[Array],
     folded: Sequence[Mapping[int, Array]] | None = None,
 ) -> Array:
-    """The outputs of all terms, added, for vectors of shape (batch, size of the mode)."""
+    """The sum of the outputs of all terms, for vectors of shape (batch, size of the mode)."""
     y: Array = None
     for k, (program, arrays) in enumerate(zip(programs, _arrays(weight), strict=True)):
-        taken = vectors[: len(program.network.readings)]  # a bias takes no inputs
+        taken = vectors[: len(program.network.readings)]  # a bias term does not read the inputs
         term = execute(program, [*arrays, *taken], {} if folded is None else folded[k])
         y = term if y is None else y + term
     return y
@@ -161,7 +162,7 @@ def _programs(
     place: tuple[str, str, AnyMachine | None],
 ) -> tuple[Program, ...]:
     if memory_limit is None:
-        # Batches of about the same size share a plan. (A limit is for the batch itself.)
+        # Batches of similar size share a plan. (A memory limit applies to the exact batch size.)
         batch = 1 << max(batch - 1, 0).bit_length()
     options = (minimize, implementation, memory_limit, place)
     return _planned(format, modes, rank, missing, bias, batch, *options)
@@ -189,7 +190,7 @@ def _planned(
 def _key(
     weight: FactorizedTensor, bias: bool
 ) -> tuple[Format, tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
-    # index() makes a constant of a size that torch.compile would leave symbolic.
+    # index() turns a size that torch.compile would keep symbolic into a constant.
     modes, rank = (tuple(index(size) for size in sizes) for sizes in (weight.shape, weight.rank))
     return weight.format, modes, rank, weight.missing, bias
 
@@ -203,7 +204,7 @@ def _check_plan(plan: Plan, weight: FactorizedTensor, bias: bool) -> tuple[Progr
     for ours, theirs in zip_longest(networks, planned):
         if ours != theirs:
             raise ValueError(
-                f"a plan runs only on the network it was made for; it has {_described(theirs)}, the weight "
+                f"a plan must have been made for the weight; it has {_described(theirs)}, the weight "
                 f"{_described(ours)}."
             )
     return programs
@@ -218,10 +219,10 @@ def _described(network: Network | None) -> str:
 def _check_inputs(
     weight: FactorizedTensor, z: Array, coefficients: Sequence[Array], bias: bool
 ) -> tuple[int, ...]:
-    """Check inputs against a weight; return their leading shape."""
+    """Check that inputs fit a weight, and return their leading shape."""
     if not isinstance(coefficients, (list, tuple)):
         raise TypeError(
-            "coefficients must be a list with one array a level of experts, got "
+            "coefficients must be a list with one array per level of experts, got "
             f"{type(coefficients).__name__}."
         )
     check_bias(weight, bias)
@@ -231,8 +232,8 @@ def _check_inputs(
         )
     if len(coefficients) != weight.num_levels:
         raise ValueError(
-            f"there must be one array of coefficients a level; the weight has {weight.num_levels} level(s), "
-            f"got {len(coefficients)} array(s)."
+            f"coefficients must have one array per level, {weight.num_levels} for this weight, got "
+            f"{len(coefficients)}."
         )
     named = {f"coefficients[{e}]": a for e, a in enumerate(coefficients)}
     named |= {"z": z, "weight": weight.arrays[0]}
@@ -240,10 +241,10 @@ def _check_inputs(
     *experts, in_features, _ = weight.shape
     if bias and in_features == 1:
         raise ValueError(
-            "with a bias the input mode must have a row besides it, got an input mode of size 1."
+            "with a bias, the input mode must have at least one row besides the bias, got size 1."
         )
     if z.shape[-1:] != (in_features - bias,):
-        row = " (the input mode of the weight less its bias row)" if bias else ""
+        row = " (the input mode of the weight without its bias row)" if bias else ""
         hint = " If the last row of the weight's input mode is the bias, pass bias=True."
         raise ValueError(
             f"z must have {in_features - bias} features{row} in its last axis, got shape {tuple(z.shape)}."
@@ -253,7 +254,7 @@ def _check_inputs(
     for e, (a, n) in enumerate(zip(coefficients, experts, strict=True)):
         if tuple(a.shape) != (*leading, n):
             raise ValueError(
-                f"coefficients must have the leading shape of z and one entry an expert; coefficients[{e}] "
-                f"should have shape {(*leading, n)}, got {tuple(a.shape)}."
+                f"coefficients must have the leading shape of z and one entry per expert; coefficients[{e}] "
+                f"must have shape {(*leading, n)}, got {tuple(a.shape)}."
             )
     return leading

@@ -1,4 +1,4 @@
-"""Readers of files: one for each format. A complaint starts with the file's path and states the rule."""
+"""Readers of files, one for each file format. Error messages start with the path and state the rule."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ import numpy as np
 
 T = TypeVar("T")
 
-#: What is raised for a damaged file. `TypeError`: a value is of another type; `RuntimeError`: too deeply
-#: nested, or an archive with a password; `TokenError`: the header of an array.
+#: Exceptions for damaged files. `TypeError`: a value of another type; `RuntimeError`: nested too deeply, or
+#: an archive with a password; `TokenError`: the header of an array.
 _DAMAGED = (
     ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, csv.Error,
     tokenize.TokenError,
 )  # fmt: skip
-#: Readers of the headers of NumPy's format. Version 3 is for structured arrays alone.
+#: Readers of the headers of NumPy's file format. Only structured arrays use version 3.
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Make what a damaged file raises a ValueError that starts with the path of the file.
+    """Convert the exceptions of a damaged file to a ValueError that starts with the path.
 
-    What the operating system says of a path stays: a missing file, a folder in the place of one.
+    Errors of the operating system that name a path are not changed, for example if the file is missing.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text in UTF-8, with or without a byte order mark; every line then ends in a newline character.
+    """Read a UTF-8 text, with or without a byte order mark; line endings become newline characters.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def read_text(path: str | Path) -> str:
     Raises
     ------
     ValueError
-        If it is empty, not UTF-8, or has the character NUL; the message names the line.
+        If the text is empty, is not UTF-8, or contains NUL; the message names the line.
     """
     with reading(path):
         content = Path(path).read_bytes().removeprefix(BOM_UTF8)
@@ -71,10 +71,10 @@ def read_text(path: str | Path) -> str:
             byte, where = content[error.start], _place(content, error.start)
             raise ValueError(f"a text must be UTF-8, got the byte 0x{byte:02x} {where}.") from None
         if not text:
-            raise ValueError("a text must have characters, it is empty.")
+            raise ValueError("a text must not be empty.")
         if b"\0" in content:
             where = _place(content, content.index(0))
-            raise ValueError(f"a text must not have the character NUL, got one {where}.")
+            raise ValueError(f"a text must not contain the character NUL, got one {where}.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -93,7 +93,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is no JSON, no object, or as `parse_json`.
+        If it is not a JSON object; see `parse_json`.
     """
     text = read_text(path)
     with reading(path):
@@ -101,7 +101,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """An object from JSON.
+    """Parse a JSON object.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def parse_json(text: str) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is no JSON object, has a key twice, NaN or infinity, or is nested too deeply.
+        If it is not a JSON object, contains a key twice, NaN or infinity, or is nested too deeply.
     """
     try:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=finite, parse_float=finite)
@@ -128,7 +128,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object of JSON must have a key once, got {twice!r} twice.")
+        raise ValueError(f"the keys of a JSON object must be unique, got {twice!r} twice.")
     return entries
 
 
@@ -142,7 +142,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is no TOML; the message names the line.
+        If it is not TOML; the message names the line.
     """
     text = read_text(path)
     with reading(path):
@@ -157,41 +157,41 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def read_table(
     path: str | Path, columns: Mapping[str, Callable[[str], Any]], *, more: bool = False
 ) -> list[dict[str, Any]]:
-    """Read a CSV file as `mumoe_tensor.files.write_table` writes it.
+    """Read a CSV file written by `mumoe_tensor.files.write_table`.
 
     Parameters
     ----------
     path : str or Path
     columns : mapping of str to callable
-        Names of the columns, and what makes a value from its text.
+        Names of the columns, and functions that convert the text of a cell to a value.
     more : bool, default False
-        Whether there may be further columns, which stay text.
+        Whether further columns are allowed; their values remain text.
 
     Raises
     ------
     ValueError
-        If columns are missing, unknown or doubled, a row is cut off, doubled or has another number of values,
-        or a value is not what its column has; the message names the line.
+        If columns are missing, unknown or repeated, a row is truncated, repeated or has another number of
+        values, or a value cannot be converted; the message names the row.
     """
     text = read_text(path)
     with reading(path):
         if not text.endswith("\n"):
-            raise ValueError("a table must end with a whole line; the last one is cut off.")
-        # (Lines of text may end in other characters too, which stand in the middle of cells.)
+            raise ValueError("a table must end with a complete line; the last one is truncated.")
+        # (`str.splitlines` would also split at other characters, which may be inside cells.)
         names, *rows = csv.reader(StringIO(text), strict=True)
         missing = [name for name in columns if name not in names]
         others = [name for name in names if name not in columns]
         if missing or len(set(names)) < len(names) or (others and not more):
             wrong = sorted(set(others) if not more else ()) + [n for n in names if names.count(n) > 1]
             raise ValueError(
-                f"a table must have its columns, each once; missing {missing}, unknown or doubled {wrong}."
+                f"a table must have each of its columns once; missing {missing}, unknown or repeated {wrong}."
             )
         seen: set[tuple[str, ...]] = set()
         table = []
         for number, row in enumerate(rows, 1):
             if len(row) != len(names) or tuple(row) in seen:
-                what = "is there twice" if tuple(row) in seen else f"has {len(row)}"
-                raise ValueError(f"a row must be there once, with {len(names)} values; row {number} {what}.")
+                what = "is repeated" if tuple(row) in seen else f"has {len(row)}"
+                raise ValueError(f"rows must be unique, with {len(names)} values; row {number} {what}.")
             seen.add(tuple(row))
             values: dict[str, Any] = dict(zip(names, row, strict=True))
             for name, of_text in columns.items():
@@ -204,12 +204,12 @@ def read_table(
 
 
 def finite(text: str) -> float:
-    """A number from its text.
+    """Convert a text to a finite number.
 
     Raises
     ------
     ValueError
-        If it is none, or not finite.
+        If it is not a number, or not finite.
     """
     if not isfinite(float(text)):
         raise ValueError(f"a number must be finite, got {text}")
@@ -226,23 +226,23 @@ def array_names(path: str | Path) -> list[str]:
 
 
 def read_arrays(path: str | Path, names: Sequence[str]) -> list[np.ndarray[Any, Any]]:
-    """Read arrays of numbers from a NumPy archive; a declared shape takes no memory before it is checked.
+    """Read arrays of numbers from a NumPy archive, checking shapes before memory is allocated.
 
     Parameters
     ----------
     path : str or Path
-        Of an ``.npz`` file; it may have other arrays too.
+        An ``.npz`` file, which may contain other arrays too.
     names : sequence of str
 
     Returns
     -------
     list of ndarray
-        Of real numbers, read-only, in the byte order of the machine.
+        Arrays of real numbers, read-only and in native byte order.
 
     Raises
     ------
     ValueError
-        If the file is no such archive or damaged, or an array is missing, doubled or not of real numbers.
+        If the file is not an ``.npz`` archive or is damaged, or an array is missing, repeated or not real.
     """
     with reading(path), open(path, "rb") as file:
         if file.read(6) == np.lib.format.MAGIC_PREFIX:
@@ -268,7 +268,7 @@ def _array(name: str, content: bytes) -> np.ndarray[Any, Any]:
     start, expected = file.tell(), prod(shape) * dtype.itemsize
     if len(content) - start != expected:
         raise ValueError(
-            f"{name} of shape {shape} and {dtype} has {expected:,} bytes, got {len(content) - start:,}."
+            f"{name} of shape {shape} and {dtype} must have {expected:,} bytes, got {len(content) - start:,}."
         )
     array = np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)
@@ -278,13 +278,14 @@ def _array(name: str, content: bytes) -> np.ndarray[Any, Any]:
 
 
 def checked(kind: type[T], values: Any) -> T:
-    """A dataclass from what JSON has of it; no value is made into one of another type.
+    """Build a dataclass from a JSON object, without converting values to other types.
 
     Parameters
     ----------
     kind : type
+        The dataclass.
     values : dict
-        As JSON has it.
+        The JSON object.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Which experts, outputs, levels or rows a call is about: every call that takes some reads them here."""
+"""Parsing of selections of experts, outputs, levels or rows, with the same rules everywhere."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, TypeAlias
 
 from mumoe_tensor.checks import as_python
 
-#: An integer, a slice, an iterable or array of integers, or one of booleans that means "where true".
+#: An integer, a slice, an iterable or array of integers, or a boolean mask.
 Selection: TypeAlias = Any
 
-#: One integer a level; of one level also the integer alone.
+#: One integer per level; for one level, also a plain integer.
 Index: TypeAlias = Any
 
 
 def read_number(value: Any, count: int, what: str) -> int:
-    """Read one of `count` things: an integer of any library, also in an array without axes."""
+    """Parse the index of one of `count` items: an integer or 0-d array of any library."""
     number = _plain(value)
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{what} must be an integer {_interval(count)}, got {shortened(number)}.")
@@ -30,17 +30,17 @@ def read_number(value: Any, count: int, what: str) -> int:
 def read_selection(
     selection: Selection, count: int, what: str, *, empty: bool = True, repeats: bool = False
 ) -> list[int]:
-    """Read some of `count` things, in the order of the selection; those of a mask are in ascending order.
+    """Parse a selection of some of `count` items, in the order of the selection (ascending for a mask).
 
     Parameters
     ----------
     selection : int, slice, iterable of int, iterable of bool, or array of these
-        A mask has `count` booleans. An iterable is read once.
+        A mask has `count` booleans. An iterator is consumed.
     count : int
     what : str
-        What they are called in errors.
+        Name of the items in error messages.
     empty, repeats : bool
-        Whether there may be none, and whether one may occur twice.
+        Whether the selection may be empty, and whether an item may occur more than once.
     """
     numbers = "integers" if repeats else "different integers"
     rule = (
@@ -67,11 +67,11 @@ def read_selection(
 
 
 def read_index(value: Index, counts: Sequence[int]) -> tuple[int, ...]:
-    """Read the index of one expert: one integer a level."""
+    """Parse the index of one expert: one integer per level."""
     entries = _entries(value)
     if len(entries) != len(counts):
         raise ValueError(
-            f"an index must have one entry a level, {len(counts)} here, got {shortened(entries)}."
+            f"an index must have one entry per level, {len(counts)} here, got {shortened(entries)}."
         )
     return tuple(
         read_number(entry, n, f"the index at level {level}")
@@ -84,7 +84,7 @@ def _interval(count: int) -> str:
 
 
 def _entries(values: Any) -> list[Any]:
-    """The entries in plain Python; what has none is the only one."""
+    """The entries as Python objects; a value without entries is returned as the only one."""
     values = _plain(values)
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         return [values]
@@ -92,6 +92,6 @@ def _entries(values: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Python's integers, or lists, for those of any library and on any device; other values as they are."""
+    """Convert integers and arrays of any library to Python; return other values unchanged."""
     value = as_python(value)
     return index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value

@@ -1,4 +1,4 @@
-"""The sizes of a layer of experts: the one place that checks them and solves for a rank."""
+"""The sizes of a layer of experts: checks, and the rank that fits a budget of parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rounding = Literal["up", "down", "nearest"]
 
 
 class Sizes(TypedDict, total=False):
-    """The keyword arguments of a `LayerSpec`, which functions of layers take in its place."""
+    """The keyword arguments of a `LayerSpec`, which functions of layers accept instead of a spec."""
 
     experts: int | Sequence[int]
     in_features: int
@@ -34,29 +34,29 @@ class Sizes(TypedDict, total=False):
 class LayerSpec:
     """Format and sizes of a layer of experts, or of a block of two or three layers that share one gate.
 
-    Functions of layers (`plan`, `cost`, `fit_rank`, `FactorizedTensor.random`) take a spec, or its arguments.
+    `plan`, `cost`, `fit_rank` and `FactorizedTensor.random` accept a spec, or its arguments.
 
     Parameters
     ----------
     format : str, dict or Format
     experts : int or sequence of int
-        Number of experts, one number a level; ``()`` for no level.
+        Number of experts of each level; ``()`` for no levels.
     in_features, out_features : int
     hidden : int, optional
-        Size between the layers of a block, which have one rank.
+        Hidden size of a block, whose layers have the same rank.
     gated : bool, default False
-        A block of three layers, as SwiGLU and GEGLU: the layer to the hidden size is there twice, and the
-        activation of the one is multiplied with the outputs of the other.
+        A block of three layers, as in SwiGLU and GEGLU: two layers to the hidden size, whose outputs are
+        multiplied, one of them after the activation.
     rank : int or sequence of int and None, optional
-        One entry a bond of the format; see `Format.bonds`. `fitted` solves for a rank that is left out, or
-        for the one entry that is None. As an attribute a tuple, as `experts`, or None.
+        One entry per bond of the format; see `Format.bonds`. `fitted` solves for a rank that is None, or for
+        the one entry that is None. The attributes `rank` (unless it is None) and `experts` are tuples.
     bias : bool, default False
-        Whether the input mode has the bias as one more row.
+        Whether the input mode has one more row for the bias.
 
     Raises
     ------
     ValueError, TypeError
-        If a size is no positive integer, the rank does not fit the format, or the format is unknown.
+        If a size is not a positive integer, the rank does not fit the format, or the format is unknown.
 
     Examples
     --------
@@ -93,7 +93,7 @@ class LayerSpec:
         check_flag(bias, "bias")
         check_flag(gated, "gated")
         if gated and hidden is None:
-            raise ValueError("gated must be False for a layer without hidden, got gated=True.")
+            raise ValueError("gated must be False without hidden, got gated=True.")
         counts = expert_counts(experts)
         is_open = rank is None and format.bonds(len(counts))
         if "i" in format.omits:
@@ -133,7 +133,7 @@ class LayerSpec:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        """The specs of the single layers: this one, or those of a block, from the input to the output."""
+        """The specs of the single layers, from the input to the output; a single layer returns itself."""
         if self.hidden is None:
             return (self,)
         up = replace(self, out_features=self.hidden, hidden=None, gated=False)
@@ -142,7 +142,7 @@ class LayerSpec:
 
     @property
     def mode_sizes(self) -> tuple[int, ...]:
-        """Shape (N1, ..., NE, I, O) of the weight of a single layer, the bias row counted in I."""
+        """Shape (N1, ..., NE, I, O) of the weight of a single layer; I includes the bias row."""
         if self.hidden is not None:
             count = "three" if self.gated else "two"
             raise ValueError(f"a block has {count} weights, each with its spec in `layers`; got {self!r}.")
@@ -150,17 +150,17 @@ class LayerSpec:
 
     @property
     def full_rank(self) -> Rank:
-        """The rank, or a ValueError where an entry is open."""
+        """The rank; a ValueError is raised if an entry is None."""
         return self.format.full_rank(self.rank, self.num_levels)
 
     @property
     def weight_format(self) -> Format:
-        """The format of the weight: `format`, or with a bias whose row no term can have its sum with one."""
+        """The format of the weight: `format`, plus a bias term if the bias cannot be a row of a factor."""
         return with_bias(self.format) if self.bias else self.format
 
     @property
     def padding(self) -> dict[str, tuple[int, int]]:
-        """Sizes of the modes that are padded, and those that their parts hold, by ``"in_features"`` etc."""
+        """For each padded mode (``"in_features"``, ...), its size and its padded size."""
         padding = {}
         names = ("in_features", "hidden", "out_features") if self.hidden else ("in_features", "out_features")
         for k, layer in enumerate(self.layers[-2:]):
@@ -175,7 +175,7 @@ class LayerSpec:
 
     @property
     def weight_parameters(self) -> int:
-        """Entries of all factors, those of the bias rows included; optional factors are left out."""
+        """Entries of all factors, including bias rows, without optional factors."""
         format = self.weight_format
         optional = format.optional(self.num_levels)
         return sum(
@@ -187,57 +187,57 @@ class LayerSpec:
 
     @property
     def gate_parameters(self) -> int:
-        """``in_features * sum(experts)``: a matrix a level, without bias."""
+        """``in_features * sum(experts)``: one matrix per level, without bias."""
         return self.in_features * sum(self.experts)
 
     @property
     def parameters(self) -> int:
-        """Parameters of the weights and the gate: those of `.nn.MuMoE` and `.nn.MuMoEMLP` without a norm."""
+        """Parameters of the weights and the gate, as in `.nn.MuMoE` and `.nn.MuMoEMLP` without a norm."""
         return self.weight_parameters + self.gate_parameters
 
     @property
     def dense_parameters(self) -> int:
-        """Parameters of the dense layer, or of those of a block, with biases if `bias` is true."""
+        """Parameters of the dense layer or block of the same sizes, with biases if `bias` is true."""
         return sum((layer.in_features + self.bias) * layer.out_features for layer in self.layers)
 
     @cached_property
     def max_expert_rank(self) -> int:
-        """Largest rank the matrix of an expert can have, the bias row left out; the smallest of a block's.
+        """Largest rank that the matrix of an expert can have, without the bias row.
 
-        With the expert modes sliced the factors are a network between the input and the output. Each
-        partition of the factors into an input side and an output side writes the matrix as a product whose
-        inner size is that of the indices on both sides; the smallest is the bound (the min cut of Cui et al.,
-        "Quantum max-flow/min-cut", 2016, a bond of more than two factors counted once). The terms of a sum
-        add theirs. Random factors of the library's formats reach it; they may not if a mode is padded, or if
-        two terms of a sum split their modes.
+        For a block, it is the smallest over its layers. With the expert modes sliced, the factors are a
+        network between the input and the output. Each partition of the factors into an input side and an
+        output side writes the matrix as a product whose inner size is the product of the sizes of the indices
+        that occur on both sides. The smallest is the bound (the min cut of Cui et al., "Quantum
+        max-flow/min-cut", 2016, with a bond of more than two factors counted once). For a sum, the bounds of
+        the terms are added. Random factors of the library's formats reach the bound, except possibly if a
+        mode is padded, or if two terms of a sum split their modes.
         """
         return min(_most_rank(layer, self.full_rank) for layer in self.layers)
 
     def fitted(
         self, parameters: int | str = "match", *, rounding: Rounding = "up", gate: bool = True
     ) -> LayerSpec:
-        """The same layer with the rank that gives a number of parameters, bias rows and gate included.
+        """The same layer with the rank that fits a budget of parameters, including bias rows.
 
         Parameters
         ----------
         parameters : int or str, default "match"
-            The budget; ``"match"`` for `dense_parameters`, or a multiple of them as ``"2x"``.
+            The budget: a number, ``"match"`` for `dense_parameters`, or a multiple of these such as ``"2x"``.
         rounding : {"up", "down", "nearest"}, default "up"
-            The smallest rank with at least the budget, the largest with at most it, or the nearer of the two.
+            The smallest rank with at least as many parameters, the largest with at most as many, or the
+            nearer of the two.
         gate : bool, default True
-            Count `gate_parameters`.
+            Include `gate_parameters`.
 
         Raises
         ------
         ValueError
-            If even the smallest rank has more parameters than the budget, or no rank reaches it; if the
-            format has no rank, or more than one entry or none is open.
+            If even the smallest rank exceeds the budget, or no rank reaches it; if the format has no rank; if
+            the rank is given, but not exactly one of its entries is None.
 
-        Notes
-        -----
-        A rank left out follows the format's convention, `Format.default_rank`: the one rank of CP,
-        ``(4, ..., 4, R)`` for Tensor Ring and Train, and for Tucker ranks proportional to the sizes of the
-        modes and at most those.
+        Notes ----- If the rank is None, it follows the format's convention, `Format.default_rank`: a single
+        number for CP, ``(4, ..., 4, R)`` for Tensor Ring and Train, and for Tucker ranks proportional to the
+        sizes of the modes and not larger than them.
         """
         check_choice(rounding, ("up", "down", "nearest"), "rounding")
         check_flag(gate, "gate")
@@ -264,9 +264,10 @@ class LayerSpec:
     def with_full_rank_experts(self) -> LayerSpec:
         """The same layer with the smallest rank of the format's convention that allows experts of full rank.
 
-        With less an expert is a bottleneck, and may not learn what the linear layer in its place learns. The
-        bonds of expert modes do not raise the rank of an expert: in Tucker they are at most 4, as the other
-        bonds of Tensor Ring and Train. A split mode has its size, whose parts the convention may look at.
+        With a smaller rank an expert is a bottleneck, and may not learn what a linear layer would learn. The
+        bonds of expert modes do not increase the rank of an expert: in Tucker they are at most 4, like the
+        small bonds of Tensor Ring and Train. A split mode keeps its size, since the convention may depend on
+        its parts.
 
         Examples
         --------
@@ -291,10 +292,10 @@ class LayerSpec:
         return at(bisect_left(range(1, max(sizes)), True, key=is_full) + 1)
 
     def _family(self) -> Callable[[int], Rank]:
-        """Ranks that grow with one integer: the format's, or `rank` with that integer for None."""
+        """Ranks that grow with one integer: those of the format, or `rank` with the integer for None."""
         if not self.format.bonds(self.num_levels):
             raise ValueError(
-                f"a format must have a rank to be fitted; format {label(self.format)!r} has none and costs "
+                f"a format must have a rank to be fitted; format {label(self.format)!r} has none, and "
                 f"{self.weight_parameters:,} parameters without the gate."
             )
         if (rank := self.rank) is None:
@@ -307,21 +308,21 @@ class LayerSpec:
 
 
 def expert_counts(experts: int | Sequence[int]) -> tuple[int, ...]:
-    """The number of experts of each level, of which there may be one or none."""
+    """Check the numbers of experts, and return one for each level."""
     counts = tuple(as_positive(n, "every number of experts") for n in as_entries(experts, "experts"))
     if len(counts) > MOST_LEVELS:
-        raise ValueError(f"there must be at most {MOST_LEVELS} levels of experts, got {len(counts)}.")
+        raise ValueError(f"experts must have at most {MOST_LEVELS} levels, got {len(counts)}.")
     return counts
 
 
 def as_spec(format: AnyFormat | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:
-    """The spec itself, or the one of a format and the other arguments."""
+    """Return a spec as it is, or make one of a format and sizes."""
     if not isinstance(format, LayerSpec):
         return LayerSpec(format, **sizes)
     if sizes:
         raise TypeError(
-            "beside a LayerSpec there must be no sizes, which dataclasses.replace changes, and no unknown "
-            f"arguments; got {', '.join(sizes)}."
+            "a LayerSpec must be passed without sizes (change them with dataclasses.replace) and without "
+            f"unknown arguments, got {', '.join(sizes)}."
         )
     return format
 
@@ -334,23 +335,23 @@ def fit_rank(
     rounding: Rounding = "up",
     **sizes: Unpack[Sizes],
 ) -> int | Rank:
-    """Solve for the smallest rank with at least a number of parameters.
+    """Solve for the rank that fits a budget of parameters: by default the smallest with at least as many.
 
-    The gate is counted only with ``gate=True``; `rounding` has other rules.
+    The gate is included only with ``gate=True``.
 
     Parameters
     ----------
     format : str, Format or LayerSpec
-        A format, with `sizes` beside it, or the spec of a layer or a block.
+        A format together with `sizes`, or the spec of a layer or a block.
     parameters, gate, rounding : optional
-        See `LayerSpec.fitted`, which counts the gate by default.
+        See `LayerSpec.fitted`, which includes the gate by default.
     **sizes
         The arguments of a `LayerSpec`, unless `format` is one.
 
     Returns
     -------
     int or tuple of int
-        A tuple with one entry a bond; an int for a format of one bond whose rank was left out.
+        A tuple with one entry per bond; an int if the format has one bond and no rank was given.
 
     Examples
     --------
@@ -365,10 +366,10 @@ def fit_rank(
 
 
 def size_for(total: Callable[[int], int], budget: int, rounding: Rounding = "up", least: int = 1) -> int:
-    """The size with a number of parameters, for a total that grows with the size; see `LayerSpec.fitted`.
+    """The size that fits a budget of parameters, where `total` grows with the size; see `LayerSpec.fitted`.
 
-    The total of the least size is at most the budget. Where the total stops growing below the budget, it is
-    the size from which it does.
+    The total of the least size must be at most the budget. If the total stops growing below the budget, the
+    result is the smallest size with the largest total.
     """
     top = least
     while total(top) < budget and total(2 * top) > total(top):
@@ -381,7 +382,7 @@ def size_for(total: Callable[[int], int], budget: int, rounding: Rounding = "up"
 
 
 def as_budget(parameters: int | str, dense: int) -> int:
-    """A budget as a number: itself, also as text, or ``"match"`` or ``"0.5x"`` for one or half `dense`."""
+    """Convert a budget to a number; ``"match"`` is `dense`, and ``"0.5x"`` is half of it."""
     if not isinstance(parameters, str):
         return as_positive(parameters, "parameters")
     text = "1x" if parameters == "match" else parameters.replace(",", "").replace("_", "")
@@ -399,7 +400,7 @@ def as_budget(parameters: int | str, dense: int) -> int:
 def dense_parameters(
     in_features: int, out_features: int, hidden: int | None = None, bias: bool = True, gated: bool = False
 ) -> int:
-    """Parameters of the dense layer, or with `hidden` of the block, that a mixture takes the place of."""
+    """Parameters of the dense layer, or with `hidden` the dense block, that a mixture replaces."""
     return LayerSpec(
         "dense", experts=(), in_features=in_features, out_features=out_features, hidden=hidden, bias=bias,
         gated=gated,
@@ -407,7 +408,7 @@ def dense_parameters(
 
 
 def _most_rank(layer: LayerSpec, rank: Rank) -> int:
-    """Largest rank of the matrix of an expert: that of the terms that the expert has, added."""
+    """Largest rank of the matrix of an expert: the sum over the terms that contain the expert."""
     experts = replace(layer, bias=False) if not layer.format.has_bias_term else layer
     terms = [term for term in layer.format.terms(experts.mode_sizes, rank) if "i" not in term.format.omits]
     most = most_of_an_expert(
@@ -417,7 +418,7 @@ def _most_rank(layer: LayerSpec, rank: Rank) -> int:
 
 
 def most_of_an_expert(terms: Sequence[Format], experts: Sequence[int], amounts: Sequence[int]) -> int:
-    """The most that the amounts of those terms that an expert has add up to."""
+    """The largest sum, over all experts, of the amounts of the terms that contain the expert."""
     windows = [[term.window(e) or (0, n) for e, n in enumerate(experts)] for term in terms]
     starts = [sorted({window[e][0] for window in windows}) for e in range(len(experts))]
     return max(
@@ -431,13 +432,13 @@ def most_of_an_expert(terms: Sequence[Format], experts: Sequence[int], amounts: 
 
 
 def _smallest_cut(format: Format, mode_sizes: tuple[int, ...], rank: Rank) -> int:
-    """Smallest product of the sizes of the indices between an input and an output side of the factors."""
+    """Smallest product of the sizes of the indices that an input and an output side of the factors share."""
     num_levels = len(mode_sizes) - 2
     index_sizes = format.index_sizes(mode_sizes, rank)
     inputs, outputs = format.parts("i"), format.parts("o")
     experts = {x for x in format.modes(num_levels) if x not in inputs + outputs}
     sliced = {frozenset(f.indices).difference(experts) for f in format.declaration(num_levels)}
-    # A factor with the indices of another, or some of them, adds nothing to the cut on that one's side.
+    # A factor whose indices are a subset of those of another adds nothing to a cut with both on one side.
     factors = [f for f in sliced if not any(f < other for other in sliced)]
     cuts = []
     for sides in product((False, True), repeat=len(factors)):

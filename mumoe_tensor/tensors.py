@@ -25,25 +25,25 @@ from mumoe_tensor.spec import LayerSpec, Sizes, as_spec, most_of_an_expert
 
 
 class FactorizedTensor:
-    """A weight tensor of shape (experts..., input, output), as the factors of a format.
+    """A weight tensor of shape (experts..., input, output), represented by the factors of a format.
 
     Parameters
     ----------
     format : str, dict or Format
-        A registered name, a dict of it and settings, or a format that need not be registered.
+        The name of a registered format, a dict with its name and settings, or a format, registered or not.
     factors : sequence of array or None
-        In the order of the declaration, their axes too. None stands for a factor of all ones; an optional
-        factor (the weights of CP) may also be left out.
+        The factors, in the order of the declaration, with their axes in the declared order. None stands for a
+        factor of all ones; an optional factor (the weights of CP) may also be omitted.
     shape : tuple of int, optional
-        Shape of the weight, where it does not follow from the factors: if a mode is padded, or no factor has
-        an expert mode or all of its experts.
+        Shape of the weight, if it does not follow from the factors: if a mode is padded, or no factor has all
+        entries of an expert mode.
 
     Attributes
     ----------
     format : Format
-        Its splits are those of the factors.
+        The format, with the splits of the factors.
     factors : tuple of array or None
-        All declared factors, None for those that are missing.
+        All declared factors, None for missing ones.
     arrays : tuple of array
         The factors that are not missing.
     missing : tuple of int
@@ -54,7 +54,8 @@ class FactorizedTensor:
     Raises
     ------
     ValueError, TypeError
-        If the factors are not as declared, or differ in backend, device, dtype or the size of an index.
+        If the factors do not fit the declaration, or differ in backend, device, dtype or the size of an
+        index.
 
     Examples
     --------
@@ -82,7 +83,7 @@ class FactorizedTensor:
 
     @property
     def terms(self) -> tuple[FactorizedTensor, ...]:
-        """The tensors that the weight is the sum of, with the same arrays; itself, unless it is a sum."""
+        """The terms of a sum, which share its arrays; a weight that is not a sum returns itself."""
         if self.format.is_plain:
             return (self,)
         terms = self.format.terms(self.shape, self.rank)
@@ -94,18 +95,17 @@ class FactorizedTensor:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"a FactorizedTensor has no attribute {name!r}: it holds factors, and to_dense makes a tensor of "
-            "them."
+            f"a FactorizedTensor has no attribute {name!r}: it contains factors; to_dense forms the tensor."
         )
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the factors, as their backend has it."""
+        """The dtype of the factors, as an object of their backend."""
         return self.arrays[0].dtype
 
     @property
     def device(self) -> Any:
-        """The device of the factors, as their backend has it."""
+        """The device of the factors, as an object of their backend."""
         return self.arrays[0].device
 
     @property
@@ -115,30 +115,30 @@ class FactorizedTensor:
 
     @classmethod
     def from_tensorly(cls, container: Any) -> FactorizedTensor:
-        """The weight of a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, its arrays shared."""
+        """Make a weight of a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, sharing its arrays."""
         names = {base.__name__ for base in type(container).__mro__}
         for format in formats().values():
             if format.container in names:
                 factors = list(format.from_container(container))
                 num_levels = levels_of(format, factors)[0]
                 for k in format.optional(num_levels):
-                    # TensorLy makes weights of one in its default dtype, whatever the factors have.
+                    # TensorLy creates weights of one in its default dtype, not in that of the factors.
                     if factors[k] is not None:
                         factors[k] = cast(factors[k], dtype_name(factors[-1]))
                 return cls(format, factors)
         raise TypeError(
-            "a weight is a FactorizedTensor, a container of TensorLy or a plain array, "
+            "a weight must be a FactorizedTensor, a TensorLy container or a plain array, "
             f"got {type(container).__name__}."
         )
 
     def to_tensorly(self) -> Any:
-        """TensorLy's container of the weight; of a dense one its array.
+        """Convert the weight to a TensorLy container; a dense weight becomes its array.
 
-        Hadamard becomes a `CPTensor` whose output factor is the identity. A format without a container is a
-        TypeError.
+        Hadamard becomes a `CPTensor` whose output factor is the identity. For a format without a container, a
+        TypeError is raised.
         """
         if self.format.splits or len(self.terms) > 1:
-            raise TypeError(f"TensorLy has no container of a weight in format {label(self.format)!r}.")
+            raise TypeError(f"the format must have a TensorLy container, got {label(self.format)!r}.")
         with tensorly_backend(backend_of(*self.arrays).backend_name) as tl:
             return self.format.to_container(self.factors, tl)
 
@@ -153,14 +153,14 @@ class FactorizedTensor:
     ) -> FactorizedTensor:
         """Draw a weight with normal factors, scaled so that its entries have variance 1 / in_features.
 
-        (In a sum those of the experts that have most terms; those of others have less.)
+        (In a sum this applies to the experts with the most terms; the others have a smaller variance.)
 
         Parameters
         ----------
         format : str, Format or LayerSpec
-            A single layer, such as one of the `layers` of a block: its spec, or its format with `sizes`.
+            The spec of a single layer (such as one of the `layers` of a block), or a format with `sizes`.
         like : array, optional
-            The factors take its backend, dtype and device. NumPy's float64 by default.
+            An array with the backend, dtype and device of the factors. The default is NumPy float64.
         seed : int, optional
         **sizes
             The arguments of a `LayerSpec`, unless `format` is one.
@@ -176,7 +176,7 @@ class FactorizedTensor:
         for term in terms:
             declared = term.format.declaration(spec.num_levels)
             index_sizes = term.format.index_sizes(term.mode_sizes, term.rank)
-            # An entry is a sum over the bonds of products of independent factors: variances multiply and add.
+            # An entry is a sum over the bonds of products of independent entries: variances multiply and add.
             products = prod(index_sizes[b] for b in term.format.bonds(spec.num_levels))
             share = spec.in_features * products * (added if term.format in matrices else 1)
             scale = share ** (-0.5 / sum(not f.optional for f in declared))
@@ -187,7 +187,7 @@ class FactorizedTensor:
         return cls(spec.weight_format, factors, spec.mode_sizes)
 
     def __repr__(self) -> str:
-        if not hasattr(self, "shape"):  # a tree of JAX, whose leaves may be anything
+        if not hasattr(self, "shape"):  # a JAX pytree, whose leaves may be anything
             factors = ", ".join(map(_described, self.factors))
             return f"FactorizedTensor({label(self.format)!r}, factors=({factors}))"
         kind = f"{dtype_name(self.arrays[0])}, {backend_of(*self.arrays).backend_name}"
@@ -199,14 +199,14 @@ def _described(factor: Any) -> str:
 
 
 def as_factor(values: Any, f: Factor, like: Array) -> Array:
-    """An array of the kind of `like` for a factor, from NumPy's values with axes in its memory order."""
+    """Convert NumPy values, with axes in memory order, to a factor of the backend and dtype of `like`."""
     tl = backend_of(like)
     array = tl.tensor(np.ascontiguousarray(values), **context_of(like, tl))
     return tl.transpose(array, [f.memory_order.index(x) for x in f.indices])
 
 
 def as_factorized(weight: Any) -> FactorizedTensor:
-    """A weight in any form as a `FactorizedTensor`; a dense array becomes format ``dense``."""
+    """Convert a weight in any form to a `FactorizedTensor`; an array gets format ``dense``."""
     if isinstance(weight, FactorizedTensor):
         return weight
     if is_array(weight):

@@ -1,4 +1,4 @@
-"""Tables of plain text."""
+"""Plain-text tables."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """Aligned columns with a rule below the first row.
+    """A table with aligned columns and a line below the first row.
 
     Parameters
     ----------
     rows : sequence of sequence of str
-        The headings first.
+        The rows, with the headings first.
     align : str
-        For each column ``"<"`` or ``">"``: to the left or to the right.
+        The alignment of each column, ``"<"`` for left or ``">"`` for right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

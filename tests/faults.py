@@ -401,7 +401,7 @@ FAULTS = [
           "if not is_cheap and (position in depend_on_input or not recompute):", "if True:",
           "nn/test_contraction::test_kept_for_the_backward_pass"),
     Fault("contraction: second derivatives of what was kept", "mumoe_tensor/nn/contraction.py",
-          "if torch.is_grad_enabled():\n            # The gradient", "if False:\n            # The gradient",
+          "if torch.is_grad_enabled():\n            # For higher", "if False:\n            # For higher",
           "nn/test_contraction::test_second_derivatives"),
     Fault("contraction: a gated block without its second factor", "mumoe_tensor/nn/experts.py",
           "return lambda z, times: activation(z) * times", "return lambda z, times: activation(z)",

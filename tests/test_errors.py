@@ -45,8 +45,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "memory order of other indices": (lambda: mt.Factor("r i", "r o"), ValueError, ("reorder", "'r o'")),
     "format without a mode": (lambda: mt.register(declared("a", "i o")), ValueError, ("every mode", "'n1'")),
     "bond with one end": (
-        lambda: mt.register(declared("b", bond=" r")), ValueError, ("two factors", "'r'")),
-    "name taken": (lambda: mt.register(declared("cp")), ValueError, ("its own", "'cp'")),
+        lambda: mt.register(declared("b", bond=" r")), ValueError, ("two or more factors", "'r'")),
+    "name taken": (lambda: mt.register(declared("cp")), ValueError, ("unique", "'cp'")),
     # FactorizedTensor
     "factors not in a list": (lambda: mt.FactorizedTensor("cp", Z), TypeError, ("list or a tuple", "ndarray")),
     "factor that is no array": (lambda: mt.FactorizedTensor("cp", [Z, "x", Z]), TypeError, ("array", "str")),
@@ -54,11 +54,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "no factors": (lambda: mt.FactorizedTensor("cp", []), ValueError, ("n1 r", "none")),
     "factor of wrong order": (lambda: cp((4, 6), (3, 6, 1), (2, 6)), ValueError, ("n1 r | i r", "(3, 6, 1)")),
     "bond of two sizes": (
-        lambda: cp((4, 6), (3, 5), (2, 6)), ValueError, ("agree", "'r'", "6 in factor[1]", "5 in factor[2]")),
+        lambda: cp((4, 6), (3, 5), (2, 6)), ValueError, ("same size", "'r'", "6 in factor[1]", "5 in factor[2]")),
     "factor of size zero": (lambda: cp((4, 6), (0, 6), (2, 6)), ValueError, ("positive", "(0, 6)")),
     "ring that does not close": (
         lambda: mt.FactorizedTensor("tr", [np.ones(s) for s in ((2, 4, 3), (3, 3, 5), (5, 2, 4))]),
-        ValueError, ("agree", "'b1'", "2 in factor[0]", "4 in factor[2]")),
+        ValueError, ("same size", "'b1'", "2 in factor[0]", "4 in factor[2]")),
     "None for a factor with a mode": (
         lambda: mt.FactorizedTensor("hadamard", [None, np.ones((3, 2))]), ValueError, ("None only", "'n1'")),
     "integer factors": (
@@ -66,7 +66,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
         TypeError, ("floating", "int64")),
     "factors of two dtypes": (
         lambda: mt.FactorizedTensor("hadamard", [np.ones((4, 2), "f4"), np.ones((3, 2))]),
-        TypeError, ("one floating dtype", "float32", "float64")),
+        TypeError, ("the same floating dtype", "float32", "float64")),
     "factors of two backends": (
         lambda: mt.FactorizedTensor("hadamard", [torch_tensor(np.ones((4, 2))), np.ones((3, 2))]),
         TypeError, ("one backend", "pytorch", "numpy")),
@@ -87,8 +87,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
         ValueError, ("positive", "0")),
     # multilinear_moe
     "coefficients not in a list": (lambda: mt.multilinear_moe(W, Z, A), TypeError, ("list", "ndarray")),
-    "a level too few": (lambda: mt.multilinear_moe(TWO, Z, [A]), ValueError, ("2 level", "1 array")),
-    "a level too many": (lambda: mt.multilinear_moe(W, Z, [A, A]), ValueError, ("1 level", "2 array")),
+    "a level too few": (lambda: mt.multilinear_moe(TWO, Z, [A]), ValueError, ("2 for this", "got 1")),
+    "a level too many": (lambda: mt.multilinear_moe(W, Z, [A, A]), ValueError, ("1 for this", "got 2")),
     "input of wrong size": (lambda: mt.multilinear_moe(W, A, [A]), ValueError, ("3 features", "(5, 4)")),
     "bias that the weight lacks": (
         lambda: mt.multilinear_moe(W, Z, [A], bias=True), ValueError, ("2 features", "bias row", "(5, 3)")),
@@ -104,7 +104,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "coefficients that are no array": (
         lambda: mt.multilinear_moe(W, Z, [[0.25] * 4]), TypeError, ("arrays", "list")),
     "input of another dtype": (
-        lambda: mt.multilinear_moe(W, Z.astype("f4"), [A]), TypeError, ("one floating dtype", "z: float32")),
+        lambda: mt.multilinear_moe(W, Z.astype("f4"), [A]), TypeError, ("the same floating dtype", "z: float32")),
     "integer input": (lambda: mt.multilinear_moe(W, Z.astype(int), [A]), TypeError, ("floating", "int64")),
     "input of another backend": (
         lambda: mt.multilinear_moe(W, torch_tensor(Z), [A]), TypeError, ("one backend", "pytorch")),
@@ -128,7 +128,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     # expert_matrix
     "expert that is not there": (lambda: mt.expert_matrix(W, 4), ValueError, ("less than 4", "got 4")),
     "negative expert": (lambda: mt.expert_matrix(W, -1), ValueError, ("at least 0", "got -1")),
-    "index of wrong length": (lambda: mt.expert_matrix(TWO, 3), ValueError, ("one entry a level", "2 here", "[3]")),
+    "index of wrong length": (lambda: mt.expert_matrix(TWO, 3), ValueError, ("one entry per level", "2 here", "[3]")),
     "index that is no integer": (lambda: mt.expert_matrix(W, 1.0), TypeError, ("integer", "1.0")),
     "index that is a bool": (lambda: mt.expert_matrix(W, (True,)), TypeError, ("integer", "True")),
     "expert's bias that is no bool": (lambda: mt.expert_matrix(W, 0, bias=1), TypeError, ("True or", "1")),
@@ -178,7 +178,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "two open ranks": (
         lambda: mt.fit_rank("tr", rank=(4, None, None), **SIZES), ValueError, ("exactly one", "None, None")),
     "no open rank": (lambda: mt.fit_rank("tr", rank=(4, 4, 4), **SIZES), ValueError, ("exactly one", "4, 4")),
-    "no rank to fit": (lambda: mt.fit_rank("hadamard", **SIZES), ValueError, ("has none", "costs 14")),
+    "no rank to fit": (lambda: mt.fit_rank("hadamard", **SIZES), ValueError, ("has none", "and 14 parameters")),
     "unknown rounding": (
         lambda: mt.fit_rank("cp", rounding="floor", **SIZES), ValueError, ("'nearest'", "'floor'")),
 }  # fmt: skip

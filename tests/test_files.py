@@ -175,7 +175,10 @@ def test_a_change_that_is_cut_off_is_finished_by_the_next(
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     with alone_in(folder):
-        with pytest.raises(BlockingIOError, match="one process at a time writes into a f"), alone_in(folder):
+        with (
+            pytest.raises(BlockingIOError, match="only one process at a time can write into a f"),
+            alone_in(folder),
+        ):
             pass
         write(folder, table="mine")
     assert contents(folder) == {"table": b"mine"}

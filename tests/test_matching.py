@@ -146,7 +146,7 @@ def test_the_number_of_levels_is_that_of_the_axes(name: str, num_levels: int) ->
         assert levels == num_levels
         assert all(one is other for one, other in zip(arrays, expected, strict=True))
     wrong = (2,) * (num_levels + 1) + (4, 6)
-    with pytest.raises(ValueError, match=f"the factors of format '{name}' are .* got arrays of shapes"):
+    with pytest.raises(ValueError, match=f"the factors of format '{name}' must be .* got arrays of shapes"):
         levels_of(format, factors, wrong)
 
 
@@ -190,12 +190,12 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no factors": (
         lambda: match(mt.get_format("tt"), [], None),
         ValueError,
-        r"'tt' are n1 b2 \| b2 i b3 \| b3 o \(for one level of experts\), got arrays of shapes none\.",
+        r"'tt' must be n1 b2 \| b2 i b3 \| b3 o \(for one level of experts\), got arrays of shapes none\.",
     ),
     "factors that are all missing": (
         lambda: match(mt.get_format("tt"), [None, None], None),
         ValueError,
-        "None only where others have its modes",
+        "None only if other factors have its modes",
     ),
     "a factor too many": (
         lambda: match(mt.get_format("tt"), [ones((6, 1)), ones((1, 8)), None], None),
@@ -215,12 +215,12 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an empty axis": (
         lambda: match(mt.get_format("tt"), [ones((6, 0)), ones((0, 8))], None),
         ValueError,
-        r"every size must be positive, factor\[0\] has shape \(6, 0\)",
+        r"every size must be positive, got factor\[0\] of shape \(6, 0\)",
     ),
     "bonds of two sizes": (
         lambda: match(mt.get_format("tt"), [ones((4, 2)), ones((2, 6, 3)), ones((4, 8))], None),
         ValueError,
-        r"must agree in its size; 'b3' has size 3 in factor\[1\] and 4 in factor\[2\]",
+        r"must have the same size there; 'b3' has size 3 in factor\[1\] and 4 in factor\[2\]",
     ),
     "bonds of two sizes, in the second term": (
         lambda: match(
@@ -232,62 +232,62 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a mode of one factor alone": (
         lambda: match(mt.get_format("tt"), [ones((4, 2)), None, ones((3, 8))], None),
         ValueError,
-        r"factor\[1\] of format 'tt' has 'b2'",
+        r"factor\[1\] of format 'tt', which has 'b2'",
     ),
     "a mode of one factor alone, in the second term": (
         lambda: match(mt.sum_of("dense", "hadamard"), [ones((4, 6, 8)), None, ones((6, 8))], None),
         ValueError,
-        r"factor\[1\] of format 'hadamard' has 'n1'",
+        r"factor\[1\] of format 'hadamard', which has 'n1'",
     ),
     "a bond of one factor alone": (
         lambda: match(Twice(), [None, ones((4, 6, 8, 2)), None], None),
         ValueError,
-        r"its bonds still join two of them; factor\[0\] of format 'twice' has 'r'",
+        r"its bonds still join two factors, got None for factor\[0\] of format 'twice', which has 'r'",
     ),
     "slices without a shape": (
         lambda: match(SLICES, [ones((n, 1)) for n in (2, 6, 8, 1, 6, 8)], None),
         ValueError,
-        r"a shape must be given .* mode 'n1'; its format is sum_of\(sliced\('cp', 0, 2\)",
+        r"a shape must be given .* mode 'n1' of format sum_of\(sliced\('cp', 0, 2\)",
     ),
     "a whole mode that is larger": (
         lambda: match(mt.get_format("dense"), [ones((6, 9))], (6, 8)),
         ValueError,
-        "the sizes of the weight; mode 'o' has 8 entries, the factors of format 'dense' 9",
+        "the sizes of the weight; mode 'o' has 8 entries, but 9 in the factors of format 'dense'",
     ),
     "a whole mode that is smaller": (
         lambda: match(mt.get_format("dense"), [ones((6, 7))], (6, 8)),
         ValueError,
-        "mode 'o' has 8 entries, the factors of format 'dense' 7",
+        "mode 'o' has 8 entries, but 7 in the factors of format 'dense'",
     ),
     "parts that hold too little": (
         lambda: match(mt.get_format("kron"), KRON, (7, 8)),
         ValueError,
-        "mode 'i' has 7 entries, the factors of format 'kron' 2 x 3",
+        "mode 'i' has 7 entries, but 2 x 3 in the factors of format 'kron'",
     ),
     "terms of two sizes": (
         lambda: match(mt.sum_of("dense", "tt"), [ones((6, 8)), ones((6, 2)), ones((2, 9))], None),
         ValueError,
-        "mode 'o' has 8 entries, the factors of format 'tt' 9",
+        "mode 'o' has 8 entries, but 9 in the factors of format 'tt'",
     ),
     "a slice of another number of experts": (
         lambda: match(mt.sliced("dense", 1, 3), [ones((3, 6, 8))], (4, 6, 8)),
         ValueError,
-        "mode 'n1' has 2 entries, the factors of format 'sliced' 3",
+        "mode 'n1' has 2 entries, but 3 in the factors of format 'sliced'",
     ),
     "a slice of experts that there are not": (
         lambda: match(mt.sliced("dense", 1, 3), [ones((2, 6, 8))], (2, 6, 8)),
         ValueError,
-        "a slice must be of experts that there are",
+        "a slice must be within the experts of a level",
     ),
     "a slice of a level that there is not": (
         lambda: match(mt.sliced("dense", 1, 3, level=1), [ones((2, 6, 8))], (2, 6, 8)),
         ValueError,
-        r"takes some of level 1 up to 3, of levels with \(2,\) experts",
+        r"ends at 3 in level 1, of levels with \(2,\) experts",
     ),
     "a bias row that a term has too": (
         lambda: match(mt.sum_of("dense", Bias()), [ones((7, 8)), ones(8)], (7, 8)),
         ValueError,
-        "mode 'i' has 6 entries, the factors of format 'dense' 7",
+        "mode 'i' has 6 entries, but 7 in the factors of format 'dense'",
     ),
     "other parts than the format has": (
         lambda: match(split("kron", i=(3, 2)), KRON, None),

@@ -285,7 +285,7 @@ def test_the_index_of_an_expert(name: str) -> None:
         with pytest.raises(error, match=f"index at level 1 must be an integer at least 0 and less than {N}"):
             run((1, value))
     for index in (1, (), (1, 2, 3), np.ones(N, bool)):
-        with pytest.raises(ValueError, match="one entry a level, 2 here"):
+        with pytest.raises(ValueError, match="one entry per level, 2 here"):
             run(index)
 
 

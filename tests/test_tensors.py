@@ -100,7 +100,7 @@ def test_five_levels_of_experts() -> None:
 
 def test_up_to_sixteen_levels_are_read() -> None:
     assert mt.FactorizedTensor("cp", [np.ones((1, 2))] * 18).num_levels == 16
-    with pytest.raises(ValueError, match="the factors of format 'cp' are"):
+    with pytest.raises(ValueError, match="the factors of format 'cp' must be"):
         mt.FactorizedTensor("cp", [np.ones((1, 2))] * 19)
 
 
@@ -125,13 +125,13 @@ def test_weights_of_cp_may_be_left_out_or_none_or_given() -> None:
 
 def test_none_that_leaves_a_bond_with_one_end_is_refused() -> None:
     factors = [np.ones((4, 2)), np.ones((5, 3)), np.ones((6, 2))]
-    with pytest.raises(ValueError, match=r"None only where others have its modes.*factor\[0\].*'r_n1'"):
+    with pytest.raises(ValueError, match=r"None only if other factors have its modes.*factor\[0\].*'r_n1'"):
         mt.FactorizedTensor("tucker", [None, *factors])
 
 
 def test_bias_needs_a_row_besides_it() -> None:
     weight = mt.FactorizedTensor("hadamard", [np.ones((4, 2)), np.ones((1, 2))])
-    with pytest.raises(ValueError, match="input mode of size 1"):
+    with pytest.raises(ValueError, match="one row besides the bias, got size 1"):
         mt.multilinear_moe(weight, np.ones((5, 0)), [np.ones((5, 4))], bias=True)
 
 

@@ -432,14 +432,14 @@ def load_all(folder: Path) -> list[str]:
 
 INTRODUCTION = f"""# Models of other libraries
 
-Layers of experts in models of transformers, timm and torch, put there by `replace_mlp` and
-`replace_linear`; see [Put layers into a model](../how-to/put-layers-into-a-model.md). Each model is built
-small, without trained weights. Its layers are replaced by {OPTIONS["experts"]} experts each, at a rank
-that is enough for equal outputs. *Difference* is that of the outputs of the model, relative, in float32.
-Then the model generates the same tokens as before (where it generates any), is trained for five steps,
-with and without gradient checkpointing, is compiled by `torch.compile`, is saved, and is loaded in a
-fresh process: models of transformers as it saves them, the others by `mumoe_tensor.nn.save`. Every model
-of the table passes all of this: `make zoo` writes the page, and fails where a step does.
+Layers of experts in models of transformers, timm and torch, inserted by `replace_mlp` and `replace_linear`;
+see [Put layers into a model](../how-to/put-layers-into-a-model.md). Each model is small and randomly
+initialised. Its layers are replaced by {OPTIONS["experts"]} experts each, at a rank high enough to keep the
+outputs equal. *Difference* is the relative difference of the model's outputs in float32. Then the model
+generates the same tokens as before (if it generates any), is trained for five steps, with and without
+gradient checkpointing, is compiled by `torch.compile`, is saved, and is loaded in a fresh process: models of
+transformers with `save_pretrained`, the others with `mumoe_tensor.nn.save`. Every model in the table passes
+all of this: `make zoo` writes this page, and fails if a step fails.
 """
 
 
@@ -468,7 +468,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         if model.is_replaced:
             cells = [rows[model.key][column] for column in COLUMNS]
             lines.append(f"| {title(model)} | {calls_of(model)} | {' | '.join(cells)} |")
-    lines += ["", "## Refused", "", "What is not replaced, and the error that says why:", ""]
+    lines += ["", "## Refused", "", "Layers that cannot be replaced, and the error for each:", ""]
     for model in MODELS:
         for pattern, reason in zip(
             model.refused, rows[model.key].get("refused", "").splitlines(), strict=True

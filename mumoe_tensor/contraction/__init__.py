@@ -1,1 +1,1 @@
-"""Plan a contraction from subscripts and sizes (`plan`), run it on arrays (`execute`)."""
+"""Plan a contraction from index names and sizes (`plan`), and run it on arrays (`execute`)."""

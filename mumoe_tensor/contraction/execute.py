@@ -20,14 +20,14 @@ def execute(program: Program, operands: Sequence[Array], folded: Mapping[int, Ar
     ----------
     program : Program
     operands : sequence of array
-        One array an operand of ``program.network``, with its axes in that order.
+        One array for each operand of ``program.network``, with the same order of axes.
     folded : mapping of int to array, optional
-        Results of `fold`, which are then not computed again.
+        Results of `fold`, which are not computed again.
 
     Returns
     -------
     array
-        With the axes of ``program.network.output``.
+        The result, with the axes ``program.network.output``.
     """
     operations = operations_of(operands[0])
     values = {**dict(enumerate(arranged(program, operands, operations))), **folded}
@@ -36,7 +36,7 @@ def execute(program: Program, operands: Sequence[Array], folded: Mapping[int, Ar
 
 
 def fold(program: Program, weights: Sequence[Array]) -> dict[int, Array]:
-    """Run the steps that depend on weights alone; `execute` takes their results, by position."""
+    """Run the steps that depend only on weights; return their results by position, for `execute`."""
     operations = operations_of(weights[0])
     values = dict(enumerate(arranged(program, weights, operations)))
     run([each for each in program.numbered if each[0] in program.constant], values, operations)
@@ -55,15 +55,15 @@ def run(
     Parameters
     ----------
     steps : iterable of (int, Step)
-        As in `Program.numbered`.
+        Steps with the positions of their results, as in `Program.numbered`.
     values : dict of int to array
-        Operands in memory order and results, by position. A result that is there is not computed again.
+        Operands in memory order, and results, by position. Existing results are not computed again.
     operations : Operations
-        Those of the backend.
+        Operations of the backend.
     products : mapping of int to callable, optional
-        What steps call in place of the matrix product, by the position of their result.
+        Replacements of the matrix product, by the position of the result.
     keep : container of int, optional
-        Positions of the values that stay after they were read; all do by default.
+        Positions of the values to keep after they have been read. By default, all are kept.
     """
     for position, step in steps:
         if position in values:
@@ -79,13 +79,13 @@ def run(
             result = (operations.addmm if step.kind == "mm" else operations.baddbmm)(row, left, right)
         values[position] = result if step.shape is None else result.reshape(step.shape)
         if keep is not None:
-            for read in (step.left.position, step.right.position):  # which no other step reads
+            for read in (step.left.position, step.right.position):  # no other step reads these
                 if read not in keep:
                     del values[read]
 
 
 def views(step: Step, left: Array, right: Array, operations: Operations) -> tuple[Array, Array, Array | None]:
-    """Both operands as the product takes them, or one if the other is None, and the bias row to add."""
+    """Views of both operands (or of one, if the other is None) for the product, and the bias row to add."""
     arrays, row, bias = [left, right], None, step.bias
     if bias is not None:
         weights = arrays[bias.side]
@@ -108,7 +108,7 @@ def views(step: Step, left: Array, right: Array, operations: Operations) -> tupl
 
 
 def arranged(program: Program, operands: Sequence[Array], operations: Operations) -> list[Array]:
-    """The operands, or the first of them, in memory order."""
+    """The operands in memory order; trailing operands may be omitted."""
     return [
         array if arrangement is None else arrange(array, arrangement, operations)
         for array, arrangement in zip(operands, program.arrange, strict=False)
@@ -116,7 +116,7 @@ def arranged(program: Program, operands: Sequence[Array], operations: Operations
 
 
 def arrange(array: Array, arrangement: Arrangement | None, operations: Operations) -> Array:
-    """Take what is read of a vector; permute the axes; split or join them; drop what is padded."""
+    """Select entries of a vector; permute, split or join axes; and drop padding."""
     if arrangement is None:
         return array
     if arrangement.reading is not None:
@@ -131,7 +131,7 @@ def arrange(array: Array, arrangement: Arrangement | None, operations: Operation
 
 
 def read(vector: Array, reading: Reading, operations: Operations) -> Array:
-    """What a network takes of a batch of vectors, or of one: some entries, their sum, or zeros after them."""
+    """Apply a `Reading` to a vector or a batch of vectors: a window, a sum, or padding with zeros."""
     axis = vector.ndim - 1
     if reading.window is not None:
         start, stop = reading.window

@@ -1,11 +1,11 @@
-"""From an order of contraction to a program: which axes each product groups, in which memory order.
+"""Compile an order of contraction into a program: the axes that each product groups, and their memory order.
 
 Every step is one matrix product (``mm``), one batched matrix product (``bmm``) or one elementwise product
-with broadcasting (``mul``). A product reads an operand without copying it when the axes it sums, the axes
-it keeps and the axes shared with the other operand and the result each lie together in memory; or, in a stack
-of matrices along the batch, each matrix of which meets the other operand, when that holds within a matrix.
-`Compiler` chooses which operand comes first in each product, and so the memory order of every intermediate,
-such that as few elements as possible are copied.
+with broadcasting (``mul``). A product reads an operand without copying it if the axes that it sums, the axes
+that it keeps, and the axes shared with the other operand and the result are each adjacent in memory. An
+operand can also be a stack of matrices along the batch, all multiplied by the other operand; then this must
+hold within a matrix. `Compiler` chooses which operand comes first in each product, and thereby the memory
+order of every intermediate, such that as few elements as possible are copied.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mumoe_tensor.formats.base import BATCH
 
 Kind = Literal["mm", "bmm", "mul"]
 
-#: Memory orders of an intermediate that are followed up, the cheapest ones.
+#: Number of memory orders of an intermediate to keep in the search, the cheapest ones.
 KEPT_ORDERS = 4
-#: One of many small products takes the time of so many copied elements.
+#: The time of a small product in a batch of products, in copied elements.
 SMALL_PRODUCT = 256
 
 
@@ -34,17 +34,17 @@ class Operand:
     Attributes
     ----------
     position : int
-        Which operand of the network, or ``len(operands) + k`` for the result of step k.
+        Position of the operand in the network, or ``len(operands) + k`` for the result of step k.
     indices : tuple of str
         Its axes in memory order.
     copy_order : tuple of int or None
-        Permutation to copy it into first, if its axes do not lie together as the product needs.
+        Permutation to copy it to first, if axes that the product groups are not adjacent.
     groups : tuple of tuple of str
-        The axes after that, those together which the view makes one.
+        The axes after that, grouped into the axes of the view.
     shape : tuple of int or None
-        Shape to view it in, with -1 for the axis that carries the batch; None to take it as it is.
+        Shape of the view, with -1 for the axis of the batch; None if the shape does not change.
     axes : tuple of int or None
-        Permutation of that view into the order the product takes; None if it is in order.
+        Permutation of the view to the order that the product needs; None if it has this order.
     """
 
     position: int
@@ -53,7 +53,7 @@ class Operand:
     groups: tuple[Indices, ...]
     shape: tuple[int, ...] | None
     axes: tuple[int, ...] | None
-    #: Whether it is read as it is. (Every call looks, so it is computed once.)
+    #: Whether it is read without changes. (Computed once, since every call reads it.)
     is_bare: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,14 +61,14 @@ class Operand:
         object.__setattr__(self, "is_bare", is_bare)
 
     def is_reordered(self, sizes: dict[str, int]) -> bool:
-        """Whether the product reads a permuted copy; axes of size one lie anywhere."""
+        """Whether the product reads a permuted copy. Axes of size one may be at any position."""
         read = [x for group in self.groups for x in group if sizes[x] > 1]
         return self.copy_order is not None and read != [x for x in self.indices if sizes[x] > 1]
 
     def is_stored_anew(self, sizes: dict[str, int]) -> bool:
-        """Whether the copy is an array of its own, not a permuted view that the product copies itself.
+        """Whether the copy is a new array, instead of a permuted view that the product itself copies.
 
-        It is one where axes must become one that do not lie together.
+        This is the case if axes that are not adjacent must be joined into one.
         """
         if self.copy_order is None:
             return False
@@ -82,18 +82,18 @@ class Operand:
 
 @dataclass(frozen=True)
 class Bias:
-    """Where a step finds the bias row: the last entry of an operand along the input mode.
+    """The bias row of a step: the last entry of an operand along the input mode.
 
     Attributes
     ----------
     side : int
-        0 if the left operand holds it, 1 for the right.
+        The operand that contains it: 0 for the left one, 1 for the right one.
     axis : int
-        The input mode among that operand's axes.
+        The position of the input mode among the axes of this operand.
     order : tuple of int or None
-        Permutation of the row's axes into the order of the product's.
+        Permutation of the axes of the row to the order of the product.
     shape : tuple of int or None
-        Shape in which it is added to the product.
+        Shape in which the row is added to the product.
     """
 
     side: int
@@ -113,11 +113,11 @@ class Step:
     output : tuple of str
         Axes of the result in memory order.
     summed : tuple of str
-        Axes the product sums over.
+        Axes that the product sums over.
     shape : tuple of int or None
         Shape of the result, if the product leaves axes grouped.
     bias : Bias or None
-        The bias row to add, where the input vector meets the weights.
+        The bias row to add, in the product of the input vector with the weights.
     """
 
     kind: Kind
@@ -127,7 +127,7 @@ class Step:
     summed: Indices
     shape: tuple[int, ...] | None
     bias: Bias | None = None
-    #: Whether the product takes its operands and gives its result as they are, without a bias row.
+    #: Whether the operands and the result need no view or copy, and there is no bias row.
     is_bare: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,28 +136,30 @@ class Step:
 
     @property
     def is_spread(self) -> bool:
-        """Whether one matrix meets each of a stack."""
+        """Whether one matrix is multiplied by each matrix of a stack."""
         return self.kind == "bmm" and () in (self.left.groups[0], self.right.groups[0])
 
     @property
     def indices(self) -> tuple[str, ...]:
-        """All indices the product runs over."""
+        """All indices of the product."""
         return tuple(dict.fromkeys(self.left.indices + self.right.indices))
 
 
 class Arrangement(NamedTuple):
-    """How an array becomes an operand, or a result the output; what is not needed is None.
+    """The conversion of an array to an operand, or of the last result to the output.
+
+    The conversions are applied in this order; those that are not needed are None.
 
     Attributes
     ----------
     order : tuple of int or None
-        Permutation of its axes.
+        Permutation of the axes.
     shape : tuple of int or None
-        Shape after that: axes of size one dropped or added, a mode split into its parts or made of them.
+        Shape after the permutation: axes of size one dropped or added, a mode split into parts or joined.
     reading : Reading or None
-        What is taken of a vector, before that.
+        Selection of entries of a vector, applied first.
     size : int or None
-        Number of entries of the last axis that stay, after that.
+        Number of entries of the last axis to keep, applied last.
     """
 
     order: tuple[int, ...] | None = None
@@ -168,33 +170,33 @@ class Arrangement(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """Steps in the order to run them, good for every batch size.
+    """The steps of a contraction, in order of execution, for any batch size.
 
     Attributes
     ----------
     network : Network
-        What is contracted.
+        The network that is contracted.
     arrange : tuple of Arrangement or None
-        How each operand is put in memory order, without its axes of size one; None to take it as it is.
+        The conversion of each operand to memory order, without axes of size one; None if there is none.
     steps : tuple of Step
     output : Arrangement or None
-        How the last result becomes the output, with its axes of size one.
+        The conversion of the last result to the output, with axes of size one.
     """
 
     network: Network
     arrange: tuple[Arrangement | None, ...]
     steps: tuple[Step, ...]
     output: Arrangement | None
-    #: Each step with the position of its result: results are numbered after the operands.
+    #: Each step with the position of its result. Results are numbered after the operands.
     numbered: tuple[tuple[int, Step], ...] = field(init=False, compare=False, repr=False)
     #: Position of the last result.
     result: int = field(init=False, compare=False, repr=False)
-    #: Positions of the results that depend on weights alone.
+    #: Positions of the results that depend only on weights.
     constant: frozenset[int] = field(init=False, compare=False, repr=False)
 
     @property
     def output_is_copied(self) -> bool:
-        """Whether the parts of a split output do not lie in their order, so that joining them copies it."""
+        """Whether the parts of a split output are out of order, so that joining them copies the output."""
         return (
             self.network.out_features is not None
             and self.output is not None
@@ -214,23 +216,23 @@ class Program:
 
 
 class _Way(NamedTuple):
-    """One way to multiply two nodes of an order.
+    """One way to multiply two nodes of an order of contraction.
 
     Attributes
     ----------
     swapped : bool
         Whether the second node is the left operand of the product.
     orders : pair of tuple of str
-        Axes of both operands as they lie in memory, the left operand's first.
+        Axes of the left and of the right operand, in memory order.
     reads : pair of tuple of str
         The same axes in the order in which the product reads them.
     summed : tuple of str
-        Axes it sums over.
+        Axes that the product sums over.
     stacks : pair of tuple of str
-        Axes along which each operand is a stack of matrices: those of both operands and of the result, or
-        some of one operand alone, all of whose matrices then meet the other.
+        Axes along which each operand is a stack of matrices: axes of both operands and the result, or axes of
+        only one operand, all of whose matrices are multiplied by the other operand.
     output : tuple of str
-        Axes of the result as it lies in memory.
+        Axes of the result in memory order.
     """
 
     swapped: bool
@@ -241,26 +243,26 @@ class _Way(NamedTuple):
     output: Indices
 
     def out_of_order(self) -> list[Indices]:
-        """Operands that are copied or, by an elementwise product, read out of order."""
+        """Axes of the operands that are copied, or that an elementwise product reads out of order."""
         reads = self.reads if self.summed else (self.output, self.output)
         pairs = zip(self.orders, reads, strict=True)
         return [order for order, read in pairs if order != tuple(x for x in read if x in order)]
 
     def transposed(self) -> int:
-        """Number of matrices read transposed. This costs no copy, but a call, and counts as an element."""
+        """Number of matrices read transposed. Each costs a call but no copy, and counts as one element."""
         if not self.summed:
             return 0
         left, right = self.reads
         return (left[-1] not in self.summed) + (right[-1] in self.summed)
 
     def repeated(self) -> Indices:
-        """Axes along which one operand meets every matrix of the other."""
+        """Axes along which one operand is multiplied by every matrix of the other."""
         one, other = self.stacks
         return () if one and other else one or other
 
 
 class _Choice(NamedTuple):
-    """The cheapest way to have a node in some memory order; None for an operand of the network."""
+    """The cheapest way to form a node in some memory order; None for an operand of the network."""
 
     copied: int
     way: _Way | None
@@ -269,13 +271,13 @@ class _Choice(NamedTuple):
 class Compiler:
     """Chooses the memory order of every intermediate, for orders of contraction of one network.
 
-    The choices for a part of one order serve the others that have it.
+    Choices are cached by node, so orders with common nodes share them.
 
     Parameters
     ----------
     network : Network
     batch : int
-        Batch size at which copied elements are weighed against each other.
+        Batch size for which copied elements are counted.
     """
 
     def __init__(self, network: Network, batch: int):
@@ -287,8 +289,8 @@ class Compiler:
 
     def __call__(self, tree: Tree) -> Program:
         """The program for nested pairs of operand positions."""
-        # A program needs: 1. how each operand is put in memory order; 2. the steps, to a result in the memory
-        # order that copies least; 3. how this result becomes the output.
+        # A program consists of: 1. the conversion of each operand to memory order; 2. the steps, up to a
+        # result in the memory order with the fewest copies; 3. the conversion of this result to the output.
         original, network = self.original, self.network
         readings = (*(None,) * original.weights, *original.readings)
         axes = zip(original.operands, original.memory_orders, network.memory_orders, readings, strict=True)
@@ -303,7 +305,7 @@ class Compiler:
         )
 
     def _choose(self, node: Tree) -> frozenset[int]:
-        """Fill in the choices of a node; return the operands it multiplies."""
+        """Fill in the choices of a node, and return the operands of its subtree."""
         if not isinstance(node, tuple):
             return frozenset([node])
         left, right = node
@@ -326,7 +328,7 @@ class Compiler:
         return operands
 
     def _steps(self, tree: Tree, order: Indices) -> list[Step]:
-        """The chosen products; of two branches the one first that keeps the peak lower."""
+        """The chosen products. Of two branches, the one that keeps the peak lower is computed first."""
         steps: list[Step] = []
 
         def size(node: Tree) -> int:
@@ -345,8 +347,8 @@ class Compiler:
             return node == self.network.vector_of_input or any(map(has_input, branches))
 
         def by_peak(node: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-            # The first result is held while the second is formed. On a tie the input vector comes first: the
-            # layer before it can then let go of its memory.
+            # The first result is in memory while the second is formed. On a tie, the input vector comes
+            # first, so that its memory can be released earlier.
             def held(pair: tuple[Tree, Tree]) -> tuple[int, bool]:
                 first, second = pair
                 return max(peak(first), size(first) + peak(second)), not has_input(first)
@@ -375,7 +377,7 @@ class Compiler:
 def _ways(
     first: Indices, second: Indices, needed: frozenset[str]
 ) -> tuple[tuple[_Way, list[Indices], int, Indices], ...]:
-    """Ways to multiply two nodes in these memory orders, with what each copies, transposes and repeats."""
+    """Ways to multiply two nodes in these memory orders, with the copies, transposes and repeats of each."""
     ways = [*_products(False, first, second, needed), *_products(True, second, first, needed)]
     return tuple((way, way.out_of_order(), way.transposed(), way.repeated()) for way in ways)
 
@@ -402,12 +404,12 @@ def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> 
     )
     b_summed, b_shared = tuple(x for x in b if x in summed), tuple(x for x in b if x in shared)
     a_in_place, b_in_place = is_read_in_place(a_kinds), is_read_in_place(b_kinds)
-    # One is a stack of matrices, each of which meets the other.
+    # One operand is a stack of matrices, each of which is multiplied by the other operand.
     if along := stack_of(a, a_kinds, BATCH):
         yield matrices(a, b if b_in_place and summed == b_summed else b_only + summed, summed, along, ())
     if along := stack_of(b, b_kinds, BATCH):
         yield matrices(a if a_in_place and summed == b_summed else a_only + b_summed, b, b_summed, (), along)
-    # Both are read as they lie; or one is copied into the order of the other; or both are copied.
+    # Both are read in place; or one is copied to the order of the other; or both are copied.
     if a_in_place and b_in_place and summed == b_summed and shared == b_shared:
         yield matrices(a, b, summed, shared, shared)
         return
@@ -422,7 +424,7 @@ def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> 
 def _arranged(
     order: Indices, permuted: Indices, squeezed: Indices, reading: Reading | None, network: Network
 ) -> Arrangement | None:
-    """Take an operand to its memory order, without axes of size one; a vector as it is read."""
+    """The conversion of an operand to its memory order, without axes of size one; a vector is also read."""
     sizes = network.sizes_at(-1)
     is_split = reading is not None and len(order) > 2
     shape = tuple(sizes[x] for x in squeezed) if squeezed != permuted or is_split else None
@@ -431,7 +433,7 @@ def _arranged(
 
 
 def _output(order: Indices, permuted: Indices, network: Network) -> Arrangement | None:
-    """Take the last result to the output, with its axes of size one; a split output as one axis."""
+    """The conversion of the last result to the output, with axes of size one; a split output is joined."""
     sizes, shape, size = network.sizes_at(-1), None, None
     if network.out_features is not None:
         batch, parts = network.output[:1], network.output[1:]
@@ -459,7 +461,8 @@ def _step(network: Network, way: _Way, left: int, right: int) -> Step:
 
     side = None
     if network.bias and network.vector_of_input in positions:
-        # The input vector meets the weights here: their last row along the input mode is the bias.
+        # This step multiplies the input vector by the weights, whose last row along the input mode is the
+        # bias.
         side = 1 - positions.index(network.vector_of_input)
         sizes["i"] -= 1
     stacks, summed = way.stacks, way.summed
@@ -485,9 +488,9 @@ def _step(network: Network, way: _Way, left: int, right: int) -> Step:
 def _matrix(
     position: int, order: Indices, read: Indices, groups: tuple[Indices, ...], sizes: dict[str, int]
 ) -> Operand:
-    """View an operand as a matrix, or a stack of them, whose axes are `groups`."""
-    # An empty group is an axis of size one: it lies anywhere, so it comes last in memory; but a matrix that
-    # each of a stack meets is itself a stack of one.
+    """View an operand as a matrix, or a stack of matrices, whose axes are `groups`."""
+    # An empty group is an axis of size one, which may be anywhere in memory and is put last. But a single
+    # matrix that is multiplied by a stack is itself a stack of one.
     is_repeated = len(groups) == 3 and not groups[0]
     first, rest = (groups[:1], groups[1:]) if is_repeated else ((), groups)
     in_memory = first + tuple(sorted(rest, key=lambda g: read.index(g[0]) if g else len(read)))
@@ -506,14 +509,14 @@ def _broadcast(position: int, order: Indices, output: Indices, sizes: dict[str, 
 
 
 def _view(groups: tuple[Indices, ...], sizes: dict[str, int]) -> tuple[int, ...] | None:
-    """Shape with one axis a group, or None if every group is one index already."""
+    """Shape with one axis per group, or None if every group is a single index."""
     if all(len(g) == 1 for g in groups):
         return None
     return tuple(-1 if BATCH in g else prod(sizes[x] for x in g) for g in groups)
 
 
 def _split(groups: tuple[Indices, ...], sizes: dict[str, int]) -> tuple[int, ...] | None:
-    """Shape with one axis an index, or None if it has that shape already."""
+    """Shape with one axis per index, or None if every group is a single index."""
     if all(len(g) == 1 for g in groups):
         return None
     return tuple(sizes[x] for g in groups for x in g)

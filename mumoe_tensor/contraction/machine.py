@@ -1,4 +1,4 @@
-"""What a machine does in a second: what plans weigh, and predicted times are made of."""
+"""The speed of a machine: used to choose plans and to predict times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mumoe_tensor.checks import as_finite, as_integer, check_choice
 
-#: Bytes of an element.
+#: Bytes per element.
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -19,23 +19,23 @@ class Machine:
     Parameters
     ----------
     flops : float
-        FLOPs a second of matrix products, multiply and add counted apart.
+        FLOPs per second of matrix products, counting multiplications and additions separately.
     bandwidth : float
-        Bytes a second that are read or written.
+        Bytes per second, read or written.
     launch : float, default 0
-        Seconds that an operation takes besides: on a GPU the launch of its kernel, on a CPU the call of it.
+        Fixed time of an operation in seconds: the launch of a GPU kernel, or the call on a CPU.
     dtype : {"float64", "float32", "bfloat16", "float16"}, default "float32"
     element : int, default 0
-        FLOPs that an element read or written is worth where orders of contraction are compared; 0 for those
-        done while its bytes are moved.
+        Cost in FLOPs of reading or writing an element, for comparing orders of contraction. With 0, it is the
+        number of FLOPs in the time in which an element is moved.
     gate_passes : int, default 8
-        How often the functions of a gate, norm and entmax15, read and write their logits, each time as an
-        operation of its own.
+        Number of passes over the logits in the norm and entmax15 of a gate, each a separate operation.
 
     Raises
     ------
     ValueError, TypeError
-        If a figure is not a positive number (`launch` and `element` may be 0), or the dtype is another.
+        If a number is not positive (only `launch`, `element` and `gate_passes` may be 0), or the dtype is
+        unknown.
 
     Examples
     --------
@@ -74,50 +74,49 @@ class Machine:
         return f"{self.flops / 1e9:,.0f} GFLOP/s, {self.bandwidth / 1e9:,.0f} GB/s, {self.dtype}"
 
     def seconds(self, flops: float, elements: float) -> float:
-        """Time of an operation by the roofline: that of its FLOPs or of its moves, and the launch."""
+        """Time of an operation by the roofline model: the longer of computing and moving, plus the launch."""
         moving = elements * ITEMSIZE[self.dtype] / self.bandwidth
         return max(flops / self.flops, moving) + self.launch
 
 
 def _gpu(bandwidth: float, **flops: float) -> dict[str, Machine]:
-    # Launches take some 4 us. One kernel makes coefficients of logits; the norm may be another.
+    # A launch takes about 4 us. One kernel computes coefficients from logits, and possibly another the norm.
     return {dtype: Machine(each, bandwidth, 4e-6, dtype, gate_passes=2) for dtype, each in flops.items()}
 
 
 #: Machines by name and dtype.
 MACHINES: dict[str, dict[str, Machine]] = {
-    # One core of an Intel Xeon (Sapphire Rapids), by `python -m benchmarks.machine`. An element is worth
-    # less than its bytes take: products read and write while they compute.
+    # One core of an Intel Xeon (Sapphire Rapids), measured by `python -m benchmarks.machine`. `element` is
+    # less than its bytes suggest, because products compute while they read and write.
     "cpu": {
         "float64": Machine(80e9, 20e9, 1.2e-5, "float64", element=16, gate_passes=20),
         "float32": Machine(160e9, 20e9, 1.2e-5, "float32", element=16, gate_passes=25),
         "bfloat16": Machine(1000e9, 20e9, 1.2e-5, "bfloat16", gate_passes=43),
         "float16": Machine(140e9, 20e9, 1.2e-5, "float16", gate_passes=40),
     },
-    # NVIDIA A100 SXM 80 GB, by its data sheet; it stands for all GPUs.
+    # NVIDIA A100 SXM 80 GB, from its data sheet; used for all GPUs.
     "cuda": _gpu(2.039e12, float64=19.5e12, float32=19.5e12, bfloat16=312e12, float16=312e12),
-    # NVIDIA H200: products in bfloat16 and copies as measured, products in other dtypes by its data sheet
-    # (float16 as bfloat16).
+    # NVIDIA H200: bandwidth and bfloat16 measured, other dtypes from its data sheet (float16 as bfloat16).
     "h200": _gpu(4.3e12, float64=67e12, float32=67e12, bfloat16=790e12, float16=790e12),
 }
 
-#: What is planned for where nothing else is named.
+#: The default machine.
 CPU = MACHINES["cpu"]["float32"]
 
 _NEEDED = {"flops", "bandwidth"}
-#: A machine, its attributes in a mapping, or a name in `MACHINES`.
+#: A machine, a mapping with its attributes, or a name in `MACHINES`.
 AnyMachine = str | Machine | Mapping[str, Any]
 
 
 def as_machine(machine: AnyMachine, dtype: str | None = None) -> Machine:
-    """The machine of a name for a dtype, by default float32; others as they are.
+    """Convert a name (with a dtype, by default float32) or a mapping to a machine, or check a machine.
 
     Raises
     ------
     ValueError
-        If there is no machine of this name; if a machine computes in another dtype than the one named.
+        If no machine has this name, or the dtype of the machine is not `dtype`.
     TypeError
-        If it is neither a name nor a machine nor the attributes of one.
+        If it is neither a name, nor a machine, nor a mapping with the attributes of one.
     """
     check_choice(dtype, (None, *ITEMSIZE), "dtype")
     if isinstance(machine, str):
@@ -127,7 +126,7 @@ def as_machine(machine: AnyMachine, dtype: str | None = None) -> Machine:
         if not _NEEDED <= machine.keys() <= names:
             more = ", ".join(sorted(names - _NEEDED))
             raise TypeError(
-                f"a machine must have flops and bandwidth, and may have {more}; got {dict(machine)}."
+                f"a machine must have flops and bandwidth, and may have {more}, got {dict(machine)}."
             )
         machine = Machine(**machine)
     if not isinstance(machine, Machine):
@@ -138,9 +137,9 @@ def as_machine(machine: AnyMachine, dtype: str | None = None) -> Machine:
 
 
 def machine_of(kind: str, dtype: str, chosen: AnyMachine | None = None) -> Machine:
-    """The machine to plan for where arrays have a dtype and are on a kind of device, as torch names it.
+    """The machine to plan for, given a dtype and a type of device in torch's notation.
 
-    Every accelerator is planned for as CUDA is. A machine that is chosen comes first, whatever its dtype.
+    All accelerators are planned for like CUDA. A machine in `chosen` takes precedence, whatever its dtype.
     """
     if chosen is None:
         chosen = "cpu" if kind in ("cpu", "meta") else "cuda"
@@ -148,17 +147,17 @@ def machine_of(kind: str, dtype: str, chosen: AnyMachine | None = None) -> Machi
 
 
 def machine_entry(machine: AnyMachine) -> str | dict[str, Any]:
-    """A machine as JSON has it, and as `as_machine` reads it: its name or its attributes."""
+    """Convert a machine to JSON types for `as_machine`: its name, or its attributes."""
     read = as_machine(machine)
     return str(machine) if isinstance(machine, str) else asdict(read)
 
 
 def in_words(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Format a time with a suitable unit."""
     unit, name = (1e-6, "us") if seconds < 1e-3 else (1e-3, "ms") if seconds < 1 else (1.0, "s")
     return f"{seconds / unit:,.3g} {name}"
 
 
 def predicted(seconds: float, machine: Machine) -> str:
-    """A predicted time, and what it is predicted for."""
+    """Format a predicted time together with its machine."""
     return f"predicted time {in_words(seconds)} at {machine}"

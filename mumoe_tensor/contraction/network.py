@@ -1,4 +1,4 @@
-"""A tensor network to contract: index names of the operands, sizes of the indices."""
+"""Tensor networks: the index names of the operands, and the sizes of the indices."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mumoe_tensor.formats.base import BATCH, Format, Rank, mode_names
 Indices: TypeAlias = tuple[str, ...]
 #: An order of contraction: nested pairs of positions of operands.
 Tree: TypeAlias = "int | tuple[Tree, Tree]"
-#: Name of an index, or the bit that stands for it.
+#: An index, by its name or as a bit.
 Axis = TypeVar("Axis", str, int)
 
 
 class Reading(NamedTuple):
-    """What a network takes of a vector of shape (batch, size of the mode).
+    """How a network reads a vector of shape (batch, size of the mode).
 
     Attributes
     ----------
     window : tuple of int, optional
-        Start and stop of the entries, where it takes some of them only.
+        Start and stop of the entries, if only some are read.
     is_summed : bool
-        Whether it takes the sum of the entries, as one number.
+        Whether the sum of the entries is read, as a single number.
     padding : int
-        Number of zeros after the last entry.
+        Number of zeros to append.
     """
 
     window: tuple[int, int] | None = None
@@ -37,27 +37,27 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """Operands of a contraction, everything but the size of the batch.
+    """The operands of a contraction and their sizes, except the batch size.
 
     Parameters
     ----------
     operands : tuple of tuple of str
-        Axes of each operand as it is passed.
+        Axes of each operand, in the order in which it is passed.
     memory_orders : tuple of tuple of str
         The same axes in memory order, slowest first.
     output : tuple of str
         Axes of the result.
     index_sizes : tuple of (str, int)
-        Size of every index except the batch. With `bias` the input mode counts the bias row.
+        Size of every index except the batch. With `bias` the input mode includes the bias row.
     weights : int
-        How many of the first operands are weights; the others are vectors, one a mode.
+        Number of weights, which come first; the other operands are vectors, one per mode.
     bias : bool
-        True if the input vector is one shorter than the input mode of the weights, whose last row is the
-        bias: the row is added, the vector never grows.
+        Whether the last row of the input mode of the weights is a bias, which is added to the product with
+        the input vector. The input vector is then one entry shorter than the mode.
     readings : tuple of Reading
-        One a vector.
+        One reading per vector.
     out_features : int or None
-        Size of a split output, whose parts are joined to one axis in the end.
+        Size of a split output, whose parts are joined into one axis at the end.
     """
 
     operands: tuple[Indices, ...]
@@ -71,7 +71,7 @@ class Network:
 
     @cached_property
     def takes_input(self) -> bool:
-        """Whether it has an input vector: that of a bias has none."""
+        """Whether there is an input vector; a bias term has none."""
         return any(x[0] == "i" for axes in self.operands[self.weights :] for x in axes)
 
     @cached_property
@@ -81,7 +81,7 @@ class Network:
 
     @cached_property
     def squeezed(self) -> Network:
-        """The same network without the indices of size one, which have no effect on a contraction."""
+        """The same network without indices of size one, which do not affect the contraction."""
         return self.without({x for x, size in self.index_sizes if size == 1})
 
     def sizes_at(self, batch: int) -> dict[str, int]:
@@ -89,7 +89,7 @@ class Network:
         return {BATCH: batch, **dict(self.index_sizes)}
 
     def without(self, indices: set[str]) -> Network:
-        """The network of the operands without some of their axes."""
+        """The same network without some indices."""
 
         def drop(axes: Indices) -> Indices:
             return tuple(x for x in axes if x not in indices)
@@ -104,7 +104,7 @@ class Network:
     def with_vectors(
         self, vectors: Sequence[tuple[Indices, Reading]], output: Indices, bias: bool = False
     ) -> Network:
-        """The network of a weight with vectors on some of its modes."""
+        """The network of a weight with vectors attached to some of its modes."""
         operands = tuple(axes for axes, _ in vectors)
         return replace(
             self,
@@ -119,14 +119,14 @@ class Network:
 def weight_network(
     format: Format, mode_sizes: tuple[int, ...], rank: Rank | None, missing: Sequence[int] = ()
 ) -> Network:
-    """Network of the weight tensor itself, contracted to those modes, or their parts, that it has.
+    """The network of the weight tensor itself, contracted to its modes or their parts.
 
     Parameters
     ----------
     format : Format
-        One of a single term. Its declaration gives the operands.
+        The format of a single term. Its declaration determines the operands.
     mode_sizes : tuple of int
-        Sizes of the modes; with a bias the input mode counts its row.
+        Sizes of the modes; with a bias, the input mode includes its row.
     rank : tuple of int
     missing : sequence of int
         Positions of the optional factors that are missing.
@@ -150,9 +150,9 @@ def forward_network(
     missing: Sequence[int] = (),
     bias: bool = False,
 ) -> Network:
-    """Network of the forward pass: the weight with a batch of vectors on every mode but the output.
+    """The network of the forward pass: the weight with a batch of vectors on every mode but the output.
 
-    A weight that is a bias alone has no input vector.
+    A bias term has no input vector.
     """
     weight = weight_network(format, mode_sizes, rank, missing)
     *attached, _ = mode_names(len(mode_sizes) - 2)
@@ -182,7 +182,7 @@ def forward_networks(
 def vector_of(
     format: Format, weight: Network, mode: str, level: int, mode_sizes: tuple[int, ...]
 ) -> tuple[Indices, Reading] | None:
-    """Axes of the vector on a mode, besides the batch, and what is taken of it; None where none is."""
+    """Axes of the vector on a mode, without the batch, and its reading; None if the mode has no vector."""
     parts = format.parts(mode)
     if set(parts).isdisjoint(weight.output):
         return None if mode == "i" else ((), Reading(is_summed=True))
@@ -192,25 +192,27 @@ def vector_of(
 
 
 def is_read_in_place(kinds: Sequence[str]) -> bool:
-    """Whether a matrix product reads an operand as it lies in memory, without a copy.
+    """Whether a matrix product reads an operand in place, without a copy.
 
-    It does where the axes that it sums, those it shares with the other operand and the result, and the rest
-    each lie together, and those it shares, along which it is a stack of products, are not innermost.
+    This is the case if the summed axes, the axes shared with the other operand and the result (along which
+    there is a batch of products), and the remaining axes are each adjacent, and the shared axes are not
+    innermost.
 
     Parameters
     ----------
     kinds : sequence of {"summed", "shared", "free"}
-        Kind of each axis, in memory order. Where none is summed the product is elementwise, and reads any.
+        Kind of each axis, in memory order. If no axis is summed, the product is elementwise, and reads any
+        order.
     """
     runs = [kind for kind, _ in groupby(kinds)]
     return "summed" not in runs or (len(runs) == len(set(runs)) and runs[-1] != "shared")
 
 
 def stack_of(axes: tuple[Axis, ...], kinds: Sequence[str], batch: Axis) -> tuple[Axis, ...]:
-    """The axes along which an operand is read in place as a stack of matrices, all for one other operand.
+    """The axes along which an operand is read in place as a stack of matrices, all multiplied by one operand.
 
-    Those of the batch and next to it, where the axes that the product sums, and the rest, come after them and
-    each lie together, and it shares none with the other operand. Otherwise none.
+    These are the batch and the axes next to it, if the summed axes and the remaining axes follow and are each
+    adjacent, and no axis is shared with the other operand. Otherwise there are none.
     """
     runs = [kind for kind, _ in groupby(kinds)]
     along = axes[: kinds.index("summed")] if runs == ["free", "summed", "free"] else ()

@@ -1,9 +1,9 @@
-"""Which order to contract a network in: the cheapest pairwise order at one batch size.
+"""Search for the cheapest pairwise order in which to contract a network, for one batch size.
 
 The search is a dynamic program: the cheapest product of a set of operands joins the cheapest products of two
-parts of that set. It is exact up to `EXACT` operands. A larger network is made smaller first, in two ways, of
-which the better counts: the cheapest products are made until `EXACT` parts are left, at once or after each
-mode's vector has been multiplied with the mode's factor.
+parts of that set. It is exact up to `EXACT` operands. A larger network is first reduced to `EXACT` parts by
+multiplying the cheapest pairs. This is done both directly and after multiplying each mode's vector by the
+mode's factor, and the better result is used.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from mumoe_tensor.contraction.network import Network, Tree, is_read_in_place, st
 from mumoe_tensor.formats.base import BATCH
 
 Objective = Literal["time", "flops", "peak"]
-#: Which orders the result is the best of: all; those in which each mode's vector meets the mode's factor
-#: first; those that begin with the cheapest products.
+#: The orders that were searched: all; those that first multiply each mode's vector by the mode's factor;
+#: those that begin with the cheapest products.
 Search = Literal["exact", "vectors first", "greedy"]
 
-#: An element live at once outweighs any FLOPs, which decide among orders of the same peak.
+#: Weight of an element of the peak relative to a FLOP: FLOPs only decide between orders with the same peak.
 MORE_THAN_FLOPS = 1 << 128
-#: The largest number of operands that is searched exactly.
+#: The largest number of operands for which the search is exact.
 EXACT = 12
 
 
 class Part(NamedTuple):
-    """A product of some operands. Sets of operands and of indices are integers, one bit a member.
+    """A product of some operands. Sets of operands and of indices are integers with one bit per member.
 
     Attributes
     ----------
     operands, indices : int
-        The operands it multiplies, the indices it carries.
+        The operands of the product, and the indices of its result.
     cost : int
-        Of all the steps that form it.
+        Cost of all its steps.
     halves : tuple of Part
-        The two parts that the last step joins; none for an operand.
+        The two parts that the last step joins; empty for an operand.
     """
 
     operands: int
@@ -49,14 +49,14 @@ class Part(NamedTuple):
 
     @property
     def tree(self) -> Tree:
-        """The order in which it is formed."""
+        """The order in which the product is formed."""
         if not self.halves:
             return self.operands.bit_length() - 1
         first, second = sorted(self.halves, key=lambda part: part.operands & -part.operands)
         return first.tree, second.tree
 
 
-#: Cost of a product, and of its two parts, by the parts and the indices that it keeps.
+#: Cost of a product including its two parts, as a function of the parts and of the indices of the result.
 Cost = Callable[[Part, Part, int], int]
 
 
@@ -68,14 +68,14 @@ class Orders:
     network : Network
     batch : int
     implementation : {"factorized", "reconstructed"}, optional
-        ``"factorized"``: no intermediate carries all modes of the weight. ``"reconstructed"``: the weights
-        are multiplied with each other before they meet a vector. By default every order is admitted.
+        ``"factorized"``: no intermediate has all modes of the weight. ``"reconstructed"``: the weights are
+        multiplied by each other before any vector. By default every order is allowed.
     fold_weights : bool, default False
-        Products of weights alone cost nothing.
+        Whether products of weights alone are free.
     limit : float, optional
         Largest number of elements of an intermediate.
     machine : Machine, optional
-        What says how many FLOPs an element moved is worth; by default a CPU.
+        The machine that determines the cost of moving an element in FLOPs; by default a CPU.
     """
 
     def __init__(
@@ -104,32 +104,33 @@ class Orders:
         self.memory_orders = [tuple(bit[x] for x in axes) for axes in network.memory_orders]
         self.free = self.weights if fold_weights else 0
         self.forms_weight = implementation == "reconstructed"
-        # What no intermediate may carry: all modes of the weight, if there are two or more, and no factor
-        # has them all already.
+        # Intermediates must not have all modes of the weight, unless there is only one mode, or a factor
+        # already has all modes.
         whole = self.modes | self.output & ~self.batch
         weights = self.leaves[: network.weights]
         is_formed = not whole & (whole - 1) or any(leaf.indices & whole == whole for leaf in weights)
         self.forbidden = whole if implementation == "factorized" and not is_formed else 0
-        # The bias row is added where the input vector, one shorter than the mode, meets all its weights.
+        # The bias row is added in the product of the input vector, one entry shorter than the mode, with the
+        # weights of the input mode.
         self.biased = 1 << len(self.leaves) - 1 if network.bias else 0
         self.input, self.rows = bit.get("i", 0), sizes.get("i", 1)
         self.size, self.indices, self.is_read = cache(self._size), cache(self._indices), cache(self._is_read)
 
     def best(self, minimize: Objective, worse: Tree | None = None) -> tuple[Tree, Search] | None:
-        """Find the cheapest order, and say how it was searched.
+        """Find the cheapest order, and return it with the kind of search.
 
         Parameters
         ----------
         minimize : {"time", "flops", "peak"}
-            ``"flops"``; ``"time"``: FLOPs and those that each element moved is worth, without the elements
-            that every order moves; ``"peak"``: the most elements live at once besides the operands.
+            ``"flops"``: FLOPs. ``"time"``: FLOPs plus the cost of moving elements, except those that every
+            order moves. ``"peak"``: the largest number of elements in memory at once, without the operands.
         worse : Tree, optional
-            An order to beat.
+            An order to improve on.
 
         Returns
         -------
         tuple of Tree and str, or None
-            None if no order is admitted, or none is cheaper than `worse`.
+            None if no order is allowed, or none is cheaper than `worse`.
         """
         cost = {"time": self._time, "flops": self._flops, "peak": self._peak}[minimize]
         bound = inf if worse is None else self._formed(worse, cost).cost
@@ -143,14 +144,14 @@ class Orders:
                 if better:
                     best, search = better, "greedy" if parts is not fixed else "vectors first"
             return (best.tree, search) if best else None
-        # The best of these few orders is near the best of all: as a bound it drops most parts.
+        # The best of these few orders is usually close to the optimum. As a bound, it eliminates most parts.
         near = self._cheapest(fixed, cost, inf) if worse is None and len(fixed) < len(self.leaves) else None
         best = self._cheapest(self.leaves, cost, near.cost if near else bound) or near
         return (best.tree, "exact") if best else None
 
     def _cheapest(self, parts: list[Part], cost: Cost, bound: float) -> Part | None:
         """The cheapest product of all parts, if it costs less than the bound."""
-        formed = [[], parts[::-1]]  # by the number of parts that they multiply
+        formed = [[], parts[::-1]]  # products, by their number of parts
         for count in range(2, len(parts) + 1):
             best: dict[int, Part] = {}
             for few in range(1, count // 2 + 1):
@@ -163,14 +164,15 @@ class Orders:
                     if kept is None:
                         continue
                     total = cost(left, right, kept)
-                    # Of equal orders the first: it joins a small and a large part, and so holds less at once.
+                    # On a tie the first order is kept: it joins a small and a large part, so its peak is
+                    # lower.
                     if total < (best[both].cost if both in best else bound):
                         best[both] = Part(both, kept, total, (left, right))
             formed.append([*best.values()])
         return formed[-1][0] if formed[-1] else None
 
     def _vectors_first(self, cost: Cost) -> list[Part]:
-        """Multiply each vector with the factor of its mode, where this factor has no other vector's mode."""
+        """Multiply each vector by the factor of its mode, if this factor has no other mode with a vector."""
         split = self.weights.bit_length()
         parts, vectors = self.leaves[:split], self.leaves[split:]
         for vector in vectors:
@@ -186,7 +188,7 @@ class Orders:
         return parts
 
     def _cheapest_first(self, parts: list[Part], cost: Cost) -> list[Part]:
-        """Make the cheapest products until `EXACT` parts are left, or none is admitted."""
+        """Multiply the cheapest pairs until `EXACT` parts are left, or no product is allowed."""
         while len(parts) > EXACT:
             joined = [self._joined(left, right, cost) for left, right in combinations(parts, 2)]
             first = min(filter(None, joined), key=lambda part: part.cost, default=None)
@@ -196,7 +198,7 @@ class Orders:
         return parts
 
     def _formed(self, tree: Tree, cost: Cost) -> Part:
-        """The product that an order forms."""
+        """The product formed by an order."""
         if not isinstance(tree, tuple):
             return self.leaves[tree]
         left, right = (self._formed(branch, cost) for branch in tree)
@@ -205,12 +207,12 @@ class Orders:
         return joined
 
     def _joined(self, left: Part, right: Part, cost: Cost) -> Part | None:
-        """The product of two parts, if it is admitted."""
+        """The product of two parts, or None if it is not allowed."""
         both = left.operands | right.operands
         kept = self._kept(left.indices, right.indices, both)
         return None if kept is None else Part(both, kept, cost(left, right, kept), (left, right))
 
-    # ---- costs: of two parts and of their product, which keeps some of their indices -------------------
+    # ---- costs of two parts and of their product, which keeps some of their indices --------------------
 
     def _flops(self, left: Part, right: Part, kept: int) -> int:
         if self.free and not (left.operands | right.operands) & ~self.free:
@@ -238,13 +240,13 @@ class Orders:
     def _peak(self, left: Part, right: Part, kept: int) -> int:
         held, other = (self.size(part.indices) if part.halves else 0 for part in (left, right))
         first, second = left.cost // MORE_THAN_FLOPS, right.cost // MORE_THAN_FLOPS
-        # The part is formed first that leaves less to hold while the other is formed.
+        # The part that is formed first is the one that leads to the lower peak.
         forming = min(max(first, held + second), max(second, other + first))
         peak = max(forming, held + other + self.size(kept) + self._copied(left, right, kept))
         return MORE_THAN_FLOPS * peak + self._flops(left, right, kept) % MORE_THAN_FLOPS
 
     def _copied(self, left: Part, right: Part, kept: int) -> int:
-        """Elements of operands that a product copies because it cannot read them as they lie in memory."""
+        """Elements of operands that a product copies because it cannot read them in place."""
         copied = 0
         for part, other in ((left, right), (right, left)):
             summed, shared = part.indices & ~kept, part.indices & other.indices & kept
@@ -255,7 +257,8 @@ class Orders:
     def _is_spread(self, part: Part, kept: int) -> bool:
         """Whether an elementwise product repeats a split vector along further indices.
 
-        A product over one of its parts then reads smaller matrices, which takes about as long as a copy.
+        A later product over one of its parts then reads smaller matrices, which costs about as much as a
+        copy.
         """
         return part.operands in self.split_vectors and kept != part.indices
 
@@ -264,13 +267,13 @@ class Orders:
         kinds = ["summed" if x & summed else "shared" if x & shared else "free" for x in axes]
         return is_read_in_place(kinds) or bool(stack_of(axes, kinds, self.batch))
 
-    # ---- what a product carries, and whether it is admitted --------------------------------------------
+    # ---- the indices of a product, and whether it is allowed -------------------------------------------
 
     def _kept(self, left: int, right: int, both: int) -> int | None:
-        """Indices of the product of two parts with these indices; None if it is not admitted.
+        """Indices of the product of two parts with these indices; None if it is not allowed.
 
-        Where the parts share no index, joining them one after the other to the rest is never dearer, unless
-        nothing of one part is summed later, or all of both, or the weight is to be formed.
+        If the parts share no index, joining them to the rest one after the other never costs more, unless no
+        index of one of the parts is summed later, or all indices of both are, or the weight is formed.
         """
         both_are_summed = left & ~self.output and right & ~self.output
         if (
@@ -283,12 +286,12 @@ class Orders:
         return None
 
     def _lasting(self, indices: int) -> int:
-        """Those that are not summed soon: of the result, a batch of one row apart, and modes of weights."""
+        """Indices that are not summed soon: of the result (except a batch of one row) and of the weight."""
         batch = self.batch if self.extents[0] == 1 else 0
         return indices & (self.output & ~batch | (0 if indices & self.batch else self.modes))
 
     def _indices(self, operands: int) -> int | None:
-        """Indices of a product: those of its operands that others need; None if it is not admitted."""
+        """Indices of a product: those of its operands that other operands need; None if it is not allowed."""
         inside, outside = 0, self.output
         for leaf in self.leaves:
             if leaf.operands & operands:

@@ -1,8 +1,8 @@
-"""What a contraction will do and cost, known from subscripts and sizes alone.
+"""Plans: the steps of a contraction and their cost, computed from index names and sizes.
 
-FLOPs count multiply and add apart: 2mnk for a product, the size of the result for an elementwise one. A
-bias row is added inside its product, at no FLOPs of its own. Everything else counts elements, or bytes
-where a dtype is named.
+FLOPs count multiplications and additions separately: 2mnk for a matrix product, and the size of the result
+for an elementwise one. A bias row is added within its product and has no separate FLOPs. All other figures
+are numbers of elements, or of bytes if a dtype is given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mumoe_tensor.text_table import text_table
 
 Implementation = Literal["factorized", "reconstructed", "auto"]
 
-#: ``minimize="time"`` takes an order of at most this multiple of the fewest FLOPs.
+#: ``minimize="time"`` accepts at most this multiple of the fewest FLOPs.
 EXTRA_FLOPS = 1.05
 
 
@@ -44,16 +44,16 @@ class PlannedStep(NamedTuple):
     write : int
         Elements written: the result and the permuted copies made for it.
     copied : int
-        Elements of those copies.
+        Elements of these copies.
     saved : int
-        Elements of the operands kept for the backward pass, parameters and inputs left out.
+        Elements of the operands stored for the backward pass, without parameters and inputs.
     live : int
-        Elements live while the step runs, parameters and inputs left out.
+        Elements in memory while the step runs, without parameters and inputs.
     constant : bool
-        True for a product of weights alone.
+        Whether it is a product of weights alone.
     spread : int
-        Elements of an elementwise product that repeats a split vector along further indices. The product
-        after it reads smaller matrices, which takes about as long as a copy.
+        Elements of an elementwise product that repeats a split vector along further indices. A later product
+        then reads smaller matrices, which costs about as much as a copy.
     """
 
     axes: tuple[Indices, Indices, Indices]
@@ -70,7 +70,7 @@ class PlannedStep(NamedTuple):
 
     @property
     def equation(self) -> str:
-        """The axes written out, e.g. ``"B n1, n1 r -> B r"``."""
+        """The product in index notation, e.g. ``"B n1, n1 r -> B r"``."""
         left, right, result = (" ".join(axes) for axes in self.axes)
         return f"{left}, {right} -> {result}"
 
@@ -81,12 +81,12 @@ class PlannedStep(NamedTuple):
 
     @property
     def moved(self) -> int:
-        """Elements read or written; a copied element once more each, and so one that is spread."""
+        """Elements read or written, including the reads for copies and the equivalent of `spread`."""
         return self.read + self.write + self.copied + 2 * self.spread
 
 
 def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
-    """Evaluate a program at a batch size."""
+    """Evaluate the steps of a program at a batch size."""
     sizes = program.network.sizes_at(batch)
     network = program.network
     padded = {network.weights + k for k, reading in enumerate(network.readings) if reading.padding}
@@ -104,7 +104,7 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
             has_row = step.bias is not None and step.bias.side == side
             read += prod((sizes if has_row else extent)[x] for x in operand.indices)
             elements = prod(extent[x] for x in operand.indices)
-            # (The bias row takes its place in memory also where it takes no part.)
+            # (The bias row is in memory even if it is not part of the product.)
             if operand.position in padded:
                 copied += elements
             if step.kind != "mul" and operand.is_reordered(sizes):
@@ -141,26 +141,25 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """How a multilinear mixture of experts will be contracted, and what that costs.
+    """The plan of a contraction for a multilinear mixture of experts, with its cost.
 
     Attributes
     ----------
     program : Program
-        What `execute` runs.
+        The program for `execute`.
     batch : int
-        Batch size the figures are for; the program runs at any.
+        Batch size of the figures; the program runs at any batch size.
     implementation : {"factorized", "reconstructed"}
     minimize : {"time", "flops", "peak"}
     search : {"exact", "vectors first", "greedy"}
-        Which orders it is the best of: all; those in which each mode's vector meets the mode's factor first;
+        The orders that were searched: all; those that first multiply each mode's vector by the mode's factor;
         those that begin with the cheapest products.
     fold_weights : bool
-        Whether products of weights alone are made ahead, and left out of every figure but those of
-        `constant_steps`.
+        Whether products of weights alone are computed ahead. They are then included only in `constant_steps`.
     dtype : str or None
-        Unit of `write`, `size`, `peak` and `saved`: bytes of this dtype, or elements.
+        Unit of `write`, `size`, `peak` and `saved`: bytes in this dtype, or elements if None.
     machine : Machine
-        What `time` weighs by, and `seconds` are predicted for.
+        The machine for `time` and `seconds`.
     """
 
     program: Program
@@ -178,17 +177,17 @@ class ContractionPlan:
 
     @property
     def steps(self) -> tuple[PlannedStep, ...]:
-        """Pairwise products of a call, in their order."""
+        """Pairwise products of a call, in order."""
         return tuple(s for s in self._planned if not (s.constant and self.fold_weights))
 
     @property
     def constant_steps(self) -> tuple[PlannedStep, ...]:
-        """Products of weights alone that are folded ahead."""
+        """Products of weights alone that are computed ahead."""
         return tuple(s for s in self._planned if s.constant and self.fold_weights)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element, or 1 where elements are counted."""
+        """Bytes per element, or 1 if the unit is elements."""
         return ITEMSIZE[self.dtype] if self.dtype else 1
 
     @property
@@ -198,42 +197,42 @@ class ContractionPlan:
 
     @property
     def time(self) -> int:
-        """What ``minimize="time"`` minimises: FLOPs, and ``machine.element`` for each element moved."""
+        """The objective of ``minimize="time"``: FLOPs, plus ``machine.element`` for each element moved."""
         return sum(s.flops + self.machine.element * s.moved for s in self.steps)
 
     @property
     def seconds(self) -> float:
-        """Predicted time: of each step the longer of its FLOPs' and its moves', and a launch."""
+        """Predicted time in seconds: for each step the longer of computing and moving, plus a launch."""
         return sum(self.machine.seconds(s.flops, s.moved) for s in self.steps)
 
     @property
     def write(self) -> int:
-        """Written by all steps, copies included."""
+        """Elements (or bytes) written by all steps, including copies."""
         return sum(s.write for s in self.steps) * self.itemsize
 
     @property
     def copied(self) -> int:
-        """Written into permuted copies."""
+        """Elements (or bytes) written to permuted copies."""
         return sum(s.copied for s in self.steps) * self.itemsize
 
     @property
     def size(self) -> int:
-        """Largest intermediate; the final result is none."""
+        """Size of the largest intermediate; the final result is not an intermediate."""
         return max((s.size for s in self.steps[:-1]), default=0) * self.itemsize
 
     @property
     def peak(self) -> int:
-        """Most that is live at once besides parameters and inputs."""
+        """Largest memory in use at once, without parameters and inputs."""
         return max((s.live for s in self.steps), default=0) * self.itemsize
 
     @property
     def saved(self) -> int:
-        """Kept for the backward pass besides parameters, coefficients and inputs."""
+        """Stored for the backward pass, without parameters, coefficients and inputs."""
         return sum(s.saved for s in self.steps) * self.itemsize
 
     @property
     def terms(self) -> tuple[ContractionPlan, ...]:
-        """The plans of the terms of a sum: this one."""
+        """The plans of the terms of a sum, as in `SumPlan`: here only this one."""
         return (self,)
 
     def __str__(self) -> str:
@@ -256,10 +255,10 @@ class ContractionPlan:
 
 @dataclass(frozen=True)
 class SumPlan:
-    """How a sum of tensor networks will be contracted: one plan a term, whose results are added.
+    """The plan of a sum of tensor networks: one plan per term, whose results are added.
 
-    Its figures are those of `ContractionPlan`: sums over the terms, of `size` and `peak` the largest, plus
-    the additions.
+    The figures are those of `ContractionPlan`, summed over the terms (`size` and `peak`: the largest),
+    including the additions.
 
     Attributes
     ----------
@@ -272,37 +271,37 @@ class SumPlan:
 
     @property
     def batch(self) -> int:
-        """Batch size the figures are for."""
+        """Batch size of the figures."""
         return self.terms[0].batch
 
     @property
     def minimize(self) -> Objective:
-        """What the plan of each term minimises."""
+        """The objective of the plan of each term."""
         return self.terms[0].minimize
 
     @property
     def implementation(self) -> str:
-        """That of all terms, or those of the terms."""
+        """The implementations of the terms, each named once."""
         return ", ".join(dict.fromkeys(plan.implementation for plan in self.terms))
 
     @property
     def dtype(self) -> str | None:
-        """Unit of memory: bytes of this dtype, or elements."""
+        """Unit of memory: bytes in this dtype, or elements if None."""
         return self.terms[0].dtype
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element, or 1 where elements are counted."""
+        """Bytes per element, or 1 if the unit is elements."""
         return self.terms[0].itemsize
 
     @property
     def machine(self) -> Machine:
-        """What `time` weighs by, and `seconds` are predicted for."""
+        """The machine for `time` and `seconds`."""
         return self.terms[0].machine
 
     @property
     def _added(self) -> int:
-        """Additions, and elements that they write."""
+        """Number of additions, and of elements that they write."""
         return (len(self.terms) - 1) * self.batch * self.out_features
 
     @property
@@ -312,12 +311,12 @@ class SumPlan:
 
     @property
     def steps(self) -> tuple[PlannedStep, ...]:
-        """Pairwise products of a call, in their order."""
+        """Pairwise products of a call, in order."""
         return tuple(step for plan in self.terms for step in plan.steps)
 
     @property
     def constant_steps(self) -> tuple[PlannedStep, ...]:
-        """Products of weights alone that are folded ahead."""
+        """Products of weights alone that are computed ahead."""
         return tuple(step for plan in self.terms for step in plan.constant_steps)
 
     @property
@@ -327,38 +326,38 @@ class SumPlan:
 
     @property
     def time(self) -> int:
-        """FLOPs, and ``machine.element`` for each element moved."""
+        """FLOPs, plus ``machine.element`` for each element moved."""
         return sum(plan.time for plan in self.terms) + (1 + 3 * self.machine.element) * self._added
 
     @property
     def seconds(self) -> float:
-        """Predicted time of all terms and their additions."""
+        """Predicted time in seconds of all terms and their additions."""
         once = self.machine.seconds(0, 3 * self.batch * self.out_features)
         return sum(plan.seconds for plan in self.terms) + (len(self.terms) - 1) * once
 
     @property
     def write(self) -> int:
-        """Written by all steps, copies included."""
+        """Elements (or bytes) written by all steps, including copies."""
         return sum(plan.write for plan in self.terms) + self._added * self.itemsize
 
     @property
     def copied(self) -> int:
-        """Written into permuted copies."""
+        """Elements (or bytes) written to permuted copies."""
         return sum(plan.copied for plan in self.terms)
 
     @property
     def size(self) -> int:
-        """Largest intermediate; the result of a term is one."""
+        """Size of the largest intermediate; the result of a term is an intermediate."""
         return max(self._held, *(plan.size for plan in self.terms))
 
     @property
     def peak(self) -> int:
-        """Most that is live at once besides parameters and inputs: a term is formed beside the sum so far."""
+        """Largest memory in use at once, including the partial sum, without parameters and inputs."""
         return max(plan.peak + (self._held if k else 0) for k, plan in enumerate(self.terms))
 
     @property
     def saved(self) -> int:
-        """Kept for the backward pass besides parameters, coefficients and inputs."""
+        """Stored for the backward pass, without parameters, coefficients and inputs."""
         return sum(plan.saved for plan in self.terms)
 
     def __str__(self) -> str:
@@ -410,11 +409,12 @@ def _plan_network(
     plans = []
     for name in ("factorized", "reconstructed"):
         if implementation in (name, "auto"):
-            # (How the weight is formed makes no difference to what follows: it is formed at the least cost.)
+            # (Folding does not change the reconstructed order: the weight is formed at the lowest cost
+            # anyway.)
             orders = Orders(network, rows, name, fold_weights and name == "factorized", limit, machine)
             fewest = orders.best("flops")
             if not fewest and limit == inf:
-                # Every order carries all modes of the weight, as its factors do.
+                # Every order has an intermediate with all modes of the weight, because its factors do.
                 orders = Orders(network, rows, None, fold_weights, machine=machine)
                 fewest = orders.best("flops")
             better = orders.best(minimize, fewest[0]) if fewest and minimize != "flops" else None
@@ -451,31 +451,31 @@ def plan(
 ) -> Plan:
     """Plan the forward pass of a layer of experts, without its gate.
 
-    The plan is for one batch size; its program runs at any. The search is exact for up to 12 factors and
-    vectors; ``search`` of the plan says if a larger network was searched less thoroughly.
+    The plan is made for one batch size; its program runs at any. The search is exact for up to 12 factors and
+    vectors. For larger networks, the attribute ``search`` of the plan names the search that was used.
 
     Parameters
     ----------
     format : str, Format or LayerSpec
-        A single layer: its format, with `sizes` beside it, or its spec.
+        A single layer: its spec, or its format together with `sizes`.
     batch : int, default 1
-        Number of inputs the figures are for.
+        Number of inputs.
     minimize : {"time", "flops", "peak"}, default "time"
-        ``"time"`` weighs FLOPs and elements moved, copies included, as the machine does, and takes at most
-        5 % more FLOPs than the least. ``"flops"`` takes the fewest. ``"peak"`` takes the order with the
-        fewest elements live at once.
+        ``"time"`` minimises FLOPs plus the cost of moving elements on the machine, including copies, with at
+        most 5 % more FLOPs than the minimum. ``"flops"`` minimises FLOPs. ``"peak"`` minimises the number of
+        elements in memory at once.
     implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
-        ``"factorized"``: no intermediate carries all of the expert, input and output modes.
-        ``"reconstructed"``: the weight tensor is formed first. ``"auto"``: whichever costs less.
+        ``"factorized"``: no intermediate has all of the expert, input and output modes.
+        ``"reconstructed"``: the weight tensor is formed first. ``"auto"``: the cheaper of the two.
     memory_limit : int, optional
         Largest size of an intermediate, in elements, or in bytes of `dtype`.
     fold_weights : bool, default False
-        Leave products of weights alone out of the cost: they are made ahead, once.
+        Exclude products of weights alone from the cost: they are computed once, ahead of the calls.
     dtype : {"float64", "float32", "bfloat16", "float16"}, optional
-        Report bytes of this dtype instead of elements. A machine that is named computes in it, by default in
-        float32.
+        Report bytes in this dtype instead of elements. A machine given by name computes in this dtype, by
+        default in float32.
     machine : str, Machine or mapping, default "cpu"
-        What the plan is for: ``"cpu"`` (one core), ``"cuda"``, ``"h200"``, or a `Machine` or its attributes.
+        The machine to plan for: ``"cpu"`` (one core), ``"cuda"``, ``"h200"``, a `Machine` or its attributes.
     **sizes
         The arguments of a `LayerSpec`, unless `format` is one.
 
@@ -486,9 +486,9 @@ def plan(
     Raises
     ------
     ValueError
-        If a size is not positive, the rank does not fit the format, a choice is unknown, the machine computes
-        in another dtype, or no order keeps within `memory_limit`; for a block, each of whose `layers` has its
-        plan.
+        If a size is not positive, the rank does not fit the format, an option is unknown, the machine has
+        another dtype, or no order stays within `memory_limit`; if the spec is that of a block (plan each of
+        its `layers`).
     TypeError
         If a size is not an integer.
 
@@ -521,7 +521,7 @@ def networks_of(spec: LayerSpec) -> tuple[Network, ...]:
 
 
 def plan_terms(networks: Sequence[Network], *options: Any) -> Plan:
-    """Plan the terms of a sum, or the one term; the options are those of `plan_network`."""
+    """Plan each term of a weight; for the options, see `plan_network`."""
     plans = tuple(plan_network(network, *options) for network in networks)
     if len(plans) == 1:
         return plans[0]

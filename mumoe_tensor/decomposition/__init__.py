@@ -1,4 +1,4 @@
-"""From a dense weight tensor to a factorized one. Each method of fitting a format has a file."""
+"""Decomposition of dense weight tensors into a format. Each method has its own file."""
 
 from __future__ import annotations
 
@@ -50,69 +50,73 @@ def decompose(
 ) -> tuple[FactorizedTensor, float]:
     """Approximate a weight tensor in a format.
 
-    CP by alternating least squares with a line search [1]_, Tucker by higher-order orthogonal iteration
-    [2]_, Tensor Train by TT-SVD [3]_, all three TensorLy's, and so where their modes are split; TT-matrix by
-    TT-SVD over pairs of parts; Tensor Ring by alternating least squares from TensorLy's TR-SVD and from
-    random cores [4]_; Hadamard by the best tensor of rank one for each output; low rank by the singular
-    value decomposition of each expert, Kronecker by that of the rearranged matrix [5]_, or CP of the
-    rearranged tensor; Monarch [6]_ and Block Tensor Train by that of each block, with experts by alternating
-    least squares from there. The terms of a sum are fitted in order to what those before them leave, then
-    together by damped Gauss-Newton steps [8]_, also from random factors. Any other format by alternating
-    least squares over its declared factors, unless a method is registered for it by `.fits`.
+    The method depends on the format:
+
+    - CP: alternating least squares with a line search [1]_, Tucker: higher-order orthogonal iteration [2]_,
+      Tensor Train: TT-SVD [3]_. All three are TensorLy's, and also used if modes are split.
+    - TT-matrix: TT-SVD over pairs of parts. - Tensor Ring: alternating least squares, starting from
+    TensorLy's TR-SVD and from random cores [4]_. - Hadamard: the best rank-one tensor for each output. - Low
+    rank: the singular value decomposition (SVD) of each expert. - Kronecker: the SVD of the rearranged matrix
+    [5]_, or CP of the rearranged tensor. - Monarch [6]_ and Block Tensor Train: the SVD of each block,
+    followed by alternating least squares if there
+      are experts.
+    - Sums: each term is fitted to the residual of the terms before it. Then all terms are improved together
+      by damped Gauss-Newton steps [8]_, which also start from random factors.
+    - Any other format: alternating least squares over its declared factors, unless a method is registered
+    with
+      `.fits`.
 
     Parameters
     ----------
     dense : array of shape (N1, ..., NE, I, O), or nested sequence of arrays of shape (I, O)
-        The weight; a sequence, the matrices of the experts, is stacked.
+        The weight. A sequence contains the matrices of the experts, which are stacked.
     rank : int or sequence of int, optional
-        One entry a bond; see `Format.bonds`. Bonds larger than the tensor can use are filled up with zeros.
+        One entry per bond; see `Format.bonds`. Bonds larger than the tensor can use are padded with zeros.
     bias : bool or array of shape (N1, ..., NE, O), default False
-        Whether the last row of the input mode is the bias; or the biases, which become that row. Where the
-        input is split, the weight is a sum with one bias for all experts, the mean of theirs.
+        Whether the last row of the input mode is the bias; or the biases, which are appended as that row. If
+        the input is split, the weight is a sum with one bias for all experts, the mean of their biases.
     input_covariance : array of shape (I, I) or (N1, ..., NE, I, I), optional
-        The mean of ``z zᵀ`` over inputs z, not centred, with a one for the bias row where there is one. The
-        fit is then that of the outputs ``z @ dense``. Where each expert has inputs of its own, one matrix for
-        each, the sum over its inputs divided by the number of all inputs.
+        The mean of ``z zᵀ`` over inputs z, not centred; with a bias, each z ends with a 1. The fit then
+        minimises the error of the outputs ``z @ dense``. If each expert has its own inputs, pass one matrix
+        per expert: the sum over its inputs, divided by the number of inputs of all experts.
     n_restarts : int, default 8
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
         TT and Hadamard with one level have one start.
     n_iter : int, default 500
-        Most sweeps over the factors for each start. Of Gauss-Newton steps at most 50, or a tenth of it where
-        that is more.
+        Maximum number of sweeps over the factors for each start. The maximum number of Gauss-Newton steps is
+        50, or a tenth of `n_iter` if that is larger.
     tolerance : float, default 1e-5
-        A start ends when two sweeps in a row lower the error by less than this fraction each.
+        A start ends when each of two consecutive sweeps reduces the error by less than this fraction.
     seed : int, optional
-        The same seed gives the same weight; None draws a new one.
+        Seed of the random starts; None is not reproducible.
 
     Returns
     -------
     weight : FactorizedTensor
-        With the backend, dtype and device of `dense`; its factors have norms within a factor of four.
+        A weight with the backend, dtype and device of `dense`. The norms of its factors differ by at most a
+        factor of four.
     error : float
-        ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm, rounding to the dtype included; with
-        `input_covariance` C in the norm ``‖C^(1/2) ·‖``. Zero for a tensor of zeros.
+        ``‖weight − dense‖ / ‖dense‖`` in the Frobenius norm, including rounding to the dtype; with
+        `input_covariance` C, in the norm ``‖C^(1/2) ·‖``. Zero for a tensor of zeros.
 
     Raises
     ------
     ValueError, TypeError
-        If `dense` is no floating array, has fewer than two axes, an empty one, or an entry that is not
+        If `dense` is not a floating array, has fewer than two axes, an empty axis, or an entry that is not
         finite; if the covariance is not symmetric and positive semi-definite; if another argument does not
         fit.
 
-    Notes
-    -----
-    All arithmetic is NumPy's in float64; dtype and backend of the input only decide how the result is
-    rounded. The result has no gradient with respect to `dense`.
+    Notes ----- All computations use NumPy in float64; the dtype and the backend of the input only affect the
+    final rounding. The result has no gradient with respect to `dense`.
 
-    Padding of a split mode is no part of the error: the best fit with zeros there is improved by Gauss-Newton
-    steps in which those entries have no weight.
+    Padding of a split mode does not count in the error: the best fit to a tensor padded with zeros is
+    improved by Gauss-Newton steps that ignore the padding.
 
-    With a covariance, a format with the input mode in one factor of each term is fitted to
-    ``C^(1/2) @ dense``, and that factor multiplied by the inverse of the root (whitening, as in [7]_). With
-    a covariance for each expert, so is a format whose factor of the input has all expert modes, as low rank;
-    others start from the fit with the mean of the covariances. All others go on from the best of these fits
-    and those without weights, by Gauss-Newton steps. Either way the error is no larger than that of the fit
-    without weights.
+    With a covariance, a format whose terms each have the input mode in a single factor is fitted to ``C^(1/2)
+    @ dense``, and this factor is multiplied by the inverse of the root (whitening, as in [7]_). With one
+    covariance per expert, this requires that the factor also has all expert modes, as in low rank; otherwise
+    the mean of the covariances is used for a first fit. In all other cases, Gauss-Newton steps improve the
+    best of the weighted and unweighted fits. The error is never larger than that of the unweighted fit.
 
     References
     ----------
@@ -139,7 +143,7 @@ def decompose(
     >>> V.rank, error < 1e-6
     ((3,), True)
 
-    The nearest sum of two Kronecker products, for inputs of which the first varies most:
+    The best sum of two Kronecker products, for inputs whose first entry varies most:
 
     >>> M, covariance = np.random.default_rng(0).standard_normal((6, 8)), np.diag([9.0, 1, 1, 1, 1, 1])
     >>> mt.decompose(M, "kron", 2, input_covariance=covariance)[0]
@@ -167,7 +171,7 @@ def decompose(
         )
     covariance = None if input_covariance is None else read_covariance(input_covariance, experts, i)
 
-    # A power of two, taken out and put back without rounding.
+    # Scaling by a power of two, which does not round.
     exponent = int(np.frexp(np.abs(target).max())[1])
     target = np.ldexp(target, -exponent)
     norm = weighted_norm(target, covariance) or 1
@@ -186,11 +190,11 @@ def decompose(
 
     def best_of(candidates: Iterable[Sequence[Any]]) -> tuple[Sequence[Any], FactorizedTensor, float]:
         fits = ((factors, *fitted(factors)) for factors in candidates)
-        # A fit that the dtype cannot hold has error NaN, and gives way to any other.
+        # A fit that overflows in the dtype has error NaN, and is used only if there is no other.
         best = min(fits, key=lambda fit: np.nan_to_num(fit[-1], nan=np.inf), default=None)
         if best is None:
             raise ValueError(
-                f"a method must return one fit or more; that of format {format.name!r} returned none."
+                f"a method must return at least one fit; that of format {format.name!r} returned none."
             )
         return best
 
@@ -208,7 +212,7 @@ def decompose(
 
 
 def _whitened_by(format: Format, num_levels: int, covariance: Any) -> Any | None:
-    """The covariance that a fit can be whitened by: that one, or the mean over all experts, or none."""
+    """The covariance with which a fit can be whitened: the given one, the mean over all experts, or None."""
     for each in (covariance, covariance.mean(tuple(range(covariance.ndim - 2)))):
         if input_axes(format, num_levels, each.ndim > 2) is not None:
             return each
@@ -216,7 +220,7 @@ def _whitened_by(format: Format, num_levels: int, covariance: Any) -> Any | None
 
 
 def _check_factors(format: Format, mode_sizes: Sequence[int], rank: Rank, factors: Sequence[Any]) -> None:
-    """Check that a method returned the declared factors; bonds may be shorter, optional ones None."""
+    """Check that a method returned the declared factors. Bonds may be smaller, optional factors None."""
     declared, shapes = format.declaration(len(mode_sizes) - 2), format.shapes(mode_sizes, rank)
     bonds = format.bonds(len(mode_sizes) - 2)
     returned = [None if factor is None else np.shape(factor) for factor in factors]
@@ -231,8 +235,8 @@ def _check_factors(format: Format, mode_sizes: Sequence[int], rank: Rank, factor
     )
     if not matches:
         raise ValueError(
-            f"a method must return the declared factors, of shapes {shapes} or with shorter bonds, None "
-            f"only for optional ones; that of format {format.name!r} returned shapes {returned}."
+            f"a method must return the declared factors, of shapes {shapes} or with smaller bonds, and None "
+            f"only for optional factors; that of format {format.name!r} returned shapes {returned}."
         )
 
 
@@ -240,12 +244,14 @@ def _stacked(dense: Array | Sequence[Any]) -> Array:
     if not isinstance(dense, (list, tuple)):
         return dense
     if not dense:
-        raise ValueError("a sequence of experts must hold one expert or more, got none.")
+        raise ValueError("a sequence of experts must contain at least one expert, got none.")
     experts = [_stacked(expert) for expert in dense]
     tl = check_floating({f"dense[{k}]": expert for k, expert in enumerate(experts)})
     shapes = sorted({tuple(expert.shape) for expert in experts})
     if len(shapes) > 1:
-        raise ValueError(f"the matrices of all experts must have one shape, got {shapes[0]} and {shapes[1]}.")
+        raise ValueError(
+            f"the matrices of all experts must have the same shape, got {shapes[0]} and {shapes[1]}."
+        )
     return tl.stack(experts)
 
 
@@ -266,7 +272,7 @@ def _with_bias(dense: Array, bias: bool | Array) -> Array:
 def _as_arrays(
     format: Format, factors: Sequence[Any], shapes: Sequence[tuple[int, ...]], like: Array
 ) -> list[Any]:
-    """Fill bonds up with zeros, and take on the kind of `like` and the memory order of the format."""
+    """Pad bonds with zeros, and convert to the backend, dtype and device of `like` in memory order."""
     arrays = list(factors)
     parts = zip(factors, shapes, format.declaration(len(like.shape) - 2), strict=True)
     for k, (factor, shape, f) in enumerate(parts):

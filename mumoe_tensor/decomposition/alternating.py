@@ -1,4 +1,4 @@
-"""Fits of a format to a tensor: alternating least squares, unless a format registers a method of its own."""
+"""Fits of a format to a tensor: alternating least squares, unless another method is registered."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from mumoe_tensor.formats.base import Format, Rank
 def fits(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterable[Sequence[Any]]:
-    """Fit a format to a tensor, once for each start; `mumoe_tensor.decompose` takes the best fit.
+    """Fit a format to a tensor, once for each start; `mumoe_tensor.decompose` returns the best fit.
 
-    Alternating least squares over the declared factors, from random ones. ``@fits.register(MyFormat)``
-    makes a function of the same arguments the method for a class of formats.
+    The default method is alternating least squares over the declared factors, from random starts.
+    ``@fits.register(MyFormat)`` registers a function with the same arguments as the method of a class of
+    formats.
 
     Parameters
     ----------
     dense : numpy.ndarray of float64, of shape (N1, ..., NE, I, O)
-        Not all zero, its largest entry near one. `split` gives it an axis for each part of a mode.
+        The tensor, which is not zero and whose largest entry is near one. `split` reshapes it to the parts of
+        split modes.
     generators : sequence of numpy.random.Generator
-        One for each start. The first start is the one from singular vectors, where the method has one.
+        One for each start. The first start uses singular vectors instead, if the method supports it.
     n_iter : int
-        Most sweeps over the factors for each start.
+        Maximum number of sweeps over the factors for each start.
     tolerance : float
-        A start ends when two sweeps in a row lower the error by less than this fraction each.
+        A start ends when each of two consecutive sweeps reduces the error by less than this fraction.
 
     Returns
     -------
     iterable of sequence of array or None
-        Factors in the order of their declaration, for some or all of the starts; None for one of all ones.
-        A bond may be smaller than in the rank: `decompose` fills it up with zeros. Where a mode is padded,
-        the method may take the padding for zeros: `decompose` improves the best fit without it. TensorLy's
-        backend is NumPy while they are computed.
+        Factors in the order of their declaration, for some or all of the starts; None for a factor of all
+        ones. A bond may be smaller than in the rank: `decompose` pads it with zeros. If a mode is padded, the
+        method may treat the padding as zeros: `decompose` then improves the best fit, ignoring the padding.
+        TensorLy's backend is NumPy during the computation.
     """
     for generator in generators:
         start = random_factors(format, dense.shape, rank, generator)
@@ -49,7 +51,7 @@ def fits(
 def scaled_fits(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[Sequence[Any]]:
-    """As `fits`, for a tensor of any scale, or of zeros."""
+    """Like `fits`, for a tensor of any scale, including zero."""
     exponent = int(np.frexp(np.abs(dense).max())[1])
     if not dense.any():
         pairs = zip(format.declaration(dense.ndim - 2), format.shapes(dense.shape, rank), strict=True)
@@ -60,13 +62,13 @@ def scaled_fits(
 
 
 def random_factors(format: Format, shape: Sequence[int], rank: Rank, generator: Any) -> list[Any]:
-    """Normal factors, None for optional ones."""
+    """Factors with normal entries, None for optional factors."""
     pairs = zip(format.declaration(len(shape) - 2), format.shapes(shape, rank), strict=True)
     return [None if f.optional else generator.standard_normal(size) for f, size in pairs]
 
 
 def alternate(format: Format, dense: Any, start: Sequence[Any], n_iter: int, tolerance: float) -> list[Any]:
-    """Improve the factors of one term by alternating least squares, padding taken for zeros."""
+    """Improve the factors of one term by alternating least squares, treating padding as zeros."""
     factors, (view,) = list(start), views(format, dense.shape)
     target = view.take(dense)
     problems = {k: Problem(view, k, factors) for k in view.operands(factors)}
@@ -80,15 +82,15 @@ def alternate(format: Format, dense: Any, start: Sequence[Any], n_iter: int, tol
 
 
 class Problem:
-    """Least squares for one factor of a term, in which the term is linear.
+    """The least-squares problem for one factor of a term.
 
-    The modes that only this factor has are the right-hand sides; each entry of the modes that it shares with
-    another factor is a problem by itself.
+    The modes that only this factor has are the right-hand sides. Each entry of the modes that it shares with
+    other factors is a separate problem.
 
     Parameters
     ----------
     factors : sequence of array or None
-        Those of all terms, here and in the methods.
+        The factors of all terms, here and in the methods.
     """
 
     def __init__(self, view: TermView, k: int, factors: Sequence[Any]):
@@ -113,11 +115,11 @@ class Problem:
         self._gram = contraction(operands | twice, (*shared, *bonds, *(f"{x}'" for x in bonds)))
 
     def solve(self, factors: Sequence[Any], target: Any) -> Any:
-        """The best factor for the others as they are."""
+        """The best factor, with the other factors fixed."""
         s, r, b, a = self.sizes
         design = self._design(*(factors[j] for j in self.others)).reshape(s, r, b)
         right = target.transpose(self.by_problem).reshape(s, r, a)
-        # (lstsq is the faster of the two, but solves one problem at a time.)
+        # (lstsq is faster than pinv, but solves only one problem at a time.)
         if s == 1:
             return self.factor(np.linalg.lstsq(design[0], right[0])[0])
         return self.factor(np.linalg.pinv(design) @ right)
@@ -137,9 +139,10 @@ class Problem:
 
 
 def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
-    """Whether to end after a sweep: once two in a row lower the error by less than a fraction each.
+    """A callback that stops when each of two consecutive sweeps reduces the error by less than a fraction.
 
-    Two, because TensorLy, whose callbacks have these arguments, reports an error twice after a line search.
+    Two sweeps are required because TensorLy, for whose callbacks this is, reports the same error twice after
+    a line search.
     """
     last, stalled = float("inf"), 0
 

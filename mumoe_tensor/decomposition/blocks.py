@@ -18,9 +18,9 @@ from mumoe_tensor.formats.monarch import Monarch
 def btt(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """The truncated SVD of each block, which is optimal; with experts alternating least squares.
+    """The truncated SVD of each block, which is optimal; with experts, alternating least squares.
 
-    The first start has singular vectors of the expert modes, and those of the blocks mixed by them.
+    The first start uses singular vectors of the expert modes, and of the blocks mixed by them.
     """
     parts, (r,) = split(format, dense), rank
     if dense.ndim == 2:
@@ -45,9 +45,9 @@ def btt(
 def monarch(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """The best matrix of rank one for each block; with experts the best tensor of rank one, alternating.
+    """The best rank-one matrix for each block; with experts, a rank-one tensor by alternating least squares.
 
-    The first start has the leading singular vectors of all unfoldings of each block.
+    The first start uses the leading singular vectors of all unfoldings of each block.
     """
     parts = split(format, dense)
     if dense.ndim == 2:
@@ -70,7 +70,7 @@ def monarch(
 def block_svd(parts: Any, r: int) -> tuple[Any, Any]:
     """Truncated SVD of each matrix (I2, O2) in a tensor (I1, I2, O1, O2).
 
-    As factors of shapes (I1, I2, r, O1) and (O1, I1, r, O2).
+    The factors have shapes (I1, I2, r, O1) and (O1, I1, r, O2).
     """
     u, s, v = np.linalg.svd(parts.transpose(0, 2, 1, 3), full_matrices=False)  # i1 o1 i2 r, r o2
     left, right = u[..., :r] * s[..., None, :r], v[..., :r, :]
@@ -78,5 +78,5 @@ def block_svd(parts: Any, r: int) -> tuple[Any, Any]:
 
 
 def singular_vectors(matrix: Any) -> Any:
-    """The left ones, the leading first."""
+    """The left singular vectors, in descending order."""
     return np.linalg.svd(matrix, full_matrices=False)[0]

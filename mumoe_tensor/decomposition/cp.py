@@ -18,7 +18,7 @@ from mumoe_tensor.formats.cp import CP
 def cp(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """From singular vectors, then from eigenvectors, then from random factors."""
+    """Fits from singular vectors, then from eigenvectors, then from random factors."""
     (r,), dense = rank, split(format, dense)
     for k, generator in enumerate(generators):
         start = [generator.standard_normal((n, r)) for n in dense.shape]
@@ -30,7 +30,7 @@ def cp(
 
 
 def improved(dense: Any, factors: list[Any], n_iter: int, tolerance: float) -> list[Any]:
-    """TensorLy's alternating least squares from these factors."""
+    """Improve the factors by TensorLy's alternating least squares."""
     from tensorly.decomposition import parafac
 
     stop = stop_rule(tolerance)
@@ -39,8 +39,9 @@ def improved(dense: Any, factors: list[Any], n_iter: int, tolerance: float) -> l
         factors[:] = fit.factors
         return stop(fit, error)
 
-    # The first ridge does not show in a fit, but keeps a solve regular where components vanish or coincide;
-    # should one be singular still, go on with a larger one. (TensorLy calls back only for tol > 0.)
+    # The first ridge is too small to affect a fit, but keeps the systems regular if components vanish or
+    # coincide. If a system is still singular, a larger one is used. (TensorLy calls the callback only if tol
+    # > 0.)
     for ridge in (1e-14, 1e-11, 1e-8):
         options = {"l2_reg": ridge, "linesearch": True, "callback": callback}
         with suppress(np.linalg.LinAlgError):
@@ -50,7 +51,7 @@ def improved(dense: Any, factors: list[Any], n_iter: int, tolerance: float) -> l
 
 
 def with_singular_vectors(dense: Any, factors: Sequence[Any]) -> None:
-    """Put the leading singular vectors of each unfolding into the first columns of its factor."""
+    """Replace the first columns of each factor by the leading singular vectors of its unfolding."""
     from tensorly.base import unfold
     from tensorly.tenalg.svd import svd_interface
 
@@ -63,8 +64,9 @@ def with_singular_vectors(dense: Any, factors: Sequence[Any]) -> None:
 def from_eigenvectors(dense: Any, r: int, generator: Any) -> list[Any]:
     """Factors from the eigenvectors of two random mixtures of slices (Leurgans et al. 1993).
 
-    Exact where the tensor has rank r and two of its modes have r entries or more: there ALS alone gets
-    stuck if the others have few. Empty where there are no two such modes or the eigenvectors are not real.
+    Exact if the tensor has rank r and at least two of its modes have r or more entries. Alternating least
+    squares alone gets stuck in this case if the other modes are small. The result is empty if there are no
+    two such modes or the eigenvectors are not real.
     """
     from tensorly.base import unfold
     from tensorly.tenalg import multi_mode_dot

@@ -1,4 +1,4 @@
-"""Hadamard: the best tensor of rank one for each output."""
+"""Hadamard: the best rank-one tensor for each output."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mumoe_tensor.formats.hadamard import Hadamard
 def hadamard(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """From singular vectors, then from random factors; each output takes its best start.
+    """Fits from singular vectors, then from random factors; each output uses its best start.
 
-    With one level of experts or none the first start is optimal.
+    With at most one level of experts, the first start is optimal.
     """
     parts = split(format, dense)
     *others, o = parts.shape
@@ -28,7 +28,7 @@ def hadamard(
     for k, generator in enumerate(generators if len(others) > 2 else generators[:1]):
         start = [generator.standard_normal((n, o)) for n in others] if k else singular_vectors(parts)
         factors = alternate(format, dense, start, n_iter, tolerance)
-        # The residual of least squares is orthogonal to the fit: the larger the fit, the smaller it is.
+        # The residual of least squares is orthogonal to the fit, so a larger fit has a smaller residual.
         better = norms(factors) > norms(best) if best else True
         best = [np.where(better, f, b) for f, b in zip(factors, best or factors, strict=True)]
         yield best
@@ -44,5 +44,5 @@ def singular_vectors(dense: Any) -> list[Any]:
 
 
 def norms(factors: Sequence[Any]) -> Any:
-    """Squared norm of each output's tensor."""
+    """Squared norm of the tensor of each output."""
     return prod((f**2).sum(0) for f in factors)

@@ -1,6 +1,6 @@
-"""All factors of all terms at once: Gauss-Newton steps, damped and solved by conjugate gradients.
+"""Joint fits of all factors of all terms, by damped Gauss-Newton steps with conjugate gradients.
 
-The preconditioner is the problem of each factor alone (Sorber et al. 2013, section 4).
+The preconditioner is block-diagonal, with one block per factor (Sorber et al. 2013, section 4).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from mumoe_tensor.decomposition.alternating import Problem, stop_rule
 from mumoe_tensor.decomposition.terms import TermView, balanced, contraction, views
 from mumoe_tensor.formats.base import Format
 
-#: Damping of the first step, and the largest, as a fraction of the largest mean curvature along a factor.
+#: Damping of the first step, and the largest one, relative to the largest mean curvature of a factor.
 DAMPING, MOST_DAMPING = 1e-2, 1e3
-#: What an accepted step divides the damping by, and another multiplies it by.
+#: Factor by which an accepted step reduces the damping, and a rejected step increases it.
 CHANGE = 5
-#: Steps of all factors that mostly are enough, and most steps of conjugate gradients for each of them.
+#: Number of Gauss-Newton steps that usually suffices, and maximum number of conjugate-gradient steps for
+#: each.
 FEW_STEPS, STEPS = 50, 10
-#: Largest product of bonds for whose factors the preconditioner forms matrices.
+#: Largest product of bonds of a factor for which the preconditioner forms a matrix.
 LARGEST = 2048
 
 
@@ -33,12 +34,12 @@ def improve(
     tolerance: float,
     covariance: Any | None = None,
 ) -> list[Any]:
-    """Lower the error of factors by steps of all of them: `n_iter`, or 50, or a tenth of `n_iter`.
+    """Improve the factors by joint steps: at most `n_iter`, and at most 50 or a tenth of `n_iter`.
 
-    (A step takes about as long as ten sweeps, and mostly few are enough.)
+    (A step takes about as long as ten sweeps, and usually few steps suffice.)
 
-    Unlike alternating least squares it does not get stuck where terms share what they fit. Entries of padded
-    modes have no weight; with a covariance of inputs the error is weighted by it.
+    Unlike alternating least squares, this does not get stuck if several terms fit the same part of the
+    tensor. Padding is ignored. With a covariance of the inputs, the error is weighted by it.
     """
     factors = balanced(format, dense.ndim - 2, start, 0)
     terms = [_Term(view, factors) for view in views(format, dense.shape)]
@@ -63,7 +64,7 @@ def improve(
 
 
 def weighted_norm(tensor: Any, covariance: Any | None) -> float:
-    """Root of the sum over outputs and experts of ``w @ covariance @ w``, for w over the input mode."""
+    """The root of the sum of ``w @ covariance @ w`` over the vectors w of a tensor along the input mode."""
     squares = tensor**2 if covariance is None else tensor * (covariance @ tensor)
     return float(np.sqrt(max(squares.sum(), 0)))
 
@@ -75,8 +76,8 @@ def _step(
     damping: float,
     covariance: Any | None,
 ) -> dict[int, Any]:
-    """The step that fits the residual best were the terms linear in it, but for the damping."""
-    from scipy.sparse.linalg import LinearOperator, cg  # takes long to import
+    """The damped step that best fits the residual if the terms are linearised."""
+    from scipy.sparse.linalg import LinearOperator, cg  # slow to import
 
     positions = [k for term in terms for k in term.problems]
     ends = np.cumsum([factors[k].size for k in positions])[:-1]
@@ -117,7 +118,7 @@ def _step(
 
 
 class _Term:
-    """The derivatives of one term by its factors."""
+    """The derivatives of one term with respect to its factors."""
 
     def __init__(self, view: TermView, factors: Sequence[Any]):
         self.view, operands = view, view.operands(factors)
@@ -131,18 +132,18 @@ class _Term:
         }
 
     def product(self, factors: Sequence[Any]) -> Any:
-        """The term of the whole tensor."""
+        """The term as a tensor of the shape of the weight."""
         return self.view.put(self._whole(*(factors[k] for k in self.problems)))
 
     def change(self, factors: Sequence[Any], step: dict[int, Any]) -> Any:
-        """The change of the term for a small step of its factors."""
+        """The change of the term for a step of its factors, to first order."""
         changes = [
             self._whole(*(step[j] if j == k else factors[j] for j in self.problems)) for k in self.problems
         ]
         return self.view.put(sum(changes))
 
     def gradient(self, factors: Sequence[Any], tensor: Any) -> dict[int, Any]:
-        """The inner product of a tensor with the derivative of the term by each entry of its factors."""
+        """The inner product of a tensor with the derivative of the term, for each entry of its factors."""
         part = self.view.copies * self.view.take(tensor)
         return {
             k: self._adjoint[k](part, *(factors[j] for j in problem.others))
@@ -150,7 +151,7 @@ class _Term:
         }
 
     def grams(self, factors: Sequence[Any]) -> dict[int, Any]:
-        """The matrices of the problem of each factor alone, but for weights; large ones are left out."""
+        """The normal matrices of each factor, ignoring the covariance; large ones are omitted."""
         return {
             k: self.view.copies * problem.gram(factors)
             for k, problem in self.problems.items()

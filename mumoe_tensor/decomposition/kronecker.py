@@ -1,4 +1,4 @@
-"""Kronecker: the tensor rearranged so that a Kronecker product has rank one (Van Loan and Pitsianis 1993)."""
+"""Kronecker: rearrange the tensor so that a Kronecker product has rank one (Van Loan and Pitsianis 1993)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mumoe_tensor.formats.kronecker import Kronecker
 def kronecker(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """The truncated SVD of the rearranged matrix, which is optimal; CP where it is a tensor."""
+    """The truncated SVD of the rearranged matrix, which is optimal; CP if there are more than two modes."""
     paired = pair_parts(format, dense)
     fitted: Iterable[list[Any]]
     if paired.ndim == 2:
@@ -33,10 +33,7 @@ def kronecker(
 
 
 def pair_parts(format: Format, dense: Any) -> Any:
-    """The tensor with a mode for each part of the input together with that of the output.
-
-    Of shape (experts..., I1 O1, I2 O2, ...): the rearrangement, for any number of parts.
-    """
+    """Rearrange a tensor to shape (experts..., I1 O1, I2 O2, ...), with one mode per pair of parts."""
     parts = split(format, dense)
     experts, inputs, _ = map(len, by_kind(format.modes(dense.ndim - 2)))
     pairs = [(k, k + inputs) for k in range(experts, experts + inputs)]

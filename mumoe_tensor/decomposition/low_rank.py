@@ -18,7 +18,7 @@ from mumoe_tensor.formats.low_rank import LowRank
 def low_rank(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """The best fit."""
+    """The optimal fit."""
     parts = split(format, dense)
     experts, _, outputs = map(len, by_kind(format.modes(dense.ndim - 2)))
     matrices = parts.reshape(*parts.shape[:experts], -1, prod(parts.shape[-outputs:]))

@@ -1,4 +1,4 @@
-"""Sums: each term is fitted to what those before it leave, then all of them together."""
+"""Sums: each term is fitted to the residual of the terms before it, then all terms are fitted together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 def sum_of_terms(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """From the best fit of each term, in order, to what those before it leave; then from random factors."""
+    """Fits from the best fit of each term to the residual of those before it, then from random factors."""
     first: list[Any] = []
     residual = dense.copy()
     for term, view in zip(format.terms(dense.shape, rank), views(format, dense.shape), strict=True):
@@ -42,7 +42,7 @@ def sum_of_terms(
 def shared(
     format: Shared, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterable[Sequence[Any]]:
-    """The fit of the mean of all experts, which is the best for their sum of squares."""
+    """The fit to the mean of all experts, which is optimal in the sum of squares."""
     mean = dense.mean(tuple(range(dense.ndim - 2)))
     return scaled_fits(format.format, mean, rank, generators, n_iter, tolerance)
 
@@ -51,7 +51,7 @@ def shared(
 def sliced(
     format: Sliced, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterable[Sequence[Any]]:
-    """The fit of the experts that the term is for."""
+    """The fit to the experts of the slice."""
     experts = dense.take(range(format.start, format.stop), format.level)
     return scaled_fits(format.format, experts, rank, generators, n_iter, tolerance)
 

@@ -18,7 +18,7 @@ from mumoe_tensor.formats.tensor_ring import TensorRing
 def tensor_ring(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """From singular vectors, then from random cores."""
+    """Fits from singular vectors, then from random cores."""
     parts = split(format, dense)
     if parts.ndim == 2:
         yield matrix_ring(parts, rank)
@@ -33,7 +33,7 @@ def tensor_ring(
 
 
 def matrix_ring(dense: Any, rank: Rank) -> list[Any]:
-    """Two cores of a matrix: its truncated SVD, as the bonds together carry a rank of their product."""
+    """Two cores for a matrix: its truncated SVD, whose rank is the product of the two bonds."""
     u, s, v = np.linalg.svd(dense, full_matrices=False)
     k = min(prod(rank), len(s))
     left, right = np.zeros((len(u), prod(rank))), np.zeros((prod(rank), v.shape[1]))
@@ -42,10 +42,10 @@ def matrix_ring(dense: Any, rank: Rank) -> list[Any]:
 
 
 def ring_svd(dense: Any, rank: Rank) -> list[Any]:
-    """Cores of the best TR-SVD over the modes it may begin with; none where the rank allows none.
+    """Cores of the best TR-SVD over all first modes; an empty list if the rank allows none.
 
-    The two bonds of the first core together must not exceed the rank of the first unfolding. Ranks come
-    out smaller where an unfolding has a smaller rank. (TensorLy's own `mode` mixes up the ranks from 2 on.)
+    The product of the two bonds of the first core must not exceed the rank of the first unfolding. Bonds are
+    smaller if an unfolding has a smaller rank. (TensorLy's `mode` argument confuses the ranks from 2 on.)
     """
     from tensorly.base import unfold
     from tensorly.decomposition import tensor_ring

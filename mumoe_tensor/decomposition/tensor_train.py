@@ -15,7 +15,7 @@ from mumoe_tensor.formats.tensor_train import TensorTrain
 def tensor_train(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """One fit, whose error is within a factor sqrt(E + 1) of the smallest."""
+    """A single fit, whose error is at most sqrt(E + 1) times the smallest."""
     import tensorly.decomposition
 
     yield format.from_container(tensorly.decomposition.tensor_train(split(format, dense), (1, *rank, 1)))

@@ -1,4 +1,4 @@
-"""The part of a tensor that a term fits: its experts, its rows, and an axis for each part of a mode."""
+"""The part of a tensor that a term fits: its experts and rows, with one axis per part of a mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Indices = tuple[str, ...]
 
 
 def split(format: Format, dense: Any) -> Any:
-    """The tensor with an axis for each part of a mode. Where parts hold more entries, these are zero."""
+    """Reshape a tensor to the parts of split modes, padding with zeros if necessary."""
     sizes = iter(format.part_sizes(dense.shape))
     parts = [[next(sizes) for _ in format.parts(mode)] for mode in mode_names(dense.ndim - 2)]
     padding = [(0, prod(group) - n) for group, n in zip(parts, dense.shape, strict=True)]
@@ -23,15 +23,15 @@ def split(format: Format, dense: Any) -> Any:
 
 
 def views(format: Format, shape: Sequence[int]) -> list[TermView]:
-    """The terms of a weight of this shape."""
+    """A view for each term of a weight of this shape."""
     rank = (1,) * len(format.bonds(len(shape) - 2))
     return [TermView(term, shape, format.has_bias_term) for term in format.terms(shape, rank)]
 
 
 def balanced(format: Format, num_levels: int, factors: Sequence[Any], exponent: int) -> list[Any]:
-    """Bring 2^exponent into the factors of each term, by powers of two and so without rounding.
+    """Multiply each term by 2^exponent and balance its factors, by powers of two and so without rounding.
 
-    The norms of the factors of a term then differ by a factor of four at most.
+    The norms of the factors of a term then differ by at most a factor of four.
     """
     scaled = list(factors)
     for _, positions in format.summands(num_levels):
@@ -44,20 +44,20 @@ def balanced(format: Format, num_levels: int, factors: Sequence[Any], exponent: 
 
 
 class TermView:
-    """A term's share of a tensor of the shape of the weight.
+    """The entries of the weight that belong to a term.
 
     Attributes
     ----------
     indices : dict of int to tuple of str
-        By the position of a factor among those of the weight.
+        Indices of each factor, by its position among the factors of the weight.
     modes : tuple of str
-        The parts of modes that the term has; `shape` are their sizes.
+        The modes of the term, with split modes replaced by their parts; their sizes are `shape`.
     is_padded : bool
-        Whether they hold more entries than the modes.
+        Whether a mode is padded.
     rows : slice
-        The rows of the input mode that the term has.
+        The rows of the input mode that belong to the term.
     copies : int
-        How many entries of the tensor are one of the term, along modes that it does not have.
+        Number of entries of the weight for each entry of the term, along modes that the term omits.
     """
 
     def __init__(self, term: Term, whole: Sequence[int], has_bias_term: bool):
@@ -73,7 +73,7 @@ class TermView:
         self._whole = tuple(whole)
         self._region = tuple(slice(*(format.window(e) or (None,))) for e in range(num_levels))
         rows = slice(None)
-        if has_bias_term:  # the bias is the last row, which the other terms do not have
+        if has_bias_term:  # the last row belongs only to the bias term
             rows = slice(-1, None) if "i" in format.omits else slice(-1)
         self._region += (rows, slice(None))
         self.rows = rows
@@ -87,23 +87,23 @@ class TermView:
         self.is_padded = any(more for _, more in self._padding)
 
     def take(self, tensor: Any) -> Any:
-        """The term's part of a tensor: the mean along modes that it has not, and zeros as padding."""
+        """The part of a tensor for the term: the mean along omitted modes, padded with zeros."""
         taken = tensor[self._region].mean(self._constant, keepdims=True)
         return np.pad(taken, self._padding).reshape(self.shape)
 
     def put(self, part: Any) -> Any:
-        """The tensor of which the term is a part."""
+        """A tensor of the shape of the weight that is zero except for the term."""
         tensor = np.zeros(self._whole)
         tensor[self._region] = part.reshape(self._held)[self._cut]
         return tensor
 
     def operands(self, factors: Sequence[Any]) -> dict[Any, tuple[Indices, Sequence[int]]]:
-        """Indices and shape of each factor of the term that is not missing."""
+        """Indices and shape of each factor of the term, without missing factors."""
         return {k: (axes, factors[k].shape) for k, axes in self.indices.items() if factors[k] is not None}
 
 
 def contraction(operands: dict[Any, tuple[Indices, Sequence[int]]], output: Indices) -> Callable[..., Any]:
-    """The contraction of arrays of these indices and shapes, its path chosen once."""
+    """A function that contracts arrays with these indices and shapes, along a path that is chosen once."""
     if not operands:
         return lambda: np.ones(())
     names = sorted({x for indices, _ in operands.values() for x in indices})

@@ -1,4 +1,4 @@
-"""TT-matrix: TensorLy's TT-SVD (Oseledets 2011, algorithm 1) with the parts of input and output in pairs."""
+"""TT-matrix: TensorLy's TT-SVD (Oseledets 2011, algorithm 1) over pairs of parts of input and output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mumoe_tensor.formats.tt_matrix import TTMatrix
 def tt_matrix(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """One fit, whose error is within a factor sqrt(d - 1) of the smallest for d cores."""
+    """A single fit, whose error is at most sqrt(d - 1) times the smallest for d cores."""
     import tensorly.decomposition
 
     paired = pair_parts(format, dense)

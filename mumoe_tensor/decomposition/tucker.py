@@ -16,11 +16,11 @@ from mumoe_tensor.formats.tucker import Tucker
 def tucker(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """From singular vectors, then from random factors."""
+    """Fits from singular vectors, then from random factors."""
     import tensorly.decomposition
 
     dense = split(format, dense)
-    # No rank can be used beyond the size of its mode or the product of the other ranks.
+    # A rank larger than the size of its mode or the product of the other ranks has no effect.
     ranks = [min(n, r) for n, r in zip(dense.shape, rank, strict=True)]
     ranks = [min(r, prod(ranks) // r) for r in ranks]
     for k, generator in enumerate(generators):

@@ -1,4 +1,4 @@
-"""Fits weighted by the covariance of the inputs: in coordinates in which the inputs are uncorrelated."""
+"""Fits weighted by the covariance of the inputs, in coordinates in which the inputs are uncorrelated."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from mumoe_tensor.backend import Array, check_floating, to_float64
 from mumoe_tensor.decomposition.alternating import scaled_fits
 from mumoe_tensor.formats.base import Format, Rank, mode_names
 
-#: Asymmetry and negative eigenvalues up to this fraction of the largest one are taken for rounding.
+#: Asymmetry and negative eigenvalues up to this fraction of the largest value are treated as rounding errors.
 ROUNDING = 1e-4
-#: Inputs whose variance is below this fraction of the largest one are taken for absent.
+#: Directions whose variance is below this fraction of the largest are treated as absent.
 ABSENT = 1e-13
 
 
 def read_covariance(covariance: Array, experts: Sequence[int], size: int) -> Any:
-    """A covariance of inputs, or one for each expert, as float64, or an error that says what it is not.
+    """Check a covariance of inputs, or one per expert, and convert it to float64.
 
-    The largest eigenvalue of all becomes one.
+    It is scaled so that the largest eigenvalue is one.
     """
     check_floating({"input_covariance": covariance})
     shapes = dict.fromkeys([(size, size), (*experts, size, size)])  # of all experts, of each
     shape = tuple(covariance.shape)
     if shape not in shapes:
         raise ValueError(
-            "input_covariance must have one row and one column for each row of the input mode, the bias "
-            f"row included where there is one: {' or '.join(map(str, shapes))}, got {shape}."
+            "input_covariance must have one row and one column per row of the input mode (including a bias "
+            f"row), shape {' or '.join(map(str, shapes))}, got {shape}."
         )
     matrix = to_float64(covariance)
     if not np.isfinite(matrix).all():
@@ -46,10 +46,10 @@ def read_covariance(covariance: Array, experts: Sequence[int], size: int) -> Any
 
 
 def input_axes(format: Format, num_levels: int, by_expert: bool) -> dict[int, list[int]] | None:
-    """Position of the factor of each term that has the input mode, and the axes of that mode in it.
+    """For each term, the position of the factor with the input mode, and the axis of that mode in it.
 
-    With `by_expert` the axes of the experts, whose covariances differ, come first. None unless it is one
-    factor, which has all of these axes.
+    With `by_expert`, for one covariance per expert, the axes of the experts come first. The result is None
+    unless each term has exactly one such factor with all of these axes.
     """
     modes = [*mode_names(num_levels)[:-2], "i"] if by_expert else ["i"]
     axes = {}
@@ -73,7 +73,7 @@ def whitened_fits(
     tolerance: float,
     covariance: Any,
 ) -> Iterator[list[Any]]:
-    """Fits of ``root @ dense``, for a format with `input_axes`, times the inverse of the root."""
+    """Fits to ``root @ dense``, for a format with `input_axes`, multiplied by the inverse of the root."""
     values, vectors = np.linalg.eigh(covariance)
     held = values > ABSENT * values.max()
     target = _with_values(vectors, np.sqrt(np.where(held, values, 0))) @ dense

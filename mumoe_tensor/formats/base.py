@@ -1,4 +1,4 @@
-"""What a format is: the index strings of its factors, and nothing else."""
+"""The base class of formats. A format is declared by the index strings of its factors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mumoe_tensor.formats.splits import Splits
 Rank = tuple[int, ...]
 #: Index of the batch in a contraction.
 BATCH = "B"
-#: Declarations are checked, and factors are read, for up to this number of levels of experts.
+#: The largest number of levels of experts for which declarations are checked and factors are matched.
 MOST_LEVELS = 16
 
 
@@ -29,15 +29,15 @@ class Factor:
     Parameters
     ----------
     indices : str
-        Names of the axes, separated by spaces, e.g. ``"b1 n1 b2"``. A name is that of a mode, or else of a
-        bond, whose size is an entry of the rank. Names are identifiers; ``B``, the batch, and modes of other
-        levels (``n2`` where there is one level) name no bond.
+        Names of the axes, separated by spaces, e.g. ``"b1 n1 b2"``. A name that is not a mode is a bond,
+        whose size is an entry of the rank. Names must be identifiers. A bond must not be named ``B`` (the
+        batch), or like a mode of another level (``n2`` with one level).
     memory_order : str, optional
-        The same names in the memory order that the factor's usual product wants, slowest first. Defaults to
-        `indices`.
+        The same names in the memory order that suits the factor's usual product, slowest first. The default
+        is `indices`.
     optional : bool, default False
-        Whether the factor may be missing. It then stands for ones, and is neither a parameter nor a step of
-        the contraction (the weights of a CP tensor).
+        Whether the factor may be missing, like the weights of a CP tensor. A missing factor is all ones, and
+        adds neither parameters nor a step to the contraction.
     """
 
     indices: tuple[str, ...]
@@ -48,7 +48,7 @@ class Factor:
         memory_order = indices if memory_order is None else memory_order
         for text in (indices, memory_order):
             if not isinstance(text, str):
-                raise TypeError(f"a factor's indices must be names in one string, 'b1 n1 b2', got {text!r}.")
+                raise TypeError(f"a factor's indices must be a string such as 'b1 n1 b2', got {text!r}.")
         check_flag(optional, "optional")
         object.__setattr__(self, "indices", tuple(indices.split()))
         object.__setattr__(self, "memory_order", tuple(memory_order.split()))
@@ -71,11 +71,11 @@ class Term(NamedTuple):
     ----------
     format : Format
     mode_sizes : tuple of int
-        Shape of the term: that of the weight, but with the bias row alone or without it where one term is the
-        bias; see `.Bias`.
+        Shape of the term. If one term of the weight is a bias, that term has only the bias row, and the other
+        terms have no bias row; see `.Bias`.
     rank : tuple of int
     factors : slice
-        Its factors among those of the weight.
+        The position of its factors among those of the weight.
     """
 
     format: Format
@@ -84,7 +84,7 @@ class Term(NamedTuple):
     factors: slice
 
     def positions(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """Those of some factors of the weight that are the term's, counted from its first."""
+        """Select the positions that belong to this term, and count them from its first factor."""
         start, stop = self.factors.start, self.factors.stop
         return tuple(k - start for k in positions if start <= k < stop)
 
@@ -93,29 +93,30 @@ class Format(ABC):
     """A tensor format, declared by the index strings of its factors.
 
     Subclasses set `name` and `title` and implement `factors`. Everything else in the library is derived
-    from that one declaration. Conventions of the field may be added: `default_rank`, `reference_flops`, and
-    the ``*_container`` methods where TensorLy has such a format.
+    from that one declaration. Optional methods add conventions of the literature: `default_rank`,
+    `reference_flops`, and the ``*_container`` methods if TensorLy has the format.
 
     A format is a value. Its settings are arguments of the class with defaults, stored as attributes of the
-    same names; two formats are equal if their classes and their attributes are. Settings must be hashable,
+    same names. Two formats are equal if their classes and attributes are equal. Settings must be hashable,
     and must not change once the format is in use.
 
     Parameters
     ----------
     splits : dict, optional
-        Modes whose index is a tuple of parts, slowest first: for ``"i"``, ``"o"``, ``"n1"``, ... the number
-        of parts or their sizes. It adds to those of the class. By default the parts are the most balanced
-        factorization of the size; where they hold more entries than the mode has, it is padded with zeros.
+        Modes that are split into parts, in row-major order: for ``"i"``, ``"o"``, ``"n1"``, ... the number of
+        parts or their sizes. They are merged with the splits of the class. If only the number is given, the
+        parts are the most balanced factorization of the size. If the product of the given sizes is larger
+        than the mode, the mode is padded with zeros.
     """
 
     name: str
     title: str
     #: Name of TensorLy's class for this format, if it has one.
     container: str | None = None
-    #: Modes that every format of the class splits; see the argument of this name.
+    #: Modes that every format of the class splits; see the argument `splits`.
     splits: Mapping[str, int | tuple[int, ...]] = Splits()
-    #: Kinds of modes that may be in no factor: ``"n"`` for experts, along which the weight is then constant,
-    #: ``"i"`` for the input, where the weight is then the bias alone.
+    #: Kinds of modes that may be missing in all factors: ``"n"`` for experts, along which the weight is then
+    #: constant, and ``"i"`` for the input, in which case the weight is only a bias.
     omits: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **options: Any):
@@ -136,7 +137,7 @@ class Format(ABC):
         ----------
         modes : tuple of str
             ``("n1", ..., "nE", "i", "o")``: the expert mode of each level, input, output. A split mode is
-            there with its parts, ``"i1", "i2", ...`` and ``"n1_1", "n1_2", ...``.
+            replaced by its parts, ``"i1", "i2", ...`` or ``"n1_1", "n1_2", ...``.
         """
 
     def default_rank(self, mode_sizes: tuple[int, ...], t: int) -> Rank:
@@ -145,41 +146,41 @@ class Format(ABC):
         Parameters
         ----------
         mode_sizes : tuple of int
-            Sizes of the modes that `factors` takes: those of the parts of split modes.
+            Sizes of the modes that are passed to `factors`; a split mode is replaced by its parts.
         t : int
         """
         num_levels = next(e for e in range(MOST_LEVELS + 1) if len(self.modes(e)) == len(mode_sizes))
         return (t,) * len(self.bonds(num_levels))
 
     def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int | None:
-        """FLOPs for one input as the literature writes them, or None where it has no closed form.
+        """FLOPs for one input by the closed form of the literature, or None if there is none.
 
-        It is not asked where modes are split.
+        It is not called if modes are split.
         """
         return None
 
     def from_container(self, container: Any) -> list[Any]:
-        """The factors of TensorLy's container of this format, or of an object with its attributes."""
+        """The factors of a TensorLy container of this format, or of an object with the same attributes."""
         raise TypeError(f"format {self.name!r} has no container in TensorLy.")
 
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:
-        """TensorLy's container of the factors; `tl` is TensorLy's backend of these arrays."""
+        """Make a TensorLy container of the factors; `tl` is the TensorLy backend of the arrays."""
         raise TypeError(f"format {self.name!r} has no container in TensorLy.")
 
     # ---- derived; not to be overridden -------------------------------------------------------------
 
     @constant_under_compile
     def declaration(self, num_levels: int) -> tuple[Factor, ...]:
-        """The declared factors for a number of levels of experts, checked to be a network of its modes."""
+        """The declared factors for a number of levels of experts, checked to be a valid tensor network."""
         return _declared(self, num_levels)[0]
 
     def modes(self, num_levels: int) -> tuple[str, ...]:
-        """Names of the modes, each split one with its parts: what `factors` takes."""
+        """Names of the modes, with split modes replaced by their parts: the argument of `factors`."""
         names = mode_names(num_levels)
         return tuple(part for mode in names for part in self.parts(mode)) if self.splits else names
 
     def parts(self, mode: str) -> tuple[str, ...]:
-        """Names of the parts of a mode; that of a whole mode alone."""
+        """Names of the parts of a mode; a mode that is not split is its only part."""
         count = self._splits.count(mode)
         if count is None:
             return (mode,)
@@ -187,11 +188,11 @@ class Format(ABC):
         return tuple(f"{mode}{between}{k}" for k in range(1, count + 1))
 
     def held(self, mode: str, size: int) -> int:
-        """How many entries the parts of a mode of this size hold: more than the size where it is padded."""
+        """Size of a mode after padding: the product of the sizes of its parts."""
         return prod(self._sizes_of_parts(mode, size))
 
     def part_sizes(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of `modes`, for those of the whole modes."""
+        """Sizes of `modes`, given the sizes of the modes before splitting."""
         if not self.splits:
             return tuple(mode_sizes)
         names = mode_names(len(mode_sizes) - 2)
@@ -199,18 +200,18 @@ class Format(ABC):
         return tuple(n for mode, size in pairs for n in self._sizes_of_parts(mode, size))
 
     def within(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
-        """The sizes of the modes, of a slice of experts that of the slice."""
+        """Sizes of the modes of a term; a slice of experts has the size of the slice."""
         return tuple(mode_sizes)
 
     def with_splits(self, splits: Mapping[str, int | Sequence[int]]) -> Self:
-        """The same format with further or other splits; see the argument `splits`."""
+        """The same format with added or changed splits; see the argument `splits`."""
         changed = copy(self)
         changed.splits = Splits.read({**self.splits, **Splits.read(splits)})
         return changed if changed.splits != self.splits else self
 
     @constant_under_compile
     def bonds(self, num_levels: int) -> tuple[str, ...]:
-        """Bond indices in order of first appearance: the entries of a rank."""
+        """Names of the bonds, in order of first appearance; the rank has one entry per bond."""
         return _declared(self, num_levels)[1]
 
     def optional(self, num_levels: int) -> tuple[int, ...]:
@@ -218,7 +219,7 @@ class Format(ABC):
         return tuple(k for k, f in enumerate(self.declaration(num_levels)) if f.optional)
 
     def check_rank(self, rank: int | Sequence[int | None] | None, num_levels: int) -> tuple[int | None, ...]:
-        """A rank as a tuple: for each bond a positive integer, or None where the entry is open."""
+        """Check a rank, and return a tuple with a positive integer or None for each bond."""
         bonds = self.bonds(num_levels)
         listed = None if rank is None else as_entries(rank, "rank")
         if len(listed or ()) != len(bonds):
@@ -230,26 +231,26 @@ class Format(ABC):
         return tuple(None if r is None else as_positive(r, "every rank") for r in listed or ())
 
     def full_rank(self, rank: int | Sequence[int | None] | None, num_levels: int) -> Rank:
-        """As `check_rank`, but no entry may be None."""
+        """Like `check_rank`, but no entry may be None."""
         checked = self.check_rank(rank, num_levels)
         entries = tuple([r for r in checked if r is not None])
         if len(entries) != len(checked):
             raise ValueError(
                 f"every entry of the rank must be a number here, got {rank!r}; fit_rank and LayerSpec.fitted "
-                "solve for an open one."
+                "solve for an entry that is None."
             )
         return entries
 
     def rank_family(self, mode_sizes: Sequence[int], t: int) -> Rank:
-        """`default_rank`, for the sizes of the whole modes."""
+        """`default_rank`, given the sizes of the modes before splitting."""
         return self.default_rank(self.part_sizes(mode_sizes), t)
 
     def closed_form(self, mode_sizes: tuple[int, ...], rank: Rank) -> int | None:
-        """`reference_flops`, or None where a mode is split."""
+        """`reference_flops`, or None if a mode is split."""
         return None if self.splits else self.reference_flops(mode_sizes, rank)
 
     def index_sizes(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:
-        """Size of every index; the bias row is counted in the input mode. Only of a format of one term."""
+        """Size of every index, with the bias row in the input mode. Not available for a sum."""
         num_levels = len(mode_sizes) - 2
         entries = self.full_rank(rank, num_levels)
         names = self.modes(num_levels) + self.bonds(num_levels)
@@ -261,20 +262,20 @@ class Format(ABC):
         return [tuple(size[x] for x in f.indices) for f in self.declaration(len(mode_sizes) - 2)]
 
     def summands(self, num_levels: int) -> tuple[tuple[Format, slice], ...]:
-        """The formats of the terms that a weight is the sum of, with the slices of their factors.
+        """The formats of the terms of a weight, with the slices of their factors.
 
-        The format itself, unless it is a sum.
+        A format that is not a sum is its only term.
         """
         return ((self, slice(0, len(self.declaration(num_levels)))),)
 
     def terms(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> tuple[Term, ...]:
-        """The tensor networks that a weight of these sizes is the sum of."""
+        """The terms of a weight of these sizes."""
         ((_, whole),) = self.summands(len(mode_sizes) - 2)
         return (Term(self, tuple(mode_sizes), self.full_rank(rank, len(mode_sizes) - 2), whole),)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight is one network of whole modes, each with all its entries."""
+        """Whether the weight is a single network that covers every mode completely, without splits."""
         return not self.splits and not self.omits
 
     @property
@@ -284,7 +285,7 @@ class Format(ABC):
 
     @property
     def splits_input(self) -> bool:
-        """Whether the input is split: a bias is then no row of the input mode, but a term of a sum."""
+        """Whether the input is split. A bias is then a term of a sum instead of a row of the input mode."""
         return "i" in self.splits
 
     @property
@@ -294,11 +295,11 @@ class Format(ABC):
 
     @property
     def of_one_expert(self) -> Format:
-        """The format of the matrix of one expert, for no level: without what a sum says about experts."""
+        """The format of the matrix of one expert: for a shared or sliced term, the format that it wraps."""
         return self
 
     def window(self, level: int) -> tuple[int, int] | None:
-        """Start and stop of the experts of a level that the format is for; None for all."""
+        """Start and stop of the experts that the format covers at a level; None for all."""
         return None
 
     def _sizes_of_parts(self, mode: str, size: int) -> tuple[int, ...]:
@@ -312,9 +313,9 @@ class Format(ABC):
     # A format is a value: declarations, plans and programs are cached by it.
 
     def _settings(self) -> tuple[tuple[str, Any], ...]:
-        """All attributes, those in slots too, but not what a `cached_property` computes from them."""
+        """All attributes, including slots, without the values of a `cached_property`."""
         state = object.__getstate__(self)
-        if state is None:  # every call of a function asks for the hash, most often of a format without any
+        if state is None:  # a shortcut: every call computes the hash, usually of a format without settings
             return ()
         parts = state if isinstance(state, tuple) else (state,)
         attributes = {name: value for part in parts if part for name, value in part.items()}
@@ -327,13 +328,13 @@ class Format(ABC):
 
     @constant_under_compile
     def check_settings(self) -> None:
-        """Raise a TypeError unless all settings can be hashed."""
+        """Raise a TypeError unless all settings are hashable."""
         try:
             hash(self)
         except TypeError as error:
             raise TypeError(
-                "every setting of a format must be hashable, such as a number, a string or a tuple of them, "
-                f"and a dataclass frozen; got {self!r}: {error}."
+                "every setting of a format must be hashable, such as a number, a string, a tuple of these or "
+                f"a frozen dataclass, got {self!r}: {error}."
             ) from None
 
     def __eq__(self, other: object) -> bool:
@@ -353,16 +354,16 @@ def mode_names(num_levels: int) -> tuple[str, ...]:
 
 
 def by_kind(modes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The modes that a format declares factors for: those of the experts, of the input, of the output."""
+    """Group the modes that are passed to `Format.factors` by kind: experts, input, output."""
     experts, inputs, outputs = (tuple(x for x in modes if x[0] == kind) for kind in "nio")
     return experts, inputs, outputs
 
 
 @lru_cache(maxsize=4096)
 def _declared(format: Format, num_levels: int) -> tuple[tuple[Factor, ...], tuple[str, ...]]:
-    """Let a format declare its factors, and check that they are a tensor network; with them its bonds.
+    """The factors and the bonds of a format, after checking that they are a tensor network.
 
-    Registered or not, every format passes here before anything is derived from it.
+    Everything that is derived from a format, registered or not, uses this function.
     """
     modes, name, at = format.modes(num_levels), type(format).__name__, f"level count {num_levels}:"
     try:
@@ -373,7 +374,7 @@ def _declared(format: Format, num_levels: int) -> tuple[tuple[Factor, ...], tupl
             f"{at} factors() of {name}{splits} raises {type(error).__name__}: {error}"
         ) from error
     if not isinstance(declared, (list, tuple)) or not all(isinstance(f, Factor) for f in declared):
-        raise TypeError(f"{at} factors() of {name} must list Factors, got {declared!r}.")
+        raise TypeError(f"{at} factors() of {name} must return a list of Factor, got {declared!r}.")
     ends = [index for f in declared if not f.optional for index in f.indices]
     for mode in mode_names(num_levels):
         parts = format.parts(mode)
@@ -385,9 +386,9 @@ def _declared(format: Format, num_levels: int) -> tuple[tuple[Factor, ...], tupl
     for bond in bonds:
         if bond == BATCH or re.fullmatch("i|o|n[1-9][0-9]*", bond):
             raise ValueError(
-                f"{at} a bond must not be named {BATCH!r}, as the batch, as a mode that is split, or as a "
-                f"mode of more levels; {name} has {bond!r}."
+                f"{at} a bond must not have the name of the batch ({BATCH!r}), of a split mode, or of a mode "
+                f"of another level; {name} has {bond!r}."
             )
         if ends.count(bond) < 2:
-            raise ValueError(f"{at} a bond must join two factors or more; {name} has {bond!r} once.")
+            raise ValueError(f"{at} a bond must join two or more factors; {name} has {bond!r} once.")
     return tuple(declared), bonds

@@ -1,4 +1,4 @@
-"""Block Tensor Train: two factors of blocks, whose product has the rank r in each block."""
+"""Block Tensor Train: a product of two block-structured factors, with blocks of rank r."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mumoe_tensor.formats.registry import register
 class BTT(Format):
     """``W[n.., i, o] = sum_r U1[n1, r] ... A[i1, i2, r, o1] B[o1, i1, r, o2]`` (Qiu et al. 2024).
 
-    The experts meet the bond, so that more of them cost N r parameters and FLOPs each.
+    The experts are connected to the bond, so each expert adds only r parameters.
     """
 
     name = "btt"

@@ -1,4 +1,4 @@
-"""CP of a weight whose input and output are split, as tensorized layers have it."""
+"""CP with split input and output, as in tensorized layers."""
 
 from __future__ import annotations
 

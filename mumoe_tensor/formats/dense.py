@@ -1,4 +1,4 @@
-"""Dense: the weight tensor itself, the 'soft' mixture of experts. Baseline and oracle."""
+"""Dense: the weight tensor itself, as in a soft mixture of experts. A baseline and test reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mumoe_tensor.formats.registry import register
 
 @register
 class Dense(Format):
-    """``W[n.., i, o]``, every expert a matrix of its own."""
+    """``W[n.., i, o]``, with a separate matrix for each expert."""
 
     name = "dense"
     title = "Dense"

@@ -1,4 +1,4 @@
-"""Formats from outside the package: of other packages by their entry points, and of a user's file."""
+"""Formats from outside the package: from entry points of other packages, and from a user's file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mumoe_tensor.formats.registry import formats, register
 
-#: The group of entry points. One has the name of its format, and the class as its value.
+#: The group of entry points. The name of an entry point is that of the format, and its value is the class.
 GROUP = "mumoe_tensor.formats"
 
 
@@ -20,12 +20,12 @@ def load_entry_points(name: str | None = None) -> Iterator[str]:
     Parameters
     ----------
     name : str, optional
-        Of one format; by default all that are not registered yet.
+        The name of a format. By default, all formats that are not registered yet are loaded.
 
     Yields
     ------
     str
-        For each that cannot be registered a sentence that says why.
+        An error message for each format that cannot be registered.
     """
     entries = entry_points(group=GROUP) if name is None else entry_points(group=GROUP, name=name)
     for entry in entries:
@@ -46,23 +46,21 @@ def _register(entry: EntryPoint) -> None:
 
 
 def import_file(path: Path) -> None:
-    """Run a Python file that registers formats, once, as the module of its name.
-
-    Its folder is added to those that modules are imported from.
+    """Import a Python file that registers formats; its folder is added to ``sys.path``.
 
     Raises
     ------
     ValueError
-        If there is no such file, it raises an exception, or another module has its name.
+        If the file does not exist or raises an exception, or another module has the same name.
     """
     if not path.is_file():
-        raise ValueError(f"--import takes a Python file, and there is none at {str(path)!r}.")
+        raise ValueError(f"--import must be the path of a Python file, got {str(path)!r}.")
     path = path.resolve()
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     try:
         module = import_module(path.stem)
     except Exception as error:  # a user's file may raise anything
-        raise ValueError(f"{path} must run without an error; {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} must run without an error, got {type(error).__name__}: {error}") from error
     if Path(module.__file__ or "").resolve() != path:
-        raise ValueError(f"{path} must have a name that no other module has, got that of {module!r}.")
+        raise ValueError(f"{path} must not have the name of another module, got that of {module!r}.")

@@ -12,7 +12,7 @@ from mumoe_tensor.formats.registry import register
 
 @register
 class Hadamard(Format):
-    """``W[n.., i, o] = C1[n1, o] ... CE[nE, o] D[i, o]``: full-rank experts (Mixture of Decoders, 2025)."""
+    """``W[n.., i, o] = C1[n1, o] ... CE[nE, o] D[i, o]``: full-rank experts (Oldfield et al. 2025)."""
 
     name = "hadamard"
     title = "Hadamard"

@@ -17,6 +17,6 @@ class Kronecker(Format):
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         experts, inputs, outputs = by_kind(modes)
         *pairs, (i, o) = zip(inputs, outputs, strict=True)
-        # The input meets the last part first; each of its results is then a matrix that the others multiply.
+        # The last part is multiplied by the input first. Each result is a matrix, which the others multiply.
         first = [Factor(f"{i} {o} k", f"{o} {i} k") for i, o in pairs]
         return [*(Factor(f"{n} k") for n in experts), *first, Factor(f"{i} {o} k", f"{i} k {o}")]

@@ -8,7 +8,7 @@ from mumoe_tensor.formats.registry import register
 
 @register
 class LowRank(Format):
-    """``W[n.., i, o] = sum_r A[n.., i, r] B[n.., r, o]``, every expert with factors of its own."""
+    """``W[n.., i, o] = sum_r A[n.., i, r] B[n.., r, o]``, with separate factors for each expert."""
 
     name = "lowrank"
     title = "Low rank"

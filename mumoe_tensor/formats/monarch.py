@@ -10,7 +10,7 @@ from mumoe_tensor.formats.registry import register
 class Monarch(Format):
     """``W[n.., i, o] = U1[n1, i1, o1] ... A[i1, i2, o1] B[o1, i1, o2]`` (Dao et al. 2022).
 
-    The experts scale what lies between the two block-diagonal matrices.
+    The coefficients of the experts scale the result of the first block-diagonal matrix.
     """
 
     name = "monarch"

@@ -1,4 +1,4 @@
-"""A shared expert: one dense matrix for all experts, and what each expert adds to it."""
+"""A shared expert: one dense matrix for all experts, plus a difference for each expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split modes: a mode whose index is a tuple of parts, slowest first, as that of `numpy.kron`."""
+"""Split modes: modes that are reshaped to several parts, in row-major order, as in `numpy.kron`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any, Self
 from mumoe_tensor.checks import as_entries, as_positive
 from mumoe_tensor.compiling import constant_under_compile
 
-#: A proposed size has parts of which the largest is at most this multiple of the smallest.
+#: For a suggested size, the largest part is at most this multiple of the smallest.
 BALANCED = 2
 
 
 class Splits(dict[str, "int | tuple[int, ...]"]):
-    """The modes that a format splits: for each the number of parts, or their sizes. Not to be changed."""
+    """The modes that a format splits, with the number of their parts or the sizes of these. Immutable."""
 
     @classmethod
     def read(cls, splits: Mapping[str, Any]) -> Self:
-        """Check splits that a user wrote."""
+        """Check splits given by a user."""
         if not isinstance(splits, Mapping):
             raise TypeError(f"splits must be a dict, such as {{'i': 2, 'o': (16, 48)}}, got {splits!r}.")
         read = cls()
         for mode, parts in splits.items():
             if not isinstance(mode, str) or not re.fullmatch("[io]|n[1-9][0-9]*", mode):
-                raise ValueError(f"splits must be of the modes 'i', 'o', 'n1', 'n2', ..., got {mode!r}.")
+                raise ValueError(f"the keys of splits must be modes 'i', 'o', 'n1', 'n2', ..., got {mode!r}.")
             what = f"splits of {mode!r}"
             if isinstance(parts, (list, tuple)):
                 read[mode] = tuple(as_positive(n, f"{what}, every part,") for n in as_entries(parts, what))
@@ -41,39 +41,40 @@ class Splits(dict[str, "int | tuple[int, ...]"]):
         return hash(tuple(sorted(self.items())))
 
     def count(self, mode: str) -> int | None:
-        """The number of parts of a mode; None where it is whole."""
+        """The number of parts of a mode, or None if it is not split."""
         parts = self.get(mode)
         return len(parts) if isinstance(parts, tuple) else parts
 
     def sizes(self, mode: str, size: int, name: str) -> tuple[int, ...]:
-        """The sizes of the parts of a mode; of a whole mode its size.
+        """The sizes of the parts of a mode; a mode that is not split is its only part.
 
-        Errors have the name of the format.
+        `name` is the name of the format in error messages.
 
         Raises
         ------
         ValueError
-            If the parts hold fewer entries than the mode has, or it has no factorization into as many parts.
+            If the product of the sizes is smaller than the mode, or its size has no factorization into this
+            number of parts.
         """
         parts = self.get(mode, (size,))
         if isinstance(parts, int):
             return balanced(mode, size, parts, name)
         if prod(parts) < size:
             raise ValueError(
-                f"the parts of a mode must hold all its entries; those of {mode!r}, {parts}, hold "
-                f"{prod(parts)} of {size}."
+                f"the product of the parts of a mode must be at least its size; mode {mode!r} has {size} "
+                f"entries, the parts {parts} have {prod(parts)}."
             )
         return parts
 
 
 @lru_cache(maxsize=4096)
 def balanced(mode: str, size: int, count: int, name: str) -> tuple[int, ...]:
-    """The factorization of a size whose largest and smallest factor differ least, in ascending order.
+    """The factorization of a size with the smallest ratio of largest and smallest factor, in ascending order.
 
     Raises
     ------
     ValueError
-        If there is none without a factor of one.
+        If every such factorization has a factor of one.
     """
     best = _most_balanced(size, count)
     if best is not None:
@@ -81,17 +82,17 @@ def balanced(mode: str, size: int, count: int, name: str) -> tuple[int, ...]:
     near = [next(_sizes_with_balanced_parts(range(size, 0, -1), count), None)]
     near.append(next(_sizes_with_balanced_parts(range(size, 4 * size + 2**count), count), None))
     named = " and ".join(f"{prod(parts)} = {'·'.join(map(str, parts))}" for parts in near if parts)
-    # As an argument of Python and as an option of a command.
+    # This notation is valid both in Python and on the command line.
     padded = json.dumps({"name": name, "splits": {mode: near[-1] or (size, *(1,) * (count - 1))}})
     raise ValueError(
         f"the size of mode {mode!r} must be a product of {count} factors above one, got {size}; near it are "
-        f"{named}. Change the size, or pad it with a format of more entries, {padded}."
+        f"{named}. Change the size, or pad the mode with the format {padded}."
     )
 
 
 @constant_under_compile
 def is_default(size: int, parts: tuple[int, ...]) -> bool:
-    """Whether these are the parts of a size where only their number is asked for."""
+    """Whether these are the parts of a size if only their number is given."""
     return parts == _most_balanced(size, len(parts))
 
 

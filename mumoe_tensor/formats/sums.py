@@ -1,4 +1,4 @@
-"""Sums of formats: a weight that is a sum of tensor networks, each over all experts, some or none."""
+"""Sums of formats: weights that are sums of tensor networks, each for all experts, for some, or shared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mumoe_tensor.formats.registry import AnyFormat, composed, get_format, label
 
 
 class _Wrapped(Format):
-    """A format made of another one, whose splits it has."""
+    """A format that wraps another format and has the same splits."""
 
     format: Format
 
@@ -41,7 +41,7 @@ class _Wrapped(Format):
 
 @composed
 class Shared(_Wrapped):
-    """One matrix, the same for all experts: ones along the expert modes.
+    """One matrix for all experts, constant along the expert modes.
 
     Its output is weighted by the sum of the coefficients of each level.
     """
@@ -61,7 +61,7 @@ class Shared(_Wrapped):
 
 @composed
 class Sliced(_Wrapped):
-    """Some experts of a level only, from `start` up to `stop`; the matrices of the others are zero."""
+    """A format for the experts of a level from `start` to `stop` (exclusive); other experts are zero."""
 
     name = "sliced"
 
@@ -71,7 +71,7 @@ class Sliced(_Wrapped):
         self.level = as_integer(level, "level")
         if not 0 <= self.start < self.stop or self.level < 0:
             raise ValueError(
-                "experts of a slice must be 0 <= start < stop, and its level not negative, got "
+                "a slice must have 0 <= start < stop and a level of at least 0, got "
                 f"start={self.start}, stop={self.stop}, level={self.level}."
             )
 
@@ -88,8 +88,8 @@ class Sliced(_Wrapped):
         sizes, levels = list(mode_sizes), len(mode_sizes) - 2
         if self.level >= levels or self.stop > sizes[self.level]:
             raise ValueError(
-                f"a slice must be of experts that there are; {self!r} takes some of level {self.level} up to "
-                f"{self.stop}, of levels with {tuple(sizes[:-2])} experts."
+                f"a slice must be within the experts of a level; {self!r} ends at {self.stop} in level "
+                f"{self.level}, of levels with {tuple(sizes[:-2])} experts."
             )
         sizes[self.level] = self.stop - self.start
         return tuple(sizes)
@@ -108,10 +108,10 @@ class Sliced(_Wrapped):
 
 @composed
 class Bias(Format):
-    """One vector of outputs, the same for all experts: a row of the input mode that only this term has.
+    """One bias for all experts: a row of the input mode that only this term has.
 
-    It is weighted by the sum of the coefficients of each level. Where no other term splits the input, the
-    bias is a row of theirs instead, and every expert has its own.
+    It is weighted by the sum of the coefficients of each level. It is only needed if a term splits the input:
+    otherwise the bias is a row of the input mode of the other terms, and differs between experts.
     """
 
     name = "bias"
@@ -124,7 +124,7 @@ class Bias(Format):
 
 @composed
 class Sum(Format):
-    """A sum of terms, each a format of its own; see `sum_of`."""
+    """A sum of terms, each with its own format; see `sum_of`."""
 
     name = "sum"
 
@@ -138,7 +138,7 @@ class Sum(Format):
         biases = [f for f in self.formats if "i" in f.omits]
         if len(self.formats) == len(biases) or len(biases) > 1:
             raise ValueError(
-                f"a sum must have terms besides a bias, and one bias at most, got {list(self.formats)}."
+                f"a sum must have a term that is not a bias, and at most one bias, got {list(self.formats)}."
             )
 
     @property
@@ -167,7 +167,7 @@ class Sum(Format):
 
     @constant_under_compile
     def declaration(self, num_levels: int) -> tuple[Factor, ...]:
-        """The factors of all terms. What only one term has, as its bonds, is named for it, ``t1_r``."""
+        """The factors of all terms. Indices of only one term, such as its bonds, get a prefix: ``t1_r``."""
         return _named(self, num_levels)[0]
 
     @constant_under_compile
@@ -175,7 +175,7 @@ class Sum(Format):
         return _named(self, num_levels)[1]
 
     def index_sizes(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> dict[str, int]:
-        raise TypeError("the terms of a sum have indices of different sizes: ask each of its `terms`.")
+        raise TypeError("index sizes differ between the terms of a sum: use those of each of its `terms`.")
 
     def shapes(self, mode_sizes: Sequence[int], rank: int | Sequence[int] | None) -> list[tuple[int, ...]]:
         terms = self.terms(mode_sizes, rank)
@@ -199,10 +199,10 @@ class Sum(Format):
         return tuple(r for format, sizes in pairs for r in format.rank_family(sizes, t))
 
     def with_splits(self, splits: Mapping[str, int | Sequence[int]]) -> Self:
-        raise TypeError(f"splits are those of the terms of a sum, got {splits!r} for {self!r}.")
+        raise TypeError(f"splits must be set on the terms of a sum, got {splits!r} for {self!r}.")
 
     def _mode_sizes(self, mode_sizes: Sequence[int]) -> list[tuple[int, ...]]:
-        """Shape of each term: the bias row is that of the bias, where one term is."""
+        """Shape of each term. If there is a bias term, only this term has the bias row."""
         *experts, i, o = mode_sizes
         if not self.has_bias_term:
             return [tuple(mode_sizes)] * len(self.formats)
@@ -215,8 +215,8 @@ class Sum(Format):
 def shared(format: AnyFormat) -> Shared:
     """A term of `sum_of` that is the same for all experts.
 
-    The weight is constant along the expert modes, so the term is multiplied by the sum of the coefficients of
-    each level. (For a path that is not, add a `torch.nn.Linear`.)
+    The term is constant along the expert modes, so its output is multiplied by the sum of the coefficients of
+    each level. (For a path that is independent of the coefficients, add a `torch.nn.Linear`.)
 
     Examples
     --------
@@ -228,7 +228,7 @@ def shared(format: AnyFormat) -> Shared:
 
 
 def sliced(format: AnyFormat, start: int, stop: int, level: int = 0) -> Sliced:
-    """A term of `sum_of` for some experts only, from `start` up to `stop` of a level; both count from 0.
+    """A term of `sum_of` for the experts of a level from `start` to `stop` (exclusive).
 
     Examples
     --------
@@ -240,34 +240,34 @@ def sliced(format: AnyFormat, start: int, stop: int, level: int = 0) -> Sliced:
 
 
 def sum_of(*formats: AnyFormat) -> Sum:
-    """A format whose weight is a sum of terms: of `shared` ones, of `sliced` ones, and over all experts.
+    """A format whose weight is a sum of terms, which may be `shared`, `sliced`, or formats for all experts.
 
-    The rank of the sum has the entries of all terms, one term after the other.
+    The rank of the sum is the concatenation of the ranks of the terms.
 
     Raises
     ------
     ValueError, TypeError
-        If there is no term, or one is no format.
+        If there is no term, or a term is not a format.
     """
     return Sum(formats)
 
 
 @lru_cache(maxsize=1024)
 def with_bias(format: Format) -> Format:
-    """The format of a weight with a bias: where a term splits the input, the sum with a `Bias`."""
+    """The format of a weight with a bias: if a term splits the input, a `Bias` term is added."""
     return Sum((format, Bias())) if format.splits_input and not format.has_bias_term else format
 
 
 def _single(format: AnyFormat) -> Format:
     read = get_format(format)
     if isinstance(read, (Sum, Shared, Sliced, Bias)):
-        raise TypeError(f"a shared or sliced term must be of a format that is no sum or term, got {read!r}.")
+        raise TypeError(f"a shared or sliced term must not wrap a sum or another term, got {read!r}.")
     return read
 
 
 @lru_cache(maxsize=1024)
 def _named(format: Sum, num_levels: int) -> tuple[tuple[Factor, ...], tuple[str, ...]]:
-    """Factors and bonds of all terms, with names that differ from term to term but for common modes."""
+    """Factors and bonds of all terms, with a prefix for each term except on common modes."""
     factors: list[Factor] = []
     bonds: list[str] = []
     for k, term in enumerate(format.formats, start=1):

@@ -11,7 +11,7 @@ from mumoe_tensor.formats.registry import register
 
 @register
 class TensorRing(Format):
-    """``W[n.., i, o] = tr(U1[:, n1, :] ... Ui[:, i, :] Uo[:, o, :])``, closed onto the first bond."""
+    """``W[n.., i, o] = tr(U1[:, n1, :] ... Ui[:, i, :] Uo[:, o, :])``, closed by the first bond."""
 
     name = "tr"
     title = "Tensor Ring"
@@ -40,7 +40,7 @@ class TensorRing(Format):
 
 
 def chain_flops(mode_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int:
-    """FLOPs of the vectors times their cores, (bonds[k], mode_sizes[k], bonds[k + 1]), and of the chain."""
+    """FLOPs of contracting cores of shape (bonds[k], mode_sizes[k], bonds[k + 1]) with vectors to a chain."""
     first = bonds[0]
     projections = sum(a * n * b for a, n, b in zip(bonds, mode_sizes, bonds[1:], strict=False))
     matrices = sum(first * bonds[k] * bonds[k + 1] for k in range(1, len(mode_sizes) - 1))

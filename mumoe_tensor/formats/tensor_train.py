@@ -1,4 +1,4 @@
-"""Tensor Train: an open chain of cores, the ring with its first bond cut to size one."""
+"""Tensor Train: an open chain of cores, a Tensor Ring whose first bond has size one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats as text, as commands take them and tables name them."""
+"""Conversion of formats to and from text, for the command line and for tables."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mumoe_tensor.readers import parse_json
 
 
 def read_format(text: str) -> Format:
-    """A format from its name, or from its config entry as JSON, as ``{"name": "btt", "splits": {"i": 3}}``.
+    """Parse the name of a format, or its config entry as JSON: ``{"name": "btt", "splits": {"i": 3}}``.
 
     Raises
     ------
     ValueError
-        If it is neither.
+        If the text is neither.
     """
     if not text.lstrip().startswith("{"):
         return get_format(text)
@@ -27,6 +27,6 @@ def read_format(text: str) -> Format:
 
 
 def format_text(format: Format) -> str:
-    """The text that `read_format` reads as this format, without spaces."""
+    """Convert a format to a text without spaces that `read_format` parses."""
     entry = config_entry(format)
     return entry if isinstance(entry, str) else json.dumps(entry, separators=(",", ":"))

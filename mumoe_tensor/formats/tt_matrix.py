@@ -1,4 +1,4 @@
-"""TT-matrix (BlockTT): a train of cores, each with a part of the input and a part of the output."""
+"""TT-matrix (BlockTT): a chain of cores, each with a part of the input and a part of the output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TTMatrix(Format):
         count = len(experts) + len(pairs)
         bonds = ["", *(f"b{k}" for k in range(1, count)), ""]
         factors = [Factor(f"{bonds[k]} {n} {bonds[k + 1]}") for k, n in enumerate(experts)]
-        # The input meets the last core first; each of its results is then a matrix that the others multiply.
+        # The last core is multiplied by the input first. Each result is a matrix, which the others multiply.
         for k, (i, o) in enumerate(pairs, start=len(experts)):
             before, after = bonds[k : k + 2]
             order = f"{before} {o} {i} {after}" if after else f"{i} {before} {o}"

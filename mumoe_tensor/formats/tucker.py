@@ -1,4 +1,4 @@
-"""Tucker: a small core with one factor a mode."""
+"""Tucker: a small core with one factor per mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tucker of a weight whose input and output are split, as tensorized layers have it."""
+"""Tucker with split input and output, as in tensorized layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: a frozen model, with trained experts beside some of its linear layers."""
+"""Adapters: trainable experts in parallel to linear layers of a frozen model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from mumoe_tensor.nn.surgery import (
 from mumoe_tensor.readers import read_json, reading
 from mumoe_tensor.selections import Index
 
-#: What the names of experts begin with in a folder, so that `load` does not take them for layers of a model.
+#: Prefix of the names of saved experts, so that `load` does not mistake them for layers of a model.
 SAVED = "adapters"
-#: What errors say of a layer, after its name.
-REFUSAL = "cannot have experts beside it"
+#: The predicate in error messages about a layer.
+REFUSAL = "cannot have parallel experts"
 
 
 @register_layer
 class Adapter(nn.Module):
-    """A linear layer and the experts beside it: ``y = base(x) + delta(x)``.
+    """A linear layer with parallel experts: ``y = base(x) + delta(x)``.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Adapter(nn.Module):
     delta : MuMoE
     """
 
-    #: Nothing is fitted.
+    #: Empty, since nothing is fitted.
     fit_errors: tuple[float, ...] = ()
 
     def __init__(self, base: nn.Module, delta: MuMoE):
@@ -53,7 +53,7 @@ class Adapter(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The weight of the base, whose dtype and device some models ask for."""
+        """The weight of the base, since some models read its dtype and device."""
         return self.base.weight
 
     @property
@@ -74,7 +74,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **place: Any) -> Adapter:
-        """An adapter with new values, and `device` and `dtype` as those of `MuMoE`."""
+        """Make an adapter with new values; further arguments are `device` and `dtype`, as in `MuMoE`."""
         config = dict(config)
         base = config.pop("base", None)
         delta = MuMoE.from_config(config, **place)
@@ -92,21 +92,21 @@ class Adapter(nn.Module):
 def add_experts(
     model: nn.Module, pattern: str, *, dry_run: bool = False, **options: Any
 ) -> list[Replacement]:
-    """Freeze a model, and put experts beside its linear layers, in place.
+    """Freeze a model, and add experts in parallel to its linear layers, in place.
 
-    The outputs stay the same, bit for bit: the last factor of every term of the experts is zero. All
-    parameters of the model are frozen but those of adapters. All layers are checked before the first is
-    changed: an error leaves the model as it is.
+    The outputs do not change at all, because the last factor of every term of the experts starts at zero. All
+    parameters except those of adapters are frozen. All layers are checked before the first is changed: an
+    error leaves the model unchanged.
 
     Parameters
     ----------
     pattern : str
         Shell pattern of the names of the linear layers, e.g. ``"*.q_proj"``.
     dry_run : bool, default False
-        Change nothing, and only return what would be put in.
+        Return the replacements without changing the model.
     **options
-        Of `MuMoE`: experts, format, rank or parameters, and so on, for each layer. The experts have a bias if
-        the linear layer has one. They are in float32 by default, or in float64 as the layer.
+        Arguments of `MuMoE` for each layer: experts, format, rank or parameters, and so on. The experts have
+        a bias if the linear layer has one. Their default dtype is float32, or float64 for a layer in float64.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def add_experts(
     Raises
     ------
     ValueError
-        As `replace_linear`; if a layer already has experts beside it.
+        As in `replace_linear`; or if a layer already has parallel experts.
 
     Examples
     --------
@@ -134,8 +134,8 @@ def add_experts(
     check_flag(dry_run, "dry_run")
     if "experts" not in options or {"bias", "gate_features"} & options.keys():
         raise TypeError(
-            "the options must have experts, not bias, which is as in the linear layer, and not "
-            f"gate_features, as the gate sees the input of the layer; got {options}."
+            "the options must include experts, but neither bias, which follows from the linear layer, nor "
+            f"gate_features, since the gate has the input of the layer; got {options}."
         )
 
     def make(linear: nn.Module, **more: Any) -> MuMoE:
@@ -147,7 +147,7 @@ def add_experts(
         if not (matrix.is_meta or delta.gate.weight.is_meta):
             error = output_error(linear, Adapter(linear, delta), delta.in_features)
             if error != 0:  # (zero times a coefficient that is not finite)
-                raise ValueError(f"the outputs must stay as they are; their relative error would be {error}.")
+                raise ValueError(f"the outputs must not change; their relative error would be {error}.")
         return delta
 
     planned = _planned(model, pattern, make)
@@ -155,7 +155,7 @@ def add_experts(
 
 
 def remove_experts(model: nn.Module, pattern: str = "*") -> None:
-    """Take experts from beside linear layers, in place: the layers are as they were before, and frozen.
+    """Remove parallel experts, in place: the linear layers are restored, and remain frozen.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def remove_experts(model: nn.Module, pattern: str = "*") -> None:
     Raises
     ------
     ValueError
-        If the pattern names no layer with experts beside it.
+        If the pattern matches no layer with parallel experts.
     """
     chosen = _adapters(model, pattern)
     put_all(model, chosen, {adapter: adapter.base for adapter in chosen})
@@ -173,28 +173,28 @@ def remove_experts(model: nn.Module, pattern: str = "*") -> None:
 
 @torch.no_grad()
 def merge_experts(model: nn.Module, expert: Index = (), pattern: str = "*") -> None:
-    """Add one expert to the linear layers that it stands beside, and take all experts away, in place.
+    """Merge one expert into each linear layer, and remove all experts, in place.
 
-    The model then computes what it did with the coefficient one for this expert, and zero for the others.
+    The outputs of the model then equal those with coefficient one for this expert and zero for the others.
 
     Parameters
     ----------
     expert : int or sequence of int
-        One number a level; none for adapters without experts.
+        One index per level; empty for adapters without levels.
     pattern : str
         Shell pattern of the names of the layers, by default all.
 
     Raises
     ------
     ValueError, TypeError
-        If the index does not name an expert, the pattern names no layer with experts beside it, or the input
-        of the experts is normed. The model stays as it is.
+        If there is no such expert, the pattern matches no layer with parallel experts, or the experts have an
+        input norm. The model is then unchanged.
     """
     chosen = _adapters(model, pattern)
     merged = {}
     for adapter, names in chosen.items():
         if adapter.delta.input_norm is not None:
-            raise ValueError(f"experts must see the input of {names[0]!r} as it is, without a norm.")
+            raise ValueError(f"experts to be merged must have no input norm, got one for {names[0]!r}.")
         matrix, bias = adapter.delta.expert(expert)
         weight, base_bias = adapter.weight, adapter.bias
         wide = torch.promote_types(weight.dtype, matrix.dtype)
@@ -208,23 +208,23 @@ def merge_experts(model: nn.Module, expert: Index = (), pattern: str = "*") -> N
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the experts of all adapters of a model into a folder, without the model; see `.save`.
+    """Save the experts of all adapters of a model to a folder, without the model; see `.save`.
 
     Raises
     ------
     ValueError
-        If there are none, or as `.save`.
+        If there are none, or as in `.save`.
     OSError, ModuleNotFoundError
-        As `.save`.
+        As in `.save`.
     """
     deltas = {f"{SAVED}.{names[0]}": adapter.delta for adapter, names in _adapters(model, "*").items()}
     save(_tree(deltas), folder)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
-    """Freeze a model, and put experts that `save_adapter` wrote beside its linear layers, in place.
+    """Freeze a model, and add experts saved by `save_adapter` to its linear layers, in place.
 
-    A folder that does not fit leaves the model as it was.
+    If the folder does not fit the model, the model is unchanged.
 
     Returns
     -------
@@ -233,10 +233,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
     Raises
     ------
     ValueError
-        If the folder is damaged, or the model has no linear layers of these names and sizes, or has experts
-        beside them already.
+        If the folder is damaged, the model has no linear layers with these names and sizes, or they already
+        have parallel experts.
     OSError, ModuleNotFoundError
-        As `.load`.
+        As in `.load`.
     """
     with reading(Path(folder) / DESCRIPTION):
         names = [*check_version(read_json(Path(folder) / DESCRIPTION))]
@@ -250,13 +250,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
 
 
 def _loaded(delta: nn.Module) -> Callable[..., MuMoE]:
-    """Experts from a file for a linear layer of their sizes."""
+    """A function that checks that loaded experts fit a linear layer, and returns them."""
 
     def make(linear: nn.Module, **more: Any) -> MuMoE:
         matrix, bias = matrix_of(linear)
         sizes = matrix.shape[0] - bias, matrix.shape[1], bias
         if not isinstance(delta, MuMoE):
-            raise ValueError(f"experts beside a linear layer must be a MuMoE, got {type(delta).__name__}.")
+            raise ValueError(f"experts of an adapter must be a MuMoE, got {type(delta).__name__}.")
         if (saved := (delta.in_features, delta.out_features, delta.spec.bias)) != sizes:
             raise ValueError(f"the experts must have the inputs, outputs and bias {sizes}, got {saved}.")
         return delta.to(matrix.device)
@@ -265,11 +265,11 @@ def _loaded(delta: nn.Module) -> Callable[..., MuMoE]:
 
 
 def _planned(model: nn.Module, pattern: str, make: Callable[..., MuMoE]) -> Planned:
-    """The adapters to be put, with experts that `make` makes for each linear layer."""
+    """Plan an adapter for each linear layer, with experts from `make`."""
 
     def maker(linear: nn.Module) -> Callable[..., Adapter]:
         if isinstance(linear, Adapter):
-            raise ValueError("it already has experts beside it: remove or merge them first.")
+            raise ValueError("it already has parallel experts: remove or merge them first.")
         check_linear(linear)
         return lambda **more: Adapter(linear, make(linear, **more)).train(linear.training)
 
@@ -280,7 +280,7 @@ def _planned(model: nn.Module, pattern: str, make: Callable[..., MuMoE]) -> Plan
 
 
 def _put(model: nn.Module, planned: Planned) -> list[Replacement]:
-    """Put the adapters into the model, and freeze all but them."""
+    """Put the adapters into the model, and freeze everything else."""
     replacements = put_replacements(model, planned, refusal=REFUSAL)
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     trained = {id(parameter) for adapter in adapters for parameter in adapter.delta.parameters()}
@@ -291,15 +291,15 @@ def _put(model: nn.Module, planned: Planned) -> list[Replacement]:
 
 
 def _adapters(model: nn.Module, pattern: str) -> dict[Any, list[str]]:
-    """The adapters that have a name of the pattern, each with all its names in the model."""
+    """The adapters that match the pattern, each with all its names in the model."""
     chosen: dict[Any, list[str]] = choose(
-        model, pattern, lambda module: isinstance(module, Adapter), "layer with experts beside it"
+        model, pattern, lambda module: isinstance(module, Adapter), "layer with parallel experts"
     )
     return chosen
 
 
 def _tree(modules: Mapping[str, nn.Module]) -> nn.Module:
-    """A module that has these as submodules, and nothing else."""
+    """A module with exactly these submodules."""
     tree = nn.Module()
     for name, module in modules.items():
         *above, last = name.split(".")

@@ -1,4 +1,4 @@
-"""The backward pass of a contraction: what is saved for it, and the gradients of the operands."""
+"""The backward pass of a contraction: the choice of what to save, and the gradients of the operands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mumoe_tensor.nn.products import (
 )
 from mumoe_tensor.nn.sparse import FEWEST_EXPERTS, SparseProduct
 
-#: An intermediate is recomputed rather than saved if that takes at most this many FLOPs an element.
+#: An intermediate is recomputed instead of saved if this takes at most this many FLOPs per element.
 CHEAP = 32
 
 TORCH = operations_of(torch.empty(0))
@@ -48,11 +48,11 @@ class SavePolicy:
     saved: frozenset[int] = frozenset()
     sparse: Mapping[int, SparseProduct] = field(default_factory=dict)
 
-    #: The last product, where the parts of a split output then have to be brought in order.
+    #: The last product, if it must reorder the parts of a split output.
     joined: Joined | None = field(init=False, compare=False, repr=False)
-    #: What steps call in place of the matrix product, by position.
+    #: Replacements of the matrix product, by position of the result.
     products: Mapping[int, Callable[[Tensor, Tensor], Tensor]] = field(init=False, compare=False, repr=False)
-    #: How the last result becomes the output.
+    #: The conversion of the last result to the output.
     output: Arrangement | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class SavePolicy:
 def saved_results(program: Program, recompute: bool) -> frozenset[int]:
     """Positions of the intermediates to save for the backward pass.
 
-    Elementwise products, and others that are as cheap, are recomputed. With `recompute` so is all that does
+    Elementwise products and other cheap products are recomputed. With `recompute`, so is everything that does
     not depend on the input vector: products of coefficients and of weights.
     """
     sizes = dict(program.network.index_sizes)
@@ -84,11 +84,11 @@ def saved_results(program: Program, recompute: bool) -> frozenset[int]:
         is_cheap = 2 * prod(sizes[x] for x in step.summed) <= CHEAP
         if not is_cheap and (position in depend_on_input or not recompute):
             saved.add(position)
-    return frozenset(saved - {program.result})  # the gradient is no function of the output
+    return frozenset(saved - {program.result})  # the gradient does not depend on the output
 
 
 def sparse_products(program: Program) -> dict[int, SparseProduct]:
-    """The products of one factor and the coefficients of a level of many experts, by position."""
+    """The products of one factor with the coefficients of a level with many experts, by position."""
     network = program.network
     sizes = dict(network.index_sizes)
     products = {}
@@ -123,11 +123,11 @@ def gradients_of(
     needed: Sequence[bool],
     ready: Mapping[int, bool],
 ) -> list[Tensor | None]:
-    """Gradients of the operands, from that of the result; None for each that is not needed.
+    """Gradients of the operands, given the gradient of the result; None for those that are not needed.
 
-    The activation, if there is one, made the input vector of the program of the last operands, as many as it
-    takes. `results` are those that were saved, by position. Some of them were not computed, but `ready`:
-    gradients of these follow, where they are needed.
+    An activation computes the input vector from the last operands, one for each of its arguments. `results`
+    are the saved results, by position. Those in `ready` were passed to the contraction instead of computed by
+    it: their gradients follow those of the operands.
     """
     program = policy.program
     last = len(program.network.operands) - 1
@@ -156,7 +156,7 @@ def gradients_of(
 def _gradients_of_step(
     step: Step, gradient: Tensor, values: _Values, is_needed: Sequence[bool], sparse: SparseProduct | None
 ) -> dict[int, Tensor]:
-    """Gradients of the operands of one product that are needed, by position."""
+    """The needed gradients of the operands of one product, by position."""
     operands = (step.left, step.right)
     wholes = (values[step.left.position], values[step.right.position])
     left, right, _ = views(step, *wholes, TORCH)
@@ -179,7 +179,7 @@ def _gradients_of_step(
         if not is_needed[operand.position]:
             continue
         view, other = (left, right) if side == 0 else (right, left)
-        # The gradient of the view, with its axes as they lie in memory.
+        # The gradient of the view, with its axes in memory order.
         if of_views is not None:
             of_view = unpermuted(of_views[side], operand.axes)
         elif step.kind == "mul":
@@ -204,7 +204,7 @@ def _gradients_of_step(
 
 
 def _is_one_kernel(gradient: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Whether a kernel gives both gradients of an elementwise product: nothing is broadcast or strided."""
+    """Whether one kernel can compute both gradients of an elementwise product: no broadcasting or strides."""
     arrays = (gradient, left, right)
     return (
         kernels.serve(gradient)
@@ -220,37 +220,37 @@ def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) ->
         return gradient * other
 
     def axes(shape: Sequence[int]) -> list[int]:
-        """Those of the gradient along which a shape is not broadcast."""
+        """Axes of the gradient along which a shape is not broadcast."""
         skipped = gradient.ndim - len(shape)
         return [k + skipped for k, size in enumerate(shape) if size == gradient.shape[k + skipped]]
 
     kept = axes(shape)
     if kept[-1:] == [gradient.ndim - 1] or is_batched(gradient):
-        # Entries next to each other are in different sums: torch sums these fast, one axis at a time.
-        # (And a batch of gradients has no einsum.)
+        # Adjacent entries belong to different sums, which torch computes fast, one axis at a time.
+        # (And einsum does not support a batch of gradients.)
         product = gradient * other
         for axis in reversed([k for k in range(gradient.ndim) if k not in kept]):
             product = product.sum(axis)
         return product.reshape(shape)
     everywhere, of_other = axes(gradient.shape), axes(other.shape)
     squeezed = other.reshape([gradient.shape[k] for k in of_other])
-    # (One sum of products, which never holds them all.)
+    # (A sum of products that never stores all of them.)
     return torch.einsum(gradient, everywhere, squeezed, of_other, kept).reshape(shape)
 
 
 def _of_whole(gradient: Tensor, operand: Operand, shape: Sequence[int]) -> Tensor:
-    """The gradient of an operand of this shape from that of its view, whose axes lie as in memory."""
+    """The gradient of an operand of this shape, given that of its view with axes in memory order."""
     permuted = shape if operand.copy_order is None else [shape[axis] for axis in operand.copy_order]
     return unpermuted(_reshaped(gradient, permuted), operand.copy_order)
 
 
 def _reshaped(array: Tensor, shape: Sequence[int]) -> Tensor:
-    # (A view that changes nothing takes as long as a small sum.)
+    # (A trivial view takes as long as a small sum.)
     return array if array.shape == tuple(shape) else array.reshape(shape)
 
 
 def _is_last_row(step: Step, side: int) -> bool:
-    """Whether one operand is a matrix, as it lies in memory, whose last row is the bias row."""
+    """Whether one operand is, in memory order, a matrix whose last row is the bias row."""
     operand, bias = (step.left, step.right)[side], step.bias
     return (
         step.kind == "mm"
@@ -261,8 +261,9 @@ def _is_last_row(step: Step, side: int) -> bool:
 
 
 def _of_bias_row(gradient: Tensor, bias: Bias, shape: Sequence[int]) -> Tensor:
-    """The gradient of the bias row of an operand of this shape, as an axis of size one."""
-    # It was broadcast over the batch: the rows of the product if it stands on the right, else its columns.
+    """The gradient of the bias row of an operand of this shape, with an axis of size one."""
+    # The row is broadcast over the batch: the rows of the product if it is on the right, otherwise the
+    # columns.
     row = gradient.sum(-2 if bias.side == 1 else -1)
     row_shape = [size for axis, size in enumerate(shape) if axis != bias.axis]
     ordered = row_shape if bias.order is None else [row_shape[axis] for axis in bias.order]
@@ -270,7 +271,7 @@ def _of_bias_row(gradient: Tensor, bias: Bias, shape: Sequence[int]) -> Tensor:
 
 
 def unpermuted(array: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    """The array of which `array` is the permutation in this order."""
+    """Undo a permutation of axes."""
     inverse = _inverse(order)
     return array if inverse is None else array.permute(inverse)
 

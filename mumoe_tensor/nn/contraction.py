@@ -1,4 +1,4 @@
-"""A contraction as one function for autograd, which saves little for its backward pass."""
+"""A contraction as a single autograd function, which saves little for the backward pass."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ def contract(
     ready: Mapping[int, Tensor] = _NONE,
     is_recorded: bool = False,
 ) -> Tensor:
-    """Contract operands, the input vector last, as `execute` does.
+    """Contract operands like `execute`, with the input vector last.
 
-    An activation, an elementwise function, makes the input vector of the last operand, or of the last few,
-    which are as many as it takes: those are saved, and not its result. `ready` has results by position, which
-    are not computed again. A call that torch records shows the plain steps: a compiler decides by itself what
-    to save.
+    An elementwise activation computes the input vector from the last operands, one for each of its arguments.
+    These are saved instead of its result. `ready` contains results by position, which are not computed again.
+    If torch records the call, the plain steps are recorded, since a compiler decides itself what to save.
     """
     program = policy.program
     if not program.network.takes_input:
@@ -40,7 +39,7 @@ def contract(
             operands, inputs = operands[:last], operands[last:]
             activation = _arranged_after(activation, program.arrange[last])
         operands = [*arranged(program, operands, TORCH), *inputs]
-    if not program.steps:  # one vector of outputs for all inputs
+    if not program.steps:  # a bias: one vector of outputs for all inputs
         return operands[0]
     if torch.is_grad_enabled() and not is_recorded:
         apply = _Contraction.apply if is_transformed() else _apply
@@ -52,11 +51,11 @@ def contract(
         return y
     if is_recorded or output.shape is None or output != Arrangement(shape=output.shape):
         return arrange(y, output, TORCH)
-    return unviewed(y, output.shape)  # (to which the next term can be added in place)
+    return unviewed(y, output.shape)  # (so that the next term can be added in place)
 
 
 def _arranged_after(activation: Activation, arrangement: Arrangement | None) -> Activation:
-    """The activation and what follows it: of a zero it need not be zero, so it comes before the padding."""
+    """The activation, then the arrangement: padding comes last, since the activation of 0 may not be 0."""
     if arrangement is None:
         return activation
     return lambda *inputs: arrange(activation(*inputs), arrangement, TORCH)
@@ -69,7 +68,7 @@ def _run(
     ready: Mapping[int, Tensor] = _NONE,
     keep: frozenset[int] = frozenset(),
 ) -> dict[int, Tensor]:
-    """The result and those to keep, by position."""
+    """The result and the results to keep, by position."""
     last = len(policy.program.network.operands) - 1
     values = {**dict(enumerate(operands[: last + 1])), **ready}
     if activation is not None:
@@ -85,14 +84,14 @@ class _Contraction(torch.autograd.Function):
     def forward(
         policy: SavePolicy, activation: Activation | None, positions: tuple[int, ...], *operands: Tensor
     ) -> tuple[Tensor, ...]:
-        """Contract the operands; the last are results that are ready, in these positions."""
+        """Contract the operands; the last ones are ready results, with these positions."""
         count = len(operands) - len(positions)
         ready = dict(zip(positions, operands[count:], strict=True))
         saved = policy.saved.difference(positions)
         values = _run(policy, activation, operands[:count], ready, saved)
         y = values[policy.program.result]
         if policy.program.steps[-1].shape is not None:
-            # A view that a function returns must not be changed in place, as activations do.
+            # A view returned by an autograd function must not be changed in place, as activations may do.
             y = unviewed(y, y.shape)
         return y, *map(values.__getitem__, sorted(saved))
 
@@ -111,7 +110,7 @@ class _Contraction(torch.autograd.Function):
         if gradient is None:
             return (None,) * (3 + stop)
         if torch.is_grad_enabled():
-            # The gradient is to have one itself: as a function of the operands, not of saved results.
+            # For higher derivatives, the gradient must be a function of the operands, not of saved results.
             plain = SavePolicy(policy.program)
 
             def contracted(*x: Tensor) -> Tensor:

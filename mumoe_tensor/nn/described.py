@@ -1,4 +1,4 @@
-"""The layers that stand in a model: described in JSON, and made again from that."""
+"""Descriptions of the layers in a model as JSON, from which they can be rebuilt."""
 
 from __future__ import annotations
 
@@ -19,58 +19,59 @@ _classes: dict[str, Any] = {}
 
 
 def register_layer(kind: Layer) -> Layer:
-    """Let the layers of a class be saved within a model. Works as a decorator.
+    """Allow layers of a class to be saved within a model. This is a class decorator.
 
     Parameters
     ----------
     kind : type
-        A module with an attribute `config`, in types of JSON, and a class method
-        ``from_config(config, device=..., dtype=...)`` that makes such a layer.
+        A subclass of `torch.nn.Module` with an attribute `config` of JSON types, and a class method
+        ``from_config(config, device=..., dtype=...)`` that makes a layer from it.
 
     Raises
     ------
     ValueError
-        If another class has its name.
+        If another class has the same name.
     TypeError
-        If it is no such class.
+        If it is not such a class.
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_config")):
-        raise TypeError(f"a layer must be a class of modules with a method from_config, got {kind!r}.")
+        raise TypeError(f"a layer must be a subclass of Module with a method from_config, got {kind!r}.")
     present = _classes.setdefault(kind.__name__, kind)
     if (present.__module__, present.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"every class of layers must have its own name; {kind.__name__!r} is {present!r}.")
+        raise ValueError(f"classes of layers must have unique names; {kind.__name__!r} is {present!r}.")
     _classes[kind.__name__] = kind
     return kind
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no module, with a TypeError."""
+    """Raise a TypeError unless a model is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer that a config describes, with all its parts."""
+    """Whether a module is a layer that is described by its config, including all submodules."""
     return isinstance(module, tuple(_classes.values()))
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The layers of registered classes in a model, by name, each with all that makes it again.
+    """Describe the layers of registered classes in a model, by name.
 
-    A layer within another is a part of that. A layer with several names has the first.
+    A layer inside another layer is part of the outer one. A layer with several names is listed under the
+    first.
 
     Returns
     -------
     dict of str to dict
-        ``{"class": name, "config": arguments}`` in types of JSON; with ``"edits"``, the names of the bias
-        edits of each `Experts` by its name in the layer, if there are some.
+        ``{"class": name, "config": arguments}`` in JSON types. If there are bias edits, ``"edits"`` contains
+        their names for each `Experts`, by its name within the layer.
 
     Raises
     ------
     ValueError
-        If a layer has a gate or an activation without a name, is of a class that is derived from a
-        registered one and not registered, has other entries in its state than a layer of its config, or
-        buffers that are in no state.
+        If a layer has a gate or an activation without a name, if its class is an unregistered subclass of a
+        registered one, if its state differs from that of a layer with its config, or if it has non-persistent
+        buffers.
     """
     described: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -86,7 +87,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _entry(layer: nn.Module, kinds: list[type]) -> dict[str, Any]:
     if type(layer) not in kinds:
-        raise ValueError(f"its class must be registered, by register_layer; got {type(layer).__name__}.")
+        raise ValueError(f"its class must be registered by register_layer, got {type(layer).__name__}.")
     made: Any = layer
     entry = {"class": type(layer).__name__, "config": as_json(made.config)}
     edits = {
@@ -95,19 +96,19 @@ def _entry(layer: nn.Module, kinds: list[type]) -> dict[str, Any]:
     if edits:
         entry["edits"] = edits
     if unsaved := {name for name, _ in layer.named_buffers()} - layer.state_dict().keys():
-        raise ValueError(f"buffers must be persistent, got {sorted(unsaved)} that are in no state.")
+        raise ValueError(f"buffers must be persistent, got {sorted(unsaved)}, which are not.")
     present, again = (_outline(module) for module in (layer, rebuild(entry, device="meta")))
     if present != again:
         different = sorted(name for name, _ in present.items() ^ again.items())
         raise ValueError(
-            "its state must be that of a layer of its config, as without pruning, parametrizations and "
-            f"parallelize; {different[0]!r} differs."
+            "its state must match its config, without pruning, parametrizations or parallelize; "
+            f"{different[0]!r} differs."
         )
     return entry
 
 
 def _outline(layer: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    """Shape, and whether it is of floats, of each entry of a state."""
+    """Shape of each entry of a state, and whether its dtype is floating."""
     return {
         name: (value.shape, value.is_floating_point())
         for name, value in layer.state_dict().items()
@@ -116,32 +117,32 @@ def _outline(layer: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
 
 
 def rebuild(entry: Mapping[str, Any], **place: Any) -> Any:
-    """A layer from its entry in `describe`, with new values.
+    """Rebuild a layer from its entry in `describe`, with new values.
 
     Parameters
     ----------
     entry : mapping
-        As it was, or read from JSON.
+        The entry, possibly after a round trip through JSON.
     **place
         `device` and `dtype`.
 
     Raises
     ------
     ValueError
-        If its class is not registered, or the entry is not one of a layer.
+        If the class is not registered, or the entry does not describe a layer.
     """
     needed = {"class", "config"}
     if not isinstance(entry, Mapping) or not needed <= entry.keys() <= needed | {"edits"}:
-        raise ValueError(f"a layer must be described by its class, config and edits, got {entry!r}.")
+        raise ValueError(f"a layer must be described by class, config and optional edits, got {entry!r}.")
     if not isinstance(entry["class"], str) or entry["class"] not in _classes:
         raise ValueError(
-            f"a layer must be of a registered class, {', '.join(_classes)}, got {entry['class']!r}: import "
-            "the module that registers it first."
+            f"the class of a layer must be registered ({', '.join(_classes)}), got {entry['class']!r}: first "
+            "import the module that registers it."
         )
     layer, edits = _classes[entry["class"]].from_config(entry["config"], **place), entry.get("edits", {})
     parts = dict(layer.named_modules())
     if not isinstance(edits, Mapping) or not all(hasattr(parts.get(part), "add_edit") for part in edits):
-        raise ValueError(f"edits must be names for parts of the layer that take edits, got {edits!r}.")
+        raise ValueError(f"the keys of edits must be submodules that support edits, got {edits!r}.")
     for part, names in edits.items():
         for name in names:
             parts[part].add_edit(name)
@@ -149,10 +150,9 @@ def rebuild(entry: Mapping[str, Any], **place: Any) -> Any:
 
 
 def prepare_to_save(model: nn.Module) -> None:
-    """Let the ``save_pretrained`` of models of transformers write the layers in them; see `.pretrained`.
+    """Make ``save_pretrained`` of a transformers model save the layers in it; see `.pretrained`.
 
-    Nothing happens to other models, nor if transformers has not been imported. All functions that put layers
-    into a model call it.
+    Other models are not changed. All functions that put layers into a model call this function.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and any(isinstance(m, modeling.PreTrainedModel) for m in model.modules()):

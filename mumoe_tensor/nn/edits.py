@@ -1,4 +1,4 @@
-"""Biases that experts get after training, beside the weight, so that they can be removed again."""
+"""Biases added to experts after training, separately from the weight, so that they can be removed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class BiasEdit(nn.Module):
-    """One more bias of every expert: the product of its means, one a level, times a vector of outputs.
+    """An additional bias of every expert: the product of its means, one per level, times a vector of outputs.
 
-    The buffers ``mean_0``, ... have shape (N_e,), `outputs` has (out_features,).
+    The buffers ``mean_0``, ... have shape (N_e,), and `outputs` has shape (out_features,).
     """
 
     outputs: Tensor
@@ -23,7 +23,7 @@ class BiasEdit(nn.Module):
         self.register_buffer("outputs", outputs)
 
     def forward(self, coefficients: Sequence[Tensor]) -> Tensor:
-        """The addition to the outputs of inputs with these coefficients."""
+        """The bias to add to the outputs, given the coefficients."""
         weight = self.outputs.new_ones(())
         for e, a in enumerate(coefficients):
             weight = weight * (a @ getattr(self, f"mean_{e}"))
@@ -31,25 +31,25 @@ class BiasEdit(nn.Module):
 
 
 class BiasEdits(nn.ModuleDict):
-    """The edits of one layer of experts, by their names."""
+    """The edits of one layer of experts, by name."""
 
     def forward(self, y: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
-        """The outputs with all edits added, in their dtype."""
+        """Add all edits to the outputs, in the dtype of the outputs."""
         for edit in self.values():
             y = y + edit(coefficients).to(y.dtype)
         return y
 
 
 def check_edit_name(name: str) -> None:
-    """Raise an error unless a module of edits can have a child of that name."""
+    """Raise an error unless a `BiasEdits` can have a child of that name."""
     if not isinstance(name, str):
         raise TypeError(f"the name of an edit must be a string, got {name!r}.")
     if not name or "." in name or hasattr(BiasEdits(), name):
-        raise ValueError(f"the name of an edit must be that of a module, without dots, got {name!r}.")
+        raise ValueError(f"the name of an edit must be a valid module name without dots, got {name!r}.")
 
 
 def edits_in(state: Mapping[str, Any], prefix: str) -> dict[str, set[str]]:
-    """The names of the edits in the state of an `Experts`, each with the names of its entries."""
+    """The edits in the state of an `Experts`, by name, each with the names of its entries."""
     start, edits = f"{prefix}edits.", dict[str, set[str]]()
     for key in state:
         if key.startswith(start):

@@ -1,10 +1,10 @@
-"""entmax15 along the last axis, and its gradient, as quick operations of torch.
+"""entmax15 along the last axis, and its gradient, as fast torch operations.
 
-All are about u = (z − t)₊, where z are logits less the largest of their row; p = (u / 2)² sums to one where
-‖u‖ = 2. Newton steps on ‖u‖ − 2 rise to that t from any below it. What a CPU does instead depends on the
-size of a call. Few logits are sorted, for a closed form; by NumPy, whose operations take less time to call
-than those of torch. Of long rows the largest of every 16 entries are taken: their t is a lower bound of the
-row's, and close to it. Few entries are above it, and only they are read again.
+All methods find u = (z − t)₊, where z are the logits minus the maximum of their row; p = (u / 2)² sums to one
+if ‖u‖ = 2. Newton steps on ‖u‖ − 2 increase t to this root from any smaller value. On a CPU, the method
+depends on the size of a call. Few logits are sorted, for a closed form, with NumPy, whose calls have less
+overhead than those of torch. In long rows, the threshold of the maxima of every 16 entries is a close lower
+bound for that of the row. Few entries are above this bound, and only these are read again.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ from torch import Tensor
 from mumoe_tensor import gates
 from mumoe_tensor.nn.norm import LogitBatchNorm
 
-#: Logits of a call up to which NumPy, on one thread, takes less time than torch.
+#: Number of logits of a call up to which NumPy, on one thread, is faster than torch.
 FEW = 8192
-#: Logits of a call up to which sorting by torch takes less time than Newton steps, which are more operations.
+#: Number of logits of a call up to which sorting with torch is faster than Newton steps, which are more
+#: calls.
 FEWEST = 4096
-#: Entries of a row up to which the closed form is close in float32.
+#: Length of a row up to which the closed form is accurate in float32.
 SHORT = 256
-#: Entries of a row from which on those above the bound are looked for.
+#: Length of a row from which on the entries above a bound are selected.
 LONG = 4096
-#: Entries of which the largest is taken.
+#: Number of entries in a block, of which the maximum is taken.
 BLOCK = 16
-#: Entries above the bound are read by their places where they are at most this share of all.
+#: Largest share of entries above the bound at which they are read by their indices.
 SHARE = 0.25
-#: No step follows one that was this small in every row: steps converge quadratically, and a last one follows.
+#: Newton steps stop once they are this small in every row; they converge quadratically, and a last one
+#: follows.
 SMALL = 1e-5
-#: Newton steps for the bound: it is one after any number of them, and closer after more.
+#: Number of Newton steps for the bound. It is a lower bound after any number, and closer after more.
 BOUND_STEPS = 5
-#: Elements of a chunk of rows: every step reads and writes them, so they stay in the cache of a CPU.
+#: Number of elements in a chunk of rows. Every step reads and writes a chunk, which should fit into the CPU
+#: cache.
 CHUNK = 2**19
 
 
 def coefficients(z: Tensor) -> Tensor:
-    """The coefficients of logits, in float64 too: the same operations for any values."""
-    if _are_few(z) and not torch.compiler.is_compiling():  # (which takes any number of rows)
+    """The coefficients of logits, also in float64, by operations that do not depend on values."""
+    if _are_few(z) and not torch.compiler.is_compiling():  # (compiled code must accept any number of rows)
         return _sorted(z)
     u = torch.sub(z, z.amax(-1, keepdim=True)).add_(2).relu_()
     for _ in range(_most_steps(z)):
@@ -51,7 +54,7 @@ def coefficients(z: Tensor) -> Tensor:
 
 
 def coefficients_on_cpu(z: Tensor) -> Tensor:
-    """The same, where values can be read."""
+    """The coefficients of logits on a CPU, by operations that may depend on values."""
     if z.numel() <= FEW and z.dtype == torch.float32:
         return torch.from_numpy(_by_numpy(z.detach().numpy()))
     rows = z.reshape(-1, z.shape[-1])
@@ -62,7 +65,7 @@ def coefficients_on_cpu(z: Tensor) -> Tensor:
 def coefficients_of_levels(
     logits: Tensor, sizes: Sequence[int], norm: LogitBatchNorm | None
 ) -> tuple[Tensor, ...]:
-    """The coefficients of few logits of levels of these sizes, after batch norm by its running statistics."""
+    """The coefficients of few logits, for levels of these sizes, after batch norm with running statistics."""
     z = logits.numpy()
     if norm is not None:
         with np.errstate(all="ignore"):
@@ -70,22 +73,22 @@ def coefficients_of_levels(
         z = z.astype(np.float32, copy=False)
     if len(sizes) == 1:
         return (torch.from_numpy(_by_numpy(z)),)
-    if len(set(sizes)) == 1:  # one call takes less time
+    if len(set(sizes)) == 1:  # a single call is faster
         return torch.from_numpy(_by_numpy(z.reshape(*z.shape[:-1], len(sizes), sizes[0]))).unbind(-2)
     levels = [z[..., stop - n : stop] for n, stop in zip(sizes, accumulate(sizes), strict=True)]
     return tuple([torch.from_numpy(_by_numpy(level)) for level in levels])
 
 
 def gradient(p: Tensor, dp: Tensor, result: Tensor | None = None) -> Tensor:
-    """The gradient of the logits from the coefficients and their gradient."""
-    # (A CPU takes many times longer for the root of zero than for that of other numbers.)
+    """The gradient of the logits, given the coefficients and their gradient."""
+    # (On a CPU, the root of zero takes many times longer than that of other numbers.)
     s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
     scaled = torch.mul(s, dp, out=result)
     return scaled.addcmul_(s, -scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
 
 
 def gradient_on_cpu(p: Tensor, dp: Tensor) -> Tensor:
-    """The same, where values can be read."""
+    """The gradient of the logits on a CPU, by operations that may depend on values."""
     if p.numel() <= CHUNK and p.shape[-1] < LONG:
         return gradient(p, dp)
     shape, p, dp = p.shape, p.reshape(-1, p.shape[-1]), dp.reshape(-1, p.shape[-1])
@@ -112,30 +115,31 @@ def _step(u: Tensor) -> Tensor:
 
 
 def _closed(u: Tensor, norm: Tensor, support: Tensor) -> Tensor:
-    """The coefficients from u, its norm and its signs, with a last step, in the memory of u."""
-    # It may also go back, where rounding errors have led too far: on the support alone, which stays as it is.
+    """The coefficients from u, its norm and its sign, with a final Newton step, in place."""
+    # The step may also decrease t to correct rounding errors: it is restricted to the support, which is kept.
     step = norm * (2 - norm) / u.sum(-1, keepdim=True)
-    # (Without `value`, of which torch.compile makes an operation that torch.func.grad cannot differentiate.)
+    # (Without `value`, which torch.compile converts to an operation that torch.func.grad cannot
+    # differentiate.)
     u.addcmul_(support, step.to(u.dtype)).mul_(0.5)
     return u.mul_(u)
 
 
 def _solve(u: Tensor) -> Tensor:
-    """The coefficients from u for a t below the threshold, in its memory: reading and writing take time."""
+    """The coefficients from u for a t below the threshold, in place to save memory traffic."""
     for _ in range(_most_steps(u)):
         step = _step(u)
         u.sub_(step).relu_()
         if not bool((step > SMALL).any()):
             break
-    # (As `sum` adds in pairs, this norm is finer than `vector_norm`, and takes less time than in float64.)
-    # (And fresh memory takes longer to write than all else.)
+    # (`sum` adds pairwise, so this norm is more accurate than `vector_norm`, and faster than one in float64.)
+    # (The memory of `squares` is reused, since writing to new memory is slow.)
     squares = u * u
     norm = squares.sum(-1, keepdim=True).sqrt_()
     return _closed(u, norm, torch.sign(u, out=squares))
 
 
 def _newton(rows: Tensor) -> Tensor:
-    """The coefficients of rows of logits by Newton steps, one chunk after the other."""
+    """The coefficients of rows of logits by Newton steps, chunk by chunk."""
     p = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for part, u in zip(_chunks(rows), _chunks(p), strict=True):
         _solve(torch.sub(part, part.amax(-1, keepdim=True), out=u).add_(2).relu_())
@@ -143,7 +147,7 @@ def _newton(rows: Tensor) -> Tensor:
 
 
 def coefficients_in_float32(z: Tensor) -> Tensor | None:
-    """The same without float64, for few logits in short rows; None for others."""
+    """The coefficients without float64, for few logits in short rows; otherwise None."""
     if not _are_few(z) or z.shape[-1] > SHORT or torch.compiler.is_compiling():
         return None
     return _sorted(z, torch.float32)
@@ -151,16 +155,16 @@ def coefficients_in_float32(z: Tensor) -> Tensor | None:
 
 def _sorted(z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The coefficients of logits by the closed form for the k largest of a row."""
-    # No entry more than 2 below the largest has a coefficient. In float64, because the roots cancel.
+    # Entries more than 2 below the maximum have coefficient zero. In float64, because of cancellation.
     wide = (z - z.amax(-1, keepdim=True)).clamp_(min=-2).to(dtype)
     largest = wide.sort(-1, descending=True).values
     k = torch.arange(1, z.shape[-1] + 1, dtype=dtype, device=z.device)
     total, squares = largest.cumsum(-1), largest.square().cumsum(-1)
-    # The t at which the k largest alone have ‖z − t‖ = 2. It grows with k, and that of all entries is the
-    # last that is not above its k-th entry; the entries after that one are below it.
+    # For each k, the t at which the k largest entries have ‖z − t‖ = 2. It grows with k. The threshold of the
+    # row is the last t that is not above the k-th entry; later entries are below it.
     root = torch.addcmul(total.square(), k, squares.sub_(4), value=-1).relu_().sqrt_()
     t = torch.minimum(total.sub_(root).div_(k), largest).amax(-1, keepdim=True)
-    if dtype == torch.float32:  # a Newton step from there
+    if dtype == torch.float32:  # refine by a Newton step
         u = (wide - t).relu_()
         excess = torch.linalg.vector_norm(u, dim=-1, keepdim=True).sub_(2)
         t.addcdiv_(excess, u.sum(-1, keepdim=True), value=2)
@@ -169,17 +173,17 @@ def _sorted(z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def _by_numpy(z: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The coefficients by the closed form for the k largest of a row: NumPy takes less time for each step."""
-    with np.errstate(invalid="ignore", over="ignore"):  # (of rows that become NaN)
+    """The coefficients by the closed form for the k largest of a row, with NumPy, whose calls are faster."""
+    with np.errstate(invalid="ignore", over="ignore"):  # (for rows that become NaN)
         behind = np.negative(z)
         behind.sort(-1)
         least = behind[..., :1]
-        # How far each logit is behind the largest. From 2 on it has no coefficient. (In float64,
-        # as roots cancel.)
+        # The distance of each logit from the maximum. From 2 on, the coefficient is zero. (In float64,
+        # because of cancellation.)
         d = np.subtract(behind, least, dtype=np.float64)
         np.minimum(d, 2, out=d)
-        # The t at which the k largest alone have ‖t − d‖ = 2. It falls with k, and that of all entries is
-        # the last that is not below the k-th distance; later entries are above it.
+        # For each k, the t at which the k largest logits have ‖t − d‖ = 2. It falls with k. The threshold of
+        # the row is the last t that is not below the k-th distance; later distances are above it.
         k = np.arange(1.0, z.shape[-1] + 1)
         total, squares = d.cumsum(-1), (d * d).cumsum(-1)
         squares -= 4
@@ -191,7 +195,7 @@ def _by_numpy(z: NDArray[np.float32]) -> NDArray[np.float32]:
         t += total
         t /= k
         np.maximum(t, d, out=t)
-        # (In this order: a logit and the largest may be far from zero.)
+        # (In this order, because a logit and the maximum may both be far from zero.)
         p = z + least
         p += np.minimum.reduce(t, -1, keepdims=True)
         np.maximum(p, 0, out=p)
@@ -209,12 +213,12 @@ def _is_long(rows: Tensor) -> bool:
 
 
 def _block_maxima(rows: Tensor) -> Tensor:
-    # (Of entries far apart, so that torch compares whole vectors.)
+    # (The entries of a block are far apart in memory, so that torch compares whole vectors.)
     return rows.unflatten(1, (BLOCK, -1)).amax(1)
 
 
 def _places_above(bound: Tensor, rows: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows and columns of the entries above a bound of their row, and of NaN; None if these are many."""
+    """Rows and columns of the entries that are NaN or above the bound of their row; None if many are."""
     row, block = (maxima <= bound).logical_not_().nonzero().unbind(1)
     if len(row) > SHARE * maxima.numel():
         return None
@@ -225,11 +229,11 @@ def _places_above(bound: Tensor, rows: Tensor, maxima: Tensor) -> tuple[Tensor, 
 
 
 def _of_few_entries(rows: Tensor) -> Tensor | None:
-    """The coefficients of long rows, None where many entries are above the bound."""
+    """The coefficients of long rows; None if many entries are above the bound."""
     maxima = _block_maxima(rows)
     top = maxima.amax(-1, keepdim=True)
     t = _bound(maxima - top)
-    # Below it by more than all rounding errors: the entries above it are solved for again.
+    # Lower the bound by more than all rounding errors; the problem is solved again for the entries above it.
     t -= 4 * torch.finfo(rows.dtype).eps * top.abs() + SMALL
     places = _places_above(top + t, rows, maxima)
     if places is None:
@@ -238,7 +242,7 @@ def _of_few_entries(rows: Tensor) -> Tensor | None:
     most = int(count.max())
     if most > SHARE * rows.shape[-1]:
         return None
-    # A short row for each: its entries, then −inf.
+    # A short row for each long row: its entries, padded with −inf.
     first = count.cumsum(0) - count
     slots = torch.arange(len(places[0])) + (most * torch.arange(len(rows)) - first)[places[0]]
     short = rows.new_full((len(rows) * most,), -torch.inf)
@@ -250,7 +254,7 @@ def _of_few_entries(rows: Tensor) -> Tensor | None:
 
 
 def _bound(z: Tensor) -> Tensor:
-    """A lower bound of t, near it, for rows of logits less their largest."""
+    """A close lower bound of t, for rows of logits minus their maximum."""
     u, t = z.add(2).relu_(), torch.full_like(z[:, :1], -2)
     for _ in range(BOUND_STEPS):
         step = _step(u)
@@ -260,7 +264,7 @@ def _bound(z: Tensor) -> Tensor:
 
 
 def _gradient_of_few_entries(p: Tensor, dp: Tensor) -> Tensor | None:
-    """The gradient of the logits of long rows, None where many coefficients are not zero."""
+    """The gradient of the logits of long rows; None if many coefficients are nonzero."""
     places = _places_above(p.new_zeros(len(p), 1), p, _block_maxima(p))
     if places is None:
         return None

@@ -1,4 +1,4 @@
-"""One factorized weight of experts as a torch module, without a gate."""
+"""A factorized weight of experts as a torch module, without a gate."""
 
 from __future__ import annotations
 
@@ -45,25 +45,26 @@ Init = Literal["linear", "published"]
 class Experts(WholeState):
     """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
-    Equation (1) of Oldfield et al. (2024). Its parameters are the factors of W. W is never formed, unless
+    Equation (1) of Oldfield et al. (2024). The parameters are the factors of W. W is never formed, unless
     there are no experts, the format splits the input or the output, and forming the matrix first is cheaper.
-    (W is then no larger than the weight of `torch.nn.Linear`; that of N experts is N times as large.)
+    (W is then no larger than the weight of `torch.nn.Linear`; with N experts it is N times as large.)
 
     Parameters
     ----------
     experts : int or sequence of int
-        Number of experts, one number a level.
+        Number of experts of each level.
     rank : int or sequence of int, optional
-        One entry a bond of the format; see `.Format.bonds`.
+        One entry per bond of the format; see `.Format.bonds`.
     bias : bool, default True
-        Every expert has a bias: the input mode has one more row.
+        Whether every expert has a bias, as one more row of the input mode.
     init : {"linear", "published"}, default "linear"
         See `reset_parameters`.
     batch_hint : int, default 1024
-        The number of rows that the order of contraction is chosen for. It is right for any.
+        Number of rows for which the order of contraction is optimised. It is correct for any number.
     machine : str, Machine or mapping, optional
-        What the order of contraction is chosen for, see `mumoe_tensor.plan`; by default the kind of device
-        and the dtype of the parameters, also after ``.to(...)``. Results are equal but for rounding.
+        Machine for which the order of contraction is optimised, see `mumoe_tensor.plan`. By default it
+        follows from the device and the dtype of the parameters, also after ``.to(...)``. Results differ only
+        by rounding.
     recompute : bool, default False
         Recompute the products of coefficients and factors in the backward pass, instead of saving them.
         Elementwise products are recomputed in any case.
@@ -73,19 +74,17 @@ class Experts(WholeState):
     spec : LayerSpec
         Format, sizes and rank.
     num_experts : tuple of int
-        One number a level.
+        Number of experts of each level.
     factor_0, factor_1, ... : Parameter
-        The factors that are not all ones, in declared order, each in the memory order its format declares
+        The factors that are not all ones, in the order of the declaration, each in its memory order
         (``Factor.memory_order``).
     axes : tuple of tuple of str
         The axes of each of these factors, by the names of the format.
     edits : BiasEdits or None
-        Biases that `.analysis.edit_bias` added, by name.
+        Biases added by `.analysis.edit_bias`, by name.
 
-    Notes
-    -----
-    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are kept between calls
-    where that takes less time, and made again once a weight has changed.
+    Notes ----- On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are cached
+    between calls if this is faster, and recomputed when a weight changes.
     """
 
     edits: BiasEdits | None
@@ -115,11 +114,11 @@ class Experts(WholeState):
         self.bias = bias
         check_flag(recompute, "recompute")
         init, batch_hint = check_choice(init, get_args(Init), "init"), as_positive(batch_hint, "batch_hint")
-        #: The arguments besides those of the spec, device and dtype.
+        #: The arguments other than those of the spec, device and dtype.
         self.options: dict[str, Any] = {"init": init, "batch_hint": batch_hint, "recompute": recompute}
-        # (Configs of earlier versions have no machine, and so has that of a layer without one.)
+        # (Without a machine there is no entry, as in configs of earlier versions.)
         self.options |= {} if machine is None else {"machine": machine_entry(machine)}
-        #: The kind of device and the dtype that it is planned for.
+        #: The type of device and the dtype of the current plan.
         self._place: tuple[str, torch.dtype] | None = None
         self._planned: _Planned
         networks = self._networks
@@ -135,13 +134,13 @@ class Experts(WholeState):
             empty = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
         self._plan_for(empty)
-        self.edits = None  # a child only where there are some
-        if not self.factors[0].is_meta:  # no values are drawn there
+        self.edits = None  # a submodule only if there are edits
+        if not self.factors[0].is_meta:  # the meta device has no values
             self.reset_parameters()
 
     @classmethod
     def from_spec(cls, spec: LayerSpec, **options: Any) -> Self:
-        """Make experts of the format, sizes and rank of a spec, with further arguments of `Experts`.
+        """Make experts with the format, sizes and rank of a spec, and further arguments of `Experts`.
 
         Raises
         ------
@@ -151,14 +150,14 @@ class Experts(WholeState):
         spec = as_spec(spec)
         if spec.hidden is not None:
             raise ValueError(
-                f"experts have one weight, and a block several, with specs in `layers`; got {spec!r}."
+                f"spec must be that of a single layer, such as one of the `layers` of a block, got {spec!r}."
             )
         sizes = spec.in_features, spec.out_features, spec.experts
         return cls(*sizes, spec.format, spec.full_rank, bias=spec.bias, **options)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make experts like these, by `from_config`, in types of JSON; see `MuMoE.config`.
+        """The arguments of `from_config` for experts like these, in JSON types; see `MuMoE.config`.
 
         Raises
         ------
@@ -171,24 +170,24 @@ class Experts(WholeState):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
-        """Make experts from the `config` of others; further arguments are `device` and `dtype`."""
+        """Make experts from a `config`; further arguments are `device` and `dtype`."""
         return cls(**config, **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the factors as `init` says.
+        """Initialise the factors according to `init`.
 
-        Experts start near one and the same linear layer: the factors of the first level are near one (on
-        the diagonal of two bonds), those of further levels are one. The factor of the input is uniform in
-        ±1/√I, that of the output in ±1/√(product of its bonds), a core normal with unit norm. This is
-        ``"published"`` (Oldfield et al., 2024). ``"linear"``, the default, then scales the factor of the
-        input, such that the outputs have the variance of those of `torch.nn.Linear`, whatever the format,
-        the rank and the levels are.
+        All experts start close to the same linear layer: the factors of the first level are near one (on the
+        diagonal of two bonds), those of further levels are one. The factor of the input is uniform in ±1/√I,
+        that of the output in ±1/√(product of its bonds), and a core is normal with unit norm. This is
+        ``"published"`` (Oldfield et al., 2024). The default, ``"linear"``, then scales the factor of the
+        input such that the outputs have the same variance as those of `torch.nn.Linear`, for any format, rank
+        and number of levels.
 
-        If the input is split, each factor of a part of it is uniform in ±1/√(entries that it sums over), and
-        all of them are scaled alike. Each term of a sum has an equal share of the variance. A bias that is a
-        term starts uniform in ±1/√I, as that of `torch.nn.Linear`. Factors that have both experts and the
-        input or the output alone (low rank, dense) differ from expert to expert from the start.
+        If the input is split, each factor with a part of it is uniform in ±1/√(number of entries that it sums
+        over), and all these factors are scaled equally. Each term of a sum has an equal share of the
+        variance. A bias term is uniform in ±1/√I, as in `torch.nn.Linear`. Factors that have both expert
+        modes and the input or the output (low rank, dense) differ between experts from the start.
         """
         weight = self.weight
         is_sharded = is_distributed(weight.arrays[0])
@@ -213,9 +212,10 @@ class Experts(WholeState):
     def weight(self) -> FactorizedTensor:
         """The factors as a `.FactorizedTensor`: views of the parameters, in declared order, without edits.
 
-        One can be set that has the format, the shape and the rank of the layer, as `.decompose` returns it,
-        or a container of TensorLy. Its values are copied into the parameters, which keep their dtype and
-        device and whether they are trained. A ValueError says what does not fit, and nothing is changed.
+        The attribute can be set to a weight with the format, shape and rank of the layer, for example from
+        `.decompose`, or to a TensorLy container. Its values are copied to the parameters, which keep their
+        dtype, device and ``requires_grad``. If it does not fit, a ValueError is raised and nothing is
+        changed.
 
         Examples
         --------
@@ -238,34 +238,34 @@ class Experts(WholeState):
     def weight(self, weight: Any) -> None:
         if not all(isinstance(factor, nn.Parameter) and not factor.is_meta for factor in self.factors):
             raise ValueError(
-                "factors must be parameters with values to be set; some are on the meta device, or pruning "
-                "or a parametrization computes them."
+                "factors must be parameters with values to be set; some are on the meta device, or computed "
+                "by pruning or a parametrization."
             )
         copy_weight(as_factorized(weight), self.weight)
 
     @property
     def terms(self) -> tuple[FactorizedTensor, ...]:
-        """The terms of `weight`, as views of the parameters: itself, unless the format is a sum.
+        """The terms of `weight`, as views of the parameters. A weight that is not a sum is its only term.
 
-        The last is the bias where the format splits the input; see `.Bias`.
+        If the format splits the input, the last term is the bias; see `.Bias`.
         """
         return self.weight.terms
 
     def freeze(self, term: int | str | Format) -> None:
-        """Leave the factors of a term out of training: their ``requires_grad`` is False.
+        """Exclude the factors of a term from training, by setting their ``requires_grad`` to False.
 
-        A state does not have it. To freeze all terms is ``experts.requires_grad_(False)``.
+        A state dict does not store this. ``experts.requires_grad_(False)`` freezes all terms.
 
         Parameters
         ----------
         term : int, str or Format
-            The number of a term in `terms`, or its format, or the name or title of that; all terms that it
-            fits.
+            The index of a term in `terms`, or its format, or the name or title of the format, which may match
+            several terms.
 
         Raises
         ------
         ValueError, TypeError
-            If there is no such term; if pruning or a parametrization computes a factor.
+            If there is no such term; if a factor is computed by pruning or a parametrization.
 
         Examples
         --------
@@ -286,14 +286,14 @@ class Experts(WholeState):
         factors = [factor for k in self._numbers_of(term) for factor in self.factors[self._terms[k].factors]]
         if not all(isinstance(factor, nn.Parameter) for factor in factors):
             raise ValueError(
-                "the factors of a term must be parameters to be frozen; pruning or a parametrization "
-                f"computes some of term {term!r}: freeze the parameters it computes them from."
+                "the factors of a term must be parameters to be frozen; some factors of term "
+                f"{term!r} are computed by pruning or a parametrization: freeze its parameters instead."
             )
         for factor in factors:
             factor.requires_grad_(is_trained)
 
     def _numbers_of(self, term: int | str | Format) -> list[int]:
-        """The numbers of the terms that are meant; see `freeze`."""
+        """The indices of the terms that match; see `freeze`."""
         formats = [format for format, _ in self.spec.weight_format.summands(len(self.num_experts))]
         if not isinstance(term, (str, Format)):
             return [read_number(term, len(formats), f"the number of a term of {self.spec.weight_format!r}")]
@@ -306,12 +306,12 @@ class Experts(WholeState):
         return fits
 
     def expert(self, index: Index) -> tuple[Tensor, Tensor | None]:
-        """Matrix of shape (in_features, out_features) and bias of one expert, one number a level.
+        """Matrix, of shape (in_features, out_features), and bias of one expert, given by one index per level.
 
         Raises
         ------
         ValueError, TypeError
-            If the index does not name an expert.
+            If there is no such expert.
         """
         index = read_index(index, self.num_experts)
         matrix = expert_matrix(self.weight, index, bias=self.bias)
@@ -327,7 +327,7 @@ class Experts(WholeState):
 
     @property
     def needs_dense(self) -> bool:
-        """Whether the coefficients of a call must be dense: a hook or an edit sees them, or the class."""
+        """Whether coefficients must be dense, because a hook, an edit or a subclass reads them."""
         return self.edits is not None or type(self) is not Experts or has_hooks(self)
 
     def forward(
@@ -344,16 +344,17 @@ class Experts(WholeState):
         ----------
         z : Tensor of shape (..., in_features)
         coefficients : sequence of Tensor of shape (..., N_e)
-            One a level, with the leading shape of `z`; or ``sparse.SparseCoefficients`` of that shape.
+            One array per level, with the leading shape of `z`; or ``sparse.SparseCoefficients`` of this
+            shape.
         activation : callable, optional
-            An elementwise function without parameters or randomness, applied to `z` first. Its result is not
-            saved for the backward pass but recomputed.
+            An elementwise function without parameters or randomness, applied to `z` first. Its result is
+            recomputed in the backward pass instead of saved.
         sparse_gradient : bool, default False
-            The gradients of coefficients that are zero may be left out. Then, where few of 1,024 experts or
-            more have a nonzero coefficient, only their rows of the factor are read.
+            Whether the gradients of zero coefficients may be omitted. If a level has at least 1,024 experts
+            of which few have nonzero coefficients, only their rows of the factor are then read.
         times : Tensor of shape (..., in_features), optional
-            The result of the activation is multiplied with it, as in a gated block. The product is not saved
-            for the backward pass either. It must have an activation.
+            A tensor that multiplies the result of the activation, as in a gated block. The product is also
+            recomputed in the backward pass. This requires an activation.
 
         Returns
         -------
@@ -362,7 +363,7 @@ class Experts(WholeState):
         Raises
         ------
         ValueError
-            If the shapes do not fit together.
+            If the shapes do not match.
         """
         coefficients = tuple(coefficients)
         inputs: tuple[Tensor, ...] = (z,)
@@ -379,7 +380,7 @@ class Experts(WholeState):
         activation: Activation | None,
         sparse_gradient: bool,
     ) -> Tensor:
-        """As `forward`, with factors and the inputs of the activation as arguments, and without edits."""
+        """Like `forward`, with factors and the inputs of the activation as arguments, and without edits."""
         z = inputs[0]
         check_dense(z)
         dtype, leading = autocast_dtype(z.device), z.shape[:-1]
@@ -389,7 +390,7 @@ class Experts(WholeState):
             fits = fits and a.shape == (*leading, n)
         if not fits:
             raise ValueError(
-                f"inputs must have {self.in_features} features, and there must be coefficients of shapes "
+                f"inputs must have {self.in_features} features, and coefficients must have shapes "
                 f"{[(*leading, n) for n in self.num_experts]}; got inputs of {tuple(z.shape)}, coefficients "
                 f"of {[tuple(a.shape) for a in coefficients]}."
             )
@@ -398,18 +399,18 @@ class Experts(WholeState):
         if is_indexed and (recorded or is_transformed() or not is_indexable(z)):
             coefficients = [a.dense() if isinstance(a, SparseCoefficients) else a for a in coefficients]
             is_indexed = False
-        # (No needless views: in-place changes of these are restricted.)
+        # (No unnecessary views, since in-place changes of views are restricted.)
         is_matrix = len(leading) == 1
         vectors: tuple[Any, ...] = (*coefficients, *inputs)
         if not is_matrix:
             vectors = tuple(x.reshape(-1, x.shape[-1]) for x in vectors)
         if dtype is not None:
-            # Autocast does not reach into the backward pass of a function.
+            # Autocast does not apply in the backward pass of an autograd function.
             vectors = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in vectors)
         use_folded = not (dtype or is_indexed or recorded or self.training or torch.is_grad_enabled())
         y: Tensor | None = None
         with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
-            # (`.to` plans anew; but parameters may have been replaced.)
+            # (`.to` makes a new plan, but parameters may also have been replaced.)
             if not recorded and (factors[0].device.type, factors[0].dtype) != self._place:
                 self._plan_for(factors[0])
             planned = self._planned
@@ -428,7 +429,8 @@ class Experts(WholeState):
                 if is_indexed:
                     operands, ready = indexed_products(policy.program, products, operands)
                 part = contract(policy, operands, activation, ready, recorded)
-                # (A term without steps is a parameter itself; a view must not be changed, nor returned.)
+                # (A term without steps is a parameter, which must not be changed in place, and nor must a
+                # view.)
                 if y is None:
                     y = part
                 elif (
@@ -442,7 +444,7 @@ class Experts(WholeState):
 
     @property
     def plan(self) -> Plan:
-        """What a forward pass does where the parameters are, and its cost for `batch_hint` rows."""
+        """The plan of a forward pass on the device of the parameters, with its cost for `batch_hint` rows."""
         self._plan_for(self.factors[0])
         return self._planned.plan
 
@@ -456,14 +458,14 @@ class Experts(WholeState):
         return self
 
     def _plan_for(self, factor: Tensor) -> None:
-        """Plan anew unless the plan is for the kind of device and the dtype of a factor."""
+        """Make a new plan unless the current one is for the device type and the dtype of a factor."""
         place = factor.device.type, factor.dtype
         if place != self._place:
             machine = machine_of(place[0], str(place[1]).removeprefix("torch."), self.options.get("machine"))
             self._place, self._planned = place, self._planned_on(machine)
 
     def _planned_on(self, machine: Machine) -> _Planned:
-        # Without experts the weight is one matrix: where it is made of parts, forming it may be cheaper.
+        # Without experts the weight is a single matrix. If it is split, forming it may be cheaper.
         is_matrix = not self.spec.experts and self.spec.format.is_split
         implementation = "auto" if is_matrix else "factorized"
         plan = plan_terms(
@@ -473,7 +475,7 @@ class Experts(WholeState):
 
     @property
     def _networks(self) -> list[Network]:
-        # The parameters lie in memory order: to the planner these are their axes.
+        # The axes of the parameters are in memory order.
         return [replace(network, operands=network.memory_orders) for network in networks_of(self.spec)]
 
     @cached_property
@@ -481,7 +483,7 @@ class Experts(WholeState):
         return [Folded(plan) for plan in self.plan.terms]
 
     def train(self, mode: bool = True) -> Self:
-        """As for every module; in training, folded products of weights are forgotten."""
+        """Set the training mode, as for every module; training clears folded products of weights."""
         if mode and "_folded" in self.__dict__:
             for folded in self._folded:
                 folded.clear()
@@ -495,13 +497,15 @@ class Experts(WholeState):
         for name, entries in edits_in(state, prefix).items():
             check_edit_name(name)
             if entries != sizes.keys():
-                raise ValueError(f"an edit must have {[*sizes]} in a state; {name!r} has {sorted(entries)}.")
+                raise ValueError(
+                    f"an edit in a state must have the entries {[*sizes]}; {name!r} has {sorted(entries)}."
+                )
             start = f"{prefix}edits.{name}."
             expected |= {start + entry: torch.empty(n, device="meta") for entry, n in sizes.items()}
         return expected
 
     def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
-        # Edits that only the state has get a place, to be loaded like all else.
+        # Edits that exist only in the state are created, so that they can be loaded.
         for name in edits_in(state, prefix):
             if self.edits is None or name not in self.edits:
                 self.add_edit(name)
@@ -509,9 +513,9 @@ class Experts(WholeState):
     def add_edit(
         self, name: str, means: Sequence[Tensor] | None = None, outputs: Tensor | None = None
     ) -> None:
-        """Give every expert one more bias, see `BiasEdit`, of copies of tensors, or of zeros.
+        """Add a `BiasEdit` with copies of these tensors, or with zeros.
 
-        They are not checked; `.analysis.edit_bias` checks them.
+        The tensors are not checked here, but in `.analysis.edit_bias`.
         """
         like = self.factors[0]
         means = [like.new_zeros(n) for n in self.num_experts] if means is None else means
@@ -528,15 +532,15 @@ class Experts(WholeState):
 
 
 class _Term(NamedTuple):
-    """How a term of the weight is contracted.
+    """The contraction of a term of the weight.
 
     Attributes
     ----------
     policy, sparse_policy : SavePolicy
     factors : slice
-        Its factors among the parameters.
+        The position of its factors among the parameters.
     num_vectors : int or None
-        How many of the coefficients it takes if it takes no inputs, as a bias; None for all of both.
+        For a bias term, which does not read the inputs, the number of coefficients; otherwise None.
     """
 
     policy: SavePolicy
@@ -546,7 +550,7 @@ class _Term(NamedTuple):
 
 
 class _Planned(NamedTuple):
-    """A plan, and how it is run for each term; for chosen experts also their routes."""
+    """A plan and the contraction of each term; for chosen experts also their routes."""
 
     plan: Plan
     terms: tuple[_Term, ...]
@@ -567,15 +571,14 @@ def _terms(plan: Plan, recompute: bool) -> tuple[_Term, ...]:
 
 def _gated(activation: Activation | None) -> Activation:
     if activation is None:
-        raise ValueError("an activation must be given for its result to be multiplied, got None.")
+        raise ValueError("activation must be given together with times, got None.")
     return lambda z, times: activation(z) * times
 
 
 def rename_factors(state: MutableMapping[str, Any], prefix: str) -> None:
-    """Give the factors in a state of an earlier version, ``factors.0``, …, their present names, in place.
+    """Rename the factors of a state of an earlier version, ``factors.0``, …, to the current names, in place.
 
-    The prefix is that of the names of an `Experts`. What follows a factor's name, as in the state of an
-    optimizer, stays.
+    `prefix` is the prefix of an `Experts`. Suffixes, as in the state of an optimizer, are kept.
     """
     old = f"{prefix}factors."
     for key in [key for key in state if key.startswith(old)]:

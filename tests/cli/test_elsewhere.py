@@ -58,9 +58,9 @@ def test_formats_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (None, "takes a Python file, and there is none at"),
-        ("1 / 0", "must run without an error; ZeroDivisionError: division by zero"),
-        ("def", "must run without an error; SyntaxError"),
+        (None, "must be the path of a Python file, got"),
+        ("1 / 0", "must run without an error, got ZeroDivisionError: division by zero"),
+        ("def", "must run without an error, got SyntaxError"),
     ],
 )
 def test_a_file_that_cannot_be_run_is_one_line(source: str | None, message: str, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_file_must_not_have_the_name_of_another_module(tmp_path: Path) -> None
     file = tmp_path / "json.py"
     file.write_text(BLOCKS)
     done = command("formats", "--import", str(file))
-    assert done.returncode == 2 and "must have a name that no other module has" in done.stderr
+    assert done.returncode == 2 and "must not have the name of another module" in done.stderr
 
 
 def test_formats_of_installed_packages(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_formats_of_installed_packages(tmp_path: Path) -> None:
         ("blocks = blocks_of_mine:Nothing", "'blocks_of_mine:Nothing' cannot be loaded: AttributeError"),
         ("blocks = nowhere:Blocks", "'nowhere:Blocks' cannot be loaded: ModuleNotFoundError"),
         ("other = blocks_of_mine:Blocks", "must have the name of its format, which is 'blocks'"),
-        ("blocks = blocks_of_mine", "register takes a class derived from Format"),
+        ("blocks = blocks_of_mine", "register must decorate or be called with a class"),
     ],
 )
 def test_a_broken_entry_point_is_a_warning(entry: str, message: str, tmp_path: Path) -> None:

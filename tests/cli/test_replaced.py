@@ -90,7 +90,7 @@ def test_the_second_process_in_a_folder_is_refused(command: str, data: Path, tmp
     with alone_in(out):
         result = run(LINES[command] + " --fresh" * (command in FRESH), data, out)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
-        assert "another one is at work in" in result.stderr
+        assert "another is writing into" in result.stderr
     assert contents(out) == before
 
 

@@ -89,7 +89,7 @@ def test_a_fit_that_is_not_finite_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_method_without_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Product, "fits", [])
-    with pytest.raises(ValueError, match="one fit or more"):
+    with pytest.raises(ValueError, match="at least one fit"):
         mt.decompose(np.ones((3, 4)), Product(), 1)
 
 

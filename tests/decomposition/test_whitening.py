@@ -138,7 +138,11 @@ def test_the_covariance_may_be_of_any_backend_and_dtype() -> None:
 @pytest.mark.parametrize(
     "covariance, error, message",
     [
-        (np.eye(5), ValueError, r"the bias row included where there is one: \(6, 6\), got \(5, 5\)"),
+        (
+            np.eye(5),
+            ValueError,
+            r"per row of the input mode \(including a bias row\), shape \(6, 6\), got \(5, 5\)",
+        ),
         (np.eye(6)[0], ValueError, r"got \(6,\)"),
         (np.eye(6, dtype=int), TypeError, "floating dtype, .* got input_covariance: int64"),
         ([[1.0]], TypeError, "must be plain NumPy, PyTorch or JAX arrays, got list"),

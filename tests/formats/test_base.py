@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[Callable[[tuple[str, ...]], Any], int, str]] = {
     "a bond of one factor": (
         lambda m: dense(m, " r"),
         0,
-        "a bond must join two factors or more; Declared has 'r' once",
+        "a bond must join two or more factors; Declared has 'r' once",
     ),
     "a bond of one factor and an optional one": (
         lambda m: [mt.Factor("r", optional=True), *dense(m, " r")],
@@ -65,12 +65,16 @@ REFUSED: dict[str, tuple[Callable[[tuple[str, ...]], Any], int, str]] = {
     ),
     "a bond of one factor, two levels": (lambda m: dense(m, " r", 2), 2, "has 'r' once"),
     "a bond of one factor, twelve levels": (lambda m: dense(m, " r", 12), 12, "has 'r' once"),
-    "the batch": (lambda m: star(m, "B"), 0, "a bond must not be named 'B', .*; Declared has 'B'"),
+    "the batch": (
+        lambda m: star(m, "B"),
+        0,
+        r"a bond must not have the name of the batch \('B'\), .*; Declared has 'B'",
+    ),
     "the batch, three levels": (lambda m: star(m, "B", 3), 3, "Declared has 'B'"),
     "the mode of the next level": (
         lambda m: star(m, f"n{len(m) - 1}"),
         0,
-        "or as a mode of more levels; Declared has 'n1'",
+        "or of a mode of another level; Declared has 'n1'",
     ),
     "the mode of the next level, two levels": (lambda m: star(m, "n3", 2), 2, "Declared has 'n3'"),
     "the mode of a far level": (lambda m: star(m, "n30"), 0, "Declared has 'n30'"),
@@ -89,12 +93,12 @@ REFUSED: dict[str, tuple[Callable[[tuple[str, ...]], Any], int, str]] = {
     "a list of indices": (
         lambda m: [mt.Factor([*m])],
         0,
-        "TypeError: a factor's indices must be names in one string",
+        "TypeError: a factor's indices must be a string such as 'b1 n1 b2'",
     ),  # type: ignore[arg-type]
     "a list as memory order": (
         lambda m: dense(m, memory_order=[*m]),
         0,
-        "TypeError: a factor's indices must be names in one string",
+        "TypeError: a factor's indices must be a string such as 'b1 n1 b2'",
     ),
     "an empty memory order": (
         lambda m: dense(m, memory_order=""),
@@ -111,9 +115,9 @@ REFUSED: dict[str, tuple[Callable[[tuple[str, ...]], Any], int, str]] = {
         2,
         "raises IndexError: tuple index out of range",
     ),
-    "a string": (lambda m: " ".join(m), 0, "of Declared must list Factors, got 'i o'"),
-    "nothing": (lambda m: None, 0, "of Declared must list Factors, got None"),
-    "strings in a list": (lambda m: [*m], 0, r"of Declared must list Factors, got \['i', 'o'\]"),
+    "a string": (lambda m: " ".join(m), 0, "of Declared must return a list of Factor, got 'i o'"),
+    "nothing": (lambda m: None, 0, "of Declared must return a list of Factor, got None"),
+    "strings in a list": (lambda m: [*m], 0, r"of Declared must return a list of Factor, got \['i', 'o'\]"),
 }
 
 
@@ -135,9 +139,9 @@ def test_a_bad_declaration_is_refused_where_it_breaks(case: str) -> None:
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"name": "cp"}, "a format's name must be its own; 'cp' is CP of mumoe_tensor.formats.cp."),
-        ({"name": "sum"}, "a format's name must be its own; 'sum' is Sum of mumoe_tensor.formats.sums."),
-        ({"__init__": lambda self, size: None}, "must be made without arguments; Declared() raises"),
+        ({"name": "cp"}, "the name of a format must be unique; 'cp' is CP of mumoe_tensor.formats.cp."),
+        ({"name": "sum"}, "the name of a format must be unique; 'sum' is Sum of mumoe_tensor.formats.sums."),
+        ({"__init__": lambda self, size: None}, "must not require arguments; Declared() raises"),
         ({"name": 3}, "must have a name, a string; Declared has 3"),
         ({"name": " "}, "must have a name, a string; Declared has ' '"),
         ({"title": None}, "must have a title, a string; Declared has None"),

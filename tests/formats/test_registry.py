@@ -246,14 +246,14 @@ def test_entries_that_name_no_format_are_refused(entry: dict[str, Any]) -> None:
 
 
 def test_formats_that_an_entry_cannot_hold_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be registered to be written in a config, got PartialTucker"):
+    with pytest.raises(ValueError, match="must be registered to be stored in a config, got PartialTucker"):
         config_entry(SOME)
     mt.register(PartialTucker)
-    with pytest.raises(ValueError, match="arguments of types that JSON has"):
+    with pytest.raises(ValueError, match="arguments of JSON types"):
         config_entry(PartialTucker(frozenset("i")))  # type: ignore[arg-type]
     changed = PartialTucker()
     changed.more = 3  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="must keep the arguments of its class as they are"):
+    with pytest.raises(ValueError, match="must store the arguments of its class unchanged"):
         config_entry(changed)
 
 

@@ -152,7 +152,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "too small a product": (
         lambda: mt.LayerSpec({"name": "btt", "splits": {"i": [2, 2]}}, **SIZES),
         ValueError,
-        r"must hold all its entries; those of 'i', \(2, 2\), hold 4 of 6",
+        r"at least its size; mode 'i' has 6 entries, the parts \(2, 2\) have 4",
     ),
     "parts the format cannot take": (
         lambda: mt.LayerSpec({"name": "btt", "splits": {"i": 3}}, **SIZES | {"in_features": 8}),
@@ -162,21 +162,21 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "a slice beyond the experts": (
         lambda: mt.LayerSpec(mt.sum_of("cp", mt.sliced("cp", 2, 5)), **SIZES),
         ValueError,
-        r"a slice must be of experts that there are.*\(4,\) experts",
+        r"a slice must be within the experts of a level.*\(4,\) experts",
     ),
     "an empty slice": (lambda: mt.sliced("cp", 2, 2), ValueError, "0 <= start < stop"),
-    "a sum of nothing": (lambda: mt.sum_of(), ValueError, "must have terms besides a bias"),
-    "shared sum": (lambda: mt.shared(mt.sum_of("cp", "tr")), TypeError, "no sum or term"),
-    "splits of a sum": (lambda: mt.sum_of("cp", "tr").with_splits({"i": 2}), TypeError, "those of the terms"),
+    "a sum of nothing": (lambda: mt.sum_of(), ValueError, "must have a term that is not a bias"),
+    "shared sum": (lambda: mt.shared(mt.sum_of("cp", "tr")), TypeError, "must not wrap a sum"),
+    "splits of a sum": (lambda: mt.sum_of("cp", "tr").with_splits({"i": 2}), TypeError, "set on the terms"),
     "TensorLy": (
         lambda: mt.FactorizedTensor.random("cp-matrix", rank=2, **SIZES).to_tensorly(),
         TypeError,
-        "TensorLy has no container of a weight in format 'cp-matrix'",
+        "the format must have a TensorLy container, got 'cp-matrix'",
     ),
     "TensorLy, of a sum": (
         lambda: mt.FactorizedTensor.random(mt.sum_of("cp", "cp"), rank=(2, 2), **SIZES).to_tensorly(),
         TypeError,
-        "TensorLy has no container",
+        "must have a TensorLy container",
     ),
     "TensorLy, of split experts": (
         lambda: (
@@ -186,15 +186,15 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
             ).to_tensorly()
         ),
         TypeError,
-        "TensorLy has no container",
+        "must have a TensorLy container",
     ),
     "parts that disagree": (
         lambda: mt.FactorizedTensor(COMPOSED[0], [ones((2, 3, 1, 2)), ones((2, 2, 1, 4))]),
         ValueError,
         "must have the parts of the format",
     ),
-    "two biases": (lambda: mt.sum_of("btt", Bias(), Bias()), ValueError, "one bias at most"),
-    "a bias alone": (lambda: mt.sum_of(Bias()), ValueError, "must have terms besides a bias"),
+    "two biases": (lambda: mt.sum_of("btt", Bias(), Bias()), ValueError, "at most one bias"),
+    "a bias alone": (lambda: mt.sum_of(Bias()), ValueError, "must have a term that is not a bias"),
     "a bias as a weight": (
         lambda: mt.LayerSpec(Bias(), **SIZES, bias=True),
         ValueError,
@@ -233,7 +233,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "experts of which no factor has all": (
         lambda: mt.FactorizedTensor(mt.sliced("hadamard", 0, 2), [ones((2, 8)), ones((6, 8))]),
         ValueError,
-        "a shape must be given for a weight none of whose factors has all entries of mode 'n1'",
+        "a shape must be given if no factor has all entries of a mode, got None for mode 'n1'",
     ),
     "a shape of one size": (
         lambda: mt.FactorizedTensor(mt.shared("dense"), [ones((6, 8))], (6,)),
@@ -250,7 +250,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 
 @pytest.mark.parametrize("format", ["btt", mt.sum_of(mt.shared("btt"), "cp")], ids=repr)
 def test_the_error_for_a_size_without_factors_names_a_format_that_has_it(format: Any) -> None:
-    with pytest.raises(ValueError, match="pad it") as error:
+    with pytest.raises(ValueError, match="pad the mode") as error:
         mt.LayerSpec(format, **SIZES | {"in_features": 769})
     padded = json.loads(str(error.value)[str(error.value).index("{") : -1])
     assert mt.LayerSpec(padded, **SIZES | {"in_features": 769}).padding == {"in_features": (769, 770)}
@@ -265,7 +265,7 @@ def test_the_error_for_a_rank_of_a_sum_names_the_bonds_of_all_terms(rank: Any) -
 @pytest.mark.parametrize("wrap", [mt.shared, lambda format: mt.sliced(format, 0, 2)])
 @pytest.mark.parametrize("format", [mt.shared("cp"), mt.sliced("cp", 0, 2), Bias()], ids=repr)
 def test_a_term_of_a_term_is_refused(wrap: Any, format: mt.Format) -> None:
-    with pytest.raises(TypeError, match="must be of a format that is no sum or term, got "):
+    with pytest.raises(TypeError, match="must not wrap a sum or another term, got "):
         wrap(format)
 
 

@@ -138,7 +138,7 @@ def test_what_cannot_be_merged_or_removed_leaves_the_model_as_it_was() -> None:
     add_experts(network, "layers.*", experts=3, rank=2, gate_norm="none")
     add_experts(network, "head", experts=(), format="lowrank", rank=2, input_norm=True)
     state = copy.deepcopy(network.state_dict())
-    with pytest.raises(ValueError, match="experts must see the input of 'head' as it is, without a norm"):
+    with pytest.raises(ValueError, match="experts to be merged must have no input norm, got one for 'head'"):
         merge_experts(network, (), "head")
     with pytest.raises((ValueError, TypeError)):
         merge_experts(network, 3, "layers.*")
@@ -147,7 +147,7 @@ def test_what_cannot_be_merged_or_removed_leaves_the_model_as_it_was() -> None:
     for call in (remove_experts, lambda model, name: merge_experts(model, 0, name)):
         with pytest.raises(TypeError, match="the pattern must be a string, got 3"):
             call(network, 3)
-        with pytest.raises(ValueError, match="the pattern must name a layer with experts beside it"):
+        with pytest.raises(ValueError, match="the pattern must name a layer with parallel experts"):
             call(network, "body.*")
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     merge_experts(network, 1, "layers.1")
@@ -161,7 +161,7 @@ def test_outputs_that_would_change_are_refused() -> None:
     # Zero times a coefficient that is not finite is not zero.
     network = Network()
     before = [*network.named_modules()]
-    with pytest.raises(ValueError, match=r"'head' cannot have experts beside it: .* error would be nan"):
+    with pytest.raises(ValueError, match=r"'head' cannot have parallel experts: .* error would be nan"):
         add_experts(network, "head", experts=3, rank=2, gate=lambda logits: logits + torch.inf)
     assert [*network.named_modules()] == before
     assert all(parameter.requires_grad for parameter in network.parameters())
@@ -175,7 +175,7 @@ def test_a_dry_run_changes_nothing() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert planned == add_experts(network, "layers.*", experts=3, rank=2)
     with pytest.raises(
-        ValueError, match=r"'layers\.0' cannot have experts beside it: it already has experts"
+        ValueError, match=r"'layers\.0' cannot have parallel experts: it already has parallel experts"
     ):
         add_experts(network, "layers.*", experts=3, rank=2, dry_run=True)
     with pytest.raises(TypeError, match="dry_run"):
@@ -205,16 +205,16 @@ def test_experts_beside_experts_are_refused() -> None:
     add_experts(network, "layers.0", experts=3, rank=2)
     before = [*network.named_modules()]
     part = "it is a part of a layer of class Adapter, which must stay whole"
-    for pattern, cause in (("*", "it already has experts"), ("*.base", part)):
-        with pytest.raises(ValueError, match=f"cannot have experts beside it: {cause}"):
+    for pattern, cause in (("*", "it already has parallel experts"), ("*.base", part)):
+        with pytest.raises(ValueError, match=f"cannot have parallel experts: {cause}"):
             add_experts(network, pattern, experts=3, rank=2)
     assert [*network.named_modules()] == before
     for options in ({}, {"experts": 3, "bias": True}, {"experts": 3, "gate_features": 6}):
-        with pytest.raises(TypeError, match="the options must have experts, not bias"):
+        with pytest.raises(TypeError, match="the options must include experts, but neither bias"):
             add_experts(network, "head", rank=2, **options)
     with pytest.raises(TypeError, match=r"a model must be a torch\.nn\.Module, got str"):
         add_experts("network", "head", experts=3)
-    with pytest.raises(ValueError, match=r"'head' cannot have experts beside it: .*rank"):
+    with pytest.raises(ValueError, match=r"'head' cannot have parallel experts: .*rank"):
         add_experts(network, "head", experts=3, rank=0)
     # Later adapters are trained with the earlier ones.
     add_experts(network, "head", experts=3, rank=2)
@@ -239,11 +239,11 @@ def test_experts_are_saved_alone(dtype: Any, tmp_path: Path) -> None:
     assert not any(p.requires_grad for n, p in other.named_parameters() if ".delta." not in n)
     assert all(p.requires_grad for n, p in other.named_parameters() if ".delta." in n)
     # What does not fit changes nothing.
-    with pytest.raises(ValueError, match="it already has experts beside it"):
+    with pytest.raises(ValueError, match="it already has parallel experts"):
         load_adapter(other, tmp_path)
     plain.head = nn.Linear(6, 5, dtype=dtype)
     before = [*plain.named_modules()]
-    with pytest.raises(ValueError, match=r"'head' cannot have experts beside it: the experts must have"):
+    with pytest.raises(ValueError, match=r"'head' cannot have parallel experts: the experts must have"):
         load_adapter(plain, tmp_path)
     plain.head = nn.Linear(6, 4, bias=False, dtype=dtype)
     with pytest.raises(ValueError, match=r"bias \(6, 4, False\), got \(6, 4, True\)"):
@@ -255,7 +255,7 @@ def test_experts_are_saved_alone(dtype: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the pattern must name a linear layer"):
         load_adapter(plain, tmp_path)
     assert [name for name, _ in plain.named_modules()] == [name for name, _ in before]
-    with pytest.raises(ValueError, match="the pattern must name a layer with experts beside it"):
+    with pytest.raises(ValueError, match="the pattern must name a layer with parallel experts"):
         save_adapter(plain, tmp_path)
     assert (tmp_path / "weights.safetensors").stat().st_size == size
 

@@ -228,7 +228,7 @@ def test_there_is_no_bias_or_weight_to_share(kind: str) -> None:
     for name in ("weight", "bias"):
         with pytest.raises(TypeError, match=f"no {name} that can be a parameter or shared"):
             setattr(layer, name, nn.Parameter(torch.zeros(5, 8)))
-    with pytest.raises(AttributeError, match="'size': it holds factors, and to_dense"):
+    with pytest.raises(AttributeError, match="'size': it contains factors; to_dense"):
         layer.mixtures[0].weight.size()
 
 
@@ -411,7 +411,7 @@ def test_symbolic_trace_takes_the_layers_as_leaves(kind: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), made(kind)).eval()
     graph = fx.GraphModule(model, Tracer().trace(model))
     torch.testing.assert_close(graph(inputs()), model(inputs()))
-    with pytest.raises(TypeError, match=r"got Proxy; a Tracer of torch\.fx must take the layers as leaves"):
+    with pytest.raises(TypeError, match=r"got Proxy; a torch\.fx Tracer must treat the layers as leaves"):
         fx.symbolic_trace(model)
 
 

@@ -170,7 +170,7 @@ def test_a_format_that_is_not_registered_is_not_written() -> None:
         name = "cp"
 
     layer = MuMoE(5, 4, 6, Own(), 3)
-    with pytest.raises(ValueError, match=r"^format must be registered to be written in a config"):
+    with pytest.raises(ValueError, match=r"^format must be registered to be stored in a config"):
         _ = layer.config
 
 

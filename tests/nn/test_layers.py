@@ -250,7 +250,7 @@ def test_what_an_activation_is_multiplied_with_must_fit() -> None:
     z, a = torch.randn(5, 6, dtype=torch.float64), [torch.rand(5, 3, dtype=torch.float64)]
     with pytest.raises(ValueError, match="inputs must have 6 features"):
         experts(z, a, torch.sin, times=z[:1])
-    with pytest.raises(ValueError, match="an activation must be given for its result to be multiplied"):
+    with pytest.raises(ValueError, match="activation must be given together with times"):
         experts(z, a, times=z)
 
 
@@ -262,9 +262,9 @@ def test_bad_calls_are_refused() -> None:
         layer(torch.tensor(1.0))
     with pytest.raises(ValueError, match="index at level 0 must be an integer"):
         layer.expert((3, 0))
-    with pytest.raises(ValueError, match=r"coefficients of shapes \[\(2, 3\), \(2, 2\)\]"):
+    with pytest.raises(ValueError, match=r"coefficients must have shapes \[\(2, 3\), \(2, 2\)\]"):
         layer.experts(torch.zeros(2, 5), [torch.ones(2, 3), torch.ones(1, 2)])
-    with pytest.raises(ValueError, match="coefficients of shapes"):
+    with pytest.raises(ValueError, match="coefficients must have shapes"):
         layer.experts(torch.zeros(2, 5), [torch.ones(2, 3)])
     with pytest.raises(ValueError, match="activation"):
         MuMoEMLP(5, 6, 4, 3, rank=2, activation="no_such")

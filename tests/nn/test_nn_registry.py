@@ -122,10 +122,10 @@ def test_arguments_that_cannot_be_written(kind: str) -> None:
         register(each.__name__)(each)
     assert made(kind, Held([1, np.float32(0.5)])).config[kind] == {"name": "Held", "slope": [1, 0.5]}
     for lost in (Lost(1), Many(1)):
-        with pytest.raises(ValueError, match=f"^{kind} must have every argument"):
+        with pytest.raises(ValueError, match=f"^{kind} must have every constructor argument"):
             _ = made(kind, lost).config
     for slope in (torch.ones(1), float("nan"), object(), Fraction(1, 2), {1, 2}, {1: 2}):
-        with pytest.raises(ValueError, match=f"^{kind} must have arguments of types that JSON has"):
+        with pytest.raises(ValueError, match=f"^{kind} must have arguments of JSON types"):
             _ = made(kind, Held(slope)).config
 
 

@@ -165,7 +165,7 @@ def test_published_parameters_are_copies_of_their_dtype() -> None:
 )
 def test_formats_that_split_modes_and_sums_were_not_published(format: Any) -> None:
     layer = MuMoE(6, 8, 4, format, (2,) * len(mt.get_format(format).bonds(1)))
-    with pytest.raises(TypeError, match="TensorLy has no container"):
+    with pytest.raises(TypeError, match="must have a TensorLy container"):
         layer.to_published("v1")
     state = MuMoE(6, 8, 4, "cp", 2).to_published("v1")
     with pytest.raises((TypeError, ValueError), match=r"has no container|formats of whole modes"):

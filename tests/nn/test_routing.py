@@ -282,7 +282,7 @@ def test_the_gate_sees_another_input_than_the_experts(name: str, kind: Any) -> N
     assert layer.keep_experts(0, [0, 1, 2])(x, gate_input=g).shape == y.shape
     with pytest.raises(ValueError, match="the gate's input must have in_features = 3 entries"):
         layer(x)
-    with pytest.raises(ValueError, match=r"inputs must have 6 features, and there must be coefficients"):
+    with pytest.raises(ValueError, match=r"inputs must have 6 features, and coefficients must have shapes"):
         layer(x, gate_input=g[:, :4])
 
 

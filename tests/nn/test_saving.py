@@ -182,15 +182,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "class": (described(lambda d: d["layers"]["blocks.0"].update({"class": "X"})), "got 'X': import"),
     "list for a class": (
         described(lambda d: d["layers"]["blocks.0"].update({"class": []})),
-        r"of a registered class, .* got \[\]",
+        r"class of a layer must be registered .* got \[\]",
     ),
     "list for edits": (
         described(lambda d: d["layers"]["blocks.0"].update(edits=["more"])),
-        r"edits must be names .* got \['more'\]",
+        r"keys of edits must be .* got \['more'\]",
     ),
     "edits of nothing": (
         described(lambda d: d["layers"]["blocks.0"].update(edits={"across": ["more"]})),
-        "edits must be names for parts of the layer",
+        "keys of edits must be submodules that support edits",
     ),
     "option": (described(lambda d: d["layers"]["blocks.0"]["config"].update(wide=1)), "wide"),
     "place": (

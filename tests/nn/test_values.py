@@ -99,7 +99,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
     refused(drawn(rank=(2, 2, 2)), r".*\(2, 2, 2\)\)")
     refused(drawn(experts=(3, 1), rank=(2, 2, 2, 3)), r".*\(3, 1, 6, 4\)")
     refused(torch.zeros(3, 6, 4), r"\(Dense\(\)")
-    with pytest.raises(TypeError, match="a weight is a FactorizedTensor"):
+    with pytest.raises(TypeError, match="a weight must be a FactorizedTensor"):
         layer.weight = "tr"
 
 

@@ -30,7 +30,7 @@ def test_a_torchvision_that_does_not_fit_is_named(
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    with pytest.raises(ImportError, match=r"torchvision must fit torch.*nms does not exist"):
+    with pytest.raises(ImportError, match=r"must match the build of torch.*nms does not exist"):
         load_language_model(saved_llama)
 
 
@@ -62,7 +62,7 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        ("", "a text must have characters"),
+        ("", "a text must not be empty"),
         ('{"text": "a"}\n{"words": 3}', "line 2 must have an entry text"),
         ('{"text": 3}', "line 1 must have an entry text, a string; got 3"),
         ("plain text", "texts.jsonl"),

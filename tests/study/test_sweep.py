@@ -160,7 +160,7 @@ study.run(study.Layer("Tiny", study.dense(24, 20)), experts=[4], formats=["cp", 
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     with pytest.raises(
-        ValueError, match=r"results\.csv: a table must have its columns, each once; missing \['task'"
+        ValueError, match=r"results\.csv: a table must have each of its columns once; missing \['task'"
     ):
         studies.Results(tmp_path / "results.csv")
 

@@ -20,7 +20,7 @@ from mumoe_tensor.multilinear import bind, multilinear_moe
 from mumoe_tensor.spec import LayerSpec, dense_parameters, fit_rank
 from mumoe_tensor.tensors import FactorizedTensor
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "ContractionPlan",

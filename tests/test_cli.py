@@ -415,8 +415,11 @@ BAD = [
     ("train gpt2 --set train.batch_size=-1", "train.batch_size: must be positive, got -1"),
     ("train gpt2 --set train.batch_size", "as train.epochs=3; got 'train.batch_size'"),
     ("train gpt2", "training.bin"),
-    ("train mixer", "train-images-idx3-ubyte.gz"),
-    ("tokenize nothing.txt --hold-out no*", "encoder.json"),
+    ("train mixer", "train-images-idx3-ubyte.gz; `mumoe-tensor data` fetches"),
+    ("train head --images x.npz", "data/efficientnet-lite0 has none, `mumoe-tensor data efficientnet-lite0`"),
+    ("tokenize nothing.txt --hold-out no*", "encoder.json; `mumoe-tensor data gpt2-vocabulary` fetches it"),
+    ("inspect --model a:b --data x.npz --allow-import --shown 0", "shown must be positive, got 0"),
+    ("inspect --model a:b --data x.npz --allow-import --out .", "--out must be a file, and . is a folder"),
 ]
 
 

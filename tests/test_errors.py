@@ -39,7 +39,7 @@ def declared(name: str, *factors: str, bond: str = "") -> type[mt.Format]:
 #: A call, the error, and what the message must say: the rule, and the offending value.
 BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = {
     # formats
-    "unknown format": (lambda: mt.get_format("cpd"), ValueError, ("'cpd'", "'btt', 'cp'", "'tucker'")),
+    "unknown format": (lambda: mt.get_format("cpd"), ValueError, ("'cpd'", "'btt', 'cp'", "'tucker'", "--import")),
     "format of a wrong type": (lambda: mt.get_format(3), TypeError, ("a name, a dict", "or a Format", "3")),
     "factor with an index twice": (lambda: mt.Factor("r r"), ValueError, ("must differ", "'r r'")),
     "memory order of other indices": (lambda: mt.Factor("r i", "r o"), ValueError, ("reorder", "'r o'")),

@@ -77,6 +77,8 @@ def inspect(
         if folder is not None and not folder.is_dir():
             raise NotADirectoryError(f"there is no folder {folder}; `train` and `replace` leave some.")
     path = (run or Path()) / "experts.html" if out is None else out
+    if path.is_dir():
+        raise IsADirectoryError(f"--out must be a file, and {path} is a folder.")
     with bad_input(), alone_in(path.parent), progress_bar("experts") as progress:
         if model is not None:
             text = browse_built(model, config, data=data, progress=progress)

@@ -231,5 +231,8 @@ def _weights(backbone: str) -> str:
     """The file of weights of a network that `mumoe-tensor data` fetched."""
     files = sorted(Path("data", backbone).glob("*.pth"))
     if not files:
-        raise ValueError(f"weights of {backbone} must be given by --weights; data/{backbone} has none.")
+        raise ValueError(
+            f"weights of {backbone} must be given by --weights; data/{backbone} has none, `mumoe-tensor data "
+            f"{backbone}` fetches them."
+        )
     return str(files[0])

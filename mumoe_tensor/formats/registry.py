@@ -97,7 +97,10 @@ def get_format(format: AnyFormat) -> Format:
     settings: dict[str, Any] = {"name": format} if isinstance(format, str) else dict(format)
     name = settings.pop("name", None)
     if not isinstance(name, str) or (name not in {**_registry, **_composed} and not _is_installed(name)):
-        raise ValueError(f"unknown format {name!r}; the formats are {', '.join(map(repr, _registry))}.")
+        raise ValueError(
+            f"unknown format {name!r}; the formats are {', '.join(map(repr, _registry))}. Others must be "
+            "registered first, in commands by --import."
+        )
     if not settings and name in _registry:
         return _registry[name]
     kind = _composed.get(name) or type(_registry[name])

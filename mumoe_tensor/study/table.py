@@ -81,7 +81,7 @@ def _costs(planned: Plan, results: Results) -> Cells:
         "output error, plain fit": "plain fit %",
     }
     errors = {name: heading for name, heading in headed.items() if results.of(name)}
-    headings = ["rank", "parameters", "MFLOPs", "FLOP/byte", "saved KiB", "expert rank", *errors.values()]
+    headings = ["rank", "parameters", "FLOPs", "FLOP/byte", "saved KiB", "expert rank", *errors.values()]
     rows = []
     for subject in planned.subjects:
         figures = subject.figures(planned.setting.batch)
@@ -89,7 +89,7 @@ def _costs(planned: Plan, results: Results) -> Cells:
             *_head(subject),
             ", ".join(map(str, subject.spec.full_rank)),
             f"{figures['parameters']:,.0f}",
-            f"{figures['FLOPs'] / 1e6:,.2f}",
+            f"{figures['FLOPs']:,.0f}",
             f"{figures['intensity']:,.1f}",
             f"{figures['saved'] / 1024:,.1f}",
             f"{figures['expert rank']:,.0f}",

@@ -70,7 +70,7 @@ def measures(setting: Setting) -> list[Measure]:
     made = [Measure(title, quantity, _exact, _percent) for title, quantity in errors]
     made += [
         Measure("highest rank", "expert rank", _exact, lambda value: f"{value:,.0f}", highest=True),
-        Measure("fewest FLOPs", "FLOPs", _exact, lambda value: f"{value / 1e6:,.2f} M"),
+        Measure("fewest FLOPs", "FLOPs", _exact, lambda value: f"{value:,.0f}"),
     ]
     for device in setting.devices:
         at: dict[str, Any] = {"device": device, "batch": setting.batch}

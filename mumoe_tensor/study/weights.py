@@ -52,10 +52,13 @@ def read_weight(source: str, transposed: bool = False) -> Any:
         if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.numel():
             raise ValueError(
                 f"a weight must be a matrix of floats, or a stack of them, and not empty; {name} is "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}."
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}. Select tensors by name, as FILE:NAME."
             )
     if len(shapes := {tuple(tensor.shape) for tensor in tensors.values()}) > 1:
-        raise ValueError(f"weights of one stack must have one shape, got {sorted(shapes)} for {source!r}.")
+        raise ValueError(
+            f"weights of one stack must have one shape, got {sorted(shapes)} for {source!r}. Select tensors "
+            "by name, as FILE:NAME."
+        )
     weight = torch.stack([tensor.float() for tensor in tensors.values()])
     if not weight.isfinite().all() or not weight.any():
         raise ValueError(f"a weight must be finite and not all zero; {source!r} is not.")

@@ -82,7 +82,9 @@ class ImageData:
         if Path(self.inputs).is_dir():
             return self._folders(size)
         if not Path(self.inputs).exists():
-            raise FileNotFoundError(f"there are no images {self.inputs}; `make data` fetches some into data.")
+            raise FileNotFoundError(
+                f"there are no images {self.inputs}; `mumoe-tensor data` fetches some into data."
+            )
         if isinstance(self.validation, str) or self.augment is not None:
             raise ValueError(
                 "a folder for validation and augment are for a folder of images; of a file a share is for "

@@ -36,7 +36,8 @@ class Tokenizer:
     Parameters
     ----------
     folder : str or Path
-        Has ``encoder.json`` and ``vocab.bpe``; ``make data`` puts them into ``data/gpt2-vocabulary``.
+        Has ``encoder.json`` and ``vocab.bpe``; ``mumoe-tensor data`` fetches them into
+        ``data/gpt2-vocabulary``.
     vocabulary : int, optional
         Number of ids. By default all: 50,257.
 
@@ -92,6 +93,10 @@ class Tokenizer:
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Ids of all tokens, and the merges, checked against each other."""
     path = folder / "encoder.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {path}; `mumoe-tensor data gpt2-vocabulary` fetches it into data."
+        )
     ids = read_json(path)
     # Only "\n" ends a line: some tokens have characters that `splitlines` takes for an end.
     lines = read_text(folder / "vocab.bpe").split("\n")

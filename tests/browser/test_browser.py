@@ -342,7 +342,7 @@ def test_names_and_figures_appear_as_they_are(
     levels = collect(head, x, y, k=2)
     x[3, 0], x[4, 0] = torch.inf, torch.nan
     levels += collect(head, x, y, k=2)
-    usage = replace(levels[0].usage, mean=torch.tensor([0.5, torch.nan, torch.inf, -torch.inf, 0.1, 0.2]))
+    usage = replace(levels[0].usage, mean=torch.tensor([0.5, torch.nan, torch.inf, -torch.inf, 1e-5, 0.2]))
     lost = torch.tensor([0.5, -torch.inf, torch.nan, torch.inf, 0.0, 0.1])
     levels.append(replace(levels[0], usage=usage, effects=lost))
     levels = [replace(level, layer=name) for level, name in zip(levels * 4, hostile, strict=False)]
@@ -367,7 +367,7 @@ def test_names_and_figures_appear_as_they_are(
         named.update(tab.evaluate(shown, ".bars span"))
     assert named <= set(hostile) and len(named) > 10
     tab.select_option(".level", "4")
-    means = ["50.0 %", "NaN %", "∞ %", "−∞ %", "10.0 %", "20.0 %"]
+    means = ["50.0 %", "NaN %", "∞ %", "−∞ %", "< 0.01 %", "20.0 %"]
     effects = ["0.500", "−∞", None, "∞", "0.000", "0.100"]
     for n, (mean, effect) in enumerate(zip(means, effects, strict=True)):
         line = tab.inner_text(f".card:nth-child({n + 1}) h2 + p")

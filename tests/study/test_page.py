@@ -92,6 +92,10 @@ def test_the_page_works_in_a_browser(
         "[...document.querySelectorAll('.plot text')].map(t => parseFloat(getComputedStyle(t).fontSize))"
     )
     assert min(sizes) >= 8
+    # The cells of a column are aligned alike.
+    classes = "[...document.querySelectorAll('table')].flatMap(t => [...t.rows[1].cells].map((_, k) => "
+    classes += "new Set([...t.rows].slice(1).map(row => row.cells[k].className)).size))"
+    assert set(page.evaluate(classes)) == {1}
 
     def visible() -> list[Any]:
         return page.evaluate("plots.flatMap(p => p.data.filter(t => t.meta === 'cp').map(t => t.visible))")

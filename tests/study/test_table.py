@@ -23,6 +23,7 @@ def test_costs_are_those_of_the_subjects(made_up: Made) -> None:
     for subject, row in zip(planned.subjects, rows, strict=True):
         figures = subject.figures(8)
         assert row["parameters"] == f"{figures['parameters']:,}"
+        assert row["FLOPs"] == f"{figures['FLOPs']:,.0f}"
         assert row["expert rank"] == f"{figures['expert rank']:,}"
         assert row["rank"] == ", ".join(map(str, subject.spec.full_rank))
     assert any("Parameters" in row["on the front of"] for row in rows)

@@ -3,7 +3,7 @@ const by = id => document.getElementById(id);
 // NaN and infinity come as strings, which Number reads.
 const fixed = (x, digits) => x == null ? '–' : Number.isFinite(+x) ? (+x).toFixed(digits)
   : Number.isNaN(+x) ? 'NaN' : x > 0 ? '∞' : '−∞';
-const percent = x => fixed(Number.isFinite(x) ? 100 * x : x, x < 0.1 ? 2 : 1) + (x == null ? '' : ' %');
+const percent = x => x > 0 && x < 5e-5 ? '< 0.01 %' : fixed(Number.isFinite(x) ? 100 * x : x, x < 0.1 ? 2 : 1) + (x == null ? '' : ' %');
 const largest = numbers => Math.max(...numbers.filter(Number.isFinite), 1e-9);
 const make = (tag, className, text) => {
   const element = document.createElement(tag);

@@ -124,6 +124,7 @@ def test_two_runs_side_by_side(mixer: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     one, other = views_of((tmp_path / "page.html").read_text())
     assert one == other and len(one["levels"]) == 4
+    assert all(expert["effect"] is None for level in one["levels"] for expert in level["experts"])
     done = inspect(str(mixer), "--beside", str(tmp_path / "missing"))
     assert done.exit_code == 2 and "there is no folder" in done.stderr and done.stderr.count("\n") == 1
 

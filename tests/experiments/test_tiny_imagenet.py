@@ -15,7 +15,9 @@ pytest.importorskip("PIL")
 import torch
 from ledgers import ledger_of
 
+from mumoe_tensor.training.images import ImageFiles, Scaled
 from paper_figures.experiments import faces, tiny_imagenet
+from paper_figures.experiments.embeddings import SIZE
 from paper_figures.experiments.heads import Dataset
 from paper_figures.experiments.tiny_imagenet import LINEAR, Run
 
@@ -94,10 +96,10 @@ def test_images_and_their_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t8\t8\n")
     (tmp_path / "words.txt").write_text("n01\tcat, true cat\nn02\tdog\nn03\tfox\n")
     training, test = tiny_imagenet.images("training"), tiny_imagenet.images("test")
-    assert training.y.tolist() == [0, 1] and test.y.tolist() == [1]
+    assert [label for _, label in training] == [0, 1] and [label for _, label in test] == [1]
     assert tiny_imagenet.class_names() == ["cat", "dog"]
-    x, _ = test.batch([0])
-    assert x.shape == (1, 3, 128, 128) and x.mean() == pytest.approx(200 / 255, abs=0.01)
+    x, _ = ImageFiles(test, Scaled(SIZE)).batch([0])
+    assert x.shape == (1, 3, SIZE, SIZE) and x.mean() == pytest.approx(200 / 255, abs=0.01)
 
 
 def test_labels_of_faces() -> None:

@@ -349,11 +349,12 @@ def test_settings_that_do_not_fit_together() -> None:
 
 
 def write_folders(data: Dataset, folder: Path) -> None:
-    """Images in a file each, in a folder for each class."""
+    """Images in a file each, in a folder for each class, every other one in a folder below."""
     picture = pytest.importorskip("PIL.Image")
     for number, (x, y) in enumerate(zip(data.x, data.y.tolist(), strict=True)):
-        (folder / str(y)).mkdir(parents=True, exist_ok=True)
-        picture.fromarray((255 * x).byte().numpy()).save(folder / str(y) / f"{number:03}.png")
+        path = folder / str(y) / (f"{number:03}.png" if number % 2 else f"{number:03}/below.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.fromarray((255 * x).byte().numpy()).save(path)
 
 
 @pytest.mark.parametrize("inputs", ["images.npz", "images"])

@@ -2,6 +2,7 @@
 
     python -m paper_figures.experiments.replacement texts     entries of the Jargon File, in three parts
     python -m paper_figures.experiments.replacement probe     sparse probes of experts, latents and neurons
+    python -m paper_figures.experiments.replacement probes    their results
     python -m paper_figures.experiments.replacement rises     the results, means over seeds
     python -m paper_figures.experiments.replacement claims    the differences that the claims are about
 
@@ -131,6 +132,18 @@ def probe() -> list[Row]:
     return rows
 
 
+def probes() -> list[Row]:
+    """F1 of probes of five features for each rule, means over seeds, and the mean over the rules."""
+    rows = table("replacement_probes").of(features=FEATURES[-1])
+    records = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        here = [row for row in rows if row["arm"] == arm]
+        rules = dict.fromkeys(row["rule"] for row in here)
+        f1 = {rule: fmean(row["f1"] for row in here if row["rule"] == rule) for rule in rules}
+        records.append({"arm": arm, **f1, "mean": fmean(f1.values())})
+    return sorted(records, key=lambda row: -row["mean"])
+
+
 def rises() -> list[Row]:
     """Rise in nats a token, error, active and dead experts and minutes of training, means over seeds."""
     rows = table("replacement")
@@ -167,6 +180,7 @@ def claims() -> list[Row]:
 STEPS = {
     "texts": write_parts,
     "probe": lambda: write_table("replacement_probes", probe()),
+    "probes": probes,
     "rises": rises,
     "claims": claims,
 }

@@ -80,3 +80,19 @@ def test_results_are_means_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = replacement.rises()
     assert (first["arm"], first["rise"], first["half"], first["seeds"]) == ("transcoder", 0.1, None, 1)
     assert second["nmse"] == pytest.approx(0.2) and second["half"] == pytest.approx(12.706 * 0.1, rel=1e-3)
+
+
+def test_probes_are_means_over_seeds_and_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"arm": arm, "seed": seed, "rule": rule, "features": features, "f1": f1 / features}
+        for features in replacement.FEATURES
+        for arm, seed, rule, f1 in (
+            ("MxD", 0, "digits", 1.0), ("MxD", 1, "digits", 2.0), ("MxD", 0, "quotes", 3.0),
+            ("neurons", 0, "digits", 4.0), ("neurons", 0, "quotes", 4.0),
+        )
+    ]  # fmt: skip
+    monkeypatch.setattr(replacement, "table", lambda name: ledger_of(rows))
+    first, second = replacement.probes()
+    assert (first["arm"], first["mean"]) == ("neurons", pytest.approx(0.8))
+    assert (second["digits"], second["quotes"]) == (pytest.approx(0.3), pytest.approx(0.6))
+    assert second["mean"] == pytest.approx(0.45)

@@ -19,6 +19,7 @@ from mumoe_tensor.formats.splits import balanced
 from mumoe_tensor.measure.passes import forward, step
 from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import Experts, MuMoE
+from mumoe_tensor.nn.size import num_parameters
 
 IN, OUT = 768, 3072
 #: Format, experts, rank.
@@ -105,7 +106,7 @@ def _structured(quick: bool, device: str) -> Report:
                             "format": format,
                             "experts": "x".join(map(str, experts)) or "none",
                             "rank": ", ".join(map(str, rank)) or "-",
-                            "parameters": sum(p.numel() for p in layer.experts.parameters()),
+                            "parameters": num_parameters(layer.experts),
                             "FLOPs": layer.experts.plan.flops // count,
                             "inputs": count,
                             "run": run,
@@ -154,7 +155,7 @@ def tensorly_torch() -> None:
                 calls = {n: step(m, x, gradient) if kind == "step" else forward(m, x) for n, m in modules}
                 ratio = compare(calls, "dense", rounds=9, limit=1.0).ratio("layer")
                 row = {"format": f"tltorch {name} {implementation}", "experts": "none", "rank": str(rank)}
-                row |= {"parameters": sum(p.numel() for p in layer.weight.parameters())}
+                row |= {"parameters": num_parameters(layer.weight)}
                 row |= {"inputs": 1024, "run": "eager", "pass": kind, "to nn.Linear": ratio.median}
                 print(json.dumps(row | {"low": ratio.low, "high": ratio.high}))
 

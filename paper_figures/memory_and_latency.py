@@ -24,6 +24,7 @@ from benchmarks.memory import MIB
 from mumoe_tensor.measure.memory import growth, in_fresh_process
 from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import MuMoE
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.study.mixtures import SparseMixture
 from paper_figures.common import FORMATS, LINEAR, OTHERS, Row, colour_of, new_figure, spread, title_of
 
@@ -46,11 +47,6 @@ def module_of(name: str, inputs: int, features: int = LINEAR.in_features, expert
     return module.eval()
 
 
-def parameters_of(module: nn.Module) -> int:
-    """How many parameters a module has."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def peak(name: str, inputs: int) -> int:
     """Bytes of the weights, and by which this process grows at most in a forward pass, on one thread."""
     torch.set_num_threads(1)
@@ -58,7 +54,7 @@ def peak(name: str, inputs: int) -> int:
         # A small layer of the kind first, for which libraries allocate their buffers.
         module_of(name, 4, features=64, experts=4)(torch.randn(4, 64))
         module, x = module_of(name, inputs), torch.randn(inputs, LINEAR.in_features)
-        return x.itemsize * parameters_of(module) + growth(lambda: module(x))
+        return x.itemsize * num_parameters(module) + growth(lambda: module(x))
 
 
 def measure(quick: bool) -> list[Row]:
@@ -77,7 +73,7 @@ def measure(quick: bool) -> list[Row]:
                     "name": name,
                     "inputs": inputs,
                     "rank": str(rank) if rank else None,
-                    "parameters": parameters_of(module),
+                    "parameters": num_parameters(module),
                     **spread("ms", times.spread(name), 1e-3),
                     **spread("to_linear", times.ratio(name)),
                     "peak_mib": in_fresh_process(f"{__name__}:peak", name, inputs) / MIB,

@@ -17,6 +17,7 @@ from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import check_linear, is_linear, layer_like
 from mumoe_tensor.nn.mlp import is_mlp, read_mlp
 from mumoe_tensor.nn.reading import call, copy_of
+from mumoe_tensor.nn.size import num_parameters
 
 #: Children whose weights torch's own modules read instead of calling them.
 _READ_BY_PARENT = {
@@ -174,7 +175,7 @@ def plan_replacements(
             make = maker(old, **options)
             # On the meta device a layer has sizes but no values: wrong options show there.
             modules = old, make(device="meta")
-            before, after = (sum(x.numel() for x in module.parameters()) for module in modules)
+            before, after = (num_parameters(module) for module in modules)
         planned[old] = make, Replacement(tuple(names), before, after)
     return planned
 

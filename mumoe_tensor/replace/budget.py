@@ -8,12 +8,8 @@ from functools import cache
 from torch import nn
 
 from mumoe_tensor.checks import check_choice
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.spec import Rounding, size_for
-
-
-def num_parameters(module: nn.Module) -> int:
-    """Entries of all parameters of a module; buffers, which are not trained, are left out."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def solve(

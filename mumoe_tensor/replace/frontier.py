@@ -18,11 +18,11 @@ from torch import nn
 from mumoe_tensor.files import alone_in, whole_file
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.ledger import Ledger, Row
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.nn.watch import module_of
 from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import read_json
 from mumoe_tensor.replace.activations import Activations
-from mumoe_tensor.replace.budget import num_parameters
 from mumoe_tensor.replace.evaluation import Bounds, bounds, evaluate
 from mumoe_tensor.replace.grid import FRONTIER, TUNING, Grid, Run
 from mumoe_tensor.replace.language import Windows, load_language_model, read_texts, windows

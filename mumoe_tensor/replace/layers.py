@@ -22,8 +22,9 @@ from mumoe_tensor.nn.layers import MuMoE
 from mumoe_tensor.nn.linear import is_linear, matrix_of
 from mumoe_tensor.nn.mlp import Block, is_mlp, read_mlp
 from mumoe_tensor.nn.registry import ACTIVATIONS, GATES
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.nn.states import WholeState
-from mumoe_tensor.replace.budget import num_parameters, solve
+from mumoe_tensor.replace.budget import solve
 from mumoe_tensor.selections import Selection
 from mumoe_tensor.spec import Rounding, as_budget, expert_counts
 

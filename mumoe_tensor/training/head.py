@@ -14,6 +14,7 @@ from mumoe_tensor.configs.head import HeadConfig
 from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head, load_head, save_head
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.nn.weights import write_tensors
 from mumoe_tensor.readers import reading
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
@@ -100,7 +101,7 @@ class HeadSetting(HeadConfig):
         """Parameters, rank and hidden size of the head."""
         head = model[1] if self.train_backbone else model
         return {
-            "parameters": sum(p.numel() for p in head.parameters()),
+            "parameters": num_parameters(head),
             "rank": head.config.get("rank"),
             "hidden": head.config["hidden"],
         }

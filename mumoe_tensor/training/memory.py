@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from mumoe_tensor.nn.size import num_parameters
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -23,7 +25,7 @@ def parameters_of(make: Callable[[], nn.Module]) -> int:
         If there are more than torch can count.
     """
     try:
-        return sum(p.numel() for p in make().parameters())
+        return num_parameters(make())
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"a model must fit into memory: {error}.") from None
 

@@ -18,6 +18,7 @@ from mumoe_tensor.models.blocks import DENSE
 from mumoe_tensor.models.gpt2 import GPT2Config
 from mumoe_tensor.models.mixer import MixerConfig
 from mumoe_tensor.nn.backward import saved_results
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.text_table import text_table
 from mumoe_tensor.training.settings import RUNS, GPT2Run, Settings, packaged, read_settings
@@ -70,7 +71,7 @@ def work(settings: Settings) -> Work:
     Work
     """
     model: Any = settings.make_model("meta")
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = num_parameters(model)
     item = ITEM if settings.train.precision == "no" else 2
     count = _gpt2 if isinstance(settings, GPT2Run) else _mixer
     flops, activations, logits = count(model.config, item)

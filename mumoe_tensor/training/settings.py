@@ -20,6 +20,7 @@ from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
 from mumoe_tensor.models.mixer import Mixer, MixerConfig
 from mumoe_tensor.models.saved import load_model, save_model
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.readers import read_toml, reading
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.images import ImageData
@@ -55,7 +56,7 @@ class _ModelRun(ABC):
         """Parameters, and ranks by their names."""
         ranks = {name: value for name, value in asdict(model.config).items() if name.endswith("rank")}
         return {
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": num_parameters(model),
             "ranks": {name: None if value is None else list(value) for name, value in ranks.items()},
         }
 

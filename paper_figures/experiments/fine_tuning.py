@@ -16,6 +16,7 @@ from torch import nn
 
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import Head, load_backbone
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
 from mumoe_tensor.training.head import fine_tune, train_head
 from paper_figures.common import Row
@@ -94,7 +95,7 @@ def fit(case: Case) -> Row:
         *_, last = train_head(head, training, validation, config)
     model = nn.Sequential(backbone, head) if case.network == "trained" else head
     return {
-        **case.key, "parameters": sum(p.numel() for p in head.parameters()), "accuracy": last.accuracy,
+        **case.key, "parameters": num_parameters(head), "accuracy": last.accuracy,
         "loss": last.validation_loss, "training_accuracy": evaluate(model, training, batch_size=200)[1],
         "seconds": round(last.seconds, 1),
     }  # fmt: skip

@@ -26,6 +26,7 @@ from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
 from mumoe_tensor.measure.environment import environment_text
 from mumoe_tensor.models import Head, load_backbone
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
 from mumoe_tensor.training.head import train_head
 from mumoe_tensor.training.log import Evaluation
@@ -171,7 +172,7 @@ def tune(run: Run, learning_rate: float) -> Row:
     head, epochs = trained(run, learning_rate)
     loss, accuracy = evaluate(head, parts()[1])
     return {
-        **run.key, "learning_rate": learning_rate, "parameters": sum(p.numel() for p in head.parameters()),
+        **run.key, "learning_rate": learning_rate, "parameters": num_parameters(head),
         "accuracy": accuracy, "loss": loss, "epoch": max(e.epoch for e in epochs if e.is_best),
     }  # fmt: skip
 
@@ -182,7 +183,7 @@ def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]
     data = test_rows()
     loss, accuracy = evaluate(head, data)
     row = {
-        **run.key, "learning_rate": learning_rate, "parameters": sum(p.numel() for p in head.parameters()),
+        **run.key, "learning_rate": learning_rate, "parameters": num_parameters(head),
         "accuracy": accuracy, "loss": loss, "active": None, "dead": None, "entropy": None,
         "polysemanticity": None, "polysemanticity_random": None,
         "seconds": round(sum(epoch.seconds for epoch in epochs), 2),
@@ -290,7 +291,7 @@ def try_cause(name: str, seed: int) -> Row:
     last = epochs[-1]
     loss, accuracy = evaluate(head, validation)
     return {
-        "cause": name, "seed": seed, "parameters": sum(p.numel() for p in head.parameters()),
+        "cause": name, "seed": seed, "parameters": num_parameters(head),
         "accuracy": accuracy, "loss": loss, "epoch": max(e.epoch for e in epochs if e.is_best),
         "training_loss_at_the_end": last.loss,
         "accuracy_at_the_end": last.accuracy,

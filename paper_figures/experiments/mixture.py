@@ -10,9 +10,7 @@ weights alone and by fits weighted by the inputs of each expert. Downloads nothi
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import exp
@@ -24,13 +22,12 @@ from torch import Tensor
 
 import mumoe_tensor as mt
 from mumoe_tensor import files
-from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.nn import replace_experts
 from paper_figures.common import Row
+from paper_figures.experiments import command
 from paper_figures.experiments.tables import TABLES
 
-SEEDS = (0, 1, 2)
 SAVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 FORMATS: dict[str, str | mt.Format] = {
     "low rank": "lowrank",
@@ -174,23 +171,20 @@ def rises(rows: Sequence[Row]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in table]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def measure_all(
+    folder: str, jobs: int | str, seeds: str = "0,1,2", out: str | Path = TABLES / "mixture.csv"
+) -> None:
     """Train and measure a model for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--jobs", type=read_jobs, default=1, help="trainings at once")
-    parser.add_argument("--out", type=Path, default=TABLES / "mixture.csv")
-    options = parser.parse_args(arguments)
-    trained, validated = text_of(options.folder)
-    calls = [partial(of_seed, seed, trained, validated) for seed in options.seeds]
+    trained, validated = text_of(Path(folder))
+    calls = [partial(of_seed, int(seed), trained, validated) for seed in seeds.split(",")]
     rows: list[Row] = []
-    for _, of_one in side_by_side(calls, options.jobs):
+    for _, of_one in side_by_side(calls, jobs):
         rows = sorted([*rows, *of_one], key=lambda row: row["seed"])
-        files.write_table(options.out, list(rows[0]), rows)
+        files.write_table(Path(out), list(rows[0]), rows)
     print(*rises(rows), sep="\n")
-    return 0
 
+
+STEPS = measure_all
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("mixture")

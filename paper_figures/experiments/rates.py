@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mumoe_tensor.models import Head
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate
 from mumoe_tensor.training.head import train_head
 from paper_figures.common import Row
@@ -65,7 +66,7 @@ def judge(setting: Setting, seed: int, learning_rate: float, on_test: bool) -> R
     loss, accuracy = evaluate(head, rows)
     return {
         **setting._asdict(), "seed": seed, "learning_rate": learning_rate, "accuracy": accuracy,
-        "loss": loss, "parameters": sum(p.numel() for p in head.parameters()),
+        "loss": loss, "parameters": num_parameters(head),
         "epoch": max(epoch.epoch for epoch in epochs if epoch.is_best),
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ from benchmarks.harness import Report, threads
 from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.measure.memory import growth, in_fresh_process
 from mumoe_tensor.measure.timing import compare
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training.settings import MixerRun, read_settings
 from mumoe_tensor.training.trainer import cross_entropy
 from paper_figures.experiments.pretraining import ARMS
@@ -51,7 +52,7 @@ def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
         optimizer.step()
         return loss.item()
 
-    return step, y.numel(), sum(p.numel() for p in model.parameters())
+    return step, y.numel(), num_parameters(model)
 
 
 def peak(kind: str, arm: str) -> int:

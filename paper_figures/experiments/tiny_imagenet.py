@@ -22,6 +22,7 @@ import torch
 import mumoe_tensor as mt
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.models import Head
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.readers import read_text
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, read_npz, split, write_npz
 from mumoe_tensor.training.head import train_head
@@ -163,7 +164,7 @@ def trained(run: Run, learning_rate: float) -> tuple[Head, Row]:
     config = TrainConfig(epochs=8, batch_size=512, learning_rate=learning_rate, seed=run.seed)
     epochs = train_head(head, training, validation, config)
     return head, {
-        **run.key, "learning_rate": learning_rate, "parameters": sum(p.numel() for p in head.parameters()),
+        **run.key, "learning_rate": learning_rate, "parameters": num_parameters(head),
         "epoch": max(e.epoch for e in epochs if e.is_best),
         "seconds": round(sum(e.seconds for e in epochs), 1),
     }  # fmt: skip

@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
+from mumoe_tensor.nn.size import num_parameters  # noqa: E402
 from mumoe_tensor.replace import MixtureOfDecoders, MixtureOfTransforms, Transcoder  # noqa: E402
-from mumoe_tensor.replace.budget import num_parameters, solve  # noqa: E402
+from mumoe_tensor.replace.budget import solve  # noqa: E402
 
 #: The class and the arguments of each arm, and the argument that is solved for, for a size.
 ARMS: dict[str, tuple[Any, dict[str, Any], Any]] = {

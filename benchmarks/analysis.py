@@ -1,8 +1,8 @@
-"""The analysis of a layer at its full size: how long it takes, and the memory it needs.
+"""Time and memory of the analysis of a full-size layer.
 
     python -m benchmarks.analysis [--inputs 1000000] [--experts 10000]
 
-Inputs go through a layer in batches; the coefficients of each batch are counted and dropped.
+Inputs are mapped in batches; the coefficients of each batch are counted and then freed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mumoe_tensor.measure.memory import growth
 from mumoe_tensor.nn import MuMoE
 
 INPUTS, EXPERTS, BATCH = 1_000_000, 10_000, 1_000
-#: A layer that costs little compared with its gate, and the number of top inputs of each expert.
+#: A layer that is cheap compared with its gate, and the number of top inputs of each expert.
 FEATURES, CLASSES, RANK, KEPT = 32, 10, 8, 8
 MIB = 2**20
 
 
 class Analysis:
-    """The counts of every expert of a layer with weights drawn at random."""
+    """The statistics of every expert in a layer with random weights."""
 
     def __init__(self, experts: int):
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ class Analysis:
 
     @torch.no_grad()
     def run(self, inputs: int) -> None:
-        """Stream inputs drawn around the centres of their classes."""
+        """Stream inputs that are drawn around the centres of their classes."""
         draw = torch.Generator().manual_seed(0)
         start = process_time()
         for done in range(0, inputs, BATCH):
@@ -67,8 +67,8 @@ class Analysis:
 
 
 def measure(inputs: int, experts: int) -> Report:
-    """Peak memory and processor time of an analysis, and what it finds."""
-    # A small analysis first, for which libraries allocate their buffers.
+    """Peak memory and CPU time of an analysis, and its results."""
+    # First run a small analysis, so that libraries allocate their buffers.
     Analysis(16).run(2 * BATCH)
     made: list[Analysis] = []
 
@@ -101,8 +101,8 @@ def measure(inputs: int, experts: int) -> Report:
     }  # fmt: skip
     notes = [
         f"Usage, {KEPT} top inputs and labels of every expert, batches of {BATCH:,}; a layer",
-        f"{FEATURES} -> {CLASSES}, CP of rank {RANK}, entmax15. Peak: of the process, over its start.",
-        f"At once: all coefficients in float32. Seconds of the processor: {parts}.",
+        f"{FEATURES} -> {CLASSES}, CP of rank {RANK}, entmax15. Peak: growth of the process.",
+        f"At once: all coefficients in float32. Seconds of CPU time: {parts}.",
     ]
     return Report("analysis", "Analysis of a stream of inputs", columns, [row], notes)
 

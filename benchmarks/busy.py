@@ -1,4 +1,4 @@
-"""How much slower layers are where other processes keep the cores busy."""
+"""Slowdown of layers while other processes keep the cores busy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mumoe_tensor.measure.timing import compare
 
 @contextmanager
 def company() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that compute without end, one for each core but one; stopped at first."""
+    """Processes that compute endlessly, one for each core but one; initially stopped."""
     count = max(1, (os.cpu_count() or 2) - 1)
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
@@ -35,7 +35,7 @@ def company() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def busy(quick: bool, device: str) -> Report:
-    """Times beside processes that keep all cores but one busy, over those on an idle machine."""
+    """Times with all cores but one busy, relative to an idle machine."""
     beside = Beside(WORKLOADS[0], device)
     logits = torch.randn((32, 256) if quick else (256, 4096), device=device)
     calls = {

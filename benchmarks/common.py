@@ -1,4 +1,4 @@
-"""Shared by the asv suites: profiles, the grid of layers, and how a benchmark is set up."""
+"""The shared parts of the asv suites: profiles, the grid of layers, and the setup of a benchmark."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 try:
-    # At the top, so that asv imports once, before it forks. The first backward pass of a process imports the
-    # second module.
+    # At the top, so that asv imports once, before it forks. The second module is imported by the first
+    # backward pass of a process.
     import torch
     import torch.fx.experimental.symbolic_shapes
 except ImportError:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("numpy", "torch")
 DEVICES = ("cpu", "cuda")
-#: Environment variable that chooses the profile.
+#: Environment variable that selects the profile.
 VARIABLE = "MUMOE_BENCHMARK_PROFILE"
 #: Larger weights are skipped, such as those of the dense format with many experts.
 MOST_ELEMENTS = 2**27
@@ -30,7 +30,7 @@ MOST_ELEMENTS = 2**27
 
 @dataclass(frozen=True)
 class Profile:
-    """How much the suites measure."""
+    """The extent of the suites."""
 
     experts: tuple[int, ...]
     levels: tuple[int, ...]
@@ -65,12 +65,12 @@ def experts_of(total: int, levels: int) -> tuple[int, ...]:
 def layer(
     format: str, experts: int, levels: int, features: int | None = None, hidden: int | None = None
 ) -> LayerSpec:
-    """A layer, or a block, of at most the dense one's parameters besides those of the gate."""
-    # Here and not above: a benchmark of a commit that has none is skipped.
+    """A layer, or a block, with at most the parameters of the dense one, without the gate."""
+    # Imported here, so that benchmarks are skipped for commits that do not have it.
     from mumoe_tensor import LayerSpec
 
     if levels == 0 and experts != profile().experts[0]:
-        raise NotImplementedError("without a level there is no number of experts")
+        raise NotImplementedError("experts need at least one level")
     features = features or profile().features
     spec = LayerSpec(
         format,
@@ -84,13 +84,13 @@ def layer(
 
 
 def need_memory(layer: LayerSpec) -> None:
-    """Have asv skip a benchmark whose weight is too large."""
+    """Make asv skip a benchmark whose weight is too large."""
     if layer.weight_parameters > MOST_ELEMENTS:
         raise NotImplementedError(f"more than {MOST_ELEMENTS:,} parameters")
 
 
 def need_device(device: str) -> None:
-    """Have asv skip a benchmark whose device is missing."""
+    """Make asv skip a benchmark whose device is missing."""
     if torch is None:
         raise NotImplementedError("torch is not installed")
     if device == "cuda" and not torch.cuda.is_available():
@@ -98,7 +98,7 @@ def need_device(device: str) -> None:
 
 
 def finish(device: str) -> None:
-    """Wait until the device is done."""
+    """Wait until the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -111,32 +111,32 @@ def inputs(backend: str, *shapes: tuple[int, ...], dtype: str = "float32", devic
         need_device(device)
         return [torch.from_numpy(array).to(device, getattr(torch, dtype)) for array in arrays]
     if device != "cpu" or dtype == "bfloat16":
-        raise NotImplementedError("NumPy has the CPU only, and no bfloat16")
+        raise NotImplementedError("NumPy supports only the CPU, without bfloat16")
     return [array.astype(dtype) for array in arrays]
 
 
-#: Formats of the suites. A shared expert takes the budget, the dense layer's parameters, for itself.
+#: Formats of the suites, without shared-expert, whose shared expert would take the whole budget.
 FORMATS = ("cp", "dense", "hadamard", "tr", "tt", "tucker", "btt", "kron", "monarch", "tt-matrix")
 
 
 class Benchmark(ABC):
     """A suite; by default its parameters are formats, numbers of experts, and numbers of levels.
 
-    asv leaves out classes with abstract methods. It stores results by the position of a combination: formats
-    vary slowest, so one that is added last does not move the others.
+    asv ignores classes with abstract methods. It stores results by the position of a combination. Formats
+    vary slowest, so that a new format at the end does not move the others.
     """
 
     timeout = 120
-    #: The setup that asv runs before every timed call ends with a call: all are warm.
+    #: No warm-up: the setup that asv runs before every timed call ends with a call.
     warmup_time = 0
-    #: Fewest and most calls, and seconds after which there is no further one.
+    #: Minimum and maximum number of calls, and seconds after which no further call starts.
     repeat = (3, 20, 1.0)
     rounds = 1
     param_names = ["format", "experts", "levels"]
     params = [list(FORMATS), list(profile().experts), list(profile().levels)]
 
     def setup(self, *values: Any) -> None:
-        """Prepare a combination; one that needs what an old commit lacks is shown as skipped."""
+        """Prepare a combination; it is skipped if the commit lacks a feature."""
         try:
             self.prepare(**dict(zip(self.param_names, values, strict=True)))
         except ImportError as error:
@@ -144,4 +144,4 @@ class Benchmark(ABC):
 
     @abstractmethod
     def prepare(self, **values: Any) -> None:
-        """Make what the benchmark needs for one combination of parameters."""
+        """Prepare the benchmark for one combination of parameters."""

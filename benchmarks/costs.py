@@ -7,12 +7,12 @@ from typing import Any
 import mumoe_tensor as mt
 from benchmarks.common import PROFILES, Benchmark, layer
 
-#: Nothing is run, so layers have full size in every profile.
+#: No layer is run, so all profiles use full sizes.
 FULL = PROFILES["regular"]
 
 
 class Cost(Benchmark):
-    """Cost of a layer whose rank is fitted to the dense layer's parameters, in float32."""
+    """Cost of a float32 layer whose rank is fitted to the dense layer's parameters."""
 
     def prepare(self, format: str, experts: int, levels: int) -> None:
         spec = layer(format, experts, levels, FULL.features)

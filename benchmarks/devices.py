@@ -1,4 +1,4 @@
-"""What depends on the device: calls captured as CUDA graphs, kernels counted, the precision of products."""
+"""Device-dependent helpers: capture calls as CUDA graphs, count kernels, set the precision of products."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRECISIONS = {
 
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """Set the precision of products of float32, and put it back; gives the dtype of tensors."""
+    """Set the precision of float32 products in a context; yields the dtype for tensors."""
     dtype, of_products = PRECISIONS[name]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(of_products)
@@ -49,7 +49,7 @@ def graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def launches(call: Callable[[], object], device: str) -> int:
-    """Kernels that a call launches, copies included; without a GPU, the operations that would launch some."""
+    """Count the kernels a call launches, with copies; without a GPU, the operations that would launch one."""
     call()
     if device != "cuda":
         with _Operations() as operations:
@@ -63,7 +63,7 @@ def launches(call: Callable[[], object], device: str) -> int:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts the operations that write a result: no views, no memory without values."""
+    """Counts the operations that write a result, without views and uninitialized memory."""
 
     count = 0
 

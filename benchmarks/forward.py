@@ -24,7 +24,7 @@ class Forward(Benchmark):
         self.forward()
 
     def forward(self) -> None:
-        """One call, to its end."""
+        """One call, until the device has finished."""
         mt.multilinear_moe(self.weight, self.z, self.coefficients, bias=True)
         finish(self.device)
 

@@ -1,8 +1,8 @@
-"""Our GPT-2 beside transformers' of the same sizes: ``python -m benchmarks.gpt2``.
+"""This library's GPT-2 compared with that of transformers: ``python -m benchmarks.gpt2``.
 
-That of transformers has biases in all linear layers and norms, and no setting without. With experts its MLPs
-are replaced by the same blocks. Tokens per second of a forward pass and of a training step (forward and
-backward), each the median of rounds in which the models take turns.
+Both have the same sizes, but GPT-2 in transformers always has biases in linear layers and norms. With
+experts, its MLPs are replaced by the same blocks. Reports tokens per second of a forward pass and of a
+training step (forward and backward), as medians over rounds in which the models take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ours(format: str) -> Callable[[Any], Any]:
 
 
 def theirs(format: str) -> Callable[[Any], Any]:
-    # transformers imports torchvision, which beside another build of torch than its own lacks these.
+    # transformers imports torchvision, which lacks these operators with a build of torch it does not match.
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

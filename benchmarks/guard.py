@@ -1,9 +1,9 @@
-"""Counted figures against their stored values, so that none changes unnoticed.
+"""Compare counted figures with their stored values, so that none changes unnoticed.
 
     python -m benchmarks.guard [--write]
 
-They are the `track_` benchmarks of the quick profile, without those of a GPU. A figure that shrinks has to be
-stored too, or it could grow back unnoticed.
+The figures are the `track_` benchmarks of the quick profile, without those for a GPU. Improved figures must
+be stored too, or they could get worse again unnoticed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def prepared(kind: str, chosen: Callable[[str], bool]) -> Iterator[tuple[str, An
             if not chosen(name):
                 continue
             benchmark.set_param_idx(k)
-            with redirect_stdout(None):  # asv says what is skipped
+            with redirect_stdout(None):  # asv prints skipped cases
                 skipped = benchmark.do_setup()
             if not skipped:
                 yield name, benchmark
 
 
 def figures(start: str = "") -> dict[str, int]:
-    """The figures whose name starts with `start`, by name."""
+    """The figures whose names start with `start`, by name."""
 
     def chosen(name: str) -> bool:
         return name.startswith(start) and "'cuda'" not in name
@@ -52,23 +52,23 @@ def figures(start: str = "") -> dict[str, int]:
 
 
 def changes(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
-    """A line for every figure that differs from the stored one."""
+    """A line for every figure that differs from its stored value."""
     lines = []
     for name in sorted(stored.keys() | current.keys()):
         old, new = stored.get(name), current.get(name)
         if old is None:
             lines.append(f"{name}: {new:,} is not stored")
         elif new is None:
-            lines.append(f"{name}: {old:,} is stored, and nothing gives it")
+            lines.append(f"{name}: {old:,} is stored, but no benchmark computes it")
         elif new != old:
             lines.append(f"{name}: {'grew' if new > old else 'shrank'} from {old:,} to {new:,}")
     return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, or write; the exit status is 1 if a figure differs from the stored one."""
+    """Compare or write the figures; the exit status is 1 if a figure differs from its stored value."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="store the figures as they are now")
+    parser.add_argument("--write", action="store_true", help="store the current figures")
     write = parser.parse_args(arguments).write
     if profile() is not PROFILES["quick"]:
         parser.error(f"the stored figures are those of the quick profile: unset {VARIABLE}.")
@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.write((json.dumps(current, indent=1) + "\n").encode())
         print(f"{len(current)} figures are stored in {STORED}")
     elif lines:
-        print(f"{len(lines)} figures are not as stored. If they are meant to be so: {RENEW}")
+        print(f"{len(lines)} figures differ from the stored values. If this is intended: {RENEW}")
     else:
-        print(f"{len(current)} figures are as stored")
+        print(f"{len(current)} figures are equal to the stored values")
     return int(bool(lines) and not write)
 
 

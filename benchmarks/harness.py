@@ -1,4 +1,4 @@
-"""Reports of comparisons: as tables on the screen, as JSON, and in a ledger."""
+"""Reports of comparisons: as printed tables, as JSON, and in a ledger."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mumoe_tensor.text_table import text_table
 
 @contextmanager
 def threads(count: int) -> Iterator[str]:
-    """Set the number of threads of NumPy and torch; yields what each really uses, as text."""
+    """Set the number of threads of NumPy and torch; yields the numbers in use, as text."""
     with ExitStack() as stack:
         used = []
         if find_spec("threadpoolctl"):
@@ -47,9 +47,9 @@ class Report:
     columns : dict of str to str
         Format of the numbers in each column, e.g. ``",.1f"``; empty for text.
     rows : list of dict
-        One entry a column; a missing one or None is printed as ``-``.
+        One entry per column; missing entries and None are printed as ``-``.
     notes : list of str
-        How to read the table, a line each.
+        Explanations of the table, one line each.
     """
 
     name: str
@@ -68,18 +68,18 @@ class Report:
 
 
 def write_json(path: Path, reports: Sequence[Report], about: Mapping[str, Any]) -> None:
-    """Write reports, and what they belong to, as JSON."""
+    """Write reports as JSON, together with the environment `about`."""
     content = {"about": dict(about), "reports": [asdict(report) for report in reports]}
     with whole_file(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> tuple[list[Report], dict[str, Any]]:
-    """Read what `write_json` wrote."""
+    """Read a file written by `write_json`."""
     content = json.loads(path.read_text())
     return [Report(**report) for report in content["reports"]], content["about"]
 
 
 def keep(path: Path, report: Report, about: Mapping[str, Any]) -> None:
-    """Add the rows of a report, with what they belong to, to a table that grows."""
+    """Append the rows of a report, together with the environment `about`, to a table."""
     Ledger(path, {}, more=plain).add({"report": report.name, **row, **about} for row in report.rows)

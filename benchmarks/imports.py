@@ -2,5 +2,5 @@
 
 
 def timeraw_import() -> str:
-    """What the interpreter runs."""
+    """The code that the interpreter runs."""
     return "import mumoe_tensor"

@@ -1,4 +1,4 @@
-"""The torch layers against dense ones, their bare matrix products, and their equations as written."""
+"""Torch layers compared with dense layers, their bare matrix products, and their equations as written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Workload:
-    """A layer in a published place, and the rows of a batch there."""
+    """A layer at a published size, and its number of rows per batch."""
 
     name: str
     spec: LayerSpec
@@ -37,7 +37,7 @@ class Workload:
     gate_norm: str = "batch"
 
     def layer(self, **options: Any) -> Any:
-        """The layer, with a gate that tells inputs apart; `options` are further arguments."""
+        """The layer, with a gate that distinguishes inputs; `options` are further arguments."""
         defaults = {"gate_norm": self.gate_norm, "batch_hint": self.rows}
         make = MuMoE if self.spec.hidden is None else MuMoEMLP
         module = make.from_spec(self.spec, **defaults | options)
@@ -45,7 +45,7 @@ class Workload:
         return module
 
     def dense(self, parameters: int) -> Any:
-        """A dense layer in its place, or a block whose hidden size gives as many parameters."""
+        """The dense layer it replaces, or a block whose hidden size gives as many parameters."""
         i, o = self.spec.in_features, self.spec.out_features
         if self.spec.hidden is None:
             return nn.Linear(i, o)
@@ -59,7 +59,7 @@ GPT2 = LayerSpec("dense", experts=(), in_features=768, hidden=3072, out_features
 def gpt2_block(
     format: str, experts: int | Sequence[int], rank: int | Sequence[int] | None, rows: int = 1024
 ) -> Workload:
-    """The MLP block of GPT-2 as a layer of experts; a rank of None gives as many parameters."""
+    """The MLP block of GPT-2 as an expert block; with a rank of None it has as many parameters."""
     spec = replace(GPT2, format=format, experts=experts, rank=rank)
     return Workload("GPT-2 block", spec.fitted() if spec.rank is None else spec, rows, "layer")
 
@@ -87,7 +87,7 @@ WORKLOADS = (
 
 
 def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Operands of every matrix product of a forward pass, the gate's included."""
+    """Operands of every matrix product in a forward pass, including the gate."""
     weight = layer.gate.weight.detach()
 
     def random(*shape: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def limit(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], backward: bool) -> Call:
-    """The matrix products alone, into existing results; in a backward pass also those of both gradients."""
+    """The matrix products alone, into preallocated results; `backward` adds those of both gradients."""
     jobs = []
     for a, b in pairs:
         out = a @ b
@@ -129,7 +129,7 @@ def limit(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], backward: bool) ->
 
 
 def elementwise(layer: Any, rows: int, backward: bool) -> Call:
-    """All but the matrix products: gate, elementwise products, activation; with their gradients."""
+    """All operations except matrix products: gate, elementwise products, activation; with their gradients."""
     weight = layer.gate.weight
 
     def random(*shape: int, dtype: torch.dtype = weight.dtype) -> torch.Tensor:
@@ -164,7 +164,7 @@ def elementwise(layer: Any, rows: int, backward: bool) -> Call:
 
 
 class AsWritten(nn.Module):
-    """A layer as its equations read: the `entmax` package, einsum over all factors, ones for the bias."""
+    """A layer implemented literally: the `entmax` package, einsum over all factors, ones for the bias."""
 
     def __init__(self, layer: Any):
         super().__init__()
@@ -186,7 +186,7 @@ class AsWritten(nn.Module):
 
     @staticmethod
     def mixed(experts: Experts, x: torch.Tensor, coefficients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Equation (1), all factors in one einsum."""
+        """Equation (1), with all factors in one einsum."""
         network = experts.plan.program.network
         letters = {BATCH: "Z"} | {x: chr(ord("a") + k) for k, (x, _) in enumerate(network.index_sizes)}
         terms = ["".join(letters[x] for x in axes) for axes in (*network.operands, network.output)]
@@ -196,13 +196,13 @@ class AsWritten(nn.Module):
 
 
 def over_limit(timings: Comparison, name: str) -> Spread:
-    """The layer's time without its elementwise part, over the products' of the same turn."""
+    """The layer's time without its elementwise part, relative to the products in the same round."""
     seconds = zip(*(timings.seconds[x] for x in (name, "elementwise", "limit")), strict=True)
     return Spread.of((layer - rest) / bare for layer, rest, bare in seconds)
 
 
 class Beside:
-    """The layer of a workload with its inputs, and the dense one in its place."""
+    """The layer of a workload with its inputs, and the dense layer it replaces."""
 
     def __init__(
         self, workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
@@ -235,7 +235,7 @@ class Beside:
 
 
 def layers(quick: bool, device: str) -> Report:
-    """Forward pass and step of a layer against a dense one, the bare products, and the equations."""
+    """Forward pass and step of a layer compared with a dense layer, the bare products, and the equations."""
     rows: list[dict[str, Any]] = []
     for workload in [replace(WORKLOADS[0], rows=32)] if quick else WORKLOADS:
         beside, spec = Beside(workload, device), workload.spec
@@ -270,16 +270,16 @@ def layers(quick: bool, device: str) -> Report:
     columns |= dict.fromkeys(("dense ms", "layer ms", "elementwise ms"), ".1f")
     columns |= dict.fromkeys(("to dense", "low", "high", "to limit", "as written"), ".2f")
     notes = [
-        "to dense: time over a dense layer's of as many parameters, median of the turns, with quartiles.",
-        "to limit: less the elementwise part, over the products of plan and gate, with results in place.",
-        "elementwise: gate, elementwise products, activation; run eagerly also where the layer is compiled.",
+        "to dense: time over that of a dense layer of equal parameters, median over rounds, with quartiles.",
+        "to limit: time without the elementwise part, over the products of plan and gate in place.",
+        "elementwise: gate, elementwise products, activation; always eager, even if the layer is compiled.",
         "as written: time of the equations (entmax package, einsum, ones for the bias) over the layer's.",
     ]
-    return Report("layers", "Torch layers beside dense ones", columns, rows, notes)
+    return Report("layers", "Torch layers compared with dense layers", columns, rows, notes)
 
 
 def sharpened(gate_of: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, density: float) -> float:
-    """The factor of logits at which a share of the coefficients is not zero, by bisection."""
+    """The factor of the logits for a given share of nonzero coefficients, by bisection."""
     low, high = 1e-4, 1e4
     for _ in range(40):
         middle = (low * high) ** 0.5
@@ -299,7 +299,7 @@ def scaled_entmax15(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def sparse(quick: bool, device: str) -> Report:
-    """The sparse route at several shares of coefficients that are not zero, against the dense products."""
+    """The sparse route at several shares of nonzero coefficients, compared with the dense products."""
     experts, count = (1024, 32) if quick else (4096, 1024)
     rows: list[dict[str, Any]] = []
     gates: dict[str, Any] = {"topk, k = 8": {"name": "topk", "k": 8}}
@@ -349,13 +349,13 @@ def sparse(quick: bool, device: str) -> Report:
     columns |= dict.fromkeys(("to limit", "dense route to limit"), ".2f")
     title = f"GPT-2 block, CP of rank 556, {experts:,} experts: the sparse route, eager"
     notes = [
-        "to limit: less the elementwise part, over the dense products of plan and gate, results in place."
+        "to limit: time without the elementwise part, over the dense products of plan and gate in place."
     ]
     return Report("sparse", title, columns, rows, notes)
 
 
 def by_hand(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A CP layer of one level, in evaluation, by operations of torch without modules and checks."""
+    """A CP layer of one level in evaluation mode, written as torch operations without modules and checks."""
     weights = [[f.detach() for f in e.factors] for e in layer.children() if isinstance(e, Experts)]
     gate, norm = layer.gate.weight.detach(), layer.gate.norm
 
@@ -375,7 +375,7 @@ def by_hand(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def one_token(quick: bool, device: str) -> Report:
-    """Inference on one token against the same torch operations written by hand, eager and compiled."""
+    """Inference on one token compared with hand-written torch operations, eager and compiled."""
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     for workload in (WORKLOADS[0], WORKLOADS[-1]):
@@ -410,7 +410,7 @@ def one_token(quick: bool, device: str) -> Report:
 
 
 def gates(quick: bool, device: str) -> Report:
-    """entmax15 against the `entmax` package, forward and backward, eager and compiled."""
+    """entmax15 compared with the `entmax` package, forward and backward, eager and compiled."""
     size = (32, 256) if quick else (256, 4096)
     logits, gradient = torch.randn(size, device=device, requires_grad=True), torch.randn(size, device=device)
     compiled = torch.compile(entmax15, fullgraph=True)
@@ -434,5 +434,5 @@ def gates(quick: bool, device: str) -> Report:
         }
         for name in calls
     ]
-    title = f"entmax15 of {size[0]} x {size[1]} logits, forward and backward, against the entmax package"
+    title = f"entmax15 of {size[0]} x {size[1]} logits, forward and backward, vs. the entmax package"
     return Report("gates", title, {"run": "", "ms": ".2f", "times as fast": ".1f"}, rows, [])

@@ -1,4 +1,4 @@
-"""What a device does in a second: the entry of a `Machine` for each dtype, measured here.
+"""Measure the speeds of a device: the `Machine` entry for each dtype.
 
 python -m benchmarks.machine [--device cuda] [--dtypes float32,bfloat16] [--threads 1]
 """
@@ -20,17 +20,17 @@ from mumoe_tensor.contraction.machine import ITEMSIZE
 from mumoe_tensor.measure.timing import Comparison, compare
 from mumoe_tensor.nn import Experts, entmax15
 
-#: Rows, columns and sum of a product, and elements of three arrays: on a CPU as large as those of a layer.
+#: Rows, columns and inner size of a product, and elements of three arrays; on a CPU as large as in a layer.
 PRODUCT = {"cpu": (1024, 512, 768), "cuda": (8192, 8192, 8192)}
 ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 #: Rows and experts of logits.
 LOGITS = {"cpu": (1024, 512), "cuda": (8192, 4096)}
-#: Products of a layer in CP of one level.
+#: Number of products in a CP layer of one level.
 STEPS = 4
 
 
 def calls(device: str, dtype: str) -> dict[str, Callable[[], object]]:
-    """A matrix product, an elementwise one of large arrays, a layer of small ones, and norm and gate."""
+    """A matrix product, an elementwise product of large arrays, a layer of small ones, and norm and gate."""
     place = {"device": device, "dtype": getattr(torch, dtype)}
     m, n, k = PRODUCT[device]
     left, right = torch.rand(m, k, **place), torch.rand(k, n, **place)
@@ -39,7 +39,7 @@ def calls(device: str, dtype: str) -> dict[str, Callable[[], object]]:
     small = Experts(8, 8, 4, "cp", 4, **place).requires_grad_(False)
     row, coefficients = torch.rand(1, 8, **place), [torch.rand(1, 4, **place)]
     return {
-        "product": lambda: left @ right,  # (results are new, as those of a layer)
+        "product": lambda: left @ right,  # (results are allocated, as in a layer)
         "moves": lambda: one * other,
         "small layer": torch.no_grad()(lambda: small(row, coefficients)),
         "gate": lambda: entmax15(torch.nn.functional.layer_norm(logits, size)),
@@ -47,7 +47,7 @@ def calls(device: str, dtype: str) -> dict[str, Callable[[], object]]:
 
 
 def machine_of(timings: Comparison, device: str, dtype: str) -> Machine:
-    """The machine that a comparison of its calls, and perhaps others, shows."""
+    """The machine computed from the timings of `calls`, which may be part of a larger comparison."""
     m, n, k = PRODUCT[device]
     seconds = {name: spread.median for name in timings.seconds if (spread := timings.spread(name))}
     launch = seconds["small layer"] / STEPS
@@ -63,12 +63,12 @@ def machine_of(timings: Comparison, device: str, dtype: str) -> Machine:
 
 
 def clock_of(device: str, count: int) -> Callable[[], float]:
-    """Of one thread the time it computes, whatever else the machine does."""
+    """A clock: CPU time for one thread, independent of other processes, or wall time."""
     return process_time if device == "cpu" and count == 1 else perf_counter
 
 
 def measure(device: str, dtype: str, count: int = 1) -> Machine:
-    """Measure a device in a dtype; `count` is the number of threads that are set."""
+    """Measure a device in a dtype; `count` is the number of threads."""
     timings = compare(
         calls(device, dtype), "product", rounds=25, limit=10, device=device, clock=clock_of(device, count)
     )
@@ -76,16 +76,16 @@ def measure(device: str, dtype: str, count: int = 1) -> Machine:
 
 
 def rounded(value: float) -> float:
-    """To two digits: more are noise."""
+    """Round to two digits; more would be noise."""
     return float(f"{value:.1e}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the entry of a table for each dtype."""
+    """Print the table entry for each dtype."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute; default: cpu")
-    parser.add_argument("--dtypes", default=",".join(ITEMSIZE), help="with commas between; default: all")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a CPU; default: 1")
+    parser.add_argument("--dtypes", default=",".join(ITEMSIZE), help="comma-separated; default: all")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads; default: 1")
     options = parser.parse_args(arguments)
     try:
         need_device(options.device)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"argument --device: {error}")
     names = options.dtypes.split(",")
     if not set(names) <= set(ITEMSIZE):
-        parser.error(f"argument --dtypes: must be of {', '.join(ITEMSIZE)}, got {options.dtypes!r}")
+        parser.error(f"argument --dtypes: must be from {', '.join(ITEMSIZE)}, got {options.dtypes!r}")
     with threads(options.threads):
         for name in names:
             machine = asdict(measure(options.device, name, options.threads))

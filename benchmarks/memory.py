@@ -1,4 +1,4 @@
-"""Memory of a training step: saved for the backward pass, and the peak in a fresh process."""
+"""Memory of a training step: saved for the backward pass, and the peak in a new process."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def tensors(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def peak_of_a_step(case: str, recompute: bool, device: str) -> int:
-    """Peak growth of memory in a step, in bytes, over the model and its input."""
+    """Peak growth of memory in a step, in bytes, on top of the model and its input."""
     module = made(case, recompute, device)
     x, gradient = tensors(device)
-    # A small step first, for which libraries allocate their buffers.
+    # First make a small step, so that libraries allocate their buffers.
     module(x[:2]).sum().backward()
     module.zero_grad()
     x.grad = None
@@ -48,7 +48,7 @@ def peak_of_a_step(case: str, recompute: bool, device: str) -> int:
 
 
 def memory(quick: bool, device: str) -> Report:
-    """Bytes saved for the backward pass, and the peak of a step in fresh processes, against a dense MLP."""
+    """Bytes saved for the backward pass, and the peak of a step in new processes, vs. a dense MLP."""
     cases = [("dense", False), *((case, recompute) for case in CASES for recompute in (False, True))]
     x, gradient = tensors(device)
     peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}
@@ -78,8 +78,8 @@ def memory(quick: bool, device: str) -> Report:
     columns |= {"to dense": ".2f", "step": ".2f"}
     title = f"Memory of a step of the GPT-2 block, 256 experts, {ROWS:,} tokens, float32"
     notes = [
-        "kept: for the backward pass, besides the parameters. peak: growth in a step of the resident set,",
-        "or of what is allocated on the device.",
-        "step: time of a step over the same module's without recompute.",
+        "kept: saved for the backward pass, without parameters. peak: growth in a step of the resident set,",
+        "or of the memory allocated on the device.",
+        "step: time of a step over that of the same module without recompute.",
     ]
     return Report("memory", title, columns, rows, notes)

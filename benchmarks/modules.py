@@ -40,7 +40,7 @@ class Module(Benchmark):
         options = {"device": device, "dtype": getattr(torch, dtype)}
         torch.manual_seed(0)
         self.module = getattr(nn, module).from_spec(spec, batch_hint=batch, **options)
-        # A gate of zeros, as at the start of training, gives all experts the same coefficient.
+        # Random gate weights: the initial zeros would give all experts the same coefficient.
         torch.nn.init.normal_(self.module.gate.weight, std=features**-0.5)
         self.x = torch.randn(batch, features, **options, requires_grad=True)
         self.gradient = torch.randn(batch, features, **options)
@@ -48,7 +48,7 @@ class Module(Benchmark):
 
 
 class Inference(Module):
-    """In evaluation, without gradients."""
+    """Forward pass in evaluation mode, without gradients."""
 
     def prepare(self, **values: Any) -> None:
         super().prepare(**values)
@@ -56,7 +56,7 @@ class Inference(Module):
         self.forward()
 
     def forward(self) -> None:
-        """One call, to its end."""
+        """One call, until the device has finished."""
         with torch.no_grad():
             self.module(self.x)
         finish(self.device)
@@ -66,14 +66,14 @@ class Inference(Module):
 
 
 class Step(Module):
-    """zero_grad, forward and backward, as in the middle of a network: the input has a gradient too."""
+    """zero_grad, forward and backward, with a gradient of the input, as inside a network."""
 
     def prepare(self, **values: Any) -> None:
         super().prepare(**values)
         self.step()
 
     def step(self) -> None:
-        """One step, to its end."""
+        """One step, until the device has finished."""
         self.module.zero_grad()
         self.x.grad = None
         self.module(self.x).backward(self.gradient)
@@ -91,8 +91,8 @@ class Step(Module):
         return kept_bytes(self.module, self.x)
 
     def track_cuda_peak_bytes(self, *_: Any) -> int:
-        """Bytes allocated at most during a step, parameters and input included."""
-        # asv runs each case in a process of its own: nothing else has used the device's memory.
+        """Peak of allocated bytes during a step, with parameters and input."""
+        # asv runs each case in a separate process, so nothing else has used the device's memory.
         torch.cuda.reset_peak_memory_stats()
         self.step()
         return torch.cuda.max_memory_allocated()

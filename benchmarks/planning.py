@@ -1,4 +1,4 @@
-"""Planning and rank fitting, once a layer."""
+"""Planning and rank fitting, which happen once per layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import mumoe_tensor as mt
 from benchmarks.common import Benchmark, layer, profile
 
-#: Output sizes, a new one for each setup: asv sets up before every call that it times.
+#: Output sizes, a new one for each setup, as asv calls the setup before every timed call.
 SIZES = count(profile().features + 1)
 
 
@@ -30,7 +30,7 @@ class Planning(Benchmark):
 
 
 class FitRank(Benchmark):
-    """Rank of a layer for the parameters of the dense one."""
+    """The rank of a layer for the parameters of the dense layer."""
 
     def prepare(self, format: str, experts: int, levels: int) -> None:
         spec = layer(format, experts, levels)

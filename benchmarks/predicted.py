@@ -1,4 +1,4 @@
-"""Predicted times of torch layers against measured ones."""
+"""Predicted and measured times of torch layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mumoe_tensor.measure.passes import forward
 from mumoe_tensor.measure.timing import compare
 
 DTYPE = "float32"
-#: Goal: the longer of the two times over the other.
+#: Goal for the ratio of the longer to the shorter time.
 GOAL_FACTOR = 1.5
 
 
 def predicted(quick: bool, device: str) -> Report:
-    """Forward pass of a layer with its gate: predicted for this machine, measured in turns with it."""
-    with threads(1):  # so that the time of a CPU is that which it computes, however busy the machine
+    """Forward pass of a layer with its gate: predicted and measured time on this machine."""
+    with threads(1):  # so that CPU time can be used, which does not depend on other processes
         return _predicted(quick, device)
 
 
@@ -33,7 +33,7 @@ def _predicted(quick: bool, device: str) -> Report:
         x = torch.randn(workload.rows, spec.in_features, device=device)
         timings = compare(
             {"layer": forward(layer, x), **calls(device, DTYPE)}, "layer", rounds=3 if quick else 15,
-            turn=2e-3 if quick else 2e-2,  # mostly with its own data in the caches
+            turn=2e-3 if quick else 2e-2,  # long enough that the layer's data is mostly in the caches
             limit=2.0 if quick else 20.0, device=device, clock=clock_of(device, 1),
         )  # fmt: skip
         machine = machine_of(timings, device, DTYPE)
@@ -60,9 +60,9 @@ def _predicted(quick: bool, device: str) -> Report:
     columns |= {"factor": ".2f", "within": ""}
     worst = max(row["factor"] for row in rows)
     notes = [
-        "predicted: cost(spec, gate=True, machine=...).seconds, for the machine measured in the same turns.",
-        "On a CPU both are processor time of one thread.",
-        f"factor: the longer time over the other; worst {worst:.2f}, the goal is {GOAL_FACTOR}.",
+        "predicted: cost(spec, gate=True, machine=...).seconds, for the machine measured in the same rounds.",
+        "On a CPU both are CPU time of one thread.",
+        f"factor: the longer time over the shorter; worst {worst:.2f}, goal {GOAL_FACTOR}.",
     ]
     title = f"Predicted and measured forward pass, eager, {DTYPE}"
     return Report("predicted", title, columns, rows, notes)

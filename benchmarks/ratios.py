@@ -1,8 +1,8 @@
-"""Ratios to code written by hand and to opt_einsum, measured in one process.
+"""Ratios to hand-written code and to opt_einsum, measured in one process.
 
     python -m benchmarks.ratios [NAME ...] [--device cuda] [--quick] [--json FILE] [--csv FILE] [--list]
 
-A comparison is a function of `quick` and a device to a `Report`, entered in `COMPARISONS`. Counts, and the
+A comparison is a function in `COMPARISONS` that maps `quick` and a device to a `Report`. Counts, and the
 search for plans, are the same on every device.
 """
 
@@ -32,13 +32,13 @@ from mumoe_tensor.measure.timing import Spread, compare
 from mumoe_tensor.spec import LayerSpec
 
 THREADS = 2
-#: Goals: microseconds more than code by hand, and milliseconds of a search by number of levels.
+#: Goals: extra microseconds over hand-written code, and milliseconds of a search by number of levels.
 GOAL_OVERHEAD = 25.0
 GOAL_SEARCH = {0: 40.0, 1: 40.0, 2: 40.0, 3: 40.0, 8: 1000.0, 12: 10_000.0}
 #: Seconds after which a search is not repeated.
 LONG_SEARCH = 0.5
 OPTIMIZERS = ("auto", "dp", "auto-hq")
-#: A path is run only if it makes no larger intermediate and takes no more FLOPs: it must end.
+#: Limits on the largest intermediate and the FLOPs of the paths that are run.
 LARGEST, MOST_FLOPS = 2**26, 2e10
 
 
@@ -50,7 +50,7 @@ def layer(
     rank: int | Sequence[int] | None,
     bias: bool = False,
 ) -> LayerSpec:
-    """A spec from positional arguments, short enough for tables."""
+    """A spec from positional arguments, which keeps tables of cases short."""
     return LayerSpec(
         format,
         experts=experts,
@@ -84,16 +84,16 @@ def backends(device: str) -> list[str]:
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """Any array as one of NumPy."""
+    """Convert any array to NumPy."""
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
 
 def without_gradient(backend: str) -> Any:
-    """A context in which torch records nothing."""
+    """A context in which torch records no gradients."""
     return torch.no_grad() if backend == "torch" else nullcontext()
 
 
-# ---- overhead: what planned execution costs beside the same array operations by hand ----------------------
+# ---- overhead: planned execution compared with the same array operations written by hand ------------------
 
 CP_LAYERS = (
     layer("cp", 4, 8, 8, 4),
@@ -106,7 +106,7 @@ CP_LAYERS = (
 
 
 def cp_by_hand(backend: str, weight: mt.FactorizedTensor, bias: bool) -> Callable[[Any, list[Any]], Any]:
-    """The CP forward pass by hand: project every vector, multiply, project to the output."""
+    """The CP forward pass written by hand: project every vector, multiply, project to the output."""
     *levels, inner, outer = weight.arrays
     if not bias:
 
@@ -131,7 +131,7 @@ def cp_by_hand(backend: str, weight: mt.FactorizedTensor, bias: bool) -> Callabl
 
 
 def overhead(quick: bool, device: str) -> Report:
-    """Planned CP forward, and the public function, against array operations by hand, at batch 1."""
+    """Planned CP forward pass, and the public function, vs. hand-written array operations, at batch 1."""
     rows = []
     for backend in backends(device):
         for spec in CP_LAYERS[::3] if quick else CP_LAYERS:
@@ -177,24 +177,24 @@ def overhead(quick: bool, device: str) -> Report:
     columns = ["", "", ".1f", ".1f", ".1f", ".1f", ".0f", "", ".1f", ".1f", ".1f"]
     return Report(
         "overhead",
-        "Planned CP forward against the same array operations by hand: batch 1, float32, microseconds",
+        "Planned CP forward vs. the same array operations by hand: batch 1, float32, microseconds",
         dict(zip(rows[0], columns, strict=True)),
         rows,
         [
             "planned: execute(plan.program, ...). public: multilinear_moe, which also checks its arguments",
-            "and looks up its plan. more: median of the differences, turn by turn, with their quartiles.",
+            "and looks up its plan. more: median of the differences in each round, with their quartiles.",
         ],
     )
 
 
 # ---- search: planning from a cold cache ----------------------------------------------------------------
 
-#: Experts of some numbers of levels.
+#: Numbers of experts for each number of levels.
 SEARCH_EXPERTS = ((), (256,), (16, 16), (8, 8, 4), (4, 4, 4, 2, 2), (4,) * 8, (4,) * 12)
 
 
 def rank_of(format: str, experts: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A usual rank of a format, of which all bonds are 8 if it is none of the library's."""
+    """A typical rank of a format; for formats outside the library, all bonds have size 8."""
     usual = {
         "cp": (64,),
         "tucker": (*(min(8, n) for n in experts), 64, 64),
@@ -212,7 +212,7 @@ def search(quick: bool, device: str) -> Report:
     def median(
         format: str, experts: tuple[int, ...], minimize: Objective, implementation: Implementation
     ) -> float:
-        # New sizes each time, which no cache holds; even, so that every format can split them.
+        # New sizes each time, which are not in the cache; even, so that every format can split them.
         seconds: list[float] = []
         for batch in (1, 65_536) * (1 if quick else 5):
             spec = layer(format, experts, 768 + 2 * next(fresh), 768, rank_of(format, experts), bias=True)
@@ -241,14 +241,14 @@ def search(quick: bool, device: str) -> Report:
     columns |= {f"E={len(experts)}": ".1f" for experts in levels}
     return Report(
         "search",
-        "Planning from a cold cache: median milliseconds of processor time, by levels of experts",
+        "Planning from a cold cache: median milliseconds of CPU time, by levels of experts",
         columns | {"over the goal": ""},
         rows,
         [f"Goals: {goals}. In features change from call to call, so that nothing is cached."],
     )
 
 
-# ---- planner: against the paths of opt_einsum ------------------------------------------------------------
+# ---- planner: comparison with the paths of opt_einsum ----------------------------------------------------
 
 PLANNER_LAYERS = (
     *(
@@ -276,8 +276,8 @@ PLANNER_BATCHES = (1, 16, 256, 4096, 65_536)
 class Rival(NamedTuple):
     """A path that an optimizer of opt_einsum chooses for a layer.
 
-    `flops` and `size`, the largest intermediate, are counted as a plan's are; `ratio` is that of the FLOPs to
-    those of the plan with the fewest.
+    `flops` and `size`, the largest intermediate, are counted as for a plan; `ratio` is the ratio of its FLOPs
+    to the plan with the fewest FLOPs.
     """
 
     spec: LayerSpec
@@ -290,12 +290,12 @@ class Rival(NamedTuple):
 
     @property
     def can_run(self) -> bool:
-        """Whether it ends soon and fits into memory."""
+        """Whether it is fast enough and fits into memory."""
         return self.size <= LARGEST and self.flops <= MOST_FLOPS
 
 
 def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]], dict[str, int]]:
-    """The forward pass for opt_einsum: equation, shapes of the operands, sizes of the letters."""
+    """The forward pass for opt_einsum: equation, shapes of the operands, sizes of the indices."""
     network = mt.plan(spec, batch=batch).program.network
     named = network.sizes_at(batch)
     letter = {name: opt_einsum.get_symbol(k) for k, name in enumerate(named)}
@@ -305,7 +305,7 @@ def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]], 
 
 
 def rival(spec: LayerSpec, batch: int, optimizer: str) -> Rival:
-    """Have an optimizer of opt_einsum find a path."""
+    """The path found by an optimizer of opt_einsum."""
     equation, shapes, sizes = einsum_of(spec, batch)
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
     inputs, output = equation.split("->")
@@ -322,7 +322,7 @@ def rival(spec: LayerSpec, batch: int, optimizer: str) -> Rival:
 
 
 def planner(quick: bool, device: str) -> Report:
-    """Planned paths against opt_einsum's: FLOPs over a grid of layers, time where both can run."""
+    """Planned paths vs. opt_einsum's: FLOPs over a grid of layers, and time if both can run."""
     specs = PLANNER_LAYERS[::2] if quick else PLANNER_LAYERS
     batches = PLANNER_BATCHES[::2] if quick else PLANNER_BATCHES
     rivals = [rival(s, b, o) for s in specs for b in batches for o in OPTIMIZERS]
@@ -336,7 +336,7 @@ def planner(quick: bool, device: str) -> Report:
             rows += [_row(worst) | _measured(backend, worst, quick, device) for backend in backends(device)]
     return Report(
         "planner",
-        "opt_einsum's paths against planned ones: FLOPs, and time in float32",
+        "opt_einsum's paths vs. planned paths: FLOPs, and time in float32",
         dict.fromkeys(("format", "optimizer", "run on", "case"), "")
         | {"batch": ",d", "FLOPs ratio": ".3f", "planned ms": ".3f"}
         | dict.fromkeys(("time ratio", "q1", "q3"), ".2f"),
@@ -345,7 +345,7 @@ def planner(quick: bool, device: str) -> Report:
             f"Worst of {len(specs)} layers at batches {', '.join(f'{b:,}' for b in batches)}.",
             "FLOPs ratio: to the plan with the fewest FLOPs. Not run: the worst of all. Run: the worst with",
             f"no intermediate above {LARGEST:,} elements and at most {MOST_FLOPS:,.0f} FLOPs.",
-            "Time ratio: opt_einsum's expression, made ahead, to multilinear_moe, given its default plan.",
+            "Time ratio: opt_einsum's prepared expression to multilinear_moe with its default plan.",
             "Above 1 the plan is better.",
         ],
     )
@@ -393,7 +393,7 @@ def _measured(backend: str, rival: Rival, quick: bool, device: str) -> dict[str,
     }
 
 
-# ---- batch: no single path serves all batch sizes --------------------------------------------------------
+# ---- batch: no single path is best for all batch sizes ---------------------------------------------------
 
 BATCH_LAYERS = (
     layer("tucker", 128, 768, 40, (32, 64, 64)),
@@ -408,7 +408,7 @@ ONE, MANY = 1, 65_536
 
 
 def batch_loss(spec: LayerSpec) -> tuple[float, float]:
-    """Factor in FLOPs of the best path for one input at 65,536 inputs, and the other way round."""
+    """FLOPs, relative to the best path, of the best path for 1 input at 65,536 inputs, and vice versa."""
     few, many = (mt.plan(spec, batch=batch, minimize="flops").program for batch in (ONE, MANY))
 
     def flops(program: Any, batch: int) -> int:
@@ -418,7 +418,7 @@ def batch_loss(spec: LayerSpec) -> tuple[float, float]:
 
 
 def batch(quick: bool, device: str) -> Report:
-    """What the best path for one batch size costs at another."""
+    """The cost of the best path for one batch size at another."""
     rows = []
     for spec in BATCH_LAYERS:
         at_many, at_one = batch_loss(spec)
@@ -429,10 +429,10 @@ def batch(quick: bool, device: str) -> Report:
     columns = ["", "", ".3f", ".3f"]
     return Report(
         "batch",
-        "FLOPs of a path at a batch size it was not chosen for, over the best there",
+        "FLOPs of a path at a batch size it was not chosen for, relative to the best path there",
         dict(zip(rows[0], columns, strict=True)),
         rows,
-        ["Counted, not measured. 1: the same path, or one as good."],
+        ["Counted, not measured. 1: the same path, or an equally good one."],
     )
 
 
@@ -464,19 +464,19 @@ if torch is not None:
         "structured": structured,
     }
     if entmax is None:
-        del COMPARISONS["gates"]  # it is compared with nothing else
+        del COMPARISONS["gates"]  # it compares only with the entmax package
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the named comparisons, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__.split("\n")[0])
     names = ", ".join(COMPARISONS)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {names}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {names}; default: all")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute; default: cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="add the rows to a table that grows")
-    parser.add_argument("--list", action="store_true", help="list the comparisons and stop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all reports as JSON")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to a table")
+    parser.add_argument("--list", action="store_true", help="list the comparisons and exit")
     options = parser.parse_args(arguments)
     if options.list:
         for name, function in COMPARISONS.items():

@@ -1,4 +1,4 @@
-"""Small layers on a CPU: times over those of a dense layer, and of the same operations by hand."""
+"""Small layers on a CPU: times relative to a dense layer, and to the same operations written by hand."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mumoe_tensor.spec import LayerSpec
 
 
 def layer(size: int, experts: int, rows: int) -> Workload:
-    """A CP layer with as many inputs as outputs and a dense layer's parameters."""
+    """A square CP layer with a dense layer's parameters."""
     spec = LayerSpec("cp", experts=experts, in_features=size, out_features=size, bias=True)
     return Workload(f"{size} -> {size}", spec.fitted(), rows)
 
 
-#: Layers, how they run, on how many threads, and goals: times over the dense layer's; microseconds more than
-#: by hand.
+#: Layers, how they run, number of threads, and goals: time relative to the dense layer; extra microseconds
+#: over hand-written operations.
 CASES = (
     (layer(256, 64, 32), "eager", 1, 4.2, None),
     (layer(256, 64, 32), "compiled", 1, 3.0, None),
@@ -33,7 +33,7 @@ CASES = (
 
 
 def small(quick: bool, device: str) -> Report:
-    """Forward passes of small layers, in evaluation, beside dense ones and operations by hand."""
+    """Forward passes of small layers in evaluation mode, vs. dense layers and hand-written operations."""
     rows: list[dict[str, Any]] = []
     for workload, run, count, most, excess in CASES[:1] if quick else CASES:
         beside = Beside(workload, device)
@@ -72,6 +72,6 @@ def small(quick: bool, device: str) -> Report:
     columns |= {"more than by hand us": ".0f", "goal us": ".0f"}
     notes = [
         "by hand: eager torch operations without modules and checks, with the entmax15 of the library.",
-        "Times on one thread are those of the processor: what waits for other processes does not count.",
+        "Times on one thread are CPU times: waiting for other processes does not count.",
     ]
-    return Report("small", "Small CP layers, forward, in evaluation", columns, rows, notes)
+    return Report("small", "Small CP layers, forward pass in evaluation mode", columns, rows, notes)

@@ -1,4 +1,4 @@
-"""Structured layers beside `nn.Linear`, their bare products, and the tensorized layers of tensorly-torch."""
+"""Structured layers compared with `nn.Linear`, their bare products, and layers of tensorly-torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("cp-matrix", (), (805,)),
     ("tucker-matrix", (), (16, 16, 16, 16)),
     ("lowrank", (), (64,)),
-    # About as many parameters, and so FLOPs, as btt of as many experts; dense experts have no rank to fit.
+    # Similar parameters and FLOPs as btt with the same number of experts; dense experts have no rank to fit.
     ("cp", (16,), (115,)),
     ("tr", (16,), (4, 4, 28)),
     ("dense", (16,), ()),
@@ -44,9 +44,9 @@ LAYERS: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("tr", (64,), (4, 4, 28)),
     ("dense", (64,), ()),
 )
-#: Those that are also compiled.
+#: Layers that are also compiled.
 COMPILED = (("btt", (), (1,)), ("btt", (), (4,)), ("kron", (), (1,)))
-#: Names and ranks of tensorly-torch's layers, of as many parameters as those of `LAYERS` and btt of rank 1.
+#: Names and ranks of tensorly-torch's layers, with the parameters of those in `LAYERS` and of btt of rank 1.
 TLTORCH: tuple[tuple[str, int | tuple[int, ...]], ...] = (
     ("blocktt", 43),
     ("cp", 805),
@@ -55,7 +55,7 @@ TLTORCH: tuple[tuple[str, int | tuple[int, ...]], ...] = (
 
 
 def bare_products(experts: Experts, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Operands of the matrix products, as the steps read them."""
+    """Operands of the matrix products, in the layout of the steps."""
     pairs = []
     for plan in experts.plan.terms:
         sizes = plan.program.network.sizes_at(rows)
@@ -66,7 +66,7 @@ def bare_products(experts: Experts, rows: int) -> list[tuple[torch.Tensor, torch
                     view = torch.randn([prod(sizes[x] for x in group) for group in operand.groups])
                     views.append(view if operand.axes is None else view.permute(operand.axes))
                 left, right = views
-                if made.kind == "bmm":  # (one matrix may meet each of a stack)
+                if made.kind == "bmm":  # (one matrix may be multiplied with each of a stack)
                     count = max(len(left), len(right))
                     left, right = (x.expand(count, -1, -1) for x in (left, right))
                 pairs.append((left, right))
@@ -74,7 +74,7 @@ def bare_products(experts: Experts, rows: int) -> list[tuple[torch.Tensor, torch
 
 
 def structured(quick: bool, device: str) -> Report:
-    """Structured layers of 768 inputs and 3,072 outputs against `nn.Linear` and their bare products."""
+    """Structured layers of 768 inputs and 3,072 outputs vs. `nn.Linear` and their bare products."""
     with threads(1):
         return _structured(quick, device)
 
@@ -127,17 +127,17 @@ def _structured(quick: bool, device: str) -> Report:
     )
     columns |= dict.fromkeys(("run", "pass"), "") | dict.fromkeys(("to nn.Linear", "low", "high"), ".3f")
     notes = [
-        "to nn.Linear: time over that of nn.Linear of the same sizes, median of the turns, with quartiles;",
-        "a layer with experts has its gate, and one without has a bias. products: the matrix products alone,",
-        "into existing results, over nn.Linear. FLOPs: of the experts, for one input. kept: for the backward",
-        "pass. tltorch: in its own process.",
+        "to nn.Linear: time over that of nn.Linear of the same sizes, median over rounds, with quartiles;",
+        "layers with experts include the gate, and layers without have a bias. products: the matrix products",
+        "alone, into preallocated results, over nn.Linear. FLOPs: experts only, per input. kept: saved for",
+        "the backward pass. tltorch: in a separate process.",
     ]
     title = f"Structured layers, {IN} -> {OUT}, one thread"
     return Report("structured", title, columns | {"products": ".3f", "kept MiB": ".1f"}, rows, notes)
 
 
 def tensorly_torch() -> None:
-    """Print a line of JSON for each layer of tensorly-torch, whose import sets TensorLy's global backend."""
+    """Print a JSON line per layer of tensorly-torch, whose import sets TensorLy's global backend."""
     import tltorch
 
     inner, outer = (balanced("m", size, 2, "tltorch") for size in (IN, OUT))

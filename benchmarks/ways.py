@@ -1,4 +1,4 @@
-"""The ways in which entmax15 is computed on a CPU, beside each other and softmax."""
+"""The algorithms for entmax15 on a CPU, compared with each other and with softmax."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = ((32, 64), (128, 64), (1024, 64), (1024, 256), (256, 2048), (256, 4096))
 
 
 def ways(quick: bool, device: str) -> Report:
-    """entmax15 on a CPU: sorted, by Newton steps, from few entries; forward and backward."""
+    """entmax15 on a CPU: by sorting, by Newton steps, from few entries; forward and backward."""
     rows: list[dict[str, Any]] = []
     for size in SIZES[:1] if quick else SIZES:
         torch.manual_seed(0)
@@ -35,16 +35,16 @@ def ways(quick: bool, device: str) -> Report:
             "backward, chosen": lambda p=p, dp=gradient: entmax.gradient_on_cpu(p, dp),
         }
         names = [*calls]
-        calls = {name: call for name, call in calls.items() if call() is not None}  # None: not a way here
+        calls = {name: call for name, call in calls.items() if call() is not None}  # None: not applicable
         rounds, limit = (3, 1.0) if quick else (41, 5.0)
         with threads(1):
             timings = compare(calls, "softmax", rounds=rounds, limit=limit, clock=thread_time)
         times = {x: 1e6 * timings.spread(x).median if x in calls else None for x in names}
         rows.append({"logits": f"{size[0]} x {size[1]}"} | times)
     columns = {"logits": ""} | dict.fromkeys(list(rows[0])[1:], ",.0f")
-    title = "entmax15 of normal logits on a CPU, microseconds of the processor, one thread"
+    title = "entmax15 of normal logits on a CPU, microseconds of CPU time, one thread"
     notes = [
-        "chosen: the way that the library takes for the size.",
-        "few entries: left out where many entries are above the bound, and another way is taken.",
+        "chosen: the algorithm that the library uses for the size.",
+        "few entries: left out if too many entries are above the bound, so that it does not apply.",
     ]
     return Report("ways", title, columns, rows, notes)

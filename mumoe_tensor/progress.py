@@ -1,4 +1,4 @@
-"""A progress bar with the time left."""
+"""A progress bar that shows the remaining time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-#: Between lines of progress.
+#: Seconds between lines of progress.
 LINE_SECONDS = 10.0
 #: Called as ``progress(done, total, text)``.
 Progress = Callable[[float, float, str], None]
@@ -15,13 +15,13 @@ Progress = Callable[[float, float, str], None]
 
 @contextmanager
 def progress_bar(title: str, is_shown: bool = True) -> Iterator[Progress]:
-    """A progress bar on stderr; where that is no terminal, a line every `LINE_SECONDS`.
+    """A progress bar on stderr; if that is not a terminal, a line every `LINE_SECONDS`.
 
     Parameters
     ----------
     title : str
     is_shown : bool, default True
-        If not, the progress goes nowhere.
+        If False, progress is discarded.
     """
     if not is_shown:
         yield lambda done, total, text: None

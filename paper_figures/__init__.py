@@ -1,1 +1,1 @@
-"""One script a figure or table of the papers; see README.md."""
+"""One script per figure or table of the papers; see README.md."""

@@ -1,7 +1,7 @@
 """Draw the figures of the papers: ``python -m paper_figures [NAME ...] [--quick] [--fresh] [--out FOLDER]``.
 
-Prints the numbers of each and leaves them as CSV, the picture as PNG and PDF. What was measured is measured
-once.
+Prints the numbers of each figure, and writes them as CSV and the figure as PNG and PDF. Measurements are
+stored and not repeated.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def figures(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Which figures; by default all.", show_default=False),
+        typer.Argument(metavar="NAME", help="Figures to draw; by default all.", show_default=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat stored measurements.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("results/figures"),
     as_json: Json = False,
 ) -> None:

@@ -1,6 +1,6 @@
-"""Accuracy of heads over the number of experts, at the parameters of a dense MLP; one level and two.
+"""Accuracy of heads over the number of experts, with the parameters of a dense MLP; one and two levels.
 
-Oldfield et al. (2024), fine-tuned heads: layers of experts do no worse than the matched linear layer.
+Oldfield et al. (2024), fine-tuned heads: expert layers are no worse than the matched linear layer.
 
 Settings: blocks 320 → 512 → 10 on features of EfficientNet-Lite0, Fashion-MNIST, 169,482 parameters with gate
 and biases, 5 seeds, means and 95 % intervals on test images; see ``docs/experiments/heads.md``.
@@ -18,7 +18,7 @@ from paper_figures.experiments.tables import over_seeds, table
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a format and numbers of experts; that of the MLP first."""
+    """One row per format and numbers of experts; the MLP first."""
     records = []
     matched = [row for row in table("heads") if row["kind"] == "matched"]
     for name, modes in dict.fromkeys((row["format"], str(row["experts"])) for row in matched):
@@ -40,7 +40,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Accuracy over experts with one level; the same with two, as points with their intervals."""
+    """Accuracy over experts with one level; with two levels, points with intervals."""
     figure, axes = new_figure(2, height=3.0)
     scaled = [{**row, **{key: 100 * row[key] for key in row if key.startswith("accuracy")}} for row in rows]
     dense = scaled[0]

@@ -1,12 +1,12 @@
-"""Accuracy of the worst subpopulation against accuracy of all, under corrections of increasing strength.
+"""Worst-subpopulation accuracy against overall accuracy, for corrections of increasing strength.
 
-Oldfield et al. (2024), bias correction: every expert's bias gets λ times the mean coefficient that a
-subpopulation gives to that expert. Beside it thresholds that are moved for all inputs, or for all of the
-group, and methods that train again. Up and right is better.
+Oldfield et al. (2024), bias correction: λ times the mean coefficient of an expert over a subpopulation is
+added to the expert's bias. For comparison: thresholds moved for all inputs, or for all inputs of the group,
+and methods that retrain. Up and right is better.
 
 Settings: attributes of CelebA (blond men, old women) and Adult (well-paid women), CP with 128 experts of rank
 512, strengths from 0 to 8, 5 seeds, means over test rows; at the chosen strength the 95 % interval. See
-``docs/experiments/bias.md``, whose table ``bias.csv`` this reads.
+``docs/experiments/bias.md``. Reads the table ``bias.csv``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def means(tasks: Collection[str]) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A panel a task: a line a correction, a mark a model and a choice."""
+    """A panel per task: a line per correction, and a marker per model and per chosen strength."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = new_figure(len(tasks), height=3.6)
     for ax, task in zip(axes, tasks, strict=True):

@@ -1,7 +1,7 @@
-"""What all figures share: one style, and a way to write them.
+"""The shared style of the figures, and functions to compute and write them.
 
-A figure is a module with ``rows(quick)``, its numbers as a tidy table, and ``draw(rows)``, its picture. One
-whose numbers are measured, or take long, has ``measure(quick)`` in place of `rows`: its table is stored.
+A figure is a module with ``rows(quick)``, which returns its numbers as a tidy table, and ``draw(rows)``. If
+its numbers are measured, or take long, it has ``measure(quick)`` instead of `rows`, and its table is stored.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from mumoe_tensor.text_table import text_table
 
 FOLDER = Path(__file__).resolve().parent
 FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "common"))
-#: The linear layer of the figures over the number of experts, and the number at which mixtures match it.
+#: The linear layer in figures over the number of experts, and the number at which mixtures match it.
 LINEAR = LayerSpec("dense", experts=(), in_features=768, out_features=768, bias=True)
 MATCHED_AT = 64
-#: Of a column of text, in inches.
+#: Width of a text column, in inches.
 WIDTH = 3.4
-#: The formats that are compared, in the order of legends. Dense is what they are compared with.
+#: The formats to compare, in the order of legends; dense is the reference.
 FORMATS = tuple(name for name in ("cp", "tr", "tt", "tucker", "hadamard") if name in formats())
 TITLES = {name: formats()[name].title for name in FORMATS}
-#: What is no format: the dense layer, a mixture of dense experts, one of which only some are used.
+#: Other layers: the dense layer, a mixture of dense experts, and a sparse mixture of dense experts.
 OTHERS = {"linear": "linear layer", "dense moe": "dense mixture", "sparse moe": "sparse mixture, top 2"}
-#: What the library calls these.
+#: Their names in the library.
 KINDS = {"linear": BASELINE, "dense moe": "dense", "sparse moe": SPARSE}
-#: Formats whose lines may coincide have dashes that leave each other gaps.
+#: Dash patterns that interleave, for formats whose lines may coincide.
 LINES: dict[str, Any] = {
     "linear": "--", "dense moe": "-.", "sparse moe": ":",
     "tr": (0, (2, 4)), "tt": (2, (2, 4)), "tucker": (4, (2, 4)),
@@ -59,24 +59,24 @@ PRINT_STYLE = {
 
 
 def title_of(name: str) -> str:
-    """How a line is called in a legend."""
+    """The name of a line in a legend."""
     return TITLES.get(name) or OTHERS[name]
 
 
 def colour_of(name: str) -> str:
-    """The colour of a line, the same in all pictures of the library."""
+    """The colour of a line, the same in all figures of the library."""
     return colour(KINDS.get(name, name))
 
 
 def new_figure(columns: int = 1, height: float = 2.4) -> tuple[Figure, list[Axes]]:
-    """A figure of the width of a column of text, or of a page, and its axes side by side."""
+    """A figure as wide as a text column or a page, and its axes side by side."""
     figure = Figure(figsize=(WIDTH if columns == 1 else 7.0, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)
     return figure, list(axes[0])
 
 
 def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
-    """One line a format, `y` over `x` in the format's colour; quartiles of `y` as a pale band."""
+    """One line per format, `y` over `x` in the format's colour; quartiles of `y` as a pale band."""
     for name in dict.fromkeys(row["name"] for row in rows):
         line, colour = [row for row in rows if row["name"] == name], colour_of(name)
         places = [row[x] for row in line]
@@ -88,7 +88,7 @@ def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> N
 
 
 def set_experts_axis(ax: Axes, rows: Sequence[Row]) -> None:
-    """A logarithmic axis of few numbers of experts, each of them a tick."""
+    """A logarithmic axis with a tick for each of a few numbers of experts."""
     ticks = sorted({row["experts"] for row in rows})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -109,9 +109,9 @@ def pretrained() -> np.ndarray:
 
 
 def over_experts(quick: bool, figure: str, of_cost: Callable[[Cost], int]) -> list[Row]:
-    """A figure of every format's cost, one row a format and number of experts, up to a million.
+    """A cost of every format, with one row per format and number of experts, up to a million.
 
-    The layers are `matched_layers` with other numbers of experts; the gate is counted.
+    The layers are `matched_layers` with other numbers of experts; the cost includes the gate.
     """
     return [
         {"name": name, "experts": n, figure: of_cost(cost(replace(layer, experts=n), gate=True))}
@@ -126,19 +126,19 @@ def counts(quick: bool) -> list[int]:
 
 
 def matched_layers() -> dict[str, LayerSpec]:
-    """By format the layer of `MATCHED_AT` experts with the parameters of the linear one, if it has a rank."""
+    """By format with a rank, the layer of `MATCHED_AT` experts with the parameters of the linear layer."""
     layers = {name: replace(LINEAR, format=name, experts=MATCHED_AT, rank=None) for name in FORMATS}
     return {name: layer.fitted() if layer.rank is None else layer for name, layer in layers.items()}
 
 
 def rank_text(layer: LayerSpec) -> str:
-    """The rank of a layer in a table: a number if the format has one bond."""
+    """The rank of a layer in a table: a single number if the format has one bond."""
     rank = layer.full_rank
     return str(rank[0] if len(rank) == 1 else rank or None)
 
 
 def draw_over_experts(rows: Sequence[Row], figure: str, label: str) -> Figure:
-    """A figure over the number of experts, both logarithmic."""
+    """A quantity over the number of experts, with logarithmic axes."""
     drawn, (ax,) = new_figure(height=2.9)
     draw_lines(ax, rows, "experts", figure)
     ax.set(xscale="log", yscale="log", xlabel="experts N", ylabel=label)
@@ -154,25 +154,25 @@ def load(name: str) -> ModuleType:
 
 
 def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool = False) -> list[Row]:
-    """A figure's numbers, computed or measured; measured ones are read from the folder if they are there.
+    """A figure's numbers, computed or measured; stored measurements are read from the folder.
 
     Parameters
     ----------
     module : module
-        A figure.
+        Module of a figure.
     folder : Path
-        Where `write` writes.
+        Output folder of `write`.
     quick : bool
-        Fewer points; a stored table with all of them will do.
+        Fewer points; a stored table with all points is also used.
     fresh : bool
-        Measure again.
+        Repeat stored measurements.
 
     Returns
     -------
     list of dict
         Measured rows have a column with the date, the machine and the versions.
     """
-    # On one thread: several wait for each other when another process takes a core.
+    # On one thread: several threads wait for each other when another process takes a core.
     with threads(1):
         if hasattr(module, "rows"):
             return module.rows(quick)
@@ -186,16 +186,16 @@ def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool =
 
 
 def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write a figure's numbers as CSV and its picture as PNG and PDF; they replace older ones together."""
+    """Write a figure's numbers as CSV and the figure as PNG and PDF; they replace older files together."""
     names = [f"{name_of(module)}{suffix}" for suffix in (".csv", ".png", ".pdf")]
     if not (folder / names[0]).exists():
-        # They took long to measure, and are not to be lost where the picture fails.
+        # Measuring takes long: keep the numbers even if drawing fails.
         write_table(folder / names[0], list(rows[0]), rows)
     with replacing(folder, names) as new, matplotlib.rc_context(PRINT_STYLE):
         write_table(new / names[0], list(rows[0]), rows)
         figure = module.draw(rows)
         for name in names[1:]:
-            # Without a date in it the same figure is the same file.
+            # Without a date, equal figures give equal files.
             metadata = {"CreationDate": None} if name.endswith(".pdf") else {}
             with whole_file(new / name) as file:
                 figure.savefig(file, format=name[-3:], dpi=300, metadata=metadata)
@@ -208,7 +208,7 @@ def name_of(module: ModuleType) -> str:
 
 
 def as_text(module: ModuleType, rows: Sequence[Row]) -> str:
-    """A figure's numbers as text, and where they come from if they were measured."""
+    """A figure's numbers as text, with the origin of measurements."""
     lines = [f"{name_of(module)}: {(module.__doc__ or '').splitlines()[0]}"]
     lines.append(table([{key: row[key] for key in row if key not in ("quick", "measured")} for row in rows]))
     if measured := rows[0].get("measured"):

@@ -1,11 +1,12 @@
 """The contraction of each format: its tensor network, and the order of the pairwise products.
 
-Oldfield et al. (2024), diagrams of the layers: coefficients and input meet factors, never the weight tensor.
+Oldfield et al. (2024), diagrams of the layers: coefficients and inputs are contracted with the factors, and
+the weight tensor is never formed.
 
-Settings: 64 experts, 768 → 768 with biases, one input, ranks as in parameters_over_experts; the plan of
+Settings: 64 experts, 768 → 768 with biases, one input, ranks as in parameters_over_experts; the plan with the
 least time. Circles are factors, squares the coefficients a and the input z, lines the indices that two
-tensors share; an index that more of them share is a dot. A number is a product: it stands at the indices
-over which it joins two tensors, or between them where they share none.
+tensors share, and dots indices shared by more than two. A number is the position of a product in the plan: it
+is at the indices contracted by the product, or between the tensors of an outer product.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ import mumoe_tensor as mt
 from mumoe_tensor.contraction.network import BATCH, Indices, Network
 from paper_figures.common import LINEAR, MATCHED_AT, Row, colour_of, matched_layers
 
-#: Where a mode lies, in degrees; its vector stands outside, its factor further in.
+#: Direction of each mode in degrees; its vector is drawn outside, its factor further in.
 ANGLES = {"n1": 210, "i": 330, "o": 90}
 OUTSIDE, INSIDE = 1.6, 0.9
 VECTORS = {"n1": "a", "i": "z"}
 
 
 def plans() -> dict[str, mt.ContractionPlan]:
-    """By format the plan of its forward pass."""
+    """By format, the plan of its forward pass."""
     layers = matched_layers() | {"dense": replace(LINEAR, experts=MATCHED_AT)}
     return {name: mt.plan(layer) for name, layer in layers.items()}
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a format and product."""
+    """One row per format and product."""
     return [
         {
             "name": name,
@@ -50,7 +51,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """One network a format."""
+    """One network per format."""
     figure = Figure(figsize=(7.0, 5.0), layout="constrained")
     for ax, (name, plan) in zip(figure.subplots(2, 3).flat, plans().items(), strict=True):
         flops = sum(row["flops"] for row in rows if row["name"] == name)
@@ -80,13 +81,13 @@ def draw_network(ax: Axes, network: Network, colour: str) -> None:
 
 
 def write_numbers(ax: Axes, plan: mt.ContractionPlan) -> None:
-    """The number of each product at the indices that it joins, several in one place side by side."""
+    """The number of each product at the indices it contracts; several in one place are side by side."""
     where = index_places(plan.program.network)
     numbers: dict[tuple[float, ...], list[str]] = {}
     for k, step in enumerate(plan.steps, start=1):
         left, right, result = ([x for x in axes if x != BATCH] for axes in step.axes)
         shared = [x for x in left if x in right]
-        # An outer product stands clear of the node that its indices lead to, in the middle of the picture.
+        # Keep outer products away from the node in the middle, to which their indices lead.
         places = [where[x] for x in shared] or [2 * np.mean([where[x] for x in result], axis=0)]
         for place in places:
             numbers.setdefault(tuple(place), []).append(str(k))
@@ -102,14 +103,14 @@ def direction(mode: str, radius: float) -> np.ndarray:
 
 
 def place_of(network: Network, position: int) -> np.ndarray:
-    """Where an operand stands: on the ray of its mode, or between those of its modes."""
+    """The position of an operand: on the ray of its mode, or between the rays of its modes."""
     modes = [x for x in network.operands[position] if x in ANGLES]
     radius = INSIDE if position < network.weights else OUTSIDE
     return np.mean([direction(mode, radius) for mode in modes], axis=0) if modes else np.zeros(2)
 
 
 def ends(network: Network, index: str) -> list[np.ndarray]:
-    """Where the lines of an index end: at its operands, and that of the output outside."""
+    """The ends of the lines of an index: its operands, and a point outside for the output."""
     places = [place_of(network, k) for k, axes in enumerate(network.operands) if index in axes]
     return [*places, direction(index, 0.9 * OUTSIDE)] if index in network.output else places
 

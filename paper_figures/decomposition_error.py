@@ -1,11 +1,11 @@
-"""Error that each format makes of a trained weight tensor, over its rank and over its parameters.
+"""Error of a trained weight tensor in each format, over rank and over parameters.
 
-Not in the paper: how much of experts that exist already a factorized layer can hold.
+Not in the paper: how well a factorized layer can approximate existing experts.
 
-Settings: three trained layers of EfficientNet-Lite0, 80 → 480, stacked as three experts, without bias and
-gate; `decompose` with the best of two starts, at most 200 iterations, seed 0. The open rank is solved for the
+Settings: three trained layers of EfficientNet-Lite0, 80 → 480, stacked as three experts, without biases and
+gate; `decompose` with the best of two starts, at most 200 iterations, seed 0. The free rank is solved for the
 parameters: CP R, Tensor Ring (2, 2, R3), Tensor Train (3, R3), Tucker (3, 60, Ro); Hadamard has none. Dashed:
-a truncated SVD of each expert alone. The error is relative, in the Frobenius norm.
+a truncated SVD of each expert separately. The error is relative, in the Frobenius norm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 
 
 def measure(quick: bool) -> list[Row]:
-    """One row a format and share of the parameters. Nothing is timed, but it takes a while."""
+    """One row per format and share of the parameters. Not timed, but stored because it takes long."""
     weight = pretrained()
     n, i, o = weight.shape
     dense = mt.LayerSpec("dense", experts=n, in_features=i, out_features=o)
@@ -53,7 +53,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """The error over the open rank, and over the share of the parameters."""
+    """The error over the free rank, and over the share of the parameters."""
     figure, axes = new_figure(2, height=2.7)
     lines = [row for row in rows if row["name"] in OPEN]
     alone = [row for row in rows if row["name"] == "svd"]

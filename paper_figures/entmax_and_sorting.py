@@ -1,10 +1,10 @@
-"""Time of entmax15 over the number of experts: as the layers have it, with a sort, and softmax.
+"""Time of entmax15 over the number of experts: as in the layers, with sorting, and softmax.
 
 Not in the paper, whose gate is entmax15: the exact solution by Newton steps takes a few passes over a row,
-the known one sorts it.
+while the standard algorithm sorts it.
 
-Settings: 256 rows of normal logits in float32, forward and backward, one thread, eager. With a sort:
-`entmax.entmax15` of the entmax package. Medians of turns in one process, with quartiles as a band.
+Settings: 256 rows of normal logits in float32, forward and backward, one thread, not compiled. With sorting:
+`entmax.entmax15` of the entmax package. Medians over rounds in one process, with quartiles as a band.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def measure(quick: bool) -> list[Row]:
-    """One row a gate and number of experts."""
+    """One row per gate and number of experts."""
     records = []
     for experts in (64, 1024) if quick else (16, 64, 256, 1024, 4096, 16_384):
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def both(gate: Callable[[Tensor], Tensor], logits: Tensor, gradient: Tensor) -> 
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Milliseconds over experts, both logarithmic."""
+    """Milliseconds over experts, with logarithmic axes."""
     figure, (ax,) = new_figure()
     for name, style in STYLES.items():
         group = [row for row in rows if row["name"] == name]

@@ -1,4 +1,4 @@
-"""Load of experts: the share of images that give an expert a coefficient of 0.5 or more.
+"""Load of experts: the share of images for which an expert has a coefficient of at least 0.5.
 
 Oldfield et al. (2024), load of the experts.
 
@@ -19,7 +19,7 @@ from paper_figures.experiments.tables import table
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a number of experts and a place in the order of their load."""
+    """One row per number of experts and rank by load."""
     loads = table("heads_load")
     records = []
     for n in LOOKED_AT:
@@ -38,7 +38,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Experts in the order of their load: the mean over seeds, lowest to highest seed as a band."""
+    """Experts sorted by load: the mean over seeds, with the range over seeds as a band."""
     figure, axes = new_figure(len(LOOKED_AT), height=2.4)
     for ax, n in zip(axes, LOOKED_AT, strict=True):
         group = [row for row in rows if row["experts"] == n]

@@ -1,7 +1,7 @@
-"""Largest rank of an expert of CP and Tensor Ring layers with as many parameters, over the number of experts.
+"""Largest expert rank of CP and Tensor Ring layers of equal parameters, over the number of experts.
 
-Oldfield et al. (2024), maximum rank of expert matrices: at matched parameters a Tensor Ring gives experts of
-higher rank than CP, and keeps them for more experts.
+Oldfield et al. (2024), maximum rank of expert matrices: at matched parameters, experts of a Tensor Ring have
+higher rank than those of CP, and the rank falls later with the number of experts.
 
 Settings: 768 → 1000 with biases and gate, as many parameters as the linear layer. Tensor Ring with
 R1 = R2 = 4. Dots: numerical rank of one expert with normal factors (float64).
@@ -21,7 +21,7 @@ OPEN = {"cp": (None,), "tr": (4, 4, None)}
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a format and number of experts."""
+    """One row per format and number of experts."""
     records = []
     for name, rank in OPEN.items():
         for n in (16, 64, 256) if quick else (8, 16, 32, 64, 128, 256, 512):

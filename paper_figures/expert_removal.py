@@ -1,11 +1,11 @@
-"""Change of the accuracy of each class when an expert is removed, 32 and 256 experts.
+"""Change in the accuracy of each class when an expert is removed, for 32 and 256 experts.
 
-Oldfield et al. (2024), intervention on experts: the coefficient of one expert is set to zero, and nothing is
-normalised again; the accuracy of each class is set beside that of the intact model.
+Oldfield et al. (2024), intervention on experts: the coefficient of one expert is set to zero, without
+renormalization, and the accuracy of each class is compared with that of the intact model.
 
 Settings: single layers 320 → 10, CP of rank 64, entmax15 on batch-normed logits, seed 0, features of
-EfficientNet-Lite0, Fashion-MNIST, 6,000 validation images; all experts that change an accuracy, in the order
-of the class they change most; see ``docs/experiments/heads.md``.
+EfficientNet-Lite0, Fashion-MNIST, 6,000 validation images; all experts that change an accuracy, sorted by the
+class they change most; see ``docs/experiments/heads.md``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from paper_figures.top_inputs import CLASSES
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row an expert: by how many points every class changes."""
+    """One row per expert: the change of every class in points."""
     records = []
     for n in LOOKED_AT:
         group = [row for row in table(TABLE) if row["experts"] == n]
@@ -35,7 +35,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A column a class and a line an expert: red where the class is worse without it."""
+    """A column per class and a line per expert: red where the class is worse without the expert."""
     figure, axes = new_figure(len(LOOKED_AT), height=3.6)
     tables = []
     for n in LOOKED_AT:
@@ -43,7 +43,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         changes = changes[np.abs(changes).any(1)]
         most = np.abs(changes).argmax(1)
         tables.append(changes[np.lexsort((-np.abs(changes).max(1), most))])
-    # (Logarithmic beyond one point: the changes are few large ones and many small ones.)
+    # (Logarithmic beyond one point, as there are a few large and many small changes.)
     end = max(np.abs(changes).max() for changes in tables)
     norm = SymLogNorm(linthresh=1, vmin=-end, vmax=end)
     for ax, n, changes in zip(axes, LOOKED_AT, tables, strict=True):

@@ -1,10 +1,11 @@
-"""FLOPs of one input over the number of experts, for every format and for mixtures of dense experts.
+"""FLOPs per input over the number of experts, for every format and for mixtures of dense experts.
 
-Oldfield et al. (2024), cost of the forward pass: a factorized layer uses all experts for about what one dense
-layer costs; a dense mixture pays for every expert; a sparse mixture for those it picks, and the gate.
+Oldfield et al. (2024), cost of the forward pass: a factorized layer uses all experts at about the cost of one
+dense layer; a dense mixture costs as much as all its experts, a sparse mixture as its active experts and the
+gate.
 
-Settings: as parameters_over_experts; the planned forward pass of one input, multiplications and additions
-counted apart, the product of the gate counted.
+Settings: as in parameters_over_experts; the planned forward pass of one input, including the gate, with two
+FLOPs per multiplication and addition.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ TOP_K = 2
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a format and number of experts."""
+    """One row per format and number of experts."""
     rows = over_experts(quick, "flops", lambda cost: cost.flops)
     gate, outputs = 2 * LINEAR.in_features, LINEAR.out_features
     linear = gate * outputs
-    # The output of an expert that is used is weighted and added.
+    # The output of each active expert is weighted and added.
     expert = linear + 2 * outputs
     for n in counts(quick):
         rows.append({"name": "dense moe", "experts": n, "flops": n * (expert + gate)})

@@ -1,6 +1,6 @@
-"""Share of the gate in the parameters of a layer over the number of experts.
+"""The gate's share of a layer's parameters over the number of experts.
 
-Not in the paper. The gate is a dense matrix, so it outgrows the factors; levels keep it small.
+Not in the paper. The gate is a dense matrix, so it becomes larger than the factors; levels keep it small.
 
 Settings: GPT-2's MLP block, 768 → 3072 → 768 with biases, CP of rank 556, one to three equal levels.
 """
@@ -16,12 +16,12 @@ import mumoe_tensor as mt
 from paper_figures.common import Row, colour_of, new_figure
 
 LAYER = mt.LayerSpec("cp", experts=(), in_features=768, hidden=3072, out_features=768, rank=556, bias=True)
-#: Lines of the numbers of levels. The colour is that of CP.
+#: Line styles by number of levels. The colour is that of CP.
 LEVELS = {1: "o-", 2: "s--", 3: "^:"}
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a number of levels and of experts."""
+    """One row per number of levels and of experts."""
     records = []
     for levels in LEVELS:
         for exponent in range(6, 25, 6):
@@ -41,7 +41,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """One line a number of levels."""
+    """One line per number of levels."""
     figure, (ax,) = new_figure()
     for levels, line in LEVELS.items():
         group = [row for row in rows if row["levels"] == levels]

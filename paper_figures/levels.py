@@ -1,9 +1,9 @@
-"""Cost of one, two, three and four levels at equal numbers of experts.
+"""Cost of one to four levels at equal numbers of experts.
 
-Oldfield et al. (2024), hierarchical μMoEs: more levels make as many experts from smaller gates.
+Oldfield et al. (2024), hierarchical μMoEs: with more levels, smaller gates select among as many experts.
 
 Settings: 768 → 768 with biases, CP of rank 384, 4,096 to 16,777,216 experts in equal levels; parameters of
-factors and gate, and FLOPs of one input.
+factors and gate, and FLOPs per input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYER = mt.LayerSpec("cp", experts=(), in_features=768, out_features=768, rank=3
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a total and number of levels."""
+    """One row per total number of experts and number of levels."""
     records = []
     for total in TOTALS[:1] if quick else TOTALS:
         for levels in (1, 2, 3, 4):
@@ -47,7 +47,7 @@ def power(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Parameters by level, the gate's part pale, and the linear layer as a line."""
+    """Parameters by number of levels, with the gate's part pale and the linear layer as a line."""
     totals = sorted({row["experts"] for row in rows})
     figure, axes = new_figure(2, height=2.5)
     for ax, total in zip(axes, totals, strict=False):

@@ -1,8 +1,8 @@
-"""Validation loss over training steps: a Mixer and a GPT-2 with dense MLPs, and with experts in every layer.
+"""Validation loss over training steps: a Mixer and a GPT-2 with dense MLPs and with experts in every layer.
 
 Oldfield et al. (2024), loss curves of models of equal parameters.
 
-Settings: Fashion-MNIST and Shakespeare at the size of a laptop, parameters matched to ± 1 %, three seeds,
+Settings: Fashion-MNIST and Shakespeare at laptop scale, parameters matched to ± 1 %, three seeds,
 means and 95 % intervals; see ``docs/experiments/mixer.md`` and ``docs/experiments/gpt2.md``.
 """
 
@@ -21,7 +21,7 @@ COLOURS = {"dense": "linear", "CP": "cp", "TR": "tr"}
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a network, kind of block and evaluation."""
+    """One row per network, kind of block and evaluation."""
     records = []
     for network in NETWORKS:
         curves = table(f"{network}_curves")
@@ -40,7 +40,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A picture a network; two levels are dashed."""
+    """A panel per network; two levels are dashed."""
     networks = [network for network in NETWORKS if any(row["network"] == network for row in rows)]
     figure, axes = new_figure(len(networks), height=2.8)
     for ax, network in zip(axes, networks, strict=True):

@@ -1,12 +1,12 @@
-"""Peak memory and latency of a forward pass at 128 experts: linear layer, mixtures of dense experts, formats.
+"""Peak memory and latency of a forward pass with 128 experts: linear layer, dense experts, and formats.
 
-Oldfield et al. (2024), cost beside dense and sparse mixtures: a dense mixture holds and uses all weights, a
-sparse one holds all and uses few; factorized layers are near the linear one in both.
+Oldfield et al. (2024), cost compared with dense and sparse mixtures: a dense mixture stores and uses all
+weights, a sparse mixture stores all and uses few; factorized layers are close to the linear layer in both.
 
 Settings: 768 → 768 with biases, 128 experts, float32, one thread, a single input and a batch of 256, no
-gradients, gate included (entmax15; softmax of two logits in the sparse mixture, whose inputs are grouped by
-expert). Ranks at the parameters of the linear layer; Hadamard has none. Latency: median of turns in one
-process, with quartiles. Peak: weights, and growth of the resident set in the pass, in a fresh process.
+gradients, with the gate (entmax15; softmax of two logits in the sparse mixture, whose inputs are grouped by
+expert). Ranks match the parameters of the linear layer; Hadamard has none. Latency: median over rounds in one
+process, with quartiles. Peak: weights, and growth of the resident set in the pass, in a new process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES = (*OTHERS, *FORMATS)
 
 
 def module_of(name: str, inputs: int, features: int = LINEAR.in_features, experts: int = EXPERTS) -> Any:
-    """The module for inference on a batch of `inputs`, with a gate that tells them apart."""
+    """The module for inference on a batch of `inputs`, with a gate that distinguishes them."""
     torch.manual_seed(0)
     if name == "linear":
         return nn.Linear(features, features)
@@ -48,17 +48,17 @@ def module_of(name: str, inputs: int, features: int = LINEAR.in_features, expert
 
 
 def peak(name: str, inputs: int) -> int:
-    """Bytes of the weights, and by which this process grows at most in a forward pass, on one thread."""
+    """Bytes of the weights, and peak growth of this process in a forward pass, on one thread."""
     torch.set_num_threads(1)
     with torch.no_grad():
-        # A small layer of the kind first, for which libraries allocate their buffers.
+        # First run a small layer of the same kind, so that libraries allocate their buffers.
         module_of(name, 4, features=64, experts=4)(torch.randn(4, 64))
         module, x = module_of(name, inputs), torch.randn(inputs, LINEAR.in_features)
         return x.itemsize * num_parameters(module) + growth(lambda: module(x))
 
 
 def measure(quick: bool) -> list[Row]:
-    """One row a layer and number of inputs."""
+    """One row per layer and number of inputs."""
     records = []
     for inputs in (BATCH,) if quick else (1, BATCH):
         x = torch.randn(inputs, LINEAR.in_features)
@@ -83,7 +83,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """One dot a layer: full for the batch, hollow for a single input."""
+    """One dot per layer: filled for the batch, hollow for a single input."""
     figure, axes = new_figure(2, height=3.0)
     names = list(dict.fromkeys(row["name"] for row in rows))
     for ax, column in zip(axes, ("ms", "peak_mib"), strict=True):
@@ -101,7 +101,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             )
         ax.set_yticks(range(len(names)), [title_of(name) for name in names])
         ax.set(xscale="log", ylim=(len(names) - 0.5, -0.5))
-        # (Those of less than a decade would overlap.)
+        # (Minor tick labels would overlap on less than a decade.)
         ax.xaxis.set_minor_formatter("")
         ax.set_axisbelow(True)
         ax.grid(axis="y", color="0.9")

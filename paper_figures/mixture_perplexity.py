@@ -1,12 +1,12 @@
-"""Perplexity of a mixture of experts over the parameters saved, its experts in several formats.
+"""Perplexity of a mixture of experts over the parameters saved, with its experts in several formats.
 
-Not in the paper: what a small Mixtral, trained on the bytes of Shakespeare's plays, loses on others of them
-when its experts are compressed.
+Not in the paper: how much worse a small Mixtral, trained on the bytes of Shakespeare's plays, predicts
+held-out plays when its experts are compressed.
 
-Settings: two layers of 8 experts, 2 for a byte; each weight fitted from one start with 10 sweeps, no training
-after. Left: fits to the weights. Right: weighted by the inputs of each expert. Lines are means over seeds,
-bands reach from the least to the most. Reads ``paper_figures/tables/mixture.csv``, which
-``experiments/mixture.py`` makes.
+Settings: two layers of 8 experts, 2 active per byte; each weight fitted from one start with 10 sweeps, with
+no further training. Left: fitted to the weights. Right: weighted by the inputs of each expert. Lines are
+means over seeds, bands the range over seeds. Reads ``paper_figures/tables/mixture.csv``, which
+``experiments/mixture.py`` writes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FITS = {"plain": "fitted to the weights", "weighted": "weighted by the inputs of
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a seed, format, share of parameters saved and way of fitting."""
+    """One row per seed, format, share of parameters saved and kind of fit."""
     return list(table("mixture"))
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A panel a way of fitting, with a line a format."""
+    """A panel per kind of fit, with a line per format."""
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     lines = relative(rows)
@@ -43,7 +43,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             bounds = ([100 * (pick(y) - 1) for y in ratios] for pick in (min, max))
             ax.fill_between(saved, *bounds, color=f"C{k}", alpha=0.15, linewidth=0)
         ax.set(title=title, xlabel="parameters of the experts saved, %", xlim=(0, None))
-        # (Linear below a tenth of a percent, where a rise may be none.)
+        # (Linear below a tenth of a percent, as a rise may be zero.)
         ax.set_yscale("symlog", linthresh=0.1)
         ax.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
     axes[0].set(ylabel="rise of perplexity, %")

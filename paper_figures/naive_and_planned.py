@@ -1,4 +1,4 @@
-"""FLOPs of the forward pass with the weight tensor formed first, and as planned.
+"""FLOPs of the forward pass: planned, and with the weight tensor formed first.
 
 Oldfield et al. (2024), the fast forward pass: never forming the weight tensor saves orders of magnitude.
 
@@ -20,7 +20,7 @@ EXPERTS = 512
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a format."""
+    """One row per format."""
     rows = []
     for name, layer in matched_layers().items():
         layer = replace(layer, experts=EXPERTS)
@@ -31,7 +31,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Two bars a format, the naive one pale, with the ratio beside them."""
+    """Two bars per format, the naive one pale, with their ratio."""
     figure, (ax,) = new_figure(height=2.6)
     for place, row in enumerate(rows):
         colour = colour_of(row["name"])

@@ -1,11 +1,11 @@
 """Parameters over the number of experts, for every format and for mixtures of dense experts.
 
-Oldfield et al. (2024), comparison of parameter counts: with the rank kept, the experts of a factorized layer
-cost parameters in one factor only, those of a mixture of dense experts all of theirs.
+Oldfield et al. (2024), comparison of parameter counts: at a fixed rank, each expert adds parameters to one
+factor of a factorized layer, but a whole weight matrix to a mixture of dense experts.
 
-Settings: 768 → 768 with biases, the gate counted. The rank of a format is the one at which it has as many
-parameters as the linear layer with 64 experts; it is kept for all numbers of experts. A sparse mixture has
-the parameters of a dense one.
+Settings: 768 → 768 with biases, including the gate. The rank of a format is the one at which 64 experts have
+as many parameters as the linear layer; it is the same for all numbers of experts. A sparse mixture has as
+many parameters as a dense mixture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paper_figures.common import LINEAR, Row, counts, draw_over_experts, over_ex
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a format and number of experts."""
+    """One row per format and number of experts."""
     linear, gate = LINEAR.parameters, LINEAR.in_features
     rows = over_experts(quick, "parameters", lambda cost: cost.parameters)
     for n in counts(quick):
@@ -29,4 +29,4 @@ def rows(quick: bool) -> list[Row]:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """Parameters over experts."""
-    return draw_over_experts(rows, "parameters", "parameters, gate counted")
+    return draw_over_experts(rows, "parameters", "parameters, with the gate")

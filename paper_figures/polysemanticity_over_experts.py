@@ -1,7 +1,7 @@
-"""Polysemanticity of experts over their number, beside a random gate that is as sparse.
+"""Polysemanticity of experts over their number, compared with a random gate of the same sparsity.
 
-Oldfield et al. (2024), expert specialization: with more experts each is there for fewer classes. The figure
-shrinks for any gate as fewer images use an expert, hence the second line.
+Oldfield et al. (2024), expert specialization: with more experts, each responds to fewer classes. As fewer
+images use each expert, polysemanticity falls for any gate, hence the comparison with a random gate.
 
 Settings: single layers 320 → 10, CP of rank 64 (not matched in parameters), features of EfficientNet-Lite0,
 Fashion-MNIST, at most 128 experts removed one by one, 5 seeds, means and 95 % intervals on test images; see
@@ -25,7 +25,7 @@ LINES = (
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a number of experts."""
+    """One row per number of experts."""
     group = [
         row
         for row in table("heads")
@@ -43,7 +43,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Polysemanticity, and what goes with it: the share of experts an image uses."""
+    """Polysemanticity, and the share of experts used by an image and by none."""
     figure, axes = new_figure(2, height=2.8)
     places = [row["experts"] for row in rows]
     for column, label, style in LINES:

@@ -1,13 +1,13 @@
-"""The published configurations: parameters of networks and heads, counted by this library.
+"""The published configurations: parameter counts of networks and heads, computed by this library.
 
-Oldfield et al. (2024), parameters of the trained models: at matched parameters a network has many experts in
-every block. Mixtures of dense experts of the same number would have those of the last column.
+Oldfield et al. (2024), parameters of the trained models: at matched parameters, a network has many experts in
+every block. The last column has the parameters of the same number of dense experts.
 
 Settings: CLIP ViT-B/32 head 768 → 1000; MLP-Mixer S-16 (8 blocks of width 512, tokens 196 → 256 → 196,
 channels 512 → 2048 → 512); GPT-2 (12 blocks 768 → 3072 → 768, vocabulary 50,304, context 1024, embeddings
-tied); CelebA head 768 → 40, and the dense one of high rank, without biases. μMoE layers with biases, gate
-counted. Ranks as published. The last column has weights and biases of the experts alone, without gates and
-the rest of the network.
+tied); CelebA head 768 → 40, and the dense head of high rank, without biases. μMoE layers with biases and
+gate. Ranks as published. The last column counts only weights and biases of the experts, without gates and the
+rest of the network.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from paper_figures.common import TITLES, Row, new_figure
 
 @dataclass(frozen=True)
 class Network:
-    """Blocks that are replaced, and what else has parameters.
+    """The blocks to replace, and the parameters of the rest of a network.
 
     Attributes
     ----------
     blocks : tuple of LayerSpec
-        The different dense blocks; those of experts always have biases.
+        The distinct dense blocks; blocks of experts always have biases.
     variants : tuple of tuple
-        Format, experts, and the rank in each of the blocks.
+        Format, number of experts, and the rank in each of the blocks.
     repeated : int
-        How often the network has the blocks.
+        Number of times the network repeats the blocks.
     rest : int
-        Parameters of all else.
+        Parameters of the rest of the network.
     norms : tuple of int
-        Parameters of the norms that belong to the blocks, dense ones and those of experts.
+        Parameters of the norms of the blocks, for dense blocks and for blocks of experts.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Network:
         return self.rest + self.repeated * (self.norms[1] + sum(block.parameters for block in mixtures))
 
     def dense_experts(self, experts: int) -> int:
-        """Parameters of as many dense experts alone."""
+        """Parameters of the same number of dense experts, without the rest."""
         return self.repeated * experts * sum(replace(block, bias=True).parameters for block in self.blocks)
 
 
 def dense(*widths: int, bias: bool = True) -> LayerSpec:
-    """A linear layer between two widths, or a block of two layers between three."""
+    """A linear layer for two widths, or a block of two layers for three."""
     first, *hidden, last = widths
     return LayerSpec(
         "dense",
@@ -93,7 +93,7 @@ NETWORKS = (
         (dense(196, 256, 196), dense(512, 2048, 512)),
         (("cp", 64, (147, 384)), ("tr", 64, ((4, 4, 37), (4, 4, 97)))),
         repeated=8,
-        # Embedding of the patches, two norms a block, the last norm, the head.
+        # Patch embedding, two norms per block, the last norm, the head.
         rest=(3 * 16**2 + 1) * 512 + 8 * 2 * 1024 + 1024 + 513 * 1000,
     ),
     Network(
@@ -106,7 +106,7 @@ NETWORKS = (
             ("tr", 256, ((4, 4, 149),)),
         ),
         repeated=12,
-        # Embeddings, attention and its norm, the last norm: of weights only.
+        # Embeddings, attention and its norm, the last norm; without biases.
         rest=(50_304 + 1024) * 768 + 12 * (4 * 768**2 + 768) + 768,
         norms=(768, 2 * 768),
     ),
@@ -116,7 +116,7 @@ NETWORKS = (
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a network and kind of its blocks."""
+    """One row per network and kind of block."""
     table: list[Row] = []
     for network in NETWORKS:
         of_dense = {"experts": None, "rank": None, "parameters": network.dense, "dense_experts": None}
@@ -135,7 +135,7 @@ def rows(quick: bool) -> list[Row]:
     return table
 
 
-#: Columns: heading, place in inches, alignment.
+#: Columns: heading, position in inches, alignment.
 COLUMNS = {
     "network": ("network", 0.0, "left"),
     "layer": ("layer", 2.05, "left"),
@@ -147,7 +147,7 @@ COLUMNS = {
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """The rows as a table, a rule before each network."""
+    """The rows as a table, with a rule before each network."""
     figure, (ax,) = new_figure(height=0.18 * (len(rows) + 2))
     figure.set_figwidth(7.0)
     ax.set(xlim=(0, 7), ylim=(len(rows), -1.2), title="Published configurations")

@@ -1,13 +1,13 @@
-"""Rise of a language model's cross entropy over the active experts of layers in the place of an MLP.
+"""Rise in a language model's cross entropy over the active experts of layers that replace an MLP.
 
-After the figures of Oldfield et al. (2025), who compare mixtures of decoders with transcoders. Here are also
-layers whose gate is replaced by a null, and layers without experts.
+After the figures of Oldfield et al. (2025), who compare mixtures of decoders with transcoders. This figure
+adds layers with baseline gates, and layers without experts.
 
-Settings: one MLP block of SmolLM2-135M-Instruct is replaced at a time; all layers but those without experts
-of the same width have twice its parameters. Lines are means over seeds, bands reach from the least to the
-most. Nulls are dashed; what has no K is a level line. Gray: the model with zeros in the place; the intact
-model is at zero. Reads ``paper_figures/tables/replacement.csv``, which ``mumoe-tensor replace`` makes of
-``experiments/replacement.toml``.
+Settings: one MLP block of SmolLM2-135M-Instruct is replaced at a time; all layers except "no experts, same
+width" have twice its parameters. Lines are means over seeds, bands the range over seeds. Baselines are
+dashed; layers without K are horizontal lines. Gray: the model with the block's outputs set to zero; the
+intact model is at zero. Reads ``paper_figures/tables/replacement.csv``, which ``mumoe-tensor replace`` writes
+for the grid ``experiments/replacement.toml``.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from paper_figures.common import Row
 from paper_figures.experiments.replacement import NULLS
 from paper_figures.experiments.tables import table
 
-#: Of arms, in their order; gray is for the model without the block.
+#: Line styles of the arms, in order; gray is for the model without the block.
 COLOURS = [f"C{number}" for number in range(10) if number != 7]
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a trained layer."""
+    """One row per trained layer."""
     return list(table("replacement"))
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A panel a place, with a line an arm."""
+    """A panel per replaced module, with a line per arm."""
     modules, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("module", "arm"))
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots(1, len(modules), sharey=True, squeeze=False, width_ratios=[2, 1][: len(modules)])
@@ -51,13 +51,13 @@ def draw(rows: Sequence[Row]) -> Figure:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-    axes[0][0].set(ylabel="rise of the cross entropy, nats a token")
+    axes[0][0].set(ylabel="rise in cross entropy, nats per token")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def draw_arm(ax: Axes, rows: Sequence[Row], look: dict[str, str]) -> None:
-    """The mean over seeds at each K, and a band from the least to the most."""
+    """The mean over seeds at each K, with the range over seeds as a band."""
     ks = sorted({row["k"] for row in rows})
     rises = [[row["rise"] for row in rows if row["k"] == k] for k in ks]
     if ks == [0]:

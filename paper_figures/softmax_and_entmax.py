@@ -1,6 +1,6 @@
-"""Softmax and entmax15 gates, with the norms of their logits: accuracy, sparsity, polysemanticity, balance.
+"""Softmax and entmax15 gates with different norms: accuracy, sparsity, polysemanticity and balance.
 
-Oldfield et al. (2024), ablation of the gate: entmax15 against softmax, with and without a norm.
+Oldfield et al. (2024), ablation of the gate: entmax15 and softmax, with and without normalized logits.
 
 Settings: single layers 320 → 10, CP of rank 64, 128 experts, features of EfficientNet-Lite0, Fashion-MNIST, 5
 seeds, means and 95 % intervals on test images; see ``docs/experiments/heads.md``.
@@ -28,7 +28,7 @@ PANELS = (
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a gate and norm."""
+    """One row per gate and norm."""
     records = []
     for gate in GATES:
         for norm in NORMS:
@@ -53,7 +53,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """One panel a figure; of polysemanticity also that of the random gate, hollow."""
+    """One panel per metric; hollow markers show the polysemanticity of a random gate."""
     figure, axes = new_figure(len(PANELS), height=2.6)
     for ax, (column, title, factor) in zip(axes, PANELS, strict=True):
         for row in rows:

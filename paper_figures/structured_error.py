@@ -1,13 +1,13 @@
-"""Error of structured formats in place of a pretrained matrix, plain and weighted by the inputs' covariance.
+"""Error of structured formats that approximate a pretrained matrix, fitted with and without input covariance.
 
-Not in the paper: what a linear layer loses to each structure, and what of that a fit of its outputs regains.
+Not in the paper: the error of each structure for a linear layer, and the gain from fitting its outputs.
 
 Settings: an expanding convolution of EfficientNet-Lite2 (120 → 720) and an up-projection of SmolLM2-135M
 (576 → 1,536), no experts; `decompose` from one start with at most 20 sweeps; ranks for 5 to 50 % of the
-parameters. Above: the error of the weight, fitted without weighting. Below: that of the outputs, dotted
-without weighting, solid with `input_covariance`, of the same inputs as the error: those that the layer has
-in its network. Kronecker and TT-matrix of two parts are the same matrices. CP-matrix ends at 600
-components. Reads ``paper_figures/tables/compression.csv``, which ``experiments/compression.py`` makes.
+parameters. Top: the error of the weight, fitted without weighting. Bottom: the error of the outputs, dotted
+for fits without weighting and solid for fits with `input_covariance`; both use the inputs that the layer has
+in its network. Kronecker and TT-matrix with two parts are the same matrices. CP-matrix has at most 600
+components. Reads ``paper_figures/tables/compression.csv``, which ``experiments/compression.py`` writes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MARKERS = "osvDPX^<>"
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a network, format, share of the parameters and way of fitting."""
+    """One row per network, format, share of the parameters and kind of fit."""
     return list(table("compression"))
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A column a network; the error of the weight above that of the outputs."""
+    """A column per network; the error of the weight above the error of the outputs."""
     networks, formats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "format"))
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")
     axes = figure.subplots(2, len(networks), squeeze=False)

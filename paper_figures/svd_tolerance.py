@@ -1,14 +1,14 @@
 """Trained linear layers without their smallest singular values: error, accuracy and loss.
 
 Oldfield et al. (2024), tolerance of linear layers to a truncated SVD: trained layers keep their accuracy
-without many of their singular values, so experts of low rank may do.
+without many of their singular values, so experts of low rank may suffice.
 
-Settings: the relative error of the weight is that of the expanding 1×1 convolutions of blocks 6, 7 and 8 of
-EfficientNet-Lite0, trained on ImageNet, 80 → 480; for comparison of a matrix of that shape with normal
-entries, seed 0. It is in the Frobenius norm; its square is the share of the energy that is lost. Accuracy and
-loss are those of the dense Mixer and GPT-2 of ``docs/experiments`` on validation rows, all linear layers of
-their MLPs truncated at once; means and 95 % intervals over seeds. Without their tables, which
-``python -m paper_figures.experiments.pretraining mixer svd`` (and ``gpt2 svd``) makes, the error alone.
+Settings: the relative error of the weight, in the Frobenius norm, is shown for the expanding 1×1 convolutions
+of blocks 6, 7 and 8 of EfficientNet-Lite0, trained on ImageNet, 80 → 480, and for a matrix of that shape with
+normal entries, seed 0. Its square is the share of the energy that is lost. Accuracy and loss are those of the
+dense Mixer and GPT-2 of ``docs/experiments`` on validation rows, with all linear layers of their MLPs
+truncated at once; means and 95 % intervals over seeds. They are left out if their tables are missing, which
+``python -m paper_figures.experiments.pretraining mixer svd`` (and ``gpt2 svd``) writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paper_figures.experiments.tables import over_seeds, table
 
 BLOCKS = ("6", "7", "8")
 STYLES = {"6": "-", "7": "--", "8": ":", "normal": "-"}
-#: Tables of networks; the column that is drawn, in what unit, and its label.
+#: Table of each network: the column to draw, its scale and its label.
 NETWORKS = {
     "mixer": ("accuracy", 100, "validation accuracy, %"),
     "gpt2": ("loss", 1, "validation loss, nats"),
@@ -32,7 +32,7 @@ TITLES = {"mixer": "Mixer", "gpt2": "GPT-2"}
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row a layer or network and number of singular values kept."""
+    """One row per layer or network and number of singular values kept."""
     weights = dict(zip(BLOCKS, pretrained(), strict=True))
     weights["normal"] = np.random.default_rng(0).standard_normal(weights["6"].shape)
     records = []
@@ -63,7 +63,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Relative error over the share kept, one line a layer; beside it accuracy and loss of networks."""
+    """Relative error over the share kept, one line per layer; then accuracy and loss of the networks."""
     networks = [name for name in NETWORKS if any(row["layer"] == name for row in rows)]
     figure, axes = new_figure(1 + len(networks))
     ax = axes[0]

@@ -1,9 +1,9 @@
-"""Images that experts are most active for: the first ten experts of 32 and of 256.
+"""The images for which experts are most active: the first ten experts of 32 and of 256.
 
-Oldfield et al. (2024), top-activating inputs. The experts are the first ten by number, not chosen.
+Oldfield et al. (2024), top-activating inputs. The experts are the first ten by index, not selected.
 
 Settings: single layers 320 → 10, CP of rank 64, entmax15 on batch-normed logits, seed 0, features of
-EfficientNet-Lite0; images of Fashion-MNIST (MIT licence), test images, the most active one first; see
+EfficientNet-Lite0; test images of Fashion-MNIST (MIT licence), most active first; see
 ``docs/experiments/heads.md``.
 """
 
@@ -23,7 +23,7 @@ CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row an image; less where an expert has a coefficient above zero for fewer."""
+    """One row per image; fewer images if an expert has fewer coefficients above zero."""
     records = []
     with np.load(KEPT) as kept:
         for n in LOOKED_AT:
@@ -39,7 +39,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A line an expert: its images, and how many classes they are of."""
+    """A line per expert: its images, and the number of their classes."""
     figure, axes = new_figure(len(LOOKED_AT), height=4.4)
     with np.load(KEPT) as kept:
         for ax, n in zip(axes, LOOKED_AT, strict=True):

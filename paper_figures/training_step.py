@@ -1,11 +1,11 @@
-"""Time of a training step, and memory kept for the backward pass, over the number of experts.
+"""Time of a training step, and memory saved for the backward pass, over the number of experts.
 
-Not in the paper, which measures inference. Beside the dense MLP that the block stands for.
+Not in the paper, which measures inference. Relative to the dense MLP that the block replaces.
 
 Settings: GPT-2's MLP block, 768 → 3072 → 768 with biases, 1,024 tokens, float32, one thread, layer norm in
-the gate; the ranks are those with which 256 experts have the dense MLP's parameters, and are kept. Step:
-zero_grad, forward and backward; median of turns in one process, with quartiles as a band. Kept: by the
-forward pass, besides parameters and buffers, every storage once.
+the gate; the ranks, with which 256 experts have the dense MLP's parameters, are the same for all numbers of
+experts. Step: zero_grad, forward and backward; median over rounds in one process, with quartiles as a band.
+Saved memory: each distinct storage that the forward pass saves, without parameters and buffers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENS, MATCHED_AT = 1024, 256
 
 
 def measure(quick: bool) -> list[Row]:
-    """One row a format and number of experts; the dense MLP in each number's turn."""
+    """One row per format and number of experts; the dense MLP is measured with each number."""
     names, tokens = (FORMATS[:2], 32) if quick else (FORMATS, TOKENS)
     matched = {name: gpt2_block(name, MATCHED_AT, None, tokens).spec for name in names}
     x = torch.randn(tokens, GPT2.in_features, requires_grad=True)
@@ -51,7 +51,7 @@ def measure(quick: bool) -> list[Row]:
 def draw(rows: Sequence[Row]) -> Figure:
     """Both as ratios to the dense MLP."""
     figure, axes = new_figure(2, height=2.8)
-    titles = {"to_dense": "Time of a step", "kept_to_dense": "Kept for the backward pass"}
+    titles = {"to_dense": "Time of a step", "kept_to_dense": "Saved for the backward pass"}
     for ax, (column, title) in zip(axes, titles.items(), strict=True):
         ax.axhline(1, color="black", linestyle="--", label="dense MLP")
         draw_lines(ax, rows, "experts", column, marker="o", markersize=3)

@@ -307,7 +307,7 @@ def test_the_guard_sees_what_grows(start: str, monkeypatch: pytest.MonkeyPatch) 
 def test_changes_of_figures_name_the_case_and_both_values() -> None:
     stored = {"same": 1, "more": 2, "less": 3000, "gone": 4}
     assert guard.changes(stored, {"same": 1, "more": 3, "less": 2, "new": 5}) == [
-        "gone: 4 is stored, and nothing gives it",
+        "gone: 4 is stored, but no benchmark computes it",
         "less: shrank from 3,000 to 2",
         "more: grew from 2 to 3",
         "new: 5 is not stored",

@@ -264,7 +264,7 @@ def test_train_gpt2(tmp_path: Path) -> None:
     output = run(line)
     assert f"{found['parameters']:,} parameters, rank [3]" in output
     assert f"loss {found['validation_loss']:.4f} on validation rows, after 8 steps" in output
-    assert "it was trained before, --fresh trains it again" in output
+    assert "it was already trained, --fresh trains it again" in output
     assert f"Written to {tmp_path}/out" in output
     assert figures(f"{line} --fresh")["trained"]
     other = CliRunner().invoke(app, shlex.split(f"{line} --set train.seed=1"))
@@ -308,7 +308,7 @@ def test_a_training_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
     for error, code, message in [
         (OSError("no space left"), 2, "no space left"),
-        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (KeyboardInterrupt(), 130, "the same command resumes"),
     ]:
 
         def fails(*args: object, error: BaseException = error, **options: object) -> None:
@@ -341,7 +341,7 @@ def test_tokenize(tmp_path: Path) -> None:
     assert "three.txt" not in output
     assert np.fromfile(tmp_path / "t" / "training.bin", "<u2").tolist() == [256, ids["e"], 257]
     result = CliRunner().invoke(app, shlex.split(f"{line} --hold-out none*"))
-    assert result.exit_code == 2 and "'none*' fits none" in result.stderr
+    assert result.exit_code == 2 and "'none*' matches none" in result.stderr
 
 
 # ---- bad input --------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ BAD = [
     (f"plan nope {SMALL} --rank 2", "the formats are 'btt', 'cp', 'cp-matrix', 'dense',"),
     (f"plan cp {SMALL}", "has 1 entries, (r,), got None"),
     (f"plan cp {SMALL} --rank 2,3", "got (2, 3)"),
-    (f"plan cp {SMALL} --rank two", "--rank must be numbers"),
+    (f"plan cp {SMALL} --rank two", "--rank must be comma-separated numbers"),
     (f"plan cp {SMALL} --rank ?", "every entry of the rank must be a number"),
     (f"plan cp {SMALL} --rank 0", "every rank must be positive, got 0"),
     (f"plan cp {SMALL} --rank 2 --minimize speed", "'time', 'flops', 'peak', got 'speed'"),
@@ -393,11 +393,11 @@ BAD = [
     ("study --formats cp,nope", "unknown format 'nope'"),
     ("study --formats cp --experts many", "--experts must be a number"),
     ("study --batch 0", "batch must be positive, got 0"),
-    ("study --layer clip-head --hidden 3", "a study takes --layer, or --in-features"),
-    ("study --in-features 3", "a study takes --layer, or --in-features"),
+    ("study --layer clip-head --hidden 3", "a study needs --layer, or --in-features"),
+    ("study --in-features 3", "a study needs --layer, or --in-features"),
     ("study --in-features 0 --out-features 2", "in_features must be positive, got 0"),
     ("study --setting nothing.json", "nothing.json"),
-    ("study --setting nothing.json --seed 1", "--setting replaces the options"),
+    ("study --setting nothing.json --seed 1", "--setting must be used without options"),
     ("study --data nothing.npz", "there is no file 'nothing.npz'"),
     ("study --devices tpu", "'cpu' or 'cuda', got 'tpu'"),
     ("study --seconds 0", "seconds must be positive and finite, got 0"),
@@ -405,7 +405,7 @@ BAD = [
     ("study --seed -1", "seed must not be negative, got -1"),
     ("study --weight none.safetensors:a", "none.safetensors"),
     ("study --weight x.npz:a --weight=y.npz:a", "--weight must be given once"),
-    ("study --weight x.npy --layer clip-head", "a study takes one of --layer, --weight"),
+    ("study --weight x.npy --layer clip-head", "a study needs one of --layer, --weight"),
     ("study --inputs x.npy", "inputs and transposed need a weight"),
     ("study --parameters some", "parameters must be match, a positive number, or a multiple"),
     ("study --parameters 10 --formats cp,tr", "some format must fit the budget"),

@@ -1,4 +1,4 @@
-"""The check of a GPU: stages in processes of their own, each with a limit of time.
+"""The GPU check: stages in separate processes, each with a time limit.
 
 ``python -m benchmarks.gpu --out DIR`` runs them; ``python -m benchmarks.gpu.table DIR`` stores the results.
 """

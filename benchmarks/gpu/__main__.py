@@ -1,8 +1,8 @@
-"""Run the check and keep every row as soon as it is there.
+"""Run the check and store every row as soon as it is measured.
 
     python -m benchmarks.gpu --out DIR [NAME ...] [--budget SECONDS] [--fake]
 
-Writes ``gpu.json``, ``gpu.txt`` and, with what the stages printed, ``gpu.log``. The exit status is 1 if a
+Writes ``gpu.json``, ``gpu.txt`` and, with the output of the stages, ``gpu.log``. The exit status is 1 if a
 stage failed.
 """
 
@@ -34,12 +34,12 @@ BUDGET = 480.0
 
 
 def command(name: str, device: str, sizes: str) -> list[str]:
-    """What runs a stage."""
+    """The command that runs a stage."""
     return [sys.executable, "-m", "benchmarks.gpu.stages", name, device, sizes]
 
 
 def run(order: Sequence[str], limit: float, log: Path, add: Callable[[Row], None]) -> str:
-    """Run a process that prints rows, and add each; its end in words."""
+    """Run a process that prints rows, add each row, and return the outcome as text."""
     expired = Event()
     with (
         log.open("ab") as errors,
@@ -49,7 +49,7 @@ def run(order: Sequence[str], limit: float, log: Path, add: Callable[[Row], None
     ):
 
         def kill() -> None:
-            """End the process and those that it started."""
+            """Kill the process and its children."""
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
@@ -62,7 +62,7 @@ def run(order: Sequence[str], limit: float, log: Path, add: Callable[[Row], None
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.endswith("\n"):  # else it was killed while it printed
+                if line.endswith("\n"):  # else it was killed while printing
                     add(json.loads(line))
             process.wait()
         finally:
@@ -79,7 +79,7 @@ def run(order: Sequence[str], limit: float, log: Path, add: Callable[[Row], None
 def check(
     folder: Path, names: Sequence[str], about: Mapping[str, Any], device: str, sizes: str, budget: float
 ) -> bool:
-    """Run stages one after the other; whether none failed."""
+    """Run stages one after another; return whether none failed."""
     start = monotonic()
     outcomes = Report("stages", "Stages", {"stage": "", "outcome": "", "seconds": ".0f", "rows": "d"}, [], [])
     reports = [outcomes]
@@ -117,10 +117,10 @@ def check(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named stages, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(STAGES)}; default: all")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="of all stages")
-    parser.add_argument("--fake", action="store_true", help="toy sizes on the CPU: that all stages run")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(STAGES)}; default: all")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="total time limit")
+    parser.add_argument("--fake", action="store_true", help="toy sizes on the CPU, to try the stages")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in STAGES:
@@ -136,6 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # As an interrupt: the stage that runs must not outlive the check.
+    # Treat termination as an interrupt: the running stage must not outlive the check.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

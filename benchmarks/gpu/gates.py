@@ -1,4 +1,4 @@
-"""Times of gates over the time of moving their data."""
+"""Times of gates relative to the time of moving their data."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from mumoe_tensor.nn.kernels import serve
 from mumoe_tensor.nn.kernels.coefficients import coefficients
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
-#: What a pass moves at least, in copies of the logits. A step reads logits and writes coefficients; then it
-#: reads these and their gradient, and writes that of the logits.
+#: Minimum traffic of a pass, in copies of the logits. A step reads logits and writes coefficients; then it
+#: reads the coefficients and their gradient, and writes the gradient of the logits.
 COPIES = {"forward": 1, "step": 2.5}
 
 
 def layer_normed(logits: torch.Tensor) -> torch.Tensor:
-    """entmax15 after layer norm, in one kernel where there is one."""
+    """entmax15 after layer norm, in one kernel if available."""
     if serve(logits):
         return coefficients(logits, power=2, norm="layer")
     return entmax15(torch.nn.functional.layer_norm(logits, logits.shape[-1:]))
 
 
 def kernel_of_sparsemax(logits: torch.Tensor) -> torch.Tensor:
-    """What layers take."""
+    """sparsemax as in the layers."""
     return coefficients(logits, power=1) if serve(logits) else sparsemax(logits)
 
 
 def without_kernel(logits: torch.Tensor) -> torch.Tensor:
-    """entmax15 from operations of torch."""
+    """entmax15 from torch operations."""
     result: torch.Tensor = _Entmax15.apply(logits, False)
     return result
 
 
 def functions_of_torch() -> dict[str, Gate]:
-    """The gates of this library, by kernels where there are some and by operations of torch, and softmax."""
+    """The gates of this library, with kernels if available and with torch operations, and softmax."""
     return {
         "entmax15": entmax15,
         "layer norm, entmax15": layer_normed,
@@ -56,7 +56,7 @@ def functions_of_torch() -> dict[str, Gate]:
 
 
 def functions_of_packages(device: str) -> dict[str, Gate]:
-    """entmax15 of those that are installed."""
+    """entmax15 of the installed packages."""
     functions: dict[str, Gate] = {}
     if entmax is not None:
         functions["entmax package"] = partial(entmax.entmax15, dim=-1)
@@ -68,7 +68,7 @@ def functions_of_packages(device: str) -> dict[str, Gate]:
 
 
 def gates(device: str, toy: bool) -> Iterator[Row]:
-    """All of them eagerly, then ours compiled."""
+    """All gates in eager mode, then those of this library compiled."""
     sizes = (64, 256) if toy else (64, 256, 1024, 4096, 16_384, 65_536)
     ours, packages = functions_of_torch(), functions_of_packages(device)
     grid = product(("float32", "bfloat16"), sizes)
@@ -103,7 +103,7 @@ def times(
         for name in packages:
             try:
                 calls[name]()
-            except Exception as error:  # it may not take these sizes
+            except Exception as error:  # a package may not support these sizes
                 del calls[name]
                 yield {"gate": name} | place | {"note": f"{type(error).__name__}: {error}"[:60]}
         timings = compare(calls, "copy", **BRIEF, device=device)

@@ -1,4 +1,4 @@
-"""Layers in published places against dense ones: time, kernels launched, memory."""
+"""Layers at published sizes compared with dense layers: time, kernel launches, memory."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ TOKENS = (1024, 1, 65_536, 8192)
 
 
 def described(workload: Workload) -> Row:
-    """The columns that tell workloads apart."""
+    """The columns that identify a workload."""
     spec = workload.spec
     experts = "x".join(map(str, spec.experts))
     return {"shape": workload.name, "experts": experts, "format": spec.format.name}
 
 
 def layers(device: str, toy: bool, runs: tuple[str, ...] = ("eager", "graph")) -> Iterator[Row]:
-    """Times over the dense layer's, and over those of the bare products."""
+    """Times relative to the dense layer, and to the bare products."""
     workloads, counts = (TOY, (32,)) if toy else (BLOCKS, TOKENS)
     for tokens, run, name, workload in product(counts, runs, reversed(PRECISIONS), workloads):
         if workload.gate_norm == "batch" and tokens < 2:
@@ -87,7 +87,7 @@ def times(pair: Beside, run: str, compiler: Callable[[Any], Any]) -> Iterator[Ro
 
 
 def kernels(device: str, toy: bool) -> Iterator[Row]:
-    """Kernels that eager passes launch."""
+    """Number of kernels that eager passes launch."""
     for workload in TOY if toy else BLOCKS:
         pair = Beside(workload, device)
         for kind in ("forward", "step"):

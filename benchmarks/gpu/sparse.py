@@ -1,4 +1,4 @@
-"""The product of coefficients that are mostly zero with a factor, by the share that is not."""
+"""The product of sparse coefficients with a factor, by the share of nonzero coefficients."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn.sparse import SparseCoefficients, _support, indexed_product
 
 Route = Callable[[Tensor, Tensor], Tensor]
-#: Most elements that a gather may copy.
+#: Maximum number of elements that a gather may copy.
 MOST_COPIED = 2**31
 
 
 def routes(coefficients: Tensor) -> dict[str, Route]:
-    """Ways to form the product, the first of them dense."""
+    """Ways to compute the product, the dense one first."""
     support = _support(coefficients)
     most = int((coefficients != 0).sum(1).max())
     places = coefficients.topk(most).indices
@@ -46,7 +46,7 @@ def routes(coefficients: Tensor) -> dict[str, Route]:
 
 
 def sparse(device: str, toy: bool) -> Iterator[Row]:
-    """Times over the dense product's."""
+    """Times relative to the dense product."""
     rank, tokens = (8, 16) if toy else (556, 4096)
     densities = (0.05,) if toy else (0.002, 0.01, 0.05, 0.2)
     for experts, density in product((64,) if toy else (4096, 1024, 16_384), densities):

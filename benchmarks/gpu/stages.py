@@ -1,6 +1,7 @@
 """The stages of the check: ``python -m benchmarks.gpu.stages NAME DEVICE SIZES`` prints the rows of one.
 
-A stage is a function of a device, and of whether sizes are toys, to rows. A line of JSON is printed for each.
+A stage is a function that maps a device, and whether to use toy sizes, to rows. They are printed as JSON
+lines.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.gpu.training import gpt2
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the check: its table, and the seconds that it may take."""
+    """A part of the check: its table, and its time limit in seconds."""
 
     rows: Callable[[str, bool], Iterable[Row]]
     seconds: float
@@ -37,10 +38,10 @@ TIMES = {"dense ms": ".3f", "layer ms": ".3f", "to dense": ".2f"} | QUARTILES
 LAYERS = SHAPE | {"tokens": ",d", "precision": "", "run": "", "pass": ""} | TIMES
 LAYERS |= {"to limit": ".2f", "TFLOP/s": ".1f", "note": ""}
 LAYER_NOTES = (
-    "to dense: time over a dense layer's of as many parameters, median of the turns, with quartiles.",
-    "to limit: less the elementwise part, over the products of plan and gate, with results in place.",
+    "to dense: time over that of a dense layer of equal parameters, median over rounds, with quartiles.",
+    "to limit: time without the elementwise part, over the products of plan and gate in place.",
 )
-#: In the order in which they run: the most telling first.
+#: In the order in which they run: the most informative first.
 STAGES = {
     "tests": Stage(
         marked_tests,
@@ -55,7 +56,7 @@ STAGES = {
         {"gate": "", "experts": ",d", "dtype": "", "pass": "", "ms": ".3f", "to limit": ".2f"}
         | QUARTILES
         | {"copy GB/s": ",.0f", "note": ""},
-        ("to limit: over the time to move what has to be moved, by a copy of the logits in the same turn.",),
+        ("to limit: time over that of the minimum traffic, from a copy of the logits in the same round.",),
     ),
     "layers": Stage(layers, 75, "Layers, eager and as CUDA graphs", LAYERS, LAYER_NOTES),
     "kernels": Stage(
@@ -72,15 +73,15 @@ STAGES = {
         SHAPE
         | {"tokens": ",d", "recompute": ""}
         | dict.fromkeys(("dense peak MiB", "layer peak MiB", "layer kept MiB"), ",.1f"),
-        ("peak: growth in a step, gradients included. kept: for the backward pass.",),
+        ("peak: growth in a step, with gradients. kept: saved for the backward pass.",),
     ),
     "sparse": Stage(
         sparse,
         25,
-        "Coefficients times a factor of rank 556, by the share that is not zero",
+        "Coefficients times a factor of rank 556, by the share of nonzero coefficients",
         {"experts": ",d", "density": ".1%", "pass": "", "dense ms": ".3f"}
         | dict.fromkeys(("indexed", "embedding_bag", "bag, indices given", "gather"), ".2f"),
-        ("Times over the dense product's. indexed: as layers do it, by a kernel, with the largest k.",),
+        ("Times over the dense product's. indexed: as in the layers, by a kernel, with the largest k.",),
     ),
     "suites": Stage(asv_suites, 35, "asv suites", {"case": "", "ms": ".3f"}),
     "gpt2": Stage(
@@ -90,13 +91,13 @@ STAGES = {
         {"model": "", "run": "", "ms": ".1f", "tokens/s": ",.0f", "to dense": ".2f"}
         | QUARTILES
         | {"peak MiB": ",.0f"},
-        ("peak: growth in a step, over parameters and moments.",),
+        ("peak: growth in a step, on top of parameters and moments.",),
     ),
 }
 
 
 def main(name: str, device: str, sizes: str) -> None:
-    """Print the rows of a stage; what else is printed goes to the standard error."""
+    """Print the rows of a stage; all other output goes to standard error."""
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(2, 1)
         for row in STAGES[name].rows(device, sizes == "toy"):

@@ -1,4 +1,4 @@
-"""What others measure and test: the tests that are marked for a GPU, and the asv suites."""
+"""Stages that run other suites: the tests marked for a GPU, and the asv suites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULT = re.compile(r"\S+::(?P<test>\w+).* (?P<outcome>PASSED|FAILED|ERROR|SKIPP
 
 
 def marked_tests(device: str, toy: bool) -> Iterator[Row]:
-    """Outcomes of the tests, a row a function; raises once all are done if one failed."""
+    """Outcomes of the tests, one row per function; raises at the end if a test failed."""
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-v", "-o", "addopts=", "-W", "default"]
     command += ["-p", "no:cacheprovider", "tests/test_cuda.py", *(["-k", "launches or few"] if toy else [])]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -28,7 +28,7 @@ def marked_tests(device: str, toy: bool) -> Iterator[Row]:
 
 
 def results_of(process: subprocess.Popen[str]) -> Iterator[re.Match[str]]:
-    """Results in what pytest prints, which goes to the log."""
+    """Test results in the output of pytest, which goes to the log."""
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Store what the check gave, and print its table for the docs: ``python -m benchmarks.gpu.table DIR``."""
+"""Store the results of the check and print its table for the docs: ``python -m benchmarks.gpu.table DIR``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_text(reports: Sequence[Report], about: Mapping[str, Any]) -> str:
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """Times of layers over the dense ones', and those of GPT-2, as Markdown."""
+    """Times of layers relative to dense layers, and those of GPT-2, as Markdown."""
     ratios: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
     models = []
     for report in reports:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     reports, about = read_json(options.folder / "gpu.json")
     if about["fake"]:
-        parser.error(f"{options.folder} has toy sizes on a CPU, which are no figures of a GPU")
+        parser.error(f"{options.folder} has results of toy sizes on a CPU, not of a GPU")
     write_json(MEASURED / "gpu.json", reports, about)
     with whole_file(MEASURED / "gpu.txt") as file:
         file.write(as_text(reports, about).encode())

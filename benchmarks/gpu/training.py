@@ -21,7 +21,7 @@ TOY = {"vocabulary": 64, "context": 16, "width": 32, "depth": 1, "heads": 2, "hi
 
 
 def model_of(name: str, toy: bool) -> GPT2:
-    """A model as a committed setting describes it."""
+    """A model of the packaged settings."""
     path = ROOT / "mumoe_tensor" / "configs" / f"gpt2-124m-{name}.toml"
     setting = tomllib.loads(path.read_text(encoding="utf-8"))["model"]
     if toy:
@@ -31,7 +31,7 @@ def model_of(name: str, toy: bool) -> GPT2:
 
 
 def gpt2(device: str, toy: bool) -> Iterator[Row]:
-    """Forward pass and backward pass by autocast in bfloat16, and AdamW."""
+    """Forward and backward pass in bfloat16 by autocast, and AdamW."""
     models = {name: model_of(name, toy).to(device) for name in (DENSE, *EXPERTS)}
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")

@@ -1,4 +1,4 @@
-"""A page of experts: what they are active for, how much they are used, what is lost without them."""
+"""The expert browser: a page that shows when experts are active, how much they are used, and their effect."""
 
 from mumoe_tensor.browser.collect import ExpertLevel, collect
 from mumoe_tensor.browser.elsewhere import browse_built

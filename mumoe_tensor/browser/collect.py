@@ -1,4 +1,4 @@
-"""What there is to tell of the experts of a model: one pass over inputs, and one for each expert removed."""
+"""Collect statistics of a model's experts: one pass over inputs, and one more for each removed expert."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from mumoe_tensor.progress import Progress
 if TYPE_CHECKING:
     from mumoe_tensor.replace.coefficients import CoefficientRows, Coefficients
 
-#: Sums of coefficients by label that a level has at most; of more labels the most frequent are counted apart.
+#: Maximum number of coefficient sums per level; with too many labels, the rarest are counted together.
 MOST_SUMS = 2**26
 
 
 @dataclass(frozen=True)
 class ExpertLevel:
-    """The experts of one level of one layer.
+    """Statistics of the experts in one level of one layer.
 
-    An input is what the page shows as one: an image, a text, or a passage of one. It may have several rows,
-    which are what the layer maps: tokens, patches of an image, or channels.
+    An input is an item of the page: an image, a text, or a passage of a text. It may have several rows, the
+    inputs of the layer: tokens, patches of an image, or channels.
 
     Attributes
     ----------
@@ -44,25 +44,25 @@ class ExpertLevel:
         Name of the layer's module; empty for the model itself.
     level : int
     usage : UsageStatistics
-        Over all rows.
+        Usage over all rows.
     labels : Tensor of int of shape (C,) or None
-        Classes of the inputs, or of a language model the tokens that occur. Where these are more than
-        2²⁶ / N, the rare ones are the last label, −1.
+        Classes of the inputs or, for a language model, the tokens that occur. If there are more than 2²⁶ / N,
+        the rarest are merged into the last label, −1.
     frequency : Tensor of shape (C,) or None
-        Share of the inputs, or tokens, that each of them has.
+        Fraction of the inputs, or tokens, with each label.
     sums : Tensor of shape (N, C) or None
-        Sum of the coefficients that these give to the expert.
+        Sum of each expert's coefficients over the rows with each label.
     top : Tensor of int of shape (N, k)
-        Numbers of the inputs with the largest coefficients; −1 where there are fewer.
+        Indices of the inputs with the largest coefficients, padded with −1.
     coefficients : Tensor of shape (N, k)
-        Theirs, as pooled.
+        Pooled coefficients of these inputs.
     rows : Tensor of shape (N, k, rows) or None
-        The coefficient of every row of these inputs; None where inputs have one row each.
+        The coefficient of every row of these inputs; None if inputs have one row each.
     effects : Tensor of shape (N, C) or (N,), or None
-        Change of the accuracy of each class without the expert, or of the loss of a language model in nats
-        per token; NaN of experts that were not removed.
+        Change in the accuracy of each class when the expert is removed or, for a language model, in the loss,
+        in nats per token; NaN for experts that were not removed.
     is_language : bool
-        Whether labels are tokens, and effects are of the loss.
+        Whether labels are tokens, and effects are changes in the loss.
     """
 
     layer: str
@@ -79,14 +79,14 @@ class ExpertLevel:
 
 
 class _Seen:
-    """What is counted of one level as batches pass."""
+    """Running statistics of one level."""
 
     def __init__(self, experts: int, labels: int, k: int, threshold: float):
         self.usage, self.top = Usage(experts, threshold), TopInputs(experts, k)
         self.sums = torch.zeros(labels, experts)
 
     def update(self, rows: Tensor, by_input: Tensor, pool: str, labels: Tensor | None) -> None:
-        """Count the rows of a batch, which are also given as (inputs, rows of an input, experts)."""
+        """Add the rows of a batch, also given in shape (inputs, rows of an input, experts)."""
         self.usage.update(rows)
         if by_input.shape[1] == 1:
             pooled, parts = by_input[:, 0], None
@@ -116,56 +116,56 @@ def collect(
     coefficients: Coefficients | None = None,
     progress: Progress | None = None,
 ) -> list[ExpertLevel]:
-    """Look at all experts of a model, or of some of its modules.
+    """Collect statistics of all experts of a model, or of some of its modules.
 
     Parameters
     ----------
     model : Module
-        Inputs of shape (rows, ...) to logits of shape (rows, classes), or of a language model
-        (rows, tokens, vocabulary), as they are or as attribute `logits`. Runs as in ``eval()``. Each of the
-        gates is called once a batch, with the inputs in the first axis.
+        Maps inputs of shape (rows, ...) to logits of shape (rows, classes) or, for a language model,
+        (rows, tokens, vocabulary), or to an object with an attribute `logits`. Runs in evaluation mode. Each
+        gate must be called once per batch, with the inputs along the first axis.
     inputs : Tensor of shape (rows, ...)
     labels : Tensor of int of shape (rows,) or (rows, tokens), optional
-        Classes of the inputs; or, where inputs are token numbers, the token that follows each.
+        Classes of the inputs or, if inputs are token ids, the next tokens.
     k : int, default 8
         Inputs to show for each expert.
     batch_size : int, default 256
     pool : {"max", "mean"}, default "max"
-        An input of several rows (a text of tokens, an image of patches) is as active as its most active row,
-        or as its rows on average.
+        How to pool the coefficients of an input with several rows (tokens of a text, patches of an image).
     passage : int, optional
-        Show passages of so many rows as inputs of their own: passage j of input i has the number
-        ``i * passages + j``.
+        Divide inputs into passages of this many rows, which count as separate inputs: passage j of input i
+        has the index ``i * passages + j``.
     effects : bool, default True
-        Remove experts, to see which classes, or how much of the loss, suffer; only with `labels`.
+        Measure the effect of removing experts on the accuracy of classes, or on the loss; needs `labels`.
     removed : int, optional
-        Remove the most used so many experts of a level only; all by default.
+        Number of experts per level to remove, the most used first; all by default.
     effect_inputs : int, optional
-        Look for effects in the first so many inputs only; in all by default.
+        Measure effects only on this many first inputs; by default on all.
     layers : sequence of str, optional
-        Names of modules of the model: only experts in these are looked at.
+        Names of modules of the model; only experts in these are included.
     threshold : float, default 0.5
-        A row counts for the load of an expert with a coefficient of this at least.
+        Smallest coefficient with which a row counts for the load of an expert.
     coefficients : Coefficients, optional
-        Those of these inputs that `.collect_coefficients` wrote: the model is only run to see effects.
+        Coefficients for these inputs, written by `.collect_coefficients`; the model is then run only to
+        measure effects.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
     Returns
     -------
     list of ExpertLevel
-        Layer after layer, level after level.
+        Ordered by layer, then by level.
 
     Raises
     ------
     ValueError
-        If the model, or one of the layers, has no experts, there is no input, labels or coefficients do not
-        fit the inputs, or a gate has rows that do not divide into inputs and passages.
+        If the model, or one of the layers, has no experts, there are no inputs, labels or coefficients do not
+        match the inputs, or the rows of a gate do not divide into inputs and passages.
     """
     is_language = labels is not None and labels.ndim == 2 and labels.shape == inputs.shape
     if not len(inputs) or not (labels is None or is_language or labels.shape == inputs.shape[:1]):
         raise ValueError(
-            "there must be inputs, and if there are labels a label for each, or for each token; got inputs "
+            "inputs must not be empty, and labels must have one for each input or token; got inputs "
             f"of shape {tuple(inputs.shape)}, labels of {None if labels is None else tuple(labels.shape)}."
         )
     labels = None if labels is None else read_labels(labels)
@@ -228,7 +228,7 @@ def collect(
 
 
 def _gates_in(model: nn.Module, layers: Sequence[str]) -> dict[str, ExpertGate]:
-    """The gates with experts that some modules have."""
+    """The gates with experts in given modules."""
     gates = {name: gate for name, gate in gates_of(model).items() if gate.num_experts}
     chosen: dict[str, ExpertGate] = {}
     for layer in layers:
@@ -244,22 +244,22 @@ def _gates_in(model: nn.Module, layers: Sequence[str]) -> dict[str, ExpertGate]:
 def _stored(
     coefficients: Coefficients, gates: dict[str, ExpertGate], count: int
 ) -> dict[str, list[CoefficientRows]]:
-    """The stored coefficients of gates, level by level."""
+    """The stored coefficients of gates, per level."""
     by_layer = {}
     for name, gate in gates.items():
         if coefficients.gates.get(name) != gate.num_experts:
             raise ValueError(
-                f"coefficients must have those of the gate {name!r} with {gate.num_experts} experts; they "
+                f"coefficients must include the gate {name!r} with {gate.num_experts} experts; they "
                 f"have {coefficients.gates}."
             )
         by_layer[name] = [coefficients[name, level] for level in range(len(gate.num_experts))]
         if any(len(rows) % count or int(rows.documents[-1]) + 1 != count for rows in by_layer[name]):
-            raise ValueError(f"coefficients must be those of the {count} inputs, each with as many rows.")
+            raise ValueError(f"coefficients must be for the {count} inputs, with equally many rows for each.")
     return by_layer
 
 
 def _rows_of(rows: CoefficientRows, start: int, count: int) -> Tensor:
-    """Coefficients of some inputs."""
+    """Coefficients of a range of inputs."""
     each = len(rows) // (int(rows.documents[-1]) + 1)
     return torch.from_numpy(rows.rows(start * each, (start + count) * each).toarray())
 
@@ -267,10 +267,10 @@ def _rows_of(rows: CoefficientRows, start: int, count: int) -> Tensor:
 def _labelled(
     labels: Tensor | None, is_language: bool, most: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Labels that there are, the place of each input's (token's) among them, and their frequency."""
+    """Distinct labels, the index of each input's (token's) label among them, and their frequencies."""
     if labels is None:
         return None, None, None
-    labels = labels.cpu()  # as the figures of all batches are
+    labels = labels.cpu()  # like the statistics of all batches
     if is_language:
         distinct, places, counts = labels.unique(return_inverse=True, return_counts=True)
     else:
@@ -290,12 +290,12 @@ def _labelled(
 
 
 def _by_input(rows: Tensor, count: int, passage: int | None) -> Tensor:
-    """Coefficients of a batch as (inputs, rows of an input, experts)."""
+    """Coefficients of a batch in shape (inputs, rows of an input, experts)."""
     each, rest = divmod(len(rows), count)
     size = passage or each
     if rest or each % size:
         raise ValueError(
-            f"a gate must have the rows of {count} inputs, each of them some passages of {passage} rows; it "
+            f"a gate must have rows for {count} inputs, in whole passages of {passage} rows; it "
             f"has {len(rows)} rows."
         )
     return rows.reshape(-1, size, rows.shape[-1])
@@ -309,7 +309,7 @@ def _effects(
     level: int,
     experts: list[int],
 ) -> Tensor:
-    """Effects of the experts that are removed, and NaN of the others; without classes, on the loss."""
+    """Effects of removed experts, and NaN for the others; without classes, on the loss."""
     if classes is None:
         measured = loss_effects(model, layer, batches, level=level, experts=experts)
     else:

@@ -1,4 +1,4 @@
-"""The page of a model that a user's own code builds, from files with its inputs."""
+"""The page of a model built by user code, with inputs from files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mumoe_tensor.replace import read_texts, windows
 from mumoe_tensor.training.data import as_features, as_labels, as_pixels
 from mumoe_tensor.training.finite import first_layer_not_finite
 
-#: Tokens of a window of text.
+#: Tokens per window of text.
 CONTEXT = 256
 
 
@@ -32,23 +32,23 @@ def browse_built(
     data: str | Path | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Make the page of a model that a function of the user's own builds.
+    """Make the page of a model that a user's function builds.
 
-    The function is imported and called: only name code that you trust.
+    The function is imported and called: only pass code that you trust.
 
     Parameters
     ----------
     build : str
-        ``package.module:function``, also from the current folder. The function takes no argument and returns
-        the model, or of a language model the model and its tokenizer.
+        ``package.module:function``, also from the current folder. The function takes no arguments and returns
+        the model or, for a language model, the model and its tokenizer.
     config : PageConfig, optional
-        What the page shows. A language model takes the place of `data` by its `texts`, in windows of 256
-        tokens; `images` are not needed for inputs that are images.
+        The content of the page. For a language model, `texts` are used instead of `data`, in windows of 256
+        tokens. `images` are not needed if the inputs are images.
     data : str or Path, optional
-        An ``.npz`` file with inputs as x, and perhaps their classes as y. Bytes become numbers from 0 to 1,
-        floats and booleans float32; other integers stay such.
+        An ``.npz`` file with inputs as x, and optionally their classes as y. Bytes are scaled to 0 to 1,
+        floats and booleans become float32, and other integers are unchanged.
     progress : callable, optional
-        As of `browse_model`.
+        As in `browse_model`.
 
     Returns
     -------
@@ -58,16 +58,17 @@ def browse_built(
     Raises
     ------
     ValueError
-        If the function cannot be imported or called, or returns something else, or files do not fit it.
+        If the function cannot be imported or called, or returns something else, or the files do not match the
+        model.
     """
     config = config or PageConfig()
     texts, images, rows = config.texts, config.images, config.rows
     if (data is None) == (texts is None):
-        raise ValueError("a model needs either data or texts as its inputs.")
+        raise ValueError("either data or texts must be given as inputs.")
     model, tokenizer = build_model(build)
     if texts is not None:
         if images is not None or config.classes:
-            raise ValueError("texts have no images or classes; those are for data.")
+            raise ValueError("images and classes need data; they cannot be used with texts.")
         if tokenizer is None:
             raise ValueError(f"for texts, {build} must return the model and its tokenizer; it has none.")
         tokens, _ = windows(read_texts(texts), tokenizer, CONTEXT)
@@ -80,13 +81,13 @@ def browse_built(
     assert data is not None
     x, labels = _read_inputs(data)
     if not len(x):
-        raise ValueError(f"there must be an input, {data} has none.")
+        raise ValueError(f"x must have inputs; {data} has none.")
     if images is not None:
         (shown,) = read_arrays(images, ("x",))
         with reading(images):
             samples: Images | None = Images(as_pixels(shown).numpy())
             if len(shown) != len(x):
-                raise ValueError(f"there must be an image for each of {len(x):,} inputs, got {len(shown):,}.")
+                raise ValueError(f"images must have one for each of {len(x):,} inputs, got {len(shown):,}.")
     else:
         samples = _as_images(x)
     _check_call(build, model, x[:2], 0 if labels is None or not len(labels) else int(labels.max()) + 1)
@@ -98,7 +99,7 @@ def browse_built(
 
 
 def build_model(build: str) -> tuple[nn.Module, Any]:
-    """Call a function that returns a model, or a model and its tokenizer, which is None otherwise.
+    """Call a function that returns a model, or a model and its tokenizer; the tokenizer is None if missing.
 
     Parameters
     ----------
@@ -108,7 +109,7 @@ def build_model(build: str) -> tuple[nn.Module, Any]:
     Raises
     ------
     ValueError
-        Of whatever the user's code raises.
+        For any exception that the user's code raises.
     """
     name, _, function = build.partition(":")
     if not name or not function:
@@ -124,13 +125,13 @@ def build_model(build: str) -> tuple[nn.Module, Any]:
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{build} must return a torch Module, or one and a tokenizer; got {type(model).__name__}."
+            f"{build} must return a torch.nn.Module, or a module and a tokenizer; got {type(model).__name__}."
         )
     return model, tokenizer
 
 
 def _check_call(build: str, model: nn.Module, x: Tensor, classes: int = 0) -> None:
-    """The model must take such inputs, and give a logit for each of the classes."""
+    """Check that the model accepts such inputs, and returns a logit for each class."""
     device = next((parameter.device for parameter in model.parameters()), x.device)
     try:
         with evaluating(model), torch.no_grad():
@@ -144,11 +145,11 @@ def _check_call(build: str, model: nn.Module, x: Tensor, classes: int = 0) -> No
     if isinstance(logits, Tensor) and not logits.isfinite().all():
         with evaluating(model):
             where = first_layer_not_finite(model, x.to(device))
-        raise ValueError(f"the model of {build} must give finite outputs; {where}.")
+        raise ValueError(f"the model of {build} must return finite outputs; {where}.")
     if classes and not (isinstance(logits, Tensor) and logits.ndim and logits.shape[-1] >= classes):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"the model of {build} must give a logit for each of {classes} classes, got {shape}."
+            f"the model of {build} must return a logit for each of {classes} classes, got {shape}."
         )
 
 
@@ -164,7 +165,7 @@ def _read_inputs(path: str | Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_images(x: Tensor) -> Images | None:
-    """Inputs of shape (rows, height, width), with channels before or after these or without, as images."""
+    """Inputs as images, if they have a height and a width; channels may be first, last or absent."""
     if x.ndim == 4 and x.shape[1] in (1, 3):
         x = x.movedim(1, -1)
     if x.ndim == 4 and x.shape[3] == 1:
@@ -172,6 +173,6 @@ def _as_images(x: Tensor) -> Images | None:
     if not x.is_floating_point() or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)):
         return None
     least, most = x.aminmax()
-    if least < 0 or most > 1:  # normalised
+    if least < 0 or most > 1:  # normalized
         x = (x - least) / (most - least).clamp_min(1e-30)
     return Images(x.numpy())

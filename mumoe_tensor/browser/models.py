@@ -1,4 +1,4 @@
-"""The page of a model of the user's own: of any inputs, or of texts."""
+"""The page of any model, for general inputs or for texts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mumoe_tensor.browser.view import Sample, View
 from mumoe_tensor.configs.page import check_counts
 from mumoe_tensor.progress import Progress
 
-#: Most used experts of a level that are shown of a language model.
+#: Default number of experts shown per level of a language model, the most used ones.
 EXPERTS = 256
-#: Inputs, or tokens in whole windows, in which the effect of an expert is looked for.
+#: Inputs, or tokens in whole windows, on which the effects of experts are measured.
 EFFECT_INPUTS, EFFECT_TOKENS = 500, 2048
-#: Tokens whose logits are in memory at once, if a window has not more; and of a passage that is shown.
+#: Maximum number of tokens per batch, unless a window has more; and tokens per passage.
 BATCH_TOKENS, PASSAGE = 2048, 32
 
 
@@ -43,41 +43,40 @@ def browse_model(
     about: str = "",
     progress: Progress | None = None,
 ) -> str:
-    """Make the page of the experts of any model, from some of its inputs.
+    """Make the page of the experts of any model, for given inputs.
 
     For a language model, see `browse_language_model`.
 
     Parameters
     ----------
     model : Module
-        Takes inputs of shape (rows, ...). It has layers of experts; with `labels` it gives logits of shape
-        (rows, classes), as they are or as attribute `logits`.
+        Takes inputs of shape (rows, ...), and has layers of experts. With `labels`, it must return logits of
+        shape (rows, classes), or an object with an attribute `logits`.
     inputs : Tensor of shape (rows, ...)
     labels : Tensor of int of shape (rows,), optional
         Classes of the inputs.
     samples : Images or Texts, optional
-        What the inputs look like; without, their numbers are shown.
+        Images or texts to show for the inputs; by default their indices are shown.
     classes : sequence of str, optional
         Names of the classes.
     layers : sequence of str, optional
-        Names of modules of the model: only experts in these are shown.
+        Names of modules of the model; only experts in these are shown.
     grids : mapping of str to (int, int), optional
-        Layers that see the patches of images; see `View`.
+        Layers whose rows are patches of images; see `View`.
     k : int, default 8
         Inputs to show for each expert.
     experts : int, optional
-        Most used experts of a level to show; all by default.
+        Number of experts per level to show, the most used first; all by default.
     removed : int, default 16
-        With `labels`: most used experts of a level that are removed to see the effect on the classes, in the
-        first 500 inputs.
+        With `labels`: number of experts per level, the most used first, whose removal is measured by its
+        effect on the classes, on the first 500 inputs.
     batch_size : int, default 256
     pool : {"max", "mean"}, default "max"
-        An input of several rows, such as patches or tokens, is as active as its most active row, or as its
-        rows on average.
+        How to pool the coefficients of an input with several rows, such as patches or tokens.
     threshold : float, default 0.5
-        A row counts for the load of an expert with a coefficient of this at least.
+        Smallest coefficient with which a row counts for the load of an expert.
     title, about : str
-        Above the experts; `about` says what the inputs are.
+        Heading, and a description of the inputs below it.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -89,7 +88,7 @@ def browse_model(
     Raises
     ------
     ValueError, TypeError
-        As `collect`, or if a number is out of range, or classes or samples do not fit the inputs.
+        As in `collect`, or if a number is out of range, or classes or samples do not match the inputs.
 
     Examples
     --------
@@ -109,12 +108,12 @@ def browse_model(
     )  # fmt: skip
     legend = []
     if any(level.rows is not None for level in levels):
-        how = "most active row" if pool == "max" else "rows on average"
-        legend.append(f"An input counts as its {how}.")
+        how = "largest" if pool == "max" else "mean"
+        legend.append(f"The coefficient of an input is the {how} coefficient of its rows.")
     if labels is not None:
         counts = [len(level.top) for level in levels]
         legend.append(legend_of_classes(removed, counts, min(EFFECT_INPUTS, len(inputs))))
-    legend.append(f"Load: rows with a coefficient of {threshold:g} or more.")
+    legend.append(f"Load: rows with a coefficient of at least {threshold:g}.")
     return page(
         View(
             levels, samples, title=title or f"Experts of {type(model).__name__}",
@@ -125,29 +124,29 @@ def browse_model(
 
 
 def measured(removed: int, experts: Sequence[int]) -> str:
-    """Which effects were measured, in the middle of a sentence."""
+    """A phrase that says for which experts effects were measured."""
     if not removed:
         return "not measured,"
     if removed >= max(experts):
         return "measured"
-    return f"measured for the {removed} most used experts of a level"
+    return f"measured for the {removed} most used experts of each level"
 
 
 def legend_of_classes(removed: int, experts: Sequence[int], looked: int) -> str:
-    """What cards say of classes, and the effects that were measured, on so many inputs."""
-    start = "Bars: the classes that the expert's coefficients go to, beyond their share of the inputs; in"
+    """The explanation of bars and effects on the cards; effects were measured on `looked` inputs."""
+    start = "Bars: the classes whose share of the expert's coefficients exceeds their share of the inputs; in"
     if not removed:
-        return f"{start} brackets, how many times that share."
+        return f"{start} parentheses, the ratio of the two."
     return (
-        f"{start} brackets, the change of their accuracy without it, in points. Effect: the sum of these "
+        f"{start} parentheses, the change in their accuracy without it, in points. Effect: the sum of these "
         f"changes, {measured(removed, experts)} on {looked:,} inputs."
     )
 
 
 def check_names(classes: Sequence[str], count: int) -> None:
-    """There must be a name for every class, or none."""
+    """Check that there is a name for every class, or no names."""
     if classes and len(classes) != count:
-        raise ValueError(f"there must be a name for each of {count} classes, or none; got {len(classes)}.")
+        raise ValueError(f"classes must have {count} names, one per class, or none; got {len(classes)}.")
 
 
 def browse_language_model(
@@ -163,28 +162,28 @@ def browse_language_model(
     about: str = "",
     progress: Progress | None = None,
 ) -> str:
-    """Make the page of layers of experts in a causal language model of any library, as those of transformers.
+    """Make the page of the experts of a causal language model of any library, such as transformers.
 
     Parameters
     ----------
     model : Module
-        Token numbers of shape (rows, tokens) to logits, as they are or as attribute `logits`. Has layers of
-        experts, such as those of ``mumoe_tensor.replace``.
+        Maps token ids of shape (rows, tokens) to logits, or to an object with an attribute `logits`. Has
+        layers of experts, such as those of ``mumoe_tensor.replace``.
     decode : callable
-        From a list of token numbers to their text, as the method of a tokenizer.
+        Maps a list of token ids to their text, like the method of a tokenizer.
     windows : Tensor of int of shape (rows, tokens)
-        Text to look at; passages of 32 tokens are shown, and what is left of a window is not looked at.
+        Token ids of the texts. They are shown in passages of 32 tokens; the rest of a window is left out.
     layers : sequence of str, optional
         Names of the modules of the model whose experts are shown; all by default.
     k : int, default 8
         Passages to show for each expert.
     experts : int, default 256
-        Most used experts of a level to show. The page has about 4 kB for each.
+        Number of experts per level to show, the most used first; each adds about 4 kB to the page.
     removed : int, default 16
-        Most used experts of a level that are removed to see the effect on the loss, in the first 2,048 tokens
-        (whole windows): each takes two or more forward passes.
+        Number of experts per level, the most used first, whose removal is measured by its effect on the loss,
+        on the first 2,048 tokens (whole windows). Each takes at least two forward passes.
     title, about : str
-        Above the experts; `about` says what the text is.
+        Heading, and a description of the texts below it.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -196,10 +195,10 @@ def browse_language_model(
     Raises
     ------
     ValueError
-        If a layer has no experts, there is no window, it has fewer than two tokens, or a number is out of
-        range.
+        If a layer has no experts, there are no windows, they have fewer than two tokens, or a number is out
+        of range.
     TypeError
-        If tokens are no integers.
+        If tokens are not integers.
     """
     return page(
         view_language_model(model, decode, windows, layers, k, experts, removed, title, about, progress)
@@ -223,7 +222,7 @@ def view_language_model(
     windows = read_labels(windows, what="tokens")
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise ValueError(
-            f"windows must be of shape (rows, tokens), of two tokens or more; got {tuple(windows.shape)}."
+            f"windows must have shape (rows, tokens) with at least two tokens; got {tuple(windows.shape)}."
         )
     windows = windows.to(next(model.parameters()).device)
     passage = min(PASSAGE, windows.shape[1] - 1)
@@ -262,7 +261,7 @@ def view_tokens(
     written: Sample | None = None,
     progress: Progress | None,
 ) -> View:
-    """A language model on tokens of shape (windows, tokens) and the ones that follow each."""
+    """The view of a language model on token ids of shape (windows, tokens), and the token after each."""
     rows = max(1, BATCH_TOKENS // x.shape[1])
     looked = min(max(1, EFFECT_TOKENS // x.shape[1]), len(x))
     levels = collect(
@@ -276,13 +275,13 @@ def view_tokens(
         title=title,
         about=about,
         legend=(
-            f"Shown are the passages of {passage} tokens whose most active token is the most active; tokens "
-            "are shaded by the expert's coefficient, relative to the largest on the card. Bars: the tokens "
-            "that the expert's coefficients go to, beyond their share of all tokens; in brackets, how many "
-            "times that share. Loss: the change in nats per token without the expert, "
+            f"Passages of {passage} tokens are ranked by their largest coefficient; tokens are shaded by the "
+            "expert's coefficient, relative to the largest on the card. Bars: the tokens whose share of the "
+            "expert's coefficients exceeds their share of all tokens; in parentheses, the ratio of the two. "
+            "Loss: the change in nats per token without the expert, "
             f"{measured(removed, [len(level.top) for level in levels])} on "
             f"{looked * x.shape[1]:,} tokens. Load: tokens with a coefficient "
-            f"{'of 0.5 or more' if threshold == 0.5 else 'above zero'}."
+            f"{'of at least 0.5' if threshold == 0.5 else 'above zero'}."
         ),
         classes=names,
         written=written,

@@ -1,4 +1,4 @@
-"""Experts on one page that needs no network; cards are drawn as they come into sight."""
+"""The expert browser as one self-contained HTML page; cards are rendered when they scroll into view."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ def page(*views: View) -> str:
     Parameters
     ----------
     *views : View
-        Of one model, or of several to compare, side by side.
+        One model, or several to compare side by side.
 
     Returns
     -------
     str
-        HTML with everything in it. ``#expert=37&layer=blocks.0.mlp&level=1`` after its address opens an
-        expert.
+        Self-contained HTML. The URL fragment ``#expert=37&layer=blocks.0.mlp&level=1`` opens an expert.
 
     Raises
     ------
     ValueError
-        If there is no view.
+        If there are no views.
     """
     if not views:
-        raise ValueError("a page must show the experts of a model, got none.")
+        raise ValueError("a page must have at least one view, got none.")
     return render("experts.html", views=views, data=[view.plain() for view in views])

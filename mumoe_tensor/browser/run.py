@@ -1,4 +1,4 @@
-"""The page of what `mumoe-tensor train` trained: a head, a Mixer or a GPT-2."""
+"""The page of a run of `mumoe-tensor train` or `mumoe-tensor replace`."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from mumoe_tensor.training.images import DEVIATION, MEAN, class_folders
 from mumoe_tensor.training.settings import GPT2Run, MixerRun
 from mumoe_tensor.training.tokens import Tokenizer, read_vocabulary_size
 
-#: Validation rows to look at: of images, or of a language model so many tokens in whole windows.
+#: Default number of validation images and, for a language model, of tokens in whole windows.
 ROWS, TOKENS = 2000, 65_536
-#: Tokens of the start of the text that is written, and of that text.
+#: Length of the prompt and of the whole generated text, in tokens.
 GIVEN, WRITTEN = 16, 128
-#: How that text is drawn.
+#: Sampling settings for that text.
 TEMPERATURE, TOP_K = 0.8, 40
 
 
@@ -57,16 +57,16 @@ def browse(
 ) -> str:
     """Make the page of a run of ``mumoe-tensor train``, or of a layer of ``mumoe-tensor replace``.
 
-    The inputs are rows that it was not trained on.
+    The inputs are rows that the model was not trained on.
 
     Parameters
     ----------
     folder : str or Path
-        That of the run, or of the layer.
+        Folder of the run, or of the layer.
     config : PageConfig, optional
-        What the page shows.
+        The content of the page.
     beside : str or Path, optional
-        Another run, of inputs of the same kind, to compare it with.
+        Another run, on inputs of the same kind, to compare with.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -78,7 +78,7 @@ def browse(
     Raises
     ------
     ValueError
-        If the folder has no finished run, or its model has no experts, or the config does not fit it.
+        If the folder has no finished run, its model has no experts, or the config does not apply to it.
     """
     config = config or PageConfig()
     folders = [Path(each) for each in (folder, beside) if each is not None]
@@ -87,18 +87,18 @@ def browse(
 
 def _view_run(folder: Path, config: PageConfig, progress: Progress | None) -> View:
     if (folder / "grid.json").exists():
-        raise ValueError(f"choose the folder of one layer in {folder / 'layers'}.")
+        raise ValueError(f"the folder must be that of one layer; choose one in {folder / 'layers'}.")
     if is_saved(folder):
         return _view_replaced(folder, config, progress)
     if config.texts is not None:
-        raise ValueError(f"texts are for a layer that replaces another; {folder} has a run of another kind.")
+        raise ValueError(f"texts are for a replacement layer; {folder} has a run of another kind.")
     settings, model = read_run(folder)
     if isinstance(settings, HeadSetting):
         assert isinstance(model, Head)
         return _view_head(folder, settings, model, config, progress)
     if config.images is not None:
         raise ValueError(f"images are for a head on features; {folder} has a run of another kind.")
-    gates_of(model)  # without experts there is nothing to show
+    gates_of(model)  # raises for a model without experts
     if isinstance(settings, MixerRun):
         return _view_mixer(settings, model, config, progress)
     return _view_gpt2(settings, model, config, progress)
@@ -114,7 +114,7 @@ def _view_replaced(folder: Path, config: PageConfig, progress: Progress | None) 
     with splice(model, place.module, Replaced(model.get_submodule(place.module), layer, limit)):
         return view_language_model(
             model, tokenizer.decode, torch.stack(tokens[:count]), [f"{place.module}.layer"], config.shown,
-            EXPERTS, config.removed, f"{type(layer).__name__} in the place of {place.module}",
+            EXPERTS, config.removed, f"{type(layer).__name__} in place of {place.module}",
             f"Texts: {Path(path).name}.", progress,
         )  # fmt: skip
 
@@ -130,7 +130,7 @@ def _view_mixer(settings: MixerRun, model: Any, config: PageConfig, progress: Pr
     )  # fmt: skip
     side = sizes.image_size // sizes.patch
     pixels = x.permute(0, 2, 3, 1)
-    if Path(settings.data.inputs).is_dir():  # whose images are normalised
+    if Path(settings.data.inputs).is_dir():  # its images are normalized
         pixels = pixels * torch.tensor(DEVIATION) + torch.tensor(MEAN)
     elif not settings.data.scale:
         least, most = pixels.aminmax()
@@ -140,13 +140,13 @@ def _view_mixer(settings: MixerRun, model: Any, config: PageConfig, progress: Pr
         levels,
         Images((pixels[..., 0] if sizes.channels == 1 else pixels).numpy()),
         title=f"{_times(sizes.experts)} experts in every block of a Mixer, {sizes.format}",
-        about=f"{len(x):,} images that it was not trained on.",
+        about=f"{len(x):,} images that the model was not trained on.",
         legend=(
-            "An expert of a token_mlp sees the channels of an "
-            "image, each over all patches; one of a channel_mlp sees the patches. An image counts with the "
-            "mean coefficient of its channels or patches; patches are shaded by theirs, relative to the "
+            "The input of an expert in a token_mlp is a channel of an image, over all patches; in a "
+            "channel_mlp it is a patch. The coefficient of an image is the mean over its channels or "
+            "patches; patches are shaded by their coefficients, relative to the "
             f"largest on the card. {legend_of_classes(removed, sizes.experts, looked)} "
-            "Load: channels or patches with a coefficient of 0.5 or more."
+            "Load: channels or patches with a coefficient of at least 0.5."
         ),
         classes=config.classes,
         grids={f"blocks.{block}.channel_mlp": (side, side) for block in range(sizes.depth)},
@@ -168,14 +168,14 @@ def _view_gpt2(settings: GPT2Run, model: Any, config: PageConfig, progress: Prog
         k=config.shown,
         removed=config.removed,
         title=f"{_times(sizes.experts)} experts in every block of a GPT-2, {sizes.format}",
-        about=f"{x.numel():,} tokens that it was not trained on.",
+        about=f"{x.numel():,} tokens that the model was not trained on.",
         written=_written(model, x[len(x) // 2], decode),
         progress=progress,
     )
 
 
 def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
-    """A text that the model wrote, within one context, after the first tokens of another text."""
+    """Generate a text within one context, from a prompt."""
     given = min(GIVEN, len(start) // 2) or 1
     steps = max(1, min(WRITTEN, len(start)) - given)
     top_k = min(TOP_K, model.config.vocabulary)
@@ -192,15 +192,15 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
             for level, each in enumerate(of_gate)
         },
         about=(
-            f"After the {given} tokens in italics, of the validation text: temperature {TEMPERATURE}, the "
-            f"{top_k} most probable tokens, seed 0. Of each token the {STRONGEST} most active experts are "
+            f"Generated after the {given} tokens in italics, from the validation text: temperature "
+            f"{TEMPERATURE}, top-k {top_k}, seed 0. For each token, the {STRONGEST} most active experts are "
             "kept."
         ),
     )
 
 
 def _decoder(settings: GPT2Run, folder: Path) -> Callable[[int], str]:
-    """From a token to its text. Ids that no text has, which fill a vocabulary up, are marked as such."""
+    """A function from a token id to its text. Ids that pad the vocabulary are marked as unused."""
     about = Path(settings.data.validation).with_name("tokens.json")
     tokenizer = Tokenizer(folder, read_vocabulary_size(about) if about.exists() else None)
 
@@ -229,10 +229,10 @@ def _view_head(
         with reading(config.images):
             if pictures.shape[:1] != (len(data),):
                 raise ValueError(
-                    f"there must be an image for every input; x has shape {pictures.shape}, the run has "
+                    f"images must have one for every input; x has shape {pictures.shape}, the run has "
                     f"{len(data)} inputs."
                 )
-            # Split as the features are, so in the same order.
+            # Split like the features, so that the order is the same.
             _, shown = split(Dataset(as_pixels(pictures), data.y), setting.validation, seed=0)
             samples = Images(shown.x[: len(kept)].numpy())
     elif kept.x.ndim == 3:
@@ -257,7 +257,7 @@ def _view_head(
         about=f"{len(kept):,} rows that the head was not trained on.",
         legend=(
             f"{legend_of_classes(max(experts, default=0), experts, len(kept))} "
-            "Load: inputs with a coefficient of 0.5 or more."
+            "Load: inputs with a coefficient of at least 0.5."
         ),
         classes=classes,
     )

@@ -1,4 +1,4 @@
-"""What inputs look like to people: images, or texts of tokens."""
+"""The samples to show for inputs: images, or texts as tokens."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 
 from mumoe_tensor.selections import read_number
 
-#: Pixels of the longer side of an image on the page.
+#: Maximum side of an image on the page, in pixels.
 SIDE = 64
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images, one an input.
+    """Images, one per input.
 
     Attributes
     ----------
     pixels : array of shape (rows, height, width) or (rows, height, width, 3)
-        Bytes, or numbers from 0 to 1.
+        Bytes, or floats from 0 to 1.
 
     Raises
     ------
     ValueError
-        If the shape is another one.
+        If the shape is different.
     """
 
     pixels: Any
@@ -37,14 +37,14 @@ class Images:
         shape = np.shape(self.pixels)
         if not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
             raise ValueError(
-                f"images must have the shape (rows, height, width) or (rows, height, width, 3), got {shape}."
+                f"images must have shape (rows, height, width) or (rows, height, width, 3), got {shape}."
             )
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def shown(self, index: int) -> str:
-        """One image as a data URI, PNG.
+        """One image as a PNG data URI.
 
         Parameters
         ----------
@@ -64,7 +64,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts as their tokens, one text an input.
+    """Texts as lists of tokens, one text per input.
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
-"""The command line: parse, call the library, print.
+"""The command line: parses arguments, calls the library and prints results.
 
-Bad input ends with exit code 2 and one line on stderr. With ``--json`` stdout has JSON and nothing else.
+Invalid input ends with exit code 2 and one line on stderr. With ``--json``, stdout contains only JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ try:
     import rich  # noqa: F401
     import typer
 except ImportError as error:
-    # For a user of the command a line is clearer than a traceback.
+    # For command-line users, one line is clearer than a traceback.
     print(f"mumoe-tensor: {extras.missing(error.name or '') or error}", file=sys.stderr)
     raise SystemExit(2) from error
 

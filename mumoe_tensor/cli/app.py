@@ -1,4 +1,4 @@
-"""Behaviour of all commands: help, version, numbers, errors in one line."""
+"""Common behaviour of all commands: help, version, checks of numbers, one-line errors."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ import mumoe_tensor as mt
 from mumoe_tensor.cli.console import fail, failures, take_any_encoding, warn
 from mumoe_tensor.formats.elsewhere import load_entry_points
 
-#: What typer raises for a line it cannot parse. It exports only this subclass of it.
+#: The base class of typer's parse errors, of which typer exports only this subclass.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-#: What to do first, shown where no command is named.
+#: Shown if no command is given.
 START = """Three commands to start with:
 
   mumoe-tensor formats
   mumoe-tensor fit cp --experts 64 --in-features 768 --out-features 768
   mumoe-tensor study --quick
 
-The first lists the tensor formats, the second finds the rank at which a layer has the parameters of the
-dense one, the third measures layers on this machine and writes a report.
+The first lists the tensor formats. The second finds the rank at which a layer has as many parameters as
+the dense layer. The third measures layers on this machine and writes a report.
 """
-#: What seeds and sizes must stay below: torch and NumPy count in 64 bits.
+#: Upper limit for seeds and sizes, as torch and NumPy use 64 bits.
 LIMIT = 2**63
-#: Options of which a second one is no correction of the first, but another tensor.
+#: Options that must be given once: a second value would be another tensor, not a correction of the first.
 ONCE = ("--weight", "--inputs")
 
 
 class Command(TyperCommand):
-    """A command whose numbers are finite and fit into 64 bits, and that names a tensor once."""
+    """A command that checks that numbers are finite and fit into 64 bits, and a tensor is named once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for option in ONCE:
             if sum(arg.partition("=")[0] == option for arg in args) > 1:
-                rule = f"{option} must be given once; several tensors are a pattern, as FILE:layers.*.weight"
+                rule = f"{option} must be given once; use a pattern for several, such as FILE:layers.*.weight"
                 raise typer.BadParameter(rule, ctx=ctx)
         left: list[str] = super().parse_args(ctx, args)
         for param in self.params:
@@ -51,7 +51,7 @@ class Command(TyperCommand):
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands whose errors are one line."""
+    """A group of commands with one-line errors."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run = partial(super().main, *args, **extra)
@@ -77,9 +77,9 @@ def main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Print the version, or where to start; before a command, register the formats of other packages."""
-    # Read when torch is loaded, which commands do: threads that wait for each other then leave the core to
-    # other processes, those of GNU's OpenMP after some microseconds. What the environment has stays.
+    """Print the version or first steps; before a command, register the formats of other packages."""
+    # Read when a command loads torch: waiting threads then yield their core to other processes, with GNU
+    # OpenMP after some microseconds. Existing variables are not changed.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")

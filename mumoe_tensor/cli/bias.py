@@ -1,4 +1,4 @@
-"""The command that corrects a bias: bias."""
+"""The command for bias correction: bias."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def bias(
     target: Annotated[
         str,
         typer.Option(
-            help="Attribute to predict, with its value in the subpopulation, e.g. Young=0; 1 if left out."
+            help="Attribute to predict, with its value in the subpopulation, e.g. Young=0; by default 1."
         ),
     ],
     group: Annotated[
         str, typer.Option(help="Attribute of the group, with its value in the subpopulation, e.g. Male=0.")
     ],
-    data: Annotated[str, typer.Option(help="celeba, adult, or an .npz file of your own.")] = "celeba",
-    folder: Annotated[Path, typer.Option(help="Folder of the data that `mumoe-tensor data` fetches.")] = Path(
+    data: Annotated[str, typer.Option(help="celeba, adult, or your own .npz file.")] = "celeba",
+    folder: Annotated[Path, typer.Option(help="Folder of the data fetched by `mumoe-tensor data`.")] = Path(
         "data"
     ),
     embeddings: Annotated[
         Path | None,
         typer.Option(
-            help="Inputs for CelebA instead of its attributes: an .npz file with x, a row for each image.",
+            help="Inputs for CelebA instead of its attributes: an .npz file with x, one row per image.",
             show_default=False,
         ),
     ] = None,
@@ -52,12 +52,13 @@ def bias(
 ) -> None:
     """Correct the errors of a classifier on a subpopulation by editing experts; compare with other methods.
 
-    Trains linear, high-rank linear and μMoE classifiers, with oversampling and adversarial debiasing too, and
-    corrects them by editing experts and by thresholds. Settings are chosen on validation rows; after that,
-    `--test` evaluates on test rows. Adds its rows to results.csv. If it is interrupted, the same command
-    continues.
+    Trains linear, high-rank linear and μMoE classifiers, also with oversampling and adversarial debiasing.
+    Corrects them by editing experts and by moving thresholds. Settings are chosen on validation rows; then
+    `--test` evaluates on test rows. Results are added to results.csv. If it is interrupted, the same command
+    resumes.
 
-    Your own file has x of shape (rows, features), and for each attribute an array of 0 and 1 under its name.
+    Your own file must have x of shape (rows, features), and an array of 0s and 1s for each attribute, under
+    its name.
 
     Example: `mumoe-tensor bias --data embeddings.npz --target y=0 --group group=1`
     """
@@ -71,13 +72,13 @@ def bias(
         if data not in RECIPES and not is_own:
             raise ValueError(f"--data must be one of {', '.join(RECIPES)} or a file *.npz, got {data!r}.")
         if not is_own and not place.is_dir():
-            raise OSError(f"there is no folder {place}; `mumoe-tensor data` fetches the data into data.")
+            raise OSError(f"there is no folder {place}; `mumoe-tensor data` fetches the data into data/.")
         if data == "celeba":
             task = read_celeba(place, *sides, embeddings)
         elif embeddings is None:
             task = read_embeddings(Path(data), *sides) if is_own else read_adult(place, *sides)
         else:
-            raise ValueError(f"--embeddings are of the images of celeba, {data} has none.")
+            raise ValueError(f"--embeddings must be used with celeba, got {data}.")
         chosen = replace(RECIPES["adult" if is_own else data], **recipe)
         if len(task.training) < chosen.batch_size:
             chosen = replace(chosen, batch_size=len(task.training))
@@ -109,10 +110,10 @@ def _side(option: str, text: str) -> tuple[str, int]:
     """An attribute and its value, from NAME or NAME=0."""
     name, _, value = text.partition("=")
     if not name or value not in ("", "0", "1"):
-        raise ValueError(f"--{option} must be an attribute, with =0 or =1 after it or nothing, got {text!r}.")
+        raise ValueError(f"--{option} must be an attribute, optionally followed by =0 or =1, got {text!r}.")
     return name, int(value or 1)
 
 
 def _with_half(value: float, half: float | None) -> str:
-    """A mean, and the half width of its interval where there is one."""
+    """A mean, with the half-width of its interval if there is one."""
     return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"

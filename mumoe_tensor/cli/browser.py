@@ -1,4 +1,4 @@
-"""The command that shows what was trained: inspect."""
+"""The command that shows the experts of a trained model: inspect."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def inspect(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Write a page that shows the experts of a trained model, of this library or your own.
+    """Write a page that shows the experts of a trained model of this library, or of your own model.
 
     For each expert: the inputs it is most active for, the classes or tokens it is used for, how much it is
-    used, and what is lost without it; of a GPT-2 also a text that it writes. One file, no network.
+    used, and the effect of removing it; for a GPT-2 also a generated text. One file that needs no network.
 
     Example: `mumoe-tensor inspect results/head`
 
@@ -65,17 +65,17 @@ def inspect(
 
     with bad_input():
         if (run is None) == (model is None):
-            raise ValueError("inspect takes either the folder of a run or --model.")
+            raise ValueError("inspect needs either the folder of a run or --model.")
         if model is not None and not allow_import:
             raise ValueError(f"--model imports and runs {model}; allow it with --allow-import.")
         if model is None and data is not None:
-            raise ValueError("--data is for --model; a run names its data.")
+            raise ValueError("--data must be used with --model; a run has its own data.")
         if model is not None and beside is not None:
-            raise ValueError("--beside is for folders of runs; view several models in Python.")
+            raise ValueError("--beside must be used with folders of runs; compare other models in Python.")
         config = PageConfig(**page)
     for folder in (run, beside):
         if folder is not None and not folder.is_dir():
-            raise NotADirectoryError(f"there is no folder {folder}; `train` and `replace` leave some.")
+            raise NotADirectoryError(f"there is no folder {folder}; `train` and `replace` write folders.")
     path = (run or Path()) / "experts.html" if out is None else out
     if path.is_dir():
         raise IsADirectoryError(f"--out must be a file, and {path} is a folder.")

@@ -1,4 +1,4 @@
-"""From a config to the options of a command."""
+"""Options of a command from the attributes of a config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mumoe_tensor.cli.values import (
 )
 from mumoe_tensor.configs.kinds import Budget, FormatEntry, Levels, Rank
 
-#: What reads the text of an option, by the type of the attribute; typer reads the other types.
+#: Parsers of options, by the type of the attribute; typer parses the other types.
 READERS: dict[Any, Callable[[str], Any]] = {
     tuple[int, ...]: read_integers,
     tuple[str, ...]: read_list,
@@ -39,10 +39,10 @@ Command = Callable[..., None]
 def options_of(
     parameter: str, config: type, names: Collection[str] = (), quick: Mapping[str, Any] | None = None
 ) -> Callable[[Command], Command]:
-    """Put options for the attributes of a config in the place of a parameter of a command.
+    """Replace a parameter of a command by options for the attributes of a config.
 
-    Name, type and default of an option are those of the attribute, its help is the text of the docstring. The
-    command gets a dict of the options that are given: the config has the defaults of the others.
+    Name, type and default of an option are those of the attribute, and its help is the text of the docstring.
+    The command receives a dict of the given options; the config supplies the other defaults.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ def options_of(
     config : type
         A dataclass.
     names : collection of str, optional
-        Of the attributes; by default all.
+        Attributes to turn into options; by default all.
     quick : mapping, optional
-        Other defaults that `--quick` brings, for the help.
+        Defaults under `--quick`, for the help.
     """
     hints = get_type_hints(config, include_extras=True)
     texts = dict(re.findall(r"^(\w+)(?: : .*)?\n((?: {4}.+\n?)+)", getdoc(config) or "", re.MULTILINE))
@@ -94,5 +94,5 @@ def options_of(
 
 
 def _text(value: Any, separator: str = ",") -> str:
-    """A value as it is given on the command line."""
+    """A value in command-line notation."""
     return separator.join(_text(v, "x") for v in value) if isinstance(value, tuple) else str(value)

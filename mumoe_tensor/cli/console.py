@@ -1,4 +1,4 @@
-"""Output of commands: JSON, tables, and failures in one line."""
+"""Output of commands: JSON, tables, and one-line failures."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def warn(message: str) -> None:
 
 @contextmanager
 def failures() -> Iterator[None]:
-    """Turn errors that any command may meet into one line and an exit code.
+    """Turn errors that any command may raise into one line and an exit code.
 
-    2 for errors of the system, such as a full disk or memory, and for a missing package; 1 for numbers that
-    are not finite; 130 for an interruption.
+    The code is 2 for system errors, such as a full disk or a lack of memory, and for a missing package; 1 for
+    numbers that are not finite; 130 for an interruption.
     """
     try:
         yield
-        sys.stdout.flush()  # a full disk is an error here, not when Python ends
+        sys.stdout.flush()  # so that a full disk raises here, not when Python exits
     except BrokenPipeError:
-        raise  # typer ends quietly
+        raise  # typer exits silently
     except ImportError as error:
         raise typer.Exit(fail(missing(error.name or "") or str(error), 2)) from error
     except OSError as error:
@@ -56,7 +56,7 @@ def failures() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Keep Python from another attempt to write at its end."""
+    """Prevent Python from writing again when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -64,7 +64,7 @@ def _drop_output() -> None:
 
 
 def _message(error: OSError) -> str:
-    """The error of the system, and the file."""
+    """The system's error message, and the file."""
     if error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
@@ -81,23 +81,23 @@ def bad_input() -> Iterator[None]:
 
 @contextmanager
 def can_go_on() -> Iterator[None]:
-    """Turn the interruption of a command that can go on into one line and exit code 130."""
+    """Turn the interruption of a resumable command into one line and exit code 130."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        message = "interrupted; the same command goes on where it stopped."
+        message = "interrupted; the same command resumes."
         raise typer.Exit(fail(message, 130)) from stop
 
 
 def take_any_encoding() -> None:
-    """Write a question mark for a character that the encoding of the output lacks."""
+    """Write a question mark for characters that the output encoding does not have."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON in ASCII, which is the same in every encoding."""
+    """Print a value as ASCII JSON, which is the same in every encoding."""
     print(json.dumps(value, indent=2))
 
 
@@ -107,10 +107,10 @@ def new_table(*headings: str, title: str | None = None) -> Table:
 
 
 def show(table: Table, labels: int = 1) -> None:
-    """Print a table whole.
+    """Print a table without cutting columns.
 
-    Columns that do not fit beside the others come below them, after the labels of the rows once more. A pipe
-    or a file takes any width, unless ``COLUMNS`` says otherwise.
+    Columns that do not fit are printed below the others, with the row labels repeated. In a pipe or a file
+    the width is unlimited, unless ``COLUMNS`` sets it.
     """
     console = Console(markup=False, emoji=False)
     natural = console.measure(table, options=console.options.update(max_width=10**6)).maximum
@@ -121,7 +121,7 @@ def show(table: Table, labels: int = 1) -> None:
 
 
 def _side_by_side(table: Table, labels: int, console: Console) -> list[list[int]]:
-    """Which columns are printed side by side: the labels, and those that fit."""
+    """Groups of columns that fit side by side, each with the labels."""
     parts = [list(range(labels))]
     for column in range(labels, len(table.columns)):
         together = _part(table, [*parts[-1], column])
@@ -133,7 +133,7 @@ def _side_by_side(table: Table, labels: int, console: Console) -> list[list[int]
 
 
 def _part(table: Table, columns: list[int]) -> Table:
-    """Some columns of a table. Should a cell be wider than the console, it is folded."""
+    """A table with selected columns. A cell that is wider than the console is wrapped."""
     part = copy(table)
     part.columns = [
         replace(table.columns[column], _index=place, no_wrap=False, overflow="fold")

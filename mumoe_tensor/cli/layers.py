@@ -1,4 +1,4 @@
-"""Commands that count: formats, plan, cost, fit."""
+"""Commands that only count: formats, plan, cost, fit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from mumoe_tensor.contraction.machine import in_words
 from mumoe_tensor.formats import Format, mode_names
 from mumoe_tensor.spec import as_budget
 
-#: Figures of a cost, and their names in the table.
+#: Attributes of a cost, and their names in the table.
 _COST = {
     "parameters": "parameters",
     "flops": "FLOPs",
@@ -64,7 +64,7 @@ def formats(imports: Imports = None, as_json: Json = False) -> None:
         return
     table = new_table("format", "title", "factors", "splits", "rank", "parameters")
     for entry in entries:
-        # A line for each factor, with its parameters.
+        # One line per factor, with its parameters.
         terms = entry["parameters"].replace(" + ", "\n+ ")
         units = "\n" * (len(entry["factors"]) - len(terms.splitlines()))
         rank = ", ".join(entry["rank"]) or "none"
@@ -91,7 +91,7 @@ def plan(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Show the order of the products in a forward pass, with their FLOPs and memory.
+    """Show the contraction path of a forward pass, with FLOPs and memory of its products.
 
     Example: `mumoe-tensor plan tucker --experts 256 --in-features 768
     --out-features 768 --rank 64,128,128 --batch 8192`
@@ -196,7 +196,7 @@ def fit(
     bias: Bias = False,
     gate: Gate = False,
     rounding: Annotated[
-        str, typer.Option(help="Which rank to take where none fits exactly: up, down or nearest.")
+        str, typer.Option(help="Rank to choose if none fits exactly: up, down or nearest.")
     ] = "up",
     imports: Imports = None,
     as_json: Json = False,
@@ -217,12 +217,12 @@ def fit(
         print_json({**result, "gate_parameters": gate_parameters})
         return
     print(f"rank {','.join(map(str, fitted.full_rank))}")
-    share = f", of which the gate {gate_parameters:,}" if gate else ""
+    share = f", of which the gate has {gate_parameters:,}" if gate else ""
     print(f"{total:,} parameters{share}; the budget is {budget:,}")
 
 
 def _declared(format: Format) -> dict[str, Any]:
-    """A format in words, for one level of experts; of a sum the factors of all terms."""
+    """Describe a format for one level of experts; for a sum, the factors of all terms."""
     letters = dict(zip(mode_names(1), "NIO", strict=True))
     names = {
         part: part.replace(mode, letter, 1) for mode, letter in letters.items() for part in format.parts(mode)

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ Hidden = Annotated[int | None, typer.Option(help="Hidden size of a block of two 
 Gated = Annotated[
     bool,
     typer.Option(
-        "--gated/--no-gated", help="With --hidden: a gated block, whose hidden layer is a product of two."
+        "--gated/--no-gated",
+        help="With --hidden: a gated block, with two layers to the hidden units.",
     ),
 ]
 Rank = Annotated[
@@ -48,14 +49,16 @@ Rank = Annotated[
 OpenRank = Annotated[
     str | None,
     typer.Option(
-        help="Rank, one number per bond, ? to solve for one, e.g. 4,4,?. By default all follow the budget.",
+        help="Rank, one number per bond, ? to solve for one, e.g. 4,4,?. By default all are solved for.",
         show_default=False,
     ),
 ]
 Batch = Annotated[int, typer.Option(help="Number of inputs in a batch.")]
 Bias = Annotated[
     bool,
-    typer.Option("--bias/--no-bias", help="Every expert has a bias, one more row of the input mode."),
+    typer.Option(
+        "--bias/--no-bias", help="Whether every expert has a bias, an additional row of the input mode."
+    ),
 ]
 Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="Include the gate.")]
 Minimize = Annotated[str, typer.Option(help="What the plan minimizes: time, flops or peak (memory).")]
@@ -66,14 +69,14 @@ Implementation = Annotated[
 MemoryLimit = Annotated[
     int | None,
     typer.Option(
-        help="Limit of the largest intermediate result, in elements, or in bytes with --dtype.",
+        help="Limit for the largest intermediate result, in elements, or in bytes with --dtype.",
         show_default=False,
     ),
 ]
 Constants = Annotated[
     str | None,
     typer.Option(
-        help="weights: products of weights alone are computed ahead and not counted.", show_default=False
+        help="weights: products of only weights are precomputed and not counted.", show_default=False
     ),
 ]
 Dtype = Annotated[
@@ -87,12 +90,12 @@ MachineName = Annotated[
     str,
     typer.Option(
         "--machine",
-        help="Machine that times are predicted for: cpu, cuda, h200, or its speeds as JSON: "
+        help="Machine to predict times for: cpu, cuda, h200, or its speeds as JSON: "
         """'{"flops": 3e14, "bandwidth": 2e12, "launch": 4e-6, "dtype": "bfloat16"}'.""",
     ),
 ]
 Parameters = Annotated[
-    str, typer.Option(help="Number of parameters, match for those of the dense layer, or a multiple (2x).")
+    str, typer.Option(help="Number of parameters, match for that of the dense layer, or a multiple (2x).")
 ]
 Imports = Annotated[
     list[Path] | None,
@@ -107,7 +110,7 @@ Imports = Annotated[
 Jobs = Annotated[
     str,
     typer.Option(
-        help="Fits and trainings at once, or the address of a Dask scheduler, e.g. tcp://host:8786."
+        help="Number of parallel fits and training runs, or address of a Dask scheduler: tcp://host:8786."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

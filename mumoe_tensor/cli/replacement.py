@@ -1,4 +1,4 @@
-"""The command that puts sparse layers into the places of a language model's blocks: replace."""
+"""The command that replaces blocks of a language model with sparse layers: replace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def replace(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a causal language model of transformers with its tokenizer, or of a *.gguf file.",
+            help="Folder with a causal language model of transformers and its tokenizer, or a *.gguf file.",
             show_default=False,
         ),
     ],
@@ -36,11 +36,11 @@ def replace(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Replace blocks of a language model by sparse layers, and measure how much worse it predicts.
+    """Replace blocks of a language model with sparse layers, and measure how much worse it predicts.
 
     Trains transcoders, mixtures of decoders and other layers of a grid on the outputs of the blocks, and
     measures the cross entropy of the model with each layer in place. Writes the layers, and frontier.csv with
-    a row for each. If it is interrupted, the same command continues.
+    one row per layer. If it is interrupted, the same command resumes.
 
     Example: `mumoe-tensor replace SmolLM2 --grid grid.toml --training a.jsonl --validation b.jsonl --test
     c.jsonl`
@@ -68,6 +68,5 @@ def replace(
         )  # fmt: skip
     show(table, labels=4)
     print(
-        "Rises are of the cross entropy, in nats a token, with 95 % intervals over documents. Written to "
-        f"{out}."
+        f"Rises in cross entropy are in nats per token, with 95 % intervals over documents. Written to {out}."
     )

@@ -61,9 +61,9 @@ def study(
     """Compare layers of every tensor format with the dense layer that they can replace.
 
     For every format and budget: parameters, FLOPs, memory, rank, measured and predicted time; with --weight
-    the error of the format fitted to your layer, with --inputs that of its outputs; and the accuracy of heads
-    trained on --data. Writes a page (report.html), the table (results.csv), pictures, and the setting
-    (study.json). If it is interrupted, the same command continues; with other --formats it adds them.
+    the error of the format fitted to your layer, with --inputs the error of its outputs; and the accuracy of
+    heads trained on --data. Writes a page (report.html), the table (results.csv), charts, and the setting
+    (study.json). If it is interrupted, the same command resumes; other --formats are added to the study.
 
     Example: `mumoe-tensor study --layer gpt2-mlp --experts 256,64x64`
     """
@@ -75,19 +75,19 @@ def study(
         sizes = (in_features, hidden, out_features)
         if setting is not None:
             if options or layer is not None or quick or any(sizes):
-                raise ValueError("--setting replaces the options that describe the study.")
+                raise ValueError("--setting must be used without options that describe the study.")
             chosen = studies.Setting.from_json(setting)
         else:
             if "weight" in options and (layer is not None or any(size is not None for size in sizes)):
                 raise ValueError(
-                    "a study takes one of --layer, --weight, and --in-features with --out-features."
+                    "a study needs one of --layer, --weight, and --in-features with --out-features."
                 )
             chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
         if not fresh:
             chosen = studies.going_on(chosen, out)
         planned = studies.plan(chosen)
         if compare is not None:
-            studies.read_study(compare)  # before anything is measured
+            studies.read_study(compare)  # fail before anything is measured
     with ExitStack() as stack:
         with bad_input():
             folder, results = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
@@ -109,12 +109,12 @@ def study(
 
 
 def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -> Any:
-    """A published layer by its name, or one of these sizes."""
+    """A published layer by name, or a layer of given sizes."""
     from mumoe_tensor.study import Layer, dense
 
     in_features, hidden, out_features = sizes
     if all(size is None for size in sizes):
         return name
     if name is not None or in_features is None or out_features is None:
-        raise ValueError("a study takes --layer, or --in-features and --out-features.")
+        raise ValueError("a study needs --layer, or --in-features and --out-features.")
     return Layer("Layer" if hidden is None else "MLP", dense(in_features, out_features, hidden))

@@ -1,4 +1,4 @@
-"""Commands that train: train head, mixer and gpt2, and tokenize for its texts."""
+"""Commands for training: train head, train mixer and train gpt2, and tokenize for its texts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mumoe_tensor.extras import require
 ConfigName = Annotated[
     str | None,
     typer.Argument(
-        help="A TOML file with settings, or the name of settings in the library.",
-        show_default="small ones, for a laptop",
+        help="A TOML file with settings, or the name of packaged settings.",
+        show_default="small settings for a laptop",
     ),
 ]
 Overrides = Annotated[
@@ -33,7 +33,7 @@ Overrides = Annotated[
 ]
 FromStep = Annotated[
     int | None,
-    typer.Option(help="Continue from the checkpoint of this step instead of the last.", show_default=False),
+    typer.Option(help="Resume from the checkpoint of this step instead of the last.", show_default=False),
 ]
 FreshRun = Annotated[
     bool, typer.Option("--fresh", help="Train again, even if the folder has a finished run.")
@@ -54,7 +54,7 @@ def train_head(
         Path | None,
         typer.Option(
             help="Instead of --features: an .npz file with images x and labels y, images in IDX, or a folder "
-            "with a folder of images for each class.",
+            "with a subfolder of images for each class.",
             show_default=False,
         ),
     ] = None,
@@ -67,11 +67,11 @@ def train_head(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier head, with experts or dense, on features or images.
+    """Train a classifier head, dense or with experts, on features or images.
 
     Writes config.json, metrics.csv with a line for each epoch, curves for TensorBoard, checkpoints, and at
     the end head.safetensors, which `mumoe_tensor.models.load_head` reads. A finished head in the folder is
-    not trained again. If it is interrupted, the same command continues.
+    not trained again. If it is interrupted, the same command resumes.
 
     Example: `mumoe-tensor train head --features features.npz --format cp --experts 64 --rank 64
     --out results/head`
@@ -103,10 +103,10 @@ def train_mixer(
 ) -> None:
     """Train an MLP-Mixer on images, with dense blocks or blocks of experts.
 
-    The settings name the model, the data and the training. The default ones are for Fashion-MNIST, which
-    `mumoe-tensor data` fetches. Writes config.json, metrics.csv, curves for TensorBoard, checkpoints, and at
-    the end model.safetensors, which `mumoe_tensor.models.load_model` reads. If it is interrupted, the same
-    command continues.
+    The settings specify the model, the data and the training. The default settings are for Fashion-MNIST,
+    which `mumoe-tensor data` fetches. Writes config.json, metrics.csv, curves for TensorBoard, checkpoints,
+    and at the end model.safetensors, which `mumoe_tensor.models.load_model` reads. If it is interrupted, the
+    same command resumes.
 
     Example: `mumoe-tensor train mixer --set model.format=cp --out results/mixer-cp`
     """
@@ -124,9 +124,9 @@ def train_gpt2(
 ) -> None:
     """Train a GPT-2 on files of tokens, with dense blocks or blocks of experts.
 
-    The settings name the model, the data and the training. The default ones are for the works of Shakespeare,
-    whose tokens `mumoe-tensor tokenize` writes. Writes the files that `train mixer` writes. If it is
-    interrupted, the same command continues.
+    The settings specify the model, the data and the training. The default settings are for the works of
+    Shakespeare, whose tokens `mumoe-tensor tokenize` writes. Writes the same files as `train mixer`. If it is
+    interrupted, the same command resumes.
 
     Example: `mumoe-tensor train gpt2 --set model.format=cp --out results/gpt2-cp`
     """
@@ -142,7 +142,7 @@ def _train(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Train a model of settings and print its figures."""
+    """Train a model from settings and print its figures."""
     require("torch", "train")
     with bad_input():
         from mumoe_tensor.training.settings import read_settings
@@ -152,7 +152,7 @@ def _train(
 
 
 def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:
-    """Run a training and print its figures."""
+    """Run the training and print its figures."""
     from mumoe_tensor.training.processes import processes
     from mumoe_tensor.training.run import run
 
@@ -168,7 +168,7 @@ def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:
     ranks = figures["ranks"] if "ranks" in figures else {"rank": figures["rank"]}
     text = ", ".join(f"{name} {value}" for name, value in ranks.items() if value)
     print(f"{figures['parameters']:,} parameters" + (f", {text}" if text else ""))
-    trained = "" if figures["trained"] else "; it was trained before, --fresh trains it again"
+    trained = "" if figures["trained"] else "; it was already trained, --fresh trains it again"
     print(
         f"accuracy {figures['accuracy']:.4f}, loss {figures['validation_loss']:.4f} on validation rows, "
         f"after {figures['steps']:,} steps in {figures['seconds']:.0f} s{trained}"
@@ -181,7 +181,7 @@ def tokenize(
         list[Path], typer.Argument(help="Files of text, or folders with files *.txt.", show_default=False)
     ],
     vocabulary_files: Annotated[
-        Path, typer.Option(help="Folder of encoder.json and vocab.bpe, which `mumoe-tensor data` fetches.")
+        Path, typer.Option(help="Folder with encoder.json and vocab.bpe, which `mumoe-tensor data` fetches.")
     ] = Path("data/gpt2-vocabulary"),
     vocabulary: Annotated[
         int | None,
@@ -202,10 +202,10 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="Folder for the tokens.")] = Path("results/tokens"),
     as_json: Json = False,
 ) -> None:
-    """Turn texts into GPT-2 tokens for training and validation.
+    """Convert texts to GPT-2 tokens for training and validation.
 
-    Writes training.bin and validation.bin, numbers of two bytes that `train gpt2` reads, and tokens.json with
-    the files of each part.
+    Writes training.bin and validation.bin, with two-byte integers that `train gpt2` reads, and tokens.json
+    with the files of each part.
 
     Example: `mumoe-tensor tokenize texts --hold-out 'macbeth*' --vocabulary 8192`
     """
@@ -228,11 +228,11 @@ def tokenize(
 
 
 def _weights(backbone: str) -> str:
-    """The file of weights of a network that `mumoe-tensor data` fetched."""
+    """The weights of a backbone fetched by `mumoe-tensor data`."""
     files = sorted(Path("data", backbone).glob("*.pth"))
     if not files:
         raise ValueError(
-            f"weights of {backbone} must be given by --weights; data/{backbone} has none, `mumoe-tensor data "
-            f"{backbone}` fetches them."
+            f"the weights of {backbone} must be given by --weights; data/{backbone} has none: "
+            f"`mumoe-tensor data {backbone}` fetches them."
         )
     return str(files[0])

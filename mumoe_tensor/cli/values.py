@@ -1,4 +1,4 @@
-"""From the text of an option to its value."""
+"""Parse the text of options."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from mumoe_tensor.spec import LayerSpec
 
 
 def read_experts(text: str) -> tuple[int, ...]:
-    """Numbers of experts of the levels, from ``64``, ``8x8`` or ``none``."""
+    """Numbers of experts per level, from ``64``, ``8x8`` or ``none``."""
     if text == "none":
         return ()
     try:
         return tuple(int(n) for n in text.split("x"))
     except ValueError:
-        rule = "--experts must be a number, levels as 64x64, or none"
+        rule = "--experts must be a number, levels such as 64x64, or none"
         raise ValueError(f"{rule}, got {text!r}.") from None
 
 
 def read_several(text: str) -> list[tuple[int, ...]]:
-    """Several numbers of experts, as `read_experts` reads them, with commas between."""
+    """Comma-separated numbers of experts, each as in `read_experts`."""
     return [read_experts(levels.strip()) for levels in text.split(",")]
 
 
 def read_integers(text: str) -> list[int]:
-    """Integers with commas between."""
+    """Comma-separated integers."""
     try:
         return [int(n) for n in text.split(",")]
     except ValueError:
-        raise ValueError(f"these must be integers with commas between, got {text!r}.") from None
+        raise ValueError(f"values must be comma-separated integers, got {text!r}.") from None
 
 
 def read_jobs(text: str) -> int | str:
@@ -46,29 +46,29 @@ def read_jobs(text: str) -> int | str:
 
 
 def read_list(text: str) -> list[Any]:
-    """Names with commas between, a JSON list, or one object as JSON."""
+    """Comma-separated names, a JSON list, or one JSON object."""
     if not text.lstrip().startswith(("[", "{")):
         return [name.strip() for name in text.split(",")]
     try:
         listed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"names must have commas between or be JSON, got {text!r}: {error}.") from None
+        raise ValueError(f"names must be comma-separated or JSON, got {text!r}: {error}.") from None
     return listed if isinstance(listed, list) else [listed]
 
 
 def read_rank(text: str | None) -> tuple[int | None, ...] | None:
-    """Entries of a rank, None for one to be solved for."""
+    """Entries of a rank; None for an entry to solve for."""
     if text is None:
         return None
     try:
         return tuple(None if r.strip() == "?" else int(r) for r in text.split(","))
     except ValueError:
-        rule = "--rank must be numbers with commas between, e.g. 64,128,128; for fit one may be ?"
+        rule = "--rank must be comma-separated numbers, e.g. 64,128,128; for fit one may be ?"
         raise ValueError(f"{rule}; got {text!r}.") from None
 
 
 def read_entry(text: str) -> str | dict[str, Any]:
-    """The config entry of a format from its name or from JSON; linear stays."""
+    """The config entry of a format from its name or from JSON; also accepts linear."""
     return text if text == LINEAR else config_entry(read_format(text))
 
 
@@ -106,6 +106,6 @@ def read_machine(text: str) -> AnyMachine:
 
 
 def read_budget(text: str) -> Any:
-    """A number of parameters; ``match`` and multiples stay text."""
+    """A number of parameters; ``match`` and multiples are returned as text."""
     number = text.replace(",", "").replace("_", "")
     return int(number) if number.isdecimal() else text

@@ -1,1 +1,1 @@
-"""Configs that the command line reads without torch, and in TOML the settings of models to train."""
+"""Configs, which the command line imports without torch, and packaged training settings in TOML."""

@@ -1,4 +1,4 @@
-"""The config of the experiment that corrects a bias."""
+"""The config of the bias-correction experiment."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from mumoe_tensor.checks import as_positive
 
 @dataclass(frozen=True)
 class Recipe:
-    """How models are made, trained and corrected.
+    """Settings for making, training and correcting the models.
 
     Attributes
     ----------
     epochs, batch_size : int
     seeds : int
-        Number of trainings of each model.
+        Number of training runs of each model.
     experts, rank : int
-        Of the μMoE, in the CP format.
+        Number of experts and rank of the μMoE, in the CP format.
     hidden : int
-        Between the two maps of the high-rank linear model.
+        Size between the two maps of the high-rank linear model.
     learning_rates, repetitions, alphas : tuple
-        Of which one is chosen on validation rows; of α, see `AdversarialFairnessClassifier` of fairlearn.
+        Candidates, of which one is chosen on validation rows; for α see fairlearn's
+        `AdversarialFairnessClassifier`.
     strengths : tuple of float
-        What corrections add to the logits of the subpopulation on average; the first is 0.
+        Average amounts that corrections add to the logits of the subpopulation; the first is 0.
 
     Raises
     ------
     ValueError, TypeError
-        If `seeds` is no positive integer.
+        If `seeds` is not a positive integer.
     """
 
     epochs: int
@@ -46,12 +47,12 @@ class Recipe:
         as_positive(self.seeds, "seeds")
 
     def quick(self) -> Recipe:
-        """A small and short one of the same data, to see that all works."""
+        """A small and short recipe for the same data, for a quick check that everything works."""
         return replace(
             self, epochs=1, seeds=1, experts=8, rank=16, hidden=16, learning_rates=(0.01,), repetitions=(4,),
             alphas=(0.1,), strengths=(0.0, 2.0, 4.0),
         )  # fmt: skip
 
 
-#: By the name of the data.
+#: Recipes by the name of the data.
 RECIPES = {"celeba": Recipe(epochs=6, batch_size=2048), "adult": Recipe(epochs=20, batch_size=512)}

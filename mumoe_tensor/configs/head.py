@@ -1,4 +1,4 @@
-"""A head, what is below it, and which rows it is trained on."""
+"""A head, its backbone, and the split of its data."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Any, Literal
 
 from mumoe_tensor.configs.kinds import Budget, FormatEntry, Levels, Rank
 
-#: The name of a head without experts, where others have that of a format.
+#: The format name for a head without experts.
 LINEAR = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadModelConfig:
-    """The head itself, see `.models.Head`.
+    """The settings of the head itself, see `.models.Head`.
 
     Attributes
     ----------
     format : str or dict
         Tensor format of the experts; linear for a dense head.
     experts : tuple of int
-        Number of experts, e.g. 64, or 8x8 for two levels.
+        Number of experts, such as 64, or 8x8 for two levels.
     hidden : int or None
-        Hidden size of a head of two layers. By default the head has one layer.
+        Hidden size of a head with two layers. By default the head has one layer.
     rank : tuple of int and None, or None
-        Rank, one number per bond; ? for the one that --parameters determines, e.g. 4,4,?. By default the
-        smallest at which an expert can have full rank.
+        Rank, one number per bond; ? for the number that --parameters determines, such as 4,4,?. By default
+        the smallest rank at which an expert can have full rank.
     parameters : int or str or None
-        Instead of a rank: a number of parameters, match for those of the dense head, or a multiple as 2x.
-        Gate and biases count.
+        Instead of a rank: a number of parameters, match for that of the dense head, or a multiple such as 2x.
+        Gate and biases are included.
     gate : str
         Gate function: entmax15, sparsemax or softmax.
     gate_norm : {"batch", "layer", "none"}
-        Norm of the gate's logits: batch, layer or none.
+        Normalization of the gate's logits: batch, layer or none.
     """
 
     format: FormatEntry = "cp"
@@ -51,28 +51,29 @@ class HeadModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Where the features of a head come from, and how many are for training.
+    """The source of a head's features, and the split into training and validation.
 
     Attributes
     ----------
     labels : str or None
-        Labels of images in IDX.
+        An IDX file with the labels of images.
     backbone : str or None
-        Network below the head, where inputs are images: efficientnet-lite0, which the command line takes by
-        default, or a model of timm.
+        Network that computes the features of images: efficientnet-lite0, the default on the command line, or
+        the name of a timm model.
     weights : str or None
-        File of the network's weights; the command line takes what ``mumoe-tensor data`` fetched by default.
+        File of the backbone's weights; the command line defaults to the file that ``mumoe-tensor data``
+        fetches.
     size : int
         Height and width that images are scaled to, in pixels.
     train_backbone : bool
-        Whether to train the network too, not the head alone.
+        Whether to train the backbone together with the head.
     validation : float
-        Share of the rows held out for validation.
+        Fraction of the rows held out for validation.
 
     Raises
     ------
     ValueError
-        If choices do not fit together.
+        If the attributes do not fit together.
     """
 
     labels: str | None = None
@@ -85,10 +86,10 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if (self.backbone is None) != (self.weights is None):
             raise ValueError(
-                "a backbone needs a name and a file of weights, got "
+                "a backbone must have a name and a file of weights, got "
                 f"backbone={self.backbone!r} and weights={self.weights!r}."
             )
         if self.backbone is None and (self.train_backbone or self.labels is not None):
-            raise ValueError("images need a backbone below the head; without one inputs are features.")
+            raise ValueError("images need a backbone; without one, inputs must be features.")
         if self.size < 1:
             raise ValueError(f"the size of images must be positive, got {self.size}.")

@@ -1,4 +1,4 @@
-"""The config of a page of experts."""
+"""The config of an expert browser page."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from mumoe_tensor.checks import as_integer, as_positive
 
 @dataclass(frozen=True, kw_only=True)
 class PageConfig:
-    """What a page shows of a model; the options of ``mumoe-tensor inspect`` are these.
+    """The content of a page, which is also set by the options of ``mumoe-tensor inspect``.
 
     Attributes
     ----------
     images : Path or None
-        Images to show for a head on features, or for inputs of a model of your own: an .npz file with x, in
+        Images to show for a head on features, or for the inputs of your own model: an .npz file with x, in
         the order of the inputs.
     classes : tuple of str
-        Names of the classes, with commas between.
+        Names of the classes, separated by commas.
     vocabulary_files : Path
-        For a GPT-2: folder of encoder.json and vocab.bpe.
+        For a GPT-2: folder with encoder.json and vocab.bpe.
     texts : Path or None
-        For a layer of `replace`, or a language model of your own: JSON lines with an entry text, or a folder
-        of *.txt. By default the test texts of the layer's grid.
+        For a layer of `replace`, or your own language model: JSON lines with an entry text, or a folder of
+        *.txt. By default the test texts of the layer's grid.
     rows : int or None
-        Rows to look at. By default 2000; of a language model windows of 65,536 tokens together; of a model of
-        your own all.
+        Number of rows to show. By default 2000; for a language model, windows with 65,536 tokens in total;
+        for your own model, all.
     shown : int
-        Inputs to show for each expert.
+        Number of inputs to show for each expert.
     removed : int
-        How many experts of a level to remove, one by one, to see their effect; for a head, all.
+        Number of experts per level to remove, one at a time, to measure their effect; for a head, all.
 
     Raises
     ------
     ValueError, TypeError
-        If `rows` or `shown` is no positive integer, or `removed` is negative.
+        If `rows` or `shown` is not a positive integer, or `removed` is negative.
     """
 
     images: Path | None = None
@@ -51,7 +51,7 @@ class PageConfig:
 
 
 def check_counts(removed: int, **counts: int | None) -> None:
-    """Numbers of things to show must be positive, that of experts to remove not negative."""
+    """Check that counts are positive, and `removed` is not negative."""
     for name, count in counts.items():
         if count is not None:
             as_positive(count, name)

@@ -7,68 +7,70 @@ from typing import Any
 
 from mumoe_tensor.configs.kinds import Levels
 
-#: Names of `data` that are no files.
+#: Values of `data` that are not files.
 DIGITS, NO_DATA = "digits", "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What is studied of a layer, and how; the options of ``mumoe-tensor study`` are these.
+    """The settings of a study of a layer, which are also the options of ``mumoe-tensor study``.
 
     Attributes
     ----------
     weight : str or None
-        Weight of your own layer, as FILE:NAME, to fit the formats to. The file is of safetensors, NumPy or
-        torch.save; a pattern such as 'layers.*.up_proj.weight' gives a stack of experts.
+        Weight of an existing layer to fit the formats to, as FILE:NAME. The file is in the format of
+        safetensors, NumPy or torch.save; a pattern such as 'layers.*.up_proj.weight' selects a stack of
+        experts.
     transposed : bool
-        Whether the file has the weight as in x out (Conv1D of GPT-2), not as out x in (nn.Linear).
+        Whether the weight is stored as in x out (Conv1D of GPT-2) instead of out x in (nn.Linear).
     inputs : str or None
-        Inputs of that layer, one per row, as FILE:NAME: formats are fitted to its outputs for these, too.
+        Inputs of that layer, one per row, as FILE:NAME. The formats are also fitted to its outputs for them.
     experts : tuple of tuple of int
-        Numbers of experts, one per level, as 256,64x64; none for a layer without experts. By default that of
-        the layer, or of the stack. Batches are varied with the first.
+        Numbers of experts, with one number per level, such as 256,64x64; none for a layer without experts. By
+        default that of the layer or the stack. Batches are varied only for the first.
     formats : tuple of str
-        Tensor formats, as cp,tr, or as a list of their config entries in JSON; by default all.
+        Tensor formats, such as cp,tr, or a JSON list of their config entries; by default all.
     parameters : tuple of str
-        Budgets: numbers of parameters, match for those of the dense layer, or multiples (0.5x). By default
-        match,0.5x; of a weight 0.5x,0.25x,0.1x. Batches are varied with the first.
+        Budgets: numbers of parameters, match for that of the dense layer, or multiples of it (0.5x). By
+        default match,0.5x; with a weight 0.5x,0.25x,0.1x. Batches are varied only for the first.
     batch : int
-        Inputs of a forward pass and of a step.
+        Inputs per forward pass and per training step.
     batches : tuple of int
         Further batches, forward only.
     devices : tuple of str
-        Devices to measure on, as cpu,cuda; by default all available.
+        Devices to measure on, such as cpu,cuda; by default all available.
     seconds : float
-        A timing stops after the round in which this time has passed, but not before three rounds. A forward
-        pass alone has half the time.
+        Time after which a measurement stops, but not before its third round. A measurement of the forward
+        pass alone has half of it.
     rounds : int
-        Rounds of a timing at most.
+        Maximum number of rounds of a measurement.
     memory : float
-        What takes more GiB is run with fewer dense experts or inputs, and its figures are estimated from
-        those.
+        Memory in GiB. A layer that needs more is run with fewer dense experts or inputs, and its figures are
+        extrapolated.
     top_k : int
-        Experts that an input of the sparse mixture uses.
+        Active experts per input in the sparse mixture.
     machines : tuple of str
-        Other machines to predict times for, as cuda,h200.
+        Other machines to predict times for, such as cuda,h200.
     data : str
-        Data to train heads on: digits, an .npz file with x and y, or none, the default with a weight.
+        Data to train heads on: digits, an .npz file with x and y, or none, which is the default with a
+        weight.
     head_hidden : int or None
         Hidden size of the heads; 0 for linear ones.
     head_formats : tuple of str
-        Formats of the heads. By default the same as of the layer; of all formats those that split no size and
-        have one term.
+        Formats of the heads. By default those of the layer; if those are all formats, the ones that split no
+        sizes and have one term.
     head_experts : tuple of tuple of int
         Numbers of experts of the heads.
     head_parameters : tuple of str
         Budgets of the heads.
     seeds : int
-        Trainings of each head.
+        Training runs of each head.
     epochs : int
-        Passes over the data in a training.
+        Passes over the data in a training run.
     learning_rate : float
-        The largest one of a training.
+        Peak learning rate of a training run.
     batch_size : int
-        Rows of a step of a training; all rows if there are fewer than 128.
+        Rows per step of a training run; all rows if there are fewer than 128.
     sweeps : int
         Maximum number of sweeps of a fit to the weight.
     seed : int
@@ -102,7 +104,7 @@ class StudyConfig:
     seed: int = 0
 
 
-#: Small batches, few repetitions, short trainings, to see that all works.
+#: Small batches, few repetitions and short training runs, for a quick check that everything works.
 QUICK: dict[str, Any] = {
     "batch": 32,
     "batches": (1, 8),

@@ -1,4 +1,4 @@
-"""How to train: everything that a training run depends on besides the model and the data."""
+"""Settings of a training run: everything it depends on besides the model and the data."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ from mumoe_tensor.checks import as_python
 Schedule = Literal["cosine", "linear"]
 Precision = Literal["no", "bf16", "fp16"]
 
-#: Settings that are chosen from a few.
+#: Settings with a fixed set of values.
 CHOICES = {"schedule": ("cosine", "linear"), "keep": ("best", "last"), "precision": ("no", "bf16", "fp16")}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: AdamW, a linear warm-up, then a fall of the learning rate.
+    """Settings of a training run: AdamW, with linear warm-up and then decay of the learning rate.
 
     Attributes
     ----------
     epochs : int
         Passes over the rows.
     batch_size : int
-        Rows of a step, those of all processes and of all parts together.
+        Rows per step, over all processes and accumulation parts.
     learning_rate : float
-        The highest, at the end of the warm-up.
+        Peak learning rate, at the end of the warm-up.
     weight_decay : float
-        Weight decay of AdamW, of all parameters.
+        Weight decay of AdamW, for all parameters.
     warmup : float or int
-        Steps in which the learning rate rises; a float is a share of all steps.
+        Steps of the warm-up; a float is a fraction of all steps.
     clip : float or None
-        Largest norm of all gradients together.
+        Maximum norm of the gradients of all parameters together.
     patience : int or None
-        Stop once the validation loss has not fallen for so many evaluations; by default never.
+        Stop after so many evaluations without a lower validation loss; by default never.
     seed : int
-        Seed of the order of the rows, of mixup and of dropout; of a run also of the initial weights.
+        Seed of the order of the rows, of mixup and of dropout; in a run also of the initial weights.
     steps : int or None
-        Train for so many steps, in the place of `epochs`.
+        Number of steps, instead of `epochs`.
     accumulation : int
-        Parts that a step's rows are divided into; their gradients are added up.
+        Parts into which the rows of a step are divided; their gradients are accumulated.
     final_learning_rate : float
-        At the end.
+        Learning rate at the last step.
     schedule : {"cosine", "linear"}
-        How the learning rate falls.
+        Shape of the decay of the learning rate.
     betas : tuple of two float
-        Of AdamW.
+        Betas of AdamW.
     keep : {"best", "last"}
         Whether the model ends with the parameters of the lowest validation loss, or with the last.
     mixup : float
-        Both parameters of the Beta distribution that shares are drawn from (Zhang et al., 2018); 0 for none.
+        Both parameters of the Beta distribution of the mixing weights (Zhang et al., 2018); 0 for no mixup.
     precision : {"no", "bf16", "fp16"}
-        Of products in forward passes (autocast); parameters stay as they are.
+        Precision of products in forward passes (autocast); parameters keep their dtype.
     compile : bool
         Compile the model (`torch.compile`).
     evaluate_every : int or None
-        Steps between evaluations; None for one each epoch.
+        Steps between evaluations; None to evaluate after each epoch.
     evaluation_batch_size : int
-        Validation rows that a process maps at once.
+        Validation rows per forward pass of a process.
     checkpoint_every : int or None
-        Steps between checkpoints; None for one each evaluation.
+        Steps between checkpoints; None to write one at each evaluation.
     workers : int
-        Processes that load rows ahead; 0 to load them when they are needed.
+        Processes that prefetch rows; 0 to load them on demand.
     structured_rates : bool
-        Scale the learning rate of each factor of experts by its place in the network, see
+        Scale the learning rate of each factor of the experts by its position in the tensor network, see
         `.parameter_groups`.
 
     Raises
     ------
     ValueError
-        If a number is out of its range, or a choice unknown.
+        If a number is out of range, or a choice is unknown.
     """
 
     epochs: int = 20
@@ -99,7 +99,7 @@ class TrainConfig:
     structured_rates: bool = False
 
     def __post_init__(self) -> None:
-        # What is written beside a checkpoint are numbers of Python, whatever library they come from.
+        # Convert numbers of other libraries, such as NumPy, to Python's: they are written as JSON.
         for field in fields(self):
             object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
         object.__setattr__(self, "betas", tuple(map(as_python, self.betas)))
@@ -114,14 +114,14 @@ class TrainConfig:
             if not (getattr(self, name) >= 0 and isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if isinstance(self.warmup, float) and self.warmup > 1:
-            raise ValueError(f"warmup must be a number of steps or a share up to 1.0, got {self.warmup}.")
+            raise ValueError(f"warmup must be a number of steps or a fraction up to 1.0, got {self.warmup}.")
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate must not be above learning_rate, got {self.final_learning_rate} and "
                 f"{self.learning_rate}."
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas}.")
+            raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {self.betas}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
@@ -132,27 +132,27 @@ class TrainConfig:
             )
 
     def for_rows(self, rows: int) -> TrainConfig:
-        """The same with a batch of all rows, where these are fewer than the default batch has.
+        """A copy whose batch is all rows, if there are fewer rows than in the default batch.
 
-        A batch of another size stays: one that was asked for and is too large is refused, not replaced.
+        Another batch size is kept: an explicit batch size that is too large is an error later.
 
         Parameters
         ----------
         rows : int
-            For training.
+            Number of training rows.
         """
         default = type(self).batch_size
         return replace(self, batch_size=rows) if rows < self.batch_size == default else self
 
     def factor(self, step: int, steps: int) -> float:
-        """The learning rate of a step, as a factor of the largest.
+        """The learning rate of a step, as a multiple of the peak.
 
         Parameters
         ----------
         step : int
             Counted from 0.
         steps : int
-            How many there are.
+            Number of steps.
         """
         rising = round(self.warmup * steps) if isinstance(self.warmup, float) else self.warmup
         if step < rising:
@@ -164,6 +164,6 @@ class TrainConfig:
 
 
 def settings_of(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a `TrainConfig` as JSON has them; a version before may have written fewer of them."""
+    """Complete the entries of a `TrainConfig` read from JSON; earlier versions wrote fewer of them."""
     settings: dict[str, Any] = json.loads(json.dumps({**asdict(TrainConfig()), **entries}))
     return settings

@@ -1,1 +1,1 @@
-"""Experiments of the papers on real data, each a module: protocol in the docs, a command to run it."""
+"""Experiments of the papers on real data, one module each; the docs have the protocol and the command."""

@@ -1,6 +1,6 @@
-"""Correction of a bias against a subpopulation by the experts' biases, beside other corrections.
+"""Correction of a model's errors on a subpopulation by the biases of experts, compared with other methods.
 
-What is done, and what is chosen where, stands in the protocol: ``docs/experiments/bias.md``.
+The protocol is in ``docs/experiments/bias.md``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mumoe_tensor.readers import reading
 from mumoe_tensor.training import Dataset, TrainConfig, train
 from mumoe_tensor.training.attributes import Population, Task
 
-#: What is told of every model and correction; along a curve only the first three.
+#: Metrics of every model and correction; along a curve only the first three.
 METRICS = ("accuracy", "target", "worst", "deviation", "equal_opportunity")
 COLUMNS: dict[str, type] = {
     "run": str, "task": str, "method": str, "seed": int, "split": str, "setting": str, "value": float,
     "chosen": int, "members": int, "loss": float, **dict.fromkeys(METRICS, float),
 }  # fmt: skip
-#: Models that are trained, and corrections of them: by method, the model that is corrected.
+#: Models to train, and for each correction the model it corrects.
 ARCHITECTURES = ("linear", "high-rank linear", "mumoe")
 DEBIASED = ("oversampling", "adversarial")
 MODELS = (*ARCHITECTURES, *DEBIASED)
@@ -42,11 +42,11 @@ CORRECTIONS = {
     "group threshold": "mumoe",
 }
 METHODS = (*MODELS, *CORRECTIONS)
-#: Seed of the runs that settings are chosen by.
+#: Seed of the runs by which settings are chosen.
 TUNING_SEED = 100
-#: Largest loss of accuracy that the trade-off area looks at, and into how many parts it is cut.
+#: Largest loss of accuracy in the trade-off area, and the number of grid steps up to it.
 LARGEST_LOSS, STEPS = 0.25, 250
-#: Differences that the claims are about: metric, and the two methods.
+#: Differences that the claims are about: the metric and two methods.
 COMPARED = (
     ("target", "edit", "mumoe"),
     ("worst", "edit", "mumoe"),
@@ -59,14 +59,14 @@ COMPARED = (
 
 
 class Experiment:
-    """One task: models are trained and settings chosen on validation rows; then test rows are read, once.
+    """One task: train models and choose settings on validation rows, then read the test rows once.
 
     Parameters
     ----------
     task : Task
     recipe : Recipe
     folder : Path
-        Gets ``results.csv`` and the trained models. What it has of this task is not done again.
+        Receives ``results.csv`` and the trained models. Runs whose results it has are not repeated.
     """
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
@@ -74,20 +74,20 @@ class Experiment:
         self.ledger = Ledger(folder / "results.csv", COLUMNS)
 
     def validate(self, progress: Progress | None = None, jobs: int | str = 1) -> None:
-        """Choose settings, train every model with every seed, and judge all on validation rows.
+        """Choose settings, train every model with every seed, and evaluate them on validation rows.
 
         Parameters
         ----------
         progress : callable, optional
         jobs : int or str, default 1
-            Trainings at once, see `.side_by_side`.
+            Parallel training runs, see `.side_by_side`.
         """
-        # Debiased models start from settings of the others.
+        # Debiased models start from the settings of the others.
         for runs in (self._tuning(ARCHITECTURES), self._tuning(DEBIASED), self._seeds("validation")):
             self._do([*runs], progress, jobs)
 
     def test(self, progress: Progress | None = None, jobs: int | str = 1) -> None:
-        """Judge everything on test rows, with the settings that were chosen on validation rows.
+        """Evaluate all models and corrections on test rows, with the settings chosen on validation rows.
 
         Raises
         ------
@@ -97,11 +97,11 @@ class Experiment:
         if missing := [
             run for run, _ in self._seeds("validation") if not self.ledger.has(run=self._key(run))
         ]:
-            raise ValueError(f"test rows are read after all validation; {missing[0]!r} is not done yet.")
+            raise ValueError(f"validation must be finished before test; {missing[0]!r} has no results yet.")
         self._do([*self._seeds("test")], progress, jobs)
 
     def rows(self, split: str) -> list[Row]:
-        """Rows of this task and of the seeds of the recipe.
+        """The result rows of this task, for the seeds of the recipe.
 
         Parameters
         ----------
@@ -128,7 +128,7 @@ class Experiment:
         return f"{self.task.name}: {run}"
 
     def _tuning(self, methods: Sequence[str]) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
-        """What settings of these methods are chosen by."""
+        """The runs by which the settings of these methods are chosen."""
         grids = {
             **{name: ("learning rate", self.recipe.learning_rates) for name in ARCHITECTURES},
             "oversampling": ("repetitions", self.recipe.repetitions),
@@ -165,7 +165,7 @@ class Experiment:
         return logits_of(model, self.task.validation.x)
 
     def _trained(self, method: str, seed: int, value: float) -> tuple[nn.Module, float]:
-        """A model and its validation loss; NaN where that was not what it was trained for."""
+        """A model and its validation loss; NaN for a model that was trained on another loss."""
         if method == "adversarial":
             linear, _ = self._trained("linear", seed, self._chosen("linear"))
             return debiased(self.task, linear, value, seed, self.recipe), nan
@@ -174,7 +174,7 @@ class Experiment:
         return fit(self.task, method, value, seed, self.recipe)
 
     def _judged(self, method: str, seed: int, split: str) -> list[Row]:
-        """A model of a seed, as it is and under its corrections, on the rows of a split."""
+        """Result rows of the model of a seed, uncorrected and with each correction, on a split."""
         value = self._chosen(method)
         path = self.folder / "models" / f"{self._key(f'{method} {seed}').replace(' ', '-')}.safetensors"
         loss = nan
@@ -218,7 +218,7 @@ class Experiment:
     def _row(
         self, method: str, seed: int, split: str, setting: str, value: float, loss: float, logits: Tensor
     ) -> Row:
-        """All figures of a model, or of a correction at its chosen strength."""
+        """All metrics of a model, or of a correction at its chosen strength."""
         rows: Population = self.task.test if split == "test" else self.task.validation
         predictions = (logit_of(self.task, logits) > 0).long()
         scores = fairness(predictions, self.task.labels(rows), rows.group, self.task.target)
@@ -240,7 +240,7 @@ class Experiment:
 
 
 def build(architecture: str, features: int, outputs: int, recipe: Recipe) -> nn.Module:
-    """A model of an architecture with its first weights."""
+    """An untrained model of an architecture."""
     if architecture == "linear":
         return nn.Linear(features, outputs)
     if architecture == "high-rank linear":
@@ -251,13 +251,13 @@ def build(architecture: str, features: int, outputs: int, recipe: Recipe) -> nn.
 def fit(
     task: Task, architecture: str, learning_rate: float, seed: int, recipe: Recipe, repetitions: int = 1
 ) -> tuple[nn.Module, float]:
-    """Train a model, with rows of the subpopulation repeated; the model and its least validation loss."""
+    """Train a model, repeating the rows of the subpopulation; return it and its lowest validation loss."""
     training = task.training
     if repetitions > 1:
         members = task.members(training)
         counts = torch.where(members, repetitions, 1)
         training = training.rows(torch.repeat_interleave(torch.arange(len(training)), counts))
-    # A data set has one label a row: here the number of the row, under which the loss finds its labels.
+    # A `Dataset` has one label per row: here the index of the row, with which the loss looks up its labels.
     labels = torch.cat([training.y, task.validation.y]).float()
     numbers = torch.arange(len(labels))
     data = Dataset(training.x, numbers[: len(training)])
@@ -275,7 +275,7 @@ def fit(
 
 
 def debiased(task: Task, linear: nn.Module, alpha: float, seed: int, recipe: Recipe) -> nn.Linear:
-    """The one output of a linear model that matters, trained further against an adversary (fairlearn)."""
+    """The task's output of a linear model, trained further against an adversary (fairlearn)."""
     from fairlearn.adversarial import AdversarialFairnessClassifier
 
     training = task.training
@@ -301,7 +301,7 @@ def debiased(task: Task, linear: nn.Module, alpha: float, seed: int, recipe: Rec
 
 @torch.no_grad()
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits of all rows, of shape (rows, outputs)."""
+    """The logits of all rows, of shape (rows, outputs)."""
     return torch.cat([model(part) for part in x.split(8192)])
 
 
@@ -309,9 +309,9 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def directions(task: Task, model: nn.Module, rows: Population, names: set[str]) -> dict[str, Tensor]:
-    """What each correction of strength 1 adds to the logit that matters, of shape (rows,).
+    """The amounts that each correction of strength 1 adds to the logits of the task, of shape (rows,).
 
-    All are scaled alike: the logit of the subpopulation's training rows moves by 1 on average.
+    All have the same scale: the logit of the subpopulation's training rows moves by 1 on average.
     """
     label, group = task.target
     toward = 2 * label - 1
@@ -332,14 +332,14 @@ def directions(task: Task, model: nn.Module, rows: Population, names: set[str]) 
 
 
 def logit_of(task: Task, logits: Tensor) -> Tensor:
-    """The logit that matters, of shape (rows,). A model that was debiased has no other."""
+    """The logits of the task, of shape (rows,). They are the only logits of a debiased model."""
     return logits[:, task.output if logits.shape[1] > 1 else 0]
 
 
 def rates(task: Task, rows: Population, logits: Tensor) -> dict[str, float]:
-    """Accuracies of all rows, of the target and of the worst subpopulation.
+    """Accuracies on all rows, on the target subpopulation and on the worst subpopulation.
 
-    They are those of `fairness`, which takes a quarter of a second for 20,000 rows: too long for a curve.
+    The same values as from `fairness`, which is too slow for a curve: a quarter of a second for 20,000 rows.
     """
     labels = task.labels(rows)
     right = (logit_of(task, logits) > 0).long() == labels
@@ -357,18 +357,18 @@ def rates(task: Task, rows: Population, logits: Tensor) -> dict[str, float]:
 
 
 def moved(task: Task, logits: Tensor, by: Tensor) -> Tensor:
-    """Logits of which the one that matters is corrected."""
+    """Logits with those of the task corrected."""
     logits = logits.clone()
     logits[:, task.output] += by
     return logits
 
 
 def best(rows: Sequence[Row]) -> float:
-    """The value with the highest accuracy of the worst subpopulation, the least among equals."""
+    """The value with the highest accuracy on the worst subpopulation; the smallest of equals."""
     return float(max(rows, key=lambda row: (row["worst"], -row["value"]))["value"])
 
 
-# ---- what came out ----------------------------------------------------------------------------------------
+# ---- results ----------------------------------------------------------------------------------------------
 
 
 def area(curve: Sequence[Row], reference: float) -> float:
@@ -377,12 +377,12 @@ def area(curve: Sequence[Row], reference: float) -> float:
     Parameters
     ----------
     curve : sequence of dict
-        One row a strength.
+        One row per strength.
     reference : float
-        Accuracy that losses are counted from.
+        Accuracy from which losses are measured.
     """
     losses = (LARGEST_LOSS * step / STEPS for step in range(STEPS + 1))
-    # (A hair of slack: the loss of the model itself is 0, whatever its digits.)
+    # (With a tolerance, since the loss of the uncorrected model is 0 up to rounding.)
     return mean(
         max((row["worst"] for row in curve if row["accuracy"] >= reference - loss - 1e-9), default=0.0)
         for loss in losses
@@ -390,12 +390,12 @@ def area(curve: Sequence[Row], reference: float) -> float:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Mean and half width of the 95 % interval over seeds, of every method and metric of a task.
+    """Mean and half-width of the 95 % interval over seeds, for every method and metric of a task.
 
     Parameters
     ----------
     rows : sequence of dict
-        Of one task and one split.
+        Rows of one task and one split.
     """
     records = []
     for method in METHODS:
@@ -410,12 +410,12 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparisons(rows: Sequence[Row]) -> list[Row]:
-    """Differences that the claims are about, seed by seed: mean and half width of the 95 % interval.
+    """Paired differences that the claims are about: mean and half-width of the 95 % interval over seeds.
 
     Parameters
     ----------
     rows : sequence of dict
-        Of one task and one split.
+        Rows of one task and one split.
     """
     records = []
     for metric, one, other in COMPARED:
@@ -426,7 +426,7 @@ def comparisons(rows: Sequence[Row]) -> list[Row]:
 
 
 def by_seed(rows: Sequence[Row], method: str) -> dict[str, list[float]]:
-    """Figures of a method at its chosen setting, one a seed; of a correction also the trade-off area."""
+    """Metrics of a method at its chosen setting, one per seed; for a correction also the trade-off area."""
     of_method = [row for row in rows if row["method"] == method]
     chosen = sorted((row for row in of_method if row["chosen"]), key=lambda row: row["seed"])
     figures = {name: [row[name] for row in chosen] for name in ("value", *METRICS)}

@@ -1,4 +1,4 @@
-"""Sparse replacement of layers of pretrained models."""
+"""Sparse replacements for layers of pretrained models."""
 
 from mumoe_tensor.replace.activations import ActivationRows, Activations
 from mumoe_tensor.replace.coefficients import CoefficientRows, Coefficients, collect_coefficients

@@ -1,4 +1,4 @@
-"""Inputs and outputs of modules of a model over many texts, on the disk."""
+"""Inputs and outputs of a model's modules for many texts, stored on disk."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from mumoe_tensor.replace.shards import Shards, collect_shards, held, rows_of_ea
 from mumoe_tensor.selections import Selection, read_selection
 
 KIND = "activations"
-#: In every shard: the number of rows of each of its texts.
+#: Entry of every shard: the number of rows of each of its texts.
 COUNTS = "counts"
 Dtype = Literal["float16", "bfloat16", "float32"]
-#: Rows that are looked at in one go where all are.
+#: Rows read at a time when all rows are scanned.
 CHUNK = 8192
 
 
 class ActivationRows:
-    """Inputs and outputs of a module, to train on: a row is a token of a text, or a patch of an image.
+    """Inputs and outputs of a module, as training data: a row is a token of a text, or a patch of an image.
 
     Parameters
     ----------
     shards : sequence of (Tensor, Tensor)
         Inputs of shape (rows, in_features) and outputs of shape (rows, out_features) of each shard.
     documents : Tensor of int64
-        The text that each row of all shards is of.
+        Index of the text of each row, over all shards.
     numbers : Tensor of int64, optional
-        Those of the rows that these are; all by default.
+        Indices of the rows to select; all by default.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class ActivationRows:
         return len(self._numbers)
 
     def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs of some rows, in their order, in float32.
+        """Inputs and outputs of selected rows, in the given order, in float32.
 
         Parameters
         ----------
@@ -72,7 +72,7 @@ class ActivationRows:
         return self._read(0, rows), self._read(1, rows)
 
     def _read(self, side: int, rows: Selection) -> Tensor:
-        """Inputs (side 0) or outputs (side 1) of some rows; each shard is read in its order."""
+        """Inputs (side 0) or outputs (side 1) of selected rows; each shard is read sequentially."""
         numbers, order = self._numbers[rows].sort()
         values = torch.empty(len(numbers), self._shards[0][side].shape[-1], device="cpu")
         edges = torch.searchsorted(numbers, self._stops).tolist()
@@ -84,7 +84,7 @@ class ActivationRows:
         return values
 
     def below(self, limit: float) -> ActivationRows:
-        """The rows whose outputs have at most this norm; see `median_norm`.
+        """The rows whose outputs have norms of at most `limit`; see `median_norm`.
 
         Raises
         ------
@@ -93,16 +93,16 @@ class ActivationRows:
         """
         is_below = self._norms <= limit
         if not is_below.any():
-            raise ValueError(f"there must be outputs of at most this norm, {limit:.3g}; there are none.")
+            raise ValueError(f"some outputs must have norms of at most the limit, {limit:.3g}; none have.")
         return ActivationRows(self._shards, self._documents, self._numbers[is_below])
 
     @property
     def median_norm(self) -> float:
-        """The median of the norms of the outputs.
+        """The median norm of the outputs.
 
-        Language models have tokens, most often the first of a text, with outputs a thousand times as large
-        (Sun et al., "Massive Activations in Large Language Models", COLM 2024). They would be all that an
-        error counts: leave them out by ``rows.below(5 * rows.median_norm)``.
+        In language models, the outputs of a few tokens, most often the first of a text, are a thousand times
+        larger (Sun et al., "Massive Activations in Large Language Models", COLM 2024). They would dominate a
+        squared error; ``rows.below(5 * rows.median_norm)`` leaves them out.
         """
         return float(self._norms.median())
 
@@ -117,18 +117,18 @@ class ActivationRows:
         Parameters
         ----------
         documents : sequence of int, slice, or mask
-            Numbers of texts, those of the rows' `documents` among them.
+            Indices of texts, as in the attribute `documents`.
 
         Raises
         ------
         ValueError
-            If they have no rows here.
+            If the texts have no rows.
         """
         numbers = read_selection(documents, int(self._documents[-1]) + 1, "documents")
         chosen = torch.tensor(numbers, dtype=torch.long, device="cpu")
         rows = self._numbers[torch.isin(self.documents, chosen)]
         if not len(rows):
-            raise ValueError("the documents must have rows here; they have none.")
+            raise ValueError("the selected documents must have rows; they have none.")
         return ActivationRows(self._shards, self._documents, rows)
 
     @property
@@ -148,7 +148,7 @@ class ActivationRows:
 
     @cached_property
     def _moments(self) -> tuple[Moments, Moments]:
-        """Of the inputs and the outputs."""
+        """Moments of the inputs and of the outputs."""
         both = Moments(), Moments()
         for rows in torch.arange(len(self), device="cpu").split(CHUNK):
             for moments, part in zip(both, self.batch(rows), strict=True):
@@ -157,24 +157,24 @@ class ActivationRows:
 
 
 class Activations:
-    """Inputs and outputs of modules of a model, which stay on the disk until their rows are read.
+    """Inputs and outputs of a model's modules, which stay on disk until their rows are read.
 
     Parameters
     ----------
     folder : str or Path
-        Where `collect` wrote them.
+        Folder that `collect` wrote.
 
     Attributes
     ----------
     modules : tuple of str
-        Names of the modules; ``activations[name]`` are the `ActivationRows` of one.
+        Names of the modules; ``activations[name]`` is the `ActivationRows` of a module.
     documents : Tensor of int64 of shape (len(self),)
-        The number of the text that each row is of.
+        Index of the text of each row.
 
     Raises
     ------
     ValueError
-        If the folder has no activations, or not all of them yet.
+        If the folder has no activations, or their collection is not finished.
 
     Examples
     --------
@@ -201,7 +201,7 @@ class Activations:
 
     def __getitem__(self, module: str) -> ActivationRows:
         if module not in self.modules:
-            raise KeyError(f"there are activations of {', '.join(self.modules)}; not of {module!r}.")
+            raise KeyError(f"the modules with activations are {', '.join(self.modules)}; got {module!r}.")
         shards = [(part[f"{module}/inputs"], part[f"{module}/outputs"]) for part in self._shards.tensors]
         return ActivationRows(shards, self.documents)
 
@@ -218,31 +218,31 @@ class Activations:
         shard_rows: int = 16384,
         progress: Progress | None = None,
     ) -> Self:
-        """Write the inputs and outputs of modules into a folder, from one pass over texts.
+        """Write the inputs and outputs of modules to a folder, in one pass over texts.
 
-        A call that was interrupted, or killed, goes on after the last whole shard when it is made again; one
-        that was finished does nothing but check what it was of. Memory holds one shard, and copies of it
-        while it is written.
+        After an interruption, the same call resumes after the last complete shard; if the collection is
+        finished, it only checks that model, modules and texts are the same. Memory holds one shard, and
+        copies of it while it is written.
 
         Parameters
         ----------
         model : Module
-            Is called with batches of texts, and runs as in ``eval()``.
+            Called with batches of texts, in evaluation mode.
         modules : str or sequence of str
             Names of modules of the model. Each maps its first argument, of shape (rows, features) or (texts,
-            ..., features), to such a tensor, or to a tuple whose first entry it is, and is called once in a
-            forward pass. All but the first forward pass end when the last of them has returned.
+            ..., features), to such a tensor, or to a tuple that starts with one, and is called once in a
+            forward pass. Forward passes after the first stop when the last of the modules has returned.
         texts : sequence of Tensor
-            Inputs of the model without the axis of the batch, as the token numbers of a text, or an image.
+            Inputs of the model without the batch axis, such as the token ids of a text, or an image.
         folder : str or Path
         batch_size : int, default 8
-            Texts of one shape that follow each other share a batch of at most so many.
+            Maximum number of texts in a batch; consecutive texts of the same shape share one.
         dtype : {"float16", "bfloat16", "float32"}
-            On the disk.
+            Dtype on disk.
         shard_rows : int, default 16384
-            A shard is written once it has so many rows.
+            A shard is written once it has this many rows.
         progress : callable, optional
-            Called as ``progress(done, total, text)`` with numbers of texts.
+            Called as ``progress(done, total, text)``, where ``done`` and ``total`` count texts.
 
         Returns
         -------
@@ -251,17 +251,17 @@ class Activations:
         Raises
         ------
         ValueError
-            If a module does not exist, is not called once, or gives something else; if a number is not finite
-            in the dtype; if a text is empty, or of token numbers of shape (1, tokens); or if the folder has
-            activations of another model, other modules or other texts.
+            If a module does not exist, is not called exactly once, or returns something else; if a value is
+            not finite in the dtype; if a text is empty, or has token ids of shape (1, tokens); or if the
+            folder has activations of another model, other modules or other texts.
         TypeError
-            If a text is no tensor.
+            If a text is not a tensor.
         OSError
-            If another process writes into the folder, or a file cannot be written.
+            If another process is writing to the folder, or a file cannot be written.
         """
         names = (modules,) if isinstance(modules, str) else tuple(dict.fromkeys(modules))
         if not names:
-            raise ValueError("there must be modules, got none.")
+            raise ValueError("modules must not be empty, got none.")
         check_choice(dtype, get_args(Dtype), "dtype")
         watched = {name: module_of(model, name) for name in names}
         is_first = True
@@ -280,21 +280,21 @@ class Activations:
 
 
 class _Recorder:
-    """What modules are called with and give in one forward pass."""
+    """Records the inputs and outputs of modules in one forward pass."""
 
     def __init__(self, modules: Mapping[str, nn.Module], texts: int, dtype: torch.dtype, stops: bool):
         self._modules, self._texts, self._dtype, self._stops = modules, texts, dtype, stops
         self._tensors: dict[str, Tensor] = {}
 
     def run(self, model: nn.Module, batch: Tensor) -> tuple[int, Mapping[str, Tensor]]:
-        """The number of rows, and all tensors."""
+        """The number of rows, and all recorded tensors."""
         with suppress(_Enough), watch_calls(self._modules, self._before, self._after):
             model(batch)
         if missing := [name for name in self._modules if f"{name}/outputs" not in self._tensors]:
             raise ValueError(f"a module must be called in every forward pass; {', '.join(missing)} is not.")
         counts = {name: len(rows) for name, rows in self._tensors.items()}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"all modules must have the same number of rows in and out, got {counts}.")
+            raise ValueError(f"inputs and outputs of modules must have equally many rows, got {counts}.")
         rows, *_ = counts.values()
         return rows, {COUNTS: rows_of_each(rows, self._texts, "a module"), **self._tensors}
 
@@ -314,18 +314,18 @@ class _Recorder:
             is_tensor = isinstance(value, Tensor)
             got = f"{value.dtype} of {tuple(value.shape)}" if is_tensor else type(value).__name__
             raise ValueError(
-                "the first argument of a module, and what it gives, must be a tensor of floats of shape "
+                "the first argument and the output of a module must be float tensors of shape "
                 f"(rows, features) or ({self._texts} texts, ..., features); {name} is {got}."
             )
         self._tensors[name] = held(value.reshape(-1, value.shape[-1]), self._dtype, name)
 
 
 def _first(value: Any) -> Any:
-    """The first entry of a tuple, or of a mapping, as which modules of transformers give their outputs."""
+    """The first entry of a tuple, or of a mapping such as the outputs of transformers modules."""
     while isinstance(value, (tuple, Mapping)) and value:
         value = next(iter(value.values() if isinstance(value, Mapping) else value))
     return value
 
 
 class _Enough(Exception):
-    """Ends a forward pass."""
+    """Stops a forward pass."""

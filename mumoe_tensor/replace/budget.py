@@ -1,4 +1,4 @@
-"""Layers of equal numbers of parameters, which a comparison of them needs."""
+"""Layers with a given number of parameters, for fair comparisons."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def solve(
     least: int = 1,
     smallest: str = "",
 ) -> int:
-    """The size with which a layer has a number of parameters.
+    """Solve for the size with which a layer has a given number of parameters.
 
     Parameters
     ----------
     make : callable
-        Takes a size and returns the layer, best on the meta device. It has more parameters the larger the
-        size is.
+        Takes a size and returns the layer, preferably on the meta device. The number of parameters must
+        increase with the size.
     parameters : int
     rounding : {"up", "down", "nearest"}, default "nearest"
         See `.LayerSpec.fitted`.
     least : int, default 1
         The smallest size.
     smallest : str, optional
-        What errors call it.
+        Description of the smallest size in error messages.
 
     Raises
     ------
     ValueError
-        If the layer of the smallest size has more parameters, or none has as many.
+        If the layer of the smallest size has more parameters, or no size has as many.
     """
     check_choice(rounding, ("up", "down", "nearest"), "rounding")
 

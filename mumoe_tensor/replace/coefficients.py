@@ -1,4 +1,4 @@
-"""Coefficients of the gates of a model over many texts, on the disk."""
+"""Coefficients of a model's gates for many texts, stored on disk."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KIND = "coefficients"
 
 
 class CoefficientRows:
-    """The coefficients of a level of a gate that are above the threshold; a row is a token, or a patch.
+    """The coefficients above the threshold in one level of a gate; a row is a token, or a patch.
 
     Attributes
     ----------
     num_experts : int
     documents : Tensor of int64 of shape (len(self),)
-        The number of the text that each row is of.
+        Index of the text of each row.
     """
 
     def __init__(self, shards: Sequence[Mapping[str, Tensor]], key: str, num_experts: int):
@@ -40,7 +40,7 @@ class CoefficientRows:
         return len(self.documents)
 
     def rows(self, start: int = 0, stop: int | None = None) -> csr_array:
-        """Rows as an array of SciPy, all of them by default.
+        """Rows as a sparse SciPy array; by default all.
 
         Parameters
         ----------
@@ -65,24 +65,24 @@ class CoefficientRows:
 
 
 class Coefficients:
-    """Coefficients of the gates of a model, which stay on the disk until their rows are read.
+    """Coefficients of a model's gates, which stay on disk until their rows are read.
 
     Parameters
     ----------
     folder : str or Path
-        Where `collect_coefficients` wrote them.
+        Folder that `collect_coefficients` wrote.
 
     Attributes
     ----------
     gates : dict of str to tuple of int
-        Names of the gates, and their numbers of experts, one a level. ``coefficients[name]`` are the
-        `CoefficientRows` of the first level of one, ``coefficients[name, level]`` those of any.
+        Names of the gates, and their numbers of experts per level. ``coefficients[name]`` is the
+        `CoefficientRows` of a gate's first level, ``coefficients[name, level]`` that of any level.
     threshold : float
 
     Raises
     ------
     ValueError
-        If the folder has no coefficients, or not all of them yet.
+        If the folder has no coefficients, or their collection is not finished.
     """
 
     def __init__(self, folder: str | Path):
@@ -93,7 +93,7 @@ class Coefficients:
     def __getitem__(self, gate: str | tuple[str, int]) -> CoefficientRows:
         name, level = (gate, 0) if isinstance(gate, str) else gate
         if level not in range(len(self.gates.get(name, ()))):
-            raise KeyError(f"there are coefficients of {self.gates}; not of level {level} of {name!r}.")
+            raise KeyError(f"the gates are {self.gates}; got level {level} of {name!r}.")
         return CoefficientRows(self._shards.tensors, f"{name}/{level}", self.gates[name][level])
 
 
@@ -108,34 +108,33 @@ def collect_coefficients(
     shard_rows: int = 16384,
     progress: Progress | None = None,
 ) -> Coefficients:
-    """Write the coefficients of every gate of a model into a folder, from one pass over texts.
+    """Write the coefficients of every gate of a model to a folder, in one pass over texts.
 
-    It goes on where it was interrupted, see `.Activations.collect`.
+    After an interruption, the same call resumes, see `.Activations.collect`.
 
     Parameters
     ----------
     model : Module
-        Is called with batches of texts, and runs as in ``eval()``. Each gate is called once in a forward
-        pass.
+        Called with batches of texts, in evaluation mode. Each gate must be called once in a forward pass.
     texts : sequence of Tensor
-        Inputs of the model without the axis of the batch.
+        Inputs of the model without the batch axis.
     folder : str or Path
     threshold : float, default 0.0
-        Coefficients are left out whose magnitude is not larger.
+        Only coefficients of larger magnitude are stored.
     batch_size : int, default 8
-        Texts of one shape that follow each other share a batch of at most so many.
+        Maximum number of texts in a batch; consecutive texts of the same shape share one.
     shard_rows : int, default 16384
-        A shard is written once it has the coefficients of so many rows, those of all gates counted.
+        A shard is written once it has the coefficients of this many rows, counted over all gates.
     progress : callable, optional
-        Called as ``progress(done, total, text)`` with numbers of texts.
+        Called as ``progress(done, total, text)``, where ``done`` and ``total`` count texts.
 
     Raises
     ------
     ValueError
-        If the model has no gate, one is not called once, or the folder has coefficients of another model,
-        other texts or above another threshold.
+        If the model has no gate, a gate is not called exactly once, or the folder has coefficients of another
+        model, other texts or another threshold.
     OSError
-        If another process writes into the folder, or a file cannot be written.
+        If another process is writing to the folder, or a file cannot be written.
     """
     threshold = as_finite(threshold, "threshold")
     gates = {name: gate.num_experts for name, gate in gates_of(model).items() if gate.num_experts}
@@ -170,7 +169,7 @@ def collect_coefficients(
 
 
 def _sparse(key: str, coefficients: Tensor, threshold: float, texts: int) -> dict[str, Tensor]:
-    """Compressed rows that can be concatenated: they have lengths, in the place of where rows start."""
+    """Compressed sparse rows with row lengths instead of row starts, so that they can be concatenated."""
     coefficients = held(coefficients, torch.float32, key)
     is_kept = coefficients.abs() > threshold
     return {

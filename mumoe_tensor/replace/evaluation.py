@@ -1,4 +1,4 @@
-"""What a language model loses with another module in the place of one of its own."""
+"""The loss of a language model when one of its modules is replaced."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from mumoe_tensor.replace.moments import Moments
 from mumoe_tensor.replace.shards import check_text
 from mumoe_tensor.replace.usage import counted, use_of
 
-#: Tokens of a batch, unless one text has more: their logits are in memory at once.
+#: Maximum number of tokens in a batch of several texts, whose logits are in memory at once.
 BATCH_TOKENS = 2048
 
 
 class DocumentLosses(NamedTuple):
-    """Cross entropy of the next tokens of each text.
+    """Next-token cross entropy of each text.
 
     Attributes
     ----------
     nats : Tensor of float64 of shape (texts,)
-        Sum over the tokens that are predicted: all but the first.
+        Sum over the predicted tokens: all but the first.
     tokens : Tensor of int64 of shape (texts,)
-        How many these are.
+        Number of predicted tokens.
     """
 
     nats: Tensor
     tokens: Tensor
 
     def of_documents(self, documents: Sequence[int]) -> DocumentLosses:
-        """The sums over all texts of each document.
+        """The sums over the texts of each document.
 
         Parameters
         ----------
         documents : sequence of int
-            The number of the document that each text is a part of.
+            Index of the document of each text.
 
         Raises
         ------
         ValueError
-            If there is not one for each text.
+            If there is not one index per text.
         """
         if len(documents) != len(self.tokens):
             raise ValueError(
-                f"documents must have a number for each of {len(self.tokens)} texts, got {len(documents)}."
+                f"documents must have an index for each of {len(self.tokens)} texts, got {len(documents)}."
             )
         places = torch.tensor(documents).unique(return_inverse=True)[1]
         count = int(places.max()) + 1
@@ -66,7 +66,7 @@ class DocumentLosses(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Losses of the intact model, and with zeros in the place of a module: what replacements lie between.
+    """Losses of the intact model, and with a module's outputs replaced by zeros: bounds for replacements.
 
     Attributes
     ----------
@@ -79,26 +79,26 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How faithful and how sparse a layer in the place of a module is, see `evaluate`.
+    """The faithfulness and sparsity of a layer that replaces a module, see `evaluate`.
 
     Attributes
     ----------
     losses : DocumentLosses
-        With the layer in the place.
+        Losses with the layer in place of the module.
     bounds : Bounds
-        Of the same texts.
+        Bounds for the same texts.
     nmse : float
-        Squared error of the layer's outputs over the variance of the module's, sum over sum; both get
-        the inputs that the intact model has there. Without a limit, a few tokens may have nearly all of the
-        variance.
+        Total squared error of the layer's outputs, divided by the total variance of the module's; both are
+        given the inputs of the module in the intact model. Without a limit, a few tokens may have nearly all
+        of the variance.
     relative_error : float
-        Mean of the squared error over the squared norm of the module's output, over the tokens for which
-        that is not zero.
+        Mean of the squared error divided by the squared norm of the module's output, over the tokens where
+        that norm is not zero.
     active : float or None
-        Experts of all levels with a coefficient other than zero, on average over the tokens; None without
+        Average number of experts per token with a nonzero coefficient, over all levels; None without
         experts.
     dead : tuple of int
-        Experts that no token gave a coefficient other than zero. Levels are counted one after the other.
+        Experts whose coefficient is zero for every token. Levels are numbered consecutively.
     """
 
     losses: DocumentLosses
@@ -110,12 +110,12 @@ class Evaluation:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are predicted."""
+        """Number of predicted tokens."""
         return int(self.losses.tokens.sum())
 
     @property
     def ce(self) -> float:
-        """Cross entropy with the layer in the place, in nats per token."""
+        """Cross entropy with the layer in place of the module, in nats per token."""
         return self.losses.mean
 
     @property
@@ -125,35 +125,35 @@ class Evaluation:
 
     @property
     def ce_zeroed(self) -> float:
-        """Cross entropy with zeros in the place, in nats per token."""
+        """Cross entropy with the module's outputs replaced by zeros, in nats per token."""
         return self.bounds.zeroed.mean
 
     @property
     def rises(self) -> Tensor:
-        """Rise of the cross entropy of each text, in nats per token: of shape (texts,)."""
+        """Rise in the cross entropy of each text, in nats per token, of shape (texts,)."""
         return (self.losses.nats - self.bounds.intact.nats) / self.losses.tokens
 
     @property
     def rise(self) -> float:
-        """Rise of the cross entropy over that of the intact model, in nats per token."""
+        """Rise in cross entropy over the intact model, in nats per token."""
         return self.interval()[0]
 
     def of_documents(self, documents: Sequence[int]) -> Evaluation:
-        """The same with the texts joined to documents, which are the units of the interval then.
+        """A copy with texts merged into documents, which become the units of the interval.
 
         Parameters
         ----------
         documents : sequence of int
-            The number of the document that each text is a part of.
+            Index of the document of each text.
         """
         losses, *bounds = (each.of_documents(documents) for each in (self.losses, *self.bounds))
         return replace(self, losses=losses, bounds=Bounds(*bounds))
 
     def interval(self) -> tuple[float, float | None]:
-        """The rise, and half width of its 95 % interval over texts; None for that of a single text.
+        """The rise, and the half-width of its 95 % interval over texts, which is None for a single text.
 
-        Texts are the units that were drawn, and longer ones weigh more: the interval is that of a ratio
-        of two means, by linearization.
+        Texts are the sampling units, weighted by length: the interval is that of a ratio of two means, by
+        linearization.
         """
         tokens = self.losses.tokens
         rise = float((self.rises * tokens).sum() / tokens.sum())
@@ -163,25 +163,25 @@ class Evaluation:
 
 @contextmanager
 def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[None]:
-    """While the context lasts, a model has another module in the place of one of its own.
+    """A context in which one module of a model is replaced.
 
-    A module with several names in the model is replaced under all of them. Contexts nest. Afterwards, also
-    after an error, the model is as it was.
+    A module with several names in the model is replaced under all of them. Contexts nest. On exit, also after
+    an error, the original module is restored.
 
     Parameters
     ----------
     model : Module
     name : str
-        Of the module to replace, as in ``model.named_modules()``.
+        Name of the module to replace, as in ``model.named_modules()``.
     module : Module or None
-        Called in its place. None for zeros of the shape of its outputs.
+        The replacement. None for zeros of the shape of the original outputs.
 
     Raises
     ------
     ValueError
         If the model has no such module.
     TypeError
-        If it is no module that shall be in the place.
+        If the replacement is not a module.
 
     Examples
     --------
@@ -193,7 +193,7 @@ def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[No
     """
     old = module_of(model, name)
     if not (module is None or isinstance(module, nn.Module)):
-        raise TypeError(f"in the place of {name!r} must be a torch.nn.Module or None, got {module!r}.")
+        raise TypeError(f"the replacement for {name!r} must be a torch.nn.Module or None, got {module!r}.")
     names = [other for other, each in model.named_modules(remove_duplicate=False) if each is old]
     try:
         for each in names:
@@ -205,16 +205,16 @@ def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[No
 
 
 class Replaced(nn.Module):
-    """A layer in the place of a module, which keeps the outputs of the module that are larger than a limit.
+    """A layer in place of a module, except that outputs of the module larger than a limit are kept.
 
     Parameters
     ----------
     module : Module
-        The one that is replaced.
+        The replaced module.
     layer : Module or None
-        None for zeros.
+        The replacement; None for zeros.
     limit : float, default inf
-        Largest norm of an output of the module that the layer gives; see `.ActivationRows.median_norm`.
+        Outputs of the module with a larger norm are kept; see `.ActivationRows.median_norm`.
     """
 
     def __init__(self, module: nn.Module, layer: nn.Module | None, limit: float = inf):
@@ -224,11 +224,11 @@ class Replaced(nn.Module):
     def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         y: Tensor = self.module(x, *inputs, **named)
         if not isinstance(y, Tensor):
-            raise TypeError(f"a module to replace must give a tensor, it gives {type(y).__name__}.")
+            raise TypeError(f"a module to replace must return a tensor, got {type(y).__name__}.")
         output = torch.zeros_like(y) if self.layer is None else self.layer(x, *inputs, **named)
-        if output.shape != y.shape:  # else both would be broadcast
+        if output.shape != y.shape:  # else they would be broadcast
             raise ValueError(
-                f"a layer must give outputs of the module's shape, {tuple(y.shape)}; got "
+                f"a layer must return outputs of the module's shape, {tuple(y.shape)}; got "
                 f"{tuple(output.shape)}."
             )
         if self.limit == inf:
@@ -238,14 +238,14 @@ class Replaced(nn.Module):
         return torch.where(is_large.unsqueeze(-1), y, output)
 
     def _compared(self, y: Tensor, output: Tensor) -> Tensor:
-        """The output of the layer beside that of the module."""
+        """Combine the outputs of the layer and of the module."""
         return output
 
 
 class _Compared(Replaced):
-    """Counts the errors of the layer.
+    """Accumulates the errors of the layer.
 
-    The inputs are those of the intact model: nothing that comes before has been replaced.
+    The inputs are those of the intact model, as no earlier module has been replaced.
     """
 
     layer: nn.Module
@@ -273,23 +273,23 @@ class _Compared(Replaced):
 
 @torch.no_grad()
 def losses(model: nn.Module, texts: Sequence[Tensor]) -> DocumentLosses:
-    """Cross entropy of the next tokens.
+    """Next-token cross entropy.
 
     Parameters
     ----------
     model : Module
-        Token numbers of shape (texts, tokens) to logits of shape (texts, tokens, vocabulary), as they are
-        or as attribute `logits`. Runs as in ``eval()``.
+        Maps token ids of shape (texts, tokens) to logits of shape (texts, tokens, vocabulary), or to an
+        object with an attribute `logits`. Runs in evaluation mode.
     texts : sequence of Tensor of int of shape (tokens,)
-        Of two tokens or more. Texts of one length share batches of at most 2,048 tokens. The logits of a
-        batch are in memory at once, those of a longer text too: cut it.
+        Texts of at least two tokens. Texts of the same length share batches of at most 2,048 tokens. All
+        logits of a batch, or of a longer text, are in memory at once: cut long texts.
 
     Raises
     ------
     ValueError
         If there is no text, one has fewer than two tokens, or the logits have another shape.
     TypeError
-        If a text is no tensor, or tokens are no integers.
+        If a text is not a tensor, or tokens are not integers.
     """
     check_model(model)
     texts = _read_texts(texts)
@@ -309,14 +309,14 @@ def _read_texts(texts: Sequence[Tensor]) -> list[Tensor]:
         check_text(text)
     read = [as_integers(text, "tokens") for text in texts]
     if wrong := [tuple(text.shape) for text in read if text.ndim != 1 or len(text) < 2]:
-        raise ValueError(f"texts must be of shape (tokens,), of two tokens or more; got {wrong[:3]}.")
+        raise ValueError(f"texts must have shape (tokens,) with at least two tokens; got {wrong[:3]}.")
     if not read:
-        raise ValueError("there must be texts, got none.")
+        raise ValueError("texts must not be empty, got none.")
     return read
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of texts of one length, as many as have `BATCH_TOKENS` tokens, or one."""
+    """Indices of texts of the same length, together of at most `BATCH_TOKENS` tokens, or of one text."""
     for length in sorted(set(lengths)):
         numbers = [number for number, each in enumerate(lengths) if each == length]
         count = max(1, BATCH_TOKENS // length)
@@ -324,14 +324,14 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def bounds(model: nn.Module, name: str, texts: Sequence[Tensor], *, limit: float = inf) -> Bounds:
-    """Losses of the intact model, and with zeros in the place of a module.
+    """Losses of the intact model, and with a module's outputs replaced by zeros.
 
     Parameters
     ----------
     model : Module
         As in `losses`.
     name : str
-        Of the module.
+        Name of the module.
     texts : sequence of Tensor of int of shape (tokens,)
         As in `losses`.
     limit : float, default inf
@@ -340,7 +340,7 @@ def bounds(model: nn.Module, name: str, texts: Sequence[Tensor], *, limit: float
     Raises
     ------
     ValueError, TypeError
-        As `splice` and `losses`.
+        As in `splice` and `losses`.
     """
     with splice(model, name, Replaced(module_of(model, name), None, limit)):
         zeroed = losses(model, texts)
@@ -356,32 +356,32 @@ def evaluate(
     bounds: Bounds | None = None,
     limit: float = inf,
 ) -> Evaluation:
-    """Put a layer in the place of a module for a while, and see what a language model loses.
+    """Evaluate a language model with a layer in place of a module.
 
     Parameters
     ----------
     model : Module
         As in `losses`.
     name : str
-        Of the module to replace, which a call of the model calls once.
+        Name of the module to replace, which must be called once in a forward pass.
     layer : Module
-        Gets the inputs of the module.
+        The replacement, called with the inputs of the module.
     texts : sequence of Tensor of int of shape (tokens,)
-        As in `losses`; none that the layer was trained on.
+        As in `losses`; the layer should not have been trained on them.
     bounds : Bounds, optional
-        Of the function `bounds` for the same model, module, texts and limit: many layers share one. Measured
-        by default.
+        Result of the function `bounds` for the same model, module, texts and limit, which many layers can
+        share. Measured by default.
     limit : float, default inf
-        Tokens for which the norm of the module's output is larger keep that output, and no error is counted
-        for them; see `.ActivationRows.median_norm`.
+        Tokens for which the norm of the module's output is larger keep that output, and do not count in the
+        errors; see `.ActivationRows.median_norm`.
 
     Raises
     ------
     ValueError
-        If outputs of the layer have another shape than the module's, the bounds are of other texts, or as
+        If the layer's outputs have another shape than the module's, the bounds are for other texts, or as in
         `splice` and `losses`.
     TypeError
-        If the layer is no module, the module gives no tensor, or as `splice` and `losses`.
+        If the layer is not a module, the module does not return a tensor, or as in `splice` and `losses`.
     """
     texts = _read_texts(texts)
     if not isinstance(layer, nn.Module):
@@ -390,14 +390,14 @@ def evaluate(
         raise ValueError(f"limit must be positive, got {limit}.")
     between = _bounds(model, name, texts, limit=limit) if bounds is None else bounds
     if between.intact.tokens.tolist() != [len(text) - 1 for text in texts]:
-        raise ValueError("bounds must be of the same texts; these have other numbers of tokens.")
+        raise ValueError("bounds must be for the same texts; these have other numbers of tokens.")
     compared = _Compared(module_of(model, name), layer, limit)
     with splice(model, name, compared), counted(layer) as usages:
         of_texts = losses(model, texts)
     count, moments = sum(map(len, texts)), compared.moments
     if compared.rows != count:
         raise ValueError(
-            f"a call of the model must call {name!r} once, with every token; of {count} tokens it got "
+            f"a forward pass must call {name!r} once, with every token; of {count} tokens it got "
             f"{compared.rows} inputs."
         )
     return Evaluation(
@@ -409,4 +409,4 @@ def evaluate(
     )
 
 
-_bounds = bounds  # (An argument has this name.)
+_bounds = bounds  # (`bounds` is also the name of an argument.)

@@ -1,4 +1,4 @@
-"""The runs of a grid, trained and evaluated: a table that grows."""
+"""Train and evaluate the runs of a grid, and add each to a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mumoe_tensor.replace.shards import MANIFEST
 from mumoe_tensor.replace.training import Fit, fit
 
 PARTS = ("training", "validation", "test")
-#: Settings of a grid that a later call may add to.
+#: Settings of a grid that a later call may extend.
 GROWING = ("places", "arms")
 
 
@@ -44,34 +44,34 @@ def run_grid(
     jobs: int | str = 1,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Train and evaluate every layer of a grid; each becomes a row of a table.
+    """Train and evaluate every layer of a grid, with one row per run in a table.
 
-    ``frontier.csv`` has the rows, ``tuning.csv`` those that learning rates are chosen by, and ``layers/`` the
-    layers, each in a folder that `mumoe_tensor.nn.load` and ``mumoe-tensor inspect`` read. Interrupted, the
-    same call goes on. What has a row is not run again, and activations are collected only where a run is
-    left.
+    ``frontier.csv`` holds the results, ``tuning.csv`` the runs by which learning rates are chosen, and
+    ``layers/`` the layers, each in a folder that `mumoe_tensor.nn.load` and ``mumoe-tensor inspect`` read.
+    After an interruption, the same call resumes. Runs that have a row are not repeated, and activations are
+    collected only if a run needs them.
 
     Parameters
     ----------
     model : str or Path
         See `.load_language_model`.
     texts : sequence of str or Path
-        For training, validation and test; see `.read_texts`.
+        Texts for training, validation and test; see `.read_texts`.
     grid : Grid
-        A later call may add places, seeds and arms, and change arms that have no row. Of new places, all
-        activations are collected anew.
+        A later call may add places, seeds and arms, and change arms that have no row. If it adds places, the
+        activations of all places are collected again.
     folder : str or Path
     jobs : int or str, default 1
-        Runs at once. Of several, each has one thread of a process of its own; see `.side_by_side`.
+        Parallel runs. If there are several, each is a process with one thread; see `.side_by_side`.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
     Returns
     -------
     list of dict
-        The rows of ``frontier.csv``. ``ce`` is the cross entropy of the test texts in nats a token with the
-        layer in its place, ``rise`` its difference to that of the intact model, ``half`` half the width of
-        the 95 % interval of the rise over documents, and ``rise_zeroed`` the rise with zeros in the place.
+        The rows of ``frontier.csv``. ``ce`` is the cross entropy of the test texts, in nats per token, with
+        the layer in place; ``rise`` its increase over the intact model; ``half`` the half-width of the 95 %
+        interval of the rise over documents; ``rise_zeroed`` the rise with the module's outputs zeroed.
 
     Raises
     ------
@@ -90,17 +90,17 @@ def run_grid(
 
 
 class _Job:
-    """What every run needs. A process reads the model and the texts once, when it needs them."""
+    """The data shared by all runs. A process reads the model and the texts once, when it needs them."""
 
     def __init__(self, model: Path, texts: tuple[Path, ...], grid: Grid, folder: Path):
         if len(texts) != len(PARTS):
-            raise ValueError(f"there must be texts for {', '.join(PARTS)}, got {len(texts)} path(s).")
+            raise ValueError(f"texts must have paths for {', '.join(PARTS)}, got {len(texts)} path(s).")
         self.grid, self.folder, self._source, self._paths = grid, folder, model, texts
         self._bounds: dict[str, Bounds] = {}
         self._limits: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process reads the model and the texts itself.
+        # Each process reads the model and the texts itself.
         return {name: value for name, value in vars(self).items() if name not in ("_language", "_windows")}
 
     @cached_property
@@ -116,20 +116,20 @@ class _Job:
         }
         if len(set(parts["test"].documents)) < 2:
             raise ValueError(
-                f"an interval over documents needs two or more with {context} tokens; {self._paths[2]} has "
+                f"an interval over documents needs at least two with {context} tokens; {self._paths[2]} has "
                 "one."
             )
         return parts
 
     def check(self, done: Set[str]) -> None:
-        """A ValueError if the folder has results of something else, or if texts or layers cannot be made.
+        """Check that the folder has results of the same grid, and that texts and layers can be made.
 
-        Otherwise write what the results depend on. Arms may change as long as they have no results.
+        Then write the settings that the results depend on. Arms may change as long as they have no results.
 
         Parameters
         ----------
         done : set of str
-            Arms that have a row.
+            Arms that have rows.
         """
         sources = {"model": str(self._source), "texts": [str(path) for path in self._paths]}
         now = json.loads(json.dumps(sources | asdict(self.grid)))
@@ -142,7 +142,7 @@ class _Job:
             changed += [name for name in others if name in done]
             if changed:
                 raise ValueError(
-                    f"a folder has the results of one grid; {', '.join(changed)} differ from those in "
+                    f"a folder must hold the results of one grid; {', '.join(changed)} differ from those in "
                     f"{path}: choose another folder."
                 )
         now["arms"] = arms | now["arms"]  # those of earlier calls have rows too
@@ -152,13 +152,13 @@ class _Job:
         assert self._windows
         for run in {(run.module, run.arm): run for run in self.grid.runs()}.values():
             self._make(run, model)
-        if others:  # what they have begun is of other settings
+        if others:  # their unfinished runs have other settings
             shutil.rmtree(self.folder / "runs", ignore_errors=True)
         with whole_file(path) as file:
             file.write(json.dumps(now, indent=2).encode())
 
     def _make(self, run: Run, model: nn.Module) -> Any:
-        """The layer before training, drawn with the run's seed."""
+        """The untrained layer, initialized with the run's seed."""
         with torch.random.fork_rng():
             torch.manual_seed(run.seed)
             try:
@@ -168,12 +168,12 @@ class _Job:
                 raise ValueError(f"{run.arm} cannot be made for {run.module}: {error}") from error
 
     def collect(self, progress: Progress | None) -> None:
-        """Write the activations of all places, unless they are there."""
+        """Write the activations of all places, unless they exist."""
         places = [place.module for place in self.grid.places]
         for part in PARTS[:2]:
             texts, store = self._windows[part].tokens, self._store(part)
             there = read_json(store / MANIFEST)["modules"] if (store / MANIFEST).exists() else []
-            if not {*places} <= {*there}:  # one pass gives those of all places
+            if not {*places} <= {*there}:  # one pass collects all places
                 shutil.rmtree(store, ignore_errors=True)
                 there = places
             Activations.collect(self._language[0], there, texts, store, progress=progress)
@@ -182,7 +182,7 @@ class _Job:
         return self.folder / "activations" / part
 
     def _limit(self, module: str) -> float:
-        """The largest norm of an output of a module that a layer is to give."""
+        """The largest output norm of a module that a layer replaces."""
         if self.grid.massive is None:
             return inf
         if module not in self._limits:
@@ -191,7 +191,7 @@ class _Job:
         return self._limits[module]
 
     def tune(self, run: Run) -> Row:
-        """A row of tuning.csv; its error is infinite if the training diverges."""
+        """Return a row of tuning.csv; its error is infinite if training diverges."""
         seconds: float | None = None
         try:
             layer, fitted, seconds = self._trained(run, self.folder / "runs" / run.name)
@@ -203,7 +203,7 @@ class _Job:
         return {**run.key, **_sizes(layer), **measured, "seconds": seconds}
 
     def test(self, run: Run) -> Row:
-        """A row of frontier.csv; the layer is saved."""
+        """Return a row of frontier.csv, and save the layer."""
         layer, _, seconds = self._trained(run, self.folder / "runs" / run.name)
         model, (texts, documents) = self._language[0], self._windows["test"]
         limit = self._limit(run.module)
@@ -228,7 +228,7 @@ class _Job:
         }  # fmt: skip
 
     def _trained(self, run: Run, folder: Path) -> tuple[Any, Fit, float]:
-        """A trained layer; a training that was interrupted goes on in its folder."""
+        """Train a layer; an interrupted training run resumes in its folder."""
         training, validation = (
             Activations(self._store(part))[run.module].below(self._limit(run.module)) for part in PARTS[:2]
         )
@@ -251,7 +251,7 @@ def _sizes(layer: Any) -> Row:
 def _go_through(
     job: _Job, stage: str, runs: Sequence[Run], table: Ledger, jobs: int | str, progress: Progress | None
 ) -> None:
-    """Do the runs that the table lacks."""
+    """Make the runs that are missing in the table."""
     left = [run for run in runs if not table.has(run=run.name)]
     tell = progress or (lambda done, total, text: None)
     if left:
@@ -273,6 +273,6 @@ def _do(job: bytes, stage: str, run: Run) -> Row:
 
 @lru_cache(maxsize=1)
 def _received(job: bytes) -> _Job:
-    """In another process: the job, which reads the model once for all of its runs."""
+    """In a worker process: the job, which reads the model once for all of its runs."""
     torch.set_num_threads(1)
     return pickle.loads(job)

@@ -1,4 +1,4 @@
-"""A grid of replacements: which layers are put into which places of a model, and how they are trained."""
+"""A grid of replacements: modules of a model, the layers that replace them, and their training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mumoe_tensor.readers import checked, read_toml, reading
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
 
 LAYERS = {kind.__name__: kind for kind in (Transcoder, MixtureOfDecoders, MixtureOfTransforms)}
-#: The seed of the runs that learning rates are chosen by.
+#: Seed of the runs by which learning rates are chosen.
 TUNING_SEED = 100
 #: Columns of the tables.
 KEY: dict[str, type] = {"module": str, "arm": str, "k": int, "seed": int}
@@ -31,7 +31,7 @@ FRONTIER = {
 
 @dataclass(frozen=True)
 class Place:
-    """A module that is replaced.
+    """A module to replace.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Place:
     k : tuple of int
         Numbers of active experts.
     seeds : tuple of int
-        For each of them, how many seeds.
+        Number of seeds for each entry of `k`.
     """
 
     module: str
@@ -50,7 +50,7 @@ class Place:
     def __post_init__(self) -> None:
         if not self.k or len(self.k) != len(self.seeds) or min(*self.k, *self.seeds) < 1:
             raise ValueError(
-                f"k and seeds must be as many positive numbers as each other, got {self.k} and {self.seeds}."
+                f"k and seeds must be equally many positive numbers, got {self.k} and {self.seeds}."
             )
 
 
@@ -62,15 +62,16 @@ class Arm:
     ----------
     layer : {"Transcoder", "MixtureOfDecoders", "MixtureOfTransforms"}
     options : dict
-        Of its method `like`, besides k and parameters.
+        Arguments of the layer's method `like`, besides k and parameters.
     gate : str, optional
-        The gate, in the place of the layer's: ``"random"`` or ``"nearest_centres"``.
+        Gate to use instead of the layer's default: ``"random"`` or ``"nearest_centres"``.
     parameters : int, str or None, optional
-        See `like`. By default those of the grid; None where the options give all sizes.
+        See `like`. By default those of the grid; None if the options determine all sizes.
     learning_rates : tuple of float
-        The one with the lowest error on the validation texts is taken.
+        Candidates; the one with the lowest error on the validation texts is used.
     penalties : tuple of float
-        See `.fit`; chosen with the learning rates, among those that leave K experts active on average.
+        Candidates, see `.fit`; chosen together with the learning rate, among those that leave at most K
+        experts active on average.
     """
 
     layer: Literal["Transcoder", "MixtureOfDecoders", "MixtureOfTransforms"]
@@ -82,7 +83,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         if not self.learning_rates or not self.penalties:
-            raise ValueError("learning_rates and penalties must have a number each.")
+            raise ValueError("learning_rates and penalties must have at least one number each.")
         if not all(0 < rate < inf for rate in self.learning_rates):
             raise ValueError(f"learning_rates must be positive, got {self.learning_rates}.")
         if not all(0 <= penalty < inf for penalty in self.penalties):
@@ -94,7 +95,7 @@ class Arm:
         return self.layer != "MixtureOfTransforms" and self.options.get("experts", True) not in ([], ())
 
     def make(self, block: nn.Module, k: int, parameters: int | str) -> Any:
-        """The layer for a block, drawn with torch's random numbers."""
+        """Make the layer for a block, initialized with torch's global random numbers."""
         budget = parameters if self.parameters == "grid" else self.parameters
         options = {**self.options, "parameters": budget}
         if self.has_k:
@@ -104,21 +105,21 @@ class Arm:
 
 @dataclass(frozen=True)
 class Grid:
-    """Places, the layers that are put there, and how they are trained.
+    """Modules to replace, the layers that replace them, and their training.
 
     Attributes
     ----------
     places : tuple of Place
     arms : dict of str to Arm
     context : int
-        Tokens of a window, two or more.
+        Tokens per window, at least two.
     parameters : int or str
-        Of a layer, as its method `like` has it: ``"2x"`` for twice those of the block it replaces.
+        Parameters of a layer, see its method `like`: ``"2x"`` for twice those of the replaced block.
     massive : float or None
-        Tokens for which the block's output has a norm of more than so many times the median are left to the
-        block, see `.ActivationRows.median_norm`; None to replace all.
+        Outputs of the block with a norm above this multiple of the median are kept, see
+        `.ActivationRows.median_norm`; None to replace all.
     tuned_at : int
-        The K of the first place at which learning rates and penalties are chosen; one of its K.
+        The K at which learning rates and penalties are chosen; one of those of the first place.
     train : TrainConfig
         Its learning rate and seed are not used.
     """
@@ -135,18 +136,18 @@ class Grid:
         if not self.places or not self.arms:
             raise ValueError("a grid must have places and arms.")
         if self.context < 2:
-            raise ValueError(f"context must be two tokens or more, got {self.context}.")
+            raise ValueError(f"context must be at least two tokens, got {self.context}.")
         if self.massive is not None and not self.massive > 0:
-            raise ValueError(f"massive must be positive, or none; got {self.massive}.")
+            raise ValueError(f"massive must be positive or none, got {self.massive}.")
         if self.tuned_at not in self.places[0].k:
             raise ValueError(
                 f"tuned_at must be a K of the first place, {self.places[0].k}, got {self.tuned_at}."
             )
         if wrong := [name for name in self.arms if "/" in name]:
-            raise ValueError(f"the name of an arm is part of that of a folder: no slash in it, got {wrong}.")
+            raise ValueError(f"names of arms, as parts of folder names, must have no slash, got {wrong}.")
         names = [run.name for run in self.runs()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"every run must have another name, got more than one {', '.join(twice)}.")
+            raise ValueError(f"runs must have different names, got more than one {', '.join(twice)}.")
 
     @classmethod
     def read(cls, path: str | Path) -> Grid:
@@ -168,13 +169,13 @@ class Grid:
             return checked(cls, tables)
 
     def runs(self) -> Iterator[Run]:
-        """All runs; those that share a seed first. Arms without K have one run a seed."""
+        """All runs, ordered by seed. Arms without K have one run per seed."""
         most = max(seeds for place in self.places for seeds in place.seeds)
         for seed in range(most):
             for place in self.places:
                 for k, seeds in zip(place.k, place.seeds, strict=True):
                     for name, arm in self.arms.items():
-                        # (An arm without K is run beside the K that it is tuned at, or the first.)
+                        # (An arm without K is run together with the K it is tuned at, or the first.)
                         alone = self.tuned_at if self.tuned_at in place.k else place.k[0]
                         if seed < seeds and (arm.has_k or k == alone):
                             yield Run(
@@ -182,7 +183,7 @@ class Grid:
                             )
 
     def tuning_runs(self) -> Iterator[Run]:
-        """Those that choose a learning rate and a penalty, where there is a choice."""
+        """The runs that choose a learning rate and a penalty, if an arm has several candidates."""
         for run in replace(self, places=(Place(self.places[0].module, (self.tuned_at,), (1,)),)).runs():
             arm = self.arms[run.arm]
             choices = [(rate, penalty) for rate in arm.learning_rates for penalty in arm.penalties]
@@ -191,10 +192,10 @@ class Grid:
                     yield run._replace(seed=TUNING_SEED, learning_rate=rate, penalty=penalty)
 
     def chosen(self, run: Run, tuning: Ledger) -> Run:
-        """A run with the learning rate and the penalty of its arm.
+        """A run with the chosen learning rate and penalty of its arm.
 
-        Of the settings that leave at most K experts active, on average over the validation texts, those with
-        the lowest error; if none does, those that leave the fewest active.
+        Of the settings that leave at most K experts active, on average over the validation texts, the one
+        with the lowest error is chosen; if there is none, the one with the fewest active experts.
         """
         arm = self.arms[run.arm]
         rows = tuning.of(module=self.places[0].module, arm=run.arm)
@@ -208,7 +209,7 @@ class Grid:
 
 
 class Run(NamedTuple):
-    """One training; k is 0 where the layer has none, and the settings 0 until they are chosen."""
+    """One training run; k is 0 if the layer has none, and the settings are 0 until they are chosen."""
 
     module: str
     arm: str
@@ -219,7 +220,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How tables and files name it."""
+        """The name of the run in tables and file names."""
         settings = [f"{x:g}" for x in (self.learning_rate, self.penalty) if self.seed == TUNING_SEED]
         return " ".join(
             [self.module, self.arm.replace(",", ""), f"K={self.k}", f"seed={self.seed}", *settings]
@@ -227,5 +228,5 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> Row:
-        """The columns that identify it, and its settings."""
+        """The columns that identify the run, and its settings."""
         return {"run": self.name, **{name: getattr(self, name) for name in (*KEY, *SETTINGS)}}

@@ -1,4 +1,4 @@
-"""Language models of transformers and texts, both from the disk."""
+"""Read language models of transformers, and texts, from disk."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from mumoe_tensor.readers import parse_json, read_text, reading
 
 
 def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
-    """A causal language model of transformers in float32, in evaluation, and its tokenizer.
+    """Load a causal language model of transformers, in float32 and evaluation mode, and its tokenizer.
 
     Nothing is downloaded.
 
     Parameters
     ----------
     folder : str or Path
-        Where ``save_pretrained`` wrote both, or with one file ``*.gguf`` (which needs the package gguf).
+        Folder that ``save_pretrained`` wrote, or with one file ``*.gguf`` (needs the package gguf).
 
     Raises
     ------
     OSError, ValueError
         If the folder has no such model.
     ImportError
-        If transformers is not installed, or torchvision is and does not fit torch.
+        If transformers is not installed, or torchvision is installed in a version that does not match torch.
     """
     require("transformers")
     check_torchvision()
@@ -38,10 +38,10 @@ def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"a language model must be a folder, there is none at {folder}.")
+        raise NotADirectoryError(f"a language model must be a folder; there is no folder {folder}.")
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) > 1:
-        raise ValueError(f"a folder must have one file *.gguf, {folder} has {len(packed)}.")
+        raise ValueError(f"a folder must have one file *.gguf; {folder} has {len(packed)}.")
     if not packed and not (folder / "config.json").exists():
         raise ValueError(f"a language model must have config.json or a *.gguf; {folder} has neither.")
     options: dict[str, Any] = {"gguf_file": packed[0].name} if packed else {}
@@ -52,21 +52,21 @@ def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The documents of a file of JSON lines, each with an entry ``text``, or of a folder of files ``*.txt``.
+    """Read documents: a file of JSON lines, each with an entry ``text``, or a folder of files ``*.txt``.
 
     Raises
     ------
     ValueError
-        If a line has no text, or there is no document.
+        If a line has no text, or there are no documents.
     FileNotFoundError
-        If there is no such file or folder.
+        If the path does not exist.
     """
     path = Path(path)
     if path.is_dir():
         texts = [read_text(file) for file in sorted(path.glob("*.txt"))]
     else:
         texts = []
-        # (splitlines ends lines at more characters than JSON escapes.)
+        # (splitlines also splits at characters that JSON does not escape.)
         for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
             with reading(path):
                 try:
@@ -77,12 +77,12 @@ def read_texts(path: str | Path) -> list[str]:
                     raise ValueError(f"line {number} must have an entry text, a string; got {text!r}.")
             texts.append(text)
     if not texts:
-        raise ValueError(f"there must be a document: a line of JSON, or a file *.txt; {path} has none.")
+        raise ValueError(f"texts must have documents: lines of JSON, or files *.txt; {path} has none.")
     return texts
 
 
 def write_texts(path: str | Path, texts: Sequence[str]) -> None:
-    """Write documents as `read_texts` reads them from one file."""
+    """Write documents to a file of JSON lines, for `read_texts`."""
     Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
@@ -93,7 +93,7 @@ class Windows(NamedTuple):
     ----------
     tokens : list of Tensor of int64 of shape (context,)
     documents : tuple of int
-        The number of the document that each window is of.
+        Index of the document of each window.
     """
 
     tokens: list[Tensor]
@@ -101,21 +101,21 @@ class Windows(NamedTuple):
 
 
 def windows(texts: Sequence[str], tokenizer: Any, context: int) -> Windows:
-    """Cut documents into windows without overlap, all of one length; the rest of a document is left out.
+    """Cut documents into windows of one length, without overlap; the rest of a document is left out.
 
     Parameters
     ----------
     tokenizer : callable
-        As of transformers: called with a text, the result has ``input_ids``.
+        As in transformers: called with a text, it returns a mapping with ``input_ids``.
     context : int
-        Tokens of a window.
+        Tokens per window.
 
     Raises
     ------
     ValueError
-        If no document has so many tokens.
+        If no document has `context` tokens.
     TypeError
-        If texts are one string.
+        If `texts` is a single string.
     """
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of strings, got one string.")
@@ -127,5 +127,5 @@ def windows(texts: Sequence[str], tokenizer: Any, context: int) -> Windows:
         tokens += parts
         documents += [number] * len(parts)
     if not tokens:
-        raise ValueError(f"a document must have {context} tokens or more, the context; none has.")
+        raise ValueError(f"a document must have at least {context} tokens, the context; none has.")
     return Windows(tokens, tuple(documents))

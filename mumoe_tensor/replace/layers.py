@@ -1,4 +1,4 @@
-"""Layers in the place of a pretrained one: a mixture whose gate sees the layer's input, and a bias."""
+"""Replacements for pretrained layers: a mixture whose gate is applied to the layer's input, and a bias."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from mumoe_tensor.selections import Selection
 from mumoe_tensor.spec import Rounding, as_budget, expert_counts
 
 AnyGate = str | dict[str, Any] | Gate
-#: The least value of a size that is solved for, and the arguments of a layer for a value.
+#: The smallest value of a size to solve for, and a function from a value to the arguments of the layer.
 OpenSize = tuple[int, Callable[[int], dict[str, Any]]]
 
 
 class ReplacementLayer(WholeState):
-    """The common part of layers that replace another: ``y = c + S x + sum_n a_n(x) W_n f(x)``.
+    """The common part of replacement layers: ``y = c + S x + sum_n a_n(x) W_n f(x)``.
 
-    The coefficients a are those of the gate, without a norm of the logits. The last factor of the experts (of
-    each term of a sum) is zero at first, and so is S: the outputs are c.
+    The coefficients a are those of the gate, whose logits are not normalized. The last factor of the experts
+    (of each term of a sum) and S are initially zero, so that the outputs are c.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class ReplacementLayer(WholeState):
         The gate and the experts W, without a bias.
     skip : torch.nn.Linear or None
     bias : Parameter of shape (out_features,), or None
-        The vector c, at first zero.
+        The vector c, initially zero.
     """
 
     mixture: MuMoE
@@ -64,7 +64,7 @@ class ReplacementLayer(WholeState):
         self._begin_at_zero()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as at first.
+        """Initialize all parameters again.
 
         A tool that resets each module of a model must reset the layer after its children.
         """
@@ -83,7 +83,7 @@ class ReplacementLayer(WholeState):
 
     @property
     def num_experts(self) -> tuple[int, ...]:
-        """One number a level."""
+        """Number of experts per level."""
         return self.mixture.gate.num_experts
 
     @property
@@ -93,9 +93,7 @@ class ReplacementLayer(WholeState):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make a layer like this one, by `from_config`, in types of JSON.
-
-        Device and dtype are left out.
+        """The arguments of the layer, as JSON types, for `from_config`; without device and dtype.
 
         Raises
         ------
@@ -121,29 +119,29 @@ class ReplacementLayer(WholeState):
         activation: str | dict[str, Any] | Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> Self:
-        """Make a layer that can take the place of an MLP block, or of a linear layer.
+        """Make a layer that can replace an MLP block or a linear layer.
 
-        Sizes, device and dtype are those of the block; nothing else of it is taken, unless the class says so.
+        Sizes, device and dtype are those of the block; nothing else is copied, unless the class says so.
 
         Parameters
         ----------
         block : torch.nn.Module
-            A block that `.replace_mlp` can read, or a linear layer where the class has no hidden units.
+            A block that `.replace_mlp` can read or, if the class has no hidden units, a linear layer.
         parameters : int or str, optional
-            The number of parameters, gate and biases counted, for which the size that is left out is solved;
-            ``"match"`` for those of the block, or a multiple of them as ``"2x"``.
+            The budget, with gate and biases, for which the size missing in the options is solved; ``"match"``
+            for the number of parameters of the block, or a multiple of it such as ``"2x"``.
         rounding : {"up", "down", "nearest"}, default "nearest"
-            The smallest size with at least the budget, the largest with at most it, or the nearer of the two.
+            The smallest size with at least the budget, the largest with at most it, or the closer of the two.
         activation : str, dict or callable, optional
-            That of the block, where it is no module of the block.
+            Activation of the block, if it is not a submodule.
         **options
             Further arguments of the layer.
 
         Raises
         ------
         ValueError
-            If the block computes something else or more, no size has the number of parameters, or no size is
-            left out.
+            If the block is not of this kind, no size has the number of parameters, or no size is left to
+            solve for.
         """
         arguments = {**cls._read(block, activation), **options}
         if parameters is None:
@@ -156,7 +154,7 @@ class ReplacementLayer(WholeState):
 
     @classmethod
     def _read(cls, block: nn.Module, activation: Any) -> dict[str, Any]:
-        """The arguments that a block gives."""
+        """The arguments of the layer that a block determines."""
         if is_linear(block):
             return _sizes(block, block)
         parts = _parts(block, activation)
@@ -164,11 +162,11 @@ class ReplacementLayer(WholeState):
 
     @classmethod
     def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
-        """The size that is not among the options, for the arguments of the layer so far."""
+        """The size to solve for, given the options and the other arguments of the layer."""
         raise NotImplementedError
 
     def keep_experts(self, level: int, indices: Selection) -> Self:
-        """A new layer with some of the experts of a level; see `.MuMoE.keep_experts`."""
+        """A new layer with a subset of the experts of a level; see `.MuMoE.keep_experts`."""
         return copy.deepcopy(self, {id(self.mixture): self.mixture.keep_experts(level, indices)})
 
     def forward(self, x: Tensor, *, return_coefficients: bool = False) -> Any:
@@ -182,7 +180,7 @@ class ReplacementLayer(WholeState):
         -------
         Tensor of shape (..., out_features)
         tuple of Tensor of shape (..., N_e)
-            The coefficients, one tensor a level; only with `return_coefficients`.
+            The coefficients, one tensor per level; only with `return_coefficients`.
         """
         gate_input = x if self.num_experts else None
         result = self.mixture(
@@ -202,22 +200,22 @@ class ReplacementLayer(WholeState):
 
 @register_layer
 class Transcoder(ReplacementLayer):
-    """Sparse latents, each with a vector of outputs: ``y = D TopK(ReLU(E x + b)) + c``.
+    """Sparse latents, each with an output vector: ``y = D TopK(ReLU(E x + b)) + c``.
 
-    With `skip` a matrix is added, ``+ S x``. The latents are the coefficients of experts whose input is 1.
-    Their outputs, the columns of D, start at zero, and the entries of E are normal with variance
-    1 / in_features. In `like`, `parameters` solves for the latents.
+    `skip` adds a linear map, ``+ S x``. The latents are the coefficients of experts whose input is 1. Their
+    outputs, the columns of D, are initially zero, and the entries of E normal with variance 1 / in_features.
+    In `like`, `parameters` solves for the number of latents.
 
     Parameters
     ----------
     latents : int
     k : int, optional
-        Latents of an input that may not be zero. Either this or a gate.
+        Maximum number of nonzero latents per input. Either this or a gate.
     gate : str, dict or callable, optional
         See `.ExpertGate`; by default ``{"name": "relu_topk", "k": k}``.
     skip : bool, default False
     bias : bool, default True
-        Have the vector c.
+        Whether to add the vector c.
 
     References
     ----------
@@ -267,36 +265,37 @@ class Transcoder(ReplacementLayer):
 
 @register_layer
 class MixtureOfDecoders(ReplacementLayer):
-    """A block whose last layer is a mixture of experts: ``y = sum_n a_n(x) W_n z + c``, hidden units z.
+    """A block whose last layer is a mixture of experts: ``y = sum_n a_n(x) W_n z + c``, with hidden units z.
 
-    The gate sees the input x of the block, and the experts its hidden units: ``z = activation(U x + d)``, or
-    ``activation(V x + e) * (U x + d)`` if it is gated. In the Hadamard format, as published, ``y = (C^T a) *
-    (D^T z) + c`` and each expert has full rank; D starts at zero.
+    The gate is applied to the input x of the block, and the experts to its hidden units. These are
+    ``z = activation(U x + d)``, or ``activation(V x + e) * (U x + d)`` if the block is gated. In the Hadamard
+    format, as published, ``y = (C^T a) * (D^T z) + c`` and each expert has full rank; D is initially zero.
 
-    Of a block, `like` takes the kind of its hidden units: gated or not, the activation, whether there are
-    biases d and e, and how many units. It takes no weights. There `parameters` solves for the experts; if
-    these are given, for the rank; and without experts, of a format without a rank, for the hidden features.
+    `like` copies the form of a block's hidden units: gated or not, the activation, whether there are biases d
+    and e, and the number of units, but no weights. Its argument `parameters` solves for the number of
+    experts; if that is given, for the rank; and without experts, in a format without a rank, for the number
+    of hidden features.
 
     Parameters
     ----------
     experts : int or sequence of int
-        Number of experts, one number a level; ``()`` for the same block without experts.
+        Number of experts per level; ``()`` for the same block without experts.
     k : int, optional
-        Experts of a level that may have a coefficient. Either this or a gate, where there are experts.
+        Maximum number of active experts per level. Either this or a gate, if there are experts.
     format : str, dict or Format, default "hadamard"
     rank : int or sequence of int, optional
-        See `.MuMoE`, as for the format. By default experts and gate have as many parameters as one matrix
-        from the hidden units to the outputs.
+        See `.MuMoE`. By default experts and gate have as many parameters as a matrix from the hidden units to
+        the outputs.
     gated : bool, default False
     activation : str, dict or callable, default "gelu"
         See `.MuMoEMLP`.
     gate : str, dict or callable, optional
         See `.ExpertGate`; by default ``{"name": "relu_topk", "k": k}``. ``{"name": "random", "k": k}`` and
-        ``{"name": "nearest_centres", "k": k}`` are nulls.
+        ``{"name": "nearest_centres", "k": k}`` are baselines.
     bias : bool, default True
-        Have the vector c.
+        Whether to add the vector c.
     hidden_bias : bool, default True
-        Have the biases d and e.
+        Whether to have the biases d and e.
 
     References
     ----------
@@ -330,7 +329,7 @@ class MixtureOfDecoders(ReplacementLayer):
     ):
         experts = expert_counts(experts)
         if not experts and (k, gate) != (None, None):
-            raise ValueError(f"a layer without experts has no gate, got k={k} and gate={gate!r}.")
+            raise ValueError(f"a layer without experts must have no gate, got k={k} and gate={gate!r}.")
         in_features = as_positive(in_features, "in_features")
         hidden_features = as_positive(hidden_features, "hidden_features")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -389,18 +388,18 @@ class MixtureOfDecoders(ReplacementLayer):
 
 @register_layer
 class MixtureOfTransforms(ReplacementLayer):
-    """Low-rank maps of unequal ranks, each with its coefficient: ``y = sum_n a_n(x) A_n B_n x + c``.
+    """Low-rank maps of different ranks, each with its coefficient: ``y = sum_n a_n(x) A_n B_n x + c``.
 
-    In `like`, `parameters` solves for the factor that multiplies all ranks.
+    In `like`, `parameters` solves for a factor by which all ranks are multiplied.
 
     Parameters
     ----------
     ranks : sequence of int
-        The rank of each map. Maps of equal rank that follow each other are one term of a sum of formats.
+        The rank of each map. Consecutive maps of equal rank form one term of a sum of formats.
     gate : str, dict or callable, default "jumprelu"
         See `.ExpertGate`.
     bias : bool, default True
-        Have the vector c.
+        Whether to add the vector c.
 
     References
     ----------
@@ -440,24 +439,24 @@ class MixtureOfTransforms(ReplacementLayer):
     @classmethod
     def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
         if "ranks" not in options:
-            raise ValueError("with parameters there must be ranks, which are multiplied; got none.")
+            raise ValueError("with parameters, ranks must be given, which are multiplied; got none.")
         ranks = _positive(options["ranks"])
         return 1, lambda size: {"ranks": [max(1, round(rank * size / max(ranks))) for rank in ranks]}
 
 
 def _parts(block: nn.Module, activation: Any) -> Block:
-    """The parts of an MLP block, or a ValueError."""
+    """The parts of an MLP block; raises a ValueError if it is not one."""
     if not is_mlp(block):
         children = [type(child).__name__ for child in block.children()]
         raise ValueError(
-            f"a block must have two or three linear layers among its children, got {type(block).__name__} "
+            f"a block must have two or three linear layers as children, got {type(block).__name__} "
             f"with {children}."
         )
     return read_mlp(block, activation)
 
 
 def _sizes(first: nn.Module, last: nn.Module) -> dict[str, Any]:
-    """Sizes and place of a layer from the input of one linear layer to the output of another."""
+    """Sizes, device and dtype of a layer from the input of one linear layer to the output of another."""
     matrix, bias = matrix_of(first)
     sizes = {"in_features": matrix.shape[0] - bias, "out_features": matrix_of(last)[0].shape[1]}
     return {**sizes, "device": matrix.device, "dtype": matrix.dtype}
@@ -467,12 +466,12 @@ def _positive(ranks: Any) -> list[int]:
     """The ranks as integers, at least one."""
     checked = [as_positive(rank, "every rank") for rank in as_entries(ranks, "ranks")]
     if not checked:
-        raise ValueError(f"there must be at least one rank, got {ranks!r}.")
+        raise ValueError(f"ranks must have at least one entry, got {ranks!r}.")
     return checked
 
 
 def _by_rank(ranks: Sequence[int]) -> tuple[Format, list[int]]:
-    """The sum of one low-rank term for each run of equal ranks, and the ranks of these."""
+    """The sum of formats with one low-rank term per run of equal ranks, and the ranks of its terms."""
     terms, start = [], 0
     runs = [(rank, len(list(run))) for rank, run in groupby(ranks)]
     for _, count in runs:
@@ -482,21 +481,21 @@ def _by_rank(ranks: Sequence[int]) -> tuple[Format, list[int]]:
 
 
 def _gate(k: int | None, gate: AnyGate | None) -> AnyGate:
-    """The gate of k experts, or another."""
+    """The default gate with k experts, or the given gate."""
     if gate is None and k is not None:
         return {"name": "relu_topk", "k": k}
     if gate is None or k is not None:
-        raise ValueError(f"there must be either k or a gate, got k={k} and gate={gate!r}.")
+        raise ValueError(f"either k or a gate must be given, got k={k} and gate={gate!r}.")
     return gate
 
 
 def _fewest(arguments: dict[str, Any]) -> int:
-    """The least number of experts that a gate can have."""
+    """The smallest number of experts that a gate supports."""
     fewest: int = getattr(GATES.read(_gate(arguments.get("k"), arguments.get("gate"))), "k", 1)
     return fewest
 
 
 def _check_open(name: str, options: dict[str, Any]) -> None:
-    """Refuse a budget beside all sizes."""
+    """Check that a budget leaves a size to solve for."""
     if name in options:
-        raise ValueError(f"with parameters, {name} must be left out to be solved for; got {options[name]}.")
+        raise ValueError(f"with parameters, {name} must be left out to solve for it; got {options[name]}.")

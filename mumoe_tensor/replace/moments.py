@@ -1,4 +1,4 @@
-"""Mean and spread of rows that come in batches."""
+"""Mean and spread of rows, accumulated over batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Moments:
         self.rows, self.mean, self.spread = 0, torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
 
     def update(self, rows: Tensor) -> None:
-        """Count further rows, of shape (n, features) and of float32 or float64."""
+        """Add rows of shape (n, features), in float32 or float64."""
         if not len(rows):
             return
-        # Means of batches are merged (Chan et al.): a difference of large sums of squares would be rounded.
+        # Merge means (Chan et al.), to avoid the cancellation in a difference of sums of squares.
         mean, count = rows.mean(0), len(rows)
         apart = mean.cpu().double() - self.mean
         share = count / (self.rows + count)

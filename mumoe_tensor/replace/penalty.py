@@ -1,4 +1,4 @@
-"""A penalty for every expert that is active, which the training of a gate with thresholds needs."""
+"""A penalty on active experts, for training gates with thresholds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 
 class Penalized(nn.Module):
-    """A layer that gives its outputs and its penalty: the mean over rows of ``sum_n tanh(|a_n| |W_n|)``.
+    """Returns a layer's outputs and its penalty, the mean over rows of ``sum_n tanh(|a_n| |W_n|)``.
 
-    It counts the active experts, but for those whose contribution is small, where it has a gradient.
-    ``|W_n|`` is the Frobenius norm of the expert's matrix.
+    The penalty is a differentiable approximation of the number of active experts. ``|W_n|`` is the Frobenius
+    norm of the expert's matrix.
 
     Parameters
     ----------
     layer : Module
-        With experts in a `.MuMoE` that is its attribute `mixture`, and an argument `return_coefficients`.
+        Has an attribute `mixture`, a `.MuMoE` with experts, and accepts `return_coefficients`.
 
     Raises
     ------
@@ -39,7 +39,7 @@ class Penalized(nn.Module):
         mixture = getattr(layer, "mixture", None)
         if not isinstance(mixture, MuMoE) or not mixture.gate.num_experts:
             raise ValueError(
-                "a penalty is for layers with experts, as a Transcoder or a MixtureOfTransforms; "
+                "a penalty needs a layer with experts, such as a Transcoder or a MixtureOfTransforms; "
                 f"{type(layer).__name__} has none."
             )
         self.layer = layer
@@ -53,12 +53,12 @@ class Penalized(nn.Module):
 
 
 def expert_norms(weight: FactorizedTensor) -> Tensor:
-    """The Frobenius norms of the matrices of all experts, with derivatives; zero where the norm is zero.
+    """The Frobenius norms of the matrices of all experts; the derivative at a norm of zero is zero.
 
     Parameters
     ----------
     weight : FactorizedTensor
-        Of tensors of torch.
+        Factors are torch tensors.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def expert_norms(weight: FactorizedTensor) -> Tensor:
     for term in terms:
         _window(counts, term).add_(1)
     if counts.max() > 1 or any(term.format.splits for term in terms):
-        # Matrices of one expert that are added are not orthogonal, and split modes may be padded.
+        # The summed matrices of an expert are not orthogonal, and split modes may be padded.
         squares = to_dense(weight).square().sum((-2, -1))
     else:
         squares = weight.arrays[0].new_zeros(weight.experts)
@@ -78,7 +78,7 @@ def expert_norms(weight: FactorizedTensor) -> Tensor:
 
 
 def _window(of_experts: Tensor, term: FactorizedTensor) -> Tensor:
-    """The entries of those experts that a term is for."""
+    """The entries of the experts that a term covers."""
     for level in range(term.num_levels):
         start, stop = term.format.window(level) or (0, of_experts.shape[level])
         of_experts = of_experts.narrow(level, start, stop - start)
@@ -86,7 +86,7 @@ def _window(of_experts: Tensor, term: FactorizedTensor) -> Tensor:
 
 
 def _squares(term: FactorizedTensor) -> Tensor:
-    """The squared norms of the experts of a term: its network with itself, without forming a matrix."""
+    """The squared norms of the experts of a term, contracted without forming the matrices."""
     format, levels = term.format, term.num_levels
     bonds = format.bonds(levels)
     operands: list[object] = []

@@ -1,4 +1,4 @@
-"""A trained layer on the disk, with the place it belongs to."""
+"""A trained replacement layer on disk, with the module it replaces."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ NAME = "place.json"
 
 @dataclass(frozen=True)
 class SavedPlace:
-    """What a saved layer is a replacement of.
+    """The module that a saved layer replaces, and texts to evaluate it on.
 
     Attributes
     ----------
     model : str
         Folder of the language model, see `.load_language_model`.
     module : str
-        Name of the module that the layer takes the place of.
+        Name of the module that the layer replaces.
     texts : str
-        Path of texts that it was not trained on, see `.read_texts`.
+        Path of texts the layer was not trained on, see `.read_texts`.
     context : int
-        Tokens of a window.
+        Tokens per window.
     limit : float or None
-        Tokens for which the norm of the module's output is larger are left to the module.
+        Outputs of the module with a larger norm are kept.
     """
 
     model: str
@@ -53,12 +53,12 @@ def save_in_place(layer: nn.Module, place: SavedPlace, folder: Path) -> None:
 
 
 def load_in_place(folder: Path) -> tuple[nn.Module, SavedPlace]:
-    """What `save_in_place` wrote.
+    """Read a layer written by `save_in_place`.
 
     Raises
     ------
     ValueError
-        If a file is damaged.
+        If a file is corrupt.
     """
     with reading(folder / NAME):
         place = checked(SavedPlace, read_json(folder / NAME))

@@ -1,4 +1,4 @@
-"""Whether single features tell the tokens that a rule on the text labels: sparse probes."""
+"""Sparse probes: how well a few features predict token labels that come from rules on the text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
     "November", "December",
 )  # fmt: skip
-#: What the rules of `token_labels` look for in the text. Months that are common words, too.
+#: Patterns of the rules of `token_labels`. The months include those that are also common words.
 RULES = MappingProxyType(
     {
         "digits": re.compile(r"[0-9]+"),
@@ -34,16 +34,16 @@ RULES = MappingProxyType(
 
 
 def token_labels(tokens: Sequence[str], rule: str | re.Pattern[str]) -> Tensor:
-    """Label the tokens that a match in the text has a part of.
+    """Label the tokens that overlap a match in the text.
 
     Parameters
     ----------
     tokens : sequence of str
-        What each token of one text stands for; together they are the text.
+        The text of each token; joined, they are the whole text.
     rule : str or pattern
-        One of the `RULES`: ``"digits"``, ``"quotes"`` (double quotation marks), ``"capitals"`` (words of two
-        capital letters or more), ``"months"`` (English names, "May" and "March" wherever they have a capital)
-        and ``"urls"``; or a compiled regular expression.
+        One of the `RULES`: ``"digits"``, ``"quotes"`` (double quotation marks), ``"capitals"`` (words of at
+        least two letters, all capitals), ``"months"`` (English names, including every capitalized "May" and
+        "March") and ``"urls"``; or a compiled regular expression.
 
     Returns
     -------
@@ -71,14 +71,14 @@ def token_labels(tokens: Sequence[str], rule: str | re.Pattern[str]) -> Tensor:
 
 
 class Probe(NamedTuple):
-    """How well a few features tell labelled rows, on rows that the probe was not made with.
+    """How well a few features predict the labels of test rows.
 
     Attributes
     ----------
     indices : tuple of int
-        Of the features, that with the largest difference of means first.
+        Indices of the features, in descending order of the difference of means.
     f1 : float
-        At the threshold of the largest F1 on the training rows.
+        F1 at the threshold with the largest F1 on the training rows.
     auc : float
         Area under the receiver operating characteristic.
     """
@@ -89,29 +89,29 @@ class Probe(NamedTuple):
 
 
 def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection, test: Selection) -> Probe:
-    """Tell labelled rows by the k features whose means differ most, with a logistic regression.
+    """Predict labels by logistic regression from the k features whose class means differ most.
 
-    Features are chosen, scaled and weighted on the training rows alone. They can be the hidden units of a
+    Features are chosen, scaled and weighted on the training rows only. They can be the hidden units of a
     block (the inputs of its last layer), the latents of a transcoder or the coefficients of experts.
-    Differences are in standard deviations of the feature: some neurons of a language model have outputs a
-    thousand times those of others.
+    Differences are in standard deviations of the feature, because some neurons of a language model have
+    outputs a thousand times larger than others.
 
     Parameters
     ----------
-    features : Tensor, array or sparse array of SciPy of shape (rows, n)
+    features : Tensor, array or sparse SciPy array of shape (rows, n)
     labels : Tensor or array of bool of shape (rows,)
     k : int, default 1
         At most n.
     training, test : sequence of int, slice, or mask of shape (rows,)
-        Without a row in common.
+        Disjoint.
 
     Raises
     ------
     ValueError
-        If shapes or rows do not fit, a feature is not finite in the training rows, or one of the parts has
-        not rows of both kinds.
+        If shapes do not match, the parts overlap, a feature is not finite in the training rows, or a part
+        does not have rows of both classes.
     TypeError
-        If labels are no booleans.
+        If labels are not booleans.
 
     References
     ----------
@@ -139,7 +139,7 @@ def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection,
         raise TypeError(f"labels must be booleans, got {is_labelled.dtype}.")
     if matrix.ndim != 2 or is_labelled.shape != matrix.shape[:1] or as_positive(k, "k") > matrix.shape[1]:
         raise ValueError(
-            "features must be of shape (rows, n), with a label for each row and n at least k; got features "
+            "features must have shape (rows, n), with a label for each row and n at least k; got features "
             f"of {matrix.shape}, labels of {is_labelled.shape}, k={k}."
         )
     rows = {
@@ -151,10 +151,10 @@ def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection,
     for what, numbers in rows.items():
         if len(numbers) == 0 or is_labelled[numbers].all() or not is_labelled[numbers].any():
             raise ValueError(
-                f"{what} rows must be of both kinds, got {int(is_labelled[numbers].sum())} labelled ones of "
+                f"{what} rows must be of both classes, got {int(is_labelled[numbers].sum())} positives among "
                 f"{len(numbers)}."
             )
-    # The difference of means as one product, which sparse features have too.
+    # The difference of means as one product, which also works for sparse features.
     weights = np.zeros(len(is_labelled), np.float32)
     kinds = is_labelled[rows["training"]]
     weights[rows["training"]] = np.where(kinds, 1 / kinds.sum(), -1 / (~kinds).sum())
@@ -178,7 +178,7 @@ def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection,
 
 
 def _array(values: Any) -> Any:
-    """A NumPy array, or a sparse one with rows and columns to choose."""
+    """A NumPy array, or a sparse array that supports row and column selection."""
     if isinstance(values, Tensor):
         return (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
     return values.tocsr() if hasattr(values, "tocsr") else np.asarray(values)

@@ -1,4 +1,4 @@
-"""A folder of shards: tensors that a model gives for many texts, written as they come and memory-mapped."""
+"""A folder of shards: tensors computed by a model for many texts, written incrementally and memory-mapped."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from mumoe_tensor.nn.weights import read_tensors, signature, write_tensors
 from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import read_json
 
-#: Says what the shards are of. A shard is named after the first of its texts and the one after its last.
+#: Describes the shards. The name of a shard is the range of its texts: the first, and the one after its last.
 MANIFEST = "manifest.json"
-#: Largest error of a number that is written, over the largest of them.
+#: Maximum rounding error of stored values, relative to the largest.
 ERROR = 0.01
 
 
 class Shards:
-    """The shards of a folder, which stay on the disk until their rows are read.
+    """The shards of a folder, which stay on disk until their rows are read.
 
     Parameters
     ----------
     folder : Path
     kind : str
-        What the manifest must say that they are.
+        The kind that the manifest must have.
 
     Attributes
     ----------
     about : dict
         The manifest.
     tensors : list of dict of str to Tensor
-        Of each shard.
+        The tensors of each shard.
 
     Raises
     ------
     ValueError
-        If the folder is of another kind or not finished, or a shard is damaged.
+        If the folder is of another kind or not finished, or a shard is corrupt.
     FileNotFoundError
         If there is no manifest.
     """
@@ -51,13 +51,13 @@ class Shards:
     def __init__(self, folder: Path, kind: str):
         self.about = read_json(folder / MANIFEST)
         if self.about.get("kind") != kind:
-            raise ValueError(f"{folder} must have {kind}; its {MANIFEST} says {self.about.get('kind')!r}.")
+            raise ValueError(f"{folder} must hold {kind}; its {MANIFEST} says {self.about.get('kind')!r}.")
         paths = _paths(folder)
         done, total = _stop(paths), self.about["texts"]
         if done < total:
             raise ValueError(
-                f"{kind} must be whole before they are read; {folder} has those of {done:,} of {total:,} "
-                "texts. Collecting them again goes on from there."
+                f"collection must be finished before {kind} are read; {folder} has those of {done:,} of "
+                f"{total:,} texts. Collecting them again resumes there."
             )
         self.tensors = [read_tensors(path, check=False)[0] for path in paths]
 
@@ -79,35 +79,35 @@ def collect_shards(
     Parameters
     ----------
     model : Module
-        Runs as in ``eval()``.
+        Runs in evaluation mode.
     texts : sequence of Tensor
-        Inputs of the model without the axis of the batch.
+        Inputs of the model without the batch axis.
     folder : Path
     about : mapping
-        For the manifest: ``kind``, and whatever else the tensors depend on besides the model and the texts.
+        For the manifest: ``kind``, and all else that the tensors depend on besides the model and the texts.
     tensors_of : callable
-        From a batch of the model's inputs to the number of rows it gives, and tensors on the CPU that are
+        Maps a batch of the model's inputs to its number of rows, and to tensors on the CPU that are
         concatenated along their first axis.
     batch_size : int
-        Texts of one shape that follow each other share a batch of at most so many.
+        Maximum number of texts in a batch; consecutive texts of the same shape share one.
     shard_rows : int
-        A shard is written once it has so many rows.
+        A shard is written once it has this many rows.
     progress : callable or None
-        Called as ``progress(done, total, text)`` with numbers of texts.
+        Called as ``progress(done, total, text)``, where ``done`` and ``total`` count texts.
 
     Raises
     ------
     ValueError
-        If there are no texts, one is empty, token numbers have the axis of the batch, or the folder is of
-        another model, other texts, or another `about`.
+        If there are no texts, one is empty, token ids have a batch axis, or the folder has shards of another
+        model, other texts, or another `about`.
     TypeError
-        If a text is no tensor.
+        If a text is not a tensor.
     OSError
-        If another process writes into the folder, or a file cannot be written.
+        If another process is writing to the folder, or a file cannot be written.
     """
     batch_size, shard_rows = as_positive(batch_size, "batch_size"), as_positive(shard_rows, "shard_rows")
     if not len(texts):
-        raise ValueError("there must be texts, got none.")
+        raise ValueError("texts must not be empty, got none.")
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     of_model = [*model.named_parameters(), *model.named_buffers()]
     manifest = {
@@ -139,7 +139,7 @@ def collect_shards(
 
 
 def rows_of_each(rows: int, texts: int, what: str) -> Tensor:
-    """The number of rows of each text of a batch: the same, as all have one shape."""
+    """The number of rows of each text in a batch, equal for all because they have the same shape."""
     if rows % texts:
         raise ValueError(
             f"{what} must have the same number of rows for each text of a shape; it has {rows} rows for "
@@ -149,23 +149,23 @@ def rows_of_each(rows: int, texts: int, what: str) -> Tensor:
 
 
 def held(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """A copy of numbers on the CPU, in a dtype that can hold them.
+    """A copy of values on the CPU, in a dtype that must be able to represent them.
 
     Raises
     ------
     ValueError
-        If a number is not finite, the largest is too large for the dtype, or all are too small.
+        If a value is not finite, the largest is too large for the dtype, or all are too small.
     """
     copy = values.to(dtype, copy=True)
     if values.numel():
         exact = values.to(torch.promote_types(values.dtype, torch.float32))
         largest = exact.abs().amax()
-        if not (copy.to(exact.dtype) - exact).abs().amax() <= ERROR * largest:  # NaN is neither
+        if not (copy.to(exact.dtype) - exact).abs().amax() <= ERROR * largest:  # also for NaN
             if count := int((~exact.isfinite()).sum()):
                 raise ValueError(f"{what} must be finite; {count:,} of {exact.numel():,} numbers are not.")
             name, limits = str(dtype).removeprefix("torch."), torch.finfo(dtype)
             raise ValueError(
-                f"{what} must be numbers that {name} holds, of {limits.tiny:.1e} to {limits.max:.1e}; the "
+                f"{what} must be in the range of {name}, {limits.tiny:.1e} to {limits.max:.1e}; the "
                 f"largest is {float(largest):.3g}. Collect them with dtype='float32', in a new folder."
             )
     return copy.cpu()
@@ -175,17 +175,17 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     there = read_json(path)
     if others := [name for name in {**there, **manifest} if there.get(name) != manifest.get(name)]:
         raise ValueError(
-            f"a folder goes on with what it began with; {', '.join(others)} in {path} was "
+            f"a folder must hold results of the same settings; {', '.join(others)} in {path} was "
             f"{', '.join(str(there.get(name)) for name in others)}, and is "
             f"{', '.join(str(manifest.get(name)) for name in others)} now."
         )
 
 
 def _signature_of(tensors: Iterable[tuple[str, Tensor]], more: Sequence[str] = ()) -> str:
-    """A checksum of names, types, shapes and values."""
+    """A checksum of names, dtypes, shapes and values."""
     whole = hashlib.sha256("\n".join(more).encode())
     for name, value in tensors:
-        # (Tools that move parts of a model to the disk have their parameters on meta.)
+        # (Tools that offload parts of a model to disk keep their parameters on meta.)
         content = f"{value.dtype} {tuple(value.shape)}" if value.is_meta else signature(value.detach().cpu())
         whole.update(f"\n{name} {content}".encode())
     return whole.hexdigest()
@@ -201,18 +201,18 @@ def _numbered(texts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
     for k, text in enumerate(texts):
         check_text(text)
         if not text.numel():
-            raise ValueError(f"a text must have tokens, number {k} is of shape {tuple(text.shape)}.")
+            raise ValueError(f"a text must have tokens; number {k} has shape {tuple(text.shape)}.")
         if text.ndim == 2 and len(text) == 1 and not text.is_floating_point():
-            # (As tokenizers return them: a model takes two axes of a batch, and computes something else.)
+            # (Tokenizers return this shape. With a second batch axis, a model would compute something else.)
             raise ValueError(
-                "the token numbers of a text must be of shape (tokens,), without the axis of the batch; got "
+                "the token ids of a text must have shape (tokens,), without a batch axis; got "
                 f"{tuple(text.shape)}."
             )
         yield str(k), text
 
 
 def _batches(texts: Sequence[Tensor], start: int, batch_size: int) -> Iterator[Tensor]:
-    """Texts from a number on, those of one shape together."""
+    """Batches of the texts from `start` on; the texts of a batch have the same shape."""
     batch: list[Tensor] = []
     for k in range(start, len(texts)):
         text = texts[k]
@@ -229,11 +229,11 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _stop(paths: Sequence[Path]) -> int:
-    """The text after the last one of shards without a gap."""
+    """The index after the last text, if the shards have no gaps."""
     stop = 0
     for path in paths:
         start, end = map(int, path.stem.split("-"))
         if start != stop:
-            raise ValueError(f"shards must follow each other; there is none from text {stop:,} to {path}.")
+            raise ValueError(f"shards must have no gaps; there is none from text {stop:,} to {path}.")
         stop = end
     return stop

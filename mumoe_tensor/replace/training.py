@@ -1,4 +1,4 @@
-"""Training of a layer to give the outputs that another one gives."""
+"""Train a layer to reproduce the outputs of another."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mumoe_tensor.training.checkpoint import Checkpoints
 from mumoe_tensor.training.log import Evaluation
 from mumoe_tensor.training.trainer import Loss, evaluate, train
 
-#: Inputs for each expert that a gate is fitted to, where there are more.
+#: Maximum number of inputs per expert to which a gate is fitted.
 ROWS_PER_EXPERT = 8
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What came out of `fit`.
+    """The result of `fit`.
 
     Attributes
     ----------
     evaluations : list of Evaluation
-        On the validation rows, while it was trained.
+        Evaluations on the validation rows during training.
     nmse : float
         Normalised mean squared error of the layer on the validation rows, without the penalty.
     active : float or None
@@ -55,31 +55,32 @@ def fit(
     penalty: float = 0.0,
     progress: bool = False,
 ) -> Fit:
-    """Train a layer, in place, to map the inputs of another one to its outputs.
+    """Train a layer, in place, to map the inputs of another to its outputs.
 
-    The loss is the normalised mean squared error: the sum of ``|y - layer(x)|²`` over that of ``|y - m|²``,
-    where m is the mean of the outputs of the training rows. Before the first step the layer's ``bias``
-    becomes m. That of a gate without a norm, as `.ReLUTopK`, gives the mean input logits of zero, unless the
-    bias has been set. A gate that can be fitted, as `.NearestCentres`, is fitted to some of the inputs.
+    The loss is the normalised mean squared error: the sum of ``|y - layer(x)|²`` divided by the sum of
+    ``|y - m|²``, where m is the mean output over the training rows. Before the first step, the layer's
+    ``bias`` is set to m. If the gate does not normalize its logits, as with `.ReLUTopK`, and its bias is
+    still zero, the bias is set so that the logits of the mean input are zero. A gate that can be fitted, such
+    as `.NearestCentres`, is fitted to a sample of the inputs.
 
     Parameters
     ----------
     layer : Module
-        Maps inputs of shape (rows, in_features) to outputs of shape (rows, out_features). Of `.Transcoder`,
-        `.MixtureOfDecoders`, `.MixtureOfTransforms`, or any other class; its parameters are of float32. May
-        have a ``gate`` and a ``bias`` of shape (out_features,).
+        A `.Transcoder`, `.MixtureOfDecoders`, `.MixtureOfTransforms`, or any other module that maps inputs of
+        shape (rows, in_features) to outputs of shape (rows, out_features). Its parameters are in float32. It
+        may have a ``gate`` and a ``bias`` of shape (out_features,).
     rows : ActivationRows, or Activations of one module
     config : TrainConfig, optional
     validation : ActivationRows, or Activations of one module, optional
-        Of other documents than `rows`. By default every tenth document of `rows`, which is not trained on.
+        Rows of other documents. By default every tenth document of `rows` is held out.
     folder : str or Path, optional
-        For checkpoints and curves, as of `.train`: the same call goes on from the last checkpoint.
+        For checkpoints and curves, as in `.train`: the same call resumes from the last checkpoint.
     penalty : float, default 0.0
-        Weight of the penalty that the loss has besides: the mean over rows of ``sum_n tanh(|a_n| |W_n|)``
-        with the Frobenius norms of the experts, for gates with thresholds, as `.JumpReLU`. Of layers with a
+        Weight of an additional penalty: the mean over rows of ``sum_n tanh(|a_n| |W_n|)``, with the Frobenius
+        norms of the experts, for gates with thresholds, such as `.JumpReLU`. Only for layers with a
         `mixture`.
     progress : bool, default False
-        Show a bar with the time left (needs rich).
+        Show a progress bar (needs rich).
 
     Returns
     -------
@@ -88,11 +89,11 @@ def fit(
     Raises
     ------
     ValueError
-        If the layer does not map the inputs to outputs of that size, its parameters are not of float32, the
-        outputs of all rows are the same, there is a penalty and no expert, the activations are of several
-        modules, there are fewer than ten documents to hold some out, or as `.train`.
+        If the layer does not map the inputs to outputs of that size, its parameters are not in float32, all
+        rows have the same outputs, a penalty is given for a layer without experts, the activations are of
+        several modules, there are fewer than ten documents to hold one out, or as in `.train`.
     TypeError
-        If the layer is no module, or rows are no activations.
+        If the layer is not a module, or `rows` are not activations.
     """
     config, folder = config or TrainConfig(), None if folder is None else Path(folder)
     if as_finite(penalty, "penalty") < 0:
@@ -118,21 +119,21 @@ def _of_one_module(rows: ActivationRows | Activations) -> ActivationRows:
     if isinstance(rows, ActivationRows):
         return rows
     if not isinstance(rows, Activations):
-        raise TypeError(f"rows must be Activations or those of a module, got {type(rows).__name__}.")
+        raise TypeError(f"rows must be ActivationRows or Activations, got {type(rows).__name__}.")
     if len(rows.modules) != 1:
         raise ValueError(
-            f"a layer is fitted to one module; the activations are of {', '.join(rows.modules)}: give those "
-            "of one, as activations[name]."
+            f"rows must be of one module; the activations are of {', '.join(rows.modules)}: pass those of "
+            "one, as activations[name]."
         )
     return rows[rows.modules[0]]
 
 
 def _held_out(rows: ActivationRows) -> tuple[ActivationRows, ActivationRows]:
-    """All rows but those of every tenth document, and these."""
+    """The rows to train on, and the rows of every tenth document."""
     documents = rows.documents.unique()
     if len(documents) < 10:
         raise ValueError(
-            f"to hold out every tenth document there must be ten; the rows are of {len(documents)}: give "
+            f"holding out every tenth document needs at least ten; the rows are of {len(documents)}: pass "
             "`validation`."
         )
     is_held = torch.arange(len(documents)) % 10 == 9
@@ -140,7 +141,7 @@ def _held_out(rows: ActivationRows) -> tuple[ActivationRows, ActivationRows]:
 
 
 def normalised_error(variance: float) -> Loss:
-    """The mean over rows of ``|y - output|² / variance``, as a function of outputs and y."""
+    """The loss function that returns the mean over rows of ``|y - output|² / variance``."""
     return lambda output, y: (output - y).square().sum() / (len(y) * variance)
 
 
@@ -157,8 +158,8 @@ def _check(layer: nn.Module, rows: ActivationRows) -> None:
     parameters = list(layer.parameters())
     if others := {p.dtype for p in parameters} - {torch.float32}:
         raise ValueError(
-            f"the parameters of a layer to fit must be of float32, got {', '.join(map(str, others))}. "
-            "A config with precision='bf16' makes products in bfloat16."
+            f"the parameters of a layer to fit must be in float32, got {', '.join(map(str, others))}. "
+            "For products in bfloat16, use a config with precision='bf16'."
         )
     x = rows.batch([0, len(rows) - 1])[0].to(parameters[0].device)
     with evaluating(layer), torch.random.fork_rng():
@@ -172,7 +173,7 @@ def _check(layer: nn.Module, rows: ActivationRows) -> None:
 
 @torch.no_grad()
 def _start(layer: nn.Module, rows: ActivationRows, seed: int) -> None:
-    """What a layer has before the first step."""
+    """Initialize biases and gates from the training rows before the first step."""
     bias, gate = getattr(layer, "bias", None), getattr(layer, "gate", None)
     if isinstance(bias, Tensor) and bias.shape == rows.mean.shape:
         bias.copy_(rows.mean)
@@ -180,7 +181,7 @@ def _start(layer: nn.Module, rows: ActivationRows, seed: int) -> None:
         return
     gate_bias = getattr(gate, "bias", None)
     if gate_bias is not None and gate.gate_norm == "none" and not gate_bias.any():
-        # What all inputs have in common would choose the same experts for all, and the others never learn.
+        # Else the mean input would choose the same experts for all rows, and the others would never learn.
         gate_bias.copy_(-gate.weight @ rows.input_mean.to(gate.weight))
     if isinstance(gate, ExpertGate) and hasattr(gate.gate, "fit"):
         generator = torch.Generator().manual_seed(seed)

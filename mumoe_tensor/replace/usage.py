@@ -1,4 +1,4 @@
-"""How many experts of a layer are used."""
+"""Count the experts that a layer uses."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating, gates_of, watch_coefficients
 from mumoe_tensor.replace.activations import ActivationRows
 
-#: Rows that are mapped at once.
+#: Rows per forward pass.
 BATCH = 1024
 
 
 class ExpertUse(NamedTuple):
-    """How many experts are used.
+    """Counts of used experts.
 
     Attributes
     ----------
     active : float or None
-        Experts of all levels with a coefficient other than zero, on average over the rows; None without
+        Average number of experts per row with a nonzero coefficient, over all levels; None without
         experts.
     dead : tuple of int
-        Experts that no row gave a coefficient other than zero. Levels are counted one after the other.
+        Experts whose coefficient is zero for every row. Levels are numbered consecutively.
     """
 
     active: float | None
@@ -36,12 +36,12 @@ class ExpertUse(NamedTuple):
 
 @torch.no_grad()
 def usage(layer: nn.Module, rows: ActivationRows) -> ExpertUse:
-    """How many experts of a layer some rows use.
+    """Count the experts that a layer uses for given rows.
 
     Parameters
     ----------
     layer : Module
-        Runs as in ``eval()``. All its gates are counted; it may have none.
+        Runs in evaluation mode. All its gates are counted; it may have none.
     rows : ActivationRows
     """
     device = next((p.device for p in layer.parameters()), None)
@@ -53,7 +53,7 @@ def usage(layer: nn.Module, rows: ActivationRows) -> ExpertUse:
 
 @contextmanager
 def counted(layer: nn.Module) -> Iterator[list[Usage]]:
-    """While the context lasts, count the use of a layer's experts, level by level; a layer may have none."""
+    """A context that counts the use of a layer's experts, per level; a layer may have none."""
     if not any(isinstance(module, ExpertGate) for module in layer.modules()):
         yield []
         return
@@ -68,7 +68,7 @@ def counted(layer: nn.Module) -> Iterator[list[Usage]]:
 
 
 def use_of(usages: Sequence[Usage]) -> ExpertUse:
-    """The figures of what `counted` counted."""
+    """Summarize the counts of `counted`."""
     if not usages:
         return ExpertUse(None, ())
     dead = (torch.cat([usage.uses for usage in usages]) == 0).nonzero().flatten()

@@ -1,7 +1,7 @@
-"""The study of a layer: mixtures at its parameters beside it, their cost, time, memory and quality.
+"""The study of a layer: compare it with mixtures of equal parameters by cost, time, memory and quality.
 
-`run` does all of it and leaves a folder: the table of measurements, the page, the pictures, and the setting
-that runs it again. `prepare`, `plan`, `measure` and `write` are its parts.
+`run` makes a whole study and writes a folder: the table of measurements, the page, the plots, and the
+setting to repeat it. `prepare`, `plan`, `measure` and `write` are its parts.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def run(
     Parameters
     ----------
     layer : str or Layer, optional
-        A name in `LAYERS`, or another layer; by default that of `weight`, or else ``"gpt2-mlp"``.
+        A name in `LAYERS`, or another layer; by default the layer of `weight`, or else ``"gpt2-mlp"``.
     out : str or Path, optional
-        Folder for the results; by default nothing is written. A study that was begun there goes on.
+        Folder for the results; by default nothing is written. An unfinished study in it is resumed.
     fresh : bool, default False
         Measure everything again.
     jobs : int or str, default 1
-        Processes for what is not timed.
+        Processes for tasks that are not timed.
     progress : callable, optional
-        Called as ``progress(seconds done, seconds in all, text)``; seconds are an estimate.
+        Called as ``progress(done, total, text)``, with estimated seconds.
     **options
         See `prepare`.
 
@@ -85,7 +85,7 @@ def run(
     Raises
     ------
     ValueError, TypeError
-        As `prepare`; or if the folder holds another study.
+        As in `prepare`; or if the folder holds another study.
     ImportError
         If `out` is given and a package of the extra study is not installed. This is checked
         before anything is measured.
@@ -113,7 +113,7 @@ def run(
 
 
 def going_on(setting: Setting, out: str | Path) -> Setting:
-    """The setting with which the study of a folder goes on: formats and the like are added to those it has.
+    """The setting with which to resume the study in a folder: its formats, experts and so on are kept.
 
     Raises
     ------
@@ -135,22 +135,22 @@ def going_on(setting: Setting, out: str | Path) -> Setting:
 
 @contextmanager
 def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> Iterator[tuple[Path, Results]]:
-    """Make the folder of a study, or go on with the one that is there.
+    """Make the folder of a study, or resume the study in it.
 
-    A fresh study is made in a hidden folder, ``.new``, and replaces the older one when it is whole.
-    Interrupted, the same call goes on there.
+    A fresh study is written to a hidden folder, ``.new``, and replaces the old one when it is finished. After
+    an interruption, the same call resumes it.
 
     Parameters
     ----------
     fresh : bool, default False
-        Measure again, also what was measured with another setting.
+        Measure everything again, even if the folder holds a study with another setting.
 
     Yields
     ------
     Path
         The folder to write into.
     Results
-        Measurements so far; ``results.csv`` gets those that are added.
+        Measurements so far; new ones are appended to ``results.csv``.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     ImportError
         If a package of the extra study is not installed.
     OSError
-        If the folder cannot be made, or another process writes into it.
+        If the folder cannot be made, or another process is writing to it.
     """
     require("study")
     folder = Path(out)

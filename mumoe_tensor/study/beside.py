@@ -1,4 +1,4 @@
-"""Two studies side by side."""
+"""Comparison of two studies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from mumoe_tensor.study.results import Measurement, Results, sizes_of
 from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.verdicts import Cells, best, measures
 
-#: Format, number of experts, and the budget in tenths of a percent of the whole layer.
+#: Format, number of experts, and budget in tenths of a percent of the dense layer's parameters.
 Key = tuple[str, str, int]
 
 
 def read_study(folder: str | Path) -> tuple[Setting, Results]:
-    """The setting and the results of a study in a folder; the files that it was of need not be there.
+    """Read the setting and the results of a study; the data files it used are not needed.
 
     Raises
     ------
     ValueError
-        If a file of the study is damaged.
+        If a file of the study is corrupt.
     OSError
-        If there is none.
+        If a file is missing.
     """
     path = Path(folder, "study.json")
     with reading(path):
@@ -34,16 +34,15 @@ def read_study(folder: str | Path) -> tuple[Setting, Results]:
 
 
 def beside(one: tuple[Setting, Results], other: tuple[Setting, Results], name: str) -> Cells:
-    """What two studies have of the same formats, numbers of experts and shares of the parameters.
+    """Compare two studies where they have the same format, number of experts and share of the parameters.
 
-    A cell has the figure of the one, that of the other, and which is better: it is a tie where their
-    intervals overlap.
+    A cell has the figures of both studies, and which of them is better; figures whose intervals overlap tie.
 
     Parameters
     ----------
     one, other : tuple of Setting and Results
     name : str
-        Of the other study.
+        Name of the other study.
     """
     by = measures(one[0])
     here, there = _rows(*one), _rows(*other)
@@ -74,7 +73,7 @@ def beside(one: tuple[Setting, Results], other: tuple[Setting, Results], name: s
 
 
 def _rows(setting: Setting, results: Results) -> dict[Key, list[Measurement]]:
-    """The measurements of the layer by what makes them those of another study."""
+    """The measurements of the layer's subjects, by the key that matches them with another study."""
     rows: dict[Key, list[Measurement]] = {}
     for row in results:
         if row.sizes == sizes_of(setting.layer.spec) and is_figure(row.value):

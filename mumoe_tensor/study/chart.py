@@ -1,4 +1,4 @@
-"""Charts as data: `plots` makes pictures of them, `page` draws them in a browser."""
+"""Charts as data: `plots` draws them with matplotlib, `page` in a browser."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
-#: A place on an axis, or the name of a category.
+#: A position on an axis, or the name of a category.
 Place = float | str
-#: Ticks of an axis that has them where something was measured.
+#: Number of ticks on an axis whose ticks are at measured values.
 MOST_TICKS = 4
 
 
 class Point(NamedTuple):
-    """A point, the ends of its error bar if it has one, and its text."""
+    """A point, the ends of its error bar, if any, and its text."""
 
     x: Place
     y: Place
@@ -30,10 +30,10 @@ class Series:
     Attributes
     ----------
     subject, title : str
-        The subject decides the colour.
+        The subject determines the colour.
     points : list of Point
     line : bool
-        Whether points are joined.
+        Whether points are joined by a line.
     """
 
     subject: str
@@ -52,13 +52,13 @@ class Panel:
     series : list of Series
     xlog, ylog : bool
     ys : tuple of str
-        Categories in the place of numbers of y, from top to bottom. Then texts are written beside the points.
+        Categories of a categorical y axis, from top to bottom. The texts are then written beside the points.
     reference : float, optional
-        Where on `values` a line stands.
+        Position of a reference line on the axis `values`.
     measured : bool
-        Whether the ticks of x are where something was measured.
+        Whether the ticks of x are at measured values.
     front : list of Point
-        Joined by a line of steps.
+        Points joined by a step line.
     """
 
     title: str
@@ -74,29 +74,29 @@ class Panel:
 
     @property
     def values(self) -> str:
-        """The axis of what was measured, with its error bars: "y", or "x" where that has categories."""
+        """The axis of the measured values and their error bars: "y", or "x" if y has categories."""
         return "x" if self.ys else "y"
 
     @property
     def points(self) -> list[Point]:
-        """Those of all series."""
+        """The points of all series."""
         return [point for series in self.series for point in series.points]
 
     @property
     def xticks(self) -> list[float]:
-        """Ticks of x if they are where something was measured, thinned out to a few."""
+        """Ticks at measured values of x, reduced to a few."""
         places = sorted({float(point.x) for point in self.points}) if self.measured else []
         return places[:: -(-len(places) // MOST_TICKS)] if places else []
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot of one or several panels.
+    """A plot with one or several panels.
 
     Attributes
     ----------
     name : str
-        Of its files.
+        Stem of its file names.
     title, caption : str
     panels : list of Panel
     """
@@ -108,12 +108,12 @@ class Chart:
 
     @property
     def titles(self) -> dict[str, str]:
-        """Title of every subject, in the order they appear."""
+        """Title of every subject, in the order of appearance."""
         return {series.subject: series.title for panel in self.panels for series in panel.series}
 
 
 def limits(panel: Panel, axis: str) -> tuple[float, float]:
-    """Ends of an axis of numbers on which all points, their errors and their texts have room."""
+    """Limits of a numeric axis that leave room for all points, error bars and texts."""
     values = [float(point.x if axis == "x" else point.y) for point in panel.points]
     if panel.values == axis:
         values += [end for point in panel.points for end in (point.low, point.high) if end is not None]
@@ -132,7 +132,7 @@ def limits(panel: Panel, axis: str) -> tuple[float, float]:
 
 
 def front(points: Iterable[Point], lowest: bool = False) -> list[Point]:
-    """The points for which no other one has less x and more y, with `lowest` less y, from left to right."""
+    """The Pareto front of small x and large y, or small y with `lowest`, from left to right."""
     sign = -1 if lowest else 1
     best: list[Point] = []
     measured = [point for point in points if isfinite(float(point.x)) and isfinite(float(point.y))]

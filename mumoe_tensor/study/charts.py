@@ -17,7 +17,7 @@ NAMES = ("pareto", "beside-dense", "over-experts", "over-batches", "heads")
 
 
 def charts(planned: Plan, results: Results) -> list[Chart]:
-    """All charts of a study that have something to show.
+    """All charts of a study that have data.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def charts(planned: Plan, results: Results) -> list[Chart]:
 
 
 class TradeOff(NamedTuple):
-    """Quality over one cost: a point for each subject, and the front of those that nothing beats."""
+    """Quality over one cost: a point for each subject, and the Pareto front."""
 
     title: str
     label: str
@@ -42,7 +42,7 @@ class TradeOff(NamedTuple):
 
 
 def quality_of(planned: Plan) -> tuple[str, str, bool]:
-    """Quantity that stands for quality in a study, its label, and whether less of it is better."""
+    """The quantity that measures quality in a study, its label, and whether lower is better."""
     if planned.setting.inputs:
         return "output error", "error of outputs, %", True
     if planned.setting.weight:
@@ -51,7 +51,7 @@ def quality_of(planned: Plan) -> tuple[str, str, bool]:
 
 
 def trade_offs(planned: Plan, results: Results) -> list[TradeOff]:
-    """Quality over each cost, of the subjects of the first number of experts."""
+    """Quality over each cost, for the subjects with the first number of experts."""
     setting = planned.setting
     quality, _, lowest = quality_of(planned)
     experts = setting.experts[0]
@@ -81,7 +81,7 @@ def trade_offs(planned: Plan, results: Results) -> list[TradeOff]:
 
 
 def pareto(planned: Plan, results: Results) -> Chart:
-    """Quality over what it costs."""
+    """Quality over cost."""
     _, label, lowest = quality_of(planned)
     panels = []
     for title, cost, points, best in trade_offs(planned, results):
@@ -95,14 +95,14 @@ def pareto(planned: Plan, results: Results) -> Chart:
     counts = count_text(joined(planned.setting.experts[0]))
     return Chart(
         "pareto",
-        f"{label.partition(',')[0].capitalize()} over what it costs, {counts} experts",
-        "A point is a format at a budget. The dashed line joins those that nothing beats in both.",
+        f"{label.partition(',')[0].capitalize()} over cost, {counts} experts",
+        "A point is a format at a budget. The dashed line is the Pareto front.",
         panels,
     )
 
 
 def beside_dense(planned: Plan, results: Results) -> Chart:
-    """Every subject beside the dense layer, at the first number of experts and the first budget."""
+    """Every subject relative to the dense layer, at the first number of experts and the first budget."""
     setting = planned.setting
     computed = {"FLOPs": "FLOPs", "Saved for backward": "saved"}
     measured = {"Forward": "forward", "Step": "step", "Step peak": "step peak"}
@@ -129,8 +129,8 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
             panels.append(Panel(title, f"× {setting.layer.kind}", "", series, **look))
     return Chart(
         "beside-dense",
-        f"Beside the {setting.layer.kind}, {_at(planned)}",
-        "Everything relative to the dense layer. Times: median of the turns with quartiles.",
+        f"Relative to the {setting.layer.kind}, {_at(planned)}",
+        "All figures are relative to the dense layer. Times: median over the rounds, with quartiles.",
         panels,
     )
 
@@ -160,7 +160,7 @@ def over_experts(planned: Plan, results: Results) -> Chart:
     return Chart(
         "over-experts",
         "Over the number of experts",
-        f"With {setting.budgets[0]:,} parameters. Ranks and saved activations by formula.",
+        f"With {setting.budgets[0]:,} parameters. Ranks and saved activations are computed by formula.",
         panels,
     )
 
@@ -191,13 +191,13 @@ def over_batches(planned: Plan, results: Results) -> Chart:
     return Chart(
         "over-batches",
         f"Over the batch size, {_at(planned)}",
-        "Forward passes in evaluation, without gradients.",
+        "Forward passes in evaluation mode, without gradients.",
         panels,
     )
 
 
 def heads(planned: Plan, results: Results) -> Chart:
-    """Accuracy of heads over what they cost."""
+    """Accuracy of heads over their cost."""
     device = planned.setting.devices[0]
     at = {"device": device, "batch": HEAD_BATCH}
     panels = []
@@ -225,7 +225,7 @@ def heads(planned: Plan, results: Results) -> Chart:
         "heads",
         f"Heads trained on {planned.setting.data_name}",
         f"{sizes.replace('x', ' → ')}, validation rows; mean over the runs and its 95 % interval. The dashed "
-        "line joins what nothing beats.",
+        "line is the Pareto front.",
         panels,
     )
 
@@ -236,7 +236,7 @@ def accuracy_of(runs: list[Measurement]) -> tuple[float, float, float]:
 
 
 def count_text(experts: str) -> str:
-    """Numbers of experts for a reader: "64x64" as "64 × 64"."""
+    """Numbers of experts for display: "64x64" as "64 × 64"."""
     return " × ".join(f"{int(n):,}" for n in experts.split("x")) if experts else "no"
 
 
@@ -246,7 +246,7 @@ def _at(planned: Plan) -> str:
 
 
 def _lines(rows: Iterable[Measurement], point: Callable[[Measurement], Point]) -> list[Series]:
-    """One line a subject, from left to right, of what was run."""
+    """One line per subject, from left to right, for the figures that were measured."""
     of_name: dict[str, list[Measurement]] = {}
     for row in rows:
         if is_figure(row.value):
@@ -258,7 +258,7 @@ def _lines(rows: Iterable[Measurement], point: Callable[[Measurement], Point]) -
 
 
 def _ratio_over(x: Callable[[Measurement], float]) -> Callable[[Measurement], Point]:
-    """Time over the dense layer's, with quartiles."""
+    """Time relative to the dense layer, with quartiles."""
     return lambda row: Point(x(row), row.ratio or 0.0, row.ratio_low, row.ratio_high, _details(row))
 
 
@@ -271,7 +271,7 @@ def _beside(row: Measurement, reference: Measurement) -> Point:
 
 
 def is_figure(value: float | None) -> bool:
-    """Whether a value was measured, and is a finite number."""
+    """Whether a value was measured and is finite."""
     return value is not None and isfinite(value)
 
 

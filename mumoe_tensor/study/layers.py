@@ -1,4 +1,4 @@
-"""The published layers a study can be made of."""
+"""The published layers to study."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mumoe_tensor.spec import LayerSpec
 
 @dataclass(frozen=True)
 class Layer:
-    """A dense layer, or a block of two with GELU between, whose place a mixture may take.
+    """A dense linear layer, or an MLP of two with a GELU between, that mixtures are to replace.
 
     Attributes
     ----------
     title : str
         Its name in headings.
     spec : LayerSpec
-        Of the dense layer; see `dense`.
+        Spec of the dense layer; see `dense`.
     experts : int
-        Number of experts it is studied with unless a study sets others.
+        Default number of experts in a study.
 
     Raises
     ------
@@ -36,7 +36,7 @@ class Layer:
         spec = self.spec
         if spec != dense(spec.in_features, spec.out_features, spec.hidden, spec.bias):
             raise ValueError(f"a layer to study must be dense, got {spec!r}.")
-        object.__setattr__(self, "experts", as_positive(self.experts, "experts"))  # a layer is frozen
+        object.__setattr__(self, "experts", as_positive(self.experts, "experts"))  # the class is frozen
 
     def __str__(self) -> str:
         return f"{self.title}, {' → '.join(map(str, features(self.spec)))}"
@@ -46,10 +46,10 @@ class Layer:
         """Name of the dense layer in sentences."""
         return "linear layer" if self.spec.hidden is None else "dense MLP"
 
-    # ``study.json`` has a flat object of title, sizes and experts.
+    # In ``study.json``, a layer is a flat object of title, sizes and experts.
 
     def entry(self) -> dict[str, Any]:
-        """Plain data, from which pydantic makes the layer again."""
+        """Plain data from which pydantic makes the layer again."""
         sizes = {name: getattr(self.spec, name) for name in ("in_features", "out_features", "hidden", "bias")}
         return {"title": self.title, **sizes, "experts": self.experts}
 
@@ -70,19 +70,19 @@ def _from_entry(
 
 
 def dense(in_features: int, out_features: int, hidden: int | None = None, bias: bool = True) -> LayerSpec:
-    """The spec of a linear layer, or of a block of two with this size between them."""
+    """The spec of a linear layer or, with a hidden size, of an MLP."""
     return LayerSpec(
         "dense", experts=(), in_features=in_features, hidden=hidden, out_features=out_features, bias=bias
     )
 
 
 def features(spec: LayerSpec) -> tuple[int, ...]:
-    """Sizes from the input to the output: two, or three of a block."""
+    """Feature sizes from input to output: two, or three for an MLP."""
     return (spec.in_features, *(layer.out_features for layer in spec.layers))
 
 
-#: By the name the command line takes. Sizes as published: Radford et al. (2019) for GPT-2 124M, Tolstikhin
-#: et al. (2021) for MLP-Mixer S-16 at 224 px, Radford et al. (2021) for the CLIP ViT-B/32 features.
+#: Layers by their names on the command line, in published sizes: Radford et al. (2019) for GPT-2 124M,
+#: Tolstikhin et al. (2021) for MLP-Mixer S-16 at 224 px, Radford et al. (2021) for CLIP ViT-B/32 features.
 LAYERS = {
     "gpt2-mlp": Layer("GPT-2 MLP", dense(768, 768, hidden=3072)),
     "clip-head": Layer("CLIP ViT-B/32 head", dense(768, 1000)),
@@ -92,7 +92,7 @@ LAYERS = {
 
 
 def get_layer(layer: str | Layer) -> Layer:
-    """Look a published layer up by its name; a `Layer` is returned as it is.
+    """Look up a published layer by name; a `Layer` is returned unchanged.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def get_layer(layer: str | Layer) -> Layer:
     if isinstance(layer, Layer):
         return layer
     if not isinstance(layer, str):
-        raise TypeError(f"a layer is a name or a Layer instance, got {layer!r}.")
+        raise TypeError(f"a layer must be a name or a Layer, got {layer!r}.")
     if layer not in LAYERS:
         raise ValueError(f"unknown layer {layer!r}; the layers are {', '.join(map(repr, LAYERS))}.")
     return LAYERS[layer]

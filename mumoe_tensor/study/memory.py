@@ -1,4 +1,4 @@
-"""Peak memory of a forward pass and of a step, in a fresh process."""
+"""Peak memory of a forward pass and of a training step, in a new process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mumoe_tensor.study.subjects import Subject
 
 
 def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
-    """Peak memory of a forward pass and of a step, in a fresh process.
+    """Peak memory of a forward pass and of a training step, in a new process.
 
     Returns
     -------
     int, int
-        Bytes over what the process took before the module was made: on a CPU the largest resident set, on
-        CUDA the largest allocation. Parameters count, and in a step their gradients.
+        Bytes above the memory of the process before the module was made: on a CPU the peak resident set, on
+        CUDA the peak allocation. Parameters are included, and in a step their gradients.
 
     Raises
     ------
     OSError
-        If the process failed, or the system has no ``/proc`` to read it from.
+        If the process fails, or the system has no ``/proc``.
     """
     forward, step = in_fresh_process("mumoe_tensor.study.memory:measure", subject, batch, device)
     return forward, step
@@ -33,7 +33,7 @@ def peaks(subject: Subject, batch: int, device: str) -> tuple[int, int]:
 
 def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
     """As `peaks`, in this process."""
-    # After a step of a small module, libraries are loaded and their buffers allocated.
+    # A step of a small module first loads libraries and allocates their buffers.
     spec, small = subject.spec, _small(subject.spec)
     replace(subject, spec=small).build(device)(torch.randn(4, 8, device=device)).sum().backward()
     meter = METERS[device]
@@ -51,7 +51,7 @@ def measure(subject: Subject, batch: int, device: str) -> tuple[int, int]:
 
 
 def _small(spec: LayerSpec) -> LayerSpec:
-    """A layer of 8 features and 2 experts a level, of rank one."""
+    """A layer of the same kind with 8 features, 2 experts per level and rank one."""
     sizes: dict[str, Any] = {
         "in_features": 8, "hidden": spec.hidden and 8, "out_features": 8, "experts": (2,) * spec.num_levels
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sparse mixture of experts that layers are compared with."""
+"""The sparse mixture of experts for comparison."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from mumoe_tensor.spec import LayerSpec
 
 
 class SparseMixture(nn.Module):
-    """A mixture of dense experts, of which every input uses the few with the largest logits.
+    """A mixture of dense experts in which each input uses only the k experts with the largest logits.
 
     The coefficients are the softmax over these logits (Shazeer et al., 2017). Inputs are grouped by expert,
-    so that every expert in use is a product of matrices. There is no loss that balances the experts.
+    so that every active expert is one matrix product. There is no load-balancing loss.
 
     Parameters
     ----------
     spec : LayerSpec
-        Of linear experts, or of MLPs with GELU; the levels make up one number of experts.
+        Spec with linear experts, or MLPs with GELU; the levels multiply to one number of experts.
     k : int
-        Experts that an input uses.
+        Active experts per input.
 
     Attributes
     ----------
     gate : ExpertGate
     weights, biases : ParameterList
-        Of shape (experts, in, out) and (experts, out), layer after layer.
+        Shapes (experts, in, out) and (experts, out), one entry per layer.
     """
 
     def __init__(self, spec: LayerSpec, k: int, *, device: torch.device | str | None = None):
@@ -39,11 +39,11 @@ class SparseMixture(nn.Module):
         self.gate = ExpertGate(
             in_features, (experts,), gate=partial(top_k, k=k), gate_norm="none", device=device
         )
-        # Equal logits would send all inputs to the same experts.
+        # Zero weights would send all inputs to the same experts.
         nn.init.normal_(self.gate.weight, std=1 / sqrt(in_features))
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for layer in spec.layers:
-            bound = 1 / sqrt(layer.in_features)  # as nn.Linear
+            bound = 1 / sqrt(layer.in_features)  # as in nn.Linear
             for parameters, shape in (
                 (self.weights, (experts, layer.in_features, layer.out_features)),
                 (self.biases, (experts, layer.out_features)),
@@ -57,7 +57,7 @@ class SparseMixture(nn.Module):
         expert, row = coefficients.detach().t().nonzero().unbind(1)
         counts = torch.bincount(expert, minlength=coefficients.shape[1]).tolist()
         groups = rows[row].split(counts)
-        # One slice after the other would give every gradient the size of all.
+        # Indexing one slice at a time would allocate a gradient of the full size for each.
         layers = [
             list(zip(weight.unbind(), bias.unbind(), strict=True))
             for weight, bias in zip(self.weights, self.biases, strict=True)

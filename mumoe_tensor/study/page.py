@@ -1,4 +1,4 @@
-"""A study as one page without a network: charts with hover, switches for subjects and axes (plotly)."""
+"""A study as one HTML page that needs no network: interactive charts (plotly)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import Plan
 from mumoe_tensor.study.table import cells, notes
 
-#: Plotly's names of matplotlib's markers.
+#: Plotly's names for matplotlib's markers.
 SYMBOLS: dict[Any, str] = {
     "o": "circle",
     "s": "square",
@@ -40,12 +40,12 @@ SYMBOLS: dict[Any, str] = {
 
 
 def page(planned: Plan, results: Results, charts: list[Chart], compare: str | Path | None = None) -> str:
-    """The page of a study, beside another one that is in a folder.
+    """The page of a study, optionally compared with the study in another folder.
 
     Returns
     -------
     str
-        HTML with all scripts in it, about 5 MB.
+        HTML with all scripts, about 5 MB.
     """
     from plotly.offline import get_plotlyjs
 
@@ -68,17 +68,17 @@ def page(planned: Plan, results: Results, charts: list[Chart], compare: str | Pa
 
 
 def _colour(name: str) -> str:
-    """Colour of a subject; the black one is that of the page's text, which may be light."""
+    """Colour of a subject; black becomes the text colour of the page, which may be light."""
     return "var(--text)" if name == BASELINE else colour(name)
 
 
 def _size(panel: Panel) -> str:
-    """Style of the element of a panel."""
+    """CSS style of a panel's element."""
     return f"height:{90 + 26 * len(panel.ys) if panel.ys else 300}px"
 
 
 def _place(place: Place) -> Place:
-    """A number as it is; text such that plotly, which reads tags, entities and TeX, shows it as it is."""
+    """Escape text for plotly, which interprets tags, entities and TeX; numbers are unchanged."""
     return escape(place, quote=False).replace("$", "&#36;") if isinstance(place, str) else place
 
 
@@ -127,7 +127,7 @@ def _axis(panel: Panel, axis: str) -> dict[str, Any]:
         layout |= {"type": "log", "range": ends, "tickformat": "~s" if high >= 1e3 else "~g", "tickangle": 0}
         if axis == "x" and panel.xticks:
             return layout | {"tickvals": panel.xticks, "ticktext": [short(tick) for tick in panel.xticks]}
-        # As of the pictures: every second decade, every decade, or 1, 2, 5 within each.
+        # As in the plots: every second decade, every decade, or 1, 2, 5 within each.
         return layout | {"dtick": "D2" if decades < 1.8 else 1 if decades < 2.5 else 2}
     return layout | {"type": "linear", "range": [low, high], "nticks": 6}
 

@@ -1,4 +1,4 @@
-"""Charts as pictures (matplotlib)."""
+"""Charts as image files (matplotlib)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.chart import Chart, Panel, Series, limits
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
 
-#: Okabe and Ito's colours, told apart by every kind of colour vision. A format keeps its colour everywhere.
+#: Okabe and Ito's palette, safe for all kinds of colour vision. A format has the same colour everywhere.
 COLOURS = {
     BASELINE: "#000000",
     SPARSE: "#999933",
@@ -27,7 +27,7 @@ COLOURS = {
     "tucker": "#009E73",
     "hadamard": "#CC79A7",
     "dense": "#56B4E9",
-    # Tol's muted colours, of formats with split modes near those of their cousins.
+    # Tol's muted colours; those of split formats are close to those of their unsplit formats.
     "btt": "#332288",
     "cp-matrix": "#88CCEE",
     "kron": "#882255",
@@ -37,7 +37,7 @@ COLOURS = {
     "tt-matrix": "#DDCC77",
     "tucker-matrix": "#44AA99",
 }
-#: For formats that are not in the library, and those with settings.
+#: Colours of formats that are not in the library, and of formats with settings.
 FURTHER_COLOURS = ("#7F7F7F", "#8C564B", "#BCBD22", "#4B0082", "#FF7F0E")
 
 STYLE: dict[Any, Any] = {
@@ -49,28 +49,28 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
     "figure.titlesize": 10,
-    "text.parse_math": False,  # names are text, also with a "$"
+    "text.parse_math": False,  # names are plain text, also with a "$"
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
     "svg.hashsalt": "mumoe_tensor",
 }
-#: Markers tell subjects apart where colours cannot.
+#: Markers distinguish subjects where colours cannot.
 MARKERS: dict[str, Any] = dict(zip(COLOURS, [*"o*svDPX^<8>phdH", (4, 1, 0)], strict=True))
 #: Stars of three and of six points.
 FURTHER_MARKERS = ((3, 1, 0), (6, 1, 0))
-#: Width of a page in inches, and panels in a row of it.
+#: Page width in inches, and number of panels in a row.
 WIDTH, MOST_COLUMNS = 7.2, 4
 LEGEND_COLUMNS = 4
 
 
 def colour(name: str) -> str:
-    """Colour of a format, or of another subject; the same in every chart and every study."""
+    """Colour of a format or another subject, the same in every chart and study."""
     return COLOURS.get(name) or FURTHER_COLOURS[crc32(name.encode()) % len(FURTHER_COLOURS)]
 
 
 def marker(name: str) -> Any:
-    """Marker of a format, or of another subject, as matplotlib takes it."""
+    """Matplotlib marker of a format or another subject."""
     return MARKERS.get(name) or FURTHER_MARKERS[crc32(name.encode()) % len(FURTHER_MARKERS)]
 
 
@@ -80,7 +80,7 @@ def draw(chart: Chart) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        7.2 inches wide, the width of a page.
+        7.2 inches wide, the page width.
     """
     first = chart.panels[0]
     columns = min(len(chart.panels), MOST_COLUMNS if len(chart.panels) > 3 and not first.ys else 3)
@@ -114,7 +114,7 @@ def draw(chart: Chart) -> Figure:
 
 
 def write_plots(charts: list[Chart], folder: Path) -> list[Path]:
-    """Write charts as PNG and SVG, each whole or not at all.
+    """Write charts as PNG and SVG, each atomically.
 
     Returns
     -------
@@ -125,7 +125,7 @@ def write_plots(charts: list[Chart], folder: Path) -> list[Path]:
         figure = draw(chart)
         for suffix in (".png", ".svg"):
             path = folder / f"{chart.name}{suffix}"
-            # Without a date in it the same figure is the same file.
+            # Without a date, equal figures give equal files.
             metadata = {"Date": None} if suffix == ".svg" else {}
             with matplotlib.rc_context(STYLE), whole_file(path) as file:
                 figure.savefig(file, format=suffix[1:], dpi=200, metadata=metadata)
@@ -168,7 +168,7 @@ def _frame(ax: Any, panel: Panel) -> None:
 
 
 def _points(ax: Any, panel: Panel, series: Series) -> None:
-    """Points with their errors, joined or not."""
+    """Points with error bars, and the line that joins them, if any."""
     x = [float(p.x) for p in series.points]
     y = [panel.ys.index(str(p.y)) if panel.ys else float(p.y) for p in series.points]
     centres = x if panel.values == "x" else y
@@ -177,7 +177,7 @@ def _points(ax: Any, panel: Panel, series: Series) -> None:
     ax.errorbar(
         x,
         y,
-        # A median of ratios may lie beside the quartiles by a rounding error, and a figure may be infinite.
+        # A median of ratios may be outside the quartiles by a rounding error, and a figure may be infinite.
         **{f"{panel.values}err": [[e if 0 < e < inf else 0.0 for e in es] for es in (below, above)]},
         marker=marker(series.subject),
         linestyle="-" if series.line else "",
@@ -193,7 +193,7 @@ def _points(ax: Any, panel: Panel, series: Series) -> None:
 
 
 def short(value: float) -> str:
-    """A number as short as a tick is: 0.5, 2,048, 16k, 1M."""
+    """A number in the short form of a tick label: 0.5, 2,048, 16k, 1M."""
     if value == int(value) and abs(value) < 1e4:
         return f"{value:,.0f}"
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -1,4 +1,4 @@
-"""Quality of heads trained on real data at a budget of parameters, and the use of their experts."""
+"""Quality of heads trained on real data at a parameter budget, and the use of their experts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.subjects import BASELINE, SPARSE, Subject, fitted
 from mumoe_tensor.training import Dataset, TrainConfig, digits, evaluate, read_npz, split, train
 
-#: Share of the rows for validation.
+#: Fraction of the rows for validation.
 VALIDATION = 0.2
-#: Polysemanticity removes every expert once; levels with more experts are left out.
+#: Maximum number of experts in a level for polysemanticity, which removes each expert once.
 MOST_EXPERTS = 512
 
 
 @cache
 def data_of(data: str) -> tuple[Dataset, Dataset]:
-    """Training and validation rows of the data of a study, inputs flat, centred, and of variance one."""
+    """Training and validation rows of a study's data, with flat, standardized inputs."""
     rows = digits() if data == DIGITS else read_npz(Path(data))
     training, validation = split(rows, VALIDATION, seed=0)
     flat = training.x.flatten(1)
@@ -44,15 +44,15 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
     Returns
     -------
     list of Subject
-        The dense head first, then at every budget and number of experts each format, and the two mixtures of
+        The dense head first, then each format at every budget and number of experts, and the two mixtures of
         dense experts, which have no budget.
     dict of str to str
-        Formats that do not fit a budget, and why.
+        Formats that do not fit a budget, with the reason.
 
     Raises
     ------
     ValueError
-        If the data do not fit the layer or the batch, or no format fits a budget.
+        If the data does not match the layer or the batch size, or no format fits a budget.
     """
     if setting.data == NO_DATA:
         return [], {}
@@ -82,8 +82,8 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
         subjects.append(Subject(replace(head, experts=experts), SPARSE, top_k=setting.top_k))
     if unfitted and not any(subject.budget for subject in subjects):
         raise ValueError(
-            "some head of experts must fit its budget; a larger one (--head-parameters 4x), fewer experts "
-            f"(--head-experts) or a layer between (--head-hidden) may help. {' '.join(unfitted.values())}"
+            "some head of experts must fit its budget; a larger budget (--head-parameters 4x), fewer experts "
+            f"(--head-experts) or a hidden layer (--head-hidden) may help. {' '.join(unfitted.values())}"
         )
     return subjects, unfitted
 
@@ -94,14 +94,14 @@ def train_and_evaluate(setting: Setting, subject: Subject, seed: int) -> tuple[d
     Parameters
     ----------
     seed : int
-        Of its first weights and of the order of the rows.
+        Seed of the initial weights and of the order of the rows.
 
     Returns
     -------
     dict of str to float
         Quantities as in `UNITS`.
     int
-        Rows of validation.
+        Number of validation rows.
     """
     training, validation = data_of(setting.data)
     with torch.random.fork_rng():
@@ -127,20 +127,20 @@ def train_and_evaluate(setting: Setting, subject: Subject, seed: int) -> tuple[d
 
 @torch.no_grad()
 def specialisation(head: nn.Module, data: Dataset, seed: int) -> dict[str, float]:
-    """How the experts of a head are used, means over its levels, and how specialised they are.
+    """The use of a head's experts, averaged over levels, and their specialisation.
 
     Parameters
     ----------
     head : Module
         With one gate.
     seed : int
-        Of the random gate.
+        Seed of the random gate.
 
     Returns
     -------
     dict of str to float
-        Polysemanticity is that of the first level, beside the same under a random gate; it is left out of
-        levels with more than `MOST_EXPERTS` experts.
+        Polysemanticity is that of the first level, with the trained gate and with a random gate; it is left
+        out if the level has more than `MOST_EXPERTS` experts.
     """
     usages: list[Usage] = []
 

@@ -20,19 +20,19 @@ RESULTS = (
 
 
 def write(planned: Plan, results: Results, folder: Path, compare: str | Path | None = None) -> list[Path]:
-    """Write the page and the pictures of a study, each whole or not at all.
+    """Write the page and the plots of a study, each atomically.
 
     Parameters
     ----------
     compare : str or Path, optional
-        The folder of another study, to stand beside this one.
+        The folder of another study, to compare with this one.
 
     Returns
     -------
     list of Path
         All files of the study.
     """
-    # Measuring needs no package that draws.
+    # Measuring does not need the plotting packages.
     from mumoe_tensor.study.page import page
     from mumoe_tensor.study.plots import write_plots
 
@@ -44,7 +44,7 @@ def write(planned: Plan, results: Results, folder: Path, compare: str | Path | N
 
 
 def to_json(planned: Plan, results: Results) -> dict[str, Any]:
-    """Setting and results of a study as plain values."""
+    """The setting and results of a study as JSON types."""
     return {
         "setting": json.loads(planned.setting.to_json()),
         "rows": [asdict(row) for row in results],

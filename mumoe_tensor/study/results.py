@@ -1,4 +1,4 @@
-"""Measurements as a tidy table, one row each. The table on disk is whole at every moment."""
+"""Measurements as a tidy table, one row each. The table on disk is always complete."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from mumoe_tensor.study.subjects import UNITS, Subject
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure of one subject.
+    """One measured or computed figure of one subject.
 
     Attributes
     ----------
     task : str
-        The task it came from, which is not done again.
+        The task it came from, which is not repeated.
     sizes, experts, rank : str
-        Numbers with an x between.
+        Numbers joined by x.
     subject, title : str
         See `Subject`.
     budget : int
-        Parameters asked for; 0 where nothing was fitted.
+        Requested number of parameters; 0 without a budget.
     device : str
-        Empty for what is computed.
+        Empty for computed figures.
     batch : int or None
     seed : int or None
-        Of what is random in it.
+        Seed of the measurement.
     quantity, unit : str
         See `UNITS`.
     value : float or None
-        A median where it was repeated; None where it was not run, see `note`.
+        The median, if it was repeated; None if it was not run, see `note`.
     low, high : float or None
         Quartiles.
     ratio, ratio_low, ratio_high : float or None
-        Over the dense layer's figure of the same turn, median and quartiles.
+        Ratio to the dense layer's figure in the same round, median and quartiles.
     repetitions : int
     note : str
     """
@@ -94,17 +94,17 @@ class Measurement:
 
 
 def joined(numbers: Iterable[int]) -> str:
-    """Numbers with an x between."""
+    """Numbers joined by x."""
     return "x".join(map(str, numbers))
 
 
 def sizes_of(spec: LayerSpec) -> str:
-    """Sizes of a layer from the input to the output, with an x between."""
+    """Feature sizes of a layer from input to output, joined by x."""
     return joined(features(spec))
 
 
 def total(experts: str) -> int:
-    """Number of experts of all levels together, from how they are written."""
+    """Total number of experts over all levels, from their text."""
     count = 1
     for n in experts.split("x") if experts else ():
         count *= int(n)
@@ -121,17 +121,17 @@ class Results:
     Parameters
     ----------
     path : Path, optional
-        A CSV file; what it has already is read.
+        A CSV file; existing measurements are read.
 
     Raises
     ------
     ValueError
-        If the file is no table of measurements.
+        If the file is not a table of measurements.
     """
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        # Columns of the environment, which another version may have others of, are text.
+        # Columns of the environment, which may differ between versions, are text.
         self._ledger = Ledger(path, COLUMNS, more=str)
 
     def __iter__(self) -> Iterator[Measurement]:
@@ -142,12 +142,12 @@ class Results:
 
     @property
     def tasks(self) -> set[str]:
-        """The tasks that are done."""
+        """The finished tasks."""
         return {row["task"] for row in self._ledger}
 
     @property
     def environments(self) -> list[dict[str, Any]]:
-        """Machines and versions of the rows, without date and load, each once."""
+        """Distinct machines and versions of the rows, without date and load."""
         left = {*COLUMNS, "date", "load"}
         environments = ({k: value for k, value in row.items() if k not in left} for row in self._ledger)
         return list({tuple(environment.values()): environment for environment in environments}.values())
@@ -163,7 +163,7 @@ class Results:
         self._ledger.add(asdict(row) | environment for row in rows)
 
     def of(self, quantity: str, **values: Any) -> list[Measurement]:
-        """Measurements of a quantity that have these values.
+        """Measurements of a quantity whose attributes have given values.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class Results:
         return list(map(_measurement, self._ledger.of(quantity=quantity, **values)))
 
     def of_subject(self, subject: Subject, quantity: str, **values: Any) -> list[Measurement]:
-        """Measurements of a quantity of a subject that have finite values, of each repetition."""
+        """Measurements of a subject's quantity with finite values, one for each repetition."""
         experts, rank = joined(subject.spec.experts), joined(subject.spec.full_rank)
         rows = self.of(
             quantity, subject=subject.name, sizes=sizes_of(subject.spec), experts=experts, rank=rank, **values

@@ -1,4 +1,4 @@
-"""The setting of a study, which `study.json` has."""
+"""The setting of a study, which is stored in `study.json`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from mumoe_tensor.spec import LayerSpec, as_budget, expert_counts
 from mumoe_tensor.study.layers import Layer, dense, get_layer
 from mumoe_tensor.study.weights import read_covariance, read_weight
 
-#: What may be added to a finished study.
+#: Settings to which values can be added in a finished study.
 GROWING = (
     "experts", "formats", "parameters", "batches", "devices", "head_experts", "head_parameters",
     "head_formats", "machines",
 )  # fmt: skip
-#: What files of earlier versions lack.
+#: Settings that files of earlier versions lack.
 ADDED = {"batch_size", "head_formats", "weight", "transposed", "inputs", "sweeps", "machines"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(StudyConfig):
-    """A layer and the config of its study, with nothing left to a default; `prepare` makes it.
+    """A layer and the config of its study, with all defaults filled in; made by `prepare`.
 
     Attributes
     ----------
@@ -47,12 +47,12 @@ class Setting(StudyConfig):
 
     @property
     def whole(self) -> LayerSpec:
-        """What budgets are multiples of: the dense layer, or the dense experts of a stack of weights."""
+        """The base of relative budgets: the dense layer, or the dense experts of a stack of weights."""
         return replace(self.layer.spec, experts=self.experts[0] if self.weight else ())
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Numbers of parameters, each once."""
+        """Distinct numbers of parameters."""
         return tuple(dict.fromkeys(as_budget(text, self.whole.parameters) for text in self.parameters))
 
     @property
@@ -67,12 +67,12 @@ class Setting(StudyConfig):
         return f"{self.layer}; {counts} experts, batch {self.batch:,}, float32"
 
     def with_all_of(self, other: Setting) -> Setting:
-        """The setting with the formats, experts, budgets, batches and devices that another one has besides.
+        """The setting with the formats, experts, budgets, batches and devices of another added.
 
         Raises
         ------
         ValueError
-            If the other one differs in anything else.
+            If the other setting differs in anything else.
         """
         joined = {name: dict.fromkeys((*getattr(other, name), *getattr(self, name))) for name in GROWING}
         grown: dict[str, Any] = {name: tuple(values) for name, values in joined.items()}
@@ -84,7 +84,7 @@ class Setting(StudyConfig):
         return both
 
     def to_json(self) -> str:
-        """As text that `from_json` reads."""
+        """The setting as text for `from_json`."""
         layer = {"layer": self.layer.entry()}
         return json.dumps(layer | vars(self) | layer, indent=2) + "\n"  # the layer first
 
@@ -95,7 +95,7 @@ class Setting(StudyConfig):
         Raises
         ------
         ValueError
-            If the file is no setting; it names what is wrong.
+            If the file is not a setting; the message names the invalid entry.
         """
         entries = read_json(path)
         with reading(path):
@@ -106,30 +106,30 @@ class Setting(StudyConfig):
             return prepare(**values | {"head_hidden": setting.head_hidden or 0})
 
 
-#: For a matrix without experts: formats of whole modes would all be low rank.
+#: Default formats for a matrix without experts, where formats with unsplit modes would all be low rank.
 OF_MATRICES = (
     "lowrank", "kron", "monarch", "btt", "tt-matrix", "tucker-matrix", "cp-matrix",
     '{"name":"sum","formats":["monarch","lowrank"]}', '{"name":"sum","formats":["kron","lowrank"]}',
 )  # fmt: skip
-#: For mixtures, beside the registered formats: a matrix that all experts share.
+#: Default formats for mixtures, besides the registered ones: a matrix shared by all experts.
 SHARED = '{"name":"sum","formats":[{"name":"shared","format":"lowrank"},"cp"]}'
-#: None where the default follows from the rest.
+#: None if the default follows from other options.
 DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default for f in fields(StudyConfig)}
 
 
 def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options: Any) -> Setting:
-    """Check options and fill in defaults. Nothing is measured yet.
+    """Check options and fill in defaults, without measuring anything.
 
     Parameters
     ----------
     layer : str or Layer, optional
-        A name in `LAYERS`, or another layer; by default that of `weight`, or else ``"gpt2-mlp"``.
+        A name in `LAYERS`, or another layer; by default the layer of `weight`, or else ``"gpt2-mlp"``.
     quick : bool, default False
-        Small batches, few repetitions, short trainings, to see that all works.
+        Small batches, few repetitions and short training runs, for a quick check that everything works.
     **options
-        The attributes of `.StudyConfig`; what is left out or None has its default. `formats` may be any
-        formats. `experts` and `head_experts` may be a number or a sequence, in which a sequence in the place
-        of a number has one number a level.
+        Attributes of `.StudyConfig`; None stands for the default. `formats` also accepts `Format` objects.
+        `experts` and `head_experts` accept a number, or a sequence whose entries are numbers of experts, or
+        sequences with one number per level.
 
     Returns
     -------
@@ -138,7 +138,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
     Raises
     ------
     ValueError, TypeError
-        If a name is unknown, a size is not a positive integer, or a file or a device is not there.
+        If a name is unknown, a size is not a positive integer, or a file or a device does not exist.
     """
     if unknown := set(options) - set(DEFAULTS):
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
@@ -196,14 +196,14 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
 
 
 def _layer_of(layer: str | Layer | None, values: dict[str, Any]) -> tuple[Layer, Levels]:
-    """The layer of a weight, and the experts that it is a stack of."""
+    """The layer of a weight, and the numbers of experts if the weight is a stack."""
     check_flag(values["transposed"], "transposed")
     source = values["weight"] = str(values["weight"])
     *experts, in_features, out_features = read_weight(source, values["transposed"]).shape
     title = source.rpartition(":")[2] if not Path(source).exists() else Path(source).stem
     read = Layer(title, dense(in_features, out_features, bias=False), prod(experts))
     if layer not in (None, read):
-        raise ValueError(f"the layer must be that of the weight, {read}, got {layer}.")
+        raise ValueError(f"the layer must be the layer of the weight, {read}, got {layer}.")
     if values["inputs"] is not None:
         values["inputs"] = str(values["inputs"])
         read_covariance(values["inputs"], in_features)
@@ -211,12 +211,12 @@ def _layer_of(layer: str | Layer | None, values: dict[str, Any]) -> tuple[Layer,
 
 
 def _texts(budgets: Any) -> tuple[str, ...]:
-    """Budgets as text; one may stand alone."""
+    """Budgets as text; also a single one."""
     return tuple(map(str, [budgets] if isinstance(budgets, (str, int)) else budgets))
 
 
 def _as_python(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in types of JSON; None stands for the default."""
+    """Options as JSON types; None stands for the default."""
     return {name: as_python(value) for name, value in options.items() if value is not None}
 
 
@@ -225,12 +225,12 @@ def _format(format: Any) -> Format:
 
 
 def _is_whole(format: Format) -> bool:
-    """Whether a format has one term, whose modes are not split."""
+    """Whether a format has one term without split modes."""
     return not format.is_split and len(format.summands(1)) == 1
 
 
 def _or(value: Any, default: Any) -> Any:
-    """The default in the place of None alone; empty values and zeros are checked later."""
+    """The default if the value is None; empty values and zeros are checked later."""
     return default if value is None else value
 
 
@@ -246,7 +246,7 @@ def _devices(devices: Sequence[str] | None) -> tuple[str, ...]:
         return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for name in devices:
         if name not in ("cpu", "cuda"):
-            raise ValueError(f"a device of a study is 'cpu' or 'cuda', got {name!r}.")
+            raise ValueError(f"a device of a study must be 'cpu' or 'cuda', got {name!r}.")
         if name == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda' needs a CUDA device and a build of torch for it; there is none.")
+            raise ValueError("device 'cuda' needs a CUDA device and a CUDA build of torch; there is none.")
     return tuple(dict.fromkeys(devices))

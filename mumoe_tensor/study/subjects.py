@@ -1,4 +1,4 @@
-"""The modules that a study compares: a dense layer, and mixtures that may take its place."""
+"""The modules that a study compares: a dense layer, and mixtures that can replace it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ ITEM = ITEMSIZE[DTYPE]
 
 @dataclass(frozen=True)
 class Subject:
-    """One module to be measured.
+    """One module to measure.
 
     Attributes
     ----------
     spec : LayerSpec
-        The dense layer's and the sparse mixture's format is the dense one.
+        The format of the dense layer and of the sparse mixture is "dense".
     role : {"mixture", "baseline", "sparse"}
-        A factorized mixture, the dense layer itself, or a mixture of dense experts of which each input uses
-        a few.
+        A factorized mixture, the dense layer itself, or a mixture of dense experts, of which each input uses
+        only a few.
     budget : int
-        Number of parameters that the rank was fitted to, gate and biases counted; 0 without a rank.
+        Number of parameters that the rank was fitted to, with gate and biases; 0 without a rank.
     top_k : int
-        Experts that an input of the sparse mixture uses.
+        Active experts per input in the sparse mixture.
     """
 
     spec: LayerSpec
@@ -54,7 +54,7 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """Name in tables and plots: of a format with settings its expression, as titles have none."""
+        """Name in tables and plots; for a format with settings its expression, as titles do not show them."""
         if self.role == BASELINE:
             return "Linear layer" if self.spec.hidden is None else "Dense MLP"
         if self.role == SPARSE:
@@ -67,13 +67,13 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """Distinguishes the subject from the others of a study."""
+        """A key that identifies the subject within a study."""
         spec = self.spec
         numbers = (features(spec), spec.experts, spec.full_rank)
         return " ".join([self.name, *("x".join(map(str, part)) or "-" for part in numbers)])
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The module, its weights drawn by torch's generator."""
+        """Make the module, initialized with torch's global random numbers."""
         spec = self.spec
         if self.role == SPARSE:
             return SparseMixture(spec, self.top_k, device=device)
@@ -86,12 +86,12 @@ class Subject:
         return make.from_spec(spec, device=device)
 
     def figures(self, batch: int) -> dict[str, float]:
-        """Its figures by formula: parameters, and the cost of one input.
+        """Figures computed by formula: parameters, and the cost per input.
 
         Parameters
         ----------
         batch : int
-            Inputs that come at once.
+            Inputs per forward pass.
 
         Returns
         -------
@@ -101,7 +101,7 @@ class Subject:
         if self.role == SPARSE:
             return self._sparse_figures(batch)
         total = cost(self.spec, gate=True, batch=batch, dtype=DTYPE)
-        # Every operand read once, every result written once: no product moves less.
+        # Minimum traffic: every operand is read once and every result written once.
         vectors = batch * (self.spec.in_features + sum(self.spec.experts))
         traffic = ITEM * (total.parameters + vectors) + total.write
         return {
@@ -109,15 +109,15 @@ class Subject:
             "gate parameters": total.gate_parameters,
             "FLOPs": total.flops / batch,
             "intensity": total.flops / traffic,
-            # The dense layer keeps its input and, if it is a single one, nothing else.
+            # The dense layer saves its input and, if it is a single linear layer, nothing else.
             "saved": (total.saved + ITEM * batch * self.spec.in_features) / batch,
             "expert rank": total.max_expert_rank,
         }
 
     def predicted(self, batch: int, machine: str) -> float:
-        """Predicted seconds of a forward pass on a machine, as of the kind of a device; on a CPU on one core.
+        """Predicted seconds of a forward pass on a machine, such as "cpu" (one core) or "cuda".
 
-        See `.Cost`. Of the sparse mixture it is one roofline, of all its FLOPs and traffic.
+        See `.Cost`. For the sparse mixture, the prediction is a single roofline of all its FLOPs and traffic.
         """
         computing = as_machine(machine, DTYPE)
         if self.role != SPARSE:
@@ -131,12 +131,12 @@ class Subject:
         expert = cost(replace(spec, experts=()), batch=batch, dtype=DTYPE)
         outputs = [part.out_features for part in spec.layers]
         gate = spec.in_features * count
-        # The outputs that are used are weighted and added.
+        # The outputs of active experts are weighted and added.
         flops = k * (expert.flops + 2 * batch * spec.out_features) + 2 * batch * gate
-        # At best every expert that is used is read once.
+        # At best, every active expert is read once.
         read = min(count, k * batch) * expert.parameters + gate + batch * (spec.in_features + count)
-        # For each expert that an input uses: a copy of the input, two activations between layers, and the
-        # output before and after its weight.
+        # For each active expert of an input: a copy of the input, two activations between layers, and the
+        # output before and after weighting.
         saved = k * (spec.in_features + 2 * sum(outputs))
         return {
             "parameters": count * expert.parameters + gate,
@@ -148,7 +148,7 @@ class Subject:
         }
 
 
-#: Units of what is computed and measured.
+#: Units of computed and measured quantities.
 UNITS = {
     "parameters": "1",
     "gate parameters": "1",
@@ -178,25 +178,25 @@ UNITS = {
 def fitted(
     layer: LayerSpec, experts: Sequence[int], formats: Sequence[str], parameters: int | str = "match"
 ) -> tuple[list[Subject], dict[str, str]]:
-    """Mixtures in the place of a dense layer, each with the rank that comes nearest to a budget.
+    """Mixtures to replace a dense layer, each with the rank whose parameters are closest to a budget.
 
     Parameters
     ----------
     layer : LayerSpec
         The dense layer.
     experts : sequence of int
-        Number of experts of each level.
+        Number of experts per level.
     formats : sequence of str
-        Names, or config entries as JSON of formats with settings.
+        Names or, for formats with settings, config entries as JSON.
     parameters : int or str, default "match"
         The budget; see `.LayerSpec.fitted`.
 
     Returns
     -------
     list of Subject
-        A format without a rank is in it as it is.
+        Includes formats without a rank, whatever their number of parameters.
     dict of str to str
-        Formats without a rank for the budget, or without parts of which a size is a product, and why.
+        Formats that have no rank for the budget, or cannot split a size, with the reason.
     """
     budget = as_budget(parameters, layer.dense_parameters)
     subjects, unfitted = [], {}

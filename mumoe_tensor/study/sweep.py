@@ -27,31 +27,31 @@ from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.subjects import BASELINE, ITEM, MIXTURE, SPARSE, Subject, fitted
 from mumoe_tensor.study.weights import read_covariance, read_weight
 
-#: Batch of the latency of heads.
+#: Batch size for the latency of heads.
 HEAD_BATCH = 256
-#: What is predicted to take more seconds for a forward pass, and more than the dense layer twice, is
-#: estimated.
+#: Subjects whose forward pass is predicted to take more seconds, and more than twice the time of the dense
+#: layer, are extrapolated from a smaller run.
 SLOW = 0.1
-#: A fit ends when two sweeps in a row lower its error by a smaller fraction each.
+#: A fit ends after two consecutive sweeps that each lower its error by a smaller fraction than this.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Task:
-    """A group of measurements, made whole or not at all.
+    """A group of measurements that are recorded together.
 
     Attributes
     ----------
     key : str
-        Marks its results.
+        Identifies its results.
     text : str
         Shown as progress.
     seconds : float
-        An estimate.
+        Estimated duration.
     run : callable
         Makes the measurements.
     alone : bool
-        Whether nothing else may run meanwhile, as of a timing.
+        Whether it must run alone, because it is timed.
     """
 
     key: str
@@ -69,10 +69,11 @@ class Plan:
     ----------
     setting : Setting
     subjects : list of Subject
-        The dense layer, then for each number of experts every format at every budget, and the sparse mixture.
+        The dense layer; then, for each number of experts, every format at every budget, and the sparse
+        mixture.
     heads : list of Subject
     unfitted : dict of str to str
-        Formats that do not fit their budget, and why.
+        Formats that do not fit their budget, with the reason.
     tasks : list of Task
     """
 
@@ -84,13 +85,13 @@ class Plan:
 
     @property
     def main(self) -> list[Subject]:
-        """Those with the first number of experts and the first budget, or without experts or a budget."""
+        """Subjects with the first number of experts and the first budget, or without experts or a budget."""
         experts, budgets = self.setting.experts[0], (0, self.setting.budgets[0])
         return [s for s in self.subjects if s.spec.experts in ((), experts) and s.budget in budgets]
 
 
 def plan(setting: Setting) -> Plan:
-    """Fit every format to its budgets and list the measurements. Nothing is run yet.
+    """Fit every format to its budgets and list the measurements, without running them.
 
     Raises
     ------
@@ -103,7 +104,7 @@ def plan(setting: Setting) -> Plan:
     for experts in setting.experts:
         for budget in setting.budgets:
             mixtures, missing = fitted(layer, experts, setting.formats, budget)
-            # Two budgets may give the same rank.
+            # Two budgets may result in the same rank.
             subjects = {subject.key: subject for subject in mixtures} | subjects
             counts = "x".join(map(str, experts)) or "no"
             unfitted |= {f"{name}, {counts}, {budget:,}": why for name, why in missing.items()}
@@ -120,7 +121,7 @@ def plan(setting: Setting) -> Plan:
 
 
 def _place(setting: Setting, subject: Subject) -> tuple[int, ...]:
-    """The dense layer, then by number of experts, budget and format; without a budget, last."""
+    """Sort key: the dense layer first, then by number of experts, budget and format; no budget last."""
     if subject.role == BASELINE:
         return (-1,)
     budgets, is_sparse = [*setting.budgets, 0], subject.role == SPARSE
@@ -129,14 +130,14 @@ def _place(setting: Setting, subject: Subject) -> tuple[int, ...]:
 
 
 def measure(planned: Plan, results: Results, progress: Progress | None = None, jobs: int | str = 1) -> None:
-    """Run every task without results.
+    """Run every task that has no results.
 
     Parameters
     ----------
     results : Results
-        Gets the measurements of each task when it ends.
+        Receives the measurements of each task when it ends.
     jobs : int or str, default 1
-        Processes for what is not timed: trainings, fits, and peaks of memory.
+        Processes for tasks that are not timed: training runs, fits and memory peaks.
     """
     about, done = environment(), results.tasks
     left = [task for task in planned.tasks if task.key not in done]
@@ -157,7 +158,7 @@ def measure(planned: Plan, results: Results, progress: Progress | None = None, j
 
 
 def _tasks(planned: Plan) -> Iterator[Task]:
-    """The tasks, the most informative first."""
+    """The tasks, most informative first."""
     setting, subjects = planned.setting, planned.subjects
     for subject in [*subjects, *planned.heads]:
         yield _costs(setting, subject)
@@ -210,7 +211,7 @@ def _fit(setting: Setting, subject: Subject) -> Task:
         assert setting.weight is not None
         spec = subject.spec
         if max(spec.full_rank, default=0) > max(spec.mode_sizes):
-            # Alternating least squares solves systems of that size, many times.
+            # Alternating least squares repeatedly solves systems of that size.
             note = "not fitted, as it has a larger rank than any mode has entries"
             return [Measurement.of(key, subject, "weight error", None, note=note)]
         weight = read_weight(setting.weight, setting.transposed).reshape(spec.mode_sizes)
@@ -243,7 +244,7 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: 
         run_one, few = smaller(subject, setting, batch, device)
         scale = subject.predicted(batch, device) / run_one.predicted(few, device)
         inputs = {"dense": x, "this": x[:few].detach().requires_grad_()}
-        # The dense layer is measured against itself, and costs one turn only.
+        # The dense layer is measured against itself, and takes only one turn per round.
         spec = subject.spec
         baseline = Subject(dense(spec.in_features, spec.out_features, spec.hidden, spec.bias), BASELINE)
         chosen = {"this": subject} if subject.role == BASELINE else {"dense": baseline, "this": run_one}
@@ -278,7 +279,7 @@ def _peak(setting: Setting, subject: Subject, device: str) -> Task:
 
     def run() -> list[Measurement]:
         run_one, few = smaller(subject, setting, setting.batch, device)
-        # What is not there: inputs, or parameters, in a step with their gradients, and what is kept for them.
+        # Add the memory of the missing inputs or parameters, with gradients and saved activations in a step.
         parameters, run_parameters = (ITEM * s.figures(few)["parameters"] for s in (subject, run_one))
         kept = few * (subject.figures(few)["saved"] - run_one.figures(few)["saved"])
         note = _estimated(subject, run_one, setting.batch, few)
@@ -313,11 +314,11 @@ def _training(setting: Setting, subject: Subject, seed: int) -> Task:
 
 
 def smaller(subject: Subject, setting: Setting, batch: int, device: str) -> tuple[Subject, int]:
-    """What is run in the place of a subject that is too large or slow, and on how many inputs.
+    """A smaller subject to run instead of one that is too large or slow, and its number of inputs.
 
-    Dense experts are fewer, of one level; of other subjects the batch is smaller. What is kept for the
-    backward pass, parameters and gradients have to fit the memory of the setting, and the forward pass has to
-    be predicted to take at most `SLOW` seconds, or twice those of the dense layer.
+    Mixtures of dense experts get fewer experts, in one level; other subjects get a smaller batch. Saved
+    activations, parameters and gradients must fit into the setting's memory, and the predicted time of the
+    forward pass must be at most `SLOW` seconds, or twice that of the dense layer.
     """
     dense_layer = Subject(setting.layer.spec, BASELINE)
     is_factorized = subject.role == MIXTURE and len(subject.spec.format.declaration(1)) > 1
@@ -339,8 +340,8 @@ def smaller(subject: Subject, setting: Setting, batch: int, device: str) -> tupl
 
 def _estimated(subject: Subject, run: Subject, batch: int, count: int) -> str:
     if run is not subject:
-        return f"estimated from {run.spec.experts[0]:,} experts, which are run"
-    return "" if count == batch else f"estimated from {count:,} inputs, which are run"
+        return f"extrapolated from {run.spec.experts[0]:,} experts"
+    return "" if count == batch else f"extrapolated from {count:,} inputs"
 
 
 def _experts(subject: Subject) -> str:

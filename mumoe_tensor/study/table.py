@@ -1,4 +1,4 @@
-"""The tables of a study: verdicts, costs and times of its subjects, and heads."""
+"""The tables of a study: verdicts, costs, times, and heads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mumoe_tensor.study.verdicts import Cells, head_verdicts, is_specialised, ve
 
 
 def cells(planned: Plan, results: Results, compare: str | Path | None = None) -> list[Cells]:
-    """All tables, for the screen and the page; the first says which format is best.
+    """All tables for the terminal and the page, starting with the verdicts.
 
     Parameters
     ----------
     compare : str or Path, optional
-        The folder of another study, to stand beside this one.
+        The folder of another study, to compare with this one.
 
     Returns
     -------
@@ -38,21 +38,21 @@ def cells(planned: Plan, results: Results, compare: str | Path | None = None) ->
 
 
 def notes(planned: Plan, results: Results) -> list[str]:
-    """Notes on how to read the figures, and on what is not in them."""
+    """Notes on how to read the figures, and on missing figures."""
     setting = planned.setting
     free = list(dict.fromkeys(s.title for s in planned.subjects if not s.budget and s.name != BASELINE))
     sentences = [
-        f"Ranks come nearest to {', '.join(f'{b:,}' for b in setting.budgets)} parameters, gate included."
-        + (f" Without a rank, at their own cost: {', '.join(free)}." if free else ""),
-        "A step is zero_grad, forward and backward, the input has a gradient too. All run eagerly.",
-        f"Times are medians of {setting.rounds} turns at most, beside the dense layer in the same process.",
+        f"Ranks are the closest to {', '.join(f'{b:,}' for b in setting.budgets)} parameters, with the gate."
+        + (f" Without a rank, so not at the budget: {', '.join(free)}." if free else ""),
+        "A step is zero_grad, forward and backward, with a gradient of the input. Nothing is compiled.",
+        f"Times are medians of up to {setting.rounds} rounds, alternating with the dense layer.",
     ]
     if any(subject.spec.experts for subject in planned.subjects):
         sentences.append("The time of a mixture includes its gate.")
     if setting.weight:
-        sentences.append("Errors are relative: the norm of the difference over that of the weight.")
+        sentences.append("Errors are relative: the norm of the difference over the norm of the weight.")
     if setting.inputs:
-        sentences.append("Errors of outputs are those of the outputs for the inputs, over their norm.")
+        sentences.append("Errors of outputs are relative to the norm of the outputs for the given inputs.")
     noted: dict[str, dict[str, None]] = {}
     for row in results:
         if row.note:
@@ -64,7 +64,7 @@ def notes(planned: Plan, results: Results) -> list[str]:
 
 
 def _without_empty(title: str, headings: list[str], rows: list[list[str]]) -> Cells:
-    """The columns that have anything, such as experts."""
+    """The table without empty columns."""
     used = [n for n in range(len(headings)) if any(row[n] for row in rows)]
     return title, [headings[n] for n in used], [[row[n] for n in used] for row in rows]
 

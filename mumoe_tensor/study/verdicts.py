@@ -1,4 +1,4 @@
-"""The best format of each budget by each measure; formats whose intervals overlap tie."""
+"""The best format at each budget by each measure; formats whose intervals overlap tie."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mumoe_tensor.study.settings import Setting
 from mumoe_tensor.study.subjects import Subject
 from mumoe_tensor.study.sweep import Plan
 
-#: A title, headings, and rows below them.
+#: A title, headings and rows.
 Cells = tuple[str, list[str], list[list[str]]]
-#: What has no spread has this one: figures that differ by less than 1 % tie.
+#: Half-width of the interval of figures without a spread: figures that differ by less than 1 % tie.
 SPREAD = 0.005
-#: Names of formats that tie are written out up to this many.
+#: Maximum number of tied formats that are listed.
 MOST_NAMES = 3
 
 
@@ -30,19 +30,19 @@ class Figure(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A measure by which formats are compared.
+    """A measure for comparing formats.
 
     Attributes
     ----------
     title, quantity : str
     figure : callable
-        From the measurements of a subject.
+        Maps the measurements of a subject to a `Figure`.
     text : callable
-        Of a value.
+        Formats a value.
     values : mapping
-        What measurements must have.
+        Attributes that measurements must have.
     highest : bool
-        Whether more is better.
+        Whether higher is better.
     """
 
     title: str
@@ -53,19 +53,19 @@ class Measure(NamedTuple):
     highest: bool = False
 
     def is_of(self, row: Measurement) -> bool:
-        """Whether a measurement is of the measure."""
+        """Whether a measurement belongs to the measure."""
         return row.quantity == self.quantity and self.values.items() <= vars(row).items()
 
 
 def best(figures: dict[str, Figure], highest: bool = False) -> list[str]:
-    """The names of the best figure and of those that tie with it, the best first."""
+    """The names of the best figure and of those that tie with it, best first."""
     ordered = sorted(figures, key=lambda name: figures[name].value, reverse=highest)
     first = figures[ordered[0]]
     return [n for n in ordered if not (figures[n].low > first.high or figures[n].high < first.low)]
 
 
 def measures(setting: Setting) -> list[Measure]:
-    """The measures of the layer's subjects."""
+    """The measures for the subjects of the layer."""
     errors = [("least error of the weight", "weight error"), ("least error of outputs", "output error")]
     made = [Measure(title, quantity, _exact, _percent) for title, quantity in errors]
     made += [
@@ -94,7 +94,7 @@ def head_verdicts(planned: Plan, results: Results) -> Cells:
 
 
 def is_specialised(results: Results, head: Subject) -> str:
-    """Whether experts have fewer classes each than under a random gate, by the runs of a head."""
+    """Whether the experts of a head respond to fewer classes than with a random gate, over its runs."""
     real = {row.seed: row.value for row in results.of_subject(head, "polysemanticity")}
     null = {row.seed: row.value for row in results.of_subject(head, "polysemanticity, random gate")}
     differences = [(null[seed] or 0.0) - (real[seed] or 0.0) for seed in real if seed in null]
@@ -107,7 +107,7 @@ def is_specialised(results: Results, head: Subject) -> str:
 
 
 def _table(title: str, subjects: Sequence[Subject], by: Sequence[Measure], results: Results) -> Cells:
-    """A row a measure that has figures, and a column for each number of experts and budget."""
+    """A row for each measure with figures, and a column for each number of experts and budget."""
     groups: dict[str, list[Subject]] = {}
     for subject in subjects:
         if subject.budget:
@@ -142,7 +142,7 @@ def _exact(rows: list[Measurement]) -> Figure:
 
 
 def _ratio(rows: list[Measurement]) -> Figure:
-    """Time over the dense layer's, with quartiles."""
+    """Time relative to the dense layer, with quartiles."""
     ratio, low, high = (float(x or 0.0) for x in (rows[0].ratio, rows[0].ratio_low, rows[0].ratio_high))
     return Figure(ratio, low, high)
 

@@ -1,4 +1,4 @@
-"""The weight of a layer of the user's own and the inputs of that layer, read from files."""
+"""Read the weight and the inputs of an existing layer from files."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch import Tensor
 from mumoe_tensor.nn.weights import read_weights
 from mumoe_tensor.readers import reading
 
-#: Rows whose products are summed in one go.
+#: Rows per partial sum of products.
 CHUNK = 4096
 
 
 @cache
 def read_weight(source: str, transposed: bool = False) -> Any:
-    """The weight of a layer, or the weights of several experts or layers of one shape, as a stack.
+    """Read the weight of a layer, or a stack of weights of one shape, such as those of experts.
 
     Parameters
     ----------
     source : str
-        A file of safetensors, of NumPy or of ``torch.save``, or a folder of safetensors, and the name of a
-        tensor in it, as ``model.safetensors:layers.3.mlp.up_proj.weight``. Of several names that match a
-        pattern, each is one expert, in the order of the numbers in their names.
+        A file in the format of safetensors, NumPy or ``torch.save``, or a folder of safetensors files, and
+        the name of a tensor, such as ``model.safetensors:layers.3.mlp.up_proj.weight``. If a pattern matches
+        several names, each is one expert, in the order of the numbers in their names.
     transposed : bool, default False
-        Whether the file has (..., in, out), as the ``Conv1D`` of GPT-2 and the arrays of this library; by
-        default it has (..., out, in), as `torch.nn.Linear`.
+        Whether the weight has shape (..., in, out), as in the ``Conv1D`` of GPT-2 and the arrays of this
+        library; by default (..., out, in), as in `torch.nn.Linear`.
 
     Returns
     -------
@@ -42,8 +42,8 @@ def read_weight(source: str, transposed: bool = False) -> Any:
     Raises
     ------
     ValueError
-        If a file is damaged, no name matches, or the tensors are no matrices or stacks of one shape, empty,
-        not finite, or all zero.
+        If a file is corrupt, no name matches, or the tensors are not matrices, or stacks, of one shape, or
+        are empty, not finite, or all zero.
     OSError
         If a file cannot be read.
     """
@@ -56,8 +56,8 @@ def read_weight(source: str, transposed: bool = False) -> Any:
             )
     if len(shapes := {tuple(tensor.shape) for tensor in tensors.values()}) > 1:
         raise ValueError(
-            f"weights of one stack must have one shape, got {sorted(shapes)} for {source!r}. Select tensors "
-            "by name, as FILE:NAME."
+            f"weights of a stack must have the same shape, got {sorted(shapes)} for {source!r}. Select "
+            "tensors by name, as FILE:NAME."
         )
     weight = torch.stack([tensor.float() for tensor in tensors.values()])
     if not weight.isfinite().all() or not weight.any():
@@ -68,12 +68,12 @@ def read_weight(source: str, transposed: bool = False) -> Any:
 
 @cache
 def read_covariance(source: str, in_features: int) -> Any:
-    """The mean of ``x xᵀ`` over inputs of a layer, not centred.
+    """The uncentred mean of ``x xᵀ`` over inputs of a layer.
 
     Parameters
     ----------
     source : str
-        As of `read_weight`, of tensors of shape (..., in_features); all of their rows count.
+        As in `read_weight`, for tensors of shape (..., in_features); all rows are used.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def read_covariance(source: str, in_features: int) -> Any:
     Raises
     ------
     ValueError
-        If a file is damaged, no name matches, or the tensors have no rows of inputs.
+        If a file is corrupt, no name matches, or the tensors have no rows of inputs.
     OSError
         If a file cannot be read.
     """
@@ -90,8 +90,8 @@ def read_covariance(source: str, in_features: int) -> Any:
     for name, tensor in tensors_of(source):
         if tensor.ndim < 2 or tensor.shape[-1] != in_features or not tensor.numel():
             raise ValueError(
-                f"inputs must have the {in_features:,} features of the weight; {name} is of shape "
-                f"{tuple(tensor.shape)}. (A weight that is stored as in x out is transposed.)"
+                f"inputs must have the {in_features:,} features of the weight; {name} has shape "
+                f"{tuple(tensor.shape)}. (If the weight is stored as in x out, use the option transposed.)"
             )
         for rows in tensor.reshape(-1, in_features).split(CHUNK):
             total += rows.double().T @ rows.double()
@@ -102,19 +102,19 @@ def read_covariance(source: str, in_features: int) -> Any:
 
 
 def tensors_of(source: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by their names, from ``FILE``, ``FILE:NAME`` or ``FOLDER:NAME``.
+    """Read tensors with their names from ``FILE``, ``FILE:NAME`` or ``FOLDER:NAME``.
 
     Parameters
     ----------
     source : str
-        The file is of safetensors, of NumPy (``.npy``, ``.npz``) or of ``torch.save``; of a folder all
-        files of safetensors are read. The name may be a pattern with ``*``, which matches dots, too;
-        without one, all are read.
+        The file is in the format of safetensors, NumPy (``.npy``, ``.npz``) or ``torch.save``; of a folder,
+        all safetensors files are read. The name may be a pattern with ``*``, which also matches dots; without
+        a name, all tensors are read.
 
     Raises
     ------
     ValueError
-        If a file is damaged, no name matches, or two files have a tensor of one name.
+        If a file is corrupt, no name matches, or two files have a tensor of the same name.
     OSError
         If a file cannot be read.
     """
@@ -134,7 +134,7 @@ def tensors_of(source: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _in_order(name: str) -> list[Any]:
-    """Numbers in names count as numbers."""
+    """A sort key that compares numbers in names by value."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 

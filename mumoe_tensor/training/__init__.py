@@ -1,4 +1,4 @@
-"""Real data and one small trainer, for the study and the experiments."""
+"""Data sets and a small trainer, shared by the study and the experiments."""
 
 from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.readers import read_text

@@ -1,4 +1,4 @@
-"""Readers of populations with binary attributes: CelebA, Adult, and your own embeddings."""
+"""Readers for data with binary attributes: CelebA, Adult, and any file of embeddings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mumoe_tensor.readers import read_arrays, read_text, reading
 from mumoe_tensor.selections import Selection, read_selection
 from mumoe_tensor.training.data import as_features
 
-#: Rows of CelebA for training, validation and test: the official split, in the order of the rows.
+#: Number of rows in the official training, validation and test splits of CelebA, in file order.
 CELEBA_PARTS = (162_770, 19_867, 19_962)
-#: What the columns of Adult are. One that is skipped is a sampling weight, one stands in a number too.
+#: Columns of Adult. Of the skipped ones, fnlwgt is a sampling weight and education repeats education-num.
 ADULT_NUMBERS = ("age", "education-num", "capital-gain", "capital-loss", "hours")
 ADULT_CATEGORIES = ("workclass", "marital", "occupation", "relationship", "race", "country")
 ADULT_SKIPPED = ("fnlwgt", "education")
@@ -33,7 +33,7 @@ Side = tuple[str, int]
 
 @dataclass(frozen=True)
 class Population:
-    """Inputs with labels of two classes each, and a group.
+    """Inputs with binary labels and a binary group.
 
     Attributes
     ----------
@@ -65,21 +65,21 @@ class Population:
 
 @dataclass(frozen=True)
 class Task:
-    """Labels to be predicted, and a subpopulation about which a model must not be wrong.
+    """A prediction task, and the subpopulation on which a model should make no errors.
 
     Attributes
     ----------
     name : str
     training, validation, test : Population
     output : int
-        The column of the labels that matters.
+        Column of `y` that holds the label of the task.
     target : tuple of int
-        Label and group of the subpopulation.
+        Label and group that define the subpopulation.
 
     Raises
     ------
     ValueError
-        If a part has no row of the subpopulation, or a group without rows of label 1.
+        If a part has no rows of the subpopulation, or one of its groups has no rows with label 1.
     """
 
     name: str
@@ -98,36 +98,38 @@ class Task:
                 )
             if len(set(rows.group[self.labels(rows) == 1].tolist())) < 2:
                 raise ValueError(
-                    f"both groups must have rows of label 1; in {part} of {self.name} one has none."
+                    f"both groups must have rows with label 1; in {part} of {self.name} one group has none."
                 )
 
     def labels(self, rows: Population) -> Tensor:
-        """The labels that matter, of shape (rows,)."""
+        """The labels of the task, of shape (rows,)."""
         return rows.y[:, self.output]
 
     def members(self, rows: Population) -> Tensor:
-        """Which rows are of the subpopulation, bool of shape (rows,)."""
+        """Mask of the rows in the subpopulation, bool of shape (rows,)."""
         label, group = self.target
         return (self.labels(rows) == label) & (rows.group == group)
 
 
 def read_celeba(folder: Path, target: Side, group: Side, embeddings: Path | None = None) -> Task:
-    """CelebA's attributes, in the official split.
+    """Read the attributes of CelebA, in the official split.
 
     Parameters
     ----------
     folder : Path
-        Has ``celeba.csv.zip``: ``filename`` and 40 attributes of 1 or −1.
+        Contains ``celeba.csv.zip``, with the columns ``filename`` and 40 attributes with values 1 and −1.
     target, group : tuple of str and int
-        Attribute and value of the label, and of the group, of the subpopulation.
+        Attribute and value that define the label, and the group, of the subpopulation.
     embeddings : Path, optional
-        An ``.npz`` file with ``x`` of shape (rows, features), in the order of the attributes' rows. They are
-        the input then, and all attributes are predicted. By default the other attributes are the input.
+        An ``.npz`` file with ``x`` of shape (rows, features), in the order of the rows of the table. The
+        embeddings are then the input, and all attributes are predicted. By default the other attributes are
+        the input.
 
     Raises
     ------
     ValueError
-        If the file is not of the official rows, an attribute is unknown, or embeddings do not fit.
+        If the file does not hold the official rows, an attribute is unknown, or `embeddings` has another
+        number of rows.
     """
     import pandas
 
@@ -136,13 +138,13 @@ def read_celeba(folder: Path, target: Side, group: Side, embeddings: Path | None
         table = pandas.read_csv(path, compression="zip", encoding="utf-8-sig", index_col=False)
         if table.columns[0] != "filename" or len(table) != sum(CELEBA_PARTS):
             raise ValueError(
-                f"it must have the {sum(CELEBA_PARTS):,} rows of CelebA, with the column filename first; it "
-                f"has {len(table):,}, with {table.columns[0]!r} first."
+                f"a table must have the {sum(CELEBA_PARTS):,} rows of CelebA and the first column filename, "
+                f"got {len(table):,} rows and the first column {table.columns[0]!r}."
             )
         table = table.drop(columns="filename")
         odd = [name for name in table.columns if not table[name].isin((-1, 1)).all()]
         if odd:
-            raise ValueError(f"attributes must be 1 or -1; {odd[0]!r} has others.")
+            raise ValueError(f"attributes must be 1 or -1; {odd[0]!r} has other values.")
     names = list(table.columns)
     output, by = (_column(names, side) for side in (target, group))
     values = torch.tensor(table.to_numpy(np.float32))
@@ -162,14 +164,14 @@ def read_celeba(folder: Path, target: Side, group: Side, embeddings: Path | None
 
 
 def read_adult(folder: Path, target: Side, group: Side) -> Task:
-    """Complete rows of Adult; a fifth of the training rows, drawn with seed 0, are for validation.
+    """Read the rows of Adult without missing values; a random fifth of the training rows is for validation.
 
     Parameters
     ----------
     folder : Path
-        Has ``adult.data`` and ``adult.test``.
+        Contains ``adult.data`` and ``adult.test``.
     target, group : tuple of str and int
-        ``("income", 1)`` for more than 50K or 0; ``("Male", 1)`` or 0.
+        ``("income", 1)`` for incomes above 50K, or ``("income", 0)``; ``("Male", 1)`` or ``("Male", 0)``.
 
     Raises
     ------
@@ -219,20 +221,20 @@ def read_adult(folder: Path, target: Side, group: Side) -> Task:
 
 
 def read_embeddings(path: Path, target: Side, group: Side) -> Task:
-    """Embeddings with binary attributes; a fifth of the rows, drawn with seed 0, validates, and one tests.
+    """Read embeddings with binary attributes; a random fifth of the rows is for validation, another for test.
 
     Parameters
     ----------
     path : Path
-        An ``.npz`` file with ``x`` of shape (rows, features), and an array of 0 and 1 of shape (rows,) under
-        the name of each attribute.
+        An ``.npz`` file with ``x`` of shape (rows, features) and, under the name of each attribute, an array
+        of 0s and 1s of shape (rows,).
     target, group : tuple of str and int
-        Attribute and value of the label, and of the group, of the subpopulation.
+        Attribute and value that define the label, and the group, of the subpopulation.
 
     Raises
     ------
     ValueError
-        If an array is missing or not of this kind.
+        If an array is missing, or its shape or values are not as described.
     """
     x, *attributes = read_arrays(path, ("x", target[0], group[0]))
     with reading(path):
@@ -265,12 +267,12 @@ def _said(side: Side) -> str:
 
 
 def _embeddings(path: Path, rows: int) -> Tensor:
-    """Embeddings, centred, and scaled by one number, both those of the training rows."""
+    """Embeddings, centred and divided by one number; both are computed on the training rows."""
     (x,) = read_arrays(path, ("x",))
     with reading(path):
         if x.ndim != 2 or len(x) != rows:
             raise ValueError(
-                f"x must have shape ({rows}, features), a row for each of the attributes, got {x.shape}."
+                f"x must have shape ({rows}, features), a row for each row of attributes, got {x.shape}."
             )
         features = as_features(x)
     training = features[: CELEBA_PARTS[0]]

@@ -1,7 +1,7 @@
-"""The batches of a training run: which rows a step is made with is a function of its number alone.
+"""The batches of a training run: the rows of a step depend only on its number.
 
-So a run that was interrupted goes on with the rows that come next, and several processes together see the
-rows that one process would.
+An interrupted run therefore resumes with the next rows, and several processes together see the same rows as
+one process would.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ Batch = tuple[Tensor, Tensor]
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that different numbers, such as a seed, a step and a process, have different ones of."""
+    """A seed derived from several numbers, such as a seed, a step and a process."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class Batches(TorchDataset[list[Batch]]):
-    """What a process computes with in each step: a batch for each part of the step.
+    """The batches of one process: for each step, a list with one batch for each accumulation part.
 
-    The rows of an epoch come in an order of their own; the last rows that do not fill a batch are left out.
+    The rows are shuffled anew in each epoch; a last, incomplete batch is left out.
 
     Parameters
     ----------
     data : Rows
     config : TrainConfig
     process, processes : int
-        Which process this is, of how many: each takes its share of every part.
+        Index of this process, and number of processes: each takes its share of every part.
 
     Attributes
     ----------
     per_epoch : int
-        Steps of an epoch.
+        Steps per epoch.
     steps : int
-        Steps of the whole run.
+        Steps in the whole run.
 
     Raises
     ------
     ValueError
-        If there are fewer rows than a batch has, or they cannot be shared out evenly.
+        If there are fewer rows than `batch_size`, or a batch cannot be divided evenly.
     """
 
     def __init__(self, data: Rows, config: TrainConfig, process: int = 0, processes: int = 1):
         self._data, self._config, self._process, self._processes = data, config, process, processes
         self.per_epoch = len(data) // config.batch_size
         if not self.per_epoch:
-            raise ValueError(f"a batch of {config.batch_size} needs as many rows, got {len(data)}.")
-        # Mixed rows are neighbours, and both of a pair must be in one share.
+            raise ValueError(f"a batch of {config.batch_size} needs at least as many rows, got {len(data)}.")
+        # Mixup pairs neighbouring rows, and both rows of a pair must go to one process.
         together = processes * config.accumulation * (2 if config.mixup else 1)
         if config.batch_size % together:
             raise ValueError(
@@ -65,7 +65,7 @@ class Batches(TorchDataset[list[Batch]]):
         self.steps = config.epochs * self.per_epoch if config.steps is None else config.steps
         self._classes: int = getattr(data, "classes", 0)
         if config.mixup and not self._classes:
-            raise ValueError("mixup is for data that has classes; these have none.")
+            raise ValueError("mixup needs data with classes; this data has none.")
         self._restart()
 
     def _restart(self) -> None:
@@ -73,7 +73,7 @@ class Batches(TorchDataset[list[Batch]]):
         self._order = torch.empty(0)
 
     def rows(self, step: int) -> Tensor:
-        """The numbers of all rows of a step, of all processes."""
+        """The indices of the rows of a step, over all processes."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch < self._epoch:
             self._restart()
@@ -91,7 +91,7 @@ class Batches(TorchDataset[list[Batch]]):
         parts = self.rows(step).chunk(self._config.accumulation)
         batches = []
         for k, part in enumerate(parts):
-            # What `batch` draws, it draws from here.
+            # The random numbers that `batch` draws, too.
             torch.manual_seed(seed_of(seed, step, k, self._process))
             x, y = self._data.batch(part.chunk(self._processes)[self._process])
             if self._config.mixup:
@@ -101,7 +101,7 @@ class Batches(TorchDataset[list[Batch]]):
         return batches
 
     def after(self, step: int, *, pin_memory: bool = False) -> Iterator[list[Batch]]:
-        """The batches from a step on, loaded ahead by the config's workers."""
+        """The batches from `step` on, prefetched by `config.workers` processes."""
         return iter(
             DataLoader(
                 self, batch_size=None, sampler=range(step, self.steps), num_workers=self._config.workers,
@@ -111,14 +111,14 @@ class Batches(TorchDataset[list[Batch]]):
 
 
 def mixed(values: Tensor, share: float) -> Tensor:
-    """Every row mixed with its neighbour: the first with the second, the third with the fourth, and so on.
+    """Mix each row with its neighbour: the first with the second, the third with the fourth, and so on.
 
     Parameters
     ----------
     values : Tensor of shape (rows, ...)
         An even number of rows.
     share : float
-        Of the row itself; its neighbour has the rest.
+        Weight of the row itself; its neighbour has weight ``1 - share``.
     """
     neighbours = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return share * values + (1 - share) * neighbours

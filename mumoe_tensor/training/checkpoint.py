@@ -1,7 +1,7 @@
-"""Checkpoints: everything a training run needs to go on as if it had never stopped.
+"""Checkpoints: everything a training run needs to resume as if it had not been interrupted.
 
-A checkpoint is one file of safetensors, so nothing is unpickled. The order of rows, all chance and the
-learning rate are functions of the step: for these the file needs the step and nothing else.
+A checkpoint is one safetensors file, so nothing is unpickled. The order of the rows, all random numbers and
+the learning rate are functions of the step, so of these the file holds only the step.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ State = dict[str, Tensor]
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is missing, or not what was written."""
+    """A checkpoint is missing or corrupt."""
 
 
 class Snapshot(NamedTuple):
-    """The state of a model and of its optimizer, whole, on the CPU; empty on all processes but the first.
+    """The full state of a model and its optimizer, on the CPU; empty on all processes but the first.
 
     Attributes
     ----------
     model : dict of str to Tensor
     optimizer : dict of str to Tensor
-        Under the name of a parameter, a slash, and the name of what the optimizer keeps of it.
+        Keys are the name of a parameter, a slash, and the name of an optimizer state such as ``exp_avg``.
     """
 
     model: State
@@ -39,7 +39,7 @@ class Snapshot(NamedTuple):
 
 
 def model_state(model: nn.Module) -> State:
-    """A copy of a model's state, gathered from all processes; on all but the first it is empty."""
+    """A copy of a model's state, gathered from all processes; empty on all but the first."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -48,25 +48,25 @@ def model_state(model: nn.Module) -> State:
 
 
 def restore_model(model: nn.Module, state: State) -> None:
-    """Give a model the state that `model_state` gave; on several processes that of the first.
+    """Load a state returned by `model_state` into a model; all processes load the first one's.
 
     Raises
     ------
     ValueError
-        If the state has not the names of the model.
+        If the state's keys are not those of the model.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     options, renamed = _whole(), _renamed(model, state)
-    # Torch takes a state that lacks tensors. (Of several processes only the first has one.)
+    # Torch accepts a state with missing tensors. (With several processes, only the first has a state.)
     odd = sorted(set(get_model_state_dict(model)) ^ set(renamed))
     if odd and (state or not options.broadcast_from_rank0):
-        raise ValueError(f"the tensors must be those of the model; {odd[0]} is missing or unknown.")
+        raise ValueError(f"the keys must be those of the model; {odd[0]} is missing or unknown.")
     set_model_state_dict(model, renamed, options=options)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """The state of a model and of its optimizer, gathered from all processes."""
+    """The state of a model and its optimizer, gathered from all processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -80,11 +80,11 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot) -> None:
-    """Give a model and its optimizer what `snapshot` gave; on several processes that of the first."""
+    """Load a result of `snapshot` into a model and its optimizer; all processes load the first one's."""
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     restore_model(model, state.model)
-    # (Where a parameter has a gradient, torch would not make room for the state.)
+    # (Torch does not allocate the optimizer's state while parameters have gradients.)
     optimizer.zero_grad(set_to_none=True)
     kept: dict[str, State] = {}
     for path, value in _renamed(model, state.optimizer).items():
@@ -92,8 +92,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
         kept.setdefault(name, {})[key] = value
     names = {parameter: name for name, parameter in model.named_parameters()}
     if len({frozenset(values) for values in kept.values()}) > 1 or not {*names.values()}.issuperset(kept):
-        raise ValueError("the optimizer must have the same of every parameter, and of no other.")
-    # What the optimizer has besides is its config, which it was made with.
+        raise ValueError("the optimizer must have the same state entries for every parameter, and no others.")
+    # The rest of the optimizer's state is its settings, which it was constructed with.
     groups = [
         {**group, "params": [names[parameter] for parameter in group["params"]]}
         for group in optimizer.param_groups
@@ -103,7 +103,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Snapshot)
 
 
 def _renamed(model: nn.Module, state: State) -> dict[str, Any]:
-    """A state that an earlier version may have written, under the names of today."""
+    """A state with the keys that earlier versions wrote renamed to the current ones."""
     renamed = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, Experts):
@@ -119,7 +119,7 @@ def _whole() -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last two, each named after the steps that were done.
+    """The checkpoints of a run: the last two, each named after its step.
 
     Parameters
     ----------
@@ -132,23 +132,23 @@ class Checkpoints:
         self._folder = folder
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """The path of the checkpoint of a step."""
         return self._folder / f"step-{step:08d}.safetensors"
 
     @property
     def steps(self) -> list[int]:
-        """Steps there are checkpoints of, in order."""
+        """The steps that have checkpoints, in ascending order."""
         return sorted(
             int(path.stem.removeprefix("step-")) for path in self._folder.glob("step-*.safetensors")
         )
 
     def tidy(self) -> None:
-        """Remove what a process that was killed while it wrote has left behind."""
+        """Remove partial files left by a process that was killed while writing."""
         for path in self._folder.glob(".step-*"):
             path.unlink()
 
     def write(self, step: int, state: Snapshot, best: State, progress: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all, and remove those that are older than the last two.
+        """Write a checkpoint atomically, and remove all but the last two.
 
         Parameters
         ----------
@@ -157,12 +157,12 @@ class Checkpoints:
         best : dict of str to Tensor
             The model's best state so far.
         progress : dict
-            Anything that can be written as JSON.
+            JSON-serializable.
 
         Raises
         ------
         OSError
-            If it cannot be written; says which step, and the last checkpoint there is.
+            If it cannot be written; the message names the step and the last good checkpoint.
         """
         parts = {"model": state.model, "optimizer": state.optimizer, "best": best}
         tensors = {
@@ -179,13 +179,13 @@ class Checkpoints:
             self.path(old).unlink()
 
     def read(self, step: int) -> tuple[Snapshot, State, dict[str, Any]]:
-        """What was given to `write`.
+        """Read the arguments that `write` was called with.
 
         Raises
         ------
         DamagedCheckpoint
-            If there is no checkpoint of this step, or a tensor in it is not what was written; says which, and
-            the last checkpoint that is whole.
+            If there is no checkpoint of this step, or a tensor in it is corrupt; the message names the tensor
+            and the last good checkpoint.
         """
         path = self.path(step)
         if not path.exists():
@@ -197,20 +197,20 @@ class Checkpoints:
             tensors, about = read_tensors(path)
             entries = parse_json(about.get("checkpoint", "{}"))
             if "progress" not in entries:
-                raise ValueError("it must say how far the run is.")
-            if "checksums" in entries:  # where version 0.1 has them, of the bytes alone
+                raise ValueError("it must have the entry progress.")
+            if "checksums" in entries:  # where version 0.1 stores them; they cover the bytes only
                 check_tensors(tensors, entries["checksums"], checksum_of_bytes)
             for name, value in tensors.items():
                 part, _, own = name.partition("/")
                 if part not in parts:
-                    raise ValueError(f"tensors must be of {', '.join(parts)}; {name} is not.")
+                    raise ValueError(f"keys must start with one of {', '.join(parts)}; {name} does not.")
                 parts[part][own] = value
             return Snapshot(parts["model"], parts["optimizer"]), parts["best"], entries["progress"]
         except (ValueError, OSError) as error:
             raise self.damaged(step, str(error)) from error
 
     def damaged(self, step: int, how: str) -> DamagedCheckpoint:
-        """The complaint about the checkpoint of a step."""
+        """The error to raise for the checkpoint of a step."""
         path = self.path(step)
         how = how.removeprefix(f"{path}: ")
         return DamagedCheckpoint(
@@ -218,12 +218,12 @@ class Checkpoints:
         )
 
     def last(self, before: int | None = None) -> str:
-        """Words for the last checkpoint there is that is whole, of those before a step.
+        """A phrase that names the last good checkpoint before a step.
 
         Parameters
         ----------
         before : int, optional
-            By default of all.
+            By default, the last good checkpoint of all.
         """
         for step in reversed(self.steps):
             if before is None or step < before:
@@ -231,5 +231,5 @@ class Checkpoints:
                     self.read(step)
                 except DamagedCheckpoint:
                     continue
-                return f"the last good checkpoint is that of step {step}, {self.path(step)}"
+                return f"the last good checkpoint is from step {step}, {self.path(step)}"
         return "there is no good checkpoint"

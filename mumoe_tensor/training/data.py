@@ -1,4 +1,4 @@
-"""Readers of labelled data and of text."""
+"""Readers for labelled data."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from mumoe_tensor.analysis.labels import read_labels
 from mumoe_tensor.readers import read_arrays, reading
 from mumoe_tensor.selections import Selection, read_selection
 
-#: Labels are below this number: a date or an identifier is no class, and would make a huge layer.
+#: Labels must be below this number: dates or identifiers, taken for classes, would make a huge layer.
 CLASSES = 1_000_000
-#: The types of entries that the IDX format knows, by their code; all big-endian.
+#: The entry types of the IDX format, by code; all big-endian.
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 class Rows(Protocol):
-    """What can be trained on: a number of rows, from which batches are taken."""
+    """Data to train on: rows from which batches are taken."""
 
     def __len__(self) -> int: ...
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of some rows.
+        """The inputs and labels of selected rows.
 
         Parameters
         ----------
@@ -46,7 +46,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Inputs and their labels.
+    """Inputs and labels.
 
     Attributes
     ----------
@@ -57,9 +57,9 @@ class Dataset:
     Raises
     ------
     ValueError
-        If there is no row, there are not as many labels as inputs, or a label is negative.
+        If there are no rows, the numbers of labels and inputs differ, or a label is negative.
     TypeError
-        If labels are no integers.
+        If labels are not integers.
     """
 
     x: Tensor
@@ -68,8 +68,8 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.y.ndim != 1 or self.x.shape[:1] != self.y.shape or not len(self.y):
             raise ValueError(
-                f"there must be inputs, and one label for each; got inputs of shape {tuple(self.x.shape)}, "
-                f"labels of {tuple(self.y.shape)}."
+                "data must have at least one input, and one label for each; got inputs of shape "
+                f"{tuple(self.x.shape)}, labels of {tuple(self.y.shape)}."
             )
         object.__setattr__(self, "y", read_labels(self.y))
 
@@ -82,7 +82,7 @@ class Dataset:
         return int(self.y.max()) + 1
 
     def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of some rows.
+        """The inputs and labels of selected rows.
 
         Parameters
         ----------
@@ -122,18 +122,18 @@ Data = TypeVar("Data", bound=Divisible)
 
 
 def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
-    """Part rows at random.
+    """Split rows into two parts at random.
 
     Parameters
     ----------
     data : Dataset or ImageFiles
     share : float
-        Share of the rows that go into the second part, between 0 and 1.
+        Fraction of the rows in the second part, between 0 and 1.
     seed : int, default 0
 
     Returns
     -------
-    Two of the kind of `data`
+    two of the type of `data`
 
     Raises
     ------
@@ -142,13 +142,13 @@ def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
     """
     second = round(share * len(data))
     if not 0 < second < len(data):
-        raise ValueError(f"both parts must have rows; a share of {share} of {len(data)} gives {second}.")
+        raise ValueError(f"both parts must have rows; a share of {share} of {len(data)} rows is {second}.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     return data.rows(order[second:]), data.rows(order[:second])
 
 
 def digits() -> Dataset:
-    """The 1,797 digits of 8 x 8 pixels that come with scikit-learn: inputs of shape (64,) from 0 to 1.
+    """The 1,797 digits of 8 x 8 pixels that scikit-learn includes: inputs of shape (64,), from 0 to 1.
 
     Raises
     ------
@@ -162,41 +162,41 @@ def digits() -> Dataset:
 
 
 def read_npz(path: str | Path) -> Dataset:
-    """Read arrays ``x`` and ``y`` from a NumPy archive, such as features of a frozen network.
+    """Read the arrays ``x`` and ``y`` of a NumPy archive, such as features of a frozen network.
 
     Parameters
     ----------
     path : str or Path
-        Of an ``.npz`` file with ``x``, real numbers of shape (rows, features, ...), and ``y``, integers of
-        shape (rows,).
+        An ``.npz`` file with ``x``, real numbers of shape (rows, features, ...), and ``y``, integers of shape
+        (rows,).
 
     Raises
     ------
     ValueError
-        If an array is missing, is not of such numbers or not finite, they do not fit together, or the file is
-        damaged.
+        If an array is missing, has another type or shape or values that are not finite, or the file is
+        corrupt.
     """
     x, y = read_arrays(path, ("x", "y"))
     with reading(path):
         if x.ndim < 2:
-            raise ValueError(f"x must be of shape (rows, features) or have more axes, got {x.shape}.")
+            raise ValueError(f"x must have shape (rows, features, ...), got {x.shape}.")
         return Dataset(as_features(x), as_labels(y))
 
 
 def read_images(inputs: str | Path, labels: str | Path | None = None) -> Dataset:
-    """Read images and their labels, from a NumPy archive or from two files in IDX.
+    """Read images and their labels from a NumPy archive or from two IDX files.
 
     Parameters
     ----------
     inputs : str or Path
-        An ``.npz`` file with ``x`` and ``y``; with `labels` a file in IDX, see `read_idx`. Integers from 0 to
-        255 become numbers from 0 to 1; other numbers lie from 0 to 1.
+        An ``.npz`` file with ``x`` and ``y`` or, with `labels`, an IDX file, see `read_idx`. Integer pixels,
+        from 0 to 255, are scaled to 0 to 1; float pixels must be between 0 and 1.
     labels : str or Path, optional
 
     Raises
     ------
     ValueError
-        If numbers are out of range, or as `read_npz` and `read_idx`.
+        If pixels are out of range, or as in `read_npz` and `read_idx`.
     """
     if labels is not None:
         return read_idx(inputs, labels)
@@ -206,7 +206,7 @@ def read_images(inputs: str | Path, labels: str | Path | None = None) -> Dataset
 
 
 def read_idx(images: str | Path, labels: str | Path) -> Dataset:
-    """Read images and labels in the IDX format, as those of MNIST are.
+    """Read images and labels in the IDX format, the format of MNIST.
 
     Parameters
     ----------
@@ -216,13 +216,13 @@ def read_idx(images: str | Path, labels: str | Path) -> Dataset:
     Returns
     -------
     Dataset
-        Integers of images, from 0 to 255, become numbers from 0 to 1.
+        Integer pixels, from 0 to 255, are scaled to 0 to 1.
 
     Raises
     ------
     ValueError
-        If a file is no IDX file, is cut off, or they do not fit together; or if images or labels are not as
-        `read_images` and `read_npz` have them.
+        If a file is not in the IDX format or is truncated, the numbers of images and labels differ, or pixels
+        or labels are out of range.
     """
     with reading(images):
         x = as_pixels(_idx(Path(images)))
@@ -232,17 +232,17 @@ def read_idx(images: str | Path, labels: str | Path) -> Dataset:
 
 
 def as_pixels(x: np.ndarray[Any, Any]) -> Tensor:
-    """Images as float32 from 0 to 1: integers from 0 to 255 are divided by 255.
+    """Convert images to float32 from 0 to 1; integers from 0 to 255 are divided by 255.
 
     Raises
     ------
     ValueError
-        If a number is out of range.
+        If a pixel is out of range.
     """
     top = 255 if x.dtype.kind in "iu" else 1
     if x.size and not (x.min() >= 0 and x.max() <= top):  # NaN compares as out of range
         raise ValueError(
-            f"images must be integers from 0 to 255, or other numbers from 0 to 1; got {x.dtype} from "
+            f"pixels must be integers from 0 to 255 or floats from 0 to 1; got {x.dtype} from "
             f"{x.min()} to {x.max()}."
         )
     pixels = x.astype(np.float32)
@@ -251,7 +251,7 @@ def as_pixels(x: np.ndarray[Any, Any]) -> Tensor:
 
 
 def as_features(x: np.ndarray[Any, Any]) -> Tensor:
-    """Inputs as float32.
+    """Convert inputs to float32.
 
     Raises
     ------
@@ -268,18 +268,18 @@ def as_features(x: np.ndarray[Any, Any]) -> Tensor:
 
 
 def as_labels(y: np.ndarray[Any, Any]) -> Tensor:
-    """Labels as int64.
+    """Convert labels to int64.
 
     Raises
     ------
     ValueError
-        If they are no integers, or out of range.
+        If they are not integers, or out of range.
     """
     if y.dtype.kind not in "iu":
         raise ValueError(f"labels must be integers, got {y.dtype}.")
     if y.size and not (y.min() >= 0 and y.max() < CLASSES):
         raise ValueError(
-            f"labels are counted from 0 and below {CLASSES:,}, got {y.min() if y.min() < 0 else y.max()}."
+            f"labels must be from 0 to {CLASSES - 1:,}, got {y.min() if y.min() < 0 else y.max()}."
         )
     return torch.from_numpy(y.astype(np.int64))
 
@@ -290,16 +290,16 @@ def _idx(path: Path) -> np.ndarray[Any, Any]:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"a file named .gz must be gzipped and whole: {error}.") from None
+            raise ValueError(f"a .gz file must be a complete gzip file: {error}.") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
-        raise ValueError(f"an IDX file starts with two zero bytes and a type, got {content[:4]!r}.")
+        raise ValueError(f"an IDX file must start with two zero bytes and a type code, got {content[:4]!r}.")
     axes = content[3]
     start = 4 + 4 * axes
     if len(content) < start:
-        raise ValueError(f"the sizes of {axes} axes take {start} bytes, got {len(content)}.")
+        raise ValueError(f"an IDX header of {axes} axes must have {start} bytes, got {len(content)}.")
     shape = struct.unpack(f">{axes}I", content[4:start])
     dtype = np.dtype(IDX_TYPES[content[2]])
     expected = start + prod(shape) * dtype.itemsize
     if len(content) != expected:
-        raise ValueError(f"an IDX file of shape {shape} has {expected} bytes, got {len(content)}.")
+        raise ValueError(f"an IDX file of shape {shape} must have {expected} bytes, got {len(content)}.")
     return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))

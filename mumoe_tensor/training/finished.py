@@ -1,4 +1,4 @@
-"""What a run of `mumoe-tensor train` left in its folder, read again."""
+"""Reading the folder of a finished run of `mumoe-tensor train`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mumoe_tensor.training.settings import Settings, settings_of
 
 
 def read_run(folder: str | Path) -> tuple[Settings | HeadSetting, nn.Module]:
-    """Settings and trained model of a run.
+    """Read the settings and the trained model of a run.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def read_run(folder: str | Path) -> tuple[Settings | HeadSetting, nn.Module]:
     Raises
     ------
     ValueError
-        If the folder has no finished run, or a file of it is damaged.
+        If the folder has no finished run, or one of its files is corrupt.
     """
     folder = Path(folder)
     config = folder / "config.json"
@@ -46,4 +46,4 @@ def read_run(folder: str | Path) -> tuple[Settings | HeadSetting, nn.Module]:
 
 def _need(path: Path) -> None:
     if not path.exists():
-        raise ValueError(f"{path.parent} must have a finished run; it has no {path.name}.")
+        raise ValueError(f"{path.parent} must hold a finished run; it has no {path.name}.")

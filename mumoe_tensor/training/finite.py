@@ -1,4 +1,4 @@
-"""Where in a model the first number came up that is not finite."""
+"""Locate the first NaN or infinity in a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def first_layer_not_finite(model: nn.Module, x: Tensor) -> str:
-    """Words for where a forward pass first gives NaN or infinity: in a parameter, the inputs or a layer.
+    """A phrase for where a forward pass first has NaN or infinity: a parameter, the inputs or a layer.
 
     Parameters
     ----------
@@ -35,11 +35,11 @@ def first_layer_not_finite(model: nn.Module, x: Tensor) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    return f"it came up in the layer {names[0]}" if names else "it came up in the loss"
+    return f"it first occurred in the layer {names[0]}" if names else "it first occurred in the loss"
 
 
 def not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of parameters with a gradient that is not finite."""
+    """Names of the parameters whose gradient is not finite."""
     return [name for name, p in named if p.grad is not None and not _is_finite(p.grad)]
 
 

@@ -1,4 +1,4 @@
-"""The config.json of a run's folder: the settings that were asked for, and what the model has."""
+"""The config.json in a run's folder: the requested settings, and the size of the resulting model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from mumoe_tensor.readers import read_json, reading
 
-#: The objects of the file.
+#: Top-level keys of the file.
 ENTRIES = ("settings", "model")
 
 
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the config of a run.
+    """Read the config.json of a run.
 
     Parameters
     ----------
@@ -26,17 +26,17 @@ def read_config(path: Path) -> dict[str, dict[str, Any]]:
     Raises
     ------
     ValueError
-        If it is none.
+        If the file is not one.
     """
     config = read_json(path)
     with reading(path):
         if set(config) == {"setting", "head"} and isinstance(config["setting"], dict):
-            # So earlier versions wrote heads.
+            # Earlier versions wrote heads in this form.
             config = {"settings": {"kind": "head", **config["setting"]}, "model": config["head"]}
         if set(config) != set(ENTRIES) or not all(isinstance(entry, dict) for entry in config.values()):
-            raise ValueError(f"a run has the objects {' and '.join(ENTRIES)}; this has {sorted(config)}.")
+            raise ValueError(f"a run has the keys {' and '.join(ENTRIES)}; this one has {sorted(config)}.")
     data = config["settings"].get("data")
     if isinstance(data, dict) and "inputs" in data:
-        # Version 0.1 took images of an .npz file as they were, and always scaled the others.
+        # Version 0.1 did not scale the images of .npz files, and always scaled others.
         data.setdefault("scale", not str(data["inputs"]).endswith(".npz"))
     return config

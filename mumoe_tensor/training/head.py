@@ -1,4 +1,4 @@
-"""Training of a head on features, or of a head with the network below it."""
+"""Training a head on features, or a head together with its backbone."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from mumoe_tensor.training.trainer import train
 
 @dataclass(frozen=True)
 class HeadSetting(HeadConfig):
-    """A head, its data (see `.HeadConfig`), and how it is trained; `.run.run` trains it.
+    """Settings of a head, its data (see `.HeadConfig`) and its training; `.run.run` trains it.
 
     Attributes
     ----------
     inputs : str
-        An ``.npz`` file with x and y, features as `read_npz` reads them or images as `read_images`; with
-        `labels` a file of images in IDX; or a folder with a folder of images for each class.
+        An ``.npz`` file with x and y: features, see `read_npz`, or images, see `read_images`. With `labels`,
+        an IDX file of images. Or a folder with a subfolder of images for each class.
     head : dict
-        Arguments of `.models.Head` but `in_features` and `classes`.
+        Arguments of `.models.Head` except `in_features` and `classes`.
     training : TrainConfig
         See `.TrainConfig.for_rows`.
     """
@@ -48,7 +48,7 @@ class HeadSetting(HeadConfig):
     training: TrainConfig
 
     def read_data(self) -> Images:
-        """Features, or where there is a backbone images, with their labels.
+        """The features or, with a backbone, images, with their labels.
 
         Raises
         ------
@@ -63,21 +63,21 @@ class HeadSetting(HeadConfig):
 
     @property
     def train(self) -> TrainConfig:
-        """How the head is trained."""
+        """The settings of the training."""
         return self.training
 
     def job(self, *, progress: bool = False) -> Job:
-        """Read the data and make the head, centred on the features, its weights drawn with the seed.
+        """Read the data and make the head, centred on the features and initialized with the seed.
 
         Raises
         ------
         ValueError
-            If data and setting do not fit together.
+            If the data does not match the settings.
         """
         data = self.read_data()
         classes = data.classes
         if classes < 2:
-            raise ValueError(f"labels must be of two classes or more; those of {self.inputs} are all 0.")
+            raise ValueError(f"labels must have at least two classes; those of {self.inputs} are all 0.")
         backbone = None
         if self.backbone is not None and self.weights is not None:
             backbone = load_backbone(self.backbone, self.weights, self.size)
@@ -98,7 +98,7 @@ class HeadSetting(HeadConfig):
         return Job(model, training, validation, self.training.for_rows(len(training)))
 
     def about(self, model: Any) -> dict[str, Any]:
-        """Parameters, rank and hidden size of the head."""
+        """Parameter count, rank and hidden size of the head."""
         head = model[1] if self.train_backbone else model
         return {
             "parameters": num_parameters(head),
@@ -107,7 +107,7 @@ class HeadSetting(HeadConfig):
         }
 
     def save(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
-        """Write the trained head, and before it a trained backbone."""
+        """Write the trained head, after the backbone if that was trained too."""
         head = model
         if self.train_backbone:
             _, head = model
@@ -122,14 +122,14 @@ class HeadSetting(HeadConfig):
         save_head(whole, folder / self.result)
 
     def load(self, folder: Path) -> Head:
-        """Read the trained head; raises a ValueError if it is not that of the setting."""
+        """Read the trained head; raises a ValueError if it does not match the settings."""
         head = load_head(folder / self.result)
         with reading(folder / self.result):
             for name, asked in self.head.items():
                 there = head.config.get(name, asked)
                 if name in ("format", "gate", "gate_norm", "init") and there != asked:
                     raise ValueError(
-                        f"the head must be that of config.json; {name} is {there!r} here, {asked!r} there."
+                        f"the head must match config.json; {name} is {there!r} here, {asked!r} there."
                     )
         return head
 
@@ -164,9 +164,9 @@ def fine_tune(
     *,
     progress: bool = False,
 ) -> list[Evaluation]:
-    """Train a head and the network below it, together.
+    """Train a head and its backbone together.
 
-    The head is centred on the features that the network has at first.
+    The head is centred on the features of the initial backbone.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def fine_tune(
         Maps inputs of shape (rows, ...) to features of shape (rows, features).
     head : Head
     data, validation : Dataset
-        Of inputs of the backbone.
+        Inputs of the backbone, with labels.
     config : TrainConfig
     progress : bool, default False
 

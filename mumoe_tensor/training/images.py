@@ -1,4 +1,4 @@
-"""Images with classes to train on: in files that are read whole, or one file each in folders."""
+"""Labelled images to train on: arrays in one file, or folders with one file per image."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from torch import Tensor
 from mumoe_tensor.selections import Selection, read_selection
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 
-#: Means and standard deviations of ImageNet's colours, from 0 to 1, that inputs are normalised by.
+#: Means and standard deviations of ImageNet's colour channels, on a scale from 0 to 1, for normalization.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Of images for validation, how much larger they are before their middle is cut out.
+#: Validation images are resized to this multiple of the input size before their centre is cropped.
 MARGIN = 256 / 224
 
-#: A file with an image, and the number of its class.
+#: An image file and its class index.
 LabelledFile = tuple[Path, int]
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Where images are, and which are for validation.
+    """The location of images, and the choice of those for validation.
 
     Attributes
     ----------
     inputs : str
-        An ``.npz`` file with x and y as `read_images` reads it; with `labels` a file of images in IDX; or a
-        folder with a folder of images for each class, see `class_folders` (needs torchvision).
+        An ``.npz`` file with x and y, see `read_images`. With `labels`, an IDX file of images. Or a folder
+        with a subfolder of images for each class, see `class_folders` (needs torchvision).
     labels : str or None
-        Labels in IDX.
+        An IDX file of labels.
     validation : float or str
-        Share of the images, drawn at random; or, beside a folder, another folder with the same classes.
+        Fraction of the images, drawn at random; or, if `inputs` is a folder, another folder with the same
+        classes.
     seed : int
-        Of that draw.
+        Seed of that draw.
     augment : tuple of two int, or None
-        For a folder: how many operations of RandAugment (Cubuk et al., 2020) an image goes through, and how
-        strong they are, from 0 to 30. An image of a folder is cropped and flipped at random in any case.
+        Only for a folder: the number of RandAugment operations (Cubuk et al., 2020) applied to an image, and
+        their magnitude, from 0 to 30. Training images of a folder are always randomly cropped and flipped.
     scale : bool
-        For an ``.npz`` file: False takes any finite numbers as they are, such as standardised images.
+        Only for an ``.npz`` file: False takes any finite values unscaled, such as standardized images.
     """
 
     inputs: str
@@ -57,44 +58,44 @@ class ImageData:
             raise ValueError(f"validation must be a share between 0 and 1, got {self.validation}.")
         if self.augment is not None and (self.augment[0] < 1 or not 0 <= self.augment[1] <= 30):
             raise ValueError(
-                f"augment must be a number of operations and a strength from 0 to 30, got {self.augment}."
+                f"augment must be a number of operations and a magnitude from 0 to 30, got {self.augment}."
             )
         if not self.scale and self.labels is not None:
             raise ValueError("scale=False is for an .npz file; images in IDX are always scaled.")
 
     def read(self, size: int) -> tuple[Images, Images]:
-        """Images for training and for validation, of shape (rows, channels, height, width).
+        """Read images for training and for validation, of shape (rows, channels, height, width).
 
         Parameters
         ----------
         size : int
-            Height and width that images of a folder are brought to.
+            Height and width of the transformed images of a folder.
 
         Raises
         ------
         ValueError
-            If choices do not fit together, or see `read_images` and `split`.
+            If the attributes do not fit together, or as in `read_images` and `split`.
         FileNotFoundError
-            If there are no such inputs.
+            If `inputs` does not exist.
         ImportError
-            If inputs are a folder and torchvision is not installed.
+            If `inputs` is a folder and torchvision is not installed.
         """
         if Path(self.inputs).is_dir():
             return self._folders(size)
         if not Path(self.inputs).exists():
             raise FileNotFoundError(
-                f"there are no images {self.inputs}; `mumoe-tensor data` fetches some into data."
+                f"{self.inputs} does not exist; `mumoe-tensor data` fetches images into data/."
             )
         if isinstance(self.validation, str) or self.augment is not None:
             raise ValueError(
-                "a folder for validation and augment are for a folder of images; of a file a share is for "
-                f"validation; got the inputs {self.inputs}."
+                "a validation folder and augment need a folder of images; for a file, validation must be a "
+                f"share of the images; got the inputs {self.inputs}."
             )
         data = read_images(self.inputs, self.labels) if self.scale else read_npz(self.inputs)
         if data.x.ndim not in (3, 4):
             raise ValueError(
-                "images must be of shape (rows, height, width) or (rows, channels, height, width); those of "
-                f"{self.inputs} are of shape {tuple(data.x.shape)}."
+                "images must have shape (rows, height, width) or (rows, channels, height, width); those of "
+                f"{self.inputs} have shape {tuple(data.x.shape)}."
             )
         if data.x.ndim == 3:
             data = Dataset(data.x[:, None], data.y)
@@ -108,7 +109,7 @@ class ImageData:
             if others != classes:
                 raise ValueError(
                     f"both folders must have the same classes; {self.inputs} has {len(classes)}, "
-                    f"{self.validation} has {len(others)}, and some only one of them."
+                    f"{self.validation} has {len(others)}, and some are in only one of the two."
                 )
             validation = ImageFiles(files, training.transform)
         else:
@@ -117,14 +118,15 @@ class ImageData:
 
 
 def class_folders(folder: str | Path, labels: str | None = None) -> tuple[list[LabelledFile], list[str]]:
-    """Images in a folder for each class, in the order of their paths.
+    """List the images of a folder with a subfolder for each class, sorted by path.
 
     Parameters
     ----------
     folder : str or Path
-        Labels are the numbers of its folders in the order of their names. Images may lie in folders below.
+        The label of an image is the index of its subfolder, sorted by name. Subfolders are searched
+        recursively.
     labels : str, optional
-        Is refused: the folders are the labels.
+        Must be None: the subfolders are the labels.
 
     Returns
     -------
@@ -136,10 +138,10 @@ def class_folders(folder: str | Path, labels: str | None = None) -> tuple[list[L
     Raises
     ------
     ValueError
-        If there are no folders, one has no images, or there is a file of labels.
+        If there are no subfolders, one has no images, or `labels` is given.
     """
     if labels is not None:
-        raise ValueError(f"the folders of {folder} are its labels; got others in {labels}.")
+        raise ValueError(f"the subfolders of {folder} are its labels; got the file of labels {labels}.")
     from PIL import Image
 
     kinds = Image.registered_extensions()
@@ -150,20 +152,20 @@ def class_folders(folder: str | Path, labels: str | None = None) -> tuple[list[L
     ]
     empty = [name for name, paths in zip(classes, files, strict=True) if not paths]
     if empty or not classes:
-        raise ValueError(f"{folder} must have a folder of images for each class; got none in {empty}.")
+        raise ValueError(f"{folder} must have a subfolder of images for each class; {empty} has no images.")
     return [(path, label) for label, paths in enumerate(files) for path in paths], classes
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images in a file each, that are read and transformed when they are needed.
+    """Image files, read and transformed on demand.
 
     Attributes
     ----------
     files : sequence of (Path, int)
-        With labels.
+        Files and their labels.
     transform : callable
-        Of a picture of PIL to a tensor of shape (3, height, width). Draws from torch's random numbers.
+        Maps a PIL image to a tensor of shape (3, height, width). May draw from torch's global random numbers.
     """
 
     files: Sequence[LabelledFile]
@@ -194,7 +196,7 @@ class ImageFiles:
         return replace(self, files=[self.files[i] for i in numbers])
 
     def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
-        """Some of the images, read and transformed.
+        """Read and transform selected images.
 
         Parameters
         ----------
@@ -217,7 +219,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A transform of pictures to one size, without cropping, and to colours from 0 to 1.
+    """A transform that resizes an image without cropping, with colours from 0 to 1.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a run trains, whatever kind of model it is of."""
+"""The interface between a run and the kinds of model it can train."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mumoe_tensor.training.data import Rows
 
 
 class Job(NamedTuple):
-    """A model before its training, its rows, and how it is trained on them."""
+    """An untrained model, its training and validation rows, and the settings of the training."""
 
     model: nn.Module
     training: Rows
@@ -21,14 +21,14 @@ class Job(NamedTuple):
 
 
 class Runnable(Protocol):
-    """Settings, a dataclass, that `.run.run` makes a trained model of.
+    """A dataclass of settings from which `.run.run` trains a model.
 
     Attributes
     ----------
     kind : str
-        Of the model, as ``config.json`` names it.
+        Kind of the model in ``config.json``.
     result : str
-        Name of the file of the trained model, which is written last.
+        File name of the trained model, which is written last.
     """
 
     kind: ClassVar[str]
@@ -36,16 +36,16 @@ class Runnable(Protocol):
 
     @property
     def train(self) -> TrainConfig:
-        """How the model is trained."""
+        """The settings of the training."""
 
     def job(self, *, progress: bool = False) -> Job:
-        """Read the data and make the model, its weights drawn with the seed of the training."""
+        """Read the data and make the model, initialized with the seed of the training."""
 
     def about(self, model: nn.Module) -> dict[str, Any]:
-        """What ``config.json`` says of a model: its parameters and solved ranks."""
+        """The model's entries in ``config.json``: its parameter count and solved ranks."""
 
     def save(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-        """Write the trained model, whose state is gathered from all processes."""
+        """Write the trained model; `state` is its state, gathered from all processes."""
 
     def load(self, folder: Path) -> nn.Module:
-        """Read what `save` wrote; raises a ValueError if the model is not that of the settings."""
+        """Read a model written by `save`; raises a ValueError if it does not match the settings."""

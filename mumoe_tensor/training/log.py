@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: a table of its evaluations, and TensorBoard."""
+"""The logs of a training run: a table of its evaluations, and TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from mumoe_tensor.readers import finite, read_table, reading
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of a run up to an evaluation.
+    """The figures of one evaluation during a run.
 
     Attributes
     ----------
     epoch : int
-        The epoch that the last step was in, counted from 1.
+        Epoch of the last step, counted from 1.
     loss : float
-        Mean loss of the training rows since the evaluation before, while they were trained on.
+        Mean training loss since the previous evaluation.
     validation_loss : float
     accuracy : float or None
-        Of the validation rows; no accuracy where the targets are floats.
+        Accuracy on the validation rows; None if the targets are floats.
     seconds : float
-        Time since the evaluation before.
+        Time since the previous evaluation.
     is_best : bool
-        Whether every earlier evaluation had a higher validation loss.
+        Whether the validation loss is lower than in all earlier evaluations.
     step : int
         Steps done.
     """
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def write_evaluations(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """Write evaluations as a CSV file, whole or not at all.
+    """Write evaluations to a CSV file, atomically.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def write_evaluations(evaluations: Sequence[Evaluation], path: Path) -> None:
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """Read what `write_evaluations` wrote.
+    """Read a file written by `write_evaluations`.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     Raises
     ------
     ValueError
-        If the table is not what was written, see `read_table`.
+        If the file is corrupt, see `read_table`.
     """
     kinds: dict[str, Callable[[str], Any]] = {
         "int": int,
@@ -76,25 +76,25 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     evaluations = [Evaluation(**row) for row in read_table(path, columns)]
     with reading(path):
         if not evaluations or not evaluations[0].is_best:
-            raise ValueError("a run must have evaluations, the first of them the best so far.")
+            raise ValueError("a run must have evaluations, and is_best must be true for the first.")
     return evaluations
 
 
 class TensorBoard:
-    """Curves for TensorBoard; curves of a run that goes on lose what came after the step it goes on from.
+    """Curves for TensorBoard; points after `step` are removed when a run resumes.
 
-    (The `SummaryWriter` of tensorboardX writes in a thread, and waits forever for it on a full disk.)
+    (The `SummaryWriter` of tensorboardX writes in a thread, and hangs if the disk is full.)
 
     Parameters
     ----------
     folder : Path
     step : int
-        Steps that are done already.
+        Steps already done.
 
     Raises
     ------
     OSError
-        Here and later, if the curves cannot be written.
+        If the curves cannot be written; raised by all methods.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -108,7 +108,7 @@ class TensorBoard:
             self._writer.write_event(Event(wall_time=time(), step=step + 1, session_log=start))
 
     def add(self, step: int, figures: dict[str, float]) -> None:
-        """Add figures of a step to their curves."""
+        """Add the figures of a step to their curves."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
@@ -116,9 +116,9 @@ class TensorBoard:
             self._writer.write_event(Event(wall_time=time(), step=step, summary=scalar(name, value)))
 
     def flush(self) -> None:
-        """Write what was added to the disk."""
+        """Write buffered figures to disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write buffered figures and close the file."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""Whether a model has room, before it is made."""
+"""Check that a model fits into memory before it is made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def parameters_of(make: Callable[[], nn.Module]) -> int:
-    """The number of parameters of a model on ``meta``.
+    """The number of parameters of a model, which is made on ``meta``.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def parameters_of(make: Callable[[], nn.Module]) -> int:
 
 
 def made(make: Callable[[], M]) -> M:
-    """Make a model; where memory runs out, say so.
+    """Make a model; running out of memory raises a ValueError.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def made(make: Callable[[], M]) -> M:
 
 
 def check_memory(parameters: int) -> None:
-    """Refuse a model whose parameters, in float32, take more than the memory of this machine.
+    """Reject a model whose parameters, in float32, need more than the memory of this machine.
 
     Parameters
     ----------
@@ -60,11 +60,11 @@ def check_memory(parameters: int) -> None:
     ------
     ValueError
     """
-    import psutil  # which comes with accelerate
+    import psutil  # a dependency of accelerate
 
     needed, there = 4 * parameters, psutil.virtual_memory().total
     if needed > there:
         raise ValueError(
-            f"a model must fit into memory, got {parameters:,} parameters: {needed / 2**30:,.1f} GiB, and "
-            f"{there / 2**30:,.1f} GiB in this machine."
+            f"a model must fit into memory; got {parameters:,} parameters of {needed / 2**30:,.1f} GiB, and "
+            f"{there / 2**30:,.1f} GiB of memory."
         )

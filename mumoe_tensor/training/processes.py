@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as ``torchrun`` or ``accelerate launch`` started."""
+"""The processes of a run: one, or those started by ``torchrun`` or ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def processes() -> Any:
-    """Accelerate's `PartialState` of this process: its number, of how many, and its device.
+    """Accelerate's `PartialState` of this process: its index, the number of processes, and its device.
 
-    The first call joins the processes; call it before anything else of accelerate.
+    The first call sets up the process group, so it must precede all other calls to accelerate.
     """
     from accelerate import PartialState
 
-    # Not told that there is nothing but CPUs, accelerate would join the processes and count only one.
+    # Without cpu=True, on a machine with only CPUs, accelerate would set up the group but count one process.
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -1,4 +1,4 @@
-"""A run: settings become a trained model, and a folder that keeps it."""
+"""A run: train a model from settings, and write it to a folder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mumoe_tensor.training.log import Evaluation, read_evaluations
 from mumoe_tensor.training.processes import processes
 from mumoe_tensor.training.trainer import FREE, train
 
-#: Parts of settings that are those of a `TrainConfig`.
+#: Keys of settings that hold a `TrainConfig`.
 TRAINING = ("train", "training")
-#: What runs leave.
+#: Files of a run.
 RESULTS = (
     "config.json", "metrics.csv", "tensorboard", "checkpoints", "backbone.safetensors", "head.safetensors",
     "model.safetensors",
@@ -35,44 +35,44 @@ def run(
     from_step: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train the model of some settings and leave it in a folder.
+    """Train a model from settings, and write it to a folder.
 
-    ``config.json`` has the settings, and the parameters and ranks of the model; ``metrics.csv`` a line an
-    evaluation; ``tensorboard/`` the curves; ``checkpoints/`` what the same call goes on from after an
-    interruption. ``model.safetensors``, for `load_model`, or ``head.safetensors``, for `load_head`, is
-    written last, so where it is the run is done, and the same settings do nothing again. Of several processes
-    only the first one writes.
+    ``config.json`` holds the settings and the model's parameter count and ranks, ``metrics.csv`` a line for
+    each evaluation, ``tensorboard/`` the curves, and ``checkpoints/`` the state from which the same call
+    resumes after an interruption. ``model.safetensors``, for `load_model`, or ``head.safetensors``, for
+    `load_head`, is written last and marks a finished run: another call with the same settings trains nothing.
+    With several processes, only the first writes.
 
-    What is trained anew stands in a hidden folder, ``.new``, until it takes the place of a run that is done
-    or begun. Interrupted, the same call goes on there, and a call without `fresh` with the older run.
+    With `fresh`, the new run is written to a hidden folder, ``.new``, and replaces the old run when it is
+    finished. If it is interrupted, the same call resumes it; a call without `fresh` resumes the old run.
 
     Parameters
     ----------
     settings : MixerRun, GPT2Run or HeadSetting
     folder : Path
     fresh : bool, default False
-        Train again what is done, begun, or was done with other settings.
+        Train from the start, even if the folder has a run, finished or not, of these or other settings.
     from_step : int, optional
-        Go on from the checkpoint of this step, not from the last one.
+        Resume from the checkpoint of this step instead of the last one.
     progress : bool, default False
-        Show a bar with the time left (needs rich).
+        Show a progress bar (needs rich).
 
     Returns
     -------
     dict
-        ``parameters``; ``ranks`` by their names, or of a head ``rank`` and ``hidden``; of the evaluation that
-        the model is of, ``accuracy``, ``validation_loss`` and ``epoch``; ``steps``, ``seconds`` of the
-        training; ``trained``: whether it was trained now.
+        ``parameters``; ``ranks``, by name, or for a head ``rank`` and ``hidden``; ``accuracy``,
+        ``validation_loss`` and ``epoch`` of the evaluation whose weights the model has; ``steps`` and
+        ``seconds`` of the training; and ``trained``, whether this call trained it.
 
     Raises
     ------
     ValueError
-        If the folder has a run of other settings, or one that is done where a step to go on from is given,
-        or data and model do not fit together.
+        If the folder has a run of other settings, the run is finished but `from_step` is given, or the data
+        does not match the model.
     FloatingPointError, DamagedCheckpoint
         See `train`.
     OSError
-        See `train`; or if another process trains in the folder.
+        See `train`; also if another process is training in the folder.
     """
     own = processes()
     chosen: Any = settings
@@ -97,7 +97,7 @@ def run(
         evaluations = train(
             model, training, validation, config, folder=place, from_step=from_step, progress=progress
         )
-        # Trained by several processes, the model may be wrapped, and have a part of each weight.
+        # With several processes, the model may be wrapped and hold only a shard of each weight.
         state = model_state(model)
         if own.is_main_process:
             settings.save(model, state, place)
@@ -109,7 +109,7 @@ def run(
     if not own.is_main_process:
         return go_on(folder / NEW if is_beside else folder)
     with alone_in(folder, "checkpoints"):
-        # (Another process may have finished one while the data were read.)
+        # (Another process may have finished a run while the data was read.)
         if own.num_processes == 1 and (figures := done()) is not None:
             return figures
         if is_beside:
@@ -120,28 +120,28 @@ def run(
 
 
 def _done(settings: Runnable, folder: Path, described: dict[str, Any], from_step: int | None) -> Any:
-    """What `run` returns of a run that is done; raises if it is one of other settings."""
+    """The result of `run` for a finished run; raises if that has other settings."""
     config = folder / "config.json"
     if not config.exists():
         return None
     written = read_config(config)
     difference = _difference(written["settings"], described)
-    # One that came to nothing keeps no other from its folder.
+    # A run without a checkpoint does not block its folder.
     is_done = any((folder / name).exists() for name in ("head.safetensors", "model.safetensors"))
     if difference and (is_done or Checkpoints(folder / "checkpoints").steps):
         raise ValueError(
-            f"{config} is of a run of other settings ({difference}): give another folder, or --fresh."
+            f"{config} is from a run with other settings ({difference}); choose another folder, or --fresh."
         )
     if not is_done:
         return None
     if from_step is not None:
-        raise ValueError(f"the run in {folder} is done, there is no step to go on from; see --fresh.")
+        raise ValueError(f"the run in {folder} is finished and cannot resume from a step; see --fresh.")
     evaluations = read_evaluations(folder / "metrics.csv")
     return {**written["model"], **_figures(settings, evaluations), "trained": False}
 
 
 def _is_begun(folder: Path, described: dict[str, Any]) -> bool:
-    """Whether a folder has a checkpoint of a run of these settings."""
+    """Whether a folder has a checkpoint of a run with these settings."""
     if not Checkpoints(folder / "checkpoints").steps:
         return False
     try:
@@ -153,7 +153,7 @@ def _is_begun(folder: Path, described: dict[str, Any]) -> bool:
 
 @contextmanager
 def _nothing_for_nothing(folder: Path) -> Iterator[None]:
-    """Leave nothing of a run that was begun here, and stopped before its first checkpoint."""
+    """Remove the files of a new run that stops before its first checkpoint."""
     before = [name for name in RESULTS if (folder / name).exists()]
     try:
         yield
@@ -176,7 +176,7 @@ def _figures(settings: Runnable, evaluations: list[Evaluation]) -> dict[str, Any
 
 
 def _difference(written: dict[str, Any], described: dict[str, Any]) -> str | None:
-    """Words for the first setting that is another one and makes a difference."""
+    """A phrase for the first setting that differs and affects the result."""
     flat: list[dict[str, Any]] = [{}, {}]
     for values, given in zip(flat, (written, described), strict=True):
         for part, value in given.items():

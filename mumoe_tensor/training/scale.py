@@ -1,4 +1,4 @@
-"""FLOPs and memory of a training from its settings, and into how many parts its steps are divided.
+"""FLOPs and memory of a training run, computed from its settings, and the gradient accumulation that fits.
 
 python -m mumoe_tensor.training.scale                         the published settings, on 4 and 64
 python -m mumoe_tensor.training.scale gpt2 gpt2-124m-cp-256 --accelerators 8 --memory 70e9
@@ -23,31 +23,32 @@ from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.text_table import text_table
 from mumoe_tensor.training.settings import RUNS, GPT2Run, Settings, packaged, read_settings
 
-#: Inputs that the order of contraction is chosen for, as in the layers.
+#: Number of inputs for which the contraction path is chosen, as in the layers.
 BATCH = 1024
-#: Bytes of an entry in float32, the dtype of weights, gradients and the state of AdamW.
+#: Bytes per element of float32, the dtype of weights, gradients and the state of AdamW.
 ITEM = 4
-#: Usable bytes of an accelerator: four fifths of 80 GB.
+#: Usable bytes per accelerator: four fifths of 80 GB.
 MEMORY = 64e9
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and memory of the training of a model.
+    """FLOPs and memory of training a model.
 
     Attributes
     ----------
     parameters : int
     units : int
-        Tokens of a row, or 1 where a row is an image.
+        Tokens per row, or 1 if a row is an image.
     flops : int
-        FLOPs of one token or image, forward and backward.
+        FLOPs per token or image, forward and backward.
     activations : int
-        Bytes of one row that are saved for the backward pass.
+        Bytes per row saved for the backward pass.
     loss : int
-        Further bytes of one row, for its logits while the loss is differentiated.
+        Further bytes per row for the logits while the loss is differentiated.
     state : int
-        Bytes of weights, gradients and AdamW, and of copies of the weights in bfloat16 or float16.
+        Bytes of weights, gradients and the state of AdamW, and of copies of the weights in bfloat16 or
+        float16.
     """
 
     parameters: int
@@ -59,12 +60,12 @@ class Work:
 
 
 def work(settings: Settings) -> Work:
-    """Count FLOPs and memory of the training of a model.
+    """Count FLOPs and memory of training a model.
 
-    FLOPs are those of matrix products, twice the multiplications: blocks of experts by `mumoe_tensor.cost`,
-    attention without its mask, norms and gate functions left out. A backward pass takes twice a forward
-    pass. Saved are the operands of products (in bfloat16 or float16 under these precisions), the
-    inputs of norms, in float32, and the log-probabilities of the loss, as without a compiler and dropout.
+    Only the FLOPs of matrix products count, two per multiplication: blocks of experts by `mumoe_tensor.cost`,
+    and attention as if unmasked. Norms and gate functions are left out. A backward pass costs twice a forward
+    pass. Saved for it are the operands of products (in bfloat16 or float16 under these precisions), the
+    inputs of norms, in float32, and the log-probabilities of the loss, without a compiler or dropout.
 
     Returns
     -------
@@ -80,9 +81,9 @@ def work(settings: Settings) -> Work:
         parameters=parameters,
         units=units,
         flops=3 * flops // units,
-        # The log-probabilities are kept.
+        # The log-probabilities are saved.
         activations=activations + ITEM * logits,
-        # The logits, as the model gave them and in float32, and the gradient.
+        # The logits, in the model's precision and in float32, and the gradient.
         loss=(2 * ITEM if item == ITEM else 2 * ITEM + item) * logits,
         state=(4 * ITEM + (0 if item == ITEM else item)) * parameters,
     )
@@ -91,31 +92,30 @@ def work(settings: Settings) -> Work:
 def accumulation(
     settings: Settings, accelerators: int, memory: float = MEMORY, counted: Work | None = None
 ) -> int:
-    """The fewest parts of a step with which memory suffices, for ``train.accumulation``.
+    """The smallest ``train.accumulation`` with which a step fits into memory.
 
-    Every accelerator has the whole state (DDP), and of several also buckets that gather gradients.
+    Every accelerator holds the whole state (DDP) and, if there are several, the buckets for gradients.
 
     Parameters
     ----------
     settings : MixerRun or GPT2Run
     accelerators : int
     memory : float, default 64e9
-        Usable bytes of an accelerator.
+        Usable bytes per accelerator.
     counted : Work, optional
-        The result of `work`, if it is there already.
+        The result of `work`, if already computed.
 
     Raises
     ------
     ValueError
-        If a step cannot be shared out among the accelerators, or memory does not suffice even for the fewest
-        rows.
+        If a step cannot be divided evenly among the accelerators, or even the smallest part does not fit.
     """
     counted, train = counted or work(settings), settings.train
     if accelerators < 1:
-        raise ValueError(f"there must be an accelerator, got {accelerators}.")
+        raise ValueError(f"accelerators must be positive, got {accelerators}.")
     state = counted.state + (ITEM * counted.parameters if accelerators > 1 else 0)
     row = counted.activations + counted.loss
-    # Mixed rows are neighbours, and both of a pair must be in one share.
+    # Mixup pairs neighbouring rows, and both rows of a pair must go to one process.
     together = accelerators * (2 if train.mixup else 1)
     parts = [n for n in range(1, train.batch_size + 1) if train.batch_size % (n * together) == 0]
     for n in parts:
@@ -124,7 +124,7 @@ def accumulation(
     raise ValueError(
         f"a step of {train.batch_size} rows must divide among {accelerators} accelerators into parts "
         f"that fit in {memory / 1e9:.1f} GB; the state takes {state / 1e9:.1f} GB, a row "
-        f"{row / 1e9:.2f} GB, and the parts could be {parts or 'none'}."
+        f"{row / 1e9:.2f} GB, and the possible numbers of parts are {parts or 'none'}."
     )
 
 
@@ -143,7 +143,7 @@ def _gpt2(config: GPT2Config, item: int) -> tuple[int, int, int]:
 
 
 def _mixer(config: MixerConfig, item: int) -> tuple[int, int, int]:
-    """As `_gpt2`, of one image."""
+    """As `_gpt2`, for one image."""
     tokens, width = config.tokens, config.width
     pixels = config.channels * config.image_size**2
     token = _block(config, tokens, config.token_hidden, config.token_rank, item, is_transposed=True)
@@ -165,7 +165,7 @@ def _block(
     item: int,
     is_transposed: bool = False,
 ) -> tuple[int, int]:
-    """FLOPs of one input of an MLP, and bytes it saves besides the input of its norm."""
+    """FLOPs of an MLP per input, and bytes saved besides the input of its norm."""
     is_dense = config.format == DENSE
     spec = LayerSpec(
         "dense" if is_dense else config.format, experts=() if is_dense else config.experts, rank=rank,
@@ -175,7 +175,7 @@ def _block(
     flops = total.flops // BATCH
     if is_dense:
         return flops, item * (features + 2 * hidden)
-    # Gate and experts share an input that is not cast or copied. The gate works in float32.
+    # Gate and experts share an input that is neither cast nor copied. The gate computes in float32.
     gate_input = item * features if is_transposed or item != ITEM else 0
     experts = sum(config.experts)
     coefficients = (item if item == ITEM else ITEM + item) * experts
@@ -184,7 +184,7 @@ def _block(
 
 
 def _results(total: Cost) -> int:
-    """Elements of one input of the intermediate results that layers of experts save for the backward pass."""
+    """Elements per input of the intermediate results that expert layers save for the backward pass."""
     elements = 0
     for plan in (term for layer in total.plans for term in layer.terms):
         first = len(plan.program.network.operands)
@@ -199,17 +199,17 @@ def table(
     memory: float = MEMORY,
     overrides: Sequence[str] = (),
 ) -> list[tuple[str, ...]]:
-    """Work and accumulation of settings as text: a heading, then a line for each.
+    """Work and accumulation as rows of text: a heading, then a line for each run.
 
     Parameters
     ----------
     kind : {"mixer", "gpt2"}
     names : sequence of str
-        Names of settings, or TOML files.
+        Names of packaged settings, or TOML files.
     accelerators : sequence of int
     memory : float, default 64e9
     overrides : sequence of str
-        As of `.settings.read_settings`.
+        As for `.settings.read_settings`.
 
     Returns
     -------
@@ -229,7 +229,7 @@ def table(
 
 
 def published(kind: str) -> list[str]:
-    """Names of the settings at the published scale, the dense one first.
+    """Names of the packaged settings at the published scale, the dense one first.
 
     Parameters
     ----------
@@ -244,17 +244,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, optional
-        Those of the command line by default.
+        Default: those of the command line.
     """
     parser = argparse.ArgumentParser(
         prog="python -m mumoe_tensor.training.scale",
-        description="FLOPs and memory of a training from its settings, and the least accumulation that fits.",
+        description="FLOPs and memory of a training run, and the least accumulation that fits.",
     )
-    parser.add_argument("kind", nargs="?", choices=list(RUNS), help="both by default")
-    parser.add_argument("settings", nargs="*", help="names or TOML files; by default all that are published")
+    parser.add_argument("kind", nargs="?", choices=list(RUNS), help="kind of model; both by default")
+    parser.add_argument("settings", nargs="*", help="names or TOML files; by default all published settings")
     parser.add_argument("--accelerators", type=int, nargs="+", default=[4, 64], metavar="N")
     parser.add_argument(
-        "--memory", type=float, default=MEMORY, help="usable bytes of each; default %(default)g"
+        "--memory", type=float, default=MEMORY, help="usable bytes per accelerator; default %(default)g"
     )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Settings of a run: a model, its data and its training, read from TOML."""
+"""Settings of a run, read from TOML: a model, its data and its training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mumoe_tensor.training.tokens import TokenData
 
 
 class _ModelRun(ABC):
-    """What runs of a Mixer and of a GPT-2 have in common."""
+    """The shared part of runs of a Mixer and of a GPT-2."""
 
     kind: ClassVar[str]
     result: ClassVar[str] = "model.safetensors"
@@ -43,17 +43,17 @@ class _ModelRun(ABC):
 
     @abstractmethod
     def read_data(self) -> tuple[Rows, Rows]:
-        """Rows for training and for validation."""
+        """Read rows for training and for validation."""
 
     def job(self, *, progress: bool = False) -> Job:
-        """Read the data and make the model, its weights drawn with the seed of the training."""
+        """Read the data and make the model, initialized with the seed of the training."""
         rows = self.read_data()
         with torch.random.fork_rng():
             torch.manual_seed(self.train.seed)
             return Job(self.make_model(), *rows, self.train)
 
     def about(self, model: Any) -> dict[str, Any]:
-        """Parameters, and ranks by their names."""
+        """Parameter count, and ranks by name."""
         ranks = {name: value for name, value in asdict(model.config).items() if name.endswith("rank")}
         return {
             "parameters": num_parameters(model),
@@ -67,21 +67,21 @@ class _ModelRun(ABC):
         save_model(whole, folder / self.result)
 
     def load(self, folder: Path) -> nn.Module:
-        """Read what `save` wrote; raises a ValueError if the model is not that of the settings."""
+        """Read a model written by `save`; raises a ValueError if it does not match the settings."""
         model: Any = load_model(folder / self.result)
         with reading(folder / self.result):
             for name, asked in vars(self.model).items():
                 there = getattr(model.config, name, None)
                 if asked is not None and asked != there:
                     raise ValueError(
-                        f"the model must be that of config.json; {name} is {there!r} here, {asked!r} there."
+                        f"the model must match config.json; {name} is {there!r} here, {asked!r} there."
                     )
         return model
 
 
 @dataclass(frozen=True)
 class MixerRun(_ModelRun):
-    """A Mixer, images, and how it is trained on them.
+    """Settings of a Mixer, its images and its training.
 
     Attributes
     ----------
@@ -101,12 +101,12 @@ class MixerRun(_ModelRun):
         return made(partial(Mixer, self.model, device=device))
 
     def read_data(self) -> tuple[Rows, Rows]:
-        """Rows for training and for validation.
+        """Read rows for training and for validation.
 
         Raises
         ------
         ValueError
-            If images or classes are not those of the model, or see `ImageData.read`.
+            If the images do not match the model, or as in `ImageData.read`.
         """
         model = self.model
         parts = self.data.read(model.image_size)
@@ -115,15 +115,15 @@ class MixerRun(_ModelRun):
             expected = (model.channels, model.image_size, model.image_size)
             if x.shape[1:] != expected or rows.classes > model.classes:
                 raise ValueError(
-                    f"the model takes images of shape {expected} and up to {model.classes} classes; those of "
-                    f"{self.data.inputs} are of shape {tuple(x.shape[1:])} and {rows.classes} classes."
+                    f"the model takes images of shape {expected} and up to {model.classes} classes; "
+                    f"{self.data.inputs} has shape {tuple(x.shape[1:])} and {rows.classes} classes."
                 )
         return parts
 
 
 @dataclass(frozen=True)
 class GPT2Run(_ModelRun):
-    """A GPT-2, texts, and how it is trained on them.
+    """Settings of a GPT-2, its texts and its training.
 
     Attributes
     ----------
@@ -143,7 +143,7 @@ class GPT2Run(_ModelRun):
         return made(partial(GPT2, self.model, device=device))
 
     def read_data(self) -> tuple[Rows, Rows]:
-        """Windows for training and for validation; raises as `TokenData.read` does."""
+        """Read windows for training and for validation; raises as `TokenData.read`."""
         return self.data.read(self.model.context, self.model.vocabulary)
 
 
@@ -152,13 +152,13 @@ RUNS: dict[str, type[MixerRun] | type[GPT2Run]] = {run.kind: run for run in (Mix
 
 
 def _check_memory(kind: Any, config: Any) -> None:
-    # All blocks are alike, so two models on meta tell how many parameters one of any depth has.
+    # All blocks are alike, so two models on meta determine the parameter count at any depth.
     first, second = (parameters_of(partial(kind, replace(config, depth=depth), "meta")) for depth in (1, 2))
     check_memory(first + (config.depth - 1) * (second - first))
 
 
 def packaged(kind: str) -> list[str]:
-    """Names of the settings that come with the library.
+    """Names of the packaged settings.
 
     Parameters
     ----------
@@ -170,17 +170,17 @@ def packaged(kind: str) -> list[str]:
 
 
 def read_settings(kind: str, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
-    """Read settings of a run.
+    """Read the settings of a run.
 
     Parameters
     ----------
     kind : {"mixer", "gpt2"}
     config : str or Path, optional
-        A TOML file with the tables ``data``, ``model`` and ``train``, or the name of one that comes with the
-        library, see `packaged`. By default the one of the name `kind`.
+        A TOML file with the tables ``data``, ``model`` and ``train``, or the name of packaged settings, see
+        `packaged`. By default, the settings named `kind`.
     overrides : sequence of str
-        As ``train.epochs=3``: a key, and its value as in TOML. Text needs no quotes; ``none`` is for no
-        value, in a file too.
+        Such as ``train.epochs=3``: a key, and a value as in TOML. Strings need no quotes; ``none`` stands for
+        None, also in a file.
 
     Returns
     -------
@@ -198,7 +198,7 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
         table, dot, name = key.strip().partition(".")
         if not (equals and dot and name):
             raise ValueError(
-                f"an override is a table, a key and a value, as train.epochs=3; got {override!r}."
+                f"an override must be a table, a key and a value, such as train.epochs=3; got {override!r}."
             )
         if isinstance(tables.setdefault(table, {}), dict):
             tables[table][name] = _value(text.strip())
@@ -219,16 +219,16 @@ def _tables(kind: str, config: str | Path) -> dict[str, Any]:
             return read_toml(path)
     if Path(config).suffix == ".toml":
         return read_toml(config)
-    raise ValueError(f"settings are a TOML file or one of {', '.join(names)}; got {str(config)!r}.")
+    raise ValueError(f"settings must be a TOML file or one of {', '.join(names)}; got {str(config)!r}.")
 
 
 def settings_of(mapping: Mapping[str, Any]) -> Settings:
-    """Settings from what ``config.json`` has of them.
+    """The settings stored in ``config.json``.
 
     Parameters
     ----------
     mapping : mapping
-        With ``kind``.
+        The settings and their ``kind``.
 
     Raises
     ------
@@ -238,12 +238,12 @@ def settings_of(mapping: Mapping[str, Any]) -> Settings:
     tables = dict(mapping)
     kind = tables.pop("kind", None)
     if kind not in RUNS:
-        raise ValueError(f"kind: settings are of the kind {' or '.join(RUNS)}, got {kind!r}.")
+        raise ValueError(f"kind: must be {' or '.join(RUNS)}, got {kind!r}.")
     return _checked(RUNS[kind], tables)
 
 
 def _value(text: str) -> Any:
-    """A value as in TOML; what is none is text."""
+    """Parse a TOML value; anything else is a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -264,29 +264,29 @@ def _checked(run: type[MixerRun] | type[GPT2Run], tables: Mapping[str, Any]) -> 
         for key in values:
             if key not in allowed[table]:
                 raise ValueError(
-                    f"{table}.{key}: no such key; there are {', '.join(sorted(allowed[table]))}."
+                    f"{table}.{key}: no such key; must be one of {', '.join(sorted(allowed[table]))}."
                 )
             if isinstance(values[key], int) and abs(values[key]) >= 2**63:
                 raise ValueError(f"{table}.{key}: must fit into 64 bits, got {values[key]}.")
         given[table] = {key: _none(value, hints[key]) for key, value in values.items()}
     try:
-        # As JSON, so that no value is made into one of another type: a "3" is no number.
+        # As JSON, so that no value is converted to another type: "3" is not a number.
         return TypeAdapter(run).validate_json(json.dumps(given, default=str), strict=True)
     except ValidationError as error:
         raise ValueError(_message(error.errors()[0], allowed)) from None
 
 
 def _none(value: Any, hint: Any) -> Any:
-    """None for the word, where that is a value: TOML has no word of its own for it."""
+    """Replace "none" by None where None is allowed: TOML has no null."""
     return None if value == "none" and NoneType in get_args(hint) else value
 
 
 def _message(error: Mapping[str, Any], allowed: Mapping[str, set[str]]) -> str:
-    """A complaint, after the key it is about."""
+    """An error message, after the key it is about."""
     table, *keys = map(str, error["loc"])
     rule = error["msg"].removeprefix("Value error, ").rstrip(".")
     if error["type"] != "value_error":
         return f"{'.'.join([table, *keys[:1]])}: {rule}, got {error['input']!r}."
-    # What a dataclass says of a value itself starts with its name, or is about several.
+    # Messages of the dataclass itself start with the key, or are about several keys.
     key, _, rest = rule.partition(" ")
     return f"{table}.{key}: {rest}." if key in allowed[table] else f"{table}: {rule}."

@@ -1,4 +1,4 @@
-"""Texts as byte pairs of GPT-2, and files of their tokens."""
+"""GPT-2's byte-pair tokenizer, and files of tokens."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from mumoe_tensor.files import alone_in, replacing, whole_file
 from mumoe_tensor.readers import read_json, read_text, reading
 from mumoe_tensor.selections import Selection, read_selection
 
-#: A token on disk, as the files that nanoGPT's scripts write have it.
+#: Dtype of a token on disk, as in the files that nanoGPT's scripts write.
 TOKEN = np.dtype("<u2")
 END_OF_TEXT = "<|endoftext|>"
-#: Tokens that are looked at in one go where a whole file is.
+#: Tokens read at a time when a whole file is scanned.
 CHUNK = 1 << 24
 
 
 class Tokenizer:
-    """Byte pairs of GPT-2 (Radford et al., 2019), all of them or the first ones.
+    """GPT-2's byte-pair encoding (Radford et al., 2019), with all merges or only the first ones.
 
-    Ids 0 to 255 are the bytes, 256 + k is the k-th merge, and the last id is the end of a text. A merge
-    joins tokens of lower ids alone, so the first merges are a vocabulary of their own: a small one makes for
-    a small output layer, and for more tokens a text.
+    Ids 0 to 255 are the bytes, 256 + k is the k-th merge, and the last id is the end of a text. A merge joins
+    only tokens of lower ids, so the first merges form a valid vocabulary. A smaller vocabulary means a
+    smaller output layer and more tokens per text.
 
     Parameters
     ----------
     folder : str or Path
-        Has ``encoder.json`` and ``vocab.bpe``; ``mumoe-tensor data`` fetches them into
+        Contains ``encoder.json`` and ``vocab.bpe``; ``mumoe-tensor data`` fetches them into
         ``data/gpt2-vocabulary``.
     vocabulary : int, optional
-        Number of ids. By default all: 50,257.
+        Number of ids. By default all 50,257.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Tokenizer:
     Raises
     ------
     ValueError
-        If a file is not what it should be, or there are not so many ids.
+        If a file is invalid, or `vocabulary` is out of range.
     ImportError
         If ``tokenizers`` is not installed.
     """
@@ -62,8 +62,8 @@ class Tokenizer:
         self.vocabulary = len(ids) if vocabulary is None else vocabulary
         if not 257 <= self.vocabulary <= len(ids):
             raise ValueError(
-                f"a vocabulary has the 256 bytes, the end of a text, and some of the {len(merges):,} merges; "
-                f"got one of {self.vocabulary:,}."
+                f"a vocabulary must have the 256 bytes, the end of a text, and 0 to {len(merges):,} merges; "
+                f"got {self.vocabulary:,} ids."
             )
         self.end = self.vocabulary - 1
         kept = {token: i for token, i in ids.items() if i < self.end}
@@ -72,33 +72,33 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without the end."""
+        """The ids of a text, without the end-of-text id."""
         return self._pairs.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become a replacement character.
+        """The text of ids; invalid UTF-8 becomes replacement characters.
 
         Raises
         ------
         ValueError
-            If an id is not of the vocabulary.
+            If an id is not in the vocabulary.
         """
         numbers = [int(i) for i in ids]
         strange = [i for i in numbers if not 0 <= i < self.vocabulary]
         if strange:
-            raise ValueError(f"ids lie from 0 to {self.end:,}, got {strange[0]:,}.")
+            raise ValueError(f"ids must be from 0 to {self.end:,}, got {strange[0]:,}.")
         return self._pairs.decode(numbers)
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids of all tokens, and the merges, checked against each other."""
+    """The ids of all tokens, and the merges, checked against each other."""
     path = folder / "encoder.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no {path}; `mumoe-tensor data gpt2-vocabulary` fetches it into data."
+            f"there is no {path}; `mumoe-tensor data gpt2-vocabulary` fetches it into data/."
         )
     ids = read_json(path)
-    # Only "\n" ends a line: some tokens have characters that `splitlines` takes for an end.
+    # Only "\n" ends a line: some tokens contain characters that `splitlines` treats as line ends.
     lines = read_text(folder / "vocab.bpe").split("\n")
     merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines[1:] if line)]
     expected = {a + b: 256 + k for k, (a, b) in enumerate(merges)} | {END_OF_TEXT: 256 + len(merges)}
@@ -106,26 +106,26 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     is_whole = len(ids) == 256 + len(expected) and numbers == set(range(len(ids)))
     if not is_whole or any(ids.get(token) != i for token, i in expected.items()):
         raise ValueError(
-            f"{path}: ids must be the bytes, then the merges in their order, that of {folder / 'vocab.bpe'}, "
-            "then the end of a text."
+            f"{path}: ids must be the bytes, then the merges in the order of {folder / 'vocab.bpe'}, then "
+            "the end of a text."
         )
     return ids, merges
 
 
 def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> list[int]:
-    """Write the tokens of texts one after the other, each with its end; whole or not at all.
+    """Write the tokens of texts one after another, each followed by the end-of-text id; atomic.
 
     Parameters
     ----------
     texts : iterable of str
     tokenizer : Tokenizer
     path : Path
-        Gets little-endian numbers of two bytes, without a head.
+        Receives little-endian integers of two bytes, without a header.
 
     Returns
     -------
     list of int
-        Tokens of each text.
+        Number of tokens of each text.
     """
     counts = []
     with whole_file(path) as file:
@@ -144,46 +144,46 @@ def tokenize(
     hold_out: Sequence[str],
     leave_out: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the tokens of files of text, parted into files for training and files for validation.
+    """Tokenize text files, some for training and some for validation.
 
-    ``training.bin`` and ``validation.bin`` have the tokens, ``tokens.json`` says how many ids there are and
-    which files went where, with their tokens. They take the place of older ones once all are whole.
+    ``training.bin`` and ``validation.bin`` hold the tokens, and ``tokens.json`` the number of ids, the files
+    of each part and their numbers of tokens. All three replace older files once they are complete.
 
     Parameters
     ----------
     sources : sequence of Path
-        Files in UTF-8; of a folder, its ``*.txt``.
+        UTF-8 files, or folders with files ``*.txt``.
     tokenizer : Tokenizer
     out : Path
-        A folder.
+        Output folder.
     hold_out : sequence of str
-        Patterns of the names of files for validation, as ``macbeth*``.
+        Name patterns of the files for validation, such as ``macbeth*``.
     leave_out : sequence of str, optional
-        Patterns of the names of files that go nowhere.
+        Name patterns of files to skip.
 
     Returns
     -------
     dict
-        What is in ``tokens.json``.
+        The content of ``tokens.json``.
 
     Raises
     ------
     ValueError
-        If a source has no text, a pattern fits no file, or a part would be empty.
+        If a source has no text, a pattern matches no file, or a part would be empty.
     OSError
-        If a source is missing, another process writes into the folder, or the tokens cannot be written.
+        If a source is missing, another process is writing to the folder, or the tokens cannot be written.
     """
     files: list[Path] = []
     for source in sources:
         if not source.exists():
-            raise FileNotFoundError(f"texts are files, or folders with files *.txt; there is no {source}.")
+            raise FileNotFoundError(f"texts must be files or folders with *.txt; there is no {source}.")
         texts = sorted(source.glob("*.txt")) if source.is_dir() else [source]
         if not texts:
             raise ValueError(f"a folder of texts must have files *.txt; {source} has none.")
         files += [file for file in texts if file not in files]
     for pattern in (*hold_out, *leave_out):
         if not any(file.match(pattern) for file in files):
-            raise ValueError(f"a pattern must fit the name of a file; {pattern!r} fits none.")
+            raise ValueError(f"a pattern must match the name of a file; {pattern!r} matches none.")
     files = [file for file in files if not _fits(file, leave_out)]
     parts = {
         "training": [file for file in files if not _fits(file, hold_out)],
@@ -191,9 +191,9 @@ def tokenize(
     }
     for part, held in parts.items():
         if not held:
-            raise ValueError(f"both parts must have files; for {part} there is none.")
+            raise ValueError(f"both parts must have files; {part} has none.")
     about: dict[str, Any] = {"vocabulary": tokenizer.vocabulary}
-    # All three change at once: no old part must be taken for one of this vocabulary.
+    # All three are replaced together, so that an old part is never combined with the new vocabulary.
     with alone_in(out), replacing(out, ("tokens.json", *(f"{part}.bin" for part in parts))) as new:
         for part, held in parts.items():
             counts = write_tokens(map(read_text, held), tokenizer, new / f"{part}.bin")
@@ -208,7 +208,7 @@ def _fits(path: Path, patterns: Sequence[str]) -> bool:
 
 
 def read_vocabulary_size(path: Path) -> int:
-    """The number of ids from the ``tokens.json`` that `tokenize` wrote.
+    """Read the number of ids from a ``tokens.json`` written by `tokenize`.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def read_vocabulary_size(path: Path) -> int:
     Raises
     ------
     ValueError
-        If the file does not say it.
+        If the file does not contain it.
     """
     about = read_json(path)
     with reading(path):
@@ -225,29 +225,30 @@ def read_vocabulary_size(path: Path) -> int:
 
 
 class Tokens:
-    """Windows of a file of tokens, without overlap, for the prediction of each next token.
+    """Windows of a file of tokens, without overlap, for next-token prediction.
 
-    The file stays on disk; a batch reads what it needs.
+    The file stays on disk; a batch reads only the tokens it needs.
 
     Parameters
     ----------
     path : str or Path
-        Little-endian numbers of two bytes, as `write_tokens` and the scripts of nanoGPT write them.
+        Little-endian integers of two bytes, as written by `write_tokens` and nanoGPT's scripts.
     context : int
-        Tokens of a window. A last window that is not full is left out.
+        Tokens per window. An incomplete last window is left out.
 
     Raises
     ------
     ValueError
-        If the file is no whole number of tokens, or has less than one window and the token after it.
+        If the file size is not a multiple of two bytes, or the file is shorter than one window and the token
+        after it.
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     """
 
     def __init__(self, path: str | Path, context: int):
         self.path, self.context = Path(path), context
         if not self.path.exists():
-            raise FileNotFoundError(f"there are no tokens {path}; `mumoe-tensor tokenize` writes such files.")
+            raise FileNotFoundError(f"{path} does not exist; `mumoe-tensor tokenize` writes such files.")
         size = self.path.stat().st_size
         if context < 1:
             raise ValueError(f"context must be positive, got {context}.")
@@ -270,7 +271,7 @@ class Tokens:
         return max(int(self._tokens[a:b].max()) for a, b in pairwise(edges))
 
     def batch(self, rows: Selection) -> tuple[Tensor, Tensor]:
-        """Some of the windows.
+        """Read selected windows.
 
         Parameters
         ----------
@@ -280,7 +281,7 @@ class Tokens:
         Returns
         -------
         x, y : Tensor of int64 of shape (n, context)
-            ``y`` is the tokens that follow those of ``x``.
+            ``y`` is ``x`` shifted by one token.
         """
         numbers = np.array(read_selection(rows, len(self), "rows", repeats=True), dtype=np.int64)
         places = numbers[:, None] * self.context + np.arange(self.context + 1)
@@ -302,25 +303,25 @@ class TokenData:
     validation: str
 
     def read(self, context: int, vocabulary: int) -> tuple[Tokens, Tokens]:
-        """Windows for training and validation.
+        """Open windows for training and validation.
 
         Parameters
         ----------
         context : int
-            Tokens of a window.
+            Tokens per window.
         vocabulary : int
-            Number of ids that the model knows.
+            Number of ids in the model's vocabulary.
 
         Raises
         ------
         ValueError
-            If a file has an id the model does not know, or see `Tokens`.
+            If a file has an id outside the vocabulary, or as in `Tokens`.
         """
         training, validation = Tokens(self.training, context), Tokens(self.validation, context)
         for tokens in (training, validation):
             if tokens.largest >= vocabulary:
                 raise ValueError(
-                    f"a model of {vocabulary:,} ids takes 0 to {vocabulary - 1:,}; {tokens.path} has "
+                    f"ids must be from 0 to {vocabulary - 1:,}, the model's vocabulary; {tokens.path} has "
                     f"{tokens.largest:,}."
                 )
         return training, validation

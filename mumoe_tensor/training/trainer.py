@@ -1,4 +1,4 @@
-"""One trainer for everything: on one process or, under accelerate, on many."""
+"""One trainer for all models, on one process or, with accelerate, on several."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mumoe_tensor.training.processes import processes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-#: Settings that change nothing of what comes out, so that a run may go on with others.
+#: Settings that do not affect the result, so that a run may resume with other values.
 FREE = ("workers", "evaluation_batch_size", "checkpoint_every")
 
 
@@ -46,7 +46,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     ----------
     logits : Tensor of shape (..., classes)
     y : Tensor of int of shape (...), or of float of shape (..., classes)
-        Labels, or shares of all classes.
+        Labels, or class probabilities.
     """
     labels = y.flatten(0, -2) if y.is_floating_point() else y.flatten()
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels)
@@ -54,7 +54,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 @dataclass
 class Progress:
-    """How far a run is: what a checkpoint keeps besides the model and the optimizer.
+    """The progress of a run: the content of a checkpoint besides the model and the optimizer.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class Progress:
         Steps done.
     evaluations : list of Evaluation
     total : float
-        Sum of the losses of the steps since the last evaluation, of this process.
+        Sum of this process's losses over the steps since the last evaluation.
     seconds : float
         Time since the last evaluation.
     """
@@ -79,7 +79,7 @@ class Progress:
 
     @property
     def waited(self) -> int:
-        """Evaluations since that of the lowest validation loss."""
+        """Evaluations since the one with the lowest validation loss."""
         since = 0
         for e in self.evaluations:
             since = 0 if e.is_best else since + 1
@@ -88,7 +88,7 @@ class Progress:
 
 @dataclass
 class _Kept(Progress):
-    """What a checkpoint keeps besides tensors."""
+    """The part of a checkpoint that is not tensors."""
 
     config: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] | None = None
@@ -105,30 +105,30 @@ def train(
     from_step: int | None = None,
     progress: bool = False,
 ) -> list[Evaluation]:
-    """Train a model; it ends with the parameters of its best evaluation, or with the last ones.
+    """Train a model, which ends with the weights of its best evaluation or with the last ones.
 
-    On one process the model stays where it is. Under ``torchrun`` or ``accelerate launch`` every process
-    calls this; the model is moved to the process's device and wrapped (DDP, FSDP2) as accelerate's settings
-    say. Each process takes its share of the rows of a step, so that the number of processes changes nothing
-    but the order of sums, and what dropout draws. Neither the state of torch's random numbers nor the data
-    change.
+    On one process the model stays on its device. Under ``torchrun`` or ``accelerate launch`` every process
+    calls this function; the model is moved to the process's device and wrapped (DDP, FSDP2) according to
+    accelerate's settings. Each process takes its share of the rows of a step, so the number of processes
+    changes only the order of sums and the random numbers of dropout. The state of torch's global random
+    numbers and the data are not changed.
 
     Parameters
     ----------
     model : Module
-        Maps inputs of shape (rows, ...) to logits of shape (rows, ..., classes). Is left in evaluation mode.
+        Maps inputs of shape (rows, ...) to logits of shape (rows, ..., classes). Ends in evaluation mode.
     data, validation : Rows
-        With labels, or with targets that are floats, for which there is no accuracy.
+        With labels, or with float targets, for which no accuracy is computed.
     config : TrainConfig, optional
     loss : callable, default `cross_entropy`
-        Of logits and labels, or of outputs and targets, to a mean.
+        Maps logits and labels, or outputs and targets, to a mean loss.
     folder : Path, optional
-        For ``checkpoints/``, ``metrics.csv`` with a line an evaluation, and ``tensorboard/``. The same call
-        goes on from the last checkpoint, on one process to the same parameters, bit for bit.
+        Receives ``checkpoints/``, ``metrics.csv`` with a line for each evaluation, and ``tensorboard/``. The
+        same call resumes from the last checkpoint; on one process the result is bit-for-bit the same.
     from_step : int, optional
-        Go on from the checkpoint of this step, not from the last one.
+        Resume from the checkpoint of this step instead of the last one.
     progress : bool, default False
-        Show a bar with the time left (needs rich).
+        Show a progress bar (needs rich).
 
     Returns
     -------
@@ -137,15 +137,15 @@ def train(
     Raises
     ------
     ValueError
-        If there are fewer rows than a batch has, the checkpoint is that of another config, or the precision
+        If there are fewer rows than `config.batch_size`, the checkpoint has another config, or the precision
         is fp16 on CPUs.
     FloatingPointError
-        If a loss or a gradient is no finite number; says in which step and layer, and what the last good
-        checkpoint is.
+        If a loss or a gradient is not finite; the message names the step, the layer and the last good
+        checkpoint.
     DamagedCheckpoint
-        If the checkpoint is missing or not what was written; says which one is good.
+        If the checkpoint is missing or corrupt; the message names the last good one.
     OSError
-        If a file cannot be written; the checkpoints before are as they were.
+        If a file cannot be written; earlier checkpoints are kept.
     """
     config = config or TrainConfig()
     accelerator = _accelerator(config)
@@ -156,7 +156,7 @@ def train(
         try:
             run.train(progress and accelerator.is_main_process)
         finally:
-            # Where accelerate computes in another precision, it has put a forward of its own into the model.
+            # For other precisions, accelerate has replaced the model's forward method.
             accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
     model.eval()
     return run.state.evaluations
@@ -168,10 +168,10 @@ def _accelerator(config: TrainConfig) -> Any:
 
     own = processes()
     if config.precision == "fp16" and own.device.type == "cpu":
-        # (Accelerate would compute in float32 and say nothing.)
-        raise ValueError("precision 'fp16' needs an accelerator; on CPUs there is 'bf16'.")
-    # Accelerate keeps one precision for a process, and how far a step is accumulated, even one that was
-    # interrupted; public is only the reset of the processes' group as well.
+        # (Accelerate would silently compute in float32.)
+        raise ValueError("precision 'fp16' needs an accelerator; on CPUs use 'bf16'.")
+    # Accelerate keeps the precision and the state of gradient accumulation in global state, even after an
+    # interrupted step; its public reset would also reset the process group.
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
     return Accelerator(
@@ -204,9 +204,9 @@ class _Run:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=True,  # one pass over the parameters: the default on CPUs makes one an operation
+            fused=True,  # one pass over the parameters; the default on CPUs makes a pass per operation
         )
-        # What is wrapped computes; checkpoints and names are of the model itself.
+        # The wrapped model computes; checkpoints and names are those of the model itself.
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.device = next(model.parameters()).device
         self.state = Progress()
@@ -256,7 +256,7 @@ class _Run:
         return is_done or (patience is not None and self.state.waited >= patience)
 
     def _step(self, parts: list[Batch]) -> dict[str, float]:
-        """Make a step; its figures."""
+        """Make a step and return its figures."""
         config, accelerator, state = self.config, self.accelerator, self.state
         rate = config.learning_rate * config.factor(state.step, self.batches.steps)
         for group in self.optimizer.param_groups:
@@ -266,7 +266,7 @@ class _Run:
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         length = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         state.step += 1
-        # The scaler of fp16 leaves steps out whose gradient is not finite.
+        # The scaler of fp16 skips steps whose gradient is not finite.
         if not isfinite(value) or not (isfinite(length) or config.precision == "fp16"):
             raise FloatingPointError(self._not_finite(parts, value, rate))
         if config.clip is not None:
@@ -276,12 +276,12 @@ class _Run:
         return {"loss": value, "learning rate": rate, "gradient norm": length}
 
     def _gradients(self, parts: list[Batch]) -> float:
-        """Gradients of a step, and its loss on this process."""
+        """Compute the gradients of a step, and return its loss on this process."""
         torch.manual_seed(seed_of(self.config.seed, self.state.step, self.accelerator.process_index))
         self.optimizer.zero_grad()
         total = 0.0
         for x, y in parts:
-            # Processes add up their gradients once, with those of the last part.
+            # Processes synchronize their gradients once, in the last part.
             with self.accelerator.accumulate(self.wrapped):
                 value = self.loss(self.wrapped(x.to(self.device)), y.to(self.device))
                 self.accelerator.backward(value)
@@ -295,7 +295,7 @@ class _Run:
             names = not_finite(self.model.named_parameters())
             return f"gradients must be finite; those of {', '.join(names)} are not, {when}{last}."
         where = first_layer_not_finite(self.model, torch.cat([x for x, _ in parts]).to(self.device))
-        return f"the loss must be a finite number; it is {value} {when}: {where}{last}."
+        return f"the loss must be finite; it is {value} {when}: {where}{last}."
 
     def _evaluate(self) -> None:
         state, accelerator = self.state, self.accelerator
@@ -305,7 +305,7 @@ class _Run:
         if not isfinite(loss):
             last = "" if self.checkpoints is None else f"; {self.checkpoints.last()}"
             raise FloatingPointError(
-                f"the loss must be a finite number; on the validation rows it is {loss} after step "
+                f"the loss must be finite; on the validation rows it is {loss} after step "
                 f"{state.step}, epoch {self._epoch}{last}."
             )
         steps = state.step - (state.evaluations[-1].step if state.evaluations else 0)
@@ -332,10 +332,10 @@ class _Run:
         tensor = torch.tensor(value, device=self.device, dtype=torch.float64)
         return float(self.accelerator.reduce(tensor, "mean"))
 
-    # ---- what is kept in the folder ----------------------------------------------------------------------
+    # ---- files in the folder -----------------------------------------------------------------------------
 
     def go_on(self, from_step: int | None) -> None:
-        """Take the state of the last checkpoint, or of that of a step, where there is one."""
+        """Load the last checkpoint, or that of a step, if there is one."""
         if self.folder is None or self.checkpoints is None:
             return
         is_main = self.accelerator.is_main_process
@@ -345,7 +345,7 @@ class _Run:
         if not self.checkpoints.steps and from_step is None:
             if metrics.exists():
                 raise DamagedCheckpoint(
-                    f"a run that has {metrics} must have a checkpoint to go on from; {self.folder} has none."
+                    f"a run with {metrics} must have a checkpoint to resume from; {self.folder} has none."
                 )
             return
         step = self.checkpoints.steps[-1] if from_step is None else from_step
@@ -357,7 +357,7 @@ class _Run:
         config, before = settings_of(asdict(self.config)), settings_of(kept.config)
         if others := [name for name in config if name not in FREE and config[name] != before[name]]:
             raise ValueError(
-                f"a run goes on with the config it began with; {', '.join(others)} in {self.folder} was "
+                f"a run must resume with its config; {', '.join(others)} in {self.folder} was "
                 f"{', '.join(str(before[name]) for name in others)}."
             )
         try:
@@ -390,7 +390,7 @@ class _Run:
 def evaluate(
     model: nn.Module, data: Rows, *, batch_size: int = 1024, loss: Loss = cross_entropy
 ) -> tuple[float, float]:
-    """Loss and accuracy on some data; leaves the model in evaluation mode.
+    """Loss and accuracy on data; leaves the model in evaluation mode.
 
     Parameters
     ----------
@@ -402,9 +402,9 @@ def evaluate(
     Returns
     -------
     float
-        Mean over labels.
+        Mean loss over labels.
     float
-        Share of the labels that have the largest logit; NaN where the targets are floats.
+        Fraction of labels with the largest logit; NaN if the targets are floats.
     """
     return _evaluated(model, data, batch_size, loss, None)
 
@@ -416,11 +416,11 @@ def _evaluated(
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
     model.eval()
-    # Loss, labels that are right, labels: summed up over the batches, and then over the processes.
+    # Loss, correct labels, labels: summed over the batches, then over the processes.
     sums = torch.zeros(3, dtype=torch.float64)
     for rows in torch.arange(len(data)).split(batch_size * processes):
         own = rows.tensor_split(processes)[process]
-        # Every process must take part in every forward pass; without rows of its own, with one for nothing.
+        # Every process must take part in every forward pass; one without rows computes on a dummy row.
         x, y = data.batch(own if len(own) else rows[:1])
         logits, labels = model(x.to(device)), y.to(device)
         right = nan if y.is_floating_point() else float((logits.argmax(-1) == labels).sum())

@@ -1,1 +1,1 @@
-"""Trainings whose tables the figures draw; each follows a protocol in ``docs/experiments``."""
+"""Experiments whose tables the figures draw; each follows a protocol in ``docs/experiments``."""

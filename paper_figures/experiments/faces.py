@@ -1,9 +1,9 @@
-"""Embeddings of faces for ``mumoe-tensor bias``, by the protocol of ``docs/experiments/faces.md``.
+"""Embeddings of faces for ``mumoe-tensor bias``; the protocol is ``docs/experiments/faces.md``.
 
     python -m paper_figures.experiments.faces
 
-Reads the files ``data/utkface/AGE_GENDER_*.jpg``, and weights that `make data` fetches; writes
-``data/faces.npz``: features x, and the attributes old and male.
+Reads the files ``data/utkface/AGE_GENDER_*.jpg`` and the weights that `make data` fetches. Writes
+``data/faces.npz`` with features x and the attributes old and male.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from mumoe_tensor.files import whole_file
 from paper_figures.experiments.embeddings import embed
 from paper_figures.experiments.tables import DATA
 
-#: From this age on a face is old.
+#: Minimum age of an old face.
 OLD = 50
 
 
 def labels(paths: list[Path]) -> tuple[list[int], list[int]]:
-    """Old and male, 0 or 1, from names AGE_GENDER_…, where a gender of 0 is male.
+    """The attributes old and male, 0 or 1, from file names AGE_GENDER_…, where a gender of 0 is male.
 
     Raises
     ------
     ValueError
-        If a name is of another form.
+        If a name has another form.
     """
     old, male = [], []
     for path in paths:

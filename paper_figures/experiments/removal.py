@@ -1,4 +1,4 @@
-"""What each class loses without an expert, on validation rows: see ``docs/experiments/heads.md``.
+"""Accuracy of each class without an expert, on validation rows: see ``docs/experiments/heads.md``.
 
 python -m paper_figures.experiments.removal
 """
@@ -14,7 +14,7 @@ TABLE = "heads_removal"
 
 
 def changes(run: Run) -> list[Row]:
-    """Change of the accuracy of every class of the validation rows, one expert removed at a time."""
+    """Change in the accuracy of every class on the validation rows, removing one expert at a time."""
     head, _ = trained(run, learning_rate(run))
     _, validation = parts()
     effects = ablation_effects(head, head, [(validation.x, validation.y)], 10)
@@ -26,7 +26,7 @@ def changes(run: Run) -> list[Row]:
 
 
 def remove_all() -> None:
-    """Remove every expert of the layers whose images are shown, those of seed 0."""
+    """Remove every expert of the layers of seed 0 whose images are shown."""
     write_table(TABLE, [row for n in LOOKED_AT for row in changes(Run("single", "cp", (n,)))])
 
 

@@ -1,13 +1,13 @@
-"""The experiment with replaced layers, by the protocol of ``docs/experiments/replacement.md``.
+"""Replaced layers of a language model; the protocol is ``docs/experiments/replacement.md``.
 
-    python -m paper_figures.experiments.replacement texts     entries of the Jargon File, in three parts
+    python -m paper_figures.experiments.replacement texts     split the entries of the Jargon File
     python -m paper_figures.experiments.replacement probe     sparse probes of experts, latents and neurons
-    python -m paper_figures.experiments.replacement probes    their results
-    python -m paper_figures.experiments.replacement rises     the results, means over seeds
+    python -m paper_figures.experiments.replacement probes    the results of the probes
+    python -m paper_figures.experiments.replacement rises     the results, as means over seeds
     python -m paper_figures.experiments.replacement claims    the differences that the claims are about
 
-Needs `make data`. Texts are in ``data/replacement``; the layers that are probed are those that
-``mumoe-tensor replace`` trains into ``results/replacement``.
+Needs `make data`. Texts are in ``data/replacement``; the layers to probe are in ``results/replacement``,
+where ``mumoe-tensor replace`` writes them.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from paper_figures.experiments.tables import DATA, ROOT, difference, table, writ
 
 MODEL, FOLDER, RESULTS = DATA / "smollm2", DATA / "replacement", ROOT / "results" / "replacement"
 GRID = Path(__file__).with_suffix(".toml")
-#: What the other arms are compared with.
+#: The reference for the other arms.
 REFERENCE = "MxD"
-#: Arms without experts, or with experts chosen by chance or by distance.
+#: Arms without experts, or with experts chosen at random or by distance.
 NULLS = ("MxD, random experts", "MxD, nearest centres", "no experts", "no experts, same width")
-#: The layers that are probed, and the numbers of features of a probe.
+#: The layers to probe, and the numbers of features of a probe.
 MODULE, PROBED_AT, FEATURES = "model.layers.11.mlp", 32, (1, 5)
 
-#: Characters from which on a document is closed: most are one window of 256 tokens, or somewhat more.
+#: Minimum number of characters of a document: most documents are one window of 256 tokens, or slightly more.
 LEAST = 1200
 #: Shares of the documents for validation and test; the rest is for training.
 SHARES = (0.09, 0.09)
 
 
 def entries(text: str) -> list[str]:
-    """The entries of the Jargon File, a paragraph a line, without the braces of cross-references."""
+    """The entries of the Jargon File, one paragraph per line, without the braces of cross-references."""
     glossary = text[text.index("\nGlossary\n") :]
     parts = re.split(r"\n(?=   :[^\n]*:)", glossary)[1:]
     paragraphs = ([" ".join(lines.split()) for lines in part.split("\n\n")] for part in parts)
@@ -63,7 +63,7 @@ def entries(text: str) -> list[str]:
 
 
 def documents(parts: Sequence[str], least: int = LEAST) -> list[str]:
-    """Neighbours joined until each document has so many characters; the rest is left out."""
+    """Join neighbouring entries until each document has `least` characters; the rest is left out."""
     joined, left = [], ""
     for part in parts:
         left = f"{left}\n\n{part}" if left else part
@@ -84,7 +84,7 @@ def split(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def write_parts() -> None:
-    """The documents of the three parts, as files of JSON lines."""
+    """Write the documents of the three parts, as files of JSON lines."""
     with gzip.open(DATA / "jargon" / "jargon.txt.gz", "rt", encoding="utf-8") as file:
         parts = split(documents(entries(file.read())))
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -95,9 +95,9 @@ def write_parts() -> None:
 
 @torch.no_grad()
 def probe() -> list[Row]:
-    """F1 of the best single feature for each rule, of the layers of one K and of the block's neurons.
+    """F1 of the best single feature for each rule, for the layers of one K and for the block's neurons.
 
-    The feature and its threshold are chosen on the validation texts and judged on the test texts.
+    The feature and its threshold are chosen on the validation texts and evaluated on the test texts.
     """
     model, tokenizer = load_language_model(MODEL)
     tokens, edges = [], [0]
@@ -124,7 +124,7 @@ def probe() -> list[Row]:
     for row in table("replacement").of(module=MODULE, k=PROBED_AT):
         folder = RESULTS / "layers" / row["run"]
         if not folder.exists():
-            print(f"{row['run']} is not probed: the table has its row, {RESULTS} no layer.")
+            print(f"{row['run']} is not probed: it is in the table, but its layer is not in {RESULTS}.")
             continue
         layer = load(folder)
         (coefficients,) = zip(*(layer.gate(part) for part in inputs.split(4096)), strict=True)
@@ -133,7 +133,7 @@ def probe() -> list[Row]:
 
 
 def probes() -> list[Row]:
-    """F1 of probes of five features for each rule, means over seeds, and the mean over the rules."""
+    """F1 of probes with five features for each rule, as means over seeds, and the mean over the rules."""
     rows = table("replacement_probes").of(features=FEATURES[-1])
     records = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -145,7 +145,7 @@ def probes() -> list[Row]:
 
 
 def rises() -> list[Row]:
-    """Rise in nats a token, error, active and dead experts and minutes of training, means over seeds."""
+    """Rise in nats per token, error, active and dead experts and minutes of training, as means over seeds."""
     rows = table("replacement")
     records = []
     for module, k, arm in dict.fromkeys((row["module"], row["k"], row["arm"]) for row in rows):
@@ -159,7 +159,7 @@ def rises() -> list[Row]:
 
 
 def claims() -> list[Row]:
-    """Rise of each arm less that of MxD, seed by seed: mean and 95 % interval, in nats a token."""
+    """Paired differences in rise from MxD, for each arm: mean and 95 % interval, in nats per token."""
     rows = table("replacement")
     records = []
 

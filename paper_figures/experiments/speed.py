@@ -2,8 +2,8 @@
 
     python -m paper_figures.experiments.speed [mixer | gpt2]
 
-A step is zero_grad, forward, loss, backward, clipping and AdamW, on one batch of the experiment's size. Speed
-is of steps in which the models take turns, memory of a process for each model.
+A step is zero_grad, forward, loss, backward, clipping and AdamW, on one batch of the experiment's size. For
+speed, the models take turns in one process; memory is measured in one process per model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNIT = {"mixer": "images", "gpt2": "tokens"}
 
 
 def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
-    """A step of an arm, which returns its loss; the images or tokens in it; the model's parameters."""
+    """A function that makes a step of an arm and returns the loss; its batch size; the parameter count."""
     settings = read_settings(kind, None, ARMS[kind][arm])
     torch.manual_seed(0)
     model = settings.make_model()
@@ -56,9 +56,9 @@ def make(kind: str, arm: str) -> tuple[Callable[[], float], int, int]:
 
 
 def peak(kind: str, arm: str) -> int:
-    """Bytes by which this process grows by its model, its optimizer and some steps."""
+    """Bytes by which this process grows with its model, its optimizer and some steps."""
     torch.set_num_threads(1)
-    # A small model first, for which libraries load and allocate.
+    # First run a small model, so that libraries are loaded and allocate their buffers.
     small = torch.nn.Linear(8, 8)
     cross_entropy(small(torch.randn(4, 8)), torch.zeros(4, dtype=torch.int64)).backward()
     torch.optim.AdamW(small.parameters()).step()

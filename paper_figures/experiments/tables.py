@@ -1,4 +1,4 @@
-"""Tables of the experiments: one row a finished run, and what follows from rows of several seeds."""
+"""Tables of the experiments, with one row per finished run, and statistics over seeds."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def table(name: str) -> Ledger:
 
 
 def write_table(name: str, rows: Sequence[Row]) -> None:
-    """Write a table, whole."""
+    """Write a table atomically."""
     files.write_table(TABLES / f"{name}.csv", list(rows[0]), rows)
 
 
 def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, jobs: int | str) -> None:
-    """Run the tasks that have no row in a table yet; a task is the columns of its row and its arguments."""
+    """Run the tasks without a row in a table; a task is the key columns of its row and its arguments."""
     kept = table(name)
     where = environment_text()
     left = [arguments for key, arguments in tasks if not kept.has(**key)]
@@ -39,7 +39,7 @@ def keep(name: str, tasks: Sequence[tuple[Row, tuple[Any, ...]]], work: Any, job
 
 
 def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, jobs: int | str) -> Iterator[Any]:
-    """Results as they come."""
+    """Yield results as they arrive."""
     results = side_by_side([partial(work, *task) for task in tasks], jobs)
     with progress_bar("experiment") as progress:
         for count, (_, result) in enumerate(results, 1):
@@ -48,15 +48,15 @@ def go_through(tasks: Sequence[tuple[Any, ...]], work: Any, jobs: int | str) -> 
 
 
 def tuned_rate(tuned: Ledger, key: Row, rates: Sequence[float]) -> float:
-    """The rate with the highest accuracy, once all were tried with these columns."""
+    """The rate with the highest accuracy among rows with these columns; all rates must have been tried."""
     group = tuned.of(**key)
     if len(group) != len(rates):
-        raise ValueError(f"learning rates must be tried first, by `tune`; {key} has {len(group)}.")
+        raise ValueError(f"learning rates must be tried first, with `tune`; {key} has {len(group)}.")
     return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
 
 
 def means(rows: Iterable[Row], by: str, columns: Sequence[str]) -> list[Row]:
-    """Means over the seeds of each value of a column, in the order of their first rows."""
+    """Means over seeds for each value of a column, in the order of first occurrence."""
     records = []
     for value in dict.fromkeys(row[by] for row in rows):
         group = [row for row in rows if row[by] == value]
@@ -67,13 +67,13 @@ def means(rows: Iterable[Row], by: str, columns: Sequence[str]) -> list[Row]:
 
 
 def over_seeds(rows: Sequence[Row], column: str) -> Row:
-    """Mean of a column and its 95 % interval over seeds, as the columns that figures draw."""
+    """The mean of a column and its 95 % interval over seeds, as columns for figures."""
     mean, half = interval([row[column] for row in rows])
     return {column: mean, f"{column}_low": mean - (half or 0), f"{column}_high": mean + (half or 0)}
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float], unit: float = 1) -> Row:
-    """Mean and 95 % interval of the differences, seed by seed, over the seeds that both have."""
+    """Mean and 95 % interval of the paired differences, over the seeds that both have."""
     values = [unit * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
     mean, half = interval(values)
     return {"mean": mean, "half": half, "seeds": len(values)}

@@ -1,13 +1,13 @@
-"""Heads on Tiny-ImageNet, by the protocol of ``docs/experiments/tiny-imagenet.md``.
+"""Heads on Tiny-ImageNet; the protocol is ``docs/experiments/tiny-imagenet.md``.
 
-    python -m paper_figures.experiments.tiny_imagenet features   images to features, once
-    python -m paper_figures.experiments.tiny_imagenet tune       learning rates, on validation rows
-    python -m paper_figures.experiments.tiny_imagenet test       all results, on test rows
+    python -m paper_figures.experiments.tiny_imagenet features   compute features of the images
+    python -m paper_figures.experiments.tiny_imagenet tune       choose learning rates on validation rows
+    python -m paper_figures.experiments.tiny_imagenet test       all results on test rows
     python -m paper_figures.experiments.tiny_imagenet claims     the differences that the claims are about
 
 Reads ``data/tiny-imagenet``, with the folders train and val of its archive, and weights that `make data`
-fetches. Interrupted, all but the first go on where they stopped. ``--jobs`` says how many trainings run at
-once, each on one thread.
+fetches. After an interruption, the same command resumes, except for the first. ``--jobs`` is the number of
+parallel training runs, each on one thread.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from paper_figures.experiments.tables import DATA, TABLES, difference, keep, tab
 
 FOLDER, CLASSES = DATA / "tiny-imagenet", 200
 VALIDATION = 0.1
-#: What heads of equal size are set beside: a linear layer, and blocks of two layers.
+#: Dense references for heads of equal size: a linear layer, and blocks of two layers.
 LINEAR, TWICE, LARGE = 70_600, 141_200, 2_000_000
 HIDDEN = {LINEAR: None, TWICE: 255, LARGE: 3616}
 FORMATS: dict[str, tuple[Any, int]] = {
@@ -49,7 +49,7 @@ FORMATS: dict[str, tuple[Any, int]] = {
 }
 ONE_LEVEL, TWO_LEVELS = ((8,), (32,), (128,)), ((8, 8), (16, 16), (32, 32), (64, 64))
 MANY = ((256,), (1024,), (4096,))
-#: Gates and norms that are compared, all with CP of 128 experts.
+#: Gates and norms to compare, all with CP of 128 experts.
 GATES, NORMS, GATE_AT = ("entmax15", "softmax", "topk"), ("batch", "layer", "none"), (128,)
 ACTIVE = 8
 NULLS = ("random", "nearest_centres")
@@ -59,7 +59,7 @@ LEARNING_RATES = (0.001, 0.003, 0.01)
 
 @dataclass(frozen=True)
 class Run:
-    """One training; without a format it is that of a dense head of so many parameters."""
+    """One training run; without a format, of a dense head with this number of parameters."""
 
     format: str
     experts: tuple[int, ...] = ()
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def key(self) -> Row:
-        """The columns that identify it."""
+        """The columns that identify the run."""
         return {
             "format": self.format, "experts": "x".join(map(str, self.experts)) or "none", "gate": self.gate,
             "gate_norm": self.gate_norm, "budget": self.parameters, "seed": self.seed,
@@ -78,12 +78,12 @@ class Run:
 
     @property
     def tuned_as(self) -> Run:
-        """The run whose learning rate it takes."""
+        """The run whose learning rate this run uses."""
         experts = TUNED_AT[self.parameters] if self.experts else ()
         return Run(self.format, experts, parameters=self.parameters, seed=TUNING_SEED)
 
     def build(self, data: Dataset) -> Head:
-        """The head, its weights drawn with the seed; a gate with centres is fitted to the data."""
+        """The head, initialized with the seed; a gate with centres is fitted to the data."""
         torch.manual_seed(self.seed)
         width = data.x.shape[1]
         if not self.experts:
@@ -102,7 +102,7 @@ class Run:
 
 
 def runs() -> list[Run]:
-    """All trainings of the protocol."""
+    """All training runs of the protocol."""
     runs = [Run("dense", parameters=budget) for budget in HIDDEN]
     runs += [
         Run(format, experts, parameters=budget)
@@ -118,7 +118,7 @@ def runs() -> list[Run]:
 
 
 def images(part: str) -> list[LabelledFile]:
-    """Images for training in their folders, or those for the test with the labels in their file."""
+    """Training images in class folders, or test images with labels from their file."""
     files, classes = class_folders(FOLDER / "train")
     if part == "test":
         lines = read_text(FOLDER / "val" / "val_annotations.txt").splitlines()
@@ -128,13 +128,13 @@ def images(part: str) -> list[LabelledFile]:
 
 
 def class_names() -> list[str]:
-    """The first word for each class, in the order of the labels."""
+    """The first word of each class name, in the order of the labels."""
     words = dict(line.split("\t", 1) for line in read_text(FOLDER / "words.txt").splitlines())
     return [words[name].split(",")[0] for name in class_folders(FOLDER / "train")[1]]
 
 
 def make_features() -> None:
-    """Compute features, unless they are there."""
+    """Compute features, unless they exist."""
     for part in ("training", "test"):
         path = DATA / f"tiny-imagenet-{part}.npz"
         if not path.exists():
@@ -157,7 +157,7 @@ def test_rows() -> Dataset:
 
 
 def trained(run: Run, learning_rate: float) -> tuple[Head, Row]:
-    """A head, and the columns that describe its training."""
+    """A trained head, and the columns that describe its training."""
     torch.set_num_threads(1)
     training, validation = parts()
     head = run.build(training)
@@ -178,7 +178,7 @@ def tune(run: Run, learning_rate: float) -> Row:
 
 
 def test(run: Run, learning_rate: float) -> Row:
-    """Figures on test rows."""
+    """Metrics on test rows."""
     head, row = trained(run, learning_rate)
     data = test_rows()
     loss, accuracy = evaluate(head, data)
@@ -194,7 +194,7 @@ def test(run: Run, learning_rate: float) -> Row:
 
 
 def keep_map(head: Head, data: Dataset) -> None:
-    """Store the mean coefficients of each expert over the images of each class, with the classes' names."""
+    """Store each expert's mean coefficient over the images of each class, with the names of the classes."""
     (a,) = coefficients(head, data)
     of_class = torch.stack([a[data.y == label].mean(0) for label in range(CLASSES)])
     with whole_file(TABLES / "tiny_imagenet_map.npz") as file:
@@ -214,12 +214,12 @@ def learning_rate(run: Run) -> float:
 
 
 def test_all(jobs: int | str) -> None:
-    """Train everything with the rates of `tune_all`, and evaluate it on the test rows."""
+    """Train all runs with the rates of `tune_all`, and evaluate them on the test rows."""
     keep("tiny_imagenet", [(run.key, (run, learning_rate(run))) for run in runs()], test, jobs)
 
 
 def claims() -> list[Row]:
-    """Every difference that a claim of the protocol is about, seed by seed: mean and 95 % interval."""
+    """The paired differences that the claims of the protocol are about: mean and 95 % interval."""
     rows = table("tiny_imagenet")
     records: list[Row] = []
 

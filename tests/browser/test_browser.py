@@ -144,7 +144,7 @@ def test_passages_and_tokens_of_a_language_model() -> None:
     expected = loss_effects(model, model.layer, [(x[:5], y[:5])], experts=used)
     torch.testing.assert_close(level.effects[used], expected, atol=1e-6, rtol=1e-4)
     assert level.is_language and level.effects.isnan().sum() == 3
-    with pytest.raises(ValueError, match="some passages of 5 rows"):
+    with pytest.raises(ValueError, match="in whole passages of 5 rows"):
         collect(model, x, y, passage=5)
     names = {token: f"t{token}" for token in range(11)}
     # On the page: what the coefficients of the first expert go to beyond its frequency.
@@ -189,7 +189,7 @@ def test_the_page_has_the_samples_that_are_shown(model: Any, data: tuple[Any, An
     view = content(html)
     shown = {top["i"] for level in view["levels"] for expert in level["experts"] for top in expert["top"]}
     assert set(map(int, view["samples"])) == shown and view["classes"] == {"0": "a", "1": "b", "2": "c"}
-    with pytest.raises(ValueError, match="a sample for every input"):
+    with pytest.raises(ValueError, match="samples must have one for every input"):
         page(View(levels, Texts([["only one"]])))
 
 
@@ -221,7 +221,7 @@ def test_a_trained_head_is_inspected(tmp_path: Path) -> None:
     shown = Images(kept.x.numpy() / max(1.0, float(images.max())))
     assert all(uri == shown.shown(int(index)) for index, uri in view["samples"].items())
     for line, wrong in (
-        (["inspect", str(tmp_path)], "must have a finished run"),
+        (["inspect", str(tmp_path)], "must hold a finished run"),
         (["inspect", str(tmp_path / "run"), "--rows", "0"], "rows must be positive"),
     ):
         run = CliRunner().invoke(app, line)

@@ -62,7 +62,7 @@ def test_sums_levels_and_gated_blocks(data: tuple[Tensor, Tensor]) -> None:
     (view,) = views_of(html)
     levels = [("first", 0, 5), ("second", 0, 4), ("second", 1, 3)]
     assert [(level["layer"], level["level"], level["total"]) for level in view["levels"]] == levels
-    assert "2 most used experts of a level on 30 inputs" in html and "most active row" in html
+    assert "2 most used experts of each level on 30 inputs" in html and "largest coefficient of its" in html
     with torch.no_grad():
         patches = x.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)
         a = model.second(model.first(patches), return_coefficients=True)[1][1]
@@ -142,20 +142,20 @@ def test_stored_coefficients_in_the_place_of_the_model(tmp_path: Path) -> None:
         torch.testing.assert_close(one.sums, other.sums)
         torch.testing.assert_close(one.usage.mean, other.usage.mean)
         torch.testing.assert_close(one.effects, other.effects, equal_nan=True)
-    with pytest.raises(ValueError, match="must be those of the 6 inputs"):
+    with pytest.raises(ValueError, match="must be for the 6 inputs"):
         collect(model, tokens[:6], coefficients=stored)
-    with pytest.raises(ValueError, match=r"must have those of the gate '1\.gate' with"):
+    with pytest.raises(ValueError, match=r"must include the gate '1\.gate' with"):
         collect(nn.Sequential(model[0], MuMoE(4, 9, experts=5, rank=2)), tokens, coefficients=stored)
 
 
 def test_a_page_shows_something() -> None:
-    with pytest.raises(ValueError, match="must show the experts of a model"):
+    with pytest.raises(ValueError, match="must have at least one view"):
         page()
     layer, x = MuMoE(6, 2, experts=4, rank=2), torch.randn(9, 6)
     for name, wrong in (("k", 0), ("removed", -1), ("experts", 0), ("batch_size", 0)):
         with pytest.raises(ValueError, match=f"{name} must"):
             browse_model(layer, x, **{name: wrong})
-    with pytest.raises(ValueError, match="a name for each of 2 classes"):
+    with pytest.raises(ValueError, match="2 names, one per class"):
         browse_model(layer, x, torch.arange(9) % 2, classes=["a"])
 
 
@@ -319,11 +319,15 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
         ("build", "--data rows.npz", "allow it with --allow-import"),
         ("build", "--allow-import", "either data or texts"),
         ("build", "run --data rows.npz --allow-import", "either the folder of a run or --model"),
-        ("build", "--data rows.npz --beside run --allow-import", "--beside is for folders of runs"),
+        (
+            "build",
+            "--data rows.npz --beside run --allow-import",
+            "--beside must be used with folders of runs",
+        ),
         (
             "wrong",
             "--data rows.npz --allow-import",
-            "must return a torch Module, or one and a tokenizer; got int",
+            "must return a torch.nn.Module, or a module and a tokenizer; got int",
         ),
         ("fails", "--data rows.npz --allow-import", "raises KeyError: 'no weights'"),
         ("missing", "--data rows.npz --allow-import", "raises AttributeError"),
@@ -332,16 +336,16 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
         ("build", "--data rows.npz --rows 0 --allow-import", "rows must be positive"),
         ("build", "--data rows.npz --shown 0 --allow-import", "shown must be positive, got 0"),
         ("build", "--data rows.npz --removed -1 --allow-import", "removed must not be negative, got -1"),
-        ("build", "--data rows.npz --classes a --allow-import", "a name for each of 3 classes"),
+        ("build", "--data rows.npz --classes a --allow-import", "3 names, one per class"),
         ("build", "--data wide.npz --allow-import", "must take inputs such as x, of shape (2, 5, 5)"),
         ("build", "--data counts.npz --allow-import", "torch.int64; it raises RuntimeError"),
         ("build", "--data missing.npz --allow-import", "inputs must be finite"),
         ("build", "--data more.npz --allow-import", "a logit for each of 4 classes, got (2, 3)"),
         ("damaged", "--data rows.npz --allow-import", "the parameter 1.experts.factor_0 is not finite"),
-        ("build", "--data none.npz --allow-import", "there must be an input, none.npz has none"),
+        ("build", "--data none.npz --allow-import", "x must have inputs; none.npz has none"),
         ("mapping", "--data rows.npz --allow-import", "a logit for each of 3 classes, got dict"),
-        ("build", "--data rows.npz --images few.npz --allow-import", "an image for each of 20 inputs, got 3"),
-        ("text", "--texts texts.jsonl --classes a,b --allow-import", "texts have no images or classes"),
+        ("build", "--data rows.npz --images few.npz --allow-import", "one for each of 20 inputs, got 3"),
+        ("text", "--texts texts.jsonl --classes a,b --allow-import", "images and classes need data"),
     ],
 )
 def test_what_is_refused(folder: Path, function: str, line: str, wrong: str) -> None:

@@ -157,7 +157,7 @@ def test_what_is_refused(model: Language, windows: Tensor) -> None:
         with pytest.raises(ValueError, match=rf"must have experts, as \['blocks.0.gate'.*'{layer}' has none"):
             browse_language_model(model, decode, windows, [layer])
     for wrong in (windows[0], windows[:, :1], windows[:0]):
-        with pytest.raises(ValueError, match="windows must be of shape"):
+        with pytest.raises(ValueError, match="windows must have shape"):
             browse_language_model(model, decode, wrong, ["blocks.0"])
     with pytest.raises(TypeError, match="tokens must be integers"):
         browse_language_model(model, decode, windows.float(), ["blocks.0"])

@@ -197,19 +197,19 @@ def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> No
     for line, wrong in (
         ([str(mixer), "--images", "x.npz"], "images are for a head on features"),
         ([str(mixer), "--removed", "-1"], "removed must not be negative"),
-        ([str(mixer), "--classes", "a,b"], "a name for each of"),
+        ([str(mixer), "--classes", "a,b"], "names, one per class"),
         ([str(gpt2), "--vocabulary-files", str(tmp_path)], "encoder.json"),
     ):
         done = inspect(*line)
         assert done.exit_code == 2 and wrong in done.stderr and done.stderr.count("\n") == 1, done.stderr
     (tmp_path / "config.json").write_bytes((mixer / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="must have a finished run"):
+    with pytest.raises(ValueError, match="must hold a finished run"):
         read_run(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((mixer / "model.safetensors").read_bytes())
     assert read_run(tmp_path)[0] == read_run(mixer)[0]
     (tmp_path / "config.json").write_text('{"settings": {"kind": "mixer"}}')
     with pytest.raises(
         ValueError,
-        match=r"config\.json: a run has the objects settings and model",
+        match=r"config\.json: a run has the keys settings and model",
     ):
         read_run(tmp_path)

@@ -189,16 +189,16 @@ def test_an_interrupted_training_begun_afresh_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(trainer._Run, "_evaluate", interrupted)
         result = run(f"{other} --fresh", data, out)
-        assert result.exit_code == 130 and "the same command goes on" in result.stderr
+        assert result.exit_code == 130 and "the same command resumes" in result.stderr
     after = contents(out)
     assert {name: after[name] for name in before} == before, "the run before is as it was"
-    assert "it was trained before" in run(line, data, out).stdout
+    assert "it was already trained" in run(line, data, out).stdout
     calls.clear()
     monkeypatch.setattr(
         trainer._Run, "_evaluate", lambda self: (calls.append(self.state.step), evaluate(self))
     )
     assert run(f"{other} --fresh", data, out).exit_code == 0 and calls == [4]
-    assert "it was trained before" in run(other, data, out).stdout
+    assert "it was already trained" in run(other, data, out).stdout
     assert not (out / ".new").exists()
     # What was begun with other settings is not gone on with.
     with monkeypatch.context() as patched:

@@ -48,12 +48,12 @@ def test_every_option_has_a_text() -> None:
     ("command", "option", "words"),
     [
         ("study", "head_experts", "Numbers of experts of the heads. (8,32; quick 8)"),
-        ("study", "transposed", "Whether the file has the weight as in x out"),
-        ("train head", "validation", "Share of the rows held out for validation. (0.2)"),
+        ("study", "transposed", "Whether the weight is stored as in x out"),
+        ("train head", "validation", "Fraction of the rows held out for validation. (0.2)"),
         ("train head", "epochs", "Passes over the rows. (20)"),
-        ("train head", "experts", "Number of experts, e.g. 64, or 8x8 for two levels. (64)"),
-        ("bias", "seeds", "Number of trainings of each model. (5)"),
-        ("inspect", "shown", "Inputs to show for each expert. (8)"),
+        ("train head", "experts", "Number of experts, such as 64, or 8x8 for two levels. (64)"),
+        ("bias", "seeds", "Number of training runs of each model. (5)"),
+        ("inspect", "shown", "Number of inputs to show for each expert. (8)"),
     ],
 )
 def test_options_follow_from_the_configs(command: str, option: str, words: str) -> None:

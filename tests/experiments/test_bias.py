@@ -57,7 +57,7 @@ def task_of(label: int = 1) -> Task:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     experiment = Experiment(task_of(), RECIPE, tmp_path_factory.mktemp("bias"))
-    with pytest.raises(ValueError, match="after all validation"):
+    with pytest.raises(ValueError, match="validation must be finished"):
         experiment.test()
     experiment.validate()
     assert experiment.rows("test") == []
@@ -329,7 +329,10 @@ def test_adult(data: Path) -> None:
         ("--target Smiling=2 --group Male", "--target must be an attribute"),
         ("--target Smiling --group Male --data other", "--data must be one of celeba, adult"),
         ("--target Smiling --group Male --data adult", "must be one of income"),
-        ("--target income --group Male --data adult --embeddings e.npz", "--embeddings are of the images"),
+        (
+            "--target income --group Male --data adult --embeddings e.npz",
+            "--embeddings must be used with celeba",
+        ),
         ("--target Smiling --group Male --embeddings missing.npz", "missing.npz"),
         ("--target Smiling --group Male --embeddings {data}/short.npz", "must have shape (800, features)"),
         ("--target Smiling --group Male --embeddings {data}/empty.npz", "must have arrays x"),
@@ -338,9 +341,9 @@ def test_adult(data: Path) -> None:
         ("--data {data}/own.npz --target y --group g", "g must be 0 or 1 for each row of x"),
         ("--target Smiling --group Male --seeds 0", "seeds must be positive"),
         ("--target Smiling --group Male --jobs 0", "--jobs must be positive"),
-        ("--target Smiling --group Male --test", "after all validation"),
+        ("--target Smiling --group Male --test", "validation must be finished"),
         ("--target Smiling --group Smiling=0", "have rows of the subpopulation"),
-        ("--target Smiling --group Smiling", "both groups must have rows of label 1"),
+        ("--target Smiling --group Smiling", "both groups must have rows with label 1"),
     ],
 )
 def test_bad_input_is_one_line(line: str, words: str, data: Path) -> None:

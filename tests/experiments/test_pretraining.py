@@ -47,7 +47,7 @@ def test_the_rate_is_that_of_the_lowest_loss(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pretraining, "table", lambda name: ledger_of(rows))
     assert pretraining.learning_rate("mixer", "dense") == 2e-3
     assert pretraining.learning_rate("mixer", "CP, two levels") == 1e-3
-    with pytest.raises(ValueError, match="by `tune`; TR has 0"):
+    with pytest.raises(ValueError, match="with `tune`; TR has 0"):
         pretraining.learning_rate("mixer", "TR")
 
 

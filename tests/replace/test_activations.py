@@ -99,9 +99,9 @@ def test_rows_are_those_of_the_model(tmp_path: Path) -> None:
         torch.testing.assert_close(part.mean, y[chosen].mean(0))
         assert part.documents.unique().tolist() == [1, 4] and len(part.take([4])) == 7
     assert store["1.mlp"].take(slice(2, None)).documents.unique().tolist() == [2, 3, 4, 5]
-    with pytest.raises(ValueError, match="must have rows here"):
+    with pytest.raises(ValueError, match="documents must have rows"):
         store["1.mlp"].take([0]).take([1])
-    with pytest.raises(KeyError, match=r"of 1.mlp, 2.mlp; not of '3'"):
+    with pytest.raises(KeyError, match=r"are 1.mlp, 2.mlp; got '3'"):
         store["3"]
 
 
@@ -122,7 +122,7 @@ def test_rows_below_a_norm(tmp_path: Path) -> None:
     torch.testing.assert_close(below.mean, y[is_below].mean(0))
     torch.testing.assert_close(below.input_mean, x[is_below].mean(0))
     assert below.documents.tolist() == rows.documents[is_below].tolist()
-    with pytest.raises(ValueError, match="of at most this norm, 0; there are none"):
+    with pytest.raises(ValueError, match="of at most the limit, 0; none have"):
         rows.below(0.0)
 
 
@@ -166,8 +166,8 @@ def test_numbers_are_held_in_the_dtype(tmp_path: Path, dtype: Any, error: float)
 @pytest.mark.parametrize(
     ("factor", "message"),
     [
-        (1e6, r"1.mlp/outputs must be numbers that float16 holds, .*; the largest is .*dtype='float32'"),
-        (1e-9, "that float16 holds"),
+        (1e6, r"1.mlp/outputs must be in the range of float16, .*; the largest is .*dtype='float32'"),
+        (1e-9, "in the range of float16"),
         (torch.nan, r"1.mlp/outputs must be finite; \d+ of 36 numbers are not"),
     ],
 )
@@ -217,14 +217,14 @@ class Twice(nn.Module):
     [
         ("twice", "called once in a forward pass; 'twice' is called again"),
         ("never", "must be called in every forward pass; never is not"),
-        ("text", r"tensor of floats .*; text/inputs is str"),
+        ("text", r"float tensors of shape .*; text/inputs is str"),
         ("vector", r"vector/inputs is torch.float32 of \(4,\)"),
         ("part", r"part/inputs is torch.float32 of \(1, 3, 4\)"),
         ("rows", "it has 5 rows for 2 texts"),
         (["last", "never"], "never is not"),
         ("", "name must be that of a module in the model"),
         ("las", "such as .*; got 'las'"),
-        ([], "must be modules, got none"),
+        ([], "modules must not be empty, got none"),
     ],
 )
 def test_modules_that_cannot_be_collected(tmp_path: Path, module: Any, message: str) -> None:
@@ -267,13 +267,13 @@ def test_a_folder_goes_on_with_what_it_began_with(
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Activations(tmp_path)
-    with pytest.raises(ValueError, match="must be texts, got none"):
+    with pytest.raises(ValueError, match="texts must not be empty, got none"):
         Activations.collect(language_model(), "1.mlp", [], tmp_path)
     with pytest.raises(TypeError, match=r"texts must be tensors, .*; got list"):
         Activations.collect(language_model(), "1.mlp", [[1, 2]], tmp_path)  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"must have tokens, number 1 is of shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"must have tokens; number 1 has shape \(0,\)"):
         Activations.collect(language_model(), "1.mlp", documents(5, 0), tmp_path)
-    with pytest.raises(ValueError, match=r"without the axis of the batch; got \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"without a batch axis; got \(1, 4\)"):
         Activations.collect(language_model(), "1.mlp", [torch.ones(1, 4, dtype=torch.long)], tmp_path)
     Activations.collect(language_model(), "1.mlp", documents(5, 6, 7), tmp_path, shard_rows=1)
     _, second, third = sorted(tmp_path.glob("*.safetensors"))
@@ -282,7 +282,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00000002-00000003.*whole file of safetensors"):
         Activations(tmp_path)
     third.unlink()
-    with pytest.raises(ValueError, match=r"those of 2 of 3 texts. Collecting them again goes on"):
+    with pytest.raises(ValueError, match=r"those of 2 of 3 texts. Collecting them again resumes"):
         Activations(tmp_path)
     third.write_bytes(content)
     second.unlink()

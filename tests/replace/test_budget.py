@@ -81,7 +81,7 @@ def test_the_solver_is_a_search_among_all_sizes(budget, rounding, least) -> None
     [
         (Transcoder, {"k": 4, "parameters": 100}, "the smallest layer must fit .* with latents=4 it has"),
         (MixtureOfDecoders, {"k": 4, "parameters": 400}, "the smallest layer must fit .* with experts=4 it"),
-        (MixtureOfTransforms, {"parameters": 5000}, "there must be ranks"),
+        (MixtureOfTransforms, {"parameters": 5000}, "ranks must be given"),
         (MixtureOfDecoders, {"k": 4, "experts": 8, "format": "tucker", "parameters": 99999}, "some size"),
         (MixtureOfDecoders, {"k": 4, "experts": 8, "parameters": 5000}, "experts must be left out"),
         (MixtureOfDecoders, {"k": 4, "experts": 8, "format": "cp", "rank": 3, "parameters": 5000},

@@ -50,7 +50,7 @@ def test_rows_are_those_of_the_gates(tmp_path: Path, gate: Any, threshold: float
             assert part.shape == a[start:stop].shape
             torch.testing.assert_close(torch.from_numpy(part.toarray()), a[start:stop])
     for key in ("3.gate", ("2.gate", 2), "1"):
-        with pytest.raises(KeyError, match="not of level"):
+        with pytest.raises(KeyError, match=r"the gates are .*; got level"):
             store[key]
 
 
@@ -71,6 +71,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
     twice[1].gate.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"1.gate/0 must be finite"):
         collect_coefficients(nn.Sequential(*twice[:2]), texts, tmp_path / "b")
-    with pytest.raises(ValueError, match=r"must have activations; its manifest.json says 'coefficients'"):
+    with pytest.raises(ValueError, match=r"must hold activations; its manifest.json says 'coefficients'"):
         Activations(tmp_path / "a")
     assert len(Coefficients(tmp_path / "a")["1.gate"]) == 12

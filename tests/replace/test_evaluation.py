@@ -216,14 +216,14 @@ def test_names_and_modules_that_are_refused(llama: Any, texts: list[Tensor]) -> 
     for layer in (nn.Linear(16, 1), nn.Sequential(nn.Linear(16, 16), nn.Flatten(1))):
         with pytest.raises(ValueError, match=r"module's shape, \(1, 2, 16\); got \(1, "):
             evaluate(llama, PLACE, layer, texts)
-    with pytest.raises(TypeError, match="must give a tensor, it gives tuple"):
+    with pytest.raises(TypeError, match="must return a tensor, got tuple"):
         evaluate(Tupled(), "block", nn.Identity(), [torch.arange(5)])
 
 
 def test_texts_and_models_that_are_refused(llama: Any, texts: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match="two tokens or more"):
+    with pytest.raises(ValueError, match="at least two tokens"):
         losses(llama, [*texts, torch.zeros(1, dtype=torch.long)])
-    with pytest.raises(ValueError, match="must be texts"):
+    with pytest.raises(ValueError, match="texts must not be empty"):
         losses(llama, [])
     with pytest.raises(TypeError, match="integers"):
         losses(llama, [torch.zeros(4)])
@@ -379,7 +379,7 @@ def test_the_interval_is_over_texts(llama: Any, texts: list[Tensor]) -> None:
     found = evaluate(llama, PLACE, Scaled(block, 0.2), equal)
     mean, half = interval(found.rises.tolist())
     assert found.interval() == (pytest.approx(mean), pytest.approx(half))
-    with pytest.raises(ValueError, match="a number for each of 7 texts, got 2"):
+    with pytest.raises(ValueError, match="an index for each of 7 texts, got 2"):
         found.of_documents([0, 1])
     # Of unequal texts: the error of a ratio of means, from its residuals.
     whole = evaluate(llama, PLACE, Scaled(block, 0.2), texts)

@@ -214,7 +214,7 @@ def test_a_run_without_a_finite_loss_is_named(saved_llama: Path, paths: list[Pat
     grid = replace(GRID, arms={"a": Arm("MixtureOfDecoders", learning_rates=(1e30,))}, places=PLACES)
     with pytest.raises(FloatingPointError, match=r"layers.1.mlp a K=2 seed=0: the loss must be"):
         run_grid(saved_llama, paths, grid, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"choose the folder of one layer in .*layers"):
+    with pytest.raises(ValueError, match=r"must be that of one layer; choose one in .*layers"):
         browse(tmp_path / "out")
 
 
@@ -255,7 +255,7 @@ def test_processes_do_not_change_the_rows(
 
 def test_one_test_document_has_no_interval(saved_llama: Path, paths: list[Path], tmp_path: Path) -> None:
     write_texts(paths[2], read_texts(paths[2])[:1])
-    with pytest.raises(ValueError, match="two or more with 8 tokens"):
+    with pytest.raises(ValueError, match="at least two with 8 tokens"):
         run_grid(saved_llama, paths, GRID, tmp_path / "out")
-    with pytest.raises(ValueError, match="texts for training, validation, test, got 2"):
+    with pytest.raises(ValueError, match="paths for training, validation, test, got 2"):
         run_grid(saved_llama, paths[:2], GRID, tmp_path / "out")

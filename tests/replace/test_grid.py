@@ -24,10 +24,10 @@ def test_a_grid_is_read_from_toml(tmp_path: Path) -> None:
     assert grid.arms["dense"].parameters is None and not grid.arms["dense"].has_k
     for old, new, error in (
         ("tuned_at = 2", "tuned_at = 3", "tuned_at must be a K of the first place"),
-        ("k = [2]", "k = [2, 4]", "as many positive numbers"),
+        ("k = [2]", "k = [2, 4]", "equally many positive numbers"),
         ('"MixtureOfDecoders"', '"Decoder"', "arms.dense.layer"),
         ("context", "contexts", "contexts"),
-        ("context = 8", "context = 1", "two tokens or more"),
+        ("context = 8", "context = 1", "at least two tokens"),
         ("context = 8", "context = 8\nmassive = -1.0", "massive must be positive"),
         ("context = 8", "context = 8\nmassive = nan", "massive"),
         ("[arms.dense]", "[arms.dense]\nlearning_rates = [0.0]", "learning_rates must be positive"),
@@ -45,7 +45,7 @@ def test_no_two_runs_have_one_name() -> None:
         ((place, place), {"x": arm}, "more than one a x K=2 seed=0"),
         ((Place("a", (2, 2), (1, 1)),), {"x": arm}, "more than one a x K=2 seed=0"),
         ((place,), {"x, y": arm, "x y": arm}, "more than one a x y K=2 seed=0"),
-        ((place,), {"x/y": arm}, r"no slash in it, got \['x/y'\]"),
+        ((place,), {"x/y": arm}, r"no slash, got \['x/y'\]"),
     ):
         with pytest.raises(ValueError, match=error):
             Grid(places, arms, tuned_at=2)

@@ -73,5 +73,5 @@ def test_the_penalty_of_two_levels_and_of_negative_coefficients() -> None:
 
 def test_a_penalty_is_for_layers_with_experts() -> None:
     assert Penalized(Transcoder(4, 4, latents=8, k=2))
-    with pytest.raises(ValueError, match=r"layers with experts, .*; Linear has none"):
+    with pytest.raises(ValueError, match=r"a layer with experts, .*; Linear has none"):
         Penalized(nn.Linear(4, 4))

@@ -145,7 +145,7 @@ def test_what_a_probe_refuses() -> None:
     with pytest.raises(ValueError, match=r"no row in common, got \[199\]"):
         sparse_probe(features, labels, training=range(200), test=range(199, 300))
     for training, test in ((range(0), range(10)), (~labels, labels), (labels, ~labels)):
-        with pytest.raises(ValueError, match="rows must be of both kinds"):
+        with pytest.raises(ValueError, match="rows must be of both classes"):
             sparse_probe(features, labels, training=training, test=test)
     features[3, 4] = np.nan
     with pytest.raises(ValueError, match=r"finite, got \[4\]"):

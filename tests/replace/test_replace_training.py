@@ -59,7 +59,7 @@ def test_every_tenth_document_is_held_out_by_default(tmp_path: Path) -> None:
         torch.manual_seed(1)
         outcomes.append(fit(nn.Linear(4, 2), config=CONFIG, **arguments))
     assert outcomes[0].nmse == outcomes[1].nmse
-    with pytest.raises(ValueError, match="there must be ten; the rows are of 9"):
+    with pytest.raises(ValueError, match="needs at least ten; the rows are of 9"):
         fit(nn.Linear(4, 2), store["1"].take(range(9)), CONFIG)
     both = Activations.collect(model, ["0", "1"], torch.randn(20, 8, 4), tmp_path / "two")
     with pytest.raises(ValueError, match="one module; the activations are of 0, 1"):
@@ -174,14 +174,14 @@ def test_a_penalty_makes_fewer_experts_active(rows: ActivationRows) -> None:
 def test_what_is_refused(rows: ActivationRows) -> None:
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         fit(nn.Linear(6, 3), rows, CONFIG, validation=rows, penalty=-1)
-    with pytest.raises(ValueError, match="layers with experts"):
+    with pytest.raises(ValueError, match="a layer with experts"):
         fit(layers()["none"], rows, CONFIG, validation=rows, penalty=1)
     same = ActivationRows([(torch.randn(40, 6), torch.ones(40, 3))], torch.zeros(40, dtype=torch.long))
     with pytest.raises(ValueError, match="must differ; all are the same"):
         fit(nn.Linear(6, 3), same, CONFIG, validation=rows)
     with pytest.raises(ValueError, match=r"to outputs of 3 features; it maps \(2, 6\) to \(2, 1\)"):
         fit(nn.Linear(6, 1), rows, CONFIG, validation=rows)
-    with pytest.raises(ValueError, match=r"must be of float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"must be in float32, got torch.float64"):
         fit(nn.Linear(6, 3).double(), rows, CONFIG, validation=rows)
     for layer, data in ((None, rows), (nn.Linear(6, 3), torch.ones(9, 6))):
         with pytest.raises(TypeError, match="must be"):

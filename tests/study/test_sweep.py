@@ -310,7 +310,7 @@ def test_a_mixture_of_dense_experts_that_is_too_large_is_estimated(
     assert figures["forward peak"].value == 10 + 4 * missing
     assert figures["forward"].value > 0
     for quantity in ("forward", "step", "step peak"):
-        assert figures[quantity].note == "estimated from 8 experts, which are run"
+        assert figures[quantity].note == "extrapolated from 8 experts"
 
 
 def test_a_layer_that_is_too_slow_is_estimated_from_fewer_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_a_layer_that_is_too_slow_is_estimated_from_fewer_inputs(monkeypatch: py
     assert calls == [16]
     assert (forward_peak.value, step_peak.value) == (4 * parameters + 64, 8 * parameters + 640)
     for row in (forward, step_peak):
-        assert row.note == "estimated from 16 inputs, which are run"
+        assert row.note == "extrapolated from 16 inputs"
 
 
 def test_what_is_not_timed_runs_in_other_processes(tmp_path: Path) -> None:

@@ -59,12 +59,9 @@ def test_heads_stand_beside_their_nulls(made_up: Made) -> None:
 def test_figures_that_are_estimated_say_so(made_up: Made) -> None:
     planned, results = made_up
     estimated = studies.Results()
-    note = {"note": "estimated from 2 experts, which are run"}
+    note = {"note": "extrapolated from 2 experts"}
     rows = [replace(row, **note) if row.subject == "sparse" and row.device else row for row in results]
     estimated.add(rows, {})
     (row, *_) = [row for row in columns((planned, estimated), 2) if "Sparse" in row[""]]
     assert row["forward cpu"].startswith("≈ ") and row["peak MiB"].startswith("≈ ")
-    assert any(
-        "Estimated from 2 experts, which are run: Sparse" in text
-        for text in studies.notes(planned, estimated)
-    )
+    assert any("Extrapolated from 2 experts: Sparse" in text for text in studies.notes(planned, estimated))

@@ -55,7 +55,7 @@ def test_the_covariance_is_the_mean_over_all_rows(
     rows = x.reshape(-1, 3)
     expected = rows.T @ rows / len(rows)
     np.testing.assert_allclose(read_covariance(str(tmp_path / "x.npz"), 3), expected, rtol=1e-12)
-    with pytest.raises(ValueError, match="must have the 4 features of the weight; a is of shape"):
+    with pytest.raises(ValueError, match="must have the 4 features of the weight; a has shape"):
         read_covariance(str(tmp_path / "x.npz"), 4)
 
 
@@ -69,7 +69,7 @@ def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
         ("d", "d is torch.int32"),
         ("empty", r"not empty; empty is torch.float32 of shape \(0, 3\)"),
         ("zero", "a weight must be finite and not all zero"),
-        ("[ab]", r"must have one shape, got .*\. Select tensors by name, as FILE:NAME\."),
+        ("[ab]", r"must have the same shape, got .*\. Select tensors by name, as FILE:NAME\."),
         ("x*", r"must have a tensor 'x\*'; it has 6: a, b, c, d, empty, zero\."),
     ):
         with pytest.raises(ValueError, match=message):

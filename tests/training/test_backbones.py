@@ -152,7 +152,7 @@ def test_command_trains_a_model_of_timm_by_its_name(saved: Any, tmp_path: Path) 
     assert weights and not any(torch.equal(kept[key], value) for key, value in weights.items())
     assert json.loads(invoke(f"{line} --train-backbone --out {out}").stdout)["trained"] is False
     refused = invoke(f"{line} --out {out}")
-    assert refused.exit_code == 2 and "a run of other settings" in refused.stderr
+    assert refused.exit_code == 2 and "a run with other settings" in refused.stderr
     assert load_file(out / "backbone.safetensors").keys() == kept.keys()
     wrong = invoke(f"{line.replace('--size 48', '--size 0')} --out {tmp_path / 'none'}")
     assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1 and not (tmp_path / "none").exists()

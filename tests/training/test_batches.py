@@ -60,7 +60,7 @@ def test_shares_of_processes_are_the_parts_of_one() -> None:
 
 
 def test_rows_that_cannot_be_shared_out_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"needs as many rows, got 7"):
+    with pytest.raises(ValueError, match=r"needs at least as many rows, got 7"):
         Batches(numbered(7), CONFIG)
     with pytest.raises(ValueError, match=r"multiple of 6, processes x accumulation, got 8"):
         Batches(numbered(), CONFIG, 0, 3)
@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_shared_out_are_refused() -> None:
         def __len__(self) -> int:
             return 8
 
-    with pytest.raises(ValueError, match="mixup is for data that has classes"):
+    with pytest.raises(ValueError, match="mixup needs data with classes"):
         Batches(Unlabelled(), replace(CONFIG, mixup=0.2))  # type: ignore[arg-type]
 
 

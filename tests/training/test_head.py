@@ -224,7 +224,7 @@ def test_features_are_those_of_the_network_in_evaluation() -> None:
 def test_shapes_that_are_no_images_or_features() -> None:
     with pytest.raises(ValueError, match="images must have shape"):
         tiny()(torch.zeros(2, 4, 8, 8))
-    with pytest.raises(ValueError, match="a backbone must give"):
+    with pytest.raises(ValueError, match="a backbone must return"):
         extract(nn.Identity(), images(4))
 
 
@@ -287,7 +287,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_kept(
 
 @pytest.mark.parametrize(
     ("x", "message"),
-    [(np.zeros((9, 4)), "two classes or more"), (np.zeros(9), r"x must be of shape \(rows, ")],
+    [(np.zeros((9, 4)), "at least two classes"), (np.zeros(9), r"x must have shape \(rows, ")],
 )
 def test_data_that_no_head_can_learn(x: Any, message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", x=x, y=np.zeros(9, int))
@@ -328,11 +328,11 @@ def picture_of(files: Any) -> Any:
 
 def test_folders_that_are_no_classes(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
-    with pytest.raises(ValueError, match=r"a folder of images for each class; got none in \[\]"):
+    with pytest.raises(ValueError, match=r"a subfolder of images for each class; \[\] has no images"):
         class_folders(tmp_path)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("none")
-    with pytest.raises(ValueError, match=r"got none in \['cat'\]"):
+    with pytest.raises(ValueError, match=r"\['cat'\] has no images"):
         class_folders(tmp_path)
     setting = HeadSetting(str(tmp_path), {}, SHORT, labels="y.gz", backbone="tiny", weights="tiny.pth")
     with pytest.raises(ValueError, match="are its labels"):
@@ -422,7 +422,7 @@ def test_command(features: Path, tmp_path: Path) -> None:
     head = load_head(tmp_path / "out" / "head.safetensors")
     assert told["trained"] is False and told["parameters"] == count(head)
     assert head.config["format"] == "tr" and head.config["experts"] == [2, 2]
-    assert "was trained before" in invoke(f"{line} {tmp_path / 'out'}").stdout
+    assert "was already trained" in invoke(f"{line} {tmp_path / 'out'}").stdout
     dense = invoke(f"--features {features} --format linear --epochs 1 --out {tmp_path / 'dense'}")
     assert dense.exit_code == 0 and f"{13 * CLASSES} parameters" in dense.stdout
 

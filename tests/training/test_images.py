@@ -65,7 +65,7 @@ def test_an_archive_may_have_channels(tmp_path: Path) -> None:
     np.savez(path, x=np.random.rand(8, 3, 5, 5), y=np.arange(8))
     assert ImageData(path).read(5)[0].batch(torch.tensor([0]))[0].shape == (1, 3, 5, 5)
     np.savez(path, x=np.random.rand(8, 25), y=np.arange(8))
-    with pytest.raises(ValueError, match=r"of shape \(rows, height, width\).*\(8, 25\)"):
+    with pytest.raises(ValueError, match=r"have shape \(rows, height, width\).*\(8, 25\)"):
         ImageData(path).read(5)
 
 
@@ -74,10 +74,10 @@ def test_choices_that_do_not_fit(files: dict[str, str], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"validation must be a share between 0 and 1, got {share}"):
             ImageData("x.npz", validation=share)
     for augment in ((0, 3), (2, 31), (2, -1)):
-        with pytest.raises(ValueError, match="augment must be a number of operations and a strength"):
+        with pytest.raises(ValueError, match="augment must be a number of operations and a magnitude"):
             ImageData("x.npz", augment=augment)
     for options in ({"validation": str(tmp_path)}, {"augment": (2, 15)}):
-        with pytest.raises(ValueError, match="are for a folder of images"):
+        with pytest.raises(ValueError, match="need a folder of images"):
             ImageData(**files, **options).read(28)
 
 
@@ -151,11 +151,11 @@ def test_a_share_of_a_folder_is_for_validation(tmp_path: Path) -> None:
 @folders
 def test_folders_that_do_not_fit(tmp_path: Path, files: dict[str, str]) -> None:
     inputs, other = images_of(tmp_path / "train"), images_of(tmp_path / "val")
-    with pytest.raises(ValueError, match=r"the folders of .* are its labels"):
+    with pytest.raises(ValueError, match=r"the subfolders of .* are its labels"):
         ImageData(inputs, labels=files["labels"]).read(16)
     (Path(other) / "red").rename(Path(other) / "violet")
     with pytest.raises(ValueError, match="both folders must have the same classes"):
         ImageData(inputs, validation=other).read(16)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="a folder of images for each class"):
+    with pytest.raises(ValueError, match="a subfolder of images for each class"):
         ImageData(str(tmp_path / "empty")).read(16)

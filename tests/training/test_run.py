@@ -209,7 +209,7 @@ def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) 
     [
         ("{", "it must be JSON"),
         ("[]", "it must be a JSON object"),
-        ('{"settings": {}}', "has the objects settings and model"),
+        ('{"settings": {}}', "has the keys settings and model"),
     ],
 )
 def test_a_folder_of_something_else(content: str, told: str, mixer: MixerRun, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_what_was_begun_stays_until_another_run_has_something(
         run(gpt2, out)
     before = contents(out)
     assert any(name.startswith("checkpoints/") for name in before)
-    with pytest.raises(ValueError, match=r"run of other settings \(train.seed is 0 there, 1 here\)"):
+    with pytest.raises(ValueError, match=r"run with other settings \(train.seed is 0 there, 1 here\)"):
         run(other, out)
     with interrupted(1, monkeypatch):
         run(other, out, fresh=True)
@@ -281,11 +281,11 @@ def test_from_the_checkpoint_of_a_step(gpt2: GPT2Run, tmp_path: Path) -> None:
     (out / "model.safetensors").unlink()
     last = sorted((out / "checkpoints").iterdir())[-1]
     last.write_bytes(last.read_bytes()[:-9])
-    with pytest.raises(DamagedCheckpoint, match=r"step 15.* last good checkpoint is that of step 10"):
+    with pytest.raises(DamagedCheckpoint, match=r"step 15.* last good checkpoint is from step 10"):
         run(gpt2, out)
     run(gpt2, out, from_step=10)
     assert same(first, weights(out))
-    with pytest.raises(ValueError, match="is done, there is no step to go on from"):
+    with pytest.raises(ValueError, match="is finished and cannot resume from a step"):
         run(gpt2, out, from_step=10)
     assert same(first, weights(out))
 

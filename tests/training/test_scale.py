@@ -174,7 +174,7 @@ def test_what_does_not_fit() -> None:
     settings = small("gpt2", "mlp")
     with pytest.raises(ValueError, match=r"fit in 0\.0 GB"):
         accumulation(settings, 1, memory=1e6)
-    with pytest.raises(ValueError, match="there must be an accelerator"):
+    with pytest.raises(ValueError, match="accelerators must be positive"):
         accumulation(settings, 0)
 
 

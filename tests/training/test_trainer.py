@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_names_the_layer_and_the_last_good_one(tmp_path: Pa
     assert go_on(from_step=28)[-1].step == 30
     for step in kept.steps:
         kept.path(step).unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"must have a checkpoint to go on from"):
+    with pytest.raises(DamagedCheckpoint, match=r"must have a checkpoint to resume from"):
         go_on()
 
 
@@ -320,7 +320,7 @@ def filling(folder: Path) -> None:
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     in_a_child(filling, tmp_path)
     said = (tmp_path / "said.txt").read_text()
-    assert said.startswith("the checkpoint of step 6 could not be written") and "that of step 4, " in said
+    assert said.startswith("the checkpoint of step 6 could not be written") and "from step 4, " in said
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000002.safetensors",
         "step-00000004.safetensors",

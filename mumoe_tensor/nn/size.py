@@ -6,5 +6,5 @@ from torch import nn
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Entries of all parameters of a module; buffers, which are not trained, are left out."""
+    """The number of parameters of a module, without buffers."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -49,25 +49,22 @@ class Gate(Protocol):
     A gate is a function, or an instance of a class with ``__call__``, such as a module. The function or the
     class may have these optional attributes, which are otherwise taken as False or absent:
 
-    - ``sparse_gradient = True``: the derivative is zero wherever the coefficient is zero. A layer may then
-    skip
-      the gradients of these coefficients.
-    - a method ``select``, with the same arguments as the gate: returns the values and indices of k experts,
-    as
-      a ``mumoe_tensor.nn.sparse.SparseCoefficients``, or all coefficients. If k is small compared with N and
-      the gate has no hooks, a layer then reads only the rows of these experts.
+    - ``sparse_gradient = True``: the derivative is zero wherever the coefficient is zero. A layer may
+      then skip the gradients of these coefficients.
+    - a method ``select``, with the same arguments as the gate: returns the values and indices of k
+      experts, as a ``mumoe_tensor.nn.sparse.SparseCoefficients``, or all coefficients. If k is small
+      compared with N and the gate has no hooks, a layer then reads only the rows of these experts.
     - ``random_start = True``: the weight of the layer's gate is initialised at random instead of at zero.
-    This
-      is necessary if equal logits get unequal coefficients, or zero: the same experts would never be
+      This is necessary if equal logits get unequal coefficients, or zero: the same experts would never be
       selected.
-    - ``reads_input = True``: the gate is called with the input of the layer's gate, of shape
-      (..., in_features), and the number of experts of a level, instead of logits. The layer's gate then has
-      no weight and no norm.
-    - a method ``per_expert(num_experts, in_features)``: returns a dictionary of initial arrays whose first
-    axis
-      is the experts of a level. The layer's gate stores them under their names, concatenated over the levels,
-      as parameters if they are parameters, otherwise as buffers. The gate is called with the arrays of its
-      level as keyword arguments. The method raises a ValueError if the gate cannot be used for a level.
+    - ``reads_input = True``: the gate is called with the input of the layer's gate, of shape (...,
+      in_features), and the number of experts of a level, instead of logits. The layer's gate then has no
+      weight and no norm.
+    - a method ``per_expert(num_experts, in_features)``: returns a dictionary of initial arrays whose
+      first axis is the experts of a level. The layer's gate stores them under their names, concatenated
+      over the levels, as parameters if they are parameters, otherwise as buffers. The gate is called with
+      the arrays of its level as keyword arguments. The method raises a ValueError if the gate cannot be
+      used for a level.
     - a method ``fit(z, num_experts)``: returns these arrays for a level, fitted to inputs of shape (rows,
       in_features).
     """

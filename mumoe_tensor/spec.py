@@ -235,9 +235,11 @@ class LayerSpec:
             If even the smallest rank exceeds the budget, or no rank reaches it; if the format has no rank; if
             the rank is given, but not exactly one of its entries is None.
 
-        Notes ----- If the rank is None, it follows the format's convention, `Format.default_rank`: a single
-        number for CP, ``(4, ..., 4, R)`` for Tensor Ring and Train, and for Tucker ranks proportional to the
-        sizes of the modes and not larger than them.
+        Notes
+        -----
+        If the rank is None, it follows the format's convention, `Format.default_rank`: a single number for
+        CP, ``(4, ..., 4, R)`` for Tensor Ring and Train, and for Tucker ranks proportional to the sizes of
+        the modes and not larger than them.
         """
         check_choice(rounding, ("up", "down", "nearest"), "rounding")
         check_flag(gate, "gate")

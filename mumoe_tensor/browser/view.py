@@ -134,7 +134,7 @@ class View:
             "experts": [
                 {
                     "n": n,
-                    "mean": round(mean, 6),
+                    "mean": round(mean, 9),
                     "load": round(load, 6),
                     "bars": bars,
                     "clarity": clarity,

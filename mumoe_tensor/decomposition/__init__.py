@@ -52,19 +52,19 @@ def decompose(
 
     The method depends on the format:
 
-    - CP: alternating least squares with a line search [1]_, Tucker: higher-order orthogonal iteration [2]_,
-      Tensor Train: TT-SVD [3]_. All three are TensorLy's, and also used if modes are split.
-    - TT-matrix: TT-SVD over pairs of parts. - Tensor Ring: alternating least squares, starting from
-    TensorLy's TR-SVD and from random cores [4]_. - Hadamard: the best rank-one tensor for each output. - Low
-    rank: the singular value decomposition (SVD) of each expert. - Kronecker: the SVD of the rearranged matrix
-    [5]_, or CP of the rearranged tensor. - Monarch [6]_ and Block Tensor Train: the SVD of each block,
-    followed by alternating least squares if there
-      are experts.
-    - Sums: each term is fitted to the residual of the terms before it. Then all terms are improved together
-      by damped Gauss-Newton steps [8]_, which also start from random factors.
+    - CP: alternating least squares with a line search [1]_, Tucker: higher-order orthogonal iteration
+      [2]_, Tensor Train: TT-SVD [3]_. All three are TensorLy's, and also used if modes are split.
+    - TT-matrix: TT-SVD over pairs of parts.
+    - Tensor Ring: alternating least squares, starting from TensorLy's TR-SVD and from random cores [4]_.
+    - Hadamard: the best rank-one tensor for each output.
+    - Low rank: the singular value decomposition (SVD) of each expert.
+    - Kronecker: the SVD of the rearranged matrix [5]_, or CP of the rearranged tensor.
+    - Monarch [6]_ and Block Tensor Train: the SVD of each block, followed by alternating least squares if
+      there are experts.
+    - Sums: each term is fitted to the residual of the terms before it. Then all terms are improved
+      together by damped Gauss-Newton steps [8]_, which also start from random factors.
     - Any other format: alternating least squares over its declared factors, unless a method is registered
-    with
-      `.fits`.
+      with `.fits`.
 
     Parameters
     ----------
@@ -106,8 +106,10 @@ def decompose(
         finite; if the covariance is not symmetric and positive semi-definite; if another argument does not
         fit.
 
-    Notes ----- All computations use NumPy in float64; the dtype and the backend of the input only affect the
-    final rounding. The result has no gradient with respect to `dense`.
+    Notes
+    -----
+    All computations use NumPy in float64; the dtype and the backend of the input only affect the final
+    rounding. The result has no gradient with respect to `dense`.
 
     Padding of a split mode does not count in the error: the best fit to a tensor padded with zeros is
     improved by Gauss-Newton steps that ignore the padding.

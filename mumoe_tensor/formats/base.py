@@ -354,7 +354,7 @@ def mode_names(num_levels: int) -> tuple[str, ...]:
 
 
 def by_kind(modes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Group the modes that are passed to `Format.factors` by kind: experts, input, output."""
+    """Group the modes that are passed to `.Format.factors` by kind: experts, input, output."""
     experts, inputs, outputs = (tuple(x for x in modes if x[0] == kind) for kind in "nio")
     return experts, inputs, outputs
 

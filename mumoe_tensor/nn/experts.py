@@ -83,8 +83,10 @@ class Experts(WholeState):
     edits : BiasEdits or None
         Biases added by `.analysis.edit_bias`, by name.
 
-    Notes ----- On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are cached
-    between calls if this is faster, and recomputed when a weight changes.
+    Notes
+    -----
+    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are cached between
+    calls if this is faster, and recomputed when a weight changes.
     """
 
     edits: BiasEdits | None

@@ -13,14 +13,22 @@ from math import prod
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import FORMATS, Row, colour_of, draw_lines, new_figure, set_experts_axis
+from paper_figures.common import (
+    FORMATS,
+    Row,
+    colour_of,
+    draw_interval,
+    draw_lines,
+    new_figure,
+    set_experts_axis,
+)
 from paper_figures.experiments.tables import over_seeds, table
 
 
 def rows(quick: bool) -> list[Row]:
     """One row per format and numbers of experts; the MLP first."""
     records = []
-    matched = [row for row in table("heads") if row["kind"] == "matched"]
+    matched = table("heads").of(kind="matched")
     for name, modes in dict.fromkeys((row["format"], str(row["experts"])) for row in matched):
         group = [row for row in matched if (row["format"], str(row["experts"])) == (name, modes)]
         levels = [] if modes == "none" else [int(n) for n in modes.split("x")]
@@ -55,11 +63,8 @@ def draw(rows: Sequence[Row]) -> Figure:
     places = list(dict.fromkeys(row["modes"] for row in others))
     for shift, name in zip((-0.12, 0.12), sorted(hierarchical), strict=False):
         for row in (row for row in others if row["name"] == name):
-            x, y = places.index(row["modes"]) + shift, row["accuracy"]
-            axes[1].errorbar(
-                x, y, [[y - row["accuracy_low"]], [row["accuracy_high"] - y]], fmt="o", color=colour_of(name),
-                markersize=4, capsize=2,
-            )  # fmt: skip
+            place = places.index(row["modes"]) + shift
+            draw_interval(axes[1], place, row, "accuracy", fmt="o", color=colour_of(name))
     axes[1].set_xticks(range(len(places)), [mode.replace("x", " × ") for mode in places])
     axes[1].set(xlim=(-0.5, len(places) - 0.5), xlabel="experts of the levels", title="levels")
     for ax in axes:

@@ -78,13 +78,23 @@ def new_figure(columns: int = 1, height: float = 2.4) -> tuple[Figure, list[Axes
 def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
     """One line per format, `y` over `x` in the format's colour; quartiles of `y` as a pale band."""
     for name in dict.fromkeys(row["name"] for row in rows):
-        line, colour = [row for row in rows if row["name"] == name], colour_of(name)
-        places = [row[x] for row in line]
-        look = {"color": colour, "linestyle": LINES.get(name, "-"), "label": title_of(name)}
-        ax.plot(places, [row[y] for row in line], **look | style)
-        if f"{y}_low" in line[0]:
-            low, high = ([row[f"{y}_{end}"] for row in line] for end in ("low", "high"))
-            ax.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+        look = {"color": colour_of(name), "linestyle": LINES.get(name, "-"), "label": title_of(name)}
+        draw_line(ax, [row for row in rows if row["name"] == name], x, y, **look | style)
+
+
+def draw_line(ax: Axes, rows: Sequence[Row], x: str, y: str, unit: float = 1, **style: Any) -> None:
+    """A line of `y` over `x`, in multiples of a unit; from ``y_low`` to ``y_high``, if given, a pale band."""
+    places = [row[x] for row in rows]
+    (line,) = ax.plot(places, [row[y] / unit for row in rows], **style)
+    if f"{y}_low" in rows[0]:
+        low, high = ([row[f"{y}_{end}"] / unit for row in rows] for end in ("low", "high"))
+        ax.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def draw_interval(ax: Axes, x: float, row: Row, y: str, unit: float = 1, **style: Any) -> None:
+    """A point of `y` with its error bar, from ``y_low`` to ``y_high``, in multiples of a unit."""
+    low, value, high = (row[f"{y}{end}"] / unit for end in ("_low", "", "_high"))
+    ax.errorbar(x, value, [[value - low], [high - value]], markersize=4, capsize=2, **style)
 
 
 def set_experts_axis(ax: Axes, rows: Sequence[Row]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, new_figure
+from paper_figures.common import Row, colour_of, draw_line, new_figure
 from paper_figures.experiments.heads import LOOKED_AT
 from paper_figures.experiments.tables import table
 
@@ -25,15 +25,8 @@ def rows(quick: bool) -> list[Row]:
     for n in LOOKED_AT:
         for place in range(1, n + 1):
             values = [row["load"] for row in loads if (row["experts"], row["place"]) == (n, place)]
-            records.append(
-                {
-                    "experts": n,
-                    "place": place,
-                    "load": float(np.mean(values)),
-                    "load_low": min(values),
-                    "load_high": max(values),
-                }
-            )
+            ends = {"load_low": min(values), "load_high": max(values)}
+            records.append({"experts": n, "place": place, "load": float(np.mean(values)), **ends})
     return records
 
 
@@ -42,9 +35,6 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure, axes = new_figure(len(LOOKED_AT), height=2.4)
     for ax, n in zip(axes, LOOKED_AT, strict=True):
         group = [row for row in rows if row["experts"] == n]
-        places = [row["place"] for row in group]
-        ax.plot(places, [100 * row["load"] for row in group], color=colour_of("cp"))
-        low, high = ([100 * row[f"load_{end}"] for row in group] for end in ("low", "high"))
-        ax.fill_between(places, low, high, color=colour_of("cp"), alpha=0.2, linewidth=0)
+        draw_line(ax, group, "place", "load", 0.01, color=colour_of("cp"))
         ax.set(title=f"{n} experts", xlabel="experts, by load", ylabel="load, % of images", ylim=(0, None))
     return figure

@@ -46,14 +46,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     for levels, line in LEVELS.items():
         group = [row for row in rows if row["levels"] == levels]
         name = f"{levels} level{'s' if levels > 1 else ''}"
-        ax.plot(
+        places, shares = (
             [row["experts"] for row in group],
             [100 * row["share_of_parameters"] for row in group],
-            line,
-            color=colour_of("cp"),
-            label=name,
-            markersize=4,
         )
+        ax.plot(places, shares, line, color=colour_of("cp"), label=name, markersize=4)
     ax.set(xscale="log", xlabel="experts N", ylabel="gate, % of the parameters", ylim=(0, 100))
     ax.legend(frameon=False)
     return figure

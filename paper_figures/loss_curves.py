@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, new_figure
+from paper_figures.common import Row, colour_of, draw_line, new_figure
 from paper_figures.experiments.tables import over_seeds, table
 
 #: Titles of networks.
@@ -27,15 +27,8 @@ def rows(quick: bool) -> list[Row]:
         curves = table(f"{network}_curves")
         for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in curves):
             group = [row for row in curves if (row["arm"], row["step"]) == (arm, step)]
-            records.append(
-                {
-                    "network": network,
-                    "arm": arm,
-                    "step": step,
-                    "seeds": len(group),
-                    **over_seeds(group, "validation_loss"),
-                }
-            )
+            key = {"network": network, "arm": arm, "step": step, "seeds": len(group)}
+            records.append(key | over_seeds(group, "validation_loss"))
     return records
 
 
@@ -48,16 +41,8 @@ def draw(rows: Sequence[Row]) -> Figure:
         for arm in dict.fromkeys(row["arm"] for row in curves):
             group = [row for row in curves if row["arm"] == arm]
             format, _, levels = arm.partition(", ")
-            colour, steps = colour_of(COLOURS[format]), [row["step"] for row in group]
-            ax.plot(
-                steps,
-                [row["validation_loss"] for row in group],
-                color=colour,
-                linestyle="--" if levels else "-",
-                label=arm,
-            )
-            low, high = ([row[f"validation_loss_{end}"] for row in group] for end in ("low", "high"))
-            ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            look = {"color": colour_of(COLOURS[format]), "linestyle": "--" if levels else "-", "label": arm}
+            draw_line(ax, group, "step", "validation_loss", **look)
         ax.set(title=NETWORKS[network], xlabel="training steps", ylabel="validation loss, nats")
         ax.legend(frameon=False)
     return figure

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, new_figure, set_experts_axis
+from paper_figures.common import Row, colour_of, draw_line, new_figure, set_experts_axis
 from paper_figures.experiments.tables import over_seeds, table
 
 #: Column, label, style.
@@ -26,12 +26,7 @@ LINES = (
 
 def rows(quick: bool) -> list[Row]:
     """One row per number of experts."""
-    group = [
-        row
-        for row in table("heads")
-        if (row["kind"], row["format"], row["gate"], row["gate_norm"])
-        == ("single", "cp", "entmax15", "batch")
-    ]
+    group = table("heads").of(kind="single", format="cp", gate="entmax15", gate_norm="batch")
     records = []
     for n in sorted({row["experts"] for row in group}):
         seeds = [row for row in group if row["experts"] == n]
@@ -45,22 +40,14 @@ def rows(quick: bool) -> list[Row]:
 def draw(rows: Sequence[Row]) -> Figure:
     """Polysemanticity, and the share of experts used by an image and by none."""
     figure, axes = new_figure(2, height=2.8)
-    places = [row["experts"] for row in rows]
     for column, label, style in LINES:
-        axes[0].plot(places, [row[column] for row in rows], label=label, markersize=3, **style)
-        low, high = ([row[f"{column}_{end}"] for row in rows] for end in ("low", "high"))
-        axes[0].fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        draw_line(axes[0], rows, "experts", column, label=label, markersize=3, **style)
     axes[0].set(ylabel="polysemanticity")
     axes[0].legend(frameon=False)
     for column, label, line in (("active", "used by an image", "o-"), ("dead", "used by none", "s:")):
-        axes[1].plot(
-            places,
-            [100 * row[column] for row in rows],
-            line,
-            color=colour_of("cp"),
-            label=label,
-            markersize=3,
-        )
+        shares = [100 * row[column] for row in rows]
+        places = [row["experts"] for row in rows]
+        axes[1].plot(places, shares, line, color=colour_of("cp"), label=label, markersize=3)
     axes[1].set(ylabel="% of the experts")
     axes[1].legend(frameon=False)
     for ax in axes:

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, new_figure
+from paper_figures.common import Row, colour_of, draw_interval, new_figure
 from paper_figures.experiments.heads import GATE_AT
 from paper_figures.experiments.tables import over_seeds, table
 
 NORMS = ("none", "layer", "batch")
 GATES = {"entmax15": (colour_of("cp"), "o", -0.12), "softmax": (colour_of("tr"), "s", 0.12)}
-#: Column, label, factor.
+COLUMNS = ("accuracy", "active", "dead", "entropy", "polysemanticity", "polysemanticity_random")
+#: Column, label, unit.
 PANELS = (
-    ("accuracy", "test accuracy, %", 100),
-    ("active", "used by an image, %", 100),
+    ("accuracy", "test accuracy, %", 0.01),
+    ("active", "used by an image, %", 0.01),
     ("polysemanticity", "polysemanticity", 1),
     ("entropy", "entropy of use / log N", 1),
 )
@@ -32,21 +33,9 @@ def rows(quick: bool) -> list[Row]:
     records = []
     for gate in GATES:
         for norm in NORMS:
-            key = ("single", GATE_AT, gate, norm)
-            group = [
-                row
-                for row in table("heads")
-                if (row["kind"], row["experts"], row["gate"], row["gate_norm"]) == key
-            ]
+            group = table("heads").of(kind="single", experts=GATE_AT, gate=gate, gate_norm=norm)
             row = {"gate": gate, "gate_norm": norm, "seeds": len(group)}
-            for column in (
-                "accuracy",
-                "active",
-                "dead",
-                "entropy",
-                "polysemanticity",
-                "polysemanticity_random",
-            ):
+            for column in COLUMNS:
                 row |= over_seeds(group, column)
             records.append(row)
     return records
@@ -55,19 +44,16 @@ def rows(quick: bool) -> list[Row]:
 def draw(rows: Sequence[Row]) -> Figure:
     """One panel per metric; hollow markers show the polysemanticity of a random gate."""
     figure, axes = new_figure(len(PANELS), height=2.6)
-    for ax, (column, title, factor) in zip(axes, PANELS, strict=True):
+    for ax, (column, title, unit) in zip(axes, PANELS, strict=True):
         for row in rows:
             colour, marker, shift = GATES[row["gate"]]
             x = NORMS.index(row["gate_norm"]) + shift
-            low, value, high = (factor * row[f"{column}{end}"] for end in ("_low", "", "_high"))
-            ax.errorbar(
-                x, value, [[value - low], [high - value]], fmt=marker, color=colour, markersize=4, capsize=2,
-                label=row["gate"] if row["gate_norm"] == NORMS[0] else None,
-            )  # fmt: skip
+            label = row["gate"] if row["gate_norm"] == NORMS[0] else None
+            draw_interval(ax, x, row, column, unit, fmt=marker, color=colour, label=label)
             if column == "polysemanticity":
                 ax.plot(
                     x, row[f"{column}_random"], marker, color=colour, markersize=4, markerfacecolor="none",
-                    label=f"{row['gate']}, random gate" if row["gate_norm"] == NORMS[0] else None,
+                    label=label and f"{label}, random gate",
                 )  # fmt: skip
         ax.set_xticks(range(len(NORMS)), NORMS)
         ax.set(xlim=(-0.5, len(NORMS) - 0.5), xlabel="norm of the logits", title=title)

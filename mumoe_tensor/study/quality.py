@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -142,16 +141,12 @@ def specialisation(head: nn.Module, data: Dataset, seed: int) -> dict[str, float
         Polysemanticity is that of the first level, with the trained gate and with a random gate; it is left
         out if the level has more than `MOST_EXPERTS` experts.
     """
-    usages: list[Usage] = []
-
-    def count(name: str, coefficients: Sequence[torch.Tensor]) -> None:
-        if not usages:
-            usages.extend(Usage(a.shape[-1]) for a in coefficients)
-        for usage, a in zip(usages, coefficients, strict=True):
-            usage.update(a)
-
-    with watch_coefficients(head, count):
+    seen: list[torch.Tensor] = []
+    with watch_coefficients(head, lambda name, coefficients: seen.extend(coefficients)):
         head(data.x)
+    usages = [Usage(a.shape[-1]) for a in seen]
+    for usage, a in zip(usages, seen, strict=True):
+        usage.update(a)
     levels = [usage.statistics() for usage in usages]
     figures = {
         "active experts": sum(level.active for level in levels) / len(levels),

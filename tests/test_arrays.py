@@ -250,7 +250,7 @@ def test_layers_of_empty_batches(kind: Any, norm: str) -> None:
         sizes = (4, outputs(format)) if kind is MuMoE else (4, 4, outputs(format))
         made = kind(*sizes, 4, format, RANKS_OF_TWO.get(format, rank_of(format)), gate_norm=norm)
         if norm == "batch":
-            with pytest.raises(ValueError, match="at least two rows in training"):
+            with pytest.raises(ValueError, match="at least two unmasked rows in training"):
                 made(torch.zeros(0, 4))
             made.eval()
         for leading in EMPTY:

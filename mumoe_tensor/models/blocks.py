@@ -34,7 +34,7 @@ def dense_block(
     Parameters
     ----------
     dropout : float, default 0
-        Probability of dropping an output while training.
+        Probability of dropping an output in training mode.
 
     Returns
     -------

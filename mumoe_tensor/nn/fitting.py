@@ -1,4 +1,4 @@
-"""Experts that all start as one matrix, or as the best fit to it."""
+"""Fitting experts to given matrices: all to the same matrix, or each to its own."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from mumoe_tensor.nn.init import declared, fill_neutral, index_sizes, is_bias, m
 from mumoe_tensor.nn.values import copy_weight
 from mumoe_tensor.tensors import FactorizedTensor
 
-#: Most sweeps over the factors of a format that is fitted by alternating least squares.
+#: Maximum number of sweeps over the factors of a format that is fitted by alternating least squares.
 SWEEPS = 100
 
 
 @torch.no_grad()
 def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
-    """Fill the factors in place so that every expert is one matrix, or the best fit to it at this rank.
+    """Fill the factors in place so that every expert is the given matrix, or the best fit to it at this rank.
 
-    The terms of a sum are fitted one after the other, shared ones first, each to what the others leave. If
-    nothing is left, the last factor of a term is zero: the term adds nothing then, but that factor learns.
+    The terms of a sum are fitted in order, shared terms first, each to the residual of the terms before it.
+    If the residual is zero, the last factor of a term is set to zero: the term then adds nothing, but can
+    learn.
 
-    The matrix has the bias row, if the weight has one. All is done in NumPy, because not every device has
-    float64. Returns the error of the worst expert in the Frobenius norm, over the norm of the matrix.
+    The matrix includes the bias row, if the weight has one. Everything is computed with NumPy, because not
+    every device supports float64. Returns the error of the worst expert in the Frobenius norm, relative to
+    the norm of the matrix.
     """
     target = to_float64(matrix)
     if len(weight.terms) == 1:
@@ -53,7 +55,7 @@ def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
     for term in sorted(terms, key=lambda term: "n" not in term.format.omits):
         windows = [term.format.window(level) for level in range(term.num_levels)]
         left = rest([window[0] if window else 0 for window in windows])
-        if np.linalg.norm(left) <= 8 * torch.finfo(matrix.dtype).eps * norm:  # but for rounding nothing is
+        if np.linalg.norm(left) <= 8 * torch.finfo(matrix.dtype).eps * norm:  # zero up to rounding
             make_zero(term)
         else:
             _fit(term, left)
@@ -73,14 +75,14 @@ def fit_experts(
 ) -> tuple[float, float | None]:
     """Fill the factors in place so that the weight is a stack of matrices, or the best fit to it.
 
-    The options are those of `decompose`, which fits it. The stack has the bias rows, if the weight has one.
+    The options are those of `decompose`. The stack includes the bias rows, if the weight has a bias.
 
     Returns
     -------
     tuple of float and (float or None)
-        Relative error in the Frobenius norm, and in that of the outputs, if there is an `input_covariance`.
+        Relative error in the Frobenius norm, and with an `input_covariance` that of the outputs.
     """
-    # (In float32 no dtype of a layer is rounded, and NumPy has it.)
+    # (NumPy supports float32, and half precision converts to it without rounding.)
     dense = stack.detach().cpu().to(torch.float64 if stack.dtype == torch.float64 else torch.float32)
     fitted, error = decompose(dense, weight.format, weight.rank, bias=bias, **options)
     copy_weight(fitted, weight)
@@ -96,10 +98,10 @@ def _fit(term: FactorizedTensor, target: np.ndarray) -> float:
 
 
 def _fit_split(term: FactorizedTensor, target: np.ndarray) -> float:
-    """Fit a term that splits the input or the output: by `decompose`, in its format without experts.
+    """Fit a term that splits the input or the output, by `decompose` in its format without experts.
 
-    The factors of that fit become those of every expert. All others become neutral. Where an expert has other
-    factors than the format declares without experts, its own are the format.
+    The fitted factors are used for every expert, and all other factors become neutral. If the factors of an
+    expert differ from those that the format declares without experts, `_OfOneExpert` is used as the format.
     """
     format, sizes, axes = term.format.of_one_expert, index_sizes(term), _axes_of_an_expert(term)
     alone = _declared_alone(format)
@@ -119,7 +121,7 @@ def _fit_split(term: FactorizedTensor, target: np.ndarray) -> float:
             fill_neutral(factor, [axis for axis, x in enumerate(declared(term)[k].indices) if x not in modes])
     for k, j in zip(axes, alone, strict=True):
         _assign(term, k, np.asarray(one.factors[j]), axes[k])
-    # The bonds with neutral factors add up equal matrices.
+    # Sums over the bonds of neutral factors add equal matrices, which is corrected by a scale.
     first, shape = next(iter(axes)), target.shape
     matrix = _expert(term).reshape([prod(sizes[x] for x in term.format.parts(mode)) for mode in "io"])
     matrix = matrix[: shape[0], : shape[1]]
@@ -131,7 +133,7 @@ def _fit_split(term: FactorizedTensor, target: np.ndarray) -> float:
 
 
 class _OfOneExpert(Format):
-    """The network of the factors of one expert."""
+    """The network of the factors of a single expert."""
 
     name = title = "expert"
 
@@ -144,12 +146,12 @@ class _OfOneExpert(Format):
 
 
 def _declared_alone(format: Format) -> dict[int, tuple[str, ...]]:
-    """The indices of the factors of a matrix, by their positions."""
+    """The indices of the factors of a format without experts, by position."""
     return {k: f.indices for k, f in enumerate(format.declaration(0)) if not f.optional}
 
 
 def _axes_of_an_expert(term: FactorizedTensor) -> dict[int, list[str]]:
-    """The factors that one expert has, with their axes: not experts, nor bonds of experts alone."""
+    """The factors of a single expert with their axes, without expert modes and bonds between experts."""
     experts = {x for x in term.format.modes(term.num_levels) if x[0] == "n"}
     modes = set(term.format.modes(term.num_levels))
     cores = [k for k, f in enumerate(declared(term)) if not f.optional and not modes & set(f.indices)]
@@ -162,11 +164,11 @@ def _axes_of_an_expert(term: FactorizedTensor) -> dict[int, list[str]]:
 
 
 def _fit_whole(term: FactorizedTensor, target: np.ndarray) -> float:
-    """Fit a term with the whole input and output.
+    """Fit a term that does not split the input or the output.
 
-    All factors but A, that of the input, and B, that of the output, become neutral. The matrix of an expert
-    is then ``A K B`` with a constant K, and the singular value decompositions of K and of the matrix give the
-    best approximation of the rank of K.
+    All factors become neutral except A, the factor of the input, and B, the factor of the output. The matrix
+    of an expert is then ``A K B`` with a constant K. The best approximation with the rank of K follows from
+    the singular value decompositions of K and of the matrix.
     """
     indices = [f.indices for f in declared(term)]
     bonds = dict(zip(term.format.bonds(term.num_levels), term.rank, strict=True))
@@ -197,7 +199,7 @@ def _fit_whole(term: FactorizedTensor, target: np.ndarray) -> float:
 def _pass_on(
     factor: Tensor, indices: Sequence[str], bonds: Collection[str], ends: tuple[Sequence[str], Sequence[str]]
 ) -> None:
-    """Make a factor neutral: one without modes, a core, between a bond of the input and one of the output."""
+    """Make a factor neutral; a core passes a bond of the input on to a bond of the output."""
     axes = [k for k, x in enumerate(indices) if x in bonds]
     if len(axes) < len(indices):
         fill_neutral(factor, axes)
@@ -209,7 +211,7 @@ def _pass_on(
 
 
 def _assign(term: FactorizedTensor, k: int, value: np.ndarray, axes: Sequence[str]) -> None:
-    """Copy an array with named axes into a factor, along all entries of its further axes."""
+    """Copy an array with named axes to a factor, broadcast along the other axes."""
     factor = term.factors[k]
     assert factor is not None
     dtype = np.float64 if factor.dtype == torch.float64 else np.float32
@@ -218,15 +220,16 @@ def _assign(term: FactorizedTensor, k: int, value: np.ndarray, axes: Sequence[st
 
 
 def _with_axes(value: np.ndarray, axes: Sequence[str], indices: Sequence[str]) -> np.ndarray:
-    """An array with named axes as a factor with these indices, of size one where it has no such axis."""
+    """Permute an array with named axes to these indices, with size one for missing axes."""
     value = value.transpose([axes.index(x) for x in indices if x in axes])
     return np.expand_dims(value, [k for k, x in enumerate(indices) if x not in axes])
 
 
 def _expert(term: FactorizedTensor, replaced: Mapping[int, np.ndarray] | None = None) -> np.ndarray:
-    """The matrix of any expert, its parts as axes, where all are equal.
+    """The matrix of any expert, with the parts of its modes as axes. All experts must be equal.
 
-    With other factors for some of the term's, the rest is neutral, and has the same entries along all modes.
+    `replaced` contains other values for some factors. The remaining factors must then be neutral, with equal
+    entries along all modes.
     """
     format, operands = term.format, []
     matrix = (*format.parts("i"), *format.parts("o"))

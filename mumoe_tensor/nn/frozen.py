@@ -1,4 +1,4 @@
-"""Products of weights alone, folded for a layer that is not trained."""
+"""Cached products of weights, for layers that are not trained."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mumoe_tensor.nn.backward import SavePolicy
 
 
 class Folded:
-    """A plan, with folded products of weights, which are made again once a weight has changed.
+    """A plan with folded products of weights, which are recomputed when a weight changes.
 
-    Each call compares the weights with copies, as nothing else detects every change. From `fewest_rows` on,
-    which may be infinite, that and the program of `policy` take less time than the plain contraction.
+    Each call compares the weights with copies, since nothing else detects every change. From `fewest_rows`
+    rows on (possibly infinite), this and the program of `policy` are faster than the plain contraction.
     """
 
     def __init__(self, plan: ContractionPlan):
         self._plan, network = plan, plan.program.network
         ahead = plan_network(network, plan.batch, fold_weights=True, machine=plan.machine)
         self.policy = SavePolicy(ahead.program)
-        # Positions of the weights that the products are made of.
+        # Positions of the weights that are operands of the folded products.
         self.sources = [
             operand.position
             for position, step in ahead.program.numbered
@@ -39,12 +39,12 @@ class Folded:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the products."""
-        # Copies and products are replaced together: another thread may read them.
+        """Delete the cached products."""
+        # Copies and products are replaced together, since another thread may read them.
         self._cache: tuple[list[Tensor], dict[int, Tensor]] | None = None
 
     def products(self, weights: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The products by position, made again if a weight has changed."""
+        """The products by position, recomputed if a weight has changed."""
         sources = [weights[p].detach() for p in self.sources]
         cache = self._cache
         if cache is None or not all(map(_is_equal, sources, cache[0])):
@@ -57,10 +57,10 @@ class Folded:
 
 
 def are_comparable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the values of tensors can be compared at once: of parameters on the CPU.
+    """Whether the values of tensors can be compared without delay: they must be parameters on the CPU.
 
-    A tensor of a transform has no values. On another device the processor would wait for them, and a CUDA
-    graph could not be captured.
+    A transformed tensor has no values. On other devices the CPU would have to wait for the comparison, and a
+    CUDA graph could not be captured.
     """
     return all(type(x) is nn.Parameter and x.device.type == "cpu" for x in tensors)
 

@@ -1,4 +1,4 @@
-"""Fast functions of torch: entmax15, which keeps only its result for the backward pass, and top-k."""
+"""Fast torch functions: entmax15, which saves only its result for the backward pass, and top-k."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mumoe_tensor.nn.kernels.coefficients import coefficients
 
 __all__ = ["entmax15"]
 
-#: Dtypes that are computed in.
+#: Dtypes for computations.
 WIDE = (torch.float32, torch.float64)
 
 
@@ -36,12 +36,12 @@ def entmax15(logits: Tensor) -> Tensor:
     Parameters
     ----------
     logits : Tensor of shape (..., N)
-        −inf masks an expert; a row with NaN or +inf, or nothing but −inf, becomes NaN.
+        −inf masks an expert. A row that contains NaN or +inf, or only −inf, becomes NaN.
 
     Returns
     -------
     Tensor of shape (..., N)
-        Computed in float32, or in float64 where the logits are; in the dtype of `logits`.
+        The coefficients, in the dtype of `logits`. They are computed in float32, or in float64 for float64.
     """
     if logits.device.type in kernels.DEVICES and kernels.serve(logits):
         return coefficients(logits, power=2)
@@ -52,25 +52,25 @@ def entmax15(logits: Tensor) -> Tensor:
         apply = _apply if is_eager else _Entmax15.apply
         result: Tensor = apply(logits, is_eager)
         return result
-    # (Applying a function takes longer than computing a row.)
+    # (`apply` of an autograd function takes longer than computing a row.)
     return _Entmax15.forward(logits, is_eager)
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """`mumoe_tensor.softmax` along the last axis, by torch's."""
+    """`mumoe_tensor.softmax` along the last axis, computed by torch."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return torch.softmax(logits, -1, dtype=wide).to(logits.dtype)
 
 
 def _plain(logits: Tensor) -> Tensor:
-    """The same from operations of torch that have derivatives, in one precision."""
+    """entmax15 by differentiable torch operations, in a single precision."""
     p: Tensor = gates.entmax15(logits)
     return p
 
 
 @constant_under_compile
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64, tried once for each kind of device: Apple's MPS does not."""
+    """Whether a device supports float64 (Apple's MPS does not), tested once per type of device."""
     kind = device.type
     if kind not in _HAS_FLOAT64:
         try:
@@ -104,8 +104,8 @@ class _Entmax15(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (p,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # The derivative is a function of p alone, so its own derivative follows through p. The root of
-            # zero has none: it is kept out of the graph.
+            # The derivative depends only on p, so higher derivatives follow through p. The root of zero has
+            # no derivative and is kept out of the graph.
             s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), p)
             scaled = s * gradient
             return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)), None
@@ -126,11 +126,12 @@ _apply = plain_apply(_Entmax15)
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """The k largest logits of each row and their places, for gates that then leave all others alone.
+    """The k largest logits of each row and their indices.
 
-    None where the general functions must be used: values cannot be read, a row has NaN, or the k-th largest
-    logit of a row has an equal that is not among the k. On a GPU it is never None for float32: nothing is
-    read, of equals the first are taken, and a row whose coefficients are NaN has values that are.
+    The result is None if the general functions must be used instead: because values cannot be read, a row
+    contains NaN, or the k-th and the next largest logit of a row are equal. For float32 on a GPU it is never
+    None: values are not read, the first of equal logits are selected, and rows whose coefficients are NaN get
+    NaN.
     """
     if kernels.serve(logits) and logits.dtype == torch.float32 and not (is_recorded() or is_transformed()):
         return _largest_by_keys(logits, k)
@@ -144,11 +145,11 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _largest_by_keys(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits and their places, by integers that order logits, then places backwards."""
-    # NaN is the largest, and −0 equals 0.
+    """The k largest logits and their indices, by integer keys that sort by logit, then by index."""
+    # NaN is the largest value, and −0 equals 0.
     z = torch.where(logits < torch.inf, logits, torch.nan) + 0.0
     bits = z.detach().view(torch.int32).long()
-    # The bits of a float are in its order, but those of negative ones in the opposite.
+    # The bits of nonnegative floats sort like the floats, those of negative floats in reverse.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered << 32) - torch.arange(z.shape[-1], device=z.device)
     places = keys.topk(k, -1).indices
@@ -157,10 +158,10 @@ def _largest_by_keys(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:
-    """Whether the values of a tensor can be read at once, and memory be written in place."""
+    """Whether the values of a tensor can be read immediately, and memory can be written in place."""
     if type(x) is not Tensor or x.device.type != "cpu":
         return False
-    # (`is_recorded` written out: a gate asks this for every level.)
+    # (`is_recorded` inlined, since a gate calls this for every level.)
     if is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed() or is_batched(x):
         return False
     return forward_ad._current_level < 0  # (a tangent would be lost)

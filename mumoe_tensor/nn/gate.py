@@ -1,4 +1,4 @@
-"""The gate: from an input to the coefficients of its experts, one level at a time."""
+"""The gate: computes the expert coefficients of an input, level by level."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.spec import expert_counts
 
 GateNorm = Literal["batch", "layer", "none"]
-#: Gates that levels of one size are passed to at once.
+#: Gates that process levels of the same size in one call.
 ROWWISE = (entmax15, gates.entmax15, gates.sparsemax, softmax, gates.softmax)
 
 
 class ExpertGate(WholeState):
     r"""Expert coefficients of an input: ``a_e = gate(norm(G_e^T z))`` for every level e.
 
-    Equation (2) of Oldfield et al. (2024). The weight is zero at first, so that every expert of a level
-    starts with the coefficient 1 / N; for a gate that selects experts, such as top-k, it is normal with
+    Equation (2) of Oldfield et al. (2024). The weight is initialised to zero, so every expert of a level
+    starts with the coefficient 1 / N. For a gate that selects experts, such as top-k, it is normal with
     variance 1 / in_features.
 
     Parameters
@@ -46,30 +46,31 @@ class ExpertGate(WholeState):
     experts : sequence of int
         Number of experts of each level.
     gate : str, dict or callable, default "entmax15"
-        ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, a name of `.register_gate`, or any map of logits along
-        the last axis. A dict has the name of a class and the arguments of the instance, as ``{"name":
-        "topk", "k": 2}``: see `mumoe_tensor.nn.routing`. Called in float32 (float64 for float64 inputs), also
-        under autocast. See `mumoe_tensor.gates.Gate` for what one of your own may declare.
+        ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, a name registered with `.register_gate`, or any map of
+        logits along the last axis. A dict contains the name of a class and the arguments of the instance, as
+        in ``{"name": "topk", "k": 2}``; see `mumoe_tensor.nn.routing`. The gate is called in float32 (or
+        float64 for float64 inputs), also under autocast. For custom gates, see `mumoe_tensor.gates.Gate`.
     gate_norm : {"batch", "layer", "none"}, default "batch"
-        Norm of the logits, without affine parameters: over all rows of the batch, or over the experts of a
-        level.
+        Normalisation of the logits, without affine parameters: over all rows of the batch, or over the
+        experts of a level.
 
     Attributes
     ----------
     weight : Parameter of shape (out_features, in_features)
-        The rows of ``G^T``, level after level; a buffer without entries if there is no level, or the gate
+        The rows of ``G^T``, concatenated over the levels. An empty buffer if there are no levels, or the gate
         reads the input instead of logits.
     num_experts : tuple of int
-        One number a level.
+        Number of experts of each level.
     out_features : int
-        Sum of the numbers of experts.
+        Total number of experts over all levels.
     gate : callable
-        The map from logits to coefficients. A module is a child, with its parameters.
+        The map from logits to coefficients. A module is registered as a submodule.
     norm : LogitBatchNorm or None
     reads_input : bool
-        Whether the gate declares it, as the nulls ``"random"`` and ``"nearest_centres"`` do.
+        Whether the gate reads the input instead of logits, like the null models ``"random"`` and
+        ``"nearest_centres"``.
     per_expert : tuple of str
-        Names of the parameters and buffers that the gate has per expert, as a ``bias``.
+        Names of the parameters and buffers of the gate with one entry per expert, such as ``bias``.
     """
 
     per_expert: tuple[str, ...] = ()
@@ -90,7 +91,7 @@ class ExpertGate(WholeState):
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
         self.out_features = total = sum(self.num_experts)
-        # (The sparse route copies what does not lie together in memory.)
+        # (The sparse computation copies arrays that are not contiguous.)
         same = len(self.num_experts) > 1 and len(set(self.num_experts)) == 1
         self._is_stacked = same and self.num_experts[0] < FEWEST_EXPERTS
         self.reads_input = bool(getattr(self.gate, "reads_input", False))
@@ -98,7 +99,7 @@ class ExpertGate(WholeState):
         weight = torch.empty(num_logits, self.in_features, device=device, dtype=dtype)
         if num_logits:
             self.weight = nn.Parameter(weight)
-        else:  # no parameter: tools for training on many devices expect each to be used
+        else:  # not a parameter: tools for distributed training expect every parameter to be used
             self.register_buffer("weight", weight)
         has_norm = self.gate_norm == "batch" and num_logits
         self.norm = LogitBatchNorm(total, device, dtype) if has_norm else None
@@ -113,7 +114,7 @@ class ExpertGate(WholeState):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give every expert of a level the same coefficient, unless the gate selects some."""
+        """Initialise the weight: zero, or random if the gate selects experts."""
         if getattr(self.gate, "random_start", False):
             nn.init.normal_(self.weight, std=self.in_features**-0.5)
         else:
@@ -122,7 +123,7 @@ class ExpertGate(WholeState):
             getattr(self, name).copy_(start)
 
     def _first_values(self) -> dict[str, Tensor]:
-        """What the gate has per expert, at its first values; see `mumoe_tensor.gates.Gate`."""
+        """Initial values of the arrays with one entry per expert; see `mumoe_tensor.gates.Gate`."""
         per_expert = getattr(self.gate, "per_expert", None)
         if per_expert is None or not self.num_experts:
             return {}
@@ -131,33 +132,33 @@ class ExpertGate(WholeState):
         return {name: type(x)(torch.cat([level[name] for level in levels])) for name, x in levels[0].items()}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As for every module, but `torch.nn.SyncBatchNorm.convert_sync_batchnorm` leaves the norm as it is.
+        """Add a submodule, except that `SyncBatchNorm.convert_sync_batchnorm` cannot replace the norm.
 
-        Its statistics already are those of all processes.
+        The statistics of the norm are already computed over all processes.
         """
         if name != "norm" or not isinstance(module, nn.SyncBatchNorm):
             super().add_module(name, module)
 
     @torch.no_grad()
     def fit(self, z: Tensor) -> Self:
-        """Fit to inputs what a gate such as ``"nearest_centres"`` takes from data, level by level.
+        """Fit a gate such as ``"nearest_centres"`` to inputs, level by level.
 
         Parameters
         ----------
         z : Tensor of shape (..., in_features)
-            Inputs of the gate, as many as a level has experts or more.
+            Inputs of the gate, at least as many as a level has experts.
 
         Raises
         ------
         ValueError
-            If the gate takes nothing from data, or the inputs do not fit.
+            If the gate has nothing to fit, or the inputs have another shape.
         ModuleNotFoundError
             If scikit-learn is not installed, for k-means.
         """
         fit: Any = getattr(self.gate, "fit", None)
         if fit is None or not self.num_experts:
             raise ValueError(
-                f"a gate must have something to fit to data; ExpertGate({self.extra_repr()}) has nothing."
+                f"a gate must have a method fit and levels to be fitted, got ExpertGate({self.extra_repr()})."
             )
         check_dense(z)
         if z.shape[-1:] != (self.in_features,):
@@ -170,33 +171,34 @@ class ExpertGate(WholeState):
 
     @property
     def is_sparse_gradient(self) -> bool:
-        """Whether the gate declares it, see `mumoe_tensor.gates.Gate`, and no hook sees coefficients."""
+        """Whether the gate declares ``sparse_gradient``, see `mumoe_tensor.gates.Gate`, without hooks."""
         hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *HOOKS_ON_ALL_MODULES)
         return type(self) is ExpertGate and getattr(self.gate, "sparse_gradient", False) and not any(hooks)
 
     def forward(self, z: Tensor, mask: Tensor | None = None, sparse: bool = False) -> tuple[Any, ...]:
-        """Coefficients of inputs.
+        """Compute the coefficients of inputs.
 
         Parameters
         ----------
         z : Tensor of shape (..., in_features)
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
-            False for rows (padded tokens) that batch norm shall not count.
+            False for rows (padded tokens) that batch norm ignores.
         sparse : bool, default False
-            ``sparse.SparseCoefficients`` of levels of many experts of which the gate selects few.
+            Return ``sparse.SparseCoefficients`` for levels with many experts of which the gate selects few.
 
         Returns
         -------
         tuple of Tensor of shape (..., N_e)
-            One a level, of the dtype of `z`.
+            One tensor per level, in the dtype of `z`.
 
         Raises
         ------
         TypeError
-            If an input is no dense tensor, or the mask not of bool or integers.
+            If an input is not a dense tensor, or the mask is not of bool or integers.
         ValueError
-            If the input has another number of features, or the mask another shape or other values. (On a
-            device, or where torch records the call, values are not read: any integer but 0 counts as 1.)
+            If the input has another number of features, or the mask has another shape or other values. (On an
+            accelerator, or if torch records the call, values are not read, and any nonzero integer counts as
+            1.)
         """
         check_dense(z)
         if z.ndim == 0 or z.shape[-1] != self.in_features:
@@ -230,7 +232,7 @@ class ExpertGate(WholeState):
             return self.coefficients_of(normed, z.dtype, sparse)
 
     def _is_norm_folded(self, z: Tensor) -> bool:
-        """Whether frozen batch norm goes into the weight: where the batch has more rows, and many logits."""
+        """Whether to fold frozen batch norm into the weight: if the batch has many rows and logits."""
         rows = z.numel() // self.in_features
         if rows <= self.in_features or rows * self.out_features <= entmax.FEW:
             return False
@@ -239,16 +241,16 @@ class ExpertGate(WholeState):
         return z.dtype in (torch.float32, torch.float64) and self._is_norm_frozen(z)
 
     def _is_norm_frozen(self, z: Tensor) -> bool:
-        """Whether batch norm is a map of each logit, whose statistics lie where the logits will."""
+        """Whether batch norm uses running statistics, which are on the device of the logits."""
         norm = self.norm
         if norm is None or norm.training or has_hooks(norm):
             return False
-        # Tools remove the statistics, or move them to the device only when the norm itself is called.
+        # Some tools remove the statistics, or move them to the device only when the norm itself is called.
         var = norm.running_var
         return var is not None and var.device == z.device
 
     def _is_by_numpy(self, logits: Tensor) -> bool:
-        """Whether few logits become coefficients, by a norm that needs no other rows."""
+        """Whether NumPy computes the coefficients: for few logits and a norm that treats rows separately."""
         return (
             self._power == 2
             and is_eager_on_cpu(logits)
@@ -259,12 +261,12 @@ class ExpertGate(WholeState):
 
     @property
     def _power(self) -> int | None:
-        """What `.kernels.coefficients` calls a gate; None for gates that have no kernel."""
+        """The parameter of `.kernels.coefficients` for the gate; None for gates without a kernel."""
         gate = self.gate
         return 2 if gate is entmax15 or gate is gates.entmax15 else 1 if gate is gates.sparsemax else None
 
     def _by_kernels(self, z: Tensor, mask: Tensor | None, power: int) -> tuple[Tensor, ...]:
-        """Coefficients where the gate is a kernel, into which goes a norm that needs no other rows."""
+        """Coefficients computed by kernels, which include the norm if it does not depend on other rows."""
         logits = nn.functional.linear(z, self.weight)
         norm: Norm = "layer" if self.gate_norm == "layer" else "none"
         statistics: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.num_experts)
@@ -286,10 +288,10 @@ class ExpertGate(WholeState):
     def coefficients_of(
         self, logits: Tensor, dtype: torch.dtype | None = None, sparse: bool = False
     ) -> tuple[Any, ...]:
-        """Coefficients from the logits of all levels, after batch norm, in a dtype or in theirs."""
+        """Coefficients from the logits of all levels after batch norm, in `dtype` or that of the logits."""
         count = len(self.num_experts)
         if self._is_stacked and self.gate in ROWWISE:
-            # One call of the gate takes less time.
+            # A single call of the gate is faster.
             rows = logits.unflatten(-1, (count, -1))
             if self.gate_norm == "layer":
                 rows = nn.functional.layer_norm(rows, rows.shape[-1:])
@@ -304,7 +306,7 @@ class ExpertGate(WholeState):
         return tuple([gate(part, **values).to(dtype) for part, values in pairs])
 
     def _select(self, *arguments: Any, **values: Tensor) -> Any:
-        """As the gate, but indexed where that takes less time."""
+        """Call the gate's `select`, and convert to dense coefficients if this is faster."""
         gate: Any = self.gate
         coefficients = gate.select(*arguments, **values)
         if type(coefficients) is SparseCoefficients and not coefficients.is_few:
@@ -319,7 +321,7 @@ class ExpertGate(WholeState):
         return tuple([gate(wide, n, **values).to(z.dtype) for n, values in pairs])
 
     def _values_of_levels(self) -> list[dict[str, Tensor]]:
-        """What the gate has per expert, level by level."""
+        """The arrays with one entry per expert, level by level."""
         levels: list[dict[str, Tensor]] = [{} for _ in self.num_experts]
         for name in self.per_expert:
             for level, values in zip(levels, getattr(self, name).split(self.num_experts), strict=True):
@@ -332,7 +334,7 @@ class ExpertGate(WholeState):
 
 
 def _read_mask(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Check a mask of rows; return it as bool."""
+    """Check a mask of rows, and convert it to bool."""
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"a mask must be a tensor of bool or of integers 0 and 1, got {kind}.")
@@ -345,5 +347,5 @@ def _read_mask(mask: Tensor, shape: torch.Size) -> Tensor:
         return mask
     counted = mask.bool()
     if is_eager_on_cpu(mask) and not torch.equal(counted.to(mask.dtype), mask):
-        raise ValueError(f"a mask must be 0 or 1 if it is of integers, got {mask.min()} to {mask.max()}.")
+        raise ValueError(f"a mask of integers must contain only 0 and 1, got {mask.min()} to {mask.max()}.")
     return counted

@@ -1,4 +1,4 @@
-"""First values of factors: every expert near one linear layer, as `torch.nn.Linear` would start."""
+"""Initialisation of factors: every expert starts close to the same randomly initialised linear layer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mumoe_tensor.tensors import FactorizedTensor
 def draw(weight: FactorizedTensor, in_features: int) -> None:
     """Fill the factors of a weight in place with the published initialisation, for any format and levels.
 
-    The bias row is not one of the input features. (Oldfield et al., "Multilinear Mixture of Experts", NeurIPS
-    2024. Where the input is split, `_summed` says what takes the place of I and of the bonds.)
+    `in_features` does not include the bias row. (Oldfield et al., "Multilinear Mixture of Experts", NeurIPS
+    2024. If the input is split, `_summed` replaces I and the bonds.)
     """
     for term in weight.terms:
         if is_bias(term):
@@ -48,8 +48,8 @@ def draw(weight: FactorizedTensor, in_features: int) -> None:
 def _summed(term: FactorizedTensor, k: int) -> Collection[str]:
     """The indices that a factor of the matrix sums over.
 
-    A factor of the output sums over its bonds. One of the input does over its parts of the input and its
-    bonds with earlier ones, as far as no later factor has them.
+    A factor of the output sums over its bonds. A factor of the input sums over its parts of the input and its
+    bonds with earlier factors, unless a later factor has them too.
     """
     inputs, modes = term.format.parts("i"), term.format.modes(term.num_levels)
     indices = {j: declared(term)[j].indices for j in of_matrix(term)}
@@ -64,9 +64,9 @@ def _summed(term: FactorizedTensor, k: int) -> Collection[str]:
 def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
     """Scale the factors of the input so that the mean expert has the variance of a linear layer's weight.
 
-    Its entries have variance 1 / (3 I), of which each term of a sum has an equal share. With coefficients
-    1 / N, which is how a gate starts, outputs then have the variance of those of `torch.nn.Linear`. If the
-    input is split, the factors of all its parts are scaled alike.
+    The entries of the mean expert have variance 1 / (3 I), to which the terms of a sum contribute equally.
+    With coefficients 1 / N, with which a gate starts, the outputs then have the same variance as those of
+    `torch.nn.Linear`. If the input is split, the factors of all its parts are scaled equally.
     """
     like = weight.arrays[0]
     uniform = [torch.full((n,), 1 / n, device=like.device, dtype=like.dtype) for n in weight.experts]
@@ -82,19 +82,20 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
 
 @torch.no_grad()
 def make_zero(weight: FactorizedTensor) -> None:
-    """Make a weight zero by the last factor of each of its terms, that of the output in our formats.
+    """Set a weight to zero through the last factor of each term (the factor of the output in most formats).
 
-    The other factors keep their values, so that the last one learns, and they do once it is not zero.
+    The other factors keep their values, so that the last factor gets gradients; they get gradients as soon as
+    it is not zero.
     """
     for term in weight.terms:
         term.arrays[-1].zero_()
 
 
 def of_matrix(term: FactorizedTensor) -> list[int]:
-    """Positions of the factors that make the matrix of an expert: those with the input or the output.
+    """Positions of the factors that form the matrix of an expert: those with the input or the output.
 
-    One with experts too counts only where no factor without experts has these modes. Else it scales the
-    matrix, as in Hadamard and Monarch, and starts neutral.
+    A factor that also has expert modes is included only if no factor without expert modes has these modes.
+    Otherwise it scales the matrix, as in Hadamard and Monarch, and starts neutral.
     """
     matrix = {*term.format.parts("i"), *term.format.parts("o")}
     experts = set(term.format.modes(term.num_levels)) - matrix
@@ -123,12 +124,12 @@ def index_sizes(term: FactorizedTensor) -> dict[str, int]:
 
 
 def is_bias(term: FactorizedTensor) -> bool:
-    """Whether a term of a sum is the bias: it has no input."""
+    """Whether a term of a sum is a bias, which has no input mode."""
     return "i" in term.format.omits
 
 
 def fill_neutral(factor: Tensor, bonds: list[int]) -> None:
-    """Make a factor of expert modes neutral: the identity between two bonds, or ones."""
+    """Make a factor neutral: the identity between two bonds, otherwise ones."""
     if len(bonds) != 2:
         factor.fill_(1)
         return

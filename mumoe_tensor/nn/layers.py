@@ -1,4 +1,4 @@
-"""The layers: a gate and the experts it mixes."""
+"""The layers: a gate, and experts that are mixed by its coefficients."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 
 class Layer(WholeState):
-    """The common part of layers and of blocks: gate, norm of the input, experts, config."""
+    """The base class of layers and blocks: gate, input norm, experts, config."""
 
-    #: Whether it is a block, with a hidden size.
+    #: Whether the class is a block, with a hidden size.
     _is_block = False
-    #: Relative errors of the fit to linear layers by `from_linear`; empty for other layers.
+    #: Relative errors of the fit, for layers made by `from_linear` and similar methods; otherwise empty.
     fit_errors: tuple[float, ...] = ()
 
     def __init__(
@@ -46,7 +46,7 @@ class Layer(WholeState):
         features = gate.pop("gate_features")
         used = {} if features is None else {"gate_features": as_positive(features, "gate_features")}
         if used and not spec.experts:
-            raise ValueError(f"a layer without experts has no gate, got gate_features={features}.")
+            raise ValueError(f"gate_features must be None without experts, got {features}.")
         self.gate = ExpertGate(used.get("gate_features", spec.in_features), spec.experts, **gate, **place)
         self.input_norm = nn.LayerNorm(spec.in_features, **place) if input_norm else None
         for name, part in zip(self._mixture_names, spec.layers, strict=True):
@@ -56,10 +56,10 @@ class Layer(WholeState):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make a layer like this one, by `from_config`, in types of JSON.
+        """The arguments of `from_config` for a layer like this one, in JSON types.
 
-        A gate or an activation is written by its name, see `register_gate`; a module of torch, as ``GELU``,
-        by the name of its class and its arguments. Device and dtype are left out.
+        A gate or an activation is stored by its name, see `register_gate`; a torch module such as ``GELU`` by
+        the name of its class and its arguments. Device and dtype are not included.
 
         Raises
         ------
@@ -71,14 +71,14 @@ class Layer(WholeState):
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        """As `config`, but with the format and the functions themselves."""
+        """Like `config`, but with the format and the functions as objects."""
         return {**_arguments_of(self.spec), **self._options, "gate": self.gate.gate}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
-        """Make a layer from the `config` of another, as it was or read from JSON; it imports nothing.
+        """Make a layer from a `config`, possibly after a round trip through JSON.
 
-        Further arguments are `device` and `dtype`.
+        Nothing is imported. Further arguments are `device` and `dtype`.
 
         Raises
         ------
@@ -89,32 +89,32 @@ class Layer(WholeState):
 
     @classmethod
     def from_spec(cls, spec: LayerSpec, **options: Any) -> Self:
-        """Make a layer of the format, sizes and rank of a spec, with further arguments of the layer.
+        """Make a layer with the format, sizes and rank of a spec, and further arguments of the layer.
 
-        The spec of a block has `hidden`. A rank that is left out is solved for.
+        The spec of a block has `hidden`. If the rank is None, it is solved for.
 
         Raises
         ------
         ValueError
-            If the spec is that of a layer of another kind.
+            If the spec is that of a block for a layer, or that of a layer for a block.
         """
         spec = as_spec(spec)
         if cls._is_block != (spec.hidden is not None):
             weights = "the weights of a block" if cls._is_block else "one weight"
-            raise ValueError(f"a spec of {cls.__name__} must be of {weights}, got {spec!r}.")
+            raise ValueError(f"the spec of a {cls.__name__} must be that of {weights}, got {spec!r}.")
         return cls.from_config(_arguments_of(spec), **options)
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], format: str | Format, **options: Any) -> Self:
-        """Make a layer with the parameters of a published one, of either generation.
+        """Make a layer with the parameters of a published layer, of either version.
 
-        Levels, sizes, rank and bias follow from the names and shapes in the `state_dict`. It does not say the
-        `gate_norm`, which is ``"batch"`` by default; statistics that are missing start anew.
+        Levels, sizes, rank and bias follow from the names and shapes in the `state_dict`. The `gate_norm` is
+        not contained in it, and is ``"batch"`` by default. Missing statistics are initialised.
 
         Raises
         ------
         ValueError
-            If parameters are missing, left over, or do not fit together or to the `gate_norm`.
+            If parameters are missing, unknown, or do not fit each other or the `gate_norm`.
         """
         published = read_published(state_dict, format, 1 + cls._is_block)
         options = {"dtype": published.gate.dtype, **options}
@@ -125,19 +125,19 @@ class Layer(WholeState):
     def __repr__(self) -> str:
         if self.spec.experts:
             return super().__repr__()
-        shown = copy(self)  # without the gate, whose weight has no entries
+        shown = copy(self)  # without the gate, whose weight is empty
         shown._modules = {name: module for name, module in self._modules.items() if name != "gate"}
         return super(Layer, shown).__repr__()
 
     @property
     def bias(self) -> None:
-        """None: there is no vector that all outputs get. Each expert has its bias, as part of the weight."""
+        """None: there is no common bias. Each expert has its own bias, as part of the weight."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for every module, but refuses the weight or bias of another layer, which would be tied."""
+        """Register a parameter, but refuse a `weight` or `bias`, by which layers are tied."""
         if name in ("weight", "bias"):
             raise TypeError(
-                f"a {type(self).__name__} has factors and no {name} that can be a parameter or shared "
+                f"a {type(self).__name__} has factors, and no {name} that can be a parameter or shared "
                 "with another module: do not tie it (in transformers, config.tie_word_embeddings = False)."
             )
         super().register_parameter(name, param)
@@ -155,43 +155,43 @@ class Layer(WholeState):
         return [getattr(self, name) for name in self._mixture_names]
 
     def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
-        """The parameters under the names of the published layers; the opposite of `from_published`.
+        """The parameters under the names of the published layers; the inverse of `from_published`.
 
-        Only the first generation, ``"v1"``, has Tucker and Tensor Train.
+        Only the first version, ``"v1"``, has Tucker and Tensor Train.
 
         Raises
         ------
         ValueError
-            If that generation has no block of this kind, or the layer has bias edits, or its gate
-            parameters besides the weight.
+            If this version has no block of this kind, the layer has bias edits, or its gate has parameters
+            other than the weight.
         TypeError
-            If TensorLy has no container of the format, as where modes are split, or of a sum.
+            If TensorLy has no container for the format, for example if modes are split, or for a sum.
         """
         return write_published(self.gate, self.mixtures, version)
 
     def keep_experts(self, level: int, indices: Selection) -> Self:
         """A new layer with some of the experts of a level, in the order of the indices.
 
-        Its gate is the same map to the logits of these experts: the gate function distributes the
-        coefficients among them, and a layer norm of the logits is taken over them. The new layer shares
-        nothing with this one and has the same edits, statistics, modes and frozen parameters, but no hooks on
-        its gate and experts.
+        The gate computes the same logits for these experts. The gate function then distributes the
+        coefficients among them, and a layer norm of the logits runs over them. The new layer is a copy with
+        the same edits, statistics, training modes and frozen parameters, but without hooks on its gate and
+        experts.
 
         Parameters
         ----------
         level : int
-            0 for the first.
+            The level, counted from 0.
         indices : sequence of int, or mask of shape (N,)
-            One or more. The experts of a mask are in ascending order.
+            The experts to keep, at least one; in ascending order for a mask.
 
         Raises
         ------
         ValueError
-            If there is no such level or expert, one occurs twice, or there is none; if a term of the format
-            slices or splits the level; if pruning or a parametrization computes the weight of the gate or a
-            factor.
+            If there is no such level or expert, an expert occurs twice, or none is selected; if a term of the
+            format slices or splits the level; if pruning or a parametrization computes the weight of the gate
+            or a factor.
         TypeError
-            If the level or an index is no integer.
+            If the level or an index is not an integer.
         """
         return keep_experts(self, level, indices)
 
@@ -209,7 +209,7 @@ class Layer(WholeState):
         ----------
         x : Tensor of shape (..., in_features)
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
-            False for rows (padded tokens) that batch norm leaves out.
+            False for rows (padded tokens) that batch norm ignores.
         gate_input : Tensor of shape (..., gate_features), optional
             Input of the gate, by default `x`.
 
@@ -217,12 +217,12 @@ class Layer(WholeState):
         -------
         Tensor of shape (..., out_features)
         tuple of Tensor of shape (..., N_e)
-            The coefficients, one tensor a level; only with `return_coefficients`.
+            The coefficients, one tensor per level; only with `return_coefficients`.
         """
         raise NotImplementedError
 
     def _coefficients(self, z: Tensor, mask: Tensor | None, are_returned: bool) -> tuple[Any, bool]:
-        """Coefficients, and whether the gradients of those that are zero may be left out."""
+        """The coefficients, and whether the gradients of zero coefficients may be omitted."""
         gate = self.gate
         if are_returned or not gate.is_sparse_gradient:
             return gate(z, mask), False
@@ -234,54 +234,56 @@ class Layer(WholeState):
 
 @register_layer
 class MuMoE(Layer):
-    """A linear layer of many experts, in place of `torch.nn.Linear`.
+    """A linear layer of many experts that replaces `torch.nn.Linear`.
 
-    Every input is mapped by a mixture of all experts, ``y = W x_1 a_1 … x_E a_E x_(E+1) x``. Their weights
-    are one factorized tensor W, their coefficients ``a_e = gate(norm(G_e^T x))`` (Oldfield et al., 2024,
-    equations 1 and 2).
+    Every input is mapped by a mixture of all experts, ``y = W x_1 a_1 … x_E a_E x_(E+1) x``. The weights of
+    the experts are one factorized tensor W, and the coefficients are ``a_e = gate(norm(G_e^T x))`` (Oldfield
+    et al., 2024, equations 1 and 2).
 
     Parameters
     ----------
     experts : int or sequence of int
-        Number of experts of each level; there is an expert for every combination of one a level.
+        Number of experts of each level. With several levels, each combination of indices is an expert.
     format : str, dict or Format, default "cp"
-        A name in `mumoe_tensor.formats`, as ``"cp"``, ``"btt"`` or ``"shared-expert"``; a dict of a name and
-        settings, as ``{"name": "btt", "splits": {"i": (16, 48)}}``; a sum (`.sum_of`), or one of your own.
+        A name in `mumoe_tensor.formats`, such as ``"cp"``, ``"btt"`` or ``"shared-expert"``; a dict with a
+        name and settings, such as ``{"name": "btt", "splits": {"i": (16, 48)}}``; a sum (`.sum_of`); or a
+        custom format.
     rank : int or sequence of int, optional
-        One entry a bond of the format. One entry may be None, or the rank left out: then `parameters` solves
-        for it.
+        One entry per bond of the format. If it is omitted, or one entry is None, it is solved for from
+        `parameters`.
     parameters : int or "match", optional
-        The least number of parameters, gate and biases counted; ``"match"`` (the default without a rank) for
-        those of ``torch.nn.Linear(in_features, out_features, bias)``.
+        Minimum number of parameters, including gate and biases. ``"match"`` (the default without a rank) is
+        the number of parameters of ``torch.nn.Linear(in_features, out_features, bias)``.
     bias : bool, default True
-        Every expert has a bias. If the format splits the input, one bias serves all experts.
+        Whether every expert has a bias. If the format splits the input, all experts share one bias.
     gate, gate_norm : optional
         See `ExpertGate`.
     gate_features : int, optional
-        Features of the gate's input, where that is another than the input of the experts.
+        Number of features of the gate's input, if it differs from the input of the experts.
     input_norm : bool, default False
-        An affine layer norm on the input, which the gate does not see.
+        Whether an affine layer norm is applied to the input of the experts, but not of the gate.
     init : {"linear", "published"}, default "linear"
         See `Experts.reset_parameters`.
     batch_hint : int, default 1024
-        Rows (tokens) a batch usually has: the order of contraction is chosen for it.
+        Typical number of rows (tokens) of a batch, for which the order of contraction is optimised.
     machine : str, Machine or mapping, optional
-        What the order is chosen for, see `mumoe_tensor.plan`; by default device and dtype of the parameters.
+        Machine for which the order of contraction is optimised, see `mumoe_tensor.plan`. By default it
+        follows from the device and the dtype of the parameters.
     recompute : bool, default False
-        Keep less for the backward pass, which then forms products of coefficients and factors again.
+        Save less for the backward pass, which then recomputes products of coefficients and factors.
 
     Attributes
     ----------
     spec : LayerSpec
         Format, sizes and rank.
     gate : ExpertGate
-        Always called, so that hooks on it see the coefficients and may change them.
+        The gate. It is always called, so hooks on it can read and change the coefficients.
     experts : Experts
 
     Raises
     ------
     ValueError, TypeError
-        If sizes, ranks or choices are wrong, or no rank fits the budget; see `.LayerSpec.fitted`.
+        If a size, a rank or an option is invalid, or no rank fits the budget; see `.LayerSpec.fitted`.
 
     Examples
     --------
@@ -326,30 +328,30 @@ class MuMoE(Layer):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, experts: int | Sequence[int], **options: Any) -> MuMoE:
-        """Make a layer whose experts all start as a linear layer, so that it gives the same outputs.
+        """Make a layer whose experts all start as a given linear layer, so that its outputs are the same.
 
-        (Where the coefficients of a gate do not sum to one, the outputs are multiplied by their sum.)
+        (If the coefficients of the gate do not sum to one, the outputs are multiplied by their sum.)
 
-        The gate is drawn at random: equal experts mix to the same map with any coefficients, and with equal
-        coefficients all would have the same gradient. Where the rank is too small, the experts are the best
-        fit, and `fit_errors` is their relative error.
+        The gate is initialised at random, since with equal experts the outputs do not depend on the
+        coefficients, and with equal coefficients all experts would get the same gradient. If the rank is too
+        small, the experts are the best fit, and `fit_errors` contains their relative error.
 
-        A format that splits the input or the output is fitted as `.decompose` fits it. The terms of a sum are
-        fitted in order, shared ones first, each to what the others leave: a dense shared expert takes the
-        linear layer, and the last factors of the other terms start at zero.
+        A format that splits the input or the output is fitted by `.decompose`. The terms of a sum are fitted
+        in order, shared terms first, each to the residual of the terms before it: a dense shared expert
+        becomes the linear layer, and the last factors of the other terms start at zero.
 
         Parameters
         ----------
         linear : torch.nn.Linear, or Conv1D of transformers
-            If it is frozen, the layer is too.
+            The linear layer. If it is frozen, so is the new layer.
 
         Raises
         ------
         TypeError
-            If `linear` is no linear layer.
+            If `linear` is not a linear layer.
         ValueError
-            If it computes something else or more, as with a hook or another forward method, or if only a part
-            is frozen.
+            If it computes anything else, for example in a hook or another forward method, or if it is only
+            partly frozen.
         """
         check_linear(linear)
         return layer_like(cls, [linear], experts, **options)
@@ -365,23 +367,23 @@ class MuMoE(Layer):
     ) -> Self:
         """Make a layer whose experts are the matrices of a stack, or the best fit to them; see `.decompose`.
 
-        The gate starts as that of every layer. `fit_errors` has the relative error of the weight.
+        The gate is initialised as usual. `fit_errors` contains the relative error of the weight.
 
         Parameters
         ----------
         stack : Tensor of shape (N1, ..., NE, in_features, out_features)
-            The weights of linear layers of torch, stacked, are its transpose: ``stack.mT``.
+            The matrices, transposed compared with stacked weights of `torch.nn.Linear`.
         bias : Tensor of shape (N1, ..., NE, out_features), optional
         fit : mapping, optional
-            Arguments of `.decompose`, as ``{"n_restarts": 1, "input_covariance": covariance}``.
+            Arguments of `.decompose`, such as ``{"n_restarts": 1, "input_covariance": covariance}``.
         **options
-            Of the layer: format, rank or parameters, gate and so on; device and dtype are those of the stack
-            by default.
+            Arguments of the layer: format, rank or parameters, gate and so on. Device and dtype are those of
+            the stack by default.
 
         Raises
         ------
         ValueError, TypeError
-            If the stack or the bias does not have such a shape, or as the layer and `.decompose` raise it.
+            If the stack or the bias has another shape, or as in the constructor and in `.decompose`.
 
         Examples
         --------
@@ -398,8 +400,8 @@ class MuMoE(Layer):
                 raise TypeError(f"the {name} must be a tensor, got {type(value).__name__}.")
         if stack.ndim < 2 or (bias is not None and bias.shape != (*stack.shape[:-2], stack.shape[-1])):
             raise ValueError(
-                "a stack must have shape (experts..., in_features, out_features), and a bias that without "
-                f"in_features; got {tuple(stack.shape)} and {None if bias is None else tuple(bias.shape)}."
+                "a stack must have shape (experts..., in_features, out_features), and a bias (experts..., "
+                f"out_features), got {tuple(stack.shape)} and {None if bias is None else tuple(bias.shape)}."
             )
         *experts, in_features, out_features = stack.shape
         place = {"device": stack.device, "dtype": stack.dtype}
@@ -411,7 +413,7 @@ class MuMoE(Layer):
 
     @property
     def weight(self) -> FactorizedTensor:
-        """The weight of all experts: a `.FactorizedTensor` of views of the parameters.
+        """The weight of all experts, as a `.FactorizedTensor` of views of the parameters.
 
         It can be set; see `Experts.weight`.
         """
@@ -442,26 +444,27 @@ class MuMoE(Layer):
 
 @register_layer
 class MuMoEMLP(Layer):
-    """Linear layers of many experts with an activation between them, and one gate of experts for all.
+    """An MLP block of linear layers of many experts, with an activation and a single gate for the experts.
 
-    Takes the place of the MLP block of a transformer: ``down(activation(up(x)))`` or, if it is gated,
-    ``down(activation(gate_proj(x)) * up(x))``. The coefficients are computed once, from the input of
-    the block (Oldfield et al., 2024). What is not described here is as in `MuMoE`; all layers have one rank,
-    and the budget is for all.
+    It replaces the MLP block of a transformer: ``down(activation(up(x)))`` or, if it is gated,
+    ``down(activation(gate_proj(x)) * up(x))``. The coefficients are computed once, from the input of the
+    block (Oldfield et al., 2024). Parameters not listed here are as in `MuMoE`; all layers have the same
+    rank, and the budget applies to the whole block.
 
     Parameters
     ----------
     gated : bool, default False
-        Have a `gate_proj`, as SwiGLU (``activation="silu"``) and GEGLU (``"gelu"``) have it (Shazeer, 2020).
-        Its outputs, through the activation, are factors of the hidden features; `gate` is that of experts.
+        Whether there is a layer `gate_proj`, as in SwiGLU (``activation="silu"``) and GEGLU (``"gelu"``)
+        (Shazeer, 2020). After the activation, its outputs multiply the hidden features. (`gate` is the gate
+        of the experts.)
     activation : str, dict or callable, default "gelu"
-        The name of an elementwise function of `torch.nn.functional`, a name of `register_activation`, or any
-        function of a tensor. A dict has the name of a class, of `torch.nn` or registered, and the arguments
-        of the instance. The result of torch's elementwise functions and modules without parameters (gelu,
-        relu, silu, …), and its product with the other hidden features, are not kept for the backward pass but
-        formed again, which is quick.
+        The name of an elementwise function of `torch.nn.functional`, a name registered with
+        `register_activation`, or any function of a tensor. A dict contains the name of a class, registered or
+        from `torch.nn`, and the arguments of the instance. The results of torch's elementwise functions and
+        modules without parameters (gelu, relu, silu, …), and their product with the hidden features, are
+        recomputed in the backward pass instead of saved.
     dropout, hidden_dropout : float, default 0
-        Probability of dropping an output, and an input of `down`, while training, below one.
+        Dropout probability, below one, of the outputs, and of the inputs of `down`.
 
     Attributes
     ----------
@@ -558,7 +561,8 @@ class MuMoEMLP(Layer):
         Raises
         ------
         TypeError, ValueError
-            As `MuMoE.from_linear`; if only some have a bias or are frozen, or sizes do not fit together.
+            As in `MuMoE.from_linear`; if only some layers have a bias or are frozen, or their sizes do not
+            match.
         """
         linears = [up, down] if gate_proj is None else [gate_proj, up, down]
         for linear in linears:
@@ -596,7 +600,7 @@ class MuMoEMLP(Layer):
 
 
 def _arguments_of(spec: LayerSpec) -> dict[str, Any]:
-    """The arguments of a layer that a spec gives."""
+    """The arguments of a layer that follow from a spec."""
     hidden: dict[str, Any] = {} if spec.hidden is None else {"hidden_features": spec.hidden}
     if spec.gated:
         hidden["gated"] = True
@@ -607,12 +611,14 @@ def _arguments_of(spec: LayerSpec) -> dict[str, Any]:
 def _solved(
     spec: LayerSpec, parameters: int | Literal["match"] | None, gate_features: int | None = None
 ) -> LayerSpec:
-    """The spec if it has its whole rank, else with the rank for a number of parameters."""
+    """The spec itself if its rank is complete, otherwise with the rank for a budget of parameters."""
     is_whole = spec.rank is not None and None not in spec.rank
     if is_whole and parameters is None:
         return spec
     if is_whole and spec.rank:
-        raise ValueError(f"give a rank or parameters, got rank={spec.rank} and parameters={parameters!r}.")
+        raise ValueError(
+            f"either rank or parameters must be given, got rank={spec.rank} and parameters={parameters!r}."
+        )
     try:
         if gate_features is not None and spec.experts:
             budget = as_budget("match" if parameters is None else parameters, spec.dense_parameters)

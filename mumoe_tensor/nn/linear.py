@@ -1,4 +1,4 @@
-"""Linear layers, and layers of experts that start equal to them.
+"""Linear layers, and layers of experts that are initialised from them.
 
 A linear layer is a `torch.nn.Linear`, or a Conv1D of transformers, whose matrix is transposed.
 """
@@ -19,15 +19,15 @@ L = TypeVar("L")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a `torch.nn.Linear` or a Conv1D of transformers, or derived from one of them."""
+    """Whether a module is an instance of `torch.nn.Linear` or of Conv1D of transformers."""
     return _kind(module) is not None
 
 
 def check_linear(module: nn.Module) -> None:
-    """Raise an error, with the cause, unless a module is a linear layer and computes nothing else."""
+    """Raise an error unless a module is a linear layer and computes nothing else."""
     kind = _kind(module)
     if kind is None:
-        raise TypeError(f"a linear layer is torch.nn.Linear or a Conv1D, got {type(module).__name__}.")
+        raise TypeError(f"a linear layer must be a torch.nn.Linear or a Conv1D, got {type(module).__name__}.")
     check_readable(module)
     if type(module).forward is not kind.forward:
         raise ValueError(f"the class {type(module).__name__} overrides the forward method.")
@@ -35,7 +35,7 @@ def check_linear(module: nn.Module) -> None:
     names = sorted(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
     if names != (["weight"] if layer.bias is None else ["bias", "weight"]) or layer.weight.ndim != 2:
         raise ValueError(
-            "a linear layer must have a matrix as its weight, perhaps a bias, and no further parameters or "
+            "a linear layer must have a matrix as its weight, optionally a bias, and no other parameters or "
             f"buffers; got a weight of shape {tuple(layer.weight.shape)} among {names}."
         )
     matrix, bias = matrix_of(module)
@@ -43,7 +43,7 @@ def check_linear(module: nn.Module) -> None:
 
 
 def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
-    """Matrix of shape (in, out) of a linear layer, its bias as one more row, and whether it has one."""
+    """Matrix of shape (in, out) of a linear layer, with a bias as an additional row, and if it has one."""
     layer: Any = module
     matrix = (layer.weight.T if isinstance(module, nn.Linear) else layer.weight).detach()
     if layer.bias is None:
@@ -52,7 +52,7 @@ def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
 
 
 def halves_of(linear: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-    """A linear layer as two, one for each half of its outputs; their parameters are views of its own."""
+    """Split a linear layer into two, for the halves of its outputs; their parameters are views."""
     matrix, bias = matrix_of(linear)
     half = matrix.shape[1] // 2
     first, second = (nn.Linear(matrix.shape[0] - bias, half, bias, device="meta") for _ in range(2))
@@ -67,9 +67,9 @@ def halves_of(linear: nn.Module) -> tuple[nn.Linear, nn.Linear]:
 def layer_like(
     kind: Callable[..., L], linears: list[nn.Module], experts: int | Sequence[int], **options: Any
 ) -> L:
-    """A layer whose experts equal these linear layers, with a gate that is not zero.
+    """Make a layer whose experts equal the given linear layers, with a random gate.
 
-    A block has two, one after the other, or three if it is gated: both to the hidden size, then the last.
+    A block has two linear layers, or three if it is gated: two to the hidden size, then the last.
     """
     matrices, biases = zip(*map(matrix_of, linears), strict=True)
     first, bias = matrices[0], biases[0]
@@ -78,25 +78,25 @@ def layer_like(
     to_hidden, last = [(sizes[0] + bias, sizes[1])] * (len(shapes) - 1), (sizes[-2] + bias, sizes[-1])
     if len(set(biases)) > 1 or shapes != [*to_hidden, last]:
         raise ValueError(
-            "all linear layers of a block must have a bias or none, and the last as many inputs as the "
-            f"others have outputs; got matrices of {shapes}, bias rows counted."
+            "either all or no linear layers of a block must have a bias, and the last must have as many "
+            f"inputs as the others have outputs; got matrices of {shapes}, including bias rows."
         )
     trained = {parameter.requires_grad for linear in linears for parameter in linear.parameters()}
     if len(trained) > 1:
         raise ValueError(
-            "the parameters of the linear layers must be all frozen or none of them, as those of experts "
-            "hold weight and bias in one; set requires_grad_ first."
+            "either all or none of the parameters of the linear layers must be frozen, since experts store "
+            "weight and bias together; set requires_grad_ first."
         )
     if len({matrix.dtype for matrix in matrices}) > 1:
         raise ValueError(
-            f"the linear layers must have one dtype, got {[str(matrix.dtype) for matrix in matrices]}."
+            f"the linear layers must have the same dtype, got {[str(matrix.dtype) for matrix in matrices]}."
         )
     layer: Any = kind(*sizes, experts, bias=bias, **{"device": first.device, "dtype": first.dtype, **options})
     is_meta = layer.gate.weight.is_meta
     if first.is_meta and not is_meta:
-        raise ValueError("a linear layer on the meta device has no values to start as.")
+        raise ValueError("a linear layer must have values, got one on the meta device.")
     if not is_meta:
-        # Equal experts mix to the same map with any coefficients, so the gate need not be zero.
+        # With equal experts, the map does not depend on the coefficients, so the gate need not be zero.
         nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
         pairs = zip(layer.mixtures, matrices, strict=True)
         layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)
@@ -112,7 +112,7 @@ def _rebuild(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _kind(module: nn.Module) -> Any:
-    """The class that a linear layer is of or derived from."""
-    # A Conv1D comes from transformers, which is imported then.
+    """The class of linear layers of which a module is an instance, or None."""
+    # If there is a Conv1D, transformers has been imported.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return next((kind for kind in (nn.Linear, conv1d) if kind and isinstance(module, kind)), None)

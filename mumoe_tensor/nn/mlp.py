@@ -1,4 +1,4 @@
-"""Reading of MLP blocks of other libraries: linear layers with an activation between them."""
+"""Parsing MLP blocks of other libraries: linear layers with an activation between them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Activation = str | Callable[[Tensor], Tensor]
 
 
 class Block(NamedTuple):
-    """The parts of an MLP block; `hidden_dropout` is that of the inputs of the last linear layer.
+    """The parts of an MLP block; `hidden_dropout` applies to the inputs of the last linear layer.
 
-    `to_hidden` is the linear layer before the activation. A gated block has another one, whose outputs the
-    activation is multiplied with, or one layer for both, whose outputs are split in two halves.
+    `to_hidden` contains the linear layer before the activation. A gated block has a second one, whose outputs
+    multiply the result of the activation, or a single layer whose outputs are split into halves.
     """
 
     to_hidden: tuple[nn.Module, ...]
@@ -39,7 +39,7 @@ class Block(NamedTuple):
     dropout: nn.Module | None = None
 
     def with_experts(self, experts: Any, training: bool, **options: Any) -> MuMoEMLP:
-        """A `MuMoEMLP` whose experts all start as the linear layers, with copies of the other parts."""
+        """Make a `MuMoEMLP` whose experts all start as the linear layers, with copies of the other parts."""
         rates = {name: getattr(getattr(self, name), "p", 0.0) for name in ("hidden_dropout", "dropout")}
         options = {"activation": copy.deepcopy(self.activation), **rates, **options}
         if len(self.to_hidden) > 1:
@@ -53,23 +53,23 @@ class Block(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The names of the children that are the parts of a `Block`.
+    """The names of the submodules that are the parts of a `Block`.
 
     Attributes
     ----------
     linears : list of str
-        In the order of calls, the last one last.
+        Names of the linear layers, in the order of calls.
     others : dict of str to str
-        By the name of the part.
+        Names of the other submodules, by part.
     """
 
     linears: list[str]
     others: dict[str, str]
 
     def ways(self, block: nn.Module) -> list[Callable[[nn.Module], tuple[nn.Module, ...]]]:
-        """Which linear layers may make the hidden features, as functions of a block; one of them is right.
+        """Candidates for `Block.to_hidden`, as functions of a block; one of them is right.
 
-        Of two layers or halves the activation may be that of the first or of the second.
+        With two layers or halves, the activation may belong to the first or to the second.
         """
 
         def in_order(module: nn.Module) -> tuple[nn.Module, ...]:
@@ -87,14 +87,14 @@ class Names(NamedTuple):
 
 
 def is_mlp(module: nn.Module) -> bool:
-    """Whether a module has a forward method and two or three linear layers among its children."""
+    """Whether a module has a forward method, and two or three linear layers as direct submodules."""
     return sum(map(is_linear, module.children())) in (2, 3) and type(module).forward is not nn.Module.forward
 
 
 def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
-    """Read the parts of a block, in the order in which a copy calls them; see `replace_mlp`.
+    """Identify the parts of a block from the order of calls in a copy; see `replace_mlp`.
 
-    A ValueError names the cause if the block computes something else or more.
+    If the block computes anything else, a ValueError states the cause.
     """
     check_readable(block)
     optional = optional_inputs(block, signature(MuMoEMLP.forward).parameters)
@@ -122,7 +122,7 @@ def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
 
 
 def _right_way(block: nn.Module, names: Names, activation: Activation | None) -> Block:
-    """The parts that compute what the block does, or the first ValueError that says why none do."""
+    """The parts that reproduce the outputs of the block; if none do, the first ValueError is raised."""
     matrix, bias = matrix_of(block.get_submodule(names.linears[0]))
     errors = []
     for to_hidden in names.ways(block):
@@ -144,7 +144,7 @@ def _right_way(block: nn.Module, names: Names, activation: Activation | None) ->
 
 
 def _calls(block: nn.Module, linears: list[str], optional: list[str]) -> list[str]:
-    """Names of the children in the order in which the block calls them, which uses no optional inputs."""
+    """Names of the submodules in the order of calls, after checking that optional inputs are not used."""
     called: list[str] = []
     errors = []
     with torch.random.fork_rng(devices=()):
@@ -168,7 +168,7 @@ def _calls(block: nn.Module, linears: list[str], optional: list[str]) -> list[st
 
 
 def _parts(children: dict[str, nn.Module], called: list[str], activation: Activation | None) -> Names:
-    """Names of the children for the parts of a `Block`, by the order of calls."""
+    """Names of the submodules for the parts of a `Block`, inferred from the order of calls."""
     order = [name for name in called if not _is_identity(children[name])]
     linears = [name for name in order if is_linear(children[name])]
     present = [name for name, child in children.items() if is_linear(child)]
@@ -184,12 +184,12 @@ def _parts(children: dict[str, nn.Module], called: list[str], activation: Activa
         others["activation"] = between.pop()
     if len(after) == 1 and type(children[after[0]]) is nn.Dropout:
         others["dropout"] = after[0]
-    # The comparison of outputs shows whether there is more, and whether `activation` is that of the block.
+    # Comparing outputs will reveal further operations, and whether `activation` is that of the block.
     if activation is None and "activation" not in others:
         raise ValueError(
-            "a block must be a linear layer, an activation, perhaps a dropout, a linear layer and perhaps a "
-            "dropout, and if it is gated one linear layer more; an activation that is no module of the block "
-            "must be given as `activation`."
+            "a block must consist of a linear layer, an activation, optionally a dropout, a linear layer and "
+            "optionally a dropout, and one more linear layer if it is gated; an activation that is not a "
+            "module of the block must be passed as `activation`."
         )
     return Names(linears, others)
 

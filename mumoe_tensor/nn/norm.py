@@ -1,4 +1,4 @@
-"""Batch norm of the gate's logits, without padded tokens."""
+"""Batch norm of the gate's logits, which can ignore padded tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mumoe_tensor.calls import backward_pass, is_recorded
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over all processes; its derivative is the sum of theirs."""
+    """The sum over all processes; its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -26,19 +26,19 @@ class _AllReduce(torch.autograd.Function):
 
 
 class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm without affine parameters over all axes but the last; a mask may leave rows out.
+    """Batch norm without affine parameters over all axes but the last, with an optional mask of rows.
 
-    In distributed training the statistics are those of the batches of all processes. A forward pass that
-    activation checkpointing repeats does not advance the running statistics, unless it is compiled. To tools
-    that look for torch's batch norms, such as `torch.optim.swa_utils.update_bn`, it is one of them.
+    In distributed training the statistics are computed over all processes. A forward pass that is repeated by
+    activation checkpointing does not update the running statistics, unless it is compiled. Tools that look
+    for torch's batch norms, such as `torch.optim.swa_utils.update_bn`, recognise it as one.
 
-    The running statistics are of float32 at least.
+    The running statistics are stored in float32 or wider.
     """
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    #: On how many processes each row is: one, or as many as `parallelize` divided the layer over.
+    #: Number of processes that have each row: one, or the number over which `parallelize` divides the layer.
     copies = 1
 
     def __init__(
@@ -48,12 +48,12 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, affine=False, device=device, dtype=dtype)
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise logits of shape (..., features); `mask` of shape (...) is true where a row counts.
+        """Normalise logits of shape (..., features); `mask`, of shape (...), is true for rows to include.
 
         Raises
         ------
         ValueError
-            In training with fewer than two rows that count.
+            In training, if fewer than two rows are included.
         """
         rows = logits if logits.ndim == 2 else logits.reshape(-1, logits.shape[-1])
         if not self.training and self.track_running_stats:
@@ -67,7 +67,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         shared = (
             distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         )
-        # A forward pass inside of a backward pass is one that activation checkpointing repeats.
+        # A forward pass inside a backward pass is a repetition by activation checkpointing.
         is_repeated = not is_compiling() and backward_pass() != -1
         advances = self.track_running_stats and not is_repeated
         running = self.running_mean, self.running_var
@@ -84,13 +84,13 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         counts = rows.new_ones(rows.shape[0], 1) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
 
         def counted(values: Tensor) -> Tensor:
-            # Rows that do not count may hold anything, even NaN.
+            # Masked rows may contain anything, even NaN.
             return values if mask is None else torch.where(mask.reshape(-1, 1), values, 0)
 
         total = _AllReduce.apply if shared else lambda sums: sums
         sums = total(torch.cat([counted(rows).sum(0), counts.sum(0)]))
         count = sums[-1].detach()
-        # Copies of a row change nothing in a mean, but are no further samples.
+        # Copies of a row do not change a mean, but are not additional samples.
         rows_seen = count / self.copies
         if not is_recorded() and int(rows_seen) < 2:
             raise _too_few(int(rows_seen))
@@ -102,7 +102,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (centred * torch.rsqrt(variance + self.eps)).reshape(logits.shape)
 
     def affine_map(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The scale and the shift of every feature that it is in evaluation."""
+        """Scale and shift of every feature in evaluation mode."""
         scale = torch.rsqrt(self.running_var.to(dtype) + self.eps)
         return scale, -self.running_mean.to(dtype) * scale
 
@@ -114,7 +114,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
             running.lerp_(new.to(running.dtype), weight)
 
     def _weight(self) -> float:
-        """Weight of the newest batch, after it was counted."""
+        """Weight of the latest batch, which is already counted."""
         return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def extra_repr(self) -> str:
@@ -123,6 +123,6 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def _too_few(rows: int) -> ValueError:
     return ValueError(
-        f"gate_norm='batch' needs at least two rows in training that the mask leaves in, got {rows}; use "
+        f"gate_norm='batch' needs at least two unmasked rows in training, got {rows}; use "
         "gate_norm='layer' or 'none', or call eval()."
     )

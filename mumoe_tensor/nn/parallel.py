@@ -1,4 +1,4 @@
-"""Experts divided over the processes of a group, along one bond of their format (tensor parallelism)."""
+"""Tensor parallelism: experts divided over a group of processes along one bond of their format."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class CopyToGroup(torch.autograd.Function):
-    """Tensors that all processes have and use for their shards: their gradients are summed over the group."""
+    """Tensors that every process uses with its shard; their gradients are summed over the group."""
 
-    # One function for all of them: processes whose shards differ in size may contract in different orders,
-    # but must sum in the same order.
+    # A single function for all tensors: processes whose shards differ in size may contract in different
+    # orders, but must communicate in the same order.
     @staticmethod
     def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
@@ -37,7 +37,7 @@ class CopyToGroup(torch.autograd.Function):
 
 
 class ReduceFromGroup(torch.autograd.Function):
-    """The sum of a tensor over the group. All processes go on alike, so each has the gradient of its term."""
+    """The sum of a tensor over the group. Everything after it is the same on all processes."""
 
     @staticmethod
     def forward(ctx: Any, group: Any, term: Tensor) -> Tensor:
@@ -52,20 +52,20 @@ class ReduceFromGroup(torch.autograd.Function):
 
 
 class ShardedExperts(Experts):
-    """The shard of `Experts` that one process of a group holds: a range of one bond.
+    """The shard of `Experts` on one process of a group: a range of one bond.
 
-    The output is a sum over the bond, so every process computes its terms, from its slices of the factors
-    that have the bond and from the other factors, which all processes have. Terms of a sum without the bond,
-    as the bias of a format that splits the input, are added by the first process.
+    The output is a sum over the bond. Every process computes its part of this sum, from its slices of the
+    factors with the bond and from the other factors, which all processes have. Terms of the format without
+    the bond, such as the bias of a format that splits the input, are added by the first process.
 
-    The bond is the largest of the format; of several, the one that most parameters have as an axis.
+    The bond is the largest of the format; on a tie, the one whose factors have the most parameters.
     """
 
     def __init__(self, whole: Experts, group: distributed.ProcessGroup | None):
         num_processes, index = distributed.get_world_size(group), distributed.get_rank(group)
         bonds = whole.spec.weight_format.bonds(len(whole.num_experts))
         if not bonds:
-            raise ValueError(f"experts are divided along a bond; format {whole.format.name!r} has none.")
+            raise ValueError(f"a divided format must have a bond; format {whole.format.name!r} has none.")
         sizes = dict(zip(bonds, whole.rank, strict=True))
 
         def entries(bond: str) -> int:
@@ -76,12 +76,12 @@ class ShardedExperts(Experts):
         whole_size = sizes[bond]
         if whole_size < num_processes:
             raise ValueError(
-                f"the largest bond must be as large as the group of processes; bond {bond!r} of rank "
-                f"{whole.rank} has size {whole_size}, the group {num_processes} processes."
+                f"the largest bond must be at least as large as the group of processes; bond {bond!r} of "
+                f"rank {whole.rank} has size {whole_size}, the group {num_processes} processes."
             )
         start, stop = (whole_size * k // num_processes for k in (index, index + 1))
         rank = tuple((sizes | {bond: stop - start}).values())
-        # Nothing is drawn on the meta device, so the random numbers of all processes stay the same.
+        # On the meta device no values are drawn, so the random states of all processes stay the same.
         super().__init__(
             whole.in_features, whole.out_features, whole.num_experts, whole.format, rank,
             bias=whole.bias, **whole.options, device="meta",
@@ -95,7 +95,7 @@ class ShardedExperts(Experts):
         self.train(whole.training)
 
     def _shard_of(self, k: int, factor: Tensor) -> Tensor:
-        """The slice of a whole factor that this process holds, as a view."""
+        """The slice of a whole factor that belongs to this process, as a view."""
         if self.bond not in self.axes[k]:
             return factor
         return factor.narrow(self.axes[k].index(self.bond), self.start, self.size)
@@ -110,7 +110,7 @@ class ShardedExperts(Experts):
             factor.requires_grad_(shard.requires_grad)
             self._shard_of(k, factor.zero_()).copy_(shard)
             if self.bond in self.axes[k]:
-                # A sum, as shards may differ in size: each process has its shard among zeros.
+                # Shards may differ in size, so each process contributes its shard padded with zeros to a sum.
                 distributed.all_reduce(factor.data, group=self.group)
         whole.edits = copy.deepcopy(self.edits)
         return whole.train(self.training)
@@ -118,13 +118,13 @@ class ShardedExperts(Experts):
     @property
     def weight(self) -> FactorizedTensor:
         raise ValueError(
-            f"a weight must be whole to be looked at, set, initialised or written; here is a part of bond "
+            f"a weight must be whole to be read, set, initialised or saved; this process has a part of bond "
             f"{self.bond!r}, from {self.start} on of {self.whole_size}. Use gather(layer) on every process."
         )
 
     @weight.setter
     def weight(self, weight: Any) -> None:
-        _ = self.weight  # which is refused
+        _ = self.weight  # raises the error
 
     def _mix(
         self, factors: list[Tensor], inputs: tuple[Tensor, ...], coefficients: Sequence[Any], *options: Any
@@ -137,7 +137,7 @@ class ShardedExperts(Experts):
         for k, factor in zip(whole, copied, strict=True):
             factors[k] = factor
         for part in self._terms:
-            # A term without the bond is whole on every process: all but the first add zero for it.
+            # A term without the bond is complete on every process: all but the first add zero instead.
             of_term = range(len(factors))[part.factors]
             if distributed.get_rank(self.group) > 0 and set(of_term) <= set(whole):
                 factors[of_term[0]] = factors[of_term[0]] * 0
@@ -158,32 +158,33 @@ class ShardedExperts(Experts):
 def parallelize(module: Module, group: distributed.ProcessGroup | None = None) -> Module:
     """Divide the experts of a layer, or of all layers of a model, over the processes of a group.
 
-    Every process of the group calls this with the same module, and then calls the new module with the same
-    rows. Each holds a range of the largest bond of all experts (the rank of CP); outputs and gradients are
-    those of the whole module. Modules other than `Experts` are copied, and their gradients are the same on
-    every process. So must dropout be: seed the processes alike. Hooks on `Experts` are lost.
+    Every process of the group must call this with the same module, and then call the new module with the same
+    rows. Each process has a range of the largest bond of all experts (the rank of CP). Outputs and gradients
+    are those of the whole module. Modules other than `Experts` are copied, and have the same gradients on
+    every process. Dropout must also be the same on every process, so use the same seed. Hooks on `Experts`
+    are lost.
 
-    Of a sum, one bond of one term is divided; the other terms are whole on every process.
+    In a sum, one bond of one term is divided; the other terms are complete on every process.
 
     Parameters
     ----------
     module : Module
-        `MuMoE`, `MuMoEMLP`, `Experts`, or a model that has some. It does not change. All processes take the
-        parameters of the first process of the group.
+        `MuMoE`, `MuMoEMLP`, `Experts`, or a model that contains such layers. It is not changed. All processes
+        use the parameters of the first process of the group.
     group : ProcessGroup, optional
-        All processes, by default.
+        The group of processes, by default all.
 
     Returns
     -------
     Module
-        A new one of the same class. `gather` makes it whole again.
+        A new module of the same class. `gather` makes it whole again.
 
     Raises
     ------
     ValueError
-        If there are no experts, they are divided already, their format has no bond (Hadamard), or the
-        largest has fewer terms than there are processes; if there are no processes, or this one is not in
-        the group.
+        If there are no experts, they are already divided, their format has no bond (Hadamard), or the largest
+        bond is smaller than the number of processes; if there is no process group, or this process is not in
+        it.
     """
     if distributed.get_rank(group) < 0:
         raise ValueError(
@@ -193,7 +194,7 @@ def parallelize(module: Module, group: distributed.ProcessGroup | None = None) -
     experts = [child for child in whole.modules() if isinstance(child, Experts)]
     if not experts or any(isinstance(child, ShardedExperts) for child in experts):
         raise ValueError(
-            "a module must have experts, not divided yet, for them to be divided; got "
+            "a module must have experts that are not divided yet, got "
             f"{type(module).__name__} with {[type(child).__name__ for child in experts]}."
         )
     for tensor in (*whole.parameters(), *whole.buffers()):
@@ -203,18 +204,18 @@ def parallelize(module: Module, group: distributed.ProcessGroup | None = None) -
 
 
 def gather(module: Module) -> Module:
-    """Make a module whole again that `parallelize` divided, as a copy on every process.
+    """Make a whole copy, on every process, of a module divided by `parallelize`.
 
-    All processes of the group call this together. The copy has the `state_dict` of a module that was never
-    divided.
+    All processes of the group must call this together. The copy has the same `state_dict` as a module that
+    was never divided.
     """
     whole = {id(m): m.gathered() for m in module.modules() if isinstance(m, ShardedExperts)}
     return _with_experts(module, whole, 1)
 
 
 def _with_experts(module: Module, experts: dict[int, Any], num_processes: int) -> Module:
-    """A copy of a module with other experts, by the id of those they replace."""
-    copied = copy.deepcopy(module, experts)  # (deepcopy takes a copy from its memo, where there is one)
+    """Copy a module with replaced experts, given by the id of the original ones."""
+    copied = copy.deepcopy(module, experts)  # (deepcopy uses the replacements in its memo)
     for child in copied.modules():
         if isinstance(child, LogitBatchNorm):
             child.copies = num_processes

@@ -1,6 +1,6 @@
-"""Layers within models of transformers: ``save_pretrained`` writes them and ``from_pretrained`` reads them.
+"""Saving and loading layers in transformers models with ``save_pretrained`` and ``from_pretrained``.
 
-Import this module before a model is loaded. It registers a method of transformers' quantizers, which puts the
+Import this module before loading a model. It registers a quantization method of transformers, which puts the
 layers into the empty model before its weights are loaded. Without it the weights do not fit, and loading
 fails.
 """
@@ -33,7 +33,7 @@ METHOD = "mumoe_tensor"
 
 @register_quantization_config(METHOD)
 class LayersConfig(QuantizationConfigMixin):
-    """The description of the layers, as the entry ``quantization_config`` of a model's config.
+    """The description of the layers, stored as ``quantization_config`` in the config of a model.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class LayersConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class LayersQuantizer(HfQuantizer):
-    """What transformers calls before and after it loads weights, and before it saves them."""
+    """Hooks that transformers calls before and after loading weights, and before saving them."""
 
     quantization_config: LayersConfig
     is_trainable = True
@@ -83,12 +83,12 @@ class LayersQuantizer(HfQuantizer):
         missing = [
             key
             for key, value in state.items()
-            # (What is offloaded to disk is read later.)
+            # (Parameters that are offloaded to disk are read later.)
             if key.startswith(below) and not (value.is_meta or getattr(value, "_is_hf_initialized", False))
         ]
         if missing:
             raise ValueError(f"the weights must have all factors of the layers; {missing} are missing.")
-        # Else transformers refuses `half`, `float` and training.
+        # Otherwise transformers refuses `half`, `float` and training.
         model.is_quantized = False
         del model.quantization_method
         mark(model)
@@ -101,14 +101,14 @@ class LayersQuantizer(HfQuantizer):
 
 
 def mark(model: nn.Module) -> None:
-    """Let the models of transformers with layers, a model and those within it, save them."""
+    """Make a model and the transformers models inside it save their layers."""
     for module in _models(model):
         present = getattr(module, "hf_quantizer", None)
         if present is None:
             module.hf_quantizer = LayersQuantizer(LayersConfig({}))
         elif not isinstance(present, LayersQuantizer):
             warnings.warn(
-                "save_pretrained does not write layers of experts within a quantised model, as one of "
+                "save_pretrained does not save layers of experts in a quantised model, got one with "
                 f"{type(present).__name__}; use mumoe_tensor.nn.save.",
                 stacklevel=2,
             )
@@ -117,14 +117,14 @@ def mark(model: nn.Module) -> None:
 
 
 def _models(model: nn.Module) -> list[Any]:
-    """The models of transformers in a model, itself first."""
+    """The transformers models in a model, including itself."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _update_configs(model: nn.Module) -> None:
-    """Write the layers in a model into its config, and those in models within it into theirs.
+    """Store the layers of a model, and of the models inside it, in their configs.
 
-    A model and its base have one config. So a model is also saved with the layers that its base had before.
+    A model and its base share one config, so a model is also saved with the layers that its base already had.
     """
     outermost: dict[int, Any] = {}
     for module in _models(model):
@@ -139,24 +139,25 @@ def _update_configs(model: nn.Module) -> None:
 
 
 def _place(model: Any, name: str) -> str | None:
-    """The name in a model of a module in another with the same base, or None if there is no such module."""
+    """The name in `model` of a module of another model with the same base, or None if there is none."""
     prefix = f"{model.base_model_prefix}."
     names = {module_name for module_name, _ in model.named_modules()}
     return next((x for x in (name, name.removeprefix(prefix), prefix + name) if x in names), None)
 
 
 def _empty(model: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors that fit nowhere under the names of the weights that the layers replaced.
+    """Tensors of a wrong shape under the names of the weights that the layers replaced.
 
-    They make loading fail where this module has not been imported: transformers would draw new weights.
+    They make loading fail if this module has not been imported: otherwise transformers would silently
+    initialise new weights.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=()):
         dense = type(model)(copy.deepcopy(model.config))
     places = dict(dense.named_modules())
     if new := [name for name in layers if name not in places]:
-        raise ValueError(f"layers must replace modules that the config of the model makes; {new} do not.")
+        raise ValueError(f"layers must replace modules that the model's config creates; {new} do not.")
     return {
-        # (transformers splits those of a stack of experts into parts.)
+        # (transformers splits the weights of a stack of experts.)
         f"{name}.{key}": torch.zeros((1, 2, 1) if value.ndim == 3 else (0,), dtype=model.dtype)
         for name in layers
         for key, value in places[name].named_parameters()

@@ -1,4 +1,4 @@
-"""Stacks of matrix products whose result lies in memory as the next step reads it."""
+"""Batched matrix products that write their result in the memory order of the next step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from mumoe_tensor.calls import is_batched, is_recorded, is_transformed
 
-#: Elements of a matrix from which torch writes a stack of them into strided memory faster than it copies it.
+#: Size of a matrix from which writing a stack of matrices to strided memory is faster than copying it.
 LARGE = 4096
-#: Elements of a matrix that are copied in less time than two views of it take to make.
+#: Size of a matrix up to which copying it is faster than making two views.
 COPIED = 1 << 16
 
 
 def spread_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` where one is a stack of matrices, and the other one matrix, as a stack of one.
+    """``left @ right``, where one operand is a stack of matrices and the other is a stack of one matrix.
 
-    (`torch.matmul` makes one matrix of the stack if either has a gradient, and copies it.)
+    (`torch.matmul` would reshape the stack to one matrix if either has a gradient, and copy it.)
     """
     if left.shape[0] == 1:
         return torch.bmm(left.expand(right.shape[0], -1, -1), right)
@@ -26,13 +26,13 @@ def spread_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def stacked_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, of matrices or of stacks of them."""
+    """``left @ right``, for matrices or stacks of matrices."""
     is_spread = left.ndim == 3 and left.shape[0] != right.shape[0]
     return spread_product(left, right) if is_spread else left @ right
 
 
 def permuted_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -> Tensor:
-    """``(left @ right).permute(order)``; contiguous without a copy where torch can write it so."""
+    """``(left @ right).permute(order)``; if possible, written contiguously without a copy."""
     if order is None:
         return stacked_product(left, right)
     if order[-2:] == (len(order) - 1, len(order) - 2):
@@ -52,12 +52,12 @@ def summed_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -
     rows, columns = left.shape[1], right.shape[2]
     if rows * columns <= (rows + columns) * left.shape[2]:
         return stacked_product(left, right).sum(0, keepdim=True)
-    # As one product: copies of the operands then hold less than the products would.
+    # As a single product: copies of the operands then take less memory than the separate products would.
     return torch.tensordot(left, right, dims=([0, 2], [0, 1])).unsqueeze(0)
 
 
 def product_above_sum(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, and the sum of the rows of `right` beneath: as if `left` ended in a row of ones."""
+    """``left @ right``, then the sum of the rows of `right`: as if `left` ended in a row of ones."""
     if is_recorded() or len(left) * right.shape[1] < COPIED or not _takes_out(left, right):
         return torch.cat((left @ right, right.sum(0, keepdim=True)))
     result = right.new_empty(len(left) + 1, right.shape[1])
@@ -69,7 +69,7 @@ def product_above_sum(left: Tensor, right: Tensor) -> Tensor:
 def _can_write(left: Tensor, right: Tensor, order: tuple[int, ...]) -> bool:
     # The matrices must have contiguous rows or columns.
     return (
-        not is_recorded()  # (first: what follows would tie a compiled function to these sizes)
+        not is_recorded()  # (first, since the other conditions would fix the sizes of a compiled function)
         and order[-1] != 0
         and len(left) == len(right)
         and left.shape[1] * right.shape[2] >= LARGE
@@ -78,7 +78,7 @@ def _can_write(left: Tensor, right: Tensor, order: tuple[int, ...]) -> bool:
 
 
 def _takes_out(left: Tensor, right: Tensor) -> bool:
-    # An operation with `out` has no derivative, and transforms and compilers do not take it.
+    # Operations with `out` have no derivative, and are not supported by transforms and compilers.
     return (
         type(left) in (Tensor, nn.Parameter)
         and type(right) in (Tensor, nn.Parameter)
@@ -89,12 +89,12 @@ def _takes_out(left: Tensor, right: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Joined:
-    """The product that gives a split output: its axes permuted to the order of the output, contiguous."""
+    """The last product for a split output, permuted to the order of the output, contiguously."""
 
     order: tuple[int, ...]
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         if _can_write(left, right, self.order):
             return permuted_product(left, right, self.order)
-        # (Not `contiguous`, which fake tensors of a GPU lack on a build for CPUs.)
+        # (Not `contiguous`, which fails for fake GPU tensors on a CPU-only build.)
         return (left @ right).permute(self.order).clone(memory_format=torch.contiguous_format)

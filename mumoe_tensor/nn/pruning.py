@@ -1,4 +1,4 @@
-"""Layers with only some of their experts."""
+"""Removing experts from layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mumoe_tensor.selections import Selection, read_number, read_selection
 
 def keep_experts(layer: Any, level: int, indices: Selection) -> Any:
     """A new layer with some of the experts of a level; see `MuMoE.keep_experts`."""
-    counts = layer.mixtures[0].weight.experts  # (those of a layer divided over processes raise)
+    counts = layer.mixtures[0].weight.experts  # (raises for a layer divided over processes)
     level = read_number(level, len(counts), "level")
     indices = read_selection(indices, counts[level], f"indices of level {level}", empty=False)
     _check_parameters(layer)
@@ -40,18 +40,18 @@ def keep_experts(layer: Any, level: int, indices: Selection) -> Any:
 
 
 def _check_terms(experts: Experts, level: int) -> None:
-    """Refuse formats whose factors do not have every expert of a level as an entry of one axis."""
+    """Raise an error if a term of the format slices or splits a level."""
     mode = f"n{level + 1}"
     for format, _ in experts.spec.weight_format.summands(len(experts.num_experts)):
         if format.window(level) is not None or format.parts(mode) != (mode,):
             raise ValueError(
-                "experts are taken from a level only if no term slices or splits it; term "
+                "no term may slice or split a level whose experts are removed; term "
                 f"{label(format)!r} does so with level {level}."
             )
 
 
 def _check_parameters(layer: Any) -> None:
-    """Refuse weights that something computes from other parameters."""
+    """Raise an error if weights are computed from other parameters."""
     weights = [factor for experts in layer.mixtures for factor in experts.factors]
     if layer.gate.num_experts:
         buffers = dict(layer.gate.named_buffers(recurse=False))
@@ -59,20 +59,19 @@ def _check_parameters(layer: Any) -> None:
         weights += [getattr(layer.gate, name) for name in names if name not in buffers]
     if not all(isinstance(weight, nn.Parameter) for weight in weights):
         raise ValueError(
-            "weights and factors must be parameters for some of their experts to be taken; pruning or a "
-            "parametrization computes them: make it permanent first (prune.remove, "
-            "remove_parametrizations)."
+            "weights and factors must be parameters for experts to be removed; they are computed by pruning "
+            "or a parametrization: make it permanent first (prune.remove, remove_parametrizations)."
         )
 
 
 def _select(layer: Any, level: int, indices: list[int]) -> dict[str, Tensor]:
-    """A copy of the state, in which tensors with an axis of the experts have only the selected ones."""
+    """A copy of the state, with only the selected experts."""
     state = {name: value.clone() for name, value in layer.state_dict().items()}
 
     def select(name: str, axis: int, entries: list[int]) -> None:
         state[name] = state[name].index_select(axis, torch.tensor(entries, device=state[name].device))
 
-    # The rows of the gate are the experts of all levels, one level after the other.
+    # The rows of the gate are the experts of all levels, concatenated.
     counts = layer.gate.num_experts
     start = sum(counts[:level])
     rows = [*range(start), *(start + k for k in indices), *range(start + counts[level], sum(counts))]

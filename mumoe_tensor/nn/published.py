@@ -1,9 +1,9 @@
-"""Parameters of the published layers, read and written.
+"""Reading and writing the parameters of the published layers.
 
-Both published generations of the layers name the gate of level e ``projs.e`` (input × experts) and its batch
-norm ``bn.e``. Version 1 (one layer) has ``factors.k`` and, for Tucker, ``core``; version 2 has
-``MuMoE.factors.k`` and, in a block of two layers, ``MuMoE2.factors.k``. A weight's factors are those of
-TensorLy's container of its format.
+In both published versions, the gate of level e is ``projs.e`` (input × experts) and its batch norm ``bn.e``.
+Version 1 (a single layer) has ``factors.k`` and, for Tucker, ``core``; version 2 has ``MuMoE.factors.k`` and,
+in a block of two layers, ``MuMoE2.factors.k``. The factors of a weight are those of TensorLy's container of
+its format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
 
-#: Prefixes of the weights of one layer and of two, by version.
+#: Prefixes of the weights of a single layer or a block, by version.
 PREFIXES = {"v1": [""], "v2": ["MuMoE.", "MuMoE2."]}
 
 
@@ -38,7 +38,7 @@ class Published(NamedTuple):
 
     @torch.no_grad()
     def copy_to(self, gate: ExpertGate, layers: list[Experts]) -> None:
-        """Copy the parameters into a layer of these sizes."""
+        """Copy the parameters to a layer of the same sizes."""
         gate.weight.copy_(self.gate)
         if gate.norm is not None:
             gate.norm.load_state_dict(self.statistics, strict=bool(self.statistics))
@@ -55,7 +55,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
     """Read the parameters of a published layer; see `MuMoE.from_published`."""
     format, unread = get_format(format), dict(state)
     if format.splits:
-        raise ValueError(f"published layers have formats of whole modes, got {format!r}.")
+        raise ValueError(f"the format of a published layer must not split modes, got {format!r}.")
 
     def take(prefix: str, suffix: str = "") -> list[Tensor]:
         names = (f"{prefix}{k}{suffix}" for k in count())
@@ -80,7 +80,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
     norms = {name: take("bn.", f".{name}") for name in ("running_mean", "running_var", "num_batches_tracked")}
     batches = norms.pop("num_batches_tracked")
     if any(int(number) != int(batches[0]) for number in batches):
-        raise ValueError(f"all levels must have seen equally many batches, got {batches}.")
+        raise ValueError(f"num_batches_tracked must be the same for all levels, got {batches}.")
     if unread:
         raise ValueError(
             f"a published layer of {num_weights} weight(s) has no parameters of the names {sorted(unread)}."
@@ -88,7 +88,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
     num_experts = tuple(gate.shape[1] for gate in gates)
     features = {gate.shape[0] for gate in gates}
     inputs = (gates[0].shape[0], *(weight.shape[-1] for weight in weights))
-    # A bias is one more row of the input mode, of all weights or of none.
+    # A bias is an additional row of the input mode of all weights.
     extra_rows = {weight.shape[-2] - n for weight, n in zip(weights, inputs, strict=False)}
     has_experts = all(weight.experts == num_experts for weight in weights)
     if len(features) > 1 or extra_rows not in ({0}, {1}) or not has_experts:
@@ -99,14 +99,14 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
         )
     ranks = {weight.rank for weight in weights}
     if len(ranks) > 1:
-        raise ValueError(f"all weights of a layer must have one rank, got {sorted(ranks)}.")
+        raise ValueError(f"all weights of a layer must have the same rank, got {sorted(ranks)}.")
     statistics = {}
     if batches or any(norms.values()):
         shapes = {name: [tuple(level.shape) for level in levels] for name, levels in norms.items()}
         if any(of_levels != [(n,) for n in num_experts] for of_levels in shapes.values()):
             raise ValueError(
-                f"batch norm must have a mean and a variance for every expert, {num_experts} a level, or "
-                f"none; got statistics of shapes {shapes}."
+                f"batch norm must have a mean and a variance for every expert, {num_experts} per level, or "
+                f"none, got statistics of shapes {shapes}."
             )
         statistics = {name: torch.cat(levels) for name, levels in norms.items()}
         if batches:
@@ -119,14 +119,12 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
 
 
 def write_published(gate: ExpertGate, layers: list[Experts], version: str) -> dict[str, Tensor]:
-    """The parameters of a layer under their published names, as copies; see `MuMoE.to_published`."""
+    """Copies of the parameters of a layer, under their published names; see `MuMoE.to_published`."""
     prefixes = PREFIXES[check_choice(version, PREFIXES, "version")]
     if edits := [name for layer in layers for name in layer.edits or ()]:
-        raise ValueError(f"published layers have no bias edits: remove them first; the layer has {edits}.")
+        raise ValueError(f"published layers must have no bias edits: remove them first; got {edits}.")
     if gate.per_expert or gate.reads_input:
-        raise ValueError(
-            f"the gate of a published layer is a weight alone; the layer's has {gate.per_expert}."
-        )
+        raise ValueError(f"the gate of a published layer must have only a weight, got {gate.per_expert}.")
     if len(layers) > len(prefixes):
         raise ValueError(
             f"version {version!r} of the published layers has no block of {len(layers)} weights."

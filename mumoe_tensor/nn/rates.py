@@ -1,4 +1,4 @@
-"""Learning rates of factors: how far a step of each moves the outputs."""
+"""Learning rates for factors, based on the effect of their steps on the outputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mumoe_tensor.nn.experts import Experts, Init
 from mumoe_tensor.nn.init import is_bias
 from mumoe_tensor.spec import LayerSpec
 
-#: Inputs whose outputs are compared, draws of the factors, and a learning rate small enough that outputs are
-#: linear in it.
+#: Number of inputs, number of random draws of the factors, and a learning rate small enough for the outputs
+#: to be linear in it.
 ROWS, DRAWS, STEP = 64, 3, 1e-6
 PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
 
@@ -23,26 +23,26 @@ PLACE: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
 def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
     """Groups of parameters for an optimizer, with a learning rate for every factor.
 
-    A first step of Adam changes each entry of a parameter by the learning rate. How far that moves the
-    outputs depends on the place of a factor in its network: on how many entries it sums over, and on the
-    factors beside it. Here each factor of a layer has an equal share in a step that moves the outputs as far
-    as one of `torch.nn.Linear` with the same sizes. All other parameters, gates and biases among them, have
-    the learning rate itself. (After Qiu et al., "Compute Better Spent", 2024, who scale the rate of each
-    factor by the entries it sums over.)
+    A first step of Adam changes each entry of a parameter by the learning rate. How much this changes the
+    outputs depends on the position of a factor in its network: on the number of entries that it sums over,
+    and on the other factors. Here all factors of a layer contribute equally to a step that changes the
+    outputs as much as a step of a `torch.nn.Linear` with the same sizes. All other parameters, including
+    gates and biases, have the learning rate itself. (Based on Qiu et al., "Compute Better Spent", 2024, who
+    scale the learning rate of each factor by the number of entries that it sums over.)
 
-    Rates follow from the declaration of the layers: they are measured once on factors as
-    `Experts.reset_parameters` draws them, with random inputs and equal coefficients.
+    The learning rates follow from the spec of the layers: they are measured once with factors initialised by
+    `Experts.reset_parameters`, random inputs and equal coefficients.
 
     Parameters
     ----------
     learning_rate : float
-        One that suits the dense layers of the model.
+        A learning rate that suits the dense layers of the model.
 
     Returns
     -------
     list of dict
-        With the entries ``params``, ``lr`` and ``scale``, the factor from ``learning_rate`` to ``lr``, by
-        which a schedule may set rates. Parameters without gradients are left out.
+        Groups with the entries ``params``, ``lr`` and ``scale``, the ratio of ``lr`` and ``learning_rate``,
+        which a schedule can use. Frozen parameters are omitted.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, A
 
 @lru_cache(maxsize=256)
 def scales_of(spec: LayerSpec, init: Init) -> tuple[float, ...]:
-    """What the learning rate is multiplied by for each factor of experts, a geometric mean over draws."""
+    """The factor of the learning rate for each factor of experts, as a geometric mean over draws."""
     with torch.random.fork_rng(devices=()), torch.enable_grad():
         torch.manual_seed(0)
         drawn = [_scales_of_draw(Experts.from_spec(spec, init=init, **PLACE)) for _ in range(DRAWS)]
@@ -91,7 +91,7 @@ def _scales_of_draw(experts: Experts) -> list[float]:
         y: Tensor = experts(x, equal)
         return y
 
-    # A bias has the learning rate itself, as that of a linear layer has.
+    # A bias has the learning rate itself, as in a linear layer.
     biases = [is_bias(term) for term in experts.weight.terms for factor in term.factors if factor is not None]
     factors = [factor for factor, bias in zip(experts.factors, biases, strict=True) if not bias]
     alone = [_moved(outputs, gradient, {factor: 1.0}) for factor in factors]
@@ -103,7 +103,7 @@ def _scales_of_draw(experts: Experts) -> list[float]:
 
 @torch.no_grad()
 def _moved(outputs: Callable[[], Tensor], gradient: Tensor, scales: Mapping[Tensor, float]) -> float:
-    """How far a first step of Adam moves the outputs, over the learning rate."""
+    """The norm of the change of the outputs by a first step of Adam, divided by the learning rate."""
     with torch.enable_grad():
         before = outputs()
     gradients = torch.autograd.grad(before, [*scales], gradient)

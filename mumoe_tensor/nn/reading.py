@@ -1,4 +1,4 @@
-"""Checks that a module of another library computes what its parts say."""
+"""Checks that a module of another library computes nothing but its parts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mumoe_tensor.calls import hooks_of
 
 
 def check_readable(module: nn.Module) -> None:
-    """Refuse a module with something that a copy does not show, or that a layer in its place would lose.
+    """Raise an error if a module has hooks, parametrizations or the like, which a replacement would lose.
 
-    Nothing is called.
+    The module is not called.
     """
     for name, parameter in module.named_parameters():
         _check_parameter(parameter, name)
@@ -26,10 +26,10 @@ def check_readable(module: nn.Module) -> None:
         if nn.utils.parametrize.is_parametrized(child):
             raise ValueError(f"the module has a parametrization{where}: remove it first.")
         for kind, names in hooks_of(child).items():
-            raise ValueError(f"the module has a {kind}{where}: {names}; a new one has none.")
+            raise ValueError(f"the module has a {kind}{where}: {names}; the new layer would not have it.")
         if "forward" in vars(child):
             raise ValueError(
-                f"the module has a forward method of the instance{where}, as accelerate's offloading sets."
+                f"the instance has its own forward method{where}, for example by offloading with accelerate."
             )
 
 
@@ -45,13 +45,14 @@ def _check_parameter(parameter: nn.Parameter, name: str) -> None:
     if not parameter.is_meta and not parameter.detach().isfinite().all():
         raise ValueError(f"the parameter {name!r} must be finite.")
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-        raise ValueError(f"the parameter {name!r} has a hook, which a new one would not have.")
+        raise ValueError(f"the parameter {name!r} has a hook, which a new parameter would not have.")
 
 
 def optional_inputs(module: nn.Module, reserved: Container[str] = ()) -> list[str]:
-    """Names of the inputs besides the first of a module that can be called with that alone.
+    """Names of the optional inputs of a module.
 
-    A module that cannot, or that has one of the reserved names, is refused.
+    An error is raised if the module cannot be called with a single input, or an optional input has a reserved
+    name.
     """
     inputs = inspect.signature(module.forward).parameters
     others = [*inputs.values()][1:]
@@ -62,7 +63,7 @@ def optional_inputs(module: nn.Module, reserved: Container[str] = ()) -> list[st
 
 
 class _Unused(Tensor):
-    """For an input that a module shall not use: whatever reads it raises an error."""
+    """A placeholder for an input that must not be used: any operation on it raises an error."""
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
@@ -70,7 +71,7 @@ class _Unused(Tensor):
 
 
 def check_unused(module: nn.Module, names: list[str], x: Tensor) -> None:
-    """Refuse a module whose outputs depend on some of its optional inputs; call it with a copy."""
+    """Raise an error if a module uses one of its optional inputs. The module must be a copy."""
     unused, y = torch.empty(0, device="cpu").as_subclass(_Unused), call(module, x)
     for name in names:
         try:
@@ -78,13 +79,13 @@ def check_unused(module: nn.Module, names: list[str], x: Tensor) -> None:
         except ValueError:
             is_used = True
         if is_used:
-            raise ValueError(f"the forward method must use one input, and it uses {name!r}.")
+            raise ValueError(f"the forward method must use one input, but it also uses {name!r}.")
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A copy for calls, on the CPU and in float32, which leaves the state of the module as it is.
+    """A copy to be called, on the CPU and in float32, so that the state of the module does not change.
 
-    The values of a module on the meta device are drawn.
+    A module on the meta device gets random values.
     """
     try:
         copied = copy.deepcopy(module)
@@ -97,7 +98,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def draw(module: nn.Module) -> nn.Module:
-    """Draw the values of a copy, so that a weight of zeros or a scale of one hides nothing."""
+    """Set the values of a copy at random, so that zero weights or unit scales cannot hide operations."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             tensor.normal_(std=max(tensor.shape[-1:], default=1) ** -0.5)
@@ -112,7 +113,7 @@ def probes(in_features: int) -> list[Tensor]:
 
 
 def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Outputs of a copy, always with the same random numbers; call it under `torch.random.fork_rng`."""
+    """Outputs of a copy, always with the same random numbers. Use it under `torch.random.fork_rng`."""
     torch.default_generator.manual_seed(0)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -130,11 +131,11 @@ def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def check_same(
     module: nn.Module, rebuild: Callable[[nn.Module], Callable[[Tensor], Tensor]], in_features: int
 ) -> None:
-    """Refuse a module that computes something else than its parts, in evaluation and in training.
+    """Raise an error if a module computes anything but its parts, in evaluation or in training mode.
 
-    A copy is compared with the function that `rebuild` makes of its parts, on random inputs, with its
-    parameters and with random ones. An activation such as `torch.nn.PReLU` takes only some shapes of inputs:
-    one is enough.
+    The outputs of a copy are compared with those of `rebuild(copy)`, on random inputs, with the module's
+    parameters and with random ones. One shape of inputs is sufficient, since activations such as
+    `torch.nn.PReLU` do not accept all shapes.
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
@@ -146,17 +147,17 @@ def check_same(
                 plain = rebuild(copied.train(training))
                 for x, y in _outputs(copied, inputs):
                     if cause := _difference(y, call(plain, x), x):
-                        when = " while training" if training else ""
+                        when = " in training mode" if training else ""
                         raise ValueError(f"its outputs are not those of its layers alone{when}: {cause}.")
         x, _ = _outputs(copied.eval(), inputs)[0]
         gradient, expected = (_gradient(function, x) for function in (copied, rebuild(copied)))
-        # (Rounding may change the side of a kink that a hidden feature is on, and the gradient with it.)
+        # (Rounding may move a hidden feature across a kink and so change the gradient.)
         if gradient is None or not are_equal(gradient, expected, 0.05):
             raise ValueError("the gradient of its input is not that of its layers alone.")
 
 
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
-    """The gradient of the inputs for the sum of the outputs, or None if there is none."""
+    """The gradient of the sum of the outputs with respect to the inputs, or None."""
     x = x.clone().requires_grad_()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         y = function(x)
@@ -164,7 +165,7 @@ def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
 
 
 def _outputs(module: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Inputs that a copy can be called with, at least one, each with its outputs."""
+    """The inputs that a copy accepts (at least one), each with its outputs."""
     called, errors = [], []
     for x in inputs:
         try:
@@ -177,13 +178,13 @@ def _outputs(module: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[t
 
 
 def _difference(y: Tensor, expected: Tensor, x: Tensor) -> str | None:
-    """The difference between outputs in words, or None if they are equal."""
+    """A description of the difference between outputs, or None if they are equal."""
     if y.shape != expected.shape:
         return f"outputs have shape {tuple(y.shape)} instead of {tuple(expected.shape)}"
     if are_equal(y, expected):
         return None
     if y.shape == x.shape and are_equal(y - x, expected, 1e-3):
-        return "it adds its input, as a residual connection"
+        return "it adds its input, like a residual connection"
     scale = (y * expected).sum() / expected.square().sum()
     if are_equal(y, scale * expected):
         return f"it multiplies by {scale:.4g}"
@@ -191,7 +192,7 @@ def _difference(y: Tensor, expected: Tensor, x: Tensor) -> str | None:
 
 
 def relative_difference(y: Tensor, expected: Tensor) -> Tensor:
-    """Norm of the difference over the norm of the expected outputs, at each of the scales of `probes`."""
+    """Norm of the difference, relative to the expected outputs, for each scale of `probes`."""
     difference, norm = (
         torch.linalg.vector_norm(z.reshape(-1, 7, z.shape[-1]), dim=(0, 2)) for z in (y - expected, expected)
     )
@@ -199,5 +200,5 @@ def relative_difference(y: Tensor, expected: Tensor) -> Tensor:
 
 
 def are_equal(y: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether outputs are equal but for rounding (in float32), at each of the scales."""
+    """Whether outputs are equal up to rounding (in float32), for each scale."""
     return bool((relative_difference(y, expected) <= tolerance).all())

@@ -1,4 +1,4 @@
-"""Gates and activations by name: how a config writes them and reads them again."""
+"""Registries of gates and activations, and their conversion to and from config entries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mumoe_tensor.nn.routing import JumpReLU, NearestCentres, Random, ReLUTopK, 
 AnyFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=AnyFunction)
 
-#: Elementwise functions of `torch.nn.functional` without parameters and randomness, and their modules.
+#: Elementwise functions of `torch.nn.functional` without parameters or randomness, and their modules.
 ELEMENTWISE: dict[str, type[nn.Module]] = {
     "leaky_relu": nn.LeakyReLU,
     **{
@@ -42,11 +42,11 @@ def _relu2(x: Tensor) -> Tensor:
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(nn.functional, name) for name in ELEMENTWISE},
-    # As CLIP and Nemotron have them.
+    # Used in CLIP and Nemotron.
     "quick_gelu": _quick_gelu,
     "relu2": _relu2,
 }
-#: The modules of torch.nn that a config may name.
+#: The modules of torch.nn that configs can contain.
 _MODULES: dict[str, type[nn.Module]] = {
     module.__name__: module
     for module in (
@@ -54,7 +54,7 @@ _MODULES: dict[str, type[nn.Module]] = {
     )
 }  # fmt: skip
 _GELU_BY_TANH = {"name": "GELU", "approximate": "tanh"}
-#: Activations of other libraries that compute what a registered one does, by module and class name.
+#: Activations of other libraries that are equivalent to a registered one, by module and class name.
 _OF_OTHERS: dict[str, dict[str, str | dict[str, Any]]] = {
     "transformers.activations": {
         "AccurateGELUActivation": _GELU_BY_TANH,
@@ -81,15 +81,15 @@ _OF_OTHERS: dict[str, dict[str, str | dict[str, Any]]] = {
         "Tanh": "Tanh",
     },
 }
-#: Arguments of torch's modules that a config leaves out: device and dtype, and old names of other arguments.
+#: Arguments of torch's modules that a config omits: device and dtype, and deprecated names.
 _NOT_WRITTEN = {nn.PReLU: ("device", "dtype"), nn.Hardtanh: ("min_value", "max_value")}
 
 
 class Registry:
-    """Functions, and classes whose instances are functions, by name, besides the modules of torch.
+    """Functions, and classes whose instances are functions, by name, in addition to the modules of torch.
 
-    The word for them is that of the argument of the layers: gate or activation. Aliases are other functions,
-    each with the one of the same results that is registered.
+    `what` is the name of the argument of the layers: gate or activation. `aliases` maps functions to
+    equivalent registered functions.
     """
 
     def __init__(
@@ -104,41 +104,39 @@ class Registry:
     def register(self, name: str, function: Function) -> Function:
         """Add a function or a class; see `register_gate`."""
         if not isinstance(name, str) or not name:
-            raise TypeError(
-                f"the name of a registered {self.what} must be a string, not empty, got {name!r}."
-            )
+            raise TypeError(f"the name of a registered {self.what} must be a nonempty string, got {name!r}.")
         if not callable(function) or isinstance(function, nn.Module):
             raise TypeError(f"a registered {self.what} must be a function or a class, got {function!r}.")
         present = self._all.get(name, function)
         if not _have_one_definition(present, function):
-            raise ValueError(f"every {self.what} must have its own name; {name!r} is {present!r}.")
+            raise ValueError(f"every {self.what} must have a unique name; {name!r} is {present!r}.")
         self._entries[name] = function
         return function
 
     def read(
         self, value: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Callable[..., Tensor]:
-        """The function for an argument, which is a function or the entry of a config.
+        """Convert an argument, which is a function or a config entry, to a function.
 
-        Device and dtype are those of the parameters of a module that is made of an entry.
+        Device and dtype are those of the parameters of a module that is made from an entry.
         """
         if isinstance(value, type):
             raise TypeError(f"{self.what} must be a function or an instance, got the class {value.__name__}.")
         if callable(value):
             return self._equivalent(value)
         if not isinstance(value, (str, Mapping)):
-            raise TypeError(f"{self.what} must be a function or the name of one, got {value!r}.")
+            raise TypeError(f"{self.what} must be a function or its name, got {value!r}.")
         arguments = {"name": value} if isinstance(value, str) else dict(value)
         name = arguments.pop("name", None)
         entry: Any = self._all.get(name) if isinstance(name, str) else None
         if entry is None:
             raise ValueError(
                 f"{self.what} must be one of {', '.join(self._entries)}, an activation of torch.nn such as "
-                f"'GELU', or a name: register it first, by register_{self.what}; got {value!r}."
+                f"'GELU', or a name registered with register_{self.what}; got {value!r}."
             )
         if not isinstance(entry, type):
             if arguments:
-                raise ValueError(f"{self.what} {name!r} is a function without arguments, got {arguments}.")
+                raise ValueError(f"{self.what} {name!r} is a function without settings, got {arguments}.")
             return entry
         try:
             made: Any = entry(**arguments)
@@ -148,7 +146,7 @@ class Registry:
         return made.to(device=device, dtype=dtype) if isinstance(made, nn.Module) else made
 
     def write(self, function: Any) -> str | dict[str, Any]:
-        """The entry of a function in a config: its name, or that of its class and the arguments, for JSON."""
+        """The config entry of a function in JSON types: its name, or the name and arguments of its class."""
         for name, entry in self._all.items():
             if entry is function:
                 return name
@@ -157,24 +155,24 @@ class Registry:
                 again = self._arguments(self.read({"name": name, **arguments}))
                 if again != arguments:
                     raise ValueError(
-                        f"an instance of a registered {self.what} must keep its arguments as they are; made "
+                        f"an instance of a registered {self.what} must store its arguments unchanged; made "
                         f"with {arguments}, {name!r} has {again}."
                     )
                 return {"name": name, **arguments}
         raise ValueError(
-            f"{self.what} must be registered to be written in a config: give it a name by "
+            f"{self.what} must be registered to be stored in a config: give it a name by "
             f"register_{self.what}; got {function!r}."
         )
 
     def _arguments(self, instance: Any) -> dict[str, Any]:
-        """The arguments an instance was made with: its attributes of the same names."""
+        """The constructor arguments of an instance, read from attributes of the same names."""
         kind = type(instance)
-        if kind.__init__ in (nn.Module.__init__, nn.Identity.__init__):  # which take any, and have none
+        if kind.__init__ in (nn.Module.__init__, nn.Identity.__init__):  # these ignore their arguments
             return {}
         return arguments_of(instance, self.what, _NOT_WRITTEN.get(kind, ()))
 
     def _equivalent(self, function: Any) -> AnyFunction:
-        """The registered function that computes the same, if there is one; else the function itself."""
+        """The equivalent registered function if there is one, otherwise the function itself."""
         kind = type(function)
         entry = _OF_OTHERS.get(kind.__module__, {}).get(kind.__name__)
         if entry is not None:
@@ -184,15 +182,15 @@ class Registry:
 
 
 def _have_one_definition(one: Any, other: Any) -> bool:
-    """Whether two objects are one, or of one definition that ran twice, as in a notebook."""
+    """Whether two objects are the same, or come from one definition that ran twice, as in a notebook."""
     if one is other or not all(isinstance(x, (FunctionType, type)) for x in (one, other)):
         return one is other
     places = {(x.__module__, x.__qualname__) for x in (one, other)}
-    return len(places) == 1 and "<" not in one.__qualname__  # <lambda>s and functions within functions differ
+    return len(places) == 1 and "<" not in one.__qualname__  # not for <lambda>s and nested functions
 
 
 def _are_equal(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool:
-    """Whether two elementwise functions differ by less than float32 can show."""
+    """Whether two elementwise functions are equal to within float32 precision."""
     x = torch.linspace(-12, 12, 2001, dtype=torch.float64, device="cpu")
     try:
         with torch.no_grad():
@@ -202,10 +200,10 @@ def _are_equal(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool
 
 
 def elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
-    """The function, if it is one of torch's elementwise ones and changes nothing in place; else None.
+    """The function if it is an elementwise function of torch that does not work in place, otherwise None.
 
-    For a module it is its `forward`, because it may be called more than once, and the hooks that tools of
-    torch have on all modules shall not see that.
+    For a module it is its `forward` method, because it may be called more than once, which global module
+    hooks should not see.
     """
     if isinstance(function, nn.Module):
         is_listed = type(function) in ELEMENTWISE.values() and not getattr(function, "inplace", False)
@@ -236,21 +234,21 @@ ACTIVATIONS = Registry(
 
 
 def register_gate(name: str) -> Callable[[Function], Function]:
-    """Give a gate a name, under which the config of a layer has it. Works as a decorator.
+    """Register a gate under a name, by which configs refer to it. Use it as a decorator.
 
     Returns
     -------
     callable
-        Takes a map from logits of shape (..., N) to coefficients, or a class whose instances are such maps,
-        and returns it. An instance has each argument of its class as an attribute of the same name, of a
-        type that JSON has. Instances that are modules have their parameters in the state of the layer.
+        A decorator for a map from logits of shape (..., N) to coefficients, or for a class whose instances
+        are such maps. Instances must have every constructor argument as an attribute of the same name, with a
+        JSON type. The parameters of instances that are modules are part of the state of the layer.
 
     Raises
     ------
     ValueError
-        If the name is that of another gate.
+        If another gate has this name.
     TypeError
-        If `name` is no string, or it is neither a function nor a class.
+        If `name` is not a string, or the decorated object is neither a function nor a class.
 
     Examples
     --------
@@ -272,7 +270,7 @@ def register_gate(name: str) -> Callable[[Function], Function]:
 
 
 def register_activation(name: str) -> Callable[[Function], Function]:
-    """Give an activation a name, under which the config of a block has it; see `register_gate`.
+    """Register an activation under a name, by which configs refer to it; see `register_gate`.
 
     Examples
     --------

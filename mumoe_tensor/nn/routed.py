@@ -1,4 +1,4 @@
-"""Experts that a router chooses, as those of transformers: each input goes through some of them alone."""
+"""Experts selected by a router, as in transformers: each input is mapped by only a few of them."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from mumoe_tensor.nn.registry import ACTIVATIONS
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.spec import LayerSpec
 
-#: Seconds that it takes to call an expert by itself, whatever it computes.
+#: Fixed time in seconds of calling a single expert.
 CALL = 25e-6
 
 
 @register_layer
 class ChosenExperts(Experts):
-    """`Experts` of one level that take the number of an expert for each input, in place of coefficients.
+    """`Experts` of one level that get the index of an expert for each input instead of coefficients.
 
-    Each input is mapped by its expert alone, so the cost does not grow with the number of experts. Either
-    all inputs are mapped at once, and what the factors hold of an expert is gathered for each of its inputs;
-    or those of one expert are mapped together, one expert after the other. For each term of the format the
-    planner chooses what takes less time. (`torch.compile` takes the first way in one graph, and breaks it in
-    the second.)
+    Each input is mapped only by its expert, so the cost does not grow with the number of experts. Either all
+    inputs are mapped at once, after gathering the slices of the factors for each input; or the experts are
+    processed one after the other, each with all of its inputs. For each term of the format the planner
+    chooses the faster method. (With `torch.compile`, the first method is a single graph, and the second has
+    graph breaks.)
 
-    The ``plan`` is for `batch_hint` inputs, or for an expert's share of them where experts come one after the
-    other.
+    The ``plan`` is for `batch_hint` inputs, or for the average share of an expert if experts are processed
+    one after the other.
     """
 
     def _planned_on(self, machine: Machine) -> _Planned:
         spec = self.spec
         if spec.num_levels != 1:
-            raise ValueError(f"experts that are chosen by number must have one level, got {spec.experts}.")
+            raise ValueError(f"experts chosen by index must have one level, got {spec.experts}.")
         terms = spec.weight_format.terms(spec.mode_sizes, spec.full_rank)
         routes = tuple(_route(term, spec, self.options["batch_hint"], machine) for term in terms)
         plans = tuple(route.plan for route in routes)
@@ -74,8 +74,8 @@ class ChosenExperts(Experts):
         Raises
         ------
         ValueError, TypeError
-            If the shapes do not fit together, the index is no tensor of integers, or on a CPU if it has a
-            number that is none of an expert.
+            If the shapes do not match, the index is not a tensor of integers, or (checked on a CPU only) an
+            entry is not the index of an expert.
         """
         check_dense(z)
         check_dense(index)
@@ -83,7 +83,7 @@ class ChosenExperts(Experts):
             raise TypeError(f"an index must have an integer dtype, got {index.dtype}.")
         if z.shape[-1:] != (self.in_features,) or index.shape != z.shape[:-1]:
             raise ValueError(
-                f"inputs must have {self.in_features} features, and an index one number for each input; got "
+                f"inputs must have {self.in_features} features, and an index one entry per input; got "
                 f"inputs of {tuple(z.shape)} and an index of {tuple(index.shape)}."
             )
         rows, chosen = z.reshape(-1, self.in_features), index.reshape(-1).long()
@@ -92,7 +92,7 @@ class ChosenExperts(Experts):
             least, most = chosen.aminmax()
             if least < 0 or most >= count:
                 raise ValueError(
-                    f"an index must be from 0 to {count - 1}, got one from {int(least)} to {int(most)}."
+                    f"an index must be from 0 to {count - 1}, got entries from {int(least)} to {int(most)}."
                 )
         factors, dtype = self.factors, autocast_dtype(z.device)
         if dtype is not None:
@@ -108,28 +108,28 @@ class ChosenExperts(Experts):
 
 @register_layer
 class RoutedExperts(WholeState):
-    """Gated MLPs that a router chooses from, each a factorized weight: the experts of a transformer's block.
+    """Factorized gated MLPs that are selected by a router: the experts of a transformer block.
 
-    Each of N experts is ``down(activation(gate(x)) * up(x))`` without biases. The gates and ups of all
-    experts are one weight of shape (N, in_features, 2 * hidden_features), their downs another. Router and
-    auxiliary loss stay outside: this is what `replace_experts` puts in the place of the experts of
-    transformers.
+    Each of the N experts computes ``down(activation(gate(x)) * up(x))`` without biases. The gate and up
+    matrices of all experts are one factorized weight of shape (N, in_features, 2 * hidden_features), the down
+    matrices are another. Router and auxiliary loss are not part of this module. `replace_experts` replaces
+    the experts of transformers models by it.
 
     Parameters
     ----------
     in_features, hidden_features : int
     experts : int
     format : str or Format, default "cp"
-        Of both weights.
+        Format of both weights.
     gate_up_rank, down_rank : int or sequence of int, optional
-        One entry a bond of the format. One entry may be None, or the rank left out: then `parameters` solves
-        for it.
+        One entry per bond of the format. If it is omitted, or one entry is None, it is solved for from
+        `parameters`.
     parameters : float, optional
-        Fraction of the parameters of dense experts that each weight has at most.
+        Maximum number of parameters of each weight, as a fraction of those of dense experts.
     activation : str, dict or callable, default "silu"
         See `MuMoEMLP`.
     batch_hint : int, default 1024
-        Number of inputs, each counted once for each of its experts, that the order of contraction is for.
+        Number of pairs of an input and an expert for which the order of contraction is optimised.
     machine : str, Machine or mapping, optional
         See `Experts`.
 
@@ -137,13 +137,13 @@ class RoutedExperts(WholeState):
     ----------
     gate_up, down : ChosenExperts
     fit_errors, weighted_errors : tuple of float
-        Relative errors of both weights, if they are fits to dense ones: in the Frobenius norm, and in that of
-        the outputs for the inputs of each expert. Empty otherwise.
+        Relative errors of both weights, if they were fitted to dense weights: in the Frobenius norm, and of
+        the outputs for the inputs of each expert. Otherwise empty.
 
     Raises
     ------
     ValueError, TypeError
-        If sizes or ranks are wrong, a rank is given as well as `parameters`, or neither.
+        If a size or a rank is invalid, or not exactly one of a rank and `parameters` is given.
 
     Examples
     --------
@@ -193,12 +193,12 @@ class RoutedExperts(WholeState):
 
     @property
     def format(self) -> Format:
-        """That of both weights."""
+        """The format of both weights."""
         return self.gate_up.format
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make such a module, by `from_config`, in types of JSON.
+        """The arguments of `from_config` for a module like this one, in JSON types.
 
         Raises
         ------
@@ -219,7 +219,7 @@ class RoutedExperts(WholeState):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **options: Any) -> Self:
-        """Make a module from the `config` of another; further arguments are `device` and `dtype`.
+        """Make a module from a `config`; further arguments are `device` and `dtype`.
 
         Raises
         ------
@@ -229,7 +229,7 @@ class RoutedExperts(WholeState):
         return cls(**config, **options)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Map each input by the experts that a router chose for it, and add their weighted outputs.
+        """Map each input by its selected experts, and return the weighted sum of their outputs.
 
         Parameters
         ----------
@@ -244,14 +244,14 @@ class RoutedExperts(WholeState):
         Raises
         ------
         ValueError, TypeError
-            If the shapes do not fit together, or an index is that of no expert; see `ChosenExperts.forward`.
+            If the shapes do not match, or an index is invalid; see `ChosenExperts.forward`.
         """
         for x in (hidden_states, top_k_index, top_k_weights):
             check_dense(x)
         leading = hidden_states.shape[:-1]
         if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:-1] != leading:
             raise ValueError(
-                "there must be a weight for each index, and as many for each input; got inputs of "
+                "top_k_index and top_k_weights must have one shape, with a row per input; got inputs of "
                 f"{tuple(hidden_states.shape)}, an index of {tuple(top_k_index.shape)} and weights of "
                 f"{tuple(top_k_weights.shape)}."
             )
@@ -265,14 +265,16 @@ class RoutedExperts(WholeState):
 
 
 def _rank(spec: LayerSpec, parameters: float | None, name: str) -> Rank:
-    """The rank of a spec, or the largest that has at most a fraction of the dense parameters."""
+    """The rank of a spec, or the largest with at most a fraction of the dense parameters."""
     is_open = spec.rank is None or None in spec.rank
     if is_open and parameters is None:
-        raise ValueError(f"give {name} or parameters for format {label(spec.format)!r}, got neither.")
+        raise ValueError(f"{name} or parameters must be given for {label(spec.format)!r}, got neither.")
     if parameters is None:
         return spec.full_rank
     if spec.rank and not is_open:
-        raise ValueError(f"give {name} or parameters, got {spec.rank} and parameters={parameters!r}.")
+        raise ValueError(
+            f"only one of {name} and parameters must be given, got {spec.rank} and parameters={parameters!r}."
+        )
     if as_finite(parameters, "parameters") <= 0:
         raise ValueError(
             f"parameters must be a positive fraction of those of dense experts, got {parameters}."
@@ -282,29 +284,30 @@ def _rank(spec: LayerSpec, parameters: float | None, name: str) -> Rank:
         return spec.fitted(budget, rounding="down", gate=False).full_rank
     if spec.weight_parameters > budget:
         raise ValueError(
-            f"format {label(spec.format)!r} has no rank, and must fit the budget of {budget:,} parameters as "
-            f"it is; it has {spec.weight_parameters:,}."
+            f"a format without a rank must fit the budget of {budget:,} parameters; format "
+            f"{label(spec.format)!r} has {spec.weight_parameters:,}."
         )
     return spec.full_rank
 
 
 class _Route(NamedTuple):
-    """How a term maps inputs, each by its expert.
+    """The computation of a term for inputs with selected experts.
 
     Attributes
     ----------
     plan : ContractionPlan
-        Of the factors that all experts share, of what the others hold of an expert, and of inputs.
+        Plan for the factors that all experts share, the slices of the other factors for an expert, and the
+        inputs.
     policy : SavePolicy
     held : tuple of (dict of int to int)
-        For each factor its axes of experts, by the part of the number of an expert that they are for; none if
-        all experts share the factor.
+        For each factor its expert axes, by the part of the expert mode; empty if all experts share the
+        factor.
     sizes : tuple of int
-        The experts of the term: one number, or one for each part if the format splits them.
+        Number of experts of the term, as one number, or one per part if the format splits the expert mode.
     window : tuple of int
-        The first of these experts, and the one after the last.
+        Start and stop of these experts.
     is_gathered : bool
-        Whether what the factors hold of an expert is read once for each of its inputs.
+        Whether the slices of the factors are gathered for each input.
     """
 
     plan: ContractionPlan
@@ -327,7 +330,7 @@ class _Route(NamedTuple):
             return self._contracted(factors, rows, torch.unravel_index(chosen, self.sizes))
         order = chosen.argsort(stable=True)
         groups = rows[order].split(chosen.bincount(minlength=prod(self.sizes)).tolist())
-        # (Without inputs one group is empty: the result has a shape and a gradient all the same.)
+        # (Without inputs, one empty group is kept so that the result has a shape and a gradient.)
         parts = [
             self._contracted(factors, group, [int(entry) for entry in np.unravel_index(n, self.sizes)])
             for n, group in enumerate(groups)
@@ -337,9 +340,9 @@ class _Route(NamedTuple):
         return torch.empty_like(y).index_copy(0, order, y)
 
     def _contracted(self, factors: Sequence[Tensor], rows: Tensor, entries: Sequence[Any]) -> Tensor:
-        """Inputs mapped by one expert, whose `entries` are numbers, or each by its own: these are vectors.
+        """Map inputs by one expert, if `entries` are integers, or each by its own, if they are tensors.
 
-        A bias, which is one vector for all inputs, stays one.
+        The result of a bias term has no axis for the inputs.
         """
         operands = [factor for factor, axes in zip(factors, self.held, strict=True) if not axes]
         for factor, axes in zip(factors, self.held, strict=True):
@@ -352,11 +355,11 @@ class _Route(NamedTuple):
 
 
 def _route(term: Term, spec: LayerSpec, batch: int, machine: Machine) -> _Route:
-    """The way of less planned time for a batch: to gather, or one expert after the other."""
+    """The faster method for a batch: gathering, or one expert after the other."""
     format, sizes = term.format, term.mode_sizes
     weight = weight_network(format, sizes, term.rank, format.optional(1))
     size, parts = dict(weight.index_sizes), format.parts("n1")
-    # Parameters lie in memory order: to the planner these are their axes.
+    # The axes of the parameters are in memory order.
     orders = weight.memory_orders
     held = tuple({k: axes.index(x) for k, x in enumerate(parts) if x in axes} for axes in orders)
     rest = [tuple(x for x in axes if x not in parts) for axes in orders]
@@ -373,7 +376,7 @@ def _route(term: Term, spec: LayerSpec, batch: int, machine: Machine) -> _Route:
         network = network.with_vectors(vectors, ((BATCH,) if vectors else ()) + outputs, bias)
         if outputs != ("o",):
             network = replace(network, out_features=sizes[-1])
-        # The matrix of one expert may be worth forming, that of each input never is.
+        # Forming the matrix of one expert may pay off, but not a matrix for each input.
         implementation: Implementation = "factorized" if gathered else "auto"
         return plan_network(network, rows, "time", implementation, machine=machine)
 

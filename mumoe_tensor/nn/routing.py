@@ -1,4 +1,4 @@
-"""Gates with settings, which select experts: a config has them by a name and their arguments."""
+"""Gates with settings, which select experts. Configs refer to them by name and arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mumoe_tensor.nn.sparse import SparseCoefficients
 
 
 class _Selecting:
-    """A gate that names the experts it selects; see `mumoe_tensor.gates.Gate`."""
+    """A gate that returns the indices of the selected experts; see `mumoe_tensor.gates.Gate`."""
 
     sparse_gradient = True
     select: Callable[..., Tensor | SparseCoefficients]
@@ -33,9 +33,10 @@ class TopK(_Selecting):
     Parameters
     ----------
     k : int
-        Experts of a level with a coefficient.
+        Number of selected experts of a level.
     normalize : bool, default True
-        False for the softmax of all logits, of which k coefficients are kept as they are.
+        Whether the softmax is over the k selected logits. Otherwise it is over all logits, and the sum of the
+        k coefficients is less than one.
 
     Examples
     --------
@@ -73,15 +74,15 @@ class TopK(_Selecting):
 class ReLUTopK(_Selecting):
     """`mumoe_tensor.relu_top_k` of logits with a bias: the gate of Mixture of Decoders.
 
-    The coefficients are ReLU of the k largest of ``G x + b``, and have any sum. The bias comes after the norm
-    of the logits; the published gate has none, ``gate_norm="none"``.
+    The coefficients are the ReLU of the k largest entries of ``G x + b``; their sum is arbitrary. The bias is
+    added after the norm of the logits. The published gate has no norm, ``gate_norm="none"``.
 
     Parameters
     ----------
     k : int
-        Experts of a level that may have a coefficient.
+        Maximum number of experts of a level with nonzero coefficients.
     bias : bool, default True
-        The gate has a parameter `bias` of shape (out_features,), at first zero.
+        Whether the gate has a parameter `bias` of shape (out_features,), initialised to zero.
 
     References
     ----------
@@ -111,17 +112,18 @@ class ReLUTopK(_Selecting):
 
 
 class JumpReLU:
-    """`mumoe_tensor.jumprelu` with a threshold for each expert, which is trained.
+    """`mumoe_tensor.jumprelu` with a trainable threshold for each expert.
 
     The parameter is `log_threshold`, of shape (out_features,), so that thresholds stay positive. Its gradient
-    is the published straight-through estimate. Published without a norm of the logits, ``gate_norm="none"``.
+    is the published straight-through estimate. The published gate has no norm of the logits,
+    ``gate_norm="none"``.
 
     Parameters
     ----------
     threshold : float, default 0.001
-        Of every expert, at first.
+        Initial threshold of every expert.
     bandwidth : float, default 0.001
-        Logits that are closer to a threshold than half of it have a part in the gradient of the threshold.
+        Only logits closer to a threshold than half the bandwidth contribute to its gradient.
 
     References
     ----------
@@ -148,22 +150,22 @@ class JumpReLU:
 
 
 class SigmoidTopK(_Selecting):
-    """`mumoe_tensor.sigmoid_top_k`: the gate of DeepSeek-V3, with a bias that affects the choice alone.
+    """`mumoe_tensor.sigmoid_top_k`: the gate of DeepSeek-V3, with a bias that affects only the selection.
 
-    The buffer `selection_bias` of shape (out_features,) is zero at first. It has no gradient: to balance the
-    experts, add a small number to the entries of those with few inputs, and take one from the others.
-    Published without a norm of the logits, ``gate_norm="none"``.
+    The buffer `selection_bias`, of shape (out_features,), is initialised to zero and gets no gradient. To
+    balance the experts, add a small number to the entries of experts with few inputs, and subtract it from
+    the others. The published gate has no norm of the logits, ``gate_norm="none"``.
 
     Parameters
     ----------
     k : int
-        Experts of a level with a coefficient.
+        Number of selected experts of a level.
     groups, top_groups : int, default 1
-        Number of groups of experts, and how many of them an input takes.
+        Number of groups of experts, and number of groups to select for each input.
     normalize : bool, default True
         Divide the coefficients by their sum.
     scale : float, default 1
-        Positive. Multiplies the coefficients.
+        Positive factor of the coefficients.
 
     References
     ----------
@@ -204,14 +206,15 @@ class SigmoidTopK(_Selecting):
 
 
 class Random(_Selecting):
-    """A null: k experts drawn at random for every input, each with the coefficient 1 / k.
+    """A null model: k experts drawn at random for every input, each with the coefficient 1 / k.
 
-    They are drawn in every call, in training and evaluation, from torch's generator of the device.
+    They are drawn in every call, in training and in evaluation mode, from torch's default generator of the
+    device.
 
     Parameters
     ----------
     k : int
-        Experts of a level with a coefficient.
+        Number of selected experts of a level.
     """
 
     reads_input = True
@@ -229,15 +232,15 @@ class Random(_Selecting):
 
 
 class NearestCentres(_Selecting):
-    """A null: the k experts whose centres are nearest to the input, each with the coefficient 1 / k.
+    """A null model: the k experts whose centres are nearest to the input, each with the coefficient 1 / k.
 
-    The buffer `centres` of shape (out_features, in_features) is drawn from a standard normal distribution at
-    first. `.ExpertGate.fit` makes it the centres of k-means, which needs scikit-learn.
+    The buffer `centres`, of shape (out_features, in_features), is initialised from a standard normal
+    distribution. `.ExpertGate.fit` sets it to the centres of k-means, which requires scikit-learn.
 
     Parameters
     ----------
     k : int
-        Experts of a level with a coefficient.
+        Number of selected experts of a level.
 
     Examples
     --------
@@ -270,7 +273,7 @@ class NearestCentres(_Selecting):
 
     def select(self, z: Tensor, num_experts: int, centres: Tensor) -> Tensor | SparseCoefficients:
         centres = centres.to(z.dtype)
-        # Half the square of the distance is |z|² / 2, which is the same for all, less this.
+        # Half the squared distance is |z|² / 2, which is the same for all experts, minus this.
         nearness = nn.functional.linear(z, centres, -0.5 * centres.square().sum(1))
         return _uniform_top_k(nearness, self.k)
 
@@ -281,7 +284,7 @@ def _uniform_top_k(scores: Tensor, k: int) -> Tensor | SparseCoefficients:
         coefficients: Tensor = gates.uniform_top_k(scores, k)
         return coefficients
     values, places = chosen
-    # (NaN where the values are.)
+    # (NaN is propagated.)
     return SparseCoefficients(0 * values + 1 / k, places, scores.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""Folders of models: the layers of experts in them as JSON, and all weights in a file of safetensors."""
+"""Saving and loading models: the layers of experts as JSON, and all weights in a safetensors file."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from mumoe_tensor.nn.described import check_model, describe, prepare_to_save, re
 from mumoe_tensor.nn.weights import checksum_of_bytes, read_tensors, write_tensors
 from mumoe_tensor.readers import read_json, reading
 
-#: The version of folders that are written; those of a later one are refused.
+#: The version of the folder format. Later versions are refused when loading.
 VERSION = 1
 DESCRIPTION, WEIGHTS = "layers.json", "weights.safetensors"
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Write a model into a folder: its layers of experts as ``layers.json``, its state as safetensors.
+    """Save a model to a folder: its layers of experts as ``layers.json``, its state as safetensors.
 
-    All is written or nothing: a folder that was there before is as it was until the new one is whole.
-    Whether parameters are frozen is not written.
+    Saving is atomic: an existing folder is not changed until the new content is complete. Whether parameters
+    are frozen is not saved.
 
     Parameters
     ----------
     model : Module
-        Any, or a layer. For a model of transformers see `prepare_to_save` and its ``save_pretrained``.
+        Any model, or a layer. For a transformers model, see also `prepare_to_save` and ``save_pretrained``.
     folder : str or Path
 
     Raises
     ------
     ValueError
-        If a layer cannot be made again from its config; see `MuMoE.config`. If the state has something else
-        than ordinary tensors with values.
+        If a layer cannot be rebuilt from its config, see `MuMoE.config`, or the state contains anything but
+        ordinary tensors with values.
     TypeError
-        If it is no module.
+        If it is not a module.
     OSError
         If the folder cannot be written.
     ModuleNotFoundError
@@ -74,7 +74,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     memory = set()
     for name, value in state.items():
-        if name not in tied:  # (safetensors takes no views of one tensor)
+        if name not in tied:  # (safetensors does not support several views of one tensor)
             place = value.untyped_storage().data_ptr()
             tensors[name] = value.clone() if place in memory else value
             memory.add(place)
@@ -85,17 +85,17 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> Any:
-    """Read a folder that `save` wrote: put its layers of experts into a model, and load its weights.
+    """Load a folder written by `save`: put its layers of experts into a model, and load the weights.
 
-    Nothing is unpickled, and a folder that does not fit leaves the model as it was.
+    Nothing is unpickled. If the folder does not fit, the model is not changed.
 
     Parameters
     ----------
     folder : str or Path
     model : Module, optional
-        Made like the one that was saved, before or after layers of experts were put into it. Its parameters
-        stay the same objects. What is replaced gets the device and the mode of the old module. Not needed
-        for a folder of a single layer.
+        A model constructed like the saved one, with or without its layers of experts. Its parameters remain
+        the same objects. New layers get the device and the training mode of the modules that they replace.
+        Not needed if the folder contains a single layer.
 
     Returns
     -------
@@ -105,11 +105,11 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
     Raises
     ------
     ValueError
-        If the folder is damaged or of a later version, if it has layers where the model has no module, or of
-        a class or format that is not registered, or if an entry of the state is missing, left over, or of
+        If the folder is damaged or has a later version, if the model has no module in place of a layer, if a
+        class or a format is not registered, or if an entry of the state is missing, unexpected, or has
         another shape or dtype.
     TypeError
-        If the model is no module.
+        If the model is not a module.
     OSError
         If the folder cannot be read.
     ModuleNotFoundError
@@ -122,7 +122,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
     with reading(folder):
         if model is None:
             if [*layers] != [""]:
-                raise ValueError(f"the layers {[*layers]} must be loaded into a model: load(…, model=…).")
+                raise ValueError(f"model must be given to load layers of a model, got layers {[*layers]}.")
             model = _with_state(rebuild(layers[""], device="meta"), state)
         present = describe(model)
         new = {
@@ -134,19 +134,19 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
         expected = _expected(model, places)
         _check(expected, state)
         if empty := [x for x, value in model.named_buffers() if value.is_meta and x not in expected]:
-            raise ValueError(f"buffers that are in no state must have values; {empty} are on meta.")
+            raise ValueError(f"non-persistent buffers must have values; {empty} are on the meta device.")
     _put(model, places, state, _tied(expected))
     prepare_to_save(model)
     return model
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description of the layers in a folder, and the whole state."""
+    """The description of the layers in a folder, and the state."""
     description = read_json(folder / DESCRIPTION)
     with reading(folder / DESCRIPTION):
         layers, tied = check_version(description), description.get("tied")
         if not isinstance(tied, dict) or not all(isinstance(first, str) for first in tied.values()):
-            raise ValueError(f"tied must be an object of names, each with that of a tensor; got {tied!r}.")
+            raise ValueError(f"tied must be an object that maps names to names, got {tied!r}.")
     tensors, _ = read_tensors(folder / WEIGHTS)
     return layers, tensors | {
         name: tensors[first].clone() for name, first in tied.items() if first in tensors
@@ -156,7 +156,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _put(
     model: nn.Module, places: Mapping[str, nn.Module], state: Mapping[str, Tensor], tied: Mapping[str, str]
 ) -> None:
-    """Put layers into a model and load a state that fits."""
+    """Put layers into a model, and load a state that fits."""
     old = {place: model.get_submodule(place) for place in places}
     try:
         for place, layer in places.items():
@@ -173,7 +173,7 @@ def _put(
 
 
 def check_version(description: Mapping[str, Any]) -> Any:
-    """The layers in a description, or a ValueError if it is none, or of a later version."""
+    """Check the version of a description, and return its layers."""
     version, layers = description.get("version"), description.get("layers")
     if type(version) is not int or version < 1 or not isinstance(layers, dict):
         raise ValueError(
@@ -182,8 +182,8 @@ def check_version(description: Mapping[str, Any]) -> Any:
         )
     if version > VERSION:
         raise ValueError(
-            f"this version of mumoe_tensor reads descriptions up to version {VERSION}, got {version}: "
-            "upgrade it."
+            f"the version of a description must be at most {VERSION} for this version of mumoe_tensor, got "
+            f"{version}: upgrade mumoe_tensor."
         )
     return layers
 
@@ -196,11 +196,11 @@ def _check_safetensors() -> None:
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of tensors that are another one, each with the name of that, which is first in the state."""
+    """The names of tied tensors, each with the name under which its tensor occurs first in the state."""
     first: dict[Any, str] = {}
     tied = {}
     for name, value in state.items():
-        place = value.data_ptr() or id(value)  # (without values or entries there is no memory)
+        place = value.data_ptr() or id(value)  # (a meta or empty tensor has no memory)
         key = place, value.device, value.dtype, value.shape, value.stride()
         if first.setdefault(key, name) != name:
             tied[name] = first[key]
@@ -208,7 +208,7 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _layer(model: nn.Module, name: str, entry: Any, state: Mapping[str, Tensor]) -> nn.Module:
-    """A layer with its part of a state, for the place of a module."""
+    """Rebuild a layer with its part of a state, to replace a module."""
     try:
         old = model.get_submodule(name)
     except AttributeError:
@@ -226,7 +226,7 @@ def _layer(model: nn.Module, name: str, entry: Any, state: Mapping[str, Tensor])
 def _places(
     model: nn.Module, new: Mapping[str, nn.Module], layers: Mapping[str, Any]
 ) -> dict[str, nn.Module]:
-    """The new layers by all names of the modules that they replace."""
+    """The new layers, by all names of the modules that they replace."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -239,7 +239,7 @@ def _places(
 
 
 def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has an entry of the state, and the attribute that the entry is."""
+    """The module and the attribute of an entry of the state."""
     above, _, entry = name.rpartition(".")
     return model.get_submodule(above), entry
 
@@ -250,7 +250,7 @@ def _with_state(layer: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _expected(model: nn.Module, places: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """The state of a model with new layers in these places."""
+    """The state of a model after inserting new layers."""
     below = tuple(f"{name}." for name in places)
     expected = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(below)}
     for name, layer in places.items():
@@ -261,7 +261,7 @@ def _expected(model: nn.Module, places: Mapping[str, nn.Module]) -> dict[str, An
 def _check(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str = "", any_float: bool = False
 ) -> None:
-    """Raise an error that lists the entries of a state which are not as expected."""
+    """Raise an error that lists the entries of a state that differ from the expected ones."""
     wrong = [f"{prefix}{name} is missing" for name in expected.keys() - state.keys()]
     wrong += [f"{prefix}{name} is left over" for name in state.keys() - expected.keys()]
     for name in expected.keys() & state.keys():
@@ -277,4 +277,4 @@ def _check(
             wrong.append(f"{prefix}{name} differs from {first}, to which the model ties it")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"the state must be that of the model: {'; '.join(sorted(wrong)[:5])}{more}.")
+        raise ValueError(f"the state must match the model: {'; '.join(sorted(wrong)[:5])}{more}.")

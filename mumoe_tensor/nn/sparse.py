@@ -1,4 +1,4 @@
-"""The product of sparse coefficients and a factor, from the coefficients that are not zero."""
+"""Products of sparse coefficients and a factor, computed from the nonzero coefficients."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from mumoe_tensor.contraction.machine import machine_of
 from mumoe_tensor.nn import kernels
 from mumoe_tensor.nn.kernels.rows import sum_of_indexed_rows, sum_of_indexed_rows_backward
 
-#: Fewest experts of a level at which zeros are counted: with fewer, the dense product takes no longer.
+#: Smallest number of experts of a level at which sparsity is used; below, the dense product is as fast.
 FEWEST_EXPERTS = 1024
-#: Largest share of nonzero coefficients at which the rows of the factor are summed one by one.
+#: Largest share of nonzero coefficients at which individual rows of the factor are summed.
 DENSEST = 0.08
-#: The same on a GPU, where products take so much less time than reading rows one by one.
+#: The same on a GPU, where dense products are much faster than reading individual rows.
 DENSEST_ON_GPU = 2 / machine_of("cuda", "bfloat16").element
-#: Rows of coefficients from which that share is estimated.
+#: Number of rows of coefficients from which that share is estimated.
 SAMPLE = 32
 
 
 def is_supported(coefficients: Tensor) -> bool:
-    """Whether `sparse_product` is worth it: for plain tensors on a CPU, where it was measured."""
+    """Whether `sparse_product` can be used: for plain float tensors on a CPU."""
     is_plain = torch.compiler.is_compiling() or type(coefficients) in (Tensor, torch.nn.Parameter)
     is_float = coefficients.dtype in (torch.float32, torch.float64) and coefficients.device.type == "cpu"
     return is_plain and is_float and not is_exported() and not torch.is_autocast_enabled("cpu")
 
 
 def is_indexable(z: Tensor) -> bool:
-    """Whether `indexed_product` is worth it where the inputs are: on a CPU, and by a kernel on a GPU.
+    """Whether `indexed_product` can be used for inputs: on a CPU, or by a kernel on a GPU.
 
-    (A kernel adds up gradients in any order.)
+    (The kernel adds gradients in an arbitrary order, so it is not used with deterministic algorithms.)
     """
     by_kernel = kernels.serve(z) and not (is_recorded() or torch.are_deterministic_algorithms_enabled())
     return by_kernel or is_supported(z)
 
 
 class SparseCoefficients(NamedTuple):
-    """Coefficients of a level by the experts that have one, k of N for every input.
+    """Coefficients of a level in indexed form: values and experts, k of N for every input.
 
     Attributes
     ----------
     values : Tensor of shape (..., k)
     indices : Tensor of int64, of shape (..., k)
-        The experts; none twice.
+        The experts, without repetitions.
     num_experts : int
     """
 
@@ -60,23 +60,23 @@ class SparseCoefficients(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the dense coefficients, (..., N)."""
+        """The shape of the dense coefficients, (..., N)."""
         return (*self.values.shape[:-1], self.num_experts)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the values."""
+        """The dtype of the values."""
         return self.values.dtype
 
     @property
     def is_few(self) -> bool:
-        """Whether `indexed_product` takes less time than the product with the dense coefficients."""
+        """Whether `indexed_product` is faster than the product with dense coefficients."""
         k = self.values.shape[-1]
         densest = DENSEST if self.values.device.type == "cpu" else DENSEST_ON_GPU
         return self.num_experts >= FEWEST_EXPERTS and k <= densest * self.num_experts
 
     def reshape(self, *shape: int) -> SparseCoefficients:
-        """The same of another shape: the last is N, or -1."""
+        """Reshape the coefficients; the last size must be N, or -1."""
         *leading, _ = shape
         return self._replace(
             values=self.values.reshape(*leading, self.values.shape[-1]),
@@ -84,12 +84,12 @@ class SparseCoefficients(NamedTuple):
         )
 
     def to(self, dtype: torch.dtype) -> SparseCoefficients:
-        """The same with values of a dtype."""
+        """Convert the values to a dtype."""
         return self._replace(values=self.values.to(dtype))
 
     def dense(self) -> Tensor:
         """The coefficients of all experts."""
-        # (Zeros, or NaN where the values are.)
+        # (Zeros, or NaN in rows whose values are NaN.)
         rest = (0 * self.values.detach()[..., :1]).expand(self.shape)
         return rest.scatter(-1, self.indices, self.values)
 
@@ -103,10 +103,11 @@ def indexed_product(coefficients: SparseCoefficients, factor: Tensor) -> Tensor:
 def indexed_products(
     program: Program, products: Mapping[int, SparseProduct], operands: Sequence[Any]
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """The operands of the other steps, and the products of sparse coefficients and factors, by position.
+    """The operands of the other steps, and the products of sparse coefficients and factors by position.
 
-    `products` are those that `.backward.sparse_products` names. Coefficients that are part of no such product
-    become dense; those of which only the sum is read, or nothing, are the values.
+    `products` is the result of `.backward.sparse_products`. Coefficients that do not occur in such a product
+    become dense. If only their sum is needed, or they are no longer needed, they are replaced by their
+    values.
     """
     rest: list[Any] = list(operands)
     network = program.network
@@ -137,10 +138,10 @@ def indexed_products(
 
 
 def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
-    """``coefficients @ factor``, from the rows of the factor with nonzero coefficients where these are few.
+    """``coefficients @ factor``, computed from the rows with nonzero coefficients if these are few.
 
-    Exact whatever the coefficients are. But the gradient of the coefficients is zero where they are: that is
-    enough for a gate whose own derivative is zero there, and wrong for anything else.
+    The result is exact for all coefficients. But the gradient of zero coefficients is zero, which is only
+    correct for a gate whose derivative is zero where its coefficients are.
     """
     result: Tensor = _Function.apply(coefficients, factor)
     return result
@@ -148,7 +149,7 @@ def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SparseProduct:
-    """``left @ right`` by `sparse_product`, where the operand on this side is the coefficients."""
+    """``left @ right`` by `sparse_product`; `side` is the side of the coefficients."""
 
     side: Literal["left", "right"]
 
@@ -177,7 +178,7 @@ class _IndexedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
         values, indices, factor = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(gradient):
-            # The gradient is to have one itself, or is a batch of them: by plain operations of torch.
+            # Plain operations for higher derivatives and for batches of gradients.
             of_values = (factor[indices] @ gradient.unsqueeze(-1)).squeeze(-1)
             parts = values.unsqueeze(-1) * gradient.unsqueeze(-2)
             of_factor = torch.zeros_like(factor).index_add(
@@ -210,19 +211,19 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         coefficients, factor = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The gradient is to have one itself: by products that have derivatives.
+            # Differentiable products for higher derivatives.
             return _of_dense(coefficients, factor, gradient)
         gradients: tuple[Tensor, Tensor] = sum_of_rows_backward(coefficients, factor, gradient)
         return gradients
 
 
-# Custom operations, which a compiler does not trace: what they do depends on the values of the coefficients.
-# They have no derivative; the functions that call them have one.
+# Custom operators are not traced by a compiler, since what they do depends on the values of the coefficients.
+# They have no derivative; the autograd functions that call them do.
 
 
 @torch.library.custom_op("mumoe_tensor::sum_of_rows", mutates_args=())
 def sum_of_rows(coefficients: Tensor, factor: Tensor) -> Tensor:
-    """The product."""
+    """``coefficients @ factor``."""
     if not _are_few(coefficients):
         return coefficients @ factor
     position, _, column, starts = _support(coefficients)
@@ -244,7 +245,7 @@ def _(info: Any, in_dims: Any, coefficients: Tensor, factor: Tensor) -> tuple[Te
 
 @torch.library.custom_op("mumoe_tensor::sum_of_rows_backward", mutates_args=())
 def sum_of_rows_backward(coefficients: Tensor, factor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of both operands, that of the coefficients zero where they are zero."""
+    """Gradients of both operands; the gradients of zero coefficients are zero."""
     if not _are_few(coefficients):
         return _of_dense(coefficients, factor, gradient)
     position, row, column, starts = _support(coefficients)
@@ -273,13 +274,13 @@ def _of_dense(coefficients: Tensor, factor: Tensor, gradient: Tensor) -> tuple[T
 def _gradients(
     values: Tensor, row: Tensor, column: Tensor, starts: Tensor, factor: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the nonzero coefficients, by their rows and columns in order, and of the factor.
+    """Gradients of the nonzero coefficients, given by rows and columns in order, and of the factor.
 
-    `starts` is where each row starts.
+    `starts` contains the start of each row.
     """
     gradient = gradient.contiguous()
     of_values = _dot_products(gradient, factor, column, starts, row)
-    # The same product with the roles changed: of every row of the factor, the rows of the batch it is in.
+    # The same product with exchanged roles: for every row of the factor, the rows of the batch that use it.
     order = torch.argsort(column, stable=True)
     of_factor = torch.nn.functional.embedding_bag(
         row[order], gradient, _starts(column, len(factor)), mode="sum", per_sample_weights=values[order]
@@ -288,9 +289,9 @@ def _gradients(
 
 
 def _dot_products(gradient: Tensor, factor: Tensor, column: Tensor, starts: Tensor, row: Tensor) -> Tensor:
-    """``gradient[row] . factor[column]`` for each pair, without copies of the rows.
+    """``gradient[row] . factor[column]`` for each pair, without copying the rows.
 
-    An operation of the backward pass of torch's `embedding_bag`, which has no public name.
+    This is a private operator of torch, from the backward pass of `embedding_bag`.
     """
     result: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         gradient, factor, column, starts, row, 0
@@ -299,7 +300,7 @@ def _dot_products(gradient: Tensor, factor: Tensor, column: Tensor, starts: Tens
 
 
 def _stacked(count: int, in_dims: Sequence[int | None], *operands: Tensor) -> list[Tensor]:
-    """Operands with the axis that is mapped over in front."""
+    """Operands with the mapped axis first."""
     return [
         x.expand(count, *x.shape) if axis is None else x.movedim(axis, 0)
         for x, axis in zip(operands, in_dims, strict=True)
@@ -307,19 +308,19 @@ def _stacked(count: int, in_dims: Sequence[int | None], *operands: Tensor) -> li
 
 
 def _are_few(coefficients: Tensor) -> bool:
-    """Whether few coefficients are nonzero, by a sample of evenly spaced rows."""
+    """Whether few coefficients are nonzero, estimated from evenly spaced rows."""
     sample = coefficients[:: max(1, len(coefficients) // SAMPLE)]
     return int(torch.count_nonzero(sample)) <= DENSEST * sample.numel()
 
 
 def _support(coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The nonzero coefficients: flat position, row and column of each, and where each row of them starts."""
+    """The nonzero coefficients: flat position, row and column of each, and the start of each row."""
     position = coefficients.reshape(-1).nonzero()[:, 0]
     row = torch.div(position, coefficients.shape[1], rounding_mode="floor")
     return position, row, position - row * coefficients.shape[1], _starts(row, len(coefficients))
 
 
 def _starts(index: Tensor, count: int) -> Tensor:
-    """Where each value of a sorted index starts."""
+    """The start of each value in a sorted index."""
     counts = torch.bincount(index, minlength=count)
     return counts.cumsum(0) - counts

@@ -1,4 +1,4 @@
-"""Replace the experts of a mixture of experts, whose weights are stacks, by factorized ones."""
+"""Replacing the experts of a mixture of experts, whose weights are stacks, by factorized experts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mumoe_tensor.nn.watch import evaluating, watch_calls
 
 #: The parameters of experts that can be replaced.
 STACKS = ("gate_up_proj", "down_proj")
-#: Fraction of the old parameters, where the caller gives neither that nor a rank.
+#: Default fraction of the old parameters.
 PARAMETERS = 0.8
-#: Effort of a fit, unless the caller asks for more or less.
+#: Default effort of a fit.
 EFFORT = {"n_restarts": 1, "n_iter": 50, "tolerance": 1e-4}
-#: What is added to the diagonal of the covariance of each expert, as a fraction of the mean of all diagonals:
-#: the inputs are a sample, and an expert may have none of them.
+#: Damping of the covariance of each expert, added to the diagonal, as a fraction of the mean of all
+#: diagonals: an expert may have few inputs or none.
 DAMPING = 0.01
 
 
@@ -40,50 +40,50 @@ def replace_experts(
     dry_run: bool = False,
     **options: Any,
 ) -> list[Replacement]:
-    """Replace the experts of mixtures of experts by factorized ones, in place; router and loss stay.
+    """Replace the experts in a mixture of experts by factorized experts, in place; router and loss are kept.
 
-    Experts are a module with the parameters ``gate_up_proj`` of shape (N, 2 F, D) and ``down_proj`` of shape
-    (N, D, F) that is called with inputs, the numbers of their experts and weights, as those of Mixtral,
-    OLMoE, Qwen and DeepSeek in transformers 5. `RoutedExperts` take its place, each weight the best fit to
-    the old one. Before anything is replaced, a copy of each module is compared with what its parameters say,
-    and all new modules are made: an error leaves the model as it is.
+    The experts must be a module with the parameters ``gate_up_proj`` of shape (N, 2 F, D) and ``down_proj``
+    of shape (N, D, F), which is called with inputs, indices of experts and weights, as in Mixtral, OLMoE,
+    Qwen and DeepSeek in transformers 5. It is replaced by `RoutedExperts`, each weight being the best fit to
+    the old one. Before anything is replaced, the outputs of a copy of each module are checked, and all new
+    modules are made: an error leaves the model unchanged.
 
     Parameters
     ----------
     pattern : str, default "*"
         Shell pattern of the names of the modules, e.g. ``"model.layers.[0-3].*"``.
     format : str or Format, default "lowrank"
-        Two thin matrices for each expert; ``"shared-expert"``, one matrix for all and what each adds to it;
-        CP, and so on.
+        ``"lowrank"``: two thin matrices for each expert; ``"shared-expert"``: one matrix for all experts plus
+        differences; CP, and so on.
     parameters : float, optional
-        Fraction of the old parameters that each weight has at most; 0.8 by default, if the format has a rank
-        and the options have none.
+        Maximum number of parameters of each weight, as a fraction of the old ones. The default is 0.8 if the
+        format has a rank and the options do not contain one.
     inputs : iterable, optional
-        Batches the model is called with once, in evaluation: the arguments as a mapping, as a tuple, or one
-        argument. The fit is then weighted by the inputs of each expert, as they and their routing weights
-        occur. Meanwhile N (D² + F²) numbers of float64 are held for each module.
+        Batches for one pass of the model in evaluation mode: each a mapping or a tuple of arguments, or a
+        single argument. The fit is then weighted by the inputs of each expert and their routing weights. This
+        takes memory for N (D² + F²) float64 numbers per module.
     fit : mapping, optional
-        ``n_restarts``, ``n_iter``, ``tolerance`` and ``seed`` of `.decompose`, as ``{"n_restarts": 4}``.
+        ``n_restarts``, ``n_iter``, ``tolerance`` and ``seed`` of `.decompose`, such as ``{"n_restarts": 4}``.
     dry_run : bool, default False
-        Change nothing, and only return what would be replaced.
+        Return the replacements without changing the model.
     **options
-        Of `RoutedExperts`: ``gate_up_rank``, ``down_rank`` and so on.
+        Arguments of `RoutedExperts`: ``gate_up_rank``, ``down_rank`` and so on.
 
     Returns
     -------
     list of Replacement
-        One for each module, with the errors of both weights: plain ones, and with `inputs` weighted ones.
+        One for each module, with the errors of both weights, and with `inputs` also their weighted errors.
 
     Raises
     ------
     ValueError
-        If the pattern names no experts, or some that cannot be replaced: they have other parameters, as the
-        interleaved ones with biases of GPT-OSS; compute something else or more; share parameters with another
-        module; or are not called with the `inputs`.
+        If the pattern matches no experts, or experts that cannot be replaced, because they have other
+        parameters (such as the interleaved ones with biases of GPT-OSS), compute anything else, share
+        parameters with another module, or are not called with the `inputs`.
     """
     check_flag(dry_run, "dry_run")
     if isinstance(inputs, (Tensor, Mapping)):
-        raise TypeError(f"inputs must be batches, as a list of them; got one {type(inputs).__name__}.")
+        raise TypeError(f"inputs must be an iterable of batches, got a single {type(inputs).__name__}.")
     fixed = {"in_features", "hidden_features", "experts", "activation", "dtype", "device"}
     if taken := options.keys() & fixed:
         raise TypeError(
@@ -106,7 +106,7 @@ def replace_experts(
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module has the weights of experts as stacks, as the modules of transformers 5 have them."""
+    """Whether a module has stacked weights of experts, as in transformers 5."""
     stacks = (module._parameters.get(name) for name in STACKS)
     return all(stack is not None and stack.ndim == 3 for stack in stacks)
 
@@ -114,7 +114,7 @@ def is_experts(module: nn.Module) -> bool:
 def _maker(
     module: nn.Module, format: Any, parameters: float | None, fit: Mapping[str, Any], **options: Any
 ) -> Callable[..., RoutedExperts]:
-    """What makes the new module for an old one, which is checked."""
+    """Check an old module, and return a function that makes the new one."""
     check_readable(module)
     names = sorted(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
     if names != sorted(STACKS) or not callable(getattr(module, "act_fn", None)):
@@ -132,7 +132,7 @@ def _maker(
             f"{tuple(gate_up.shape)} and {tuple(down.shape)}."
         )
     if gate_up.dtype != down.dtype or gate_up.requires_grad != down.requires_grad:
-        raise ValueError("both weights must have one dtype, and be frozen both or neither.")
+        raise ValueError("both weights must have the same dtype and the same requires_grad.")
     check_same(_OfOneInput(module), _rebuild, features)
     ranks = [options.get(f"{name}_rank") for name in ("gate_up", "down")]
     if parameters is None and ranks == [None, None] and get_format(format).bonds(1):
@@ -157,7 +157,7 @@ def _maker(
 
 
 class _OfOneInput(nn.Module):
-    """Experts, old or new, for inputs that are routed by their place in a batch."""
+    """Old or new experts as a module of one input, which is routed by position in the batch."""
 
     def __init__(self, experts: nn.Module):
         super().__init__()
@@ -170,7 +170,7 @@ class _OfOneInput(nn.Module):
 
 
 def _routing(count: int, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Two experts for each input, one where there is but one, and their weights."""
+    """Two experts for each input (or one if there is only one), and their weights."""
     rows = torch.arange(count, device="cpu")
     other = rows + 1 + rows // num_experts % max(num_experts - 1, 1)
     index, share = torch.stack([rows, other], -1) % num_experts, rows / (2 * count)
@@ -179,7 +179,7 @@ def _routing(count: int, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _rebuild(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the parameters of experts say, for the inputs of `_OfOneInput`."""
+    """The expected function of experts, for the inputs of `_OfOneInput`."""
     experts: Any = module.experts
 
     def mapped(x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _rebuild(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _hidden(experts: Any, n: int, rows: Tensor) -> Tensor:
-    """The inputs of the second weight of an expert, from those of its first."""
+    """The inputs of the second weight of an expert, given those of its first."""
     gate, up = (rows @ experts.gate_up_proj[n].T).chunk(2, -1)
     return cast(Tensor, experts.act_fn(gate) * up)
 
@@ -205,9 +205,9 @@ def _hidden(experts: Any, n: int, rows: Tensor) -> Tensor:
 def _covariances(
     model: nn.Module, modules: Sequence[nn.Module], inputs: Iterable[Any]
 ) -> dict[nn.Module, list[Tensor]]:
-    """For both weights of each module the covariance of the inputs of each expert, from one pass.
+    """Covariances of the inputs of each expert, for both weights of each module, from one pass.
 
-    An input counts with the square of its routing weight, as the error of its output does.
+    Each input is weighted by the square of its routing weight, like the error of its output.
     """
     sums: dict[nn.Module, list[Tensor]] = {}
 
@@ -229,7 +229,7 @@ def _covariances(
             _call(model, batch)
     missing = [name for name, module in model.named_modules() if module in modules and module not in sums]
     if missing:
-        raise ValueError(f"the inputs must reach all experts to be replaced; they do not reach {missing}.")
+        raise ValueError(f"the inputs must reach all modules to be replaced; they do not reach {missing}.")
     return {module: [_damped(total) for total in totals] for module, totals in sums.items()}
 
 
@@ -241,6 +241,6 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def _damped(total: Tensor) -> Tensor:
-    """A stack of covariances, of any scale, with more on the diagonals."""
+    """Add damping to a stack of covariances, of any scale."""
     more = DAMPING * total.diagonal(dim1=-2, dim2=-1).mean()
     return total + more * torch.eye(total.shape[-1], dtype=total.dtype)

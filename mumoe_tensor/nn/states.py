@@ -1,4 +1,4 @@
-"""States that a module loads whole or not at all."""
+"""Atomic loading of module states."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 
 
 class WholeState(nn.Module):
-    """A module that refuses a state that does not fit, and then is as it was.
+    """A module that is not changed by loading a state that does not fit.
 
-    (Torch loads all that fits and raises an error afterwards.)
+    (Other torch modules load everything that fits, and then raise an error.)
     """
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As that of every module, but a state that does not fit changes nothing.
+        """Load a state, as in every module, but change nothing if it does not fit.
 
-        In a model that contains the layer, torch loads one module after another. There shapes, types and
-        edits are checked before the layer is touched, but modules before it have been loaded by then. Missing
-        and unexpected names torch reports after it has loaded all others; so it does for a layer with hooks
-        that change the names in its state.
+        In a model that contains the layer, torch loads one module after another. Shapes, types and edits are
+        then checked before the layer is changed, but after earlier modules have been loaded. Missing and
+        unexpected names are reported by torch after everything else has been loaded; this also applies to a
+        layer with hooks that change the names in its state.
 
         Raises
         ------
         ValueError
-            If shapes, types or edits are not those of a layer of the same config.
+            If shapes, types or edits do not match the config of the layer.
         RuntimeError
-            If names are missing or unexpected, as every module raises it.
+            If names are missing or unexpected, as in every module.
         """
         state = dict(state_dict)
         expected = self._expected(state, "")
@@ -48,13 +48,13 @@ class WholeState(nn.Module):
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Comes before the children load theirs, so nothing is touched yet.
+        # Called before the submodules load their states, so nothing has changed yet.
         _check(state_dict, self._expected(state_dict, prefix))
         self._make_room(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _expected(self, state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
-        """The entries to be loaded, by name; old names in the state become the present ones."""
+        """The entries to be loaded, by name. Old names in the state are replaced by current ones."""
         expected = dict(self.state_dict(prefix=prefix, keep_vars=True))
         for name, child in self.named_children():
             if isinstance(child, WholeState):
@@ -62,7 +62,7 @@ class WholeState(nn.Module):
         return expected
 
     def _make_room(self, state: Mapping[str, Any], prefix: str) -> None:
-        """Make the children that the module lacks, for a state that fits."""
+        """Create submodules that exist only in a state that fits."""
 
 
 def _check(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -73,10 +73,10 @@ def _check(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             continue
         value = state[name]
         if not torch.overrides.is_tensor_like(value):
-            wrong.append(f"{name} is no tensor but of type {type(value).__name__}")
+            wrong.append(f"{name} is not a tensor but a {type(value).__name__}")
         elif value.layout != present.layout or (value.is_meta and not present.is_meta):
             where = "on the meta device" if value.is_meta else f"of layout {value.layout}"
-            wrong.append(f"{name} must be a tensor with values like those of the layer, and is {where}")
+            wrong.append(f"{name} must be a strided tensor with values, and is {where}")
         elif value.shape != present.shape and (present.ndim or value.shape != (1,)):  # (as of old states)
             wrong.append(f"{name} has shape {tuple(value.shape)} and should have {tuple(present.shape)}")
         elif (value.is_complex() and not present.is_complex()) or (
@@ -84,4 +84,4 @@ def _check(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         ):
             wrong.append(f"{name} has dtype {value.dtype} and should have one like {present.dtype}")
     if wrong:
-        raise ValueError(f"a state must be that of a layer of the same config; {'; '.join(wrong)}.")
+        raise ValueError(f"a state must match the config of the layer; {'; '.join(wrong)}.")

@@ -1,4 +1,4 @@
-"""Replace linear layers and MLP blocks of a model by layers of experts."""
+"""Replacing linear layers and MLP blocks of a model by layers of experts."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from mumoe_tensor.nn.mlp import is_mlp, read_mlp
 from mumoe_tensor.nn.reading import call, copy_of
 from mumoe_tensor.nn.size import num_parameters
 
-#: Children whose weights torch's own modules read instead of calling them.
+#: Submodules of torch modules that read their weights instead of calling them.
 _READ_BY_PARENT = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
-#: What errors say of a module, after its name.
+#: The predicate in error messages about a module.
 REFUSAL = "cannot be replaced"
-#: Classes that take hold of all parameters when a model is wrapped in them.
+#: Wrappers that register all parameters of a model when it is wrapped.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
 class Replacement(NamedTuple):
-    """The replacement of one module, or in a dry run what it would be.
+    """The replacement of one module, actual or planned (in a dry run).
 
     Attributes
     ----------
     names : tuple of str
-        The module's names in the model: several if it is used in several places.
+        The module's names in the model; several if it is used in several places.
     before, after : int
-        Parameters of the old module and of the new.
+        Number of parameters of the old and of the new module.
     errors : tuple of float
-        Relative error of the experts in the Frobenius norm, one for each weight. Empty where
-        nothing is fitted: in a dry run, or on the meta device.
+        Relative error of the experts in the Frobenius norm, one for each weight. Empty if nothing is fitted:
+        in a dry run, or on the meta device.
     output_error : float or None
-        Relative error of the outputs on random inputs, in evaluation and in float32: the norm of the
-        difference over the norm of the outputs. None where nothing is fitted.
+        Relative error of the outputs on random inputs, in evaluation mode and in float32: the norm of the
+        difference divided by the norm of the outputs. None if nothing is fitted.
     weighted_errors : tuple of float
-        As `errors`, in the norm of the outputs for inputs that the fit is weighted by; empty without weights.
+        Like `errors`, for the outputs of the inputs by which the fit is weighted; empty without weights.
     """
 
     names: tuple[str, ...]
@@ -77,27 +77,27 @@ class Replacement(NamedTuple):
 def replace_linear(
     model: nn.Module, pattern: str, *, dry_run: bool = False, **options: Any
 ) -> list[Replacement]:
-    """Replace linear layers by `MuMoE` layers that start as they are, in place.
+    """Replace linear layers by `MuMoE` layers that start with the same outputs, in place.
 
-    All layers are checked and all new ones made before the first is replaced: an error leaves the model as
-    it is. A layer with several names in the model is replaced by one layer under all of them, if one of the
-    names fits. A frozen layer is replaced by a frozen one.
+    All layers are checked and all new layers are made before the first is replaced: an error leaves the model
+    unchanged. A layer with several names in the model is replaced under all of them if one of them matches. A
+    frozen layer is replaced by a frozen one.
 
     Parameters
     ----------
     pattern : str
         Shell pattern of the names to replace, e.g. ``"encoder.*.proj"``.
     dry_run : bool, default False
-        Change nothing, and only return what would be replaced.
+        Return the replacements without changing the model.
     **options
-        Of `MuMoE`: experts, format, rank or parameters, and so on.
+        Arguments of `MuMoE`: experts, format, rank or parameters, and so on.
 
     Raises
     ------
     ValueError
-        If the pattern names no linear layer, or one that cannot be replaced: it computes something else or
-        more, as with a hook, a parametrization or another forward method; it shares parameters with another
-        module; or its parent reads the weight instead of calling the layer.
+        If the pattern matches no linear layer, or one that cannot be replaced, because it computes anything
+        else (it has a hook, a parametrization or another forward method), shares parameters with another
+        module, or its parent reads the weight instead of calling the layer.
     """
     return _replace(model, pattern, is_linear, _linear_maker, "linear layer", dry_run, options)
 
@@ -105,21 +105,22 @@ def replace_linear(
 def replace_mlp(
     model: nn.Module, pattern: str, *, dry_run: bool = False, **options: Any
 ) -> list[Replacement]:
-    """Replace MLP blocks by `MuMoEMLP` blocks that start as they are, in place.
+    """Replace MLP blocks by `MuMoEMLP` blocks that start with the same outputs, in place.
 
-    A block is a module with two linear layers, called one after the other, and an activation between them;
-    a dropout may follow the activation and the second linear layer. A gated block has a third linear layer,
-    beside the first, and multiplies its outputs with the activation; both may be halves of one layer. Before
-    anything is replaced, a copy of each block is compared with its parts, in evaluation and in training.
+    A block is a module with two consecutive linear layers and an activation between them. A dropout may
+    follow the activation and the second linear layer. A gated block has another linear layer parallel to the
+    first, whose outputs multiply those of the activation; both may be halves of a single layer. Before
+    anything is replaced, the outputs of a copy of each block are compared with those of its parts, in
+    evaluation and in training mode.
 
-    For the pattern, a dry run, several names of a block, frozen blocks and errors see `replace_linear`. The
-    options are those of `MuMoEMLP`, and `activation` is needed if it is no module of the block.
+    Pattern, dry run, several names of a block, frozen blocks and errors are as in `replace_linear`. The
+    options are the arguments of `MuMoEMLP`; `activation` is required if it is not a module of the block.
 
     Raises
     ------
     ValueError
-        If the pattern names no such block, or one that cannot be replaced: it computes something else or
-        more, as with a norm, a residual connection, a second input or a hook; or it shares parameters with
+        If the pattern matches no such block, or one that cannot be replaced, because it computes anything
+        else (it has a norm, a residual connection, a second input or a hook), or shares parameters with
         another module.
     """
     return _replace(model, pattern, is_mlp, _mlp_maker, "block of linear layers", dry_run, options)
@@ -147,13 +148,13 @@ def _replace(
     check_flag(dry_run, "dry_run")
     if "experts" not in options or "bias" in options:
         raise TypeError(
-            f"the options must have experts, and not bias, which is that of the old layer; got {options}."
+            f"the options must have experts, and not bias, which follows from the old layer; got {options}."
         )
     planned = plan_replacements(model, pattern, fits, maker, what, options)
     return [each for _, each in planned.values()] if dry_run else put_replacements(model, planned)
 
 
-#: The modules to replace, each with the function that makes the new one, and the report so far.
+#: The modules to replace, each with a function that makes the new module, and the preliminary report.
 Planned = dict[nn.Module, tuple[Callable[..., Any], Replacement]]
 
 
@@ -166,14 +167,14 @@ def plan_replacements(
     options: dict[str, Any],
     refusal: str = REFUSAL,
 ) -> Planned:
-    """Check all modules that fit and have a name of the pattern; nothing is fitted or changed."""
+    """Check all modules that match the pattern, without fitting or changing anything."""
     chosen = choose(model, pattern, fits, what)
     planned: Planned = {}
     for old, names in chosen.items():
         with _named(names[0], refusal):
             _check_place(model, old, names, chosen)
             make = maker(old, **options)
-            # On the meta device a layer has sizes but no values: wrong options show there.
+            # A layer on the meta device has sizes but no values, and reveals invalid options.
             modules = old, make(device="meta")
             before, after = (num_parameters(module) for module in modules)
         planned[old] = make, Replacement(tuple(names), before, after)
@@ -186,9 +187,9 @@ def put_replacements(
     called: Callable[[nn.Module], nn.Module] = lambda module: module,
     refusal: str = REFUSAL,
 ) -> list[Replacement]:
-    """Make all new modules, compare each with the old one, and then replace all.
+    """Make all new modules, compare each with the old one, and then replace all of them.
 
-    `called` makes a module, old or new, one that takes one input.
+    `called` wraps an old or new module so that it takes a single input.
     """
     new, fitted = {}, []
     for old, (make, replacement) in planned.items():
@@ -199,7 +200,7 @@ def put_replacements(
                 difference = output_error(called(old), called(layer), layer.in_features)
             if difference is not None and not isfinite(difference):
                 raise ValueError(
-                    f"the outputs of the new module must be finite, their relative error is {difference}."
+                    f"the outputs of the new module must be finite, got a relative error of {difference}."
                 )
         fitted.append(
             replacement._replace(
@@ -214,7 +215,7 @@ def put_replacements(
 
 @contextmanager
 def _named(name: str, refusal: str) -> Iterator[None]:
-    """Say of which module an error is."""
+    """Add the name of a module to error messages."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -225,7 +226,7 @@ def _named(name: str, refusal: str) -> Iterator[None]:
 def choose(
     model: nn.Module, pattern: str, fits: Callable[[nn.Module], bool], what: str
 ) -> dict[nn.Module, list[str]]:
-    """The modules that fit and have a name of the pattern, each with all its names in the model."""
+    """The suitable modules that match the pattern, each with all its names in the model."""
     check_model(model)
     if not isinstance(pattern, str):
         raise TypeError(f"the pattern must be a string, got {pattern!r}.")
@@ -249,7 +250,7 @@ def choose(
 
 
 def put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.Module, nn.Module]) -> None:
-    """Replace all modules, or none if one cannot be replaced."""
+    """Replace all modules, or none of them if an error occurs."""
     places = [(name, old, module) for old, module in new.items() for name in names[old]]
     try:
         for name, _, module in places:
@@ -264,7 +265,7 @@ def put_all(model: nn.Module, names: dict[nn.Module, list[str]], new: dict[nn.Mo
 def _check_place(
     model: nn.Module, module: nn.Module, names: list[str], chosen: dict[nn.Module, list[str]]
 ) -> None:
-    """Refuse a module that the rest of the model uses in another way than by calling it."""
+    """Raise an error if the rest of the model uses a module in any way other than calling it."""
     for name in names:
         *above, child = name.split(".")
         ancestors = [model.get_submodule(".".join(above[:k])) for k in range(len(above) + 1)]
@@ -280,7 +281,7 @@ def _check_place(
         if layers := [type(ancestor).__name__ for ancestor in ancestors if is_layer(ancestor)]:
             raise ValueError(f"it is a part of a layer of class {layers[0]}, which must stay whole.")
         if around := [n for other in chosen.values() for n in other if name.startswith(f"{n}.")]:
-            raise ValueError(f"the pattern names {around[0]!r} too, which it is a part of.")
+            raise ValueError(f"the pattern also matches {around[0]!r}, of which it is a part.")
     parameters = {_memory(parameter) for parameter in module.parameters()}
     for other, holder in model.named_modules(remove_duplicate=False):
         if not any(other == name or other.startswith(f"{name}.") for name in names):
@@ -291,7 +292,7 @@ def _check_place(
 
 
 def _memory(parameter: nn.Parameter) -> int:
-    """A number that two parameters share if they are one, or views of the same values."""
+    """A number that is equal for two parameters if they are the same or share memory."""
     ordinary = type(parameter) is nn.Parameter
     return (ordinary and parameter.data_ptr()) or id(parameter)
 

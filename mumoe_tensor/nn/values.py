@@ -1,4 +1,4 @@
-"""Values of a weight, copied into the factors of a layer."""
+"""Copying the values of a weight to the factors of a layer."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 @torch.no_grad()
 def copy_weight(weight: FactorizedTensor, target: FactorizedTensor) -> None:
-    """Copy a weight of any backend into that of a layer, or raise a ValueError if it has other sizes."""
+    """Copy a weight of any backend to the weight of a layer; a ValueError is raised if it does not fit."""
     got, expected = _outline(weight), _outline(target)
     if got != expected:
         raise ValueError(
             "the weight of these experts must have (format, shape, rank) "
-            f"{', '.join(map(str, expected))}, bias rows counted; got {', '.join(map(str, got))}."
+            f"{', '.join(map(str, expected))}, including bias rows; got {', '.join(map(str, got))}."
         )
     factors = [factor for place in target.terms for factor in place.factors]
     values = [value for term in weight.terms for value in _values_of(term)]
-    # All values are ready before the first is copied: some may be views of the factors.
+    # All values are computed before the first is copied, since some may be views of the factors.
     copies = [(x, _like(x, value)) for x, value in zip(factors, values, strict=True) if x is not None]
     for factor, value in copies:
         factor.copy_(value)
 
 
 def _like(factor: Tensor, value: Tensor) -> Tensor:
-    """A copy of values with the shape, dtype and device of a factor, divided over processes as it is."""
+    """A copy of values with the shape, dtype, device and distribution of a factor."""
     value = value.to(factor.device, factor.dtype, copy=True).expand(factor.shape)
     if is_distributed(factor):
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -42,7 +42,7 @@ def _like(factor: Tensor, value: Tensor) -> Tensor:
 
 
 def _outline(weight: FactorizedTensor) -> list[tuple[Format, tuple[int, ...], Rank]]:
-    """Format, shape and rank of each term; the format with the sizes of its parts, default or not."""
+    """Format, shape and rank of each term; the format contains the sizes of its parts, even if default."""
     outline = []
     for term in weight.terms:
         sizes, parts = index_sizes(term), {x: term.format.parts(x) for x in mode_names(term.num_levels)}
@@ -52,14 +52,14 @@ def _outline(weight: FactorizedTensor) -> list[tuple[Format, tuple[int, ...], Ra
 
 
 def is_distributed(tensor: Any) -> bool:
-    """Whether a tensor is divided over processes, as FSDP2 does."""
+    """Whether a tensor is divided over processes, as by FSDP2."""
     return hasattr(tensor, "placements")
 
 
 def _values_of(term: FactorizedTensor) -> list[Tensor]:
-    """The factors of a term, with ones for those that are missing.
+    """The factors of a term, with ones for missing factors.
 
-    Optional factors, which layers do not have, are multiplied into the first one that has their axes.
+    Optional factors, which layers do not have, are multiplied into the first factor with the same axes.
     """
     values = [
         torch.ones(())

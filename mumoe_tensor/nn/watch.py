@@ -1,4 +1,4 @@
-"""A model in evaluation for a while; calls of its modules and coefficients of its gates, as they pass."""
+"""Context managers: evaluation mode, and access to the calls of modules and the coefficients of gates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ K = TypeVar("K")
 
 
 def gates_of(model: nn.Module) -> dict[str, ExpertGate]:
-    """The gates of a model, at least one, by the names of their modules."""
+    """The gates of a model by name, at least one."""
     gates = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGate)}
     if not gates:
         raise ValueError(
@@ -28,7 +28,7 @@ def gates_of(model: nn.Module) -> dict[str, ExpertGate]:
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
-    """A module in a model by its name, or an error that says which there are."""
+    """A module of a model by name, or an error that lists similar names."""
     check_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules or modules[name] is model:
@@ -40,7 +40,7 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While the context lasts, a model runs as in ``eval()``; then every module has the mode it had."""
+    """Put a model into evaluation mode within the context, and then restore the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -52,7 +52,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(gate: ExpertGate, hook: Callable[..., Any]) -> Iterator[None]:
-    """While the context lasts, a gate has a hook. Compiled models run eagerly, or would not see it."""
+    """Add a hook to a gate within the context. Compiled models run eagerly, since they would ignore it."""
     handle = gate.register_forward_hook(hook)
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -67,17 +67,17 @@ def watch_calls(
     before: Callable[[K, dict[str, Any]], object] | None = None,
     after: Callable[[K, Any], object] | None = None,
 ) -> Iterator[None]:
-    """While the context lasts, hand the arguments and results of the calls of modules to functions.
+    """Pass the arguments and results of calls of modules to functions within the context.
 
-    Leaving the context, also by an error, removes every hook. A compiled model runs eagerly in it.
+    All hooks are removed on exit, also after an error. Compiled models run eagerly within the context.
 
     Parameters
     ----------
     modules : mapping of Module
-        By keys of any kind, which the functions get.
+        The modules, with arbitrary keys, which are passed to the functions.
     before : callable, optional
-        Called as ``before(key, arguments)`` before each call, with all arguments by the names that they have
-        in the signature of ``forward``, and in its order.
+        Called as ``before(key, arguments)`` before each call, with all arguments by their names in the
+        signature of ``forward``, in this order.
     after : callable, optional
         Called as ``after(key, result)`` after each call.
     """
@@ -104,16 +104,16 @@ def _result(consumer: Any, key: Any, module: nn.Module, args: Any, result: Any) 
 def watch_coefficients(
     model: nn.Module, consumer: Callable[[str, tuple[Tensor, ...]], object]
 ) -> Iterator[None]:
-    """While the context lasts, hand the coefficients of every gate of a model to a function.
+    """Pass the coefficients of every gate of a model to a function within the context.
 
-    The coefficients carry no gradient, and nothing keeps them but the function. Leaving the context, also by
-    an error, removes every hook. A compiled model runs eagerly in it.
+    The coefficients are detached, and not stored. All hooks are removed on exit, also after an error.
+    Compiled models run eagerly within the context.
 
     Parameters
     ----------
     consumer : callable
-        Called as ``consumer(name, coefficients)`` with the name of the gate's module and one tensor a level,
-        of shape (rows, experts).
+        Called as ``consumer(name, coefficients)`` with the name of the gate and one tensor per level, of
+        shape (rows, experts).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, with a description of what they are and checksums of everything."""
+"""Safetensors files with metadata and checksums."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mumoe_tensor.files import whole_file
 from mumoe_tensor.readers import parse_json, reading
 
 M = TypeVar("M", bound=nn.Module)
-#: Entries of the metadata: the checksum of every tensor, and that of all other entries.
+#: Entries of the metadata: the checksums of the tensors, and the checksum of all other entries.
 TENSORS, WHOLE = "checksums", "checksum"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write tensors as one file of safetensors, whole or not at all.
+    """Write tensors to a safetensors file, atomically.
 
     Parameters
     ----------
     path : str or Path
     tensors : mapping of str to Tensor
     about : mapping of str to str
-        What they are.
+        Metadata.
 
     Raises
     ------
@@ -49,30 +49,31 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
 
 def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `write_tensors` wrote, on the CPU; nothing is unpickled.
+    """Read tensors written by `write_tensors` to the CPU; nothing is unpickled.
 
     Parameters
     ----------
     path : str or Path
     check : bool, default True
-        Compare the tensors with their checksums. If not, they stay on the disk until they are read.
+        Compare the tensors with their checksums. Otherwise they are read from the disk when they are used.
 
     Returns
     -------
     dict of str to Tensor
+        The tensors.
     dict of str to str
-        What they are. A file without checksums is taken as it is: version 0.1 wrote none.
+        The metadata. Files without checksums are accepted.
 
     Raises
     ------
     ValueError
-        If the file is not of safetensors, or not what was written; says which tensor.
+        If the file is not a safetensors file, or a checksum differs; the message names the tensor.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    with open(path, "rb"):  # whose complaint about a path is one of the operating system
+    with open(path, "rb"):  # raises errors of the operating system
         pass
     with reading(path):
         try:
@@ -80,11 +81,11 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
                 about = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         except SafetensorError as error:
-            raise ValueError(f"it must be a whole file of safetensors: {error}.") from None
+            raise ValueError(f"it must be a complete safetensors file: {error}.") from None
         if TENSORS in about or WHOLE in about:
             whole = about.pop(WHOLE, None)
             if whole != _checksum_of(about):
-                raise ValueError("the description of the tensors is not what was written.")
+                raise ValueError("the metadata must have the checksum with which it was written.")
             sums = parse_json(about.pop(TENSORS))
             if check:
                 check_tensors(tensors, sums, signature)
@@ -92,7 +93,7 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a ``state_dict``, from a file of safetensors or from one of `torch.save`; no code in it is run.
+    """Read a ``state_dict`` from a safetensors file or a file of `torch.save`, without running code in it.
 
     Parameters
     ----------
@@ -101,9 +102,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        If the file is damaged, or has anything but tensors in it.
+        If the file is damaged, or contains anything but tensors.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     if Path(path).suffix == ".safetensors":
         return read_tensors(path)[0]
@@ -115,46 +116,46 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         except Exception:  # a damaged pickle may raise anything
             content = None
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError("weights are a whole file with a dict of tensors and nothing else.")
+            raise ValueError("it must be a complete file that contains only a dict of tensors.")
         return content
 
 
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Any], checksum: Callable[[Tensor], Any]
 ) -> None:
-    """Compare tensors with a list of their checksums.
+    """Compare tensors with their expected checksums.
 
     Parameters
     ----------
     tensors : mapping of str to Tensor
     expected : mapping of str to str or int
     checksum : callable
-        Of a tensor.
+        Computes the checksum of a tensor.
 
     Raises
     ------
     ValueError
-        If a tensor is missing, not in the list, or not what was written.
+        If a tensor is missing, not expected, or has another checksum.
     """
     odd = sorted(set(tensors) ^ set(expected))
     if odd:
-        raise ValueError(f"the file must have the tensors of its list; {odd[0]} is in one of them alone.")
+        raise ValueError(f"every tensor must have a checksum, and vice versa; {odd[0]} is only in one list.")
     for name, value in tensors.items():
         if checksum(value) != expected[name]:
-            raise ValueError(f"{name} is not what was written.")
+            raise ValueError(f"{name} must have the checksum with which it was written.")
 
 
 def checksum_of_bytes(value: Tensor) -> int:
     """The CRC-32 of the bytes of a tensor."""
-    # bfloat16 is unknown to NumPy, so the bytes are seen as such.
+    # NumPy does not support bfloat16, so the tensor is viewed as bytes.
     content: Any = value.contiguous().reshape(-1).view(torch.uint8).numpy()
     return zlib.crc32(content)
 
 
 def load_tensors(model: M, tensors: Mapping[str, Tensor]) -> M:
-    """Give a model on ``meta`` these tensors, and put it into evaluation mode.
+    """Assign tensors to a model on the meta device, and put it into evaluation mode.
 
-    So a config takes no memory before its shapes are seen to be those of the tensors.
+    So no memory is allocated before the shapes are checked.
 
     Parameters
     ----------
@@ -164,18 +165,18 @@ def load_tensors(model: M, tensors: Mapping[str, Tensor]) -> M:
     Raises
     ------
     ValueError
-        If names or shapes are not those of the model.
+        If names or shapes differ from those of the model.
     """
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         # Torch lists every tensor.
-        raise ValueError(f"the tensors must be those of the config: {shorten(str(error), 300)}") from None
+        raise ValueError(f"the tensors must match the config: {shorten(str(error), 300)}") from None
     return model.eval()
 
 
 def signature(value: Tensor) -> str:
-    """The type, the shape and a checksum of the bytes of a tensor on the CPU."""
+    """The dtype, the shape and a checksum of the bytes of a tensor on the CPU."""
     return f"{value.dtype} {tuple(value.shape)} {checksum_of_bytes(value)}"
 
 

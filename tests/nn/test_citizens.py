@@ -112,7 +112,9 @@ def test_experts_are_taken_only_of_weights_that_are_parameters() -> None:
     layer = made("layer")
     for part, name in ((layer.experts, "factor_0"), (layer.gate, "weight")):
         prune.l1_unstructured(part, name, amount=0.5)
-        with pytest.raises(ValueError, match=r"computes them: make it permanent first \(prune\.remove"):
+        with pytest.raises(
+            ValueError, match=r"or a parametrization: make it permanent first \(prune\.remove"
+        ):
             layer.keep_experts(0, [1, 2])
         prune.remove(part, name)
         assert layer.keep_experts(0, [1, 2]).experts.num_experts == (2,)

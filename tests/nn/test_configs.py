@@ -200,7 +200,7 @@ def test_configs_of_models_are_plain(kind: Any) -> None:
 def test_the_gate_of_a_model_is_a_registered_name(kind: Any) -> None:
     register_gate("tempered")(Tempered)
     assert kind(gate="tempered").gate == "tempered"
-    with pytest.raises(ValueError, match=r"gate must be one of.*register it first"):
+    with pytest.raises(ValueError, match=r"gate must be one of.*a name registered with"):
         kind(gate="no_such")
     with pytest.raises(TypeError, match="gate must be a name"):
         kind(gate=entmax15)

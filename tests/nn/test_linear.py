@@ -216,14 +216,16 @@ def test_experts_start_as_a_linear_layer_where_one_factor_has_input_and_output(e
 
 
 def test_other_modules_and_pairs_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"a linear layer is torch\.nn\.Linear or a Conv1D, got LayerNorm"):
+    with pytest.raises(
+        TypeError, match=r"a linear layer must be a torch\.nn\.Linear or a Conv1D, got LayerNorm"
+    ):
         MuMoE.from_linear(nn.LayerNorm(3), 2)
     with pytest.raises(TypeError, match="multiple values for keyword argument 'bias'"):
         MuMoE.from_linear(nn.Linear(3, 3), 2, bias=False)
     three = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 5)
     with pytest.raises(ValueError, match=r"as many inputs .*\(4, 5\), \(4, 4\), \(5, 3\)"):
         MuMoEMLP.from_linears(*three[:2], 2, gate_proj=three[2], rank=2)
-    with pytest.raises(ValueError, match="all linear layers of a block must have a bias or none"):
+    with pytest.raises(ValueError, match="either all or no linear layers of a block must have a bias"):
         MuMoEMLP.from_linears(nn.Linear(3, 4), nn.Linear(4, 3, bias=False), 2, rank=2)
-    with pytest.raises(ValueError, match=r"one dtype, got \['torch.float32', 'torch.float64'\]"):
+    with pytest.raises(ValueError, match=r"the same dtype, got \['torch.float32', 'torch.float64'\]"):
         MuMoEMLP.from_linears(nn.Linear(3, 4), nn.Linear(4, 3, dtype=torch.float64), 2, rank=2)

@@ -229,7 +229,7 @@ SAYS = {
     "small bond": ("as large as the group", "size 1", "2 processes"),
     "no experts": ("must have experts", "Linear"),
     "divided already": ("not divided yet", "ShardedExperts"),
-    "whole state": ("same config", "experts.factor_0"),
+    "whole state": ("match the config", "experts.factor_0"),
     **dict.fromkeys(("expert", "weight", "keep_experts"), ("must be whole", "'r'", "of 3", "gather")),
     **dict.fromkeys(
         ("weights", "to_published", "reset_parameters"), ("must be whole", "'b3'", "of 3", "gather")

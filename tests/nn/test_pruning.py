@@ -124,7 +124,9 @@ def test_a_gate_with_parameters_of_any_shape_keeps_them_for_fewer_experts() -> N
 )
 def test_levels_that_a_term_slices_or_splits_are_refused(format: Any) -> None:
     layer = MuMoE(6, 9, (4, 3), format, (2,) * len(mt.get_format(format).bonds(2)))
-    with pytest.raises(ValueError, match=r"only if no term slices or splits it; term .* level 0"):
+    with pytest.raises(
+        ValueError, match=r"no term may slice or split a level whose experts are removed; term .* level 0"
+    ):
         layer.keep_experts(0, [1, 2])
     assert layer.keep_experts(1, [1, 2]).config["experts"] == (4, 2)
 

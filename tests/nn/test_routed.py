@@ -101,11 +101,11 @@ def test_large_parts_of_factors_are_not_gathered(format: str, is_gathered: bool)
 @pytest.mark.parametrize(
     "shape, index, error, message",
     [
-        ((2, 6), torch.tensor([0, 4]), ValueError, "from 0 to 3, got one from 0 to 4"),
-        ((2, 6), torch.tensor([-1, 0]), ValueError, "from 0 to 3, got one from -1 to 0"),
+        ((2, 6), torch.tensor([0, 4]), ValueError, "from 0 to 3, got entries from 0 to 4"),
+        ((2, 6), torch.tensor([-1, 0]), ValueError, "from 0 to 3, got entries from -1 to 0"),
         ((2, 6), torch.tensor([0.0, 1.0]), TypeError, "integer dtype"),
         ((2, 6), torch.tensor([True, False]), TypeError, "integer dtype"),
-        ((2, 6), torch.tensor([0]), ValueError, "one number for each input"),
+        ((2, 6), torch.tensor([0]), ValueError, "one entry per input"),
         ((2, 5), torch.tensor([0, 1]), ValueError, "6 features"),
     ],
 )
@@ -160,10 +160,10 @@ def test_a_config_makes_the_same_module_again() -> None:
 @pytest.mark.parametrize(
     "format, options, message",
     [
-        ("cp", {}, "give gate_up_rank or parameters for format 'cp', got neither"),
-        ("cp", {"gate_up_rank": 3}, "give down_rank or parameters"),
-        ("cp", {"gate_up_rank": 3, "parameters": 0.5}, "give gate_up_rank or parameters, got"),
-        ("dense", {"parameters": 0.5}, "'dense' has no rank, .* budget of 480 parameters .* it has 960"),
+        ("cp", {}, "gate_up_rank or parameters must be given for 'cp', got neither"),
+        ("cp", {"gate_up_rank": 3}, "down_rank or parameters must be given"),
+        ("cp", {"gate_up_rank": 3, "parameters": 0.5}, "only one of gate_up_rank and parameters"),
+        ("dense", {"parameters": 0.5}, "budget of 480 parameters; format 'dense' has 960"),
         ("cp", {"parameters": 0.0}, r"a positive fraction of those of dense experts, got 0\.0"),
         ("cp", {"parameters": 1e-4}, "the smallest rank must fit the budget of 1 param"),
     ],
@@ -183,12 +183,12 @@ def test_one_entry_of_a_rank_may_be_solved_for() -> None:
 
 def test_weights_and_indices_of_different_shapes() -> None:
     experts = RoutedExperts(12, 8, 5, "cp", 3, 3)
-    with pytest.raises(ValueError, match="a weight for each index"):
+    with pytest.raises(ValueError, match="must have one shape, with a row per input"):
         experts(torch.zeros(4, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 1))
     inputs = torch.zeros(4, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2)
     for place in range(3):
         wrong = [x.numpy() if n == place else x for n, x in enumerate(inputs)]
         with pytest.raises(TypeError, match=r"an input must be a torch\.Tensor, got ndarray"):
             experts(*wrong)
-    with pytest.raises(ValueError, match="as many for each input"):
+    with pytest.raises(ValueError, match="must have one shape, with a row per input"):
         experts(torch.zeros(1, 12), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2))

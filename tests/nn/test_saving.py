@@ -104,7 +104,7 @@ def test_a_model_on_meta_gets_memory(network: Network, tmp_path: Path) -> None:
         untied.head.weight.zero_()
     assert torch.equal(untied.embedding.weight, network.embedding.weight)
     empty.register_buffer("positions", torch.empty(2, device="meta"), persistent=False)
-    with pytest.raises(ValueError, match=r"buffers .* must have values; \['positions'\] are on meta"):
+    with pytest.raises(ValueError, match=r"buffers must have values; \['positions'\] are on the meta"):
         load(tmp_path, empty)
 
 
@@ -126,7 +126,9 @@ def test_a_layer_needs_no_model(tmp_path: Path) -> None:
     assert torch.equal(again.weight.factors[-1], layer.weight.factors[-1])
     assert load(tmp_path, model=again) is again
     save(nn.Sequential(layer), tmp_path)
-    with pytest.raises(ValueError, match=r"the layers \['0'\] must be loaded into a model"):
+    with pytest.raises(
+        ValueError, match=r"model must be given to load layers of a model, got layers \['0'\]"
+    ):
         load(tmp_path)
 
 
@@ -170,16 +172,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "head.weight differs from embedding.weight, to which the model ties it",
     ),
-    "later": (described(lambda d: d.update(version=2)), "up to version 1, got 2: upgrade"),
+    "later": (described(lambda d: d.update(version=2)), "must be at most 1 .* got 2: upgrade"),
     "no version": (described(lambda d: d.pop("version")), "must have a version, .* got None and"),
     "version": (described(lambda d: d.update(version=0)), "a positive integer, .* got 0 and"),
-    "tied": (described(lambda d: d.update(tied=[])), "tied must be an object of names"),
+    "tied": (described(lambda d: d.update(tied=[])), "tied must be an object that maps names"),
     "tied to nothing": (
         described(lambda d: d["tied"].update({"head.weight": "x"})),
         "head.weight is missing",
     ),
     "tied to a list": (described(lambda d: d["tied"].update({"head.weight": []})), "tied must be an object"),
-    "class": (described(lambda d: d["layers"]["blocks.0"].update({"class": "X"})), "got 'X': import"),
+    "class": (described(lambda d: d["layers"]["blocks.0"].update({"class": "X"})), "got 'X': first import"),
     "list for a class": (
         described(lambda d: d["layers"]["blocks.0"].update({"class": []})),
         r"class of a layer must be registered .* got \[\]",
@@ -204,7 +206,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "weights.safetensors").write_bytes(
             (folder / "weights.safetensors").read_bytes()[:-1]
         ),
-        "whole file of safetensors",
+        "complete safetensors file",
     ),
 }  # fmt: skip
 

@@ -244,12 +244,12 @@ REFUSED_LINEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(6, 6)), "parametrization"),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), "pre-hook.*SpectralNorm"),
     "pruned": (lambda: prune.random_unstructured(nn.Linear(6, 6), "weight", 0.5), "pre-hook.*RandomUnstr"),
-    "offloaded": (lambda: with_forward(nn.Linear(6, 6)), "forward method of the instance"),
+    "offloaded": (lambda: with_forward(nn.Linear(6, 6)), "own forward method"),
     "lazy": (lambda: nn.LazyLinear(6), "lazy"),
     "a tensor of another class": (lambda: tagged(nn.Linear(6, 6)), "ordinary tensor, got Tagged"),
     "float8": (lambda: nn.Linear(6, 6).to(torch.float8_e4m3fn), "float8_e4m3fn"),
     "NaN": (lambda: of_nan(nn.Linear(6, 6)), "'weight' must be finite"),
-    "half frozen": (lambda: frozen_weight(nn.Linear(6, 6)), "all frozen or none"),
+    "half frozen": (lambda: frozen_weight(nn.Linear(6, 6)), "either all or none"),
     **{
         kind: ((lambda kind=kind: hooked(kind, nn.Linear(6, 6))), "hook")
         for kind in HOOKS
@@ -268,7 +268,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a norm": (lambda: plain(nn.LayerNorm(10), nn.GELU()), "Linear, LayerNorm, GELU, Linear"),
     "batch norm": (lambda: plain(nn.BatchNorm1d(7), nn.GELU()), "BatchNorm1d, GELU"),
     "two activations": (lambda: plain(nn.ReLU(), nn.Tanh()), "Linear, ReLU, Tanh, Linear"),
-    "no activation": (plain, "must be given as `activation`"),
+    "no activation": (plain, "must be passed as `activation`"),
     "an activation at the end": (lambda: plain(nn.ReLU(), after=(nn.Tanh(),)), "Linear, ReLU, Linear, Tanh"),
     "an activation before": (
         lambda: Block(in_order("first", "up", "act", "down"), first=nn.Tanh()), "Tanh, Linear, ReLU"
@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "dropout of no module": (
         lambda: Block(lambda self, x: nn.functional.dropout(usual(self, x), 0.5, self.training)),
-        "while training",
+        "in training mode",
     ),
     "a residual": (lambda: Block(lambda self, x: x + usual(self, x)), "adds its input"),
     "a scale": (lambda: scaled(2.0), "multiplies by 2"),
@@ -316,7 +316,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a gate without a bias": (
         lambda: gated(lambda self, x: self.act(self.gate(x)) * self.up(x), gate=nn.Linear(6, 10, False)),
-        "a bias or none",
+        "must have a bias",
     ),
     "a gate in thirds": (
         lambda: gated(
@@ -331,9 +331,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "called once",
     ),
     "an adapter": (lambda: Block(usual, up=Adapted(6, 10)), "Adapted overrides the forward"),
-    "one bias": (lambda: Block(usual, up=nn.Linear(6, 10, bias=False)), "a bias or none"),
-    "half frozen": (lambda: Block(usual, up=nn.Linear(6, 10).requires_grad_(False)), "all frozen or none"),
-    "offloaded": (lambda: with_forward(plain(nn.ReLU())), "forward method of the instance"),
+    "one bias": (lambda: Block(usual, up=nn.Linear(6, 10, bias=False)), "must have a bias"),
+    "half frozen": (lambda: Block(usual, up=nn.Linear(6, 10).requires_grad_(False)), "either all or none"),
+    "offloaded": (lambda: with_forward(plain(nn.ReLU())), "own forward method"),
     **{
         f"{kind} on {part}": (
             lambda kind=kind, part=part: hooked(kind, block := Block(usual), block.get_submodule(part)),
@@ -510,7 +510,7 @@ def test_modules_on_the_meta_device_are_read_and_not_fitted() -> None:
     assert all(p.is_meta for p in network.parameters()) and done.output_error is None
     with pytest.raises(ValueError, match="adds its input"):
         replace_mlp(network, "layers.1.mlp", **OPTIONS)
-    with pytest.raises(ValueError, match="no values to start as"):
+    with pytest.raises(ValueError, match="must have values"):
         MuMoE.from_linear(network["head"], 4, rank=7, device="cpu")
 
 
@@ -568,7 +568,7 @@ class OwnParallel(nn.parallel.DistributedDataParallel):
         (nn.parallel.DistributedDataParallel, "wrapped in DistributedDataParallel"),
         (OwnParallel, "wrapped in DistributedDataParallel"),
         (sharded, "ordinary tensor, got DTensor"),
-        (offloaded, "forward method of the instance"),
+        (offloaded, "own forward method"),
     ],
 )
 def test_a_model_that_is_wrapped_already_is_refused(group: None, wrap: Any, cause: str) -> None:
@@ -582,7 +582,7 @@ def test_a_model_that_is_wrapped_already_is_refused(group: None, wrap: Any, caus
 
 def test_a_block_within_a_block_is_refused() -> None:
     network = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6), plain(nn.ReLU()), nn.Linear(6, 6))})
-    with unchanged(network), pytest.raises(ValueError, match=r"'a\.1' cannot be replaced.* names 'a' too"):
+    with unchanged(network), pytest.raises(ValueError, match=r"'a\.1' cannot be replaced.* also matches 'a'"):
         replace_mlp(network, "a*", **OPTIONS)
     assert len(replace_mlp(network, "a.1", **OPTIONS)) == 1
 
@@ -667,6 +667,6 @@ def test_options_and_layers_that_do_not_go_together() -> None:
     ):
         replace_linear(network, "a", **OPTIONS, gate=lambda logits: logits * torch.nan)
     network["block"][2].to(torch.float64)
-    with pytest.raises(ValueError, match=r"one dtype, got \['torch.float32', 'torch.float64'\]"):
+    with pytest.raises(ValueError, match=r"the same dtype, got \['torch.float32', 'torch.float64'\]"):
         replace_mlp(network, "block", **OPTIONS)
     assert {name: id(module) for name, module in network.named_modules()} == before

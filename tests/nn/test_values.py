@@ -86,7 +86,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
 
     def refused(weight: Any, got: str) -> None:
         with pytest.raises(
-            ValueError, match=rf"must have .* \(3, 6, 4\), \(2, 2, 3\)\), bias rows .* got {got}"
+            ValueError, match=rf"must have .* \(3, 6, 4\), \(2, 2, 3\)\), including bias rows; got {got}"
         ):
             layer.weight = weight
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())

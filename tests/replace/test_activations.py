@@ -279,7 +279,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     _, second, third = sorted(tmp_path.glob("*.safetensors"))
     content = third.read_bytes()
     third.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match=r"00000002-00000003.*whole file of safetensors"):
+    with pytest.raises(ValueError, match=r"00000002-00000003.*complete safetensors file"):
         Activations(tmp_path)
     third.unlink()
     with pytest.raises(ValueError, match=r"those of 2 of 3 texts. Collecting them again resumes"):

@@ -1,7 +1,7 @@
-"""Kernels in Triton for GPUs: which tensors they take, and the operations that call them.
+"""Triton kernels for GPUs, and the operators that call them.
 
-Everywhere else, and for float64, the same is computed from operations of torch. Triton is imported by the
-first call of a kernel, never with this package.
+On other devices, and for float64, torch operations compute the same. Triton is imported by the first call of
+a kernel, not with this package.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mumoe_tensor.calls import is_exported
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.nn.values import is_distributed
 
-#: Kinds of devices, which callers ask for first.
+#: Device types with kernels. (Callers check this first.)
 DEVICES = frozenset({"cuda"})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serve(x: Tensor) -> bool:
-    """Whether there are kernels for a tensor: by its device and dtype, and where Triton is installed."""
+    """Whether kernels can be used for a tensor: by its device and dtype, and if Triton is installed."""
     if x.device.type not in DEVICES or x.dtype not in DTYPES:
         return False
     return has_triton() and not is_exported() and not is_distributed(x)
@@ -29,7 +29,7 @@ def serve(x: Tensor) -> bool:
 
 @constant_under_compile
 def has_triton() -> bool:
-    """Whether Triton is there and compiles for the GPU, looked up once."""
+    """Whether Triton is installed and supports the GPU; the result is cached."""
     if not _HAS_TRITON:
         is_supported = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 0)
         _HAS_TRITON.append(is_supported and find_spec("triton") is not None)

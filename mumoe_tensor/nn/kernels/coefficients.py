@@ -1,4 +1,4 @@
-"""Coefficients of logits, and their gradients, by one kernel each: the norm, then entmax15 or sparsemax."""
+"""Coefficients of logits, and their gradients, each by one kernel: the norm, then entmax15 or sparsemax."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from mumoe_tensor.calls import is_batched
 
 Norm = Literal["none", "layer", "batch"]
-#: What is added to variances, as torch does.
+#: Added to variances, as in torch.
 EPS = 1e-5
 
 
@@ -22,7 +22,7 @@ def coefficients(
     variance: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Coefficients of logits along the last axis, for tensors that the kernels serve.
+    """Coefficients of logits along the last axis, for tensors that the kernels support.
 
     Parameters
     ----------
@@ -30,11 +30,11 @@ def coefficients(
     power : int
         2 for entmax15, 1 for sparsemax.
     norm : {"none", "layer", "batch"}
-        Of the logits, without affine parameters. ``"batch"`` is that of evaluation.
+        Norm of the logits, without affine parameters. ``"batch"`` is batch norm in evaluation mode.
     mean, variance : Tensor of shape (N,), optional
-        The statistics of batch norm. They have no gradient.
+        The running statistics of batch norm. They get no gradient.
     dtype : torch.dtype, optional
-        Of the coefficients; that of the logits by default. Inside all is float32.
+        Dtype of the coefficients, by default that of the logits. The computation is in float32.
     """
     result: Tensor = _Coefficients.apply(logits, mean, variance, norm, power, dtype or logits.dtype)
     return result
@@ -57,13 +57,13 @@ class _Coefficients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         logits, mean, variance, ctx.norm, ctx.power, _ = inputs
         ctx.dtype = logits.dtype
-        # (Without layer norm the logits need not be kept.)
+        # (Only layer norm requires the logits.)
         ctx.save_for_backward(output, logits if ctx.norm == "layer" else None, mean, variance)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         p, logits, mean, variance = ctx.saved_tensors
-        # (A compiler cannot ask, and has no batches of gradients.)
+        # (A compiler cannot trace `is_batched`, and has no batches of gradients.)
         is_batch = not torch.compiler.is_compiling() and is_batched(gradient)
         is_plain = not (torch.is_grad_enabled() or is_batch)
         function = simplex_backward if is_plain else _differentiable
@@ -74,7 +74,7 @@ class _Coefficients(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], logits: Tensor, *others: Any) -> tuple[Tensor, int]:
         axis, *statistics = in_dims[:3]
         if axis is None or any(place is not None for place in statistics):
-            raise ValueError("only logits are mapped over; batch norm with other statistics comes before.")
+            raise ValueError("vmap must map over the logits only, got mapped statistics of batch norm.")
         return _Coefficients.apply(logits.movedim(axis, 0), *others), 0
 
 
@@ -88,9 +88,9 @@ def _differentiable(
     power: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What `simplex_backward` computes, from operations with derivatives."""
+    """The same as `simplex_backward`, by differentiable operations."""
     p, gradient = p.float(), gradient.float()
-    # The root of zero has no derivative: it is kept out of the graph.
+    # The root of zero has no derivative and is kept out of the graph.
     s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt() if power == 2 else 1.0, p)
     result = s * gradient
     result = result - s * (result.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
@@ -158,6 +158,6 @@ def _(info: Any, in_dims: Any, gradient: Tensor, p: Tensor, logits: Any, *others
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A tensor as rows, each of them contiguous: a level of the logits needs no copy."""
+    """Reshape a tensor to contiguous rows; a level of the logits is not copied."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()

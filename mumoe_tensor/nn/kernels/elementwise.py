@@ -1,6 +1,7 @@
-"""Both products of one array with two others, as a Triton kernel that reads the first once.
+"""A Triton kernel for the products of one array with two others, which reads the first only once.
 
-(Import it late: it imports Triton. Annotations are no strings, which Triton's interpreter would not read.)
+(Import it only inside functions, since it imports Triton. Triton's interpreter does not support annotations
+as strings.)
 """
 
 import torch
@@ -8,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Entries that a program multiplies.
+#: Number of entries per program.
 BLOCK = 1024
 
 
 def multiply_both(x: Tensor, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor) -> None:
-    """Write ``x * right`` to `of_left` and ``x * left`` to `of_right`; all are contiguous, of one shape."""
+    """Write ``x * right`` to `of_left` and ``x * left`` to `of_right`, all contiguous and of one shape."""
     size = x.numel()
     if size:
         with torch.cuda.device_of(x):

@@ -1,11 +1,12 @@
-"""The product of a factor and coefficients by their experts, k of N for each input, as Triton kernels.
+"""Triton kernels for the product of a factor and coefficients in indexed form, k of N for each input.
 
-A program reads the rows of the factor that one input names, and nothing else of it. Backward, a program has
-one of these rows. It adds its part of the factor's gradient to that of others by atomic additions in float32:
-a sort by expert would take several launches, and leave all inputs of a popular expert to one program. (So
-the last bits of that gradient depend on the order of the programs, as those of torch's `index_add` do.)
+In the forward pass, a program reads only the rows of the factor that one input selects. In the backward pass,
+a program processes one of these rows, and adds its part of the factor's gradient by atomic additions in
+float32. (Sorting by expert would take several launches, and assign all inputs of a popular expert to one
+program.) So the last bits of the gradient depend on the order of the programs, as with torch's `index_add`.
 
-(Import it late: it imports Triton. Annotations are no strings, which Triton's interpreter would not read.)
+(Import it only inside functions, since it imports Triton. Triton's interpreter does not support annotations
+as strings.)
 """
 
 from typing import Any
@@ -15,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Columns of the factor that a program reads at once, at most.
+#: Maximum number of columns of the factor that a program reads at once.
 MOST_COLUMNS = 1024
 
 
 def forward(values: Tensor, indices: Tensor, factor: Tensor, result: Tensor) -> None:
-    """Write the product to contiguous rows; values and indices are contiguous too."""
+    """Write the product to contiguous rows. Values and indices must also be contiguous."""
     (rows, k), rank = values.shape, factor.shape[1]
     block = _block(rank)
     if result.numel():
@@ -33,9 +34,9 @@ def forward(values: Tensor, indices: Tensor, factor: Tensor, result: Tensor) -> 
 def backward(
     values: Tensor, indices: Tensor, factor: Tensor, gradient: Tensor, of_values: Tensor, of_factor: Tensor
 ) -> None:
-    """Write the gradient of the values, and add that of the factor to zeros of float32.
+    """Write the gradient of the values, and add the gradient of the factor to float32 zeros.
 
-    All but the factor are contiguous.
+    All arrays except the factor must be contiguous.
     """
     (rows, k), rank = values.shape, factor.shape[1]
     if values.numel():

@@ -1,4 +1,4 @@
-"""Both gradients of an elementwise product of two arrays of one shape."""
+"""Both gradients of an elementwise product of two arrays of the same shape."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-# (It has no derivative; the function that calls it has one.)
+# (It has no derivative; the autograd function that calls it does.)
 @torch.library.custom_op("mumoe_tensor::product_backward", mutates_args=())
 def product_backward(gradient: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """``(gradient * right, gradient * left)``, for contiguous arrays of one shape and dtype."""
+    """``(gradient * right, gradient * left)``, for contiguous arrays of the same shape and dtype."""
     from mumoe_tensor.nn.kernels.elementwise import multiply_both
 
     of_left, of_right = torch.empty_like(gradient), torch.empty_like(gradient)

@@ -1,4 +1,4 @@
-"""Sums of the rows of a factor that indices name, weighted by values, and the gradients of these."""
+"""Weighted sums of indexed rows of a factor, and their gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# They have no derivative; the function that calls them has one.
+# They have no derivative; the autograd function that calls them does.
 
 
 @torch.library.custom_op("mumoe_tensor::sum_of_indexed_rows", mutates_args=())

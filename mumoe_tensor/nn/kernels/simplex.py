@@ -1,14 +1,15 @@
-"""entmax15 and sparsemax of rows of logits, with the norm of the logits, as Triton kernels.
+"""Triton kernels for entmax15 and sparsemax of rows of logits, including the norm of the logits.
 
 Both are p = u**POWER for u = (z / POWER − τ)₊ with τ such that p sums to one: POWER is 2 for entmax15, and 1
-for sparsemax. As on other devices, Newton steps start left of the root of a convex function of τ, and end
-with one whose sum is exact to its last bit.
+for sparsemax. As on other devices, Newton steps start left of the root of a convex function of τ, and the
+last step uses a sum that is exact to its last bit.
 
-A row that fits into one block is read once, and stays in registers. A longer row is read once a step, so the
-steps start close to the root: at that of some thousand maxima, each of as many logits. Fewer logits have
-their root further left.
+A row that fits into one block is read once, and stays in registers. A longer row is read once per step, so
+the steps start close to the root: at the root for several thousand maxima of equally many groups of logits.
+(The root for fewer logits is further left.)
 
-(Import it late: it imports Triton. Annotations are no strings, which Triton's interpreter would not read.)
+(Import it only inside functions, since it imports Triton. Triton's interpreter does not support annotations
+as strings.)
 """
 
 from typing import Any
@@ -20,21 +21,22 @@ from torch import Tensor
 
 from mumoe_tensor.gates import ENTMAX15_STEPS
 
-#: What the sum of the coefficients may exceed one by when the steps end.
+#: The steps end when the sum of the coefficients exceeds one by at most this.
 TOLERANCE = tl.constexpr(2.0**-22)
-#: Logits of the longest row that stays in registers, and those that are read at once of a longer row.
+#: Length of the longest row that stays in registers, and number of logits that are read at once in longer
+#: rows.
 LONGEST_WHOLE = 2**14
 CHUNK = 2**12
-#: Logits that a warp has at once.
+#: Number of logits per warp.
 PER_WARP = 2**10
-#: Every product is rounded, as by the interpreter. (Time goes into memory, not into arithmetic.)
+#: Every product is rounded, as in the interpreter. (The kernels are limited by memory, not by arithmetic.)
 OPTIONS = {"enable_fp_fusion": False}
 
 
 def forward(
     logits: Tensor, mean: Tensor | None, variance: Tensor | None, p: Tensor, norm: str, eps: float, power: int
 ) -> None:
-    """Write the coefficients of rows of logits; of the logits each row is contiguous, of `p` all are."""
+    """Write the coefficients of rows of logits. Each row of the logits, and `p`, must be contiguous."""
     bits = (logits.shape[1] - 1).bit_length()
     steps = ENTMAX15_STEPS[bits] if power == 2 else bits + 4  # as in `mumoe_tensor.gates`
     sizes = (*logits.shape, logits.stride(0), eps, steps, norm, power)
@@ -51,7 +53,7 @@ def backward(
     eps: float,
     power: int,
 ) -> None:
-    """Write the gradients of rows of logits, which are None but for layer norm. The others are contiguous."""
+    """Write the gradients of rows of logits. Layer norm needs the logits. All others must be contiguous."""
     sizes = (*p.shape, 0 if logits is None else logits.stride(0), eps, norm, power)
     _launch(_backward_whole, _backward_in_chunks, (gradient, p, logits, variance, result), sizes)
 
@@ -88,7 +90,8 @@ def _forward_whole(
     u = tl.maximum(z - _near_root(z, steps, POWER)[:, None], 0.0)
     coarse, fine = _parts(u, POWER)
     excess = (tl.sum(coarse, 1) - 1.0) + tl.sum(fine, 1)
-    # Of u itself: the rounding error of τ would be in every coefficient. A step back stays on the support.
+    # The step updates u itself: a rounding error of τ would be in every coefficient. A step back keeps the
+    # support.
     shift = _shift(excess, tl.sum(_slopes(u, POWER), 1), POWER)[:, None]
     u = tl.where(u > tl.maximum(shift, 0.0), u - shift, 0.0)
     p = tl.where(is_bad[:, None], float("nan"), _powers(u, POWER))
@@ -120,7 +123,7 @@ def _forward_in_chunks(
         is_nan = tl.maximum(is_nan, _is_nan(x))
     top, is_bad = _largest(tops, is_nan)
     z = tl.where(is_bad[:, None], 0.0, tops - top[:, None]) * (1.0 / POWER)
-    # τ is the sum of both: rounded to one number its error would be in every coefficient.
+    # τ is stored as the sum of two numbers: rounded to one, its error would be in every coefficient.
     near, rest = _near_root(z, steps, POWER)[:, None], tl.zeros([1, 1], tl.float32)
 
     worst = tl.max(tl.where(is_bad, 0.0, 1.0), 0)
@@ -158,13 +161,13 @@ def _backward_whole(
 ):  # fmt: skip
     row, column, inside = _places(tl.program_id(0).to(tl.int64) * ROWS, 0, num_rows, n, ROWS, BLOCK)
     s, scaled = _weighted(gradient_ptr, p_ptr, row * n + column, inside, POWER)
-    # (Places outside have a sum too, of which they divide: one, and no 0 / 0.)
+    # (Rows outside of the array get a nonzero sum, to avoid 0 / 0.)
     result = scaled - s * (tl.sum(scaled, 1) / tl.sum(tl.where(row < num_rows, s, 1.0), 1))[:, None]
     if NORM == "layer":
         x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - (tl.sum(x, 1) / n)[:, None], 0.0)
         scale = _inverse_root(tl.sum(x * x, 1) / n + eps)[:, None]
-        # (The gradients of a row add up to zero already, so they need not be centred.)
+        # (The gradients of a row already sum to zero, so they need not be centred.)
         result = scale * (result - x * (scale * scale * (tl.sum(result * x, 1) / n)[:, None]))
     if NORM == "batch":
         result = result * _batch_scale(variance, column, n, eps)
@@ -218,7 +221,7 @@ def _backward_in_chunks(
 
 @triton.jit
 def _places(first_row, start, num_rows, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows and columns of a block, and which of its places are inside of the array."""
+    """Rows and columns of a block, and a mask of the entries inside the array."""
     row = (first_row + tl.arange(0, ROWS))[:, None]
     column = (start + tl.arange(0, BLOCK))[None, :]
     return row, column, (row < num_rows) & (column < n)
@@ -229,7 +232,7 @@ def _chunk(
     x_ptr, mean, variance, row, start, num_rows, n, stride, eps, centre, scale,
     NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A part of a row after its norm, −inf outside."""
+    """A chunk of a row after the norm, −inf outside of the row."""
     _, column, inside = _places(row, start, num_rows, n, 1, BLOCK)
     x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     if NORM == "layer":
@@ -272,7 +275,7 @@ def _is_nan(x):
 
 @triton.jit
 def _largest(x, is_nan):
-    """The largest of each row, and whether coefficients of the row are NaN."""
+    """The maximum of each row, and whether the coefficients of the row are NaN."""
     top = tl.max(x, 1)
     return top, (tl.max(is_nan, 1) > 0) | (tl.abs(top) == float("inf"))
 
@@ -284,13 +287,13 @@ def _powers(u, POWER: tl.constexpr):
 
 @triton.jit
 def _slopes(u, POWER: tl.constexpr):
-    """u**(POWER - 1): the derivatives of the coefficients, but for a factor."""
+    """u**(POWER - 1): the derivatives of the coefficients, up to a factor."""
     return u if POWER == 2 else tl.where(u > 0.0, 1.0, 0.0)
 
 
 @triton.jit
 def _parts(u, POWER: tl.constexpr):
-    """Coefficients as multiples of 2**-22, which add up exactly in float32, and what these leave."""
+    """Coefficients as multiples of 2**-22, which add up exactly in float32, and the remainders."""
     p = _powers(u, POWER)
     coarse = (p + 2.0) - 2.0
     return coarse, p - coarse
@@ -298,9 +301,9 @@ def _parts(u, POWER: tl.constexpr):
 
 @triton.jit
 def _shift(excess, slope, POWER: tl.constexpr):
-    """The Newton step of τ, from what the coefficients exceed one by, and the sum of slopes."""
+    """The Newton step of τ, from the excess of the sum of coefficients over one, and the sum of slopes."""
     if POWER == 2:
-        # On ‖u‖ − 1: on ‖u‖² − 1 it takes up to twice as many steps.
+        # For ‖u‖ − 1; with ‖u‖² − 1, it takes up to twice as many steps.
         norm = tl.sqrt_rn(1.0 + excess)
         shift = norm * excess / ((1.0 + norm) * slope)
     else:
@@ -310,7 +313,7 @@ def _shift(excess, slope, POWER: tl.constexpr):
 
 @triton.jit
 def _near_root(z, steps, POWER: tl.constexpr):
-    """τ of rows with maximum zero, but for rounding errors."""
+    """τ of rows with maximum zero, up to rounding errors."""
     tau = tl.max(z, 1) - 1.0
     worst = tl.max(tau, 0) + 2.0
     step = 0
@@ -327,6 +330,6 @@ def _near_root(z, steps, POWER: tl.constexpr):
 def _weighted(gradient_ptr, p_ptr, place, inside, POWER: tl.constexpr):
     """The slopes of coefficients, and their products with the gradient."""
     p = tl.load(p_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    # (NaN stays NaN.)
+    # (NaN is propagated.)
     s = tl.sqrt_rn(p) if POWER == 2 else tl.where(p > 0.0, 1.0, p)
     return s, s * tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)

@@ -72,4 +72,4 @@ def busy(quick: bool, device: str) -> Report:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     waiting = ", ".join(f"{name}: {os.environ.get(name, 'not set')}" for name in names)
     notes = [f"{waiting}. Other processes: {len(others)}, each with one thread."]
-    return Report("busy", "Times beside other busy processes", columns, rows, notes)
+    return Report("busy", "Times with other busy processes", columns, rows, notes)

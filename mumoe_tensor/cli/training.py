@@ -82,7 +82,7 @@ def train_head(
 
         inputs = [path for path in (features, images) if path is not None]
         if len(inputs) != 1:
-            raise ValueError("give either --features or --images.")
+            raise ValueError("either --features or --images must be given.")
         if images is not None:
             backbone = data.setdefault("backbone", "efficientnet-lite0")
             data["weights"] = data.get("weights") or _weights(backbone)

@@ -36,7 +36,7 @@ class TrainConfig:
     clip : float or None
         Maximum norm of the gradients of all parameters together.
     patience : int or None
-        Stop after so many evaluations without a lower validation loss; by default never.
+        Stop after this many evaluations without a lower validation loss; by default never.
     seed : int
         Seed of the order of the rows, of mixup and of dropout; in a run also of the initial weights.
     steps : int or None

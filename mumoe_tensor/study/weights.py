@@ -129,7 +129,7 @@ def tensors_of(source: str) -> Iterator[tuple[str, Tensor]]:
         some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
         raise ValueError(f"{path} must have a tensor {pattern!r}; it has {len(names):,}: {some or 'none'}.")
     if twice := [name for name, count in Counter(name for name, _ in matching).items() if count > 1]:
-        raise ValueError(f"files of a folder must have different tensors; {path} has {twice[0]} twice.")
+        raise ValueError(f"the files of a folder must not share tensor names; {path} has {twice[0]} twice.")
     yield from sorted(matching, key=lambda item: _in_order(item[0]))
 
 

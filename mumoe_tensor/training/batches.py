@@ -28,7 +28,7 @@ def seed_of(*numbers: int) -> int:
 class Batches(TorchDataset[list[Batch]]):
     """The batches of one process: for each step, a list with one batch for each accumulation part.
 
-    The rows are shuffled anew in each epoch; a last, incomplete batch is left out.
+    The rows are reshuffled in each epoch; a last, incomplete batch is left out.
 
     Parameters
     ----------

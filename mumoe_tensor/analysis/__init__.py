@@ -1,4 +1,4 @@
-"""What experts do: how they are used, what they know and contribute, and what a model is without them."""
+"""Analysis of experts: usage, specialisation, contributions, ablation and editing."""
 
 from mumoe_tensor.analysis.attribution import attribute
 from mumoe_tensor.analysis.editing import edit_bias, mean_coefficients, remove_edit

@@ -1,4 +1,4 @@
-"""Which experts an output comes from."""
+"""Attribution of outputs to experts."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from mumoe_tensor.selections import read_number
 def attribute(
     model: nn.Module, layer: nn.Module, inputs: Any, output: int | Tensor, *, level: int = 0
 ) -> Tensor:
-    r"""What each expert contributes to an output of its layer.
+    r"""Contribution of each expert to an output of its layer.
 
-    An output is a sum over the experts of a level, so this is no estimate:
+    An output is a sum over the experts of a level, so the contributions are exact:
 
     .. math:: y^\top d = \sum_n c_n, \qquad c_n = a_n \, (W_n^\top z)^\top d,
 
-    with the biases in :math:`W_n`. With several levels, :math:`W_n` is the mixture of the experts of the
-    others. :math:`c_n` is what `ablate` takes from the output. W is not formed: with the coefficients these
-    contributions take the most memory.
+    where :math:`W_n` includes the bias. With several levels, :math:`W_n` is the mixture of the experts of the
+    other levels. `ablate` reduces the output by :math:`c_n`. W is not formed:
+    coefficients and contributions take the most memory.
 
     Parameters
     ----------
     model : Module
-        Runs as in ``eval()``, and calls the layer once. It may be the layer itself.
+        The model, which is run in evaluation mode and must call the layer once. It may be the layer itself.
     layer : MuMoE or Experts
-        The layer of the model. Of a block, ``block.down`` for its outputs, ``block.up`` for its hidden
-        features before the activation.
+        The layer of the model. For a block, use ``block.down`` for its outputs, or ``block.up`` for its
+        hidden features before the activation.
     inputs : Tensor
-        A batch of what the model is called with.
+        A batch of inputs of the model.
     output : int or Tensor of shape (out_features,)
-        The number of an output of the layer, or a direction d of its outputs.
+        The index of an output of the layer, or a direction d of its outputs.
     level : int, default 0
-        The level the experts belong to, 0 for the first.
+        The level of the experts, counted from 0.
 
     Returns
     -------
     Tensor of shape (..., N)
-        With the leading shape of the inputs of the layer.
+        The contributions, with the leading shape of the inputs of the layer.
 
     Raises
     ------
     ValueError
-        If there is no such layer, level or output, or the layer is not called once.
+        If there is no such layer, level or output, or the layer is not called exactly once.
     TypeError
-        If the level is no integer, or the output neither an integer nor a tensor.
+        If the level is not an integer, or the output is neither an integer nor a tensor.
 
     Examples
     --------
@@ -67,7 +67,8 @@ def attribute(
     direction = _direction(output, experts.out_features)
     arguments = _arguments_of(experts, model, inputs)
     coefficients = [a.detach() for a in arguments["coefficients"]]
-    # The output is linear in the coefficients of a level: their gradient is what one more of each would add.
+    # The output is linear in the coefficients of a level, so their gradient contains the outputs of the
+    # experts.
     coefficients[level].requires_grad_()
     with torch.enable_grad():
         y = experts(**{**arguments, "coefficients": coefficients})
@@ -87,7 +88,7 @@ def _direction(output: int | Tensor, count: int) -> Tensor:
 
 
 def _arguments_of(experts: Experts, model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """What a model calls experts with, by the names of the arguments."""
+    """The arguments with which a model calls experts, by name."""
     seen: list[dict[str, Any]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,5 +101,5 @@ def _arguments_of(experts: Experts, model: nn.Module, inputs: Any) -> dict[str, 
     finally:
         handle.remove()
     if len(seen) != 1:
-        raise ValueError(f"the model must call the layer once, it was called {len(seen)} times.")
+        raise ValueError(f"the model must call the layer once, got {len(seen)} calls.")
     return seen[0]

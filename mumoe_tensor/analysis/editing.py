@@ -1,4 +1,4 @@
-"""Corrections of a model by the biases of its experts, without training."""
+"""Editing the biases of experts to correct a model without training."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from mumoe_tensor.selections import Selection, read_selection
 
 @torch.no_grad()
 def mean_coefficients(model: nn.Module, layer: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, ...]:
-    """Mean coefficients that inputs, such as those of a subpopulation, give to the experts of a layer.
+    """Mean coefficients of the experts of a layer, over inputs such as those of a subpopulation.
 
     Parameters
     ----------
     model : Module
-        Runs as in ``eval()``. It may be the layer itself.
+        The model, which is run in evaluation mode. It may be the layer itself.
     layer : MuMoE, MuMoEMLP or ExpertGate
         The layer of the model.
     batches : iterable of Tensor
-        What the model is called with, gone through once.
+        Batches of inputs of the model, iterated once.
 
     Returns
     -------
     tuple of Tensor of shape (N_e,)
-        One a level, in float64.
+        One tensor per level, in float64.
 
     Raises
     ------
     ValueError
-        If the layer has not one gate, or there are no inputs.
+        If the layer does not have exactly one gate, or there are no inputs.
     """
     usage = [Usage(count) for count in gate_of(layer).num_experts]
 
@@ -58,44 +58,43 @@ def edit_bias(
     outputs: Selection,
     strength: float,
 ) -> None:
-    r"""Correct outputs by the biases of the experts, the more so the more an input looks like some others.
+    r"""Add a bias to the experts that corrects outputs for inputs similar to a given subpopulation.
 
     .. math:: y_o \leftarrow y_o + \lambda \prod_e \bar a_e^\top a_e
 
-    where :math:`\bar a_e` are the mean coefficients of these others, as of `mean_coefficients`, and
-    :math:`\lambda` the strength (Oldfield et al., 2024, for one level). This gives every expert one more
-    bias, :math:`\lambda \prod_e \bar a_{e,n_e}`.
+    where :math:`\bar a_e` are the mean coefficients of the subpopulation, see `mean_coefficients`, and
+    :math:`\lambda` is the strength (Oldfield et al., 2024, for one level). Every expert gets an additional
+    bias, :math:`\lambda \prod_e \bar a_{e,n_e}`. So the correction is larger for more similar inputs.
 
     Parameters
     ----------
     layer : MuMoE or Experts
-        Of a block, ``block.up`` or ``block.down``.
+        The layer; for a block, ``block.up`` or ``block.down``.
     name : str
-        What the edit is called in the state, and by `remove_edit`.
+        Name of the edit in the state, and for `remove_edit`.
     means : Tensor of shape (N,), or sequence of these
-        One a level. They are copied.
+        Mean coefficients of each level, which are copied.
     outputs : int, sequence of int, or mask of shape (out_features,)
-        Those to correct; one or more.
+        The outputs to correct, at least one.
     strength : float
-        May be negative.
+        Strength of the correction, possibly negative.
 
     Raises
     ------
     ValueError
-        If the layer has not one module `.Experts`, the name cannot be one of a module or is taken, shapes do
-        not fit, there is no such output, or one twice, or a mean or the strength is not finite.
+        If the layer does not have exactly one module `.Experts`, the name is not a valid module name or
+        already exists, shapes do not match, an output does not exist or occurs twice, or a mean or the
+        strength is not finite.
     TypeError
-        If outputs are no integers, or the strength no number.
+        If outputs are not integers, or the strength is not a number.
 
-    Notes
-    -----
-    With several levels the mean of the coefficient of a combination of experts, which is the product of one a
-    level, would be a tensor as large as their number. The product of the means is taken instead: it takes
-    the memory of one coefficient an expert of each level, and is the same where levels are independent.
+    Notes ----- With several levels, the mean coefficients of all combinations of experts would be a tensor
+    with one entry per combination. The product of the means is used instead: it needs only one number per
+    expert of each level, and is the same if the levels are independent.
 
-    The edit lies in buffers of the layer's `.Experts`, in its attribute `edits`. So it is in the state, is
-    taken up from there by a layer without it, and moves and is copied with the layer; `expert` includes it,
-    `weight` does not.
+    The edit is stored in buffers of the layer's `.Experts`, in its attribute `edits`. So it is part of the
+    state, is created when such a state is loaded, and is moved and copied with the layer. `expert` includes
+    it, `weight` does not.
 
     Examples
     --------
@@ -119,7 +118,7 @@ def edit_bias(
         raise TypeError(f"mean coefficients must be tensors, one per level, got {wrong}.")
     if [tuple(mean.shape) for mean in means] != [(count,) for count in experts.num_experts]:
         raise ValueError(
-            f"there must be one mean coefficient for each of {experts.num_experts} experts; got means of "
+            f"there must be one mean coefficient for each of {experts.num_experts} experts, got means of "
             f"shapes {[tuple(mean.shape) for mean in means]}."
         )
     changed = read_selection(outputs, experts.out_features, "outputs", empty=False)
@@ -134,19 +133,19 @@ def edit_bias(
 
 
 def remove_edit(layer: nn.Module, name: str) -> None:
-    """Take an edit away: the layer is what it was before.
+    """Remove an edit, which restores the layer.
 
     Parameters
     ----------
     layer : MuMoE or Experts
-        Of a block, ``block.up`` or ``block.down``.
+        The layer; for a block, ``block.up`` or ``block.down``.
     name : str
-        As given to `edit_bias`.
+        Name of the edit, see `edit_bias`.
 
     Raises
     ------
     ValueError
-        If the layer has not one module `.Experts`, or no such edit.
+        If the layer does not have exactly one module `.Experts`, or no such edit.
     """
     experts = experts_of(layer)
     if experts.edits is None or name not in experts.edits:

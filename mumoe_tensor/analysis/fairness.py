@@ -1,4 +1,4 @@
-"""How evenly a classifier is right about parts of a population."""
+"""Fairness of a classifier over subpopulations."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from mumoe_tensor.analysis.labels import as_integers
 
 @dataclass(frozen=True)
 class Fairness:
-    """Figures of a classifier of two classes over subpopulations: inputs of one label and one group.
+    """Fairness metrics of a binary classifier over subpopulations: inputs with a given label and group.
 
     Attributes
     ----------
     accuracy : float
-        Of all inputs.
+        Accuracy over all inputs.
     subpopulations : dict of (int, int) to float
-        Accuracy of the inputs of a label and a group, for all pairs there are.
+        Accuracy for each pair of a label and a group that occurs.
     target : float
         Accuracy of the target subpopulation.
     worst : float
-        The least of these accuracies; higher is fairer.
+        The lowest of these accuracies; higher is fairer.
     deviation : float
-        Their standard deviation, each counted once; lower is fairer.
+        Their unweighted standard deviation; lower is fairer.
     equal_opportunity : float
-        Largest difference between groups of the share of their inputs of label 1 that are found; lower is
-        fairer.
+        Largest difference between groups in the true positive rate (recall of label 1); lower is fairer.
     """
 
     accuracy: float
@@ -40,19 +39,19 @@ class Fairness:
 
 
 def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[int, int]) -> Fairness:
-    """Compare the accuracies of a classifier of two classes over labels and groups.
+    """Compare the accuracies of a binary classifier over labels and groups.
 
-    The figures are those of `fairlearn <https://fairlearn.org>`_, which must be installed:
+    The metrics are computed by `fairlearn <https://fairlearn.org>`_, which must be installed:
     ``pip install "mumoe_tensor[experiments]"``.
 
     Parameters
     ----------
     predictions, labels : Tensor of int of shape (rows,)
-        0 or 1.
+        Predicted and true classes, 0 or 1.
     groups : Tensor of int of shape (rows,)
         A sensitive attribute of every input.
     target : tuple of int
-        Label and group of the subpopulation that matters most.
+        Label and group of the target subpopulation.
 
     Returns
     -------
@@ -61,10 +60,10 @@ def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[
     Raises
     ------
     ValueError
-        If shapes differ, predictions or labels are others than 0 and 1, a group has no input of label 1, or
-        there is no input of the target.
+        If shapes differ, predictions or labels are not 0 or 1, a group has no input with label 1, or the
+        target has no inputs.
     TypeError
-        If predictions, labels or groups are no integers.
+        If predictions, labels or groups are not integers.
     ImportError
         If fairlearn is not installed.
 
@@ -106,7 +105,7 @@ def _fairlearn() -> tuple[Any, Any]:
         from fairlearn.metrics import MetricFrame, equal_opportunity_difference
     except ImportError as error:
         raise ImportError(
-            'figures of fairness need fairlearn 0.12 or later: pip install "mumoe_tensor[experiments]".'
+            'fairness metrics need fairlearn 0.12 or later: pip install "mumoe_tensor[experiments]".'
         ) from error
     return MetricFrame, equal_opportunity_difference
 

@@ -1,4 +1,4 @@
-"""A model whose experts get other coefficients than its gate gives: some scaled, or all drawn at random."""
+"""Interventions on the coefficients of experts: scaling, ablation, and random coefficients."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ from mumoe_tensor.selections import Selection
 
 
 def ablate(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
-    """While the context lasts, a layer is without some experts: their coefficients are zero.
+    """Remove some experts of a layer within the context, by setting their coefficients to zero.
 
-    The layer equals one whose weight tensor is zero in the slices of these experts, biases included. What is
-    left is not normalised again (Oldfield et al., 2024). A compiled model runs eagerly in it.
+    This is equivalent to setting the slices of these experts in the weight tensor to zero, including biases.
+    The remaining coefficients are not normalised again (Oldfield et al., 2024). Compiled models run eagerly
+    within the context.
 
     Parameters
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
-        Or a module that has one gate.
+        The layer, or another module with exactly one gate.
     experts : int, sequence of int, or mask of shape (N,)
-        A mask selects the experts where it is true. There may be none.
+        The experts to remove, possibly none.
     level : int, default 0
-        The level they belong to, 0 for the first.
+        The level of the experts, counted from 0.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, one occurs twice, or there is not one gate.
+        If there is no such level or expert, an expert occurs twice, or there is not exactly one gate.
     TypeError
-        If the level or an expert is no integer.
+        If the level or an expert is not an integer.
     """
     return scale(layer, experts, 0.0, level)
 
 
 def keep_only(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
-    """While the context lasts, a layer is without all experts of a level but some; see `ablate`.
+    """Remove all experts of a level except some within the context; see `ablate`.
 
     Parameters
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
-        Or a module that has one gate.
+        The layer, or another module with exactly one gate.
     experts : int, sequence of int, or mask of shape (N,)
-        Those to keep; without any, all are removed. What is left is not normalised again.
+        The experts to keep, possibly none. The remaining coefficients are not normalised again.
     level : int, default 0
-        The level they belong to, 0 for the first.
+        The level of the experts, counted from 0.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, one occurs twice, or there is not one gate.
+        If there is no such level or expert, an expert occurs twice, or there is not exactly one gate.
     TypeError
-        If the level or an expert is no integer.
+        If the level or an expert is not an integer.
     """
     gate = gate_of(layer)
     level, kept = read_experts(gate, level, experts)
@@ -66,29 +67,29 @@ def keep_only(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractC
 
 @contextmanager
 def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -> Iterator[None]:
-    """While the context lasts, the coefficients of some experts are a factor times what they are.
+    """Multiply the coefficients of some experts by a factor within the context.
 
-    The layer equals one whose weight tensor has this factor in the slices of these experts, biases included.
-    Nothing is normalised again. A compiled model runs eagerly in it.
+    This is equivalent to multiplying the slices of these experts in the weight tensor, including biases. The
+    coefficients are not normalised again. Compiled models run eagerly within the context.
 
     Parameters
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
-        Or a module that has one gate.
+        The layer, or another module with exactly one gate.
     experts : int, sequence of int, or mask of shape (N,)
-        A mask selects the experts where it is true. There may be none.
+        The experts to scale, possibly none.
     factor : float
-        Finite.
+        The factor, which must be finite.
     level : int, default 0
-        The level they belong to, 0 for the first.
+        The level of the experts, counted from 0.
 
     Raises
     ------
     ValueError
-        If there is no such level or expert, one occurs twice, the factor is not finite, or there is not one
-        gate.
+        If there is no such level or expert, an expert occurs twice, the factor is not finite, or there is not
+        exactly one gate.
     TypeError
-        If the level or an expert is no integer, or the factor no number.
+        If the level or an expert is not an integer, or the factor is not a number.
     """
     gate = gate_of(layer)
     level, changed = read_experts(gate, level, experts)
@@ -106,12 +107,12 @@ def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -
 
 @contextmanager
 def random_gate(model: nn.Module, seed: int) -> Iterator[None]:
-    """While the context lasts, gates give the coefficients they found to experts drawn at random.
+    """Assign the coefficients of every input to randomly permuted experts within the context.
 
-    Every input draws anew which expert gets which of its coefficients, so they are as sparse as before, and
-    say nothing of the input. The baseline of what is found with the real gate. The k-th call of a gate draws
-    the same in every such context with that seed; so do not use it with activation checkpointing, which
-    calls gates twice. A compiled model runs eagerly in it.
+    Each input has its own random permutation, so the coefficients are as sparse as before, but independent of
+    the input. This is a baseline for results with the actual gate. The k-th call of a gate uses the same
+    permutations in every context with the same seed. So do not use it with activation checkpointing, which
+    calls gates twice. Compiled models run eagerly within the context.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Labels as arrays have them: integers of any dtype."""
+"""Labels as tensors of any integer dtype."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def as_integers(values: Tensor, what: str) -> Tensor:
-    """Integers of any dtype as int64; False and True are 0 and 1.
+    """Convert integers of any dtype to int64; False and True become 0 and 1.
 
     Raises
     ------
     TypeError
-        If they are no integers.
+        If they are not integers.
     """
     if values.is_floating_point() or values.is_complex():
         raise TypeError(f"{what} must be integers, got {values.dtype}.")
@@ -20,22 +20,22 @@ def as_integers(values: Tensor, what: str) -> Tensor:
 
 
 def read_labels(labels: Tensor, classes: int | None = None, what: str = "labels") -> Tensor:
-    """Labels of any integer dtype as int64.
+    """Convert labels of any integer dtype to int64.
 
     Parameters
     ----------
     labels : Tensor
     classes : int, optional
-        Labels are less than this.
+        Number of classes. Labels must be less than this.
     what : str, default "labels"
-        What they are called in errors.
+        Name of the labels in error messages.
 
     Raises
     ------
     TypeError
-        If they are no integers.
+        If they are not integers.
     ValueError
-        If a label is negative, or `classes` or more.
+        If a label is negative, or not less than `classes`.
     """
     numbers = as_integers(labels, what)
     if not numbers.numel():

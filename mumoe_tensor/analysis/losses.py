@@ -1,4 +1,4 @@
-"""What a language model loses without one of its experts."""
+"""Effects of removing experts on the loss of a language model."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ def loss_effects(
     level: int = 0,
     experts: Selection | None = None,
 ) -> Tensor:
-    """Change of the cross-entropy of every token when one expert is removed, as by `ablate`.
+    """Change of the mean cross-entropy of tokens when a single expert is removed by `ablate`.
 
     Parameters
     ----------
     model : Module
-        Token numbers of shape (rows, tokens) to logits of shape (rows, tokens, vocabulary), as they are or
-        as attribute `logits`. Runs as in ``eval()``.
+        A language model that maps tokens of shape (rows, tokens) to logits of shape (rows, tokens,
+        vocabulary), or to an object with an attribute `logits`. It is run in evaluation mode.
     layer : Module
-        The layer of the model that the expert belongs to.
+        The layer of the model that contains the experts.
     batches : iterable of (tokens, next tokens)
-        Of shape (rows, tokens) both. Kept in memory: they are read once for the intact model and once for
-        every expert.
+        Batches of tokens and targets, both of shape (rows, tokens). They are kept in memory, since they are
+        used for the intact model and for every expert.
     level : int, default 0
     experts : int, sequence of int, or mask of shape (N,), optional
-        Those to remove, one after the other; all of the level by default.
+        The experts to remove, one at a time; all experts of the level by default.
 
     Returns
     -------
     Tensor of shape (experts,)
-        Mean loss of a token without the expert less that of the intact model, in nats: above zero for an
-        expert that helps.
+        Mean loss per token without the expert minus that of the intact model, in nats: positive if the expert
+        reduces the loss.
 
     Raises
     ------
     ValueError
-        If the layer has not one gate, there is no such level or expert, there is no token, or the logits
-        have another shape.
+        If the layer does not have exactly one gate, there is no such level or expert, there are no tokens, or
+        the logits have another shape.
     TypeError
-        If the level or an expert is no integer.
+        If the level or an expert is not an integer.
     """
     gate = gate_of(layer)
     level, removed = read_experts(gate, level, slice(None) if experts is None else experts)
@@ -69,7 +69,7 @@ def loss_effects(
 
 
 def _loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean over tokens."""
+    """Mean loss over all tokens."""
     total, count = 0.0, 0
     for tokens, following in batches:
         logits = logits_of(model, tokens).flatten(0, 1)
@@ -79,7 +79,7 @@ def _loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The logits that a language model returns, alone or as an attribute, of every token."""
+    """The logits of every token, which a language model returns directly or as an attribute."""
     output: Any = model(tokens)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != tokens.shape:

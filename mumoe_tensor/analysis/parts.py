@@ -1,4 +1,4 @@
-"""The gate and the experts of one layer, for functions that take a layer."""
+"""Access to the gate and the experts of a layer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mumoe_tensor.selections import Selection, read_number, read_selection
 
 
 def gate_of(layer: nn.Module) -> ExpertGate:
-    """The gate of one layer: the layer may be a gate itself, or have one and no more.
+    """The gate of a layer. The layer may be a gate itself, or a module with exactly one gate.
 
     Raises
     ------
     ValueError
-        If it has none or several.
+        If it has no gate or several.
     """
     gates = gates_of(layer)
     if len(gates) > 1:
@@ -26,23 +26,23 @@ def gate_of(layer: nn.Module) -> ExpertGate:
 
 
 def read_experts(gate: ExpertGate, level: int, experts: Selection) -> tuple[int, list[int]]:
-    """A level and some of its experts; for errors see `read_number` and `read_selection`."""
+    """Check a level and some of its experts; for errors see `read_number` and `read_selection`."""
     level = read_number(level, len(gate.num_experts), "level")
     return level, read_selection(experts, gate.num_experts[level], f"experts of level {level}")
 
 
 def experts_of(layer: nn.Module) -> Experts:
-    """The experts of one layer: the layer may be these themselves, or have them and no others.
+    """The experts of a layer. The layer may be an `Experts` itself, or a module with exactly one.
 
     Raises
     ------
     ValueError
-        If it has none, or several as a block has.
+        If it has none, or several, as in a block.
     """
     mixtures = {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
     if len(mixtures) != 1:
         raise ValueError(
-            "a layer has one module Experts, and of a block (up, down) it must be said which; "
+            "a layer must have one module Experts (for a block, pass its up or down); "
             f"{type(layer).__name__} has {sorted(mixtures)}."
         )
     (experts,) = mixtures.values()

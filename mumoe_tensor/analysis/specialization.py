@@ -1,4 +1,4 @@
-"""What experts know: which labels they are active for, and which classes suffer without them."""
+"""Specialisation of experts: the labels for which they are active, and the classes that depend on them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from mumoe_tensor.selections import Selection
 
 @dataclass(frozen=True)
 class LabelStatistics:
-    """Which labels the experts of one level are active for.
+    """Statistics of the labels for which the experts of one level are active.
 
     Attributes
     ----------
     counts : Tensor of shape (N, C)
-        Inputs of every label for which an expert has a coefficient of the threshold at least.
+        For each expert, the number of inputs of every label for which it is active.
     entropy : float
-        Entropy of the labels given an active expert, in nats: the mean over experts, each as often as it is
-        active.
+        Conditional entropy of the label given an active expert, in nats: the mean over experts, weighted by
+        how often they are active.
     ratio : float
-        That over the entropy of the labels of all inputs: 1 if experts say nothing of the label.
+        This entropy divided by the entropy of the labels of all inputs: 1 if experts are independent of the
+        label.
     clarity : float
-        Largest share of one label among the inputs of an expert, the mean over experts as above.
+        Largest share of one label among the inputs of an expert, as a mean over experts with the same
+        weights.
     """
 
     counts: Tensor
@@ -43,13 +45,13 @@ class LabelStatistics:
 
 
 class Labels:
-    """Counts the labels of the inputs that experts of one level are active for, batch by batch.
+    """Counts the labels of the inputs for which experts of one level are active, batch by batch.
 
     Parameters
     ----------
     experts, classes : int
     threshold : float, default 0
-        An expert is active with a coefficient above zero, and of this at least.
+        An expert is active if its coefficient is positive and at least this.
     """
 
     def __init__(self, experts: int, classes: int, threshold: float = 0.0):
@@ -69,9 +71,9 @@ class Labels:
         Raises
         ------
         ValueError
-            If the shapes do not fit, or a label is out of range.
+            If the shapes do not match, or a label is out of range.
         TypeError
-            If labels are no integers.
+            If labels are not integers.
         """
         experts, classes = self.counts.shape
         if coefficients.shape != (*labels.shape, experts) or labels.ndim != 1:
@@ -81,7 +83,7 @@ class Labels:
             )
         labels = read_labels(labels, classes)
         a, labels = coefficients.detach(), labels.to(coefficients.device)
-        # (Sums of floats: whole numbers are exact up to 2^24 rows a batch.)
+        # (Sums of floats, which are exact integers up to 2^24 rows per batch.)
         counts = a.new_zeros(classes, experts, dtype=torch.float32)
         size = max(1, CHUNK // experts)
         buffer = torch.empty_like(a[:size], dtype=torch.float32)
@@ -96,12 +98,12 @@ class Labels:
         self.all += torch.bincount(labels.to(self.all.device), minlength=classes)
 
     def statistics(self) -> LabelStatistics:
-        """The figures so far.
+        """The statistics of all inputs so far.
 
         Raises
         ------
         ValueError
-            If no input was seen.
+            If there were no inputs.
         """
         if not self.all.sum():
             raise ValueError("there must be inputs before statistics of labels can be computed, got none.")
@@ -131,39 +133,39 @@ def ablation_effects(
     experts: Selection | None = None,
     random_seed: int | None = None,
 ) -> Tensor:
-    """Change of the accuracy of every class when one expert is removed.
+    """Change of the accuracy of every class when a single expert is removed by `ablate`.
 
-    Removed as by `ablate`. Only the inputs that give the expert a coefficient other than zero are computed
-    again: the model must treat the inputs of a batch apart, as models do after ``eval()``.
+    Only inputs for which the coefficient of the expert is nonzero are computed again. So the model must treat
+    the inputs of a batch independently, as models do in evaluation mode.
 
     Parameters
     ----------
     model : Module
-        A classifier: inputs of shape (rows, ...) to logits of shape (rows, classes), as they are or as
-        attribute `logits`. Runs as in ``eval()``.
+        A classifier that maps inputs of shape (rows, ...) to logits of shape (rows, classes), or to an object
+        with an attribute `logits`. It is run in evaluation mode.
     layer : Module
-        The layer of the model that the expert belongs to.
+        The layer of the model that contains the experts.
     batches : iterable of (inputs, labels)
-        Read once.
+        Batches of inputs and labels, iterated once.
     classes : int
     level : int, default 0
     experts : int, sequence of int, or mask of shape (N,), optional
-        Those to remove, one after the other; all of the level by default.
+        The experts to remove, one at a time; all experts of the level by default.
     random_seed : int, optional
-        Compare under `random_gate` with this seed, which gives the baseline.
+        Compute the effects under `random_gate` with this seed, as a baseline.
 
     Returns
     -------
     Tensor of shape (experts, classes)
-        Accuracy without the expert less that of the intact model; NaN for a class without inputs.
+        Accuracy without the expert minus that of the intact model; NaN for a class without inputs.
 
     Raises
     ------
     ValueError
-        If the layer is none, there is no such level, expert or label, or its gate is not called once, with
-        the rows of the batch.
+        If the layer does not have exactly one gate, there is no such level, expert or label, or the gate is
+        not called exactly once, with the rows of the batch.
     TypeError
-        If the level, an expert or a label is no integer.
+        If the level, an expert or a label is not an integer.
     """
     gate = gate_of(layer)
     level, removed = read_experts(gate, level, slice(None) if experts is None else experts)
@@ -194,7 +196,7 @@ def ablation_effects(
 def _intact(
     model: nn.Module, layer: nn.Module, gate: ExpertGate, inputs: Tensor, random_seed: int | None, place: int
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Coefficients that the gate gives, perhaps at random, and what the model predicts with them."""
+    """Coefficients of the gate, optionally permuted at random, and the predictions of the model with them."""
     seen: list[tuple[Tensor, ...]] = []
     with ExitStack() as stack:
         if random_seed is not None:
@@ -215,24 +217,24 @@ def _predicted(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def polysemanticity(effects: Tensor) -> Tensor:
-    r"""How far each expert is from being there for one class alone.
+    r"""Polysemanticity of each expert: the distance of its effects from affecting a single class.
 
     .. math:: p_n = \lVert d_n - e_{\arg\max d_n} \rVert_2,
         \qquad d_n = |\Delta_n| / \sum_c |\Delta_{nc}|
 
-    for the changes :math:`\Delta_n` of the accuracy of the classes without expert n (Oldfield et al., 2024):
-    0 if one class alone is concerned. It shrinks with the number of experts whatever the gate is, so report
-    it beside the same figure under `random_gate`.
+    for the changes :math:`\Delta_n` of the accuracy of the classes without expert n (Oldfield et al., 2024).
+    It is 0 if only one class is affected. It decreases with the number of experts for any gate, so report it
+    together with the value under `random_gate`.
 
     Parameters
     ----------
     effects : Tensor of shape (experts, classes)
-        As of `ablation_effects`; NaN counts as no change.
+        The result of `ablation_effects`; NaN counts as no change.
 
     Returns
     -------
     Tensor of shape (experts,)
-        NaN for an expert without effect; ``nanmean()`` is the mean over the others.
+        NaN for an expert without effects; ``nanmean()`` is the mean over the others.
 
     Examples
     --------

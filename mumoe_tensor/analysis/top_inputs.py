@@ -1,4 +1,4 @@
-"""The inputs that an expert is most active for."""
+"""The inputs for which an expert is most active."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from mumoe_tensor.analysis.usage import CHUNK
 class TopInputs:
     """Finds the inputs with the largest coefficients of every expert of one level, batch by batch.
 
-    The memory it takes does not grow with the inputs. Of equal coefficients the first one seen counts.
+    Its memory does not grow with the number of inputs. Of equal coefficients, the first is kept.
 
     Parameters
     ----------
     experts : int
         Number of experts N of the level.
     k : int
-        How many inputs to find for each.
+        Number of inputs per expert.
 
     Attributes
     ----------
     indices : Tensor of int of shape (N, k)
-        Numbers of the inputs, that of the largest coefficient first; −1 where an expert has a coefficient
-        above zero for fewer than `k`.
+        Indices of the inputs, in descending order of their coefficients; −1 if an expert has fewer than `k`
+        positive coefficients.
     coefficients : Tensor of shape (N, k)
-        Theirs, in float32, or in float64 once some in float64 were seen; zero where there is none.
+        Their coefficients, in float32, or in float64 after an update in float64; otherwise zero.
     parts : Tensor of shape (N, k, parts)
-        What these were pooled from, where updates have it; of no parts otherwise.
+        The values from which the coefficients were pooled, if updates contain them; otherwise without parts.
     rows : int
-        Inputs that were seen.
+        Number of inputs so far.
 
     Raises
     ------
@@ -51,30 +51,30 @@ class TopInputs:
             raise ValueError(f"experts and k must be positive, got {experts} and {k}.")
         self.rows = 0
         self.indices = torch.full((experts, k), -1)
-        # (Not in float64 from the start: not every device has it.)
+        # (Not in float64 from the start, since not every device supports it.)
         self.coefficients = torch.zeros(experts, k, dtype=torch.float32)
         self.parts = torch.zeros(experts, k, 0)
 
     def update(
         self, coefficients: Tensor, indices: Tensor | None = None, parts: Tensor | None = None
     ) -> None:
-        """Look at further inputs.
+        """Add further inputs.
 
         Parameters
         ----------
         coefficients : Tensor of shape (..., N)
         indices : Tensor of int of shape (...), optional
-            Numbers of these inputs, at least 0; from the number of those seen so far on, by default.
+            Indices of these inputs, at least 0; by default they continue from the number of inputs so far.
         parts : Tensor of shape (..., parts, N), optional
-            What the coefficients were pooled from, such as those of the tokens of a text: in all updates of
-            one size, or in none.
+            Values from which the coefficients were pooled, such as the coefficients of the tokens of a text.
+            Either all updates contain them, with the same number of parts, or none.
 
         Raises
         ------
         ValueError
-            If the shapes do not fit, or an index is negative.
+            If the shapes do not match, or an index is negative.
         TypeError
-            If indices are no integers.
+            If indices are not integers.
         """
         experts = len(self.indices)
         leading = coefficients.shape[:-1]
@@ -99,7 +99,7 @@ class TopInputs:
             numbers = read_labels(indices, what="indices").reshape(-1).cpu()
         of_new = None if parts is None else parts.detach().reshape(len(new), count, experts)
         self.rows += len(new)
-        # Few rows at a time: they stay in the cache, and few of the next ones are among the best.
+        # Few rows at a time, which stay in the cache; few rows of later chunks are among the best.
         size = max(1, CHUNK // experts)
         for start in range(0, len(new), size):
             rows = slice(start, start + size)
@@ -108,7 +108,7 @@ class TopInputs:
     def _update(self, new: Tensor, numbers: Tensor, parts: Tensor | None) -> None:
         k = self.indices.shape[1]
         least = self.coefficients[:, -1].to(new.device)
-        # (NaN is the largest of its column, and larger than nothing.)
+        # (NaN is the maximum of its column, and not larger than anything.)
         changed = (~(new.amax(0) <= least)).nonzero()[:, 0]
         if not len(changed):
             return
@@ -119,7 +119,7 @@ class TopInputs:
         value = torch.cat([self.coefficients[changed].flatten(), value])
         index = torch.cat([self.indices[changed].flatten(), numbers[row]])
         owner = torch.cat([torch.arange(len(changed)).repeat_interleave(k), column])
-        # By expert, then by coefficient; stable, so that of equal ones the first stays first.
+        # Sorted by expert, then by coefficient; stable, so that the first of equal coefficients stays first.
         order = value.argsort(descending=True, stable=True)
         order = order[owner[order].argsort(stable=True)]
         count = owner.bincount(minlength=len(changed))
@@ -131,7 +131,7 @@ class TopInputs:
             self._keep(parts, changed, best, row, column)
 
     def _keep(self, parts: Tensor, changed: Tensor, best: Tensor, row: Tensor, column: Tensor) -> None:
-        """Put the parts of the best in order, and add those of the new ones."""
+        """Reorder the parts of the kept inputs, and add those of the new ones."""
         experts, k = self.indices.shape
         if not self.parts.shape[2]:
             self.parts = torch.zeros(experts, k, parts.shape[1])

@@ -1,4 +1,4 @@
-"""A model whose linear layers have lost their smallest singular values."""
+"""Truncating the singular values of linear layers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from mumoe_tensor.nn.linear import is_linear
 
 @contextmanager
 def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
-    r"""While the context lasts, linear layers are of low rank: the best approximations of their weights.
+    r"""Replace the weights of linear layers by their best low-rank approximations within the context.
 
     .. math:: W \approx \sum_{i \le k} \sigma_i u_i v_i^\top, \qquad k = \mathrm{round}(s \cdot \min(I, O))
 
-    with the k largest singular values, a share s of all (Eckart and Young, 1936). Biases stay. Trained layers
-    that keep their accuracy so are the argument for experts of low rank (Oldfield et al., 2024). Afterwards
-    the weights are what they were, bit for bit.
+    with the k largest singular values, a share s of all (Eckart and Young, 1936). Biases are kept. That
+    trained models keep their accuracy is an argument for low-rank experts (Oldfield et al., 2024). On exit,
+    the original weights are restored exactly.
 
     Parameters
     ----------
     layers : iterable of Module
         `torch.nn.Linear`, or Conv1D of transformers; at least one.
     share : float
-        Singular values to keep, as a share of each layer's own number of them: 0 leaves the biases alone, 1
-        changes nothing.
+        Share of the singular values of each layer to keep: with 0 only the biases remain, 1 changes nothing.
 
     Raises
     ------
     ValueError
-        If there is no layer, or the share lies outside of 0 to 1.
+        If there is no layer, or the share is not between 0 and 1.
     TypeError
-        If a module is no linear layer.
+        If a module is not a linear layer.
 
     Examples
     --------
@@ -68,7 +67,7 @@ def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
 
 
 def _largest(matrix: torch.Tensor, kept: int) -> torch.Tensor:
-    """The part of a matrix that belongs to its largest singular values, in float32 at least."""
+    """The part of a matrix with its largest singular values, in float32 or wider."""
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     u, s, v = torch.linalg.svd(wide, full_matrices=False)
     return (u[:, :kept] * s[:kept]) @ v[:kept]

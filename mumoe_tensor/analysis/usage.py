@@ -1,4 +1,4 @@
-"""How much each expert is used."""
+"""Usage of experts."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from math import log
 import torch
 from torch import Tensor
 
-#: Coefficients that are counted together: few enough for the cache of a processor.
+#: Number of coefficients that are processed at once; they should fit into the CPU cache.
 CHUNK = 2**20
 
 
 @dataclass(frozen=True)
 class UsageStatistics:
-    """How the experts of one level are used.
+    """Statistics of the usage of the experts of one level.
 
     Attributes
     ----------
     rows : int
-        Inputs that were seen.
+        Number of inputs.
     load : Tensor of shape (N,)
-        Share of the inputs that give the expert a coefficient of the threshold at least.
+        For each expert, the share of inputs with a coefficient of at least the threshold.
     mean : Tensor of shape (N,)
-        Mean coefficient of the expert; these sum to one, unless someone changes coefficients.
+        Mean coefficient of each expert. They sum to one if the coefficients of the gate do.
     dead : int
-        Experts that no input gave a coefficient other than zero.
+        Number of experts whose coefficient is zero for all inputs.
     entropy : float
-        Entropy of the mean coefficients over log(N): 1 if all experts are used alike, 0 if only one is, NaN
-        if none is.
+        Entropy of the mean coefficients divided by log(N): 1 if all experts are used equally, 0 if only one
+        is used, NaN if none is.
     largest_share : float
         The largest mean coefficient.
     active : float
-        Mean share of experts with a coefficient other than zero.
+        Mean share of experts with nonzero coefficients.
     """
 
     rows: int
@@ -45,14 +45,14 @@ class UsageStatistics:
 
 
 class Usage:
-    """Counts the use of the experts of one level, batch by batch, in memory that does not grow.
+    """Counts the usage of the experts of one level, batch by batch, in constant memory.
 
     Parameters
     ----------
     experts : int
         Number of experts N of the level.
     threshold : float, default 0.5
-        An input counts for the load of an expert with a coefficient of this at least.
+        An input counts towards the load of an expert if the coefficient is at least this.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class Usage:
 
     def __init__(self, experts: int, threshold: float = 0.5):
         self.threshold, self.rows = threshold, 0
-        # Sums over millions of inputs: float32 would stop counting.
+        # In float64, because sums over millions of inputs would lose counts in float32.
         self.sums, self.loads, self.uses = torch.zeros(3, experts, dtype=torch.float64)
 
     def update(self, coefficients: Tensor) -> None:
@@ -78,7 +78,7 @@ class Usage:
         Raises
         ------
         ValueError
-            If the last axis has another size than N.
+            If the size of the last axis is not N.
         """
         if coefficients.ndim == 0 or coefficients.shape[-1] != len(self.sums):
             raise ValueError(
@@ -89,8 +89,8 @@ class Usage:
         self.rows += len(rows)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         size = max(1, CHUNK // len(self.sums))
-        # Sums as products with ones, and marks as floats in memory that is used again: sums of a bool tensor,
-        # or in float64, take many times as long.
+        # Sums are products with ones, and masks are floats in reused memory: sums of bool tensors, or in
+        # float64, are many times slower.
         all_ones = rows.new_ones(min(size, len(rows)), dtype=dtype)
         buffer = torch.empty_like(rows[:size], dtype=dtype)
         for part in rows.split(size):
@@ -101,15 +101,15 @@ class Usage:
 
     @staticmethod
     def _add(total: Tensor, part: Tensor) -> None:
-        total += part.cpu().to(total.dtype)  # (in this order: not every device has float64)
+        total += part.cpu().to(total.dtype)  # (in this order, since not every device supports float64)
 
     def statistics(self) -> UsageStatistics:
-        """The figures so far.
+        """The statistics of all inputs so far.
 
         Raises
         ------
         ValueError
-            If no input was seen.
+            If there were no inputs.
         """
         if not self.rows:
             raise ValueError("there must be inputs before usage can be computed, got none.")

@@ -1,1 +1,1 @@
-"""Measurements: times in turns, peak memory, and the machine they belong to."""
+"""Measurements: interleaved timing, peak memory, and a description of the machine."""

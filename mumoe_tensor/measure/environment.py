@@ -1,4 +1,4 @@
-"""The machine, versions and commit that figures belong to."""
+"""Description of the machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import mumoe_tensor
 
 
 def environment() -> dict[str, Any]:
-    """Machine, its load at this moment, versions and commit; None for what is not there."""
+    """Machine, its current load, versions and commit; None if not available."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _processor(),
@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
 
 
 def environment_text() -> str:
-    """What `environment` has, in one line."""
+    """The entries of `environment` as one line."""
     return "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
 
 
@@ -54,7 +54,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this package lies in, ``-dirty`` if it was changed; None if it lies in none."""
+    """Commit of the checkout with this package, ``-dirty`` if it was changed; None if there is none."""
     folder = Path(mumoe_tensor.__file__).parent
 
     def git(*arguments: str) -> str:
@@ -62,7 +62,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An installed package may lie in an environment within somebody else's checkout.
+        # An installed package may be in an environment inside the checkout of another project.
         if git("rev-parse", "--show-prefix") != f"{folder.name}/":
             return None
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

@@ -23,7 +23,7 @@ class Meter(NamedTuple):
 
 
 def growth(call: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes by which memory grows at most in a call: the resident set, on CUDA what torch allocates.
+    """Peak growth of memory during a call, in bytes: of the resident set, or on CUDA of torch's allocations.
 
     Parameters
     ----------
@@ -37,23 +37,23 @@ def growth(call: Callable[[], object], device: str = "cpu") -> int:
 
 
 def in_fresh_process(function: str, *arguments: Any) -> Any:
-    """Result of a function in a process of its own, in which no other call has left memory behind.
+    """Call a function in a new process, whose memory is not affected by earlier calls.
 
     Parameters
     ----------
     function : str
-        As ``"package.module:function"``, which the process imports.
+        The function as ``"package.module:function"``, which the process imports.
     *arguments : Any
-        Pickled, as is the result.
+        Arguments, which are pickled, as is the result.
 
     Raises
     ------
     OSError
-        If the arguments cannot be pickled, or the process failed.
+        If the arguments cannot be pickled, or the process fails.
     """
     try:
         order = pickle.dumps((function, arguments))
-    except (AttributeError, pickle.PicklingError) as error:  # e.g. of a class within a function
+    except (AttributeError, pickle.PicklingError) as error:  # e.g. for a class inside a function
         raise OSError(f"the process that measures memory cannot import what it needs: {error}") from error
     command = [sys.executable, "-c", "from mumoe_tensor.measure.memory import _answer; _answer()"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -66,7 +66,7 @@ def in_fresh_process(function: str, *arguments: Any) -> Any:
 
 
 def _answer() -> None:
-    """Do what `in_fresh_process` asks; in the other process."""
+    """Call the function of `in_fresh_process`, in the new process."""
     name, arguments = pickle.load(sys.stdin.buffer)
     sys.stdout.buffer.write(pickle.dumps(resolve_name(name)(*arguments)))
 
@@ -82,7 +82,7 @@ def _cuda_peak() -> int:
 
 
 METERS = {
-    # Writing 5 resets the largest resident set (proc(5)).
+    # Writing 5 resets the peak resident set size (proc(5)).
     "cpu": Meter(
         lambda: Path("/proc/self/clear_refs").write_text("5"),
         lambda: _status("VmRSS"),

@@ -1,4 +1,4 @@
-"""A forward pass and a training step of a module, as calls to measure."""
+"""Forward passes and training steps of a module, as functions to be measured."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def forward(module: Any, x: Tensor) -> Callable[[], object]:
 
 
 def step(module: Any, x: Tensor, gradient: Tensor | None = None) -> Callable[[], None]:
-    """zero_grad, forward, backward, as in the middle of a network: the input has a gradient too.
+    """zero_grad, forward and backward, as in the middle of a network: the input also gets a gradient.
 
     Parameters
     ----------
     module : torch.nn.Module
     x : Tensor
-        Requires a gradient.
+        Input that requires a gradient.
     gradient : Tensor, optional
-        Of the output; by default normal.
+        Gradient of the output; by default normally distributed.
     """
     if gradient is None:
         with torch.no_grad():

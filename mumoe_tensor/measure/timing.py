@@ -1,7 +1,7 @@
-"""Times of callables that take turns in one process, as ratios to one of them.
+"""Interleaved timing of callables in one process, relative to a baseline.
 
-A machine's speed drifts by more than what is to be told apart, so every figure of one callable is set against
-the baseline's figure of the same turn.
+The speed of a machine drifts by more than the differences of interest, so every time is compared with that of
+the baseline in the same round.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from statistics import quantiles
 from time import perf_counter
 from typing import NamedTuple
 
-#: Rounds that are run even if the time for them has passed.
+#: Minimum number of rounds, regardless of the time limit.
 FEWEST_ROUNDS = 3
-#: Calls before the first that is timed. On CUDA the first ones load, choose and compile kernels.
+#: Number of warm-up calls. On CUDA the first calls load, select and compile kernels.
 WARM_UP = {"cpu": 1, "cuda": 3}
 
 
 class Spread(NamedTuple):
-    """The median of some figures, and their quartiles."""
+    """Median and quartiles."""
 
     median: float
     low: float
@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of these values, at least one."""
+        """Median and quartiles of one or more values."""
         values = list(values)
         low, median, high = quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
         return cls(median, low, high)
@@ -39,16 +39,16 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times of named callables that took turns.
+    """Interleaved times of named callables.
 
     Attributes
     ----------
     baseline : str
-        The callable that the others are compared with.
+        Name of the callable with which the others are compared.
     seconds : dict of str to tuple of float
-        Seconds a call, one entry a round. Entries of the same position are of one round.
+        Seconds per call, one entry per round.
     loops : dict of str to int
-        Calls in each entry.
+        Number of calls in each round.
     """
 
     baseline: str
@@ -57,19 +57,19 @@ class Comparison:
 
     @property
     def rounds(self) -> int:
-        """How often each callable had its turn."""
+        """Number of rounds."""
         return len(self.seconds[self.baseline])
 
     def spread(self, name: str) -> Spread:
-        """Seconds a call."""
+        """Seconds per call."""
         return Spread.of(self.seconds[name])
 
     def ratio(self, name: str) -> Spread:
-        """Seconds a call over the baseline's, round by round."""
+        """Time per call divided by that of the baseline in the same round."""
         return Spread.of(value / base for value, base in self._pairs(name))
 
     def excess(self, name: str) -> Spread:
-        """Seconds a call more than the baseline's, round by round."""
+        """Time per call minus that of the baseline in the same round, in seconds."""
         return Spread.of(value - base for value, base in self._pairs(name))
 
     def _pairs(self, name: str) -> Iterator[tuple[float, float]]:
@@ -86,29 +86,29 @@ def compare(
     device: str = "cpu",
     clock: Callable[[], float] = perf_counter,
 ) -> Comparison:
-    """Time callables in turns, after a warm-up that also sets how often a turn calls.
+    """Time callables in interleaved rounds, after a warm-up that also sets the number of calls per round.
 
-    Each round has its own order: a call is slower after one that left the caches full.
+    The order is random in each round, since the caches depend on the previous callable.
 
     Parameters
     ----------
     callables : mapping of str to callable
-        Called without arguments.
+        Functions without arguments.
     baseline : str
-        One of the names.
+        Name of the baseline.
     rounds : int
-        Turns of each.
+        Number of rounds.
     turn : float
-        Seconds that a turn lasts at least: quick callables are called in a loop.
+        Minimum time in seconds of a callable in a round: fast callables are called in a loop.
     limit : float
-        Seconds after which no new round begins, but for the first three.
+        Time in seconds after which no new round begins, except the first three.
     device : {"cpu", "cuda"}, default "cpu"
-        Where the callables compute. A turn begins and ends when the device has no work left.
+        Device of the callables, which is synchronised before and after each measurement.
 
     Raises
     ------
     ValueError
-        If the baseline is none of the callables.
+        If the baseline is not one of the callables.
     """
     if baseline not in callables:
         raise ValueError(f"the baseline must be one of {', '.join(map(repr, callables))}, got {baseline!r}.")
@@ -140,7 +140,7 @@ def compare(
 
 
 def synchronizer(device: str) -> Callable[[], object]:
-    """A function that waits until the device has done its work; on a CPU it does nothing.
+    """A function that waits until the device is idle; on a CPU it does nothing.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def synchronizer(device: str) -> Callable[[], object]:
     Raises
     ------
     ValueError
-        If the device is another.
+        If the device is unknown.
     """
     if device not in WARM_UP:
         raise ValueError(f"device must be one of {', '.join(map(repr, WARM_UP))}, got {device!r}.")
@@ -162,7 +162,7 @@ def synchronizer(device: str) -> Callable[[], object]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection in the middle of a turn."""
+    """Disable garbage collection within the context."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Whole models with layers of experts, and the networks whose features these see."""
+"""Models with layers of experts, and backbones that compute features for them."""
 
 from mumoe_tensor.models.backbones import Backbone, load_backbone
 from mumoe_tensor.models.gpt2 import GPT2, GPT2Config

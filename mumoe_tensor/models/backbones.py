@@ -1,4 +1,4 @@
-"""Networks trained on images by others, as maps from images to features."""
+"""Pretrained image networks that compute features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EFFICIENTNETS = tuple(f"efficientnet-lite{k}" for k in range(5))
 
 
 class Backbone(nn.Module):
-    """A network with what it wants done to images before, and its features averaged over positions.
+    """An image network with its preprocessing; features are averaged over positions.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
     size : int
         Images are scaled to this height and width.
     mean, std : float or sequence of three float
-        Subtracted from, and divided out of, colours that go from 0 to 1.
+        Mean and standard deviation for the normalisation of colours between 0 and 1.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         Parameters
         ----------
         x : Tensor of shape (rows, height, width), (rows, 1, height, width) or (rows, 3, height, width)
-            From 0 to 1.
+            Images with values from 0 to 1.
 
         Returns
         -------
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
         Raises
         ------
         ValueError
-            If the shape is another.
+            If `x` has another shape.
         """
         images = x.unsqueeze(1) if x.ndim == 3 else x
         if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -70,30 +70,30 @@ class Backbone(nn.Module):
 
 
 def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
-    """A network by its name, with weights from a file. Nothing is downloaded.
+    """Load a network by name, with weights from a file. Nothing is downloaded.
 
     Parameters
     ----------
     name : str
-        ``"efficientnet-lite0"`` to ``"efficientnet-lite4"``, whose features are those of the last block
-        (needs the package ``efficientnet-lite-pytorch``; ``make data`` fetches weights of 0 and 2), or a
-        model of timm.
+        ``"efficientnet-lite0"`` to ``"efficientnet-lite4"``, with the features of the last block (this needs
+        the package ``efficientnet-lite-pytorch``; ``make data`` fetches weights of 0 and 2), or a timm model.
     weights : str or Path
-        A ``state_dict`` in a file of safetensors, or of torch without anything but tensors in it.
+        A ``state_dict`` in a safetensors file, or in a torch file that contains only tensors.
     size : int, default 64
-        Height and width that images are scaled to.
+        Height and width to which images are scaled.
 
     Returns
     -------
     Backbone
-        In evaluation mode.
+        The network in evaluation mode.
 
     Raises
     ------
     ImportError
-        If the package is not installed, or torchvision, which timm needs, does not fit torch.
+        If the package is not installed, or torchvision, which timm needs, does not match torch.
     ValueError
-        If there is no model of that name, the file has not its weights, or it takes no images of that size.
+        If there is no such model, the file does not contain its weights, or it does not support this image
+        size.
     """
     network: Any
     state = read_weights(weights)
@@ -120,7 +120,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
 
 
 def _tried(backbone: Backbone, name: str) -> Backbone:
-    """The backbone in evaluation mode, after an image went through it: many networks take one size only."""
+    """Put a backbone into evaluation mode and test it, since many networks support only one image size."""
     backbone.eval()
     size = backbone.size
     try:
@@ -128,7 +128,7 @@ def _tried(backbone: Backbone, name: str) -> Backbone:
             backbone(torch.zeros(1, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"images must have a size that {name} takes; scaled to {size} it says: {error}"
+            f"images must have a size that {name} supports; scaled to {size}, it raises: {error}"
         ) from None
     return backbone
 

@@ -1,4 +1,4 @@
-"""Parts of the blocks of both models: an MLP, dense or of experts, and branches that may be dropped."""
+"""Parts of the blocks of both models: MLPs, dense or with experts, and stochastic depth."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def dense_block(
     Parameters
     ----------
     dropout : float, default 0
-        Probability of dropping an output in training mode.
+        Dropout probability of the outputs.
 
     Returns
     -------
     Sequential
-        `up`, `activation`, `down` and `dropout`.
+        The modules `up`, `activation`, `down` and `dropout`.
     """
     return nn.Sequential(
         OrderedDict(
@@ -62,17 +62,17 @@ def expert_block(
     bias: bool = True,
     **options: Any,
 ) -> MuMoEMLP:
-    """A block of experts of a rank, or of the rank nearest to a number of parameters.
+    """A block of experts with a given rank, or with the rank closest to a budget of parameters.
 
     Parameters
     ----------
     experts : tuple of int
         Number of experts of each level.
     rank : tuple of int or None
-        None to solve for it.
+        The rank; None to solve for it.
     parameters : int or "match", default "match"
-        Budget of a rank that is solved for: gate and biases are counted, the norm of the input is not.
-        ``"match"`` for the parameters of `dense_block`.
+        Budget if the rank is None, including gate and biases, but not the input norm. ``"match"`` is the
+        number of parameters of `dense_block`.
     **options
         Further arguments of `.nn.MuMoEMLP`.
 
@@ -92,8 +92,8 @@ def expert_block(
     if rank is None:
         if not spec.format.bonds(spec.num_levels):
             raise ValueError(
-                f"a block has the parameters of a dense one by its rank, and format {format!r} has none: the "
-                "rank () takes it as it is."
+                f"a format must have a rank to match the parameters of a dense block; format {format!r} has "
+                "none: pass the rank () to use it anyway."
             )
         spec = spec.fitted(parameters, rounding="nearest")
     return MuMoEMLP.from_spec(spec, **options)
@@ -102,7 +102,8 @@ def expert_block(
 class StochasticDepth(nn.Module):
     """Drop the residual branch of a row at random in training (Huang et al., 2016).
 
-    A branch that stays is divided by the probability of staying, so that its expectation is the branch.
+    A branch that is kept is divided by the probability of keeping it, so that the expectation does not
+    change.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ class StochasticDepth(nn.Module):
         self.probability = probability
 
     def forward(self, branch: Tensor) -> Tensor:
-        """The branch as it is added to its residual.
+        """Drop or rescale a branch before it is added to the residual.
 
         Parameters
         ----------
@@ -136,7 +137,7 @@ class StochasticDepth(nn.Module):
 
 
 def drop_probabilities(last: float, depth: int) -> list[float]:
-    """Probabilities of dropping the branches of each block, linear from zero to that of the last block.
+    """Drop probability of each block, increasing linearly from zero to that of the last block.
 
     Returns
     -------
@@ -148,7 +149,7 @@ def drop_probabilities(last: float, depth: int) -> list[float]:
 def check_config(
     config: Any, sizes: Sequence[str], probabilities: Sequence[str], ranks: Sequence[str]
 ) -> None:
-    """Check the fields that the configs of both models share, and make them plain data.
+    """Check the common fields of the configs of both models, and convert them to plain data.
 
     Parameters
     ----------
@@ -158,7 +159,7 @@ def check_config(
     Raises
     ------
     ValueError, TypeError
-        If a size is not positive, a probability not below one, or a choice unknown.
+        If a size is not positive, a probability is not below one, or an option is unknown.
     """
     checked: dict[str, Any] = {name: as_positive(getattr(config, name), name) for name in sizes}
     checked |= {name: as_fraction(getattr(config, name), name) for name in probabilities}

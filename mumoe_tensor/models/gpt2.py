@@ -1,4 +1,4 @@
-"""GPT-2 without biases, whose MLPs are dense or of experts."""
+"""GPT-2 without biases, with dense MLPs or with experts."""
 
 from __future__ import annotations
 
@@ -25,41 +25,43 @@ from mumoe_tensor.nn.watch import evaluating, watch_coefficients
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Everything that a `GPT2` is made from. The defaults are the sizes of GPT-2 with 124M parameters.
+    """The config of a `GPT2`. The default sizes are those of GPT-2 with 124M parameters.
 
     Attributes
     ----------
     vocabulary : int
         Number of different tokens.
     context : int
-        The most tokens that are seen at once.
+        Maximum number of tokens in the context.
     width : int
         Features of a token.
     depth : int
         Number of blocks.
     heads : int
-        Of attention; they divide `width`.
+        Number of attention heads, which must divide `width`.
     hidden : int
-        Size between the two layers of an MLP.
+        Hidden size of an MLP.
     dropout : float
-        Probability of dropping, in training, what attention sees, what a branch adds, and what is embedded.
+        Dropout probability of attention weights, of the outputs of branches, and of embeddings.
     format : str or dict
-        Of the experts: its name, with settings in a dict; or ``"mlp"`` for a model without experts, on which
-        what follows but `stochastic_depth` has no effect.
+        Format of the experts: its name, or a dict with its name and settings. ``"mlp"`` is a model without
+        experts; the following fields except `stochastic_depth` then have no effect.
     experts : tuple of int
-        One number a level.
+        Number of experts of each level.
     rank : tuple of int or None
-        One entry a bond of the format. None: a block has the parameters that come nearest to those of the
-        dense one, norms counted.
+        One entry per bond of the format. With None, the number of parameters of a block is the closest to
+        that of the dense block, including norms.
     gate, gate_norm, init
-        As of `.nn.MuMoE`. Batch norm takes its statistics over all tokens in training, later ones too.
+        As in `.nn.MuMoE`. In training, batch norm computes its statistics over all tokens, including later
+        ones.
     stochastic_depth : float
-        Probability that the last block's branches are dropped for a row in training; linearly less before.
+        Probability of dropping a branch of the last block for a row in training; linearly smaller for earlier
+        blocks.
 
     Raises
     ------
     ValueError, TypeError
-        If a value is none of these, or the heads do not divide the width.
+        If a value is invalid, or the heads do not divide the width.
     """
 
     vocabulary: int = 50304
@@ -82,28 +84,28 @@ class GPT2Config:
         check_config(self, sizes, ("dropout", "stochastic_depth"), ranks=("rank",))
         if self.width % self.heads:
             raise ValueError(
-                f"heads must divide the width: width={self.width} is no multiple of heads={self.heads}."
+                f"heads must divide the width; width={self.width} is not a multiple of heads={self.heads}."
             )
 
 
 class GPT2(nn.Module):
-    """GPT-2: a transformer that predicts the next token, with pre-norms, GELU, and neither biases nor a head.
+    """GPT-2: a transformer that predicts the next token, with pre-norm and GELU, without biases.
 
-    The logits are products with the embeddings of the tokens (Radford et al., 2019). A dense MLP comes after
-    a layer norm; one of experts has biases and norms its input itself, such that the gate sees the residual
-    stream as it is (Oldfield et al., 2024). Dense weights are drawn with standard deviation 0.02, those that
-    end a branch with 0.02 / √(2 depth).
+    The output layer is tied to the token embedding (Radford et al., 2019). A dense MLP follows a layer norm.
+    An MLP of experts has biases and its own input norm, so that the input of its gate is the residual stream
+    (Oldfield et al., 2024). Dense weights are initialised with standard deviation 0.02, those at the end of a
+    branch with 0.02 / √(2 depth).
 
     Parameters
     ----------
     config : GPT2Config
     device : torch.device or str, optional
-        ``"meta"`` for a model that has sizes but no values.
+        ``"meta"`` for a model without values.
 
     Attributes
     ----------
     config : GPT2Config
-        The same, the rank solved.
+        The config, including the rank that was solved for.
 
     References
     ----------
@@ -138,7 +140,7 @@ class GPT2(nn.Module):
         self.config = config
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the token that comes after each.
+        """Logits of the next token at each position.
 
         Parameters
         ----------
@@ -151,8 +153,8 @@ class GPT2(nn.Module):
         Raises
         ------
         ValueError
-            If tokens are more than the context, or none of the vocabulary. A compiled model does not check
-            the latter, and on CUDA it is a device-side assertion that fails.
+            If there are more tokens than the context, or a token is not in the vocabulary. (A compiled model
+            does not check the latter, and on CUDA it causes a device-side assertion.)
         """
         self._check(tokens)
         if tokens.shape[1] > self.config.context:
@@ -168,16 +170,16 @@ class GPT2(nn.Module):
     def _check(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                "tokens must be integers (int64) of shape (rows, tokens), one row and token at least, got "
+                "tokens must be integers (int64) of shape (rows, tokens), at least one row and token, got "
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}."
             )
-        # Not where values cannot be asked for, and not where that would wait for a device.
+        # Only if values can be read without waiting for a device.
         if not is_eager_on_cpu(tokens):
             return
         least, most = (int(x) for x in tokens.aminmax())
         if least < 0 or most >= self.config.vocabulary:
             raise ValueError(
-                f"tokens must be from 0 to {self.config.vocabulary - 1}, got some from {least} to {most}."
+                f"tokens must be from 0 to {self.config.vocabulary - 1}, got values from {least} to {most}."
             )
 
     @torch.no_grad()
@@ -191,20 +193,20 @@ class GPT2(nn.Module):
         generator: torch.Generator | None = None,
         return_coefficients: bool = False,
     ) -> Any:
-        """Go on with rows of tokens, one token drawn at a time, as in evaluation.
+        """Continue rows of tokens by sampling one token at a time, in evaluation mode.
 
         Parameters
         ----------
         tokens : Tensor of int64 of shape (rows, tokens)
-            Of more than the context the last are seen.
+            The start of each row. If it is longer than the context, the last tokens are used.
         steps : int
-            Tokens to add to each row.
+            Number of tokens to add to each row.
         temperature : float, default 1
-            Logits are divided by it; 0 takes the most probable token.
+            Logits are divided by it; 0 selects the most probable token.
         top_k : int, optional
-            Draw among the most probable tokens, so many.
+            Sample from this number of most probable tokens.
         generator : torch.Generator, optional
-            Of the device of the model; torch's own by default.
+            A generator on the device of the model; by default torch's.
         return_coefficients : bool, default False
 
         Returns
@@ -216,7 +218,7 @@ class GPT2(nn.Module):
         Raises
         ------
         ValueError
-            If there are no tokens or wrong ones, or a choice is out of its range.
+            If there are no tokens or invalid ones, or an option is out of range.
         """
         self._check(tokens)
         as_positive(steps, "steps")
@@ -225,7 +227,7 @@ class GPT2(nn.Module):
                 f"top_k must be from 1 to the vocabulary of {self.config.vocabulary}, got {top_k}."
             )
         if not 0 <= temperature < float("inf"):
-            raise ValueError(f"a temperature is zero or positive, got {temperature}.")
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}.")
         with evaluating(self):
             for _ in range(steps):
                 logits = self(tokens[:, -self.config.context :])[:, -1].float()
@@ -233,7 +235,7 @@ class GPT2(nn.Module):
                     least = logits.topk(top_k).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -torch.inf)
                 if temperature:
-                    # (The largest is zero, lest small temperatures overflow.)
+                    # (The maximum becomes zero, so that small temperatures do not overflow.)
                     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
                     drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
                 else:
@@ -243,24 +245,24 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def coefficients(self, tokens: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """Coefficients that the experts of every block get for tokens, in evaluation.
+        """Coefficients of the experts of every block for each token, in evaluation mode.
 
-        Those of a token are from the context that ends with it: the last tokens, itself and those before.
+        The coefficients of a token are computed with the context that ends with this token.
 
         Parameters
         ----------
         tokens : Tensor of int64 of shape (rows, tokens)
-            Any number; beyond the context every token takes a forward pass of its own.
+            Any number of tokens. Each token beyond the context takes a separate forward pass.
 
         Returns
         -------
         dict of str to tuple of Tensor of shape (rows, tokens, N_e)
-            By the name of the gate's module; one tensor a level.
+            By name of the gate, one tensor per level.
 
         Raises
         ------
         ValueError
-            If the model has no experts, or tokens are none of the vocabulary.
+            If the model has no experts, or a token is not in the vocabulary.
         """
         self._check(tokens)
         rows, count = tokens.shape
@@ -269,7 +271,7 @@ class GPT2(nn.Module):
         with evaluating(self):
             for end in range(min(count, context), count + 1):
                 window = tokens[:, max(end - context, 0) : end]
-                # Of the first window every token counts, and then the last, which is new.
+                # All tokens of the first window are new, and then only the last one.
                 new = slice(None) if end <= context else slice(-1, None)
 
                 def keep(name: str, levels: tuple[Tensor, ...], new: slice = new) -> None:
@@ -285,13 +287,13 @@ class GPT2(nn.Module):
 
 
 class GPT2Block(nn.Module):
-    """One block: attention, then an MLP, each added to what goes in.
+    """One block: attention and an MLP, each with a residual connection.
 
     Parameters
     ----------
     config : GPT2Config
     probability : float
-        Of dropping a branch in training.
+        Probability of dropping a branch in training.
     device : torch.device or str, optional
     """
 
@@ -311,8 +313,8 @@ class GPT2Block(nn.Module):
             nn.init.normal_(self.mlp.up.weight, std=std)
             nn.init.normal_(self.mlp.down.weight, std=last)
         else:
-            # Experts norm their input themselves. The budget is that of the dense MLP and its norm, without
-            # the scale and shift of their own norm.
+            # Experts have their own input norm. The budget is that of the dense MLP and its norm, minus the
+            # scale and shift of the input norm.
             self.mlp_norm = nn.Identity()
             self.mlp = expert_block(
                 width, hidden, experts=config.experts, format=config.format, rank=config.rank,
@@ -337,13 +339,13 @@ class GPT2Block(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Attention of several heads, in which a token sees itself and those before it.
+    """Causal multi-head attention.
 
     Parameters
     ----------
     width, heads : int
     dropout : float
-        Of the weights of attention, and of outputs.
+        Dropout probability of the attention weights and of the outputs.
     device : torch.device or str, optional
     """
 
@@ -355,7 +357,7 @@ class CausalAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend.
+        """Apply attention.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Heads: from features of a network to the logits of classes, dense or of experts, and their files."""
+"""Heads, which map features to class logits, dense or with experts, and their files."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from mumoe_tensor.spec import LayerSpec, as_budget
 
 
 class Head(nn.Module):
-    """Features to logits: centred, scaled, and through a layer or a block, dense or of experts.
+    """A head that centres and scales features, and maps them to logits by a layer or a block.
 
     Parameters
     ----------
     hidden : int, optional
-        The head is a block of two layers with this size and GELU between them; else it is one layer.
+        Hidden size of a block of two layers with GELU between them. By default, the head is a single layer.
     format : str, dict or Format, default "cp"
-        Format of the experts, or ``"linear"`` for a head without.
+        Format of the experts, or ``"linear"`` for a head without experts.
     experts : int or sequence of int, default 64
         Number of experts of each level.
     rank : int or sequence of int, optional
-        See `mumoe_tensor.nn.MuMoE`; one entry may be None. By default the smallest rank at which an expert
-        can have full rank, and so can learn what the head without experts does.
+        See `mumoe_tensor.nn.MuMoE`; one entry may be None. The default is the smallest rank at which an
+        expert can have full rank, like the head without experts.
     parameters : int or str, optional
-        Budget that solves for a rank that is left out, or for its entry None: the rank that comes nearest,
-        gate and biases counted. ``"match"``, the default for an entry None, is the number of parameters of
-        the head without experts, ``"2x"`` a multiple of it. With a format without rank, `hidden` is solved
-        for instead; a single layer then ignores the budget.
+        Budget, including gate and biases. The rank, or its entry None, is the one with the closest number of
+        parameters. ``"match"``, the default for an entry None, is the number of parameters of the head
+        without experts, and ``"2x"`` a multiple of it. For a format without a rank, `hidden` is solved for
+        instead, and a single layer ignores the budget.
     gate, gate_norm, init : optional
         See `mumoe_tensor.nn.MuMoE`.
 
     Attributes
     ----------
     config : dict
-        The arguments that make such a head again, rank and hidden size solved.
+        The arguments of a head like this one, including the rank and hidden size that were solved for.
     body : Linear, Sequential, MuMoE or MuMoEMLP
     mean, scale : Tensor
-        Subtracted from features, and divided out of them; see `centre_on`.
+        The features are shifted by `mean` and divided by `scale`; see `centre_on`.
 
     Raises
     ------
     ValueError
-        If sizes, ranks or choices are wrong, or no rank fits the budget.
+        If a size, a rank or an option is invalid, or no rank fits the budget.
     """
 
     mean: Tensor
@@ -108,9 +108,9 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def centre_on(self, features: Tensor) -> None:
-        """Set `mean` and `scale` to those of these features; see `centring`.
+        """Set `mean` and `scale` to those of given features; see `centring`.
 
-        All features have one scale: one that hardly varies here may vary later.
+        All features have a common scale, since a feature that hardly varies here may vary more later.
 
         Parameters
         ----------
@@ -121,7 +121,7 @@ class Head(nn.Module):
         self.scale.copy_(scale)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits.
+        """Logits of features.
 
         Parameters
         ----------
@@ -136,7 +136,7 @@ class Head(nn.Module):
 
 
 def centring(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each feature, and one standard deviation of all.
+    """Mean of each feature, and a common standard deviation of all features.
 
     Parameters
     ----------
@@ -154,29 +154,29 @@ def centring(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_head(head: Head, path: Path) -> None:
-    """Write a head with its config as one file of safetensors, whole or not at all."""
+    """Save a head with its config to a safetensors file, atomically."""
     write_tensors(path, head.state_dict(), {"head": json.dumps(head.config)})
 
 
 def load_head(path: str | Path) -> Head:
-    """Read a head that `save_head` wrote; nothing is unpickled.
+    """Load a head saved by `save_head`; nothing is unpickled.
 
     Returns
     -------
     Head
-        In evaluation mode.
+        The head in evaluation mode.
 
     Raises
     ------
     ValueError
-        If it is no such file, or not what was written.
+        If the file is not a saved head, or is damaged.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     tensors, about = read_tensors(path)
     with reading(path):
         if "head" not in about:
-            raise ValueError(f"a head is a file of safetensors with its config; this has {sorted(about)}.")
+            raise ValueError(f"it must be a safetensors file with the config of a head, got {sorted(about)}.")
         config = parse_json(about["head"])
         with torch.device("meta"):
             head = Head(**config)
@@ -190,24 +190,24 @@ def _dense(in_features: int, hidden: int | None, classes: int) -> nn.Module:
 
 
 def _nearest(spec: LayerSpec, parameters: int | str) -> LayerSpec:
-    """The spec with the rank, or hidden size if the format has no rank, nearest to a number of parameters."""
+    """The spec with the rank closest to a budget, or the hidden size if the format has no rank."""
     if spec.format.bonds(spec.num_levels):
         return spec.fitted(parameters, rounding="nearest")
     if spec.hidden is None:
         return spec
     if spec.format.is_split:
         raise ValueError(
-            f"a format must have a rank to be solved for, or modes that are not split, since not every size "
-            f"has parts; format {spec.format.name!r} has neither. The rank () leaves the sizes as they are."
+            "a format must have a rank or modes that are not split, to fit a budget; format "
+            f"{spec.format.name!r} has neither. Pass the rank () to keep the sizes."
         )
     budget = as_budget(parameters, spec.dense_parameters)
-    # Both layers are linear in the hidden size.
+    # The number of parameters is linear in the hidden size.
     smallest, next_size = (replace(spec, hidden=size).parameters for size in (1, 2))
     hidden = round((budget - smallest) / (next_size - smallest)) + 1
     if hidden < 1:
         raise ValueError(
-            f"the budget of {budget:,} parameters must allow for a hidden size of 1; format "
-            f"{spec.format.name!r} with {spec.experts} experts has {smallest:,} even so. The rank () leaves "
-            "the size as it is."
+            f"the budget of {budget:,} parameters must allow a hidden size of 1, at which format "
+            f"{spec.format.name!r} with {spec.experts} experts has {smallest:,}. Pass the rank () to keep "
+            "the size."
         )
     return replace(spec, hidden=hidden)

@@ -1,4 +1,4 @@
-"""MLP-Mixer with an MLP, dense or of experts, for the tokens and for the channels of every block."""
+"""MLP-Mixer with dense MLPs or with experts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mumoe_tensor.nn.gate import GateNorm
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """Everything that a `Mixer` is made from.
+    """The config of a `Mixer`.
 
     Attributes
     ----------
     image_size : int
         Height and width of images.
     channels : int
-        Of images: 1 for grey ones, 3 for colours.
+        Number of channels of an image: 1 for greyscale, 3 for colour.
     patch : int
         Height and width of a patch, which is one token.
     width : int
@@ -37,25 +37,26 @@ class MixerConfig:
     depth : int
         Number of blocks.
     token_hidden, channel_hidden : int
-        Sizes between the two layers of the MLP that mixes tokens, and of the one that mixes channels.
+        Hidden sizes of the MLP that mixes tokens, and of the MLP that mixes channels.
     classes : int
     format : str or dict
-        Of the experts: its name, with settings in a dict; or ``"mlp"`` for a model without experts, on which
-        what follows but `stochastic_depth` has no effect.
+        Format of the experts: its name, or a dict with its name and settings. ``"mlp"`` is a model without
+        experts; the following fields except `stochastic_depth` then have no effect.
     experts : tuple of int
-        One number a level.
+        Number of experts of each level.
     token_rank, channel_rank : tuple of int or None
-        One entry a bond of the format. None: the MLP has the parameters that come nearest to those of the
-        dense one.
+        One entry per bond of the format. With None, the number of parameters of the MLP is the closest to
+        that of the dense MLP.
     gate, gate_norm, init
-        As of `.nn.MuMoE`.
+        As in `.nn.MuMoE`.
     stochastic_depth : float
-        Probability that the last block's branches are dropped for an image in training; linearly less before.
+        Probability of dropping a branch of the last block for an image in training; linearly smaller for
+        earlier blocks.
 
     Raises
     ------
     ValueError, TypeError
-        If a value is none of these, or patches do not tile an image.
+        If a value is invalid, or patches do not tile an image.
     """
 
     image_size: int = 28
@@ -80,34 +81,34 @@ class MixerConfig:
         check_config(self, (*sizes, "classes"), ("stochastic_depth",), ranks=("token_rank", "channel_rank"))
         if self.image_size % self.patch:
             raise ValueError(
-                f"patches must tile an image: image_size={self.image_size} is no multiple of "
+                f"patches must tile an image; image_size={self.image_size} is not a multiple of "
                 f"patch={self.patch}."
             )
 
     @property
     def tokens(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch) ** 2
 
 
 class Mixer(nn.Module):
-    """MLP-Mixer: a classifier of images from layers that mix tokens, and layers that mix channels.
+    """MLP-Mixer: an image classifier with layers that mix tokens and layers that mix channels.
 
-    With X of shape (tokens, width), a block is ``U = X + MLP(LayerNorm(X)ᵀ)ᵀ`` and then
-    ``Y = U + MLP(LayerNorm(U))`` (Tolstikhin et al., 2021, equation 1). Each MLP may be one of experts
-    (Oldfield et al., 2024): then the gate of the first sees a channel over all tokens, that of the second a
-    token over all channels.
+    With X of shape (tokens, width), a block computes ``U = X + MLP(LayerNorm(X)ᵀ)ᵀ`` and then ``Y = U +
+    MLP(LayerNorm(U))`` (Tolstikhin et al., 2021, equation 1). Both MLPs may have experts (Oldfield et al.,
+    2024). The input of the first gate is then one channel over all tokens, that of the second gate one token
+    over all channels.
 
     Parameters
     ----------
     config : MixerConfig
     device : torch.device or str, optional
-        ``"meta"`` for a model that has sizes but no values.
+        ``"meta"`` for a model without values.
 
     Attributes
     ----------
     config : MixerConfig
-        The same, all ranks solved.
+        The config, including the ranks that were solved for.
 
     References
     ----------
@@ -147,7 +148,7 @@ class Mixer(nn.Module):
         Parameters
         ----------
         images : Tensor of floats of shape (rows, channels, image_size, image_size)
-            Without the second axis if there is one channel.
+            The second axis may be omitted if there is one channel.
 
         Returns
         -------
@@ -156,7 +157,7 @@ class Mixer(nn.Module):
         Raises
         ------
         ValueError
-            If images have another shape, or are of integers.
+            If images have another shape or are integers.
         """
         size, channels = self.config.image_size, self.config.channels
         if images.ndim == 3 and channels == 1:
@@ -180,7 +181,7 @@ class MixerBlock(nn.Module):
     ----------
     config : MixerConfig
     probability : float
-        Of dropping a branch in training.
+        Probability of dropping a branch in training.
     device : torch.device or str, optional
     """
 
@@ -193,7 +194,7 @@ class MixerBlock(nn.Module):
         self.drop = StochasticDepth(probability)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mix.
+        """Mix tokens, then channels.
 
         Parameters
         ----------

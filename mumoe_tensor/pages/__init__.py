@@ -1,4 +1,4 @@
-"""Pages in one file each that need no network: templates (jinja2) with their styles and scripts inside."""
+"""Self-contained HTML pages: jinja2 templates with inlined styles and scripts."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from markupsafe import Markup
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template.
+    """Render a template.
 
-    Values are escaped. Within a script, ``{{ value | tojson }}`` is JSON that neither ends the script nor
-    opens a comment in it. JSON has no NaN and no infinity: they become the strings ``"NaN"``, ``"Infinity"``
-    and ``"-Infinity"``, which JavaScript's ``Number`` reads.
+    Values are escaped. Within a script, ``{{ value | tojson }}`` is JSON that can neither end the script nor
+    open a comment. JSON has no NaN and no infinity: they become the strings ``"NaN"``, ``"Infinity"`` and
+    ``"-Infinity"``, which JavaScript's ``Number`` parses.
 
     Parameters
     ----------
     template : str
-        Name of a file in ``templates``; ``{{ asset(name) }}`` in it is a file of ``assets``.
+        Name of a file in ``templates``. In it, ``{{ asset(name) }}`` inserts a file of ``assets``.
     **values
-        What the template names.
+        Variables of the template.
 
     Returns
     -------
     str
-        HTML; characters that UTF-8 cannot hold have become question marks.
+        HTML; characters that UTF-8 cannot encode are replaced by question marks.
     """
     return _environment().get_template(template).render(values).encode("utf-8", "replace").decode()
 
@@ -55,7 +55,7 @@ def _json(value: Any) -> str:
     write = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
     try:
         return write(value)
-    except ValueError:  # rare, and looking at every number takes longer than to write them
+    except ValueError:  # rare; checking every number first would take longer than writing
         return write(_finite(value))
 
 

@@ -1,7 +1,7 @@
-"""Hypothesis strategies and checks, for the formats of this library and for those of its users.
+"""Hypothesis strategies and checks for formats, also for users' own formats.
 
-`check_format` runs every check on a format, registered or not; each check is a function of one `Problem`
-and can be used alone::
+`check_format` runs every check on a format, registered or not. Each check is a function of one `Problem` and
+can be used separately::
 
     from hypothesis import given
     from mumoe_tensor.testing import check_equals_dense, problems
@@ -10,7 +10,7 @@ and can be used alone::
     def test_equals_dense(problem):
         check_equals_dense(problem)
 
-The module needs Hypothesis. PyTorch and JAX take part where they are installed.
+This module needs Hypothesis. PyTorch and JAX are included if they are installed.
 """
 
 from mumoe_tensor.testing.checks import (

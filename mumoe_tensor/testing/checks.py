@@ -1,6 +1,6 @@
-"""Properties that hold for every format, each a function of one problem.
+"""Checks of properties of every format, each a function of one problem.
 
-A check raises an AssertionError where its property does not hold, and returns nothing.
+A check raises an AssertionError if its property does not hold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mumoe_tensor.testing.gradients import check_gradients
 from mumoe_tensor.testing.oracle import Float64, assert_close, dense_moe, dense_weight, magnitude, to_numpy
 from mumoe_tensor.testing.strategies import Problem, fewest_experts, fewest_levels
 
-#: TensorLy's container -> module and name of its reconstruction.
+#: TensorLy container -> module and name of its reconstruction function.
 RECONSTRUCTIONS = {
     "CPTensor": ("tensorly.cp_tensor", "cp_to_tensor"),
     "TuckerTensor": ("tensorly.tucker_tensor", "tucker_to_tensor"),
@@ -38,7 +38,7 @@ RECONSTRUCTIONS = {
 
 
 def check_equals_dense(problem: Problem) -> None:
-    """The forward pass and `to_dense` equal a naive sum over all indices; also with the dense tensor."""
+    """The forward pass and `to_dense` equal a naive sum over all indices, also for the dense tensor."""
     dense = dense_weight(problem.weight)
     formed = to_dense(problem.weight)
     assert_close(formed, dense, dense_weight(problem.weight, absolute=True), "to_dense", problem.dtype)
@@ -49,9 +49,9 @@ def check_equals_dense(problem: Problem) -> None:
 
 
 def check_equals_tensorly(problem: Problem) -> None:
-    """TensorLy's reconstruction of the weight's container, if it has one, is the second oracle.
+    """The weight equals TensorLy's reconstruction of its container, if it has one.
 
-    The container is accepted in place of the weight, and read back to the same factors.
+    The container is accepted instead of the weight, and converts back to the same factors.
     """
     weight = problem.weight
     try:
@@ -82,7 +82,7 @@ def check_equals_tensorly(problem: Problem) -> None:
 
 
 def check_result_kind(problem: Problem) -> None:
-    """Leading shape, backend, dtype and device of the inputs are those of the result."""
+    """The result has the leading shape, backend, dtype and device of the inputs."""
     weight = problem.weight
     *_, i, o = weight.shape
     results = {
@@ -99,7 +99,7 @@ def check_result_kind(problem: Problem) -> None:
 
 
 def check_linear_in_input(problem: Problem) -> None:
-    """Linear in the inputs, affine with a bias."""
+    """The output is linear in the inputs, or affine with a bias."""
     generator = problem.generator()
     alpha, beta = generator.uniform(-2, 2, 2)
     zeros = problem.array(np.zeros(problem.z.shape))
@@ -110,7 +110,7 @@ def check_linear_in_input(problem: Problem) -> None:
 
 
 def check_linear_in_coefficients(problem: Problem) -> None:
-    """Linear in the coefficients of each level."""
+    """The output is linear in the coefficients of each level."""
     generator = problem.generator()
     for level, a in enumerate(problem.coefficients):
 
@@ -123,7 +123,7 @@ def check_linear_in_coefficients(problem: Problem) -> None:
 
 
 def check_linear_in_factors(problem: Problem) -> None:
-    """Linear in each factor, with the others held; affine where the weight has other terms."""
+    """The output is linear in each factor with the others fixed, or affine if the weight has other terms."""
     generator, factors = problem.generator(), problem.weight.factors
     has_others = len(problem.weight.terms) > 1
     for k, factor in enumerate(factors):
@@ -143,9 +143,9 @@ def check_linear_in_factors(problem: Problem) -> None:
 
 
 def check_expert_permutation(problem: Problem) -> None:
-    """Experts permuted together with their coefficients give the same result.
+    """Permuting experts together with their coefficients does not change the result.
 
-    Those of a slice stay in it. Experts that a term splits have no such symmetry, and keep their order.
+    Experts of a slice are permuted within it. Experts of a level that a term splits keep their order.
     """
     generator, weight = problem.generator(), problem.weight
     orders = [_order_of_experts(weight, level, generator) for level in range(weight.num_levels)]
@@ -170,7 +170,7 @@ def check_expert_permutation(problem: Problem) -> None:
 
 
 def check_one_hot(problem: Problem) -> None:
-    """One-hot coefficients give the output of one expert, whose matrix and bias `expert_matrix` returns."""
+    """With one-hot coefficients, the output is that of one expert, as returned by `expert_matrix`."""
     generator, weight, bias = problem.generator(), problem.weight, problem.layer.bias
     expert = tuple(int(generator.integers(n)) for n in weight.experts)
     matrix, scale = (dense_weight(weight, absolute=absolute)[expert] for absolute in (False, True))
@@ -194,11 +194,11 @@ def check_one_hot(problem: Problem) -> None:
 
 
 def check_gauge(problem: Problem) -> None:
-    """What the tensor does not depend on: a basis for each bond of two factors, a scale for any bond.
+    """The tensor does not depend on the basis of a bond of two factors, or on the scale of any bond.
 
-    A matrix and its inverse inserted into a bond that joins two factors change nothing (the basis of
-    Tucker's factors, the cores of a ring); nor do the entries of any bond, permuted in all its factors, and
-    scaled in one and unscaled in another (the components of CP).
+    Inserting a matrix and its inverse into a bond that joins two factors does not change the tensor (as for
+    Tucker's factors and the cores of a ring). Nor does permuting the entries of any bond in all its factors,
+    and scaling them in one factor and inversely in another (as for the components of CP).
     """
     generator, weight = problem.generator(), problem.weight
     declared, bonds = weight.format.declaration(weight.num_levels), weight.format.bonds(weight.num_levels)
@@ -232,10 +232,10 @@ def check_gauge(problem: Problem) -> None:
 
 
 def check_level_of_one(problem: Problem) -> None:
-    """A level with a single expert and coefficient 1 changes nothing.
+    """A level with a single expert and coefficient 1 does not change the result.
 
-    A weight with one expert in a level gives what its dense tensor gives without the level. (A level that a
-    term takes a slice of has more experts.)
+    A weight with one expert in a level has the same output as its dense tensor without this level. (Levels
+    with slices are skipped.)
     """
     layer, formats = problem.layer, [f for f, _ in problem.weight.format.summands(problem.weight.num_levels)]
     for e in range(problem.weight.num_levels):
@@ -257,10 +257,10 @@ def check_level_of_one(problem: Problem) -> None:
 
 
 def check_paths(problem: Problem) -> None:
-    """Every way to contract gives the same result.
+    """The result does not depend on the contraction path.
 
-    All combinations of objective, implementation and folded weights, planned for some batch and bound to the
-    weight, and random pairwise orders.
+    This checks all combinations of objective, implementation and folded weights, planned for some batch size
+    and bound to the weight, and random pairwise orders.
     """
     generator = problem.generator()
     expected, scale = _dense_output(problem, dense_weight(problem.weight)), _magnitude(problem)
@@ -269,7 +269,7 @@ def check_paths(problem: Problem) -> None:
     choices: list[tuple[Any, Any, Any]] = list(
         product(("time", "flops", "peak"), ("factorized", "reconstructed", "auto"), (False, True))
     )
-    if problem.backend == "jax":  # it compiles every operation, so a few combinations have to do
+    if problem.backend == "jax":  # only a few combinations, since JAX compiles every operation
         choices = [choices[k] for k in generator.choice(len(choices), 3, replace=False)]
     for minimize, implementation, fold_weights in choices:
         batch = int(generator.choice(batches))
@@ -296,12 +296,12 @@ def check_paths(problem: Problem) -> None:
 
 
 def check_plan(problem: Problem) -> None:
-    """Plans keep what they promise.
+    """Plans have their documented properties.
 
-    Steps are pairwise; ``"factorized"`` forms no intermediate with all experts, the input and the output,
-    unless a factor has them all (modes of size one do not count);
-    ``"auto"`` takes the cheaper way; ``"time"`` spends at most 5 % more FLOPs than ``"flops"``; no plan costs
-    more than the format's closed form.
+    Steps are pairwise. ``"factorized"`` forms no intermediate with all experts, the input and the output,
+    unless a factor has all of them (ignoring modes of size one). ``"auto"`` selects the cheaper
+    implementation. ``"time"`` uses at most 5 % more FLOPs than ``"flops"``. No plan costs more than the
+    format's closed form.
     """
     weight, batch = problem.weight, max(1, prod(problem.leading))
     terms = weight.format.terms(weight.shape, weight.rank)
@@ -328,14 +328,14 @@ def check_plan(problem: Problem) -> None:
 
 
 def check_declaration(format: str | Format) -> None:
-    """A declaration is a tensor network, the same each time, and has a default rank.
+    """A declaration is a valid tensor network, is deterministic, and has a default rank.
 
     Raises
     ------
     ValueError, TypeError
-        If the declaration is refused; see `register`.
+        If the declaration is invalid; see `register`.
     AssertionError
-        If anything else does not hold.
+        If another property does not hold.
     """
     format = get_format(format)
     for num_levels in range(fewest_levels(format), MOST_LEVELS + 1):
@@ -348,7 +348,7 @@ def check_declaration(format: str | Format) -> None:
         assert tuple(format.factors(modes)) == declared, f"{format!r} declares other factors each time."
 
 
-#: All checks of a problem by their name.
+#: All checks of a problem by name.
 CHECKS: dict[str, Callable[[Problem], None]] = {
     check.__name__: check
     for check in (
@@ -370,9 +370,9 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
 
 
 def random_tree(network: Network, generator: np.random.Generator) -> Tree:
-    """Draw a pairwise order of contraction of a network.
+    """Draw a random pairwise order of contraction of a network.
 
-    With a bias the input vector meets all weights of the input mode at once, as the executor asks.
+    With a bias, the input vector is multiplied by all weights of the input mode at once, as required.
     """
     nodes: list[tuple[Tree, frozenset[int]]] = [(k, frozenset([k])) for k in range(len(network.operands))]
     vector = network.vector_of_input if network.bias else None
@@ -393,7 +393,7 @@ def random_tree(network: Network, generator: np.random.Generator) -> Tree:
 
 
 def _dense_output(problem: Problem, dense: Float64) -> Float64:
-    """The forward pass by the oracle."""
+    """The forward pass of the dense reference."""
     coefficients = [to_numpy(a) for a in problem.coefficients]
     return dense_moe(dense, to_numpy(problem.z), coefficients, bias=problem.layer.bias)
 
@@ -421,7 +421,7 @@ def _assert_linear(
     at: Callable[[Array], dict[str, Any]],
     what: str,
 ) -> None:
-    """Assert that a combination of arrays gives that of their results; `at` makes arguments of the output."""
+    """Assert that the output is linear in an array; `at` makes arguments of `Problem.output` from it."""
     combined = problem.array(sum(share * to_numpy(x) for share, x in zip(shares, arrays, strict=True)))
     expected = sum(s * to_numpy(problem.output(**at(x))) for s, x in zip(shares, arrays, strict=True))
     scale = sum(abs(s) * _magnitude(problem, **at(x)) for s, x in zip(shares, arrays, strict=True))
@@ -439,7 +439,7 @@ def _with_factors(weight: FactorizedTensor, factors: Sequence[Array | None]) -> 
 
 
 def _order_of_experts(weight: FactorizedTensor, level: int, generator: np.random.Generator) -> Any:
-    """A permutation of the experts of a level that the weight's declaration knows nothing of."""
+    """A random permutation of the experts of a level that is compatible with splits and slices."""
     mode, size = mode_names(weight.num_levels)[level], weight.shape[level]
     formats = [format for format, _ in weight.format.summands(weight.num_levels)]
     if any(format.parts(mode) != (mode,) for format in formats):

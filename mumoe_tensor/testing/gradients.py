@@ -1,4 +1,4 @@
-"""Gradients of the forward pass, compared with those that PyTorch or JAX takes of the dense formula."""
+"""Gradients of the forward pass, compared with those of the dense formula by PyTorch or JAX."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ Function = Callable[..., Any]
 
 
 def check_gradients(problem: Problem) -> None:
-    """Gradients in every factor, the input and all coefficients equal those of the dense formula.
+    """Gradients of every factor, the input and all coefficients equal those of the dense formula.
 
-    With PyTorch in float64 also finite differences (`torch.autograd.gradcheck`). NumPy has none to check.
+    With PyTorch in float64 they are also compared with finite differences (`torch.autograd.gradcheck`). NumPy
+    has no gradients.
     """
     if problem.backend == "pytorch":
         _check_torch(problem)
@@ -29,7 +30,7 @@ def check_gradients(problem: Problem) -> None:
 
 
 def _arguments(problem: Problem) -> list[Array]:
-    """What is differentiated in: the factors that are there, coefficients, inputs."""
+    """The arguments of the derivatives: factors that are not missing, coefficients, inputs."""
     return [*problem.weight.arrays, *problem.coefficients, problem.z]
 
 

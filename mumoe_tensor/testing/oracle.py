@@ -1,4 +1,4 @@
-"""The dense reference: slow, in float64, and independent of the library's planner and executor."""
+"""The dense reference implementation: slow, in float64, and independent of the planner and executor."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 Float64 = NDArray[np.float64]
 
-#: Largest error allowed, relative to the sum of the magnitudes of the terms.
+#: Relative tolerance, relative to the sum of the magnitudes of the terms.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 1e-2, "bfloat16": 4e-2}
-#: Absolute error allowed besides, for values near the smallest that the dtype has.
+#: Absolute tolerance, for values near the smallest of the dtype.
 SMALLEST = {"float64": 1e-290, "float32": 1e-30, "float16": 1e-4, "bfloat16": 1e-30}
 
 
 def to_numpy(array: Array) -> Float64:
-    """Values of an array of any backend, in float64."""
+    """Convert an array of any backend to NumPy float64."""
     if hasattr(array, "detach"):
         array = array.detach().cpu().double()
     return np.asarray(array).astype(np.float64)
 
 
 def subscripts(format: Format, num_levels: int) -> tuple[list[str], str]:
-    """Letters of the axes of every factor of a format of one term, and of its tensor, for an `einsum`.
+    """Letters of the axes of the factors and of the tensor of a single term, for `einsum`.
 
-    The tensor has an axis for each part of a split mode, and none for a mode that the term leaves out.
+    The tensor has an axis for each part of a split mode, and none for a mode that the term omits.
     """
     modes = format.modes(num_levels)
     letter = dict(zip((*modes, *format.bonds(num_levels)), ascii_letters, strict=False))
@@ -48,7 +48,7 @@ def dense_weight(weight: FactorizedTensor, *, absolute: bool = False) -> Float64
     ----------
     weight : FactorizedTensor
     absolute : bool, default False
-        Take the factors' absolute values: the sum of the magnitudes of the terms.
+        Use the absolute values of the factors, which gives the sum of the magnitudes of the terms.
 
     Returns
     -------
@@ -68,16 +68,16 @@ def sum_of_terms(
     einsum: Callable[..., Any] = np.einsum,
     array: Callable[[Float64], Any] = np.asarray,
 ) -> Any:
-    """The weight tensor, of its factors in any backend.
+    """The weight tensor, computed from factors of any backend.
 
     Parameters
     ----------
     weight : FactorizedTensor
-        Says the format and the shapes.
+        A weight with the format and the shapes.
     factors : sequence of array
-        In its place, none missing.
+        The factors to use instead of its own, without missing ones.
     einsum, array : callable
-        Those of the backend of the factors.
+        Functions of the backend of the factors.
     """
     total = 0
     for term in weight.format.terms(weight.shape, weight.rank):
@@ -98,7 +98,7 @@ def sum_of_terms(
 
 
 def placement(term: Term, axis: int, size: int, whole: int, is_left_out: bool) -> Float64:
-    """Which entry of the weight's mode each entry of a term's is: a matrix of zeros and ones."""
+    """A matrix of zeros and ones that maps the entries of a mode of a term to those of the weight."""
     is_expert = axis < len(term.mode_sizes) - 2
     if is_left_out:  # constant along the experts; a bias is the last row of the input mode
         return np.ones((1, whole)) if is_expert else np.eye(whole)[-1:]
@@ -108,7 +108,7 @@ def placement(term: Term, axis: int, size: int, whole: int, is_left_out: bool) -
 
 
 def dense_moe(tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, bias: bool = False) -> Float64:
-    """Mix the experts of a dense weight tensor, one input after the other.
+    """Mix the experts of a dense weight tensor, one input at a time.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def dense_moe(tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, b
 def magnitude(
     weight: FactorizedTensor, z: Array, coefficients: Sequence[Array], *, bias: bool = False
 ) -> Float64:
-    """Sum of the magnitudes of all terms of an output: what its rounding error is relative to.
+    """Sum of the magnitudes of all terms of an output, the scale of its rounding errors.
 
     Parameters
     ----------
@@ -157,18 +157,18 @@ def magnitude(
 def assert_close(
     actual: Array, expected: Array, scale: Any, what: str = "the result", dtype: str | None = None
 ) -> None:
-    """Assert that two arrays differ by no more than rounding.
+    """Assert that two arrays are equal up to rounding.
 
     Parameters
     ----------
     actual, expected : array
-        Of any backends.
+        Arrays of any backend.
     scale : float or array
-        Magnitude of the terms that were added up, for each entry or for all.
+        Sum of the magnitudes of the terms, for each entry or for all.
     what : str
-        Named if they differ.
+        Name of `actual` in the error message.
     dtype : str, optional
-        Dtype whose tolerance holds; that of `actual` by default.
+        Dtype that determines the tolerance; by default that of `actual`.
     """
     dtype = dtype or dtype_name(actual)
     actual, expected = to_numpy(actual), to_numpy(expected)

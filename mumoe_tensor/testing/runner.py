@@ -1,4 +1,4 @@
-"""Checks run on problems that Hypothesis draws."""
+"""Running checks on problems drawn by Hypothesis."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from mumoe_tensor.formats import Format, get_format, shared, sliced, sum_of
 from mumoe_tensor.testing.checks import CHECKS, check_declaration
 from mumoe_tensor.testing.strategies import Problem, installed_backends, jax_float64, problems
 
-#: Checks that take longest -> what the number of their examples is divided by.
+#: Divisors of the number of examples for slow checks.
 DIVISORS = {"check_paths": 4, "check_gradients": 2}
 
 
 def check_format(format: str | Format) -> None:
-    """Run every check on a format, over levels, sizes, ranks, dtypes and all backends that are installed.
+    """Run every check on a format, for various levels, sizes, ranks and dtypes, and all installed backends.
 
-    The number of problems follows the Hypothesis profile in use. It takes about half a minute with the
-    default one.
+    The number of problems depends on the Hypothesis profile. With the default profile, this takes about half
+    a minute.
 
     Parameters
     ----------
     format : str or Format
-        A registered name, or an instance of your format, registered or not.
+        The name of a registered format, or an instance of a format, registered or not.
 
     Raises
     ------
     AssertionError
-        If a property does not hold; Hypothesis reports the smallest problem for which it does not.
+        If a property does not hold; Hypothesis reports a minimal failing problem.
 
     Examples
     --------
@@ -52,7 +52,7 @@ def run_check(
     backend: str = "numpy",
     share: int = 1,
 ) -> None:
-    """Run one check on problems that Hypothesis draws, as many as its profile says.
+    """Run one check on problems drawn by Hypothesis; its profile sets their number.
 
     Parameters
     ----------
@@ -62,13 +62,13 @@ def run_check(
         All registered formats by default.
     backend : {"numpy", "pytorch", "jax"}, default "numpy"
     share : int, default 1
-        Divides the number of examples. The slowest checks divide it further, and so does JAX, which
-        compiles each operation for each shape.
+        Divisor of the number of examples. It is reduced further for slow checks, and for JAX, which compiles
+        each operation for each shape.
 
     Raises
     ------
     AssertionError
-        If the property does not hold; Hypothesis reports the smallest problem for which it does not.
+        If the property does not hold; Hypothesis reports a minimal failing problem.
     """
     divisor = share * DIVISORS.get(check.__name__, 1) * (10 if backend == "jax" else 1)
 
@@ -76,12 +76,12 @@ def run_check(
         note(f"To see it again:\n\n{pasteable(check, problem)}\n")
         check(problem)
 
-    # Hypothesis tells tests apart, and remembers what failed, by their names.
+    # Hypothesis distinguishes tests, and stores failing examples, by name.
     name = "any" if format is None else get_format(format).name
     run.__name__ = run.__qualname__ = re.sub(r"\W", "_", f"{check.__name__}_{name}_{backend}")
     options = settings(
         max_examples=max(2, settings().max_examples // divisor),
-        # JAX compiles, and checks of many sizes take long: that is no fault of the format.
+        # No deadline, since JAX compiles, and some sizes are slow.
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -90,13 +90,13 @@ def run_check(
 
 
 def pasteable(check: Callable[[Problem], None], problem: Problem) -> str:
-    """Lines that run a check on a problem again."""
+    """Code that repeats a check on a problem."""
     call = f"{check.__name__}({problem!r})"
     lines = ["from mumoe_tensor import LayerSpec", "from mumoe_tensor.testing import Problem, jax_float64"]
     terms = [format for format, _ in problem.layer.format.summands(problem.layer.num_levels)]
     formats = [problem.layer.format, *terms, *(getattr(term, "format", term) for term in terms)]
     objects: dict[Any, None] = dict.fromkeys([check, sum_of, shared, sliced, *map(type, formats)])
-    # (What is defined within a function cannot be imported.)
+    # (Objects defined inside a function cannot be imported.)
     lines += [
         f"from {x.__module__} import {x.__qualname__}"
         for x in objects

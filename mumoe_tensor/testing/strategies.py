@@ -1,4 +1,4 @@
-"""Hypothesis strategies: formats, sizes, specs, weights, and whole problems on any backend."""
+"""Hypothesis strategies: formats, sizes, specs, weights, and complete problems on any backend."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mumoe_tensor.multilinear import multilinear_moe
 from mumoe_tensor.spec import LayerSpec
 from mumoe_tensor.tensors import FactorizedTensor
 
-#: TensorLy's name of each backend -> the package it needs.
+#: TensorLy's name of each backend -> the package that it needs.
 PACKAGES = {"numpy": "numpy", "pytorch": "torch", "jax": "jax"}
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A weight with normal factors, and inputs for it. Its `repr` can be pasted back.
+    """A weight with normal factors, and inputs for it. Its `repr` is valid code.
 
     Attributes
     ----------
@@ -38,14 +38,14 @@ class Problem:
     missing : tuple of int
         Positions of the factors that are None.
     in_memory_order : tuple of int
-        Positions of the factors that lie in the memory order their declaration asks for.
+        Positions of the factors that are stored in their declared memory order.
     leading : tuple of int
         Leading shape of the inputs.
     backend : {"numpy", "pytorch", "jax"}
     dtype : str
-        Name of the dtype, ``"float32"``. JAX has float64 only within `jax_float64`.
+        Name of the dtype, such as ``"float32"``. JAX supports float64 only within `jax_float64`.
     seed : int
-        For the arrays, and for whatever else a check draws; see `generator`.
+        Seed of the arrays, and of other random numbers in a check; see `generator`.
     """
 
     layer: LayerSpec
@@ -79,7 +79,7 @@ class Problem:
 
     @cached_property
     def coefficients(self) -> list[Array]:
-        """One array of shape (..., Ne) a level."""
+        """One array of shape (..., Ne) per level."""
         return self._vectors[1:]
 
     @cached_property
@@ -89,17 +89,17 @@ class Problem:
         return [self.array(generator.standard_normal((*self.leading, n))) for n in sizes]
 
     def generator(self) -> np.random.Generator:
-        """A generator of random numbers, the same at every call and not the one that drew the inputs."""
+        """A random number generator with the same seed in every call, independent of the inputs."""
         return np.random.default_rng([self.seed, 1])
 
     def array(self, values: Any) -> Array:
-        """Put values into an array of this problem's backend and dtype."""
+        """Convert values to an array of this problem's backend and dtype."""
         return make_array(values, self.backend, self.dtype)
 
     def output(
         self, weight: Any = None, z: Array = None, coefficients: list[Array] | None = None, **options: Any
     ) -> Array:
-        """Result of `multilinear_moe` for the problem's weight and inputs, or others in their place.
+        """Result of `multilinear_moe` for the weight and inputs of the problem, or for replacements.
 
         Parameters
         ----------
@@ -119,7 +119,7 @@ class Problem:
 
 
 def make_array(values: Any, backend: str, dtype: str) -> Array:
-    """Put values into an array of a backend, keeping their memory order where the backend has one."""
+    """Convert values to an array of a backend, keeping the memory order if the backend supports it."""
     values = np.asarray(values, np.float64)
     if backend == "pytorch":
         import torch
@@ -134,7 +134,7 @@ def make_array(values: Any, backend: str, dtype: str) -> Array:
 
 @contextmanager
 def jax_float64() -> Iterator[None]:
-    """A context in which JAX, where it is installed, has float64."""
+    """A context in which float64 is enabled in JAX, if JAX is installed."""
     if find_spec("jax") is None:
         yield
         return
@@ -149,7 +149,7 @@ def jax_float64() -> Iterator[None]:
 
 
 def formats() -> st.SearchStrategy[Format]:
-    """Registered formats, and now and then a sum of two or three, of which some are shared by all experts."""
+    """Registered formats, and sometimes sums of two or three, some of them shared by all experts."""
     single = st.sampled_from([f for f in registered().values() if not isinstance(f, Sum)])
     term = single | single.map(shared)
     sums = st.lists(term, min_size=2, max_size=3).map(lambda terms: sum_of(*terms))
@@ -158,13 +158,13 @@ def formats() -> st.SearchStrategy[Format]:
 
 
 def fewest_levels(format: Format) -> int:
-    """The fewest levels of experts that a format can have: those it takes slices of."""
+    """The smallest number of levels that a format supports: it must include the levels of its slices."""
     sliced_levels = [e for f, _ in format.summands(0) for e in range(MOST_LEVELS) if f.window(e)]
     return max((e + 1 for e in sliced_levels), default=0)
 
 
 def fewest_experts(format: Format, num_levels: int) -> tuple[int, ...]:
-    """The fewest experts of each level that a format can have: one, or up to the end of the last slice."""
+    """The smallest number of experts per level that a format supports: one, or the end of the last slice."""
     windows = [[f.window(e) or (0, 1) for f, _ in format.summands(num_levels)] for e in range(num_levels)]
     return tuple(max(stop for _, stop in of_level) for of_level in windows)
 
@@ -181,7 +181,7 @@ def backends() -> st.SearchStrategy[str]:
 
 @st.composite
 def dtypes(draw: Callable[..., Any], backend: str) -> str:
-    """Floating dtypes of a backend: float64 on JAX only where it is enabled, 16 bits only on PyTorch."""
+    """Floating dtypes of a backend: float64 on JAX only if enabled, half precision only on PyTorch."""
     names = ["float64", "float32"]
     if backend == "pytorch":
         names += ["bfloat16", "float16"]
@@ -193,9 +193,9 @@ def dtypes(draw: Callable[..., Any], backend: str) -> str:
 
 
 def levels(most: int = 3, format: str | Format | None = None) -> st.SearchStrategy[int]:
-    """Numbers of levels of experts, from none; the most, which take long to plan, are the rarest.
+    """Numbers of levels of experts, from none. The largest number, which is slow to plan, is the rarest.
 
-    Of a format as many as it can have: those at least that it takes slices of.
+    For a format, at least the number of levels that it supports; see `fewest_levels`.
     """
     fewest = 0 if format is None else fewest_levels(get_format(format))
     most = max(most, fewest)
@@ -203,12 +203,12 @@ def levels(most: int = 3, format: str | Format | None = None) -> st.SearchStrate
 
 
 def sizes(most: int = 4) -> st.SearchStrategy[int]:
-    """Sizes of a mode or a bond, from one."""
+    """Sizes of a mode or a bond, at least one."""
     return st.integers(1, most)
 
 
 def ranks(format: str | Format, num_levels: int, most: int = 3) -> st.SearchStrategy[tuple[int, ...]]:
-    """Ranks of a format: one size a bond, at most `most`."""
+    """Ranks of a format, with one size per bond, each at most `most`."""
     return st.tuples(*[sizes(most)] * len(get_format(format).bonds(num_levels)))
 
 
@@ -221,12 +221,12 @@ def specs(
     most: int = 4,
     bias: bool | None = None,
 ) -> LayerSpec:
-    """Single layers with their rank; each argument that is None is drawn.
+    """Single layers with their rank. Arguments that are None are drawn.
 
     Parameters
     ----------
     format : str or Format, optional
-        Of formats that are drawn some also split the experts, and some terms of sums are for a slice of them.
+        If it is drawn, some formats also split the experts, and some terms of sums are slices.
     num_levels : int, optional
     most : int, default 4
         The largest size of a mode or a bond.
@@ -238,7 +238,7 @@ def specs(
     bounds = zip(least, _most_sizes(declared, num_levels, most), strict=True)
     *experts, i, o = mode_sizes = tuple(draw(st.integers(n, max(n, largest))) for n, largest in bounds)
     declared = draw(variants(declared, mode_sizes, format is None))
-    # (The oracle sums over all indices at once.)
+    # (The dense reference sums over all indices at once.)
     most_rank = most if len(declared.bonds(num_levels)) < 5 else min(most, 2)
     return LayerSpec(
         declared,
@@ -258,17 +258,17 @@ def variants(
     is_open: bool = False,
     is_term: bool = False,
 ) -> Format:
-    """The format with drawn sizes of the parts of each split mode; some hold more than the mode has.
+    """The format with drawn sizes of the parts of each split mode, some of them padded.
 
     Parameters
     ----------
     format : Format
     mode_sizes : tuple of int
-        Sizes of the whole modes.
+        Sizes of the modes before splitting.
     is_open : bool, default False
-        Whether it may also split a mode of experts.
+        Whether expert modes may also be split.
     is_term : bool, default False
-        Whether it may also be for a slice of them, as a term of a sum.
+        Whether the result may also be a slice of the experts, as a term of a sum.
     """
     if isinstance(format, Sum):
         terms = [draw(variants(term, mode_sizes, is_open, is_open)) for term in format.formats]
@@ -278,7 +278,7 @@ def variants(
     experts = [level for level, mode in enumerate(names[:-2]) if mode not in counts]
     if is_open and not format.omits and experts and draw(st.integers(0, 5)) == 0:
         level = draw(st.sampled_from(experts))
-        experts.remove(level)  # a slice of it may have no such parts
+        experts.remove(level)  # a slice may not have such parts
         counts[names[level]] = draw(st.integers(1, 2))
     splits = {}
     for mode, size in zip(names, mode_sizes, strict=True):
@@ -298,7 +298,7 @@ def variants(
 
 
 def _most_sizes(format: Format, num_levels: int, most: int) -> list[int]:
-    """The largest size of each mode: `most`, or what the parts hold where a format gives their sizes."""
+    """The largest size of each mode: `most`, or the product of the parts if a format has their sizes."""
     splits = [f.splits for f, _ in format.summands(num_levels)]
     given = [
         [prod(parts) for each in splits if isinstance(parts := each.get(mode), tuple)]
@@ -308,7 +308,7 @@ def _most_sizes(format: Format, num_levels: int, most: int) -> list[int]:
 
 
 def leading_shapes() -> st.SearchStrategy[tuple[int, ...]]:
-    """Leading shapes of inputs: no axis, a few, and some of size zero."""
+    """Leading shapes of inputs with up to three axes, some of size zero."""
     return st.lists(st.sampled_from([2, 1, 3, 0]), max_size=3).map(tuple)
 
 
@@ -323,10 +323,10 @@ def problems(
     dtype: str | None = None,
     bias: bool | None = None,
 ) -> Problem:
-    """Weights with inputs and coefficients for them; each argument that is None is drawn.
+    """Weights with inputs and coefficients. Arguments that are None are drawn.
 
-    Optional factors are there now and then, with entries other than one. Factors lie in the memory order the
-    format asks for, or in any other.
+    Optional factors are sometimes present, with entries other than one. Factors are stored in their declared
+    memory order or in another one.
 
     Parameters
     ----------
@@ -361,6 +361,6 @@ def weights(
     dtype: str | None = None,
     bias: bool | None = None,
 ) -> st.SearchStrategy[FactorizedTensor]:
-    """Weights of `problems`, with the same arguments."""
+    """The weights of `problems` with the same arguments."""
     drawn = problems(format, num_levels, leading=(), backend=backend, dtype=dtype, bias=bias)
     return drawn.map(lambda problem: problem.weight)

@@ -108,7 +108,7 @@ def test_outputs_that_are_not_there(output: Any, level: int, message: str) -> No
 
 def test_layers_that_cannot_be_attributed_to() -> None:
     whole = model()
-    with pytest.raises(ValueError, match=r"which; MuMoEMLP has \['down', 'up'\]"):
+    with pytest.raises(ValueError, match=r"pass its up or down\); MuMoEMLP has \['down', 'up'\]"):
         attribute(whole, whole[1], X, 0)
-    with pytest.raises(ValueError, match="called 0 times"):
+    with pytest.raises(ValueError, match="must call the layer once, got 0"):
         attribute(whole[:2], whole[3], X, 0)

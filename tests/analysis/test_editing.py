@@ -225,7 +225,7 @@ def test_any_layer_of_a_block(which: str, activation: Any) -> None:
     torch.testing.assert_close(block(x), twin(x))
     with ablate(block, [0, 1, 2]):
         assert torch.equal(block(x), torch.zeros(7, 5))
-    with pytest.raises(ValueError, match="which"):
+    with pytest.raises(ValueError, match="pass its up or down"):
         edit_bias(block, "two", means, 1, 2.0)
 
 
@@ -283,7 +283,7 @@ def test_divided_layers_add_edits_once(tmp_path: Path) -> None:
         ({"name": ""}, "without dots"),
         ({"name": "keys"}, "got 'keys'"),
         ({"name": "training"}, "got 'training'"),
-        ({"means": torch.rand(N + 1)}, r"\(6,\) experts; got means of shapes \[\(7,\)\]"),
+        ({"means": torch.rand(N + 1)}, r"\(6,\) experts, got means of shapes \[\(7,\)\]"),
         ({"means": [torch.rand(N), torch.rand(N)]}, "got means of shapes"),
         ({"outputs": OUT}, r"outputs must be one or more different integers .* less than 3, .* got \[3\]"),
         ({"outputs": [0, -1]}, r"got \[-1\]"),

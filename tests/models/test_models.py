@@ -373,7 +373,7 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
             load_model(rewritten(path, **metadata))
     with pytest.raises(FileNotFoundError):
         load_model(tmp_path / "none.safetensors")
-    with pytest.raises(TypeError, match="is a Mixer or a GPT2, got Linear"):
+    with pytest.raises(TypeError, match="must be a Mixer or a GPT2, got Linear"):
         save_model(nn.Linear(2, 2), path)  # type: ignore[arg-type]
     assert path.exists()
 
@@ -426,9 +426,9 @@ def test_wrong_configs_are_told(options: dict[str, Any], message: str) -> None:
 
 
 def test_what_does_not_fit_together_is_told() -> None:
-    with pytest.raises(ValueError, match="image_size=6 is no multiple of patch=4"):
+    with pytest.raises(ValueError, match="image_size=6 is not a multiple of patch=4"):
         replace(SMALL_MIXER, patch=4)
-    with pytest.raises(ValueError, match="width=8 is no multiple of heads=3"):
+    with pytest.raises(ValueError, match="width=8 is not a multiple of heads=3"):
         replace(SMALL_GPT2, heads=3)
     with pytest.raises(ValueError, match="dropout must be at least 0 and less than 1"):
         replace(SMALL_GPT2, dropout=-0.1)
@@ -436,7 +436,7 @@ def test_what_does_not_fit_together_is_told() -> None:
         replace(SMALL_GPT2, rank=(3,))
     with pytest.raises(ValueError, match="has 3 entries"):
         replace(SMALL_MIXER, format="tr", token_rank=(3,))
-    with pytest.raises(ValueError, match=r"format 'hadamard' has none: the rank \(\) takes it as it is"):
+    with pytest.raises(ValueError, match=r"format 'hadamard' has none: pass the rank \(\)"):
         GPT2(replace(SMALL_GPT2, format="hadamard"))
     assert GPT2(replace(SMALL_GPT2, format="hadamard", rank=())).config.rank == ()
     with pytest.raises(ValueError, match="the smallest rank must fit the budget"):
@@ -454,11 +454,11 @@ def test_wrong_images_are_told(shape: tuple[int, ...]) -> None:
     ("tokens", "message"),
     [
         (torch.zeros(1, 7, dtype=torch.long), "at most context = 6 tokens, got 7"),
-        (torch.zeros(1, 0, dtype=torch.long), "one row and token at least"),
+        (torch.zeros(1, 0, dtype=torch.long), "at least one row and token"),
         (torch.zeros(4, dtype=torch.long), "of shape \\(4,\\)"),
         (torch.zeros(1, 4), "must be integers .* got torch.float32"),
-        (torch.tensor([[3, 19]]), "from 0 to 18, got some from 3 to 19"),
-        (torch.tensor([[-1, 3]]), "from 0 to 18, got some from -1 to 3"),
+        (torch.tensor([[3, 19]]), "from 0 to 18, got values from 3 to 19"),
+        (torch.tensor([[-1, 3]]), "from 0 to 18, got values from -1 to 3"),
     ],
 )
 def test_wrong_tokens_are_told(tokens: Tensor, message: str) -> None:
@@ -472,7 +472,7 @@ def test_wrong_choices_of_generation_are_told() -> None:
         (dict(steps=0), "steps must be positive"),
         (dict(steps=1, top_k=0), "top_k must be from 1 to the vocabulary of 19, got 0"),
         (dict(steps=1, top_k=20), "top_k must be from 1"),
-        (dict(steps=1, temperature=-1.0), "a temperature is zero or positive, got -1.0"),
+        (dict(steps=1, temperature=-1.0), "temperature must be finite and at least 0, got -1.0"),
         (dict(steps=1, temperature=float("nan")), "got nan"),
     ):
         with pytest.raises(ValueError, match=message):

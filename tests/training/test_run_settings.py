@@ -147,7 +147,7 @@ def test_overrides_take_the_place_of_what_is_there(config: Path) -> None:
         ("train.speed=3", r"^train\.speed: no such key; must be one of .*batch_size"),
         ("model.experts=4", r"^model\.experts: .* got 4\.$"),
         ("model.experts=[0]", r"^model: every number of experts must be positive, got 0\.$"),
-        ("model.patch=5", r"^model: .*image_size=28 is no multiple of patch=5\.$"),
+        ("model.patch=5", r"^model: .*image_size=28 is not a multiple of patch=5\.$"),
         ("data.validation=2", r"^data\.validation: must be a share"),
         ("speed.train=3", r"^speed: settings of mixer have the tables data, model, train\.$"),
         ("epochs=3", r"as train\.epochs=3; got 'epochs=3'\.$"),

@@ -1,6 +1,6 @@
 const data = JSON.parse(document.getElementById('data').textContent);
 const by = id => document.getElementById(id);
-// NaN and infinity come as strings, which Number reads.
+// NaN and infinity are strings, which Number parses.
 const fixed = (x, digits) => x == null ? '–' : Number.isFinite(+x) ? (+x).toFixed(digits)
   : Number.isNaN(+x) ? 'NaN' : x > 0 ? '∞' : '−∞';
 const percent = x => x > 0 && x < 5e-5 ? '< 0.01 %' : fixed(Number.isFinite(x) ? 100 * x : x, x < 0.1 ? 2 : 1) + (x == null ? '' : ' %');
@@ -16,7 +16,7 @@ const shade = (element, a, most) => {
   element.style.background = a > 0 ? `rgba(213, 94, 0, ${(0.85 * Math.min(a / most, 1)).toFixed(3)})` : '';
 };
 
-// From the largest on; what is missing or NaN comes last.
+// In descending order; missing values and NaN come last.
 const descending = key => (a, b) => {
   const [x, y] = [a, b].map(expert => Number.isNaN(+(expert[key] ?? NaN)) ? -Infinity : +expert[key]);
   return x === y ? a.n - b.n : x < y ? 1 : -1;
@@ -50,7 +50,7 @@ function image(source, top, most, grid) {
     patches.style.gridTemplate = `repeat(${grid[0]}, 1fr) / repeat(${grid[1]}, 1fr)`;
     for (const a of top.rows) {
       const patch = make('i');
-      // Seen through, so that the image is too.
+      // Transparent, so that the image stays visible.
       shade(patch, 0.75 * a, most);
       patches.append(patch);
     }
@@ -59,8 +59,8 @@ function image(source, top, most, grid) {
   return box;
 }
 
-// Experts stand in chunks of so many, a multiple of the cards side by side. A chunk has cards only near the
-// window; away from it the height that it had, or that of another.
+// Number of experts per chunk, a multiple of the cards side by side. A chunk contains cards only near the visible
+// area; elsewhere it keeps its height, or has that of another chunk.
 const CHUNK = 24;
 const watcher = new IntersectionObserver(entries => entries.forEach(({target, isIntersecting, boundingClientRect}) => {
   if (isIntersecting) target.fill();
@@ -155,7 +155,7 @@ class View {
       ? `, loss ${expert.effect < 0 ? '−' : '+'}${fixed(Math.abs(expert.effect), 4)} nats without it`
       : `, effect ${fixed(expert.effect, 3)}`;
     card.append(heading, make('p', '', `mean coefficient ${mean}, load ${percent(expert.load)}${effect}`));
-    if (!expert.top.length) card.append(make('p', '', 'No input uses it.'));
+    if (!expert.top.length) card.append(make('p', '', 'Not used by any input.'));
     const most = largest(expert.top.flatMap(top => top.rows));
     const images = make('div', 'images'), lines = [];
     for (const top of expert.top) {
@@ -181,7 +181,7 @@ class View {
     return bars;
   }
 
-  // Opens an expert that an address names.
+  // Opens the expert of an address.
   open(n) {
     if (!this.matches.some(expert => expert.n === n)) { by('search').value = ''; this.show(); }
     const place = this.matches.findIndex(expert => expert.n === n);
@@ -190,12 +190,12 @@ class View {
     chunk.fill();
     const card = chunk.children[place % CHUNK];
     card.classList.add('opened');
-    // Once more when the chunks around it have their cards.
+    // Again when the surrounding chunks have their cards.
     card.scrollIntoView();
     requestAnimationFrame(() => requestAnimationFrame(() => card.scrollIntoView()));
   }
 
-  // ---- classes by experts: a pixel for each, made larger by the style ----
+  // ---- map of classes and experts: one pixel per pair, enlarged by the style ----
 
   drawMap() {
     const {map, experts} = this.level;
@@ -206,7 +206,7 @@ class View {
       const row = bytes.subarray(e * count, (e + 1) * count), share = Math.max(...row);
       return {e, share, label: row.indexOf(share)};
     });
-    // Experts of one class side by side; those that nothing uses last.
+    // Experts of the same class side by side; unused experts last.
     top.sort((a, b) => (a.share === 0) - (b.share === 0) || a.label - b.label || b.share - a.share || a.e - b.e);
     this.columns = top.map(({e}) => ({expert: experts[e], row: bytes.subarray(e * count, (e + 1) * count)}));
     const canvas = this.find('canvas'), [width, height] = [canvas.width, canvas.height] = [top.length, count];
@@ -218,8 +218,8 @@ class View {
     canvas.style.setProperty('--rows', height);
     canvas.style.width = `${width * Math.max(1, Math.min(18, Math.floor(900 / width)))}px`;
     this.find('.names').replaceChildren(...map.labels.map(label => make('div', '', this.nameOf(label))));
-    this.find('output').textContent = 'A column is an expert, as strong in colour as the share of its coefficients that ' +
-      'goes to inputs of the class. Click it for its card.';
+    this.find('output').textContent = 'Each column is an expert. The colour shows the share of its coefficients that ' +
+      'belongs to inputs of the class. Click a column to open its card.';
   }
 
   place({target, offsetX, offsetY}) {
@@ -234,7 +234,7 @@ class View {
     this.find('output').textContent = `Expert ${expert.n}, ${this.nameOf(label)}: ${percent(share)}`;
   }
 
-  // ---- the written text: shaded by one expert of the layer that is chosen ----
+  // ---- the generated text, shaded by one expert of the selected layer ----
 
   drawSample() {
     const {sample} = this.run, tokens = sample.levels[+this.select.value], sums = {};
@@ -256,7 +256,7 @@ class View {
   }
 }
 
-// ---- the whole ----
+// ---- the page ----
 
 const all = selector => [...document.querySelectorAll(selector)];
 const selects = all('.level'), counts = all('.count');
@@ -267,7 +267,7 @@ by('sort').addEventListener('change', () => views.forEach(view => view.show()));
 by('search').addEventListener('input', () => views.forEach(view => view.show()));
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => views.forEach(view => view.drawMap()));
 
-// An address such as #expert=37&layer=blocks.0.mlp&level=1&model=2; all but the expert may be missing.
+// An address such as #expert=37&layer=blocks.0.mlp&level=1&model=2; everything but the expert is optional.
 function follow() {
   const place = new URLSearchParams(location.hash.slice(1)), view = views[(place.get('model') ?? 1) - 1];
   const has = (key, value) => !place.has(key) || place.get(key) === String(value);

@@ -1,4 +1,4 @@
-// Draws every panel, and lets the switches act on all of them.
+// Draws all panels, and connects them with the switches.
 const plots = [...document.querySelectorAll('.plot')];
 const switches = document.querySelectorAll('nav input[data-subject]'), log = document.getElementById('log');
 const style = getComputedStyle(document.body);
@@ -6,7 +6,7 @@ const colour = name => style.getPropertyValue(name);
 let panels;
 
 function draw() {
-  // Plotly knows no variables of the page's style.
+  // Plotly does not support CSS variables.
   panels = JSON.parse(document.getElementById('panels').textContent, (key, value) =>
     key === 'color' && value.startsWith('var(') ? colour(value.slice(4, -1)) : value);
   const axis = {gridcolor: colour('--grid'), zeroline: false, automargin: true};

@@ -402,7 +402,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dense": W + 1j}, TypeError, "floating dtype, .* got dense: complex128"),
     ({"dense": 3.0}, TypeError, "must be plain NumPy, PyTorch or JAX arrays, got float"),
     ({"dense": []}, ValueError, "at least one expert, got none"),
-    ({"dense": [np.ones((2, 3)), np.ones((3, 3))]}, ValueError, r"one shape, got \(2, 3\) and \(3, 3\)"),
+    ({"dense": [np.ones((2, 3)), np.ones((3, 3))]}, ValueError, r"the same shape, got \(2, 3\) and \(3, 3\)"),
     ({"dense": [np.ones((2, 3)), np.ones((2, 3), "float32")]}, TypeError, "the same floating dtype"),
     ({"dense": np.ones((0, 3, 5))}, ValueError, "number of experts must be positive, got 0"),
     ({"dense": np.ones((4, 3, 0))}, ValueError, "out_features must be positive, got 0"),

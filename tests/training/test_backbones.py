@@ -89,7 +89,7 @@ def test_names_sizes_and_weights_that_do_not_fit(saved: Any, tmp_path: Path) -> 
     _, path = saved("test_vit3")
     with pytest.raises(ValueError, match="or a model of timm, got 'nothing'"):
         load_backbone("nothing", path)
-    with pytest.raises(ValueError, match=r"scaled to 64 it raises: .*\(160\)"):
+    with pytest.raises(ValueError, match=r"scaled to 64, it raises: .*\(160\)"):
         load_backbone("test_vit3", path, 64)
     with pytest.raises(ValueError, match=r"must have the weights of test_efficientnet; .* for one"):
         load_backbone("test_efficientnet", path, SIZE)

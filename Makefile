@@ -48,7 +48,7 @@ SEED ?= 0
 mutants: $(STAMP)  ## change N=20 places of the library at random (SEED=0, IN=folders), list what no test notices
 	$(BIN)/python tests/mutants.py $(N) $(SEED) $(IN)
 
-zoo: $(STAMP)  ## put layers into models of transformers, timm and torch; writes docs/reference/models-of-others.md
+zoo: $(STAMP)  ## put layers into models from transformers, timm and torch; writes docs/reference/models-of-others.md
 	$(BIN)/python tests/zoo.py
 
 lint: $(STAMP)  ## ruff: rules and formatting

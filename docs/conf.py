@@ -55,7 +55,7 @@ def markdown(rows: Iterable[Iterable[str]]) -> str:
 
 
 def scale_table(kind: str) -> str:
-    """FLOPs and memory of the published trainings, as a table in Markdown."""
+    """FLOPs and memory of the published training runs, as a table in Markdown."""
     heading, *lines = scale.table(kind, scale.published(kind))
     # Names of settings stay on one line.
     marked = ([f"`{name}`", *figures] for name, *figures in lines)

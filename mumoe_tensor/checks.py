@@ -1,4 +1,4 @@
-"""Checks of arguments: numbers of any library become Python numbers, and errors state the rule."""
+"""Checks of arguments: numbers from any library become Python numbers, and errors state the rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def as_integer(value: Any, what: str) -> int:
-    """Convert an integer of any library to an int, or raise a TypeError that names `what`."""
+    """Convert an integer from any library to an int, or raise a TypeError that names `what`."""
     if type(value) is int:  # (torch.compile cannot trace the rest)
         return value
     number = as_python(value)
@@ -28,7 +28,7 @@ def as_positive(value: Any, what: str) -> int:
 
 
 def as_finite(value: Any, what: str) -> float:
-    """Convert a finite number of any library to a float, or raise an error that names `what`."""
+    """Convert a finite number from any library to a float, or raise an error that names `what`."""
     if type(value) is float and -inf < value < inf:  # (torch.compile cannot trace the rest)
         return value
     number = as_python(value)
@@ -56,7 +56,7 @@ def as_entries(value: Any, what: str) -> tuple[Any, ...]:
 
 
 def as_python(value: Any) -> Any:
-    """Convert numbers and arrays of any library to Python numbers and lists; keep other values unchanged."""
+    """Convert numbers and arrays from any library to Python numbers and lists; leave other values alone."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -178,7 +178,7 @@ def top_k(x: Array, k: int, axis: int = -1, *, normalize: bool = True) -> Array:
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`; so are result and errors.
+        As in `entmax15`, as are the result and the errors.
     k : int
         Number of logits that keep a coefficient, from 1 to N.
     axis : int
@@ -207,7 +207,7 @@ def relu_top_k(x: Array, k: int, axis: int = -1) -> Array:
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`; so are result and errors.
+        As in `entmax15`, as are the result and the errors.
     k : int
         Maximum number of nonzero coefficients, from 1 to N. Logits that are not positive get zero.
     axis : int
@@ -240,7 +240,7 @@ def jumprelu(
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`; so are result and errors.
+        As in `entmax15`, as are the result and the errors.
     threshold : float or array of shape (N,)
         At least zero. An array must have the backend and dtype of `x`, and gets a gradient.
     axis : int
@@ -292,7 +292,7 @@ def sigmoid_top_k(
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`; so are result and errors.
+        As in `entmax15`, as are the result and the errors.
     k : int
         Number of selected logits, from 1 to the size of `top_groups` groups.
     axis : int
@@ -340,8 +340,8 @@ def uniform_top_k(x: Array, k: int, axis: int = -1) -> Array:
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`; so are result and errors. If fewer than k logits are unmasked, their coefficients
-        are one divided by their number.
+        As in `entmax15`, as are the result and the errors. If only m < k logits are unmasked,
+        each of them gets 1 / m.
     k : int
         From 1 to N.
     axis : int

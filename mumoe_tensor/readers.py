@@ -34,7 +34,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Convert the exceptions of a damaged file to a ValueError that starts with the path.
+    """Convert exceptions that a damaged file causes to a ValueError that starts with the path.
 
     Errors of the operating system that name a path are not changed, for example if the file is missing.
     """

@@ -18,7 +18,7 @@ Index: TypeAlias = Any
 
 
 def read_number(value: Any, count: int, what: str) -> int:
-    """Parse the index of one of `count` items: an integer or 0-d array of any library."""
+    """Parse the index of one of `count` items: an integer or 0-d array from any library."""
     number = _plain(value)
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{what} must be an integer {_interval(count)}, got {shortened(number)}.")
@@ -92,6 +92,6 @@ def _entries(values: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert integers and arrays of any library to Python; return other values unchanged."""
+    """Convert integers and arrays from any library to Python; return other values unchanged."""
     value = as_python(value)
     return index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value

@@ -1,4 +1,4 @@
-"""Accuracy of heads over the number of experts, with the parameters of a dense MLP; one and two levels.
+"""Accuracy of heads against the number of experts, with the parameters of a dense MLP; one and two levels.
 
 Oldfield et al. (2024), fine-tuned heads: expert layers are no worse than the matched linear layer.
 
@@ -48,7 +48,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Accuracy over experts with one level; with two levels, points with intervals."""
+    """Accuracy against experts with one level; with two levels, points with intervals."""
     figure, axes = new_figure(2, height=3.0)
     scaled = [{**row, **{key: 100 * row[key] for key in row if key.startswith("accuracy")}} for row in rows]
     dense = scaled[0]

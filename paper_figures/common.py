@@ -31,7 +31,7 @@ from mumoe_tensor.text_table import text_table
 
 FOLDER = Path(__file__).resolve().parent
 FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "common"))
-#: The linear layer in figures over the number of experts, and the number at which mixtures match it.
+#: The linear layer in figures against the number of experts, and the number at which mixtures match it.
 LINEAR = LayerSpec("dense", experts=(), in_features=768, out_features=768, bias=True)
 MATCHED_AT = 64
 #: Width of a text column, in inches.
@@ -148,7 +148,7 @@ def rank_text(layer: LayerSpec) -> str:
 
 
 def draw_over_experts(rows: Sequence[Row], figure: str, label: str) -> Figure:
-    """A quantity over the number of experts, with logarithmic axes."""
+    """A quantity against the number of experts, with logarithmic axes."""
     drawn, (ax,) = new_figure(height=2.9)
     draw_lines(ax, rows, "experts", figure)
     ax.set(xscale="log", yscale="log", xlabel="experts N", ylabel=label)
@@ -205,7 +205,7 @@ def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:
         write_table(new / names[0], list(rows[0]), rows)
         figure = module.draw(rows)
         for name in names[1:]:
-            # Without a date, equal figures give equal files.
+            # Without a date, identical figures give identical files.
             metadata = {"CreationDate": None} if name.endswith(".pdf") else {}
             with whole_file(new / name) as file:
                 figure.savefig(file, format=name[-3:], dpi=300, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Error of a trained weight tensor in each format, over rank and over parameters.
+"""Error of a trained weight tensor in each format, against rank and against parameters.
 
 Not in the paper: how well a factorized layer can approximate existing experts.
 
@@ -53,7 +53,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """The error over the free rank, and over the share of the parameters."""
+    """The error against the free rank, and against the share of the parameters."""
     figure, axes = new_figure(2, height=2.7)
     lines = [row for row in rows if row["name"] in OPEN]
     alone = [row for row in rows if row["name"] == "svd"]

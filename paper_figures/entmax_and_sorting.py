@@ -1,4 +1,4 @@
-"""Time of entmax15 over the number of experts: as in the layers, with sorting, and softmax.
+"""Time of entmax15 against the number of experts: as in the layers, with sorting, and softmax.
 
 Not in the paper, whose gate is entmax15: the exact solution by Newton steps takes a few passes over a row,
 while the standard algorithm sorts it.
@@ -55,7 +55,7 @@ def both(gate: Callable[[Tensor], Tensor], logits: Tensor, gradient: Tensor) -> 
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Milliseconds over experts, with logarithmic axes."""
+    """Milliseconds against experts, with logarithmic axes."""
     figure, (ax,) = new_figure()
     for name, style in STYLES.items():
         group = [row for row in rows if row["name"] == name]

@@ -1,4 +1,4 @@
-"""Largest expert rank of CP and Tensor Ring layers of equal parameters, over the number of experts.
+"""Largest expert rank of CP and Tensor Ring layers of equal parameters, against the number of experts.
 
 Oldfield et al. (2024), maximum rank of expert matrices: at matched parameters, experts of a Tensor Ring have
 higher rank than those of CP, and the rank falls later with the number of experts.

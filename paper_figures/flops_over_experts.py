@@ -1,4 +1,4 @@
-"""FLOPs per input over the number of experts, for every format and for mixtures of dense experts.
+"""FLOPs per input against the number of experts, for every format and for mixtures of dense experts.
 
 Oldfield et al. (2024), cost of the forward pass: a factorized layer uses all experts at about the cost of one
 dense layer; a dense mixture costs as much as all its experts, a sparse mixture as its active experts and the
@@ -34,5 +34,5 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """FLOPs over experts."""
+    """FLOPs against experts."""
     return draw_over_experts(rows, "flops", "FLOPs of one input")

@@ -1,4 +1,4 @@
-"""The gate's share of a layer's parameters over the number of experts.
+"""The gate's share of a layer's parameters against the number of experts.
 
 Not in the paper. The gate is a dense matrix, so it becomes larger than the factors; levels keep it small.
 

@@ -1,4 +1,4 @@
-"""Perplexity of a mixture of experts over the parameters saved, with its experts in several formats.
+"""Perplexity of a mixture of experts against the parameters saved, with its experts in several formats.
 
 Not in the paper: how much worse a small Mixtral, trained on the bytes of Shakespeare's plays, predicts
 held-out plays when its experts are compressed.

@@ -1,4 +1,4 @@
-"""Parameters over the number of experts, for every format and for mixtures of dense experts.
+"""Parameters against the number of experts, for every format and for mixtures of dense experts.
 
 Oldfield et al. (2024), comparison of parameter counts: at a fixed rank, each expert adds parameters to one
 factor of a factorized layer, but a whole weight matrix to a mixture of dense experts.
@@ -28,5 +28,5 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Parameters over experts."""
+    """Parameters against experts."""
     return draw_over_experts(rows, "parameters", "parameters, with the gate")

@@ -63,7 +63,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Relative error over the share kept, one line per layer; then accuracy and loss of the networks."""
+    """Relative error against the share kept, one line per layer; then accuracy and loss of the networks."""
     networks = [name for name in NETWORKS if any(row["layer"] == name for row in rows)]
     figure, axes = new_figure(1 + len(networks))
     ax = axes[0]

@@ -39,7 +39,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A line per expert: its images, and the number of their classes."""
+    """One row per expert: its images, and the number of classes that they show."""
     figure, axes = new_figure(len(LOOKED_AT), height=4.4)
     with np.load(KEPT) as kept:
         for ax, n in zip(axes, LOOKED_AT, strict=True):

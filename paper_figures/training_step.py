@@ -1,4 +1,4 @@
-"""Time of a training step, and memory saved for the backward pass, over the number of experts.
+"""Time of a training step, and memory saved for the backward pass, against the number of experts.
 
 Not in the paper, which measures inference. Relative to the dense MLP that the block replaces.
 

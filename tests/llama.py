@@ -1,4 +1,4 @@
-"""A small Llama of transformers on the disk."""
+"""A small Llama from transformers, on disk."""
 
 from __future__ import annotations
 

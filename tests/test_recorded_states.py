@@ -31,7 +31,7 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata and tensors of a file, the tensors by case and key."""
     with safetensors.safe_open(STATES / name, "pt") as file:
         cases: dict[str, Any] = {}
-        for path in file.keys():  # noqa: SIM118 (it is no dict)
+        for path in file.keys():  # noqa: SIM118 (it is not a dict)
             case, _, key = path.partition("/")
             cases.setdefault(case, {})[key] = file.get_tensor(path)
         return {case: json.loads(text) for case, text in (file.metadata() or {}).items()}, cases

@@ -1,4 +1,4 @@
-"""The zoo: small models of transformers, timm and torch, whose layers surgery replaces or refuses.
+"""The zoo: small models from transformers, timm and torch, whose layers surgery replaces or refuses.
 
 Each is built by its library from the sizes here, without weights of others. `examine` replaces its layers and
 does with it what its users do.
@@ -430,9 +430,9 @@ def load_all(folder: Path) -> list[str]:
 
 # ---- the page of the docs --------------------------------------------------------------------------------
 
-INTRODUCTION = f"""# Models of other libraries
+INTRODUCTION = f"""# Models from other libraries
 
-Layers of experts in models of transformers, timm and torch, inserted by `replace_mlp` and `replace_linear`;
+Layers of experts in models from transformers, timm and torch, inserted by `replace_mlp` and `replace_linear`;
 see [Put layers into a model](../how-to/put-layers-into-a-model.md). Each model is small and randomly
 initialised. Its layers are replaced by {OPTIONS["experts"]} experts each, at a rank high enough to keep the
 outputs equal. *Difference* is the relative difference of the model's outputs in float32. Then the model

@@ -145,7 +145,7 @@ def remove_edit(layer: nn.Module, name: str) -> None:
     Raises
     ------
     ValueError
-        If the layer does not have exactly one module `.Experts`, or no such edit.
+        If the layer does not have exactly one module `.Experts`, or has no such edit.
     """
     experts = experts_of(layer)
     if experts.edits is None or name not in experts.edits:

@@ -162,7 +162,7 @@ def browse_language_model(
     about: str = "",
     progress: Progress | None = None,
 ) -> str:
-    """Make the page of the experts of a causal language model of any library, such as transformers.
+    """Make the page of the experts of a causal language model from any library, such as transformers.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ def replace(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder with a causal language model of transformers and its tokenizer, or a *.gguf file.",
+            help="Folder with a causal language model from transformers and its tokenizer, or a *.gguf file.",
             show_default=False,
         ),
     ],
@@ -26,7 +26,8 @@ def replace(
     training: Annotated[
         Path,
         typer.Option(
-            help="Texts to train on: JSON lines with an entry text, or a folder of *.txt.", show_default=False
+            help="Texts to train on: a JSON Lines file with the key text, or a folder of *.txt files.",
+            show_default=False,
         ),
     ],
     validation: Annotated[Path, typer.Option(help="Texts to choose settings on.", show_default=False)],

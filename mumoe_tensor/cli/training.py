@@ -178,7 +178,7 @@ def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:
 
 def tokenize(
     sources: Annotated[
-        list[Path], typer.Argument(help="Files of text, or folders with files *.txt.", show_default=False)
+        list[Path], typer.Argument(help="Files of text, or folders of *.txt files.", show_default=False)
     ],
     vocabulary_files: Annotated[
         Path, typer.Option(help="Folder with encoder.json and vocab.bpe, which `mumoe-tensor data` fetches.")

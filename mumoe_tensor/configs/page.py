@@ -22,8 +22,8 @@ class PageConfig:
     vocabulary_files : Path
         For a GPT-2: folder with encoder.json and vocab.bpe.
     texts : Path or None
-        For a layer of `replace`, or your own language model: JSON lines with an entry text, or a folder of
-        .txt files. By default the test texts of the layer's grid.
+        For a layer of `replace`, or your own language model: a JSON Lines file with the key "text" in
+        every line, or a folder of .txt files. By default the test texts of the layer's grid.
     rows : int or None
         Number of rows to show. By default 2000; for a language model, windows with 65,536 tokens in total;
         for your own model, all.

@@ -99,7 +99,7 @@ class TrainConfig:
     structured_rates: bool = False
 
     def __post_init__(self) -> None:
-        # Convert numbers of other libraries, such as NumPy, to Python's: they are written as JSON.
+        # Convert numbers from other libraries, such as NumPy, to Python's: they are written as JSON.
         for field in fields(self):
             object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
         object.__setattr__(self, "betas", tuple(map(as_python, self.betas)))

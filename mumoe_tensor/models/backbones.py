@@ -110,7 +110,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
 
     if not timm.is_model(name):
         raise ValueError(
-            f"a backbone must be one of {', '.join(EFFICIENTNETS)} or a model of timm, got {name!r}."
+            f"a backbone must be one of {', '.join(EFFICIENTNETS)} or a model from timm, got {name!r}."
         )
     network = timm.create_model(name, pretrained=False)
     _load(network, state, name, weights)

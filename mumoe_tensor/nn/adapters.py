@@ -135,7 +135,7 @@ def add_experts(
     if "experts" not in options or {"bias", "gate_features"} & options.keys():
         raise TypeError(
             "the options must include experts, but neither bias, which follows from the linear layer, nor "
-            f"gate_features, since the gate has the input of the layer; got {options}."
+            f"gate_features, since the gate has the same inputs as the layer; got {options}."
         )
 
     def make(linear: nn.Module, **more: Any) -> MuMoE:

@@ -455,8 +455,8 @@ class MuMoEMLP(Layer):
     ----------
     gated : bool, default False
         Whether there is a layer `gate_proj`, as in SwiGLU (``activation="silu"``) and GEGLU (``"gelu"``)
-        (Shazeer, 2020). After the activation, its outputs multiply the hidden features. (`gate` is the gate
-        of the experts.)
+        (Shazeer, 2020). After the activation, its outputs multiply the hidden features. The gate of the
+        experts is `gate`.
     activation : str, dict or callable, default "gelu"
         The name of an elementwise function of `torch.nn.functional`, a name registered with
         `register_activation`, or any function of a tensor. A dict contains the name of a class, registered or

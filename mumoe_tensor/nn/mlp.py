@@ -1,4 +1,4 @@
-"""Parsing MLP blocks of other libraries: linear layers with an activation between them."""
+"""Parsing MLP blocks from other libraries: linear layers with an activation between them."""
 
 from __future__ import annotations
 

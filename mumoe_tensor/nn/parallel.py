@@ -65,7 +65,7 @@ class ShardedExperts(Experts):
         num_processes, index = distributed.get_world_size(group), distributed.get_rank(group)
         bonds = whole.spec.weight_format.bonds(len(whole.num_experts))
         if not bonds:
-            raise ValueError(f"a divided format must have a bond; format {whole.format.name!r} has none.")
+            raise ValueError(f"a format must have a bond to divide; format {whole.format.name!r} has none.")
         sizes = dict(zip(bonds, whole.rank, strict=True))
 
         def entries(bond: str) -> int:

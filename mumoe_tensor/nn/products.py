@@ -18,7 +18,7 @@ COPIED = 1 << 16
 def spread_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, where one operand is a stack of matrices and the other is a stack of one matrix.
 
-    (`torch.matmul` would reshape the stack to one matrix if either has a gradient, and copy it.)
+    (`torch.matmul` would reshape the stack to one matrix if either requires a gradient, and copy it.)
     """
     if left.shape[0] == 1:
         return torch.bmm(left.expand(right.shape[0], -1, -1), right)

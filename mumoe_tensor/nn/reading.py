@@ -1,4 +1,4 @@
-"""Checks that a module of another library computes nothing but its parts."""
+"""Checks that a module from another library computes nothing but its parts."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Replacement(NamedTuple):
         Relative error of the outputs on random inputs, in evaluation mode and in float32: the norm of the
         difference divided by the norm of the outputs. None if nothing is fitted.
     weighted_errors : tuple of float
-        Like `errors`, for the outputs of the inputs by which the fit is weighted; empty without weights.
+        Like `errors`, for the outputs of the inputs by which the fit is weighted; empty without weighting.
     """
 
     names: tuple[str, ...]

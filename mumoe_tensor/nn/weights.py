@@ -79,7 +79,7 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
         try:
             with safe_open(path, "pt") as file:
                 about = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
         except SafetensorError as error:
             raise ValueError(f"it must be a complete safetensors file: {error}.") from None
         if TENSORS in about or WHOLE in about:

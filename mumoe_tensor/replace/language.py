@@ -1,4 +1,4 @@
-"""Read language models of transformers, and texts, from disk."""
+"""Read transformers' language models, and texts, from disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mumoe_tensor.readers import parse_json, read_text, reading
 
 
 def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
-    """Load a causal language model of transformers, in float32 and evaluation mode, and its tokenizer.
+    """Load a causal language model from transformers, in float32 and evaluation mode, and its tokenizer.
 
     Nothing is downloaded.
 
@@ -52,7 +52,7 @@ def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Read documents: a file of JSON lines, each with an entry ``text``, or a folder of files ``*.txt``.
+    """Read documents: a JSON Lines file with the key ``text`` in each line, or a folder of ``*.txt`` files.
 
     Raises
     ------
@@ -74,15 +74,15 @@ def read_texts(path: str | Path) -> list[str]:
                 except ValueError as error:
                     raise ValueError(f"line {number}: {error}") from None
                 if not isinstance(text, str):
-                    raise ValueError(f"line {number} must have an entry text, a string; got {text!r}.")
+                    raise ValueError(f"line {number} must have a string under the key 'text', got {text!r}.")
             texts.append(text)
     if not texts:
-        raise ValueError(f"texts must have documents: lines of JSON, or files *.txt; {path} has none.")
+        raise ValueError(f"texts must have documents: lines of JSON, or *.txt files; {path} has none.")
     return texts
 
 
 def write_texts(path: str | Path, texts: Sequence[str]) -> None:
-    """Write documents to a file of JSON lines, for `read_texts`."""
+    """Write documents to a JSON Lines file, for `read_texts`."""
     Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 

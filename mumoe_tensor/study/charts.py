@@ -81,7 +81,7 @@ def trade_offs(planned: Plan, results: Results) -> list[TradeOff]:
 
 
 def pareto(planned: Plan, results: Results) -> Chart:
-    """Quality over cost."""
+    """Quality against cost."""
     _, label, lowest = quality_of(planned)
     panels = []
     for title, cost, points, best in trade_offs(planned, results):
@@ -95,7 +95,7 @@ def pareto(planned: Plan, results: Results) -> Chart:
     counts = count_text(joined(planned.setting.experts[0]))
     return Chart(
         "pareto",
-        f"{label.partition(',')[0].capitalize()} over cost, {counts} experts",
+        f"{label.partition(',')[0].capitalize()} against cost, {counts} experts",
         "A point is a format at a budget. The dashed line is the Pareto front.",
         panels,
     )
@@ -136,7 +136,7 @@ def beside_dense(planned: Plan, results: Results) -> Chart:
 
 
 def over_experts(planned: Plan, results: Results) -> Chart:
-    """Time, rank and saved activations over the number of experts, at the first budget."""
+    """Time, rank and saved activations against the number of experts, at the first budget."""
     setting, sizes = planned.setting, sizes_of(planned.setting.layer.spec)
     budgets = (0, setting.budgets[0])
     panels = []
@@ -166,7 +166,7 @@ def over_experts(planned: Plan, results: Results) -> Chart:
 
 
 def over_batches(planned: Plan, results: Results) -> Chart:
-    """Throughput and relative time over the batch size."""
+    """Throughput and relative time against the batch size."""
     setting = planned.setting
     keys = {(subject.name, joined(subject.spec.full_rank)) for subject in planned.main}
     sizes, experts = sizes_of(setting.layer.spec), ("", joined(setting.experts[0]))

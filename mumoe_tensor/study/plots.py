@@ -125,7 +125,7 @@ def write_plots(charts: list[Chart], folder: Path) -> list[Path]:
         figure = draw(chart)
         for suffix in (".png", ".svg"):
             path = folder / f"{chart.name}{suffix}"
-            # Without a date, equal figures give equal files.
+            # Without a date, identical figures give identical files.
             metadata = {"Date": None} if suffix == ".svg" else {}
             with matplotlib.rc_context(STYLE), whole_file(path) as file:
                 figure.savefig(file, format=suffix[1:], dpi=200, metadata=metadata)

@@ -97,7 +97,7 @@ def read_covariance(source: str, in_features: int) -> Any:
             total += rows.double().T @ rows.double()
             count += len(rows)
     if not total.isfinite().all() or not total.any():
-        raise ValueError(f"inputs must be finite and not all zero; {source!r} is not.")
+        raise ValueError(f"inputs must be finite and not all zero; those in {source!r} are not.")
     return (total / count).numpy()
 
 

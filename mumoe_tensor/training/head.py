@@ -63,7 +63,7 @@ class HeadSetting(HeadConfig):
 
     @property
     def train(self) -> TrainConfig:
-        """The settings of the training."""
+        """The training settings."""
         return self.training
 
     def job(self, *, progress: bool = False) -> Job:

@@ -12,7 +12,7 @@ from mumoe_tensor.training.data import Rows
 
 
 class Job(NamedTuple):
-    """An untrained model, its training and validation rows, and the settings of the training."""
+    """An untrained model, its training and validation rows, and the training settings."""
 
     model: nn.Module
     training: Rows
@@ -36,10 +36,10 @@ class Runnable(Protocol):
 
     @property
     def train(self) -> TrainConfig:
-        """The settings of the training."""
+        """The training settings."""
 
     def job(self, *, progress: bool = False) -> Job:
-        """Read the data and make the model, initialized with the seed of the training."""
+        """Read the data and make the model, initialized with the seed in the training settings."""
 
     def about(self, model: nn.Module) -> dict[str, Any]:
         """The model's entries in ``config.json``: its parameter count and solved ranks."""

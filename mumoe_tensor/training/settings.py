@@ -46,7 +46,7 @@ class _ModelRun(ABC):
         """Read rows for training and for validation."""
 
     def job(self, *, progress: bool = False) -> Job:
-        """Read the data and make the model, initialized with the seed of the training."""
+        """Read the data and make the model, initialized with the seed in the training settings."""
         rows = self.read_data()
         with torch.random.fork_rng():
             torch.manual_seed(self.train.seed)

@@ -30,7 +30,7 @@ class Tokenizer:
     """GPT-2's byte-pair encoding (Radford et al., 2019), with all merges or only the first ones.
 
     Ids 0 to 255 are the bytes, 256 + k is the k-th merge, and the last id is the end of a text. A merge joins
-    only tokens of lower ids, so the first merges form a valid vocabulary. A smaller vocabulary means a
+    only tokens with lower ids, so the first merges form a valid vocabulary. A smaller vocabulary means a
     smaller output layer and more tokens per text.
 
     Parameters
@@ -152,7 +152,7 @@ def tokenize(
     Parameters
     ----------
     sources : sequence of Path
-        UTF-8 files, or folders with files ``*.txt``.
+        UTF-8 files, or folders of ``*.txt`` files.
     tokenizer : Tokenizer
     out : Path
         Output folder.
@@ -179,7 +179,7 @@ def tokenize(
             raise FileNotFoundError(f"texts must be files or folders with *.txt; there is no {source}.")
         texts = sorted(source.glob("*.txt")) if source.is_dir() else [source]
         if not texts:
-            raise ValueError(f"a folder of texts must have files *.txt; {source} has none.")
+            raise ValueError(f"a folder of texts must contain *.txt files; {source} has none.")
         files += [file for file in texts if file not in files]
     for pattern in (*hold_out, *leave_out):
         if not any(file.match(pattern) for file in files):

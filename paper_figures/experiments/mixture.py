@@ -1,8 +1,8 @@
-"""Compression of a mixture's experts: perplexity over the parameters saved.
+"""Compression of a mixture's experts: perplexity against the parameters saved.
 
     python -m paper_figures.experiments.mixture FOLDER
 
-Trains a small Mixtral of transformers on the bytes of the text files in a folder, such as
+Trains a small Mixtral from transformers on the bytes of the text files in a folder, such as
 ``data/shakespeare`` of ``make data``, and compresses its experts in several formats, with 10 to 90 % fewer
 parameters, by fits to the weights and by fits weighted by the inputs of each expert. Downloads nothing.
 Writes ``paper_figures/tables/mixture.csv``; takes about 15 minutes on one core.

@@ -84,7 +84,7 @@ def split(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def write_parts() -> None:
-    """Write the documents of the three parts, as files of JSON lines."""
+    """Write the documents of the three parts, as JSON Lines files."""
     with gzip.open(DATA / "jargon" / "jargon.txt.gz", "rt", encoding="utf-8") as file:
         parts = split(documents(entries(file.read())))
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The page of some layers of a language model of any library, with more experts than it shows."""
+"""The page of some layers of a language model from any library, with more experts than it shows."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_conjugate_gradients_reach_what_whitening_gives() -> None:
 
 @given(format=st.sampled_from(WEIGHTED), seed=st.integers(0, 99))
 def test_each_expert_may_have_inputs_of_its_own(format: mt.Format, seed: int) -> None:
-    """The error is that of all outputs, and no larger than that of the fit without weights."""
+    """The error is that of all outputs, and no larger than that of the unweighted fit."""
     dense = np.random.default_rng(seed).standard_normal((3, 6, 6))
     rank, effort = (2,) * len(format.bonds(1)), dict(n_restarts=1, n_iter=10)
     z = np.stack([inputs(6, seed + n) for n in range(3)])

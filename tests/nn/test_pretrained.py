@@ -1,4 +1,4 @@
-"""Models of transformers with layers of experts are saved and loaded as all models of transformers are."""
+"""Models from transformers with layers of experts are saved and loaded like any transformers model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of other libraries take layers of experts; `make zoo` does more, and writes a page of the docs."""
+"""Models from other libraries take layers of experts; `make zoo` does more, and writes a page of the docs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model of transformers, small enough for every test, and texts of it."""
+"""A language model from transformers, small enough for every test, and texts of it."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
     ("content", "error"),
     [
         ("", "a text must not be empty"),
-        ('{"text": "a"}\n{"words": 3}', "line 2 must have an entry text"),
-        ('{"text": 3}', "line 1 must have an entry text, a string; got 3"),
+        ('{"text": "a"}\n{"words": 3}', "line 2 must have a string under the key 'text'"),
+        ('{"text": 3}', "line 1 must have a string under the key 'text', got 3"),
         ("plain text", "texts.jsonl"),
         ('{"text": "a"}\n\n{"text": "b"}', "line 2: it must be JSON"),
         ("[1]", "texts.jsonl"),

@@ -38,7 +38,7 @@ def warmed(network: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def saved(timm: Any, tmp_path: Path) -> Any:
-    """A model of timm, and its file."""
+    """A model from timm, and its file."""
 
     def make(name: str, suffix: str = ".safetensors") -> tuple[nn.Module, Path]:
         torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_features_are_those_of_the_last_block(name: str, width: int, tmp_path: P
 
 def test_names_sizes_and_weights_that_do_not_fit(saved: Any, tmp_path: Path) -> None:
     _, path = saved("test_vit3")
-    with pytest.raises(ValueError, match="or a model of timm, got 'nothing'"):
+    with pytest.raises(ValueError, match="or a model from timm, got 'nothing'"):
         load_backbone("nothing", path)
     with pytest.raises(ValueError, match=r"scaled to 64, it raises: .*\(160\)"):
         load_backbone("test_vit3", path, 64)

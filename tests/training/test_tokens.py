@@ -236,5 +236,5 @@ def test_sources_without_text(texts: Path, vocabulary: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"c\.txt: a text must be UTF-8"):
         tokenize([texts], pairs, out, hold_out=["c*"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    with pytest.raises(ValueError, match=r"must have files \*\.txt"):
+    with pytest.raises(ValueError, match=r"must contain \*\.txt files"):
         tokenize([vocabulary], Tokenizer(vocabulary), tmp_path / "out", hold_out=["c*"])

@@ -349,7 +349,9 @@ def uniform_top_k(x: Array, k: int, axis: int = -1) -> Array:
     backend, rows = _rows(stop_gradient(x), axis)
     dropped = _is_dropped(backend, rows, k) | (rows == -backend.inf)
     kept = cast(~dropped, dtype_name(rows))
-    return _restored(backend, _checked(backend, kept / _total(backend, kept), rows), x, axis)
+    count = _total(backend, kept)
+    p = kept / backend.where(count == 0, 1.0, count)  # a fully masked row becomes NaN below
+    return _restored(backend, _checked(backend, p, rows), x, axis)
 
 
 def check_groups(size: int, k: int, groups: int, top_groups: int) -> int:

@@ -230,16 +230,17 @@ def test_examples_in_the_help_are_the_documented_ones(command: str) -> None:
 
 @needs_training
 def test_defaults_of_options_are_those_of_the_settings() -> None:
+    from dataclasses import fields
     from inspect import signature
 
     from mumoe_tensor.cli.training import train_head
+    from mumoe_tensor.configs.head import HeadModelConfig
     from mumoe_tensor.models import Head
 
-    options, settings = (signature(made).parameters for made in (train_head, Head))
-    shared = options.keys() & settings
-    assert {"format", "experts", "gate", "gate_norm", "hidden", "rank", "parameters"} == shared
-    for name in shared:
-        assert str(options[name].default) == str(settings[name].default), name
+    settings = signature(Head).parameters
+    for field in fields(HeadModelConfig):
+        assert field.name in signature(train_head).parameters
+        assert settings[field.name].default == field.default, field.name
 
 
 def own_tokens(folder: Path) -> str:
@@ -370,7 +371,7 @@ BAD = [
     (f"plan cp {SMALL} --rank 2 --memory-limit 1 --batch 9", "memory_limit"),
     (
         "plan cp --experts 4y4 --in-features 3 --out-features 2 --rank 2",
-        "levels as 64x64, or none, got '4y4'",
+        "levels such as 64x64, or none, got '4y4'",
     ),
     ("plan cp --experts 4x --in-features 3 --out-features 2 --rank 2", "got '4x'"),
     ("plan cp --experts 0 --in-features 3 --out-features 2 --rank 2", "must be positive, got 0"),
@@ -415,8 +416,8 @@ BAD = [
     ("train gpt2 --set train.batch_size=-1", "train.batch_size: must be positive, got -1"),
     ("train gpt2 --set train.batch_size", "as train.epochs=3; got 'train.batch_size'"),
     ("train gpt2", "training.bin"),
-    ("train mixer", "train-images-idx3-ubyte.gz; `mumoe-tensor data` fetches"),
-    ("train head --images x.npz", "data/efficientnet-lite0 has none, `mumoe-tensor data efficientnet-lite0`"),
+    ("train mixer", "train-images-idx3-ubyte.gz does not exist; `mumoe-tensor data` fetches"),
+    ("train head --images x.npz", "data/efficientnet-lite0 has none: `mumoe-tensor data efficientnet-lite0`"),
     ("tokenize nothing.txt --hold-out no*", "encoder.json; `mumoe-tensor data gpt2-vocabulary` fetches it"),
     ("inspect --model a:b --data x.npz --allow-import --shown 0", "shown must be positive, got 0"),
     ("inspect --model a:b --data x.npz --allow-import --out .", "--out must be a file, and . is a folder"),

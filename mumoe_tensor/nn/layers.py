@@ -617,7 +617,7 @@ def _solved(
         return spec
     if is_whole and spec.rank:
         raise ValueError(
-            f"either rank or parameters must be given, got rank={spec.rank} and parameters={parameters!r}."
+            f"rank and parameters must not both be given, got rank={spec.rank} and parameters={parameters!r}."
         )
     try:
         if gate_features is not None and spec.experts:

@@ -105,7 +105,7 @@ def test_the_page_says_how_many_experts_are_used(html: str, model: Language, win
     assert (view["total"], view["dead"]) == (EXPERTS, usage.dead)
     assert view["active"] == pytest.approx(usage.active * EXPERTS, abs=0.01)
     assert "Numbers." in html and "Load: tokens with a coefficient above zero." in html
-    assert "measured for the 2 most used experts of a level on 384 tokens" in html
+    assert "measured for the 2 most used experts of each level on 384 tokens" in html
 
 
 def test_the_page_has_a_size_that_does_not_grow_with_the_experts(model: Language, windows: Tensor) -> None:

@@ -99,7 +99,7 @@ def test_devices_are_planned_for_by_their_kind() -> None:
         ("cpu", "int8", "dtype must be one of"),
         (mt.Machine(1e12, 1e12), "bfloat16", "must be that of the machine, 'float32', got 'bfloat16'"),
         (3, None, "a machine must be a name, a Machine or its attributes, got 3"),
-        ({"flops": 1e12}, None, "must have flops and bandwidth, and may have .*; got {'flops'"),
+        ({"flops": 1e12}, None, "must have flops and bandwidth, and may have .*, got {'flops'"),
         ({"flops": 1e12, "bandwidth": 1e12, "speed": 1}, None, "must have flops and bandwidth"),
         ({"flops": 0, "bandwidth": 1e12}, None, "flops of a machine must be positive, got 0"),
         ({"flops": 1e12, "bandwidth": -1}, None, "bandwidth of a machine must be positive, got -1"),

@@ -132,7 +132,7 @@ def test_rows_are_of_the_layers_that_are_saved(
     (folder,) = Path("out", "layers").iterdir()
     html = browse(folder, PageConfig(shown=2, removed=1))
     assert limits == [limit]
-    assert f"MixtureOfDecoders in the place of {MODULE}" in html and "Texts: test.jsonl." in html
+    assert f"MixtureOfDecoders in place of {MODULE}" in html and "Texts: test.jsonl." in html
     assert "Texts: training.jsonl." in browse(
         folder, PageConfig(texts=tmp_path / "training.jsonl", rows=1, shown=2, removed=0)
     )

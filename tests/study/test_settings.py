@@ -80,7 +80,7 @@ def test_heads_have_ordinary_data_without_further_options(
     ("options", "message"),
     [
         ({"layer": studies.Layer("Own", studies.dense(8, 4))}, "in_features is 8, .*x.npz has 16 features"),
-        ({"head_hidden": 0, "head_experts": 64}, "some head of experts must fit its budget; a larger one"),
+        ({"head_hidden": 0, "head_experts": 64}, "some head of experts must fit its budget; a larger budget"),
         ({"batch_size": 49}, "at most the 48 rows for training; got 49"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
     ],

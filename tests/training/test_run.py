@@ -193,7 +193,7 @@ def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) 
         (gpt2, "kind is 'mixer' there, 'gpt2' here"),
     ]
     for settings, told in others:
-        with pytest.raises(ValueError, match=f"run of other settings \\({told}\\): .*--fresh"):
+        with pytest.raises(ValueError, match=f"run with other settings \\({told}\\); .*--fresh"):
             run(settings, out)
     assert (out / "config.json").read_bytes() == before
     (out / "note.txt").write_text("mine")

@@ -56,9 +56,9 @@ def test_npz(tmp_path: Path) -> None:
         ({"x": np.ones((2, 3))}, "arrays x and y"),
         ({"x": np.ones((2, 3)), "y": np.array([0, 1, 1])}, "one label for each"),
         ({"x": np.ones((2, 3)), "y": np.array([0.0, 1.0])}, "must be integers"),
-        ({"x": np.ones((2, 3)), "y": np.array([0, -1])}, "counted from 0"),
+        ({"x": np.ones((2, 3)), "y": np.array([0, -1])}, "labels must be from 0"),
         ({"x": np.array([[1.0, np.nan]]), "y": np.array([0])}, "must be finite"),
-        ({"x": np.ones((0, 3)), "y": np.array([], dtype=int)}, "there must be inputs"),
+        ({"x": np.ones((0, 3)), "y": np.array([], dtype=int)}, "data must have at least one input"),
     ],
 )
 def test_npz_that_is_refused(arrays: Any, message: str, tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_idx_of_other_types(tmp_path: Path) -> None:
     [
         (b"", "two zero bytes"),
         (b"PK\x03\x04", "two zero bytes"),
-        (b"\0\0\x08\x02\0\0", "sizes of 2 axes"),
-        (idx(np.zeros(5, dtype=np.uint8))[:-1], "has 13 bytes"),
-        (idx(np.zeros(5, dtype=np.uint8)) + b"\0", "has 13 bytes"),
+        (b"\0\0\x08\x02\0\0", "header of 2 axes must have 12 bytes"),
+        (idx(np.zeros(5, dtype=np.uint8))[:-1], "must have 13 bytes"),
+        (idx(np.zeros(5, dtype=np.uint8)) + b"\0", "must have 13 bytes"),
     ],
 )
 def test_idx_that_is_refused(content: bytes, message: str, tmp_path: Path) -> None:

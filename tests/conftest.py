@@ -16,14 +16,18 @@ from vision import define_operators
 
 # A test that needs fewer examples than the rest takes a share of the profile's number,
 # `@settings(max_examples=settings().max_examples // 4)`, so that "thorough" multiplies it too.
-EXAMPLES = 50
+EXAMPLES = 25
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=EXAMPLES, **_common)
 settings.register_profile("ci", max_examples=EXAMPLES, derandomize=True, print_blob=True, **_common)
-# Of a planted fault only that some example fails matters, not which one is the smallest.
-_first = {"phases": [Phase.explicit, Phase.generate], "report_multiple_bugs": False}
+# For a planted fault it matters only that some example fails, not which one is the smallest.
+_first = {
+    "max_examples": 2 * EXAMPLES,
+    "phases": [Phase.explicit, Phase.generate],
+    "report_multiple_bugs": False,
+}
 settings.register_profile("fault", settings.get_profile("ci"), **_first)
-settings.register_profile("thorough", max_examples=20 * EXAMPLES, **_common)
+settings.register_profile("thorough", max_examples=40 * EXAMPLES, **_common)
 settings.load_profile(os.environ.get("MUMOE_HYPOTHESIS_PROFILE", "default"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:

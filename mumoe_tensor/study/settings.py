@@ -127,7 +127,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
     quick : bool, default False
         Small batches, few repetitions and short training runs, for a quick check that everything works.
     **options
-        Attributes of `.StudyConfig`; None stands for the default. `formats` also accepts `Format` objects.
+        Attributes of `.StudyConfig`; None stands for the default. `formats` also accepts `.Format` objects.
         `experts` and `head_experts` accept a number, or a sequence whose entries are numbers of experts, or
         sequences with one number per level.
 

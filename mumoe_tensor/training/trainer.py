@@ -137,8 +137,8 @@ def train(
     Raises
     ------
     ValueError
-        If there are fewer rows than `config.batch_size`, the checkpoint has another config, or the precision
-        is fp16 on CPUs.
+        If there are fewer rows than the batch size, the checkpoint has another config, or the precision is
+        fp16 on CPUs.
     FloatingPointError
         If a loss or a gradient is not finite; the message names the step, the layer and the last good
         checkpoint.

@@ -30,7 +30,7 @@ STEPS = 4
 
 
 def calls(device: str, dtype: str) -> dict[str, Callable[[], object]]:
-    """A matrix product, an elementwise product of large arrays, a layer of small ones, and norm and gate."""
+    """A matrix product, an elementwise product of large arrays, a layer of small ones, and a normed gate."""
     place = {"device": device, "dtype": getattr(torch, dtype)}
     m, n, k = PRODUCT[device]
     left, right = torch.rand(m, k, **place), torch.rand(k, n, **place)

@@ -108,7 +108,7 @@ def entmax15(x: Array, axis: int = -1) -> Array:
     Raises
     ------
     TypeError, ValueError
-        If `x` is not a floating array, has no axis, or N is 0; if `axis` is not an integer or is out of
+        If `x` is not a floating array or has no axis, or if N is 0; if `axis` is not an integer or is out of
         range.
 
     References

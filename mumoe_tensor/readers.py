@@ -74,7 +74,7 @@ def read_text(path: str | Path) -> str:
             raise ValueError("a text must not be empty.")
         if b"\0" in content:
             where = _place(content, content.index(0))
-            raise ValueError(f"a text must not contain the character NUL, got one {where}.")
+            raise ValueError(f"a text must not contain a NUL character, got one {where}.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -69,7 +69,7 @@ def keep_only(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractC
 def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -> Iterator[None]:
     """Multiply the coefficients of some experts by a factor within the context.
 
-    This is equivalent to multiplying the slices of these experts in the weight tensor, including biases. The
+    This is equivalent to scaling the slices of these experts in the weight tensor, including biases. The
     coefficients are not normalised again. Compiled models run eagerly within the context.
 
     Parameters

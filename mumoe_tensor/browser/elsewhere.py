@@ -39,8 +39,8 @@ def browse_built(
     Parameters
     ----------
     build : str
-        ``package.module:function``, also from the current folder. The function takes no arguments and returns
-        the model or, for a language model, the model and its tokenizer.
+        ``package.module:function``, which may be in the current folder. The function takes no arguments and
+        returns the model or, for a language model, the model and its tokenizer.
     config : PageConfig, optional
         The content of the page. For a language model, `texts` are used instead of `data`, in windows of 256
         tokens. `images` are not needed if the inputs are images.

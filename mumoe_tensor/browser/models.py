@@ -1,4 +1,4 @@
-"""The page of any model, for general inputs or for texts."""
+"""The page for any model, on general inputs or on texts."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _view_gpt2(settings: GPT2Run, model: Any, config: PageConfig, progress: Prog
 
 
 def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
-    """Generate a text within one context, from a prompt."""
+    """Generate text from a prompt, within one context window."""
     given = min(GIVEN, len(start) // 2) or 1
     steps = max(1, min(WRITTEN, len(start)) - given)
     top_k = min(TOP_K, model.config.vocabulary)

@@ -409,7 +409,7 @@ def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> 
         yield matrices(a, b if b_in_place and summed == b_summed else b_only + summed, summed, along, ())
     if along := stack_of(b, b_kinds, BATCH):
         yield matrices(a if a_in_place and summed == b_summed else a_only + b_summed, b, b_summed, (), along)
-    # Both are read in place; or one is copied to the order of the other; or both are copied.
+    # Both are read in place; or one is copied into the order of the other; or both are copied.
     if a_in_place and b_in_place and summed == b_summed and shared == b_shared:
         yield matrices(a, b, summed, shared, shared)
         return

@@ -155,7 +155,8 @@ class ContractionPlan:
         The orders that were searched: all; those that first multiply each mode's vector by the mode's factor;
         those that begin with the cheapest products.
     fold_weights : bool
-        Whether products of weights alone are computed ahead. They are then included only in `constant_steps`.
+        Whether products of weights alone are computed in advance. If so, only
+        `constant_steps` includes them.
     dtype : str or None
         Unit of `write`, `size`, `peak` and `saved`: bytes in this dtype, or elements if None.
     machine : Machine
@@ -182,7 +183,7 @@ class ContractionPlan:
 
     @property
     def constant_steps(self) -> tuple[PlannedStep, ...]:
-        """Products of weights alone that are computed ahead."""
+        """Products of weights alone that are computed in advance."""
         return tuple(s for s in self._planned if s.constant and self.fold_weights)
 
     @property
@@ -316,7 +317,7 @@ class SumPlan:
 
     @property
     def constant_steps(self) -> tuple[PlannedStep, ...]:
-        """Products of weights alone that are computed ahead."""
+        """Products of weights alone that are computed in advance."""
         return tuple(step for plan in self.terms for step in plan.constant_steps)
 
     @property

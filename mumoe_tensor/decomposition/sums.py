@@ -20,7 +20,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 def sum_of_terms(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """Fits from the best fit of each term to the residual of those before it, then from random factors."""
+    """Fits started from successive best fits of the terms to the residual, then from random factors."""
     first: list[Any] = []
     residual = dense.copy()
     for term, view in zip(format.terms(dense.shape, rank), views(format, dense.shape), strict=True):

@@ -156,7 +156,7 @@ def _as_json(value: Any) -> Any:
 
 
 def label(format: Format) -> str | Format:
-    """The name of a format if it is registered under it, otherwise the format, for reprs and errors."""
+    """The name of a format if it is registered, otherwise the format, for reprs and errors."""
     return format.name if _registry.get(format.name) == format else format
 
 

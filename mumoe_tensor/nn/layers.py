@@ -106,7 +106,7 @@ class Layer(WholeState):
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], format: str | Format, **options: Any) -> Self:
-        """Make a layer with the parameters of a published layer, of either version.
+        """Make a layer with the parameters of a published layer (v1 or v2).
 
         Levels, sizes, rank and bias follow from the names and shapes in the `state_dict`. The `gate_norm` is
         not contained in it, and is ``"batch"`` by default. Missing statistics are initialised.

@@ -83,7 +83,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
         raise ValueError(f"num_batches_tracked must be the same for all levels, got {batches}.")
     if unread:
         raise ValueError(
-            f"a published layer of {num_weights} weight(s) has no parameters of the names {sorted(unread)}."
+            f"a published layer of {num_weights} weight(s) has no parameters named {sorted(unread)}."
         )
     num_experts = tuple(gate.shape[1] for gate in gates)
     features = {gate.shape[0] for gate in gates}

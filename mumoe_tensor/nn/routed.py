@@ -59,7 +59,7 @@ class ChosenExperts(Experts):
         return self._planned.routes
 
     def forward(self, z: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
-        """Map each input by its expert.
+        """Map each input through its expert.
 
         Parameters
         ----------
@@ -229,7 +229,7 @@ class RoutedExperts(WholeState):
         return cls(**config, **options)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Map each input by its selected experts, and return the weighted sum of their outputs.
+        """Map each input through its selected experts, and return the weighted sum of their outputs.
 
         Parameters
         ----------

@@ -179,7 +179,7 @@ def _routing(count: int, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _rebuild(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The expected function of experts, for the inputs of `_OfOneInput`."""
+    """The function that experts are expected to compute, for the inputs of `_OfOneInput`."""
     experts: Any = module.experts
 
     def mapped(x: Tensor) -> Tensor:

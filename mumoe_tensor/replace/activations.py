@@ -231,7 +231,7 @@ class Activations:
         modules : str or sequence of str
             Names of modules of the model. Each maps its first argument, of shape (rows, features) or (texts,
             ..., features), to such a tensor, or to a tuple that starts with one, and is called once in a
-            forward pass. Forward passes after the first stop when the last of the modules has returned.
+            forward pass. After the first, a forward pass stops when the last of the modules has returned.
         texts : sequence of Tensor
             Inputs of the model without the batch axis, such as the token ids of a text, or an image.
         folder : str or Path

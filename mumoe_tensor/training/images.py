@@ -41,7 +41,7 @@ class ImageData:
         Seed of that draw.
     augment : tuple of two int, or None
         Only for a folder: the number of RandAugment operations (Cubuk et al., 2020) applied to an image, and
-        their magnitude, from 0 to 30. Training images of a folder are always randomly cropped and flipped.
+        their magnitude, from 0 to 30. Training images from a folder are always randomly cropped and flipped.
     scale : bool
         Only for an ``.npz`` file: False takes any finite values unscaled, such as standardized images.
     """
@@ -123,7 +123,7 @@ def class_folders(folder: str | Path, labels: str | None = None) -> tuple[list[L
     Parameters
     ----------
     folder : str or Path
-        The label of an image is the index of its subfolder, sorted by name. Subfolders are searched
+        The label of an image is the index of its subfolder in order of name. Subfolders are searched
         recursively.
     labels : str, optional
         Must be None: the subfolders are the labels.

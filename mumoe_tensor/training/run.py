@@ -120,7 +120,7 @@ def run(
 
 
 def _done(settings: Runnable, folder: Path, described: dict[str, Any], from_step: int | None) -> Any:
-    """The result of `run` for a finished run; raises if that has other settings."""
+    """The result of `run` for a finished run; raises if the run had other settings."""
     config = folder / "config.json"
     if not config.exists():
         return None

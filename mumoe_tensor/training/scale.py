@@ -1,6 +1,6 @@
 """FLOPs and memory of a training run, computed from its settings, and the gradient accumulation that fits.
 
-python -m mumoe_tensor.training.scale                         the published settings, on 4 and 64
+python -m mumoe_tensor.training.scale                         the published settings, on 4 and 64 accelerators
 python -m mumoe_tensor.training.scale gpt2 gpt2-124m-cp-256 --accelerators 8 --memory 70e9
 """
 

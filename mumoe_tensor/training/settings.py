@@ -143,7 +143,7 @@ class GPT2Run(_ModelRun):
         return made(partial(GPT2, self.model, device=device))
 
     def read_data(self) -> tuple[Rows, Rows]:
-        """Read windows for training and for validation; raises as `TokenData.read`."""
+        """Read windows for training and for validation; raises the errors of `TokenData.read`."""
         return self.data.read(self.model.context, self.model.vocabulary)
 
 
@@ -180,7 +180,7 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
         `packaged`. By default, the settings named `kind`.
     overrides : sequence of str
         Such as ``train.epochs=3``: a key, and a value as in TOML. Strings need no quotes; ``none`` stands for
-        None, also in a file.
+        None, in a file too.
 
     Returns
     -------

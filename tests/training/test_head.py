@@ -165,7 +165,7 @@ def test_other_files_are_no_heads(tmp_path: Path) -> None:
 
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name, told in (("other", "the config of a head"), ("text", "a complete safetensors file")):
+    for name, told in (("other", "with a head's config"), ("text", "a complete safetensors file")):
         with pytest.raises(ValueError, match=rf"{name}\.safetensors: .*{told}"):
             load_head(tmp_path / f"{name}.safetensors")
 

@@ -305,7 +305,7 @@ def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]], 
 
 
 def rival(spec: LayerSpec, batch: int, optimizer: str) -> Rival:
-    """The path found by an optimizer of opt_einsum."""
+    """A contraction path from an opt_einsum optimizer."""
     equation, shapes, sizes = einsum_of(spec, batch)
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
     inputs, output = equation.split("->")

@@ -90,7 +90,7 @@ def entmax15(x: Array, axis: int = -1) -> Array:
 
     .. math:: p_i = \max(x_i / 2 - \tau, 0)^2, \qquad \tau \text{ such that } \sum_i p_i = 1
 
-    The threshold is found exactly and without sorting, by Newton steps on the norm of
+    The threshold is computed exactly and without sorting, by Newton steps on the norm of
     :math:`u = (x/2 - \tau)_+`. The number of steps depends only on N.
 
     Parameters

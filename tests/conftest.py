@@ -115,12 +115,12 @@ def visit(browser: Any) -> Iterator[Callable[[Path, int], tuple[Any, list[str]]]
 
     def opened(path: Path, width: int) -> tuple[Any, list[str]]:
         contexts.append(browser.new_context(offline=True, viewport={"width": width, "height": 900}))
-        tab, told = contexts[-1].new_page(), []
-        tab.on("console", lambda message: told.append(message.text))
-        tab.on("pageerror", lambda error: told.append(str(error)))
-        tab.on("request", lambda sent: told.append(sent.url) if sent.url.startswith("http") else None)
+        tab, events = contexts[-1].new_page(), []
+        tab.on("console", lambda message: events.append(message.text))
+        tab.on("pageerror", lambda error: events.append(str(error)))
+        tab.on("request", lambda sent: events.append(sent.url) if sent.url.startswith("http") else None)
         tab.goto(path.as_uri())
-        return tab, told
+        return tab, events
 
     yield opened
     for context in contexts:

@@ -166,7 +166,7 @@ def content(make: Callable[[bytes], bytes]) -> Damage:
     return lambda path: path.write_bytes(make(path.read_bytes()))
 
 
-def told(make: Callable[[dict[str, Any]], Any]) -> Damage:
+def changed(make: Callable[[dict[str, Any]], Any]) -> Damage:
     """Change what a file of JSON says."""
     return lambda path: path.write_text(json.dumps(make(json.loads(path.read_text()))))
 
@@ -296,8 +296,8 @@ JSON: dict[str, Damage] = TEXT | {
     "a key twice": content(lambda old: old.replace(b"{", b'{"k": 1, "k": 2, ', 1)),
     "NaN": content(lambda old: old.replace(b"{", b'{"k": NaN, ', 1)),
     "too large a number": content(lambda old: old.replace(b"{", b'{"k": 1e999, ', 1)),
-    "a key too many": told(lambda found: found | {"k": 1}),
-    "a key missing": told(lambda found: dict(list(found.items())[1:])),
+    "a key too many": changed(lambda found: found | {"k": 1}),
+    "a key missing": changed(lambda found: dict(list(found.items())[1:])),
 }
 
 
@@ -308,7 +308,7 @@ def inside(change: Callable[[dict[str, Any]], Any]) -> Damage:
         change(found[next(iter(found))])
         return found
 
-    return told(make)
+    return changed(make)
 
 
 def deepest(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
@@ -380,8 +380,8 @@ DAMAGES: dict[str, dict[str, Damage]] = {
     | {
         "a value of another type": inside(deepest(lambda found: found.update({next(iter(found)): [{}]}))),
         "an unknown key": inside(deepest(lambda found: found.update(bogus=1))),
-        "a list inside": told(lambda found: found | {next(iter(found)): [1]}),
-        "another kind of run": told(lambda found: {"setting": {}, "head": {}} if "settings" in found else
+        "a list inside": changed(lambda found: found | {next(iter(found)): [1]}),
+        "another kind of run": changed(lambda found: {"setting": {}, "head": {}} if "settings" in found else
                                     {"settings": {}, "model": {}}),
     },
     "lines": TEXT

@@ -339,6 +339,15 @@ def test_a_bad_row_is_nan_and_harms_no_other(
 
 
 @each_of_all_gates
+@pytest.mark.parametrize("experts", [3, 5])
+def test_a_masked_row_is_nan_without_a_warning(gate: str, experts: int) -> None:
+    rows = np.stack([np.full(experts, -INF), np.arange(experts, dtype=float)])
+    p = ALL_GATES[gate](rows)
+    assert np.isnan(p[0]).all() and np.isfinite(p[1]).all()
+    assert np.isnan(ALL_GATES[gate](rows[0])).all()
+
+
+@each_of_all_gates
 @every_backend
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_rounded_only_at_the_end(gate: str, backend: str, dtype: str) -> None:

@@ -18,6 +18,8 @@ Steps = Mapping[str, "Callable[..., Any] | Steps"]
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
     """Run one of the `STEPS` of an experiment, and print the rows that it returns.
 
+    Bad input and missing files end the process with one line and exit code 2.
+
     The module is imported by name, because worker processes cannot import functions of `__main__`.
 
     Parameters
@@ -33,7 +35,10 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     )
     _add(parser, module.STEPS)
     options = vars(parser.parse_args(arguments))
-    rows = options.pop("step")(**options)
+    try:
+        rows = options.pop("step")(**options)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     if rows:
         print(table(rows))
 

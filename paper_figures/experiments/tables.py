@@ -73,7 +73,7 @@ def over_seeds(rows: Sequence[Row], column: str) -> Row:
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float], unit: float = 1) -> Row:
-    """Mean and 95 % interval of the paired differences, over the seeds that both have."""
+    """Mean and 95 % interval of the paired differences, over the seeds that both have; None without any."""
     values = [unit * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
-    mean, half = interval(values)
+    mean, half = interval(values) if values else (None, None)
     return {"mean": mean, "half": half, "seeds": len(values)}

@@ -404,8 +404,8 @@ def test_command(command: Callable[[str], Any], data: Path, monkeypatch: pytest.
     assert [row["method"] for row in found["methods"]] == list(METHODS) and found["split"] == "validation"
     assert len(found["differences"]) == len(bias.COMPARED)
     assert json.loads(command("--test --json"))["split"] == "test"
-    told = command("--test")
-    assert "high-rank" in told and "results.csv" in told
+    output = command("--test")
+    assert "high-rank" in output and "results.csv" in output
     assert {p.name for p in (data / "out").iterdir()} == {"results.csv", "models"}
     np.savez(data / "e.npz", x=np.random.default_rng(1).normal(size=(800, 6)))
     other = json.loads(command(f"--embeddings {data / 'e.npz'} --json"))

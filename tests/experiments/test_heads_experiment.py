@@ -51,9 +51,9 @@ def test_claims_are_differences_of_the_same_seed() -> None:
         if row["kind"] == "matched" and str(row["experts"]) in ("none", "32"):
             by_seed.setdefault(row["format"], {})[row["seed"]] = row["accuracy"]
     mine = [100 * (by_seed["cp"][seed] - by_seed["linear"][seed]) for seed in range(5)]
-    told = found["accuracy in %, cp of 32 experts - MLP"]
-    assert told["mean"] == pytest.approx(np.mean(mine)) and told["seeds"] == 5
-    assert told["half"] == pytest.approx(2.776 * np.std(mine, ddof=1) / np.sqrt(5), rel=1e-3)
+    measured = found["accuracy in %, cp of 32 experts - MLP"]
+    assert measured["mean"] == pytest.approx(np.mean(mine)) and measured["seeds"] == 5
+    assert measured["half"] == pytest.approx(2.776 * np.std(mine, ddof=1) / np.sqrt(5), rel=1e-3)
     losses: dict[Any, list[float]] = {}
     for row in sorted(tables.table("heads_repeated"), key=lambda row: row["seed"]):
         if row["kind"] == "matched" and str(row["experts"]) in ("none", "8"):

@@ -166,13 +166,13 @@ def test_samples_go_on_with_the_same_words(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [("gpt2 follow", "invalid choice: 'follow'"), ("mixer samples", "invalid choice: 'samples'")],
 )
-def test_steps_that_a_kind_does_not_have(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_that_a_kind_does_not_have(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.run("pretraining", line.split())
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture

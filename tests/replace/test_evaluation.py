@@ -271,7 +271,7 @@ def test_an_evaluation_is_what_a_loop_measures(llama: Any, texts: list[Tensor]) 
 
 
 def test_outputs_above_the_limit_are_kept(llama: Any, texts: list[Tensor]) -> None:
-    """As if the layer were told to give the block's output for these tokens; no error is counted for them."""
+    """As if the layer returned the block's output for these tokens; no error is counted for them."""
     block = llama.get_submodule(PLACE)
     norms = [x.norm(dim=-1).flatten() for x in outputs_of(llama, texts)]
     limit = float(torch.cat(norms).quantile(0.6))

@@ -113,8 +113,8 @@ def worker(rank: int, port: int, folder: str) -> None:
         assert all(hasattr(p, "full_tensor") for p in model.parameters()), "it was not divided"
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         if rank == 0:
-            told = [[e.loss, e.validation_loss] for e in history]
-            torch.save([whole, told], place / "end.pt")
+            losses = [[e.loss, e.validation_loss] for e in history]
+            torch.save([whole, losses], place / "end.pt")
     leave()
 
 
@@ -127,8 +127,8 @@ def test_divided_weights_end_as_whole_ones(tmp_path: Path) -> None:
     for make in (gpt2, mixer):
         model, data = make()
         history = train(model, data, data, CONFIG)
-        state, told = torch.load(tmp_path / make.__name__ / "end.pt", weights_only=True)
+        state, losses = torch.load(tmp_path / make.__name__ / "end.pt", weights_only=True)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9)
-        for mine, other in zip([[e.loss, e.validation_loss] for e in history], told, strict=True):
+        for mine, other in zip([[e.loss, e.validation_loss] for e in history], losses, strict=True):
             assert mine == pytest.approx(other, rel=1e-9)

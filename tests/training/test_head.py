@@ -165,8 +165,8 @@ def test_other_files_are_no_heads(tmp_path: Path) -> None:
 
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    for name, told in (("other", "with a head's config"), ("text", "a complete safetensors file")):
-        with pytest.raises(ValueError, match=rf"{name}\.safetensors: .*{told}"):
+    for name, message in (("other", "with a head's config"), ("text", "a complete safetensors file")):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors: .*{message}"):
             load_head(tmp_path / f"{name}.safetensors")
 
 
@@ -418,9 +418,9 @@ def test_command(features: Path, tmp_path: Path) -> None:
         "metrics.csv",
         "tensorboard",
     ]
-    told = json.loads(invoke(f"{line} {tmp_path / 'out'} --json").stdout)
+    figures = json.loads(invoke(f"{line} {tmp_path / 'out'} --json").stdout)
     head = load_head(tmp_path / "out" / "head.safetensors")
-    assert told["trained"] is False and told["parameters"] == count(head)
+    assert figures["trained"] is False and figures["parameters"] == count(head)
     assert head.config["format"] == "tr" and head.config["experts"] == [2, 2]
     assert "was already trained" in invoke(f"{line} {tmp_path / 'out'}").stdout
     dense = invoke(f"--features {features} --format linear --epochs 1 --out {tmp_path / 'dense'}")

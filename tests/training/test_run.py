@@ -106,12 +106,11 @@ def test_a_run_of_a_mixer(mixer: MixerRun, tmp_path: Path) -> None:
     assert (loss, accuracy) == pytest.approx((found["validation_loss"], found["accuracy"]), rel=1e-5)
     assert accuracy > 0.6
     assert sorted(path.name for path in out.iterdir()) == FILES
-    told = json.loads((out / "config.json").read_text())
-    assert told["settings"]["kind"] == "mixer" and told["settings"]["model"]["token_rank"] == [3]
-    assert (
-        told["settings"]["train"]["learning_rate"] == 0.03 and told["settings"]["data"]["validation"] == 0.2
-    )
-    assert told["model"]["parameters"] == found["parameters"]
+    written = json.loads((out / "config.json").read_text())
+    settings = written["settings"]
+    assert settings["kind"] == "mixer" and settings["model"]["token_rank"] == [3]
+    assert settings["train"]["learning_rate"] == 0.03 and settings["data"]["validation"] == 0.2
+    assert written["model"]["parameters"] == found["parameters"]
     with (out / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["step"] for line in lines] == ["4", "8", "12"]
@@ -192,8 +191,8 @@ def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) 
         (replace(mixer, data=replace(mixer.data, seed=3)), "data.seed is 0 there, 3 here"),
         (gpt2, "kind is 'mixer' there, 'gpt2' here"),
     ]
-    for settings, told in others:
-        with pytest.raises(ValueError, match=f"run with other settings \\({told}\\); .*--fresh"):
+    for settings, message in others:
+        with pytest.raises(ValueError, match=f"run with other settings \\({message}\\); .*--fresh"):
             run(settings, out)
     assert (out / "config.json").read_bytes() == before
     (out / "note.txt").write_text("mine")
@@ -205,16 +204,16 @@ def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "it must be JSON"),
         ("[]", "it must be a JSON object"),
         ('{"settings": {}}', "has the keys settings and model"),
     ],
 )
-def test_a_folder_of_something_else(content: str, told: str, mixer: MixerRun, tmp_path: Path) -> None:
+def test_a_folder_of_something_else(content: str, message: str, mixer: MixerRun, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"config\.json: .*{told}"):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
         run(mixer, tmp_path)
     assert (tmp_path / "config.json").read_text() == content
 

@@ -131,7 +131,7 @@ def test_overrides_take_the_place_of_what_is_there(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.batch_size=-1", r"^train\.batch_size: must be positive, got -1\.$"),
         ("train.batch_size=3x", r"^train\.batch_size: .*integer, got '3x'\.$"),
@@ -155,14 +155,14 @@ def test_overrides_take_the_place_of_what_is_there(config: Path) -> None:
         ("train.=3", r"as train\.epochs=3; got 'train\.=3'\.$"),
     ],
 )
-def test_a_complaint_names_the_key(override: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told) as error:
+def test_a_complaint_names_the_key(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
         read_settings("mixer", None, [override])
     assert "\n" not in str(error.value) and "Value error" not in str(error.value)
 
 
 def test_files_that_are_no_settings(config: Path, tmp_path: Path) -> None:
-    for text, told in [
+    for text, message in [
         ("[data", r"own\.toml: settings must be TOML: "),
         ("data = 3", r"own\.toml: data: settings of mixer have the tables"),
         ("", r"own\.toml: .*empty"),
@@ -171,7 +171,7 @@ def test_files_that_are_no_settings(config: Path, tmp_path: Path) -> None:
         ('[data]\ninputs = "a"\n[train]\nepochs = "3"', r"own\.toml: train\.epochs: .*integer, got '3'"),
     ]:
         config.write_text(text)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             read_settings("mixer", config)
     with pytest.raises(FileNotFoundError):
         read_settings("mixer", tmp_path / "none.toml")

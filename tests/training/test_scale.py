@@ -180,7 +180,7 @@ def test_what_does_not_fit() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpt2", "gpt2-124m-mlp", "--accelerators", "8"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert "124,373,760" in told[2] and told[0].endswith("accumulation on 8")
+    lines = capsys.readouterr().out.splitlines()
+    assert "124,373,760" in lines[2] and lines[0].endswith("accumulation on 8")
     assert main(["gpt2", "nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -199,13 +199,13 @@ def texts(tmp_path: Path) -> Path:
 def test_files_are_parted_by_their_names(texts: Path, vocabulary: Path, tmp_path: Path) -> None:
     pairs, out = Tokenizer(vocabulary), tmp_path / "out"
     # (A file that is named and in the folder is there once.)
-    told = tokenize([texts, texts / "a_1.txt"], pairs, out, hold_out=["a_*"], leave_out=["c*"])
-    assert told == {
+    content = tokenize([texts, texts / "a_1.txt"], pairs, out, hold_out=["a_*"], leave_out=["c*"])
+    assert content == {
         "vocabulary": 262,
         "training": [{"file": "b_1.txt", "tokens": 2}],
         "validation": [{"file": "a_1.txt", "tokens": 2}, {"file": "a_2.txt", "tokens": 3}],
     }
-    assert json.loads((out / "tokens.json").read_text()) == told
+    assert json.loads((out / "tokens.json").read_text()) == content
     assert np.fromfile(out / "training.bin", "<u2").tolist() == [259, 261]
     assert np.fromfile(out / "validation.bin", "<u2").tolist() == [257, 261, 257, 258, 261]
 

@@ -104,12 +104,12 @@ def test_killed_at_random_and_run_again_it_ends_the_same(tmp_path: Path) -> None
         killed += in_a_child(trained, folder, draw.randrange(11), draw.uniform(0, 0.05))
         in_a_child(trained, folder)
         assert equal(torch.load(folder / "ended.pt", weights_only=True), expected)
-        assert told(folder) == told(tmp_path / "whole")
+        assert metrics_of(folder) == metrics_of(tmp_path / "whole")
         assert not list((folder / "checkpoints").glob(".*"))
     assert killed >= 5
 
 
-def told(folder: Path) -> list[dict[str, str]]:
+def metrics_of(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
@@ -161,7 +161,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     history = train(model(), clouds(), clouds(seed=1), CONFIG, folder=tmp_path)
     assert [e.step for e in history] == list(range(3, 31, 3))
     assert history[3].epoch == 2 and history[-1].epoch == 3
-    assert [int(row["step"]) for row in told(tmp_path)] == [e.step for e in history]
+    assert [int(row["step"]) for row in metrics_of(tmp_path)] == [e.step for e in history]
     assert Checkpoints(tmp_path / "checkpoints").steps == [28, 30]
     assert any((tmp_path / "tensorboard").iterdir())
     # What is done is not done again.

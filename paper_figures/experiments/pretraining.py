@@ -17,7 +17,7 @@ training runs, each on one thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from mumoe_tensor.analysis import truncate
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
 from mumoe_tensor.models import load_model
-from mumoe_tensor.training import evaluate, read_idx
+from mumoe_tensor.training import Dataset, evaluate, read_idx
 from mumoe_tensor.training.log import read_evaluations
 from mumoe_tensor.training.run import run
 from mumoe_tensor.training.settings import read_settings
@@ -34,7 +34,7 @@ from mumoe_tensor.training.tokens import Tokenizer
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
 from paper_figures.experiments import command
-from paper_figures.experiments.tables import ROOT, TABLES, keep, means, table, write_table
+from paper_figures.experiments.tables import DATA, ROOT, TABLES, keep, means, table, write_table
 
 #: The arms of the comparison, and their changes to the packaged settings.
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -163,6 +163,13 @@ def curves(kind: str, rows: Iterable[Row]) -> list[Row]:
     return records
 
 
+@cache
+def test_images() -> Dataset:
+    """The test images of Fashion-MNIST."""
+    folder = DATA / "fashion-mnist"
+    return read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")
+
+
 def run_all(kind: str, jobs: int | str) -> None:
     """All training runs of the protocol, their curves, and for Mixers the test images."""
     tasks = [
@@ -174,16 +181,13 @@ def run_all(kind: str, jobs: int | str) -> None:
     rows = table(kind)
     write_table(f"{kind}_curves", curves(kind, rows))
     if kind == "mixer":
-        folder = ROOT / "data" / "fashion-mnist"
-        data = read_idx(folder / "t10k-images-idx3-ubyte.gz", folder / "t10k-labels-idx1-ubyte.gz")
-        # Runs with a row are not evaluated again; the images are read once.
-        tested = table("mixer_test")
+        tested = table("mixer_test")  # runs with a row are not evaluated again
         for row in rows:
             key = {"arm": row["arm"], "seed": row["seed"]}
             if tested.has(**key):
                 continue
             model = load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
-            loss, accuracy = evaluate(model, data)
+            loss, accuracy = evaluate(model, test_images())
             tested.add([{**key, "loss": loss, "accuracy": accuracy}])
 
 

@@ -51,7 +51,7 @@ def load_backend(name: str) -> Any:
 def _ensure_loaded(name: str) -> None:
     if name in _loaded:
         return
-    # One thread at a time: a second one would read the flag after JAX's backend has already switched it on.
+    # One thread at a time: a second thread would read the flag after JAX's backend has switched it on.
     with _loading:
         if name not in _loaded:
             _loaded[name] = _load_jax() if name == "jax" else _manager().load_backend(name)
@@ -69,8 +69,7 @@ def _load_jax() -> Any:
 
     import jax
 
-    # A new thread reads the flag of the process; the present one may be inside a ``with
-    # jax.enable_x64(...)``.
+    # A new thread reads the process-wide flag; this thread may be inside ``with jax.enable_x64(...)``.
     with ThreadPoolExecutor(1) as thread:
         x64 = thread.submit(jax.config.read, "jax_enable_x64").result()
     try:
@@ -131,8 +130,8 @@ def operations_of(array: Array) -> Operations:
 def backend_of(*arrays: Array) -> Any:
     """TensorLy's backend object for these arrays.
 
-    The arrays must belong to one backend. Masked arrays, `numpy.matrix`, nested and sparse tensors are
-    refused.
+    The arrays must belong to one backend. Masked arrays, `numpy.matrix`, nested and sparse tensors raise a
+    TypeError.
     """
     first = _backend_name(type(arrays[0]))
     for array in arrays:
@@ -151,7 +150,7 @@ def backend_of(*arrays: Array) -> Any:
 
 
 def is_traced(array: Array) -> bool:
-    """Whether the array is a tensor and torch records the current call."""
+    """Whether the array is a tensor and torch is tracing the current call."""
     if _backend_name(type(array)) != "pytorch":
         return False
     from mumoe_tensor.calls import is_recorded
@@ -211,7 +210,7 @@ def stop_gradient(array: Array) -> Array:
 
 
 def kth_largest(array: Array, k: int) -> Array:
-    """The k-th largest entry along the last axis, which is kept; much faster than a sort."""
+    """The k-th largest entry along the last axis, which keeps size 1. Much faster than sorting."""
     name = _backend_name(type(array))
     if name == "pytorch":
         return array.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -226,7 +225,7 @@ def kth_largest(array: Array, k: int) -> Array:
 
 
 def to_float64(array: Array) -> Any:
-    """Copy an array to NumPy float64, half precision by way of float32, since NumPy has no bfloat16."""
+    """Copy an array to NumPy float64. NumPy has no bfloat16, so half precision goes through float32."""
     import numpy as np
 
     array = stop_gradient(cast(array, "float32") if array.dtype.itemsize < 4 else array)
@@ -234,7 +233,7 @@ def to_float64(array: Array) -> Any:
 
 
 def cast(array: Array, dtype: str) -> Array:
-    """Cast an array to the dtype of this name; return the array itself if it has this dtype."""
+    """Cast an array to the dtype with this name; return the array itself if it already has this dtype."""
     if dtype_name(array) == dtype:
         return array
     backend = backend_of(array)
@@ -250,7 +249,7 @@ def tensorly_backend(name: str) -> Iterator[Any]:
     """Run TensorLy's own functions on a backend, in this thread only.
 
     TensorLy's ``backend_context`` changes the default of every thread when it exits. This context manager
-    restores both the global setting and that of the thread.
+    restores both the global setting and the thread's setting.
     """
     backend = load_backend(name)
     local = _manager()._THREAD_LOCAL_DATA

@@ -1,4 +1,4 @@
-"""The state of torch during a call: recorded, transformed, in a backward pass, under autocast.
+"""The state of torch during a call: tracing, transforms, the backward pass, autocast.
 
 This module gives public names to the private attributes of torch that the layers read. (It imports torch, so
 modules for all backends import it only inside functions.)
@@ -68,21 +68,21 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def is_recorded() -> bool:
-    """Whether ``torch.compile``, ``torch.export``, ``torch.jit.trace`` or ``make_fx`` records this call.
+    """Whether ``torch.compile``, ``torch.export``, ``torch.jit.trace`` or ``make_fx`` is tracing this call.
 
-    The record runs later on other values and batch sizes, so nothing may depend on values, and the batch size
-    is not a constant.
+    The trace later runs on other values and batch sizes, so control flow must not depend on values, and the
+    batch size is not a constant.
     """
     return is_compiling() or is_jit_traced() or get_proxy_mode() is not None
 
 
 def is_exported() -> bool:
-    """Whether any of these but ``torch.compile`` records the call: the record must not need this package."""
+    """Like `is_recorded`, but not for ``torch.compile``: the trace must run without this package."""
     return torch.compiler.is_exporting() if is_compiling() else is_recorded()
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether a module is in evaluation mode, gradients are disabled, and torch does not record the call."""
+    """Whether a module is in evaluation mode, gradients are disabled, and torch is not tracing the call."""
     return not (module.training or torch.is_grad_enabled() or is_recorded())
 
 

@@ -1,4 +1,4 @@
-"""The cost of a layer, computed from its sizes: from its plan, and by the closed forms of the literature."""
+"""The cost of a layer, computed from its sizes: by its contraction plan and by published closed forms."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Entries of the factors, including bias rows, and parameters of the gate."""
+        """Number of entries of the factors, including bias rows, and of the gate."""
         return self.spec.weight_parameters + self.gate_parameters
 
     @property
@@ -52,7 +52,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Predicted time in seconds of the layers, of a block's activation, and of the gate if included.
+        """Predicted time in seconds for the layers, a block's activation, and the gate if it is included.
 
         See `ContractionPlan.seconds`. An activation reads and writes the hidden features.
         """
@@ -66,7 +66,7 @@ class Cost:
 
     @property
     def gate_seconds(self) -> float:
-        """Predicted time in seconds of the gate's product and of the passes over its logits."""
+        """Predicted time in seconds for the gate's product and the passes over its logits."""
         if not self.gate_parameters:
             return 0.0
         machine, batch = self.plans[0].machine, self.plans[0].batch
@@ -78,7 +78,7 @@ class Cost:
 
     @property
     def reference_flops(self) -> int | None:
-        """FLOPs by the closed form of the format, `Format.reference_flops`, or None if it has none."""
+        """FLOPs by the closed form of the format (`Format.reference_flops`), or None if it has none."""
         total = self.gate_flops
         spec = self.spec if self.spec.format.has_bias_term else replace(self.spec, bias=False)
         for layer in spec.layers:
@@ -90,7 +90,7 @@ class Cost:
 
     @property
     def write(self) -> int:
-        """Elements (or bytes) written by the contractions."""
+        """Elements (or bytes) written during the contractions."""
         return sum(plan.write for plan in self.plans)
 
     @property
@@ -100,15 +100,15 @@ class Cost:
 
     @property
     def peak(self) -> int:
-        """Largest memory in use at once in a contraction, without its parameters and inputs."""
+        """Peak memory of a contraction, without its parameters and inputs."""
         return max(plan.peak for plan in self.plans)
 
     @property
     def saved(self) -> int:
-        """Stored for the backward pass, without parameters, coefficients and the inputs of the first layer.
+        """Memory kept for the backward pass, without parameters, coefficients and the first layer's inputs.
 
-        In a block this includes the hidden features before and after the activation, and in a gated block
-        also the features that multiply them and the product.
+        In a block this includes the hidden features before and after the activation. In a gated block it also
+        includes the features that multiply them, and the product.
         """
         first = self.plans[0]
         count = 4 if self.spec.gated else 2

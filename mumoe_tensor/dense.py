@@ -21,7 +21,7 @@ from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
 
 def to_dense(weight: Any) -> Array:
-    """Form the weight tensor, of shape (N1, ..., NE, I, O). I includes the bias row, if there is one."""
+    """Form the weight tensor, of shape (N1, ..., NE, I, O). I includes the bias row, if any."""
     weight = as_factorized(weight)
     return _added(weight, [None] * weight.num_levels)
 
@@ -35,7 +35,7 @@ def expert_matrix(weight: Any, index: Index, *, bias: bool = False) -> Any:
     index : int or sequence of int
         The expert, one index per level.
     bias : bool, default False
-        Whether the last row of the input mode is the bias. Otherwise it is a row of the matrix.
+        Whether the last row of the input mode is the bias. If False, that row stays in the matrix.
 
     Returns
     -------
@@ -70,17 +70,13 @@ def mixed_matrix(weight: FactorizedTensor, coefficients: Sequence[Array]) -> Arr
 
 
 def _added(weight: FactorizedTensor, experts: Sequence[Any]) -> Array:
-    """The sum of the terms of a weight.
-
-    For each level, `experts` selects all experts (None), one (an int), or a mixture (a vector of
-    coefficients).
-    """
+    """The sum of the terms; per level, `experts` is None (all), an int (one) or coefficients (a mixture)."""
     operations = operations_of(weight.arrays[0])
     total: Array = None
     for term in weight.terms:
         tensor = _formed(term, experts, operations)
         if weight.format.has_bias_term:
-            # The bias is the last row, which the other terms do not have.
+            # The bias is the last row; the other terms do not have it.
             others = weight.shape[-2] - 1
             row = (others, 0) if "i" in term.format.omits else (0, 1)
             tensor = operations.pad(tensor, tensor.ndim - 2, *row)

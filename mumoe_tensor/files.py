@@ -1,7 +1,7 @@
 """Atomic writing of files and of folders of results, by one process at a time.
 
-A command that replaces results writes the new ones into a hidden folder beside the old ones. Once they are
-complete, this folder is renamed, which marks it as complete, and then each result is moved into place. If a
+A command that replaces results writes the new ones into a hidden folder next to the old ones. Once they are
+complete, this folder is renamed to mark it as complete, and then each result is moved into place. If a
 process is killed in between, the next process that uses the folder finishes the replacement.
 """
 
@@ -138,8 +138,8 @@ def replacing(
         Names of all files and folders that may be among the old results. Those without a new version are
         removed at the end. Other files are kept.
     goes_on : callable, optional
-        Gets the folder for the new results, and returns whether the block can resume from its content. If so,
-        the folder is kept for the next call when the block fails. By default it is not.
+        Takes the folder for the new results and returns whether a later call can resume from it. If so, the
+        folder is kept when the block fails. By default it is deleted.
 
     Yields
     ------

@@ -36,18 +36,18 @@ __all__ = [
     "uniform_top_k",
 ]
 
-#: Number of Newton steps of entmax15 for N logits, indexed by log2 N rounded up. A step at least halves ‖u‖ −
-#: 1 or its slope, and both are at most √N at first. So log2(N) / 2 steps reach the root's neighbourhood, and
-#: four more converge. Rows constructed by hill climbing to be slow need all of them: 6 at N = 16, 14 at N =
-#: 2**20.
+#: Number of Newton steps of entmax15 for N logits, indexed by log2 N rounded up. Each step at least halves
+#: ‖u‖ − 1 or its slope, and both are at most √N initially. So log2(N) / 2 steps reach the neighbourhood of
+#: the root, and four more converge. Adversarial rows (by hill climbing) need every step: 6 at N = 16, 14 at N
+#: = 2**20.
 ENTMAX15_STEPS = tuple((bits + 1) // 2 + 4 for bits in range(64))
 
 
 class Gate(Protocol):
     """The gate function of a layer: a map from logits of shape (..., N) to coefficients of the same shape.
 
-    A gate is a function, or an instance of a class with ``__call__``, such as a module. The function or the
-    class may have these optional attributes, which are otherwise taken as False or absent:
+    A gate is a function, or an instance of a class with ``__call__``, such as a module. The function or class
+    may have these optional attributes, which default to False or absent:
 
     - ``sparse_gradient = True``: the derivative is zero wherever the coefficient is zero. A layer may
       then skip the gradients of these coefficients.
@@ -55,8 +55,8 @@ class Gate(Protocol):
       experts, as a ``mumoe_tensor.nn.sparse.SparseCoefficients``, or all coefficients. If k is small
       compared with N and the gate has no hooks, a layer then reads only the rows of these experts.
     - ``random_start = True``: the weight of the layer's gate is initialised at random instead of at zero.
-      This is necessary if equal logits get unequal coefficients, or zero: the same experts would never be
-      selected.
+      This is necessary if equal logits get unequal or zero coefficients; otherwise the same experts would
+      always be left out.
     - ``reads_input = True``: the gate is called with the input of the layer's gate, of shape (...,
       in_features), and the number of experts of a level, instead of logits. The layer's gate then has no
       weight and no norm.
@@ -79,7 +79,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def sparse_gradient(gate: _Function) -> _Function:
     """Declare that the derivative of a gate is zero wherever its result is zero; see `Gate`."""
-    declared: Any = gate  # (To mypy a callable has no attributes.)
+    declared: Any = gate  # (mypy: a callable has no attributes.)
     declared.sparse_gradient = True
     return gate
 
@@ -102,7 +102,7 @@ def entmax15(x: Array, axis: int = -1) -> Array:
 
     Returns
     -------
-    array of the shape and dtype of `x`
+    array with the shape and dtype of `x`
         Coefficients. Adding a constant to all logits does not change them.
 
     Raises
@@ -139,7 +139,7 @@ def sparsemax(x: Array, axis: int = -1) -> Array:
 
     .. math:: p_i = \max(x_i - \tau, 0), \qquad \tau \text{ such that } \sum_i p_i = 1
 
-    Parameters, result and errors are those of `entmax15`.
+    Parameters, return value and errors are as in `entmax15`.
 
     References
     ----------
@@ -163,7 +163,7 @@ def softmax(x: Array, axis: int = -1) -> Array:
 
     .. math:: p_i = \exp(x_i) / \sum_j \exp(x_j)
 
-    Parameters, result and errors are those of `entmax15`.
+    Parameters, return value and errors are as in `entmax15`.
     """
     backend, rows = _rows(x, axis)
     return _restored(backend, _softmax(backend, _centred(backend, rows)), x, axis)
@@ -178,13 +178,12 @@ def top_k(x: Array, k: int, axis: int = -1, *, normalize: bool = True) -> Array:
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`, as are the result and the errors.
+        Logits; see `entmax15`, also for the return value and errors.
     k : int
         Number of logits that keep a coefficient, from 1 to N.
     axis : int
     normalize : bool
-        False returns the k coefficients of the softmax over all logits without dividing; their sum is less
-        than one.
+        If False, return the k coefficients of the softmax over all logits; they sum to less than one.
 
     References
     ----------
@@ -202,14 +201,14 @@ def top_k(x: Array, k: int, axis: int = -1, *, normalize: bool = True) -> Array:
 
 @sparse_gradient
 def relu_top_k(x: Array, k: int, axis: int = -1) -> Array:
-    r"""ReLU of the k largest logits, zero elsewhere. The sum of the coefficients is arbitrary.
+    r"""ReLU of the k largest logits, zero elsewhere. The coefficients need not sum to one.
 
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`, as are the result and the errors.
+        Logits; see `entmax15`, also for the return value and errors.
     k : int
-        Maximum number of nonzero coefficients, from 1 to N. Logits that are not positive get zero.
+        Maximum number of nonzero coefficients, from 1 to N. Nonpositive logits get zero.
     axis : int
 
     References
@@ -227,12 +226,13 @@ def relu_top_k(x: Array, k: int, axis: int = -1) -> Array:
 def jumprelu(
     x: Array, threshold: Array | float = 0.001, axis: int = -1, *, bandwidth: float = 0.001
 ) -> Array:
-    r"""JumpReLU: the logits above a threshold, zero elsewhere. The sum of the coefficients is arbitrary.
+    r"""JumpReLU: the logits above a threshold, zero elsewhere. The coefficients need not sum to one.
 
     .. math:: p_i = x_i \text{ where } x_i > \theta_i, \text{ else } 0
 
-    The derivative with respect to a logit is one or zero. With respect to the threshold it is zero almost
-    everywhere, and is replaced by the published straight-through estimate with a rectangular kernel:
+    The derivative with respect to a logit is one or zero. The derivative with respect to the threshold is
+    zero almost everywhere; it is replaced by the published straight-through estimate with a rectangular
+    kernel:
 
     .. math:: \frac{\partial p_i}{\partial \theta_i} \approx
               -\frac{\theta_i}{\varepsilon} \text{ where } |x_i - \theta_i| < \varepsilon / 2, \text{ else } 0
@@ -240,9 +240,9 @@ def jumprelu(
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`, as are the result and the errors.
+        Logits; see `entmax15`, also for the return value and errors.
     threshold : float or array of shape (N,)
-        At least zero. An array must have the backend and dtype of `x`, and gets a gradient.
+        At least zero. An array must have the backend and dtype of `x`; gradients flow to it.
     axis : int
     bandwidth : float
         The width :math:`\varepsilon`, in units of the logits.
@@ -259,7 +259,7 @@ def jumprelu(
         theta = _along_rows("threshold", threshold, x, rows)
         constant = stop_gradient(theta)
         is_near = abs(stop_gradient(rows) - constant) < bandwidth / 2
-        # The value is zero, the derivative is not.
+        # Its value is zero, but its derivative is not.
         jump = backend.where(is_near, constant / bandwidth, 0.0) * (theta - constant)
     else:
         theta = constant = as_finite(threshold, "threshold")
@@ -284,27 +284,27 @@ def sigmoid_top_k(
 ) -> Array:
     r"""Sigmoid of k logits from a few groups, zero elsewhere: the gate of DeepSeek-V3.
 
-    The logits are selected by their scores :math:`\sigma(x_i) + b_i`. They form consecutive groups of equal
-    size. The gate selects the groups with the largest sums of their two best scores, and in these groups the
-    k best scores. Bias and groups affect only the selection. Fewer than k coefficients are nonzero if the
-    other logits are masks.
+    Each logit has the score :math:`\sigma(x_i) + b_i`. The logits form consecutive groups of equal size. The
+    gate selects the groups in which the two best scores have the largest sum, and then the k best scores
+    within these groups. The bias and the groups affect only the selection. Fewer than k coefficients are
+    nonzero if the other logits are masks.
 
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`, as are the result and the errors.
+        Logits; see `entmax15`, also for the return value and errors.
     k : int
         Number of selected logits, from 1 to the size of `top_groups` groups.
     axis : int
     bias : array of shape (N,), optional
-        Bias of the scores, of the backend and dtype of `x`. An entry of −inf prevents a logit from being
-        selected; with other entries that are not finite, rows become NaN. The bias gets no gradient.
+        Bias of the scores, with the backend and dtype of `x`. An entry of −inf excludes a logit from the
+        selection; other non-finite entries turn rows into NaN. No gradient flows to the bias.
     groups, top_groups : int
-        Number of groups, which divides N, and number of groups to select.
+        Number of groups, which divides N, and number of groups to select from.
     normalize : bool
         Divide the coefficients by their sum.
     scale : float
-        Positive factor of the coefficients: their sum, if they are normalised.
+        Positive factor of the coefficients. If they are normalised, it is their sum.
 
     References
     ----------
@@ -340,8 +340,8 @@ def uniform_top_k(x: Array, k: int, axis: int = -1) -> Array:
     Parameters
     ----------
     x : array of shape (..., N, ...)
-        As in `entmax15`, as are the result and the errors. If only m < k logits are unmasked,
-        each of them gets 1 / m.
+        Logits; see `entmax15`, also for the return value and errors. If only m < k logits are unmasked, each
+        of them gets 1 / m.
     k : int
         From 1 to N.
     axis : int
@@ -370,7 +370,7 @@ def check_groups(size: int, k: int, groups: int, top_groups: int) -> int:
 
 
 def _rows(x: Array, axis: int) -> tuple[Any, Array]:
-    """The checked logits with `axis` last, in the dtype to compute in."""
+    """The checked logits with `axis` moved to the end, in the dtype of the computation."""
     backend = check_floating({"x": x})
     if not x.ndim:
         raise ValueError("x must have at least one axis, got a 0-d array.")
@@ -380,7 +380,7 @@ def _rows(x: Array, axis: int) -> tuple[Any, Array]:
         raise ValueError(f"the axis must have at least one entry, got axis {axis} of shape {tuple(x.shape)}.")
     # (torch.func.vmap has no rule for torch's `moveaxis`.)
     rows = cast(x.swapaxes(-1, axis), "float32" if x.dtype.itemsize < 4 else dtype_name(x))
-    # In row-major order: along other axes NumPy sums sequentially, which loses four digits at 2**20 entries.
+    # Row-major, since NumPy sums sequentially along other axes, which loses four digits at 2**20 entries.
     return backend, rows.reshape(-1).reshape(rows.shape)
 
 
@@ -396,7 +396,7 @@ def _along_rows(name: str, values: Array, x: Array, rows: Array) -> Array:
 
 
 def _best_groups(backend: Any, scores: Array, count: int) -> Array:
-    """Set scores, of shape (..., groups, size), to −inf outside of the groups with the best sums of two."""
+    """Set scores, of shape (..., groups, size), to −inf outside the groups with the best top-two sums."""
     best = backend.sort(scores, axis=-1)[..., -2:]
     totals = backend.sum(backend.where(best == -backend.inf, 0.0, best), axis=-1)
     totals = backend.where(best[..., -1] == -backend.inf, -backend.inf, totals)  # masks alone
@@ -404,7 +404,7 @@ def _best_groups(backend: Any, scores: Array, count: int) -> Array:
 
 
 def _is_dropped(backend: Any, rows: Array, k: int) -> Array:
-    """Whether each entry is outside of the k largest of its row. Rows must not contain NaN."""
+    """Whether each entry is outside the k largest of its row. Rows must not contain NaN."""
     n = rows.shape[-1]
     if not 1 <= as_integer(k, "k") <= n:
         raise ValueError(f"k must be at least 1 and at most the size of the axis, got k = {k} for size {n}.")
@@ -421,7 +421,7 @@ def _log2(rows: Array) -> int:
 
 
 def _centred(backend: Any, rows: Array) -> Array:
-    """Subtract its maximum from every row; NaN if the maximum is not finite."""
+    """Subtract each row's maximum from it; NaN if the maximum is not finite."""
     top = backend.max(stop_gradient(rows), axis=-1)[..., None]
     return rows - backend.where(abs(top) < backend.inf, top, backend.nan)
 
@@ -437,11 +437,10 @@ def _total(backend: Any, u: Array) -> Array:
 
 
 def _fine_total(backend: Any, u: Array) -> Array:
-    """The sum of rows whose sum is near one, as exact as if it were rounded once, in any order of summation.
+    """The sum of rows that sum to about one, accurate to one rounding in any order of summation.
 
     Some backends add dozens of numbers sequentially (XLA on CPUs: 32 or more), and each addition loses up to
-    half a unit in the last place of the sum. Multiples of 2**-22 add up exactly in float32; the remainders
-    are small.
+    half a unit in the last place. Multiples of 2**-22 add up exactly in float32; the remainders are small.
     """
     coarse = (u * 2.0**22).round() * 2.0**-22
     return _total(backend, coarse) + _total(backend, u - coarse)
@@ -451,8 +450,8 @@ def _newton(backend: Any, z: Array, shift: Callable[..., Array], steps: int, dif
     """Find u = (z − τ)₊ for rows z with maximum 0, where `shift` is the Newton step for τ at u.
 
     The steps start at τ = −1, left of the root of a convex function, and are monotone: an entry that has left
-    the support does not return. So they update u itself. A rounded τ would add the same error to all entries
-    of u, and 4e-5 to the sum of a float32 row with one large value above many near ties.
+    the support does not return. So they update u itself. Rounding τ instead would add the same error to all
+    entries of u: 4e-5 to the sum of a float32 row with one large value above many near ties.
     """
 
     def step(u: Array, total: Callable[..., Array]) -> Array:

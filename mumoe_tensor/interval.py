@@ -13,8 +13,7 @@ NORMAL = 1.959963984540054
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean, and half width of its 95 % confidence interval by Student's t.
 
-    The half width is None for a single value, and if a value is NaN or infinite. At least one value is
-    required.
+    At least one value is required. The half width is None for a single value, or if any value is not finite.
     """
     from scipy.stats import t
 
@@ -26,12 +25,12 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
 
 
 def proportion(shares: Iterable[float], trials: int) -> tuple[float, float, float]:
-    """Mean of proportions, such as accuracies of several runs, and its 95 % confidence interval.
+    """Mean of proportions, such as accuracies of several runs, with its 95 % confidence interval.
 
-    It is the interval of Wilson ("Probable inference, the law of succession, and statistical inference",
-    1927), which stays between 0 and 1. Its number of trials is an effective number, at which the binomial
-    variance equals the variance of the mean: the variance within a run, whose trials are the same in every
-    run, plus the variance between runs.
+    The interval is Wilson's ("Probable inference, the law of succession, and statistical inference", 1927),
+    which stays between 0 and 1. It uses an effective number of trials, for which the binomial variance equals
+    the variance of the mean: the variance within a run, whose trials are the same in every run, plus the
+    variance between runs.
 
     Parameters
     ----------

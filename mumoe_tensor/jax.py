@@ -1,4 +1,4 @@
-"""Registers `.FactorizedTensor` with JAX: import this module to use jit, grad and vmap over weights."""
+"""Register `.FactorizedTensor` with JAX: import this module to use jit, grad and vmap on weights."""
 
 from __future__ import annotations
 

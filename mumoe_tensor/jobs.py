@@ -1,4 +1,4 @@
-"""Independent computations in parallel; not for timings, which need the machine to themselves."""
+"""Independent computations in parallel; not for timings, which need an otherwise idle machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def side_by_side(calls: Sequence[Callable[[], T]], jobs: int | str = 1) -> Itera
     Parameters
     ----------
     calls : sequence of callable
-        Functions without arguments. With several jobs they are pickled by cloudpickle.
+        Functions without arguments. Several processes receive them by cloudpickle.
     jobs : int or str, default 1
         Maximum number of processes. With one, the functions are called in order in this process. A string is
         the address of a Dask scheduler, such as ``"tcp://host:8786"``, whose workers call the functions.

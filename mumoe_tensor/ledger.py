@@ -1,4 +1,4 @@
-"""An append-only table of finished runs, by which a run that is already in the table can be skipped."""
+"""An append-only table of finished runs, used to skip runs that it already contains."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Ledger:
     Parameters
     ----------
     path : Path or None
-        A CSV file, which need not exist yet. With None the rows are only in memory.
+        A CSV file, which need not exist yet. If None, the rows are kept in memory only.
     columns : mapping of str to type
         Names of columns, and their types: ``str``, ``int`` or ``float``. Cells of ``int | None`` and
         ``float | None`` may be empty, which means None and not NaN.
     more : callable, optional
-        Converts the text of a cell in an undeclared column to a value. By default, undeclared columns are
-        refused.
+        Converts the text of a cell in an undeclared column to a value. By default, undeclared columns raise a
+        ValueError.
 
     Raises
     ------
@@ -82,7 +82,8 @@ class Ledger:
         Raises
         ------
         ValueError
-            If a row has other columns, has a value of another type than its column, or already exists.
+            If a row has other columns, a value does not have the type of its column, or the row already
+            exists.
         OSError
             If the file cannot be written. Then no row is added.
         """
@@ -96,7 +97,7 @@ class Ledger:
             self._extend(rows)
 
     def frame(self) -> Any:
-        """The rows as a pandas frame. In columns of floats None is NaN."""
+        """The rows as a pandas data frame. In float columns, None becomes NaN."""
         import pandas
 
         kinds = {name: _type_of(kind) for name, kind in self._kinds.items()}
@@ -130,8 +131,7 @@ class Ledger:
         if len(new) < len(rows) or new.keys() & old.keys():
             raise ValueError("the rows of a ledger must be unique, got a row that already exists.")
         if self.path is not None:
-            # The existing bytes of the file are kept unless a column is added. (Copying two megabytes takes
-            # half as long as waiting for the disk to write a line.)
+            # The existing bytes of the file are kept unless a column is added.
             is_whole = grows or not old
             content = _lines([names, *old, *new]) if is_whole else (self._content or b"") + _lines(new)
             with whole_file(self.path) as file:

@@ -21,7 +21,7 @@ from mumoe_tensor.dense import check_bias
 from mumoe_tensor.formats.base import Format
 from mumoe_tensor.tensors import FactorizedTensor, as_factorized
 
-#: Functions that are compiled or exported for any batch size plan for this one.
+#: The batch size to plan for when a function is compiled or exported for any batch size.
 TRACED_BATCH = 1024
 
 
@@ -54,8 +54,8 @@ def multilinear_moe(
     minimize, implementation, memory_limit : optional
         See the function `plan`.
     machine : str, Machine or mapping, optional
-        The machine to plan for, see the function `plan`. By default it follows from the device and the dtype
-        of the arrays.
+        The machine to plan for; see the function `plan`. The default follows from the device and dtype of the
+        arrays.
     plan : ContractionPlan or SumPlan, optional
         Run this plan, which must have been made for these sizes. `minimize`, `implementation`, `memory_limit`
         and `machine` are then ignored.
@@ -95,7 +95,7 @@ def multilinear_moe(
 
 
 def bind(plan: Plan, weight: Any, *, bias: bool = False) -> Callable[[Array, Sequence[Array]], Array]:
-    """Compute a plan's products of weights alone once, and return a function for many calls.
+    """Precompute the products of weights in a plan, and return a function for repeated calls.
 
     Parameters
     ----------

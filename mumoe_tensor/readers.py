@@ -52,7 +52,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text, with or without a byte order mark; line endings become newline characters.
+    """Read UTF-8 text, with or without a byte order mark; line endings become newline characters.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is not a JSON object; see `parse_json`.
+        If the file is not a JSON object; see `parse_json`.
     """
     text = read_text(path)
     with reading(path):
@@ -110,7 +110,7 @@ def parse_json(text: str) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is not a JSON object, contains a key twice, NaN or infinity, or is nested too deeply.
+        If the text is not a JSON object, contains a key twice, NaN or infinity, or is nested too deeply.
     """
     try:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=finite, parse_float=finite)
@@ -142,7 +142,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is not TOML; the message names the line.
+        If the file is not TOML; the message names the line.
     """
     text = read_text(path)
     with reading(path):
@@ -204,12 +204,12 @@ def read_table(
 
 
 def finite(text: str) -> float:
-    """Convert a text to a finite number.
+    """Convert text to a finite number.
 
     Raises
     ------
     ValueError
-        If it is not a number, or not finite.
+        If the text is not a finite number.
     """
     if not isfinite(float(text)):
         raise ValueError(f"a number must be finite, got {text}")

@@ -19,7 +19,7 @@ Rounding = Literal["up", "down", "nearest"]
 
 
 class Sizes(TypedDict, total=False):
-    """The keyword arguments of a `LayerSpec`, which functions of layers accept instead of a spec."""
+    """The keyword arguments of `LayerSpec`, which functions of layers accept instead of a spec."""
 
     experts: int | Sequence[int]
     in_features: int
@@ -34,13 +34,13 @@ class Sizes(TypedDict, total=False):
 class LayerSpec:
     """Format and sizes of a layer of experts, or of a block of two or three layers that share one gate.
 
-    `plan`, `cost`, `fit_rank` and `FactorizedTensor.random` accept a spec, or its arguments.
+    `plan`, `cost`, `fit_rank` and `FactorizedTensor.random` accept a spec or its arguments.
 
     Parameters
     ----------
     format : str, dict or Format
     experts : int or sequence of int
-        Number of experts of each level; ``()`` for no levels.
+        Number of experts at each level; ``()`` for no levels.
     in_features, out_features : int
     hidden : int, optional
         Hidden size of a block, whose layers have the same rank.
@@ -51,7 +51,7 @@ class LayerSpec:
         One entry per bond of the format; see `Format.bonds`. `fitted` solves for a rank that is None, or for
         the one entry that is None. The attributes `rank` (unless it is None) and `experts` are tuples.
     bias : bool, default False
-        Whether the input mode has one more row for the bias.
+        Whether the input mode has an additional row for the bias.
 
     Raises
     ------
@@ -207,7 +207,7 @@ class LayerSpec:
         For a block, it is the smallest over its layers. With the expert modes sliced, the factors are a
         network between the input and the output. Each partition of the factors into an input side and an
         output side writes the matrix as a product whose inner size is the product of the sizes of the indices
-        that occur on both sides. The smallest is the bound (the min cut of Cui et al., "Quantum
+        that occur on both sides. The smallest inner size is the bound (the min cut of Cui et al., "Quantum
         max-flow/min-cut", 2016, with a bond of more than two factors counted once). For a sum, the bounds of
         the terms are added. Random factors of the library's formats reach the bound, except possibly if a
         mode is padded or split into three or more parts, or if two terms of a sum split their modes.
@@ -232,8 +232,8 @@ class LayerSpec:
         Raises
         ------
         ValueError
-            If even the smallest rank exceeds the budget, or no rank reaches it; if the format has no rank; if
-            the rank is given, but not exactly one of its entries is None.
+            If even the smallest rank exceeds the budget, or no rank reaches it; if the format has no rank; or
+            if the rank is given without exactly one entry of None.
 
         Notes
         -----
@@ -294,7 +294,7 @@ class LayerSpec:
         return at(bisect_left(range(1, max(sizes)), True, key=is_full) + 1)
 
     def _family(self) -> Callable[[int], Rank]:
-        """Ranks that grow with one integer: those of the format, or `rank` with the integer for None."""
+        """Ranks as a function of one integer: the format's convention, or `rank` with None replaced by it."""
         if not self.format.bonds(self.num_levels):
             raise ValueError(
                 f"a format must have a rank to be fitted; format {label(self.format)!r} has none, and "
@@ -318,7 +318,7 @@ def expert_counts(experts: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def as_spec(format: AnyFormat | LayerSpec, **sizes: Unpack[Sizes]) -> LayerSpec:
-    """Return a spec as it is, or make one of a format and sizes."""
+    """Return a spec unchanged, or make one from a format and sizes."""
     if not isinstance(format, LayerSpec):
         return LayerSpec(format, **sizes)
     if sizes:

@@ -115,14 +115,14 @@ class FactorizedTensor:
 
     @classmethod
     def from_tensorly(cls, container: Any) -> FactorizedTensor:
-        """Make a weight of a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, sharing its arrays."""
+        """Make a weight from a `CPTensor`, `TuckerTensor`, `TRTensor` or `TTTensor`, sharing its arrays."""
         names = {base.__name__ for base in type(container).__mro__}
         for format in formats().values():
             if format.container in names:
                 factors = list(format.from_container(container))
                 num_levels = levels_of(format, factors)[0]
                 for k in format.optional(num_levels):
-                    # TensorLy creates weights of one in its default dtype, not in that of the factors.
+                    # TensorLy creates unit weights in its default dtype instead of the dtype of the factors.
                     if factors[k] is not None:
                         factors[k] = cast(factors[k], dtype_name(factors[-1]))
                 return cls(format, factors)
@@ -134,8 +134,8 @@ class FactorizedTensor:
     def to_tensorly(self) -> Any:
         """Convert the weight to a TensorLy container; a dense weight becomes its array.
 
-        Hadamard becomes a `CPTensor` whose output factor is the identity. For a format without a container, a
-        TypeError is raised.
+        Hadamard becomes a `CPTensor` whose output factor is the identity. A format without a container raises
+        a TypeError.
         """
         if self.format.splits or len(self.terms) > 1:
             raise TypeError(f"the format must have a TensorLy container, got {label(self.format)!r}.")

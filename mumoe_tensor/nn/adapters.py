@@ -43,7 +43,7 @@ class Adapter(nn.Module):
     delta : MuMoE
     """
 
-    #: Empty, since nothing is fitted.
+    #: Empty, since an adapter is not fitted.
     fit_errors: tuple[float, ...] = ()
 
     def __init__(self, base: nn.Module, delta: MuMoE):
@@ -74,7 +74,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **place: Any) -> Adapter:
-        """Make an adapter with new values; further arguments are `device` and `dtype`, as in `MuMoE`."""
+        """Make an adapter with new values; further arguments are `device` and `dtype`, as for `MuMoE`."""
         config = dict(config)
         base = config.pop("base", None)
         delta = MuMoE.from_config(config, **place)
@@ -94,9 +94,9 @@ def add_experts(
 ) -> list[Replacement]:
     """Freeze a model, and add experts in parallel to its linear layers, in place.
 
-    The outputs do not change at all, because the last factor of every term of the experts starts at zero. All
-    parameters except those of adapters are frozen. All layers are checked before the first is changed: an
-    error leaves the model unchanged.
+    The outputs do not change, because the last factor of every term of the experts starts at zero. All
+    parameters except those of adapters are frozen. All layers are checked before any is changed, so an error
+    leaves the model unchanged.
 
     Parameters
     ----------
@@ -105,8 +105,8 @@ def add_experts(
     dry_run : bool, default False
         Return the replacements without changing the model.
     **options
-        Arguments of `MuMoE` for each layer: experts, format, rank or parameters, and so on. The experts have
-        a bias if the linear layer has one. Their default dtype is float32, or float64 for a layer in float64.
+        Arguments of `MuMoE` for each layer, such as experts, format, and rank or parameters. The experts have
+        a bias if the linear layer has one. Their default dtype is float32, or float64 for a float64 layer.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def add_experts(
     Raises
     ------
     ValueError
-        As in `replace_linear`; or if a layer already has parallel experts.
+        As in `replace_linear`, or if a layer already has parallel experts.
 
     Examples
     --------
@@ -146,7 +146,7 @@ def add_experts(
         make_zero(delta.weight)
         if not (matrix.is_meta or delta.gate.weight.is_meta):
             error = output_error(linear, Adapter(linear, delta), delta.in_features)
-            if error != 0:  # (zero times a coefficient that is not finite)
+            if error != 0:  # zero times a non-finite coefficient is NaN
                 raise ValueError(f"the outputs must not change; their relative error would be {error}.")
         return delta
 
@@ -155,7 +155,7 @@ def add_experts(
 
 
 def remove_experts(model: nn.Module, pattern: str = "*") -> None:
-    """Remove parallel experts, in place: the linear layers are restored, and remain frozen.
+    """Remove parallel experts, in place. The linear layers are restored and remain frozen.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def remove_experts(model: nn.Module, pattern: str = "*") -> None:
 def merge_experts(model: nn.Module, expert: Index = (), pattern: str = "*") -> None:
     """Merge one expert into each linear layer, and remove all experts, in place.
 
-    The outputs of the model then equal those with coefficient one for this expert and zero for the others.
+    The merged model has the outputs of coefficient one for this expert and zero for the others.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises
     ------
     ValueError
-        If there are none, or as in `.save`.
+        If the model has no adapters, or as in `.save`.
     OSError, ModuleNotFoundError
         As in `.save`.
     """
@@ -233,8 +233,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[Replacement]:
     Raises
     ------
     ValueError
-        If the folder is damaged, the model has no linear layers with these names and sizes, or they already
-        have parallel experts.
+        If the folder is damaged, the model has no linear layers with these names and sizes, or these layers
+        already have parallel experts.
     OSError, ModuleNotFoundError
         As in `.load`.
     """

@@ -1,4 +1,4 @@
-"""The backward pass of a contraction: the choice of what to save, and the gradients of the operands."""
+"""The backward pass of a contraction: which results to save, and the gradients of the operands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Activation = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """A program, and which of its results are saved for the backward pass.
+    """A program, and the results that are saved for the backward pass.
 
     Attributes
     ----------
@@ -72,8 +72,8 @@ class SavePolicy:
 def saved_results(program: Program, recompute: bool) -> frozenset[int]:
     """Positions of the intermediates to save for the backward pass.
 
-    Elementwise products and other cheap products are recomputed. With `recompute`, so is everything that does
-    not depend on the input vector: products of coefficients and of weights.
+    Elementwise products and other cheap products are recomputed. With `recompute`, so are the products that
+    do not depend on the input vector: products of coefficients and of weights.
     """
     sizes = dict(program.network.index_sizes)
     depend_on_input = {program.network.vector_of_input}
@@ -101,7 +101,7 @@ def sparse_products(program: Program) -> dict[int, SparseProduct]:
 
 
 class _Values(dict[int, Tensor]):
-    """Operands and saved results by position; other results are recomputed when they are read."""
+    """Operands and saved results by position; other results are recomputed on access."""
 
     def __init__(self, policy: SavePolicy, saved: Mapping[int, Tensor]):
         super().__init__(saved)
@@ -123,11 +123,11 @@ def gradients_of(
     needed: Sequence[bool],
     ready: Mapping[int, bool],
 ) -> list[Tensor | None]:
-    """Gradients of the operands, given the gradient of the result; None for those that are not needed.
+    """Gradients of the operands, given the gradient of the result; None for operands that need none.
 
     An activation computes the input vector from the last operands, one for each of its arguments. `results`
-    are the saved results, by position. Those in `ready` were passed to the contraction instead of computed by
-    it: their gradients follow those of the operands.
+    contains the saved results, by position. Those in `ready` were passed to the contraction, not computed by
+    it; their gradients follow the gradients of the operands.
     """
     program = policy.program
     last = len(program.network.operands) - 1
@@ -179,7 +179,7 @@ def _gradients_of_step(
         if not is_needed[operand.position]:
             continue
         view, other = (left, right) if side == 0 else (right, left)
-        # The gradient of the view, with its axes in memory order.
+        # The gradient of the view, with axes in memory order.
         if of_views is not None:
             of_view = unpermuted(of_views[side], operand.axes)
         elif step.kind == "mul":
@@ -204,7 +204,7 @@ def _gradients_of_step(
 
 
 def _is_one_kernel(gradient: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Whether one kernel can compute both gradients of an elementwise product: no broadcasting or strides."""
+    """Whether one kernel can compute both gradients of a product: no broadcasting, no strides."""
     arrays = (gradient, left, right)
     return (
         kernels.serve(gradient)
@@ -226,26 +226,26 @@ def _product_summed_to(shape: Sequence[int], gradient: Tensor, other: Tensor) ->
 
     kept = axes(shape)
     if kept[-1:] == [gradient.ndim - 1] or is_batched(gradient):
-        # Adjacent entries belong to different sums, which torch computes fast, one axis at a time.
-        # (And einsum does not support a batch of gradients.)
+        # Adjacent entries belong to different sums, which torch computes fast, one axis at a time. (einsum
+        # does not support batched gradients.)
         product = gradient * other
         for axis in reversed([k for k in range(gradient.ndim) if k not in kept]):
             product = product.sum(axis)
         return product.reshape(shape)
     everywhere, of_other = axes(gradient.shape), axes(other.shape)
     squeezed = other.reshape([gradient.shape[k] for k in of_other])
-    # (A sum of products that never stores all of them.)
+    # A sum of products that never stores all the products.
     return torch.einsum(gradient, everywhere, squeezed, of_other, kept).reshape(shape)
 
 
 def _of_whole(gradient: Tensor, operand: Operand, shape: Sequence[int]) -> Tensor:
-    """The gradient of an operand of this shape, given that of its view with axes in memory order."""
+    """The gradient of an operand of this shape, given the gradient of its view with axes in memory order."""
     permuted = shape if operand.copy_order is None else [shape[axis] for axis in operand.copy_order]
     return unpermuted(_reshaped(gradient, permuted), operand.copy_order)
 
 
 def _reshaped(array: Tensor, shape: Sequence[int]) -> Tensor:
-    # (A trivial view takes as long as a small sum.)
+    # A trivial view would take as long as a small sum.
     return array if array.shape == tuple(shape) else array.reshape(shape)
 
 

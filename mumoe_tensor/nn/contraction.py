@@ -1,4 +1,4 @@
-"""A contraction as a single autograd function, which saves little for the backward pass."""
+"""A contraction as a single autograd function that saves little for the backward pass."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def contract(
     """Contract operands like `execute`, with the input vector last.
 
     An elementwise activation computes the input vector from the last operands, one for each of its arguments.
-    These are saved instead of its result. `ready` contains results by position, which are not computed again.
-    If torch records the call, the plain steps are recorded, since a compiler decides itself what to save.
+    These are saved instead of its result. `ready` contains results by position, which are not recomputed.
+    When torch traces the call, the plain steps are traced, since a compiler chooses what to save.
     """
     program = policy.program
     if not program.network.takes_input:
@@ -51,7 +51,7 @@ def contract(
         return y
     if is_recorded or output.shape is None or output != Arrangement(shape=output.shape):
         return arrange(y, output, TORCH)
-    return unviewed(y, output.shape)  # (so that the next term can be added in place)
+    return unviewed(y, output.shape)  # so that the next term can be added in place
 
 
 def _arranged_after(activation: Activation, arrangement: Arrangement | None) -> Activation:
@@ -91,7 +91,7 @@ class _Contraction(torch.autograd.Function):
         values = _run(policy, activation, operands[:count], ready, saved)
         y = values[policy.program.result]
         if policy.program.steps[-1].shape is not None:
-            # A view returned by an autograd function must not be changed in place, as activations may do.
+            # A view returned by an autograd function must not be changed in place, as some activations do.
             y = unviewed(y, y.shape)
         return y, *map(values.__getitem__, sorted(saved))
 
@@ -110,7 +110,8 @@ class _Contraction(torch.autograd.Function):
         if gradient is None:
             return (None,) * (3 + stop)
         if torch.is_grad_enabled():
-            # For higher derivatives, the gradient must be a function of the operands, not of saved results.
+            # For higher derivatives, the gradient must be a function of the operands, not of the saved
+            # results.
             plain = SavePolicy(policy.program)
 
             def contracted(*x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Descriptions of the layers in a model as JSON, from which they can be rebuilt."""
+"""JSON descriptions of the layers in a model, from which they can be rebuilt."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _classes: dict[str, Any] = {}
 
 
 def register_layer(kind: Layer) -> Layer:
-    """Allow layers of a class to be saved within a model. This is a class decorator.
+    """Allow layers of a class to be saved within a model. Use it as a class decorator.
 
     Parameters
     ----------
     kind : type
-        A subclass of `torch.nn.Module` with an attribute `config` of JSON types, and a class method
+        A subclass of `torch.nn.Module` with an attribute `config` of JSON types and a class method
         ``from_config(config, device=..., dtype=...)`` that makes a layer from it.
 
     Raises
@@ -32,7 +32,7 @@ def register_layer(kind: Layer) -> Layer:
     ValueError
         If another class has the same name.
     TypeError
-        If it is not such a class.
+        If `kind` is not such a class.
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_config")):
         raise TypeError(f"a layer must be a subclass of Module with a method from_config, got {kind!r}.")
@@ -50,7 +50,7 @@ def check_model(model: Any) -> None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer that is described by its config, including all submodules."""
+    """Whether a module is a layer that its config describes completely, including its submodules."""
     return isinstance(module, tuple(_classes.values()))
 
 
@@ -63,14 +63,14 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     Returns
     -------
     dict of str to dict
-        ``{"class": name, "config": arguments}`` in JSON types. If there are bias edits, ``"edits"`` contains
-        their names for each `Experts`, by its name within the layer.
+        ``{"class": name, "config": arguments}`` in JSON types. If there are bias edits, ``"edits"`` maps each
+        `Experts`, by its name within the layer, to the names of its edits.
 
     Raises
     ------
     ValueError
-        If a layer has a gate or an activation without a name, if its class is an unregistered subclass of a
-        registered one, if its state differs from that of a layer with its config, or if it has non-persistent
+        If a layer has a gate or an activation without a name, its class is an unregistered subclass of a
+        registered one, its state differs from the state of a layer with its config, or it has non-persistent
         buffers.
     """
     described: dict[str, dict[str, Any]] = {}
@@ -108,7 +108,7 @@ def _entry(layer: nn.Module, kinds: list[type]) -> dict[str, Any]:
 
 
 def _outline(layer: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    """Shape of each entry of a state, and whether its dtype is floating."""
+    """Shape of each entry of a state, and whether its dtype is floating-point."""
     return {
         name: (value.shape, value.is_floating_point())
         for name, value in layer.state_dict().items()
@@ -117,7 +117,7 @@ def _outline(layer: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
 
 
 def rebuild(entry: Mapping[str, Any], **place: Any) -> Any:
-    """Rebuild a layer from its entry in `describe`, with new values.
+    """Rebuild a layer from its `describe` entry, with new values.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def rebuild(entry: Mapping[str, Any], **place: Any) -> Any:
 def prepare_to_save(model: nn.Module) -> None:
     """Make ``save_pretrained`` of a transformers model save the layers in it; see `.pretrained`.
 
-    Other models are not changed. All functions that put layers into a model call this function.
+    Other models are not changed. Every function that puts layers into a model calls this function.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is not None and any(isinstance(m, modeling.PreTrainedModel) for m in model.modules()):

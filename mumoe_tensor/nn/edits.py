@@ -1,4 +1,4 @@
-"""Biases added to experts after training, separately from the weight, so that they can be removed."""
+"""Biases added to experts after training, stored separately from the weight so that they can be removed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BiasEdits(nn.ModuleDict):
 
 
 def check_edit_name(name: str) -> None:
-    """Raise an error unless a `BiasEdits` can have a child of that name."""
+    """Raise an error unless a `BiasEdits` can have a child with this name."""
     if not isinstance(name, str):
         raise TypeError(f"the name of an edit must be a string, got {name!r}.")
     if not name or "." in name or hasattr(BiasEdits(), name):

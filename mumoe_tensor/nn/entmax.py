@@ -2,9 +2,9 @@
 
 All methods find u = (z − t)₊, where z are the logits minus the maximum of their row; p = (u / 2)² sums to one
 if ‖u‖ = 2. Newton steps on ‖u‖ − 2 increase t to this root from any smaller value. On a CPU, the method
-depends on the size of a call. Few logits are sorted, for a closed form, with NumPy, whose calls have less
-overhead than those of torch. In long rows, the threshold of the maxima of every 16 entries is a close lower
-bound for that of the row. Few entries are above this bound, and only these are read again.
+depends on the number of logits. Few logits are sorted for a closed form, with NumPy, whose calls have less
+overhead than torch's. In long rows, the threshold of the maxima of every 16 entries is a close lower bound of
+the threshold of the row. Few entries are above this bound, and only these are read again.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch import Tensor
 from mumoe_tensor import gates
 from mumoe_tensor.nn.norm import LogitBatchNorm
 
-#: Number of logits of a call up to which NumPy, on one thread, is faster than torch.
+#: Maximum number of logits of a call for which NumPy, on one thread, is faster than torch.
 FEW = 8192
-#: Number of logits of a call up to which sorting with torch is faster than Newton steps, which are more
-#: calls.
+#: Maximum number of logits of a call for which sorting with torch is faster than Newton steps, which need
+#: more calls.
 FEWEST = 4096
-#: Length of a row up to which the closed form is accurate in float32.
+#: Maximum length of a row for which the closed form is accurate in float32.
 SHORT = 256
-#: Length of a row from which on the entries above a bound are selected.
+#: Minimum length of a row for which the entries above a bound are selected.
 LONG = 4096
-#: Number of entries in a block, of which the maximum is taken.
+#: Number of entries in a block, which is replaced by its maximum.
 BLOCK = 16
-#: Largest share of entries above the bound at which they are read by their indices.
+#: Maximum share of entries above the bound for which they are read by their indices.
 SHARE = 0.25
-#: Newton steps stop once they are this small in every row; they converge quadratically, and a last one
+#: Newton steps stop once they are this small in every row. They converge quadratically, and a last step
 #: follows.
 SMALL = 1e-5
-#: Number of Newton steps for the bound. It is a lower bound after any number, and closer after more.
+#: Number of Newton steps for the bound, which is a lower bound after any number and closer after more.
 BOUND_STEPS = 5
-#: Number of elements in a chunk of rows. Every step reads and writes a chunk, which should fit into the CPU
+#: Number of elements in a chunk of rows. Every step reads and writes a chunk, so it should fit into the CPU
 #: cache.
 CHUNK = 2**19
 
@@ -81,7 +81,7 @@ def coefficients_of_levels(
 
 def gradient(p: Tensor, dp: Tensor, result: Tensor | None = None) -> Tensor:
     """The gradient of the logits, given the coefficients and their gradient."""
-    # (On a CPU, the root of zero takes many times longer than that of other numbers.)
+    # On a CPU, the square root of zero takes many times longer than that of other numbers.
     s = p.clamp_min(torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
     scaled = torch.mul(s, dp, out=result)
     return scaled.addcmul_(s, -scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))
@@ -116,10 +116,10 @@ def _step(u: Tensor) -> Tensor:
 
 def _closed(u: Tensor, norm: Tensor, support: Tensor) -> Tensor:
     """The coefficients from u, its norm and its sign, with a final Newton step, in place."""
-    # The step may also decrease t to correct rounding errors: it is restricted to the support, which is kept.
+    # The step may also decrease t to correct rounding errors, so it is restricted to the support, which is
+    # kept.
     step = norm * (2 - norm) / u.sum(-1, keepdim=True)
-    # (Without `value`, which torch.compile converts to an operation that torch.func.grad cannot
-    # differentiate.)
+    # Without `value`, which torch.compile converts to an operation that torch.func.grad cannot differentiate.
     u.addcmul_(support, step.to(u.dtype)).mul_(0.5)
     return u.mul_(u)
 
@@ -131,8 +131,8 @@ def _solve(u: Tensor) -> Tensor:
         u.sub_(step).relu_()
         if not bool((step > SMALL).any()):
             break
-    # (`sum` adds pairwise, so this norm is more accurate than `vector_norm`, and faster than one in float64.)
-    # (The memory of `squares` is reused, since writing to new memory is slow.)
+    # `sum` adds pairwise, so this norm is more accurate than `vector_norm`, and faster than one in float64.
+    # The memory of `squares` is reused, since writing to new memory is slow.
     squares = u * u
     norm = squares.sum(-1, keepdim=True).sqrt_()
     return _closed(u, norm, torch.sign(u, out=squares))
@@ -155,7 +155,7 @@ def coefficients_in_float32(z: Tensor) -> Tensor | None:
 
 def _sorted(z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The coefficients of logits by the closed form for the k largest of a row."""
-    # Entries more than 2 below the maximum have coefficient zero. In float64, because of cancellation.
+    # Entries more than 2 below the maximum have coefficient zero. float64, because of cancellation.
     wide = (z - z.amax(-1, keepdim=True)).clamp_(min=-2).to(dtype)
     largest = wide.sort(-1, descending=True).values
     k = torch.arange(1, z.shape[-1] + 1, dtype=dtype, device=z.device)
@@ -178,8 +178,8 @@ def _by_numpy(z: NDArray[np.float32]) -> NDArray[np.float32]:
         behind = np.negative(z)
         behind.sort(-1)
         least = behind[..., :1]
-        # The distance of each logit from the maximum. From 2 on, the coefficient is zero. (In float64,
-        # because of cancellation.)
+        # The distance of each logit from the maximum. From 2 on, the coefficient is zero. float64, because of
+        # cancellation.
         d = np.subtract(behind, least, dtype=np.float64)
         np.minimum(d, 2, out=d)
         # For each k, the t at which the k largest logits have ‖t − d‖ = 2. It falls with k. The threshold of
@@ -195,7 +195,7 @@ def _by_numpy(z: NDArray[np.float32]) -> NDArray[np.float32]:
         t += total
         t /= k
         np.maximum(t, d, out=t)
-        # (In this order, because a logit and the maximum may both be far from zero.)
+        # In this order, because a logit and the maximum may both be far from zero.
         p = z + least
         p += np.minimum.reduce(t, -1, keepdims=True)
         np.maximum(p, 0, out=p)
@@ -213,12 +213,12 @@ def _is_long(rows: Tensor) -> bool:
 
 
 def _block_maxima(rows: Tensor) -> Tensor:
-    # (The entries of a block are far apart in memory, so that torch compares whole vectors.)
+    # The entries of a block are far apart in memory, so that torch compares whole vectors.
     return rows.unflatten(1, (BLOCK, -1)).amax(1)
 
 
 def _places_above(bound: Tensor, rows: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows and columns of the entries that are NaN or above the bound of their row; None if many are."""
+    """Rows and columns of entries that are NaN or above the bound of their row; None if there are many."""
     row, block = (maxima <= bound).logical_not_().nonzero().unbind(1)
     if len(row) > SHARE * maxima.numel():
         return None

@@ -45,26 +45,25 @@ Init = Literal["linear", "published"]
 class Experts(WholeState):
     """A multilinear mixture of experts for given coefficients: ``y = W x_1 a_1 … x_E a_E x_(E+1) z``.
 
-    Equation (1) of Oldfield et al. (2024). The parameters are the factors of W. W is never formed, unless
-    there are no experts, the format splits the input or the output, and forming the matrix first is cheaper.
-    (W is then no larger than the weight of `torch.nn.Linear`; with N experts it is N times as large.)
+    Equation (1) of Oldfield et al. (2024). The parameters are the factors of W. W is never formed, except in
+    a layer without experts whose format splits the input or the output, if forming the matrix first is
+    cheaper. W is then no larger than the weight of `torch.nn.Linear`; with N experts it is N times as large.
 
     Parameters
     ----------
     experts : int or sequence of int
-        Number of experts of each level.
+        Number of experts at each level.
     rank : int or sequence of int, optional
         One entry per bond of the format; see `.Format.bonds`.
     bias : bool, default True
-        Whether every expert has a bias, as one more row of the input mode.
+        Whether every expert has a bias, stored as an additional row of the input mode.
     init : {"linear", "published"}, default "linear"
         See `reset_parameters`.
     batch_hint : int, default 1024
-        Number of rows for which the order of contraction is optimised. It is correct for any number.
+        Number of rows for which the contraction order is optimised. Results are correct for any number.
     machine : str, Machine or mapping, optional
-        Machine for which the order of contraction is optimised, see `mumoe_tensor.plan`. By default it
-        follows from the device and the dtype of the parameters, also after ``.to(...)``. Results differ only
-        by rounding.
+        Machine for which the contraction order is optimised; see `mumoe_tensor.plan`. The default follows
+        from the device and dtype of the parameters, also after ``.to(...)``. Results differ only by rounding.
     recompute : bool, default False
         Recompute the products of coefficients and factors in the backward pass, instead of saving them.
         Elementwise products are recomputed in any case.
@@ -74,19 +73,19 @@ class Experts(WholeState):
     spec : LayerSpec
         Format, sizes and rank.
     num_experts : tuple of int
-        Number of experts of each level.
+        Number of experts at each level.
     factor_0, factor_1, ... : Parameter
         The factors that are not all ones, in the order of the declaration, each in its memory order
         (``Factor.memory_order``).
     axes : tuple of tuple of str
-        The axes of each of these factors, by the names of the format.
+        The axes of each of these factors, under the names that the format uses.
     edits : BiasEdits or None
         Biases added by `.analysis.edit_bias`, by name.
 
     Notes
     -----
-    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products of weights alone are cached between
-    calls if this is faster, and recomputed when a weight changes.
+    On a CPU, after ``eval()`` and under ``torch.no_grad()``, products that involve only weights are cached
+    between calls if this is faster, and recomputed when a weight changes.
     """
 
     edits: BiasEdits | None
@@ -118,7 +117,7 @@ class Experts(WholeState):
         init, batch_hint = check_choice(init, get_args(Init), "init"), as_positive(batch_hint, "batch_hint")
         #: The arguments other than those of the spec, device and dtype.
         self.options: dict[str, Any] = {"init": init, "batch_hint": batch_hint, "recompute": recompute}
-        # (Without a machine there is no entry, as in configs of earlier versions.)
+        # Without a machine there is no entry, as in configs of earlier versions.
         self.options |= {} if machine is None else {"machine": machine_entry(machine)}
         #: The type of device and the dtype of the current plan.
         self._place: tuple[str, torch.dtype] | None = None
@@ -147,7 +146,7 @@ class Experts(WholeState):
         Raises
         ------
         ValueError
-            If the spec is that of a block, which has several weights.
+            If the spec describes a block, which has several weights.
         """
         spec = as_spec(spec)
         if spec.hidden is not None:
@@ -179,15 +178,15 @@ class Experts(WholeState):
     def reset_parameters(self) -> None:
         """Initialise the factors according to `init`.
 
-        All experts start close to the same linear layer: the factors of the first level are near one (on the
-        diagonal of two bonds), those of further levels are one. The factor of the input is uniform in ±1/√I,
-        that of the output in ±1/√(product of its bonds), and a core is normal with unit norm. This is
-        ``"published"`` (Oldfield et al., 2024). The default, ``"linear"``, then scales the factor of the
-        input such that the outputs have the same variance as those of `torch.nn.Linear`, for any format, rank
-        and number of levels.
+        All experts start close to the same linear layer. The factors of the first level are near one (on the
+        diagonal of two bonds); those of further levels are one. The factor of the input is uniform in ±1/√I,
+        the factor of the output is uniform in ±1/√(product of its bonds), and a core is normal with unit
+        norm. This is ``"published"`` (Oldfield et al., 2024). The default, ``"linear"``, then scales the
+        factor of the input so that the outputs have the same variance as the outputs of `torch.nn.Linear`,
+        for any format, rank and number of levels.
 
         If the input is split, each factor with a part of it is uniform in ±1/√(number of entries that it sums
-        over), and all these factors are scaled equally. Each term of a sum has an equal share of the
+        over), and all these factors are scaled equally. Each term of a sum contributes an equal share of the
         variance. A bias term is uniform in ±1/√I, as in `torch.nn.Linear`. Factors that have both expert
         modes and the input or the output (low rank, dense) differ between experts from the start.
         """
@@ -216,8 +215,8 @@ class Experts(WholeState):
 
         The attribute can be set to a weight with the format, shape and rank of the layer, for example from
         `.decompose`, or to a TensorLy container. Its values are copied to the parameters, which keep their
-        dtype, device and ``requires_grad``. If it does not fit, a ValueError is raised and nothing is
-        changed.
+        dtype, device and ``requires_grad``. A weight that does not fit raises a ValueError and changes
+        nothing.
 
         Examples
         --------
@@ -254,20 +253,20 @@ class Experts(WholeState):
         return self.weight.terms
 
     def freeze(self, term: int | str | Format) -> None:
-        """Exclude the factors of a term from training, by setting their ``requires_grad`` to False.
+        """Exclude the factors of a term from training by setting their ``requires_grad`` to False.
 
         A state dict does not store this. ``experts.requires_grad_(False)`` freezes all terms.
 
         Parameters
         ----------
         term : int, str or Format
-            The index of a term in `terms`, or its format, or the name or title of the format, which may match
+            The index of a term in `terms`, its format, or the name or title of its format, which may match
             several terms.
 
         Raises
         ------
         ValueError, TypeError
-            If there is no such term; if a factor is computed by pruning or a parametrization.
+            If there is no such term, or pruning or a parametrization computes a factor.
 
         Examples
         --------
@@ -329,7 +328,7 @@ class Experts(WholeState):
 
     @property
     def needs_dense(self) -> bool:
-        """Whether coefficients must be dense, because a hook, an edit or a subclass reads them."""
+        """Whether coefficients must be dense because a hook, an edit or a subclass reads them."""
         return self.edits is not None or type(self) is not Experts or has_hooks(self)
 
     def forward(
@@ -346,17 +345,18 @@ class Experts(WholeState):
         ----------
         z : Tensor of shape (..., in_features)
         coefficients : sequence of Tensor of shape (..., N_e)
-            One array per level, with the leading shape of `z`; or ``sparse.SparseCoefficients`` of this
+            One array per level, with the leading shape of `z`, or ``sparse.SparseCoefficients`` of this
             shape.
         activation : callable, optional
             An elementwise function without parameters or randomness, applied to `z` first. Its result is
             recomputed in the backward pass instead of saved.
         sparse_gradient : bool, default False
             Whether the gradients of zero coefficients may be omitted. If a level has at least 1,024 experts
-            of which few have nonzero coefficients, only their rows of the factor are then read.
+            and few of them have nonzero coefficients, only the rows of these experts are then read from the
+            factor.
         times : Tensor of shape (..., in_features), optional
-            A tensor that multiplies the result of the activation, as in a gated block. The product is also
-            recomputed in the backward pass. This requires an activation.
+            A tensor that multiplies the result of the activation, as in a gated block. This requires an
+            activation. The product is also recomputed in the backward pass.
 
         Returns
         -------
@@ -401,7 +401,7 @@ class Experts(WholeState):
         if is_indexed and (recorded or is_transformed() or not is_indexable(z)):
             coefficients = [a.dense() if isinstance(a, SparseCoefficients) else a for a in coefficients]
             is_indexed = False
-        # (No unnecessary views, since in-place changes of views are restricted.)
+        # No unnecessary views, since in-place changes of views are restricted.
         is_matrix = len(leading) == 1
         vectors: tuple[Any, ...] = (*coefficients, *inputs)
         if not is_matrix:
@@ -412,7 +412,7 @@ class Experts(WholeState):
         use_folded = not (dtype or is_indexed or recorded or self.training or torch.is_grad_enabled())
         y: Tensor | None = None
         with nullcontext() if dtype is None else torch.autocast(z.device.type, enabled=False):
-            # (`.to` makes a new plan, but parameters may also have been replaced.)
+            # `.to` makes a new plan, but parameters may also have been replaced.
             if not recorded and (factors[0].device.type, factors[0].dtype) != self._place:
                 self._plan_for(factors[0])
             planned = self._planned
@@ -431,8 +431,7 @@ class Experts(WholeState):
                 if is_indexed:
                     operands, ready = indexed_products(policy.program, products, operands)
                 part = contract(policy, operands, activation, ready, recorded)
-                # (A term without steps is a parameter, which must not be changed in place, and nor must a
-                # view.)
+                # A term without steps is a parameter or a view, which must not be changed in place.
                 if y is None:
                     y = part
                 elif (
@@ -485,7 +484,7 @@ class Experts(WholeState):
         return [Folded(plan) for plan in self.plan.terms]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode, as for every module; training clears folded products of weights."""
+        """Set the training mode, as for every module; training clears the cached products of weights."""
         if mode and "_folded" in self.__dict__:
             for folded in self._folded:
                 folded.clear()
@@ -517,7 +516,7 @@ class Experts(WholeState):
     ) -> None:
         """Add a `BiasEdit` with copies of these tensors, or with zeros.
 
-        The tensors are not checked here, but in `.analysis.edit_bias`.
+        The tensors are checked by `.analysis.edit_bias`, not by this method.
         """
         like = self.factors[0]
         means = [like.new_zeros(n) for n in self.num_experts] if means is None else means
@@ -540,7 +539,7 @@ class _Term(NamedTuple):
     ----------
     policy, sparse_policy : SavePolicy
     factors : slice
-        The position of its factors among the parameters.
+        Positions of its factors among the parameters.
     num_vectors : int or None
         For a bias term, which does not read the inputs, the number of coefficients; otherwise None.
     """
@@ -578,7 +577,7 @@ def _gated(activation: Activation | None) -> Activation:
 
 
 def rename_factors(state: MutableMapping[str, Any], prefix: str) -> None:
-    """Rename the factors of a state of an earlier version, ``factors.0``, …, to the current names, in place.
+    """Rename the factors in a state of an earlier version, ``factors.0``, …, to the current names, in place.
 
     `prefix` is the prefix of an `Experts`. Suffixes, as in the state of an optimizer, are kept.
     """

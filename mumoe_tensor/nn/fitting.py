@@ -1,4 +1,4 @@
-"""Fitting experts to given matrices: all to the same matrix, or each to its own."""
+"""Fitting experts to given matrices: all to the same matrix, or each to a different one."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from mumoe_tensor.nn.init import declared, fill_neutral, index_sizes, is_bias, m
 from mumoe_tensor.nn.values import copy_weight
 from mumoe_tensor.tensors import FactorizedTensor
 
-#: Maximum number of sweeps over the factors of a format that is fitted by alternating least squares.
+#: Maximum number of sweeps over the factors of a format fitted by alternating least squares.
 SWEEPS = 100
 
 
 @torch.no_grad()
 def fit_every_expert(weight: FactorizedTensor, matrix: Tensor) -> float:
-    """Fill the factors in place so that every expert is the given matrix, or the best fit to it at this rank.
+    """Fill the factors in place so that every expert is the given matrix, or its best fit at this rank.
 
-    The terms of a sum are fitted in order, shared terms first, each to the residual of the terms before it.
-    If the residual is zero, the last factor of a term is set to zero: the term then adds nothing, but can
-    learn.
+    The terms of a sum are fitted in order, shared terms first, each to the residual of the previous terms. If
+    the residual is zero, the last factor of a term is set to zero: the term then adds nothing, but can learn.
 
-    The matrix includes the bias row, if the weight has one. Everything is computed with NumPy, because not
-    every device supports float64. Returns the error of the worst expert in the Frobenius norm, relative to
-    the norm of the matrix.
+    The matrix includes the bias row, if the weight has one. The computation uses NumPy, because not every
+    device supports float64. Returns the error of the worst expert in the Frobenius norm, relative to the norm
+    of the matrix.
     """
     target = to_float64(matrix)
     if len(weight.terms) == 1:
@@ -80,9 +79,10 @@ def fit_experts(
     Returns
     -------
     tuple of float and (float or None)
-        Relative error in the Frobenius norm, and with an `input_covariance` that of the outputs.
+        Relative error in the Frobenius norm, and with an `input_covariance` the relative error of the
+        outputs.
     """
-    # (NumPy supports float32, and half precision converts to it without rounding.)
+    # NumPy supports float32, and half precision converts to it without rounding.
     dense = stack.detach().cpu().to(torch.float64 if stack.dtype == torch.float64 else torch.float32)
     fitted, error = decompose(dense, weight.format, weight.rank, bias=bias, **options)
     copy_weight(fitted, weight)
@@ -100,8 +100,8 @@ def _fit(term: FactorizedTensor, target: np.ndarray) -> float:
 def _fit_split(term: FactorizedTensor, target: np.ndarray) -> float:
     """Fit a term that splits the input or the output, by `decompose` in its format without experts.
 
-    The fitted factors are used for every expert, and all other factors become neutral. If the factors of an
-    expert differ from those that the format declares without experts, `_OfOneExpert` is used as the format.
+    The fitted factors are used for every expert, and all other factors become neutral. If the factors of one
+    expert differ from those that the format declares without experts, the format is `_OfOneExpert`.
     """
     format, sizes, axes = term.format.of_one_expert, index_sizes(term), _axes_of_an_expert(term)
     alone = _declared_alone(format)
@@ -121,7 +121,7 @@ def _fit_split(term: FactorizedTensor, target: np.ndarray) -> float:
             fill_neutral(factor, [axis for axis, x in enumerate(declared(term)[k].indices) if x not in modes])
     for k, j in zip(axes, alone, strict=True):
         _assign(term, k, np.asarray(one.factors[j]), axes[k])
-    # Sums over the bonds of neutral factors add equal matrices, which is corrected by a scale.
+    # Sums over the bonds of neutral factors add equal matrices; a scale corrects this.
     first, shape = next(iter(axes)), target.shape
     matrix = _expert(term).reshape([prod(sizes[x] for x in term.format.parts(mode)) for mode in "io"])
     matrix = matrix[: shape[0], : shape[1]]

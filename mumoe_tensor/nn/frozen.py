@@ -17,8 +17,9 @@ from mumoe_tensor.nn.backward import SavePolicy
 class Folded:
     """A plan with folded products of weights, which are recomputed when a weight changes.
 
-    Each call compares the weights with copies, since nothing else detects every change. From `fewest_rows`
-    rows on (possibly infinite), this and the program of `policy` are faster than the plain contraction.
+    Each call compares the weights with copies, since nothing else detects every change. For at least
+    `fewest_rows` rows (possibly infinite), this and the program of `policy` are faster than the plain
+    contraction.
     """
 
     def __init__(self, plan: ContractionPlan):
@@ -57,10 +58,10 @@ class Folded:
 
 
 def are_comparable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the values of tensors can be compared without delay: they must be parameters on the CPU.
+    """Whether tensors can be compared without delay: they must be parameters on the CPU.
 
-    A transformed tensor has no values. On other devices the CPU would have to wait for the comparison, and a
-    CUDA graph could not be captured.
+    A transformed tensor has no values. On other devices the CPU would wait for the comparison, and a CUDA
+    graph could not be captured.
     """
     return all(type(x) is nn.Parameter and x.device.type == "cpu" for x in tensors)
 

@@ -1,4 +1,4 @@
-"""Fast torch functions: entmax15, which saves only its result for the backward pass, and top-k."""
+"""Fast torch functions: top-k, and entmax15 that saves only its result for the backward pass."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def entmax15(logits: Tensor) -> Tensor:
     Parameters
     ----------
     logits : Tensor of shape (..., N)
-        −inf masks an expert. A row that contains NaN or +inf, or only −inf, becomes NaN.
+        An expert with logit −inf is masked. A row that contains NaN or +inf, or only −inf, becomes NaN.
 
     Returns
     -------
     Tensor of shape (..., N)
-        The coefficients, in the dtype of `logits`. They are computed in float32, or in float64 for float64.
+        The coefficients, in the dtype of `logits`. The computation is in float32, or in float64 for float64.
     """
     if logits.device.type in kernels.DEVICES and kernels.serve(logits):
         return coefficients(logits, power=2)
@@ -52,7 +52,7 @@ def entmax15(logits: Tensor) -> Tensor:
         apply = _apply if is_eager else _Entmax15.apply
         result: Tensor = apply(logits, is_eager)
         return result
-    # (`apply` of an autograd function takes longer than computing a row.)
+    # `apply` of an autograd function takes longer than computing a row.
     return _Entmax15.forward(logits, is_eager)
 
 
@@ -63,14 +63,14 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def _plain(logits: Tensor) -> Tensor:
-    """entmax15 by differentiable torch operations, in a single precision."""
+    """entmax15 by differentiable torch operations, in the dtype of the logits."""
     p: Tensor = gates.entmax15(logits)
     return p
 
 
 @constant_under_compile
 def has_float64(device: torch.device) -> bool:
-    """Whether a device supports float64 (Apple's MPS does not), tested once per type of device."""
+    """Whether a device supports float64 (Apple's MPS does not), tested once per device type."""
     kind = device.type
     if kind not in _HAS_FLOAT64:
         try:
@@ -104,8 +104,8 @@ class _Entmax15(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (p,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # The derivative depends only on p, so higher derivatives follow through p. The root of zero has
-            # no derivative and is kept out of the graph.
+            # The derivative depends only on p, so higher derivatives follow through p. The square root of
+            # zero has no derivative and is kept out of the graph.
             s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt(), p)
             scaled = s * gradient
             return scaled - s * (scaled.sum(-1, keepdim=True) / s.sum(-1, keepdim=True)), None
@@ -128,9 +128,9 @@ _apply = plain_apply(_Entmax15)
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """The k largest logits of each row and their indices.
 
-    The result is None if the general functions must be used instead: because values cannot be read, a row
-    contains NaN, or the k-th and the next largest logit of a row are equal. For float32 on a GPU it is never
-    None: values are not read, the first of equal logits are selected, and rows whose coefficients are NaN get
+    Returns None if the general functions must be used instead: if values cannot be read, a row contains NaN,
+    or the k-th and the next largest logit of a row are equal. For float32 on a GPU the result is never None:
+    values are not read, the first of several equal logits is selected, and rows with NaN coefficients get
     NaN.
     """
     if kernels.serve(logits) and logits.dtype == torch.float32 and not (is_recorded() or is_transformed()):
@@ -161,7 +161,7 @@ def is_eager_on_cpu(x: Tensor) -> bool:
     """Whether the values of a tensor can be read immediately, and memory can be written in place."""
     if type(x) is not Tensor or x.device.type != "cpu":
         return False
-    # (`is_recorded` inlined, since a gate calls this for every level.)
+    # `is_recorded` inlined, since a gate calls this for every level.
     if is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed() or is_batched(x):
         return False
     return forward_ad._current_level < 0  # (a tangent would be lost)

@@ -1,4 +1,4 @@
-"""The gate: computes the expert coefficients of an input, level by level."""
+"""The gate, which computes the expert coefficients of an input, level by level."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ class ExpertGate(WholeState):
     r"""Expert coefficients of an input: ``a_e = gate(norm(G_e^T z))`` for every level e.
 
     Equation (2) of Oldfield et al. (2024). The weight is initialised to zero, so every expert of a level
-    starts with the coefficient 1 / N. For a gate that selects experts, such as top-k, it is normal with
-    variance 1 / in_features.
+    starts with the coefficient 1 / N. For a gate that selects experts, such as top-k, the weight is normal
+    with variance 1 / in_features.
 
     Parameters
     ----------
     experts : sequence of int
-        Number of experts of each level.
+        Number of experts at each level.
     gate : str, dict or callable, default "entmax15"
-        ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, a name registered with `.register_gate`, or any map of
-        logits along the last axis. A dict contains the name of a class and the arguments of the instance, as
-        in ``{"name": "topk", "k": 2}``; see `mumoe_tensor.nn.routing`. The gate is called in float32 (or
-        float64 for float64 inputs), also under autocast. For custom gates, see `mumoe_tensor.gates.Gate`.
+        ``"entmax15"``, ``"sparsemax"``, ``"softmax"``, a name registered with `.register_gate`, or any
+        function that maps logits along the last axis. A dict contains the name of a class and the arguments
+        of the instance, as in ``{"name": "topk", "k": 2}``; see `mumoe_tensor.nn.routing`. The gate is called
+        in float32 (or float64 for float64 inputs), also under autocast. For custom gates, see
+        `mumoe_tensor.gates.Gate`.
     gate_norm : {"batch", "layer", "none"}, default "batch"
         Normalisation of the logits, without affine parameters: over all rows of the batch, or over the
         experts of a level.
@@ -57,14 +58,14 @@ class ExpertGate(WholeState):
     Attributes
     ----------
     weight : Parameter of shape (out_features, in_features)
-        The rows of ``G^T``, concatenated over the levels. An empty buffer if there are no levels, or the gate
+        The rows of ``G^T``, concatenated over the levels. An empty buffer if there are no levels or the gate
         reads the input instead of logits.
     num_experts : tuple of int
-        Number of experts of each level.
+        Number of experts at each level.
     out_features : int
         Total number of experts over all levels.
     gate : callable
-        The map from logits to coefficients. A module is registered as a submodule.
+        The function that maps logits to coefficients. A module is registered as a submodule.
     norm : LogitBatchNorm or None
     reads_input : bool
         Whether the gate reads the input instead of logits, like the null models ``"random"`` and
@@ -91,7 +92,7 @@ class ExpertGate(WholeState):
         self.gate = GATES.read(gate, device, dtype)
         self.gate_norm = check_choice(gate_norm, get_args(GateNorm), "gate_norm")
         self.out_features = total = sum(self.num_experts)
-        # (The sparse computation copies arrays that are not contiguous.)
+        # The sparse computation copies arrays that are not contiguous.
         same = len(self.num_experts) > 1 and len(set(self.num_experts)) == 1
         self._is_stacked = same and self.num_experts[0] < FEWEST_EXPERTS
         self.reads_input = bool(getattr(self.gate, "reads_input", False))
@@ -132,9 +133,9 @@ class ExpertGate(WholeState):
         return {name: type(x)(torch.cat([level[name] for level in levels])) for name, x in levels[0].items()}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add a submodule, except that `SyncBatchNorm.convert_sync_batchnorm` cannot replace the norm.
+        """Add a submodule; `SyncBatchNorm.convert_sync_batchnorm` cannot replace the norm.
 
-        The statistics of the norm are already computed over all processes.
+        The norm already computes its statistics over all processes.
         """
         if name != "norm" or not isinstance(module, nn.SyncBatchNorm):
             super().add_module(name, module)
@@ -151,9 +152,9 @@ class ExpertGate(WholeState):
         Raises
         ------
         ValueError
-            If the gate has nothing to fit, or the inputs have another shape.
+            If the gate has nothing to fit, or the inputs have the wrong shape.
         ModuleNotFoundError
-            If scikit-learn is not installed, for k-means.
+            If scikit-learn, which computes k-means, is not installed.
         """
         fit: Any = getattr(self.gate, "fit", None)
         if fit is None or not self.num_experts:
@@ -171,7 +172,7 @@ class ExpertGate(WholeState):
 
     @property
     def is_sparse_gradient(self) -> bool:
-        """Whether the gate declares ``sparse_gradient``, see `mumoe_tensor.gates.Gate`, without hooks."""
+        """Whether the gate declares ``sparse_gradient`` (see `mumoe_tensor.gates.Gate`) and has no hooks."""
         hooks = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks, *HOOKS_ON_ALL_MODULES)
         return type(self) is ExpertGate and getattr(self.gate, "sparse_gradient", False) and not any(hooks)
 
@@ -184,7 +185,7 @@ class ExpertGate(WholeState):
         mask : Tensor of bool, or of integers 0 and 1, of shape (...), optional
             False for rows (padded tokens) that batch norm ignores.
         sparse : bool, default False
-            Return ``sparse.SparseCoefficients`` for levels with many experts of which the gate selects few.
+            Return ``sparse.SparseCoefficients`` for levels with many experts if the gate selects few of them.
 
         Returns
         -------
@@ -194,11 +195,11 @@ class ExpertGate(WholeState):
         Raises
         ------
         TypeError
-            If an input is not a dense tensor, or the mask is not of bool or integers.
+            If the input is not a dense tensor, or the dtype of the mask is neither bool nor integer.
         ValueError
-            If the input has another number of features, or the mask has another shape or other values. (On an
-            accelerator, or if torch records the call, values are not read, and any nonzero integer counts as
-            1.)
+            If the input has the wrong number of features, or the mask has the wrong shape or other values
+            than 0 and 1. On an accelerator, or when torch traces the call, values are not read, and any
+            nonzero integer counts as 1.
         """
         check_dense(z)
         if z.ndim == 0 or z.shape[-1] != self.in_features:
@@ -288,7 +289,7 @@ class ExpertGate(WholeState):
     def coefficients_of(
         self, logits: Tensor, dtype: torch.dtype | None = None, sparse: bool = False
     ) -> tuple[Any, ...]:
-        """Coefficients from the logits of all levels after batch norm, in `dtype` or that of the logits."""
+        """Coefficients from the normalised logits of all levels, in `dtype` or the dtype of the logits."""
         count = len(self.num_experts)
         if self._is_stacked and self.gate in ROWWISE:
             # A single call of the gate is faster.

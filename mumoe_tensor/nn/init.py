@@ -17,8 +17,8 @@ from mumoe_tensor.tensors import FactorizedTensor
 def draw(weight: FactorizedTensor, in_features: int) -> None:
     """Fill the factors of a weight in place with the published initialisation, for any format and levels.
 
-    `in_features` does not include the bias row. (Oldfield et al., "Multilinear Mixture of Experts", NeurIPS
-    2024. If the input is split, `_summed` replaces I and the bonds.)
+    `in_features` does not include the bias row. If the input is split, `_summed` replaces I and the bonds.
+    (Oldfield et al., "Multilinear Mixture of Experts", NeurIPS 2024.)
     """
     for term in weight.terms:
         if is_bias(term):
@@ -49,7 +49,7 @@ def _summed(term: FactorizedTensor, k: int) -> Collection[str]:
     """The indices that a factor of the matrix sums over.
 
     A factor of the output sums over its bonds. A factor of the input sums over its parts of the input and its
-    bonds with earlier factors, unless a later factor has them too.
+    bonds with earlier factors, unless a later factor also has them.
     """
     inputs, modes = term.format.parts("i"), term.format.modes(term.num_levels)
     indices = {j: declared(term)[j].indices for j in of_matrix(term)}
@@ -65,8 +65,8 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
     """Scale the factors of the input so that the mean expert has the variance of a linear layer's weight.
 
     The entries of the mean expert have variance 1 / (3 I), to which the terms of a sum contribute equally.
-    With coefficients 1 / N, with which a gate starts, the outputs then have the same variance as those of
-    `torch.nn.Linear`. If the input is split, the factors of all its parts are scaled equally.
+    With coefficients 1 / N, as a gate initially returns, the outputs then have the same variance as the
+    outputs of `torch.nn.Linear`. If the input is split, the factors of all its parts are scaled equally.
     """
     like = weight.arrays[0]
     uniform = [torch.full((n,), 1 / n, device=like.device, dtype=like.dtype) for n in weight.experts]
@@ -84,15 +84,15 @@ def scale_to_linear(weight: FactorizedTensor, in_features: int) -> None:
 def make_zero(weight: FactorizedTensor) -> None:
     """Set a weight to zero through the last factor of each term (the factor of the output in most formats).
 
-    The other factors keep their values, so that the last factor gets gradients; they get gradients as soon as
-    it is not zero.
+    The other factors keep their values, so that gradients flow to the last factor; they receive gradients
+    themselves once it is nonzero.
     """
     for term in weight.terms:
         term.arrays[-1].zero_()
 
 
 def of_matrix(term: FactorizedTensor) -> list[int]:
-    """Positions of the factors that form the matrix of an expert: those with the input or the output.
+    """Positions of the factors that form the matrix of an expert: the factors with the input or the output.
 
     A factor that also has expert modes is included only if no factor without expert modes has these modes.
     Otherwise it scales the matrix, as in Hadamard and Monarch, and starts neutral.

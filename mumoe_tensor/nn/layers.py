@@ -30,7 +30,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 
 class Layer(WholeState):
-    """The base class of layers and blocks: gate, input norm, experts, config."""
+    """The base class of layers and blocks, with gate, input norm, experts and config."""
 
     #: Whether the class is a block, with a hidden size.
     _is_block = False
@@ -58,8 +58,8 @@ class Layer(WholeState):
     def config(self) -> dict[str, Any]:
         """The arguments of `from_config` for a layer like this one, in JSON types.
 
-        A gate or an activation is stored by its name, see `register_gate`; a torch module such as ``GELU`` by
-        the name of its class and its arguments. Device and dtype are not included.
+        A gate or an activation is stored by its name (see `register_gate`), and a torch module such as
+        ``GELU`` by the name and arguments of its class. Device and dtype are not included.
 
         Raises
         ------
@@ -78,12 +78,12 @@ class Layer(WholeState):
     def from_config(cls, config: dict[str, Any], **options: Any) -> Self:
         """Make a layer from a `config`, possibly after a round trip through JSON.
 
-        Nothing is imported. Further arguments are `device` and `dtype`.
+        No module is imported. Further arguments are `device` and `dtype`.
 
         Raises
         ------
         ValueError
-            If a format, a gate or an activation is not registered.
+            If a format, gate or activation is not registered.
         """
         return cls(**config, **options)
 
@@ -96,7 +96,7 @@ class Layer(WholeState):
         Raises
         ------
         ValueError
-            If the spec is that of a block for a layer, or that of a layer for a block.
+            If the spec of a block is passed to a layer, or the spec of a layer to a block.
         """
         spec = as_spec(spec)
         if cls._is_block != (spec.hidden is not None):
@@ -108,13 +108,13 @@ class Layer(WholeState):
     def from_published(cls, state_dict: Mapping[str, Tensor], format: str | Format, **options: Any) -> Self:
         """Make a layer with the parameters of a published layer (v1 or v2).
 
-        Levels, sizes, rank and bias follow from the names and shapes in the `state_dict`. The `gate_norm` is
-        not contained in it, and is ``"batch"`` by default. Missing statistics are initialised.
+        Levels, sizes, rank and bias follow from the names and shapes in the `state_dict`. It does not contain
+        the `gate_norm`, which is ``"batch"`` by default. Missing statistics are initialised.
 
         Raises
         ------
         ValueError
-            If parameters are missing, unknown, or do not fit each other or the `gate_norm`.
+            If parameters are missing or unknown, or do not match each other or the `gate_norm`.
         """
         published = read_published(state_dict, format, 1 + cls._is_block)
         options = {"dtype": published.gate.dtype, **options}
@@ -125,16 +125,16 @@ class Layer(WholeState):
     def __repr__(self) -> str:
         if self.spec.experts:
             return super().__repr__()
-        shown = copy(self)  # without the gate, whose weight is empty
+        shown = copy(self)  # without the gate, since its weight is empty
         shown._modules = {name: module for name, module in self._modules.items() if name != "gate"}
         return super(Layer, shown).__repr__()
 
     @property
     def bias(self) -> None:
-        """None: there is no common bias. Each expert has its own bias, as part of the weight."""
+        """None: there is no common bias. Each expert has a bias that is part of the weight."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter, but refuse a `weight` or `bias`, by which layers are tied."""
+        """Register a parameter, but refuse the names `weight` and `bias`, under which layers are tied."""
         if name in ("weight", "bias"):
             raise TypeError(
                 f"a {type(self).__name__} has factors, and no {name} that can be a parameter or shared "
@@ -157,7 +157,7 @@ class Layer(WholeState):
     def to_published(self, version: Literal["v1", "v2"] = "v2") -> dict[str, Tensor]:
         """The parameters under the names of the published layers; the inverse of `from_published`.
 
-        Only the first version, ``"v1"``, has Tucker and Tensor Train.
+        Only version ``"v1"`` has Tucker and Tensor Train.
 
         Raises
         ------
@@ -165,7 +165,7 @@ class Layer(WholeState):
             If this version has no block of this kind, the layer has bias edits, or its gate has parameters
             other than the weight.
         TypeError
-            If TensorLy has no container for the format, for example if modes are split, or for a sum.
+            If TensorLy has no container for the format, for example a sum or a format that splits modes.
         """
         return write_published(self.gate, self.mixtures, version)
 
@@ -173,23 +173,23 @@ class Layer(WholeState):
         """A new layer with some of the experts of a level, in the order of the indices.
 
         The gate computes the same logits for these experts. The gate function then distributes the
-        coefficients among them, and a layer norm of the logits runs over them. The new layer is a copy with
-        the same edits, statistics, training modes and frozen parameters, but without hooks on its gate and
-        experts.
+        coefficients among them, and a layer norm of the logits includes only them. The new layer is a copy
+        with the same edits, statistics, training modes and frozen parameters, but without hooks on its gate
+        and experts.
 
         Parameters
         ----------
         level : int
             The level, counted from 0.
         indices : sequence of int, or mask of shape (N,)
-            The experts to keep, at least one; in ascending order for a mask.
+            The experts to keep, at least one; a mask keeps them in ascending order.
 
         Raises
         ------
         ValueError
             If there is no such level or expert, an expert occurs twice, or none is selected; if a term of the
-            format slices or splits the level; if pruning or a parametrization computes the weight of the gate
-            or a factor.
+            format slices or splits the level; or if pruning or a parametrization computes a factor or the
+            weight of the gate.
         TypeError
             If the level or an index is not an integer.
         """
@@ -237,38 +237,38 @@ class MuMoE(Layer):
     """A linear layer of many experts that replaces `torch.nn.Linear`.
 
     Every input is mapped by a mixture of all experts, ``y = W x_1 a_1 … x_E a_E x_(E+1) x``. The weights of
-    the experts are one factorized tensor W, and the coefficients are ``a_e = gate(norm(G_e^T x))`` (Oldfield
+    the experts form one factorized tensor W, and the coefficients are ``a_e = gate(norm(G_e^T x))`` (Oldfield
     et al., 2024, equations 1 and 2).
 
     Parameters
     ----------
     experts : int or sequence of int
-        Number of experts of each level. With several levels, each combination of indices is an expert.
+        Number of experts at each level. With several levels, each combination of indices is an expert.
     format : str, dict or Format, default "cp"
         A name in `mumoe_tensor.formats`, such as ``"cp"``, ``"btt"`` or ``"shared-expert"``; a dict with a
         name and settings, such as ``{"name": "btt", "splits": {"i": (16, 48)}}``; a sum (`.sum_of`); or a
         custom format.
     rank : int or sequence of int, optional
-        One entry per bond of the format. If it is omitted, or one entry is None, it is solved for from
+        One entry per bond of the format. If it is omitted or one entry is None, it is solved for from
         `parameters`.
     parameters : int or "match", optional
-        Minimum number of parameters, including gate and biases. ``"match"`` (the default without a rank) is
-        the number of parameters of ``torch.nn.Linear(in_features, out_features, bias)``.
+        Minimum number of parameters, including the gate and biases. ``"match"`` (the default without a rank)
+        is the number of parameters of ``torch.nn.Linear(in_features, out_features, bias)``.
     bias : bool, default True
         Whether every expert has a bias. If the format splits the input, all experts share one bias.
     gate, gate_norm : optional
         See `ExpertGate`.
     gate_features : int, optional
-        Number of features of the gate's input, if it differs from the input of the experts.
+        Width of the gate's input, if it differs from the input of the experts.
     input_norm : bool, default False
-        Whether an affine layer norm is applied to the input of the experts, but not of the gate.
+        Whether an affine layer norm is applied to the input of the experts (not of the gate).
     init : {"linear", "published"}, default "linear"
         See `Experts.reset_parameters`.
     batch_hint : int, default 1024
-        Typical number of rows (tokens) of a batch, for which the order of contraction is optimised.
+        Typical number of rows (tokens) in a batch, for which the contraction order is optimised.
     machine : str, Machine or mapping, optional
-        Machine for which the order of contraction is optimised, see `mumoe_tensor.plan`. By default it
-        follows from the device and the dtype of the parameters.
+        Machine for which the contraction order is optimised; see `mumoe_tensor.plan`. The default follows
+        from the device and dtype of the parameters.
     recompute : bool, default False
         Save less for the backward pass, which then recomputes products of coefficients and factors.
 
@@ -277,7 +277,7 @@ class MuMoE(Layer):
     spec : LayerSpec
         Format, sizes and rank.
     gate : ExpertGate
-        The gate. It is always called, so hooks on it can read and change the coefficients.
+        The gate. It is always called, so its hooks can read and change the coefficients.
     experts : Experts
 
     Raises
@@ -332,25 +332,25 @@ class MuMoE(Layer):
 
         (If the coefficients of the gate do not sum to one, the outputs are multiplied by their sum.)
 
-        The gate is initialised at random, since with equal experts the outputs do not depend on the
-        coefficients, and with equal coefficients all experts would get the same gradient. If the rank is too
-        small, the experts are the best fit, and `fit_errors` contains their relative error.
+        The gate is initialised at random: with equal experts the outputs do not depend on the coefficients,
+        and with equal coefficients all experts would get the same gradient. If the rank is too small, the
+        experts are the best fit, and `fit_errors` contains their relative error.
 
         A format that splits the input or the output is fitted by `.decompose`. The terms of a sum are fitted
-        in order, shared terms first, each to the residual of the terms before it: a dense shared expert
+        in order, shared terms first, each to the residual of the previous terms: a dense shared expert
         becomes the linear layer, and the last factors of the other terms start at zero.
 
         Parameters
         ----------
         linear : torch.nn.Linear, or Conv1D of transformers
-            The linear layer. If it is frozen, so is the new layer.
+            The linear layer. If it is frozen, the new layer is frozen too.
 
         Raises
         ------
         TypeError
             If `linear` is not a linear layer.
         ValueError
-            If it computes anything else, for example in a hook or another forward method, or if it is only
+            If it computes anything else, for example in a hook or an overridden forward method, or is only
             partly frozen.
         """
         check_linear(linear)
@@ -372,18 +372,18 @@ class MuMoE(Layer):
         Parameters
         ----------
         stack : Tensor of shape (N1, ..., NE, in_features, out_features)
-            The matrices, transposed compared with stacked weights of `torch.nn.Linear`.
+            The matrices, transposed relative to stacked weights of `torch.nn.Linear`.
         bias : Tensor of shape (N1, ..., NE, out_features), optional
         fit : mapping, optional
             Arguments of `.decompose`, such as ``{"n_restarts": 1, "input_covariance": covariance}``.
         **options
-            Arguments of the layer: format, rank or parameters, gate and so on. Device and dtype are those of
-            the stack by default.
+            Arguments of the layer, such as format, gate, and rank or parameters. Device and dtype default to
+            those of the stack.
 
         Raises
         ------
         ValueError, TypeError
-            If the stack or the bias has another shape, or as in the constructor and in `.decompose`.
+            If the stack or the bias has the wrong shape, or as in the constructor and `.decompose`.
 
         Examples
         --------
@@ -448,23 +448,23 @@ class MuMoEMLP(Layer):
 
     It replaces the MLP block of a transformer: ``down(activation(up(x)))`` or, if it is gated,
     ``down(activation(gate_proj(x)) * up(x))``. The coefficients are computed once, from the input of the
-    block (Oldfield et al., 2024). Parameters not listed here are as in `MuMoE`; all layers have the same
-    rank, and the budget applies to the whole block.
+    block (Oldfield et al., 2024). Other parameters are as in `MuMoE`; all layers have the same rank, and the
+    budget applies to the whole block.
 
     Parameters
     ----------
     gated : bool, default False
-        Whether there is a layer `gate_proj`, as in SwiGLU (``activation="silu"``) and GEGLU (``"gelu"``)
-        (Shazeer, 2020). After the activation, its outputs multiply the hidden features. The gate of the
+        Whether the block has a layer `gate_proj`, as in SwiGLU (``activation="silu"``) and GEGLU (``"gelu"``)
+        (Shazeer, 2020). Its outputs, after the activation, multiply the hidden features. The gate of the
         experts is `gate`.
     activation : str, dict or callable, default "gelu"
         The name of an elementwise function of `torch.nn.functional`, a name registered with
         `register_activation`, or any function of a tensor. A dict contains the name of a class, registered or
-        from `torch.nn`, and the arguments of the instance. The results of torch's elementwise functions and
-        modules without parameters (gelu, relu, silu, …), and their product with the hidden features, are
+        from `torch.nn`, and the arguments of the instance. For torch's elementwise functions and modules
+        without parameters (gelu, relu, silu, …), the result and its product with the hidden features are
         recomputed in the backward pass instead of saved.
     dropout, hidden_dropout : float, default 0
-        Dropout probability, below one, of the outputs, and of the inputs of `down`.
+        Dropout probabilities, below one, of the outputs and of the inputs of `down`.
 
     Attributes
     ----------
@@ -556,12 +556,12 @@ class MuMoEMLP(Layer):
     ) -> MuMoEMLP:
         """Make a block whose experts all start as these linear layers; see `MuMoE.from_linear`.
 
-        With `gate_proj` the block is gated.
+        If `gate_proj` is given, the block is gated.
 
         Raises
         ------
         TypeError, ValueError
-            As in `MuMoE.from_linear`; if only some layers have a bias or are frozen, or their sizes do not
+            As in `MuMoE.from_linear`, if only some layers have a bias or are frozen, or if their sizes do not
             match.
         """
         linears = [up, down] if gate_proj is None else [gate_proj, up, down]

@@ -1,6 +1,6 @@
-"""Linear layers, and layers of experts that are initialised from them.
+"""Linear layers, and layers of experts initialised from them.
 
-A linear layer is a `torch.nn.Linear`, or a Conv1D of transformers, whose matrix is transposed.
+A linear layer is a `torch.nn.Linear`, or a Conv1D of transformers, which has the transposed matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ L = TypeVar("L")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an instance of `torch.nn.Linear` or of Conv1D of transformers."""
+    """Whether a module is an instance of `torch.nn.Linear` or transformers' Conv1D."""
     return _kind(module) is not None
 
 
@@ -43,7 +43,7 @@ def check_linear(module: nn.Module) -> None:
 
 
 def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
-    """Matrix of shape (in, out) of a linear layer, with a bias as an additional row, and if it has one."""
+    """Matrix of shape (in, out) of a linear layer, with any bias as an additional row, and if it has one."""
     layer: Any = module
     matrix = (layer.weight.T if isinstance(module, nn.Linear) else layer.weight).detach()
     if layer.bias is None:
@@ -69,7 +69,7 @@ def layer_like(
 ) -> L:
     """Make a layer whose experts equal the given linear layers, with a random gate.
 
-    A block has two linear layers, or three if it is gated: two to the hidden size, then the last.
+    A block takes two linear layers, or three if it is gated: two to the hidden size, then the last.
     """
     matrices, biases = zip(*map(matrix_of, linears), strict=True)
     first, bias = matrices[0], biases[0]
@@ -96,7 +96,7 @@ def layer_like(
     if first.is_meta and not is_meta:
         raise ValueError("a linear layer must have values, got one on the meta device.")
     if not is_meta:
-        # With equal experts, the map does not depend on the coefficients, so the gate need not be zero.
+        # With equal experts, the outputs do not depend on the coefficients, so the gate need not be zero.
         nn.init.normal_(layer.gate.weight, std=layer.gate.in_features**-0.5)
         pairs = zip(layer.mixtures, matrices, strict=True)
         layer.fit_errors = tuple(fit_every_expert(experts.weight, matrix) for experts, matrix in pairs)
@@ -112,7 +112,7 @@ def _rebuild(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _kind(module: nn.Module) -> Any:
-    """The class of linear layers of which a module is an instance, or None."""
+    """The class of linear layers to which a module belongs, or None."""
     # If there is a Conv1D, transformers has been imported.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return next((kind for kind in (nn.Linear, conv1d) if kind and isinstance(module, kind)), None)

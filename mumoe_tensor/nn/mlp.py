@@ -1,4 +1,4 @@
-"""Parsing MLP blocks from other libraries: linear layers with an activation between them."""
+"""Parsing of MLP blocks from other libraries: linear layers with an activation between them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def is_mlp(module: nn.Module) -> bool:
 
 
 def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
-    """Identify the parts of a block from the order of calls in a copy; see `replace_mlp`.
+    """Identify the parts of a block by the order of calls in a copy; see `replace_mlp`.
 
     If the block computes anything else, a ValueError states the cause.
     """
@@ -122,7 +122,7 @@ def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
 
 
 def _right_way(block: nn.Module, names: Names, activation: Activation | None) -> Block:
-    """The parts that reproduce the outputs of the block; if none do, the first ValueError is raised."""
+    """The parts that reproduce the outputs of the block; raises the first ValueError if none do."""
     matrix, bias = matrix_of(block.get_submodule(names.linears[0]))
     errors = []
     for to_hidden in names.ways(block):
@@ -184,7 +184,7 @@ def _parts(children: dict[str, nn.Module], called: list[str], activation: Activa
         others["activation"] = between.pop()
     if len(after) == 1 and type(children[after[0]]) is nn.Dropout:
         others["dropout"] = after[0]
-    # Comparing outputs will reveal further operations, and whether `activation` is that of the block.
+    # Comparing outputs will reveal further operations, and whether `activation` is the block's activation.
     if activation is None and "activation" not in others:
         raise ValueError(
             "a block must consist of a linear layer, an activation, optionally a dropout, a linear layer and "

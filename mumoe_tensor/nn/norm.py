@@ -28,9 +28,9 @@ class _AllReduce(torch.autograd.Function):
 class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm without affine parameters over all axes but the last, with an optional mask of rows.
 
-    In distributed training the statistics are computed over all processes. A forward pass that is repeated by
-    activation checkpointing does not update the running statistics, unless it is compiled. Tools that look
-    for torch's batch norms, such as `torch.optim.swa_utils.update_bn`, recognise it as one.
+    In distributed training the statistics are computed over all processes. A forward pass that activation
+    checkpointing repeats does not update the running statistics, unless it is compiled. Tools that look for
+    torch's batch norms, such as `torch.optim.swa_utils.update_bn`, recognise this class.
 
     The running statistics are stored in float32 or wider.
     """
@@ -38,7 +38,8 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    #: Number of processes that have each row: one, or the number over which `parallelize` divides the layer.
+    #: Number of processes with a copy of each row: one, or the number over which `parallelize` divides the
+    #: layer.
     copies = 1
 
     def __init__(
@@ -58,7 +59,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
         rows = logits if logits.ndim == 2 else logits.reshape(-1, logits.shape[-1])
         if not self.training and self.track_running_stats:
             if rows.dtype == self.running_var.dtype:
-                # (As `nn.functional.batch_norm` calls it.)
+                # As `nn.functional.batch_norm` calls it.
                 running = self.running_mean, self.running_var
                 normed = torch.batch_norm(rows, None, None, *running, False, 0.0, self.eps, False)
                 return normed.reshape(logits.shape)

@@ -55,10 +55,10 @@ class ShardedExperts(Experts):
     """The shard of `Experts` on one process of a group: a range of one bond.
 
     The output is a sum over the bond. Every process computes its part of this sum, from its slices of the
-    factors with the bond and from the other factors, which all processes have. Terms of the format without
-    the bond, such as the bias of a format that splits the input, are added by the first process.
+    factors with the bond and from the other factors, which all processes have. The first process adds terms
+    of the format without the bond, such as the bias of a format that splits the input.
 
-    The bond is the largest of the format; on a tie, the one whose factors have the most parameters.
+    The bond is the largest of the format; in a tie, the one whose factors have the most parameters.
     """
 
     def __init__(self, whole: Experts, group: distributed.ProcessGroup | None):
@@ -160,9 +160,9 @@ def parallelize(module: Module, group: distributed.ProcessGroup | None = None) -
 
     Every process of the group must call this with the same module, and then call the new module with the same
     rows. Each process has a range of the largest bond of all experts (the rank of CP). Outputs and gradients
-    are those of the whole module. Modules other than `Experts` are copied, and have the same gradients on
-    every process. Dropout must also be the same on every process, so use the same seed. Hooks on `Experts`
-    are lost.
+    equal those of the whole module. Modules other than `Experts` are copied, and have the same gradients on
+    every process. Dropout must be the same on every process, so use the same seed. Hooks on `Experts` are
+    lost.
 
     In a sum, one bond of one term is divided; the other terms are complete on every process.
 
@@ -182,9 +182,9 @@ def parallelize(module: Module, group: distributed.ProcessGroup | None = None) -
     Raises
     ------
     ValueError
-        If there are no experts, they are already divided, their format has no bond (Hadamard), or the largest
-        bond is smaller than the number of processes; if there is no process group, or this process is not in
-        it.
+        If the module has no experts, they are already divided, their format has no bond (Hadamard), or the
+        largest bond is smaller than the number of processes; or if there is no process group, or it does not
+        contain this process.
     """
     if distributed.get_rank(group) < 0:
         raise ValueError(
@@ -215,7 +215,7 @@ def gather(module: Module) -> Module:
 
 def _with_experts(module: Module, experts: dict[int, Any], num_processes: int) -> Module:
     """Copy a module with replaced experts, given by the id of the original ones."""
-    copied = copy.deepcopy(module, experts)  # (deepcopy uses the replacements in its memo)
+    copied = copy.deepcopy(module, experts)  # deepcopy uses the replacements in its memo
     for child in copied.modules():
         if isinstance(child, LogitBatchNorm):
             child.copies = num_processes

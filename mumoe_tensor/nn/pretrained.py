@@ -1,7 +1,7 @@
 """Saving and loading layers in transformers models with ``save_pretrained`` and ``from_pretrained``.
 
-Import this module before loading a model. It registers a quantization method of transformers, which puts the
-layers into the empty model before its weights are loaded. Without it the weights do not fit, and loading
+Import this module before loading a model. It registers a quantization method of transformers that puts the
+layers into the empty model before its weights are loaded. Otherwise the weights do not fit, and loading
 fails.
 """
 
@@ -83,7 +83,7 @@ class LayersQuantizer(HfQuantizer):
         missing = [
             key
             for key, value in state.items()
-            # (Parameters that are offloaded to disk are read later.)
+            # Parameters that are offloaded to disk are read later.
             if key.startswith(below) and not (value.is_meta or getattr(value, "_is_hf_initialized", False))
         ]
         if missing:
@@ -148,7 +148,7 @@ def _place(model: Any, name: str) -> str | None:
 def _empty(model: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors of a wrong shape under the names of the weights that the layers replaced.
 
-    They make loading fail if this module has not been imported: otherwise transformers would silently
+    They make loading fail if this module has not been imported; otherwise transformers would silently
     initialise new weights.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=()):
@@ -157,7 +157,7 @@ def _empty(model: Any, layers: dict[str, Any]) -> dict[str, Tensor]:
     if new := [name for name in layers if name not in places]:
         raise ValueError(f"layers must replace modules that the model's config creates; {new} do not.")
     return {
-        # (transformers splits the weights of a stack of experts.)
+        # transformers splits the weights of a stack of experts.
         f"{name}.{key}": torch.zeros((1, 2, 1) if value.ndim == 3 else (0,), dtype=model.dtype)
         for name in layers
         for key, value in places[name].named_parameters()

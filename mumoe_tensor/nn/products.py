@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from mumoe_tensor.calls import is_batched, is_recorded, is_transformed
 
-#: Size of a matrix from which writing a stack of matrices to strided memory is faster than copying it.
+#: Minimum size of a matrix for which writing a stack of matrices to strided memory is faster than copying it.
 LARGE = 4096
-#: Size of a matrix up to which copying it is faster than making two views.
+#: Maximum size of a matrix for which copying it is faster than making two views.
 COPIED = 1 << 16
 
 
 def spread_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, where one operand is a stack of matrices and the other is a stack of one matrix.
 
-    (`torch.matmul` would reshape the stack to one matrix if either requires a gradient, and copy it.)
+    `torch.matmul` would reshape the stack to one matrix if either requires a gradient, and copy it.
     """
     if left.shape[0] == 1:
         return torch.bmm(left.expand(right.shape[0], -1, -1), right)
@@ -52,7 +52,7 @@ def summed_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -
     rows, columns = left.shape[1], right.shape[2]
     if rows * columns <= (rows + columns) * left.shape[2]:
         return stacked_product(left, right).sum(0, keepdim=True)
-    # As a single product: copies of the operands then take less memory than the separate products would.
+    # As a single product, since copies of the operands take less memory than separate products would.
     return torch.tensordot(left, right, dims=([0, 2], [0, 1])).unsqueeze(0)
 
 
@@ -69,7 +69,7 @@ def product_above_sum(left: Tensor, right: Tensor) -> Tensor:
 def _can_write(left: Tensor, right: Tensor, order: tuple[int, ...]) -> bool:
     # The matrices must have contiguous rows or columns.
     return (
-        not is_recorded()  # (first, since the other conditions would fix the sizes of a compiled function)
+        not is_recorded()  # first, since the other conditions would fix the sizes of a compiled function
         and order[-1] != 0
         and len(left) == len(right)
         and left.shape[1] * right.shape[2] >= LARGE
@@ -78,7 +78,7 @@ def _can_write(left: Tensor, right: Tensor, order: tuple[int, ...]) -> bool:
 
 
 def _takes_out(left: Tensor, right: Tensor) -> bool:
-    # Operations with `out` have no derivative, and are not supported by transforms and compilers.
+    # Operations with `out` have no derivative, and transforms and compilers do not support them.
     return (
         type(left) in (Tensor, nn.Parameter)
         and type(right) in (Tensor, nn.Parameter)
@@ -96,5 +96,5 @@ class Joined:
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         if _can_write(left, right, self.order):
             return permuted_product(left, right, self.order)
-        # (Not `contiguous`, which fails for fake GPU tensors on a CPU-only build.)
+        # Not `contiguous`, which fails for fake GPU tensors on a CPU-only build.
         return (left @ right).permute(self.order).clone(memory_format=torch.contiguous_format)

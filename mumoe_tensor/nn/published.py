@@ -2,8 +2,8 @@
 
 In both published versions, the gate of level e is ``projs.e`` (input × experts) and its batch norm ``bn.e``.
 Version 1 (a single layer) has ``factors.k`` and, for Tucker, ``core``; version 2 has ``MuMoE.factors.k`` and,
-in a block of two layers, ``MuMoE2.factors.k``. The factors of a weight are those of TensorLy's container of
-its format.
+in a block of two layers, ``MuMoE2.factors.k``. The factors of a weight are the factors of TensorLy's
+container of its format.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning rates for factors, based on the effect of their steps on the outputs."""
+"""Learning rates for factors, based on how much their steps change the outputs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, A
 
     A first step of Adam changes each entry of a parameter by the learning rate. How much this changes the
     outputs depends on the position of a factor in its network: on the number of entries that it sums over,
-    and on the other factors. Here all factors of a layer contribute equally to a step that changes the
-    outputs as much as a step of a `torch.nn.Linear` with the same sizes. All other parameters, including
-    gates and biases, have the learning rate itself. (Based on Qiu et al., "Compute Better Spent", 2024, who
-    scale the learning rate of each factor by the number of entries that it sums over.)
+    and on the other factors. With these learning rates, all factors of a layer contribute equally to a step
+    that changes the outputs as much as a step of a `torch.nn.Linear` of the same size. All other parameters,
+    including gates and biases, have `learning_rate` itself. (Based on Qiu et al., "Compute Better Spent",
+    2024, who scale the learning rate of each factor by the number of entries that it sums over.)
 
-    The learning rates follow from the spec of the layers: they are measured once with factors initialised by
-    `Experts.reset_parameters`, random inputs and equal coefficients.
+    The learning rates depend only on the spec of the layers: they are computed once, with factors initialised
+    by `Experts.reset_parameters`, random inputs and equal coefficients.
 
     Parameters
     ----------
@@ -41,8 +41,8 @@ def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, A
     Returns
     -------
     list of dict
-        Groups with the entries ``params``, ``lr`` and ``scale``, the ratio of ``lr`` and ``learning_rate``,
-        which a schedule can use. Frozen parameters are omitted.
+        Groups with the entries ``params``, ``lr`` and ``scale``. The latter is ``lr / learning_rate``, which
+        a schedule can use. Frozen parameters are omitted.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, A
 
 @lru_cache(maxsize=256)
 def scales_of(spec: LayerSpec, init: Init) -> tuple[float, ...]:
-    """The factor of the learning rate for each factor of experts, as a geometric mean over draws."""
+    """The scale of the learning rate of each factor of experts, as a geometric mean over draws."""
     with torch.random.fork_rng(devices=()), torch.enable_grad():
         torch.manual_seed(0)
         drawn = [_scales_of_draw(Experts.from_spec(spec, init=init, **PLACE)) for _ in range(DRAWS)]
@@ -91,7 +91,7 @@ def _scales_of_draw(experts: Experts) -> list[float]:
         y: Tensor = experts(x, equal)
         return y
 
-    # A bias has the learning rate itself, as in a linear layer.
+    # A bias has the unscaled learning rate, as in a linear layer.
     biases = [is_bias(term) for term in experts.weight.terms for factor in term.factors if factor is not None]
     factors = [factor for factor, bias in zip(experts.factors, biases, strict=True) if not bias]
     alone = [_moved(outputs, gradient, {factor: 1.0}) for factor in factors]

@@ -1,4 +1,4 @@
-"""Checks that a module from another library computes nothing but its parts."""
+"""Checks that a module from another library computes nothing beyond its parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mumoe_tensor.calls import hooks_of
 
 
 def check_readable(module: nn.Module) -> None:
-    """Raise an error if a module has hooks, parametrizations or the like, which a replacement would lose.
+    """Raise an error if a module has hooks, parametrizations or other features that a replacement would lose.
 
     The module is not called.
     """
@@ -51,7 +51,7 @@ def _check_parameter(parameter: nn.Parameter, name: str) -> None:
 def optional_inputs(module: nn.Module, reserved: Container[str] = ()) -> list[str]:
     """Names of the optional inputs of a module.
 
-    An error is raised if the module cannot be called with a single input, or an optional input has a reserved
+    Raises an error if the module cannot be called with a single input, or an optional input has a reserved
     name.
     """
     inputs = inspect.signature(module.forward).parameters
@@ -83,7 +83,7 @@ def check_unused(module: nn.Module, names: list[str], x: Tensor) -> None:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A copy to be called, on the CPU and in float32, so that the state of the module does not change.
+    """A copy to call, on the CPU and in float32, so that the state of the module does not change.
 
     A module on the meta device gets random values.
     """
@@ -131,11 +131,11 @@ def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def check_same(
     module: nn.Module, rebuild: Callable[[nn.Module], Callable[[Tensor], Tensor]], in_features: int
 ) -> None:
-    """Raise an error if a module computes anything but its parts, in evaluation or in training mode.
+    """Raise an error if a module computes anything beyond its parts, in evaluation or in training mode.
 
     The outputs of a copy are compared with those of `rebuild(copy)`, on random inputs, with the module's
-    parameters and with random ones. One shape of inputs is sufficient, since activations such as
-    `torch.nn.PReLU` do not accept all shapes.
+    parameters and with random ones. One input shape is sufficient, since activations such as `torch.nn.PReLU`
+    do not accept all shapes.
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
@@ -151,7 +151,7 @@ def check_same(
                         raise ValueError(f"its outputs are not those of its layers alone{when}: {cause}.")
         x, _ = _outputs(copied.eval(), inputs)[0]
         gradient, expected = (_gradient(function, x) for function in (copied, rebuild(copied)))
-        # (Rounding may move a hidden feature across a kink and so change the gradient.)
+        # Rounding may move a hidden feature across a kink and thus change the gradient.
         if gradient is None or not are_equal(gradient, expected, 0.05):
             raise ValueError("the gradient of its input is not that of its layers alone.")
 

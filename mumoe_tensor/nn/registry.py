@@ -88,7 +88,7 @@ _NOT_WRITTEN = {nn.PReLU: ("device", "dtype"), nn.Hardtanh: ("min_value", "max_v
 class Registry:
     """Functions, and classes whose instances are functions, by name, in addition to the modules of torch.
 
-    `what` is the name of the argument of the layers: gate or activation. `aliases` maps functions to
+    `what` is the name of the argument of the layers, gate or activation. `aliases` maps functions to
     equivalent registered functions.
     """
 
@@ -118,7 +118,7 @@ class Registry:
     ) -> Callable[..., Tensor]:
         """Convert an argument, which is a function or a config entry, to a function.
 
-        Device and dtype are those of the parameters of a module that is made from an entry.
+        Device and dtype apply to the parameters of a module that is made from an entry.
         """
         if isinstance(value, type):
             raise TypeError(f"{self.what} must be a function or an instance, got the class {value.__name__}.")
@@ -202,7 +202,7 @@ def _are_equal(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool
 def elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
     """The function if it is an elementwise function of torch that does not work in place, otherwise None.
 
-    For a module it is its `forward` method, because it may be called more than once, which global module
+    For a module the result is its `forward` method: it may be called more than once, which global module
     hooks should not see.
     """
     if isinstance(function, nn.Module):
@@ -234,13 +234,13 @@ ACTIVATIONS = Registry(
 
 
 def register_gate(name: str) -> Callable[[Function], Function]:
-    """Register a gate under a name, by which configs refer to it. Use it as a decorator.
+    """Register a gate under a name that configs refer to. Use it as a decorator.
 
     Returns
     -------
     callable
         A decorator for a map from logits of shape (..., N) to coefficients, or for a class whose instances
-        are such maps. Instances must have every constructor argument as an attribute of the same name, with a
+        are such maps. Instances must have every constructor argument as an attribute with the same name and a
         JSON type. The parameters of instances that are modules are part of the state of the layer.
 
     Raises
@@ -270,7 +270,7 @@ def register_gate(name: str) -> Callable[[Function], Function]:
 
 
 def register_activation(name: str) -> Callable[[Function], Function]:
-    """Register an activation under a name, by which configs refer to it; see `register_gate`.
+    """Register an activation under a name that configs refer to; see `register_gate`.
 
     Examples
     --------

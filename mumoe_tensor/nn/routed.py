@@ -1,4 +1,4 @@
-"""Experts selected by a router, as in transformers: each input is mapped by only a few of them."""
+"""Experts selected by a router, as in transformers: only a few experts map each input."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from mumoe_tensor.nn.registry import ACTIVATIONS
 from mumoe_tensor.nn.states import WholeState
 from mumoe_tensor.spec import LayerSpec
 
-#: Fixed time in seconds of calling a single expert.
+#: Fixed time in seconds for calling a single expert.
 CALL = 25e-6
 
 
 @register_layer
 class ChosenExperts(Experts):
-    """`Experts` of one level that get the index of an expert for each input instead of coefficients.
+    """`Experts` of one level that take the index of an expert for each input instead of coefficients.
 
     Each input is mapped only by its expert, so the cost does not grow with the number of experts. Either all
-    inputs are mapped at once, after gathering the slices of the factors for each input; or the experts are
-    processed one after the other, each with all of its inputs. For each term of the format the planner
-    chooses the faster method. (With `torch.compile`, the first method is a single graph, and the second has
-    graph breaks.)
+    inputs are mapped together, after gathering the slices of the factors for each input, or the experts are
+    processed one after the other, each with all of its inputs. The planner chooses the faster method for each
+    term of the format. (With `torch.compile`, the first method is a single graph; the second has graph
+    breaks.)
 
     The ``plan`` is for `batch_hint` inputs, or for the average share of an expert if experts are processed
     one after the other.
@@ -74,7 +74,7 @@ class ChosenExperts(Experts):
         Raises
         ------
         ValueError, TypeError
-            If the shapes do not match, the index is not a tensor of integers, or (checked on a CPU only) an
+            If the shapes do not match, the index is not a tensor of integers, or (checked only on a CPU) an
             entry is not the index of an expert.
         """
         check_dense(z)
@@ -108,12 +108,12 @@ class ChosenExperts(Experts):
 
 @register_layer
 class RoutedExperts(WholeState):
-    """Factorized gated MLPs that are selected by a router: the experts of a transformer block.
+    """Factorized gated MLPs that a router selects: the experts of a transformer block.
 
     Each of the N experts computes ``down(activation(gate(x)) * up(x))`` without biases. The gate and up
-    matrices of all experts are one factorized weight of shape (N, in_features, 2 * hidden_features), the down
-    matrices are another. Router and auxiliary loss are not part of this module. `replace_experts` replaces
-    the experts of transformers models by it.
+    matrices of all experts are one factorized weight of shape (N, in_features, 2 * hidden_features); the down
+    matrices are another. The router and the auxiliary loss are not part of this module. `replace_experts`
+    replaces the experts of transformers models with this module.
 
     Parameters
     ----------
@@ -122,14 +122,14 @@ class RoutedExperts(WholeState):
     format : str or Format, default "cp"
         Format of both weights.
     gate_up_rank, down_rank : int or sequence of int, optional
-        One entry per bond of the format. If it is omitted, or one entry is None, it is solved for from
+        One entry per bond of the format. If it is omitted or one entry is None, it is solved for from
         `parameters`.
     parameters : float, optional
-        Maximum number of parameters of each weight, as a fraction of those of dense experts.
+        Maximum number of parameters of each weight, as a fraction of the parameters of dense experts.
     activation : str, dict or callable, default "silu"
         See `MuMoEMLP`.
     batch_hint : int, default 1024
-        Number of pairs of an input and an expert for which the order of contraction is optimised.
+        Number of (input, expert) pairs for which the contraction order is optimised.
     machine : str, Machine or mapping, optional
         See `Experts`.
 
@@ -137,13 +137,13 @@ class RoutedExperts(WholeState):
     ----------
     gate_up, down : ChosenExperts
     fit_errors, weighted_errors : tuple of float
-        Relative errors of both weights, if they were fitted to dense weights: in the Frobenius norm, and of
-        the outputs for the inputs of each expert. Otherwise empty.
+        Relative errors of both weights in the Frobenius norm, and relative errors of the outputs for the
+        inputs of each expert. Empty unless the weights were fitted to dense weights.
 
     Raises
     ------
     ValueError, TypeError
-        If a size or a rank is invalid, or not exactly one of a rank and `parameters` is given.
+        If a size or a rank is invalid, or not exactly one of rank and `parameters` is given.
 
     Examples
     --------
@@ -300,8 +300,7 @@ class _Route(NamedTuple):
         inputs.
     policy : SavePolicy
     held : tuple of (dict of int to int)
-        For each factor its expert axes, by the part of the expert mode; empty if all experts share the
-        factor.
+        The expert axes of each factor, by the part of the expert mode; empty if all experts share the factor.
     sizes : tuple of int
         Number of experts of the term, as one number, or one per part if the format splits the expert mode.
     window : tuple of int
@@ -330,7 +329,7 @@ class _Route(NamedTuple):
             return self._contracted(factors, rows, torch.unravel_index(chosen, self.sizes))
         order = chosen.argsort(stable=True)
         groups = rows[order].split(chosen.bincount(minlength=prod(self.sizes)).tolist())
-        # (Without inputs, one empty group is kept so that the result has a shape and a gradient.)
+        # Without inputs, one empty group is kept so that the result has a shape and a gradient.
         parts = [
             self._contracted(factors, group, [int(entry) for entry in np.unravel_index(n, self.sizes)])
             for n, group in enumerate(groups)
@@ -340,7 +339,7 @@ class _Route(NamedTuple):
         return torch.empty_like(y).index_copy(0, order, y)
 
     def _contracted(self, factors: Sequence[Tensor], rows: Tensor, entries: Sequence[Any]) -> Tensor:
-        """Map inputs by one expert, if `entries` are integers, or each by its own, if they are tensors.
+        """Map all inputs by one expert (`entries` are integers), or each by its expert (tensors).
 
         The result of a bias term has no axis for the inputs.
         """
@@ -376,7 +375,7 @@ def _route(term: Term, spec: LayerSpec, batch: int, machine: Machine) -> _Route:
         network = network.with_vectors(vectors, ((BATCH,) if vectors else ()) + outputs, bias)
         if outputs != ("o",):
             network = replace(network, out_features=sizes[-1])
-        # Forming the matrix of one expert may pay off, but not a matrix for each input.
+        # Forming the matrix of one expert may be worthwhile, but not a matrix for each input.
         implementation: Implementation = "factorized" if gathered else "auto"
         return plan_network(network, rows, "time", implementation, machine=machine)
 

@@ -1,4 +1,4 @@
-"""Gates with settings, which select experts. Configs refer to them by name and arguments."""
+"""Gates with settings that select experts. Configs refer to them by name and arguments."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class TopK(_Selecting):
     Parameters
     ----------
     k : int
-        Number of selected experts of a level.
+        Number of experts to select at each level.
     normalize : bool, default True
-        Whether the softmax is over the k selected logits. Otherwise it is over all logits, and the sum of the
-        k coefficients is less than one.
+        Whether the softmax is over the k selected logits. If False, it is over all logits, and the k
+        coefficients sum to less than one.
 
     Examples
     --------
@@ -66,7 +66,7 @@ class TopK(_Selecting):
         values, places = chosen
         weights = values.softmax(-1)
         if not self.normalize:
-            top = values.detach()[..., :1]  # (The logarithm of a sum would be rounded.)
+            top = values.detach()[..., :1]  # The logarithm of a sum would be rounded.
             weights = (values - top).exp() / (logits - top).exp().sum(-1, keepdim=True)
         return SparseCoefficients(weights, places, logits.shape[-1])
 
@@ -74,8 +74,8 @@ class TopK(_Selecting):
 class ReLUTopK(_Selecting):
     """`mumoe_tensor.relu_top_k` of logits with a bias: the gate of Mixture of Decoders.
 
-    The coefficients are the ReLU of the k largest entries of ``G x + b``; their sum is arbitrary. The bias is
-    added after the norm of the logits. The published gate has no norm, ``gate_norm="none"``.
+    The coefficients are the ReLU of the k largest entries of ``G x + b``; they need not sum to one. The bias
+    is added after the norm of the logits. The published gate has no norm (``gate_norm="none"``).
 
     Parameters
     ----------
@@ -115,8 +115,8 @@ class JumpReLU:
     """`mumoe_tensor.jumprelu` with a trainable threshold for each expert.
 
     The parameter is `log_threshold`, of shape (out_features,), so that thresholds stay positive. Its gradient
-    is the published straight-through estimate. The published gate has no norm of the logits,
-    ``gate_norm="none"``.
+    is the published straight-through estimate. The published gate has no norm of the logits
+    (``gate_norm="none"``).
 
     Parameters
     ----------
@@ -152,14 +152,14 @@ class JumpReLU:
 class SigmoidTopK(_Selecting):
     """`mumoe_tensor.sigmoid_top_k`: the gate of DeepSeek-V3, with a bias that affects only the selection.
 
-    The buffer `selection_bias`, of shape (out_features,), is initialised to zero and gets no gradient. To
+    The buffer `selection_bias`, of shape (out_features,), is initialised to zero and is not trained. To
     balance the experts, add a small number to the entries of experts with few inputs, and subtract it from
-    the others. The published gate has no norm of the logits, ``gate_norm="none"``.
+    the others. The published gate has no norm of the logits (``gate_norm="none"``).
 
     Parameters
     ----------
     k : int
-        Number of selected experts of a level.
+        Number of experts to select at each level.
     groups, top_groups : int, default 1
         Number of groups of experts, and number of groups to select for each input.
     normalize : bool, default True
@@ -206,15 +206,15 @@ class SigmoidTopK(_Selecting):
 
 
 class Random(_Selecting):
-    """A null model: k experts drawn at random for every input, each with the coefficient 1 / k.
+    """A null model: k random experts for every input, each with the coefficient 1 / k.
 
-    They are drawn in every call, in training and in evaluation mode, from torch's default generator of the
-    device.
+    They are drawn in every call, in training and in evaluation mode, from the device's default torch
+    generator.
 
     Parameters
     ----------
     k : int
-        Number of selected experts of a level.
+        Number of experts to select at each level.
     """
 
     reads_input = True
@@ -232,14 +232,14 @@ class Random(_Selecting):
 
 
 class NearestCentres(_Selecting):
-    """A null model: the k experts whose centres are nearest to the input, each with the coefficient 1 / k.
+    """A null model: the k experts with the centres nearest to the input, each with the coefficient 1 / k.
 
     The buffer `centres`, of shape (out_features, in_features), is initialised from a standard normal
-    distribution. `.ExpertGate.fit` sets it to the centres of k-means, which requires scikit-learn.
+    distribution. `.ExpertGate.fit` sets it to k-means centres, which requires scikit-learn.
 
     Parameters
     ----------
-    k : int
+        Number of experts to select at each level.
         Number of selected experts of a level.
 
     Examples
@@ -284,7 +284,7 @@ def _uniform_top_k(scores: Tensor, k: int) -> Tensor | SparseCoefficients:
         coefficients: Tensor = gates.uniform_top_k(scores, k)
         return coefficients
     values, places = chosen
-    # (NaN is propagated.)
+    # Propagate NaN.
     return SparseCoefficients(0 * values + 1 / k, places, scores.shape[-1])
 
 

@@ -16,7 +16,7 @@ from mumoe_tensor.nn.described import check_model, describe, prepare_to_save, re
 from mumoe_tensor.nn.weights import checksum_of_bytes, read_tensors, write_tensors
 from mumoe_tensor.readers import read_json, reading
 
-#: The version of the folder format. Later versions are refused when loading.
+#: The version of the folder format. `load` refuses later versions.
 VERSION = 1
 DESCRIPTION, WEIGHTS = "layers.json", "weights.safetensors"
 
@@ -36,10 +36,10 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Raises
     ------
     ValueError
-        If a layer cannot be rebuilt from its config, see `MuMoE.config`, or the state contains anything but
-        ordinary tensors with values.
+        If a layer cannot be rebuilt from its config (see `MuMoE.config`), or the state contains anything
+        other than ordinary tensors with values.
     TypeError
-        If it is not a module.
+        If `model` is not a module.
     OSError
         If the folder cannot be written.
     ModuleNotFoundError
@@ -94,8 +94,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
     folder : str or Path
     model : Module, optional
         A model constructed like the saved one, with or without its layers of experts. Its parameters remain
-        the same objects. New layers get the device and the training mode of the modules that they replace.
-        Not needed if the folder contains a single layer.
+        the same objects. New layers take the device and the training mode of the modules that they replace.
+        It is not needed if the folder contains a single layer.
 
     Returns
     -------
@@ -105,9 +105,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Any:
     Raises
     ------
     ValueError
-        If the folder is damaged or has a later version, if the model has no module in place of a layer, if a
-        class or a format is not registered, or if an entry of the state is missing, unexpected, or has
-        another shape or dtype.
+        If the folder is damaged or has a later version, the model has no module in place of a layer, a class
+        or a format is not registered, or an entry of the state is missing, unexpected, or has the wrong shape
+        or dtype.
     TypeError
         If the model is not a module.
     OSError
@@ -163,7 +163,7 @@ def _put(
             model.set_submodule(place, layer)
         is_meta = any(value.is_meta for value in model.state_dict().values())
         model.load_state_dict(state, assign=is_meta)
-        for name, first in tied.items() if is_meta else ():  # (torch assigns two parameters)
+        for name, first in tied.items() if is_meta else ():  # torch assigns two parameters
             (module, entry), (owner, other) = (_place_of(model, x) for x in (name, first))
             setattr(module, entry, getattr(owner, other))
     except BaseException:
@@ -196,11 +196,11 @@ def _check_safetensors() -> None:
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of tied tensors, each with the name under which its tensor occurs first in the state."""
+    """The names of tied tensors, each with the first name of its tensor in the state."""
     first: dict[Any, str] = {}
     tied = {}
     for name, value in state.items():
-        place = value.data_ptr() or id(value)  # (a meta or empty tensor has no memory)
+        place = value.data_ptr() or id(value)  # a meta or empty tensor has no memory
         key = place, value.device, value.dtype, value.shape, value.stride()
         if first.setdefault(key, name) != name:
             tied[name] = first[key]

@@ -17,13 +17,13 @@ from mumoe_tensor.contraction.machine import machine_of
 from mumoe_tensor.nn import kernels
 from mumoe_tensor.nn.kernels.rows import sum_of_indexed_rows, sum_of_indexed_rows_backward
 
-#: Smallest number of experts of a level at which sparsity is used; below, the dense product is as fast.
+#: Minimum number of experts of a level for which sparsity is used; below it, the dense product is as fast.
 FEWEST_EXPERTS = 1024
-#: Largest share of nonzero coefficients at which individual rows of the factor are summed.
+#: Maximum share of nonzero coefficients for which individual rows of the factor are summed.
 DENSEST = 0.08
 #: The same on a GPU, where dense products are much faster than reading individual rows.
 DENSEST_ON_GPU = 2 / machine_of("cuda", "bfloat16").element
-#: Number of rows of coefficients from which that share is estimated.
+#: Number of rows of coefficients from which this share is estimated.
 SAMPLE = 32
 
 
@@ -37,7 +37,7 @@ def is_supported(coefficients: Tensor) -> bool:
 def is_indexable(z: Tensor) -> bool:
     """Whether `indexed_product` can be used for inputs: on a CPU, or by a kernel on a GPU.
 
-    (The kernel adds gradients in an arbitrary order, so it is not used with deterministic algorithms.)
+    The kernel adds gradients in an arbitrary order, so it is not used with deterministic algorithms.
     """
     by_kernel = kernels.serve(z) and not (is_recorded() or torch.are_deterministic_algorithms_enabled())
     return by_kernel or is_supported(z)
@@ -89,7 +89,7 @@ class SparseCoefficients(NamedTuple):
 
     def dense(self) -> Tensor:
         """The coefficients of all experts."""
-        # (Zeros, or NaN in rows whose values are NaN.)
+        # Zeros, or NaN in rows with NaN values.
         rest = (0 * self.values.detach()[..., :1]).expand(self.shape)
         return rest.scatter(-1, self.indices, self.values)
 
@@ -106,8 +106,7 @@ def indexed_products(
     """The operands of the other steps, and the products of sparse coefficients and factors by position.
 
     `products` is the result of `.backward.sparse_products`. Coefficients that do not occur in such a product
-    become dense. If only their sum is needed, or they are no longer needed, they are replaced by their
-    values.
+    become dense. Coefficients that are no longer needed, or only as a sum, are replaced by their values.
     """
     rest: list[Any] = list(operands)
     network = program.network
@@ -140,8 +139,8 @@ def indexed_products(
 def sparse_product(coefficients: Tensor, factor: Tensor) -> Tensor:
     """``coefficients @ factor``, computed from the rows with nonzero coefficients if these are few.
 
-    The result is exact for all coefficients. But the gradient of zero coefficients is zero, which is only
-    correct for a gate whose derivative is zero where its coefficients are.
+    The result is exact for all coefficients, but the gradient of zero coefficients is zero. This is correct
+    only for a gate with a zero derivative wherever its coefficients are zero.
     """
     result: Tensor = _Function.apply(coefficients, factor)
     return result
@@ -178,7 +177,7 @@ class _IndexedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
         values, indices, factor = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(gradient):
-            # Plain operations for higher derivatives and for batches of gradients.
+            # Plain operations for higher derivatives and batched gradients.
             of_values = (factor[indices] @ gradient.unsqueeze(-1)).squeeze(-1)
             parts = values.unsqueeze(-1) * gradient.unsqueeze(-2)
             of_factor = torch.zeros_like(factor).index_add(
@@ -217,8 +216,8 @@ class _Function(torch.autograd.Function):
         return gradients
 
 
-# Custom operators are not traced by a compiler, since what they do depends on the values of the coefficients.
-# They have no derivative; the autograd functions that call them do.
+# A compiler cannot trace the operators, since they depend on the values of the coefficients. They have no
+# derivative; the autograd functions that call them do.
 
 
 @torch.library.custom_op("mumoe_tensor::sum_of_rows", mutates_args=())
@@ -291,7 +290,7 @@ def _gradients(
 def _dot_products(gradient: Tensor, factor: Tensor, column: Tensor, starts: Tensor, row: Tensor) -> Tensor:
     """``gradient[row] . factor[column]`` for each pair, without copying the rows.
 
-    This is a private operator of torch, from the backward pass of `embedding_bag`.
+    This uses a private operator of torch, from the backward pass of `embedding_bag`.
     """
     result: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         gradient, factor, column, starts, row, 0

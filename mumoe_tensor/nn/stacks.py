@@ -1,4 +1,4 @@
-"""Replacing the experts of a mixture of experts, whose weights are stacks, by factorized experts."""
+"""Replacement of the stacked weights of a mixture of experts by factorized experts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mumoe_tensor.nn.watch import evaluating, watch_calls
 
 #: The parameters of experts that can be replaced.
 STACKS = ("gate_up_proj", "down_proj")
-#: Default fraction of the old parameters.
+#: Default fraction of the dense parameters.
 PARAMETERS = 0.8
 #: Default effort of a fit.
 EFFORT = {"n_restarts": 1, "n_iter": 50, "tolerance": 1e-4}
-#: Damping of the covariance of each expert, added to the diagonal, as a fraction of the mean of all
-#: diagonals: an expert may have few inputs or none.
+#: Damping of the covariance of each expert, added to the diagonal, as a fraction of the mean over all
+#: diagonals, since an expert may have few inputs or none.
 DAMPING = 0.01
 
 
@@ -43,25 +43,25 @@ def replace_experts(
     """Replace the experts in a mixture of experts by factorized experts, in place; router and loss are kept.
 
     The experts must be a module with the parameters ``gate_up_proj`` of shape (N, 2 F, D) and ``down_proj``
-    of shape (N, D, F), which is called with inputs, indices of experts and weights, as in Mixtral, OLMoE,
-    Qwen and DeepSeek in transformers 5. It is replaced by `RoutedExperts`, each weight being the best fit to
-    the old one. Before anything is replaced, the outputs of a copy of each module are checked, and all new
-    modules are made: an error leaves the model unchanged.
+    of shape (N, D, F) that is called with inputs, expert indices and weights, as in Mixtral, OLMoE, Qwen and
+    DeepSeek in transformers 5. It is replaced by `RoutedExperts`, in which each weight is the best fit to the
+    old weight. Before anything is replaced, the outputs of a copy of each module are checked, and all new
+    modules are made, so an error leaves the model unchanged.
 
     Parameters
     ----------
     pattern : str, default "*"
         Shell pattern of the names of the modules, e.g. ``"model.layers.[0-3].*"``.
     format : str or Format, default "lowrank"
-        ``"lowrank"``: two thin matrices for each expert; ``"shared-expert"``: one matrix for all experts plus
-        differences; CP, and so on.
+        ``"lowrank"`` has two thin matrices for each expert, ``"shared-expert"`` one matrix for all experts
+        plus differences; other formats, such as ``"cp"``, are also supported.
     parameters : float, optional
-        Maximum number of parameters of each weight, as a fraction of the old ones. The default is 0.8 if the
-        format has a rank and the options do not contain one.
+        Maximum number of parameters of each weight, as a fraction of the parameters of the old weight. The
+        default is 0.8 if the format has a rank and the options do not contain one.
     inputs : iterable, optional
         Batches for one pass of the model in evaluation mode: each a mapping or a tuple of arguments, or a
-        single argument. The fit is then weighted by the inputs of each expert and their routing weights. This
-        takes memory for N (D² + F²) float64 numbers per module.
+        single argument. The fit is then weighted by the inputs of each expert and their routing weights,
+        which takes memory for N (D² + F²) float64 numbers per module.
     fit : mapping, optional
         ``n_restarts``, ``n_iter``, ``tolerance`` and ``seed`` of `.decompose`, such as ``{"n_restarts": 4}``.
     dry_run : bool, default False
@@ -72,7 +72,8 @@ def replace_experts(
     Returns
     -------
     list of Replacement
-        One for each module, with the errors of both weights, and with `inputs` also their weighted errors.
+        One for each module, with the errors of both weights, and also their weighted errors if `inputs` are
+        given.
 
     Raises
     ------
@@ -196,7 +197,7 @@ def _rebuild(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _hidden(experts: Any, n: int, rows: Tensor) -> Tensor:
-    """The inputs of the second weight of an expert, given those of its first."""
+    """The inputs of the second weight of an expert, given the inputs of its first weight."""
     gate, up = (rows @ experts.gate_up_proj[n].T).chunk(2, -1)
     return cast(Tensor, experts.act_fn(gate) * up)
 

@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 
 class WholeState(nn.Module):
-    """A module that is not changed by loading a state that does not fit.
+    """A module that stays unchanged when it is given a state that does not fit.
 
-    (Other torch modules load everything that fits, and then raise an error.)
+    Other torch modules load everything that fits, and then raise an error.
     """
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state, as in every module, but change nothing if it does not fit.
+        """Load a state as in every module, but change nothing if it does not fit.
 
         In a model that contains the layer, torch loads one module after another. Shapes, types and edits are
-        then checked before the layer is changed, but after earlier modules have been loaded. Missing and
-        unexpected names are reported by torch after everything else has been loaded; this also applies to a
-        layer with hooks that change the names in its state.
+        then checked before the layer is changed, but after earlier modules have been loaded. torch reports
+        missing and unexpected names after everything else has been loaded; this also applies to a layer with
+        hooks that change the names in its state.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Replacing linear layers and MLP blocks of a model by layers of experts."""
+"""Replacement of linear layers and MLP blocks of a model by layers of experts."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Replacement(NamedTuple):
     before, after : int
         Number of parameters of the old and of the new module.
     errors : tuple of float
-        Relative error of the experts in the Frobenius norm, one for each weight. Empty if nothing is fitted:
-        in a dry run, or on the meta device.
+        Relative error of the experts in the Frobenius norm, one for each weight. Empty if nothing is fitted,
+        as in a dry run or on the meta device.
     output_error : float or None
         Relative error of the outputs on random inputs, in evaluation mode and in float32: the norm of the
         difference divided by the norm of the outputs. None if nothing is fitted.
     weighted_errors : tuple of float
-        Like `errors`, for the outputs of the inputs by which the fit is weighted; empty without weighting.
+        Like `errors`, for the outputs on the inputs by which the fit is weighted; empty without weighting.
     """
 
     names: tuple[str, ...]
@@ -79,8 +79,8 @@ def replace_linear(
 ) -> list[Replacement]:
     """Replace linear layers by `MuMoE` layers that start with the same outputs, in place.
 
-    All layers are checked and all new layers are made before the first is replaced: an error leaves the model
-    unchanged. A layer with several names in the model is replaced under all of them if one of them matches. A
+    All layers are checked and all new layers are made before the first is replaced, so an error leaves the
+    model unchanged. If any name of a layer with several names matches, it is replaced under all of them. A
     frozen layer is replaced by a frozen one.
 
     Parameters
@@ -90,14 +90,14 @@ def replace_linear(
     dry_run : bool, default False
         Return the replacements without changing the model.
     **options
-        Arguments of `MuMoE`: experts, format, rank or parameters, and so on.
+        Arguments of `MuMoE`, such as experts, format, and rank or parameters.
 
     Raises
     ------
     ValueError
         If the pattern matches no linear layer, or one that cannot be replaced, because it computes anything
-        else (it has a hook, a parametrization or another forward method), shares parameters with another
-        module, or its parent reads the weight instead of calling the layer.
+        else (it has a hook, a parametrization or an overridden forward method), shares parameters with
+        another module, or has a parent that reads the weight instead of calling the layer.
     """
     return _replace(model, pattern, is_linear, _linear_maker, "linear layer", dry_run, options)
 
@@ -109,18 +109,18 @@ def replace_mlp(
 
     A block is a module with two consecutive linear layers and an activation between them. A dropout may
     follow the activation and the second linear layer. A gated block has another linear layer parallel to the
-    first, whose outputs multiply those of the activation; both may be halves of a single layer. Before
-    anything is replaced, the outputs of a copy of each block are compared with those of its parts, in
-    evaluation and in training mode.
+    first, whose outputs multiply the outputs of the activation; both may be halves of a single layer. Before
+    anything is replaced, the outputs of a copy of each block are compared with the outputs computed from its
+    parts, in evaluation and in training mode.
 
-    Pattern, dry run, several names of a block, frozen blocks and errors are as in `replace_linear`. The
+    Patterns, dry runs, blocks with several names, frozen blocks and errors are as in `replace_linear`. The
     options are the arguments of `MuMoEMLP`; `activation` is required if it is not a module of the block.
 
     Raises
     ------
     ValueError
         If the pattern matches no such block, or one that cannot be replaced, because it computes anything
-        else (it has a norm, a residual connection, a second input or a hook), or shares parameters with
+        else (it has a norm, a residual connection, a second input or a hook) or shares parameters with
         another module.
     """
     return _replace(model, pattern, is_mlp, _mlp_maker, "block of linear layers", dry_run, options)

@@ -15,7 +15,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 @torch.no_grad()
 def copy_weight(weight: FactorizedTensor, target: FactorizedTensor) -> None:
-    """Copy a weight of any backend to the weight of a layer; a ValueError is raised if it does not fit."""
+    """Copy a weight of any backend to the weight of a layer; raises a ValueError if it does not fit."""
     got, expected = _outline(weight), _outline(target)
     if got != expected:
         raise ValueError(
@@ -31,7 +31,7 @@ def copy_weight(weight: FactorizedTensor, target: FactorizedTensor) -> None:
 
 
 def _like(factor: Tensor, value: Tensor) -> Tensor:
-    """A copy of values with the shape, dtype, device and distribution of a factor."""
+    """A copy of values with the shape, dtype, device and sharding of a factor."""
     value = value.to(factor.device, factor.dtype, copy=True).expand(factor.shape)
     if is_distributed(factor):
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -42,7 +42,7 @@ def _like(factor: Tensor, value: Tensor) -> Tensor:
 
 
 def _outline(weight: FactorizedTensor) -> list[tuple[Format, tuple[int, ...], Rank]]:
-    """Format, shape and rank of each term; the format contains the sizes of its parts, even if default."""
+    """Format, shape and rank of each term; the format includes the sizes of its parts, even if default."""
     outline = []
     for term in weight.terms:
         sizes, parts = index_sizes(term), {x: term.format.parts(x) for x in mode_names(term.num_levels)}

@@ -1,4 +1,4 @@
-"""Context managers: evaluation mode, and access to the calls of modules and the coefficients of gates."""
+"""Context managers for evaluation mode and for access to module calls and gate coefficients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode within the context, and then restore the mode of every module."""
+    """Put a model into evaluation mode within the context, and restore the mode of every module on exit."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -67,14 +67,14 @@ def watch_calls(
     before: Callable[[K, dict[str, Any]], object] | None = None,
     after: Callable[[K, Any], object] | None = None,
 ) -> Iterator[None]:
-    """Pass the arguments and results of calls of modules to functions within the context.
+    """Pass the arguments and results of module calls to functions within the context.
 
-    All hooks are removed on exit, also after an error. Compiled models run eagerly within the context.
+    All hooks are removed on exit, even after an error. Compiled models run eagerly within the context.
 
     Parameters
     ----------
     modules : mapping of Module
-        The modules, with arbitrary keys, which are passed to the functions.
+        The modules, under arbitrary keys that are passed to the functions.
     before : callable, optional
         Called as ``before(key, arguments)`` before each call, with all arguments by their names in the
         signature of ``forward``, in this order.
@@ -106,8 +106,8 @@ def watch_coefficients(
 ) -> Iterator[None]:
     """Pass the coefficients of every gate of a model to a function within the context.
 
-    The coefficients are detached, and not stored. All hooks are removed on exit, also after an error.
-    Compiled models run eagerly within the context.
+    The coefficients are detached and not stored. All hooks are removed on exit, even after an error. Compiled
+    models run eagerly within the context.
 
     Parameters
     ----------

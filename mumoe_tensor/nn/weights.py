@@ -55,7 +55,7 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
     ----------
     path : str or Path
     check : bool, default True
-        Compare the tensors with their checksums. Otherwise they are read from the disk when they are used.
+        Compare the tensors with their checksums. If False, they are read from disk only when they are used.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a ``state_dict`` from a safetensors file or a file of `torch.save`, without running code in it.
+    """Read a ``state_dict`` from a safetensors or `torch.save` file, without running code in it.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        If the file is damaged, or contains anything but tensors.
+        If the file is damaged, or contains anything other than tensors.
     OSError
         If the file cannot be read.
     """
@@ -135,7 +135,7 @@ def check_tensors(
     Raises
     ------
     ValueError
-        If a tensor is missing, not expected, or has another checksum.
+        If a tensor is missing or unexpected, or has a different checksum.
     """
     odd = sorted(set(tensors) ^ set(expected))
     if odd:
@@ -155,7 +155,7 @@ def checksum_of_bytes(value: Tensor) -> int:
 def load_tensors(model: M, tensors: Mapping[str, Tensor]) -> M:
     """Assign tensors to a model on the meta device, and put it into evaluation mode.
 
-    So no memory is allocated before the shapes are checked.
+    Thus the shapes are checked before any memory is allocated.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Triton kernels for GPUs, and the operators that call them.
 
-On other devices, and for float64, torch operations compute the same. Triton is imported by the first call of
-a kernel, not with this package.
+On other devices, and for float64, torch operations compute the same result. Triton is imported by the first
+call of a kernel, not with this package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mumoe_tensor.calls import is_exported
 from mumoe_tensor.compiling import constant_under_compile
 from mumoe_tensor.nn.values import is_distributed
 
-#: Device types with kernels. (Callers check this first.)
+#: Device types with kernels; callers check this first.
 DEVICES = frozenset({"cuda"})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

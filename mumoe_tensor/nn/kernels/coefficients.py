@@ -1,4 +1,4 @@
-"""Coefficients of logits, and their gradients, each by one kernel: the norm, then entmax15 or sparsemax."""
+"""Coefficients of logits and their gradients, each by one kernel: the norm, then entmax15 or sparsemax."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def coefficients(
     norm : {"none", "layer", "batch"}
         Norm of the logits, without affine parameters. ``"batch"`` is batch norm in evaluation mode.
     mean, variance : Tensor of shape (N,), optional
-        The running statistics of batch norm. They get no gradient.
+        The running statistics of batch norm, to which no gradient flows.
     dtype : torch.dtype, optional
-        Dtype of the coefficients, by default that of the logits. The computation is in float32.
+        Dtype of the coefficients, by default the dtype of the logits. The computation is in float32.
     """
     result: Tensor = _Coefficients.apply(logits, mean, variance, norm, power, dtype or logits.dtype)
     return result
@@ -57,13 +57,13 @@ class _Coefficients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         logits, mean, variance, ctx.norm, ctx.power, _ = inputs
         ctx.dtype = logits.dtype
-        # (Only layer norm requires the logits.)
+        # Only layer norm requires the logits.
         ctx.save_for_backward(output, logits if ctx.norm == "layer" else None, mean, variance)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         p, logits, mean, variance = ctx.saved_tensors
-        # (A compiler cannot trace `is_batched`, and has no batches of gradients.)
+        # A compiler cannot trace `is_batched`, and has no batched gradients.
         is_batch = not torch.compiler.is_compiling() and is_batched(gradient)
         is_plain = not (torch.is_grad_enabled() or is_batch)
         function = simplex_backward if is_plain else _differentiable
@@ -90,7 +90,7 @@ def _differentiable(
 ) -> Tensor:
     """The same as `simplex_backward`, by differentiable operations."""
     p, gradient = p.float(), gradient.float()
-    # The root of zero has no derivative and is kept out of the graph.
+    # The square root of zero has no derivative and is kept out of the graph.
     s = torch.where(p > 0, torch.where(p > 0, p, 1).sqrt() if power == 2 else 1.0, p)
     result = s * gradient
     result = result - s * (result.sum(-1, keepdim=True) / s.sum(-1, keepdim=True))

@@ -1,7 +1,7 @@
 """A Triton kernel for the products of one array with two others, which reads the first only once.
 
-(Import it only inside functions, since it imports Triton. Triton's interpreter does not support annotations
-as strings.)
+Import this module only inside functions, since it imports Triton. Triton's interpreter does not support
+string annotations.
 """
 
 import torch

@@ -1,12 +1,12 @@
 """Triton kernels for the product of a factor and coefficients in indexed form, k of N for each input.
 
-In the forward pass, a program reads only the rows of the factor that one input selects. In the backward pass,
-a program processes one of these rows, and adds its part of the factor's gradient by atomic additions in
-float32. (Sorting by expert would take several launches, and assign all inputs of a popular expert to one
-program.) So the last bits of the gradient depend on the order of the programs, as with torch's `index_add`.
+In the forward pass, a program reads only the rows of the factor that one input selects. In the backward
+pass, a program processes one of these rows and adds its part of the factor's gradient by float32 atomics.
+(Sorting by expert would take several launches, and assign all inputs of a popular expert to one program.)
+The last bits of the gradient therefore depend on the order of the programs, as with torch's `index_add`.
 
-(Import it only inside functions, since it imports Triton. Triton's interpreter does not support annotations
-as strings.)
+Import this module only inside functions, since it imports Triton. Triton's interpreter does not support
+string annotations.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Maximum number of columns of the factor that a program reads at once.
+#: Maximum number of columns of the factor that a program reads in one load.
 MOST_COLUMNS = 1024
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-# (It has no derivative; the autograd function that calls it does.)
+# The operator has no derivative; the autograd function that calls it does.
 @torch.library.custom_op("mumoe_tensor::product_backward", mutates_args=())
 def product_backward(gradient: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """``(gradient * right, gradient * left)``, for contiguous arrays of the same shape and dtype."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# They have no derivative; the autograd function that calls them does.
+# These operators have no derivative; the autograd function that calls them does.
 
 
 @torch.library.custom_op("mumoe_tensor::sum_of_indexed_rows", mutates_args=())

@@ -4,12 +4,12 @@ Both are p = u**POWER for u = (z / POWER − τ)₊ with τ such that p sums to 
 for sparsemax. As on other devices, Newton steps start left of the root of a convex function of τ, and the
 last step uses a sum that is exact to its last bit.
 
-A row that fits into one block is read once, and stays in registers. A longer row is read once per step, so
-the steps start close to the root: at the root for several thousand maxima of equally many groups of logits.
+A row that fits into one block is read once and stays in registers. A longer row is read once per step, so
+the steps start close to the root: at the root for the maxima of several thousand equal groups of logits.
 (The root for fewer logits is further left.)
 
-(Import it only inside functions, since it imports Triton. Triton's interpreter does not support annotations
-as strings.)
+Import this module only inside functions, since it imports Triton. Triton's interpreter does not support
+string annotations.
 """
 
 from typing import Any
@@ -23,13 +23,12 @@ from mumoe_tensor.gates import ENTMAX15_STEPS
 
 #: The steps end when the sum of the coefficients exceeds one by at most this.
 TOLERANCE = tl.constexpr(2.0**-22)
-#: Length of the longest row that stays in registers, and number of logits that are read at once in longer
-#: rows.
+#: Length of the longest row that stays in registers, and number of logits per load in longer rows.
 LONGEST_WHOLE = 2**14
 CHUNK = 2**12
 #: Number of logits per warp.
 PER_WARP = 2**10
-#: Every product is rounded, as in the interpreter. (The kernels are limited by memory, not by arithmetic.)
+#: Round every product, as in the interpreter. The kernels are limited by memory, not by arithmetic.
 OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -90,7 +89,7 @@ def _forward_whole(
     u = tl.maximum(z - _near_root(z, steps, POWER)[:, None], 0.0)
     coarse, fine = _parts(u, POWER)
     excess = (tl.sum(coarse, 1) - 1.0) + tl.sum(fine, 1)
-    # The step updates u itself: a rounding error of τ would be in every coefficient. A step back keeps the
+    # The step updates u itself: a rounding error of τ would affect every coefficient. A step back keeps the
     # support.
     shift = _shift(excess, tl.sum(_slopes(u, POWER), 1), POWER)[:, None]
     u = tl.where(u > tl.maximum(shift, 0.0), u - shift, 0.0)
@@ -123,7 +122,7 @@ def _forward_in_chunks(
         is_nan = tl.maximum(is_nan, _is_nan(x))
     top, is_bad = _largest(tops, is_nan)
     z = tl.where(is_bad[:, None], 0.0, tops - top[:, None]) * (1.0 / POWER)
-    # τ is stored as the sum of two numbers: rounded to one, its error would be in every coefficient.
+    # τ is stored as the sum of two numbers: rounded to one, its error would affect every coefficient.
     near, rest = _near_root(z, steps, POWER)[:, None], tl.zeros([1, 1], tl.float32)
 
     worst = tl.max(tl.where(is_bad, 0.0, 1.0), 0)
@@ -161,13 +160,13 @@ def _backward_whole(
 ):  # fmt: skip
     row, column, inside = _places(tl.program_id(0).to(tl.int64) * ROWS, 0, num_rows, n, ROWS, BLOCK)
     s, scaled = _weighted(gradient_ptr, p_ptr, row * n + column, inside, POWER)
-    # (Rows outside of the array get a nonzero sum, to avoid 0 / 0.)
+    # Rows outside the array get a nonzero sum, to avoid 0 / 0.
     result = scaled - s * (tl.sum(scaled, 1) / tl.sum(tl.where(row < num_rows, s, 1.0), 1))[:, None]
     if NORM == "layer":
         x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - (tl.sum(x, 1) / n)[:, None], 0.0)
         scale = _inverse_root(tl.sum(x * x, 1) / n + eps)[:, None]
-        # (The gradients of a row already sum to zero, so they need not be centred.)
+        # The gradients of a row already sum to zero, so they need not be centred.
         result = scale * (result - x * (scale * scale * (tl.sum(result * x, 1) / n)[:, None]))
     if NORM == "batch":
         result = result * _batch_scale(variance, column, n, eps)
@@ -232,7 +231,7 @@ def _chunk(
     x_ptr, mean, variance, row, start, num_rows, n, stride, eps, centre, scale,
     NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a row after the norm, −inf outside of the row."""
+    """A chunk of a row after the norm, −inf outside the row."""
     _, column, inside = _places(row, start, num_rows, n, 1, BLOCK)
     x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     if NORM == "layer":
@@ -253,7 +252,7 @@ def _mean(x_ptr, row, num_rows, n, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _inverse_root(x):
-    # (`tl.rsqrt` is an approximation.)
+    # `tl.rsqrt` is an approximation.
     return 1.0 / tl.sqrt_rn(x)
 
 
@@ -330,6 +329,6 @@ def _near_root(z, steps, POWER: tl.constexpr):
 def _weighted(gradient_ptr, p_ptr, place, inside, POWER: tl.constexpr):
     """The slopes of coefficients, and their products with the gradient."""
     p = tl.load(p_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    # (NaN is propagated.)
+    # Propagate NaN.
     s = tl.sqrt_rn(p) if POWER == 2 else tl.where(p > 0.0, 1.0, p)
     return s, s * tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)

@@ -12,7 +12,6 @@ the number of parallel training runs, each on one thread.
 from __future__ import annotations
 
 from itertools import product
-from statistics import fmean
 from typing import NamedTuple
 
 from mumoe_tensor.models import load_model
@@ -22,7 +21,6 @@ from paper_figures.experiments import command
 from paper_figures.experiments.pretraining import (
     LEARNING_RATES,
     SEEDS,
-    TUNING,
     TUNING_SEED,
     learning_rate,
     test_images,
@@ -31,7 +29,7 @@ from paper_figures.experiments.pretraining import (
 from paper_figures.experiments.rates import INITS, NORMS, RATES
 from paper_figures.experiments.tables import ROOT, difference, keep, table, tuned_rate
 
-VALIDATION_SEEDS = (100, 101)
+TUNING = ["train.epochs=1"]
 
 
 class Setting(NamedTuple):
@@ -75,8 +73,7 @@ def tune_all(jobs: int | str) -> None:
         for rate in LEARNING_RATES["mixer"]
     ]
     tasks = [
-        (key, (key, [*setting.overrides, *TUNING["mixer"]], key["learning_rate"], False))
-        for setting, key in keys
+        (key, (key, [*setting.overrides, *TUNING], key["learning_rate"], False)) for setting, key in keys
     ]
     keep("mixer_rates_tuning", tasks, fitted, jobs)
 
@@ -88,20 +85,27 @@ def rate_of(setting: Setting) -> float:
 
 def compare_all(jobs: int | str) -> None:
     """Train every setting in full, and evaluate it on validation rows."""
-    tasks = []
-    for seed, setting in product(VALIDATION_SEEDS, SETTINGS):
-        key = {**setting._asdict(), "seed": seed}
-        tasks.append((key, (key, setting.overrides, rate_of(setting), False)))
+    keys = [{**setting._asdict(), "seed": TUNING_SEED} for setting in SETTINGS]
+    tasks = [
+        (key, (key, setting.overrides, rate_of(setting), False))
+        for setting, key in zip(SETTINGS, keys, strict=True)
+    ]
     keep("mixer_rates_validation", tasks, fitted, jobs)
 
 
-def best() -> Setting:
-    """The setting with the highest mean accuracy on validation rows."""
+def validated() -> dict[Setting, float]:
+    """Accuracy of every setting on validation rows in percent."""
     rows = table("mixer_rates_validation")
-    of = {setting: rows.of(**setting._asdict()) for setting in SETTINGS}
-    if any(len(group) != len(VALIDATION_SEEDS) for group in of.values()):
-        raise ValueError("all settings must have been compared first, with `compare`.")
-    return max(SETTINGS, key=lambda setting: fmean(row["accuracy"] for row in of[setting]))
+    accuracy = {Setting(*(row[field] for field in Setting._fields)): 100 * row["accuracy"] for row in rows}
+    if accuracy.keys() != set(SETTINGS):
+        raise ValueError(f"all settings must be compared first, with `compare`; got {len(accuracy)}.")
+    return accuracy
+
+
+def best() -> Setting:
+    """The setting with the highest accuracy on validation rows."""
+    accuracy = validated()
+    return max(SETTINGS, key=accuracy.__getitem__)
 
 
 def test_all(jobs: int | str) -> None:
@@ -122,8 +126,7 @@ def test_all(jobs: int | str) -> None:
 def claims() -> list[Row]:
     """Paired differences in accuracy in percent: mean and 95 % interval.
 
-    On test images a pair is of one seed; on validation rows, of one seed and one setting of the other
-    factors.
+    A pair is of one seed on test images, and of one setting of the other factors on validation rows.
     """
     tested = table("mixer_rates")
 
@@ -138,19 +141,13 @@ def claims() -> list[Row]:
 
     for arm, text in (("best", f"best of validation ({', '.join(best())})"), ("first", ", ".join(FIRST))):
         compare(f"test, {text} - dense", on_test(arm), on_test(DENSE))
-    rows = table("mixer_rates_validation")
-    accuracy = {
-        (Setting(*(row[field] for field in Setting._fields)), row["seed"]): 100 * row["accuracy"]
-        for row in rows
-    }
+    accuracy = validated()
     for factor, (base, *others) in {"rates": RATES, "norm": NORMS, "init": INITS}.items():
-        keys = [key for key in accuracy if getattr(key[0], factor) == base]
-        before = {pair: accuracy[key] for pair, key in enumerate(keys)}
+        settings = [setting for setting in SETTINGS if getattr(setting, factor) == base]
+        before = {pair: accuracy[setting] for pair, setting in enumerate(settings)}
         for other in others:
-            after = {
-                pair: accuracy[setting._replace(**{factor: other}), seed]
-                for pair, (setting, seed) in enumerate(keys)
-            }
+            changed = [setting._replace(**{factor: other}) for setting in settings]
+            after = {pair: accuracy[setting] for pair, setting in enumerate(changed)}
             compare(f"validation, {factor} {other} - {base}", after, before)
     return records
 

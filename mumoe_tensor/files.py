@@ -126,7 +126,7 @@ def alone_in(folder: Path, *subfolders: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(
-    folder: Path, results: Iterable[str], goes_on: Callable[[Path], bool] = lambda new: False
+    folder: Path, results: Iterable[str], resumes: Callable[[Path], bool] = lambda new: False
 ) -> Iterator[Path]:
     """Write new results into a separate folder; if the block succeeds, they replace the old ones.
 
@@ -137,7 +137,7 @@ def replacing(
     results : iterable of str
         Names of all files and folders that may be among the old results. Those without a new version are
         removed at the end. Other files are kept.
-    goes_on : callable, optional
+    resumes : callable, optional
         Takes the folder for the new results and returns whether a later call can resume from it. If so, the
         folder is kept when the block fails. By default it is deleted.
 
@@ -147,7 +147,7 @@ def replacing(
         The folder for the new results.
     """
     new = folder / NEW
-    if not goes_on(new):
+    if not resumes(new):
         remove(new)
     new.mkdir(exist_ok=True)
     try:
@@ -155,7 +155,7 @@ def replacing(
         obsolete = [name for name in results if not (new / name).exists()]
         (new / OBSOLETE).write_text("\n".join(obsolete), encoding="utf-8")
     except BaseException:
-        if not goes_on(new):
+        if not resumes(new):
             remove(new)
         raise
     new.rename(folder / WHOLE)

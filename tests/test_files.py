@@ -120,7 +120,7 @@ def test_a_link_in_the_place_of_a_result_goes_and_what_it_leads_to_stays(tmp_pat
     assert contents(tmp_path / "elsewhere") == {"1": b"old"}
 
 
-def test_what_can_go_on_is_kept(old: Path) -> None:
+def test_what_can_resume_is_kept(old: Path) -> None:
     def has_steps(new: Path) -> bool:
         return (new / "steps").exists()
 

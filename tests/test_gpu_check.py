@@ -111,7 +111,7 @@ def test_stages_fill_their_tables(reports: list[harness.Report]) -> None:
         assert len(str(report).splitlines()) == len(report.rows) + 3 + len(report.notes)
 
 
-def test_a_layer_without_room_is_noted_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_without_room_is_noted_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def compare(*_: Any, **__: Any) -> Any:

@@ -140,7 +140,7 @@ def test_a_finished_head_is_not_trained_again(runs: Path) -> None:
     assert not done["trained"] and done["rank"] == [3]
 
 
-def test_a_run_on_images_that_were_not_scaled_does_not_go_on_with_scaled_ones(runs: Path) -> None:
+def test_a_run_on_images_that_were_not_scaled_does_not_resume_with_scaled_ones(runs: Path) -> None:
     settings = settings_of(runs / "mixer")
     assert not settings.data.scale
     scaled = replace(settings, data=replace(settings.data, scale=True))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mumoe_tensor.cli.configs import options_of
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
+from mumoe_tensor.cli.console import bad_input, new_table, print_json, resumable, show
 from mumoe_tensor.cli.options import Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.configs.bias import RECIPES, Recipe
@@ -85,7 +85,7 @@ def bias(
         if quick:
             task, chosen = replace(task, name=f"{task.name} quick"), chosen.quick()
         split = "test" if test else "validation"
-        with alone_in(out, "models"), can_go_on(), progress_bar(task.name) as progress:
+        with alone_in(out, "models"), resumable(), progress_bar(task.name) as progress:
             experiment = experiments.Experiment(task, chosen, out)
             (experiment.test if test else experiment.validate)(progress, read_jobs(jobs))
     rows = experiment.rows(split)

@@ -80,7 +80,7 @@ def bad_input() -> Iterator[None]:
 
 
 @contextmanager
-def can_go_on() -> Iterator[None]:
+def resumable() -> Iterator[None]:
     """Turn the interruption of a resumable command into one line and exit code 130."""
     try:
         yield

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
+from mumoe_tensor.cli.console import bad_input, new_table, print_json, resumable, show
 from mumoe_tensor.cli.options import Imports, Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.extras import require
@@ -55,7 +55,7 @@ def replace(
 
         logging.disable_progress_bar()
         paths = (training, validation, test)
-        with can_go_on(), progress_bar("replace") as progress:
+        with resumable(), progress_bar("replace") as progress:
             rows = run_grid(model, paths, Grid.read(grid), out, jobs=read_jobs(jobs), progress=progress)
     if as_json:
         print_json(rows)

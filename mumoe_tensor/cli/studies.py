@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from mumoe_tensor.cli.configs import options_of
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
+from mumoe_tensor.cli.console import bad_input, new_table, print_json, resumable, show
 from mumoe_tensor.cli.options import Hidden, Imports, Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
 from mumoe_tensor.configs.study import QUICK, StudyConfig
@@ -84,14 +84,14 @@ def study(
                 )
             chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
         if not fresh:
-            chosen = studies.going_on(chosen, out)
+            chosen = studies.resumed(chosen, out)
         planned = studies.plan(chosen)
         if compare is not None:
             studies.read_study(compare)  # fail before anything is measured
     with ExitStack() as stack:
         with bad_input():
             folder, results = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
-        with can_go_on(), progress_bar(chosen.title) as progress:
+        with resumable(), progress_bar(chosen.title) as progress:
             studies.measure(planned, results, progress, processes)
         names = [path.name for path in studies.write(planned, results, folder, compare)]
     if as_json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mumoe_tensor.cli.configs import options_of
-from mumoe_tensor.cli.console import bad_input, can_go_on, new_table, print_json, show
+from mumoe_tensor.cli.console import bad_input, new_table, print_json, resumable, show
 from mumoe_tensor.cli.options import Imports, Json
 from mumoe_tensor.configs.head import HeadConfig, HeadModelConfig
 from mumoe_tensor.configs.training import TrainConfig
@@ -156,7 +156,7 @@ def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:
     from mumoe_tensor.training.processes import processes
     from mumoe_tensor.training.run import run
 
-    with bad_input(), can_go_on():
+    with bad_input(), resumable():
         figures = run(settings, out, progress=sys.stderr.isatty(), **options)
     group = processes()
     group.destroy_process_group()

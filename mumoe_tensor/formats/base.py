@@ -223,10 +223,11 @@ class Format(ABC):
         bonds = self.bonds(num_levels)
         listed = None if rank is None else as_entries(rank, "rank")
         if len(listed or ()) != len(bonds):
-            wanted = f"({', '.join(bonds)}{',' * (len(bonds) == 1)})" if bonds else "no entries"
+            wanted = f"one entry per bond, {', '.join(bonds)}" if bonds else "no entries"
+            fit = "; fit_rank (`mumoe-tensor fit`) solves for one" if rank is None else ""
             raise ValueError(
-                f"a rank of format {self.name!r} with {num_levels} level(s) of experts has {len(bonds)} "
-                f"entries, {wanted}, got {listed}."
+                f"the rank of format {self.name!r} with {num_levels} level(s) of experts must have {wanted}; "
+                f"got {listed}{fit}."
             )
         return tuple(None if r is None else as_positive(r, "every rank") for r in listed or ())
 

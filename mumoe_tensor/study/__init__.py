@@ -37,7 +37,6 @@ __all__ = [
     "dense",
     "fitted",
     "get_layer",
-    "going_on",
     "measure",
     "notes",
     "open_folder",
@@ -46,6 +45,7 @@ __all__ = [
     "read_covariance",
     "read_study",
     "read_weight",
+    "resumed",
     "run",
     "to_json",
     "write",
@@ -101,7 +101,7 @@ def run(
     [('Linear layer', ()), ('CP', (424,)), ('Tensor Ring', (4, 4, 107)), ('Sparse mixture, top 2', ())]
     """
     setting = prepare(layer, **options)
-    planned = plan(setting if out is None or fresh else going_on(setting, out))
+    planned = plan(setting if out is None or fresh else resumed(setting, out))
     if out is None:
         results = Results()
         measure(planned, results, progress, jobs)
@@ -112,7 +112,7 @@ def run(
     return results
 
 
-def going_on(setting: Setting, out: str | Path) -> Setting:
+def resumed(setting: Setting, out: str | Path) -> Setting:
     """The setting with which to resume the study in a folder: its formats, experts and so on are kept.
 
     Raises
@@ -155,7 +155,7 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     Raises
     ------
     ValueError
-        If the folder holds a study with another setting, or with more values than this one; see `going_on`.
+        If the folder holds a study with another setting, or with more values than this one; see `resumed`.
     ImportError
         If a package of the extra study is not installed.
     OSError
@@ -164,7 +164,7 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     require("study")
     folder = Path(out)
 
-    def goes_on(folder: Path) -> bool:
+    def is_begun(folder: Path) -> bool:
         setting_file, table = folder / "study.json", folder / "results.csv"
         return setting_file.exists() and table.exists() and Setting.from_json(setting_file) == setting
 
@@ -178,9 +178,9 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
         if not (folder / "results.csv").exists():
             yield begin(folder)
         elif fresh:
-            with replacing(folder, RESULTS, goes_on) as new:
+            with replacing(folder, RESULTS, is_begun) as new:
                 yield begin(new)
-        elif going_on(setting, folder) != setting:
-            raise ValueError(f"{folder} holds a study with more than this setting; see going_on.")
+        elif resumed(setting, folder) != setting:
+            raise ValueError(f"{folder} holds a study with more than this setting; see resumed.")
         else:
             yield begin(folder)

@@ -89,7 +89,7 @@ def run(
     model.to(own.device)
     about = settings.about(model)
 
-    def go_on(place: Path) -> dict[str, Any]:
+    def trained_in(place: Path) -> dict[str, Any]:
         if own.is_main_process and not _is_begun(place, described):
             with whole_file(place / "config.json") as file:
                 file.write(json.dumps({"settings": described, "model": about}, indent=2).encode())
@@ -107,16 +107,16 @@ def run(
     is_beside = fresh and any((folder / name).exists() for name in RESULTS)
     own.wait_for_everyone()
     if not own.is_main_process:
-        return go_on(folder / NEW if is_beside else folder)
+        return trained_in(folder / NEW if is_beside else folder)
     with alone_in(folder, "checkpoints"):
         # (Another process may have finished a run while the data was read.)
         if own.num_processes == 1 and (figures := done()) is not None:
             return figures
         if is_beside:
             with replacing(folder, RESULTS, lambda new: _is_begun(new, described)) as new:
-                return go_on(new)
+                return trained_in(new)
         with _nothing_for_nothing(folder):
-            return go_on(folder)
+            return trained_in(folder)
 
 
 def _done(settings: Runnable, folder: Path, described: dict[str, Any], from_step: int | None) -> Any:

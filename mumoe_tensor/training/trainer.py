@@ -152,7 +152,7 @@ def train(
     batches = Batches(data, config, accelerator.process_index, accelerator.num_processes)
     run = _Run(model, batches, validation, config, loss, accelerator, folder)
     with torch.random.fork_rng():
-        run.go_on(from_step)
+        run.resume(from_step)
         try:
             run.train(progress and accelerator.is_main_process)
         finally:
@@ -334,7 +334,7 @@ class _Run:
 
     # ---- files in the folder -----------------------------------------------------------------------------
 
-    def go_on(self, from_step: int | None) -> None:
+    def resume(self, from_step: int | None) -> None:
         """Load the last checkpoint, or that of a step, if there is one."""
         if self.folder is None or self.checkpoints is None:
             return

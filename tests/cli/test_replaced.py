@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     assert after["notes.txt"] == b"old" and not any(name.startswith(".") for name in after)
 
 
-def test_an_interrupted_training_begun_afresh_goes_on(
+def test_an_interrupted_training_begun_afresh_resumes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mumoe_tensor.training import trainer

@@ -20,7 +20,7 @@ def test_cp_with_more_components_than_experts(experts: tuple[int, ...], rank: in
         assert mt.decompose(mt.to_dense(truth), "cp", rank, n_restarts=2)[1] < 1e-6
 
 
-def test_cp_goes_on_after_a_singular_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cp_continues_after_a_singular_solve(monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorly.decomposition
 
     parafac = tensorly.decomposition.parafac

@@ -149,7 +149,7 @@ def test_what_is_done_is_not_done_again(finished: Experiment, monkeypatch: pytes
     assert (finished.folder / "results.csv").read_bytes() == before
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, calls, fit = RECIPE.quick(), [], bias.fit
 
     def stopping(*args: Any, **kwargs: Any) -> Any:

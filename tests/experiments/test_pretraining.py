@@ -139,7 +139,7 @@ def test_every_cause_changes_one_thing_of_the_arm(monkeypatch: pytest.MonkeyPatc
         assert rate == pretraining.learning_rate("mixer", arm)
 
 
-def test_samples_go_on_with_the_same_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_samples_continue_with_the_same_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     letters = sorted(ByteLevel.alphabet())
     vocabulary = tmp_path / "data" / "gpt2-vocabulary"
     vocabulary.mkdir(parents=True)

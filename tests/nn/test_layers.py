@@ -228,7 +228,7 @@ def test_a_rank_that_a_spec_leaves_out_is_solved_for(kind: Any) -> None:
     [
         ((5, 4, 0), {}, ValueError, "every number of experts must be positive"),
         ((5, 4, 3), {"format": "cpp"}, ValueError, "unknown format"),
-        ((5, 4, 3), {"rank": (2, 2)}, ValueError, "has 1 entries"),
+        ((5, 4, 3), {"rank": (2, 2)}, ValueError, "one entry per bond, r; "),
         ((5, 4, 3), {"rank": 2, "parameters": 100}, ValueError, "rank and parameters must not both"),
         ((5, 4, 3), {"format": "hadamard", "parameters": 100}, ValueError, "must have a rank"),
         ((5, 4, 3), {"parameters": 10}, ValueError, "the gate alone"),

@@ -179,7 +179,7 @@ def test_modules_on_disk(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
     assert torch.equal(again(TOKENS).logits, gpt2(TOKENS).logits)
 
 
-def test_a_trainer_goes_on_where_it_was(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
+def test_a_trainer_resumes_where_it_was(gpt2: Any, transformers: Any, tmp_path: Path) -> None:
     for name in ("resid_pdrop", "attn_pdrop", "embd_pdrop"):
         setattr(gpt2.config, name, 0.0)
     gpt2.save_pretrained(tmp_path / "start")

@@ -250,7 +250,7 @@ def test_rows_of_all_modules_are_the_same(tmp_path: Path) -> None:
         (lambda a: a["model"].register_buffer("scale", torch.ones(1)) or a, "model in"),
     ],
 )
-def test_a_folder_goes_on_with_what_it_began_with(
+def test_a_folder_resumes_with_what_it_began_with(
     tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
 ) -> None:
     arguments: dict[str, Any] = {
@@ -307,7 +307,7 @@ Activations.collect(
 """
 
 
-def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+def test_a_killed_process_resumes(tmp_path: Path) -> None:
     here, folder = str(Path(__file__).parent), tmp_path / "killed"
     code = KILLED.format(here=here, folder=str(folder))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

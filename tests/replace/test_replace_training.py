@@ -116,7 +116,7 @@ def layers() -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("name", layers())
-def test_it_goes_on_to_the_same_parameters(rows: ActivationRows, tmp_path: Path, name: str) -> None:
+def test_it_resumes_to_the_same_parameters(rows: ActivationRows, tmp_path: Path, name: str) -> None:
     """A run that ends after the second checkpoint, and one that was not interrupted."""
     training, validation = rows.take(range(32)), rows.take(range(32, 40))
     penalty = 0.1 if name == "transforms" else 0.0

@@ -93,7 +93,7 @@ class Stop(Exception):
     """Somebody interrupts."""
 
 
-def test_an_interrupted_study_goes_on_where_it_stopped(
+def test_an_interrupted_study_resumes_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeps, "peaks", lambda *_: (1, 2))
@@ -376,9 +376,9 @@ def test_formats_are_added_to_a_finished_study(tmp_path: Path, monkeypatch: pyte
     assert studies.Setting.from_json(tmp_path / "study.json").formats == ("cp", "tr")
     # A study of fewer formats than the folder has leaves nothing out.
     setting = studies.prepare(**SHORT | {"formats": ["tr"]})
-    assert studies.going_on(setting, tmp_path).formats == ("cp", "tr")
+    assert studies.resumed(setting, tmp_path).formats == ("cp", "tr")
     with pytest.raises(ValueError, match=r"holds a study with another setting.*these differ in seconds"):
-        studies.going_on(replace(setting, seconds=9.0), tmp_path)
+        studies.resumed(replace(setting, seconds=9.0), tmp_path)
 
 
 # ---- a weight ---------------------------------------------------------------------------------------------

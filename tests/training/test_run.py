@@ -168,7 +168,7 @@ def test_what_is_done_is_not_done_again(
     run(replace(mixer, train=replace(SHORT, workers=2, evaluation_batch_size=7)), tmp_path / "out")
 
 
-def test_an_older_run_on_idx_goes_on(mixer: MixerRun, tmp_path: Path) -> None:
+def test_an_older_run_on_idx_is_finished(mixer: MixerRun, tmp_path: Path) -> None:
     pixels, labels = np.zeros((80, 6, 6), np.uint8), np.arange(80, dtype=np.uint8) % 3
     (tmp_path / "x.idx").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape) + pixels.tobytes())
     (tmp_path / "y.idx").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, len(labels)) + labels.tobytes())
@@ -244,7 +244,7 @@ def test_bad_data_leave_no_folder(mixer: MixerRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 7, 12])
-def test_an_interrupted_run_goes_on_to_the_same_weights(
+def test_an_interrupted_run_resumes_to_the_same_weights(
     step: int, gpt2: GPT2Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(gpt2, tmp_path / "whole")

@@ -129,7 +129,7 @@ def stop_after(step: int, data: Dataset) -> Any:
 
 
 @pytest.mark.parametrize(("step", "structured"), [(1, False), (5, False), (10, True), (29, False)])
-def test_interrupted_at_any_step_it_goes_on_to_the_same(step: int, structured: bool, tmp_path: Path) -> None:
+def test_interrupted_at_any_step_it_resumes_to_the_same(step: int, structured: bool, tmp_path: Path) -> None:
     config = replace(CONFIG, structured_rates=structured)
     expected = model(0.2)
     history = train(expected, clouds(), clouds(seed=1), config)
@@ -172,7 +172,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert earlier[:-1] == history[:-1] and earlier[-1].loss == history[-1].loss
 
 
-def test_another_config_does_not_go_on(tmp_path: Path) -> None:
+def test_another_config_does_not_resume(tmp_path: Path) -> None:
     short = replace(CONFIG, steps=4)
     train(model(), clouds(), clouds(seed=1), short, folder=tmp_path)
     with pytest.raises(ValueError, match=r"learning_rate, steps .* was 0.02, 4"):
@@ -234,7 +234,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter() -> None:
 
 
 def test_a_damaged_checkpoint_names_the_layer_and_the_last_good_one(tmp_path: Path) -> None:
-    def go_on(**options: Any) -> Any:
+    def resume(**options: Any) -> Any:
         return train(model(), clouds(), clouds(seed=1), CONFIG, folder=tmp_path, **options)
 
     train(model(), clouds(), clouds(seed=1), CONFIG, folder=tmp_path)
@@ -246,20 +246,20 @@ def test_a_damaged_checkpoint_names_the_layer_and_the_last_good_one(tmp_path: Pa
     content[begin + where] ^= 1
     path.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match=r"step 30, .*model/1\.weight .*good checkpoint .*step 28"):
-        go_on()
+        resume()
     path.write_bytes(content[:-5])
     with pytest.raises(DamagedCheckpoint, match=r"step 30, .*cannot be read.*good checkpoint .*step 28"):
-        go_on()
+        resume()
     with pytest.raises(DamagedCheckpoint, match=r"no checkpoint of step 3 .*step 28"):
-        go_on(from_step=3)
-    assert go_on(from_step=28)[-1].step == 30
+        resume(from_step=3)
+    assert resume(from_step=28)[-1].step == 30
     for step in kept.steps:
         kept.path(step).unlink()
     with pytest.raises(DamagedCheckpoint, match=r"must have a checkpoint to resume from"):
-        go_on()
+        resume()
 
 
-def test_a_step_to_go_on_from_needs_its_checkpoint(tmp_path: Path) -> None:
+def test_a_step_to_resume_from_needs_its_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint, match=r"no checkpoint of step 3 .*there is no good checkpoint"):
         train(model(), clouds(), clouds(seed=1), CONFIG, folder=tmp_path, from_step=3)
     assert not list(tmp_path.rglob("*.*"))

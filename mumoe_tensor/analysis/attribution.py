@@ -24,7 +24,7 @@ def attribute(
     .. math:: y^\top d = \sum_n c_n, \qquad c_n = a_n \, (W_n^\top z)^\top d,
 
     where :math:`W_n` includes the bias. With several levels, :math:`W_n` is the mixture of the experts of the
-    other levels. `ablate` reduces the output by :math:`c_n`. W is not formed:
+    other levels. `ablate` reduces the output by :math:`c_n`. The weight tensor is never formed, so
     coefficients and contributions take the most memory.
 
     Parameters
@@ -44,7 +44,7 @@ def attribute(
     Returns
     -------
     Tensor of shape (..., N)
-        The contributions, with the leading shape of the inputs of the layer.
+        The contributions, with the leading shape of the layer's inputs.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def _direction(output: int | Tensor, count: int) -> Tensor:
 
 
 def _arguments_of(experts: Experts, model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """The arguments with which a model calls experts, by name."""
+    """The arguments that a model passes to experts, by name."""
     seen: list[dict[str, Any]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from mumoe_tensor.selections import Selection, read_selection
 
 @torch.no_grad()
 def mean_coefficients(model: nn.Module, layer: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, ...]:
-    """Mean coefficients of the experts of a layer, over inputs such as those of a subpopulation.
+    """Mean coefficients of the experts of a layer over inputs, for example those of a subpopulation.
 
     Parameters
     ----------
@@ -62,18 +62,18 @@ def edit_bias(
 
     .. math:: y_o \leftarrow y_o + \lambda \prod_e \bar a_e^\top a_e
 
-    where :math:`\bar a_e` are the mean coefficients of the subpopulation, see `mean_coefficients`, and
+    where :math:`\bar a_e` are the mean coefficients of the subpopulation (see `mean_coefficients`) and
     :math:`\lambda` is the strength (Oldfield et al., 2024, for one level). Every expert gets an additional
-    bias, :math:`\lambda \prod_e \bar a_{e,n_e}`. So the correction is larger for more similar inputs.
+    bias, :math:`\lambda \prod_e \bar a_{e,n_e}`, so the correction is larger for more similar inputs.
 
     Parameters
     ----------
     layer : MuMoE or Experts
         The layer; for a block, ``block.up`` or ``block.down``.
     name : str
-        Name of the edit in the state, and for `remove_edit`.
+        Name of the edit in the state dict, and for `remove_edit`.
     means : Tensor of shape (N,), or sequence of these
-        Mean coefficients of each level, which are copied.
+        Mean coefficients of each level; they are copied.
     outputs : int, sequence of int, or mask of shape (out_features,)
         The outputs to correct, at least one.
     strength : float
@@ -82,19 +82,21 @@ def edit_bias(
     Raises
     ------
     ValueError
-        If the layer does not have exactly one module `.Experts`, the name is not a valid module name or
+        If the layer does not have exactly one `.Experts` module, the name is not a valid module name or
         already exists, shapes do not match, an output does not exist or occurs twice, or a mean or the
         strength is not finite.
     TypeError
         If outputs are not integers, or the strength is not a number.
 
-    Notes ----- With several levels, the mean coefficients of all combinations of experts would be a tensor
-    with one entry per combination. The product of the means is used instead: it needs only one number per
-    expert of each level, and is the same if the levels are independent.
+    Notes
+    -----
+    With several levels, the mean coefficients of all combinations of experts would be a tensor with one entry
+    per combination. The product of the means is used instead: it needs only one number per expert of each
+    level, and is the same if the levels are independent.
 
-    The edit is stored in buffers of the layer's `.Experts`, in its attribute `edits`. So it is part of the
-    state, is created when such a state is loaded, and is moved and copied with the layer. `expert` includes
-    it, `weight` does not.
+    The edit is stored in buffers of the layer's `.Experts`, in its attribute `edits`. It is part of the state
+    dict, is created when such a state dict is loaded, and is moved and copied with the layer. `expert`
+    includes it; `weight` does not.
 
     Examples
     --------
@@ -133,19 +135,19 @@ def edit_bias(
 
 
 def remove_edit(layer: nn.Module, name: str) -> None:
-    """Remove an edit, which restores the layer.
+    """Remove an edit, which restores the original outputs.
 
     Parameters
     ----------
     layer : MuMoE or Experts
         The layer; for a block, ``block.up`` or ``block.down``.
     name : str
-        Name of the edit, see `edit_bias`.
+        Name of the edit; see `edit_bias`.
 
     Raises
     ------
     ValueError
-        If the layer does not have exactly one module `.Experts`, or has no such edit.
+        If the layer does not have exactly one `.Experts` module, or has no such edit.
     """
     experts = experts_of(layer)
     if experts.edits is None or name not in experts.edits:

@@ -23,9 +23,9 @@ class Fairness:
     target : float
         Accuracy of the target subpopulation.
     worst : float
-        The lowest of these accuracies; higher is fairer.
+        Lowest accuracy of a subpopulation; higher is fairer.
     deviation : float
-        Their unweighted standard deviation; lower is fairer.
+        Unweighted standard deviation of these accuracies; lower is fairer.
     equal_opportunity : float
         Largest difference between groups in the true positive rate (recall of label 1); lower is fairer.
     """
@@ -41,7 +41,7 @@ class Fairness:
 def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[int, int]) -> Fairness:
     """Compare the accuracies of a binary classifier over labels and groups.
 
-    The metrics are computed by `fairlearn <https://fairlearn.org>`_, which must be installed:
+    `fairlearn <https://fairlearn.org>`_ computes the metrics and must be installed:
     ``pip install "mumoe_tensor[experiments]"``.
 
     Parameters

@@ -16,10 +16,10 @@ from mumoe_tensor.selections import Selection
 
 
 def ablate(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
-    """Remove some experts of a layer within the context, by setting their coefficients to zero.
+    """Remove some experts of a layer within the context by setting their coefficients to zero.
 
     This is equivalent to setting the slices of these experts in the weight tensor to zero, including biases.
-    The remaining coefficients are not normalised again (Oldfield et al., 2024). Compiled models run eagerly
+    The remaining coefficients are not renormalised (Oldfield et al., 2024). Compiled models run eagerly
     within the context.
 
     Parameters
@@ -42,14 +42,14 @@ def ablate(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractCont
 
 
 def keep_only(layer: nn.Module, experts: Selection, level: int = 0) -> AbstractContextManager[None]:
-    """Remove all experts of a level except some within the context; see `ablate`.
+    """Remove all but some experts of a level within the context; see `ablate`.
 
     Parameters
     ----------
     layer : MuMoE, MuMoEMLP or ExpertGate
         The layer, or another module with exactly one gate.
     experts : int, sequence of int, or mask of shape (N,)
-        The experts to keep, possibly none. The remaining coefficients are not normalised again.
+        The experts to keep, possibly none. Their coefficients are not renormalised.
     level : int, default 0
         The level of the experts, counted from 0.
 
@@ -70,7 +70,7 @@ def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -
     """Multiply the coefficients of some experts by a factor within the context.
 
     This is equivalent to scaling the slices of these experts in the weight tensor, including biases. The
-    coefficients are not normalised again. Compiled models run eagerly within the context.
+    coefficients are not renormalised. Compiled models run eagerly within the context.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -
     experts : int, sequence of int, or mask of shape (N,)
         The experts to scale, possibly none.
     factor : float
-        The factor, which must be finite.
+        A finite number.
     level : int, default 0
         The level of the experts, counted from 0.
 
@@ -109,9 +109,9 @@ def scale(layer: nn.Module, experts: Selection, factor: float, level: int = 0) -
 def random_gate(model: nn.Module, seed: int) -> Iterator[None]:
     """Assign the coefficients of every input to randomly permuted experts within the context.
 
-    Each input has its own random permutation, so the coefficients are as sparse as before, but independent of
+    Each input has its own random permutation, so the coefficients are as sparse as before but independent of
     the input. This is a baseline for results with the actual gate. The k-th call of a gate uses the same
-    permutations in every context with the same seed. So do not use it with activation checkpointing, which
+    permutations in every context with the same seed, so do not use it with activation checkpointing, which
     calls gates twice. Compiled models run eagerly within the context.
 
     Parameters

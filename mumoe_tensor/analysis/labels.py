@@ -12,7 +12,7 @@ def as_integers(values: Tensor, what: str) -> Tensor:
     Raises
     ------
     TypeError
-        If they are not integers.
+        If the values are not integers.
     """
     if values.is_floating_point() or values.is_complex():
         raise TypeError(f"{what} must be integers, got {values.dtype}.")
@@ -33,7 +33,7 @@ def read_labels(labels: Tensor, classes: int | None = None, what: str = "labels"
     Raises
     ------
     TypeError
-        If they are not integers.
+        If the labels are not integers.
     ValueError
         If a label is negative, or not less than `classes`.
     """

@@ -34,8 +34,8 @@ def loss_effects(
     layer : Module
         The layer of the model that contains the experts.
     batches : iterable of (tokens, next tokens)
-        Batches of tokens and targets, both of shape (rows, tokens). They are kept in memory, since they are
-        used for the intact model and for every expert.
+        Batches of tokens and targets, both of shape (rows, tokens). All are kept in memory, since the intact
+        model and every ablated model run on them.
     level : int, default 0
     experts : int, sequence of int, or mask of shape (N,), optional
         The experts to remove, one at a time; all experts of the level by default.
@@ -43,14 +43,14 @@ def loss_effects(
     Returns
     -------
     Tensor of shape (experts,)
-        Mean loss per token without the expert minus that of the intact model, in nats: positive if the expert
-        reduces the loss.
+        Mean loss per token without the expert minus the loss of the intact model, in nats: positive if the
+        expert reduces the loss.
 
     Raises
     ------
     ValueError
         If the layer does not have exactly one gate, there is no such level or expert, there are no tokens, or
-        the logits have another shape.
+        the logits have the wrong shape.
     TypeError
         If the level or an expert is not an integer.
     """

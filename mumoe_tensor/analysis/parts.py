@@ -16,7 +16,7 @@ def gate_of(layer: nn.Module) -> ExpertGate:
     Raises
     ------
     ValueError
-        If it has no gate or several.
+        If it has no gate, or several.
     """
     gates = gates_of(layer)
     if len(gates) > 1:
@@ -26,7 +26,7 @@ def gate_of(layer: nn.Module) -> ExpertGate:
 
 
 def read_experts(gate: ExpertGate, level: int, experts: Selection) -> tuple[int, list[int]]:
-    """Check a level and some of its experts; for errors see `read_number` and `read_selection`."""
+    """Check a level and some of its experts; see `read_number` and `read_selection` for the errors."""
     level = read_number(level, len(gate.num_experts), "level")
     return level, read_selection(experts, gate.num_experts[level], f"experts of level {level}")
 

@@ -29,9 +29,9 @@ class LabelStatistics:
         For each expert, the number of inputs of every label for which it is active.
     entropy : float
         Conditional entropy of the label given an active expert, in nats: the mean over experts, weighted by
-        how often they are active.
+        how often each is active.
     ratio : float
-        This entropy divided by the entropy of the labels of all inputs: 1 if experts are independent of the
+        This entropy divided by the entropy of the labels of all inputs; 1 if experts are independent of the
         label.
     clarity : float
         Largest share of one label among the inputs of an expert, as a mean over experts with the same
@@ -51,7 +51,7 @@ class Labels:
     ----------
     experts, classes : int
     threshold : float, default 0
-        An expert is active if its coefficient is positive and at least this.
+        An expert is active if its coefficient is positive and at least this threshold.
     """
 
     def __init__(self, experts: int, classes: int, threshold: float = 0.0):
@@ -60,7 +60,7 @@ class Labels:
         self.all = torch.zeros(classes, dtype=torch.long)
 
     def update(self, coefficients: Tensor, labels: Tensor) -> None:
-        """Count further inputs.
+        """Count additional inputs.
 
         Parameters
         ----------
@@ -83,7 +83,7 @@ class Labels:
             )
         labels = read_labels(labels, classes)
         a, labels = coefficients.detach(), labels.to(coefficients.device)
-        # (Sums of floats, which are exact integers up to 2^24 rows per batch.)
+        # Sums of floats, which are exact integers up to 2^24 rows per batch.
         counts = a.new_zeros(classes, experts, dtype=torch.float32)
         size = max(1, CHUNK // experts)
         buffer = torch.empty_like(a[:size], dtype=torch.float32)
@@ -135,8 +135,8 @@ def ablation_effects(
 ) -> Tensor:
     """Change of the accuracy of every class when a single expert is removed by `ablate`.
 
-    Only inputs for which the coefficient of the expert is nonzero are computed again. So the model must treat
-    the inputs of a batch independently, as models do in evaluation mode.
+    Predictions are recomputed only for inputs with a nonzero coefficient of the expert. The model must
+    therefore treat the inputs of a batch independently, as models do in evaluation mode.
 
     Parameters
     ----------
@@ -157,13 +157,13 @@ def ablation_effects(
     Returns
     -------
     Tensor of shape (experts, classes)
-        Accuracy without the expert minus that of the intact model; NaN for a class without inputs.
+        Accuracy without the expert minus the accuracy of the intact model; NaN for a class without inputs.
 
     Raises
     ------
     ValueError
         If the layer does not have exactly one gate, there is no such level, expert or label, or the gate is
-        not called exactly once, with the rows of the batch.
+        not called exactly once with the rows of the batch.
     TypeError
         If the level, an expert or a label is not an integer.
     """
@@ -217,14 +217,14 @@ def _predicted(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def polysemanticity(effects: Tensor) -> Tensor:
-    r"""Polysemanticity of each expert: the distance of its effects from affecting a single class.
+    r"""Polysemanticity of each expert: the distance of its effects from an effect on a single class.
 
     .. math:: p_n = \lVert d_n - e_{\arg\max d_n} \rVert_2,
         \qquad d_n = |\Delta_n| / \sum_c |\Delta_{nc}|
 
-    for the changes :math:`\Delta_n` of the accuracy of the classes without expert n (Oldfield et al., 2024).
-    It is 0 if only one class is affected. It decreases with the number of experts for any gate, so report it
-    together with the value under `random_gate`.
+    for the changes :math:`\Delta_n` of the class accuracies without expert n (Oldfield et al., 2024). It is 0
+    if only one class is affected. It decreases with the number of experts for any gate, so report it together
+    with its value under `random_gate`.
 
     Parameters
     ----------

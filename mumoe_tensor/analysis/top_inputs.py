@@ -10,9 +10,9 @@ from mumoe_tensor.analysis.usage import CHUNK
 
 
 class TopInputs:
-    """Finds the inputs with the largest coefficients of every expert of one level, batch by batch.
+    """Tracks the inputs with the largest coefficients of every expert of one level, batch by batch.
 
-    Its memory does not grow with the number of inputs. Of equal coefficients, the first is kept.
+    Its memory does not grow with the number of inputs. Among equal coefficients, the first is kept.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class TopInputs:
         Indices of the inputs, in descending order of their coefficients; −1 if an expert has fewer than `k`
         positive coefficients.
     coefficients : Tensor of shape (N, k)
-        Their coefficients, in float32, or in float64 after an update in float64; otherwise zero.
+        Their coefficients, in float32, or in float64 after a float64 update; zero where an index is −1.
     parts : Tensor of shape (N, k, parts)
         The values from which the coefficients were pooled, if updates contain them; otherwise without parts.
     rows : int
@@ -51,23 +51,23 @@ class TopInputs:
             raise ValueError(f"experts and k must be positive, got {experts} and {k}.")
         self.rows = 0
         self.indices = torch.full((experts, k), -1)
-        # (Not in float64 from the start, since not every device supports it.)
+        # Not in float64 from the start, since not every device supports it.
         self.coefficients = torch.zeros(experts, k, dtype=torch.float32)
         self.parts = torch.zeros(experts, k, 0)
 
     def update(
         self, coefficients: Tensor, indices: Tensor | None = None, parts: Tensor | None = None
     ) -> None:
-        """Add further inputs.
+        """Add inputs.
 
         Parameters
         ----------
         coefficients : Tensor of shape (..., N)
         indices : Tensor of int of shape (...), optional
-            Indices of these inputs, at least 0; by default they continue from the number of inputs so far.
+            Indices of these inputs, at least 0. By default, they continue from the number of inputs so far.
         parts : Tensor of shape (..., parts, N), optional
             Values from which the coefficients were pooled, such as the coefficients of the tokens of a text.
-            Either all updates contain them, with the same number of parts, or none.
+            Either all updates or none contain them, with the same number of parts.
 
         Raises
         ------
@@ -99,7 +99,7 @@ class TopInputs:
             numbers = read_labels(indices, what="indices").reshape(-1).cpu()
         of_new = None if parts is None else parts.detach().reshape(len(new), count, experts)
         self.rows += len(new)
-        # Few rows at a time, which stay in the cache; few rows of later chunks are among the best.
+        # Few rows at a time, so that they stay in the cache; few rows of later chunks are among the best.
         size = max(1, CHUNK // experts)
         for start in range(0, len(new), size):
             rows = slice(start, start + size)
@@ -108,7 +108,7 @@ class TopInputs:
     def _update(self, new: Tensor, numbers: Tensor, parts: Tensor | None) -> None:
         k = self.indices.shape[1]
         least = self.coefficients[:, -1].to(new.device)
-        # (NaN is the maximum of its column, and not larger than anything.)
+        # NaN is the maximum of its column, and not larger than anything.
         changed = (~(new.amax(0) <= least)).nonzero()[:, 0]
         if not len(changed):
             return
@@ -131,7 +131,7 @@ class TopInputs:
             self._keep(parts, changed, best, row, column)
 
     def _keep(self, parts: Tensor, changed: Tensor, best: Tensor, row: Tensor, column: Tensor) -> None:
-        """Reorder the parts of the kept inputs, and add those of the new ones."""
+        """Reorder the parts of the kept inputs, and add the parts of the new ones."""
         experts, k = self.indices.shape
         if not self.parts.shape[2]:
             self.parts = torch.zeros(experts, k, parts.shape[1])

@@ -1,4 +1,4 @@
-"""Truncating the singular values of linear layers."""
+"""Truncation of the singular values of linear layers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
 
     .. math:: W \approx \sum_{i \le k} \sigma_i u_i v_i^\top, \qquad k = \mathrm{round}(s \cdot \min(I, O))
 
-    with the k largest singular values, a share s of all (Eckart and Young, 1936). Biases are kept. That
-    trained models keep their accuracy is an argument for low-rank experts (Oldfield et al., 2024). On exit,
-    the original weights are restored exactly.
+    with the k largest singular values, a share s of all (Eckart and Young, 1936). Biases are kept. If trained
+    models keep their accuracy, this supports low-rank experts (Oldfield et al., 2024). On exit, the original
+    weights are restored exactly.
 
     Parameters
     ----------
     layers : iterable of Module
         `torch.nn.Linear`, or Conv1D of transformers; at least one.
     share : float
-        Share of the singular values of each layer to keep: with 0 only the biases remain, 1 changes nothing.
+        Share of the singular values of each layer to keep: 0 keeps only the biases, 1 changes nothing.
 
     Raises
     ------

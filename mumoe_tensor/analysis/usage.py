@@ -8,7 +8,7 @@ from math import log
 import torch
 from torch import Tensor
 
-#: Number of coefficients that are processed at once; they should fit into the CPU cache.
+#: Number of coefficients per chunk, which should fit into the CPU cache.
 CHUNK = 2**20
 
 
@@ -23,12 +23,12 @@ class UsageStatistics:
     load : Tensor of shape (N,)
         For each expert, the share of inputs with a coefficient of at least the threshold.
     mean : Tensor of shape (N,)
-        Mean coefficient of each expert. They sum to one if the coefficients of the gate do.
+        Mean coefficient of each expert. The means sum to one if the gate's coefficients do.
     dead : int
         Number of experts whose coefficient is zero for all inputs.
     entropy : float
         Entropy of the mean coefficients divided by log(N): 1 if all experts are used equally, 0 if only one
-        is used, NaN if none is.
+        is used, NaN if none is used.
     largest_share : float
         The largest mean coefficient.
     active : float
@@ -52,7 +52,7 @@ class Usage:
     experts : int
         Number of experts N of the level.
     threshold : float, default 0.5
-        An input counts towards the load of an expert if the coefficient is at least this.
+        An input counts towards the load of an expert if its coefficient is at least this threshold.
 
     Examples
     --------
@@ -69,7 +69,7 @@ class Usage:
         self.sums, self.loads, self.uses = torch.zeros(3, experts, dtype=torch.float64)
 
     def update(self, coefficients: Tensor) -> None:
-        """Count the coefficients of further inputs.
+        """Count the coefficients of additional inputs.
 
         Parameters
         ----------
@@ -101,7 +101,7 @@ class Usage:
 
     @staticmethod
     def _add(total: Tensor, part: Tensor) -> None:
-        total += part.cpu().to(total.dtype)  # (in this order, since not every device supports float64)
+        total += part.cpu().to(total.dtype)  # in this order, since not every device supports float64
 
     def statistics(self) -> UsageStatistics:
         """The statistics of all inputs so far.

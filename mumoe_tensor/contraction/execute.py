@@ -22,7 +22,7 @@ def execute(program: Program, operands: Sequence[Array], folded: Mapping[int, Ar
     operands : sequence of array
         One array for each operand of ``program.network``, with the same order of axes.
     folded : mapping of int to array, optional
-        Results of `fold`, which are not computed again.
+        Results of `fold`, which are not recomputed.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def run(
     steps : iterable of (int, Step)
         Steps with the positions of their results, as in `Program.numbered`.
     values : dict of int to array
-        Operands in memory order, and results, by position. Existing results are not computed again.
+        Operands in memory order, and results, by position. Existing results are not recomputed.
     operations : Operations
         Operations of the backend.
     products : mapping of int to callable, optional

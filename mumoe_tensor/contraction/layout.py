@@ -1,11 +1,11 @@
-"""Compile an order of contraction into a program: the axes that each product groups, and their memory order.
+"""Compile a contraction order into a program: the axes that each product groups, and their memory order.
 
 Every step is one matrix product (``mm``), one batched matrix product (``bmm``) or one elementwise product
-with broadcasting (``mul``). A product reads an operand without copying it if the axes that it sums, the axes
-that it keeps, and the axes shared with the other operand and the result are each adjacent in memory. An
-operand can also be a stack of matrices along the batch, all multiplied by the other operand; then this must
-hold within a matrix. `Compiler` chooses which operand comes first in each product, and thereby the memory
-order of every intermediate, such that as few elements as possible are copied.
+with broadcasting (``mul``). A product reads an operand without copying it if three groups of axes are each
+adjacent in memory: those that it sums, those that it keeps, and those shared with the other operand and the
+result. An operand can also be a stack of matrices along the batch, all multiplied by the other operand; then
+this must hold within a matrix. `Compiler` chooses which operand comes first in each product, and thereby the
+memory order of every intermediate, so that as few elements as possible are copied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mumoe_tensor.formats.base import BATCH
 
 Kind = Literal["mm", "bmm", "mul"]
 
-#: Number of memory orders of an intermediate to keep in the search, the cheapest ones.
+#: Number of memory orders of an intermediate that the search keeps, the cheapest ones.
 KEPT_ORDERS = 4
 #: The time of a small product in a batch of products, in copied elements.
 SMALL_PRODUCT = 256
@@ -38,9 +38,9 @@ class Operand:
     indices : tuple of str
         Its axes in memory order.
     copy_order : tuple of int or None
-        Permutation to copy it to first, if axes that the product groups are not adjacent.
+        Permutation for a copy, needed if axes that the product groups are not adjacent.
     groups : tuple of tuple of str
-        The axes after that, grouped into the axes of the view.
+        The axes after this copy, grouped into the axes of the view.
     shape : tuple of int or None
         Shape of the view, with -1 for the axis of the batch; None if the shape does not change.
     axes : tuple of int or None
@@ -53,7 +53,7 @@ class Operand:
     groups: tuple[Indices, ...]
     shape: tuple[int, ...] | None
     axes: tuple[int, ...] | None
-    #: Whether it is read without changes. (Computed once, since every call reads it.)
+    #: Whether it is read without changes. Computed once, since every call reads it.
     is_bare: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Operand:
     def is_stored_anew(self, sizes: dict[str, int]) -> bool:
         """Whether the copy is a new array, instead of a permuted view that the product itself copies.
 
-        This is the case if axes that are not adjacent must be joined into one.
+        This is the case if axes that are not adjacent must be joined.
         """
         if self.copy_order is None:
             return False
@@ -87,7 +87,7 @@ class Bias:
     Attributes
     ----------
     side : int
-        The operand that contains it: 0 for the left one, 1 for the right one.
+        The operand that contains the bias row: 0 for the left one, 1 for the right one.
     axis : int
         The position of the input mode among the axes of this operand.
     order : tuple of int or None
@@ -148,7 +148,7 @@ class Step:
 class Arrangement(NamedTuple):
     """The conversion of an array to an operand, or of the last result to the output.
 
-    The conversions are applied in this order; those that are not needed are None.
+    The conversions are applied in this order: reading, order, shape, size. Those not needed are None.
 
     Attributes
     ----------
@@ -170,14 +170,14 @@ class Arrangement(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """The steps of a contraction, in order of execution, for any batch size.
+    """The steps of a contraction, in execution order, for any batch size.
 
     Attributes
     ----------
     network : Network
         The network that is contracted.
     arrange : tuple of Arrangement or None
-        The conversion of each operand to memory order, without axes of size one; None if there is none.
+        The conversion of each operand to memory order, without axes of size one; None if it needs none.
     steps : tuple of Step
     output : Arrangement or None
         The conversion of the last result to the output, with axes of size one.
@@ -216,7 +216,7 @@ class Program:
 
 
 class _Way(NamedTuple):
-    """One way to multiply two nodes of an order of contraction.
+    """One way to multiply two nodes of a contraction order.
 
     Attributes
     ----------
@@ -269,7 +269,7 @@ class _Choice(NamedTuple):
 
 
 class Compiler:
-    """Chooses the memory order of every intermediate, for orders of contraction of one network.
+    """Chooses the memory order of every intermediate, for contraction orders of one network.
 
     Choices are cached by node, so orders with common nodes share them.
 
@@ -288,7 +288,7 @@ class Compiler:
         }
 
     def __call__(self, tree: Tree) -> Program:
-        """The program for nested pairs of operand positions."""
+        """The program for a contraction order, given as nested pairs of operand positions."""
         # A program consists of: 1. the conversion of each operand to memory order; 2. the steps, up to a
         # result in the memory order with the fewest copies; 3. the conversion of this result to the output.
         original, network = self.original, self.network
@@ -347,7 +347,7 @@ class Compiler:
             return node == self.network.vector_of_input or any(map(has_input, branches))
 
         def by_peak(node: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-            # The first result is in memory while the second is formed. On a tie, the input vector comes
+            # The first result is in memory while the second is formed. In a tie, the input vector comes
             # first, so that its memory can be released earlier.
             def held(pair: tuple[Tree, Tree]) -> tuple[int, bool]:
                 first, second = pair
@@ -359,7 +359,7 @@ class Compiler:
             if not isinstance(node, tuple):
                 return node
             way = self.choices[node][order].way
-            assert way is not None  # every node but an operand has one
+            assert way is not None  # every node except an operand has one
             branches = node[::-1] if way.swapped else node
             orders = dict(zip(branches, way.orders, strict=True))
             positions = {branch: visit(branch, orders[branch]) for branch in by_peak(node)}
@@ -409,7 +409,7 @@ def _products(swapped: bool, a: Indices, b: Indices, needed: frozenset[str]) -> 
         yield matrices(a, b if b_in_place and summed == b_summed else b_only + summed, summed, along, ())
     if along := stack_of(b, b_kinds, BATCH):
         yield matrices(a if a_in_place and summed == b_summed else a_only + b_summed, b, b_summed, (), along)
-    # Both are read in place; or one is copied into the order of the other; or both are copied.
+    # Both are read in place, one is copied into the order of the other, or both are copied.
     if a_in_place and b_in_place and summed == b_summed and shared == b_shared:
         yield matrices(a, b, summed, shared, shared)
         return

@@ -1,4 +1,4 @@
-"""The speed of a machine: used to choose plans and to predict times."""
+"""The speed of a machine, used to choose plans and to predict times."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Machine:
         Fixed time of an operation in seconds: the launch of a GPU kernel, or the call on a CPU.
     dtype : {"float64", "float32", "bfloat16", "float16"}, default "float32"
     element : int, default 0
-        Cost in FLOPs of reading or writing an element, for comparing orders of contraction. With 0, it is the
-        number of FLOPs in the time in which an element is moved.
+        Cost in FLOPs of reading or writing an element, for comparing contraction orders. With 0, it is the
+        number of FLOPs that take as long as moving an element.
     gate_passes : int, default 8
         Number of passes over the logits in the norm and entmax15 of a gate, each a separate operation.
 
@@ -74,7 +74,7 @@ class Machine:
         return f"{self.flops / 1e9:,.0f} GFLOP/s, {self.bandwidth / 1e9:,.0f} GB/s, {self.dtype}"
 
     def seconds(self, flops: float, elements: float) -> float:
-        """Time of an operation by the roofline model: the longer of computing and moving, plus the launch."""
+        """Time of an operation by the roofline model: the longer of compute and transfer, plus the launch."""
         moving = elements * ITEMSIZE[self.dtype] / self.bandwidth
         return max(flops / self.flops, moving) + self.launch
 
@@ -87,7 +87,7 @@ def _gpu(bandwidth: float, **flops: float) -> dict[str, Machine]:
 #: Machines by name and dtype.
 MACHINES: dict[str, dict[str, Machine]] = {
     # One core of an Intel Xeon (Sapphire Rapids), measured by `python -m benchmarks.machine`. `element` is
-    # less than its bytes suggest, because products compute while they read and write.
+    # smaller than its bytes suggest, because products compute while they read and write.
     "cpu": {
         "float64": Machine(80e9, 20e9, 1.2e-5, "float64", element=16, gate_passes=20),
         "float32": Machine(160e9, 20e9, 1.2e-5, "float32", element=16, gate_passes=25),
@@ -114,9 +114,9 @@ def as_machine(machine: AnyMachine, dtype: str | None = None) -> Machine:
     Raises
     ------
     ValueError
-        If no machine has this name, or the dtype of the machine is not `dtype`.
+        If there is no machine with this name, or the dtype of the machine is not `dtype`.
     TypeError
-        If it is neither a name, nor a machine, nor a mapping with the attributes of one.
+        If `machine` is neither a name, nor a `Machine`, nor a mapping with the attributes of one.
     """
     check_choice(dtype, (None, *ITEMSIZE), "dtype")
     if isinstance(machine, str):
@@ -139,7 +139,8 @@ def as_machine(machine: AnyMachine, dtype: str | None = None) -> Machine:
 def machine_of(kind: str, dtype: str, chosen: AnyMachine | None = None) -> Machine:
     """The machine to plan for, given a dtype and a type of device in torch's notation.
 
-    All accelerators are planned for like CUDA. A machine in `chosen` takes precedence, whatever its dtype.
+    Plans for other accelerators use the CUDA machine. A machine in `chosen` takes precedence, whatever its
+    dtype.
     """
     if chosen is None:
         chosen = "cpu" if kind in ("cpu", "meta") else "cuda"

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from mumoe_tensor.formats.base import BATCH, Format, Rank, mode_names
 
 Indices: TypeAlias = tuple[str, ...]
-#: An order of contraction: nested pairs of positions of operands.
+#: A contraction order: nested pairs of operand positions.
 Tree: TypeAlias = "int | tuple[Tree, Tree]"
 #: An index, by its name or as a bit.
 Axis = TypeVar("Axis", str, int)
@@ -42,7 +42,7 @@ class Network:
     Parameters
     ----------
     operands : tuple of tuple of str
-        Axes of each operand, in the order in which it is passed.
+        Axes of each operand, in the order of the array that is passed.
     memory_orders : tuple of tuple of str
         The same axes in memory order, slowest first.
     output : tuple of str
@@ -50,7 +50,7 @@ class Network:
     index_sizes : tuple of (str, int)
         Size of every index except the batch. With `bias` the input mode includes the bias row.
     weights : int
-        Number of weights, which come first; the other operands are vectors, one per mode.
+        Number of weights, which come first. The other operands are vectors, one per mode.
     bias : bool
         Whether the last row of the input mode of the weights is a bias, which is added to the product with
         the input vector. The input vector is then one entry shorter than the mode.
@@ -126,7 +126,7 @@ def weight_network(
     format : Format
         The format of a single term. Its declaration determines the operands.
     mode_sizes : tuple of int
-        Sizes of the modes; with a bias, the input mode includes its row.
+        Sizes of the modes; the input mode includes any bias row.
     rank : tuple of int
     missing : sequence of int
         Positions of the optional factors that are missing.
@@ -194,14 +194,13 @@ def vector_of(
 def is_read_in_place(kinds: Sequence[str]) -> bool:
     """Whether a matrix product reads an operand in place, without a copy.
 
-    This is the case if the summed axes, the axes shared with the other operand and the result (along which
-    there is a batch of products), and the remaining axes are each adjacent, and the shared axes are not
-    innermost.
+    This is the case if the summed axes, the axes shared with the other operand and the result (which form a
+    batch of products), and the remaining axes are each adjacent, and the shared axes are not innermost.
 
     Parameters
     ----------
     kinds : sequence of {"summed", "shared", "free"}
-        Kind of each axis, in memory order. If no axis is summed, the product is elementwise, and reads any
+        Kind of each axis, in memory order. If no axis is summed, the product is elementwise and reads any
         order.
     """
     runs = [kind for kind, _ in groupby(kinds)]
@@ -212,7 +211,7 @@ def stack_of(axes: tuple[Axis, ...], kinds: Sequence[str], batch: Axis) -> tuple
     """The axes along which an operand is read in place as a stack of matrices, all multiplied by one operand.
 
     These are the batch and the axes next to it, if the summed axes and the remaining axes follow and are each
-    adjacent, and no axis is shared with the other operand. Otherwise there are none.
+    adjacent, and no axis is shared with the other operand. Otherwise the result is empty.
     """
     runs = [kind for kind, _ in groupby(kinds)]
     along = axes[: kinds.index("summed")] if runs == ["free", "summed", "free"] else ()

@@ -20,7 +20,7 @@ from mumoe_tensor.formats.base import BATCH
 
 Objective = Literal["time", "flops", "peak"]
 #: The orders that were searched: all; those that first multiply each mode's vector by the mode's factor;
-#: those that begin with the cheapest products.
+#: or those that start with the cheapest products.
 Search = Literal["exact", "vectors first", "greedy"]
 
 #: Weight of an element of the peak relative to a FLOP: FLOPs only decide between orders with the same peak.
@@ -37,7 +37,7 @@ class Part(NamedTuple):
     operands, indices : int
         The operands of the product, and the indices of its result.
     cost : int
-        Cost of all its steps.
+        Total cost of its steps.
     halves : tuple of Part
         The two parts that the last step joins; empty for an operand.
     """
@@ -71,7 +71,7 @@ class Orders:
         ``"factorized"``: no intermediate has all modes of the weight. ``"reconstructed"``: the weights are
         multiplied by each other before any vector. By default every order is allowed.
     fold_weights : bool, default False
-        Whether products of weights alone are free.
+        Whether products that involve only weights are free.
     limit : float, optional
         Largest number of elements of an intermediate.
     machine : Machine, optional
@@ -123,7 +123,7 @@ class Orders:
         ----------
         minimize : {"time", "flops", "peak"}
             ``"flops"``: FLOPs. ``"time"``: FLOPs plus the cost of moving elements, except those that every
-            order moves. ``"peak"``: the largest number of elements in memory at once, without the operands.
+            order moves. ``"peak"``: the peak number of elements in memory, without the operands.
         worse : Tree, optional
             An order to improve on.
 
@@ -164,7 +164,7 @@ class Orders:
                     if kept is None:
                         continue
                     total = cost(left, right, kept)
-                    # On a tie the first order is kept: it joins a small and a large part, so its peak is
+                    # In a tie the first order is kept: it joins a small and a large part, so its peak is
                     # lower.
                     if total < (best[both].cost if both in best else bound):
                         best[both] = Part(both, kept, total, (left, right))
@@ -240,7 +240,7 @@ class Orders:
     def _peak(self, left: Part, right: Part, kept: int) -> int:
         held, other = (self.size(part.indices) if part.halves else 0 for part in (left, right))
         first, second = left.cost // MORE_THAN_FLOPS, right.cost // MORE_THAN_FLOPS
-        # The part that is formed first is the one that leads to the lower peak.
+        # The part that leads to the lower peak is formed first.
         forming = min(max(first, held + second), max(second, other + first))
         peak = max(forming, held + other + self.size(kept) + self._copied(left, right, kept))
         return MORE_THAN_FLOPS * peak + self._flops(left, right, kept) % MORE_THAN_FLOPS
@@ -273,7 +273,7 @@ class Orders:
         """Indices of the product of two parts with these indices; None if it is not allowed.
 
         If the parts share no index, joining them to the rest one after the other never costs more, unless no
-        index of one of the parts is summed later, or all indices of both are, or the weight is formed.
+        index of one part is summed later, all indices of both are summed later, or the weight is formed.
         """
         both_are_summed = left & ~self.output and right & ~self.output
         if (

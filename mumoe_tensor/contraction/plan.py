@@ -1,8 +1,8 @@
 """Plans: the steps of a contraction and their cost, computed from index names and sizes.
 
 FLOPs count multiplications and additions separately: 2mnk for a matrix product, and the size of the result
-for an elementwise one. A bias row is added within its product and has no separate FLOPs. All other figures
-are numbers of elements, or of bytes if a dtype is given.
+for an elementwise product. A bias row is added within its product and has no separate FLOPs. All other
+figures are numbers of elements, or of bytes if a dtype is given.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PlannedStep(NamedTuple):
     live : int
         Elements in memory while the step runs, without parameters and inputs.
     constant : bool
-        Whether it is a product of weights alone.
+        Whether the step multiplies only weights.
     spread : int
         Elements of an elementwise product that repeats a split vector along further indices. A later product
         then reads smaller matrices, which costs about as much as a copy.
@@ -104,7 +104,7 @@ def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
             has_row = step.bias is not None and step.bias.side == side
             read += prod((sizes if has_row else extent)[x] for x in operand.indices)
             elements = prod(extent[x] for x in operand.indices)
-            # (The bias row is in memory even if it is not part of the product.)
+            # The bias row is in memory even if it is not part of the product.
             if operand.position in padded:
                 copied += elements
             if step.kind != "mul" and operand.is_reordered(sizes):
@@ -148,15 +148,15 @@ class ContractionPlan:
     program : Program
         The program for `execute`.
     batch : int
-        Batch size of the figures; the program runs at any batch size.
+        Batch size for which the figures are computed; the program runs at any batch size.
     implementation : {"factorized", "reconstructed"}
     minimize : {"time", "flops", "peak"}
     search : {"exact", "vectors first", "greedy"}
         The orders that were searched: all; those that first multiply each mode's vector by the mode's factor;
-        those that begin with the cheapest products.
+        or those that start with the cheapest products.
     fold_weights : bool
-        Whether products of weights alone are computed in advance. If so, only
-        `constant_steps` includes them.
+        Whether products that involve only weights are computed in advance. If so, only `constant_steps`
+        includes them.
     dtype : str or None
         Unit of `write`, `size`, `peak` and `saved`: bytes in this dtype, or elements if None.
     machine : Machine
@@ -183,7 +183,7 @@ class ContractionPlan:
 
     @property
     def constant_steps(self) -> tuple[PlannedStep, ...]:
-        """Products of weights alone that are computed in advance."""
+        """Products of weights that are computed in advance."""
         return tuple(s for s in self._planned if s.constant and self.fold_weights)
 
     @property
@@ -223,17 +223,17 @@ class ContractionPlan:
 
     @property
     def peak(self) -> int:
-        """Largest memory in use at once, without parameters and inputs."""
+        """Peak memory, without parameters and inputs."""
         return max((s.live for s in self.steps), default=0) * self.itemsize
 
     @property
     def saved(self) -> int:
-        """Stored for the backward pass, without parameters, coefficients and inputs."""
+        """Memory kept for the backward pass, without parameters, coefficients and inputs."""
         return sum(s.saved for s in self.steps) * self.itemsize
 
     @property
     def terms(self) -> tuple[ContractionPlan, ...]:
-        """The plans of the terms of a sum, as in `SumPlan`: here only this one."""
+        """The plans of the terms of a sum, as in `SumPlan`; for a single network, only this plan."""
         return (self,)
 
     def __str__(self) -> str:
@@ -258,8 +258,8 @@ class ContractionPlan:
 class SumPlan:
     """The plan of a sum of tensor networks: one plan per term, whose results are added.
 
-    The figures are those of `ContractionPlan`, summed over the terms (`size` and `peak`: the largest),
-    including the additions.
+    The figures are as in `ContractionPlan`, summed over the terms (for `size` and `peak`, the maximum), and
+    include the additions.
 
     Attributes
     ----------
@@ -272,7 +272,7 @@ class SumPlan:
 
     @property
     def batch(self) -> int:
-        """Batch size of the figures."""
+        """Batch size for which the figures are computed."""
         return self.terms[0].batch
 
     @property
@@ -302,7 +302,7 @@ class SumPlan:
 
     @property
     def _added(self) -> int:
-        """Number of additions, and of elements that they write."""
+        """Number of additions, and of the elements that they write."""
         return (len(self.terms) - 1) * self.batch * self.out_features
 
     @property
@@ -317,7 +317,7 @@ class SumPlan:
 
     @property
     def constant_steps(self) -> tuple[PlannedStep, ...]:
-        """Products of weights alone that are computed in advance."""
+        """Products of weights that are computed in advance."""
         return tuple(step for plan in self.terms for step in plan.constant_steps)
 
     @property
@@ -353,12 +353,12 @@ class SumPlan:
 
     @property
     def peak(self) -> int:
-        """Largest memory in use at once, including the partial sum, without parameters and inputs."""
+        """Peak memory, including the partial sum, without parameters and inputs."""
         return max(plan.peak + (self._held if k else 0) for k, plan in enumerate(self.terms))
 
     @property
     def saved(self) -> int:
-        """Stored for the backward pass, without parameters, coefficients and inputs."""
+        """Memory kept for the backward pass, without parameters, coefficients and inputs."""
         return sum(plan.saved for plan in self.terms)
 
     def __str__(self) -> str:
@@ -410,8 +410,7 @@ def _plan_network(
     plans = []
     for name in ("factorized", "reconstructed"):
         if implementation in (name, "auto"):
-            # (Folding does not change the reconstructed order: the weight is formed at the lowest cost
-            # anyway.)
+            # Folding does not change the reconstructed order: the weight is formed at the lowest cost anyway.
             orders = Orders(network, rows, name, fold_weights and name == "factorized", limit, machine)
             fewest = orders.best("flops")
             if not fewest and limit == inf:
@@ -452,29 +451,30 @@ def plan(
 ) -> Plan:
     """Plan the forward pass of a layer of experts, without its gate.
 
-    The plan is made for one batch size; its program runs at any. The search is exact for up to 12 factors and
-    vectors. For larger networks, the attribute ``search`` of the plan names the search that was used.
+    The plan is made for one batch size, but its program runs at any batch size. The search is exact for up to
+    12 factors and vectors. For larger networks, the attribute ``search`` of the plan names the search that
+    was used.
 
     Parameters
     ----------
     format : str, Format or LayerSpec
         A single layer: its spec, or its format together with `sizes`.
     batch : int, default 1
-        Number of inputs.
+        Batch size.
     minimize : {"time", "flops", "peak"}, default "time"
         ``"time"`` minimises FLOPs plus the cost of moving elements on the machine, including copies, with at
-        most 5 % more FLOPs than the minimum. ``"flops"`` minimises FLOPs. ``"peak"`` minimises the number of
-        elements in memory at once.
+        most 5 % more FLOPs than the minimum. ``"flops"`` minimises FLOPs. ``"peak"`` minimises the peak
+        number of elements in memory.
     implementation : {"factorized", "reconstructed", "auto"}, default "factorized"
         ``"factorized"``: no intermediate has all of the expert, input and output modes.
         ``"reconstructed"``: the weight tensor is formed first. ``"auto"``: the cheaper of the two.
     memory_limit : int, optional
         Largest size of an intermediate, in elements, or in bytes of `dtype`.
     fold_weights : bool, default False
-        Exclude products of weights alone from the cost: they are computed once, ahead of the calls.
+        Exclude products of weights from the cost, since they are computed once, before the calls.
     dtype : {"float64", "float32", "bfloat16", "float16"}, optional
         Report bytes in this dtype instead of elements. A machine given by name computes in this dtype, by
-        default in float32.
+        default float32.
     machine : str, Machine or mapping, default "cpu"
         The machine to plan for: ``"cpu"`` (one core), ``"cuda"``, ``"h200"``, a `Machine` or its attributes.
     **sizes
@@ -488,8 +488,8 @@ def plan(
     ------
     ValueError
         If a size is not positive, the rank does not fit the format, an option is unknown, the machine has
-        another dtype, or no order stays within `memory_limit`; if the spec is that of a block (plan each of
-        its `layers`).
+        another dtype, no order stays within `memory_limit`, or the spec describes a block (plan each of its
+        `layers`).
     TypeError
         If a size is not an integer.
 
@@ -514,7 +514,7 @@ def plan(
 
 
 def networks_of(spec: LayerSpec) -> tuple[Network, ...]:
-    """The network of each term of a single layer, without its optional factors."""
+    """The network of each term of a single layer, without optional factors."""
     format = spec.weight_format
     return forward_networks(
         format, spec.mode_sizes, spec.full_rank, format.optional(spec.num_levels), spec.bias

@@ -53,7 +53,7 @@ def decompose(
     The method depends on the format:
 
     - CP: alternating least squares with a line search [1]_, Tucker: higher-order orthogonal iteration
-      [2]_, Tensor Train: TT-SVD [3]_. All three are TensorLy's, and also used if modes are split.
+      [2]_, Tensor Train: TT-SVD [3]_. TensorLy computes all three, also for split modes.
     - TT-matrix: TT-SVD over pairs of parts.
     - Tensor Ring: alternating least squares, starting from TensorLy's TR-SVD and from random cores [4]_.
     - Hadamard: the best rank-one tensor for each output.
@@ -61,8 +61,8 @@ def decompose(
     - Kronecker: the SVD of the rearranged matrix [5]_, or CP of the rearranged tensor.
     - Monarch [6]_ and Block Tensor Train: the SVD of each block, followed by alternating least squares if
       there are experts.
-    - Sums: each term is fitted to the residual of the terms before it. Then all terms are improved
-      together by damped Gauss-Newton steps [8]_, which also start from random factors.
+    - Sums: each term is fitted to the residual of the previous terms. Then damped Gauss-Newton steps [8]_
+      improve all terms together; they also start from random factors.
     - Any other format: alternating least squares over its declared factors, unless a method is registered
       with `.fits`.
 
@@ -73,22 +73,22 @@ def decompose(
     rank : int or sequence of int, optional
         One entry per bond; see `Format.bonds`. Bonds larger than the tensor can use are padded with zeros.
     bias : bool or array of shape (N1, ..., NE, O), default False
-        Whether the last row of the input mode is the bias; or the biases, which are appended as that row. If
+        Whether the last row of the input mode is the bias, or the biases, which are appended as that row. If
         the input is split, the weight is a sum with one bias for all experts, the mean of their biases.
     input_covariance : array of shape (I, I) or (N1, ..., NE, I, I), optional
         The mean of ``z zᵀ`` over inputs z, not centred; with a bias, each z ends with a 1. The fit then
-        minimises the error of the outputs ``z @ dense``. If each expert has its own inputs, pass one matrix
+        minimises the error of the outputs ``z @ dense``. If each expert has different inputs, pass one matrix
         per expert: the sum over its inputs, divided by the number of inputs of all experts.
     n_restarts : int, default 8
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,
-        TT and Hadamard with one level have one start.
+        TT, and Hadamard with one level have one start.
     n_iter : int, default 500
         Maximum number of sweeps over the factors for each start. The maximum number of Gauss-Newton steps is
         50, or a tenth of `n_iter` if that is larger.
     tolerance : float, default 1e-5
         A start ends when each of two consecutive sweeps reduces the error by less than this fraction.
     seed : int, optional
-        Seed of the random starts; None is not reproducible.
+        Seed of the random starts. With None, results are not reproducible.
 
     Returns
     -------
@@ -102,23 +102,23 @@ def decompose(
     Raises
     ------
     ValueError, TypeError
-        If `dense` is not a floating array, has fewer than two axes, an empty axis, or an entry that is not
-        finite; if the covariance is not symmetric and positive semi-definite; if another argument does not
+        If `dense` is not a floating-point array, has fewer than two axes, an empty axis, or a non-finite
+        entry; if the covariance is not symmetric and positive semi-definite; or if another argument does not
         fit.
 
     Notes
     -----
-    All computations use NumPy in float64; the dtype and the backend of the input only affect the final
-    rounding. The result has no gradient with respect to `dense`.
+    All computations use NumPy in float64; the dtype and backend of the input affect only the final rounding.
+    The result is detached from `dense`: it has no gradient.
 
-    Padding of a split mode does not count in the error: the best fit to a tensor padded with zeros is
-    improved by Gauss-Newton steps that ignore the padding.
+    The error does not include the padding of a split mode: Gauss-Newton steps that ignore the padding improve
+    the best fit to the tensor padded with zeros.
 
     With a covariance, a format whose terms each have the input mode in a single factor is fitted to ``C^(1/2)
     @ dense``, and this factor is multiplied by the inverse of the root (whitening, as in [7]_). With one
     covariance per expert, this requires that the factor also has all expert modes, as in low rank; otherwise
-    the mean of the covariances is used for a first fit. In all other cases, Gauss-Newton steps improve the
-    best of the weighted and unweighted fits. The error is never larger than that of the unweighted fit.
+    the first fit uses the mean of the covariances. In all other cases, Gauss-Newton steps improve the better
+    of the weighted and unweighted fits. The error never exceeds that of the unweighted fit.
 
     References
     ----------
@@ -173,7 +173,7 @@ def decompose(
         )
     covariance = None if input_covariance is None else read_covariance(input_covariance, experts, i)
 
-    # Scaling by a power of two, which does not round.
+    # Scaling by a power of two does not round.
     exponent = int(np.frexp(np.abs(target).max())[1])
     target = np.ldexp(target, -exponent)
     norm = weighted_norm(target, covariance) or 1
@@ -214,7 +214,7 @@ def decompose(
 
 
 def _whitened_by(format: Format, num_levels: int, covariance: Any) -> Any | None:
-    """The covariance with which a fit can be whitened: the given one, the mean over all experts, or None."""
+    """The covariance for whitening a fit: the given one, the mean over all experts, or None."""
     for each in (covariance, covariance.mean(tuple(range(covariance.ndim - 2)))):
         if input_axes(format, num_levels, each.ndim > 2) is not None:
             return each

@@ -20,13 +20,13 @@ def fits(
     """Fit a format to a tensor, once for each start; `mumoe_tensor.decompose` returns the best fit.
 
     The default method is alternating least squares over the declared factors, from random starts.
-    ``@fits.register(MyFormat)`` registers a function with the same arguments as the method of a class of
+    ``@fits.register(MyFormat)`` registers a function with the same arguments as the method for a class of
     formats.
 
     Parameters
     ----------
     dense : numpy.ndarray of float64, of shape (N1, ..., NE, I, O)
-        The tensor, which is not zero and whose largest entry is near one. `split` reshapes it to the parts of
+        The tensor, which is nonzero and has a largest entry near one. `split` reshapes it to the parts of
         split modes.
     generators : sequence of numpy.random.Generator
         One for each start. The first start uses singular vectors instead, if the method supports it.
@@ -39,9 +39,9 @@ def fits(
     -------
     iterable of sequence of array or None
         Factors in the order of their declaration, for some or all of the starts; None for a factor of all
-        ones. A bond may be smaller than in the rank: `decompose` pads it with zeros. If a mode is padded, the
-        method may treat the padding as zeros: `decompose` then improves the best fit, ignoring the padding.
-        TensorLy's backend is NumPy during the computation.
+        ones. A bond may be smaller than in the rank, since `decompose` pads it with zeros. If a mode is
+        padded, the method may treat the padding as zeros, since `decompose` then improves the best fit,
+        ignoring the padding. TensorLy's backend is NumPy during the computation.
     """
     for generator in generators:
         start = random_factors(format, dense.shape, rank, generator)
@@ -62,7 +62,7 @@ def scaled_fits(
 
 
 def random_factors(format: Format, shape: Sequence[int], rank: Rank, generator: Any) -> list[Any]:
-    """Factors with normal entries, None for optional factors."""
+    """Factors with normally distributed entries, None for optional factors."""
     pairs = zip(format.declaration(len(shape) - 2), format.shapes(shape, rank), strict=True)
     return [None if f.optional else generator.standard_normal(size) for f, size in pairs]
 
@@ -84,13 +84,13 @@ def alternate(format: Format, dense: Any, start: Sequence[Any], n_iter: int, tol
 class Problem:
     """The least-squares problem for one factor of a term.
 
-    The modes that only this factor has are the right-hand sides. Each entry of the modes that it shares with
+    The modes that only this factor has form the right-hand sides. Each entry of the modes that it shares with
     other factors is a separate problem.
 
     Parameters
     ----------
     factors : sequence of array or None
-        The factors of all terms, here and in the methods.
+        The factors of all terms, also in the methods.
     """
 
     def __init__(self, view: TermView, k: int, factors: Sequence[Any]):
@@ -119,7 +119,7 @@ class Problem:
         s, r, b, a = self.sizes
         design = self._design(*(factors[j] for j in self.others)).reshape(s, r, b)
         right = target.transpose(self.by_problem).reshape(s, r, a)
-        # (lstsq is faster than pinv, but solves only one problem at a time.)
+        # lstsq is faster than pinv, but solves only one problem at a time.
         if s == 1:
             return self.factor(np.linalg.lstsq(design[0], right[0])[0])
         return self.factor(np.linalg.pinv(design) @ right)
@@ -141,8 +141,8 @@ class Problem:
 def stop_rule(tolerance: float) -> Callable[[Any, float], bool]:
     """A callback that stops when each of two consecutive sweeps reduces the error by less than a fraction.
 
-    Two sweeps are required because TensorLy, for whose callbacks this is, reports the same error twice after
-    a line search.
+    Two sweeps are required because TensorLy, which calls it, reports the same error twice after a line
+    search.
     """
     last, stalled = float("inf"), 0
 

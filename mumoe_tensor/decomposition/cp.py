@@ -40,8 +40,8 @@ def improved(dense: Any, factors: list[Any], n_iter: int, tolerance: float) -> l
         return stop(fit, error)
 
     # The first ridge is too small to affect a fit, but keeps the systems regular if components vanish or
-    # coincide. If a system is still singular, a larger one is used. (TensorLy calls the callback only if tol
-    # > 0.)
+    # coincide. If a system is still singular, a larger ridge is used. TensorLy calls the callback only if tol
+    # > 0.
     for ridge in (1e-14, 1e-11, 1e-8):
         options = {"l2_reg": ridge, "linesearch": True, "callback": callback}
         with suppress(np.linalg.LinAlgError):
@@ -65,8 +65,8 @@ def from_eigenvectors(dense: Any, r: int, generator: Any) -> list[Any]:
     """Factors from the eigenvectors of two random mixtures of slices (Leurgans et al. 1993).
 
     Exact if the tensor has rank r and at least two of its modes have r or more entries. Alternating least
-    squares alone gets stuck in this case if the other modes are small. The result is empty if there are no
-    two such modes or the eigenvectors are not real.
+    squares alone gets stuck in this case if the other modes are small. The result is empty if no two modes
+    are this large or the eigenvectors are not real.
     """
     from tensorly.base import unfold
     from tensorly.tenalg import multi_mode_dot

@@ -15,12 +15,11 @@ from mumoe_tensor.decomposition.alternating import Problem, stop_rule
 from mumoe_tensor.decomposition.terms import TermView, balanced, contraction, views
 from mumoe_tensor.formats.base import Format
 
-#: Damping of the first step, and the largest one, relative to the largest mean curvature of a factor.
+#: Damping of the first step, and maximum damping, relative to the largest mean curvature of a factor.
 DAMPING, MOST_DAMPING = 1e-2, 1e3
-#: Factor by which an accepted step reduces the damping, and a rejected step increases it.
+#: Factor by which an accepted step reduces the damping and a rejected step increases it.
 CHANGE = 5
-#: Number of Gauss-Newton steps that usually suffices, and maximum number of conjugate-gradient steps for
-#: each.
+#: Number of Gauss-Newton steps that usually suffices, and maximum number of conjugate-gradient steps in each.
 FEW_STEPS, STEPS = 50, 10
 #: Largest product of bonds of a factor for which the preconditioner forms a matrix.
 LARGEST = 2048
@@ -36,10 +35,10 @@ def improve(
 ) -> list[Any]:
     """Improve the factors by joint steps: at most `n_iter`, and at most 50 or a tenth of `n_iter`.
 
-    (A step takes about as long as ten sweeps, and usually few steps suffice.)
+    A step takes about as long as ten sweeps, and few steps usually suffice.
 
     Unlike alternating least squares, this does not get stuck if several terms fit the same part of the
-    tensor. Padding is ignored. With a covariance of the inputs, the error is weighted by it.
+    tensor. Padding is ignored. A covariance of the inputs weights the error.
     """
     factors = balanced(format, dense.ndim - 2, start, 0)
     terms = [_Term(view, factors) for view in views(format, dense.shape)]

@@ -1,4 +1,4 @@
-"""Sums: each term is fitted to the residual of the terms before it, then all terms are fitted together."""
+"""Sums: each term is fitted to the residual of the previous terms, then all terms are fitted together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 def sum_of_terms(
     format: Format, dense: Any, rank: Rank, generators: Sequence[Any], n_iter: int, tolerance: float
 ) -> Iterator[list[Any]]:
-    """Fits started from successive best fits of the terms to the residual, then from random factors."""
+    """Fits that start from successive best fits of the terms to the residual, then from random factors."""
     first: list[Any] = []
     residual = dense.copy()
     for term, view in zip(format.terms(dense.shape, rank), views(format, dense.shape), strict=True):

@@ -33,7 +33,7 @@ def tensor_ring(
 
 
 def matrix_ring(dense: Any, rank: Rank) -> list[Any]:
-    """Two cores for a matrix: its truncated SVD, whose rank is the product of the two bonds."""
+    """Two cores for a matrix: its truncated SVD, with the product of the two bonds as its rank."""
     u, s, v = np.linalg.svd(dense, full_matrices=False)
     k = min(prod(rank), len(s))
     left, right = np.zeros((len(u), prod(rank))), np.zeros((prod(rank), v.shape[1]))
@@ -45,7 +45,7 @@ def ring_svd(dense: Any, rank: Rank) -> list[Any]:
     """Cores of the best TR-SVD over all first modes; an empty list if the rank allows none.
 
     The product of the two bonds of the first core must not exceed the rank of the first unfolding. Bonds are
-    smaller if an unfolding has a smaller rank. (TensorLy's `mode` argument confuses the ranks from 2 on.)
+    smaller if an unfolding has a smaller rank. TensorLy's `mode` argument confuses the ranks from mode 2 on.
     """
     from tensorly.base import unfold
     from tensorly.decomposition import tensor_ring

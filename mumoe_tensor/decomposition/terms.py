@@ -29,9 +29,10 @@ def views(format: Format, shape: Sequence[int]) -> list[TermView]:
 
 
 def balanced(format: Format, num_levels: int, factors: Sequence[Any], exponent: int) -> list[Any]:
-    """Multiply each term by 2^exponent and balance its factors, by powers of two and so without rounding.
+    """Multiply each term by 2^exponent and balance its factors.
 
-    The norms of the factors of a term then differ by at most a factor of four.
+    The scales are powers of two, so nothing is rounded. The norms of the factors of a term then differ by at
+    most a factor of four.
     """
     scaled = list(factors)
     for _, positions in format.summands(num_levels):
@@ -92,7 +93,7 @@ class TermView:
         return np.pad(taken, self._padding).reshape(self.shape)
 
     def put(self, part: Any) -> Any:
-        """A tensor of the shape of the weight that is zero except for the term."""
+        """A tensor with the shape of the weight that is zero except for the term."""
         tensor = np.zeros(self._whole)
         tensor[self._region] = part.reshape(self._held)[self._cut]
         return tensor
@@ -103,7 +104,7 @@ class TermView:
 
 
 def contraction(operands: dict[Any, tuple[Indices, Sequence[int]]], output: Indices) -> Callable[..., Any]:
-    """A function that contracts arrays with these indices and shapes, along a path that is chosen once."""
+    """A function that contracts arrays with these indices and shapes, along a path chosen once."""
     if not operands:
         return lambda: np.ones(())
     names = sorted({x for indices, _ in operands.values() for x in indices})

@@ -13,14 +13,14 @@ from mumoe_tensor.formats.base import Format, Rank, mode_names
 
 #: Asymmetry and negative eigenvalues up to this fraction of the largest value are treated as rounding errors.
 ROUNDING = 1e-4
-#: Directions whose variance is below this fraction of the largest are treated as absent.
+#: Directions with a variance below this fraction of the largest are treated as absent.
 ABSENT = 1e-13
 
 
 def read_covariance(covariance: Array, experts: Sequence[int], size: int) -> Any:
     """Check a covariance of inputs, or one per expert, and convert it to float64.
 
-    It is scaled so that the largest eigenvalue is one.
+    The result is scaled so that the largest eigenvalue is one.
     """
     check_floating({"input_covariance": covariance})
     shapes = dict.fromkeys([(size, size), (*experts, size, size)])  # of all experts, of each

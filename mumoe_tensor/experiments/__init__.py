@@ -1,1 +1,1 @@
-"""Experiments of the papers on real data, one module each; the docs have the protocol and the command."""
+"""Experiments of the papers on real data, one module each. The docs contain their protocols and commands."""

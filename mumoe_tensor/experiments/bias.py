@@ -1,4 +1,4 @@
-"""Correction of a model's errors on a subpopulation by the biases of experts, compared with other methods.
+"""Correction of a model's errors on a subpopulation by expert biases, compared with other methods.
 
 The protocol is in ``docs/experiments/bias.md``.
 """
@@ -25,7 +25,7 @@ from mumoe_tensor.readers import reading
 from mumoe_tensor.training import Dataset, TrainConfig, train
 from mumoe_tensor.training.attributes import Population, Task
 
-#: Metrics of every model and correction; along a curve only the first three.
+#: Metrics of every model and correction; along a curve, only the first three.
 METRICS = ("accuracy", "target", "worst", "deviation", "equal_opportunity")
 COLUMNS: dict[str, type] = {
     "run": str, "task": str, "method": str, "seed": int, "split": str, "setting": str, "value": float,
@@ -42,7 +42,7 @@ CORRECTIONS = {
     "group threshold": "mumoe",
 }
 METHODS = (*MODELS, *CORRECTIONS)
-#: Seed of the runs by which settings are chosen.
+#: Seed of the runs that choose settings.
 TUNING_SEED = 100
 #: Largest loss of accuracy in the trade-off area, and the number of grid steps up to it.
 LARGEST_LOSS, STEPS = 0.25, 250
@@ -66,7 +66,7 @@ class Experiment:
     task : Task
     recipe : Recipe
     folder : Path
-        Receives ``results.csv`` and the trained models. Runs whose results it has are not repeated.
+        Receives ``results.csv`` and the trained models. Runs with results in it are not repeated.
     """
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
@@ -80,9 +80,9 @@ class Experiment:
         ----------
         progress : callable, optional
         jobs : int or str, default 1
-            Parallel training runs, see `.side_by_side`.
+            Number of parallel training runs; see `.side_by_side`.
         """
-        # Debiased models start from the settings of the others.
+        # Debiased models start from the settings of the other models.
         for runs in (self._tuning(ARCHITECTURES), self._tuning(DEBIASED), self._seeds("validation")):
             self._do([*runs], progress, jobs)
 
@@ -92,7 +92,7 @@ class Experiment:
         Raises
         ------
         ValueError
-            If `validate` is not finished.
+            If `validate` has not finished.
         """
         if missing := [
             run for run, _ in self._seeds("validation") if not self.ledger.has(run=self._key(run))
@@ -128,7 +128,7 @@ class Experiment:
         return f"{self.task.name}: {run}"
 
     def _tuning(self, methods: Sequence[str]) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
-        """The runs by which the settings of these methods are chosen."""
+        """The runs that choose the settings of these methods."""
         grids = {
             **{name: ("learning rate", self.recipe.learning_rates) for name in ARCHITECTURES},
             "oversampling": ("repetitions", self.recipe.repetitions),
@@ -183,7 +183,7 @@ class Experiment:
             write_tensors(path, model.state_dict(), {})
         else:
             model = self._built(method)
-            # (Version 0.1 wrote .pt.)
+            # Version 0.1 wrote .pt.
             path = path if path.exists() else path.with_suffix(".pt")
             tensors = read_weights(path)
             with reading(path):
@@ -257,7 +257,7 @@ def fit(
         members = task.members(training)
         counts = torch.where(members, repetitions, 1)
         training = training.rows(torch.repeat_interleave(torch.arange(len(training)), counts))
-    # A `Dataset` has one label per row: here the index of the row, with which the loss looks up its labels.
+    # A `Dataset` has one label per row: the index of the row, with which the loss looks up its labels.
     labels = torch.cat([training.y, task.validation.y]).float()
     numbers = torch.arange(len(labels))
     data = Dataset(training.x, numbers[: len(training)])
@@ -339,7 +339,7 @@ def logit_of(task: Task, logits: Tensor) -> Tensor:
 def rates(task: Task, rows: Population, logits: Tensor) -> dict[str, float]:
     """Accuracies on all rows, on the target subpopulation and on the worst subpopulation.
 
-    The same values as from `fairness`, which is too slow for a curve: a quarter of a second for 20,000 rows.
+    The same values as `fairness`, which is too slow for a curve.
     """
     labels = task.labels(rows)
     right = (logit_of(task, logits) > 0).long() == labels
@@ -357,7 +357,7 @@ def rates(task: Task, rows: Population, logits: Tensor) -> dict[str, float]:
 
 
 def moved(task: Task, logits: Tensor, by: Tensor) -> Tensor:
-    """Logits with those of the task corrected."""
+    """A copy of the logits with the task's logits corrected."""
     logits = logits.clone()
     logits[:, task.output] += by
     return logits
@@ -372,7 +372,7 @@ def best(rows: Sequence[Row]) -> float:
 
 
 def area(curve: Sequence[Row], reference: float) -> float:
-    """The mean, over losses of accuracy, of the highest worst-subpopulation accuracy at no larger a loss.
+    """The mean, over accuracy losses, of the highest worst-subpopulation accuracy at no greater loss.
 
     Parameters
     ----------
@@ -382,7 +382,7 @@ def area(curve: Sequence[Row], reference: float) -> float:
         Accuracy from which losses are measured.
     """
     losses = (LARGEST_LOSS * step / STEPS for step in range(STEPS + 1))
-    # (With a tolerance, since the loss of the uncorrected model is 0 up to rounding.)
+    # With a tolerance, since the loss of the uncorrected model is 0 only up to rounding.
     return mean(
         max((row["worst"] for row in curve if row["accuracy"] >= reference - loss - 1e-9), default=0.0)
         for loss in losses

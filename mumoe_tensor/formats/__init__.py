@@ -1,4 +1,4 @@
-"""Formats: their base class (`base`), lookup by name (`registry`), and one short file for each format."""
+"""Formats: the base class (`base`), lookup by name (`registry`), and a short file for each format."""
 
 from mumoe_tensor.formats.base import Factor, Format, by_kind, mode_names
 from mumoe_tensor.formats.btt import BTT

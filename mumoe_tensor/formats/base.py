@@ -18,7 +18,7 @@ from mumoe_tensor.formats.splits import Splits
 Rank = tuple[int, ...]
 #: Index of the batch in a contraction.
 BATCH = "B"
-#: The largest number of levels of experts for which declarations are checked and factors are matched.
+#: Maximum number of levels of experts for which declarations are checked and factors are matched.
 MOST_LEVELS = 16
 
 
@@ -30,14 +30,14 @@ class Factor:
     ----------
     indices : str
         Names of the axes, separated by spaces, e.g. ``"b1 n1 b2"``. A name that is not a mode is a bond,
-        whose size is an entry of the rank. Names must be identifiers. A bond must not be named ``B`` (the
-        batch), or like a mode of another level (``n2`` with one level).
+        whose size is an entry of the rank. Names must be identifiers. A bond must not have the name ``B``
+        (the batch) or the name of a mode of another level (``n2`` with one level).
     memory_order : str, optional
-        The same names in the memory order that suits the factor's usual product, slowest first. The default
-        is `indices`.
+        The same names in the memory order that suits the factor's usual product, slowest first. Defaults to
+        `indices`.
     optional : bool, default False
         Whether the factor may be missing, like the weights of a CP tensor. A missing factor is all ones, and
-        adds neither parameters nor a step to the contraction.
+        adds no parameters and no contraction step.
     """
 
     indices: tuple[str, ...]
@@ -75,7 +75,7 @@ class Term(NamedTuple):
         terms have no bias row; see `.Bias`.
     rank : tuple of int
     factors : slice
-        The position of its factors among those of the weight.
+        The position of its factors among the factors of the weight.
     """
 
     format: Format
@@ -84,7 +84,7 @@ class Term(NamedTuple):
     factors: slice
 
     def positions(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """Select the positions that belong to this term, and count them from its first factor."""
+        """Select the positions that belong to this term, counted from its first factor."""
         start, stop = self.factors.start, self.factors.stop
         return tuple(k - start for k in positions if start <= k < stop)
 
@@ -92,21 +92,21 @@ class Term(NamedTuple):
 class Format(ABC):
     """A tensor format, declared by the index strings of its factors.
 
-    Subclasses set `name` and `title` and implement `factors`. Everything else in the library is derived
-    from that one declaration. Optional methods add conventions of the literature: `default_rank`,
-    `reference_flops`, and the ``*_container`` methods if TensorLy has the format.
+    Subclasses set `name` and `title` and implement `factors`. The library derives everything else from that
+    declaration. Optional methods add conventions of the literature: `default_rank`, `reference_flops`, and
+    the ``*_container`` methods if TensorLy has the format.
 
-    A format is a value. Its settings are arguments of the class with defaults, stored as attributes of the
-    same names. Two formats are equal if their classes and attributes are equal. Settings must be hashable,
-    and must not change once the format is in use.
+    A format is a value. Its settings are arguments of the class with defaults, stored as attributes with the
+    same names. Two formats are equal if their classes and attributes are equal. Settings must be hashable and
+    must not change once the format is in use.
 
     Parameters
     ----------
     splits : dict, optional
         Modes that are split into parts, in row-major order: for ``"i"``, ``"o"``, ``"n1"``, ... the number of
         parts or their sizes. They are merged with the splits of the class. If only the number is given, the
-        parts are the most balanced factorization of the size. If the product of the given sizes is larger
-        than the mode, the mode is padded with zeros.
+        parts are the most balanced factorization of the size. If the product of the given sizes exceeds the
+        mode, the mode is padded with zeros.
     """
 
     name: str
@@ -141,7 +141,7 @@ class Format(ABC):
         """
 
     def default_rank(self, mode_sizes: tuple[int, ...], t: int) -> Rank:
-        """The conventional rank, as a family that grows with ``t >= 1``, for which `fit_rank` solves.
+        """The conventional rank, as a family that grows with ``t >= 1``; `fit_rank` solves for ``t``.
 
         Parameters
         ----------
@@ -153,9 +153,9 @@ class Format(ABC):
         return (t,) * len(self.bonds(num_levels))
 
     def reference_flops(self, mode_sizes: tuple[int, ...], rank: Rank) -> int | None:
-        """FLOPs for one input by the closed form of the literature, or None if there is none.
+        """FLOPs for one input by a published closed form, or None if there is none.
 
-        It is not called if modes are split.
+        Not called if modes are split.
         """
         return None
 
@@ -364,7 +364,7 @@ def by_kind(modes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...], t
 def _declared(format: Format, num_levels: int) -> tuple[tuple[Factor, ...], tuple[str, ...]]:
     """The factors and the bonds of a format, after checking that they are a tensor network.
 
-    Everything that is derived from a format, registered or not, uses this function.
+    Everything derived from a format, registered or not, uses this function.
     """
     modes, name, at = format.modes(num_levels), type(format).__name__, f"level count {num_levels}:"
     try:

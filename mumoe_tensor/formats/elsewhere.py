@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mumoe_tensor.formats.registry import formats, register
 
-#: The group of entry points. The name of an entry point is that of the format, and its value is the class.
+#: The group of entry points. An entry point has the name of its format; its value is the class.
 GROUP = "mumoe_tensor.formats"
 
 

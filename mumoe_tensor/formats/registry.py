@@ -8,16 +8,16 @@ from typing import Any
 from mumoe_tensor.arguments import arguments_of, as_json
 from mumoe_tensor.formats.base import MOST_LEVELS, Format
 
-#: A format, its name, or its config entry: a dict with its name and arguments of its class.
+#: A format, its name, or its config entry: a dict with its name and the arguments of its class.
 AnyFormat = str | Mapping[str, Any] | Format
 
 _registry: dict[str, Format] = {}
-#: Classes of formats that are composed of others: they have a name in configs, but need arguments.
+#: Classes of formats composed of others: they have a name in configs, but need arguments.
 _composed: dict[str, type[Format]] = {}
 
 
 def register(format: type[Format]) -> type[Format]:
-    """Make a format available by its name. This is a class decorator.
+    """Make a format available by its name. Use it as a class decorator.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def register(format: type[Format]) -> type[Format]:
         of levels up to 16: each mode must be an index of a factor, and each bond must join at least two
         factors and must not have a name reserved by the library.
     TypeError
-        If it is not a subclass of `Format`, or has no name or no title.
+        If `format` is not a subclass of `Format`, or has no name or no title.
     """
     if not (isinstance(format, type) and issubclass(format, Format)):
         raise TypeError(
@@ -48,7 +48,7 @@ def register(format: type[Format]) -> type[Format]:
         text = getattr(declared, what, None)
         if not isinstance(text, str) or not text.strip():
             raise TypeError(f"a format must have a {what}, a string; {format.__name__} has {text!r}.")
-    # (Formats of the package are checked by its tests instead, so that the package is imported quickly.)
+    # The package's formats are checked by its tests instead, so that the package is imported quickly.
     if not format.__module__.startswith(f"{__package__}."):
         for levels in range(MOST_LEVELS + 1):
             declared.declaration(levels)
@@ -63,7 +63,7 @@ def register(format: type[Format]) -> type[Format]:
 
 
 def composed(format: type[Format]) -> type[Format]:
-    """Make a format that is composed of others available by name in configs. This is a class decorator."""
+    """Make a format composed of others available by name in configs. Use it as a class decorator."""
     _composed[format.name] = format
     return format
 
@@ -74,18 +74,18 @@ def formats() -> dict[str, Format]:
 
 
 def get_format(format: AnyFormat) -> Format:
-    """Look up a format by its name; a `Format` is returned as it is.
+    """Look up a format by its name; a `Format` is returned unchanged.
 
     Parameters
     ----------
     format : str, dict or Format
-        A dict is the config entry of a format with settings: its name, and arguments of its class.
+        A dict is the config entry of a format with settings: its name and the arguments of its class.
 
     Raises
     ------
     ValueError, TypeError
-        If neither a registered format nor an entry point of the group ``mumoe_tensor.formats`` has this name,
-        if the class does not have these arguments, or if a setting is not hashable.
+        If no registered format and no entry point of the group ``mumoe_tensor.formats`` has this name, the
+        class does not have these arguments, or a setting is not hashable.
     """
     if isinstance(format, Format):
         format.check_settings()
@@ -115,7 +115,7 @@ def get_format(format: AnyFormat) -> Format:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether an installed package has a format of this name, which is then registered."""
+    """Whether an installed package has a format with this name; if so, it is then registered."""
     from mumoe_tensor.formats.elsewhere import load_entry_points  # rarely needed
 
     for problem in load_entry_points(name):

@@ -8,7 +8,7 @@ from mumoe_tensor.formats.sums import Sum, shared
 
 @register
 class SharedExpert(Sum):
-    """``W[n.., i, o] = W0[i, o] + D[n.., i, o]``, with the differences D in another format, CP by default."""
+    """``W[n.., i, o] = W0[i, o] + D[n.., i, o]``, with the differences D in another format (default CP)."""
 
     name = "shared-expert"
 

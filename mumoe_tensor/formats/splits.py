@@ -1,4 +1,4 @@
-"""Split modes: modes that are reshaped to several parts, in row-major order, as in `numpy.kron`."""
+"""Split modes: modes reshaped to several parts, in row-major order, as in `numpy.kron`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BALANCED = 2
 
 
 class Splits(dict[str, "int | tuple[int, ...]"]):
-    """The modes that a format splits, with the number of their parts or the sizes of these. Immutable."""
+    """The modes that a format splits, with the number or the sizes of their parts. Immutable."""
 
     @classmethod
     def read(cls, splits: Mapping[str, Any]) -> Self:
@@ -69,7 +69,7 @@ class Splits(dict[str, "int | tuple[int, ...]"]):
 
 @lru_cache(maxsize=4096)
 def balanced(mode: str, size: int, count: int, name: str) -> tuple[int, ...]:
-    """The factorization of a size with the smallest ratio of largest and smallest factor, in ascending order.
+    """The factorization of a size with the smallest ratio of largest to smallest factor, in ascending order.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def balanced(mode: str, size: int, count: int, name: str) -> tuple[int, ...]:
 
 @constant_under_compile
 def is_default(size: int, parts: tuple[int, ...]) -> bool:
-    """Whether these are the parts of a size if only their number is given."""
+    """Whether these are the default parts of a size, those chosen if only their number is given."""
     return parts == _most_balanced(size, len(parts))
 
 

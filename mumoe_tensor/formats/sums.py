@@ -110,8 +110,8 @@ class Sliced(_Wrapped):
 class Bias(Format):
     """One bias for all experts: a row of the input mode that only this term has.
 
-    It is weighted by the sum of the coefficients of each level. It is only needed if a term splits the input:
-    otherwise the bias is a row of the input mode of the other terms, and differs between experts.
+    The bias is weighted by the sum of the coefficients of each level. It is needed only if a term splits the
+    input. Otherwise the bias is a row of the input mode of the other terms, and differs between experts.
     """
 
     name = "bias"
@@ -167,7 +167,7 @@ class Sum(Format):
 
     @constant_under_compile
     def declaration(self, num_levels: int) -> tuple[Factor, ...]:
-        """The factors of all terms. Indices of only one term, such as its bonds, get a prefix: ``t1_r``."""
+        """The factors of all terms. Indices that only one term has, like bonds, get a prefix: ``t1_r``."""
         return _named(self, num_levels)[0]
 
     @constant_under_compile
@@ -216,7 +216,7 @@ def shared(format: AnyFormat) -> Shared:
     """A term of `sum_of` that is the same for all experts.
 
     The term is constant along the expert modes, so its output is multiplied by the sum of the coefficients of
-    each level. (For a path that is independent of the coefficients, add a `torch.nn.Linear`.)
+    each level. For a path that is independent of the coefficients, add a `torch.nn.Linear`.
 
     Examples
     --------

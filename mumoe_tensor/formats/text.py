@@ -1,4 +1,4 @@
-"""Conversion of formats to and from text, for the command line and for tables."""
+"""Conversion of formats to and from text, for the command line and tables."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def read_format(text: str) -> Format:
 
 
 def format_text(format: Format) -> str:
-    """Convert a format to a text without spaces that `read_format` parses."""
+    """Convert a format to text without spaces that `read_format` can parse."""
     entry = config_entry(format)
     return entry if isinstance(entry, str) else json.dumps(entry, separators=(",", ":"))

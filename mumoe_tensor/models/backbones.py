@@ -25,7 +25,7 @@ class Backbone(nn.Module):
         Maps images of shape (rows, 3, size, size) to features of shape (rows, features) or
         (rows, features, ...).
     size : int
-        Images are scaled to this height and width.
+        Height and width to which images are scaled.
     mean, std : float or sequence of three float
         Mean and standard deviation for the normalisation of colours between 0 and 1.
     """
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
         Raises
         ------
         ValueError
-            If `x` has another shape.
+            If `x` has the wrong shape.
         """
         images = x.unsqueeze(1) if x.ndim == 3 else x
         if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -75,8 +75,9 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     Parameters
     ----------
     name : str
-        ``"efficientnet-lite0"`` to ``"efficientnet-lite4"``, with the features of the last block (this needs
-        the package ``efficientnet-lite-pytorch``; ``make data`` fetches lite0 and lite2), or a timm model.
+        ``"efficientnet-lite0"`` to ``"efficientnet-lite4"``, with the features of the last block, or a timm
+        model. The former require the package ``efficientnet-lite-pytorch``; ``make data`` downloads the
+        weights of lite0 and lite2.
     weights : str or Path
         A ``state_dict`` in a safetensors file, or in a torch file that contains only tensors.
     size : int, default 64
@@ -90,10 +91,10 @@ def load_backbone(name: str, weights: str | Path, size: int = 64) -> Backbone:
     Raises
     ------
     ImportError
-        If the package is not installed, or torchvision, which timm needs, does not match torch.
+        If the package is not installed, or torchvision, which timm imports, does not match torch.
     ValueError
-        If there is no such model, the file does not contain its weights, or it does not support this image
-        size.
+        If there is no such model, the file does not contain its weights, or the model does not support this
+        image size.
     """
     network: Any
     state = read_weights(weights)

@@ -67,11 +67,11 @@ def expert_block(
     Parameters
     ----------
     experts : tuple of int
-        Number of experts of each level.
+        Number of experts at each level.
     rank : tuple of int or None
-        The rank; None to solve for it.
+        None solves for the rank.
     parameters : int or "match", default "match"
-        Budget if the rank is None, including gate and biases, but not the input norm. ``"match"`` is the
+        Budget if the rank is None, including the gate and biases, but not the input norm. ``"match"`` is the
         number of parameters of `dense_block`.
     **options
         Further arguments of `.nn.MuMoEMLP`.
@@ -83,7 +83,7 @@ def expert_block(
     Raises
     ------
     ValueError
-        If no rank fits, or the format has none to solve for.
+        If no rank fits, or the format has no rank to solve for.
     """
     spec = LayerSpec(
         format, experts=experts, in_features=features, hidden=hidden, out_features=features, rank=rank,
@@ -102,13 +102,12 @@ def expert_block(
 class StochasticDepth(nn.Module):
     """Drop the residual branch of a row at random in training (Huang et al., 2016).
 
-    A branch that is kept is divided by the probability of keeping it, so that the expectation does not
-    change.
+    The kept branches are divided by the probability of keeping them, so that the expectation does not change.
 
     Parameters
     ----------
     probability : float
-        Probability of dropping.
+        Probability of dropping a branch.
     """
 
     def __init__(self, probability: float):
@@ -137,7 +136,7 @@ class StochasticDepth(nn.Module):
 
 
 def drop_probabilities(last: float, depth: int) -> list[float]:
-    """Drop probability of each block, increasing linearly from zero to that of the last block.
+    """Drop probability of each block, increasing linearly from zero to `last`.
 
     Returns
     -------

@@ -30,11 +30,11 @@ class GPT2Config:
     Attributes
     ----------
     vocabulary : int
-        Number of different tokens.
+        Size of the vocabulary.
     context : int
         Maximum number of tokens in the context.
     width : int
-        Features of a token.
+        Token width.
     depth : int
         Number of blocks.
     heads : int
@@ -42,21 +42,21 @@ class GPT2Config:
     hidden : int
         Hidden size of an MLP.
     dropout : float
-        Dropout probability of attention weights, of the outputs of branches, and of embeddings.
+        Dropout probability of attention weights, branch outputs and embeddings.
     format : str or dict
         Format of the experts: its name, or a dict with its name and settings. ``"mlp"`` is a model without
-        experts; the following fields except `stochastic_depth` then have no effect.
+        experts, which ignores the following fields except `stochastic_depth`.
     experts : tuple of int
-        Number of experts of each level.
+        Number of experts at each level.
     rank : tuple of int or None
-        One entry per bond of the format. With None, the number of parameters of a block is the closest to
-        that of the dense block, including norms.
+        One entry per bond of the format. None solves for the rank: the block's number of parameters is then
+        closest to that of the dense block, including norms.
     gate, gate_norm, init
         As in `.nn.MuMoE`. In training, batch norm computes its statistics over all tokens, including later
         ones.
     stochastic_depth : float
-        Probability of dropping a branch of the last block for a row in training; linearly smaller for earlier
-        blocks.
+        Probability of dropping a branch of the last block for a row in training; it decreases linearly for
+        earlier blocks.
 
     Raises
     ------
@@ -92,9 +92,9 @@ class GPT2(nn.Module):
     """GPT-2: a transformer that predicts the next token, with pre-norm and GELU, without biases.
 
     The output layer is tied to the token embedding (Radford et al., 2019). A dense MLP follows a layer norm.
-    An MLP of experts has biases and its own input norm, so that the input of its gate is the residual stream
-    (Oldfield et al., 2024). Dense weights are initialised with standard deviation 0.02, those at the end of a
-    branch with 0.02 / √(2 depth).
+    An MLP of experts has biases and its own input norm, so the input of its gate is the residual stream
+    (Oldfield et al., 2024). Dense weights are initialised with standard deviation 0.02, or 0.02 / √(2 depth)
+    at the end of a branch.
 
     Parameters
     ----------
@@ -153,8 +153,8 @@ class GPT2(nn.Module):
         Raises
         ------
         ValueError
-            If there are more tokens than the context, or a token is not in the vocabulary. (A compiled model
-            does not check the latter, and on CUDA it causes a device-side assertion.)
+            If a row has more tokens than the context, or a token is not in the vocabulary. A compiled model
+            does not check the latter, which causes a device-side assertion on CUDA.
         """
         self._check(tokens)
         if tokens.shape[1] > self.config.context:
@@ -202,11 +202,11 @@ class GPT2(nn.Module):
         steps : int
             Number of tokens to add to each row.
         temperature : float, default 1
-            Logits are divided by it; 0 selects the most probable token.
+            Logits are divided by the temperature; 0 selects the most probable token.
         top_k : int, optional
-            Sample from this number of most probable tokens.
+            Sample only from this number of most probable tokens.
         generator : torch.Generator, optional
-            A generator on the device of the model; by default torch's.
+            A generator on the device of the model; by default torch's generator.
         return_coefficients : bool, default False
 
         Returns
@@ -235,7 +235,7 @@ class GPT2(nn.Module):
                     least = logits.topk(top_k).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -torch.inf)
                 if temperature:
-                    # (The maximum becomes zero, so that small temperatures do not overflow.)
+                    # The maximum becomes zero, so that small temperatures do not overflow.
                     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
                     drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
                 else:
@@ -247,7 +247,7 @@ class GPT2(nn.Module):
     def coefficients(self, tokens: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """Coefficients of the experts of every block for each token, in evaluation mode.
 
-        The coefficients of a token are computed with the context that ends with this token.
+        The coefficients of a token are computed from the context that ends with this token.
 
         Parameters
         ----------
@@ -257,7 +257,7 @@ class GPT2(nn.Module):
         Returns
         -------
         dict of str to tuple of Tensor of shape (rows, tokens, N_e)
-            By name of the gate, one tensor per level.
+            One tensor per level, by name of the gate.
 
         Raises
         ------
@@ -271,7 +271,7 @@ class GPT2(nn.Module):
         with evaluating(self):
             for end in range(min(count, context), count + 1):
                 window = tokens[:, max(end - context, 0) : end]
-                # All tokens of the first window are new, and then only the last one.
+                # All tokens of the first window are new; in later windows only the last one is.
                 new = slice(None) if end <= context else slice(-1, None)
 
                 def keep(name: str, levels: tuple[Tensor, ...], new: slice = new) -> None:

@@ -1,4 +1,4 @@
-"""Heads, which map features to class logits, dense or with experts, and their files."""
+"""Heads, dense or with experts, which map features to class logits, and their files."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Head(nn.Module):
     format : str, dict or Format, default "cp"
         Format of the experts, or ``"linear"`` for a head without experts.
     experts : int or sequence of int, default 64
-        Number of experts of each level.
+        Number of experts at each level.
     rank : int or sequence of int, optional
-        See `mumoe_tensor.nn.MuMoE`; one entry may be None. The default is the smallest rank at which an
-        expert can have full rank, like the head without experts.
+        See `mumoe_tensor.nn.MuMoE`; one entry may be None. The default is the smallest rank that allows an
+        expert of full rank, as in the head without experts.
     parameters : int or str, optional
-        Budget, including gate and biases. The rank, or its entry None, is the one with the closest number of
-        parameters. ``"match"``, the default for an entry None, is the number of parameters of the head
-        without experts, and ``"2x"`` a multiple of it. For a format without a rank, `hidden` is solved for
-        instead, and a single layer ignores the budget.
+        Budget, including the gate and biases. The rank, or its None entry, is chosen so that the number of
+        parameters is closest. ``"match"``, the default for a None entry, is the number of parameters of the
+        head without experts, and ``"2x"`` a multiple of it. For a format without a rank, `hidden` is solved
+        for instead, and a single layer ignores the budget.
     gate, gate_norm, init : optional
         See `mumoe_tensor.nn.MuMoE`.
 
@@ -50,7 +50,7 @@ class Head(nn.Module):
         The arguments of a head like this one, including the rank and hidden size that were solved for.
     body : Linear, Sequential, MuMoE or MuMoEMLP
     mean, scale : Tensor
-        The features are shifted by `mean` and divided by `scale`; see `centre_on`.
+        The head subtracts `mean` from the features and divides them by `scale`; see `centre_on`.
 
     Raises
     ------
@@ -108,9 +108,10 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def centre_on(self, features: Tensor) -> None:
-        """Set `mean` and `scale` to those of given features; see `centring`.
+        """Set `mean` and `scale` to the statistics of given features; see `centring`.
 
-        All features have a common scale, since a feature that hardly varies here may vary more later.
+        All features have a common scale, since a feature that hardly varies in this sample may vary more
+        later.
 
         Parameters
         ----------

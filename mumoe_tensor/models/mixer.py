@@ -33,24 +33,24 @@ class MixerConfig:
     patch : int
         Height and width of a patch, which is one token.
     width : int
-        Features of a token.
+        Token width.
     depth : int
         Number of blocks.
     token_hidden, channel_hidden : int
-        Hidden sizes of the MLP that mixes tokens, and of the MLP that mixes channels.
+        Hidden sizes of the token-mixing and the channel-mixing MLP.
     classes : int
     format : str or dict
         Format of the experts: its name, or a dict with its name and settings. ``"mlp"`` is a model without
-        experts; the following fields except `stochastic_depth` then have no effect.
+        experts, which ignores the following fields except `stochastic_depth`.
     experts : tuple of int
-        Number of experts of each level.
+        Number of experts at each level.
     token_rank, channel_rank : tuple of int or None
-        One entry per bond of the format. With None, the MLP's number of parameters is as close as possible to
-        that of the dense MLP.
+        One entry per bond of the format. None solves for the rank: the MLP's number of parameters is then
+        closest to that of the dense MLP.
     gate, gate_norm, init
         As in `.nn.MuMoE`.
     stochastic_depth : float
-        Probability of dropping a branch of the last block for an image in training; decreasing linearly for
+        Probability of dropping a branch of the last block for an image in training; it decreases linearly for
         earlier blocks.
 
     Raises
@@ -96,8 +96,8 @@ class Mixer(nn.Module):
 
     With X of shape (tokens, width), a block computes ``U = X + MLP(LayerNorm(X)ᵀ)ᵀ`` and then ``Y = U +
     MLP(LayerNorm(U))`` (Tolstikhin et al., 2021, equation 1). Both MLPs may have experts (Oldfield et al.,
-    2024). The input of the first gate is then one channel over all tokens, that of the second gate one token
-    over all channels.
+    2024). The input of the first gate is then one channel over all tokens, and the input of the second gate
+    is one token over all channels.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ class Mixer(nn.Module):
         Raises
         ------
         ValueError
-            If images have another shape or are integers.
+            If images have the wrong shape or an integer dtype.
         """
         size, channels = self.config.image_size, self.config.channels
         if images.ndim == 3 and channels == 1:

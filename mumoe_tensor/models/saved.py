@@ -14,7 +14,7 @@ from mumoe_tensor.models.mixer import Mixer, MixerConfig
 from mumoe_tensor.nn.weights import load_tensors, read_tensors, write_tensors
 from mumoe_tensor.readers import parse_json, reading
 
-#: Classes of models and configs, by the name in a file.
+#: Classes of models and configs, by the name in the file.
 _KINDS: dict[str, tuple[type[Any], type[Any]]] = {"mixer": (Mixer, MixerConfig), "gpt2": (GPT2, GPT2Config)}
 
 
@@ -29,7 +29,7 @@ def save_model(model: Mixer | GPT2, path: str | Path) -> None:
     Raises
     ------
     TypeError
-        If it is another model, or a wrapped one.
+        If `model` is another model, or a wrapped one.
     """
     kinds = [name for name, (kind, _) in _KINDS.items() if type(model) is kind]
     if not kinds:

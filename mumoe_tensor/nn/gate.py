@@ -289,7 +289,7 @@ class ExpertGate(WholeState):
     def coefficients_of(
         self, logits: Tensor, dtype: torch.dtype | None = None, sparse: bool = False
     ) -> tuple[Any, ...]:
-        """Coefficients from the normalised logits of all levels, in `dtype` or the dtype of the logits."""
+        """Coefficients from the logits after batch norm, level by level, in `dtype` or the logits' dtype."""
         count = len(self.num_experts)
         if self._is_stacked and self.gate in ROWWISE:
             # A single call of the gate is faster.

@@ -239,8 +239,8 @@ class NearestCentres(_Selecting):
 
     Parameters
     ----------
+    k : int
         Number of experts to select at each level.
-        Number of selected experts of a level.
 
     Examples
     --------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class WholeState(nn.Module):
-    """A module that stays unchanged when it is given a state that does not fit.
+    """A module that stays unchanged when a state that does not fit is loaded.
 
     Other torch modules load everything that fits, and then raise an error.
     """

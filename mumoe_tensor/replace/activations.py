@@ -27,7 +27,7 @@ CHUNK = 8192
 
 
 class ActivationRows:
-    """Inputs and outputs of a module, as training data: a row is a token of a text, or a patch of an image.
+    """Inputs and outputs of a module as training data. A row is a token of a text, or a patch of an image.
 
     Parameters
     ----------
@@ -84,12 +84,12 @@ class ActivationRows:
         return values
 
     def below(self, limit: float) -> ActivationRows:
-        """The rows whose outputs have norms of at most `limit`; see `median_norm`.
+        """The rows whose outputs have a norm of at most `limit`; see `median_norm`.
 
         Raises
         ------
         ValueError
-            If there are none.
+            If there are no such rows.
         """
         is_below = self._norms <= limit
         if not is_below.any():
@@ -100,9 +100,9 @@ class ActivationRows:
     def median_norm(self) -> float:
         """The median norm of the outputs.
 
-        In language models, the outputs of a few tokens, most often the first of a text, are a thousand times
+        In language models, the outputs of a few tokens, usually the first of a text, are a thousand times
         larger (Sun et al., "Massive Activations in Large Language Models", COLM 2024). They would dominate a
-        squared error; ``rows.below(5 * rows.median_norm)`` leaves them out.
+        squared error; ``rows.below(5 * rows.median_norm)`` excludes them.
         """
         return float(self._norms.median())
 
@@ -148,7 +148,7 @@ class ActivationRows:
 
     @cached_property
     def _moments(self) -> tuple[Moments, Moments]:
-        """Moments of the inputs and of the outputs."""
+        """Moments of the inputs and the outputs."""
         both = Moments(), Moments()
         for rows in torch.arange(len(self), device="cpu").split(CHUNK):
             for moments, part in zip(both, self.batch(rows), strict=True):
@@ -174,7 +174,7 @@ class Activations:
     Raises
     ------
     ValueError
-        If the folder has no activations, or their collection is not finished.
+        If the folder has no activations, or collecting them has not finished.
 
     Examples
     --------
@@ -220,8 +220,8 @@ class Activations:
     ) -> Self:
         """Write the inputs and outputs of modules to a folder, in one pass over texts.
 
-        After an interruption, the same call resumes after the last complete shard; if the collection is
-        finished, it only checks that model, modules and texts are the same. Memory holds one shard, and
+        After an interruption, the same call resumes after the last complete shard. If the collection is
+        finished, the call only checks that model, modules and texts are the same. Memory holds one shard, and
         copies of it while it is written.
 
         Parameters
@@ -230,15 +230,16 @@ class Activations:
             Called with batches of texts, in evaluation mode.
         modules : str or sequence of str
             Names of modules of the model. Each maps its first argument, of shape (rows, features) or (texts,
-            ..., features), to such a tensor, or to a tuple that starts with one, and is called once in a
-            forward pass. After the first, a forward pass stops when the last of the modules has returned.
+            ..., features), to such a tensor or to a tuple that starts with one, and is called once in a
+            forward pass. After the first batch, a forward pass stops when the last of the modules has
+            returned.
         texts : sequence of Tensor
             Inputs of the model without the batch axis, such as the token ids of a text, or an image.
         folder : str or Path
         batch_size : int, default 8
-            Maximum number of texts in a batch; consecutive texts of the same shape share one.
+            Maximum number of texts in a batch. Only consecutive texts of the same shape share a batch.
         dtype : {"float16", "bfloat16", "float32"}
-            Dtype on disk.
+            Dtype of the stored values.
         shard_rows : int, default 16384
             A shard is written once it has this many rows.
         progress : callable, optional

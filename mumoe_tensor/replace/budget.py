@@ -37,7 +37,7 @@ def solve(
     Raises
     ------
     ValueError
-        If the layer of the smallest size has more parameters, or no size has as many.
+        If the smallest layer already has more parameters, or no size has as many.
     """
     check_choice(rounding, ("up", "down", "nearest"), "rounding")
 

@@ -20,7 +20,7 @@ KIND = "coefficients"
 
 
 class CoefficientRows:
-    """The coefficients above the threshold in one level of a gate; a row is a token, or a patch.
+    """The coefficients above the threshold in one level of a gate. A row is a token, or a patch.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class CoefficientRows:
         return len(self.documents)
 
     def rows(self, start: int = 0, stop: int | None = None) -> csr_array:
-        """Rows as a sparse SciPy array; by default all.
+        """Rows as a sparse SciPy array, by default all.
 
         Parameters
         ----------
@@ -76,13 +76,13 @@ class Coefficients:
     ----------
     gates : dict of str to tuple of int
         Names of the gates, and their numbers of experts per level. ``coefficients[name]`` is the
-        `CoefficientRows` of a gate's first level, ``coefficients[name, level]`` that of any level.
+        `CoefficientRows` of a gate's first level, and ``coefficients[name, level]`` that of any level.
     threshold : float
 
     Raises
     ------
     ValueError
-        If the folder has no coefficients, or their collection is not finished.
+        If the folder has no coefficients, or collecting them has not finished.
     """
 
     def __init__(self, folder: str | Path):
@@ -110,7 +110,7 @@ def collect_coefficients(
 ) -> Coefficients:
     """Write the coefficients of every gate of a model to a folder, in one pass over texts.
 
-    After an interruption, the same call resumes, see `.Activations.collect`.
+    After an interruption, the same call resumes; see `.Activations.collect`.
 
     Parameters
     ----------
@@ -120,9 +120,9 @@ def collect_coefficients(
         Inputs of the model without the batch axis.
     folder : str or Path
     threshold : float, default 0.0
-        Only coefficients of larger magnitude are stored.
+        Only coefficients with a larger magnitude are stored.
     batch_size : int, default 8
-        Maximum number of texts in a batch; consecutive texts of the same shape share one.
+        Maximum number of texts in a batch. Only consecutive texts of the same shape share a batch.
     shard_rows : int, default 16384
         A shard is written once it has the coefficients of this many rows, counted over all gates.
     progress : callable, optional

@@ -1,4 +1,4 @@
-"""The loss of a language model when one of its modules is replaced."""
+"""The loss of a language model with one of its modules replaced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mumoe_tensor.replace.moments import Moments
 from mumoe_tensor.replace.shards import check_text
 from mumoe_tensor.replace.usage import counted, use_of
 
-#: Maximum number of tokens in a batch of several texts, whose logits are in memory at once.
+#: Maximum number of tokens in a batch of several texts. All logits of a batch are in memory together.
 BATCH_TOKENS = 2048
 
 
@@ -30,7 +30,7 @@ class DocumentLosses(NamedTuple):
     Attributes
     ----------
     nats : Tensor of float64 of shape (texts,)
-        Sum over the predicted tokens: all but the first.
+        Sum over the predicted tokens, which are all but the first.
     tokens : Tensor of int64 of shape (texts,)
         Number of predicted tokens.
     """
@@ -79,7 +79,7 @@ class Bounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The faithfulness and sparsity of a layer that replaces a module, see `evaluate`.
+    """The faithfulness and sparsity of a layer that replaces a module; see `evaluate`.
 
     Attributes
     ----------
@@ -88,12 +88,12 @@ class Evaluation:
     bounds : Bounds
         Bounds for the same texts.
     nmse : float
-        Total squared error of the layer's outputs, divided by the total variance of the module's; both are
-        given the inputs of the module in the intact model. Without a limit, a few tokens may have nearly all
-        of the variance.
+        Total squared error of the layer's outputs, divided by the total variance of the module's outputs.
+        Both are computed from the inputs of the module in the intact model. Without a limit, a few tokens may
+        account for nearly all of the variance.
     relative_error : float
-        Mean of the squared error divided by the squared norm of the module's output, over the tokens where
-        that norm is not zero.
+        Mean of the squared error divided by the squared norm of the module's output, over the tokens with a
+        nonzero norm.
     active : float or None
         Average number of experts per token with a nonzero coefficient, over all levels; None without
         experts.
@@ -130,12 +130,12 @@ class Evaluation:
 
     @property
     def rises(self) -> Tensor:
-        """Rise in the cross entropy of each text, in nats per token, of shape (texts,)."""
+        """Increase in the cross entropy of each text, in nats per token, of shape (texts,)."""
         return (self.losses.nats - self.bounds.intact.nats) / self.losses.tokens
 
     @property
     def rise(self) -> float:
-        """Rise in cross entropy over the intact model, in nats per token."""
+        """Increase in cross entropy over the intact model, in nats per token."""
         return self.interval()[0]
 
     def of_documents(self, documents: Sequence[int]) -> Evaluation:
@@ -165,8 +165,8 @@ class Evaluation:
 def splice(model: nn.Module, name: str, module: nn.Module | None) -> Iterator[None]:
     """A context in which one module of a model is replaced.
 
-    A module with several names in the model is replaced under all of them. Contexts nest. On exit, also after
-    an error, the original module is restored.
+    A module with several names in the model is replaced under all of them. Contexts can be nested. The
+    original module is restored on exit, even after an error.
 
     Parameters
     ----------
@@ -226,7 +226,7 @@ class Replaced(nn.Module):
         if not isinstance(y, Tensor):
             raise TypeError(f"a module to replace must return a tensor, got {type(y).__name__}.")
         output = torch.zeros_like(y) if self.layer is None else self.layer(x, *inputs, **named)
-        if output.shape != y.shape:  # else they would be broadcast
+        if output.shape != y.shape:  # otherwise they would be broadcast
             raise ValueError(
                 f"a layer must return outputs of the module's shape, {tuple(y.shape)}; got "
                 f"{tuple(output.shape)}."
@@ -245,7 +245,7 @@ class Replaced(nn.Module):
 class _Compared(Replaced):
     """Accumulates the errors of the layer.
 
-    The inputs are those of the intact model, as no earlier module has been replaced.
+    The inputs are those of the intact model, since no earlier module has been replaced.
     """
 
     layer: nn.Module
@@ -264,7 +264,7 @@ class _Compared(Replaced):
         errors = (output.flatten(0, -2).float() - rows).square().sum(1)
         self.error += float(errors.sum())
         squares = rows.square().sum(1)
-        has_output = squares != 0  # (NaN has)
+        has_output = squares != 0  # also true for NaN
         self.relative_error += float((errors[has_output] / squares[has_output]).sum())
         self.with_output += int(has_output.sum())
         self.moments.update(rows)
@@ -282,12 +282,12 @@ def losses(model: nn.Module, texts: Sequence[Tensor]) -> DocumentLosses:
         object with an attribute `logits`. Runs in evaluation mode.
     texts : sequence of Tensor of int of shape (tokens,)
         Texts of at least two tokens. Texts of the same length share batches of at most 2,048 tokens. All
-        logits of a batch, or of a longer text, are in memory at once: cut long texts.
+        logits of a batch, or of a longer text, are in memory together, so split long texts.
 
     Raises
     ------
     ValueError
-        If there is no text, one has fewer than two tokens, or the logits have another shape.
+        If there is no text, one has fewer than two tokens, or the logits have the wrong shape.
     TypeError
         If a text is not a tensor, or tokens are not integers.
     """
@@ -369,17 +369,17 @@ def evaluate(
     texts : sequence of Tensor of int of shape (tokens,)
         As in `losses`; the layer should not have been trained on them.
     bounds : Bounds, optional
-        Result of the function `bounds` for the same model, module, texts and limit, which many layers can
-        share. Measured by default.
+        Result of the function `bounds` for the same model, module, texts and limit, which can be shared by
+        many layers. Computed by default.
     limit : float, default inf
-        Tokens for which the norm of the module's output is larger keep that output, and do not count in the
+        Tokens for which the norm of the module's output is larger keep this output and are excluded from the
         errors; see `.ActivationRows.median_norm`.
 
     Raises
     ------
     ValueError
-        If the layer's outputs have another shape than the module's, the bounds are for other texts, or as in
-        `splice` and `losses`.
+        If the layer's outputs do not have the shape of the module's outputs, the bounds are for other texts,
+        or as in `splice` and `losses`.
     TypeError
         If the layer is not a module, the module does not return a tensor, or as in `splice` and `losses`.
     """
@@ -409,4 +409,4 @@ def evaluate(
     )
 
 
-_bounds = bounds  # (`bounds` is also the name of an argument.)
+_bounds = bounds  # `bounds` is also the name of an argument.

@@ -46,23 +46,24 @@ def run_grid(
 ) -> list[Row]:
     """Train and evaluate every layer of a grid, with one row per run in a table.
 
-    ``frontier.csv`` holds the results, ``tuning.csv`` the runs by which learning rates are chosen, and
-    ``layers/`` the layers, each in a folder that `mumoe_tensor.nn.load` and ``mumoe-tensor inspect`` read.
-    After an interruption, the same call resumes. Runs that have a row are not repeated, and activations are
-    collected only if a run needs them.
+    ``frontier.csv`` contains the results, ``tuning.csv`` the runs that choose learning rates, and ``layers/``
+    the layers, each in a folder that `mumoe_tensor.nn.load` and ``mumoe-tensor inspect`` read. After an
+    interruption, the same call resumes. Runs with a row are not repeated, and activations are collected only
+    if a run needs them.
 
     Parameters
     ----------
     model : str or Path
         See `.load_language_model`.
     texts : sequence of str or Path
-        Texts for training, validation and test; see `.read_texts`.
+        Paths of texts for training, validation and test; see `.read_texts`.
     grid : Grid
-        A later call may add places, seeds and arms, and change arms that have no row. If it adds places, the
+        A later call may add places, seeds and arms, and change arms without rows. If it adds places, the
         activations of all places are collected again.
     folder : str or Path
     jobs : int or str, default 1
-        Parallel runs. If there are several, each is a process with one thread; see `.side_by_side`.
+        Number of parallel runs. If greater than one, each run is a process with one thread; see
+        `.side_by_side`.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -70,8 +71,9 @@ def run_grid(
     -------
     list of dict
         The rows of ``frontier.csv``. ``ce`` is the cross entropy of the test texts, in nats per token, with
-        the layer in place; ``rise`` its increase over the intact model; ``half`` the half-width of the 95 %
-        interval of the rise over documents; ``rise_zeroed`` the rise with the module's outputs zeroed.
+        the layer in place. ``rise`` is its increase over the intact model, ``half`` the half-width of the 95
+        % interval of the rise over documents, and ``rise_zeroed`` the rise with the module's outputs replaced
+        by zeros.
 
     Raises
     ------
@@ -145,7 +147,7 @@ class _Job:
                     f"a folder must hold the results of one grid; {', '.join(changed)} differ from those in "
                     f"{path}: choose another folder."
                 )
-        now["arms"] = arms | now["arms"]  # those of earlier calls have rows too
+        now["arms"] = arms | now["arms"]  # arms of earlier calls have rows too
         if before == now:
             return
         model, _ = self._language

@@ -16,7 +16,7 @@ from mumoe_tensor.readers import checked, read_toml, reading
 from mumoe_tensor.replace.layers import MixtureOfDecoders, MixtureOfTransforms, Transcoder
 
 LAYERS = {kind.__name__: kind for kind in (Transcoder, MixtureOfDecoders, MixtureOfTransforms)}
-#: Seed of the runs by which learning rates are chosen.
+#: Seed of the runs that choose learning rates.
 TUNING_SEED = 100
 #: Columns of the tables.
 KEY: dict[str, type] = {"module": str, "arm": str, "k": int, "seed": int}
@@ -36,7 +36,7 @@ class Place:
     Attributes
     ----------
     module : str
-        Its name in the model.
+        Name of the module in the model.
     k : tuple of int
         Numbers of active experts.
     seeds : tuple of int
@@ -62,16 +62,16 @@ class Arm:
     ----------
     layer : {"Transcoder", "MixtureOfDecoders", "MixtureOfTransforms"}
     options : dict
-        Arguments of the layer's method `like`, besides k and parameters.
+        Arguments of the layer's method `like`, other than k and parameters.
     gate : str, optional
         Gate to use instead of the layer's default: ``"random"`` or ``"nearest_centres"``.
     parameters : int, str or None, optional
-        See `like`. By default those of the grid; None if the options determine all sizes.
+        See `like`. The default is the grid's value. None if the options determine all sizes.
     learning_rates : tuple of float
         Candidates; the one with the lowest error on the validation texts is used.
     penalties : tuple of float
-        Candidates, see `.fit`; chosen together with the learning rate, among those that leave at most K
-        experts active on average.
+        Candidates; see `.fit`. They are chosen together with the learning rate, among the settings that leave
+        at most K experts active on average.
     """
 
     layer: Literal["Transcoder", "MixtureOfDecoders", "MixtureOfTransforms"]
@@ -114,14 +114,14 @@ class Grid:
     context : int
         Tokens per window, at least two.
     parameters : int or str
-        Parameters of a layer, see its method `like`: ``"2x"`` for twice those of the replaced block.
+        Parameters of a layer, as for its method `like`: ``"2x"`` for twice those of the replaced block.
     massive : float or None
-        Outputs of the block with a norm above this multiple of the median are kept, see
-        `.ActivationRows.median_norm`; None to replace all.
+        Outputs of the block with a norm above this multiple of the median are kept (see
+        `.ActivationRows.median_norm`); None to replace all outputs.
     tuned_at : int
-        The K at which learning rates and penalties are chosen; one of those of the first place.
+        The K at which learning rates and penalties are chosen, one of the K of the first place.
     train : TrainConfig
-        Its learning rate and seed are not used.
+        Its learning rate and seed are ignored.
     """
 
     places: tuple[Place, ...]
@@ -175,7 +175,7 @@ class Grid:
             for place in self.places:
                 for k, seeds in zip(place.k, place.seeds, strict=True):
                     for name, arm in self.arms.items():
-                        # (An arm without K is run together with the K it is tuned at, or the first.)
+                        # An arm without K runs together with the K at which it is tuned, or the first K.
                         alone = self.tuned_at if self.tuned_at in place.k else place.k[0]
                         if seed < seeds and (arm.has_k or k == alone):
                             yield Run(
@@ -194,8 +194,8 @@ class Grid:
     def chosen(self, run: Run, tuning: Ledger) -> Run:
         """A run with the chosen learning rate and penalty of its arm.
 
-        Of the settings that leave at most K experts active, on average over the validation texts, the one
-        with the lowest error is chosen; if there is none, the one with the fewest active experts.
+        Among the settings that leave at most K experts active on average over the validation texts, the one
+        with the lowest error is chosen. If there are none, the one with the fewest active experts is chosen.
         """
         arm = self.arms[run.arm]
         rows = tuning.of(module=self.places[0].module, arm=run.arm)

@@ -1,4 +1,4 @@
-"""Read transformers' language models, and texts, from disk."""
+"""Read texts, and language models in the format of transformers, from disk."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
     Parameters
     ----------
     folder : str or Path
-        Folder that ``save_pretrained`` wrote, or with one file ``*.gguf`` (needs the package gguf).
+        A folder written by ``save_pretrained``, or with one file ``*.gguf`` (requires the package gguf).
 
     Raises
     ------
     OSError, ValueError
         If the folder has no such model.
     ImportError
-        If transformers is not installed, or torchvision is installed in a version that does not match torch.
+        If transformers is not installed, or the installed torchvision does not match torch.
     """
     require("transformers")
     check_torchvision()
@@ -66,7 +66,7 @@ def read_texts(path: str | Path) -> list[str]:
         texts = [read_text(file) for file in sorted(path.glob("*.txt"))]
     else:
         texts = []
-        # (splitlines also splits at characters that JSON does not escape.)
+        # splitlines also splits at characters that JSON does not escape.
         for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
             with reading(path):
                 try:
@@ -101,7 +101,7 @@ class Windows(NamedTuple):
 
 
 def windows(texts: Sequence[str], tokenizer: Any, context: int) -> Windows:
-    """Cut documents into windows of one length, without overlap; the rest of a document is left out.
+    """Cut documents into windows of one length, without overlap; the rest of a document is dropped.
 
     Parameters
     ----------

@@ -36,8 +36,8 @@ OpenSize = tuple[int, Callable[[int], dict[str, Any]]]
 class ReplacementLayer(WholeState):
     """The common part of replacement layers: ``y = c + S x + sum_n a_n(x) W_n f(x)``.
 
-    The coefficients a are those of the gate, whose logits are not normalized. The last factor of the experts
-    (of each term of a sum) and S are initially zero, so that the outputs are c.
+    The coefficients a are computed by the gate, without a norm of its logits. The last factor of the experts
+    (of each term of a sum) and S are initially zero, so the initial outputs are c.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class ReplacementLayer(WholeState):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments of the layer, as JSON types, for `from_config`; without device and dtype.
+        """The arguments of the layer for `from_config`, as JSON types, without device and dtype.
 
         Raises
         ------
@@ -121,15 +121,16 @@ class ReplacementLayer(WholeState):
     ) -> Self:
         """Make a layer that can replace an MLP block or a linear layer.
 
-        Sizes, device and dtype are those of the block; nothing else is copied, unless the class says so.
+        Sizes, device and dtype are those of the block. Nothing else is copied, unless the class says so.
 
         Parameters
         ----------
         block : torch.nn.Module
-            A block that `.replace_mlp` can read or, if the class has no hidden units, a linear layer.
+            A block that `.replace_mlp` can parse or, if the class has no hidden units, a linear layer.
         parameters : int or str, optional
-            The budget, with gate and biases, for which the size missing in the options is solved; ``"match"``
-            for the number of parameters of the block, or a multiple of it such as ``"2x"``.
+            The budget, including the gate and biases, from which the size missing in the options is
+            determined; ``"match"`` for the number of parameters of the block, or a multiple of it such as
+            ``"2x"``.
         rounding : {"up", "down", "nearest"}, default "nearest"
             The smallest size with at least the budget, the largest with at most it, or the closer of the two.
         activation : str, dict or callable, optional
@@ -140,8 +141,8 @@ class ReplacementLayer(WholeState):
         Raises
         ------
         ValueError
-            If the block is not of this kind, no size has the number of parameters, or no size is left to
-            solve for.
+            If the block is not of this kind, no size has this number of parameters, or there is no size left
+            to solve for.
         """
         arguments = {**cls._read(block, activation), **options}
         if parameters is None:
@@ -202,15 +203,15 @@ class ReplacementLayer(WholeState):
 class Transcoder(ReplacementLayer):
     """Sparse latents, each with an output vector: ``y = D TopK(ReLU(E x + b)) + c``.
 
-    `skip` adds a linear map, ``+ S x``. The latents are the coefficients of experts whose input is 1. Their
-    outputs, the columns of D, are initially zero, and the entries of E normal with variance 1 / in_features.
-    In `like`, `parameters` solves for the number of latents.
+    `skip` adds a linear map, ``+ S x``. The latents are the coefficients of experts with input 1. Their
+    outputs, the columns of D, are initially zero, and the entries of E are normal with variance 1 /
+    in_features. In `like`, `parameters` solves for the number of latents.
 
     Parameters
     ----------
     latents : int
     k : int, optional
-        Maximum number of nonzero latents per input. Either this or a gate.
+        Maximum number of nonzero latents per input. Give either this or a gate.
     gate : str, dict or callable, optional
         See `.ExpertGate`; by default ``{"name": "relu_topk", "k": k}``.
     skip : bool, default False
@@ -271,21 +272,21 @@ class MixtureOfDecoders(ReplacementLayer):
     ``z = activation(U x + d)``, or ``activation(V x + e) * (U x + d)`` if the block is gated. In the Hadamard
     format, as published, ``y = (C^T a) * (D^T z) + c`` and each expert has full rank; D is initially zero.
 
-    `like` copies the form of a block's hidden units: gated or not, the activation, whether there are biases d
-    and e, and the number of units, but no weights. Its argument `parameters` solves for the number of
-    experts; if that is given, for the rank; and without experts, in a format without a rank, for the number
-    of hidden features.
+    `like` copies the form of a block's hidden units: whether they are gated, the activation, the presence of
+    the biases d and e, and the number of units, but no weights. Its argument `parameters` solves for the
+    number of experts; if that is given, for the rank; and for a block without experts, in a format without a
+    rank, for the number of hidden features.
 
     Parameters
     ----------
     experts : int or sequence of int
         Number of experts per level; ``()`` for the same block without experts.
     k : int, optional
-        Maximum number of active experts per level. Either this or a gate, if there are experts.
+        Maximum number of active experts per level. Give either this or a gate, if there are experts.
     format : str, dict or Format, default "hadamard"
     rank : int or sequence of int, optional
-        See `.MuMoE`. By default experts and gate have as many parameters as a matrix from the hidden units to
-        the outputs.
+        See `.MuMoE`. By default, the experts and the gate together have as many parameters as a matrix from
+        the hidden units to the outputs.
     gated : bool, default False
     activation : str, dict or callable, default "gelu"
         See `.MuMoEMLP`.
@@ -295,7 +296,7 @@ class MixtureOfDecoders(ReplacementLayer):
     bias : bool, default True
         Whether to add the vector c.
     hidden_bias : bool, default True
-        Whether to have the biases d and e.
+        Whether to include the biases d and e.
 
     References
     ----------
@@ -390,7 +391,7 @@ class MixtureOfDecoders(ReplacementLayer):
 class MixtureOfTransforms(ReplacementLayer):
     """Low-rank maps of different ranks, each with its coefficient: ``y = sum_n a_n(x) A_n B_n x + c``.
 
-    In `like`, `parameters` solves for a factor by which all ranks are multiplied.
+    In `like`, `parameters` solves for a common factor of all ranks.
 
     Parameters
     ----------
@@ -463,7 +464,7 @@ def _sizes(first: nn.Module, last: nn.Module) -> dict[str, Any]:
 
 
 def _positive(ranks: Any) -> list[int]:
-    """The ranks as integers, at least one."""
+    """The ranks as positive integers; there must be at least one."""
     checked = [as_positive(rank, "every rank") for rank in as_entries(ranks, "ranks")]
     if not checked:
         raise ValueError(f"ranks must have at least one entry, got {ranks!r}.")

@@ -23,7 +23,7 @@ class Moments:
         """Add rows of shape (n, features), in float32 or float64."""
         if not len(rows):
             return
-        # Merge means (Chan et al.), to avoid the cancellation in a difference of sums of squares.
+        # Merge means (Chan et al.) to avoid the cancellation in a difference of sums of squares.
         mean, count = rows.mean(0), len(rows)
         apart = mean.cpu().double() - self.mean
         share = count / (self.rows + count)

@@ -22,12 +22,12 @@ class Penalized(nn.Module):
     Parameters
     ----------
     layer : Module
-        Has an attribute `mixture`, a `.MuMoE` with experts, and accepts `return_coefficients`.
+        A layer with an attribute `mixture`, a `.MuMoE` with experts, that accepts `return_coefficients`.
 
     Raises
     ------
     ValueError
-        If it has no experts.
+        If the layer has no experts.
 
     References
     ----------
@@ -58,7 +58,7 @@ def expert_norms(weight: FactorizedTensor) -> Tensor:
     Parameters
     ----------
     weight : FactorizedTensor
-        Factors are torch tensors.
+        A weight whose factors are torch tensors.
 
     Returns
     -------

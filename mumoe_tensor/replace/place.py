@@ -22,11 +22,11 @@ class SavedPlace:
     Attributes
     ----------
     model : str
-        Folder of the language model, see `.load_language_model`.
+        Folder of the language model; see `.load_language_model`.
     module : str
         Name of the module that the layer replaces.
     texts : str
-        Path of texts the layer was not trained on, see `.read_texts`.
+        Path of texts that the layer was not trained on; see `.read_texts`.
     context : int
         Tokens per window.
     limit : float or None
@@ -46,7 +46,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def save_in_place(layer: nn.Module, place: SavedPlace, folder: Path) -> None:
-    """Write a layer, which `mumoe_tensor.nn.load` reads, and its place."""
+    """Write a layer, in the format of `mumoe_tensor.nn.load`, and its place."""
     save(layer, folder)
     with whole_file(folder / NAME) as file:
         file.write(json.dumps(asdict(place), indent=2).encode())

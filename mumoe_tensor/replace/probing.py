@@ -1,4 +1,4 @@
-"""Sparse probes: how well a few features predict token labels that come from rules on the text."""
+"""Sparse probes: how well a few features predict token labels that rules derive from the text."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def token_labels(tokens: Sequence[str], rule: str | re.Pattern[str]) -> Tensor:
     Parameters
     ----------
     tokens : sequence of str
-        The text of each token; joined, they are the whole text.
+        The text of each token; concatenated, they are the whole text.
     rule : str or pattern
-        One of the `RULES`: ``"digits"``, ``"quotes"`` (double quotation marks), ``"capitals"`` (words of at
-        least two letters, all capitals), ``"months"`` (English names, including every capitalized "May" and
+        One of the `RULES`: ``"digits"``, ``"quotes"`` (double quotation marks), ``"capitals"`` (all-caps
+        words of at least two letters), ``"months"`` (English names, including every capitalized "May" and
         "March") and ``"urls"``; or a compiled regular expression.
 
     Returns
@@ -78,7 +78,7 @@ class Probe(NamedTuple):
     indices : tuple of int
         Indices of the features, in descending order of the difference of means.
     f1 : float
-        F1 at the threshold with the largest F1 on the training rows.
+        F1 at the threshold that maximises F1 on the training rows.
     auc : float
         Area under the receiver operating characteristic.
     """
@@ -91,7 +91,7 @@ class Probe(NamedTuple):
 def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection, test: Selection) -> Probe:
     """Predict labels by logistic regression from the k features whose class means differ most.
 
-    Features are chosen, scaled and weighted on the training rows only. They can be the hidden units of a
+    Features are selected, scaled and weighted on the training rows only. They can be the hidden units of a
     block (the inputs of its last layer), the latents of a transcoder or the coefficients of experts.
     Differences are in standard deviations of the feature, because some neurons of a language model have
     outputs a thousand times larger than others.
@@ -101,9 +101,9 @@ def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection,
     features : Tensor, array or sparse SciPy array of shape (rows, n)
     labels : Tensor or array of bool of shape (rows,)
     k : int, default 1
-        At most n.
+        Number of features to select, at most n.
     training, test : sequence of int, slice, or mask of shape (rows,)
-        Disjoint.
+        Rows to train and test on, which must be disjoint.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection,
     weights = np.zeros(len(is_labelled), np.float32)
     kinds = is_labelled[rows["training"]]
     weights[rows["training"]] = np.where(kinds, 1 / kinds.sum(), -1 / (~kinds).sum())
-    scale = StandardScaler(with_mean=False).fit(matrix[rows["training"]]).scale_  # (1 for constant features)
+    scale = StandardScaler(with_mean=False).fit(matrix[rows["training"]]).scale_  # 1 for constant features
     difference = np.abs(matrix.T @ weights) / scale
     if wrong := np.flatnonzero(~np.isfinite(difference)).tolist():
         raise ValueError(f"features must be finite, got {wrong[:5]} that are not.")

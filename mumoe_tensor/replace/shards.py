@@ -43,7 +43,7 @@ class Shards:
     Raises
     ------
     ValueError
-        If the folder is of another kind or not finished, or a shard is corrupt.
+        If the folder is of another kind or is not finished, or a shard is corrupt.
     FileNotFoundError
         If there is no manifest.
     """
@@ -84,12 +84,13 @@ def collect_shards(
         Inputs of the model without the batch axis.
     folder : Path
     about : mapping
-        For the manifest: ``kind``, and all else that the tensors depend on besides the model and the texts.
+        Contents of the manifest: ``kind``, and everything other than model and texts that the tensors depend
+        on.
     tensors_of : callable
         Maps a batch of the model's inputs to its number of rows, and to tensors on the CPU that are
         concatenated along their first axis.
     batch_size : int
-        Maximum number of texts in a batch; consecutive texts of the same shape share one.
+        Maximum number of texts in a batch. Only consecutive texts of the same shape share a batch.
     shard_rows : int
         A shard is written once it has this many rows.
     progress : callable or None
@@ -185,7 +186,7 @@ def _signature_of(tensors: Iterable[tuple[str, Tensor]], more: Sequence[str] = (
     """A checksum of names, dtypes, shapes and values."""
     whole = hashlib.sha256("\n".join(more).encode())
     for name, value in tensors:
-        # (Tools that offload parts of a model to disk keep their parameters on meta.)
+        # Tools that offload parts of a model to disk keep their parameters on the meta device.
         content = f"{value.dtype} {tuple(value.shape)}" if value.is_meta else signature(value.detach().cpu())
         whole.update(f"\n{name} {content}".encode())
     return whole.hexdigest()
@@ -203,7 +204,7 @@ def _numbered(texts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         if not text.numel():
             raise ValueError(f"a text must have tokens; number {k} has shape {tuple(text.shape)}.")
         if text.ndim == 2 and len(text) == 1 and not text.is_floating_point():
-            # (Tokenizers return this shape. With a second batch axis, a model would compute something else.)
+            # Tokenizers return this shape. With a second batch axis, a model would compute something else.
             raise ValueError(
                 "the token ids of a text must have shape (tokens,), without a batch axis; got "
                 f"{tuple(text.shape)}."

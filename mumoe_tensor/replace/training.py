@@ -1,4 +1,4 @@
-"""Train a layer to reproduce the outputs of another."""
+"""Train a layer to reproduce the outputs of another layer."""
 
 from __future__ import annotations
 
@@ -55,32 +55,32 @@ def fit(
     penalty: float = 0.0,
     progress: bool = False,
 ) -> Fit:
-    """Train a layer, in place, to map the inputs of another to its outputs.
+    """Train a layer in place to map the inputs of another layer to its outputs.
 
     The loss is the normalised mean squared error: the sum of ``|y - layer(x)|²`` divided by the sum of
     ``|y - m|²``, where m is the mean output over the training rows. Before the first step, the layer's
     ``bias`` is set to m. If the gate does not normalize its logits, as with `.ReLUTopK`, and its bias is
-    still zero, the bias is set so that the logits of the mean input are zero. A gate that can be fitted, such
-    as `.NearestCentres`, is fitted to a sample of the inputs.
+    still zero, the bias is set so that the mean input has zero logits. A gate with a method ``fit``, such as
+    `.NearestCentres`, is fitted to a sample of the inputs.
 
     Parameters
     ----------
     layer : Module
         A `.Transcoder`, `.MixtureOfDecoders`, `.MixtureOfTransforms`, or any other module that maps inputs of
-        shape (rows, in_features) to outputs of shape (rows, out_features). Its parameters are in float32. It
-        may have a ``gate`` and a ``bias`` of shape (out_features,).
+        shape (rows, in_features) to outputs of shape (rows, out_features). Its parameters must be in float32.
+        It may have a ``gate`` and a ``bias`` of shape (out_features,).
     rows : ActivationRows, or Activations of one module
     config : TrainConfig, optional
     validation : ActivationRows, or Activations of one module, optional
-        Rows of other documents. By default every tenth document of `rows` is held out.
+        Rows of other documents. By default, every tenth document of `rows` is held out.
     folder : str or Path, optional
-        For checkpoints and curves, as in `.train`: the same call resumes from the last checkpoint.
+        Folder for checkpoints and curves, as in `.train`. The same call resumes from the last checkpoint.
     penalty : float, default 0.0
         Weight of an additional penalty: the mean over rows of ``sum_n tanh(|a_n| |W_n|)``, with the Frobenius
-        norms of the experts, for gates with thresholds, such as `.JumpReLU`. Only for layers with a
-        `mixture`.
+        norms of the experts. It is meant for gates with thresholds, such as `.JumpReLU`, and requires a layer
+        with a `mixture`.
     progress : bool, default False
-        Show a progress bar (needs rich).
+        Show a progress bar (requires rich).
 
     Returns
     -------
@@ -93,7 +93,7 @@ def fit(
         rows have the same outputs, a penalty is given for a layer without experts, the activations are of
         several modules, there are fewer than ten documents to hold one out, or as in `.train`.
     TypeError
-        If the layer is not a module, or `rows` are not activations.
+        If `layer` is not a module, or `rows` are not activations.
     """
     config, folder = config or TrainConfig(), None if folder is None else Path(folder)
     if as_finite(penalty, "penalty") < 0:
@@ -181,7 +181,8 @@ def _start(layer: nn.Module, rows: ActivationRows, seed: int) -> None:
         return
     gate_bias = getattr(gate, "bias", None)
     if gate_bias is not None and gate.gate_norm == "none" and not gate_bias.any():
-        # Else the mean input would choose the same experts for all rows, and the others would never learn.
+        # Otherwise the mean input would choose the same experts for all rows, and the others would never
+        # learn.
         gate_bias.copy_(-gate.weight @ rows.input_mean.to(gate.weight))
     if isinstance(gate, ExpertGate) and hasattr(gate.gate, "fit"):
         generator = torch.Generator().manual_seed(seed)

@@ -41,7 +41,7 @@ def usage(layer: nn.Module, rows: ActivationRows) -> ExpertUse:
     Parameters
     ----------
     layer : Module
-        Runs in evaluation mode. All its gates are counted; it may have none.
+        A layer with any number of gates, which runs in evaluation mode.
     rows : ActivationRows
     """
     device = next((p.device for p in layer.parameters()), None)

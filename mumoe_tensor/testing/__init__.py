@@ -1,4 +1,4 @@
-"""Hypothesis strategies and checks for formats, also for users' own formats.
+"""Hypothesis strategies and checks for formats, including users' own formats.
 
 `check_format` runs every check on a format, registered or not. Each check is a function of one `Problem` and
 can be used separately::
@@ -10,7 +10,7 @@ can be used separately::
     def test_equals_dense(problem):
         check_equals_dense(problem)
 
-This module needs Hypothesis. PyTorch and JAX are included if they are installed.
+This module requires Hypothesis. Checks with PyTorch and JAX run if these are installed.
 """
 
 from mumoe_tensor.testing.checks import (

@@ -51,7 +51,7 @@ def check_equals_dense(problem: Problem) -> None:
 def check_equals_tensorly(problem: Problem) -> None:
     """The weight equals TensorLy's reconstruction of its container, if it has one.
 
-    The container is accepted instead of the weight, and converts back to the same factors.
+    The container is accepted in place of the weight, and converts back to the same factors.
     """
     weight = problem.weight
     try:
@@ -123,7 +123,7 @@ def check_linear_in_coefficients(problem: Problem) -> None:
 
 
 def check_linear_in_factors(problem: Problem) -> None:
-    """The output is linear in each factor with the others fixed, or affine if the weight has other terms."""
+    """The output is linear in each factor with the others fixed, or affine if there are other terms."""
     generator, factors = problem.generator(), problem.weight.factors
     has_others = len(problem.weight.terms) > 1
     for k, factor in enumerate(factors):
@@ -197,8 +197,8 @@ def check_gauge(problem: Problem) -> None:
     """The tensor does not depend on the basis of a bond of two factors, or on the scale of any bond.
 
     Inserting a matrix and its inverse into a bond that joins two factors does not change the tensor (as for
-    Tucker's factors and the cores of a ring). Nor does permuting the entries of any bond in all its factors,
-    and scaling them in one factor and inversely in another (as for the components of CP).
+    Tucker's factors and the cores of a ring). Neither does permuting the entries of any bond in all its
+    factors, or scaling them in one factor and inversely in another (as for the components of CP).
     """
     generator, weight = problem.generator(), problem.weight
     declared, bonds = weight.format.declaration(weight.num_levels), weight.format.bonds(weight.num_levels)
@@ -234,8 +234,8 @@ def check_gauge(problem: Problem) -> None:
 def check_level_of_one(problem: Problem) -> None:
     """A level with a single expert and coefficient 1 does not change the result.
 
-    A weight with one expert in a level has the same output as its dense tensor without this level. (Levels
-    with slices are skipped.)
+    A weight with one expert in a level has the same output as its dense tensor without this level. Levels
+    with slices are skipped.
     """
     layer, formats = problem.layer, [f for f, _ in problem.weight.format.summands(problem.weight.num_levels)]
     for e in range(problem.weight.num_levels):
@@ -259,8 +259,8 @@ def check_level_of_one(problem: Problem) -> None:
 def check_paths(problem: Problem) -> None:
     """The result does not depend on the contraction path.
 
-    This checks all combinations of objective, implementation and folded weights, planned for some batch size
-    and bound to the weight, and random pairwise orders.
+    The check covers all combinations of objective, implementation and folded weights, planned for some batch
+    size and bound to the weight, and random pairwise orders.
     """
     generator = problem.generator()
     expected, scale = _dense_output(problem, dense_weight(problem.weight)), _magnitude(problem)
@@ -370,9 +370,9 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
 
 
 def random_tree(network: Network, generator: np.random.Generator) -> Tree:
-    """Draw a random pairwise order of contraction of a network.
+    """Draw a random pairwise contraction order of a network.
 
-    With a bias, the input vector is multiplied by all weights of the input mode at once, as required.
+    With a bias, the input vector is multiplied by all weights of the input mode in one step, as required.
     """
     nodes: list[tuple[Tree, frozenset[int]]] = [(k, frozenset([k])) for k in range(len(network.operands))]
     vector = network.vector_of_input if network.bias else None

@@ -1,4 +1,4 @@
-"""Gradients of the forward pass, compared with those of the dense formula by PyTorch or JAX."""
+"""Gradients of the forward pass, compared with gradients of the dense formula in PyTorch or JAX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Function = Callable[..., Any]
 
 
 def check_gradients(problem: Problem) -> None:
-    """Gradients of every factor, the input and all coefficients equal those of the dense formula.
+    """Gradients of every factor, the input and all coefficients equal the gradients of the dense formula.
 
     With PyTorch in float64 they are also compared with finite differences (`torch.autograd.gradcheck`). NumPy
     has no gradients.

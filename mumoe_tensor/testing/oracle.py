@@ -17,7 +17,7 @@ from mumoe_tensor.tensors import FactorizedTensor
 
 Float64 = NDArray[np.float64]
 
-#: Relative tolerance, relative to the sum of the magnitudes of the terms.
+#: Tolerance relative to the sum of the magnitudes of the terms.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 1e-2, "bfloat16": 4e-2}
 #: Absolute tolerance, for values near the smallest of the dtype.
 SMALLEST = {"float64": 1e-290, "float32": 1e-30, "float16": 1e-4, "bfloat16": 1e-30}
@@ -75,7 +75,7 @@ def sum_of_terms(
     weight : FactorizedTensor
         A weight with the format and the shapes.
     factors : sequence of array
-        The factors to use instead of its own, without missing ones.
+        The factors to use instead of the weight's, without missing ones.
     einsum, array : callable
         Functions of the backend of the factors.
     """
@@ -98,7 +98,7 @@ def sum_of_terms(
 
 
 def placement(term: Term, axis: int, size: int, whole: int, is_left_out: bool) -> Float64:
-    """A matrix of zeros and ones that maps the entries of a mode of a term to those of the weight."""
+    """A matrix of zeros and ones that maps the entries of a mode of a term to entries of the weight."""
     is_expert = axis < len(term.mode_sizes) - 2
     if is_left_out:  # constant along the experts; a bias is the last row of the input mode
         return np.ones((1, whole)) if is_expert else np.eye(whole)[-1:]
@@ -168,7 +168,7 @@ def assert_close(
     what : str
         Name of `actual` in the error message.
     dtype : str, optional
-        Dtype that determines the tolerance; by default that of `actual`.
+        Dtype that determines the tolerance; by default the dtype of `actual`.
     """
     dtype = dtype or dtype_name(actual)
     actual, expected = to_numpy(actual), to_numpy(expected)

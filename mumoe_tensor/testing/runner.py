@@ -1,4 +1,4 @@
-"""Running checks on problems drawn by Hypothesis."""
+"""Run checks on problems drawn by Hypothesis."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DIVISORS = {"check_paths": 4, "check_gradients": 2}
 def check_format(format: str | Format) -> None:
     """Run every check on a format, for various levels, sizes, ranks and dtypes, and all installed backends.
 
-    The number of problems depends on the Hypothesis profile. With the default profile, this takes about half
-    a minute.
+    The Hypothesis profile sets the number of problems. With the default profile, this takes about half a
+    minute.
 
     Parameters
     ----------
@@ -62,8 +62,8 @@ def run_check(
         All registered formats by default.
     backend : {"numpy", "pytorch", "jax"}, default "numpy"
     share : int, default 1
-        Divisor of the number of examples. It is reduced further for slow checks, and for JAX, which compiles
-        each operation for each shape.
+        Divisor of the number of examples. Slow checks reduce it further, and so does JAX, which compiles each
+        operation for each shape.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def pasteable(check: Callable[[Problem], None], problem: Problem) -> str:
     terms = [format for format, _ in problem.layer.format.summands(problem.layer.num_levels)]
     formats = [problem.layer.format, *terms, *(getattr(term, "format", term) for term in terms)]
     objects: dict[Any, None] = dict.fromkeys([check, sum_of, shared, sliced, *map(type, formats)])
-    # (Objects defined inside a function cannot be imported.)
+    # Objects defined inside a function cannot be imported.
     lines += [
         f"from {x.__module__} import {x.__qualname__}"
         for x in objects

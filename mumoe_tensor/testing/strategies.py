@@ -193,9 +193,9 @@ def dtypes(draw: Callable[..., Any], backend: str) -> str:
 
 
 def levels(most: int = 3, format: str | Format | None = None) -> st.SearchStrategy[int]:
-    """Numbers of levels of experts, from none. The largest number, which is slow to plan, is the rarest.
+    """Numbers of levels of experts, from zero. The largest number, which is slow to plan, is the rarest.
 
-    For a format, at least the number of levels that it supports; see `fewest_levels`.
+    For a format, the numbers start from the smallest that it supports; see `fewest_levels`.
     """
     fewest = 0 if format is None else fewest_levels(get_format(format))
     most = max(most, fewest)
@@ -226,10 +226,10 @@ def specs(
     Parameters
     ----------
     format : str or Format, optional
-        If it is drawn, some formats also split the experts, and some terms of sums are slices.
+        If None, some drawn formats also split the experts, and some terms of sums are slices.
     num_levels : int, optional
     most : int, default 4
-        The largest size of a mode or a bond.
+        Maximum size of a mode or a bond.
     bias : bool, optional
     """
     num_levels = draw(levels(format=format)) if num_levels is None else num_levels
@@ -238,7 +238,7 @@ def specs(
     bounds = zip(least, _most_sizes(declared, num_levels, most), strict=True)
     *experts, i, o = mode_sizes = tuple(draw(st.integers(n, max(n, largest))) for n, largest in bounds)
     declared = draw(variants(declared, mode_sizes, format is None))
-    # (The dense reference sums over all indices at once.)
+    # The dense reference sums over all indices in one pass.
     most_rank = most if len(declared.bonds(num_levels)) < 5 else min(most, 2)
     return LayerSpec(
         declared,
@@ -258,7 +258,7 @@ def variants(
     is_open: bool = False,
     is_term: bool = False,
 ) -> Format:
-    """The format with drawn sizes of the parts of each split mode, some of them padded.
+    """The format with random sizes of the parts of each split mode, some of them padded.
 
     Parameters
     ----------
@@ -298,7 +298,7 @@ def variants(
 
 
 def _most_sizes(format: Format, num_levels: int, most: int) -> list[int]:
-    """The largest size of each mode: `most`, or the product of the parts if a format has their sizes."""
+    """Maximum size of each mode: `most`, or the product of the parts if a format has their sizes."""
     splits = [f.splits for f, _ in format.summands(num_levels)]
     given = [
         [prod(parts) for each in splits if isinstance(parts := each.get(mode), tuple)]
@@ -326,7 +326,7 @@ def problems(
     """Weights with inputs and coefficients. Arguments that are None are drawn.
 
     Optional factors are sometimes present, with entries other than one. Factors are stored in their declared
-    memory order or in another one.
+    memory order or in another.
 
     Parameters
     ----------

@@ -46,7 +46,7 @@ from mumoe_tensor.nn.weights import read_tensors, read_weights, write_tensors  #
 from mumoe_tensor.study import Results, Setting  # noqa: E402
 from mumoe_tensor.training import attributes, read_images, read_npz  # noqa: E402
 from mumoe_tensor.training.checkpoint import Checkpoints  # noqa: E402
-from mumoe_tensor.training.folder import read_config  # noqa: E402
+from mumoe_tensor.training.run import read_config  # noqa: E402
 
 RUNS = Path(__file__).parent / "data" / "states" / "runs.tar.xz"
 Damage = Callable[[Path], Any]

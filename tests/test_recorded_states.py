@@ -18,9 +18,8 @@ import mumoe_tensor.nn as mnn  # noqa: E402
 from mumoe_tensor.browser import PageConfig, browse  # noqa: E402
 from mumoe_tensor.formats import formats  # noqa: E402
 from mumoe_tensor.models import load_head, load_model  # noqa: E402
-from mumoe_tensor.training.folder import read_config  # noqa: E402
 from mumoe_tensor.training.head import HeadSetting  # noqa: E402
-from mumoe_tensor.training.run import run  # noqa: E402
+from mumoe_tensor.training.run import read_config, run  # noqa: E402
 from mumoe_tensor.training.settings import RUNS, Settings  # noqa: E402
 
 STATES = Path(__file__).parent / "data" / "states"

@@ -34,9 +34,9 @@ from mumoe_tensor.replace import Replaced, load_language_model, read_texts, spli
 from mumoe_tensor.replace.place import is_saved, load_in_place
 from mumoe_tensor.training.data import Dataset, as_pixels, split
 from mumoe_tensor.training.features import extract
-from mumoe_tensor.training.finished import read_run
 from mumoe_tensor.training.head import HeadSetting
 from mumoe_tensor.training.images import DEVIATION, MEAN, class_folders
+from mumoe_tensor.training.run import read_run
 from mumoe_tensor.training.settings import GPT2Run, MixerRun
 from mumoe_tensor.training.tokens import Tokenizer, read_vocabulary_size
 

@@ -18,10 +18,11 @@ from mumoe_tensor.cli.values import (
     read_experts,
     read_integers,
     read_list,
+    read_machine,
     read_rank,
     read_several,
 )
-from mumoe_tensor.configs.kinds import Budget, FormatEntry, Levels, Rank
+from mumoe_tensor.configs.kinds import Budget, FormatEntry, Levels, MachineText, Rank
 
 #: Parsers of options, by the type of the attribute; typer parses the other types.
 READERS: dict[Any, Callable[[str], Any]] = {
@@ -32,12 +33,18 @@ READERS: dict[Any, Callable[[str], Any]] = {
     Rank | None: read_rank,
     Budget | None: read_budget,
     FormatEntry: read_entry,
+    MachineText: read_machine,
 }
 Command = Callable[..., None]
 
 
 def options_of(
-    parameter: str, config: type, names: Collection[str] = (), quick: Mapping[str, Any] | None = None
+    parameter: str,
+    config: type,
+    names: Collection[str] = (),
+    *,
+    required: bool = False,
+    quick: Mapping[str, Any] | None = None,
 ) -> Callable[[Command], Command]:
     """Replace a parameter of a command by options for the attributes of a config.
 
@@ -52,6 +59,8 @@ def options_of(
         A dataclass.
     names : collection of str, optional
         Attributes to turn into options; by default all.
+    required : bool, default False
+        Whether attributes without a default must be given.
     quick : mapping, optional
         Defaults under `--quick`, for the help.
     """
@@ -69,7 +78,8 @@ def options_of(
         flag = ("--" + name.replace("_", "-"),) if hint is bool else ()  # without its opposite
         help = " ".join(texts.get(name, "").split())
         kind = Annotated[hint | None, typer.Option(*flag, help=help, show_default=shown or False)]
-        return place.replace(name=name, annotation=kind, default=None)
+        is_required = required and default is MISSING
+        return place.replace(name=name, annotation=kind, default=Parameter.empty if is_required else None)
 
     def decorated(command: Command) -> Command:
         @wraps(command)

@@ -8,35 +8,18 @@ from typing import Annotated, Any
 import typer
 
 import mumoe_tensor as mt
-from mumoe_tensor.checks import check_choice
+from mumoe_tensor.cli.configs import options_of
 from mumoe_tensor.cli.console import bad_input, new_table, print_json, show
-from mumoe_tensor.cli.options import (
-    Batch,
-    Bias,
-    Constants,
-    Dtype,
-    Experts,
-    FormatName,
-    Gate,
-    Gated,
-    Hidden,
-    Implementation,
-    Imports,
-    InFeatures,
-    Json,
-    MachineName,
-    MemoryLimit,
-    Minimize,
-    OpenRank,
-    OutFeatures,
-    Parameters,
-    Rank,
-)
-from mumoe_tensor.cli.values import read_budget, read_machine, read_spec
+from mumoe_tensor.cli.options import FormatName, Gate, Imports, Json
+from mumoe_tensor.cli.values import read_budget
+from mumoe_tensor.configs.layer import LayerConfig, PlanConfig
 from mumoe_tensor.contraction.machine import in_words
 from mumoe_tensor.formats import Format, mode_names
+from mumoe_tensor.formats.text import read_format
 from mumoe_tensor.spec import as_budget
 
+#: Attributes of a single layer, as opposed to a block.
+MATRIX = ("experts", "in_features", "out_features", "rank", "bias")
 #: Attributes of a cost, and their names in the table.
 _COST = {
     "parameters": "parameters",
@@ -74,20 +57,13 @@ def formats(imports: Imports = None, as_json: Json = False) -> None:
     show(table)
 
 
+@options_of("layer", LayerConfig, MATRIX, required=True)
+@options_of("options", PlanConfig)
 def plan(
     format: FormatName,
-    experts: Experts,
-    in_features: InFeatures,
-    out_features: OutFeatures,
-    rank: Rank = None,
-    batch: Batch = 1,
-    bias: Bias = False,
-    minimize: Minimize = "time",
-    implementation: Implementation = "factorized",
-    memory_limit: MemoryLimit = None,
-    constants: Constants = None,
-    dtype: Dtype = None,
-    machine: MachineName = "cpu",
+    *,
+    layer: dict[str, Any],
+    options: dict[str, Any],
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
@@ -97,39 +73,21 @@ def plan(
     --out-features 768 --rank 64,128,128 --batch 8192`
     """
     with bad_input():
-        planned = mt.plan(
-            read_spec(format, experts, in_features, out_features, rank=rank, bias=bias),
-            batch=batch,
-            minimize=minimize,  # type: ignore[arg-type]  # the library checks it
-            implementation=implementation,  # type: ignore[arg-type]
-            memory_limit=memory_limit,
-            fold_weights=check_choice(constants, (None, "weights"), "constants") is not None,
-            dtype=dtype,
-            machine=read_machine(machine),
-        )
+        planned = mt.plan(read_format(format), **layer, **options)
     if as_json:
         print_json({"format": format, **_plan_figures(planned)})
     else:
         print(planned)
 
 
+@options_of("layer", LayerConfig, required=True)
+@options_of("options", PlanConfig)
 def cost(
     format: FormatName,
-    experts: Experts,
-    in_features: InFeatures,
-    out_features: OutFeatures,
-    hidden: Hidden = None,
-    gated: Gated = False,
-    rank: Rank = None,
-    batch: Batch = 1,
-    bias: Bias = False,
+    *,
+    layer: dict[str, Any],
     gate: Gate = False,
-    minimize: Minimize = "time",
-    implementation: Implementation = "factorized",
-    memory_limit: MemoryLimit = None,
-    constants: Constants = None,
-    dtype: Dtype = None,
-    machine: MachineName = "cpu",
+    options: dict[str, Any],
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
@@ -139,29 +97,20 @@ def cost(
     --out-features 768 --rank 556 --bias --gate`
     """
     with bad_input():
-        total = mt.cost(
-            read_spec(format, experts, in_features, out_features, hidden, rank, bias, gated),
-            gate=gate,
-            batch=batch,
-            minimize=minimize,  # type: ignore[arg-type]
-            implementation=implementation,  # type: ignore[arg-type]
-            memory_limit=memory_limit,
-            fold_weights=check_choice(constants, (None, "weights"), "constants") is not None,
-            dtype=dtype,
-            machine=read_machine(machine),
-        )
+        total = mt.cost(read_format(format), gate=gate, **layer, **options)
     figures = _cost_figures(total)
     layers = [mt.Cost(spec, (plan,)) for spec, plan in zip(total.spec.layers, total.plans, strict=True)]
     columns = [
         (f"{part.spec.in_features} → {part.spec.out_features}", _cost_figures(part)) for part in layers
     ]
-    unit = "bytes" if dtype else "elements"
+    first = total.plans[0]
+    unit = "bytes" if first.dtype else "elements"
     if as_json:
         names = ("gate_parameters", "gate_flops", "gate_seconds")
         gate_figures = {name: getattr(total, name) for name in names}
         parts = [part for _, part in columns]
         padded = {name: held for name, (_, held) in total.spec.padding.items()}
-        about = {"unit": unit, "machine": asdict(total.plans[0].machine), "padded": padded}
+        about = {"unit": unit, "machine": asdict(first.machine), "padded": padded}
         print_json({"format": format, **figures, **gate_figures, **about, "layers": parts})
         return
     if gate:
@@ -173,27 +122,26 @@ def cost(
         columns.append(("gate", of_gate))
     columns.append(("total", figures))
     headings = [heading for heading, _ in columns]
-    table = new_table("", *headings, title=f"{format}, batch {batch:,}; memory in {unit}")
+    table = new_table("", *headings, title=f"{format}, batch {first.batch:,}; memory in {unit}")
     for name, title in _COST.items():
         table.add_row(title, *(_figure(name, column.get(name)) for _, column in columns))
     for column in table.columns[1:]:
         column.justify = "right"
     show(table)
-    print(f"predicted at {total.plans[0].machine}")
+    print(f"predicted at {first.machine}")
     for name, (size, held) in total.spec.padding.items():
         print(f"{name} {size:,} padded to {held:,}")
 
 
+@options_of("layer", LayerConfig, required=True)
 def fit(
     format: FormatName,
-    experts: Experts,
-    in_features: InFeatures,
-    out_features: OutFeatures,
-    hidden: Hidden = None,
-    gated: Gated = False,
-    rank: OpenRank = None,
-    parameters: Parameters = "match",
-    bias: Bias = False,
+    *,
+    layer: dict[str, Any],
+    parameters: Annotated[
+        str,
+        typer.Option(help="Number of parameters, match for that of the dense layer, or a multiple (2x)."),
+    ] = "match",
     gate: Gate = False,
     rounding: Annotated[
         str, typer.Option(help="Rank to choose if none fits exactly: up, down or nearest.")
@@ -207,7 +155,7 @@ def fit(
     --rank '4,4,?' --parameters 769000 --bias --gate`
     """
     with bad_input():
-        spec = read_spec(format, experts, in_features, out_features, hidden, rank, bias, gated)
+        spec = mt.LayerSpec(read_format(format), **layer)
         budget = as_budget(read_budget(parameters), spec.dense_parameters)
         fitted = spec.fitted(budget, rounding=rounding, gate=gate)  # type: ignore[arg-type]
     gate_parameters = fitted.gate_parameters if gate else 0

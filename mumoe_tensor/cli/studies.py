@@ -12,8 +12,9 @@ from rich.console import Console
 
 from mumoe_tensor.cli.configs import options_of
 from mumoe_tensor.cli.console import bad_input, new_table, print_json, resumable, show
-from mumoe_tensor.cli.options import Hidden, Imports, Jobs, Json
+from mumoe_tensor.cli.options import Imports, Jobs, Json
 from mumoe_tensor.cli.values import read_jobs
+from mumoe_tensor.configs.layer import LayerConfig
 from mumoe_tensor.configs.study import QUICK, StudyConfig
 from mumoe_tensor.extras import require
 from mumoe_tensor.progress import progress_bar
@@ -21,23 +22,19 @@ from mumoe_tensor.progress import progress_bar
 CORES = str(os.cpu_count() or 1)
 
 
+@options_of("sizes", LayerConfig, ("in_features", "out_features", "hidden"))
 @options_of("options", StudyConfig, quick=QUICK)
 def study(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="Published layer: gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel.",
+            help="Published layer: gpt2-mlp, clip-head, mixer-s16-token or mixer-s16-channel; or give the "
+            "sizes below.",
             show_default="gpt2-mlp",
         ),
     ] = None,
-    in_features: Annotated[
-        int | None, typer.Option(help="Instead of --layer: number of input features.", show_default=False)
-    ] = None,
-    out_features: Annotated[
-        int | None, typer.Option(help="Number of output features.", show_default=False)
-    ] = None,
-    hidden: Hidden = None,
     *,
+    sizes: dict[str, Any],
     options: dict[str, Any],
     quick: Annotated[bool, typer.Option("--quick", help="Small and short, to try the command.")] = False,
     jobs: Jobs = CORES,
@@ -72,13 +69,12 @@ def study(
 
     with bad_input():
         processes = read_jobs(jobs)
-        sizes = (in_features, hidden, out_features)
         if setting is not None:
-            if options or layer is not None or quick or any(sizes):
+            if options or layer is not None or quick or sizes:
                 raise ValueError("--setting must be used without options that describe the study.")
             chosen = studies.Setting.from_json(setting)
         else:
-            if "weight" in options and (layer is not None or any(size is not None for size in sizes)):
+            if "weight" in options and (layer is not None or sizes):
                 raise ValueError(
                     "a study needs one of --layer, --weight, and --in-features with --out-features."
                 )
@@ -108,13 +104,12 @@ def study(
     print(f"\nWritten to {out}: " + ", ".join(names))
 
 
-def _layer(name: str | None, sizes: tuple[int | None, int | None, int | None]) -> Any:
+def _layer(name: str | None, sizes: dict[str, int]) -> Any:
     """A published layer by name, or a layer of given sizes."""
     from mumoe_tensor.study import Layer, dense
 
-    in_features, hidden, out_features = sizes
-    if all(size is None for size in sizes):
+    if not sizes:
         return name
-    if name is not None or in_features is None or out_features is None:
+    if name is not None or not {"in_features", "out_features"} <= set(sizes):
         raise ValueError("a study needs --layer, or --in-features and --out-features.")
-    return Layer("Layer" if hidden is None else "MLP", dense(in_features, out_features, hidden))
+    return Layer("MLP" if "hidden" in sizes else "Layer", dense(**sizes))

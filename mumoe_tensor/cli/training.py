@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,26 +16,6 @@ from mumoe_tensor.configs.head import HeadConfig, HeadModelConfig
 from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.extras import require
 
-ConfigName = Annotated[
-    str | None,
-    typer.Argument(
-        help="A TOML file with settings, or the name of packaged settings.",
-        show_default="small settings for a laptop",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change a setting of the file, e.g. train.epochs=3; may be repeated.",
-        show_default=False,
-    ),
-]
-FromStep = Annotated[
-    int | None,
-    typer.Option(help="Resume from the checkpoint of this step instead of the last.", show_default=False),
-]
 FreshRun = Annotated[
     bool, typer.Option("--fresh", help="Train again, even if the folder has a finished run.")
 ]
@@ -92,15 +73,50 @@ def train_head(
     _run(setting, out, as_json, fresh=fresh)
 
 
-def train_mixer(
-    config: ConfigName = None,
-    overrides: Overrides = None,
-    from_step: FromStep = None,
-    fresh: FreshRun = False,
-    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/mixer"),
-    imports: Imports = None,
-    as_json: Json = False,
-) -> None:
+def _trains(kind: str, text: str) -> Callable[..., None]:
+    """The command that trains a kind of model from settings."""
+
+    def command(
+        config: Annotated[
+            str | None,
+            typer.Argument(
+                help="A TOML file with settings, or the name of packaged settings.",
+                show_default="small settings for a laptop",
+            ),
+        ] = None,
+        overrides: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set",
+                metavar="KEY=VALUE",
+                help="Change a setting of the file, e.g. train.epochs=3; may be repeated.",
+                show_default=False,
+            ),
+        ] = None,
+        from_step: Annotated[
+            int | None,
+            typer.Option(
+                help="Resume from the checkpoint of this step instead of the last.", show_default=False
+            ),
+        ] = None,
+        fresh: FreshRun = False,
+        out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results", kind),
+        imports: Imports = None,
+        as_json: Json = False,
+    ) -> None:
+        require("torch", "train")
+        with bad_input():
+            from mumoe_tensor.training.settings import read_settings
+
+            settings = read_settings(kind, config, overrides or ())
+        _run(settings, out, as_json, fresh=fresh, from_step=from_step)
+
+    command.__doc__ = text
+    return command
+
+
+train_mixer = _trains(
+    "mixer",
     """Train an MLP-Mixer on images, with dense blocks or blocks of experts.
 
     The settings specify the model, the data and the training. The default settings are for Fashion-MNIST,
@@ -109,19 +125,10 @@ def train_mixer(
     same command resumes.
 
     Example: `mumoe-tensor train mixer --set model.format=cp --out results/mixer-cp`
-    """
-    _train("mixer", config, overrides, from_step, fresh, out, as_json)
-
-
-def train_gpt2(
-    config: ConfigName = None,
-    overrides: Overrides = None,
-    from_step: FromStep = None,
-    fresh: FreshRun = False,
-    out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("results/gpt2"),
-    imports: Imports = None,
-    as_json: Json = False,
-) -> None:
+    """,
+)
+train_gpt2 = _trains(
+    "gpt2",
     """Train a GPT-2 on files of tokens, with dense blocks or blocks of experts.
 
     The settings specify the model, the data and the training. The default settings are for the works of
@@ -129,26 +136,8 @@ def train_gpt2(
     interrupted, the same command resumes.
 
     Example: `mumoe-tensor train gpt2 --set model.format=cp --out results/gpt2-cp`
-    """
-    _train("gpt2", config, overrides, from_step, fresh, out, as_json)
-
-
-def _train(
-    kind: str,
-    config: str | None,
-    overrides: list[str] | None,
-    from_step: int | None,
-    fresh: bool,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Train a model from settings and print its figures."""
-    require("torch", "train")
-    with bad_input():
-        from mumoe_tensor.training.settings import read_settings
-
-        settings = read_settings(kind, config, overrides or ())
-    _run(settings, out, as_json, fresh=fresh, from_step=from_step)
+    """,
+)
 
 
 def _run(settings: Any, out: Path, as_json: bool, **options: Any) -> None:

@@ -9,7 +9,6 @@ from mumoe_tensor.configs.head import LINEAR
 from mumoe_tensor.contraction.machine import AnyMachine, as_machine
 from mumoe_tensor.formats.registry import config_entry
 from mumoe_tensor.formats.text import read_format
-from mumoe_tensor.spec import LayerSpec
 
 
 def read_experts(text: str) -> tuple[int, ...]:
@@ -56,10 +55,8 @@ def read_list(text: str) -> list[Any]:
     return listed if isinstance(listed, list) else [listed]
 
 
-def read_rank(text: str | None) -> tuple[int | None, ...] | None:
+def read_rank(text: str) -> tuple[int | None, ...]:
     """Entries of a rank; None for an entry to solve for."""
-    if text is None:
-        return None
     try:
         return tuple(None if r.strip() == "?" else int(r) for r in text.split(","))
     except ValueError:
@@ -70,29 +67,6 @@ def read_rank(text: str | None) -> tuple[int | None, ...] | None:
 def read_entry(text: str) -> str | dict[str, Any]:
     """The config entry of a format from its name or from JSON; also accepts linear."""
     return text if text == LINEAR else config_entry(read_format(text))
-
-
-def read_spec(
-    format: str,
-    experts: str,
-    in_features: int,
-    out_features: int,
-    hidden: int | None = None,
-    rank: str | None = None,
-    bias: bool = False,
-    gated: bool = False,
-) -> LayerSpec:
-    """The spec of a layer from the options for its format and sizes."""
-    return LayerSpec(
-        read_format(format),
-        experts=read_experts(experts),
-        in_features=in_features,
-        out_features=out_features,
-        hidden=hidden,
-        gated=gated,
-        rank=read_rank(rank),
-        bias=bias,
-    )
 
 
 def read_machine(text: str) -> AnyMachine:

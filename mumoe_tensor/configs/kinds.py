@@ -10,3 +10,5 @@ Rank = Annotated[tuple[int | None, ...], "4,4,?"]
 Budget = Annotated[int | str, "2x"]
 #: The name of a format, or its config entry.
 FormatEntry = Annotated[str | dict[str, Any], '{"name": "btt", "splits": {"i": [16, 48]}}']
+#: The name of a machine, or its speeds.
+MachineText = Annotated[str, '{"flops": 3e14, "bandwidth": 2e12}']

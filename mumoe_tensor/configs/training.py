@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from math import cos, isfinite, pi
+from math import cos, pi
 from typing import Any, Literal
 
 from mumoe_tensor.checks import as_python
 
+#: Upper limit of all numbers: torch has 64 bits.
+LIMIT = 2**63
 Schedule = Literal["cosine", "linear"]
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -108,11 +110,11 @@ class TrainConfig:
             "evaluate_every", "evaluation_batch_size", "checkpoint_every",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (value > 0 and isfinite(value)):
-                raise ValueError(f"{name} must be positive, got {value}.")
+            if value is not None and not 0 < value < LIMIT:
+                raise ValueError(f"{name} must be positive and below 2**63, got {value}.")
         for name in ("weight_decay", "final_learning_rate", "mixup", "workers", "warmup", "seed"):
-            if not (getattr(self, name) >= 0 and isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < LIMIT:
+                raise ValueError(f"{name} must not be negative, and below 2**63, got {getattr(self, name)}.")
         if isinstance(self.warmup, float) and self.warmup > 1:
             raise ValueError(f"warmup must be a number of steps or a fraction up to 1.0, got {self.warmup}.")
         if self.final_learning_rate > self.learning_rate:
@@ -163,7 +165,7 @@ class TrainConfig:
         return last + (1 - last) * left
 
 
-def settings_of(entries: Mapping[str, Any]) -> dict[str, Any]:
+def completed(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the entries of a `TrainConfig` read from JSON; earlier versions wrote fewer of them."""
     settings: dict[str, Any] = json.loads(json.dumps({**asdict(TrainConfig()), **entries}))
     return settings

@@ -8,35 +8,28 @@ anything.
 from __future__ import annotations
 
 import ast
-import json
+import re
 import shutil
 import ssl
-import stat
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import file_digest
-from html.parser import HTMLParser
-from io import BytesIO
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from tarfile import TarError
 from urllib.error import URLError
-from urllib.parse import urldefrag, urljoin
-from urllib.request import Request, urlopen
+from urllib.parse import urljoin
+from urllib.request import urlopen
+from zipfile import BadZipFile
 
 #: The index that pip downloads from by default.
 PYPI = "https://pypi.org/simple"
 #: Errors that an invalid package raises.
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, subprocess.CalledProcessError)
-#: Content types accepted from an index, in order of preference (PEP 691).
-ANSWERS = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
+DAMAGED = (BadZipFile, TarError, EOFError, zlib.error, subprocess.CalledProcessError)
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Source:
     package : str
         With its version where the package index has several.
     files : tuple of str
-        Patterns of the files to extract, as for `PurePosixPath.match`.
+        Patterns of the files to extract, as for `Path.rglob`.
     sha256 : tuple of str
         Hash of the package. A Debian package differs between releases, so for one these are the hashes of the
         extracted files, in the order of their names.
@@ -169,43 +162,21 @@ def download_archive(source: Source, folder: Path) -> Path:
     options = pip_options()
     name, path = source.package.partition("=")[0], folder / source.archive
     context = ssl.create_default_context(cafile=options["cert"]) if "cert" in options else None
+    open_url = partial(urlopen, timeout=60, context=context)
     failed = f"no index has {source.archive}"
     for index in f"{options.get('index-url', '')} {options.get('extra-index-url', '')}".split():
         try:
-            url = links(f"{index.rstrip('/')}/{name}/", context).get(source.archive)
-            if url is not None:
-                with urlopen(url, timeout=60, context=context) as answer, path.open("wb") as file:
+            with open_url(f"{index.rstrip('/')}/{name}/") as answer:
+                page, text = answer.url, answer.read().decode()
+            # The file's URL in quotes, in HTML (PEP 503) or JSON (PEP 691), perhaps with a fragment.
+            link = re.search(rf"""["']([^"'#]*\b{re.escape(source.archive)})["'#]""", text)
+            if link is not None:
+                with open_url(urljoin(page, link[1])) as answer, path.open("wb") as file:
                     shutil.copyfileobj(answer, file)
                 return path
         except (URLError, TimeoutError, ValueError) as error:
             failed = f"{source.archive} could not be downloaded: {error}"
     raise OSError(failed)
-
-
-def links(page: str, context: ssl.SSLContext | None) -> dict[str, str]:
-    """URLs of a package's files, by file name, from its index page (PEP 503, PEP 691)."""
-    if page.startswith("file:"):
-        page += "index.html"
-    with urlopen(Request(page, headers={"Accept": ANSWERS}), timeout=60, context=context) as answer:
-        kind, text = answer.headers.get_content_type(), answer.read().decode()
-        page = answer.url
-    if kind.endswith("+json"):
-        addresses = [file["url"] for file in json.loads(text)["files"]]
-    else:
-        parser = _Links()
-        parser.feed(text)
-        addresses = parser.links
-    urls = [urldefrag(urljoin(page, url)).url for url in addresses]
-    return {url.rpartition("/")[2]: url for url in urls}
-
-
-class _Links(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.links += [value for name, value in attributes if (tag, name) == ("a", "href") and value]
 
 
 def pip_options() -> dict[str, str]:
@@ -248,54 +219,24 @@ def extract(archive: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
     Raises
     ------
     ValueError
-        If a pattern matches no file, a matching file is a link, or a path points outside the archive.
+        If a pattern matches no file.
+    TarError
+        If a path or a link in a source archive points outside it.
     """
     taken = []
-    with _opened(archive) as files:
-        for name in files:
-            if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"paths in an archive must stay inside it; {archive.name} has {name}.")
+    with tempfile.TemporaryDirectory(dir=archive.parent) as whole:
+        if archive.suffix == ".deb":
+            subprocess.run(["dpkg-deb", "--extract", archive, whole], check=True, capture_output=True)
+        elif archive.suffix == ".whl":
+            shutil.unpack_archive(archive, whole, "zip")  # skips paths outside the archive
+        else:
+            shutil.unpack_archive(archive, whole, filter="data")
         for pattern in patterns:
-            matches = [name for name in sorted(files) if name.match(pattern)]
+            matches = sorted(p for p in Path(whole).rglob(pattern) if p.is_file() and not p.is_symlink())
             if not matches:
                 raise ValueError(f"{archive.name} must have files that match {pattern}; it has none.")
-            for name in matches:
-                file = files[name]()
-                if file is None:
-                    raise ValueError(f"{name} in {archive.name} must be a file; it is a link or a device.")
-                with file, (folder / name.name).open("wb") as out:
-                    shutil.copyfileobj(file, out)
-                taken.append(folder / name.name)
+            taken += [path.replace(folder / path.name) for path in matches]
     return taken
-
-
-Files = dict[PurePosixPath, Callable[[], IO[bytes] | None]]
-
-
-@contextmanager
-def _opened(archive: Path) -> Iterator[Files]:
-    """A function to open each member of an archive except folders; it returns None for links and devices."""
-    if archive.suffix in (".whl", ".zip"):
-        with zipfile.ZipFile(archive) as package:
-            infos = [info for info in package.infolist() if not info.is_dir()]
-            yield {PurePosixPath(info.filename): partial(_of_zip, package, info) for info in infos}
-        return
-    data: Any = archive.open("rb")
-    if archive.suffix == ".deb":
-        data.close()
-        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-        data = BytesIO(subprocess.run(command, check=True, capture_output=True).stdout)
-    with data, tarfile.open(fileobj=data) as tar:
-        members = [member for member in tar if not member.isdir()]
-        yield {PurePosixPath(member.name): partial(_of_tar, tar, member) for member in members}
-
-
-def _of_zip(package: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes] | None:
-    return None if stat.S_ISLNK(info.external_attr >> 16) else package.open(info)
-
-
-def _of_tar(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
-    return tar.extractfile(member) if member.isreg() else None
 
 
 def fetch(

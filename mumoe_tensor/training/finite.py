@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +20,13 @@ def first_layer_not_finite(model: nn.Module, x: Tensor) -> str:
         The inputs.
     """
     for name, parameter in model.named_parameters():
-        if not _is_finite(parameter):
+        if not parameter.isfinite().all():
             return f"the parameter {name} is not finite"
-    if not _is_finite(x):
+    if not x.isfinite().all():
         return "the inputs are not finite"
     names: list[str] = []
     hooks = [
-        module.register_forward_hook(_noted(name, names))
+        module.register_forward_hook(partial(_note, names, name))
         for name, module in model.named_modules()
         if name and not any(module.children())
     ]
@@ -38,19 +38,8 @@ def first_layer_not_finite(model: nn.Module, x: Tensor) -> str:
     return f"it first occurred in the layer {names[0]}" if names else "it first occurred in the loss"
 
 
-def not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of the parameters whose gradient is not finite."""
-    return [name for name, p in named if p.grad is not None and not _is_finite(p.grad)]
-
-
-def _is_finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
-
-
-def _noted(name: str, names: list[str]) -> Any:
-    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
-        if any(isinstance(y, Tensor) and not _is_finite(y) for y in outputs):
-            names.append(name)
-
-    return hook
+def _note(names: list[str], name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+    """A forward hook that appends the name of a layer whose output is not finite."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    if any(isinstance(y, Tensor) and not y.isfinite().all() for y in outputs):
+        names.append(name)

@@ -20,9 +20,8 @@ from mumoe_tensor.readers import reading
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract
 from mumoe_tensor.training.images import ImageFiles, Images, Scaled, class_folders
-from mumoe_tensor.training.job import Job
+from mumoe_tensor.training.job import Job, made
 from mumoe_tensor.training.log import Evaluation
-from mumoe_tensor.training.memory import check_memory, made, parameters_of
 from mumoe_tensor.training.trainer import train
 
 
@@ -88,11 +87,7 @@ class HeadSetting(HeadConfig):
         training, validation = split(data, self.validation, seed=0)
         features = extract(backbone or nn.Identity(), training, progress=progress).x
         make = partial(Head, features.shape[1], classes, **self.head)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.training.seed)
-            with torch.device("meta"):
-                check_memory(parameters_of(make))
-            head = made(make)
+        head = made(make, self.training.seed)
         head.centre_on(features)
         model = head if backbone is None else nn.Sequential(backbone, head)
         return Job(model, training, validation, self.training.for_rows(len(training)))

@@ -1,14 +1,18 @@
-"""The interface between a run and the kinds of model it can train."""
+"""What a run trains: a model that fits into memory, its rows, and the training settings."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from mumoe_tensor.configs.training import TrainConfig
+from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training.data import Rows
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Job(NamedTuple):
@@ -20,32 +24,20 @@ class Job(NamedTuple):
     train: TrainConfig
 
 
-class Runnable(Protocol):
-    """A dataclass of settings from which `.run.run` trains a model.
+def made(make: Callable[[], M], seed: int) -> M:
+    """Make a model with a seed; a ValueError if its parameters, in float32, do not fit into memory."""
+    import psutil  # a dependency of accelerate
 
-    Attributes
-    ----------
-    kind : str
-        Kind of the model in ``config.json``.
-    result : str
-        File name of the trained model, which is written last.
-    """
-
-    kind: ClassVar[str]
-    result: ClassVar[str]
-
-    @property
-    def train(self) -> TrainConfig:
-        """The training settings."""
-
-    def job(self, *, progress: bool = False) -> Job:
-        """Read the data and make the model, initialized with the seed in the training settings."""
-
-    def about(self, model: nn.Module) -> dict[str, Any]:
-        """The model's entries in ``config.json``: its parameter count and solved ranks."""
-
-    def save(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-        """Write the trained model; `state` is its state, gathered from all processes."""
-
-    def load(self, folder: Path) -> nn.Module:
-        """Read a model written by `save`; raises a ValueError if it does not match the settings."""
+    try:
+        with torch.device("meta"):
+            needed = 4 * num_parameters(make())
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"a model must fit into memory: {error}.") from None
+    if needed > (there := psutil.virtual_memory().total):
+        raise ValueError(
+            f"a model must fit into memory; its parameters need {needed / 2**30:,.1f} GiB of "
+            f"{there / 2**30:,.1f} GiB."
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from time import time
@@ -80,45 +80,27 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     return evaluations
 
 
-class TensorBoard:
-    """Curves for TensorBoard; points after `step` are removed when a run resumes.
+def tensorboard(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard curves; points after `step` are removed when a run resumes.
 
     (The `SummaryWriter` of tensorboardX writes in a thread, and hangs if the disk is full.)
-
-    Parameters
-    ----------
-    folder : Path
-    step : int
-        Steps already done.
-
-    Raises
-    ------
-    OSError
-        If the curves cannot be written; raised by all methods.
     """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    def __init__(self, folder: Path, step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventsWriter(str(folder / "events"))
+    if step:
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(wall_time=time(), step=step + 1, session_log=start))
+    return writer
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        if step:
-            start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time(), step=step + 1, session_log=start))
 
-    def add(self, step: int, figures: dict[str, float]) -> None:
-        """Add the figures of a step to their curves."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
+def add_curves(writer: Any, step: int, figures: Mapping[str, float | None]) -> None:
+    """Add the figures of a step to their TensorBoard curves."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
 
-        for name, value in figures.items():
-            self._writer.write_event(Event(wall_time=time(), step=step, summary=scalar(name, value)))
-
-    def flush(self) -> None:
-        """Write buffered figures to disk."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Write buffered figures and close the file."""
-        self._writer.close()
+    for name, value in figures.items():
+        if value is not None:
+            writer.write_event(Event(wall_time=time(), step=step, summary=scalar(name, value)))

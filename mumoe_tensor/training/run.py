@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mumoe_tensor.configs.training import settings_of
+from torch import nn
+
+from mumoe_tensor.configs.training import completed
 from mumoe_tensor.files import NEW, alone_in, remove, replacing, whole_file
+from mumoe_tensor.readers import checked, read_json, reading
 from mumoe_tensor.training.checkpoint import Checkpoints, model_state
-from mumoe_tensor.training.folder import read_config
-from mumoe_tensor.training.job import Runnable
+from mumoe_tensor.training.head import HeadSetting
 from mumoe_tensor.training.log import Evaluation, read_evaluations
 from mumoe_tensor.training.processes import processes
+from mumoe_tensor.training.settings import Settings, settings_of
 from mumoe_tensor.training.trainer import FREE, train
 
 #: Keys of settings that hold a `TrainConfig`.
@@ -28,7 +32,7 @@ RESULTS = (
 
 
 def run(
-    settings: Runnable,
+    settings: Settings | HeadSetting,
     folder: Path,
     *,
     fresh: bool = False,
@@ -75,51 +79,44 @@ def run(
         See `train`; also if another process is training in the folder.
     """
     own = processes()
-    chosen: Any = settings
-    described: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(chosen)}))
+    described: dict[str, Any] = json.loads(json.dumps({"kind": settings.kind, **asdict(settings)}))
     if fresh and from_step is not None:
         raise ValueError(f"fresh=True and from_step cannot be combined, got from_step={from_step}.")
-
-    def done() -> dict[str, Any] | None:
-        return None if fresh else _done(settings, folder, described, from_step)
-
-    if (figures := done()) is not None:
-        return figures
-    model, training, validation, config = settings.job(progress=progress)
-    model.to(own.device)
-    about = settings.about(model)
-
-    def trained_in(place: Path) -> dict[str, Any]:
-        if own.is_main_process and not _is_begun(place, described):
-            with whole_file(place / "config.json") as file:
-                file.write(json.dumps({"settings": described, "model": about}, indent=2).encode())
+    with alone_in(folder, "checkpoints") if own.is_main_process else nullcontext():
         own.wait_for_everyone()
-        evaluations = train(
-            model, training, validation, config, folder=place, from_step=from_step, progress=progress
-        )
-        # With several processes, the model may be wrapped and hold only a shard of each weight.
-        state = model_state(model)
-        if own.is_main_process:
-            settings.save(model, state, place)
-        own.wait_for_everyone()
-        return {**about, **_figures(settings, evaluations), "trained": True}
-
-    is_beside = fresh and any((folder / name).exists() for name in RESULTS)
-    own.wait_for_everyone()
-    if not own.is_main_process:
-        return trained_in(folder / NEW if is_beside else folder)
-    with alone_in(folder, "checkpoints"):
-        # (Another process may have finished a run while the data was read.)
-        if own.num_processes == 1 and (figures := done()) is not None:
+        if not fresh and (figures := _done(settings, folder, described, from_step)) is not None:
             return figures
-        if is_beside:
-            with replacing(folder, RESULTS, lambda new: _is_begun(new, described)) as new:
-                return trained_in(new)
-        with _nothing_for_nothing(folder):
-            return trained_in(folder)
+        model, training, validation, config = settings.job(progress=progress)
+        model.to(own.device)
+        about = settings.about(model)
+        is_beside = fresh and any((folder / name).exists() for name in RESULTS)
+        own.wait_for_everyone()
+        place: AbstractContextManager[Path]
+        if not own.is_main_process:
+            place = nullcontext(folder / NEW if is_beside else folder)
+        elif is_beside:
+            place = replacing(folder, RESULTS, partial(_is_begun, described=described))
+        else:
+            place = _nothing_for_nothing(folder)
+        with place as out:
+            if own.is_main_process and not _is_begun(out, described):
+                with whole_file(out / "config.json") as file:
+                    file.write(json.dumps({"settings": described, "model": about}, indent=2).encode())
+            own.wait_for_everyone()
+            evaluations = train(
+                model, training, validation, config, folder=out, from_step=from_step, progress=progress
+            )
+            # With several processes, the model may be wrapped and hold only a shard of each weight.
+            state = model_state(model)
+            if own.is_main_process:
+                settings.save(model, state, out)
+            own.wait_for_everyone()
+            return {**about, **_figures(settings, evaluations), "trained": True}
 
 
-def _done(settings: Runnable, folder: Path, described: dict[str, Any], from_step: int | None) -> Any:
+def _done(
+    settings: Settings | HeadSetting, folder: Path, described: dict[str, Any], from_step: int | None
+) -> Any:
     """The result of `run` for a finished run; raises if the run had other settings."""
     config = folder / "config.json"
     if not config.exists():
@@ -152,11 +149,11 @@ def _is_begun(folder: Path, described: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _nothing_for_nothing(folder: Path) -> Iterator[None]:
-    """Remove the files of a new run that stops before its first checkpoint."""
+def _nothing_for_nothing(folder: Path) -> Iterator[Path]:
+    """The folder; remove the files of a new run that stops before its first checkpoint."""
     before = [name for name in RESULTS if (folder / name).exists()]
     try:
-        yield
+        yield folder
     except BaseException:
         if not before and not Checkpoints(folder / "checkpoints").steps:
             for name in RESULTS:
@@ -164,7 +161,7 @@ def _nothing_for_nothing(folder: Path) -> Iterator[None]:
         raise
 
 
-def _figures(settings: Runnable, evaluations: list[Evaluation]) -> dict[str, Any]:
+def _figures(settings: Settings | HeadSetting, evaluations: list[Evaluation]) -> dict[str, Any]:
     best = [e for e in evaluations if e.is_best] if settings.train.keep == "best" else evaluations
     return {
         "accuracy": best[-1].accuracy,
@@ -182,7 +179,7 @@ def _difference(written: dict[str, Any], described: dict[str, Any]) -> str | Non
         for part, value in given.items():
             entries = value if isinstance(value, dict) else {}
             if part in TRAINING:
-                entries = settings_of(entries)
+                entries = completed(entries)
             values |= {f"{part}.{name}": entry for name, entry in entries.items()} or {part: value}
     free = {f"{part}.{name}" for part in TRAINING for name in FREE}
     for name in dict.fromkeys([*flat[0], *flat[1]]):
@@ -190,3 +187,61 @@ def _difference(written: dict[str, Any], described: dict[str, Any]) -> str | Non
         if there != here and name not in free:
             return f"{name} is {there!r} there, {here!r} here"
     return None
+
+
+def read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a run's config.json: the ``settings``, with their ``kind``, and the size of the ``model``.
+
+    Raises
+    ------
+    ValueError
+        If the file is not one.
+    """
+    config = read_json(path)
+    with reading(path):
+        if set(config) == {"setting", "head"} and isinstance(config["setting"], dict):
+            # Earlier versions wrote heads in this form.
+            config = {"settings": {"kind": "head", **config["setting"]}, "model": config["head"]}
+        if set(config) != {"settings", "model"} or not all(isinstance(v, dict) for v in config.values()):
+            raise ValueError(f"a run has the keys settings and model; this one has {sorted(config)}.")
+    data = config["settings"].get("data")
+    if isinstance(data, dict) and "inputs" in data:
+        # Version 0.1 did not scale the images of .npz files, and always scaled others.
+        data.setdefault("scale", not str(data["inputs"]).endswith(".npz"))
+    return config
+
+
+def read_run(folder: str | Path) -> tuple[Settings | HeadSetting, nn.Module]:
+    """Read the settings and the trained model of a run.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Returns
+    -------
+    MixerRun, GPT2Run or HeadSetting
+    Module
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the folder has no finished run, or one of its files is corrupt.
+    """
+    config = Path(folder) / "config.json"
+    _need(config)
+    recorded = dict(read_config(config)["settings"])
+    with reading(config):
+        if recorded.get("kind") == HeadSetting.kind:
+            del recorded["kind"]
+            settings: Settings | HeadSetting = checked(HeadSetting, recorded)
+        else:
+            settings = settings_of(recorded)
+    _need(config.with_name(settings.result))
+    return settings, settings.load(Path(folder))
+
+
+def _need(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path.parent} must hold a finished run; it has no {path.name}.")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import as_file, files
 from pathlib import Path
 from types import NoneType
@@ -21,11 +19,10 @@ from mumoe_tensor.models.gpt2 import GPT2, GPT2Config
 from mumoe_tensor.models.mixer import Mixer, MixerConfig
 from mumoe_tensor.models.saved import load_model, save_model
 from mumoe_tensor.nn.size import num_parameters
-from mumoe_tensor.readers import read_toml, reading
+from mumoe_tensor.readers import checked, read_toml, reading
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.images import ImageData
-from mumoe_tensor.training.job import Job
-from mumoe_tensor.training.memory import check_memory, made, parameters_of
+from mumoe_tensor.training.job import Job, made
 from mumoe_tensor.training.tokens import TokenData
 
 
@@ -39,7 +36,7 @@ class _ModelRun(ABC):
 
     @abstractmethod
     def make_model(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, with weights drawn from torch's random numbers; a ValueError if it has no room."""
+        """The model, with weights drawn from torch's random numbers."""
 
     @abstractmethod
     def read_data(self) -> tuple[Rows, Rows]:
@@ -48,9 +45,7 @@ class _ModelRun(ABC):
     def job(self, *, progress: bool = False) -> Job:
         """Read the data and make the model, initialized with the seed in the training settings."""
         rows = self.read_data()
-        with torch.random.fork_rng():
-            torch.manual_seed(self.train.seed)
-            return Job(self.make_model(), *rows, self.train)
+        return Job(made(self.make_model, self.train.seed), *rows, self.train)
 
     def about(self, model: Any) -> dict[str, Any]:
         """Parameter count, and ranks by name."""
@@ -96,9 +91,8 @@ class MixerRun(_ModelRun):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def make_model(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, with weights drawn from torch's random numbers; a ValueError if it has no room."""
-        _check_memory(Mixer, self.model)
-        return made(partial(Mixer, self.model, device=device))
+        """The model, with weights drawn from torch's random numbers."""
+        return Mixer(self.model, device=device)
 
     def read_data(self) -> tuple[Rows, Rows]:
         """Read rows for training and for validation.
@@ -138,9 +132,8 @@ class GPT2Run(_ModelRun):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def make_model(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, with weights drawn from torch's random numbers; a ValueError if it has no room."""
-        _check_memory(GPT2, self.model)
-        return made(partial(GPT2, self.model, device=device))
+        """The model, with weights drawn from torch's random numbers."""
+        return GPT2(self.model, device=device)
 
     def read_data(self) -> tuple[Rows, Rows]:
         """Read windows for training and for validation; raises the errors of `TokenData.read`."""
@@ -149,12 +142,6 @@ class GPT2Run(_ModelRun):
 
 Settings = MixerRun | GPT2Run
 RUNS: dict[str, type[MixerRun] | type[GPT2Run]] = {run.kind: run for run in (MixerRun, GPT2Run)}
-
-
-def _check_memory(kind: Any, config: Any) -> None:
-    # All blocks are alike, so two models on meta determine the parameter count at any depth.
-    first, second = (parameters_of(partial(kind, replace(config, depth=depth), "meta")) for depth in (1, 2))
-    check_memory(first + (config.depth - 1) * (second - first))
 
 
 def packaged(kind: str) -> list[str]:
@@ -191,7 +178,6 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
     ValueError
         If there are no such settings, or a key is unknown or has a wrong value; the message names it.
     """
-    run = RUNS[kind]
     tables = _tables(kind, kind if config is None else config)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -202,14 +188,7 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
             )
         if isinstance(tables.setdefault(table, {}), dict):
             tables[table][name] = _value(text.strip())
-    try:
-        return _checked(run, tables)
-    except ValueError as error:
-        key = str(error).partition(":")[0]
-        is_overridden = any(override.strip().startswith(key) for override in overrides)
-        if Path(str(config)).suffix == ".toml" and not is_overridden:
-            raise ValueError(f"{config}: {error}") from None
-        raise
+    return settings_of({**tables, "kind": kind})
 
 
 def _tables(kind: str, config: str | Path) -> dict[str, Any]:
@@ -222,13 +201,17 @@ def _tables(kind: str, config: str | Path) -> dict[str, Any]:
     raise ValueError(f"settings must be a TOML file or one of {', '.join(names)}; got {str(config)!r}.")
 
 
-def settings_of(mapping: Mapping[str, Any]) -> Settings:
-    """The settings stored in ``config.json``.
+def _value(text: str) -> Any:
+    """Parse a TOML value; anything else is a string."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
 
-    Parameters
-    ----------
-    mapping : mapping
-        The settings and their ``kind``.
+
+def settings_of(mapping: Mapping[str, Any]) -> Settings:
+    """Settings from their kind and tables; "none" stands for None where None is allowed.
 
     Raises
     ------
@@ -239,54 +222,12 @@ def settings_of(mapping: Mapping[str, Any]) -> Settings:
     kind = tables.pop("kind", None)
     if kind not in RUNS:
         raise ValueError(f"kind: must be {' or '.join(RUNS)}, got {kind!r}.")
-    return _checked(RUNS[kind], tables)
-
-
-def _value(text: str) -> Any:
-    """Parse a TOML value; anything else is a string."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text
-
-
-def _checked(run: type[MixerRun] | type[GPT2Run], tables: Mapping[str, Any]) -> Settings:
-    from pydantic import TypeAdapter, ValidationError
-
-    parts = get_type_hints(run)
-    allowed = {part.name: {f.name for f in fields(parts[part.name])} for part in fields(run)}
-    given: dict[str, Any] = {}
-    for table, values in tables.items():
-        if table not in allowed or not isinstance(values, dict):
-            raise ValueError(f"{table}: settings of {run.kind} have the tables {', '.join(allowed)}.")
-        hints = get_type_hints(parts[table])
-        for key in values:
-            if key not in allowed[table]:
-                raise ValueError(
-                    f"{table}.{key}: no such key; must be one of {', '.join(sorted(allowed[table]))}."
-                )
-            if isinstance(values[key], int) and abs(values[key]) >= 2**63:
-                raise ValueError(f"{table}.{key}: must fit into 64 bits, got {values[key]}.")
-        given[table] = {key: _none(value, hints[key]) for key, value in values.items()}
-    try:
-        # As JSON, so that no value is converted to another type: "3" is not a number.
-        return TypeAdapter(run).validate_json(json.dumps(given, default=str), strict=True)
-    except ValidationError as error:
-        raise ValueError(_message(error.errors()[0], allowed)) from None
-
-
-def _none(value: Any, hint: Any) -> Any:
-    """Replace "none" by None where None is allowed: TOML has no null."""
-    return None if value == "none" and NoneType in get_args(hint) else value
-
-
-def _message(error: Mapping[str, Any], allowed: Mapping[str, set[str]]) -> str:
-    """An error message, after the key it is about."""
-    table, *keys = map(str, error["loc"])
-    rule = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if error["type"] != "value_error":
-        return f"{'.'.join([table, *keys[:1]])}: {rule}, got {error['input']!r}."
-    # Messages of the dataclass itself start with the key, or are about several keys.
-    key, _, rest = rule.partition(" ")
-    return f"{table}.{key}: {rest}." if key in allowed[table] else f"{table}: {rule}."
+    types = get_type_hints(RUNS[kind])
+    for table in {part.name for part in fields(RUNS[kind])} & tables.keys():
+        if isinstance(tables[table], dict):
+            hints = get_type_hints(types[table])
+            tables[table] = {
+                key: None if value == "none" and NoneType in get_args(hints.get(key)) else value
+                for key, value in tables[table].items()
+            }
+    return checked(RUNS[kind], tables)

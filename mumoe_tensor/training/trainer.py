@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite, isnan, nan
 from pathlib import Path
 from textwrap import shorten
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mumoe_tensor.configs.training import TrainConfig, settings_of
+from mumoe_tensor.configs.training import TrainConfig, completed
 from mumoe_tensor.nn.rates import parameter_groups
 from mumoe_tensor.progress import progress_bar
 from mumoe_tensor.readers import checked
@@ -29,8 +29,8 @@ from mumoe_tensor.training.checkpoint import (
     snapshot,
 )
 from mumoe_tensor.training.data import Rows
-from mumoe_tensor.training.finite import first_layer_not_finite, not_finite
-from mumoe_tensor.training.log import Evaluation, TensorBoard, write_evaluations
+from mumoe_tensor.training.finite import first_layer_not_finite
+from mumoe_tensor.training.log import Evaluation, add_curves, tensorboard, write_evaluations
 from mumoe_tensor.training.processes import processes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -65,12 +65,18 @@ class Progress:
         Sum of this process's losses over the steps since the last evaluation.
     seconds : float
         Time since the last evaluation.
+    config : dict
+        The training settings.
+    scaler : dict or None
+        State of the gradient scaler of fp16.
     """
 
     step: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
     total: float = 0.0
     seconds: float = 0.0
+    config: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None
 
     @property
     def best(self) -> float:
@@ -84,14 +90,6 @@ class Progress:
         for e in self.evaluations:
             since = 0 if e.is_best else since + 1
         return since
-
-
-@dataclass
-class _Kept(Progress):
-    """The part of a checkpoint that is not tensors."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    scaler: dict[str, Any] | None = None
 
 
 def train(
@@ -209,7 +207,7 @@ class _Run:
         # The wrapped model computes; checkpoints and names are those of the model itself.
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.device = next(model.parameters()).device
-        self.state = Progress()
+        self.state = Progress(config=asdict(config))
         self.best_state: State = {}
         self.evaluate_every = config.evaluate_every or batches.per_epoch
         self.checkpoint_every = config.checkpoint_every or self.evaluate_every
@@ -220,22 +218,22 @@ class _Run:
             update = stack.enter_context(progress_bar("training", progress))
             board = None
             if self.folder is not None and self.accelerator.is_main_process:
-                board = stack.enter_context(closing(TensorBoard(self.folder / "tensorboard", state.step)))
+                board = stack.enter_context(closing(tensorboard(self.folder / "tensorboard", state.step)))
             start = perf_counter() - state.seconds
             ahead = self.batches.after(state.step, pin_memory=self.device.type == "cuda")
             while not self._is_over():
                 self.wrapped.train()
                 figures = self._step(next(ahead))
                 if board:
-                    board.add(state.step, figures)
+                    add_curves(board, state.step, figures)
                 update(state.step, self.batches.steps, f"epoch {self._epoch}, step {state.step:,}")
                 state.seconds = perf_counter() - start
                 if self._is_due(self.evaluate_every):
                     self._evaluate()
                     last = state.evaluations[-1]
-                    validated = {"validation loss": last.validation_loss, "accuracy": last.accuracy}
                     if board:
-                        board.add(state.step, {name: v for name, v in validated.items() if v is not None})
+                        validated = {"validation loss": last.validation_loss, "accuracy": last.accuracy}
+                        add_curves(board, state.step, validated)
                         board.flush()
                     start = perf_counter()
                 if self._is_due(self.checkpoint_every) or self._is_over():
@@ -292,7 +290,8 @@ class _Run:
         when = f"in step {self.state.step}, epoch {self._epoch}, at a learning rate of {rate:.3g}"
         last = "" if self.checkpoints is None else f"; {self.checkpoints.last()}"
         if isfinite(value):
-            names = not_finite(self.model.named_parameters())
+            parameters = self.model.named_parameters()
+            names = [n for n, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
             return f"gradients must be finite; those of {', '.join(names)} are not, {when}{last}."
         where = first_layer_not_finite(self.model, torch.cat([x for x, _ in parts]).to(self.device))
         return f"the loss must be finite; it is {value} {when}: {where}{last}."
@@ -338,8 +337,7 @@ class _Run:
         """Load the last checkpoint, or that of a step, if there is one."""
         if self.folder is None or self.checkpoints is None:
             return
-        is_main = self.accelerator.is_main_process
-        if is_main:
+        if self.accelerator.is_main_process:
             self.checkpoints.tidy()
         metrics = self.folder / "metrics.csv"
         if not self.checkpoints.steps and from_step is None:
@@ -351,10 +349,10 @@ class _Run:
         step = self.checkpoints.steps[-1] if from_step is None else from_step
         state, self.best_state, entries = self.checkpoints.read(step)
         try:
-            kept = checked(_Kept, entries)
+            kept = checked(Progress, entries)
         except ValueError as error:
             raise self.checkpoints.damaged(step, f"progress, {error}") from None
-        config, before = settings_of(asdict(self.config)), settings_of(kept.config)
+        config, before = completed(asdict(self.config)), completed(kept.config)
         if others := [name for name in config if name not in FREE and config[name] != before[name]]:
             raise ValueError(
                 f"a run must resume with its config; {', '.join(others)} in {self.folder} was "
@@ -367,8 +365,8 @@ class _Run:
             raise self.checkpoints.damaged(step, f"it must fit the model, {what};") from error
         if kept.scaler is not None:
             self.accelerator.scaler.load_state_dict(kept.scaler)
-        self.state = Progress(kept.step, kept.evaluations, kept.total, kept.seconds)
-        if is_main:
+        self.state = replace(kept, config=asdict(self.config))
+        if self.accelerator.is_main_process:
             write_evaluations(self.state.evaluations, metrics)
 
     def _write(self) -> None:
@@ -377,7 +375,6 @@ class _Run:
         state, scaler = self.state, self.accelerator.scaler
         entries = asdict(state) | {
             "total": self._mean(state.total),
-            "config": asdict(self.config),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         whole = snapshot(self.model, self.optimizer.optimizer)

@@ -25,9 +25,8 @@ from mumoe_tensor.browser import Images  # noqa: E402
 from mumoe_tensor.cli import app  # noqa: E402
 from mumoe_tensor.models import Backbone  # noqa: E402
 from mumoe_tensor.training import TrainConfig  # noqa: E402
-from mumoe_tensor.training.finished import read_run  # noqa: E402
 from mumoe_tensor.training.head import HeadSetting  # noqa: E402
-from mumoe_tensor.training.run import run  # noqa: E402
+from mumoe_tensor.training.run import read_run, run  # noqa: E402
 from mumoe_tensor.training.settings import read_settings  # noqa: E402
 
 

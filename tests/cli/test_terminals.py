@@ -235,7 +235,8 @@ def test_numbers_were_looked_at() -> None:
 @pytest.mark.parametrize("command", ["train mixer", "train gpt2"])
 def test_numbers_in_settings(command: str, setting: str, value: Any, data: Path, tmp_path: Path) -> None:
     result = run(f"{LINES[command]} --set {setting}={value}", data, tmp_path / "out")
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and setting in result.stderr
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert setting.replace(".", ": ") in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

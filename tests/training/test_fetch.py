@@ -205,7 +205,7 @@ def test_a_file_too_many_is_refused(tmp_path: Path) -> None:
 EVIL = b"from pathlib import Path; Path(__file__).with_name('was-run').touch(); raise SystemExit(1)"
 
 
-@pytest.fixture(params=["html", "json", "file"])
+@pytest.fixture(params=["html", "json"])
 def index(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An index with a source archive whose setup.py must never run, as pip is configured with it."""
     folder = tmp_path / "index"
@@ -227,7 +227,7 @@ def index(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
     server = http.server.HTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    at = folder.as_uri() if request.param == "file" else f"http://127.0.0.1:{server.server_port}"
+    at = f"http://127.0.0.1:{server.server_port}"
     options = f":env:.index-url='{at}/simple'\nglobal.index-url='http://127.0.0.1:1/no'\nglobal.timeout='5'\n"
     real = subprocess.run
 
@@ -259,19 +259,23 @@ def test_a_source_archive_is_opened_and_not_run(index: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("archive", [wheel, source_archive])
 @pytest.mark.parametrize(
-    ("name", "link", "message"),
+    ("name", "link"),
     [
-        ("../out.txt", "", "must stay inside it"),
-        ("inner/../../out.txt", "", "must stay inside it"),
-        ("/tmp/out.txt", "", "must stay inside it"),
-        ("inner/out.txt", "inner/out.txt", "it is a link"),
+        ("../out.txt", ""),
+        ("inner/../../out.txt", ""),
+        ("../../../out.txt", ""),
+        ("inner/out.txt", "inner/out.txt"),
     ],
 )
-def test_what_leads_out_of_an_archive_is_refused(
-    archive: Any, name: str, link: str, message: str, tmp_path: Path
+def test_nothing_is_written_or_read_outside_of_an_archive(
+    archive: Any, name: str, link: str, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
     path = archive(tmp_path, {name: b"x", "a.data": b"A"}, link)
-    with pytest.raises(ValueError, match=message):
-        extract(path, ("*.txt",), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    if archive is wheel and link:  # the text of the link, not the file that it points to
+        assert [taken.read_bytes() for taken in extract(path, ("*.txt",), tmp_path / "out")] == [b"x"]
+    else:
+        with pytest.raises((ValueError, tarfile.TarError)):
+            extract(path, ("*.txt",), tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+    assert {file.name for file in tmp_path.iterdir()} == {"out", path.name}

@@ -22,10 +22,9 @@ import mumoe_tensor as mt
 from mumoe_tensor.models import Backbone, Head, load_head, save_head
 from mumoe_tensor.spec import as_budget
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_npz, split, write_npz
-from mumoe_tensor.training.finished import read_run
 from mumoe_tensor.training.head import HeadSetting, fine_tune, train_head
 from mumoe_tensor.training.images import ImageFiles, Scaled, class_folders
-from mumoe_tensor.training.run import run
+from mumoe_tensor.training.run import read_run, run
 
 CLASSES = 3
 SHORT = TrainConfig(epochs=12, batch_size=64, learning_rate=0.02)
@@ -268,7 +267,7 @@ def test_a_run_is_kept_and_not_done_again(features: Path, tmp_path: Path) -> Non
     assert run(other, out, fresh=True)["trained"]
 
 
-def test_a_run_that_another_process_finished_meanwhile_is_kept(
+def test_a_folder_is_locked_while_data_are_read(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (HeadSetting(str(features), {"experts": 4, "rank": (r,)}, SHORT) for r in (5, 6))
@@ -280,9 +279,9 @@ def test_a_run_that_another_process_finished_meanwhile_is_kept(
         return read(setting)
 
     monkeypatch.setattr(HeadSetting, "read_data", read_slowly)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(OSError, match="only one process at a time"):
         run(second, out)
-    assert not run(first, out)["trained"]
+    assert run(first, out)["trained"]
 
 
 @pytest.mark.parametrize(

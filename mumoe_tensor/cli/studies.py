@@ -104,7 +104,7 @@ def study(
     print(f"\nWritten to {out}: " + ", ".join(names))
 
 
-def _layer(name: str | None, sizes: dict[str, int]) -> Any:
+def _layer(name: str | None, sizes: dict[str, Any]) -> Any:
     """A published layer by name, or a layer of given sizes."""
     from mumoe_tensor.study import Layer, dense
 

@@ -271,10 +271,7 @@ def _embeddings(path: Path, rows: int) -> Tensor:
     (x,) = read_arrays(path, ("x",))
     with reading(path):
         if x.ndim != 2 or len(x) != rows:
-            raise ValueError(
-                f"x must have shape ({rows}, features), a row for each row of attributes, got {x.shape}."
-            )
+            raise ValueError(f"x must have shape ({rows}, features), a row for each image, got {x.shape}.")
         features = as_features(x)
-    training = features[: CELEBA_PARTS[0]]
-    mean, scale = centring(training)
+    mean, scale = centring(features[: CELEBA_PARTS[0]])
     return (features - mean) / scale

@@ -232,13 +232,7 @@ def read_idx(images: str | Path, labels: str | Path) -> Dataset:
 
 
 def as_pixels(x: np.ndarray[Any, Any]) -> Tensor:
-    """Convert images to float32 from 0 to 1; integers from 0 to 255 are divided by 255.
-
-    Raises
-    ------
-    ValueError
-        If a pixel is out of range.
-    """
+    """Convert images to float32 from 0 to 1; integers from 0 to 255 are divided by 255."""
     top = 255 if x.dtype.kind in "iu" else 1
     if x.size and not (x.min() >= 0 and x.max() <= top):  # NaN compares as out of range
         raise ValueError(
@@ -251,13 +245,7 @@ def as_pixels(x: np.ndarray[Any, Any]) -> Tensor:
 
 
 def as_features(x: np.ndarray[Any, Any]) -> Tensor:
-    """Convert inputs to float32.
-
-    Raises
-    ------
-    ValueError
-        If a number is not finite.
-    """
+    """Convert inputs to float32; they must be finite."""
     with np.errstate(over="ignore"):
         features = x.astype(np.float32)
     if not np.isfinite(features).all():
@@ -268,13 +256,7 @@ def as_features(x: np.ndarray[Any, Any]) -> Tensor:
 
 
 def as_labels(y: np.ndarray[Any, Any]) -> Tensor:
-    """Convert labels to int64.
-
-    Raises
-    ------
-    ValueError
-        If they are not integers, or out of range.
-    """
+    """Convert labels to int64; they must be integers from 0 and below `CLASSES`."""
     if y.dtype.kind not in "iu":
         raise ValueError(f"labels must be integers, got {y.dtype}.")
     if y.size and not (y.min() >= 0 and y.max() < CLASSES):

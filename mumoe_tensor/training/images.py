@@ -242,15 +242,8 @@ def _training_transform(size: int, augment: tuple[int, int] | None) -> Any:
     from torchvision import transforms as t
 
     drawn = [] if augment is None else [t.RandAugment(*augment)]
-    return t.Compose(
-        [
-            t.RandomResizedCrop(size),
-            t.RandomHorizontalFlip(),
-            *drawn,
-            t.ToTensor(),
-            t.Normalize(MEAN, DEVIATION),
-        ]
-    )
+    ending = (t.ToTensor(), t.Normalize(MEAN, DEVIATION))
+    return t.Compose([t.RandomResizedCrop(size), t.RandomHorizontalFlip(), *drawn, *ending])
 
 
 def _validation_transform(size: int) -> Any:

@@ -66,13 +66,12 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     ValueError
         If the file is corrupt, see `read_table`.
     """
-    kinds: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": finite,
-        "float | None": lambda text: finite(text) if text else None,
-        "bool": lambda text: bool(int(text)),
+    columns: dict[str, Callable[[str], Any]] = {
+        **dict.fromkeys(("epoch", "step"), int),
+        **dict.fromkeys(("loss", "validation_loss", "seconds"), finite),
+        "accuracy": lambda text: finite(text) if text else None,
+        "is_best": lambda text: bool(int(text)),
     }
-    columns = {field.name: kinds[str(field.type)] for field in fields(Evaluation)}
     evaluations = [Evaluation(**row) for row in read_table(path, columns)]
     with reading(path):
         if not evaluations or not evaluations[0].is_best:

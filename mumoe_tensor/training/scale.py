@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from mumoe_tensor.configs.training import TrainConfig
 from mumoe_tensor.cost import Cost, cost
 from mumoe_tensor.models.blocks import DENSE
 from mumoe_tensor.models.gpt2 import GPT2Config
@@ -89,28 +90,24 @@ def work(settings: Settings) -> Work:
     )
 
 
-def accumulation(
-    settings: Settings, accelerators: int, memory: float = MEMORY, counted: Work | None = None
-) -> int:
+def accumulation(counted: Work, train: TrainConfig, accelerators: int, memory: float = MEMORY) -> int:
     """The smallest ``train.accumulation`` with which a step fits into memory.
 
     Every accelerator holds the whole state (DDP) and, if there are several, the buckets for gradients.
 
     Parameters
     ----------
-    settings : MixerRun or GPT2Run
+    counted : Work
+    train : TrainConfig
     accelerators : int
     memory : float, default 64e9
         Usable bytes per accelerator.
-    counted : Work, optional
-        The result of `work`, if already computed.
 
     Raises
     ------
     ValueError
         If a step cannot be divided evenly among the accelerators, or even the smallest part does not fit.
     """
-    counted, train = counted or work(settings), settings.train
     if accelerators < 1:
         raise ValueError(f"accelerators must be positive, got {accelerators}.")
     state = counted.state + (ITEM * counted.parameters if accelerators > 1 else 0)
@@ -197,7 +194,6 @@ def table(
     names: Sequence[str],
     accelerators: Sequence[int] = (4, 64),
     memory: float = MEMORY,
-    overrides: Sequence[str] = (),
 ) -> list[tuple[str, ...]]:
     """Work and accumulation as rows of text: a heading, then a line for each run.
 
@@ -208,8 +204,6 @@ def table(
         Names of packaged settings, or TOML files.
     accelerators : sequence of int
     memory : float, default 64e9
-    overrides : sequence of str
-        As for `.settings.read_settings`.
 
     Returns
     -------
@@ -219,10 +213,10 @@ def table(
     columns = ("settings", "parameters", f"GFLOP per {unit}", "state, GB", f"MB per {row}")
     lines = [(*columns, *(f"accumulation on {n}" for n in accelerators))]
     for name in names:
-        settings = read_settings(kind, name, overrides)
+        settings = read_settings(kind, name)
         counted = work(settings)
         saved = (counted.activations + counted.loss) / 1e6
-        parts = (f"{accumulation(settings, n, memory, counted)}" for n in accelerators)
+        parts = (f"{accumulation(counted, settings.train, n, memory)}" for n in accelerators)
         figures = (f"{counted.flops / 1e9:.3g}", f"{counted.state / 1e9:.2f}", f"{saved:,.0f}")
         lines.append((name.removesuffix(".toml"), f"{counted.parameters:,}", *figures, *parts))
     return lines
@@ -256,12 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--memory", type=float, default=MEMORY, help="usable bytes per accelerator; default %(default)g"
     )
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
         for kind in [options.kind] if options.kind else RUNS:
             names = options.settings or published(kind)
-            lines = table(kind, names, options.accelerators, options.memory, options.overrides)
+            lines = table(kind, names, options.accelerators, options.memory)
             print(text_table(lines, ">" * len(lines[0])), end="\n\n")
     except (ValueError, OSError) as error:
         print(f"scale: {error}", file=sys.stderr)

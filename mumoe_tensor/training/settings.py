@@ -6,7 +6,6 @@ import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import as_file, files
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -25,18 +24,23 @@ from mumoe_tensor.training.images import ImageData
 from mumoe_tensor.training.job import Job, made
 from mumoe_tensor.training.tokens import TokenData
 
+#: Folder of the packaged settings.
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 
 class _ModelRun(ABC):
     """The shared part of runs of a Mixer and of a GPT-2."""
 
     kind: ClassVar[str]
+    network: ClassVar[type[Any]]
     result: ClassVar[str] = "model.safetensors"
     train: TrainConfig
     model: Any
 
-    @abstractmethod
     def make_model(self, device: torch.device | str | None = None) -> nn.Module:
         """The model, with weights drawn from torch's random numbers."""
+        model: nn.Module = self.network(self.model, device=device)
+        return model
 
     @abstractmethod
     def read_data(self) -> tuple[Rows, Rows]:
@@ -86,13 +90,10 @@ class MixerRun(_ModelRun):
     """
 
     kind: ClassVar[str] = "mixer"
+    network: ClassVar[type[Any]] = Mixer
     data: ImageData
     model: MixerConfig = field(default_factory=MixerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    def make_model(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, with weights drawn from torch's random numbers."""
-        return Mixer(self.model, device=device)
 
     def read_data(self) -> tuple[Rows, Rows]:
         """Read rows for training and for validation.
@@ -127,13 +128,10 @@ class GPT2Run(_ModelRun):
     """
 
     kind: ClassVar[str] = "gpt2"
+    network: ClassVar[type[Any]] = GPT2
     data: TokenData
     model: GPT2Config = field(default_factory=GPT2Config)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    def make_model(self, device: torch.device | str | None = None) -> nn.Module:
-        """The model, with weights drawn from torch's random numbers."""
-        return GPT2(self.model, device=device)
 
     def read_data(self) -> tuple[Rows, Rows]:
         """Read windows for training and for validation; raises the errors of `TokenData.read`."""
@@ -151,9 +149,7 @@ def packaged(kind: str) -> list[str]:
     ----------
     kind : {"mixer", "gpt2"}
     """
-    folder = files("mumoe_tensor") / "configs"
-    names = (file.name.removesuffix(".toml") for file in folder.iterdir())
-    return sorted(name for name in names if name.split("-")[0] == kind)
+    return sorted(path.stem for path in CONFIGS.glob(f"{kind}*.toml"))
 
 
 def read_settings(kind: str, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
@@ -178,7 +174,10 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
     ValueError
         If there are no such settings, or a key is unknown or has a wrong value; the message names it.
     """
-    tables = _tables(kind, kind if config is None else config)
+    names, name = packaged(kind), str(config or kind)
+    if name not in names and not name.endswith(".toml"):
+        raise ValueError(f"settings must be a TOML file or one of {', '.join(names)}; got {name!r}.")
+    tables = read_toml(CONFIGS / f"{name}.toml" if name in names else name)
     for override in overrides:
         key, equals, text = override.partition("=")
         table, dot, name = key.strip().partition(".")
@@ -189,16 +188,6 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
         if isinstance(tables.setdefault(table, {}), dict):
             tables[table][name] = _value(text.strip())
     return settings_of({**tables, "kind": kind})
-
-
-def _tables(kind: str, config: str | Path) -> dict[str, Any]:
-    names = packaged(kind)
-    if config in names:
-        with as_file(files("mumoe_tensor") / "configs" / f"{config}.toml") as path:
-            return read_toml(path)
-    if Path(config).suffix == ".toml":
-        return read_toml(config)
-    raise ValueError(f"settings must be a TOML file or one of {', '.join(names)}; got {str(config)!r}.")
 
 
 def _value(text: str) -> Any:

@@ -245,6 +245,11 @@ class _Run:
     def _epoch(self) -> int:
         return (self.state.step - 1) // self.batches.per_epoch + 1
 
+    @property
+    def _last(self) -> str:
+        """A phrase for the last good checkpoint, to end an error message."""
+        return "" if self.checkpoints is None else f"; {self.checkpoints.last()}"
+
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.batches.steps
 
@@ -288,7 +293,7 @@ class _Run:
 
     def _not_finite(self, parts: list[Batch], value: float, rate: float) -> str:
         when = f"in step {self.state.step}, epoch {self._epoch}, at a learning rate of {rate:.3g}"
-        last = "" if self.checkpoints is None else f"; {self.checkpoints.last()}"
+        last = self._last
         if isfinite(value):
             parameters = self.model.named_parameters()
             names = [n for n, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
@@ -302,10 +307,9 @@ class _Run:
             self.wrapped, self.validation, self.config.evaluation_batch_size, self.loss, accelerator
         )
         if not isfinite(loss):
-            last = "" if self.checkpoints is None else f"; {self.checkpoints.last()}"
             raise FloatingPointError(
                 f"the loss must be finite; on the validation rows it is {loss} after step "
-                f"{state.step}, epoch {self._epoch}{last}."
+                f"{state.step}, epoch {self._epoch}{self._last}."
             )
         steps = state.step - (state.evaluations[-1].step if state.evaluations else 0)
         is_best = loss < state.best

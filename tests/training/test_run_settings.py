@@ -164,7 +164,7 @@ def test_a_complaint_names_the_key(override: str, message: str) -> None:
 def test_files_that_are_no_settings(config: Path, tmp_path: Path) -> None:
     for text, message in [
         ("[data", r"own\.toml: settings must be TOML: "),
-        ("data = 3", "data: .*dictionary"),
+        ("data = 3", "data: .*object, got 3"),
         ("", r"own\.toml: .*empty"),
         ("\n", "data: .*required"),
         ("[data]", r"data\.inputs: .*required"),

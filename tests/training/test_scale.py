@@ -148,7 +148,7 @@ def test_accumulation_is_the_least_that_fits() -> None:
     known = work(settings)
     row = known.activations + known.loss
     for n, buckets in ((1, 0), (4, 4 * known.parameters)):
-        parts = accumulation(settings, n, 40e9, known)
+        parts = accumulation(known, settings.train, n, 40e9)
         assert known.state + buckets + 960 // (parts * n) * row <= 40e9
         # One part less does not fit, or does not divide.
         fewer = [p for p in range(1, parts) if 960 % (p * n) == 0]
@@ -165,17 +165,17 @@ def test_state_by_hand() -> None:
 
 def test_mixed_rows_stay_together() -> None:
     settings = small("mixer", "mlp", "train.batch_size=8", "train.mixup=0.5")
-    assert accumulation(settings, 4) == 1
+    assert accumulation(work(settings), settings.train, 4) == 1
     with pytest.raises(ValueError, match="must divide among 8 accelerators"):
-        accumulation(settings, 8)
+        accumulation(work(settings), settings.train, 8)
 
 
 def test_what_does_not_fit() -> None:
     settings = small("gpt2", "mlp")
     with pytest.raises(ValueError, match=r"fit in 0\.0 GB"):
-        accumulation(settings, 1, memory=1e6)
+        accumulation(work(settings), settings.train, 1, memory=1e6)
     with pytest.raises(ValueError, match="accelerators must be positive"):
-        accumulation(settings, 0)
+        accumulation(work(settings), settings.train, 0)
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,10 +40,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
+gc.disable()  # which no import needs
+
+
 def pytest_collection_finish() -> None:
-    """No later collection of garbage looks at the modules and tests, which stay."""
+    """No later collection of garbage looks at the modules and tests, which stay; and there are fewer."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from copy import copy
 from pathlib import Path
 
 from faults import FAULTS
-from planted import REPOSITORY, TESTS, Fault, caught_by
+from planted import REPOSITORY, TESTS, Fault, caught_by, import_once
 
 PACKAGE = REPOSITORY / "mumoe_tensor"
 DISTANT = ("benchmarks", "docs", "figures")  # tests that would take long for each survivor
@@ -135,6 +135,7 @@ def main() -> None:
     sample = random.Random(chosen.seed).sample(every, min(chosen.number, len(every)))
     print(f"{len(sample)} of {len(every)} mutants of {len(files)} files, seed {chosen.seed}", flush=True)
     survived = 0
+    import_once()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         faults = [planted(*site) for site in sample]
         caught = pool.map(lambda fault: caught_by(fault, Path(folder), TIMEOUT), faults)

@@ -6,6 +6,7 @@ tested in a process forked from it, which begins without our modules.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -19,10 +20,18 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 TESTS = REPOSITORY / "tests"
 
-SLOW = ["torch._dynamo", "jax", "tltorch", "matplotlib.pyplot", "typer", "pytest", "hypothesis.extra.numpy"]
+SLOW = [
+    "torch._dynamo", "torch.distributed.tensor.parallel", "jax", "tltorch", "matplotlib.pyplot",
+    "plotly.graph_objects", "sklearn.linear_model", "accelerate", "tensorboardX", "typer", "pytest",
+    "hypothesis.extra.numpy",
+]  # fmt: skip
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(SLOW)
+
+
+def import_once() -> None:
+    """Have the server import the slow packages when it starts."""
+    _processes.set_forkserver_preload(SLOW)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ def path_of(name: str) -> str:
 
 def run_pytest(copy: Path, tests: list[str], output: Path) -> None:
     """Run tests of a copy as ``python -m pytest`` in it does; the process ends with pytest's status."""
+    gc.freeze()  # no collection of garbage looks at what the server has imported
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -60,10 +70,16 @@ def run_pytest(copy: Path, tests: list[str], output: Path) -> None:
     sys.exit(pytest.main(sys.argv[1:]))
 
 
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """What no test of a copy reads."""
+    others = {"data", "docs", "results", "dist", "build"} if Path(folder) == REPOSITORY else set()
+    return others | {name for name in names if name.startswith(".")}
+
+
 def caught_by(fault: Fault, folder: Path, timeout: float | None = None) -> str | None:
     """Plant a fault in a copy of the repository and name the first test that fails, if one does."""
     copy = folder / re.sub(r"\W+", "-", fault.name)
-    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".*", "docs", "results", "dist", "build"))
+    shutil.copytree(REPOSITORY, copy, ignore=_left_out)
     source, output = copy / fault.file, copy.with_suffix(".txt")
     source.write_text(source.read_text().replace(fault.old, fault.new, 1))
     for compiled in source.parent.glob(f"__pycache__/{source.stem}.*"):

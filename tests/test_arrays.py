@@ -343,7 +343,7 @@ def test_generators_that_are_refused(call: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("backend", [b for b in installed_backends() if b != "numpy"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["cp", "tucker", "btt"])
 def test_short_dtypes_are_decomposed_in_float64(format: str, dtype: str, backend: str) -> None:
     dense = np.random.default_rng(0).standard_normal((4, 4, outputs(format)))
     short = make_array(dense, backend, dtype)
@@ -423,7 +423,7 @@ def test_weights_of_meta_and_mapped_tensors_print() -> None:
     torch.func.vmap(look)(*(torch.ones(7, *s) for s in shapes))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["cp", "tucker", "tr", "btt", "shared-expert"])
 def test_exports_for_any_batch(format: str) -> None:
     jax = pytest.importorskip("jax")
     from jax import export

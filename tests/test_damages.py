@@ -571,7 +571,7 @@ def test_a_path_that_cannot_be_read(
     [
         f"{MIXER} new --set model.width=1000000000",
         f"{MIXER} new --set model.depth=1000000000",
-        f"{MIXER} new --set model.channel_hidden=1000000000",
+        f"{MIXER} new --set model.channel_hidden=10000000000000",
         f"{GPT2} --set model.vocabulary=60000000000",
         f"{GPT2} --set model.width=3000000000",
         f"{GPT2} --set model.depth=1000000000",

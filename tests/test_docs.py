@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import mumoe_tensor as mt
 from mumoe_tensor.formats import mode_names, registry
-from mumoe_tensor.testing import check_format
+from mumoe_tensor.testing import CHECKS, check_format, run_check
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -202,9 +202,8 @@ def docstring_errors(name: str) -> dict[str, str]:
     return {code: message for code, message in validate.validate(name)["errors"] if code not in allowed}
 
 
-@pytest.mark.parametrize("name", OBJECTS)
-def test_docstring_is_numpydoc(name: str) -> None:
-    assert not docstring_errors(name)
+def test_docstrings_are_numpydoc() -> None:
+    assert {name: errors for name in OBJECTS if (errors := docstring_errors(name))} == {}
 
 
 def test_a_docstring_with_a_parameter_that_there_is_not_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,10 +354,15 @@ def test_a_declaration_is_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 30
 
 
-@pytest.mark.parametrize("path", [BLOCK_TERM, TWO_FACTOR], ids=lambda path: path.stem)
-def test_a_declared_format_has_every_property(path: Path, own_files: None) -> None:
-    importlib.import_module(path.stem)
-    check_format(path.stem.replace("_", "-"))
+def test_a_declared_format_has_every_property(own_files: None) -> None:
+    importlib.import_module(BLOCK_TERM.stem)
+    check_format("block-term")
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_so_has_one_with_split_modes(check: Any, own_files: None) -> None:
+    importlib.import_module(TWO_FACTOR.stem)
+    run_check(check, "two-factor", share=4)
 
 
 @settings(max_examples=max(10, settings().max_examples // 2), deadline=None)

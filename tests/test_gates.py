@@ -262,7 +262,7 @@ def logits(draw: st.DrawFn, backend: str = "numpy", ties: bool = True) -> tuple[
     axis = draw(st.integers(0, len(shape)))
     shape.insert(axis, draw(st.integers(1, 9)))
     if backend == "jax":  # compiles for each
-        shape, axis = draw(st.sampled_from([([7], 0), ([2, 4, 3], 1), ([0, 3], 1)]))
+        shape, axis = draw(st.sampled_from([([2, 4, 3], 1), ([0, 3], 1)]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     x = rng.standard_normal(shape) * 10.0 ** draw(st.integers(-2, 2))
     if ties and draw(st.booleans()):

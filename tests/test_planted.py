@@ -51,7 +51,6 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (place / "halving.py").write_text(SOURCE)
     (place / "tests" / "test_halving.py").write_text(TESTS_OF_IT)
     monkeypatch.setattr(planted, "REPOSITORY", place)
-    planted._processes.set_forkserver_preload(["pytest"])  # no test here needs the slow packages
     return place
 
 

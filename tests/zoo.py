@@ -392,7 +392,7 @@ def examine(model: Model, folder: Path, everything: bool = False) -> dict[str, s
         checkpoint(network, inputs, names[0])
         row["checkpointing"] = "yes"
     if everything or model.compiled:
-        compile_(network, inputs, "inductor" if everything else "aot_eager")
+        compile_(network, inputs, "inductor" if everything else "eager")
         row["compile"] = "yes"
     save_to(model, network, folder)
     row["saving"] = "yes"

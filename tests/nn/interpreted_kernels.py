@@ -59,7 +59,7 @@ def statistics(norm: str, n: int) -> tuple[Any, Any]:
 
 @every_power
 def test_nasty_rows(power: int, route: str) -> None:
-    for n in (1, 17, 256, 2100) if route == "whole" else (1500,):
+    for n in (1, 256, 2100) if route == "whole" else (1500,):
         rows = torch.tensor(np.stack(list(nasty(n).values())))
         p = coefficients(rows, power).double()
         assert (p - GATES[power](rows.double())).abs().max() <= 3e-7
@@ -80,12 +80,12 @@ def test_the_longest_rows(power: int) -> None:
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.usefixtures("route")
 def test_dtypes_and_bad_rows(power: int, dtype: torch.dtype) -> None:
-    rows = torch.randn(6, 3, 70).to(dtype)
-    rows[0, 1, 5], rows[2, 0, 69], rows[3, 2], rows[4, 0, ::2] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    rows = torch.randn(4, 2, 70).to(dtype)
+    rows[0, 1, 5], rows[1, 0, 69], rows[2, 1], rows[3, 0, ::2] = torch.nan, torch.inf, -torch.inf, -torch.inf
     p = coefficients(rows, power)
     expected = GATES[power](rows.double())
     assert p.dtype == dtype and p.shape == rows.shape
-    assert p.isnan().any(-1).nonzero().tolist() == [[0, 1], [2, 0], [3, 2]]
+    assert p.isnan().any(-1).nonzero().tolist() == [[0, 1], [1, 0], [2, 1]]
     torch.testing.assert_close(p.double(), expected, atol=1.01 * ROUNDING[dtype], rtol=0, equal_nan=True)
     wide = coefficients(rows, power, dtype=torch.float32)
     torch.testing.assert_close(wide.double(), expected, atol=3e-7, rtol=0, equal_nan=True)

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from groups import leave  # noqa: E402
+from forked import leave, start  # noqa: E402
 from torch import distributed, nn  # noqa: E402
 
 import mumoe_tensor as mt  # noqa: E402
@@ -80,7 +80,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     x = torch.randn(16, 6) * torch.linspace(3, 0.5, 16)[:, None]
     masks = [None, torch.arange(16) > 4, None, torch.arange(16) < 13, None]
     torch.save({"x": x, "masks": masks}, tmp_path / "data.pt")
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    start(worker, str(tmp_path))
     states = torch.load(tmp_path / "trained.pt", weights_only=True)
     for case, (_, format) in CASES.items():
         alone = block(format)

@@ -27,8 +27,9 @@ def rank_of(format: str, levels: int, size: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("experts", [(), (8,), (4, 4), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("size", [1, 4, 24])
+@pytest.mark.parametrize(
+    ("experts", "size"), [((), 1), ((), 24), ((8,), 4), ((4, 4), 1), ((4, 4), 24), ((2, 3, 4), 4)], ids=str
+)
 def test_outputs_start_with_the_variance_of_a_linear_layer(format, experts, size) -> None:
     torch.manual_seed(0)
     x = torch.randn(4096, 64)
@@ -39,22 +40,24 @@ def test_outputs_start_with_the_variance_of_a_linear_layer(format, experts, size
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("learning_rate", [1e-2, 1e-1])
-def test_two_hundred_steps_never_give_nan(format: str, learning_rate: float) -> None:
+def test_two_hundred_steps_never_give_nan(format: str) -> None:
+    """The loss falls at a usual rate, and at a large one it stays finite."""
     torch.manual_seed(0)
     block = MuMoEMLP(16, 24, 16, (4, 2), FORMATS[format], rank_of(format, 2, 3))
-    optimizer = torch.optim.AdamW(block.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-2, fused=True)
     x = torch.randn(32, 16)
     target = torch.roll(x, 1, -1)
     losses = []
-    for _ in range(200):
+    for step in range(200):
+        if step == 100:
+            optimizer.param_groups[0]["lr"] = 1e-1
         loss = (block(x) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert all(torch.isfinite(p).all() for p in block.parameters())
-    assert learning_rate == 0.1 or min(losses) < 0.9 * losses[0]
+    assert min(losses[:100]) < 0.9 * losses[0]
 
 
 def test_published_initialisation() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from groups import leave  # noqa: E402
+from forked import leave, start  # noqa: E402
 from torch import distributed, nn  # noqa: E402
 
 from mumoe_tensor.nn import Experts, MuMoE, MuMoEMLP, gather, parallelize  # noqa: E402
@@ -186,7 +186,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder: Path = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    start(worker, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -257,7 +257,7 @@ def worker_of_four(rank: int, folder: str) -> None:
 
 
 def test_divided_and_replicated(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker_of_four, (str(tmp_path),), nprocs=4)
+    start(worker_of_four, str(tmp_path), count=4)
     alone = layer_of("tr", MuMoE, 2, "batch")
     train(alone, inputs())
     for rank, (name, value) in product(range(4), alone.state_dict().items()):

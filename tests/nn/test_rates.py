@@ -28,8 +28,9 @@ def moved(call, groups, x, gradient) -> float:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("experts", [(), (16,), (8, 8)], ids=str)
-@pytest.mark.parametrize("sizes", [(256, 64), (64, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("experts", "sizes"), [((), (256, 64)), ((16,), (64, 256)), ((8, 8), (256, 64))], ids=str
+)
 def test_a_first_step_moves_outputs_as_far_as_one_of_a_linear_layer(format, experts, sizes) -> None:
     torch.manual_seed(1)
     spec = mt.LayerSpec(

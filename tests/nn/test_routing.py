@@ -156,15 +156,15 @@ def test_arrays_per_expert_are_of_the_layer() -> None:
 
 @pytest.mark.parametrize("name", ["topk", "jumprelu", "sigmoid_topk", "nearest_centres"])
 def test_gates_compile_and_export(name: str) -> None:
-    layer = drawn(name).eval()
+    gate = drawn(name).eval().gate
     x = torch.randn(20, 6, dtype=torch.float64)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
-    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2)}})
-    torch.testing.assert_close(program.module()(x[:7]), layer(x[:7]))
+    compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), gate(x))
+    program = torch.export.export(gate, (x,), dynamic_shapes={"z": {0: torch.export.Dim("rows", min=2)}})
+    torch.testing.assert_close(program.module()(x[:7]), gate(x[:7]))
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), compiled(x))
+        torch.testing.assert_close(gate(x), compiled(x))
 
 
 @every_entry

@@ -19,14 +19,12 @@ Made = tuple[studies.Plan, studies.Results]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore:constrained_layout")
-@pytest.mark.parametrize("width", [1280, 420])
 def test_names_and_figures_appear_as_they_are(
     visit: Any,
     made_up: Made,
     hostile: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    width: int,
 ) -> None:
     from mumoe_tensor.study.page import page
 
@@ -56,19 +54,20 @@ def test_names_and_figures_appear_as_they_are(
     drawn = charts(planned, strange)
     path = tmp_path / "report.html"
     path.write_bytes(page(planned, strange, drawn).encode())
-    tab, errors = visit(path, width)
-    panels = tab.evaluate("panels.length")
-    tab.wait_for_function("document.querySelectorAll('.plot.js-plotly-plot .main-svg').length > 0")
-    assert panels >= 15 and tab.locator(".plot.js-plotly-plot").count() == panels
     shown = "selector => [...document.querySelectorAll(selector)].map(element => element.textContent)"
-    assert tab.evaluate(shown, "h1") == [str(layer)]
-    assert everything in tab.evaluate(shown, "footer")[0]
     named = {subject.name for subject in planned.subjects if subject.spec.experts == (4,)} & set(formats())
     titles = {formats()[name].title for name in named - {"dense"}}
-    for place in ("nav label", "td:first-child", "#beside-dense .ytick text"):
-        assert titles <= set(tab.evaluate(shown, place)), place
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    assert tab.evaluate("window.hacked") is None and errors == []
+    for width in (1280, 420):
+        tab, errors = visit(path, width)
+        panels = tab.evaluate("panels.length")
+        tab.wait_for_function("document.querySelectorAll('.plot.js-plotly-plot .main-svg').length > 0")
+        assert panels >= 15 and tab.locator(".plot.js-plotly-plot").count() == panels
+        assert tab.evaluate(shown, "h1") == [str(layer)]
+        assert everything in tab.evaluate(shown, "footer")[0]
+        for place in ("nav label", "td:first-child", "#beside-dense .ytick text"):
+            assert titles <= set(tab.evaluate(shown, place)), place
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate("window.hacked") is None and errors == []
     # The pictures are drawn, too.
     for picture in plots.write_plots(drawn[:2], tmp_path):
         assert picture.suffix == ".png" or ElementTree.parse(picture)

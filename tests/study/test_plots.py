@@ -39,9 +39,9 @@ def test_pictures_are_legible(made_up: Made, name: str) -> None:
 
 
 def test_the_same_study_gives_the_same_files(made_up: Made, tmp_path: Path) -> None:
-    drawn = charts(*made_up)[:2]
+    drawn = charts(*made_up)[:1]
     one, other = (plots.write_plots(drawn, tmp_path / name) for name in "ab")
-    assert [p.name for p in one] == ["pareto.png", "pareto.svg", "beside-dense.png", "beside-dense.svg"]
+    assert [p.name for p in one] == ["pareto.png", "pareto.svg"]
     for first, second in zip(one, other, strict=True):
         assert first.read_bytes() == second.read_bytes()
     assert ElementTree.parse(one[1]).getroot().tag.endswith("svg")

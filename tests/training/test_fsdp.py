@@ -19,7 +19,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("safetensors")
 pytest.importorskip("tensorboardX")
 
-from groups import leave  # noqa: E402
+from forked import leave, start  # noqa: E402
 
 from mumoe_tensor.models import GPT2, GPT2Config, Mixer, MixerConfig  # noqa: E402
 from mumoe_tensor.training import Dataset, TrainConfig, train  # noqa: E402
@@ -123,7 +123,7 @@ def test_divided_weights_end_as_whole_ones(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    start(worker, port, str(tmp_path))
     for make in (gpt2, mixer):
         model, data = make()
         history = train(model, data, data, CONFIG)

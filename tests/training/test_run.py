@@ -20,6 +20,8 @@ torch = pytest.importorskip("torch")
 for package in ("accelerate", "safetensors", "tensorboardX"):
     pytest.importorskip(package)
 
+from forked import start  # noqa: E402
+
 from mumoe_tensor.models import GPT2, GPT2Config, Mixer, MixerConfig, load_model  # noqa: E402
 from mumoe_tensor.training import DamagedCheckpoint, TrainConfig, evaluate  # noqa: E402
 from mumoe_tensor.training import run as module  # noqa: E402
@@ -312,7 +314,7 @@ def test_two_processes_leave_one_folder(gpt2: GPT2Run, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, settings, tmp_path), nprocs=2)
+    start(worker, port, settings, tmp_path)
     for rank in range(2):
         index, count, (first, again) = json.loads((tmp_path / f"{rank}.json").read_text())
         assert (index, count) == (rank, 2)

@@ -103,22 +103,17 @@ def cost(
     columns = [
         (f"{part.spec.in_features} → {part.spec.out_features}", _cost_figures(part)) for part in layers
     ]
+    of_gate = {name: getattr(total, f"gate_{name}") for name in ("parameters", "flops", "seconds")}
     first = total.plans[0]
     unit = "bytes" if first.dtype else "elements"
     if as_json:
-        names = ("gate_parameters", "gate_flops", "gate_seconds")
-        gate_figures = {name: getattr(total, name) for name in names}
+        gate_figures = {f"gate_{name}": value for name, value in of_gate.items()}
         parts = [part for _, part in columns]
         padded = {name: held for name, (_, held) in total.spec.padding.items()}
         about = {"unit": unit, "machine": asdict(first.machine), "padded": padded}
         print_json({"format": format, **figures, **gate_figures, **about, "layers": parts})
         return
     if gate:
-        of_gate = {
-            "parameters": total.gate_parameters,
-            "flops": total.gate_flops,
-            "seconds": total.gate_seconds,
-        }
         columns.append(("gate", of_gate))
     columns.append(("total", figures))
     headings = [heading for heading, _ in columns]

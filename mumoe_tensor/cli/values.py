@@ -48,10 +48,7 @@ def read_list(text: str) -> list[Any]:
     """Comma-separated names, a JSON list, or one JSON object."""
     if not text.lstrip().startswith(("[", "{")):
         return [name.strip() for name in text.split(",")]
-    try:
-        listed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"names must be comma-separated or JSON, got {text!r}: {error}.") from None
+    listed = _json(text, "names must be comma-separated or JSON")
     return listed if isinstance(listed, list) else [listed]
 
 
@@ -73,13 +70,17 @@ def read_machine(text: str) -> AnyMachine:
     """The name of a machine, or its attributes from JSON."""
     if not text.lstrip().startswith("{"):
         return text
-    try:
-        return as_machine(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"a machine must be a name or JSON, got {text!r}: {error}.") from None
+    return as_machine(_json(text, "a machine must be a name or JSON"))
 
 
 def read_budget(text: str) -> Any:
     """A number of parameters; ``match`` and multiples are returned as text."""
     number = text.replace(",", "").replace("_", "")
     return int(number) if number.isdecimal() else text
+
+
+def _json(text: str, rule: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{rule}, got {text!r}: {error}.") from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,10 @@ def read_celeba(folder: Path, target: Side, group: Side, embeddings: Path | None
         output = 0
     else:
         whole = Population(_embeddings(embeddings, len(values)), ones, ones[:, by])
-    name = f"celeba {_said(target)} {_said(group)}" + (f" {embeddings.name}" if embeddings else "")
     first, second, _ = CELEBA_PARTS
-    training, validation, test = (
-        whole.rows(part) for part in (slice(first), slice(first, first + second), slice(first + second, None))
-    )
-    return Task(name, training, validation, test, output, (target[1], group[1]))
+    slices = (slice(first), slice(first, first + second), slice(first + second, None))
+    task = _task("celeba", map(whole.rows, slices), target, group, output)
+    return replace(task, name=f"{task.name} {embeddings.name}") if embeddings else task
 
 
 def read_adult(folder: Path, target: Side, group: Side) -> Task:
@@ -215,9 +214,7 @@ def read_adult(folder: Path, target: Side, group: Side) -> Task:
         income = torch.tensor(table["income"].str.startswith(">50K").to_numpy()).long()
         return Population(torch.from_numpy(x), income[:, None], torch.tensor(male.to_numpy()).long())
 
-    name = f"adult {_said(target)} {_said(group)}"
-    training, validation, test = map(population, tables)
-    return Task(name, training, validation, test, 0, (target[1], group[1]))
+    return _task("adult", map(population, tables), target, group)
 
 
 def read_embeddings(path: Path, target: Side, group: Side) -> Task:
@@ -250,9 +247,8 @@ def read_embeddings(path: Path, target: Side, group: Side) -> Task:
     ).tensor_split((len(x) // 5, len(x) // 5 * 2))
     mean, scale = centring(features[training])
     whole = Population((features - mean) / scale, label[:, None], by)
-    name = f"{path.name} {_said(target)} {_said(group)}"
-    first, second, third = (whole.rows(part.tolist()) for part in (training, validation, test))
-    return Task(name, first, second, third, 0, (target[1], group[1]))
+    parts = (whole.rows(part.tolist()) for part in (training, validation, test))
+    return _task(path.name, parts, target, group)
 
 
 def _column(names: list[str], side: Side) -> int:
@@ -262,8 +258,11 @@ def _column(names: list[str], side: Side) -> int:
     return names.index(name)
 
 
-def _said(side: Side) -> str:
-    return f"{side[0]}={side[1]}"
+def _task(data: str, parts: Iterable[Population], target: Side, group: Side, output: int = 0) -> Task:
+    """The task of predicting the target, on the parts for training, validation and test."""
+    name = f"{data} {target[0]}={target[1]} {group[0]}={group[1]}"
+    training, validation, test = parts
+    return Task(name, training, validation, test, output, (target[1], group[1]))
 
 
 def _embeddings(path: Path, rows: int) -> Tensor:

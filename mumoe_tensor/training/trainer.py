@@ -145,17 +145,14 @@ def train(
     OSError
         If a file cannot be written; earlier checkpoints are kept.
     """
-    config = config or TrainConfig()
-    accelerator = _accelerator(config)
-    batches = Batches(data, config, accelerator.process_index, accelerator.num_processes)
-    run = _Run(model, batches, validation, config, loss, accelerator, folder)
+    run = _Run(model, data, validation, config or TrainConfig(), loss, folder)
     with torch.random.fork_rng():
         run.resume(from_step)
         try:
-            run.train(progress and accelerator.is_main_process)
+            run.train(progress and run.accelerator.is_main_process)
         finally:
             # For other precisions, accelerate has replaced the model's forward method.
-            accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+            run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
     model.eval()
     return run.state.evaluations
 
@@ -186,15 +183,16 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        batches: Batches,
+        data: Rows,
         validation: Rows,
         config: TrainConfig,
         loss: Loss,
-        accelerator: Any,
         folder: Path | None,
     ):
-        self.model, self.batches, self.validation = model, batches, validation
-        self.config, self.loss, self.accelerator, self.folder = config, loss, accelerator, folder
+        self.model, self.validation, self.config = model, validation, config
+        self.loss, self.folder = loss, folder
+        self.accelerator = own = _accelerator(config)
+        self.batches = Batches(data, config, own.process_index, own.num_processes)
         self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints")
         groups = parameter_groups(model, config.learning_rate) if config.structured_rates else None
         optimizer = torch.optim.AdamW(
@@ -205,11 +203,11 @@ class _Run:
             fused=True,  # one pass over the parameters; the default on CPUs makes a pass per operation
         )
         # The wrapped model computes; checkpoints and names are those of the model itself.
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.wrapped, self.optimizer = own.prepare(model, optimizer)
         self.device = next(model.parameters()).device
         self.state = Progress(config=asdict(config))
         self.best_state: State = {}
-        self.evaluate_every = config.evaluate_every or batches.per_epoch
+        self.evaluate_every = config.evaluate_every or self.batches.per_epoch
         self.checkpoint_every = config.checkpoint_every or self.evaluate_every
 
     def train(self, progress: bool) -> None:

@@ -6,17 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from math import cos, pi
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from mumoe_tensor.checks import as_python
+from mumoe_tensor.checks import as_python, check_choice
 
 #: Upper limit of all numbers: torch has 64 bits.
 LIMIT = 2**63
 Schedule = Literal["cosine", "linear"]
+Keep = Literal["best", "last"]
 Precision = Literal["no", "bf16", "fp16"]
-
-#: Settings with a fixed set of values.
-CHOICES = {"schedule": ("cosine", "linear"), "keep": ("best", "last"), "precision": ("no", "bf16", "fp16")}
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class TrainConfig:
     final_learning_rate: float = 0.0
     schedule: Schedule = "cosine"
     betas: tuple[float, float] = (0.9, 0.999)
-    keep: Literal["best", "last"] = "best"
+    keep: Keep = "best"
     mixup: float = 0.0
     precision: Precision = "no"
     compile: bool = False
@@ -124,9 +122,8 @@ class TrainConfig:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {self.betas}.")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name, choices in (("schedule", Schedule), ("keep", Keep), ("precision", Precision)):
+            check_choice(getattr(self, name), get_args(choices), name)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size must be a multiple of accumulation, got {self.batch_size} and "

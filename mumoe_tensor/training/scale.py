@@ -223,23 +223,12 @@ def table(
 
 
 def published(kind: str) -> list[str]:
-    """Names of the packaged settings at the published scale, the dense one first.
-
-    Parameters
-    ----------
-    kind : {"mixer", "gpt2"}
-    """
+    """Names of the packaged settings at the published scale, the dense one first."""
     return sorted((name for name in packaged(kind) if "-" in name), key=lambda name: not name.endswith("mlp"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table for each kind.
-
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Default: those of the command line.
-    """
+    """Print a table for each kind."""
     parser = argparse.ArgumentParser(
         prog="python -m mumoe_tensor.training.scale",
         description="FLOPs and memory of a training run, and the least accumulation that fits.",

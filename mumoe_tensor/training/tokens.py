@@ -113,19 +113,9 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> list[int]:
-    """Write the tokens of texts one after another, each followed by the end-of-text id; atomic.
+    """Write the tokens of texts, each followed by the end-of-text id; return their numbers of tokens.
 
-    Parameters
-    ----------
-    texts : iterable of str
-    tokenizer : Tokenizer
-    path : Path
-        Receives little-endian integers of two bytes, without a header.
-
-    Returns
-    -------
-    list of int
-        Number of tokens of each text.
+    The file has little-endian integers of two bytes, without a header, and is written atomically.
     """
     counts = []
     with whole_file(path) as file:
@@ -208,17 +198,7 @@ def _fits(path: Path, patterns: Sequence[str]) -> bool:
 
 
 def read_vocabulary_size(path: Path) -> int:
-    """Read the number of ids from a ``tokens.json`` written by `tokenize`.
-
-    Parameters
-    ----------
-    path : Path
-
-    Raises
-    ------
-    ValueError
-        If the file does not contain it.
-    """
+    """Read the number of ids from a ``tokens.json`` written by `tokenize`."""
     about = read_json(path)
     with reading(path):
         return as_positive(about.get("vocabulary"), "vocabulary")

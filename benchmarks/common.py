@@ -8,14 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-try:
-    # At the top, so that asv imports once, before it forks. The second module is imported by the first
-    # backward pass of a process.
-    import torch
-    import torch.fx.experimental.symbolic_shapes
-except ImportError:
-    torch = None
+import torch
+import torch.fx.experimental.symbolic_shapes  # (else the first backward pass after asv's fork imports it)
 
 if TYPE_CHECKING:
     from mumoe_tensor import LayerSpec
@@ -91,8 +85,6 @@ def need_memory(layer: LayerSpec) -> None:
 
 def need_device(device: str) -> None:
     """Make asv skip a benchmark whose device is missing."""
-    if torch is None:
-        raise NotImplementedError("torch is not installed")
     if device == "cuda" and not torch.cuda.is_available():
         raise NotImplementedError("there is no CUDA device")
 

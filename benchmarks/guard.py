@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from asv_runner.discovery import disc_benchmarks
 
@@ -26,29 +25,22 @@ STORED = Path(__file__).with_name("stored.json")
 RENEW = "python -m benchmarks.guard --write"
 
 
-def prepared(kind: str, chosen: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
-    """The benchmarks of a kind, each set up for one case, with asv's name for it."""
+def figures(start: str = "") -> dict[str, int]:
+    """The figures whose names start with `start`, by name."""
+    found = {}
     for benchmark in disc_benchmarks(str(Path(__file__).parent)):
-        if benchmark.type != kind:
+        if benchmark.type != "track":
             continue
         for k, values in enumerate(product(*benchmark.params)):
             name = f"{benchmark.name}({', '.join(values)})"
-            if not chosen(name):
+            if not name.startswith(start) or "'cuda'" in name:
                 continue
             benchmark.set_param_idx(k)
             with redirect_stdout(None):  # asv prints skipped cases
                 skipped = benchmark.do_setup()
             if not skipped:
-                yield name, benchmark
-
-
-def figures(start: str = "") -> dict[str, int]:
-    """The figures whose names start with `start`, by name."""
-
-    def chosen(name: str) -> bool:
-        return name.startswith(start) and "'cuda'" not in name
-
-    return {name: benchmark.do_run() for name, benchmark in prepared("track", chosen)}
+                found[name] = benchmark.do_run()
+    return found
 
 
 def changes(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:

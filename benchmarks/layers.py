@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.devices import graphed
-from benchmarks.harness import Report
+from benchmarks.harness import Report, Row, effort, quartiles, times
 from mumoe_tensor.contraction.network import BATCH
 from mumoe_tensor.gates import sparse_gradient
 from mumoe_tensor.measure.passes import forward, step
@@ -35,6 +36,12 @@ class Workload:
     spec: LayerSpec
     rows: int
     gate_norm: str = "batch"
+
+    @property
+    def columns(self) -> Row:
+        """The columns of a table that identify it."""
+        experts = "x".join(map(str, self.spec.experts))
+        return {"shape": self.name, "experts": experts, "format": self.spec.format.name}
 
     def layer(self, **options: Any) -> Any:
         """The layer, with a gate that distinguishes inputs; `options` are further arguments."""
@@ -86,26 +93,27 @@ WORKLOADS = (
 )
 
 
-def products(layer: Any, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Operands of every matrix product in a forward pass, including the gate."""
-    weight = layer.gate.weight.detach()
+def experts_of(layer: Any) -> list[Experts]:
+    """The experts of a layer, or of the two layers of a block."""
+    return [child for child in layer.children() if isinstance(child, Experts)]
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=weight.device, dtype=weight.dtype)
 
-    pairs = [(random(rows, layer.gate.in_features), weight.T)]
-    for experts in layer.children():
-        if isinstance(experts, Experts):
-            sizes = experts.plan.program.network.sizes_at(rows)
-            for made in experts.plan.steps:
-                left, right, result = (set(axes) for axes in made.axes)
-                if made.kind != "mul":
-                    shared, summed = left & right & result, (left & right) - result
-                    batch, m, k, n = (
-                        prod(sizes[x] for x in axes) for axes in (shared, left - right, summed, right - left)
-                    )
-                    stack = [batch] if shared else []
-                    pairs.append((random(*stack, m, k), random(*stack, k, n)))
+def products(experts: Experts, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Operands of the matrix products of a forward pass, in the layout of the steps."""
+    place = {"device": experts.factors[0].device, "dtype": experts.factors[0].dtype}
+    pairs = []
+    for plan in experts.plan.terms:
+        sizes = plan.program.network.sizes_at(rows)
+        for made in plan.program.steps:
+            if made.kind != "mul":
+                views = []
+                for operand in (made.left, made.right):
+                    view = torch.randn([prod(sizes[x] for x in group) for group in operand.groups], **place)
+                    views.append(view if operand.axes is None else view.permute(operand.axes))
+                if made.kind == "bmm":  # (one matrix may be multiplied with each of a stack)
+                    count = max(map(len, views))
+                    views = [view.expand(count, -1, -1) for view in views]
+                pairs.append((views[0], views[1]))
     return pairs
 
 
@@ -116,10 +124,9 @@ def limit(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], backward: bool) ->
         out = a @ b
         jobs.append((a, b, out))
         if backward:
-            jobs.append((torch.randn_like(out), b.mT, torch.empty_like(a)))
-            jobs.append(
-                (a.mT, torch.randn_like(out), torch.empty_like(b, memory_format=torch.contiguous_format))
-            )
+            gradient = torch.randn_like(out)
+            jobs.append((gradient, b.mT, torch.empty_like(a)))
+            jobs.append((a.mT, gradient, torch.empty_like(b, memory_format=torch.contiguous_format)))
 
     def run() -> None:
         for a, b, out in jobs:
@@ -141,7 +148,7 @@ def elementwise(layer: Any, rows: int, backward: bool) -> Call:
 
     logits = random(rows, len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
     jobs: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [(coefficients, (logits,))]
-    children = [child for child in layer.children() if isinstance(child, Experts)]
+    children = experts_of(layer)
     for experts in children:
         sizes = experts.plan.program.network.sizes_at(rows)
         for made in experts.plan.steps:
@@ -179,7 +186,7 @@ class AsWritten(nn.Module):
         if layer.gate.gate_norm == "layer":
             parts = tuple(nn.functional.layer_norm(part, part.shape[-1:]) for part in parts)
         coefficients = [entmax.entmax15(part, dim=-1) for part in parts]
-        *first, last = (child for child in layer.children() if isinstance(child, Experts))
+        *first, last = experts_of(layer)
         for experts in first:
             x = layer.activation(self.mixed(experts, x, coefficients))
         return self.mixed(last, x, coefficients)
@@ -201,6 +208,13 @@ def over_limit(timings: Comparison, name: str) -> Spread:
     return Spread.of((layer - rest) / bare for layer, rest, bare in seconds)
 
 
+def passes(kind: str, modules: Mapping[str, Any], x: torch.Tensor, gradient: torch.Tensor) -> dict[str, Call]:
+    """Calls of modules: a "forward" pass or a "step"."""
+    if kind == "step":
+        return {name: step(module, x, gradient) for name, module in modules.items()}
+    return {name: forward(module, x) for name, module in modules.items()}
+
+
 class Beside:
     """The layer of a workload with its inputs, and the dense layer it replaces."""
 
@@ -214,58 +228,50 @@ class Beside:
         self.dense = workload.dense(spec.parameters).to(device, dtype)
         self.x = torch.randn(rows, spec.in_features, device=device, dtype=dtype, requires_grad=True)
         self.gradient = torch.randn(rows, spec.out_features, device=device, dtype=dtype)
-        self.products = products(self.layer, rows)
+        self.products = [(self.x.detach(), self.layer.gate.weight.detach().T)]
+        for experts in experts_of(self.layer):
+            self.products += products(experts, rows)
 
     def calls(
-        self, kind: str, run: str = "eager", compiler: Callable[[Any], Any] = torch.compile
+        self, kind: str, modules: Mapping[str, Any] | None = None, run: str = "eager", compiler: Any = None
     ) -> dict[str, Call]:
-        """Calls to compare: a "forward" pass or a "step", "eager", "compiled" or captured as a "graph"."""
-        backward = kind == "step"
-        modules = {"dense": self.dense, "layer": self.layer}
-        if entmax is not None and run != "graph":
-            modules["as written"] = AsWritten(self.layer)
-        calls: dict[str, Call] = {
-            "limit": limit(self.products, backward),
-            "elementwise": elementwise(self.layer, self.workload.rows, backward),
+        """Calls to compare: the bare products, the elementwise part, and modules.
+
+        They are a "forward" pass or a "step", "eager", "compiled" or captured as a "graph". By default the
+        modules are the dense layer and this one.
+        """
+        modules = modules or {"dense": self.dense, "layer": self.layer}
+        if run == "compiled":
+            modules = {name: (compiler or torch.compile)(module) for name, module in modules.items()}
+        calls = {
+            "limit": limit(self.products, kind == "step"),
+            "elementwise": elementwise(self.layer, self.workload.rows, kind == "step"),
+            **passes(kind, modules, self.x, self.gradient),
         }
-        for name, module in modules.items():
-            module = compiler(module) if run == "compiled" else module
-            calls[name] = step(module, self.x, self.gradient) if backward else forward(module, self.x)
         return {name: graphed(call, self.device) for name, call in calls.items()} if run == "graph" else calls
+
+
+def beside_dense(timings: Comparison) -> Row:
+    """Columns that compare a layer with a dense layer and with its bare products."""
+    row = times(timings, ("dense", "layer", "elementwise")) | quartiles(timings.ratio("layer"), "to dense")
+    return row | {"to limit": over_limit(timings, "layer").median}
 
 
 def layers(quick: bool, device: str) -> Report:
     """Forward pass and step of a layer compared with a dense layer, the bare products, and the equations."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for workload in [replace(WORKLOADS[0], rows=32)] if quick else WORKLOADS:
-        beside, spec = Beside(workload, device), workload.spec
-        for run in ("eager",) if quick else ("eager", "compiled"):
+        beside = Beside(workload, device)
+        modules = {"dense": beside.dense, "layer": beside.layer}
+        if entmax is not None:
+            modules["as written"] = AsWritten(beside.layer)
+        for run, kind in product(("eager",) if quick else ("eager", "compiled"), ("forward", "step")):
             torch._dynamo.reset()
-            for kind in ("forward", "step"):
-                calls = beside.calls(kind, run)
-                timings = compare(
-                    calls, "dense", rounds=3 if quick else 15, limit=2.0 if quick else 20.0, device=device
-                )
-                ratio = timings.ratio("layer")
-                rows.append(
-                    {
-                        "shape": workload.name,
-                        "experts": "x".join(map(str, spec.experts)),
-                        "format": spec.format.name,
-                        "run": run,
-                        "pass": kind,
-                        "dense ms": 1e3 * timings.spread("dense").median,
-                        "layer ms": 1e3 * timings.spread("layer").median,
-                        "elementwise ms": 1e3 * timings.spread("elementwise").median,
-                        "to dense": ratio.median,
-                        "low": ratio.low,
-                        "high": ratio.high,
-                        "to limit": over_limit(timings, "layer").median,
-                        "as written": timings.ratio("as written").median / ratio.median
-                        if "as written" in calls
-                        else None,
-                    }
-                )
+            timings = compare(beside.calls(kind, modules, run), "dense", **effort(quick), device=device)
+            row = workload.columns | {"run": run, "pass": kind} | beside_dense(timings)
+            if entmax is not None:
+                row["as written"] = timings.ratio("as written").median / timings.ratio("layer").median
+            rows.append(row)
     columns = dict.fromkeys(("shape", "experts", "format", "run", "pass"), "")
     columns |= dict.fromkeys(("dense ms", "layer ms", "elementwise ms"), ".1f")
     columns |= dict.fromkeys(("to dense", "low", "high", "to limit", "as written"), ".2f")
@@ -298,10 +304,22 @@ def scaled_entmax15(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return gate
 
 
+class DenseRoute(nn.Module):
+    """A layer that computes with all coefficients, also those that are zero."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x, return_coefficients=True)[0]
+        return y
+
+
 def sparse(quick: bool, device: str) -> Report:
     """The sparse route at several shares of nonzero coefficients, compared with the dense products."""
     experts, count = (1024, 32) if quick else (4096, 1024)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     gates: dict[str, Any] = {"topk, k = 8": {"name": "topk", "k": 8}}
     torch.manual_seed(0)
     logits = nn.functional.layer_norm(torch.randn(64, experts), (experts,))
@@ -309,41 +327,16 @@ def sparse(quick: bool, device: str) -> Report:
         factor = sharpened(entmax15, logits, density)
         gates[f"entmax15, {density:.1%}"] = scaled_entmax15(factor)
     for name, gate in gates.items():
-        layer = gpt2_block("cp", experts, 556, count).layer(gate=gate, device=device)
-        x = torch.randn(count, GPT2.in_features, device=device, requires_grad=True)
-        gradient, pairs = torch.randn(count, GPT2.out_features, device=device), products(layer, count)
-        measured = float((layer.gate(x)[0] > 0).float().mean())
-
-        def dense_route(x: torch.Tensor, layer: Any = layer) -> torch.Tensor:
-            y: torch.Tensor = layer(x, return_coefficients=True)[0]
-            return y
-
-        route = torch.nn.Module()
-        route.forward = dense_route  # type: ignore[method-assign]
-        route.zero_grad = layer.zero_grad  # type: ignore[method-assign]
+        beside = Beside(gpt2_block("cp", experts, 556, count), device, gate=gate)
+        measured = float((beside.layer.gate(beside.x)[0] > 0).float().mean())
+        modules = {"dense route": DenseRoute(beside.layer), "layer": beside.layer}
         for kind in ("forward", "step"):
-            backward = kind == "step"
-            calls: dict[str, Call] = {
-                "limit": limit(pairs, backward),
-                "elementwise": elementwise(layer, count, backward),
-            }
-            for name, module in (("dense route", route), ("layer", layer)):
-                calls[name] = step(module, x, gradient) if backward else forward(module, x)
-            timings = compare(
-                calls, "limit", rounds=3 if quick else 15, limit=2.0 if quick else 20.0, device=device
-            )
-            rows.append(
-                {
-                    "gate": name,
-                    "not zero": measured,
-                    "pass": kind,
-                    "limit ms": 1e3 * timings.spread("limit").median,
-                    "layer ms": 1e3 * timings.spread("layer").median,
-                    "elementwise ms": 1e3 * timings.spread("elementwise").median,
-                    "to limit": over_limit(timings, "layer").median,
-                    "dense route to limit": over_limit(timings, "dense route").median,
-                }
-            )
+            timings = compare(beside.calls(kind, modules), "limit", **effort(quick), device=device)
+            row = {"gate": name, "not zero": measured, "pass": kind}
+            row |= times(timings, ("limit", "layer", "elementwise"))
+            for column, module in (("to limit", "layer"), ("dense route to limit", "dense route")):
+                row[column] = over_limit(timings, module).median
+            rows.append(row)
     columns = {"gate": "", "not zero": ".2%", "pass": ""}
     columns |= dict.fromkeys(("limit ms", "layer ms", "elementwise ms"), ".1f")
     columns |= dict.fromkeys(("to limit", "dense route to limit"), ".2f")
@@ -356,7 +349,7 @@ def sparse(quick: bool, device: str) -> Report:
 
 def by_hand(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """A CP layer of one level in evaluation mode, written as torch operations without modules and checks."""
-    weights = [[f.detach() for f in e.factors] for e in layer.children() if isinstance(e, Experts)]
+    weights = [[f.detach() for f in experts.factors] for experts in experts_of(layer)]
     gate, norm = layer.gate.weight.detach(), layer.gate.norm
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -377,7 +370,7 @@ def by_hand(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 def one_token(quick: bool, device: str) -> Report:
     """Inference on one token compared with hand-written torch operations, eager and compiled."""
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for workload in (WORKLOADS[0], WORKLOADS[-1]):
         layer = workload.layer(device=device).eval()
         x = torch.randn(1, workload.spec.in_features, device=device)
@@ -386,25 +379,14 @@ def one_token(quick: bool, device: str) -> Report:
             calls["compiled"] = forward(torch.compile(layer, fullgraph=True), x)
         for name in calls:
             torch.testing.assert_close(calls[name](), calls["by hand"](), rtol=1e-4, atol=1e-5)
-        timings = compare(
-            calls,
-            "by hand",
-            rounds=3 if quick else 101,
-            turn=1e-3,
-            limit=2.0 if quick else 20.0,
-            device=device,
-        )
-        rows.append(
-            {
-                "shape": workload.name,
-                "by hand us": 1e6 * timings.spread("by hand").median,
-                "layer us": 1e6 * timings.spread("layer").median,
-                "more us": 1e6 * timings.excess("layer").median,
-                "compiled us": None if quick else 1e6 * timings.spread("compiled").median,
-                "more than by hand us": None if quick else 1e6 * timings.excess("compiled").median,
-            }
-        )
-    columns = {"shape": ""} | dict.fromkeys(list(rows[0])[1:], ".0f")
+        timings = compare(calls, "by hand", **effort(quick, 101), turn=1e-3, device=device)
+        row = {"shape": workload.name, **times(timings, calls, "us")}
+        row["more us"] = 1e6 * timings.excess("layer").median
+        if not quick:
+            row["more than by hand us"] = 1e6 * timings.excess("compiled").median
+        rows.append(row)
+    names = ("by hand us", "layer us", "more us", "compiled us", "more than by hand us")
+    columns = {"shape": ""} | dict.fromkeys(names, ".0f")
     notes = ["by hand: eager torch operations, without modules and checks."]
     return Report("one-token", "Inference on one token, CP", columns, rows, notes)
 
@@ -413,19 +395,14 @@ def gates(quick: bool, device: str) -> Report:
     """entmax15 compared with the `entmax` package, forward and backward, eager and compiled."""
     size = (32, 256) if quick else (256, 4096)
     logits, gradient = torch.randn(size, device=device, requires_grad=True), torch.randn(size, device=device)
-    compiled = torch.compile(entmax15, fullgraph=True)
-
-    def both(function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-        def run() -> None:
-            logits.grad = None
-            function(logits).backward(gradient)
-
-        return run
-
-    calls = {"package": both(entmax.entmax15), "eager": both(entmax15)}
+    functions = {"package": entmax.entmax15, "eager": entmax15}
     if not quick:
-        calls["compiled"] = both(compiled)
-    timings = compare(calls, "package", rounds=3 if quick else 15, limit=30, device=device)
+        functions["compiled"] = torch.compile(entmax15, fullgraph=True)
+    calls = {
+        name: lambda gate=gate: torch.autograd.grad(gate(logits), logits, gradient)
+        for name, gate in functions.items()
+    }
+    timings = compare(calls, "package", **effort(quick, limit=30), device=device)
     rows = [
         {
             "run": name,
@@ -435,4 +412,4 @@ def gates(quick: bool, device: str) -> Report:
         for name in calls
     ]
     title = f"entmax15 of {size[0]} x {size[1]} logits, forward and backward, vs. the entmax package"
-    return Report("gates", title, {"run": "", "ms": ".2f", "times as fast": ".1f"}, rows, [])
+    return Report("gates", title, {"run": "", "ms": ".2f", "times as fast": ".1f"}, rows)

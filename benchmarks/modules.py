@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.common import (
-    Benchmark,
-    finish,
-    layer,
-    need_device,
-    need_memory,
-    profile,
-    torch,
-)
+import torch
 
-if TYPE_CHECKING:
-    from mumoe_tensor import LayerSpec
-
-
-def spec_of(format: str, experts: int, levels: int, module: str) -> LayerSpec:
-    """A layer or a block, unless it is too large."""
-    spec = layer(format, experts, levels, hidden=4 * profile().features if module == "MuMoEMLP" else None)
-    need_memory(spec)
-    return spec
+from benchmarks.common import Benchmark, finish, layer, need_device, need_memory, profile
 
 
 class Module(Benchmark):
@@ -36,7 +20,8 @@ class Module(Benchmark):
         from mumoe_tensor import nn
 
         features, batch = profile().features, profile().batch
-        spec = spec_of(format, experts, levels, module)
+        spec = layer(format, experts, levels, hidden=4 * features if module == "MuMoEMLP" else None)
+        need_memory(spec)
         options = {"device": device, "dtype": getattr(torch, dtype)}
         torch.manual_seed(0)
         self.module = getattr(nn, module).from_spec(spec, batch_hint=batch, **options)

@@ -1,6 +1,6 @@
 """Ratios to hand-written code and to opt_einsum, measured in one process.
 
-    python -m benchmarks.ratios [NAME ...] [--device cuda] [--quick] [--json FILE] [--csv FILE] [--list]
+    python -m benchmarks.ratios [NAME ...] [--device cuda] [--quick] [--json FILE] [--list]
 
 A comparison is a function in `COMPARISONS` that maps `quick` and a device to a `Report`. Counts, and the
 search for plans, are the same on every device.
@@ -11,19 +11,25 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from itertools import count, product
-from math import prod
 from pathlib import Path
 from time import process_time
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import opt_einsum
+import torch
 
 import mumoe_tensor as mt
-from benchmarks.common import DEVICES, inputs, need_device, torch
-from benchmarks.harness import Report, keep, threads, write_json
+from benchmarks.common import DEVICES, inputs
+from benchmarks.harness import Report, Row, about_text, effort, quartiles, threads, times, write_json
+from benchmarks.layers import entmax, gates, layers, one_token, sparse
+from benchmarks.memory import memory
+from benchmarks.predicted import predicted
+from benchmarks.small import small
+from benchmarks.structured import structured
+from benchmarks.ways import ways
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.order import Objective
 from mumoe_tensor.contraction.plan import Implementation, planned_steps
@@ -32,9 +38,6 @@ from mumoe_tensor.measure.timing import Spread, compare
 from mumoe_tensor.spec import LayerSpec
 
 THREADS = 2
-#: Goals: extra microseconds over hand-written code, and milliseconds of a search by number of levels.
-GOAL_OVERHEAD = 25.0
-GOAL_SEARCH = {0: 40.0, 1: 40.0, 2: 40.0, 3: 40.0, 8: 1000.0, 12: 10_000.0}
 #: Seconds after which a search is not repeated.
 LONG_SEARCH = 0.5
 OPTIMIZERS = ("auto", "dp", "auto-hq")
@@ -51,14 +54,8 @@ def layer(
     bias: bool = False,
 ) -> LayerSpec:
     """A spec from positional arguments, which keeps tables of cases short."""
-    return LayerSpec(
-        format,
-        experts=experts,
-        in_features=in_features,
-        out_features=out_features,
-        rank=rank,
-        bias=bias,
-    )
+    sizes = {"in_features": in_features, "out_features": out_features}
+    return LayerSpec(format, experts=experts, **sizes, rank=rank, bias=bias)
 
 
 def label(spec: LayerSpec) -> str:
@@ -78,19 +75,14 @@ def arrays(
     return mt.FactorizedTensor.random(spec, like=z, seed=0), z, coefficients
 
 
-def backends(device: str) -> list[str]:
+def backends(device: str) -> tuple[str, ...]:
     """Backends to measure on a device."""
-    return [*(["numpy"] if device == "cpu" else []), *([] if torch is None else ["torch"])]
+    return ("numpy", "torch") if device == "cpu" else ("torch",)
 
 
 def as_numpy(array: Any) -> np.ndarray:
     """Convert any array to NumPy."""
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
-
-
-def without_gradient(backend: str) -> Any:
-    """A context in which torch records no gradients."""
-    return torch.no_grad() if backend == "torch" else nullcontext()
 
 
 # ---- overhead: planned execution compared with the same array operations written by hand ------------------
@@ -108,18 +100,13 @@ CP_LAYERS = (
 def cp_by_hand(backend: str, weight: mt.FactorizedTensor, bias: bool) -> Callable[[Any, list[Any]], Any]:
     """The CP forward pass written by hand: project every vector, multiply, project to the output."""
     *levels, inner, outer = weight.arrays
-    if not bias:
 
-        def project(z: Any) -> Any:
+    def project(z: Any) -> Any:
+        if not bias:
             return z @ inner
-    elif backend == "torch":
-
-        def project(z: Any) -> Any:
+        if backend == "torch":
             return torch.addmm(inner[-1], z, inner[:-1])
-    else:
-
-        def project(z: Any) -> Any:
-            return z @ inner[:-1] + inner[-1]
+        return z @ inner[:-1] + inner[-1]
 
     def forward(z: Any, coefficients: list[Any]) -> Any:
         mixed = project(z)
@@ -130,55 +117,30 @@ def cp_by_hand(backend: str, weight: mt.FactorizedTensor, bias: bool) -> Callabl
     return forward
 
 
+@torch.no_grad()
 def overhead(quick: bool, device: str) -> Report:
     """Planned CP forward pass, and the public function, vs. hand-written array operations, at batch 1."""
-    rows = []
-    for backend in backends(device):
-        for spec in CP_LAYERS[::3] if quick else CP_LAYERS:
-            weight, z, coefficients = arrays(spec, backend, 1, device)
-            hand = cp_by_hand(backend, weight, spec.bias)
-            plan, operands = mt.plan(spec), [*weight.arrays, *coefficients, z]
-
-            callables = {
-                "by hand": lambda f=hand, z=z, a=coefficients: f(z, a),
-                "planned": lambda p=plan.program, x=operands: execute(p, x),
-                "public": lambda w=weight, z=z, a=coefficients, b=spec.bias: mt.multilinear_moe(
-                    w, z, a, bias=b
-                ),
-            }
-            with without_gradient(backend):
-                expected, *others = (as_numpy(f()) for f in callables.values())
-                for other in others:
-                    np.testing.assert_allclose(other, expected, rtol=1e-3, atol=1e-4)
-                timings = compare(
-                    callables,
-                    "by hand",
-                    rounds=25 if quick else 301,
-                    turn=2e-4,
-                    limit=1 if quick else 6,
-                    device=device,
-                )
-            planned, public = timings.excess("planned"), timings.excess("public")
-            rows.append(
-                {
-                    "backend": backend,
-                    "case": label(spec),
-                    "by hand us": 1e6 * timings.spread("by hand").median,
-                    "planned more us": 1e6 * planned.median,
-                    "q1": 1e6 * planned.low,
-                    "q3": 1e6 * planned.high,
-                    "goal": GOAL_OVERHEAD,
-                    "within": "yes" if 1e6 * planned.median <= GOAL_OVERHEAD else "NO",
-                    "public more us": 1e6 * public.median,
-                    "public q1": 1e6 * public.low,
-                    "public q3": 1e6 * public.high,
-                }
-            )
-    columns = ["", "", ".1f", ".1f", ".1f", ".1f", ".0f", "", ".1f", ".1f", ".1f"]
+    rows: list[Row] = []
+    for backend, spec in product(backends(device), CP_LAYERS[::3] if quick else CP_LAYERS):
+        weight, z, coefficients = arrays(spec, backend, 1, device)
+        hand, plan = cp_by_hand(backend, weight, spec.bias), mt.plan(spec)
+        public = partial(mt.multilinear_moe, weight, z, coefficients, bias=spec.bias)
+        callables = {
+            "by hand": partial(hand, z, coefficients),
+            "planned": partial(execute, plan.program, [*weight.arrays, *coefficients, z]),
+            "public": public,
+        }
+        for call in callables.values():
+            np.testing.assert_allclose(as_numpy(call()), as_numpy(public()), rtol=1e-3, atol=1e-4)
+        timings = compare(callables, "by hand", **effort(quick, 301, 6), turn=2e-4, device=device)
+        row = {"backend": backend, "case": label(spec), **times(timings, ["by hand"], "us")}
+        row |= quartiles(timings.excess("planned"), "planned more us", "q1", "q3", 1e6)
+        more = quartiles(timings.excess("public"), "public more us", "public q1", "public q3", 1e6)
+        rows.append(row | more)
     return Report(
         "overhead",
         "Planned CP forward vs. the same array operations by hand: batch 1, float32, microseconds",
-        dict(zip(rows[0], columns, strict=True)),
+        {"backend": "", "case": ""} | dict.fromkeys(list(rows[0])[2:], ".1f"),
         rows,
         [
             "planned: execute(plan.program, ...). public: multilinear_moe, which also checks its arguments",
@@ -224,27 +186,21 @@ def search(quick: bool, device: str) -> Report:
         return 1e3 * Spread.of(seconds).median
 
     levels = [experts for experts in SEARCH_EXPERTS if not quick or len(experts) <= 3]
-    rows = []
+    rows: list[Row] = []
     for format, minimize, implementation in product(
         mt.formats(), get_args(Objective), ("factorized", "auto")
     ):
-        row: dict[str, Any] = {"format": format, "minimize": minimize, "implementation": implementation}
-        over = []
+        row: Row = {"format": format, "minimize": minimize, "implementation": implementation}
         for experts in levels:
-            E = len(experts)
-            row[f"E={E}"] = median(format, experts, minimize, implementation)
-            if row[f"E={E}"] > GOAL_SEARCH.get(E, np.inf):
-                over.append(f"E={E}")
-        rows.append(row | {"over the goal": " ".join(over) or "none"})
-    goals = ", ".join(f"E={E} {goal:,.0f}" for E, goal in GOAL_SEARCH.items())
-    columns = {"format": "", "minimize": "", "implementation": ""}
-    columns |= {f"E={len(experts)}": ".1f" for experts in levels}
+            row[f"E={len(experts)}"] = median(format, experts, minimize, implementation)
+        rows.append(row)
     return Report(
         "search",
         "Planning from a cold cache: median milliseconds of CPU time, by levels of experts",
-        columns | {"over the goal": ""},
+        dict.fromkeys(("format", "minimize", "implementation"), "")
+        | {f"E={len(experts)}": ".1f" for experts in levels},
         rows,
-        [f"Goals: {goals}. In features change from call to call, so that nothing is cached."],
+        ["In features change from call to call, so that nothing is cached."],
     )
 
 
@@ -276,8 +232,7 @@ PLANNER_BATCHES = (1, 16, 256, 4096, 65_536)
 class Rival(NamedTuple):
     """A path that an optimizer of opt_einsum chooses for a layer.
 
-    `flops` and `size`, the largest intermediate, are counted as for a plan; `ratio` is the ratio of its FLOPs
-    to the plan with the fewest FLOPs.
+    `size` is its largest intermediate; `ratio` is the ratio of its FLOPs to the plan with the fewest FLOPs.
     """
 
     spec: LayerSpec
@@ -294,31 +249,22 @@ class Rival(NamedTuple):
         return self.size <= LARGEST and self.flops <= MOST_FLOPS
 
 
-def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]], dict[str, int]]:
-    """The forward pass for opt_einsum: equation, shapes of the operands, sizes of the indices."""
+def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]]]:
+    """The forward pass for opt_einsum: equation and shapes of the operands."""
     network = mt.plan(spec, batch=batch).program.network
-    named = network.sizes_at(batch)
-    letter = {name: opt_einsum.get_symbol(k) for k, name in enumerate(named)}
+    sizes = network.sizes_at(batch)
+    letter = {name: opt_einsum.get_symbol(k) for k, name in enumerate(sizes)}
     terms = ["".join(letter[x] for x in operand) for operand in (*network.operands, network.output)]
-    shapes = [tuple(named[x] for x in operand) for operand in network.operands]
-    return f"{','.join(terms[:-1])}->{terms[-1]}", shapes, {letter[x]: size for x, size in named.items()}
+    shapes = [tuple(sizes[x] for x in operand) for operand in network.operands]
+    return f"{','.join(terms[:-1])}->{terms[-1]}", shapes
 
 
 def rival(spec: LayerSpec, batch: int, optimizer: str) -> Rival:
     """A contraction path from an opt_einsum optimizer."""
-    equation, shapes, sizes = einsum_of(spec, batch)
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
-    inputs, output = equation.split("->")
-    terms = [set(term) for term in inputs.split(",")]
-    flops = size = 0
-    for pair in path:
-        union = set().union(*(terms.pop(k) for k in sorted(pair, reverse=True)))
-        result = union & set(output).union(*terms)
-        flops += prod(sizes[x] for x in union) * (1 if result == union else 2)
-        size = max(size, prod(sizes[x] for x in result)) if terms else size
-        terms.append(result)
-    ratio = flops / mt.plan(spec, batch=batch, minimize="flops").flops
-    return Rival(spec, batch, optimizer, path, flops, size, ratio)
+    equation, shapes = einsum_of(spec, batch)
+    path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
+    ratio = info.opt_cost / mt.plan(spec, batch=batch, minimize="flops").flops
+    return Rival(spec, batch, optimizer, path, info.opt_cost, max(info.size_list[:-1], default=0), ratio)
 
 
 def planner(quick: bool, device: str) -> Report:
@@ -326,13 +272,13 @@ def planner(quick: bool, device: str) -> Report:
     specs = PLANNER_LAYERS[::2] if quick else PLANNER_LAYERS
     batches = PLANNER_BATCHES[::2] if quick else PLANNER_BATCHES
     rivals = [rival(s, b, o) for s in specs for b in batches for o in OPTIMIZERS]
-    rows = []
+    rows: list[Row] = []
     for format, optimizer in dict.fromkeys((r.spec.format, r.optimizer) for r in rivals):
         group = [r for r in rivals if (r.spec.format, r.optimizer) == (format, optimizer)]
-        runnable = [r for r in group if r.can_run]
-        rows.append(_row(max(group, key=_badness)))
+        group.sort(key=lambda rival: (round(rival.ratio, 3), rival.batch))
+        rows.append(_row(group[-1]))
         if not quick or optimizer == "auto":
-            worst = max(runnable, key=_badness)
+            *_, worst = (r for r in group if r.can_run)
             rows += [_row(worst) | _measured(backend, worst, quick, device) for backend in backends(device)]
     return Report(
         "planner",
@@ -351,11 +297,7 @@ def planner(quick: bool, device: str) -> Report:
     )
 
 
-def _badness(rival: Rival) -> tuple[float, int]:
-    return round(rival.ratio, 3), rival.batch
-
-
-def _row(rival: Rival) -> dict[str, Any]:
+def _row(rival: Rival) -> Row:
     return {
         "format": rival.spec.format.name,
         "optimizer": rival.optimizer,
@@ -366,31 +308,22 @@ def _row(rival: Rival) -> dict[str, Any]:
     }
 
 
-def _measured(backend: str, rival: Rival, quick: bool, device: str) -> dict[str, Any]:
+@torch.no_grad()
+def _measured(backend: str, rival: Rival, quick: bool, device: str) -> Row:
     spec, batch = rival.spec, rival.batch
-    equation, shapes, _ = einsum_of(spec, batch)
+    equation, shapes = einsum_of(spec, batch)
     expression = opt_einsum.contract_expression(equation, *shapes, optimize=rival.path)
     weight, z, coefficients = arrays(spec, backend, batch, device)
-    plan, operands = mt.plan(spec, batch=batch), [*weight.arrays, *coefficients, z]
+    plan = mt.plan(spec, batch=batch)
     callables = {
-        "planned": lambda: mt.multilinear_moe(weight, z, coefficients, plan=plan),
-        "opt_einsum": lambda: expression(*operands),
+        "planned": partial(mt.multilinear_moe, weight, z, coefficients, plan=plan),
+        "opt_einsum": partial(expression, *weight.arrays, *coefficients, z),
     }
-    with without_gradient(backend):
-        ours, theirs = (as_numpy(f()) for f in callables.values())
-        np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-3 * np.abs(ours).max())
-        timings = compare(
-            callables, "planned", rounds=3 if quick else 15, limit=0.5 if quick else 1.5, device=device
-        )
-    ratio = timings.ratio("opt_einsum")
-    milliseconds = 1e3 * timings.spread("planned").median
-    return {
-        "run on": backend,
-        "planned ms": milliseconds,
-        "time ratio": ratio.median,
-        "q1": ratio.low,
-        "q3": ratio.high,
-    }
+    ours, theirs = (as_numpy(call()) for call in callables.values())
+    np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-3 * np.abs(ours).max())
+    timings = compare(callables, "planned", **effort(quick, limit=1.5), device=device)
+    ratio = quartiles(timings.ratio("opt_einsum"), "time ratio", "q1", "q3")
+    return {"run on": backend, **times(timings, ["planned"]), **ratio}
 
 
 # ---- batch: no single path is best for all batch sizes ---------------------------------------------------
@@ -419,18 +352,15 @@ def batch_loss(spec: LayerSpec) -> tuple[float, float]:
 
 def batch(quick: bool, device: str) -> Report:
     """The cost of the best path for one batch size at another."""
-    rows = []
+    rows: list[Row] = []
     for spec in BATCH_LAYERS:
         at_many, at_one = batch_loss(spec)
-        rows.append(
-            {"format": spec.format.name, "case": label(spec), "best for 1, at 65,536": at_many}
-            | {"best for 65,536, at 1": at_one}
-        )
-    columns = ["", "", ".3f", ".3f"]
+        row = {"format": spec.format.name, "case": label(spec)}
+        rows.append(row | {"best for 1, at 65,536": at_many, "best for 65,536, at 1": at_one})
     return Report(
         "batch",
         "FLOPs of a path at a batch size it was not chosen for, relative to the best path there",
-        dict(zip(rows[0], columns, strict=True)),
+        {"format": "", "case": ""} | dict.fromkeys(list(rows[0])[2:], ".3f"),
         rows,
         ["Counted, not measured. 1: the same path, or an equally good one."],
     )
@@ -441,30 +371,16 @@ COMPARISONS: dict[str, Callable[[bool, str], Report]] = {
     "search": search,
     "planner": planner,
     "batch": batch,
+    **({} if entmax is None else {"gates": gates}),
+    "one-token": one_token,
+    "sparse": sparse,
+    "memory": memory,
+    "layers": layers,
+    "small": small,
+    "ways": ways,
+    "predicted": predicted,
+    "structured": structured,
 }
-if torch is not None:
-    from benchmarks.busy import busy
-    from benchmarks.layers import entmax, gates, layers, one_token, sparse
-    from benchmarks.memory import memory
-    from benchmarks.predicted import predicted
-    from benchmarks.small import small
-    from benchmarks.structured import structured
-    from benchmarks.ways import ways
-
-    COMPARISONS |= {
-        "gates": gates,
-        "one-token": one_token,
-        "sparse": sparse,
-        "memory": memory,
-        "layers": layers,
-        "small": small,
-        "busy": busy,
-        "ways": ways,
-        "predicted": predicted,
-        "structured": structured,
-    }
-    if entmax is None:
-        del COMPARISONS["gates"]  # it compares only with the entmax package
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -475,7 +391,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute; default: cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all reports as JSON")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to a table")
     parser.add_argument("--list", action="store_true", help="list the comparisons and exit")
     options = parser.parse_args(arguments)
     if options.list:
@@ -485,15 +400,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.names:
         if name not in COMPARISONS:
             parser.error(f"unknown comparison {name!r}; the comparisons are {names}")
-    if options.device != "cpu":
-        try:
-            need_device(options.device)
-        except NotImplementedError as error:
-            parser.error(f"argument --device: {error}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no CUDA device")
     reports: list[Report] = []
     with threads(THREADS) as used:
         about = environment() | {"device": options.device, "threads": used, "quick": str(options.quick)}
-        print(", ".join(f"{key} {value}" for key, value in about.items()))
+        print(about_text(about))
         for name in options.names or COMPARISONS:
             print(f"{name} ...", file=sys.stderr, flush=True)
             reports.append(COMPARISONS[name](options.quick, options.device))
@@ -501,8 +413,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Written after each comparison, so that stopping a later one loses nothing.
             if options.json:
                 write_json(options.json, reports, about)
-            if options.csv:
-                keep(options.csv, reports[-1], about)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from time import thread_time
-from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, threads
+from benchmarks.harness import Report, Row, effort, threads
 from benchmarks.layers import Call
 from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import entmax
@@ -18,7 +17,7 @@ SIZES = ((32, 64), (128, 64), (1024, 64), (1024, 256), (256, 2048), (256, 4096))
 
 def ways(quick: bool, device: str) -> Report:
     """entmax15 on a CPU: by sorting, by Newton steps, from few entries; forward and backward."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for size in SIZES[:1] if quick else SIZES:
         torch.manual_seed(0)
         logits, gradient = torch.randn(size), torch.randn(size)
@@ -36,9 +35,8 @@ def ways(quick: bool, device: str) -> Report:
         }
         names = [*calls]
         calls = {name: call for name, call in calls.items() if call() is not None}  # None: not applicable
-        rounds, limit = (3, 1.0) if quick else (41, 5.0)
         with threads(1):
-            timings = compare(calls, "softmax", rounds=rounds, limit=limit, clock=thread_time)
+            timings = compare(calls, "softmax", **effort(quick, 41, 5.0), clock=thread_time)
         times = {x: 1e6 * timings.spread(x).median if x in calls else None for x in names}
         rows.append({"logits": f"{size[0]} x {size[1]}"} | times)
     columns = {"logits": ""} | dict.fromkeys(list(rows[0])[1:], ",.0f")

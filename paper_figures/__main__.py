@@ -1,7 +1,6 @@
-"""Draw the figures of the papers: ``python -m paper_figures [NAME ...] [--quick] [--fresh] [--out FOLDER]``.
+"""Draw the figures of the papers: ``python -m paper_figures [NAME ...] [--quick] [--out FOLDER]``.
 
-Prints the numbers of each figure, and writes them as CSV and the figure as PNG and PDF. Measurements are
-stored and not repeated.
+Prints the numbers of each figure, and writes them as CSV and the figure as PNG and PDF.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from mumoe_tensor.cli.console import bad_input, failures, print_json
-from mumoe_tensor.cli.options import Json
+from benchmarks.harness import threads
+from mumoe_tensor.cli.console import bad_input, failures
 from mumoe_tensor.files import alone_in
 from mumoe_tensor.progress import progress_bar
 from paper_figures import common
@@ -27,26 +26,19 @@ def figures(
         typer.Argument(metavar="NAME", help="Figures to draw; by default all.", show_default=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer points.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat stored measurements.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("results/figures"),
-    as_json: Json = False,
 ) -> None:
     """Draw figures."""
     with failures():
         with bad_input():
             modules = [common.load(name) for name in names or common.FIGURES]
-        drawn = {}
-        with alone_in(out), progress_bar("figures") as progress:
+        # On one thread: several threads wait for each other when another process takes a core.
+        with alone_in(out), progress_bar("figures") as progress, threads(1):
             for done, module in enumerate(modules):
-                name = common.name_of(module)
-                progress(done, len(modules), name)
-                rows = common.rows_of(module, out, quick, fresh)
+                progress(done, len(modules), common.name_of(module))
+                rows = module.rows(quick)
                 paths = common.write(module, rows, out)
-                drawn[name] = {"rows": rows, "files": [str(path) for path in paths]}
-                if not as_json:
-                    print(common.as_text(module, rows), *paths, sep="\n", end="\n\n")
-        if as_json:
-            print_json(drawn)
+                print(common.as_text(module, rows), *paths, sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -19,30 +19,22 @@ from paper_figures.common import (
     colour_of,
     draw_interval,
     draw_lines,
+    legend_below,
     new_figure,
     set_experts_axis,
 )
-from paper_figures.experiments.tables import over_seeds, table
+from paper_figures.experiments.tables import grouped, over_seeds, table
 
 
 def rows(quick: bool) -> list[Row]:
     """One row per format and numbers of experts; the MLP first."""
     records = []
     matched = table("heads").of(kind="matched")
-    for name, modes in dict.fromkeys((row["format"], str(row["experts"])) for row in matched):
-        group = [row for row in matched if (row["format"], str(row["experts"])) == (name, modes)]
-        levels = [] if modes == "none" else [int(n) for n in modes.split("x")]
-        records.append(
-            {
-                "name": "mlp" if name == "linear" else name,
-                "levels": len(levels),
-                "modes": modes,
-                "experts": prod(levels),
-                "parameters": group[0]["parameters"],
-                "seeds": len(group),
-                **over_seeds(group, "accuracy"),
-            }
-        )
+    for (name, modes), group in grouped(matched, "format", "experts").items():
+        levels = [] if modes == "none" else [int(n) for n in str(modes).split("x")]
+        row = {"name": "mlp" if name == "linear" else name, "levels": len(levels), "modes": str(modes)}
+        row |= {"experts": prod(levels), "parameters": group[0]["parameters"], "seeds": len(group)}
+        records.append(row | over_seeds(group, "accuracy"))
     order = ("mlp", *FORMATS)
     return sorted(records, key=lambda row: (order.index(row["name"]), row["levels"], row["experts"]))
 
@@ -56,15 +48,12 @@ def draw(rows: Sequence[Row]) -> Figure:
     draw_lines(axes[0], one, "experts", "accuracy", marker="o", markersize=3)
     set_experts_axis(axes[0], one)
     axes[0].set_title("one level")
-    hierarchical = {row["name"] for row in scaled if row["levels"] == 2}
-    others = [
-        row for row in scaled if row["levels"] == 2 or (row["modes"] == "256" and row["name"] in hierarchical)
-    ]
+    names = sorted({row["name"] for row in scaled if row["levels"] == 2})
+    others = [row for row in scaled if row["levels"] == 2 or (row["modes"] == "256" and row["name"] in names)]
     places = list(dict.fromkeys(row["modes"] for row in others))
-    for shift, name in zip((-0.12, 0.12), sorted(hierarchical), strict=False):
-        for row in (row for row in others if row["name"] == name):
-            place = places.index(row["modes"]) + shift
-            draw_interval(axes[1], place, row, "accuracy", fmt="o", color=colour_of(name))
+    for row in others:
+        place = places.index(row["modes"]) + (0.12 if names.index(row["name"]) else -0.12)
+        draw_interval(axes[1], place, row, "accuracy", fmt="o", color=colour_of(row["name"]))
     axes[1].set_xticks(range(len(places)), [mode.replace("x", " × ") for mode in places])
     axes[1].set(xlim=(-0.5, len(places) - 0.5), xlabel="experts of the levels", title="levels")
     for ax in axes:
@@ -74,6 +63,5 @@ def draw(rows: Sequence[Row]) -> Figure:
     lowest, highest = min(row["accuracy_low"] for row in scaled), max(row["accuracy_high"] for row in scaled)
     for ax in axes:
         ax.set_ylim(lowest - 0.2, highest + 0.2)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    legend_below(figure, axes[0], 5)
     return figure

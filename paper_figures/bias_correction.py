@@ -12,13 +12,15 @@ Settings: attributes of CelebA (blond men, old women) and Adult (well-paid women
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import product
 
 from matplotlib.figure import Figure
 
 from mumoe_tensor.experiments.bias import COLUMNS, CORRECTIONS, LARGEST_LOSS, METHODS
 from mumoe_tensor.interval import interval
 from mumoe_tensor.ledger import Ledger
-from paper_figures.common import FOLDER, Row, colour_of, new_figure
+from paper_figures.common import FOLDER, Row, colour_of, legend_below, new_figure
+from paper_figures.experiments.tables import grouped
 
 TABLE = FOLDER / "tables" / "bias.csv"
 ATTRIBUTES = {
@@ -55,29 +57,27 @@ def rows(quick: bool) -> list[Row]:
 
 def means(tasks: Collection[str]) -> list[Row]:
     """One row per task, method and strength: means over seeds. Strength None is the one chosen per seed."""
-    tested = Ledger(TABLE, COLUMNS).of(split="test")
+    groups = grouped(Ledger(TABLE, COLUMNS).of(split="test"), "task", "method")
     records = []
-    for task in tasks:
-        for method in METHODS:
-            group = [row for row in tested if (row["task"], row["method"]) == (task, method)]
-            chosen = [row for row in group if row["chosen"]]
-            strengths = sorted({row["value"] for row in group}) if method in CORRECTIONS else []
-            for strength in [None, *strengths]:
-                here = chosen if strength is None else [row for row in group if row["value"] == strength]
-                row = {"task": task, "method": method, "strength": strength, "seeds": len(here)}
-                for metric in ("accuracy", "target", "worst"):
-                    row[metric], row[f"{metric}_half"] = interval([one[metric] for one in here])
-                records.append(row)
+    for task, method in product(tasks, METHODS):
+        group = groups[task, method]
+        strengths = sorted(grouped(group, "value").items()) if method in CORRECTIONS else []
+        for strength, here in [(None, [row for row in group if row["chosen"]]), *strengths]:
+            row = {"task": task, "method": method, "strength": strength, "seeds": len(here)}
+            for metric in ("accuracy", "target", "worst"):
+                row[metric], row[f"{metric}_half"] = interval([one[metric] for one in here])
+            records.append(row)
     return records
 
 
 def draw(rows: Sequence[Row]) -> Figure:
     """A panel per task: a line per correction, and a marker per model and per chosen strength."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = grouped(rows, "task")
     figure, axes = new_figure(len(tasks), height=3.6)
-    for ax, task in zip(axes, tasks, strict=True):
+    for ax, (task, of_task) in zip(axes, tasks.items(), strict=True):
+        methods = grouped(of_task, "method")
         for method in (*CORRECTIONS, *MARKERS):
-            group = [row for row in rows if (row["task"], row["method"]) == (task, method)]
+            group = methods[method]
             colour, line = STYLES.get(method, ("black", "none"))
             curve = [row for row in group if row["strength"] is not None]
             places = [[100 * row[metric] for row in curve] for metric in ("accuracy", "worst")]
@@ -89,9 +89,9 @@ def draw(rows: Sequence[Row]) -> Figure:
                 elinewidth=0.7, fillstyle="none" if method in MARKERS else "full", linestyle="none",
                 label=None if curve else TITLES[method],
             )  # fmt: skip
-        best = 100 * max(row["accuracy"] for row in rows if row["task"] == task)
+        best = 100 * max(row["accuracy"] for row in of_task)
         ax.set(xlim=(best - 100 * LARGEST_LOSS, best + 1), ylim=(-2, 102), title=TASKS[task])
         ax.set(xlabel="test accuracy, %", ylabel="accuracy of the worst subpopulation, %")
         ax.label_outer()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, axes[0], 3)
     return figure

@@ -1,7 +1,6 @@
 """The shared style of the figures, and functions to compute and write them.
 
-A figure is a module with ``rows(quick)``, which returns its numbers as a tidy table, and ``draw(rows)``. If
-its numbers are measured, or take long, it has ``measure(quick)`` instead of `rows`, and its table is stored.
+A figure is a module with ``rows(quick)``, which returns its numbers as a tidy table, and ``draw(rows)``.
 """
 
 from __future__ import annotations
@@ -18,16 +17,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import threads
 from mumoe_tensor import Cost, LayerSpec, cost
-from mumoe_tensor.files import replacing, whole_file, write_table
+from mumoe_tensor.files import replacing, write_table
 from mumoe_tensor.formats import formats
-from mumoe_tensor.ledger import Ledger, Row, plain
-from mumoe_tensor.measure.environment import environment_text
-from mumoe_tensor.measure.timing import Spread
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.study.subjects import BASELINE, SPARSE
 from mumoe_tensor.text_table import text_table
+from paper_figures.experiments.tables import grouped
 
 FOLDER = Path(__file__).resolve().parent
 FIGURES = tuple(sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "common"))
@@ -37,7 +34,7 @@ MATCHED_AT = 64
 #: Width of a text column, in inches.
 WIDTH = 3.4
 #: The formats to compare, in the order of legends; dense is the reference.
-FORMATS = tuple(name for name in ("cp", "tr", "tt", "tucker", "hadamard") if name in formats())
+FORMATS = ("cp", "tr", "tt", "tucker", "hadamard")
 TITLES = {name: formats()[name].title for name in FORMATS}
 #: Other layers: the dense layer, a mixture of dense experts, and a sparse mixture of dense experts.
 OTHERS = {"linear": "linear layer", "dense moe": "dense mixture", "sparse moe": "sparse mixture, top 2"}
@@ -77,9 +74,9 @@ def new_figure(columns: int = 1, height: float = 2.4) -> tuple[Figure, list[Axes
 
 def draw_lines(ax: Axes, rows: Sequence[Row], x: str, y: str, **style: Any) -> None:
     """One line per format, `y` over `x` in the format's colour; quartiles of `y` as a pale band."""
-    for name in dict.fromkeys(row["name"] for row in rows):
+    for name, group in grouped(rows, "name").items():
         look = {"color": colour_of(name), "linestyle": LINES.get(name, "-"), "label": title_of(name)}
-        draw_line(ax, [row for row in rows if row["name"] == name], x, y, **look | style)
+        draw_line(ax, group, x, y, **look | style)
 
 
 def draw_line(ax: Axes, rows: Sequence[Row], x: str, y: str, unit: float = 1, **style: Any) -> None:
@@ -106,12 +103,6 @@ def set_experts_axis(ax: Axes, rows: Sequence[Row]) -> None:
     ax.set_xlabel("experts N")
 
 
-def spread(column: str, measured: Spread, unit: float = 1) -> Row:
-    """A median and its quartiles as three columns, in multiples of a unit."""
-    values = (value / unit for value in measured)
-    return dict(zip((column, f"{column}_low", f"{column}_high"), values, strict=True))
-
-
 def pretrained() -> np.ndarray:
     """Three layers of one shape as (layer, input, output): see ``tests/data/README.md``."""
     with np.load(FOLDER.parent / "tests" / "data" / "lite0_expand.npz") as file:
@@ -119,10 +110,7 @@ def pretrained() -> np.ndarray:
 
 
 def over_experts(quick: bool, figure: str, of_cost: Callable[[Cost], int]) -> list[Row]:
-    """A cost of every format, with one row per format and number of experts, up to a million.
-
-    The layers are `matched_layers` with other numbers of experts; the cost includes the gate.
-    """
+    """A cost of every format, with the gate, at every number of experts; see `matched_layers`."""
     return [
         {"name": name, "experts": n, figure: of_cost(cost(replace(layer, experts=n), gate=True))}
         for name, layer in matched_layers().items()
@@ -147,12 +135,18 @@ def rank_text(layer: LayerSpec) -> str:
     return str(rank[0] if len(rank) == 1 else rank or None)
 
 
+def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+    """The legend of an axis, below all of the figure."""
+    handles = ax.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
 def draw_over_experts(rows: Sequence[Row], figure: str, label: str) -> Figure:
     """A quantity against the number of experts, with logarithmic axes."""
     drawn, (ax,) = new_figure(height=2.9)
     draw_lines(ax, rows, "experts", figure)
     ax.set(xscale="log", yscale="log", xlabel="experts N", ylabel=label)
-    drawn.legend(loc="outside lower center", ncols=2, frameon=False)
+    legend_below(drawn, ax, 2)
     return drawn
 
 
@@ -163,52 +157,15 @@ def load(name: str) -> ModuleType:
     return import_module(f"paper_figures.{name}")
 
 
-def rows_of(module: ModuleType, folder: Path, quick: bool = False, fresh: bool = False) -> list[Row]:
-    """A figure's numbers, computed or measured; stored measurements are read from the folder.
-
-    Parameters
-    ----------
-    module : module
-        Module of a figure.
-    folder : Path
-        Output folder of `write`.
-    quick : bool
-        Fewer points; a stored table with all points is also used.
-    fresh : bool
-        Repeat stored measurements.
-
-    Returns
-    -------
-    list of dict
-        Measured rows have a column with the date, the machine and the versions.
-    """
-    # On one thread: several threads wait for each other when another process takes a core.
-    with threads(1):
-        if hasattr(module, "rows"):
-            return module.rows(quick)
-        path = folder / f"{name_of(module)}.csv"
-        if path.exists() and not fresh:
-            rows = list(Ledger(path, {}, more=plain))
-            if quick or not rows[0]["quick"]:
-                return rows
-        where = environment_text()
-        return [row | {"quick": int(quick), "measured": where} for row in module.measure(quick)]
-
-
 def write(module: ModuleType, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write a figure's numbers as CSV and the figure as PNG and PDF; they replace older files together."""
     names = [f"{name_of(module)}{suffix}" for suffix in (".csv", ".png", ".pdf")]
-    if not (folder / names[0]).exists():
-        # Measuring takes long: keep the numbers even if drawing fails.
-        write_table(folder / names[0], list(rows[0]), rows)
     with replacing(folder, names) as new, matplotlib.rc_context(PRINT_STYLE):
         write_table(new / names[0], list(rows[0]), rows)
         figure = module.draw(rows)
-        for name in names[1:]:
-            # Without a date, identical figures give identical files.
-            metadata = {"CreationDate": None} if name.endswith(".pdf") else {}
-            with whole_file(new / name) as file:
-                figure.savefig(file, format=name[-3:], dpi=300, metadata=metadata)
+        figure.savefig(new / names[1], dpi=300)
+        # Without a date, identical figures give identical files.
+        figure.savefig(new / names[2], dpi=300, metadata={"CreationDate": None})
     return [folder / name for name in names]
 
 
@@ -218,12 +175,8 @@ def name_of(module: ModuleType) -> str:
 
 
 def as_text(module: ModuleType, rows: Sequence[Row]) -> str:
-    """A figure's numbers as text, with the origin of measurements."""
-    lines = [f"{name_of(module)}: {(module.__doc__ or '').splitlines()[0]}"]
-    lines.append(table([{key: row[key] for key in row if key not in ("quick", "measured")} for row in rows]))
-    if measured := rows[0].get("measured"):
-        lines.append(f"Measured ({measured}); --fresh measures again.")
-    return "\n".join(lines)
+    """A figure's numbers as text."""
+    return f"{name_of(module)}: {(module.__doc__ or '').splitlines()[0]}\n{table(rows)}"
 
 
 def table(rows: Sequence[Row]) -> str:

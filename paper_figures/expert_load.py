@@ -15,18 +15,17 @@ from matplotlib.figure import Figure
 
 from paper_figures.common import Row, colour_of, draw_line, new_figure
 from paper_figures.experiments.heads import LOOKED_AT
-from paper_figures.experiments.tables import table
+from paper_figures.experiments.tables import grouped, table
 
 
 def rows(quick: bool) -> list[Row]:
     """One row per number of experts and rank by load."""
-    loads = table("heads_load")
+    groups = grouped(table("heads_load"), "experts", "place")
     records = []
-    for n in LOOKED_AT:
-        for place in range(1, n + 1):
-            values = [row["load"] for row in loads if (row["experts"], row["place"]) == (n, place)]
-            ends = {"load_low": min(values), "load_high": max(values)}
-            records.append({"experts": n, "place": place, "load": float(np.mean(values)), **ends})
+    for n, place in sorted(groups):
+        values = [row["load"] for row in groups[n, place]]
+        ends = {"load_low": min(values), "load_high": max(values)}
+        records.append({"experts": n, "place": place, "load": float(np.mean(values)), **ends})
     return records
 
 

@@ -19,19 +19,16 @@ from matplotlib.figure import Figure
 from paper_figures.common import Row, new_figure
 from paper_figures.experiments.heads import LOOKED_AT
 from paper_figures.experiments.removal import TABLE
-from paper_figures.experiments.tables import table
+from paper_figures.experiments.tables import grouped, table
 from paper_figures.top_inputs import CLASSES
 
 
 def rows(quick: bool) -> list[Row]:
     """One row per expert: the change of every class in points."""
-    records = []
-    for n in LOOKED_AT:
-        group = [row for row in table(TABLE) if row["experts"] == n]
-        for expert in range(n):
-            changes = {CLASSES[row["label"]]: 100 * row["change"] for row in group if row["expert"] == expert}
-            records.append({"experts": n, "expert": expert, **changes})
-    return records
+    return [
+        {"experts": n, "expert": expert} | {CLASSES[row["label"]]: 100 * row["change"] for row in group}
+        for (n, expert), group in grouped(table(TABLE), "experts", "expert").items()
+    ]
 
 
 def draw(rows: Sequence[Row]) -> Figure:

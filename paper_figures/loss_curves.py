@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, colour_of, draw_line, new_figure
-from paper_figures.experiments.tables import over_seeds, table
+from paper_figures.experiments.tables import grouped, over_seeds, table
 
 #: Titles of networks.
 NETWORKS = {"mixer": "Mixer, Fashion-MNIST", "gpt2": "GPT-2, Shakespeare"}
@@ -24,9 +24,7 @@ def rows(quick: bool) -> list[Row]:
     """One row per network, kind of block and evaluation."""
     records = []
     for network in NETWORKS:
-        curves = table(f"{network}_curves")
-        for arm, step in dict.fromkeys((row["arm"], row["step"]) for row in curves):
-            group = [row for row in curves if (row["arm"], row["step"]) == (arm, step)]
+        for (arm, step), group in grouped(table(f"{network}_curves"), "arm", "step").items():
             key = {"network": network, "arm": arm, "step": step, "seeds": len(group)}
             records.append(key | over_seeds(group, "validation_loss"))
     return records
@@ -34,12 +32,10 @@ def rows(quick: bool) -> list[Row]:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """A panel per network; two levels are dashed."""
-    networks = [network for network in NETWORKS if any(row["network"] == network for row in rows)]
+    networks = grouped(rows, "network")
     figure, axes = new_figure(len(networks), height=2.8)
-    for ax, network in zip(axes, networks, strict=True):
-        curves = [row for row in rows if row["network"] == network]
-        for arm in dict.fromkeys(row["arm"] for row in curves):
-            group = [row for row in curves if row["arm"] == arm]
+    for ax, (network, curves) in zip(axes, networks.items(), strict=True):
+        for arm, group in grouped(curves, "arm").items():
             format, _, levels = arm.partition(", ")
             look = {"color": colour_of(COLOURS[format]), "linestyle": "--" if levels else "-", "label": arm}
             draw_line(ax, group, "step", "validation_loss", **look)

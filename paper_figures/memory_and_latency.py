@@ -12,7 +12,6 @@ process, with quartiles. Peak: weights, and growth of the resident set in the pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +19,15 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import mumoe_tensor as mt
-from benchmarks.memory import MIB
+from benchmarks.harness import MIB, quartiles
+from mumoe_tensor.measure.environment import environment_text
 from mumoe_tensor.measure.memory import growth, in_fresh_process
+from mumoe_tensor.measure.passes import forward
 from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.study.mixtures import SparseMixture
-from paper_figures.common import FORMATS, LINEAR, OTHERS, Row, colour_of, new_figure, spread, title_of
+from paper_figures.common import FORMATS, LINEAR, OTHERS, Row, colour_of, new_figure, title_of
 
 EXPERTS, TOP_K, BATCH = 128, 2, 256
 NAMES = (*OTHERS, *FORMATS)
@@ -57,28 +58,22 @@ def peak(name: str, inputs: int) -> int:
         return x.itemsize * num_parameters(module) + growth(lambda: module(x))
 
 
-def measure(quick: bool) -> list[Row]:
+def rows(quick: bool) -> list[Row]:
     """One row per layer and number of inputs."""
-    records = []
+    records, measured = [], environment_text()
     for inputs in (BATCH,) if quick else (1, BATCH):
         x = torch.randn(inputs, LINEAR.in_features)
         modules = {name: module_of(name, inputs) for name in (("linear", "cp") if quick else NAMES)}
-        with torch.no_grad():
-            calls = {name: partial(module, x) for name, module in modules.items()}
-            times = compare(calls, "linear", rounds=3 if quick else 31, limit=0.5 if quick else 30)
+        calls = {name: forward(module, x) for name, module in modules.items()}
+        times = compare(calls, "linear", rounds=3 if quick else 31, limit=0.5 if quick else 30)
         for name, module in modules.items():
             rank = module.config["rank"] if isinstance(module, MuMoE) else None
-            records.append(
-                {
-                    "name": name,
-                    "inputs": inputs,
-                    "rank": str(rank) if rank else None,
-                    "parameters": num_parameters(module),
-                    **spread("ms", times.spread(name), 1e-3),
-                    **spread("to_linear", times.ratio(name)),
-                    "peak_mib": in_fresh_process(f"{__name__}:peak", name, inputs) / MIB,
-                }
-            )
+            row = {"name": name, "inputs": inputs, "rank": str(rank) if rank else None}
+            row["parameters"] = num_parameters(module)
+            row |= quartiles(times.spread(name), "ms", "ms_low", "ms_high", 1e3)
+            row |= quartiles(times.ratio(name), "to_linear", "to_linear_low", "to_linear_high")
+            row["peak_mib"] = in_fresh_process(f"{__name__}:peak", name, inputs) / MIB
+            records.append(row | {"measured": measured})
     return records
 
 

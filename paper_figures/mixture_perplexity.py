@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row
+from paper_figures.common import Row, legend_below
 from paper_figures.experiments.mixture import relative
 from paper_figures.experiments.tables import table
 
@@ -33,7 +33,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     lines = relative(rows)
-    formats = list(dict.fromkeys(format for format, _ in lines))
+    formats = dict.fromkeys(format for format, _ in lines)
     for ax, (fit, title) in zip(axes, FITS.items(), strict=True):
         for k, format in enumerate(formats):
             places = lines[format, fit].values()
@@ -47,5 +47,5 @@ def draw(rows: Sequence[Row]) -> Figure:
         ax.set_yscale("symlog", linthresh=0.1)
         ax.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
     axes[0].set(ylabel="rise of perplexity, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    legend_below(figure, axes[0], 5)
     return figure

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, colour_of, draw_line, new_figure, set_experts_axis
-from paper_figures.experiments.tables import over_seeds, table
+from paper_figures.experiments.tables import grouped, over_seeds, table
 
 #: Column, label, style.
 LINES = (
@@ -26,10 +26,9 @@ LINES = (
 
 def rows(quick: bool) -> list[Row]:
     """One row per number of experts."""
-    group = table("heads").of(kind="single", format="cp", gate="entmax15", gate_norm="batch")
+    single = table("heads").of(kind="single", format="cp", gate="entmax15", gate_norm="batch")
     records = []
-    for n in sorted({row["experts"] for row in group}):
-        seeds = [row for row in group if row["experts"] == n]
+    for n, seeds in sorted(grouped(single, "experts").items()):
         row = {"experts": n, "seeds": len(seeds)}
         for column in ("polysemanticity", "polysemanticity_random", "active", "dead", "accuracy"):
             row |= over_seeds(seeds, column)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, draw_interval, new_figure, title_of
+from paper_figures.common import Row, draw_interval, legend_below, new_figure, title_of
 from paper_figures.experiments.rates import FORMATS, INITS, MLP, NORMS, RATES, SETTINGS, validated
 from paper_figures.experiments.tables import over_seeds, table
 
@@ -54,5 +54,5 @@ def draw(rows: Sequence[Row]) -> Figure:
     for ax in axes:
         ax.set_ylim(low, high)
         ax.label_outer()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, axes[0], 3)
     return figure

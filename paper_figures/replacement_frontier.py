@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from paper_figures.common import Row
+from paper_figures.common import Row, legend_below
 from paper_figures.experiments.replacement import NULLS
-from paper_figures.experiments.tables import table
+from paper_figures.experiments.tables import grouped, table
 
 #: Line styles of the arms, in order; gray is for the model without the block.
 COLOURS = [f"C{number}" for number in range(10) if number != 7]
@@ -34,11 +34,10 @@ def rows(quick: bool) -> list[Row]:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """A panel per replaced module, with a line per arm."""
-    modules, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("module", "arm"))
+    modules, arms = grouped(rows, "module"), grouped(rows, "arm")
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots(1, len(modules), sharey=True, squeeze=False, width_ratios=[2, 1][: len(modules)])
-    for ax, module in zip(axes[0], modules, strict=True):
-        here = [row for row in rows if row["module"] == module]
+    for ax, (module, here) in zip(axes[0], modules.items(), strict=True):
         ax.axhline(here[0]["rise_zeroed"], color="gray", linewidth=1, label="zeroed")
         for colour, arm in zip(COLOURS, arms, strict=False):
             null = {"linestyle": "--", "markerfacecolor": "white"} if arm in NULLS else {}
@@ -52,14 +51,14 @@ def draw(rows: Sequence[Row]) -> Figure:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
     axes[0][0].set(ylabel="rise in cross entropy, nats per token")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, axes[0][0], 4)
     return figure
 
 
 def draw_arm(ax: Axes, rows: Sequence[Row], look: dict[str, str]) -> None:
     """The mean over seeds at each K, with the range over seeds as a band."""
-    ks = sorted({row["k"] for row in rows})
-    rises = [[row["rise"] for row in rows if row["k"] == k] for k in ks]
+    groups = sorted(grouped(rows, "k").items())
+    ks, rises = [k for k, _ in groups], [[row["rise"] for row in group] for _, group in groups]
     if ks == [0]:
         ax.axhline(fmean(rises[0]), **look)
         return

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, draw_interval, new_figure
+from paper_figures.common import Row, colour_of, draw_interval, legend_below, new_figure
 from paper_figures.experiments.heads import GATE_AT
 from paper_figures.experiments.tables import over_seeds, table
 
@@ -59,5 +59,5 @@ def draw(rows: Sequence[Row]) -> Figure:
         ax.set(xlim=(-0.5, len(NORMS) - 0.5), xlabel="norm of the logits", title=title)
         ax.title.set_fontweight("normal")
         ax.title.set_fontsize(8)
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, axes[2], 4)
     return figure

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row
-from paper_figures.experiments.tables import table
+from paper_figures.common import Row, legend_below
+from paper_figures.experiments.tables import grouped, table
 
 MARKERS = "osvDPX^<>"
 
@@ -29,11 +29,11 @@ def rows(quick: bool) -> list[Row]:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """A column per network; the error of the weight above the error of the outputs."""
-    networks, formats = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "format"))
+    networks, lines = grouped(rows, "network"), grouped(rows, "network", "format", "fit")
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")
     axes = figure.subplots(2, len(networks), squeeze=False)
     for column, network in enumerate(networks):
-        for k, format in enumerate(formats):
+        for k, format in enumerate(grouped(rows, "format")):
             look = {"color": f"C{k}", "marker": MARKERS[k], "markersize": 3}
             for ax, error, fits in zip(
                 axes[:, column],
@@ -42,13 +42,12 @@ def draw(rows: Sequence[Row]) -> Figure:
                 strict=True,
             ):
                 for fit, line in fits.items():
-                    wanted = (network, format, fit)
-                    here = [row for row in rows if (row["network"], row["format"], row["fit"]) == wanted]
+                    here = lines[network, format, fit]
                     places = [row["share"] for row in here], [row[error] for row in here]
                     ax.plot(*places, linestyle=line, label=format if line == "-" else None, **look)
         axes[0, column].set(title=network, ylabel="relative error of the weight", ylim=(0, 1))
         axes[1, column].set(ylabel="relative error of the outputs", ylim=(0, 1))
         for ax in axes[:, column]:
             ax.set(xlabel="parameters, share of the dense ones", xlim=(0, 0.55))
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    legend_below(figure, axes[1, 0], 5)
     return figure

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from paper_figures.common import Row, new_figure, pretrained
-from paper_figures.experiments.tables import over_seeds, table
+from paper_figures.experiments.tables import grouped, over_seeds, table
 
 BLOCKS = ("6", "7", "8")
 STYLES = {"6": "-", "7": "--", "8": ":", "normal": "-"}
@@ -49,9 +49,8 @@ def rows(quick: bool) -> list[Row]:
                 }
             )  # fmt: skip
     for network, (column, unit, _) in NETWORKS.items():
-        measured = table(f"{network}_svd")
-        for share in sorted({row["share"] for row in measured}):
-            figures = over_seeds([row for row in measured if row["share"] == share], column)
+        for share, group in sorted(grouped(table(f"{network}_svd"), "share").items()):
+            figures = over_seeds(group, column)
             value, low, high = (unit * figures[f"{column}{end}"] for end in ("", "_low", "_high"))
             records.append(
                 {
@@ -64,11 +63,12 @@ def rows(quick: bool) -> list[Row]:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """Relative error against the share kept, one line per layer; then accuracy and loss of the networks."""
-    networks = [name for name in NETWORKS if any(row["layer"] == name for row in rows)]
+    layers = grouped(rows, "layer")
+    networks = [name for name in NETWORKS if name in layers]
     figure, axes = new_figure(1 + len(networks))
     ax = axes[0]
     for layer, style in STYLES.items():
-        group = [row for row in rows if str(row["layer"]) == layer]
+        group = layers[layer]
         trained = layer != "normal"
         ax.plot(
             [100 * row["share_kept"] for row in group],
@@ -80,13 +80,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     ax.set(xlabel="singular values kept, %", ylabel="relative error", xlim=(0, 100), ylim=(0, 1.02))
     ax.legend(frameon=False, loc="upper right")
     for ax, network in zip(axes[1:], networks, strict=True):
-        group = [row for row in rows if row["layer"] == network]
+        group = layers[network]
         shares = [100 * row["share_kept"] for row in group]
         ax.plot(shares, [row["value"] for row in group], color="black", marker="o", markersize=3)
-        ax.fill_between(
-            shares, [row["value_low"] for row in group], [row["value_high"] for row in group],
-            color="black", alpha=0.15, linewidth=0,
-        )  # fmt: skip
+        low, high = ([row[f"value_{end}"] for row in group] for end in ("low", "high"))
+        ax.fill_between(shares, low, high, color="black", alpha=0.15, linewidth=0)
         ax.axhline(group[-1]["value"], color="0.65", linestyle="--", linewidth=0.8)
         ax.set(
             xlabel="singular values kept, %",

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,14 +16,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
-import opt_einsum
 import pytest
 
 import mumoe_tensor as mt
 from benchmarks import common, guard, harness, memory, modules, ratios
 from benchmarks.costs import Cost
 from benchmarks.planning import Planning
-from mumoe_tensor.ledger import Ledger, plain
 
 ROOT = Path(__file__).parents[1]
 CELEBA = ratios.layer("tucker", 128, 768, 40, (32, 64, 64))
@@ -63,19 +61,8 @@ def test_a_report_prints_as_a_table(report: harness.Report) -> None:
 def test_reports_come_back_from_json(report: harness.Report, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "ratios.json"
     harness.write_json(path, [report, report], {"machine": "here"})
-    assert harness.read_json(path) == ([report, report], {"machine": "here"})
-
-
-def test_rows_of_reports_are_kept(report: harness.Report, tmp_path: Path) -> None:
-    pytest.importorskip("filelock")
-    path = tmp_path / "ratios.csv"
-    for name in ("demo", "other"):
-        harness.keep(path, replace(report, name=name), {"machine": "here"})
-    rows = list(Ledger(path, {}, more=plain))
-    assert [(row["report"], row["count"]) for row in rows] == [
-        (name, count) for name in ("demo", "other") for count in (1234, 7)
-    ]
-    assert rows[1]["ratio"] is None and rows[1]["machine"] == "here"
+    content = json.loads(path.read_text())
+    assert content == {"about": {"machine": "here"}, "reports": [asdict(report)] * 2}
 
 
 @pytest.mark.parametrize("spec", ratios.CP_LAYERS[:3], ids=ratios.label)
@@ -105,17 +92,6 @@ def test_auto_is_several_times_off_on_tucker() -> None:
     assert ratios.rival(CELEBA, 1, "dp").ratio < 1.02
 
 
-def test_flops_are_counted_as_opt_einsum_counts_them() -> None:
-    for spec in (
-        CELEBA,
-        ratios.layer("tr", (4, 3), 9, 5, (2, 3, 2, 3)),
-        ratios.layer("hadamard", 4, 3, 5, None),
-    ):
-        equation, shapes, _ = ratios.einsum_of(spec, 16)
-        _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="dp")
-        assert ratios.rival(spec, 16, "dp").flops == info.opt_cost
-
-
 def test_no_path_serves_all_batches() -> None:
     assert ratios.batch_loss(CELEBA) == pytest.approx((1.38, 28.6), rel=2e-3)
     assert ratios.batch_loss(ratios.layer("cp", 256, 768, 768, 556)) == (1, 1)
@@ -139,12 +115,12 @@ def test_every_comparison_fills_its_table(name: str, monkeypatch: pytest.MonkeyP
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "ratios.json"
-    ratios.main(["batch", "--quick", "--json", str(path), "--csv", str(tmp_path / "ratios.csv")])
-    (report,), about = harness.read_json(path)
-    assert str(report) in capsys.readouterr().out
-    assert report.name == "batch"
-    assert about["quick"] == "True"
-    assert (tmp_path / "ratios.csv").stat().st_size > 0
+    ratios.main(["batch", "--quick", "--json", str(path)])
+    content = json.loads(path.read_text())
+    (report,) = content["reports"]
+    assert str(harness.Report(**report)) in capsys.readouterr().out
+    assert report["name"] == "batch"
+    assert content["about"]["quick"] == "True"
     ratios.main(["--list"])
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == list(ratios.COMPARISONS)
@@ -167,7 +143,8 @@ def test_comparisons_are_made_on_the_device(
     with pytest.raises(SystemExit, match="2"):
         ratios.main(["--device", "cuda"])
     assert "--device: there is no CUDA device" in capsys.readouterr().err
-    monkeypatch.setattr(ratios, "need_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(ratios, "environment", dict)
     ratios.main(["--device", "cuda"])
     assert devices == ["cuda"]
     assert "device cuda" in capsys.readouterr().out

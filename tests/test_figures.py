@@ -7,7 +7,6 @@ import json
 import shlex
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from typer.testing import CliRunner
 
 import mumoe_tensor as mt
 from mumoe_tensor.nn.size import num_parameters
-from paper_figures import contractions, decomposition_error, memory_and_latency, svd_tolerance
+from paper_figures import contractions, memory_and_latency, svd_tolerance
 from paper_figures.__main__ import app
 from paper_figures.common import (
     FIGURES,
@@ -33,7 +32,6 @@ from paper_figures.common import (
     load,
     matched_layers,
     pretrained,
-    rows_of,
     write,
 )
 from paper_figures.experiments import compression, mixture
@@ -46,7 +44,7 @@ def test_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     # (Processes that measure memory import torch, which takes seconds.)
     monkeypatch.setattr(memory_and_latency, "in_fresh_process", lambda *_: 2**25)
     assert "Settings:" in module.__doc__
-    rows = rows_of(module, tmp_path, quick=True)
+    rows = module.rows(True)
     drawn: list[Figure] = []
     draw = module.draw
     monkeypatch.setattr(module, "draw", lambda rows: drawn.append(draw(rows)) or drawn[-1])
@@ -63,7 +61,7 @@ def test_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def by_name(name: str) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows_of(load(name), Path(), quick=True):
+    for row in load(name).rows(True):
         found.setdefault(row["name"], []).append(row)
     return found
 
@@ -133,8 +131,8 @@ def test_published_networks_have_their_parameters() -> None:
     assert round(max(row["dense_experts"] or 0 for row in rows), -8) == 14_500_000_000
 
 
-def test_truncated_svds_have_the_error_of_the_rebuilt_matrix(tmp_path: Path) -> None:
-    rows = rows_of(svd_tolerance, tmp_path)
+def test_truncated_svds_have_the_error_of_the_rebuilt_matrix() -> None:
+    rows = svd_tolerance.rows(False)
     weight = pretrained()[1]
     u, s, vt = np.linalg.svd(weight, full_matrices=False)
     for row in (row for row in rows if row["layer"] == "7"):
@@ -165,20 +163,6 @@ def test_networks_without_small_singular_values(monkeypatch: pytest.MonkeyPatch)
     assert last["value"] == last["value_low"] == 50.0
 
 
-def test_errors_of_the_formats_fall_with_the_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(decomposition_error, "OPEN", {"tt": (3, None)})
-    rows = rows_of(decomposition_error, tmp_path, quick=True)
-    weight = pretrained()
-    few, many = (row for row in rows if row["name"] == "tt")
-    _, error = mt.decompose(weight, "tt", (3, many["open_rank"]))
-    assert many["relative_error"] == pytest.approx(error)
-    assert error < few["relative_error"] < 1
-    assert all(row["parameters"] == row["share"] * weight.size <= weight.size / 2 for row in rows)
-    # Of the same kind, the one that knows the experts' shared inputs is better.
-    alone = {row["share"] < 0.2: row["relative_error"] for row in rows if row["name"] == "svd"}
-    assert many["relative_error"] < alone[False]
-
-
 def test_every_product_is_in_the_picture_of_its_contraction() -> None:
     rows = contractions.rows(False)
     figure = contractions.draw(rows)
@@ -206,52 +190,6 @@ def test_layers_that_are_measured_are_what_they_are_called() -> None:
             assert torch.count_nonzero(coefficients[0] - coefficients[1])
 
 
-# ---- tables that are kept ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def module() -> ModuleType:
-    """A figure that counts how often it is measured."""
-    made: Any = ModuleType("paper_figures.counted")
-    made.calls = []
-
-    def measure(quick: bool) -> list[dict[str, Any]]:
-        made.calls.append(quick)
-        return [{"name": "cp", "n": 2, "seconds": 0.5, "rank": None, "call": len(made.calls)}]
-
-    def draw(rows: list[dict[str, Any]]) -> Figure:
-        if made.calls == ["broken"]:
-            raise RuntimeError("no picture")
-        return Figure()
-
-    made.measure, made.draw, made.__doc__ = measure, draw, "A figure."
-    return made
-
-
-def test_what_is_measured_is_kept(module: Any, tmp_path: Path) -> None:
-    rows = rows_of(module, tmp_path, quick=True)
-    assert "torch" in rows[0]["measured"] and rows[0]["quick"] == 1
-    write(module, rows, tmp_path)
-    assert rows_of(module, tmp_path, quick=True) == rows
-    assert module.calls == [True]
-    # Few points will not do for all of them; all of them do for few.
-    rows = rows_of(module, tmp_path)
-    write(module, rows, tmp_path)
-    assert rows_of(module, tmp_path) == rows_of(module, tmp_path, quick=True) == rows
-    assert module.calls == [True, False]
-    assert rows_of(module, tmp_path, fresh=True)[0]["call"] == 3
-    assert rows[0]["measured"] in as_text(module, rows)
-
-
-def test_numbers_are_kept_where_the_picture_fails(module: Any, tmp_path: Path) -> None:
-    rows = rows_of(module, tmp_path)
-    module.calls[:] = ["broken"]
-    with pytest.raises(RuntimeError, match="no picture"):
-        write(module, rows, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["counted.csv"]
-    assert rows_of(module, tmp_path) == rows
-
-
 # ---- the command ------------------------------------------------------------------------------------------
 
 
@@ -260,18 +198,11 @@ def invoke(line: str) -> Any:
 
 
 def test_command_draws_the_named_figures(tmp_path: Path) -> None:
-    result = invoke(f"levels gate_share --quick --out {tmp_path}")
+    result = invoke(f"levels loss_curves --quick --out {tmp_path}")
     assert result.exit_code == 0 and result.stderr == ""
-    expected = [f"{name}.{kind}" for name in ("gate_share", "levels") for kind in ("csv", "pdf", "png")]
+    expected = [f"{name}.{kind}" for name in ("levels", "loss_curves") for kind in ("csv", "pdf", "png")]
     assert sorted(p.name for p in tmp_path.iterdir()) == expected
-    assert "levels: Cost of one" in result.stdout and f"{tmp_path}/gate_share.pdf" in result.stdout
-    printed = json.loads(invoke(f"levels --quick --json --out {tmp_path}").stdout)
-    assert printed["levels"]["rows"] == load("levels").rows(True)
-    assert [Path(file).name for file in printed["levels"]["files"]] == [
-        "levels.csv",
-        "levels.png",
-        "levels.pdf",
-    ]
+    assert "levels: Cost of one" in result.stdout and f"{tmp_path}/loss_curves.pdf" in result.stdout
 
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +15,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import devices, harness  # noqa: E402
+from benchmarks import devices, gpu, harness  # noqa: E402
 from benchmarks.gpu import __main__ as check  # noqa: E402
-from benchmarks.gpu import rows, stages, suites, table  # noqa: E402
+from benchmarks.gpu import stages, tests  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-ROW = 'print("{\\"stage\\": 1}", flush=True)'
+ROW = 'rows.write("{\\"stage\\": 1}\\n"); rows.flush()'
 #: Stages that end in every way there is, as Python code.
 CODE = {
     "good": f"{ROW}; {ROW}",
-    "slow": f"import time; {ROW}; time.sleep(60)",
+    "slow": f"import time; {ROW}; rows.write('{{'); rows.flush(); time.sleep(60)",
     "crash": f"{ROW}; raise ValueError('no such kernel')",
     "killed": f"import os; {ROW}; os.abort()",
     "last": ROW,
@@ -33,47 +35,55 @@ CODE = {
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     made = {name: stages.Stage(lambda *_: [], 5.0, f"Stage {name}", {"stage": "d"}) for name in CODE}
     made["slow"] = stages.Stage(lambda *_: [], 1.0, "Stage slow", {"stage": "d"})
+
+    def command(name: str, device: str, sizes: str, rows: Path) -> list[str]:
+        return [sys.executable, "-c", f"rows = open({str(rows)!r}, 'w'); {CODE[name]}"]
+
     monkeypatch.setattr(check, "STAGES", made)
-    monkeypatch.setattr(check, "command", lambda name, *_: [sys.executable, "-c", CODE[name]])
+    monkeypatch.setattr(check, "command", command)
+
+
+def outcomes(folder: Path) -> list[str]:
+    """The outcomes of the stages, in the text of the check."""
+    lines = (folder / "gpu.txt").read_text().splitlines()
+    begin = lines.index("Stages") + 3
+    return lines[begin : lines.index("", begin)] if "" in lines[begin:] else lines[begin:]
 
 
 @pytest.mark.usefixtures("fake_stages")
 def test_what_ends_early_loses_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main(["--fake", "--out", str(tmp_path)]) == 1
-    (outcomes, *reports), about = harness.read_json(tmp_path / "gpu.json")
-    assert about["fake"] and about["torch"] == torch.__version__
-    assert {row["stage"]: row["outcome"] for row in outcomes.rows} == {
-        "good": "done",
-        "slow": "cut after 1 s",
-        "crash": "failed with exit status 1: ValueError: no such kernel",
-        "killed": "failed with exit status -6: ValueError: no such kernel",
-        "last": "done",
-    }
-    assert [len(report.rows) for report in reports] == [2, 1, 1, 1, 1]
-    assert [row["rows"] for row in outcomes.rows] == [2, 1, 1, 1, 1]
+    assert [re.sub(r" +\d+ +(\d+)$", r" \1", line) for line in outcomes(tmp_path)] == [
+        "good    done 2",
+        "slow    cut after 1 s 1",
+        "crash   failed with exit status 1: ValueError: no such kernel 1",
+        "killed  failed with exit status -6: ValueError: no such kernel 1",
+        "last    done 1",
+    ]
     text = (tmp_path / "gpu.txt").read_text()
-    assert "cut after 1 s" in text and text in capsys.readouterr().out
+    assert text in capsys.readouterr().out and f"torch {torch.__version__}" in text and "sizes toy" in text
     assert "no such kernel" in (tmp_path / "gpu.log").read_text()
+    assert (tmp_path / "good.jsonl").read_text() == 2 * '{"stage": 1}\n'
 
 
 @pytest.mark.usefixtures("fake_stages")
 def test_a_cut_stage_is_no_failure_and_the_budget_is_that_of_all(tmp_path: Path) -> None:
     assert check.main(["slow", "good", "--fake", "--budget", "0.5", "--out", str(tmp_path)]) == 0
-    (outcomes, *_), _ = harness.read_json(tmp_path / "gpu.json")
-    assert [row["outcome"] for row in outcomes.rows] == ["cut after 0 s", "not run: the 0 s are over"]
+    slow, good = outcomes(tmp_path)
+    assert "cut after 0 s" in slow and "not run: the 0 s are over" in good
 
 
-@pytest.mark.usefixtures("fake_stages")
-def test_every_row_is_saved_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[list[int]] = []
+def test_every_row_is_written_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
 
-    def write(path: Path, reports: Any, about: Any) -> None:
-        harness.write_json(path, reports, about)
-        saved.append([len(report.rows) for report in harness.read_json(path)[0][1:]])
+    def rows(device: str, toy: bool) -> Iterator[dict[str, int]]:
+        for number in range(3):
+            assert path.read_text().count("\n") == number
+            yield {"number": number}
 
-    monkeypatch.setattr(check, "write_json", write)
-    check.main(["good", "last", "--fake", "--out", str(tmp_path)])
-    assert saved == [[0], [1], [2], [2], [2, 0], [2, 1], [2, 1]]
+    monkeypatch.setitem(stages.STAGES, "counted", stages.Stage(rows, 1.0, "Counted", {"number": "d"}))
+    stages.main("counted", "cpu", "toy", str(path))
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [0, 1, 2]
 
 
 def test_bad_arguments_are_refused(
@@ -95,10 +105,10 @@ def reports() -> list[harness.Report]:
     """What stages give at toy sizes, but for those that start processes or compile."""
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(rows.BRIEF, "rounds", 3)
-        patch.setitem(rows.BRIEF, "turn", 0)
+        patch.setitem(gpu.BRIEF, "rounds", 3)
+        patch.setitem(gpu.BRIEF, "turn", 0)
         for name, stage in stages.STAGES.items():
-            if name not in ("tests", "compiled", "suites"):
+            if name not in ("tests", "compiled"):
                 found = json.loads(json.dumps(list(stage.rows("cpu", True))))
                 made.append(harness.Report(name, stage.title, stage.columns, found, list(stage.notes)))
     return made
@@ -122,15 +132,6 @@ def test_a_layer_without_room_is_noted_and_the_rest_is_measured(monkeypatch: pyt
     rows = list(stages.STAGES["layers"].rows("cpu", True))
     assert len(rows) == len(calls) == 2 * len(devices.PRECISIONS)
     assert {row["note"] for row in rows} == {"out of memory"}
-    report = harness.Report("layers", "Layers", stages.LAYERS, rows, [])
-    assert "| toy block, cp, 4x4 experts | 32 | TF32 | –, – | –, – | –, – |" in table.markdown([report])
-
-
-def test_the_asv_suites_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("asv_runner")
-    monkeypatch.setenv("MUMOE_BENCHMARK_PROFILE", "quick")
-    (row,) = suites.asv_suites("cpu", True)
-    assert row["case"].startswith("forward.Forward.time_forward('cp'") and row["ms"] > 0
 
 
 def test_outcomes_are_read_off_what_pytest_prints() -> None:
@@ -140,35 +141,11 @@ def test_outcomes_are_read_off_what_pytest_prints() -> None:
         "tests/test_cuda.py::test_files SKIPPED (could not import 'x') [ 1%]": ("test_files", "SKIPPED"),
     }
     for line, expected in lines.items():
-        found = suites.RESULT.match(line)
+        found = tests.RESULT.match(line)
         assert found and found.groups() == expected
     assert (
-        suites.RESULT.match("FAILED tests/test_cuda.py::test_layers[two levels-cp] - AssertionError") is None
+        tests.RESULT.match("FAILED tests/test_cuda.py::test_layers[two levels-cp] - AssertionError") is None
     )
-
-
-def test_figures_are_stored_and_toys_are_not(
-    reports: list[harness.Report],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(table, "MEASURED", tmp_path / "measured")
-    harness.write_json(tmp_path / "gpu.json", reports, {"gpu": "none", "fake": True})
-    with pytest.raises(SystemExit, match="2"):
-        table.main([str(tmp_path)])
-    assert not (tmp_path / "measured").exists()
-    harness.write_json(tmp_path / "gpu.json", reports, {"gpu": "a GPU", "fake": False})
-    capsys.readouterr()
-    table.main([str(tmp_path)])
-    assert harness.read_json(tmp_path / "measured" / "gpu.json")[0] == reports
-    assert (tmp_path / "measured" / "gpu.txt").read_text().startswith("gpu a GPU, fake False\n\nGates\n")
-    first, rule, *lines = capsys.readouterr().out.splitlines()
-    assert first.count("|") == rule.count("|") == 7
-    layers = next(report for report in reports if report.name == "layers")
-    forward, step = (f"{row['to dense']:.2f}" for row in layers.rows[:2])
-    assert lines[0].startswith(f"| toy block, cp, 4x4 experts | 32 | bfloat16 | {forward}, {step} | ")
-    assert [line.split(" | ")[0] for line in lines[-4:]] == ["| mlp", "| cp-256", "| mlp", "| tr-256"]
 
 
 def test_a_graph_is_captured_once_the_call_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +218,7 @@ class Bare(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Bare())
-import benchmarks.gpu.__main__, benchmarks.gpu.table, benchmarks.ratios, benchmarks.guard
+import benchmarks.gpu.__main__, benchmarks.ratios
 import pytest
 sys.exit(pytest.main(["--collect-only", "-m", "cuda", "tests/test_cuda.py"]))
 """

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.rows import BRIEF, Row
+from benchmarks.gpu import BRIEF
+from benchmarks.harness import Row, quartiles
 from benchmarks.layers import entmax
 from mumoe_tensor.gates import sparsemax
 from mumoe_tensor.measure.timing import compare
@@ -43,19 +44,18 @@ def without_kernel(logits: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def functions_of_torch() -> dict[str, Gate]:
-    """The gates of this library, with kernels if available and with torch operations, and softmax."""
-    return {
-        "entmax15": entmax15,
-        "layer norm, entmax15": layer_normed,
-        "sparsemax": kernel_of_sparsemax,
-        "entmax15 of torch": without_kernel,
-        "sparsemax of torch": sparsemax,
-        "softmax of torch": partial(torch.softmax, dim=-1),
-    }
+#: The gates of this library, with kernels if available and with torch operations, and softmax.
+OURS: dict[str, Gate] = {
+    "entmax15": entmax15,
+    "layer norm, entmax15": layer_normed,
+    "sparsemax": kernel_of_sparsemax,
+    "entmax15 of torch": without_kernel,
+    "sparsemax of torch": sparsemax,
+    "softmax of torch": partial(torch.softmax, dim=-1),
+}
 
 
-def functions_of_packages(device: str) -> dict[str, Gate]:
+def of_packages(device: str) -> dict[str, Gate]:
     """entmax15 of the installed packages."""
     functions: dict[str, Gate] = {}
     if entmax is not None:
@@ -70,13 +70,11 @@ def functions_of_packages(device: str) -> dict[str, Gate]:
 def gates(device: str, toy: bool) -> Iterator[Row]:
     """All gates in eager mode, then those of this library compiled."""
     sizes = (64, 256) if toy else (64, 256, 1024, 4096, 16_384, 65_536)
-    ours, packages = functions_of_torch(), functions_of_packages(device)
-    grid = product(("float32", "bfloat16"), sizes)
-    for dtype, size in grid:
-        yield from times(ours, packages, dtype, size, device, toy)
+    for dtype, size in product(("float32", "bfloat16"), sizes):
+        yield from times(OURS, of_packages(device), dtype, size, device, toy)
     for size in () if toy else sizes:
         torch._dynamo.reset()
-        compiled = {
+        compiled: dict[str, Gate] = {
             "entmax15, compiled": torch.compile(entmax15, dynamic=False),
             "entmax15 of torch, compiled": torch.compile(without_kernel, dynamic=False),
         }
@@ -97,7 +95,7 @@ def times(
 
     for kind, copies in COPIES.items():
         place = {"experts": size, "dtype": dtype, "pass": kind}
-        calls: dict[str, Callable[[], Any]] = {"copy": partial(copied.copy_, logits)}
+        calls: dict[str, Callable[[], Any]] = {}
         for name, gate in (ours | packages).items():
             calls[name] = partial(gate, logits) if kind == "forward" else partial(step, gate)
         for name in packages:
@@ -106,10 +104,8 @@ def times(
             except Exception as error:  # a package may not support these sizes
                 del calls[name]
                 yield {"gate": name} | place | {"note": f"{type(error).__name__}: {error}"[:60]}
-        timings = compare(calls, "copy", **BRIEF, device=device)
+        timings = compare(calls | {"copy": partial(copied.copy_, logits)}, "copy", **BRIEF, device=device)
         speed = 2e-9 * logits.nbytes / timings.spread("copy").median
-        for name in list(calls)[1:]:
-            ratio = timings.ratio(name)
+        for name in calls:
             row = {"gate": name} | place | {"ms": 1e3 * timings.spread(name).median, "copy GB/s": speed}
-            row |= {"to limit": ratio.median / copies, "low": ratio.low / copies, "high": ratio.high / copies}
-            yield row
+            yield row | quartiles(timings.ratio(name), "to limit", scale=1 / copies)

@@ -1,24 +1,21 @@
-"""The stages of the check: ``python -m benchmarks.gpu.stages NAME DEVICE SIZES`` prints the rows of one.
+"""The stages of the check: ``python -m benchmarks.gpu.stages NAME DEVICE SIZES FILE`` runs one.
 
-A stage is a function that maps a device, and whether to use toy sizes, to rows. They are printed as JSON
-lines.
+A stage is a function that maps a device, and whether to use toy sizes, to rows.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from benchmarks.gpu.gates import gates
-from benchmarks.gpu.layers import kernels, layers, memory
-from benchmarks.gpu.rows import Row
-from benchmarks.gpu.sparse import sparse
-from benchmarks.gpu.suites import asv_suites, marked_tests
+from benchmarks.gpu.layers import layers, memory
+from benchmarks.gpu.tests import marked_tests
 from benchmarks.gpu.training import gpt2
+from benchmarks.harness import Row
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Stage:
 
 QUARTILES = {"low": ".2f", "high": ".2f"}
 SHAPE = {"shape": "", "experts": "", "format": ""}
-TIMES = {"dense ms": ".3f", "layer ms": ".3f", "to dense": ".2f"} | QUARTILES
+TIMES = {"dense ms": ".3f", "layer ms": ".3f", "elementwise ms": ".3f", "to dense": ".2f"} | QUARTILES
 LAYERS = SHAPE | {"tokens": ",d", "precision": "", "run": "", "pass": ""} | TIMES
 LAYERS |= {"to limit": ".2f", "TFLOP/s": ".1f", "note": ""}
 LAYER_NOTES = (
@@ -59,12 +56,6 @@ STAGES = {
         ("to limit: time over that of the minimum traffic, from a copy of the logits in the same round.",),
     ),
     "layers": Stage(layers, 75, "Layers, eager and as CUDA graphs", LAYERS, LAYER_NOTES),
-    "kernels": Stage(
-        kernels,
-        20,
-        "Kernels launched in an eager pass",
-        SHAPE | {"pass": "", "dense": ",d", "layer": ",d", "elementwise": ",d"},
-    ),
     "compiled": Stage(partial(layers, runs=("compiled",)), 75, "Layers, compiled", LAYERS, LAYER_NOTES),
     "memory": Stage(
         memory,
@@ -75,15 +66,6 @@ STAGES = {
         | dict.fromkeys(("dense peak MiB", "layer peak MiB", "layer kept MiB"), ",.1f"),
         ("peak: growth in a step, with gradients. kept: saved for the backward pass.",),
     ),
-    "sparse": Stage(
-        sparse,
-        25,
-        "Coefficients times a factor of rank 556, by the share of nonzero coefficients",
-        {"experts": ",d", "density": ".1%", "pass": "", "dense ms": ".3f"}
-        | dict.fromkeys(("indexed", "embedding_bag", "bag, indices given", "gather"), ".2f"),
-        ("Times over the dense product's. indexed: as in the layers, by a kernel, with the largest k.",),
-    ),
-    "suites": Stage(asv_suites, 35, "asv suites", {"case": "", "ms": ".3f"}),
     "gpt2": Stage(
         gpt2,
         90,
@@ -96,12 +78,11 @@ STAGES = {
 }
 
 
-def main(name: str, device: str, sizes: str) -> None:
-    """Print the rows of a stage; all other output goes to standard error."""
-    with os.fdopen(os.dup(1), "w") as channel:
-        os.dup2(2, 1)
+def main(name: str, device: str, sizes: str, path: str) -> None:
+    """Write the rows of a stage to a file as JSON lines."""
+    with open(path, "w", encoding="utf-8") as file:
         for row in STAGES[name].rows(device, sizes == "toy"):
-            print(json.dumps(row), file=channel, flush=True)
+            print(json.dumps(row), file=file, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator
 from functools import partial
+from importlib import resources
 from itertools import product
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.gpu.rows import MIB, ROOT, Row
+from benchmarks.harness import MIB, Row, quartiles
 from mumoe_tensor.measure.memory import growth
 from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.models import GPT2, GPT2Config
@@ -22,7 +23,7 @@ TOY = {"vocabulary": 64, "context": 16, "width": 32, "depth": 1, "heads": 2, "hi
 
 def model_of(name: str, toy: bool) -> GPT2:
     """A model of the packaged settings."""
-    path = ROOT / "mumoe_tensor" / "configs" / f"gpt2-124m-{name}.toml"
+    path = resources.files("mumoe_tensor.configs") / f"gpt2-124m-{name}.toml"
     setting = tomllib.loads(path.read_text(encoding="utf-8"))["model"]
     if toy:
         setting |= TOY | {"rank": None}
@@ -48,22 +49,17 @@ def gpt2(device: str, toy: bool) -> Iterator[Row]:
         optimizer.step()
 
     for run, experts in product(("eager",) if toy else ("eager", "compiled"), EXPERTS):
-        calls = {
-            name: partial(
-                step, torch.compile(models[name]) if run == "compiled" else models[name], optimizers[name]
-            )
-            for name in (DENSE, experts)
-        }
+        calls = {}
+        for name in (DENSE, experts):
+            model = torch.compile(models[name]) if run == "compiled" else models[name]
+            calls[name] = partial(step, model, optimizers[name])
         timings = compare(calls, DENSE, rounds=9, limit=4, device=device)
         for name, call in calls.items():
-            seconds, ratio = timings.spread(name).median, timings.ratio(name)
-            yield {
+            seconds = timings.spread(name).median
+            row = {
                 "model": name,
                 "run": run,
                 "ms": 1e3 * seconds,
                 "tokens/s": tokens[:, 1:].numel() / seconds,
-                "to dense": ratio.median,
-                "low": ratio.low,
-                "high": ratio.high,
-                "peak MiB": growth(call, device) / MIB,
             }
+            yield row | quartiles(timings.ratio(name), "to dense") | {"peak MiB": growth(call, device) / MIB}

@@ -6,6 +6,8 @@ The protocol is in ``docs/experiments/bias.md``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from math import nan
 from pathlib import Path
 from statistics import mean
@@ -127,42 +129,37 @@ class Experiment:
     def _key(self, run: str) -> str:
         return f"{self.task.name}: {run}"
 
-    def _tuning(self, methods: Sequence[str]) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
-        """The runs that choose the settings of these methods."""
-        grids = {
-            **{name: ("learning rate", self.recipe.learning_rates) for name in ARCHITECTURES},
+    def _grid(self, method: str) -> tuple[str, Sequence[float]]:
+        """The setting of a method that is chosen, and its candidate values."""
+        if method in ARCHITECTURES:
+            return "learning rate", self.recipe.learning_rates
+        debiased = {
             "oversampling": ("repetitions", self.recipe.repetitions),
             "adversarial": ("alpha", self.recipe.alphas),
         }
+        return debiased[method]
+
+    def _tuning(self, methods: Sequence[str]) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+        """The runs by which the settings of these methods are chosen."""
         for method in methods:
-            setting, values = grids[method]
+            setting, values = self._grid(method)
             for value in values:
+                yield f"{method}, {setting} {value:g}", partial(self._tuned, method, setting, value)
 
-                def call(method: str = method, setting: str = setting, value: float = value) -> list[Row]:
-                    model, loss = self._trained(method, TUNING_SEED, value)
-                    return [
-                        self._row(method, TUNING_SEED, "tuning", setting, value, loss, self._validated(model))
-                    ]
-
-                yield f"{method}, {setting} {value:g}", call
+    def _tuned(self, method: str, setting: str, value: float) -> list[Row]:
+        model, loss = self._trained(method, TUNING_SEED, value)
+        logits = logits_of(model, self.task.validation.x)
+        return [self._row(method, TUNING_SEED, "tuning", setting, value, loss, logits)]
 
     def _seeds(self, split: str) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
-        for seed in range(self.recipe.seeds):
-            for method in MODELS:
-
-                def call(method: str = method, seed: int = seed) -> list[Row]:
-                    return self._judged(method, seed, split)
-
-                yield f"{method}, seed {seed}, {split}", call
+        for seed, method in product(range(self.recipe.seeds), MODELS):
+            yield f"{method}, seed {seed}, {split}", partial(self._judged, method, seed, split)
 
     def _chosen(self, method: str) -> float:
         rows = self.ledger.of(task=self.task.name, method=method, split="tuning")
         if method in ARCHITECTURES:
             return float(min(rows, key=lambda row: row["loss"])["value"])
         return best(rows)
-
-    def _validated(self, model: nn.Module) -> Tensor:
-        return logits_of(model, self.task.validation.x)
 
     def _trained(self, method: str, seed: int, value: float) -> tuple[nn.Module, float]:
         """A model and its validation loss; NaN for a model that was trained on another loss."""
@@ -182,18 +179,17 @@ class Experiment:
             model, loss = self._trained(method, seed, value)
             write_tensors(path, model.state_dict(), {})
         else:
-            model = self._built(method)
             # Version 0.1 wrote .pt.
             path = path if path.exists() else path.with_suffix(".pt")
-            tensors = read_weights(path)
+            model, tensors = self._built(method), read_weights(path)
             with reading(path):
                 load_tensors(model, tensors)
         rows: Population = getattr(self.task, split)
         logits = logits_of(model, rows.x)
-        setting = {"oversampling": "repetitions", "adversarial": "alpha"}.get(method, "learning rate")
-        records = [self._row(method, seed, split, setting, value, loss, logits)]
-        own = {name for name, corrected in CORRECTIONS.items() if corrected == method}
-        for name, direction in directions(self.task, model, rows, own).items():
+        records = [self._row(method, seed, split, self._grid(method)[0], value, loss, logits)]
+        corrections = [name for name, corrected in CORRECTIONS.items() if corrected == method]
+        for name in sorted(corrections):
+            direction = direction_of(name, self.task, model, rows)
             curve = []
             for s in self.recipe.strengths:
                 figures = rates(self.task, rows, moved(self.task, logits, s * direction))
@@ -308,27 +304,24 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 # ---- corrections ------------------------------------------------------------------------------------------
 
 
-def directions(task: Task, model: nn.Module, rows: Population, names: set[str]) -> dict[str, Tensor]:
-    """The amounts that each correction of strength 1 adds to the logits of the task, of shape (rows,).
+def direction_of(correction: str, task: Task, model: nn.Module, rows: Population) -> Tensor:
+    """The amounts that a correction of strength 1 adds to the logits of the task, of shape (rows,).
 
     All have the same scale: the logit of the subpopulation's training rows moves by 1 on average.
     """
     label, group = task.target
     toward = 2 * label - 1
-    changes = {}
-    for name in sorted(names):
-        if name == "edit":
-            members = task.training.x[task.members(task.training)]
-            means = mean_coefficients(model, model, members.split(8192))
-            before = logits_of(model, rows.x)
-            edit_bias(model, "subpopulation", means, task.output, toward / float(means[0].square().sum()))
-            changes[name] = (logits_of(model, rows.x) - before)[:, task.output]
-            remove_edit(model, "subpopulation")
-        elif name == "group threshold":
-            changes[name] = toward * (rows.group == group).float()
-        else:
-            changes[name] = torch.full((len(rows),), float(toward))
-    return changes
+    if correction == "edit":
+        members = task.training.x[task.members(task.training)]
+        means = mean_coefficients(model, model, members.split(8192))
+        before = logits_of(model, rows.x)
+        edit_bias(model, "subpopulation", means, task.output, toward / float(means[0].square().sum()))
+        after = logits_of(model, rows.x)
+        remove_edit(model, "subpopulation")
+        return (after - before)[:, task.output]
+    if correction == "group threshold":
+        return toward * (rows.group == group).float()
+    return torch.full((len(rows),), float(toward))
 
 
 def logit_of(task: Task, logits: Tensor) -> Tensor:

@@ -28,14 +28,9 @@ from paper_figures.experiments import command
 from paper_figures.experiments.tables import table, write_table
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)
+NAMED = ("lowrank", "kron", "monarch", "btt", "tt-matrix", "tucker-matrix", "cp-matrix")
 FORMATS: dict[str, str | mt.Format] = {
-    "lowrank": "lowrank",
-    "kron": "kron",
-    "monarch": "monarch",
-    "btt": "btt",
-    "tt-matrix": "tt-matrix",
-    "tucker-matrix": "tucker-matrix",
-    "cp-matrix": "cp-matrix",
+    **dict(zip(NAMED, NAMED, strict=True)),
     "monarch + lowrank": mt.sum_of("monarch", "lowrank"),
     "kron + lowrank": mt.sum_of("kron", "lowrank"),
 }
@@ -112,19 +107,13 @@ def measure(name: str, matrix: Any, covariance: Any, shares: Sequence[float] = S
                 weighting = covariance if fit == "weighted" else None
                 weight, _ = mt.decompose(matrix, spec.format, spec.rank, input_covariance=weighting, **EFFORT)
                 rest = mt.to_dense(weight) - matrix
-                rows.append(
-                    {
-                        "network": name,
-                        "format": title,
-                        "rank": rank_text(spec),
-                        "fit": fit,
-                        "parameters": spec.weight_parameters,
-                        "share": spec.weight_parameters / dense.weight_parameters,
-                        "weight_error": weighted_norm(rest, None) / weighted_norm(matrix, None),
-                        "output_error": weighted_norm(rest, covariance) / weighted_norm(matrix, covariance),
-                    }
-                )
-                print(*rows[-1].values(), flush=True)
+                row: Row = {"network": name, "format": title, "rank": rank_text(spec), "fit": fit}
+                row["parameters"] = spec.weight_parameters
+                row["share"] = spec.weight_parameters / dense.weight_parameters
+                for error, by in (("weight_error", None), ("output_error", covariance)):
+                    row[error] = weighted_norm(rest, by) / weighted_norm(matrix, by)
+                rows.append(row)
+                print(*row.values(), flush=True)
             if spec.rank == ():
                 break
     return rows

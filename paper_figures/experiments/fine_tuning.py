@@ -8,9 +8,10 @@ After an interruption, the same command resumes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from mumoe_tensor.training.head import fine_tune, train_head
 from paper_figures.common import Row
 from paper_figures.experiments import command
 from paper_figures.experiments.heads import HIDDEN, TRAINING, images
-from paper_figures.experiments.tables import DATA, keep, table, tuned_rate
+from paper_figures.experiments.tables import DATA, grouped, keep, table, tuned_rate
 
 TABLE = "heads_fine_tuning"
 ROWS, VALIDATED, BATCH = 400, 2_000, 50
@@ -32,29 +33,12 @@ FORMATS = ("linear", "cp")
 EPOCHS = {"frozen": 40, "trained": 5}
 RATES = {"frozen": (0.001, 0.003, 0.01), "trained": (0.0003, 0.001, 0.003)}
 SEEDS, TUNING_SEED = range(3), 100
+KINDS = tuple(product(EPOCHS, FORMATS))
 #: Momentum of batch norm, torch's default. The network's default, 0.01, suits many more steps.
 MOMENTUM = 0.1
 
 
-@dataclass(frozen=True)
-class Case:
-    """One training."""
-
-    network: str
-    format: str
-    seed: int
-    learning_rate: float
-
-    @property
-    def key(self) -> Row:
-        """The columns that identify the case."""
-        return {
-            "network": self.network, "format": self.format, "seed": self.seed,
-            "learning_rate": self.learning_rate,
-        }  # fmt: skip
-
-
-def network() -> nn.Module:
+def load_network() -> nn.Module:
     """EfficientNet-Lite0, prepared for training."""
     (weights,) = (DATA / "efficientnet-lite0").glob("*.pth")
     backbone = load_backbone("efficientnet-lite0", weights)
@@ -70,34 +54,29 @@ def parts() -> tuple[Dataset, Dataset]:
     return data.rows(torch.arange(ROWS)), data.rows(TRAINING + torch.arange(VALIDATED))
 
 
-def fit(case: Case) -> Row:
+def fit(network: str, format: str, seed: int, learning_rate: float) -> Row:
     """Train a head, with or without the network; return its final accuracy on validation rows."""
     torch.set_num_threads(1)
     training, validation = parts()
-    backbone = network()
-    torch.manual_seed(case.seed)
-    options: dict[str, Any] = {} if case.format == "linear" else {"experts": EXPERTS, "parameters": "match"}
-    head = Head(
-        extract(backbone, training.rows(torch.arange(1))).x.shape[1],
-        10,
-        HIDDEN,
-        format=case.format,
-        **options,
-    )
+    backbone, is_trained = load_network(), network == "trained"
+    features, data = extract(backbone, training), training
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {} if format == "linear" else {"experts": EXPERTS, "parameters": "match"}
+    head = Head(features.x.shape[1], 10, HIDDEN, format=format, **options)
     config = TrainConfig(
-        epochs=EPOCHS[case.network], batch_size=BATCH, learning_rate=case.learning_rate, seed=case.seed,
-        keep="last", evaluate_every=EPOCHS[case.network] * (ROWS // BATCH), evaluation_batch_size=200,
+        epochs=EPOCHS[network], batch_size=BATCH, learning_rate=learning_rate, seed=seed,
+        keep="last", evaluate_every=EPOCHS[network] * (ROWS // BATCH), evaluation_batch_size=200,
     )  # fmt: skip
-    if case.network == "trained":
+    if is_trained:
         *_, last = fine_tune(backbone, head, training, validation, config)
     else:
-        training, validation = extract(backbone, training), extract(backbone, validation)
-        *_, last = train_head(head, training, validation, config)
-    model = nn.Sequential(backbone, head) if case.network == "trained" else head
+        data = features
+        *_, last = train_head(head, features, extract(backbone, validation), config)
+    model = nn.Sequential(backbone, head) if is_trained else head
     return {
-        **case.key, "parameters": num_parameters(head), "accuracy": last.accuracy,
-        "loss": last.validation_loss, "training_accuracy": evaluate(model, training, batch_size=200)[1],
-        "seconds": round(last.seconds, 1),
+        "network": network, "format": format, "seed": seed, "learning_rate": learning_rate,
+        "parameters": num_parameters(head), "accuracy": last.accuracy, "loss": last.validation_loss,
+        "training_accuracy": evaluate(model, data, batch_size=200)[1], "seconds": round(last.seconds, 1),
     }  # fmt: skip
 
 
@@ -109,42 +88,35 @@ def rate(network: str, format: str) -> float:
 
 def fine_tune_all(jobs: int | str) -> None:
     """Try the learning rates, then train each kind of head with its best rate."""
-    kinds = [(network, format) for network in EPOCHS for format in FORMATS]
-    do(jobs, [Case(*kind, TUNING_SEED, each) for kind in kinds for each in RATES[kind[0]]])
-    do(jobs, [Case(*kind, seed, rate(*kind)) for seed in SEEDS for kind in kinds])
 
+    def run(cases: list[tuple[str, str, int, float]]) -> None:
+        columns = ("network", "format", "seed", "learning_rate")
+        keep(TABLE, [(dict(zip(columns, case, strict=True)), case) for case in cases], fit, jobs)
 
-def do(jobs: int | str, cases: list[Case]) -> None:
-    """Run the cases that are not in the table yet."""
-    keep(TABLE, [(case.key, (case,)) for case in cases], fit, jobs)
+    run([(*kind, TUNING_SEED, each) for kind in KINDS for each in RATES[kind[0]]])
+    run([(*kind, seed, rate(*kind)) for seed in SEEDS for kind in KINDS])
 
 
 def differences() -> list[Row]:
     """The paired differences that the claims are about: mean in % and half-width of the 95 % interval."""
-    rows = [row for row in table(TABLE) if row["seed"] in SEEDS]
+    rows = sorted((row for row in table(TABLE) if row["seed"] in SEEDS), key=lambda row: row["seed"])
     accuracy = {
-        (network, format): [100 * row["accuracy"] for row in sorted(rows, key=lambda row: row["seed"])
-                            if (row["network"], row["format"]) == (network, format)]
-        for network in EPOCHS for format in FORMATS
-    }  # fmt: skip
-
-    def minus(one: list[float], other: list[float]) -> list[float]:
-        return [a - b for a, b in zip(one, other, strict=True)]
-
-    gap = {network: minus(accuracy[network, "cp"], accuracy[network, "linear"]) for network in EPOCHS}
-    wanted = {f"accuracy, {network}, {format}": accuracy[network, format] for network, format in accuracy}
+        kind: np.array([100 * row["accuracy"] for row in group])
+        for kind, group in grouped(rows, "network", "format").items()
+    }
+    gap = {network: accuracy[network, "cp"] - accuracy[network, "linear"] for network in EPOCHS}
+    wanted = {f"accuracy, {network}, {format}": accuracy[network, format] for network, format in KINDS}
     wanted |= {
-        f"1: trained - frozen, {format}": minus(accuracy["trained", format], accuracy["frozen", format])
+        f"1: trained - frozen, {format}": accuracy["trained", format] - accuracy["frozen", format]
         for format in FORMATS
     }
     wanted |= {f"cp - MLP, {network}": gap[network] for network in EPOCHS}
-    wanted["2: (cp - MLP, trained) - (cp - MLP, frozen)"] = minus(gap["trained"], gap["frozen"])
+    wanted["2: (cp - MLP, trained) - (cp - MLP, frozen)"] = gap["trained"] - gap["frozen"]
     records = []
     for text, values in wanted.items():
-        mean, half = interval(values)
-        records.append(
-            {"in %": text.replace("linear", "MLP"), "mean": mean, "half": half, "seeds": len(values)}
-        )
+        mean, half = interval(values.tolist())
+        text = text.replace("linear", "MLP")
+        records.append({"in %": text, "mean": mean, "half": half, "seeds": len(values)})
     return records
 
 

@@ -13,7 +13,7 @@ number of parallel training runs, each on one thread.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -158,58 +158,57 @@ def make_features(part: str, path: Path) -> None:
         write_npz(extract(load_backbone("efficientnet-lite0", weights), images(part)), path)
 
 
-def trained(run: Run, learning_rate: float) -> tuple[Head, list[Evaluation]]:
-    """A head, trained on one thread, and the evaluations of its training."""
+def fit(head: Head, rows: Dataset | None = None, **options: Any) -> tuple[Row, list[Evaluation]]:
+    """Train a head on one thread; its results on rows, by default for validation, and all evaluations."""
     torch.set_num_threads(1)
     training, validation = parts()
-    head = run.build(training.x.shape[1], 10)
-    config = TrainConfig(epochs=10, batch_size=256, learning_rate=learning_rate, seed=run.seed)
-    return head, train_head(head, training, validation, config)
+    config = TrainConfig(**{"epochs": 10, "batch_size": 256, **options})
+    epochs = train_head(head, training, validation, config)
+    loss, accuracy = evaluate(head, rows or validation)
+    best = max(epoch.epoch for epoch in epochs if epoch.is_best)
+    row = {"parameters": num_parameters(head), "accuracy": accuracy, "loss": loss, "epoch": best}
+    return row, epochs
+
+
+def trained(
+    run: Run, learning_rate: float, rows: Dataset | None = None
+) -> tuple[Head, Row, list[Evaluation]]:
+    """The head of a run, its results on rows, and the evaluations of its training."""
+    head = run.build(parts()[0].x.shape[1], 10)
+    row, epochs = fit(head, rows, learning_rate=learning_rate, seed=run.seed)
+    return head, {**run.key, "learning_rate": learning_rate, **row}, epochs
 
 
 def tune(run: Run, learning_rate: float) -> Row:
     """Accuracy on validation rows at one learning rate."""
-    head, epochs = trained(run, learning_rate)
-    loss, accuracy = evaluate(head, parts()[1])
-    return {
-        **run.key, "learning_rate": learning_rate, "parameters": num_parameters(head),
-        "accuracy": accuracy, "loss": loss, "epoch": max(e.epoch for e in epochs if e.is_best),
-    }  # fmt: skip
+    return trained(run, learning_rate)[1]
 
 
 def test(run: Run, learning_rate: float) -> tuple[Row, list[Row], dict[str, Any]]:
     """Metrics on test rows; if requested, also loads of experts and top inputs of some experts."""
-    head, epochs = trained(run, learning_rate)
     data = test_rows()
-    loss, accuracy = evaluate(head, data)
-    row = {
-        **run.key, "learning_rate": learning_rate, "parameters": num_parameters(head),
-        "accuracy": accuracy, "loss": loss, "active": None, "dead": None, "entropy": None,
-        "polysemanticity": None, "polysemanticity_random": None,
-        "seconds": round(sum(epoch.seconds for epoch in epochs), 2),
-    }  # fmt: skip
-    if run.format == "linear":
-        return row, [], {}
-    row |= use_of_experts(head, data)
-    if run.kind == "matched":
-        return row, [], {}
-    (n,) = run.experts
-    row |= removal(head, data, 10, run.seed)
-    is_shown = (run.gate, run.gate_norm) == ("entmax15", "batch") and n in LOOKED_AT
-    if not is_shown:
-        return row, [], {}
-    (a,) = coefficients(head, data)
-    usage = Usage(n)
-    usage.update(a)
-    loads = [
-        {"experts": n, "seed": run.seed, "place": place, "load": load}
-        for place, load in enumerate(usage.statistics().load.sort(descending=True).values.tolist(), 1)
-    ]
-    if run.seed:
-        return row, loads, {}
-    top = TopInputs(n, IMAGES)
-    top.update(a)
-    return row, loads, {f"indices_{n}": top.indices[:SHOWN].numpy()}
+    head, row, epochs = trained(run, learning_rate, data)
+    del row["epoch"]
+    row |= dict.fromkeys(("active", "dead", "entropy", "polysemanticity", "polysemanticity_random"))
+    row["seconds"] = round(sum(epoch.seconds for epoch in epochs), 2)
+    loads: list[Row] = []
+    top: dict[str, Any] = {}
+    if run.format != "linear":
+        row |= use_of_experts(head, data)
+        if run.kind == "single":
+            row |= removal(head, data, 10, run.seed)
+    if run == Run("single", "cp", run.experts, seed=run.seed) and run.experts[0] in LOOKED_AT:
+        (n,), (a,) = run.experts, coefficients(head, data)
+        sorted_loads = usage_of(a).load.sort(descending=True).values.tolist()
+        loads = [
+            {"experts": n, "seed": run.seed, "place": place, "load": load}
+            for place, load in enumerate(sorted_loads, 1)
+        ]
+        if run.seed == 0:
+            of_inputs = TopInputs(n, IMAGES)
+            of_inputs.update(a)
+            top = {f"indices_{n}": of_inputs.indices[:SHOWN].numpy()}
+    return row, loads, top
 
 
 @torch.no_grad()
@@ -221,13 +220,16 @@ def coefficients(head: Head, data: Dataset) -> list[Tensor]:
     return seen
 
 
+def usage_of(a: Tensor) -> Any:
+    """Statistics of the use of experts, from their coefficients."""
+    usage = Usage(a.shape[-1])
+    usage.update(a)
+    return usage.statistics()
+
+
 def use_of_experts(head: Head, data: Dataset) -> Row:
     """Shares of active and of dead experts and entropy of their use, averaged over levels."""
-    levels = []
-    for a in coefficients(head, data):
-        usage = Usage(a.shape[-1])
-        usage.update(a)
-        levels.append(usage.statistics())
+    levels = [usage_of(a) for a in coefficients(head, data)]
     return {
         "active": float(np.mean([level.active for level in levels])),
         "dead": sum(level.dead for level in levels) / sum(head.config["experts"]),
@@ -278,33 +280,25 @@ def test_all(jobs: int | str) -> None:
 
 def try_cause(name: str, seed: int) -> Row:
     """Validation accuracy of a matched CP block of 32 experts, with one setting changed."""
-    torch.set_num_threads(1)
-    training, validation = parts()
-    torch.manual_seed(seed)
     changed = CAUSES[name]
-    head_options = {"hidden": HIDDEN, "experts": 32, "parameters": "match"} | changed.get("head", {})
-    head = Head(training.x.shape[1], 10, **head_options)
-    base = learning_rate(Run("matched", head_options.get("format", "cp"), (32,)))
-    settings: Any = {"learning_rate": base} | changed.get("training", {})
-    config = TrainConfig(**{"epochs": 10, "batch_size": 256, "seed": seed, **settings})
-    epochs = train_head(head, training, validation, config)
-    last = epochs[-1]
-    loss, accuracy = evaluate(head, validation)
-    return {
-        "cause": name, "seed": seed, "parameters": num_parameters(head),
-        "accuracy": accuracy, "loss": loss, "epoch": max(e.epoch for e in epochs if e.is_best),
-        "training_loss_at_the_end": last.loss,
-        "accuracy_at_the_end": last.accuracy,
-    }  # fmt: skip
+    options = {"hidden": HIDDEN, "experts": 32, "parameters": "match"} | changed.get("head", {})
+    rate = learning_rate(Run("matched", options.get("format", "cp"), (32,)))
+    torch.manual_seed(seed)
+    head = Head(parts()[0].x.shape[1], 10, **options)
+    row, epochs = fit(head, **{"learning_rate": rate, "seed": seed, **changed.get("training", {})})
+    end = {"training_loss_at_the_end": epochs[-1].loss, "accuracy_at_the_end": epochs[-1].accuracy}
+    return {"cause": name, "seed": seed, **row, **end}
 
 
 def find_causes(jobs: int | str) -> None:
     """Search, on validation rows, for causes of the difference between blocks of experts and the MLP."""
-    rows = table("heads_causes")
-    tasks = product(CAUSES, CAUSE_SEEDS)
-    left = [(name, seed) for name, seed in tasks if not rows.has(cause=name, seed=seed)]
-    for row in go_through(left, try_cause, jobs):
-        rows.add([row])
+    cases = product(CAUSES, CAUSE_SEEDS)
+    keep(
+        "heads_causes",
+        [({"cause": name, "seed": seed}, (name, seed)) for name, seed in cases],
+        try_cause,
+        jobs,
+    )
 
 
 def claims(name: str = "heads") -> list[Row]:
@@ -312,52 +306,43 @@ def claims(name: str = "heads") -> list[Row]:
 
     Also the differences in loss between blocks and the MLP, which no claim is about.
     """
-    rows = table(name)
+    rows, records = table(name), []
 
-    def values(column: str, **key: Any) -> dict[int, float]:
-        columns = {"gate": "entmax15", "gate_norm": "batch"} | key
+    def values(column: str, kind: str, format: str = "cp", **key: Any) -> dict[int, float]:
+        columns = {"kind": kind, "format": format, "gate": "entmax15", "gate_norm": "batch"} | key
         return {row["seed"]: row[column] for row in rows.of(**columns)}
-
-    records = []
 
     def compare(
         claim: int | str, text: str, one: dict[int, float], other: dict[int, float], unit: float = 1
     ) -> None:
         records.append({"claim": claim, "difference": text, **difference(one, other, unit)})
 
-    mlp = values("accuracy", kind="matched", format="linear")
-    for format in FORMATS:
-        for (n,) in MATCHED:
-            mixture = values("accuracy", kind="matched", format=format, experts=n)
-            compare(1, f"accuracy in %, {format} of {n} experts - MLP", mixture, mlp, 100)
-    single: dict[str, Any] = {"kind": "single", "format": "cp"}
-    most, least = (values("polysemanticity", experts=n, **single) for n in (SINGLE[-1], SINGLE[0]))
+    def blocks(claim: int | str, column: str, text: str, unit: float = 1) -> None:
+        mlp = values(column, "matched", "linear")
+        for format, (n,) in product(FORMATS, MATCHED):
+            mixture = values(column, "matched", format, experts=n)
+            compare(claim, f"{text}, {format} of {n} experts - MLP", mixture, mlp, unit)
+
+    blocks(1, "accuracy", "accuracy in %", 100)
+    most, least = (values("polysemanticity", "single", experts=n) for n in (SINGLE[-1], SINGLE[0]))
     compare(2, f"polysemanticity, {SINGLE[-1]} experts - {SINGLE[0]}", most, least)
     for n in SINGLE:
-        pair = [values(f"polysemanticity{end}", experts=n, **single) for end in ("", "_random")]
+        pair = [values(f"polysemanticity{end}", "single", experts=n) for end in ("", "_random")]
         compare(2, f"polysemanticity of {n} experts, trained gate - random gate", *pair)
-    for norm in ("none", "layer", "batch"):
-        for column, unit in (("polysemanticity", 1), ("accuracy", 100)):
-            pair = [
-                values(column, experts=GATE_AT, gate=gate, gate_norm=norm, **single)
-                for gate in ("entmax15", "softmax")
-            ]
-            compare(3, f"{column}{' in %' * (unit > 1)}, norm {norm}, entmax15 - softmax", *pair, unit)
-    for norm in ("layer", "batch"):
-        for column in ("entropy", "dead"):
-            pair = [values(column, experts=GATE_AT, gate_norm=each, **single) for each in (norm, "none")]
-            compare(4, f"{column}, entmax15, norm {norm} - none", *pair)
-    for format in FORMATS[:2]:
-        one = values("accuracy", kind="matched", format=format, experts=256)
-        for levels in LEVELS:
-            name = "x".join(map(str, levels))
-            two = values("accuracy", kind="matched", format=format, experts=name)
-            compare(5, f"accuracy in %, {format} of {name} - 256", two, one, 100)
-    mlp = values("loss", kind="matched", format="linear")
-    for format in FORMATS:
-        for (n,) in MATCHED:
-            mixture = values("loss", kind="matched", format=format, experts=n)
-            compare("no", f"loss, {format} of {n} experts - MLP", mixture, mlp)
+    of_gates = partial(values, kind="single", experts=GATE_AT)
+    for norm, (column, unit) in product(
+        ("none", "layer", "batch"), (("polysemanticity", 1), ("accuracy", 100))
+    ):
+        pair = [of_gates(column, gate=gate, gate_norm=norm) for gate in ("entmax15", "softmax")]
+        compare(3, f"{column}{' in %' * (unit > 1)}, norm {norm}, entmax15 - softmax", *pair, unit)
+    for norm, column in product(("layer", "batch"), ("entropy", "dead")):
+        pair = [of_gates(column, gate_norm=each) for each in (norm, "none")]
+        compare(4, f"{column}, entmax15, norm {norm} - none", *pair)
+    for format, levels in product(FORMATS[:2], LEVELS):
+        text = "x".join(map(str, levels))
+        pair = [values("accuracy", "matched", format, experts=each) for each in (text, 256)]
+        compare(5, f"accuracy in %, {format} of {text} - 256", *pair, 100)
+    blocks("no", "loss", "loss")
     return records
 
 

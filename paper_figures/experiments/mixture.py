@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 import mumoe_tensor as mt
-from mumoe_tensor import files
 from mumoe_tensor.jobs import side_by_side
 from mumoe_tensor.nn import replace_experts
 from paper_figures.common import Row
 from paper_figures.experiments import command
-from paper_figures.experiments.tables import TABLES
+from paper_figures.experiments.tables import grouped, write_table
 
 SAVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 FORMATS: dict[str, str | mt.Format] = {
@@ -40,7 +39,7 @@ FORMATS: dict[str, str | mt.Format] = {
     "Kronecker": "kron",
     "BTT": "btt",
 }
-FITS = ("plain", "weighted")
+FITS, SEEDS = ("plain", "weighted"), range(3)
 EFFORT = {"n_restarts": 1, "n_iter": 10, "tolerance": 1e-3}
 SIZES = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -124,14 +123,11 @@ def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float
                 except ValueError:  # its smallest rank has more parameters
                     continue
                 errors = [error for each in table for error in each.errors]
+                left = sum(each.after for each in table) / sum(each.before for each in table)
                 yield {
-                    "format": title,
-                    "fit": fit,
-                    "asked": share,
-                    "saved": 1 - sum(each.after for each in table) / sum(each.before for each in table),
-                    "weight_error": sum(errors) / len(errors),
-                    "perplexity": perplexity(replaced, held),
-                }
+                    "format": title, "fit": fit, "asked": share, "saved": 1 - left,
+                    "weight_error": sum(errors) / len(errors), "perplexity": perplexity(replaced, held),
+                }  # fmt: skip
 
 
 def of_seed(seed: int, trained: Tensor, validated: Tensor) -> list[Row]:
@@ -147,13 +143,14 @@ def relative(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, tuple[flo
     Perplexities are divided by that of the dense model of the same seed.
     """
     dense = {row["seed"]: row["perplexity"] for row in rows if row["format"] == "dense"}
-    lines: dict[tuple[str, str], dict[float, tuple[float, list[float]]]] = {}
-    for row in rows:
-        if row["format"] != "dense":
-            places = lines.setdefault((row["format"], row["fit"]), {})
-            _, ratios = places.setdefault(row["asked"], (row["saved"], []))
-            ratios.append(row["perplexity"] / dense[row["seed"]])
-    return lines
+    lines = grouped((row for row in rows if row["format"] != "dense"), "format", "fit")
+    return {
+        line: {
+            asked: (group[0]["saved"], [row["perplexity"] / dense[row["seed"]] for row in group])
+            for asked, group in grouped(of_line, "asked").items()
+        }
+        for line, of_line in lines.items()
+    }
 
 
 def rises(rows: Sequence[Row]) -> list[str]:
@@ -171,16 +168,13 @@ def rises(rows: Sequence[Row]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in table]
 
 
-def measure_all(
-    folder: str, jobs: int | str, seeds: str = "0,1,2", out: str | Path = TABLES / "mixture.csv"
-) -> None:
+def measure_all(folder: str, jobs: int | str) -> None:
     """Train and measure a model for each seed."""
     trained, validated = text_of(Path(folder))
-    calls = [partial(of_seed, int(seed), trained, validated) for seed in seeds.split(",")]
     rows: list[Row] = []
-    for _, of_one in side_by_side(calls, jobs):
+    for _, of_one in side_by_side([partial(of_seed, seed, trained, validated) for seed in SEEDS], jobs):
         rows = sorted([*rows, *of_one], key=lambda row: row["seed"])
-        files.write_table(Path(out), list(rows[0]), rows)
+        write_table("mixture", rows)
     print(*rises(rows), sep="\n")
 
 

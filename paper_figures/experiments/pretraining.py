@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from mumoe_tensor.training.tokens import Tokenizer
 from paper_figures.common import Row
 from paper_figures.common import table as as_text
 from paper_figures.experiments import command
-from paper_figures.experiments.tables import DATA, ROOT, TABLES, keep, means, table, write_table
+from paper_figures.experiments.tables import DATA, ROOT, TABLES, grouped, keep, means, table, write_table
 
 #: The arms of the comparison, and their changes to the packaged settings.
 ARMS: dict[str, dict[str, list[str]]] = {
@@ -104,17 +105,13 @@ def trained(kind: str, key: Row, overrides: Sequence[str], learning_rate: float)
     settings = settings_of(kind, overrides, learning_rate, key["seed"])
     name = "-".join(str(value).replace(", ", "-").replace(" ", "-") for value in key.values())
     outcome = run(settings, ROOT / "results" / kind / name)
+    ranks = " ".join(f"{name} {value}" for name, value in outcome["ranks"].items() if value) or "none"
     return {
-        **key,
-        "parameters": outcome["parameters"],
-        "ranks": " ".join(f"{name} {value}" for name, value in outcome["ranks"].items() if value) or "none",
-        "learning_rate": learning_rate,
-        "steps": outcome["steps"],
-        "seconds": outcome["seconds"],
-        "validation_loss": outcome["validation_loss"],
-        "validation_accuracy": outcome["accuracy"],
+        **key, "parameters": outcome["parameters"], "ranks": ranks, "learning_rate": learning_rate,
+        "steps": outcome["steps"], "seconds": outcome["seconds"],
+        "validation_loss": outcome["validation_loss"], "validation_accuracy": outcome["accuracy"],
         "folder": name,
-    }
+    }  # fmt: skip
 
 
 def train_all(kind: str, name: str, tasks: Sequence[tuple[Row, list[str], float]], jobs: int | str) -> None:
@@ -127,8 +124,7 @@ def tune(kind: str, jobs: int | str) -> None:
     """Try every learning rate with one level of experts in each format, and with the dense model."""
     tasks = [
         ({"tuning": arm, "rate": rate, "seed": TUNING_SEED}, [*ARMS[kind][arm], *TUNING[kind]], rate)
-        for arm in ("dense", "CP", "TR")
-        for rate in LEARNING_RATES[kind]
+        for arm, rate in product(("dense", "CP", "TR"), LEARNING_RATES[kind])
     ]
     train_all(kind, f"{kind}_tuning", tasks, jobs)
 
@@ -147,20 +143,18 @@ def curves(kind: str, rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         metrics = ROOT / "results" / kind / row["folder"] / "metrics.csv"
         if metrics.exists():
-            records += [
-                {
-                    "arm": row["arm"],
-                    "seed": row["seed"],
-                    "step": e.step,
-                    "loss": e.loss,
-                    "validation_loss": e.validation_loss,
-                    "validation_accuracy": e.accuracy,
-                }
-                for e in read_evaluations(metrics)
-            ]
+            for each in read_evaluations(metrics):
+                record = {"arm": row["arm"], "seed": row["seed"], "step": each.step, "loss": each.loss}
+                record |= {"validation_loss": each.validation_loss, "validation_accuracy": each.accuracy}
+                records.append(record)
         else:
             records += table(f"{kind}_curves").of(arm=row["arm"], seed=row["seed"])
     return records
+
+
+def model_of(kind: str, row: Row) -> Any:
+    """The trained model of a row."""
+    return load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
 
 
 @cache
@@ -174,8 +168,7 @@ def run_all(kind: str, jobs: int | str) -> None:
     """All training runs of the protocol, their curves, and for Mixers the test images."""
     tasks = [
         ({"arm": arm, "seed": seed}, ARMS[kind][arm], learning_rate(kind, arm))
-        for seed in SEEDS
-        for arm in ARMS[kind]
+        for seed, arm in product(SEEDS, ARMS[kind])
     ]
     train_all(kind, kind, tasks, jobs)
     rows = table(kind)
@@ -184,11 +177,9 @@ def run_all(kind: str, jobs: int | str) -> None:
         tested = table("mixer_test")  # runs with a row are not evaluated again
         for row in rows:
             key = {"arm": row["arm"], "seed": row["seed"]}
-            if tested.has(**key):
-                continue
-            model = load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
-            loss, accuracy = evaluate(model, test_images())
-            tested.add([{**key, "loss": loss, "accuracy": accuracy}])
+            if not tested.has(**key):
+                loss, accuracy = evaluate(model_of(kind, row), test_images())
+                tested.add([{**key, "loss": loss, "accuracy": accuracy}])
 
 
 def find_causes(kind: str, jobs: int | str) -> None:
@@ -212,8 +203,7 @@ def follow(kind: str, jobs: int | str) -> None:
     name = FOLLOWED[kind]
     tasks = [
         ({"arm": f"{arm}, {name}", "seed": seed}, [*settings, *CAUSES[kind][name]], learning_rate(kind, arm))
-        for seed in SEEDS
-        for arm, settings in ARMS[kind].items()
+        for seed, (arm, settings) in product(SEEDS, ARMS[kind].items())
         if arm != "dense"
     ]
     train_all(kind, f"{kind}_followed", tasks, jobs)
@@ -226,18 +216,14 @@ def truncated(kind: str) -> None:
         settings = settings_of(kind, ARMS[kind]["dense"], learning_rate(kind, "dense"), seed)
         _, validation = settings.read_data()
         (row,) = table(kind).of(arm="dense", seed=seed)
-        model: Any = load_model(ROOT / "results" / kind / row["folder"] / "model.safetensors")
-        layers = [
-            layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, torch.nn.Linear) and "mlp" in name
-        ]
+        model = model_of(kind, row)
+        modules = model.named_modules()
+        layers = [layer for name, layer in modules if isinstance(layer, torch.nn.Linear) and "mlp" in name]
         for share in SHARES:
             with truncate(layers, share):
                 loss, accuracy = evaluate(model, validation, batch_size=64)
-            rows.append(
-                {"seed": seed, "share": share, "layers": len(layers), "loss": loss, "accuracy": accuracy}
-            )
+            row = {"seed": seed, "share": share, "layers": len(layers)}
+            rows.append(row | {"loss": loss, "accuracy": accuracy})
     write_table(f"{kind}_svd", rows)
 
 
@@ -245,7 +231,7 @@ def write_samples() -> None:
     """Generate a text with each arm's GPT-2 of seed 0, from the same prompt."""
     texts = []
     for row in table("gpt2").of(seed=0):
-        model: Any = load_model(ROOT / "results" / "gpt2" / row["folder"] / "model.safetensors")
+        model = model_of("gpt2", row)
         tokenizer = Tokenizer(ROOT / "data" / "gpt2-vocabulary", model.config.vocabulary)
         tokens = model.generate(
             torch.tensor([tokenizer.encode(START)]), WRITTEN, temperature=TEMPERATURE, top_k=TOP_K,
@@ -273,17 +259,12 @@ def claims(kind: str) -> list[Row]:
     for measure, of, column in measures:
         is_share = measure.endswith("points")
         values = {(row["arm"], row["seed"]): (100 if is_share else 1) * row[column] for row in of}
-        for arm in dict.fromkeys(row["arm"] for row in of):
-            arm_values = [values[arm, seed] for seed in SEEDS]
-            base = [values["dense", seed] for seed in SEEDS]
-            gaps = [a - b if is_share else 100 * (a / b - 1) for a, b in zip(arm_values, base, strict=True)]
-            mean, half = interval(gaps)
-            records.append(
-                {
-                    "measure": measure, "arm": arm, "value": interval(arm_values)[0],
-                    "minus dense": mean, "half": half, "seeds": len(arm_values),
-                }
-            )  # fmt: skip
+        for arm in grouped(of, "arm"):
+            pairs = [(values[arm, seed], values["dense", seed]) for seed in SEEDS]
+            mean, half = interval([a - b if is_share else 100 * (a / b - 1) for a, b in pairs])
+            value = interval([a for a, _ in pairs])[0]
+            row = {"measure": measure, "arm": arm, "value": value, "minus dense": mean, "half": half}
+            records.append(row | {"seeds": len(pairs)})
     return records
 
 

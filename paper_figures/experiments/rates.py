@@ -19,13 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mumoe_tensor.models import Head
-from mumoe_tensor.nn.size import num_parameters
-from mumoe_tensor.training import Dataset, TrainConfig, evaluate
-from mumoe_tensor.training.head import train_head
 from paper_figures.common import Row
 from paper_figures.experiments import command
-from paper_figures.experiments.heads import HIDDEN, make_features, parts, test_rows
-from paper_figures.experiments.tables import DATA, difference, keep, table
+from paper_figures.experiments.heads import HIDDEN, fit, make_features, parts, test_rows
+from paper_figures.experiments.tables import DATA, difference, grouped, keep, table
 
 FORMATS, EXPERTS = ("cp", "tr"), 32
 RATES, NORMS, INITS = ("one", "structured"), ("batch", "layer", "none"), ("linear", "published")
@@ -48,37 +45,24 @@ SETTINGS = [Setting(MLP), *(Setting(*each) for each in product(FORMATS, RATES, N
 
 def judge(setting: Setting, seed: int, learning_rate: float, on_test: bool) -> Row:
     """Train a head; accuracy and loss on validation or test rows."""
-    torch.set_num_threads(1)
-    training, validation = parts()
-    rows: Dataset = test_rows() if on_test else validation
     options: Any = {"format": "linear"}
     if setting.format != MLP:
-        options = {
-            "format": setting.format, "experts": EXPERTS, "parameters": "match",
-            "gate_norm": setting.norm, "init": setting.init,
-        }  # fmt: skip
+        options = {"format": setting.format, "gate_norm": setting.norm, "init": setting.init}
+        options |= {"experts": EXPERTS, "parameters": "match"}
     torch.manual_seed(seed)
-    head = Head(training.x.shape[1], 10, HIDDEN, **options)
-    config = TrainConfig(
-        epochs=10, batch_size=256, learning_rate=learning_rate, seed=seed,
+    head = Head(parts()[0].x.shape[1], 10, HIDDEN, **options)
+    row, _ = fit(
+        head, test_rows() if on_test else None, learning_rate=learning_rate, seed=seed,
         structured_rates=setting.rates == "structured",
     )  # fmt: skip
-    epochs = train_head(head, training, validation, config)
-    loss, accuracy = evaluate(head, rows)
-    return {
-        **setting._asdict(), "seed": seed, "learning_rate": learning_rate, "accuracy": accuracy,
-        "loss": loss, "parameters": num_parameters(head),
-        "epoch": max(epoch.epoch for epoch in epochs if epoch.is_best),
-    }  # fmt: skip
+    return {**setting._asdict(), "seed": seed, "learning_rate": learning_rate, **row}
 
 
 def tune_all(jobs: int | str) -> None:
     """Try every learning rate of every setting."""
     tasks = [
         ({**setting._asdict(), "seed": seed, "learning_rate": rate}, (setting, seed, rate, False))
-        for seed in TUNING_SEEDS
-        for setting in SETTINGS
-        for rate in LEARNING_RATES
+        for seed, setting, rate in product(TUNING_SEEDS, SETTINGS, LEARNING_RATES)
     ]
     keep("rates_tuning", tasks, judge, jobs)
 
@@ -88,21 +72,20 @@ def validated(setting: Setting) -> dict[float, float]:
     rows = table("rates_tuning").of(**setting._asdict())
     if len(rows) != len(LEARNING_RATES) * len(TUNING_SEEDS):
         raise ValueError(f"learning rates must be tried first, with `tune`; {setting} has {len(rows)} rows.")
-    rates = LEARNING_RATES
-    return {rate: fmean(row["accuracy"] for row in rows if row["learning_rate"] == rate) for rate in rates}
+    groups = grouped(rows, "learning_rate")
+    return {rate: fmean(row["accuracy"] for row in groups[rate]) for rate in LEARNING_RATES}
 
 
 def learning_rate(setting: Setting) -> float:
     """The rate with the highest mean accuracy on validation rows."""
-    return max(validated(setting).items(), key=lambda pair: pair[1])[0]
+    accuracies = validated(setting)
+    return max(accuracies, key=lambda rate: accuracies[rate])
 
 
 def best(format: str) -> Setting:
     """The setting of a format with the highest accuracy on validation rows."""
-    return max(
-        (setting for setting in SETTINGS if setting.format == format),
-        key=lambda setting: max(validated(setting).values()),
-    )
+    settings = [setting for setting in SETTINGS if setting.format == format]
+    return max(settings, key=lambda setting: max(validated(setting).values()))
 
 
 def test_all(jobs: int | str) -> None:
@@ -139,9 +122,7 @@ def claims() -> list[Row]:
         compare(f"{format}, best of validation ({', '.join(setting[1:])}) - MLP", [(setting, Setting(MLP))])
         first = Setting(format, "one", "batch", "linear")
         compare(f"{format}, as in the first protocol - MLP", [(first, Setting(MLP))])
-        for factor, base, others in (
-            ("rates", RATES[0], RATES[1:]), ("norm", NORMS[0], NORMS[1:]), ("init", INITS[0], INITS[1:]),
-        ):  # fmt: skip
+        for factor, (base, *others) in {"rates": RATES, "norm": NORMS, "init": INITS}.items():
             before = [each for each in SETTINGS if each.format == format and getattr(each, factor) == base]
             for other in others:
                 after: list[Setting] = [each._replace(**{factor: other}) for each in before]

@@ -15,7 +15,7 @@ TABLE = "heads_removal"
 
 def changes(run: Run) -> list[Row]:
     """Change in the accuracy of every class on the validation rows, removing one expert at a time."""
-    head, _ = trained(run, learning_rate(run))
+    head, *_ = trained(run, learning_rate(run))
     _, validation = parts()
     effects = ablation_effects(head, head, [(validation.x, validation.y)], 10)
     return [

@@ -37,7 +37,7 @@ from mumoe_tensor.replace.frontier import PARTS
 from mumoe_tensor.replace.language import write_texts
 from paper_figures.common import Row
 from paper_figures.experiments import command
-from paper_figures.experiments.tables import DATA, ROOT, difference, table, write_table
+from paper_figures.experiments.tables import DATA, ROOT, difference, grouped, table, write_table
 
 MODEL, FOLDER, RESULTS = DATA / "smollm2", DATA / "replacement", ROOT / "results" / "replacement"
 GRID = Path(__file__).with_suffix(".toml")
@@ -75,12 +75,10 @@ def documents(parts: Sequence[str], least: int = LEAST) -> list[str]:
 
 def split(texts: Sequence[str]) -> dict[str, list[str]]:
     """Training, validation and test documents, drawn with a seed."""
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
     sizes = [round(share * len(texts)) for share in SHARES]
-    sizes = [len(texts) - sum(sizes), *sizes]
-    names = ("training", "validation", "test")
-    parts = torch.tensor(order).split(sizes)
-    return {name: [texts[i] for i in part.tolist()] for name, part in zip(names, parts, strict=True)}
+    parts = order.split([len(texts) - sum(sizes), *sizes])
+    return {name: [texts[i] for i in part.tolist()] for name, part in zip(PARTS, parts, strict=True)}
 
 
 def write_parts() -> None:
@@ -134,22 +132,17 @@ def probe() -> list[Row]:
 
 def probes() -> list[Row]:
     """F1 of probes with five features for each rule, as means over seeds, and the mean over the rules."""
-    rows = table("replacement_probes").of(features=FEATURES[-1])
     records = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        here = [row for row in rows if row["arm"] == arm]
-        rules = dict.fromkeys(row["rule"] for row in here)
-        f1 = {rule: fmean(row["f1"] for row in here if row["rule"] == rule) for rule in rules}
+    for arm, here in grouped(table("replacement_probes").of(features=FEATURES[-1]), "arm").items():
+        f1 = {rule: fmean(row["f1"] for row in group) for rule, group in grouped(here, "rule").items()}
         records.append({"arm": arm, **f1, "mean": fmean(f1.values())})
     return sorted(records, key=lambda row: -row["mean"])
 
 
 def rises() -> list[Row]:
     """Rise in nats per token, error, active and dead experts and minutes of training, as means over seeds."""
-    rows = table("replacement")
     records = []
-    for module, k, arm in dict.fromkeys((row["module"], row["k"], row["arm"]) for row in rows):
-        here = rows.of(module=module, k=k, arm=arm)
+    for (module, k, arm), here in grouped(table("replacement"), "module", "k", "arm").items():
         mean, half = interval([row["rise"] for row in here])
         means = {name: fmean(row[name] for row in here) for name in ("nmse", "active", "dead", "seconds")}
         records.append(
@@ -167,10 +160,9 @@ def claims() -> list[Row]:
         here = rows.of(module=module, arm=arm)
         return {row["seed"]: row["rise"] for row in here if row["k"] in (k, 0)}
 
-    places = dict.fromkeys((row["module"], row["k"]) for row in rows if row["arm"] == REFERENCE)
-    for module, k in places:
+    for module, k in grouped(rows.of(arm=REFERENCE), "module", "k"):
         reference = by_seed(module, REFERENCE, k)
-        for arm in dict.fromkeys(row["arm"] for row in rows):
+        for arm in grouped(rows, "arm"):
             other = by_seed(module, arm, k)
             if arm != REFERENCE and other.keys() & reference.keys():
                 records.append({"module": module, "K": k, "arm": arm, **difference(other, reference)})

@@ -1,6 +1,6 @@
 """Speed and memory of training steps of the experiments' Mixers and GPT-2s.
 
-    python -m paper_figures.experiments.speed [mixer | gpt2]
+    python -m paper_figures.experiments.speed mixer    (or gpt2)
 
 A step is zero_grad, forward, loss, backward, clipping and AdamW, on one batch of the experiment's size. For
 speed, the models take turns in one process; memory is measured in one process per model.
@@ -8,23 +8,24 @@ speed, the models take turns in one process; memory is measured in one process p
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Report, threads
+from benchmarks.harness import MIB, Report, about_text, quartiles, threads
 from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.measure.memory import growth, in_fresh_process
 from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training.settings import MixerRun, read_settings
 from mumoe_tensor.training.trainer import cross_entropy
+from paper_figures.experiments import command
 from paper_figures.experiments.pretraining import ARMS
 
-ROUNDS, SECONDS, MIB = 31, 120.0, 2**20
+ROUNDS, SECONDS = 31, 120.0
 UNIT = {"mixer": "images", "gpt2": "tokens"}
 
 
@@ -78,18 +79,10 @@ def measure(kind: str) -> Report:
     peaks = {arm: in_fresh_process("paper_figures.experiments.speed:peak", kind, arm) for arm in made}
     rows = []
     for arm, (_, inputs, parameters) in made.items():
-        ratio = timings.ratio(arm)
-        rows.append(
-            {
-                "model": arm,
-                "parameters": parameters,
-                f"{UNIT[kind]} a second": inputs / timings.spread(arm).median,
-                "time of a step / dense": ratio.median,
-                "q1": ratio.low,
-                "q3": ratio.high,
-                "peak MiB": peaks[arm] / MIB,
-            }
-        )
+        row = {"model": arm, "parameters": parameters}
+        row[f"{UNIT[kind]} a second"] = inputs / timings.spread(arm).median
+        row |= quartiles(timings.ratio(arm), "time of a step / dense", "q1", "q3")
+        rows.append(row | {"peak MiB": peaks[arm] / MIB})
     return Report(
         kind,
         f"Training steps of {kind}, {timings.rounds} rounds",
@@ -99,17 +92,13 @@ def measure(kind: str) -> Report:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def show(kind: str) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("kind", nargs="?", choices=list(ARMS))
-    options = parser.parse_args(arguments)
     with threads(1) as used:
-        about = environment() | {"threads": used}
-        print(", ".join(f"{key} {value}" for key, value in about.items()))
-        for kind in [options.kind] if options.kind else ARMS:
-            print(f"\n{measure(kind)}", flush=True)
+        print(about_text(environment() | {"threads": used}), f"{measure(kind)}", sep="\n\n")
 
+
+STEPS = {kind: partial(show, kind) for kind in ARMS}
 
 if __name__ == "__main__":
-    main()
+    command.run("speed")

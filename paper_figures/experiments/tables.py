@@ -55,11 +55,19 @@ def tuned_rate(tuned: Ledger, key: Row, rates: Sequence[float]) -> float:
     return float(max(group, key=lambda row: row["accuracy"])["learning_rate"])
 
 
+def grouped(rows: Iterable[Row], *columns: str) -> dict[Any, list[Row]]:
+    """The rows by the value of a column, or by the values of several, in the order of first occurrence."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        key = tuple(row[column] for column in columns) if columns[1:] else row[columns[0]]
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
 def means(rows: Iterable[Row], by: str, columns: Sequence[str]) -> list[Row]:
-    """Means over seeds for each value of a column, in the order of first occurrence."""
+    """Means over seeds for each value of a column."""
     records = []
-    for value in dict.fromkeys(row[by] for row in rows):
-        group = [row for row in rows if row[by] == value]
+    for value, group in grouped(rows, by).items():
         constant = {c: group[0][c] for c in columns if len({row[c] for row in group}) == 1}
         mean = {c: constant[c] if c in constant else fmean(row[c] for row in group) for c in columns}
         records.append({by: value, **mean, "seeds": len(group)})

@@ -176,7 +176,8 @@ def test_directions(label: int) -> None:
     task = task_of(label)
     model, _ = bias.fit(task, "mumoe", 0.03, 0, RECIPE)
     members = task.training.x[task.members(task.training)]
-    found = bias.directions(task, model, task.training, set(CORRECTIONS) - {"linear threshold"})
+    names = set(CORRECTIONS) - {"linear threshold"}
+    found = {name: bias.direction_of(name, task, model, task.training) for name in names}
     with torch.no_grad():
         (a,) = model.gate(task.training.x)
     mean = a[task.members(task.training)].mean(0)
@@ -193,7 +194,7 @@ def test_directions(label: int) -> None:
     before = bias.logits_of(model, task.test.x)
     means = mean_coefficients(model, model, [members])
     edit_bias(model, "three", means, 0, 3 * toward / float(means[0].square().sum()))
-    here = bias.directions(task, model, task.test, {"edit"})["edit"]
+    here = bias.direction_of("edit", task, model, task.test)
     after = bias.moved(task, before, 3 * here)
     torch.testing.assert_close(bias.logits_of(model, task.test.x), after, rtol=0, atol=1e-4)
 

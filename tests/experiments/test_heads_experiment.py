@@ -134,11 +134,11 @@ def test_fine_tuning_trains_the_network_where_it_says(
         return made[-1]
 
     monkeypatch.setattr(fine_tuning, "parts", lambda: (data, data.rows(torch.arange(200))))
-    monkeypatch.setattr(fine_tuning, "network", network)
+    monkeypatch.setattr(fine_tuning, "load_network", network)
     monkeypatch.setitem(fine_tuning.EPOCHS, "frozen", 10)
     first = network().network[0].weight
     for kind in fine_tuning.EPOCHS:
-        row = fine_tuning.fit(fine_tuning.Case(kind, format, 0, 0.003))
+        row = fine_tuning.fit(kind, format, 0, 0.003)
         assert row["accuracy"] > 0.8 and row["training_accuracy"] > 0.8
         assert torch.equal(made[-1].network[0].weight, first) == (kind == "frozen")
         torch.manual_seed(0)

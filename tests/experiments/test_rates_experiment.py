@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 import torch
 from ledgers import ledger_of
 
-from paper_figures.experiments import rates
+from paper_figures.experiments import heads, rates
 from paper_figures.experiments.heads import Dataset
 from paper_figures.experiments.rates import Setting
 
@@ -22,7 +22,8 @@ def test_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     y = torch.arange(600) % 10
     x = torch.randn(600, 24, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(24)[y]
     data = Dataset(x, y)
-    monkeypatch.setattr(rates, "parts", lambda: (data, data.rows(range(300))))
+    for module in (heads, rates):
+        monkeypatch.setattr(module, "parts", lambda: (data, data.rows(range(300))))
     monkeypatch.setattr(rates, "test_rows", lambda: data.rows(range(300, 600)))
     threads = torch.get_num_threads()
     try:

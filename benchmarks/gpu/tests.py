@@ -1,17 +1,16 @@
-"""Stages that run other suites: the tests marked for a GPU, and the asv suites."""
+"""The tests that are marked for a GPU."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from statistics import median
 
-from benchmarks.gpu.rows import ROOT, Row
+from benchmarks.gpu import ROOT
+from benchmarks.harness import Row
 
 RESULT = re.compile(r"\S+::(?P<test>\w+).* (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
 
@@ -28,21 +27,9 @@ def marked_tests(device: str, toy: bool) -> Iterator[Row]:
 
 
 def results_of(process: subprocess.Popen[str]) -> Iterator[re.Match[str]]:
-    """Test results in the output of pytest, which goes to the log."""
+    """Test results in the output of pytest, which is also printed."""
     assert process.stdout is not None
     for line in process.stdout:
-        print(line, end="", file=sys.stderr)
+        print(line, end="", flush=True)
         if result := RESULT.match(line):
             yield result
-
-
-def asv_suites(device: str, toy: bool) -> Iterator[Row]:
-    """Times of the cases that run on the device."""
-    os.environ["MUMOE_BENCHMARK_PROFILE"] = "quick" if toy else "cuda"  # read when the suites are imported
-    from benchmarks.guard import prepared
-
-    for name, benchmark in prepared("time", lambda name: f"'{device}'" in name):
-        benchmark.repeat = (3, 20, 0.2)
-        yield {"case": name, "ms": 1e3 * median(benchmark.do_run()["samples"])}
-        if toy:
-            return

@@ -72,9 +72,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "own.toml").write_text(toml(config["settings"]))
     shutil.rmtree(folder / "study")
-    layer, more = study.Layer("Layer", study.dense(8, 6)), {"data": "none", "devices": ["cpu"]}
+    layer, more = study.Layer("Layer", 8, 6), {"data": "none", "devices": ["cpu"]}
     planned = study.plan(study.prepare(layer, experts=2, formats=["cp"], batch=4, **more))
-    with study.open_folder(planned.setting, folder / "study") as (_, results):
+    with study.open_folder(planned.setting, folder / "study") as (_, results, _):
         for task in planned.tasks[:3]:
             results.add(task.run(), {"machine": "none"})
     texts = folder / "texts"

@@ -16,7 +16,7 @@ import torch
 
 from mumoe_tensor.analysis import Labels, Usage
 from mumoe_tensor.nn import MuMoE
-from mumoe_tensor.study.plots import COLOURS, STYLE
+from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.training import TrainConfig, digits, evaluate, split, train
 
 rest, test = split(digits(), 0.2)
@@ -57,7 +57,7 @@ by_digit = torch.stack([coefficients[test.y == digit].mean(0) for digit in range
 figure, (bars, map) = plt.subplots(
     1, 2, figsize=(7.2, 3.4), layout="constrained", width_ratios=(1, 1.5)
 )
-bars.barh(range(16), used.mean, color=COLOURS["cp"])
+bars.barh(range(16), used.mean, color=colour("cp"))
 bars.axvline(1 / 16, color="0.3", linewidth=0.8, linestyle="--")
 bars.annotate(
     "1/16",

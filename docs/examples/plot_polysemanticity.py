@@ -18,7 +18,7 @@ import torch
 
 from mumoe_tensor.analysis import ablate, ablation_effects, polysemanticity
 from mumoe_tensor.nn import MuMoE
-from mumoe_tensor.study.plots import COLOURS, STYLE
+from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.training import TrainConfig, digits, evaluate, split, train
 
 plt.rcParams.update({**STYLE, "axes.spines.left": True})
@@ -86,7 +86,7 @@ for experts in counts:
     print(f"{experts:3} experts: {own[-1]:.2f}, with a random gate {random[-1]:.2f}")
 
 figure, ax = plt.subplots(figsize=(4.6, 3), layout="constrained")
-ax.plot(counts, own, "o-", color=COLOURS["cp"], label="its own gate")
+ax.plot(counts, own, "o-", color=colour("cp"), label="its own gate")
 ax.plot(counts, random, "s--", color="0.5", label="a random gate, mean of 3 seeds")
 ax.set_xscale("log", base=2)
 ax.set_xticks(counts, [str(n) for n in counts])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mumoe_tensor.analysis import Usage, watch_coefficients
 from mumoe_tensor.nn import replace_mlp
-from mumoe_tensor.study.plots import COLOURS, STYLE
+from mumoe_tensor.study.plots import STYLE, colour
 from mumoe_tensor.training import TrainConfig, digits, evaluate, split, train
 
 plt.rcParams.update({**STYLE, "axes.spines.left": True})
@@ -93,7 +93,7 @@ print(f"largest difference of an output: {difference:.1e}")
 # This is no comparison of the two: the model with experts has more parameters, and it is
 # one seed of an easy task. What experts add is something to look at.
 
-runs = {"with experts": (model, COLOURS["tr"]), "with its MLPs": (plain, "#000000")}
+runs = {"with experts": (model, colour("tr")), "with its MLPs": (plain, "#000000")}
 after = {}
 for name, (each, _) in runs.items():
     after[name] = train(each, fit, validation, config)
@@ -131,7 +131,7 @@ for (name, found), style in zip(used.items(), ("-", "--"), strict=True):
         range(1, 33),
         found.mean.sort(descending=True).values,
         style,
-        color=COLOURS["tr"],
+        color=colour("tr"),
         label=name,
     )
 shares.axhline(1 / 32, color="0.3", linewidth=0.8, linestyle=":", label="1/32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,12 +82,19 @@ def bad_input() -> Iterator[None]:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Turn the interruption of a resumable command into one line and exit code 130."""
+    """Turn the interruption of a resumable command into one line and exit code 130; also by SIGTERM."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt as stop:
         message = "interrupted; the same command resumes."
         raise typer.Exit(fail(message, 130)) from stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def take_any_encoding() -> None:

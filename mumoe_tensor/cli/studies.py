@@ -79,15 +79,12 @@ def study(
                     "a study needs one of --layer, --weight, and --in-features with --out-features."
                 )
             chosen = studies.prepare(_layer(layer, sizes), quick=quick, **options)
-        if not fresh:
-            chosen = studies.resumed(chosen, out)
-        planned = studies.plan(chosen)
         if compare is not None:
             studies.read_study(compare)  # fail before anything is measured
     with ExitStack() as stack:
         with bad_input():
-            folder, results = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
-        with resumable(), progress_bar(chosen.title) as progress:
+            planned, results, folder = stack.enter_context(studies.open_folder(chosen, out, fresh=fresh))
+        with resumable(), progress_bar(planned.setting.title) as progress:
             studies.measure(planned, results, progress, processes)
         names = [path.name for path in studies.write(planned, results, folder, compare)]
     if as_json:
@@ -106,10 +103,10 @@ def study(
 
 def _layer(name: str | None, sizes: dict[str, Any]) -> Any:
     """A published layer by name, or a layer of given sizes."""
-    from mumoe_tensor.study import Layer, dense
+    from mumoe_tensor.study import Layer
 
     if not sizes:
         return name
     if name is not None or not {"in_features", "out_features"} <= set(sizes):
         raise ValueError("a study needs --layer, or --in-features and --out-features.")
-    return Layer("MLP" if "hidden" in sizes else "Layer", dense(**sizes))
+    return Layer("MLP" if "hidden" in sizes else "Layer", **sizes)

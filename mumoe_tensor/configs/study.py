@@ -54,7 +54,7 @@ class StudyConfig:
     data : str
         Data to train heads on: digits, an .npz file with x and y, or none, which is the default with a
         weight.
-    head_hidden : int or None
+    head_hidden : int
         Hidden size of the heads; 0 for linear ones.
     head_formats : tuple of str
         Formats of the heads. By default those of the layer; if those are all formats, the ones that split no
@@ -92,7 +92,7 @@ class StudyConfig:
     top_k: int = 2
     machines: tuple[str, ...] = ()
     data: str = DIGITS
-    head_hidden: int | None = 128  # a linear layer may have fewer parameters than a gate
+    head_hidden: int = 128  # a linear layer may have fewer parameters than a gate
     head_formats: tuple[str, ...] = ()
     head_experts: tuple[Levels, ...] = ((8,), (32,))
     head_parameters: tuple[str, ...] = ("0.5x", "match")

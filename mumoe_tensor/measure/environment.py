@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "mumoe_tensor": mumoe_tensor.__version__,
-        **{package: _version(package) for package in ("numpy", "torch", "tensorly")},
+        **{package: version(package) for package in ("numpy", "torch", "tensorly")},
         "commit": _commit(),
     }
 
@@ -36,21 +36,11 @@ def environment_text() -> str:
     return "; ".join(f"{key} {value}" for key, value in environment().items() if value is not None)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor()
-    return f"{platform.system()} {platform.machine()} {model}".strip()
+    return " ".join([platform.system(), platform.machine(), *(models or [platform.processor()])[:1]])
 
 
 def _commit() -> str | None:

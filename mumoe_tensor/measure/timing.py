@@ -16,6 +16,10 @@ from statistics import quantiles
 from time import perf_counter
 from typing import NamedTuple
 
+import torch
+
+from mumoe_tensor.checks import check_choice
+
 #: Minimum number of rounds, regardless of the time limit.
 FEWEST_ROUNDS = 3
 #: Number of warm-up calls. On CUDA the first calls load, select and compile kernels.
@@ -108,11 +112,12 @@ def compare(
     Raises
     ------
     ValueError
-        If the baseline is not one of the callables.
+        If the baseline is not one of the callables, or the device is unknown.
     """
     if baseline not in callables:
         raise ValueError(f"the baseline must be one of {', '.join(map(repr, callables))}, got {baseline!r}.")
-    finish = synchronizer(device)
+    check_choice(device, WARM_UP, "device")
+    finish: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def timed(function: Callable[[], object], loops: int) -> float:
         finish()
@@ -139,34 +144,11 @@ def compare(
     return Comparison(baseline, {name: tuple(s) for name, s in seconds.items()}, loops)
 
 
-def synchronizer(device: str) -> Callable[[], object]:
-    """A function that waits until the device is idle; on a CPU it does nothing.
-
-    Parameters
-    ----------
-    device : {"cpu", "cuda"}
-
-    Raises
-    ------
-    ValueError
-        If the device is unknown.
-    """
-    if device not in WARM_UP:
-        raise ValueError(f"device must be one of {', '.join(map(repr, WARM_UP))}, got {device!r}.")
-    if device == "cpu":
-        return lambda: None
-    import torch
-
-    return torch.cuda.synchronize
-
-
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Disable garbage collection within the context."""
-    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()

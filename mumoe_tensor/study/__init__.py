@@ -6,21 +6,21 @@ setting to repeat it. `prepare`, `plan`, `measure` and `write` are its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.extras import require
 from mumoe_tensor.files import alone_in, replacing, whole_file
-from mumoe_tensor.study.beside import beside, read_study
-from mumoe_tensor.study.layers import LAYERS, Layer, dense, get_layer
+from mumoe_tensor.progress import Progress
+from mumoe_tensor.study.layers import LAYERS, Layer, dense
 from mumoe_tensor.study.report import RESULTS, to_json, write
 from mumoe_tensor.study.results import Measurement, Results
 from mumoe_tensor.study.settings import Setting, prepare
 from mumoe_tensor.study.subjects import UNITS, Subject, fitted
 from mumoe_tensor.study.sweep import Plan, measure, plan
-from mumoe_tensor.study.table import cells, notes
+from mumoe_tensor.study.tables import beside, cells, notes, read_study
 from mumoe_tensor.study.weights import read_covariance, read_weight
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "cells",
     "dense",
     "fitted",
-    "get_layer",
     "measure",
     "notes",
     "open_folder",
@@ -58,7 +57,7 @@ def run(
     out: str | Path | None = None,
     fresh: bool = False,
     jobs: int | str = 1,
-    progress: Callable[[float, float, str], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Results:
     """Make a study of a layer.
@@ -84,13 +83,8 @@ def run(
 
     Raises
     ------
-    ValueError, TypeError
-        As in `prepare`; or if the folder holds another study.
-    ImportError
-        If `out` is given and a package of the extra study is not installed. This is checked
-        before anything is measured.
-    OSError
-        If the folder cannot be made.
+    ValueError, TypeError, ImportError, OSError
+        As in `prepare`, `plan` and `open_folder`, before anything is measured.
 
     Examples
     --------
@@ -101,41 +95,21 @@ def run(
     [('Linear layer', ()), ('CP', (424,)), ('Tensor Ring', (4, 4, 107)), ('Sparse mixture, top 2', ())]
     """
     setting = prepare(layer, **options)
-    planned = plan(setting if out is None or fresh else resumed(setting, out))
     if out is None:
         results = Results()
-        measure(planned, results, progress, jobs)
+        measure(plan(setting), results, progress, jobs)
         return results
-    with open_folder(planned.setting, out, fresh=fresh) as (folder, results):
+    with open_folder(setting, out, fresh=fresh) as (planned, results, folder):
         measure(planned, results, progress, jobs)
         write(planned, results, folder)
     return results
 
 
-def resumed(setting: Setting, out: str | Path) -> Setting:
-    """The setting with which to resume the study in a folder: its formats, experts and so on are kept.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds a study with another setting.
-    """
-    path = Path(out, "study.json")
-    if not (path.exists() and path.with_name("results.csv").exists()):
-        return setting
-    there = Setting.from_json(path)
-    try:
-        return setting.with_all_of(there)
-    except ValueError as error:
-        raise ValueError(
-            f"{out} holds a study with another setting (study.json); choose another folder, or measure "
-            f"afresh to replace it: {error}"
-        ) from error
-
-
 @contextmanager
-def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> Iterator[tuple[Path, Results]]:
-    """Make the folder of a study, or resume the study in it.
+def open_folder(
+    setting: Setting, out: str | Path, *, fresh: bool = False
+) -> Iterator[tuple[Plan, Results, Path]]:
+    """Make the folder of a study, or resume the study in it, whose formats, experts and so on are kept.
 
     A fresh study is written to a hidden folder, ``.new``, and replaces the old one when it is finished. After
     an interruption, the same call resumes it.
@@ -147,15 +121,16 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
 
     Yields
     ------
-    Path
-        The folder to write into.
+    Plan
     Results
         Measurements so far; new ones are appended to ``results.csv``.
+    Path
+        The folder to write into.
 
     Raises
     ------
     ValueError
-        If the folder holds a study with another setting, or with more values than this one; see `resumed`.
+        As in `plan`, or if the folder holds a study with another setting.
     ImportError
         If a package of the extra study is not installed.
     OSError
@@ -164,23 +139,28 @@ def open_folder(setting: Setting, out: str | Path, *, fresh: bool = False) -> It
     require("study")
     folder = Path(out)
 
-    def is_begun(folder: Path) -> bool:
-        setting_file, table = folder / "study.json", folder / "results.csv"
-        return setting_file.exists() and table.exists() and Setting.from_json(setting_file) == setting
+    def holds_study(folder: Path) -> bool:
+        return (folder / "study.json").exists() and (folder / "results.csv").exists()
 
-    def begin(folder: Path) -> tuple[Path, Results]:
+    def resumes(new: Path) -> bool:
+        return holds_study(new) and Setting.from_json(new / "study.json") == setting
+
+    with alone_in(folder), ExitStack() as stack:
+        if not holds_study(folder):
+            fresh = False
+        elif not fresh:
+            there = Setting.from_json(folder / "study.json")
+            try:
+                setting = setting.with_all_of(there)
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder} holds a study with another setting (study.json); choose another folder, or "
+                    f"measure afresh to replace it: {error}"
+                ) from error
+        planned = plan(setting)
+        if fresh:
+            folder = stack.enter_context(replacing(folder, RESULTS, resumes))
         results = Results(folder / "results.csv")
         with whole_file(folder / "study.json") as file:
             file.write(setting.to_json().encode())
-        return folder, results
-
-    with alone_in(folder):
-        if not (folder / "results.csv").exists():
-            yield begin(folder)
-        elif fresh:
-            with replacing(folder, RESULTS, is_begun) as new:
-                yield begin(new)
-        elif resumed(setting, folder) != setting:
-            raise ValueError(f"{folder} holds a study with more than this setting; see resumed.")
-        else:
-            yield begin(folder)
+        yield planned, results, folder

@@ -8,35 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mumoe_tensor.pages import render
-from mumoe_tensor.study.chart import Chart, Panel, Place, Series, limits
-from mumoe_tensor.study.plots import colour, marker, short
+from mumoe_tensor.study.charts import Chart, Panel, Series
+from mumoe_tensor.study.plots import look
 from mumoe_tensor.study.results import Results
 from mumoe_tensor.study.subjects import BASELINE
 from mumoe_tensor.study.sweep import Plan
-from mumoe_tensor.study.table import cells, notes
-
-#: Plotly's names for matplotlib's markers.
-SYMBOLS: dict[Any, str] = {
-    "o": "circle",
-    "s": "square",
-    "D": "diamond",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "P": "cross",
-    "X": "x",
-    "*": "star",
-    "<": "triangle-left",
-    ">": "triangle-right",
-    "8": "octagon",
-    "p": "pentagon",
-    "h": "hexagon",
-    "H": "hexagon2",
-    "d": "diamond-tall",
-    (4, 1, 0): "star-diamond",
-    (3, 1, 0): "star-triangle-up",
-    (6, 1, 0): "hexagram",
-    ".": "circle",
-}
+from mumoe_tensor.study.tables import cells, notes
 
 
 def page(planned: Plan, results: Results, charts: list[Chart], compare: str | Path | None = None) -> str:
@@ -49,7 +26,7 @@ def page(planned: Plan, results: Results, charts: list[Chart], compare: str | Pa
     """
     from plotly.offline import get_plotlyjs
 
-    verdicts, *tables = cells(planned, results, compare)
+    verdicts, *others = cells(planned, results, compare)
     return render(
         "study.html",
         layer=planned.setting.layer,
@@ -57,9 +34,8 @@ def page(planned: Plan, results: Results, charts: list[Chart], compare: str | Pa
         subjects={name: title for chart in charts for name, title in chart.titles.items()},
         colour=_colour,
         charts=charts,
-        size=_size,
         verdicts=verdicts,
-        tables=tables,
+        tables=others,
         notes=notes(planned, results),
         environments=results.environments,
         figures=[_figure(panel) for chart in charts for panel in chart.panels],
@@ -69,17 +45,12 @@ def page(planned: Plan, results: Results, charts: list[Chart], compare: str | Pa
 
 def _colour(name: str) -> str:
     """Colour of a subject; black becomes the text colour of the page, which may be light."""
-    return "var(--text)" if name == BASELINE else colour(name)
+    return "var(--text)" if name == BASELINE else look(name)[0]
 
 
-def _size(panel: Panel) -> str:
-    """CSS style of a panel's element."""
-    return f"height:{90 + 26 * len(panel.ys) if panel.ys else 300}px"
-
-
-def _place(place: Place) -> Place:
+def _plain(text: str | float) -> str | float:
     """Escape text for plotly, which interprets tags, entities and TeX; numbers are unchanged."""
-    return escape(place, quote=False).replace("$", "&#36;") if isinstance(place, str) else place
+    return escape(text, quote=False).replace("$", "&#36;") if isinstance(text, str) else text
 
 
 def _figure(panel: Panel) -> dict[str, Any]:
@@ -88,70 +59,63 @@ def _figure(panel: Panel) -> dict[str, Any]:
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
         "hovermode": "closest",
         "hoverlabel": {"align": "left"},
-        "xaxis": _axis(panel, "x"),
-        "yaxis": _axis(panel, "y"),
+        "xaxis": _axis(panel, "x", panel.xlabel),
     }
-    if (value := panel.reference) is not None:
-        axis, other = ("x", "y") if panel.values == "x" else ("y", "x")
-        layout["shapes"] = [
-            {
-                "type": "line", f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1,
-                f"{other}ref": "paper", "line": {"color": "var(--line)", "width": 1}, "layer": "below",
-            }
-        ]  # fmt: skip
+    if panel.ys:
+        order = [_plain(y) for y in reversed(panel.ys)]  # plotly counts from below
+        layout["yaxis"] = {"type": "category", "categoryorder": "array", "categoryarray": order}
+        layout["yaxis"] |= {"showgrid": False, "range": [-0.6, len(order) - 0.4]}
+    else:
+        layout["yaxis"] = _axis(panel, "y", panel.ylabel)
+    if panel.reference is not None:
+        axis, other = ("x", "y") if panel.ys else ("y", "x")
+        ends = {f"{axis}0": panel.reference, f"{axis}1": panel.reference, f"{other}0": 0, f"{other}1": 1}
+        line = {"type": "line", f"{other}ref": "paper", "layer": "below", "line": _line()}
+        layout["shapes"] = [ends | line]
     data = [_trace(panel, series) for series in panel.series]
     if panel.front:
-        data.append(
-            {
-                "type": "scatter", "mode": "lines", "x": [p.x for p in panel.front],
-                "y": [p.y for p in panel.front], "hoverinfo": "skip",
-                "line": {"color": "var(--line)", "width": 1, "dash": "dash", "shape": "hv"},
-            }
-        )  # fmt: skip
+        x, y = [p.x for p in panel.front], [p.y for p in panel.front]
+        line = _line(dash="dash", shape="hv")
+        data.append({"type": "scatter", "mode": "lines", "x": x, "y": y, "hoverinfo": "skip", "line": line})
     return {"data": data, "layout": layout}
 
 
-def _axis(panel: Panel, axis: str) -> dict[str, Any]:
-    is_log, label = (panel.xlog, panel.xlabel) if axis == "x" else (panel.ylog, panel.ylabel)
-    layout: dict[str, Any] = {"title": {"text": _place(label), "standoff": 6}}
-    if axis == "y" and panel.ys:
-        order = [_place(y) for y in reversed(panel.ys)]  # plotly counts from below
-        return layout | {
-            "type": "category", "categoryorder": "array", "categoryarray": order, "showgrid": False,
-            "range": [-0.6, len(order) - 0.4],
-        }  # fmt: skip
-    low, high = limits(panel, axis)
-    if is_log:
-        ends = [log10(low), log10(high)]
-        decades = ends[1] - ends[0]
-        layout |= {"type": "log", "range": ends, "tickformat": "~s" if high >= 1e3 else "~g", "tickangle": 0}
-        if axis == "x" and panel.xticks:
-            return layout | {"tickvals": panel.xticks, "ticktext": [short(tick) for tick in panel.xticks]}
-        # As in the plots: every second decade, every decade, or 1, 2, 5 within each.
-        return layout | {"dtick": "D2" if decades < 1.8 else 1 if decades < 2.5 else 2}
-    return layout | {"type": "linear", "range": [low, high], "nticks": 6}
+def _line(**more: str) -> dict[str, Any]:
+    return {"color": "var(--line)", "width": 1, **more}
+
+
+def _axis(panel: Panel, axis: str, label: str) -> dict[str, Any]:
+    low, high, is_log = panel.limits(axis)
+    title = {"text": _plain(label), "standoff": 6}
+    layout = {"title": title, "tickformat": "~s" if high >= 1e3 else "~g", "tickangle": 0}
+    if not is_log:
+        return layout | {"type": "linear", "range": [low, high], "nticks": 6}
+    ends = [log10(low), log10(high)]
+    decades = ends[1] - ends[0]
+    # As in the plots: every second decade, every decade, or 1, 2, 5 within each.
+    step = "D2" if decades < 1.8 else 1 if decades < 2.5 else 2
+    return layout | {"type": "log", "range": ends, "dtick": step}
 
 
 def _trace(panel: Panel, series: Series) -> dict[str, Any]:
-    shade = _colour(series.subject)
-    points = series.points
+    points, shade = series.points, _colour(series.subject)
     trace: dict[str, Any] = {
         "type": "scatter",
         "meta": series.subject,
-        "name": _place(series.title),
-        "x": [_place(p.x) for p in points],
-        "y": [_place(p.y) for p in points],
-        "text": [_place(p.text) for p in points],
+        "name": _plain(series.title),
+        "x": [p.x for p in points],
+        "y": [_plain(p.y) for p in points],
+        "text": [_plain(p.text) for p in points],
         "hovertemplate": "<b>%{fullData.name}</b><br>%{text}<br>%{x}, %{y}<extra></extra>",
-        "mode": "lines+markers" if series.line else "markers",
-        "marker": {"symbol": SYMBOLS[marker(series.subject)], "size": 8, "color": shade},
+        "mode": "lines+markers" if panel.lines else "markers",
+        "marker": {"symbol": look(series.subject)[2], "size": 8, "color": shade},
         "line": {"color": shade, "width": 1.8},
     }
     if panel.ys:
         trace |= {"mode": "markers+text", "textposition": "middle right", "cliponaxis": False}
     if any(p.low is not None for p in points):
-        centres = [float(p.x if panel.values == "x" else p.y) for p in points]
-        trace[f"error_{panel.values}"] = {
+        centres = [float(p.x if panel.ys else p.y) for p in points]
+        trace["error_x" if panel.ys else "error_y"] = {
             "type": "data", "symmetric": False, "thickness": 1, "width": 0, "color": shade,
             "array": [max((p.high or c) - c, 0.0) for c, p in zip(centres, points, strict=True)],
             "arrayminus": [max(c - (p.low or c), 0.0) for c, p in zip(centres, points, strict=True)],

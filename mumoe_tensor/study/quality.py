@@ -38,15 +38,7 @@ def data_of(data: str) -> tuple[Dataset, Dataset]:
 
 
 def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
-    """The heads that a study trains.
-
-    Returns
-    -------
-    list of Subject
-        The dense head first, then each format at every budget and number of experts, and the two mixtures of
-        dense experts, which have no budget.
-    dict of str to str
-        Formats that do not fit a budget, with the reason.
+    """The heads that a study trains, the dense one first, and the reasons for which formats are left out.
 
     Raises
     ------
@@ -69,7 +61,7 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
             f"rows for training; got {setting.batch_size:,}."
         )
     classes = max(training.classes, validation.classes)
-    head = dense(features, classes, setting.head_hidden)
+    head = dense(features, classes, setting.head_hidden or None)
     subjects = [Subject(head, BASELINE)]
     unfitted: dict[str, str] = {}
     for experts in setting.head_experts:
@@ -88,37 +80,17 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
 
 
 def train_and_evaluate(setting: Setting, subject: Subject, seed: int) -> tuple[dict[str, float], int]:
-    """Train a head and evaluate it.
-
-    Parameters
-    ----------
-    seed : int
-        Seed of the initial weights and of the order of the rows.
-
-    Returns
-    -------
-    dict of str to float
-        Quantities as in `UNITS`.
-    int
-        Number of validation rows.
-    """
+    """Train a head and evaluate it; returns quantities as in `UNITS`, and the number of validation rows."""
     training, validation = data_of(setting.data)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = subject.build()
-        config = TrainConfig(
-            epochs=setting.epochs,
-            batch_size=setting.batch_size,
-            learning_rate=setting.learning_rate,
-            seed=seed,
-        )
+        options = {name: getattr(setting, name) for name in ("epochs", "batch_size", "learning_rate")}
+        config = TrainConfig(**options, seed=seed)
         epochs = train(head, training, validation, config.for_rows(len(training)))
     loss, accuracy = evaluate(head, validation)
-    figures = {
-        "accuracy": accuracy,
-        "loss": loss,
-        "training time": sum(epoch.seconds for epoch in epochs),
-    }
+    seconds = sum(epoch.seconds for epoch in epochs)
+    figures = {"accuracy": accuracy, "loss": loss, "training time": seconds}
     if subject.name != BASELINE:
         figures |= specialisation(head, validation, seed)
     return figures, len(validation)
@@ -128,18 +100,8 @@ def train_and_evaluate(setting: Setting, subject: Subject, seed: int) -> tuple[d
 def specialisation(head: nn.Module, data: Dataset, seed: int) -> dict[str, float]:
     """The use of a head's experts, averaged over levels, and their specialisation.
 
-    Parameters
-    ----------
-    head : Module
-        With one gate.
-    seed : int
-        Seed of the random gate.
-
-    Returns
-    -------
-    dict of str to float
-        Polysemanticity is that of the first level, with the trained gate and with a random gate; it is left
-        out if the level has more than `MOST_EXPERTS` experts.
+    Polysemanticity is that of the first level, with the trained gate and with a random gate; it is left out
+    if the level has more than `MOST_EXPERTS` experts.
     """
     seen: list[torch.Tensor] = []
     with watch_coefficients(head, lambda name, coefficients: seen.extend(coefficients)):

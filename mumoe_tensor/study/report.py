@@ -37,8 +37,8 @@ def write(planned: Plan, results: Results, folder: Path, compare: str | Path | N
     from mumoe_tensor.study.plots import write_plots
 
     drawn = charts(planned, results)
-    paths = [folder / "results.csv", folder / "report.html", folder / "study.json"]
-    with whole_file(paths[1]) as file:
+    paths = [folder / name for name in RESULTS[:3]]
+    with whole_file(folder / "report.html") as file:
         file.write(page(planned, results, drawn, compare).encode())
     return paths + write_plots(drawn, folder)
 

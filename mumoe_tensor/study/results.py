@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -66,49 +66,19 @@ class Measurement:
     repetitions: int = 1
     note: str = ""
 
+    @property
+    def total(self) -> int:
+        """Total number of experts over all levels."""
+        return prod(map(int, filter(None, self.experts.split("x"))))
+
     @classmethod
     def of(cls, task: str, subject: Subject, quantity: str, value: float | None, **more: Any) -> Measurement:
-        """A figure of a subject.
-
-        Parameters
-        ----------
-        quantity : str
-            A key of `UNITS`.
-        **more
-            Further attributes.
-        """
-        origin: dict[str, Any] = {"device": "", "batch": None, "seed": None} | more
+        """A figure of a subject, with further attributes."""
+        origin: dict[str, Any] = {"device": "", "batch": None, "seed": None}
         return cls(
-            task=task,
-            sizes=sizes_of(subject.spec),
-            subject=subject.name,
-            title=subject.title,
-            experts=joined(subject.spec.experts),
-            rank=joined(subject.spec.full_rank),
-            budget=subject.budget,
-            quantity=quantity,
-            unit=UNITS[quantity],
-            value=None if value is None else float(value),
-            **origin,
-        )
-
-
-def joined(numbers: Iterable[int]) -> str:
-    """Numbers joined by x."""
-    return "x".join(map(str, numbers))
-
-
-def sizes_of(spec: LayerSpec) -> str:
-    """Feature sizes of a layer from input to output, joined by x."""
-    return joined(features(spec))
-
-
-def total(experts: str) -> int:
-    """Total number of experts over all levels, from their text."""
-    count = 1
-    for n in experts.split("x") if experts else ():
-        count *= int(n)
-    return count
+            task=task, title=subject.title, budget=subject.budget, quantity=quantity, unit=UNITS[quantity],
+            value=None if value is None else float(value), **_identity(subject), **origin | more,
+        )  # fmt: skip
 
 
 #: Names and types of the columns.
@@ -130,7 +100,6 @@ class Results:
     """
 
     def __init__(self, path: Path | None = None):
-        self.path = path
         # Columns of the environment, which may differ between versions, are text.
         self._ledger = Ledger(path, COLUMNS, more=str)
 
@@ -153,32 +122,41 @@ class Results:
         return list({tuple(environment.values()): environment for environment in environments}.values())
 
     def add(self, rows: Sequence[Measurement], environment: dict[str, Any]) -> None:
-        """Add all rows of a task at once.
-
-        Parameters
-        ----------
-        environment : dict
-            Machine, versions and commit.
-        """
+        """Add all rows of a task at once, with the machine, versions and commit."""
         self._ledger.add(asdict(row) | environment for row in rows)
 
     def of(self, quantity: str, **values: Any) -> list[Measurement]:
-        """Measurements of a quantity whose attributes have given values.
-
-        Parameters
-        ----------
-        **values
-            Attributes and their values.
-        """
+        """Measurements of a quantity whose attributes have given values."""
         return list(map(_measurement, self._ledger.of(quantity=quantity, **values)))
 
     def of_subject(self, subject: Subject, quantity: str, **values: Any) -> list[Measurement]:
         """Measurements of a subject's quantity with finite values, one for each repetition."""
-        experts, rank = joined(subject.spec.experts), joined(subject.spec.full_rank)
-        rows = self.of(
-            quantity, subject=subject.name, sizes=sizes_of(subject.spec), experts=experts, rank=rank, **values
-        )
-        return [row for row in rows if row.value is not None and isfinite(row.value)]
+        rows = self.of(quantity, **_identity(subject), **values)
+        return [row for row in rows if is_figure(row.value)]
+
+
+def is_figure(value: float | None) -> bool:
+    """Whether a value was measured and is finite."""
+    return value is not None and isfinite(value)
+
+
+def joined(numbers: Iterable[int]) -> str:
+    """Numbers joined by x."""
+    return "x".join(map(str, numbers))
+
+
+def sizes_of(spec: LayerSpec) -> str:
+    """Feature sizes of a layer from input to output, joined by x."""
+    return joined(features(spec))
+
+
+def _identity(subject: Subject) -> dict[str, Any]:
+    """The columns that identify a subject."""
+    spec = subject.spec
+    return {
+        "subject": subject.name, "sizes": sizes_of(spec), "experts": joined(spec.experts),
+        "rank": joined(spec.full_rank),
+    }  # fmt: skip
 
 
 def _measurement(row: Row) -> Measurement:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.formats.text import format_text, read_format
 from mumoe_tensor.readers import checked, read_json, reading
 from mumoe_tensor.spec import LayerSpec, as_budget, expert_counts
-from mumoe_tensor.study.layers import Layer, dense, get_layer
+from mumoe_tensor.study.layers import LAYERS, Layer
 from mumoe_tensor.study.weights import read_covariance, read_weight
 
 #: Settings to which values can be added in a finished study.
@@ -29,8 +29,13 @@ GROWING = (
     "experts", "formats", "parameters", "batches", "devices", "head_experts", "head_parameters",
     "head_formats", "machines",
 )  # fmt: skip
-#: Settings that files of earlier versions lack.
-ADDED = {"batch_size", "head_formats", "weight", "transposed", "inputs", "sweeps", "machines"}
+#: Default formats for a matrix without experts, where formats with unsplit modes would all be low rank.
+OF_MATRICES = (
+    "lowrank", "kron", "monarch", "btt", "tt-matrix", "tucker-matrix", "cp-matrix",
+    '{"name":"sum","formats":["monarch","lowrank"]}', '{"name":"sum","formats":["kron","lowrank"]}',
+)  # fmt: skip
+#: Default format for mixtures, besides the registered ones: with a matrix shared by all experts.
+SHARED = '{"name":"sum","formats":[{"name":"shared","format":"lowrank"},"cp"]}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +46,37 @@ class Setting(StudyConfig):
     ----------
     layer : Layer
         The dense layer.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, or a number is out of range.
     """
 
     layer: Layer
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "rounds", "top_k", "seeds", "epochs", "batch_size", "sweeps"):
+            as_positive(getattr(self, name), name)
+        for n in self.batches:
+            as_positive(n, "every entry of batches")
+        for name in ("seconds", "memory", "learning_rate"):
+            if not (getattr(self, name) > 0 and isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
+        if self.batch < 2:
+            raise ValueError(f"batch must be at least 2, as batch norm needs in training; got {self.batch}.")
+        for name in ("seed", "head_hidden"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("experts", "formats", "parameters", "head_experts"):
+            if not getattr(self, name):
+                raise ValueError(f"a study needs at least one entry of {name}, got none.")
+        for text in (*self.parameters, *self.head_parameters):
+            as_budget(text, self.layer.spec.dense_parameters)
+        for device in self.devices:
+            check_choice(device, ("cpu", "cuda"), "device of a study")
+        for machine in self.machines:
+            check_choice(machine, MACHINES, "machine")
 
     @property
     def whole(self) -> LayerSpec:
@@ -66,6 +99,19 @@ class Setting(StudyConfig):
         counts = ", ".join(" × ".join(f"{n:,}" for n in levels) or "no" for levels in self.experts)
         return f"{self.layer}; {counts} experts, batch {self.batch:,}, float32"
 
+    def check_available(self) -> None:
+        """Raise a ValueError or OSError if a file or a device does not exist."""
+        if self.data not in (DIGITS, NO_DATA) and not Path(self.data).is_file():
+            raise ValueError(
+                f"data must be digits, none, or an .npz file with x and y; there is no file {self.data!r}."
+            )
+        if "cuda" in self.devices and not torch.cuda.is_available():
+            raise ValueError("device 'cuda' needs a CUDA device and a CUDA build of torch; there is none.")
+        if self.weight is not None:
+            read_weight(self.weight, self.transposed)
+        if self.inputs is not None:
+            read_covariance(self.inputs, self.layer.in_features)
+
     def with_all_of(self, other: Setting) -> Setting:
         """The setting with the formats, experts, budgets, batches and devices of another added.
 
@@ -85,8 +131,7 @@ class Setting(StudyConfig):
 
     def to_json(self) -> str:
         """The setting as text for `from_json`."""
-        layer = {"layer": self.layer.entry()}
-        return json.dumps(layer | vars(self) | layer, indent=2) + "\n"  # the layer first
+        return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, path: str | Path) -> Setting:
@@ -99,22 +144,7 @@ class Setting(StudyConfig):
         """
         entries = read_json(path)
         with reading(path):
-            if missing := {f.name for f in fields(cls)} - entries.keys() - ADDED:
-                raise ValueError(f"{min(missing)}: Field required.")
-            setting = checked(cls, entries)
-            values = {f.name: getattr(setting, f.name) for f in fields(cls)}
-            return prepare(**values | {"head_hidden": setting.head_hidden or 0})
-
-
-#: Default formats for a matrix without experts, where formats with unsplit modes would all be low rank.
-OF_MATRICES = (
-    "lowrank", "kron", "monarch", "btt", "tt-matrix", "tucker-matrix", "cp-matrix",
-    '{"name":"sum","formats":["monarch","lowrank"]}', '{"name":"sum","formats":["kron","lowrank"]}',
-)  # fmt: skip
-#: Default formats for mixtures, besides the registered ones: a matrix shared by all experts.
-SHARED = '{"name":"sum","formats":[{"name":"shared","format":"lowrank"},"cp"]}'
-#: None if the default follows from other options.
-DEFAULTS: dict[str, Any] = {f.name: None if f.default is MISSING else f.default for f in fields(StudyConfig)}
+            return checked(cls, entries)
 
 
 def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options: Any) -> Setting:
@@ -138,90 +168,62 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
     Raises
     ------
     ValueError, TypeError
-        If a name is unknown, a size is not a positive integer, or a file or a device does not exist.
+        If a name is unknown, a size is not a positive integer, or the weight cannot be read.
     """
-    if unknown := set(options) - set(DEFAULTS):
+    if unknown := options.keys() - {f.name for f in fields(StudyConfig)}:
         raise TypeError(f"a study has no setting {', '.join(map(repr, sorted(unknown)))}.")
-    values = DEFAULTS | (QUICK if quick else {}) | _as_python(options)
-    experts: Any = None
-    if values["weight"] is not None:
-        layer, experts = _layer_of(layer, values)
-        values |= {"data": options.get("data") or NO_DATA}
-    elif values["inputs"] is not None or values["transposed"]:
+    given = {name: as_python(value) for name, value in options.items() if value is not None}
+    stack: Levels | None = None
+    if "weight" in given:
+        for name in {"weight", "inputs"} & given.keys():
+            given[name] = str(given[name])
+        transposed = given.get("transposed", False)
+        check_flag(transposed, "transposed")
+        layer, stack = _layer_of(given["weight"], transposed, layer)
+    elif "inputs" in given or given.get("transposed"):
         raise ValueError("inputs and transposed need a weight: they describe the layer that it is from.")
-    layer = get_layer("gpt2-mlp" if layer is None else layer)
-    values["experts"] = _counts(_or(values["experts"], [layer.experts] if experts is None else [experts]))
-    if experts is not None and any(prod(levels) != prod(experts) for levels in values["experts"]):
+    if not isinstance(layer, Layer):
+        layer = LAYERS[check_choice(layer or "gpt2-mlp", LAYERS, "layer")]
+    defaults: dict[str, Any] = {
+        "experts": [layer.experts] if stack is None else [stack],
+        "parameters": ("match", "0.5x") if stack is None else ("0.5x", "0.25x", "0.1x"),
+        "devices": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
+        "data": DIGITS if stack is None else NO_DATA,
+    }
+    values = defaults | (QUICK if quick else {}) | given
+    for name in {"experts", "head_experts"} & values.keys():
+        values[name] = _counts(values[name])
+    if stack is not None and any(prod(levels) != prod(stack) for levels in values["experts"]):
         raise ValueError(
-            f"the levels of experts must multiply to the {prod(experts):,} matrices of the weight, got "
+            f"the levels of experts must multiply to the {prod(stack):,} matrices of the weight, got "
             f"{values['experts']}; a single matrix has none."
         )
     everything = OF_MATRICES if values["experts"] == ((),) else (*registered(), SHARED)
-    heads = values["head_formats"] or values["formats"]
-    if heads is None:
-        heads = [name for name, format in registered().items() if _is_whole(format)]
-    for name, listed in (("formats", _or(values["formats"], everything)), ("head_formats", heads)):
-        values[name] = tuple(dict.fromkeys(format_text(_format(format)) for format in listed))
-    if not values["formats"]:
-        raise ValueError("a study needs at least one format, got none.")
-    values["data"] = data = str(values["data"])
-    if data not in (DIGITS, NO_DATA) and not Path(data).is_file():
-        raise ValueError(
-            f"data must be digits, none, or an .npz file with x and y; there is no file {data!r}."
-        )
-    values["head_experts"] = _counts(values["head_experts"])
-    values["head_hidden"] = (
-        as_positive(values["head_hidden"], "head_hidden") if values["head_hidden"] else None
-    )
-    for name in ("batch", "rounds", "top_k", "seeds", "epochs", "batch_size", "sweeps"):
-        as_positive(values[name], name)
-    values["batches"] = tuple(sorted({as_positive(n, "every entry of batches") for n in values["batches"]}))
-    for name in ("seconds", "memory", "learning_rate"):
-        if not (values[name] > 0 and isfinite(values[name])):
-            raise ValueError(f"{name} must be positive and finite, got {values[name]}.")
-    if values["batch"] < 2:
-        raise ValueError(f"batch must be at least 2, as batch norm needs in training; got {values['batch']}.")
-    if values["seed"] < 0:
-        raise ValueError(f"seed must not be negative, got {values['seed']}.")
-    default = ("match", "0.5x") if experts is None else ("0.5x", "0.25x", "0.1x")
-    values["parameters"] = _texts(_or(values["parameters"], default))
-    values["head_parameters"] = _texts(values["head_parameters"])
-    if not values["parameters"]:
-        raise ValueError("a study needs at least one budget of parameters, got none.")
-    for text in (*values["parameters"], *values["head_parameters"]):
-        as_budget(text, layer.spec.dense_parameters)
-    values["devices"] = _devices(values["devices"])
-    values["machines"] = tuple(check_choice(name, MACHINES, "machine") for name in values["machines"])
-    return Setting(layer=layer, **values)
+    whole = [name for name, format in registered().items() if _is_whole(format)]
+    values["head_formats"] = _formats(values.get("head_formats") or values.get("formats", whole))
+    values["formats"] = _formats(values.get("formats", everything))
+    for name in {"parameters", "head_parameters"} & values.keys():
+        listed = [values[name]] if isinstance(values[name], (str, int)) else values[name]
+        values[name] = tuple(map(str, listed))
+    if "batches" in values:
+        values["batches"] = tuple(sorted(set(values["batches"])))
+    values |= {"devices": tuple(values["devices"]), "machines": tuple(values.get("machines", ()))}
+    return Setting(layer=layer, **values | {"data": str(values["data"])})
 
 
-def _layer_of(layer: str | Layer | None, values: dict[str, Any]) -> tuple[Layer, Levels]:
-    """The layer of a weight, and the numbers of experts if the weight is a stack."""
-    check_flag(values["transposed"], "transposed")
-    source = values["weight"] = str(values["weight"])
-    *experts, in_features, out_features = read_weight(source, values["transposed"]).shape
+def _layer_of(source: str, transposed: bool, layer: str | Layer | None) -> tuple[Layer, Levels]:
+    """The layer of a weight, and the numbers of experts in a stack."""
+    *experts, in_features, out_features = read_weight(source, transposed).shape
     title = source.rpartition(":")[2] if not Path(source).exists() else Path(source).stem
-    read = Layer(title, dense(in_features, out_features, bias=False), prod(experts))
+    read = Layer(title, in_features, out_features, bias=False, experts=prod(experts))
     if layer not in (None, read):
         raise ValueError(f"the layer must be the layer of the weight, {read}, got {layer}.")
-    if values["inputs"] is not None:
-        values["inputs"] = str(values["inputs"])
-        read_covariance(values["inputs"], in_features)
     return read, tuple(experts)
 
 
-def _texts(budgets: Any) -> tuple[str, ...]:
-    """Budgets as text; also a single one."""
-    return tuple(map(str, [budgets] if isinstance(budgets, (str, int)) else budgets))
-
-
-def _as_python(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as JSON types; None stands for the default."""
-    return {name: as_python(value) for name, value in options.items() if value is not None}
-
-
-def _format(format: Any) -> Format:
-    return read_format(format) if isinstance(format, str) else get_format(format)
+def _formats(listed: Iterable[Any]) -> tuple[str, ...]:
+    formats = (read_format(f) if isinstance(f, str) else get_format(f) for f in listed)
+    return tuple(dict.fromkeys(map(format_text, formats)))
 
 
 def _is_whole(format: Format) -> bool:
@@ -229,24 +231,6 @@ def _is_whole(format: Format) -> bool:
     return not format.is_split and len(format.summands(1)) == 1
 
 
-def _or(value: Any, default: Any) -> Any:
-    """The default if the value is None; empty values and zeros are checked later."""
-    return default if value is None else value
-
-
 def _counts(experts: Any) -> tuple[Levels, ...]:
-    listed = [experts] if isinstance(experts, int) else list(experts)
-    if not listed:
-        raise ValueError("a study needs at least one number of experts, got none.")
-    return tuple(dict.fromkeys(expert_counts(levels) for levels in listed))
-
-
-def _devices(devices: Sequence[str] | None) -> tuple[str, ...]:
-    if devices is None:
-        return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    for name in devices:
-        if name not in ("cpu", "cuda"):
-            raise ValueError(f"a device of a study must be 'cpu' or 'cuda', got {name!r}.")
-        if name == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda' needs a CUDA device and a CUDA build of torch; there is none.")
-    return tuple(dict.fromkeys(devices))
+    listed = [experts] if isinstance(experts, int) else experts
+    return tuple(dict.fromkeys(map(expert_counts, listed)))

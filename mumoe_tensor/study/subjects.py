@@ -86,18 +86,7 @@ class Subject:
         return make.from_spec(spec, device=device)
 
     def figures(self, batch: int) -> dict[str, float]:
-        """Figures computed by formula: parameters, and the cost per input.
-
-        Parameters
-        ----------
-        batch : int
-            Inputs per forward pass.
-
-        Returns
-        -------
-        dict of str to float
-            Units as in `UNITS`.
-        """
+        """Parameters and the cost per input, by formula, for a batch; units as in `UNITS`."""
         if self.role == SPARSE:
             return self._sparse_figures(batch)
         total = cost(self.spec, gate=True, batch=batch, dtype=DTYPE)

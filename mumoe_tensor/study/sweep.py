@@ -36,9 +36,13 @@ SLOW = 0.1
 TOLERANCE = 1e-3
 
 
+#: A quantity, its value, and further attributes of the measurement.
+Figure = tuple[str, float | None, dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Task:
-    """A group of measurements that are recorded together.
+    """Measurements of a subject that are recorded together.
 
     Attributes
     ----------
@@ -48,7 +52,8 @@ class Task:
         Shown as progress.
     seconds : float
         Estimated duration.
-    run : callable
+    subject : Subject
+    figures : callable
         Makes the measurements.
     alone : bool
         Whether it must run alone, because it is timed.
@@ -57,8 +62,16 @@ class Task:
     key: str
     text: str
     seconds: float
-    run: Callable[[], list[Measurement]]
+    subject: Subject
+    figures: Callable[[], list[Figure]]
     alone: bool = True
+
+    def run(self) -> list[Measurement]:
+        """Make the measurements."""
+        return [
+            Measurement.of(self.key, self.subject, quantity, value, **more)
+            for quantity, value, more in self.figures()
+        ]
 
 
 @dataclass(frozen=True)
@@ -95,9 +108,10 @@ def plan(setting: Setting) -> Plan:
 
     Raises
     ------
-    ValueError
-        If no format fits a budget.
+    ValueError, OSError
+        If no format fits a budget, or a file or a device does not exist.
     """
+    setting.check_available()
     layer = setting.layer.spec
     subjects = {"": Subject(layer, BASELINE)}
     unfitted: dict[str, str] = {}
@@ -181,39 +195,32 @@ def _tasks(planned: Plan) -> Iterator[Task]:
 
 
 def _costs(setting: Setting, subject: Subject) -> Task:
-    key = f"cost {subject.key} {setting.batch}"
+    def figures() -> list[Figure]:
+        batch = setting.batch
+        return [(quantity, value, {"batch": batch}) for quantity, value in subject.figures(batch).items()]
 
-    def run() -> list[Measurement]:
-        return [
-            Measurement.of(key, subject, quantity, value, batch=setting.batch)
-            for quantity, value in subject.figures(setting.batch).items()
-        ]
-
-    return Task(key, "costs by formula", 0.01, run)
+    return Task(f"cost {subject.key} {setting.batch}", "costs by formula", 0.01, subject, figures)
 
 
 def _prediction(setting: Setting, subject: Subject, machine: str) -> Task:
-    key = f"predict {subject.key} {machine} {setting.batch}"
-
-    def run() -> list[Measurement]:
+    def figures() -> list[Figure]:
         seconds = subject.predicted(setting.batch, machine)
-        more: Any = {"device": machine, "batch": setting.batch}
-        return [Measurement.of(key, subject, "predicted forward", seconds, **more)]
+        return [("predicted forward", seconds, {"device": machine, "batch": setting.batch})]
 
-    return Task(key, "predicted times", 0.01, run)
+    key = f"predict {subject.key} {machine} {setting.batch}"
+    return Task(key, "predicted times", 0.01, subject, figures)
 
 
 def _fit(setting: Setting, subject: Subject) -> Task:
-    key = f"fit {subject.key}"
+    spec = subject.spec
     effort: Any = dict(n_restarts=1, n_iter=setting.sweeps, tolerance=TOLERANCE, seed=setting.seed)
 
-    def run() -> list[Measurement]:
+    def figures() -> list[Figure]:
         assert setting.weight is not None
-        spec = subject.spec
         if max(spec.full_rank, default=0) > max(spec.mode_sizes):
             # Alternating least squares repeatedly solves systems of that size.
             note = "not fitted, as it has a larger rank than any mode has entries"
-            return [Measurement.of(key, subject, "weight error", None, note=note)]
+            return [("weight error", None, {"note": note})]
         weight = read_weight(setting.weight, setting.transposed).reshape(spec.mode_sizes)
         plain, error = decompose(weight, spec.format, spec.full_rank, **effort)
         errors = {"weight error": error}
@@ -222,34 +229,30 @@ def _fit(setting: Setting, subject: Subject) -> Task:
             _, best = decompose(weight, spec.format, spec.full_rank, input_covariance=covariance, **effort)
             rest = to_dense(plain).astype(float) - weight
             norm = weighted_norm(weight.astype(float), covariance) or 1
-            errors |= {
-                "output error": best,
-                "output error, plain fit": weighted_norm(rest, covariance) / norm,
-            }
-        return [
-            Measurement.of(key, subject, quantity, value, seed=setting.seed)
-            for quantity, value in errors.items()
-        ]
+            plain_error = weighted_norm(rest, covariance) / norm
+            errors |= {"output error": best, "output error, plain fit": plain_error}
+        return [(quantity, value, {"seed": setting.seed}) for quantity, value in errors.items()]
 
-    seconds = 1e-5 * subject.spec.in_features * subject.spec.out_features
-    return Task(key, f"fit of {subject.title}, rank {subject.spec.full_rank}", seconds, run, alone=False)
+    text = f"fit of {subject.title}, rank {spec.full_rank}"
+    seconds = 1e-5 * spec.in_features * spec.out_features
+    return Task(f"fit {subject.key}", text, seconds, subject, figures, alone=False)
 
 
 def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: tuple[str, ...]) -> Task:
-    key = f"time {subject.key} {device} {batch}"
-
-    def run() -> list[Measurement]:
+    def figures() -> list[Figure]:
         torch.manual_seed(setting.seed)
-        x = torch.randn(batch, subject.spec.in_features, device=device, requires_grad=True)
+        spec = subject.spec
+        x = torch.randn(batch, spec.in_features, device=device, requires_grad=True)
         run_one, few = smaller(subject, setting, batch, device)
         scale = subject.predicted(batch, device) / run_one.predicted(few, device)
         inputs = {"dense": x, "this": x[:few].detach().requires_grad_()}
         # The dense layer is measured against itself, and takes only one turn per round.
-        spec = subject.spec
         baseline = Subject(dense(spec.in_features, spec.out_features, spec.hidden, spec.bias), BASELINE)
         chosen = {"this": subject} if subject.role == BASELINE else {"dense": baseline, "this": run_one}
         modules = {name: one.build(device) for name, one in chosen.items()}
-        rows = []
+        more = {"device": device, "batch": batch, "seed": setting.seed}
+        more["note"] = _estimated(subject, run_one, batch, few)
+        made: list[Figure] = []
         for kind in kinds:
             calls = {
                 name: passes.step(module.train(), inputs[name])
@@ -257,60 +260,52 @@ def _timing(setting: Setting, subject: Subject, device: str, batch: int, kinds: 
                 else passes.forward(module.eval(), inputs[name])
                 for name, module in modules.items()
             }
-            first = next(iter(calls))
             limit = setting.seconds if "step" in kinds else setting.seconds / 2
-            times = compare(calls, first, rounds=setting.rounds, limit=limit, device=device)
-            spreads = times.spread("this"), times.ratio("this")
-            seconds, ratio = ([scale * part for part in spread] for spread in spreads)
-            row = Measurement.of(
-                key, subject, kind, seconds[0], low=seconds[1], high=seconds[2], ratio=ratio[0],
-                ratio_low=ratio[1], ratio_high=ratio[2], repetitions=times.rounds, device=device,
-                batch=batch, seed=setting.seed, note=_estimated(subject, run_one, batch, few),
-            )  # fmt: skip
-            rows.append(row)
-        return rows
+            times = compare(calls, next(iter(calls)), rounds=setting.rounds, limit=limit, device=device)
+            seconds, low, high = (scale * part for part in times.spread("this"))
+            ratios = [scale * part for part in times.ratio("this")]
+            spread = dict(zip(("ratio", "ratio_low", "ratio_high"), ratios, strict=True))
+            spread |= {"low": low, "high": high, "repetitions": times.rounds}
+            made.append((kind, seconds, more | spread))
+        return made
 
     text = f"time of {subject.title}, {_experts(subject)}batch {batch:,}, {device}"
-    return Task(key, text, 0.2 + setting.seconds * (1.3 if len(kinds) > 1 else 0.4), run)
+    seconds = 0.2 + setting.seconds * (1.3 if len(kinds) > 1 else 0.4)
+    return Task(f"time {subject.key} {device} {batch}", text, seconds, subject, figures)
 
 
 def _peak(setting: Setting, subject: Subject, device: str) -> Task:
-    key = f"peak {subject.key} {device} {setting.batch}"
+    batch = setting.batch
 
-    def run() -> list[Measurement]:
-        run_one, few = smaller(subject, setting, setting.batch, device)
+    def figures() -> list[Figure]:
+        run_one, few = smaller(subject, setting, batch, device)
         # Add the memory of the missing inputs or parameters, with gradients and saved activations in a step.
         parameters, run_parameters = (ITEM * s.figures(few)["parameters"] for s in (subject, run_one))
         kept = few * (subject.figures(few)["saved"] - run_one.figures(few)["saved"])
-        note = _estimated(subject, run_one, setting.batch, few)
+        note = _estimated(subject, run_one, batch, few)
         values: list[float | None] = [None, None]
         try:
             values = [
-                copies * parameters + (peak - copies * run_parameters + more) * setting.batch / few
+                copies * parameters + (peak - copies * run_parameters + more) * batch / few
                 for peak, copies, more in zip(peaks(run_one, few, device), (1, 2), (0, kept), strict=True)
             ]
         except OSError as error:
             note = str(error)
-        return [
-            Measurement.of(key, subject, quantity, value, device=device, batch=setting.batch, note=note)
-            for quantity, value in zip(("forward peak", "step peak"), values, strict=True)
-        ]
+        more = {"device": device, "batch": batch, "note": note}
+        return [("forward peak", values[0], more), ("step peak", values[1], more)]
 
-    return Task(key, f"peak memory of {subject.title}, {_experts(subject)}{device}", 3.0, run, alone=False)
+    text = f"peak memory of {subject.title}, {_experts(subject)}{device}"
+    return Task(f"peak {subject.key} {device} {batch}", text, 3.0, subject, figures, alone=False)
 
 
 def _training(setting: Setting, subject: Subject, seed: int) -> Task:
-    key = f"train {subject.key} {subject.budget} seed {seed}"
-
-    def run() -> list[Measurement]:
-        figures, rows = train_and_evaluate(setting, subject, seed)
-        return [
-            Measurement.of(key, subject, name, value, seed=seed, repetitions=rows)
-            for name, value in figures.items()
-        ]
+    def figures() -> list[Figure]:
+        judged, rows = train_and_evaluate(setting, subject, seed)
+        return [(name, value, {"seed": seed, "repetitions": rows}) for name, value in judged.items()]
 
     text = f"training of {subject.title}, {_experts(subject)}seed {seed}"
-    return Task(key, text, 0.03 * setting.epochs, run, alone=False)
+    key = f"train {subject.key} {subject.budget} seed {seed}"
+    return Task(key, text, 0.03 * setting.epochs, subject, figures, alone=False)
 
 
 def smaller(subject: Subject, setting: Setting, batch: int, device: str) -> tuple[Subject, int]:

@@ -102,21 +102,9 @@ def read_covariance(source: str, in_features: int) -> Any:
 
 
 def tensors_of(source: str) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors with their names from ``FILE``, ``FILE:NAME`` or ``FOLDER:NAME``.
+    """Read tensors with their names from ``FILE``, ``FILE:NAME`` or ``FOLDER:NAME``; see `read_weight`.
 
-    Parameters
-    ----------
-    source : str
-        The file is in the format of safetensors, NumPy (``.npy``, ``.npz``) or ``torch.save``; of a folder,
-        all safetensors files are read. The name may be a pattern with ``*``, which also matches dots; without
-        a name, all tensors are read.
-
-    Raises
-    ------
-    ValueError
-        If a file is corrupt, no name matches, or two files have a tensor of the same name.
-    OSError
-        If a file cannot be read.
+    The name may be a pattern with ``*``, which also matches dots; without a name, all tensors are read.
     """
     path, colon, pattern = source.rpartition(":")
     if not colon or Path(source).exists():

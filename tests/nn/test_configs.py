@@ -209,7 +209,7 @@ def test_the_gate_of_a_model_is_a_registered_name(kind: Any) -> None:
 def test_settings_of_a_training_and_of_a_layer_to_study_are_plain() -> None:
     from dataclasses import asdict
 
-    from mumoe_tensor.study import Layer, dense
+    from mumoe_tensor.study import Layer
     from mumoe_tensor.study.settings import prepare
     from mumoe_tensor.training import TrainConfig
 
@@ -222,8 +222,8 @@ def test_settings_of_a_training_and_of_a_layer_to_study_are_plain() -> None:
     study = prepare("clip-head", **{name: np.asarray(value) for name, value in numbers.items()}, data="none")
     assert study == prepare("clip-head", **numbers, data="none")
     assert json.loads(study.to_json())["batch"] == 4
-    layer = Layer("Other", dense(np.int64(5), torch.tensor(4), np.int64(6)), np.uint8(3))
-    assert through_a_file(layer.entry()) == Layer("Other", dense(5, 4, 6), 3).entry()
+    layer = Layer("Other", np.int64(5), torch.tensor(4), np.int64(6), experts=np.uint8(3))
+    assert through_a_file(asdict(layer)) == asdict(Layer("Other", 5, 4, 6, experts=3))
 
 
 @pytest.mark.parametrize("hidden", [None, np.int64(6)])

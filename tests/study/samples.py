@@ -11,7 +11,7 @@ from mumoe_tensor.study.results import Measurement
 from mumoe_tensor.study.subjects import BASELINE
 
 SMALL: dict[str, Any] = {
-    "layer": studies.Layer("Tiny", studies.dense(24, 20, hidden=40), experts=4),
+    "layer": studies.Layer("Tiny", 24, 20, hidden=40, experts=4),
     "experts": [4, (3, 2)],
     "batch": 8,
     "batches": (1, 4),

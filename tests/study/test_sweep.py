@@ -19,10 +19,8 @@ import torch
 from samples import MEASURED, SHORT, SMALL
 
 import mumoe_tensor as mt
-from mumoe_tensor import LayerSpec, sliced, sum_of
+from mumoe_tensor import LayerSpec
 from mumoe_tensor import study as studies
-from mumoe_tensor.formats import get_format
-from mumoe_tensor.measure.memory import METERS, Meter
 from mumoe_tensor.measure.timing import Comparison
 from mumoe_tensor.study import memory, quality
 from mumoe_tensor.study import sweep as sweeps
@@ -133,7 +131,7 @@ from pathlib import Path
 from mumoe_tensor import study
 from mumoe_tensor.study import sweep
 sweep.peaks = lambda *_: (1, 2)
-study.run(study.Layer("Tiny", study.dense(24, 20)), experts=[4], formats=["cp", "tr"], parameters="2x",
+study.run(study.Layer("Tiny", 24, 20), experts=[4], formats=["cp", "tr"], parameters="2x",
           data="none", batch=4, seconds=0.01, quick=True, out=sys.argv[1])
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -183,21 +181,6 @@ def test_peaks_grow_with_what_is_held() -> None:
     forward, step = memory.peaks(Subject(dense(2048, 2048), BASELINE), 4, "cpu")
     assert 15 * 2**20 < forward < 24 * 2**20
     assert 31 * 2**20 < step < 44 * 2**20
-
-
-@pytest.mark.parametrize(
-    "format",
-    ["btt", {"name": "tt-matrix", "splits": {"i": 4, "o": 4}}, sum_of("cp", sliced("cp", 2, 5))],
-    ids=repr,
-)
-@pytest.mark.parametrize("hidden", [None, 24])
-def test_a_small_layer_comes_before_any_that_is_measured(
-    format: Any, hidden: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rank = (2,) * len(get_format(format).bonds(1))
-    spec = LayerSpec(format, experts=5, in_features=24, hidden=hidden, out_features=16, rank=rank, bias=True)
-    monkeypatch.setitem(METERS, "cpu", Meter(lambda: None, lambda: 3, lambda: 5))
-    assert memory.measure(Subject(spec), 4, "cpu") == (2, 2)
 
 
 def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,9 +359,13 @@ def test_formats_are_added_to_a_finished_study(tmp_path: Path, monkeypatch: pyte
     assert studies.Setting.from_json(tmp_path / "study.json").formats == ("cp", "tr")
     # A study of fewer formats than the folder has leaves nothing out.
     setting = studies.prepare(**SHORT | {"formats": ["tr"]})
-    assert studies.resumed(setting, tmp_path).formats == ("cp", "tr")
-    with pytest.raises(ValueError, match=r"holds a study with another setting.*these differ in seconds"):
-        studies.resumed(replace(setting, seconds=9.0), tmp_path)
+    with studies.open_folder(setting, tmp_path) as (planned, _, _):
+        assert planned.setting.formats == ("cp", "tr")
+    with (
+        pytest.raises(ValueError, match=r"holds a study with another setting.*these differ in seconds"),
+        studies.open_folder(replace(setting, seconds=9.0), tmp_path),
+    ):
+        pass
 
 
 # ---- a weight ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mumoe_tensor import study as studies
-from mumoe_tensor.study.verdicts import Figure, best, head_verdicts, is_specialised, verdicts
+from mumoe_tensor.study.tables import Figure, best, is_specialised
 
 Made = tuple[studies.Plan, studies.Results]
 
@@ -14,7 +14,7 @@ Made = tuple[studies.Plan, studies.Results]
 def test_the_best_format_of_each_measure(made_up: Made) -> None:
     planned, _ = made_up
     budget = f"{planned.setting.budgets[0]:,} parameters"
-    _, headings, rows = verdicts(*made_up)
+    _, headings, rows = studies.cells(*made_up)[0]
     assert headings == ["", f"4 experts, {budget}", f"3 × 2 experts, {budget}"]
     cells = {row[0]: row[1] for row in rows}
     # Of those at the budget: the dense mixture and Hadamard are not. The quartiles of most others overlap.
@@ -22,7 +22,7 @@ def test_the_best_format_of_each_measure(made_up: Made) -> None:
     assert cells["least memory of a step, cpu"] == "CP 1 MiB"
     assert "least error of the weight" not in cells
     # Two runs of each head tell 95 % from 50 %, and not from 80 %.
-    _, _, heads = head_verdicts(*made_up)
+    _, _, heads = studies.cells(*made_up)[3]
     assert heads == [["best accuracy", *["tie: CP, Tensor Ring, 95.5 %"] * 2]]
 
 

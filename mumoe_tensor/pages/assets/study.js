@@ -23,9 +23,8 @@ const choose = box => plots.forEach(div => {
   if (traces.length) Plotly.restyle(div, {visible: box.checked}, traces);
 });
 
-// A logarithmic axis keeps its ticks; a linear one makes new ones.
-const linear = axis => ({...axis, type: 'linear', autorange: true, tickformat: '~s',
-  range: undefined, dtick: undefined, tickvals: undefined, ticktext: undefined});
+// A linear axis makes new ticks.
+const linear = axis => ({...axis, type: 'linear', autorange: true, tickformat: '~s', range: undefined, dtick: undefined});
 const scale = () => plots.forEach((div, k) => {
   const change = {};
   for (const name of ['xaxis', 'yaxis']) {

@@ -432,14 +432,14 @@ def load_all(folder: Path) -> list[str]:
 
 INTRODUCTION = f"""# Models from other libraries
 
-Layers of experts in models from transformers, timm and torch, inserted by `replace_mlp` and `replace_linear`;
-see [Put layers into a model](../how-to/put-layers-into-a-model.md). Each model is small and randomly
-initialised. Its layers are replaced by {OPTIONS["experts"]} experts each, at a rank high enough to keep the
-outputs equal. *Difference* is the relative difference of the model's outputs in float32. Then the model
-generates the same tokens as before (if it generates any), is trained for five steps, with and without
-gradient checkpointing, is compiled by `torch.compile`, is saved, and is loaded in a fresh process: models of
-transformers with `save_pretrained`, the others with `mumoe_tensor.nn.save`. Every model in the table passes
-all of this: `make zoo` writes this page, and fails if a step fails.
+`replace_mlp` and `replace_linear` put layers of experts into models from transformers, timm and torch; see
+[put layers into a model](../how-to/put-layers-into-a-model.md). The models in this table are small and
+randomly initialised. Each replaced layer has {OPTIONS["experts"]} experts, with a rank high enough to keep
+the outputs equal. *Difference* is the relative difference of the model's outputs in float32. Every model also
+generates the same tokens as before (if it generates any), trains for five steps with and without gradient
+checkpointing, compiles with `torch.compile`, and loads in a new process after it is saved, with
+`save_pretrained` for transformers and with `mumoe_tensor.nn.save` for the others. `make zoo` checks this and
+writes the table.
 """
 
 
@@ -468,7 +468,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         if model.is_replaced:
             cells = [rows[model.key][column] for column in COLUMNS]
             lines.append(f"| {title(model)} | {calls_of(model)} | {' | '.join(cells)} |")
-    lines += ["", "## Refused", "", "Layers that cannot be replaced, and the error for each:", ""]
+    lines += ["", "## Layers that raise an error", "", "These layers cannot be replaced:", ""]
     for model in MODELS:
         for pattern, reason in zip(
             model.refused, rows[model.key].get("refused", "").splitlines(), strict=True

@@ -84,16 +84,10 @@ def draw(rows: Sequence[Row]) -> Figure:
     for ax, column in zip(axes, ("ms", "peak_mib"), strict=True):
         for row in rows:
             low, high = (row.get(f"{column}_{end}", row[column]) for end in ("low", "high"))
-            single, colour = row["inputs"] == 1, colour_of(row["name"])
-            ax.errorbar(
-                row[column],
-                names.index(row["name"]),
-                xerr=[[row[column] - low], [high - row[column]]],
-                fmt="o",
-                color=colour,
-                markerfacecolor="white" if single else colour,
-                markersize=5,
-            )
+            look = {"fmt": "o", "color": colour_of(row["name"]), "markersize": 5}
+            look["markerfacecolor"] = "white" if row["inputs"] == 1 else look["color"]
+            error = [[row[column] - low], [high - row[column]]]
+            ax.errorbar(row[column], names.index(row["name"]), xerr=error, **look)
         ax.set_yticks(range(len(names)), [title_of(name) for name in names])
         ax.set(xscale="log", ylim=(len(names) - 0.5, -0.5))
         # (Minor tick labels would overlap on less than a decade.)

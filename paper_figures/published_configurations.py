@@ -13,8 +13,8 @@ rest of the network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -22,15 +22,14 @@ from mumoe_tensor import LayerSpec
 from paper_figures.common import TITLES, Row, new_figure
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """The blocks to replace, and the parameters of the rest of a network.
 
     Attributes
     ----------
-    blocks : tuple of LayerSpec
+    blocks : list of LayerSpec
         The distinct dense blocks; blocks of experts always have biases.
-    variants : tuple of tuple
+    variants : list of tuple
         Format, number of experts, and the rank in each of the blocks.
     repeated : int
         Number of times the network repeats the blocks.
@@ -41,77 +40,52 @@ class Network:
     """
 
     name: str
-    blocks: tuple[LayerSpec, ...]
-    variants: tuple[tuple[str, int, tuple[Any, ...]], ...]
+    blocks: list[LayerSpec]
+    variants: list[tuple[str, int, tuple[Any, ...]]]
     repeated: int = 1
     rest: int = 0
     norms: tuple[int, int] = (0, 0)
 
-    @property
-    def dense(self) -> int:
-        """Parameters with dense blocks."""
-        return self.rest + self.repeated * (self.norms[0] + sum(block.parameters for block in self.blocks))
-
-    def factorized(self, format: str, experts: int, ranks: Sequence[Any]) -> int:
-        """Parameters with μMoE blocks."""
-        mixtures = (
-            replace(block, format=format, experts=experts, rank=rank, bias=True)
-            for block, rank in zip(self.blocks, ranks, strict=True)
-        )
-        return self.rest + self.repeated * (self.norms[1] + sum(block.parameters for block in mixtures))
-
-    def dense_experts(self, experts: int) -> int:
-        """Parameters of the same number of dense experts, without the rest."""
-        return self.repeated * experts * sum(replace(block, bias=True).parameters for block in self.blocks)
+    def parameters(self, blocks: list[LayerSpec], norms: int) -> int:
+        """Parameters with these blocks."""
+        return self.rest + self.repeated * (norms + sum(block.parameters for block in blocks))
 
 
 def dense(*widths: int, bias: bool = True) -> LayerSpec:
     """A linear layer for two widths, or a block of two layers for three."""
     first, *hidden, last = widths
-    return LayerSpec(
-        "dense",
-        experts=(),
-        in_features=first,
-        hidden=hidden[0] if hidden else None,
-        out_features=last,
-        bias=bias,
-    )
+    sizes = {"in_features": first, "hidden": hidden[0] if hidden else None, "out_features": last}
+    return LayerSpec("dense", experts=(), **sizes, bias=bias)
 
 
 CLIP = {16: (424, 107), 32: (414, 106), 64: (393, 102), 128: (354, 95), 256: (283, 81), 512: (165, 52)}
 NETWORKS = (
     Network(
         "CLIP ViT-B/32 head",
-        (dense(768, 1000),),
-        (
-            *(("cp", n, (r,)) for n, (r, _) in CLIP.items()),
-            *(("tr", n, ((4, 4, r3),)) for n, (_, r3) in CLIP.items()),
-        ),
+        [dense(768, 1000)],
+        [("cp", n, (r,)) for n, (r, _) in CLIP.items()]
+        + [("tr", n, ((4, 4, r3),)) for n, (_, r3) in CLIP.items()],
     ),
     Network(
         "MLP-Mixer S-16",
-        (dense(196, 256, 196), dense(512, 2048, 512)),
-        (("cp", 64, (147, 384)), ("tr", 64, ((4, 4, 37), (4, 4, 97)))),
+        [dense(196, 256, 196), dense(512, 2048, 512)],
+        [("cp", 64, (147, 384)), ("tr", 64, ((4, 4, 37), (4, 4, 97)))],
         repeated=8,
         # Patch embedding, two norms per block, the last norm, the head.
         rest=(3 * 16**2 + 1) * 512 + 8 * 2 * 1024 + 1024 + 513 * 1000,
     ),
     Network(
         "GPT-2 124M",
-        (dense(768, 3072, 768, bias=False),),
-        (
-            ("cp", 64, (599,)),
-            ("cp", 256, (556,)),
-            ("tr", 64, ((4, 4, 153),)),
-            ("tr", 256, ((4, 4, 149),)),
-        ),
+        [dense(768, 3072, 768, bias=False)],
+        [("cp", n, (r,)) for n, r in ((64, 599), (256, 556))]
+        + [("tr", n, ((4, 4, r3),)) for n, r3 in ((64, 153), (256, 149))],
         repeated=12,
         # Embeddings, attention and its norm, the last norm; without biases.
         rest=(50_304 + 1024) * 768 + 12 * (4 * 768**2 + 768) + 768,
         norms=(768, 2 * 768),
     ),
-    Network("CelebA head", (dense(768, 40),), (("cp", 128, (512,)),)),
-    Network("CelebA head, 768 → 1024 → 40", (dense(768, 1024, 40, bias=False),), ()),
+    Network("CelebA head", [dense(768, 40)], [("cp", 128, (512,))]),
+    Network("CelebA head, 768 → 1024 → 40", [dense(768, 1024, 40, bias=False)], []),
 )
 
 
@@ -119,19 +93,20 @@ def rows(quick: bool) -> list[Row]:
     """One row per network and kind of block."""
     table: list[Row] = []
     for network in NETWORKS:
-        of_dense = {"experts": None, "rank": None, "parameters": network.dense, "dense_experts": None}
-        table.append({"network": network.name, "layer": "dense", **of_dense})
+        parameters = network.parameters(network.blocks, network.norms[0])
+        row = {"network": network.name, "layer": "dense", "experts": None, "rank": None}
+        table.append(row | {"parameters": parameters, "dense_experts": None})
+        biased = [replace(block, bias=True) for block in network.blocks]
         for format, experts, ranks in network.variants:
-            table.append(
-                {
-                    "network": network.name,
-                    "layer": TITLES[format],
-                    "experts": experts,
-                    "rank": " and ".join(str(rank) for rank in ranks),
-                    "parameters": network.factorized(format, experts, ranks),
-                    "dense_experts": network.dense_experts(experts),
-                }
-            )
+            mixtures = [
+                replace(block, format=format, experts=experts, rank=rank)
+                for block, rank in zip(biased, ranks, strict=True)
+            ]
+            row = {"network": network.name, "layer": TITLES[format], "experts": experts}
+            row["rank"] = " and ".join(map(str, ranks))
+            row["parameters"] = network.parameters(mixtures, network.norms[1])
+            row["dense_experts"] = network.repeated * experts * sum(block.parameters for block in biased)
+            table.append(row)
     return table
 
 

@@ -28,6 +28,7 @@ NETWORKS = {
     "mixer": ("accuracy", 100, "validation accuracy, %"),
     "gpt2": ("loss", 1, "validation loss, nats"),
 }
+VALUES = ("value", "value_low", "value_high")
 TITLES = {"mixer": "Mixer", "gpt2": "GPT-2"}
 
 
@@ -35,29 +36,22 @@ def rows(quick: bool) -> list[Row]:
     """One row per layer or network and number of singular values kept."""
     weights = dict(zip(BLOCKS, pretrained(), strict=True))
     weights["normal"] = np.random.default_rng(0).standard_normal(weights["6"].shape)
-    records = []
+    records: list[Row] = []
     for layer, weight in weights.items():
         squares = np.linalg.svd(weight, compute_uv=False) ** 2
         count = len(squares)
         for kept in range(0, count + 1, count // 4 if quick else count // 20):
             energy = float(squares[:kept].sum() / squares.sum())
             error = float((squares[kept:].sum() / squares.sum()) ** 0.5)
-            records.append(
-                {
-                    "layer": layer, "kept": kept, "share_kept": kept / count, "energy": energy,
-                    "relative_error": error, "value": None, "value_low": None, "value_high": None,
-                }
-            )  # fmt: skip
+            row = {"layer": layer, "kept": kept, "share_kept": kept / count, "energy": energy}
+            records.append(row | {"relative_error": error} | dict.fromkeys(VALUES))
     for network, (column, unit, _) in NETWORKS.items():
         for share, group in sorted(grouped(table(f"{network}_svd"), "share").items()):
             figures = over_seeds(group, column)
-            value, low, high = (unit * figures[f"{column}{end}"] for end in ("", "_low", "_high"))
-            records.append(
-                {
-                    "layer": network, "kept": None, "share_kept": share, "energy": None,
-                    "relative_error": None, "value": value, "value_low": low, "value_high": high,
-                }
-            )  # fmt: skip
+            row = dict.fromkeys(records[0]) | {"layer": network, "share_kept": share}
+            for name, end in zip(VALUES, ("", "_low", "_high"), strict=True):
+                row[name] = unit * figures[f"{column}{end}"]
+            records.append(row)
     return records
 
 
@@ -86,10 +80,6 @@ def draw(rows: Sequence[Row]) -> Figure:
         low, high = ([row[f"value_{end}"] for row in group] for end in ("low", "high"))
         ax.fill_between(shares, low, high, color="black", alpha=0.15, linewidth=0)
         ax.axhline(group[-1]["value"], color="0.65", linestyle="--", linewidth=0.8)
-        ax.set(
-            xlabel="singular values kept, %",
-            ylabel=NETWORKS[network][2],
-            xlim=(0, 100),
-            title=TITLES[network],
-        )
+        ax.set(xlabel="singular values kept, %", ylabel=NETWORKS[network][2])
+        ax.set(xlim=(0, 100), title=TITLES[network])
     return figure

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from mumoe_tensor.study.plots import colour, marker
 from paper_figures.common import Row, draw_line, new_figure, set_experts_axis
-from paper_figures.experiments.tables import over_seeds, table
+from paper_figures.experiments.tables import grouped, over_seeds, table
 from paper_figures.experiments.tiny_imagenet import LINEAR, NULLS
 
 LABELS = {
@@ -36,11 +36,8 @@ GATES = {
 def rows(quick: bool) -> list[Row]:
     """One row a format, experts and gate at the parameters of the linear layer; that of the layer first."""
     records = []
-    kept = [row for row in table("tiny_imagenet") if row["budget"] == LINEAR]
-    keys = [(row["format"], str(row["experts"]), row["gate"], row["gate_norm"]) for row in kept]
-    for key in dict.fromkeys(keys):
-        group = [row for row, other in zip(kept, keys, strict=True) if other == key]
-        name, modes, gate, norm = key
+    kept = [row | {"experts": str(row["experts"])} for row in table("tiny_imagenet").of(budget=LINEAR)]
+    for (name, modes, gate, norm), group in grouped(kept, "format", "experts", "gate", "gate_norm").items():
         if norm != ("none" if gate in NULLS else "batch") or gate not in GATES:
             continue
         levels = [] if modes == "none" else [int(n) for n in modes.split("x")]

@@ -1,15 +1,16 @@
 """
-Train a head, and look at its experts
-=====================================
+Train a head and look at its experts
+====================================
 
-A layer of 16 experts learns to tell digits apart. Which experts are used, and for what?
+Train a layer of 16 experts to classify digits, and see which experts are used for which
+digits.
 """
 
 # %%
 # Train it
 # --------
-# `.MuMoE` takes the place of ``torch.nn.Linear(64, 10)``. A part of the rows chooses the
-# best epoch, another part is only looked at in the end.
+# `.MuMoE` replaces ``torch.nn.Linear(64, 10)``. Validation rows choose the best epoch, and
+# test rows are used only at the end.
 
 import matplotlib.pyplot as plt
 import torch
@@ -30,10 +31,10 @@ _, accuracy = evaluate(model, test)
 print(f"{accuracy:.1%} of {len(test)} digits are classified correctly")
 
 # %%
-# How much are they used?
-# -----------------------
+# How much are experts used?
+# --------------------------
 # The coefficients of an input are zero for most experts and sum to one. `.Usage` and
-# `.Labels` count them, batch by batch where there are many.
+# `.Labels` accumulate statistics of them over batches.
 
 with torch.no_grad():
     _, (coefficients,) = model(test.x, return_coefficients=True)
@@ -48,8 +49,8 @@ print(
 )
 
 # %%
-# An expert may be there for a digit or two, and a digit may have several experts. Columns
-# of the right panel sum to one.
+# Most experts are used for one digit or two, and a digit may have several experts. Each
+# column of the right panel sums to one.
 
 plt.rcParams.update(STYLE)
 by_digit = torch.stack([coefficients[test.y == digit].mean(0) for digit in range(10)], 1)
@@ -75,10 +76,10 @@ map.set(
 figure.colorbar(image, ax=map, label="mean coefficient")
 
 # %%
-# What are they used for?
-# -----------------------
-# The six images that give each expert its largest coefficient, with that of the first and
-# of the sixth.
+# What are experts used for?
+# --------------------------
+# The figure shows the six images with the largest coefficients of each expert. The numbers
+# are the largest and the sixth-largest coefficient.
 
 top = coefficients.topk(6, dim=0)
 figure, axes = plt.subplots(8, 2, figsize=(7.2, 4.6), layout="constrained")

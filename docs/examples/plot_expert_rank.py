@@ -2,16 +2,16 @@
 What a low expert rank costs
 ============================
 
-At one budget, more experts means a smaller rank, and the matrix of an expert cannot have
-more than that. What does it cost, if an expert should be a full matrix?
+At a fixed budget, more experts mean a smaller rank, which limits the rank of each expert's
+matrix. This example measures what a low rank costs.
 """
 
 # %%
-# How it falls with the number of experts
-# ---------------------------------------
-# A head from 768 features to 1,000 classes, with as many parameters as the linear layer,
-# its gate counted. Nothing is trained here: the rank is solved for, and the largest rank of
-# an expert is read off the network.
+# Rank against the number of experts
+# ----------------------------------
+# A head from 768 features to 1,000 classes has as many parameters as the linear layer,
+# including its gate. ``fit_rank`` solves for the rank, and ``cost`` computes the largest
+# rank of an expert. No layer is trained.
 
 import matplotlib.pyplot as plt
 import torch
@@ -35,12 +35,11 @@ for name in FORMATS:
     print(f"{name:7}" + "".join(f"{bound:6}" for bound in bounds[name]))
 
 # %%
-# What an expert of that rank can hold
-# ------------------------------------
-# An MLP learns the digits. Then its middle layer, 128 → 128, becomes a layer of 8 experts
-# that all start as the linear layer, or as near to it as the format can come.
-# ``fit_errors`` says how near. Nothing is trained afterwards, so what is lost is lost to
-# the rank.
+# Experts fitted to a trained layer
+# ---------------------------------
+# Train an MLP on the digits, and replace its middle layer, 128 → 128, with 8 experts that
+# are all as close to the linear layer as the format allows. ``fit_errors`` contains the
+# error. The model is not trained afterwards, so any loss of accuracy is due to the rank.
 
 rest, test = split(digits(), 0.2)
 fit, validation = split(rest, 0.2)
@@ -55,14 +54,14 @@ model = torch.nn.Sequential(
 )
 train(model, fit, validation, TrainConfig(epochs=20, batch_size=64, learning_rate=0.01))
 intact = evaluate(model, test)[1]
-print(f"the MLP: {intact:.1%} right")
+print(f"accuracy of the MLP: {intact:.1%}")
 
 
 layer_sizes = dict(experts=8, in_features=128, out_features=128, bias=True, gate=True)
 
 
 def held(name: str, rank) -> tuple[int, float, float, int]:
-    """Rank of an expert, error of the fit, accuracy with the layer, parameters of it."""
+    """Rank of an expert, error of the fit, accuracy with the layer, its parameters."""
     layer = MuMoE.from_linear(middle, 8, format=name, rank=rank)
     model[2] = layer.eval()
     accuracy = evaluate(model, test)[1]
@@ -79,20 +78,21 @@ ranks = {
 found = {name: [held(name, rank) for rank in ranks[name]] for name in FORMATS}
 for bound, error, accuracy, parameters in found["cp"]:
     print(
-        f"rank {bound:3}: error {error:5.1%}, {accuracy:.1%} right, {parameters} parameters"
+        f"rank {bound:3}: error {error:5.1%}, accuracy {accuracy:.1%}, size {parameters:,}"
     )
 
 # %%
-# On the left the closed form. In the middle the error: the experts of every format come as
-# near as the best matrix of their rank, so all points lie on one line, that of the singular
-# values. On the right the accuracy: the formats differ in the parameters that a rank takes.
+# Left: the closed form. Middle: the error. The experts of every format reach the error of
+# the best matrix of their rank, so all points are on one line, which the singular values
+# determine. Right: the accuracy. The formats need different numbers of parameters for a
+# rank.
 
 augmented = torch.cat([middle.weight, middle.bias[:, None]], 1).detach().double()
 values = torch.linalg.svdvals(augmented)
 best = [100 * float(values[rank:].norm() / values.norm()) for rank in range(129)]
 
 figure, (bound, error, right) = plt.subplots(1, 3, figsize=(7.2, 3.1), layout="constrained")
-error.plot(range(129), best, color="0.7", label="best of that rank")
+error.plot(range(129), best, color="0.7", label="best matrix of the rank")
 for name, size in zip(FORMATS, (7, 5.5, 4, 2.5), strict=True):
     style = {"color": colour(name), "markersize": size, "linewidth": 1}
     bound.plot(counts, bounds[name], "o-", label=name, **style)
@@ -102,11 +102,15 @@ for name, size in zip(FORMATS, (7, 5.5, 4, 2.5), strict=True):
 right.axhline(100 * intact, color="0.3", linewidth=0.8, linestyle="--")
 bound.set_xscale("log", base=2)
 bound.set_xticks(counts[::2], [str(n) for n in counts[::2]])
-bound.set(title="Head of one budget", xlabel="experts", ylabel="largest rank of an expert")
+bound.set(
+    title="Head at a fixed budget", xlabel="experts", ylabel="largest rank of an expert"
+)
 error.set(
     title="One layer", xlabel="largest rank of an expert", ylabel="error of the fit, %"
 )
-right.set(title="The model with it", xlabel="parameters of the layer", ylabel="% right")
+right.set(
+    title="Model with this layer", xlabel="parameters of the layer", ylabel="accuracy, %"
+)
 right.set_xscale("log")
 right.set_xticks([2_000, 5_000, 10_000, 30_000], ["2k", "5k", "10k", "30k"])
 right.minorticks_off()

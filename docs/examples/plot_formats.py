@@ -2,16 +2,17 @@
 Formats at one budget
 =====================
 
-The same block of experts in every registered format, with as many parameters wherever the
-format has a rank to choose.
+Compare the same block of experts in every registered format. Formats with a rank have equal
+numbers of parameters.
 """
 
 # %%
 # What they cost
 # --------------
-# A block of two layers, 64 → 64 → 10, with 32 experts. The budget is 8,000 parameters, gate
-# and biases counted. Hadamard, Monarch and the dense tensor have no rank: they are as large
-# as they are. Low rank has two factors for every expert, which are larger at rank one.
+# A block has two layers, 64 → 64 → 10, and 32 experts. The budget is 8,000 parameters,
+# including gate and biases. Hadamard, Monarch and the dense tensor have no rank, so their
+# size is fixed. Low rank has two factors for every expert, which exceed the budget even at
+# rank one.
 
 import matplotlib.pyplot as plt
 import torch
@@ -38,8 +39,8 @@ for name, format in mt.formats().items():
 # %%
 # What they learn
 # ---------------
-# Three seeds each, and a dense MLP of the same sizes beside them. The digits are easy:
-# differences of a point are not to be read as an order.
+# Train every block with three seeds, and a dense MLP of the same sizes for comparison. The
+# task is easy, so differences of one point do not rank the formats.
 
 rest, test = split(digits(), 0.2)
 fit, validation = split(rest, 0.2)
@@ -73,11 +74,11 @@ accuracies = {
 accuracies["MLP"] = [accuracy(mlp, seed) for seed in SEEDS]
 for name, values in accuracies.items():
     mean = sum(values) / len(values)
-    print(f"{name:13} {mean:.1%} right (from {min(values):.1%} to {max(values):.1%})")
+    print(f"{name:13} accuracy {mean:.1%} (from {min(values):.1%} to {max(values):.1%})")
 
 # %%
-# The rank is that of the first layer's experts, whose matrices are 64 x 64; the second
-# layer has ten outputs only.
+# The middle panel shows the rank of the first layer's experts, which are 64 × 64 matrices;
+# the second layer has only ten outputs.
 
 names = [*costs, "MLP"]
 parameters = [cost.parameters for cost in costs.values()] + [

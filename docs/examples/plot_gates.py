@@ -2,16 +2,16 @@
 How sparse gates are
 ====================
 
-A gate makes coefficients of logits. They are at least zero and sum to one, and what differs
-is how many are zero.
+A gate computes coefficients from logits. With all gates in this example they are at least
+zero and sum to one, but different numbers of them are zero.
 """
 
 # %%
 # One row of logits
 # -----------------
-# softmax gives every expert something. entmax15 and sparsemax give nothing to experts below
-# a threshold, which depends on all logits of the row. top-k gives something to the k
-# largest, whatever the logits are.
+# With softmax, every coefficient is positive. With entmax15 and sparsemax, experts below a
+# threshold have a coefficient of zero; the threshold depends on all logits of the row. With
+# top-k, the k largest coefficients are positive, whatever the logits.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,13 +32,13 @@ logits = np.sort(2 * rng.standard_normal(64))[::-1]
 for name, (gate, _) in GATES.items():
     a = gate(logits)
     print(
-        f"{name:9} {np.count_nonzero(a):2} of 64 are not zero, the largest is {a.max():.3f}"
+        f"{name:9} {np.count_nonzero(a):2} of 64 are nonzero, the largest is {a.max():.3f}"
     )
 
 # %%
-# The bars are the coefficients of the 16 largest logits. On the right, one logit moves
-# while seven others stay at zero: each sparse gate leaves the axis at a threshold, and its
-# slope is continuous there only for entmax15.
+# Left: the coefficients of the 16 largest logits. Right: one logit varies while seven
+# others are zero. The coefficient of a sparse gate is zero up to a threshold, where its
+# slope is continuous only for entmax15.
 
 figure, (bars, moved) = plt.subplots(1, 2, figsize=(7.2, 3), layout="constrained")
 for k, (name, (gate, colour)) in enumerate(GATES.items()):
@@ -59,17 +59,17 @@ for name in ("softmax", "entmax15", "sparsemax"):
     gate, colour = GATES[name]
     moved.plot(x, gate(rows)[:, 0], color=colour)
 moved.set(
-    xlabel="its logit, the seven others being 0",
+    xlabel="its logit, with seven others at 0",
     ylabel="coefficient",
     title="One expert of eight",
 )
 
 # %%
-# The scale of the logits decides
-# -------------------------------
-# Batch norm and layer norm give the logits a standard deviation near one at the start of
-# the training, so how sparse a new layer is depends on the number of experts. Logits of a
-# larger scale give sparser coefficients.
+# Scale of the logits
+# -------------------
+# With batch norm or layer norm, the logits have a standard deviation near one at the start
+# of training, so the sparsity of a new layer depends on the number of experts. Larger
+# logits make the coefficients sparser.
 
 counts = [16, 64, 256, 1024, 4096]
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 3), layout="constrained", sharey=True)
@@ -88,6 +88,6 @@ for ax, scale in zip(axes, (1, 3), strict=True):
         xlabel="experts",
         title=f"Normal logits of standard deviation {scale}",
     )
-axes[0].set_ylabel("coefficients that are not zero")
+axes[0].set_ylabel("nonzero coefficients")
 axes[0].legend(frameon=False)
 plt.show()

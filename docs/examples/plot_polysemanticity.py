@@ -1,17 +1,17 @@
 """
-Take experts away
-=================
+Remove experts
+==============
 
-A class suffers if an expert that is there for it is taken away. How far are experts from
-being there for one class? And how far would they be if the gate drew them at random?
+Removing an expert changes the accuracy of the classes that use it. Polysemanticity measures
+how far experts are from affecting a single class; the baseline is a gate that draws experts
+at random.
 """
 
 # %%
 # Without one expert
 # ------------------
-# Layers with 8 to 128 experts are trained on the digits. `.ablation_effects` takes the
-# experts of a layer away one after the other, and tells how the accuracy of every class
-# changes.
+# Train a layer of 32 experts on the digits. `.ablation_effects` removes one expert after
+# another, and returns the change in the accuracy of every class.
 
 import matplotlib.pyplot as plt
 import torch
@@ -42,34 +42,34 @@ model = trained(32)
 batch = [(test.x, test.y)]
 effects = ablation_effects(model, model, batch, classes=10)
 worst = int(effects.min(1).values.argmin())
-print(f"{evaluate(model, test)[1]:.1%} right with all experts")
+print(f"accuracy {evaluate(model, test)[1]:.1%} with all experts")
 with ablate(model, [worst]):
-    print(f"{evaluate(model, test)[1]:.1%} right without expert {worst}")
+    print(f"accuracy {evaluate(model, test)[1]:.1%} without expert {worst}")
 
 # %%
-# Red: the class suffers. On the right the same with a gate that gives the coefficients of
-# an input to experts drawn at random. Its model is worse to begin with, and no expert is
-# there for anything.
+# Red means that the class loses accuracy. Right: the same with a gate that assigns the
+# coefficients of an input to random experts. This model is less accurate, and its experts
+# do not specialise.
 
 baseline = ablation_effects(model, model, batch, classes=10, random_seed=0)
 limit = float(torch.maximum(effects.abs().max(), baseline.abs().max()))
 figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.4), layout="constrained", sharey=True)
 for ax, changes, title in zip(
-    axes, (effects, baseline), ("Its own gate", "A random gate"), strict=True
+    axes, (effects, baseline), ("Trained gate", "Random gate"), strict=True
 ):
     image = ax.imshow(
         100 * changes, cmap="RdBu", vmin=-100 * limit, vmax=100 * limit, aspect="auto"
     )
     ax.set(title=title, xlabel="digit", xticks=range(10), yticks=range(0, 32, 4))
-axes[0].set_ylabel("expert taken away")
-figure.colorbar(image, ax=axes, label="change of the accuracy, points")
+axes[0].set_ylabel("removed expert")
+figure.colorbar(image, ax=axes, label="change in accuracy, points")
 
 # %%
-# One figure an expert
-# --------------------
-# `.polysemanticity` is 0 for an expert whose removal concerns one class alone. It depends
-# on how many experts there are and on how sparse the gate is, even if the gate knows
-# nothing. So it says something only beside the random gate.
+# Polysemanticity
+# ---------------
+# `.polysemanticity` is 0 for an expert that affects a single class. It also depends on the
+# number of experts and on the sparsity of the gate, even for a random gate, so compare it
+# with the random gate. The figure shows layers with 8 to 128 experts.
 
 counts = (8, 16, 32, 64, 128)
 own, random = [], []
@@ -86,8 +86,8 @@ for experts in counts:
     print(f"{experts:3} experts: {own[-1]:.2f}, with a random gate {random[-1]:.2f}")
 
 figure, ax = plt.subplots(figsize=(4.6, 3), layout="constrained")
-ax.plot(counts, own, "o-", color=colour("cp"), label="its own gate")
-ax.plot(counts, random, "s--", color="0.5", label="a random gate, mean of 3 seeds")
+ax.plot(counts, own, "o-", color=colour("cp"), label="trained gate")
+ax.plot(counts, random, "s--", color="0.5", label="random gate, mean of 3 seeds")
 ax.set_xscale("log", base=2)
 ax.set_xticks(counts, [str(n) for n in counts])
 ax.set(xlabel="experts", ylabel="mean polysemanticity", ylim=(0, 1.1))

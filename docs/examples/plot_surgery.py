@@ -1,16 +1,16 @@
 """
-Put layers into a model that exists
-===================================
+Put layers into an existing model
+=================================
 
-A small transformer reads digits. Its MLP blocks become blocks of experts that start as they
-are, so nothing is lost; then the experts part.
+Replace the MLP blocks of a small transformer with blocks of experts that start with the
+same outputs, and continue training.
 """
 
 # %%
-# Someone else's model
-# --------------------
-# It cuts an image into 16 patches of 2 x 2 pixels. All it takes for what follows is that
-# the MLP blocks are modules with a name.
+# The model
+# ---------
+# The model cuts an image into 16 patches of 2 × 2 pixels. Its MLP blocks are modules with a
+# name, which the replacement needs.
 
 import copy
 
@@ -60,25 +60,25 @@ config = TrainConfig(epochs=8, batch_size=64, learning_rate=0.01)
 torch.manual_seed(0)
 model = Reader()
 before = train(model, fit, validation, config)
-print(f"{evaluate(model, test)[1]:.1%} right")
+print(f"accuracy {evaluate(model, test)[1]:.1%}")
 
 # %%
 # What would change
 # -----------------
-# A pattern names the blocks. With ``dry_run=True`` nothing happens to the model. A rank of
-# (4, 4, 9) allows for experts of rank 4 · 9 = 36, so they can be the old matrices of 33
-# rows, bias counted.
+# A pattern selects the blocks. With ``dry_run=True`` the model does not change. A rank of
+# (4, 4, 9) allows experts of rank 4 · 9 = 36, enough for the old matrices of 33 rows,
+# including the bias.
 
 options = dict(experts=32, format="tr", rank=(4, 4, 9), gate_norm="layer")
 for planned in replace_mlp(model, "blocks.*.mlp", dry_run=True, **options):
     print(planned)
 
 # %%
-# Change it
-# ---------
-# The errors of weights and outputs are those of rounding. The gate of a new block is drawn
-# at random: whatever it says, a mixture of equal experts is that expert. A copy keeps its
-# MLPs, to compare with.
+# Replace the blocks
+# ------------------
+# The errors of weights and outputs are rounding errors. The gate of a new block is
+# initialised at random, which has no effect while all experts are equal. A copy of the
+# model keeps its MLPs, for comparison.
 
 plain = copy.deepcopy(model)
 for done in replace_mlp(model, "blocks.*.mlp", **options):
@@ -88,16 +88,16 @@ with torch.no_grad():
 print(f"largest difference of an output: {difference:.1e}")
 
 # %%
-# Train both on
-# -------------
-# This is no comparison of the two: the model with experts has more parameters, and it is
-# one seed of an easy task. What experts add is something to look at.
+# Continue training
+# -----------------
+# The two models are not comparable in accuracy: the model with experts has more parameters,
+# and this is one seed of an easy task. The purpose of the experts is to be inspected.
 
-runs = {"with experts": (model, colour("tr")), "with its MLPs": (plain, "#000000")}
+runs = {"with experts": (model, colour("tr")), "with MLPs": (plain, "#000000")}
 after = {}
 for name, (each, _) in runs.items():
     after[name] = train(each, fit, validation, config)
-    print(f"{name}: {evaluate(each, test)[1]:.1%} right")
+    print(f"{name}: accuracy {evaluate(each, test)[1]:.1%}")
 
 usage = {}
 
@@ -113,8 +113,7 @@ for name, found in used.items():
     print(f"{name}: {found.dead} dead, a patch uses {32 * found.active:.1f} of 32 experts")
 
 # %%
-# On the left the loss of the validation rows, on the right how much each expert is used,
-# from most to least.
+# Left: the validation loss. Right: the use of each expert, from most to least.
 
 figure, (loss, shares) = plt.subplots(1, 2, figsize=(7.2, 3), layout="constrained")
 epochs = range(1, len(before) + 1)

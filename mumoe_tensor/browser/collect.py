@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from mumoe_tensor.analysis import (
     watch_coefficients,
 )
 from mumoe_tensor.analysis.labels import read_labels
-from mumoe_tensor.analysis.parts import gate_of
 from mumoe_tensor.nn.gate import ExpertGate
 from mumoe_tensor.nn.watch import evaluating, gates_of
 from mumoe_tensor.progress import Progress
@@ -108,7 +107,6 @@ def collect(
     batch_size: int = 256,
     pool: Literal["max", "mean"] = "max",
     passage: int | None = None,
-    effects: bool = True,
     removed: int | None = None,
     effect_inputs: int | None = None,
     layers: Sequence[str] | None = None,
@@ -135,10 +133,9 @@ def collect(
     passage : int, optional
         Divide inputs into passages of this many rows, which count as separate inputs: passage j of input i
         has the index ``i * passages + j``.
-    effects : bool, default True
-        Measure the effect of removing experts on the accuracy of classes, or on the loss; needs `labels`.
     removed : int, optional
-        Number of experts per level to remove, the most used first; all by default.
+        With `labels`: number of experts per level, the most used first, whose removal is measured by its
+        effect on the accuracy of classes, or on the loss; all by default.
     effect_inputs : int, optional
         Measure effects only on this many first inputs; by default on all.
     layers : sequence of str, optional
@@ -207,15 +204,20 @@ def collect(
             layer = name.rpartition(".")[0]
             tell(len(starts) + done, total, f"experts of {layer or 'the model'}")
             usage, lost = counted.usage.statistics(), None
-            if effects and labels is not None:
+            if removed != 0 and labels is not None:
                 module = model.get_submodule(layer)
                 chosen = usage.mean.argsort(descending=True, stable=True)[:removed].sort().values
                 part = slice(0, effect_inputs)
                 batches = list(
                     zip(inputs[part].split(batch_size), labels[part].split(batch_size), strict=True)
                 )
-                classes = None if is_language else int(labels.max()) + 1
-                lost = _effects(model, module, batches, classes, level, chosen.tolist())
+                which: Any = {"level": level, "experts": chosen.tolist()}
+                if is_language:
+                    measured = loss_effects(model, module, batches, **which)
+                else:
+                    measured = ablation_effects(model, module, batches, int(labels.max()) + 1, **which)
+                lost = torch.full((len(usage.mean), *measured.shape[1:]), torch.nan)
+                lost[chosen] = measured
             levels.append(
                 ExpertLevel(
                     layer, level, usage, distinct, frequency, None if distinct is None else counted.sums.T,
@@ -271,21 +273,17 @@ def _labelled(
     if labels is None:
         return None, None, None
     labels = labels.cpu()  # like the statistics of all batches
-    if is_language:
-        distinct, places, counts = labels.unique(return_inverse=True, return_counts=True)
-    else:
-        distinct, places = torch.arange(int(labels.max()) + 1), labels
-        counts = labels.bincount(minlength=len(distinct))
-    if is_language and len(distinct) > most:
+    if not is_language:
+        counts = labels.bincount()
+        return torch.arange(len(counts)), labels, counts / counts.sum()
+    distinct, places, counts = labels.unique(return_inverse=True, return_counts=True)
+    if len(distinct) > most:
         frequent = counts.argsort(descending=True, stable=True)[: max(1, most - 1)].sort().values
         place_of = torch.full((len(distinct),), len(frequent))
         place_of[frequent] = torch.arange(len(frequent))
-        rare = counts.sum() - counts[frequent].sum()
-        distinct, counts = (
-            torch.cat([distinct[frequent], distinct.new_tensor([-1])]),
-            torch.cat([counts[frequent], rare[None]]),
-        )
         places = place_of[places]
+        distinct = torch.cat([distinct[frequent], distinct.new_tensor([-1])])
+        counts = places.flatten().bincount()
     return distinct, places, counts / counts.sum()
 
 
@@ -299,21 +297,3 @@ def _by_input(rows: Tensor, count: int, passage: int | None) -> Tensor:
             f"has {len(rows)} rows."
         )
     return rows.reshape(-1, size, rows.shape[-1])
-
-
-def _effects(
-    model: nn.Module,
-    layer: nn.Module,
-    batches: list[tuple[Tensor, Tensor]],
-    classes: int | None,
-    level: int,
-    experts: list[int],
-) -> Tensor:
-    """Effects of removed experts, and NaN for the others; without classes, on the loss."""
-    if classes is None:
-        measured = loss_effects(model, layer, batches, level=level, experts=experts)
-    else:
-        measured = ablation_effects(model, layer, batches, classes, level=level, experts=experts)
-    effects = torch.full((gate_of(layer).num_experts[level], *measured.shape[1:]), torch.nan)
-    effects[experts] = measured
-    return effects

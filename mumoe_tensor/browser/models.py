@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mumoe_tensor.analysis.labels import read_labels
-from mumoe_tensor.browser.collect import collect
-from mumoe_tensor.browser.page import page
+from mumoe_tensor.browser.collect import ExpertLevel, collect
 from mumoe_tensor.browser.samples import Images, Texts
-from mumoe_tensor.browser.view import Sample, View
+from mumoe_tensor.browser.view import Sample, View, page
 from mumoe_tensor.configs.page import check_counts
 from mumoe_tensor.progress import Progress
 
@@ -101,46 +100,69 @@ def browse_model(
     if labels is not None and labels.numel():
         check_names(classes, int(labels.max()) + 1)
     device = next((p.device for p in model.parameters()), inputs.device)
+    return page(
+        view_model(
+            model, inputs.to(device), labels if labels is None else labels.to(device), samples=samples,
+            classes=classes, layers=layers, grids=grids, k=k, experts=experts, removed=removed,
+            batch_size=batch_size, pool=pool, threshold=threshold, progress=progress,
+            title=title or f"Experts of {type(model).__name__}", about=about or f"{len(inputs):,} inputs.",
+        )
+    )  # fmt: skip
+
+
+def view_model(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor | None,
+    *,
+    samples: Images | Texts | None,
+    classes: Sequence[str],
+    title: str,
+    about: str,
+    k: int,
+    removed: int | None,
+    layers: Sequence[str] | None = None,
+    grids: Mapping[str, tuple[int, int]] | None = None,
+    experts: int | None = None,
+    batch_size: int = 256,
+    pool: Literal["max", "mean"] = "max",
+    threshold: float = 0.5,
+    effect_inputs: int | None = EFFECT_INPUTS,
+    progress: Progress | None,
+) -> View:
+    """See `browse_model`."""
     levels = collect(
-        model, inputs.to(device), labels if labels is None else labels.to(device), k=k, pool=pool,
-        batch_size=batch_size, effects=removed > 0, removed=removed, effect_inputs=EFFECT_INPUTS,
-        layers=layers, threshold=threshold, progress=progress,
+        model, inputs, labels, k=k, pool=pool, batch_size=batch_size, removed=removed,
+        effect_inputs=effect_inputs, layers=layers, threshold=threshold, progress=progress,
     )  # fmt: skip
     legend = []
     if any(level.rows is not None for level in levels):
         how = "largest" if pool == "max" else "mean"
         legend.append(f"The coefficient of an input is the {how} coefficient of its rows.")
     if labels is not None:
-        counts = [len(level.top) for level in levels]
-        legend.append(legend_of_classes(removed, counts, min(EFFECT_INPUTS, len(inputs))))
-    legend.append(f"Load: rows with a coefficient of at least {threshold:g}.")
-    return page(
-        View(
-            levels, samples, title=title or f"Experts of {type(model).__name__}",
-            about=about or f"{len(inputs):,} inputs.", legend=" ".join(legend), classes=classes,
-            grids=grids or {}, experts=experts,
+        remark = "the ratio of the two"
+        if removed != 0:
+            count = len(inputs[:effect_inputs])
+            remark = "the change in their accuracy without it, in points. Effect: the sum of these changes, "
+            remark += f"{measured(removed, levels)} on {count:,} inputs"
+        legend.append(
+            "Bars: the classes whose share of the expert's coefficients exceeds their share of the inputs; "
+            f"in parentheses, {remark}."
         )
+    legend.append(f"Load: rows with a coefficient of at least {threshold:g}.")
+    return View(
+        levels, samples, title=title, about=about, legend=" ".join(legend), classes=classes,
+        grids=grids or {}, experts=experts,
     )  # fmt: skip
 
 
-def measured(removed: int, experts: Sequence[int]) -> str:
+def measured(removed: int | None, levels: list[ExpertLevel]) -> str:
     """A phrase that says for which experts effects were measured."""
-    if not removed:
+    if removed == 0:
         return "not measured,"
-    if removed >= max(experts):
+    if removed is None or all(removed >= len(level.top) for level in levels):
         return "measured"
     return f"measured for the {removed} most used experts of each level"
-
-
-def legend_of_classes(removed: int, experts: Sequence[int], looked: int) -> str:
-    """The explanation of bars and effects on the cards; effects were measured on `looked` inputs."""
-    start = "Bars: the classes whose share of the expert's coefficients exceeds their share of the inputs; in"
-    if not removed:
-        return f"{start} parentheses, the ratio of the two."
-    return (
-        f"{start} parentheses, the change in their accuracy without it, in points. Effect: the sum of these "
-        f"changes, {measured(removed, experts)} on {looked:,} inputs."
-    )
 
 
 def check_names(classes: Sequence[str], count: int) -> None:
@@ -200,25 +222,31 @@ def browse_language_model(
     TypeError
         If tokens are not integers.
     """
+    check_counts(removed, k=k, experts=experts)
     return page(
-        view_language_model(model, decode, windows, layers, k, experts, removed, title, about, progress)
-    )
+        view_language_model(
+            model, decode, windows, layers, k=k, experts=experts, removed=removed, title=title, about=about,
+            progress=progress,
+        )
+    )  # fmt: skip
 
 
 def view_language_model(
     model: nn.Module,
     decode: Callable[[list[int]], str],
     windows: Tensor,
-    layers: Sequence[str] | None,
+    layers: Sequence[str] | None = None,
+    *,
     k: int,
-    experts: int,
     removed: int,
     title: str,
     about: str,
+    experts: int | None = EXPERTS,
+    threshold: float = torch.finfo(torch.float32).tiny,
+    written: Sample | None = None,
     progress: Progress | None,
 ) -> View:
     """See `browse_language_model`."""
-    check_counts(removed, k=k, experts=experts)
     windows = read_labels(windows, what="tokens")
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise ValueError(
@@ -227,60 +255,24 @@ def view_language_model(
     windows = windows.to(next(model.parameters()).device)
     passage = min(PASSAGE, windows.shape[1] - 1)
     context = (windows.shape[1] - 1) // passage * passage
-    return view_tokens(
-        model,
-        windows[:, :context],
-        windows[:, 1 : context + 1],
-        lambda token: decode([token]),
-        passage=passage,
-        k=k,
-        removed=removed,
-        title=title or f"Experts of {', '.join(layers or [type(model).__name__])}",
-        about=about or f"{len(windows) * context:,} tokens.",
-        layers=layers,
-        experts=experts,
-        threshold=torch.finfo(torch.float32).tiny,
-        progress=progress,
-    )
-
-
-def view_tokens(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    decode: Callable[[int], str],
-    *,
-    passage: int,
-    k: int,
-    removed: int,
-    title: str,
-    about: str,
-    layers: Sequence[str] | None = None,
-    experts: int | None = None,
-    threshold: float = 0.5,
-    written: Sample | None = None,
-    progress: Progress | None,
-) -> View:
-    """The view of a language model on token ids of shape (windows, tokens), and the token after each."""
-    rows = max(1, BATCH_TOKENS // x.shape[1])
-    looked = min(max(1, EFFECT_TOKENS // x.shape[1]), len(x))
+    x, y = windows[:, :context], windows[:, 1 : context + 1]
+    looked = min(max(1, EFFECT_TOKENS // context), len(x))
     levels = collect(
-        model, x, y, k=k, batch_size=rows, passage=passage, effects=removed > 0, removed=removed,
+        model, x, y, k=k, batch_size=max(1, BATCH_TOKENS // context), passage=passage, removed=removed,
         effect_inputs=looked, layers=layers, threshold=threshold, progress=progress,
     )  # fmt: skip
-    names = {token: decode(token) for token in x.unique().tolist()}
+    names = {token: decode([token]) for token in x.unique().tolist()}
     return View(
         levels,
         Texts([[names[token] for token in row] for row in x.reshape(-1, passage).tolist()]),
-        title=title,
-        about=about,
+        title=title or f"Experts of {', '.join(layers or [type(model).__name__])}",
+        about=about or f"{x.numel():,} tokens.",
         legend=(
             f"Passages of {passage} tokens are ranked by their largest coefficient; tokens are shaded by the "
             "expert's coefficient, relative to the largest on the card. Bars: the tokens whose share of the "
             "expert's coefficients exceeds their share of all tokens; in parentheses, the ratio of the two. "
-            "Loss: the change in nats per token without the expert, "
-            f"{measured(removed, [len(level.top) for level in levels])} on "
-            f"{looked * x.shape[1]:,} tokens. Load: tokens with a coefficient "
+            f"Loss: the change in nats per token without the expert, {measured(removed, levels)} on "
+            f"{looked * context:,} tokens. Load: tokens with a coefficient "
             f"{'of at least 0.5' if threshold == 0.5 else 'above zero'}."
         ),
         classes=names,

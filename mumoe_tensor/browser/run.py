@@ -10,19 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mumoe_tensor.browser.collect import collect
-from mumoe_tensor.browser.models import (
-    EFFECT_INPUTS,
-    EXPERTS,
-    PASSAGE,
-    check_names,
-    legend_of_classes,
-    view_language_model,
-    view_tokens,
-)
-from mumoe_tensor.browser.page import page
+from mumoe_tensor.browser.models import check_names, view_language_model, view_model
 from mumoe_tensor.browser.samples import Images
-from mumoe_tensor.browser.view import STRONGEST, Sample, View
+from mumoe_tensor.browser.view import STRONGEST, Sample, View, page
 from mumoe_tensor.configs.page import PageConfig
 from mumoe_tensor.models.backbones import load_backbone
 from mumoe_tensor.models.heads import Head
@@ -46,6 +36,8 @@ ROWS, TOKENS = 2000, 65_536
 GIVEN, WRITTEN = 16, 128
 #: Sampling settings for that text.
 TEMPERATURE, TOP_K = 0.8, 40
+#: Maps token ids to their text.
+Decode = Callable[[list[int]], str]
 
 
 def browse(
@@ -113,21 +105,17 @@ def _view_replaced(folder: Path, config: PageConfig, progress: Progress | None) 
     limit = inf if place.limit is None else place.limit
     with splice(model, place.module, Replaced(model.get_submodule(place.module), layer, limit)):
         return view_language_model(
-            model, tokenizer.decode, torch.stack(tokens[:count]), [f"{place.module}.layer"], config.shown,
-            EXPERTS, config.removed, f"{type(layer).__name__} in place of {place.module}",
-            f"Texts: {Path(path).name}.", progress,
+            model, tokenizer.decode, torch.stack(tokens[:count]), [f"{place.module}.layer"], k=config.shown,
+            removed=config.removed, title=f"{type(layer).__name__} in place of {place.module}",
+            about=f"Texts: {Path(path).name}.", progress=progress,
         )  # fmt: skip
 
 
 def _view_mixer(settings: MixerRun, model: Any, config: PageConfig, progress: Progress | None) -> View:
-    sizes, removed = model.config, config.removed
+    sizes = model.config
     check_names(config.classes, sizes.classes)
     _, kept = settings.read_data()
     x, y = kept.batch(torch.arange(min(config.rows or ROWS, len(kept))))
-    levels = collect(
-        model, x, y, k=config.shown, pool="mean", effects=removed > 0, removed=removed,
-        effect_inputs=EFFECT_INPUTS, progress=progress,
-    )  # fmt: skip
     side = sizes.image_size // sizes.patch
     pixels = x.permute(0, 2, 3, 1)
     if Path(settings.data.inputs).is_dir():  # its images are normalized
@@ -135,22 +123,16 @@ def _view_mixer(settings: MixerRun, model: Any, config: PageConfig, progress: Pr
     elif not settings.data.scale:
         least, most = pixels.aminmax()
         pixels = (pixels - least) / (most - least).clamp_min(1e-30)
-    looked = min(EFFECT_INPUTS, len(x))
-    return View(
-        levels,
-        Images((pixels[..., 0] if sizes.channels == 1 else pixels).numpy()),
+    return view_model(
+        model, x, y, samples=Images((pixels[..., 0] if sizes.channels == 1 else pixels).numpy()),
         title=f"{_times(sizes.experts)} experts in every block of a Mixer, {sizes.format}",
-        about=f"{len(x):,} images that the model was not trained on.",
-        legend=(
-            "The input of an expert in a token_mlp is a channel of an image, over all patches; in a "
-            "channel_mlp it is a patch. The coefficient of an image is the mean over its channels or "
-            "patches; patches are shaded by their coefficients, relative to the "
-            f"largest on the card. {legend_of_classes(removed, sizes.experts, looked)} "
-            "Load: channels or patches with a coefficient of at least 0.5."
+        about=(
+            f"{len(x):,} images that the model was not trained on. The rows of a token_mlp are the channels "
+            "of an image, over all patches; those of a channel_mlp are its patches, which are shaded."
         ),
-        classes=config.classes,
-        grids={f"blocks.{block}.channel_mlp": (side, side) for block in range(sizes.depth)},
-    )
+        grids={f"blocks.{block}.channel_mlp": (side, side) for block in range(sizes.depth)}, pool="mean",
+        classes=config.classes, k=config.shown, removed=config.removed, progress=progress,
+    )  # fmt: skip
 
 
 def _view_gpt2(settings: GPT2Run, model: Any, config: PageConfig, progress: Progress | None) -> View:
@@ -159,22 +141,15 @@ def _view_gpt2(settings: GPT2Run, model: Any, config: PageConfig, progress: Prog
     decode = _decoder(settings, config.vocabulary_files)
     count = min(-(-TOKENS // context) if config.rows is None else config.rows, len(kept))
     x, y = kept.batch(torch.arange(count))
-    return view_tokens(
-        model,
-        x,
-        y,
-        decode,
-        passage=max(size for size in range(1, min(PASSAGE, context) + 1) if context % size == 0),
-        k=config.shown,
-        removed=config.removed,
+    return view_language_model(
+        model, decode, torch.cat([x, y[:, -1:]], 1), k=config.shown, removed=config.removed, experts=None,
+        threshold=0.5, progress=progress, written=_written(model, x[len(x) // 2], decode),
         title=f"{_times(sizes.experts)} experts in every block of a GPT-2, {sizes.format}",
         about=f"{x.numel():,} tokens that the model was not trained on.",
-        written=_written(model, x[len(x) // 2], decode),
-        progress=progress,
-    )
+    )  # fmt: skip
 
 
-def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
+def _written(model: Any, start: Tensor, decode: Decode) -> Sample:
     """Generate text from a prompt, within one context window."""
     given = min(GIVEN, len(start) // 2) or 1
     steps = max(1, min(WRITTEN, len(start)) - given)
@@ -184,7 +159,7 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
         generator=torch.Generator().manual_seed(0), return_coefficients=True,
     )  # fmt: skip
     return Sample(
-        tokens=[decode(token) for token in tokens[0].tolist()],
+        tokens=[decode([token]) for token in tokens[0].tolist()],
         given=given,
         coefficients={
             (name.rpartition(".")[0], level): each[0]
@@ -199,15 +174,11 @@ def _written(model: Any, start: Tensor, decode: Callable[[int], str]) -> Sample:
     )
 
 
-def _decoder(settings: GPT2Run, folder: Path) -> Callable[[int], str]:
+def _decoder(settings: GPT2Run, folder: Path) -> Decode:
     """A function from a token id to its text. Ids that pad the vocabulary are marked as unused."""
     about = Path(settings.data.validation).with_name("tokens.json")
     tokenizer = Tokenizer(folder, read_vocabulary_size(about) if about.exists() else None)
-
-    def decode(token: int) -> str:
-        return tokenizer.decode([token]) if token < tokenizer.vocabulary else "�"
-
-    return decode
+    return lambda ids: tokenizer.decode(ids) if ids[0] < tokenizer.vocabulary else "�"
 
 
 def _times(experts: Sequence[int]) -> str:
@@ -248,16 +219,9 @@ def _view_head(
                 load_tensors(backbone, tensors)
         kept = extract(backbone, kept)
     check_names(classes, head.config["classes"])
-    levels = collect(head, kept.x.flatten(1), kept.y, k=config.shown, progress=progress)
-    experts = head.config["experts"]
-    return View(
-        levels,
-        samples,
-        title=f"{_times(experts)} experts of a {head.config['format']} head",
+    return view_model(
+        head, kept.x.flatten(1), kept.y, samples=samples, classes=classes, k=config.shown, removed=None,
+        effect_inputs=None, progress=progress,
+        title=f"{_times(head.config['experts'])} experts of a {head.config['format']} head",
         about=f"{len(kept):,} rows that the head was not trained on.",
-        legend=(
-            f"{legend_of_classes(max(experts, default=0), experts, len(kept))} "
-            "Load: inputs with a coefficient of at least 0.5."
-        ),
-        classes=classes,
-    )
+    )  # fmt: skip

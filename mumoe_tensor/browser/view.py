@@ -1,4 +1,4 @@
-"""The content of a page for one model, and its conversion to plain values for the script of the page."""
+"""The page of experts, its content for one model, and its conversion to values for the script of the page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mumoe_tensor.browser.collect import ExpertLevel
 from mumoe_tensor.browser.samples import Images, Texts
+from mumoe_tensor.pages import render
 
 #: Maximum number of labels on a card, and of experts stored per token of a generated text.
 BARS, STRONGEST = 5, 8
@@ -147,6 +148,29 @@ class View:
         }
 
 
+def page(*views: View) -> str:
+    """Make a page of experts; cards are rendered when they scroll into view.
+
+    Parameters
+    ----------
+    *views : View
+        One model, or several to compare side by side.
+
+    Returns
+    -------
+    str
+        Self-contained HTML. The URL fragment ``#expert=37&layer=blocks.0.mlp&level=1`` opens an expert.
+
+    Raises
+    ------
+    ValueError
+        If there are no views.
+    """
+    if not views:
+        raise ValueError("a page must have at least one view, got none.")
+    return render("experts.html", views=views, data=[view.plain() for view in views])
+
+
 def _most_used(mean: Tensor, most: int | None) -> list[int]:
     if most is None:
         return [*range(len(mean))]
@@ -194,9 +218,12 @@ def _bars(level: ExpertLevel, experts: list[int]) -> list[tuple[list[list[Any]],
         beyond = (shares - frequency * is_label).argsort(dim=1, descending=True, stable=True)[:, :BARS]
         order = shares.gather(1, beyond).argsort(dim=1, descending=True, stable=True)
         places = beyond.gather(1, order)
+        changes: list[list[float | None]] = [[None] * places.shape[1]] * len(places)
+        if level.effects is not None and level.effects.ndim == 2:
+            changes = level.effects[chunk].gather(1, places).tolist()
         of_bars = zip(
             sums.any(1).tolist(), shares.amax(1).tolist(), level.labels[places].tolist(),
-            shares.gather(1, places).tolist(), frequency[places].tolist(), _changes(level, chunk, places),
+            shares.gather(1, places).tolist(), frequency[places].tolist(), changes,
             strict=True,
         )  # fmt: skip
         for is_used, most, *columns in of_bars:
@@ -207,12 +234,6 @@ def _bars(level: ExpertLevel, experts: list[int]) -> list[tuple[list[list[Any]],
             ]
             bars.append((listed, round(most, 5)) if is_used else ([], 0.0))
     return bars
-
-
-def _changes(level: ExpertLevel, experts: Tensor, places: Tensor) -> list[list[float | None]]:
-    if level.effects is None or level.effects.ndim == 1:
-        return [[None] * places.shape[1]] * len(places)
-    return level.effects[experts].gather(1, places).tolist()
 
 
 def _remark(share: float, usual: float, change: float | None) -> str:

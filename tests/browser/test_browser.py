@@ -103,7 +103,7 @@ def test_the_rows_of_an_input_may_count_on_average(data: tuple[Any, Any]) -> Non
     layer = MuMoE(6, 3, experts=4, rank=2, gate_norm="layer")
     torch.nn.init.normal_(layer.gate.weight)
     x, y = data[0].reshape(10, 7, 6), torch.arange(10) % 2
-    (level,) = collect(layer, x, y, k=2, batch_size=4, pool="mean", effects=False)
+    (level,) = collect(layer, x, y, k=2, batch_size=4, pool="mean", removed=0)
     with torch.no_grad():
         a = layer.gate(x)[0].mean(1)
     assert level.top.tolist() == a.topk(2, dim=0).indices.T.tolist()
@@ -239,7 +239,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(layer.gate.weight)
     x, y = torch.randn(200, 6), torch.arange(200) % 10
     images = Images(np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8))
-    levels = collect(layer, x, y, effects=False)
+    levels = collect(layer, x, y, removed=0)
     path = tmp_path_factory.mktemp("page") / "experts.html"
     path.write_text(page(View(levels, images, title="Many", classes=[f"class {c}" for c in "abcdefghij"])))
     return path

@@ -117,9 +117,9 @@ def test_rare_tokens_are_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = MuMoE(4, 9, experts=3, rank=2)
     model = nn.Sequential(nn.Embedding(9, 4), layer)
     tokens = torch.tensor([[0, 1, 1, 2, 2, 2, 3, 4]])
-    whole = collect(model, tokens, tokens, effects=False)[0]
+    whole = collect(model, tokens, tokens, removed=0)[0]
     monkeypatch.setattr(import_module("mumoe_tensor.browser.collect"), "MOST_SUMS", 9)
-    (level,) = collect(model, tokens, tokens, effects=False)
+    (level,) = collect(model, tokens, tokens, removed=0)
     assert level.labels.tolist() == [1, 2, -1] and level.frequency.tolist() == [0.25, 0.375, 0.375]
     torch.testing.assert_close(level.sums[:, 2], whole.sums[:, [0, 3, 4]].sum(1))
     torch.testing.assert_close(level.sums[:, :2], whole.sums[:, 1:3])
@@ -167,7 +167,7 @@ def test_two_models_in_a_browser(visit: Any, data: tuple[Tensor, Tensor], tmp_pa
         torch.manual_seed(experts)
         layer = MuMoE(36, 3, experts=(4, experts), rank=2, gate="softmax", gate_norm="none")
         nn.init.normal_(layer.gate.weight)
-        levels = collect(nn.Sequential(nn.Flatten(), layer), x, y, k=3, effects=False)
+        levels = collect(nn.Sequential(nn.Flatten(), layer), x, y, k=3, removed=0)
         views.append(View(levels, Images(x), title=f"{experts} experts", classes=["a", "b", "c"]))
     path = tmp_path / "two.html"
     path.write_text(page(*views), encoding="utf-8")

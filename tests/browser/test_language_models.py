@@ -99,7 +99,7 @@ def test_the_most_used_experts_are_shown(html: str, model: Language, windows: Te
 
 
 def test_the_page_says_how_many_experts_are_used(html: str, model: Language, windows: Tensor) -> None:
-    levels = collect(model, windows[:, :64], windows[:, 1:65], layers=["blocks.0"], effects=False)
+    levels = collect(model, windows[:, :64], windows[:, 1:65], layers=["blocks.0"], removed=0)
     (usage,) = (level.usage for level in levels)
     view = content(html)["levels"][1]
     assert (view["total"], view["dead"]) == (EXPERTS, usage.dead)

@@ -46,7 +46,7 @@ def arguments_of(
         value = getattr(instance, name)
         try:
             arguments[name] = as_json(value)
-        except (TypeError, RuntimeError):  # (a tensor on the meta device has no value)
+        except (TypeError, RuntimeError):  # a tensor on the meta device has no value
             raise ValueError(
                 f"{what} must have arguments of JSON types to be stored in a config; {kind.__name__} has "
                 f"{name}={value!r}."

@@ -163,7 +163,7 @@ def device_kind(array: Array) -> str:
     name = _backend_name(type(array))
     if name == "pytorch":
         return str(array.device.type)
-    if name == "jax":  # (a traced array has no device)
+    if name == "jax":  # a traced array has no device
         import jax
 
         return str(jax.default_backend())

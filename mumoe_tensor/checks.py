@@ -11,7 +11,7 @@ from typing import Any
 
 def as_integer(value: Any, what: str) -> int:
     """Convert an integer from any library to an int, or raise a TypeError that names `what`."""
-    if type(value) is int:  # (torch.compile cannot trace the rest)
+    if type(value) is int:  # torch.compile cannot trace the rest
         return value
     number = as_python(value)
     if isinstance(number, bool) or not hasattr(number, "__index__"):
@@ -29,7 +29,7 @@ def as_positive(value: Any, what: str) -> int:
 
 def as_finite(value: Any, what: str) -> float:
     """Convert a finite number from any library to a float, or raise an error that names `what`."""
-    if type(value) is float and -inf < value < inf:  # (torch.compile cannot trace the rest)
+    if type(value) is float and -inf < value < inf:  # torch.compile cannot trace the rest
         return value
     number = as_python(value)
     if isinstance(number, (bool, str)) or not hasattr(number, "__float__"):

@@ -60,7 +60,7 @@ class Cost:
         total = sum(plan.seconds for plan in self.plans) + self.gate_seconds
         if self.spec.hidden is None:
             return total
-        # (A gated block also multiplies by the gated features: two arrays read, one written.)
+        # A gated block also multiplies by the gated features: two arrays read, one written.
         moved = (5 if self.spec.gated else 2) * first.batch * self.spec.hidden
         return total + first.machine.seconds(0, moved)
 

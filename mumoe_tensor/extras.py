@@ -43,10 +43,6 @@ def missing(package: str) -> str | None:
 def require(*extras: str) -> None:
     """Check that all packages of some extras are installed.
 
-    Parameters
-    ----------
-    *extras : str
-
     Raises
     ------
     ModuleNotFoundError

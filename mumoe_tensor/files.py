@@ -178,12 +178,7 @@ def _change_places(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with its content, if it exists.
-
-    Parameters
-    ----------
-    path : Path
-    """
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -195,8 +190,6 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
     Parameters
     ----------
-    path : Path
-    columns : sequence of str
     rows : iterable of mapping
         The rows, each with exactly these columns.
 

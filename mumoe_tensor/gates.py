@@ -79,7 +79,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def sparse_gradient(gate: _Function) -> _Function:
     """Declare that the derivative of a gate is zero wherever its result is zero; see `Gate`."""
-    declared: Any = gate  # (mypy: a callable has no attributes.)
+    declared: Any = gate  # to mypy, a callable has no attributes
     declared.sparse_gradient = True
     return gate
 
@@ -378,7 +378,7 @@ def _rows(x: Array, axis: int) -> tuple[Any, Array]:
         raise ValueError(f"axis must be at least {-x.ndim} and less than {x.ndim}, got {axis}.")
     if not x.shape[axis]:
         raise ValueError(f"the axis must have at least one entry, got axis {axis} of shape {tuple(x.shape)}.")
-    # (torch.func.vmap has no rule for torch's `moveaxis`.)
+    # torch.func.vmap has no rule for torch's `moveaxis`.
     rows = cast(x.swapaxes(-1, axis), "float32" if x.dtype.itemsize < 4 else dtype_name(x))
     # Row-major, since NumPy sums sequentially along other axes, which loses four digits at 2**20 entries.
     return backend, rows.reshape(-1).reshape(rows.shape)

@@ -103,7 +103,7 @@ def _index_sizes(
 ) -> dict[str, int]:
     """The size of each index of a term, which all factors must share; the factors begin at `start`."""
     indices = {start + k: f.indices for k, f in enumerate(term.declaration(num_levels))}
-    # (torch.compile traces this, and supports neither `:=` here nor `min` with a default.)
+    # torch.compile traces this, and supports neither `:=` here nor `min` with a default.
     arrays: dict[int, Array] = {k: factors[k] for k in indices if factors[k] is not None}
     sizes: dict[str, int] = {}
     for k, factor in arrays.items():
@@ -165,7 +165,7 @@ def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -
                 f"the factors must have the parts of the format; mode {mode!r} is split into "
                 f"{term.splits[mode]}, the factors have {held}."
             )
-        # (Constants instead of the symbolic sizes of torch.compile.)
+        # Constants instead of the symbolic sizes of torch.compile.
         if not is_default(constant(size), tuple(map(constant, held))):
             splits[mode] = held
     return term.with_splits(splits) if splits else term

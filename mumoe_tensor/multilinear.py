@@ -83,7 +83,7 @@ def multilinear_moe(
     leading = _check_inputs(weight, z, coefficients, bias)
     batch = prod(leading)
     if plan is None:
-        # (A symbolic batch size of JAX or torch is not an int.)
+        # A symbolic batch size of JAX or torch is not an int.
         hint = batch if isinstance(batch, int) and not is_traced(z) else TRACED_BATCH
         chosen = as_machine(machine) if isinstance(machine, Mapping) else machine
         place = device_kind(z), dtype_name(z), chosen

@@ -19,7 +19,6 @@ def progress_bar(title: str, is_shown: bool = True) -> Iterator[Progress]:
 
     Parameters
     ----------
-    title : str
     is_shown : bool, default True
         If False, progress is discarded.
     """

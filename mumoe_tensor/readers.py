@@ -54,10 +54,6 @@ def reading(path: str | Path) -> Iterator[None]:
 def read_text(path: str | Path) -> str:
     """Read UTF-8 text, with or without a byte order mark; line endings become newline characters.
 
-    Parameters
-    ----------
-    path : str or Path
-
     Raises
     ------
     ValueError
@@ -86,10 +82,6 @@ def _place(content: bytes, position: int) -> str:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Parameters
-    ----------
-    path : str or Path
-
     Raises
     ------
     ValueError
@@ -102,10 +94,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def parse_json(text: str) -> dict[str, Any]:
     """Parse a JSON object.
-
-    Parameters
-    ----------
-    text : str
 
     Raises
     ------
@@ -135,10 +123,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file.
 
-    Parameters
-    ----------
-    path : str or Path
-
     Raises
     ------
     ValueError
@@ -161,7 +145,6 @@ def read_table(
 
     Parameters
     ----------
-    path : str or Path
     columns : mapping of str to callable
         Names of the columns, and functions that convert the text of a cell to a value.
     more : bool, default False
@@ -177,7 +160,7 @@ def read_table(
     with reading(path):
         if not text.endswith("\n"):
             raise ValueError("a table must end with a complete line; the last one is truncated.")
-        # (`str.splitlines` would also split at other characters, which may be inside cells.)
+        # `str.splitlines` would also split at other characters, which may be inside cells.
         names, *rows = csv.reader(StringIO(text), strict=True)
         missing = [name for name in columns if name not in names]
         others = [name for name in names if name not in columns]
@@ -232,7 +215,6 @@ def read_arrays(path: str | Path, names: Sequence[str]) -> list[np.ndarray[Any, 
     ----------
     path : str or Path
         An ``.npz`` file, which may contain other arrays too.
-    names : sequence of str
 
     Returns
     -------
@@ -302,4 +284,4 @@ def checked(kind: type[T], values: Any) -> T:
         keys = ".".join(map(str, first["loc"]))
         if first["type"] == "value_error":
             raise ValueError(f"{keys}: {rule}." if keys else f"{rule}.") from None
-        raise ValueError(f"{keys or 'the whole'}: {rule}, got {short(first['input'])}.") from None
+        raise ValueError(f"{keys or 'the object'}: {rule}, got {short(first['input'])}.") from None

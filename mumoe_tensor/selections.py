@@ -36,7 +36,6 @@ def read_selection(
     ----------
     selection : int, slice, iterable of int, iterable of bool, or array of these
         A mask has `count` booleans. An iterator is consumed.
-    count : int
     what : str
         Name of the items in error messages.
     empty, repeats : bool

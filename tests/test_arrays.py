@@ -278,7 +278,7 @@ def test_analysis_of_empty_batches() -> None:
     assert analysis.attribute(made, made, none, 0).shape == (0, 4)
     found = analysis.mean_coefficients(made, made, [none, X])
     assert torch.equal(found[0], analysis.mean_coefficients(made, made, [X])[0])
-    with pytest.raises(ValueError, match="there must be inputs"):
+    with pytest.raises(ValueError, match="need at least one input"):
         analysis.mean_coefficients(made, made, [none])
     for context in (analysis.ablate(made, [1]), analysis.random_gate(made, 0)):
         with context:

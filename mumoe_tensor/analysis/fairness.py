@@ -118,6 +118,6 @@ def _check(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[in
         if bool(((x != 0) & (x != 1)).any()):
             raise ValueError(f"{name} must be 0 or 1, got {sorted(set(x.tolist()))}.")
     if without := sorted(set(groups.tolist()) - set(groups[labels == 1].tolist())):
-        raise ValueError(f"every group must have inputs of label 1, the groups {without} have none.")
+        raise ValueError(f"every group must have inputs with label 1; the groups {without} have none.")
     if not bool(((labels == target[0]) & (groups == target[1])).any()):
-        raise ValueError(f"there must be inputs of the target, got none of label and group {target}.")
+        raise ValueError(f"the target must have inputs, got none with label and group {target}.")

@@ -114,11 +114,6 @@ def random_gate(model: nn.Module, seed: int) -> Iterator[None]:
     permutations in every context with the same seed, so do not use it with activation checkpointing, which
     calls gates twice. Compiled models run eagerly within the context.
 
-    Parameters
-    ----------
-    model : Module
-    seed : int
-
     Raises
     ------
     ValueError

@@ -24,7 +24,6 @@ def read_labels(labels: Tensor, classes: int | None = None, what: str = "labels"
 
     Parameters
     ----------
-    labels : Tensor
     classes : int, optional
         Number of classes. Labels must be less than this.
     what : str, default "labels"

@@ -58,7 +58,7 @@ def loss_effects(
     level, removed = read_experts(gate, level, slice(None) if experts is None else experts)
     batches = [(tokens, read_labels(following, what="next tokens")) for tokens, following in batches]
     if not sum(following.numel() for _, following in batches):
-        raise ValueError("there must be tokens whose loss can change, got none.")
+        raise ValueError("there must be at least one token, got none.")
     with evaluating(model):
         intact = _loss(model, batches)
         changes = []

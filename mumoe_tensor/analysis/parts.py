@@ -20,7 +20,7 @@ def gate_of(layer: nn.Module) -> ExpertGate:
     """
     gates = gates_of(layer)
     if len(gates) > 1:
-        raise ValueError(f"a layer has one gate; {type(layer).__name__} has several: {sorted(gates)}.")
+        raise ValueError(f"a layer must have one gate; {type(layer).__name__} has {sorted(gates)}.")
     (gate,) = gates.values()
     return gate
 

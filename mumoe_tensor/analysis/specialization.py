@@ -106,7 +106,7 @@ class Labels:
             If there were no inputs.
         """
         if not self.all.sum():
-            raise ValueError("there must be inputs before statistics of labels can be computed, got none.")
+            raise ValueError("label statistics need at least one input, got none.")
         active = self.counts.sum(1)
         if not active.sum():
             return LabelStatistics(self.counts.clone(), float("nan"), float("nan"), float("nan"))

@@ -112,7 +112,7 @@ class Usage:
             If there were no inputs.
         """
         if not self.rows:
-            raise ValueError("there must be inputs before usage can be computed, got none.")
+            raise ValueError("usage statistics need at least one input, got none.")
         mean = self.sums / self.rows
         share = mean / mean.sum()
         count = len(share)

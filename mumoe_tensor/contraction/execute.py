@@ -18,7 +18,6 @@ def execute(program: Program, operands: Sequence[Array], folded: Mapping[int, Ar
 
     Parameters
     ----------
-    program : Program
     operands : sequence of array
         One array for each operand of ``program.network``, with the same order of axes.
     folded : mapping of int to array, optional

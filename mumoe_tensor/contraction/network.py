@@ -127,7 +127,6 @@ def weight_network(
         The format of a single term. Its declaration determines the operands.
     mode_sizes : tuple of int
         Sizes of the modes; the input mode includes any bias row.
-    rank : tuple of int
     missing : sequence of int
         Positions of the optional factors that are missing.
     """

@@ -98,8 +98,8 @@ def get_format(format: AnyFormat) -> Format:
     name = settings.pop("name", None)
     if not isinstance(name, str) or (name not in {**_registry, **_composed} and not _is_installed(name)):
         raise ValueError(
-            f"unknown format {name!r}; the formats are {', '.join(map(repr, _registry))}. Others must be "
-            "registered first, in commands by --import."
+            f"unknown format {name!r}; the formats are {', '.join(map(repr, _registry))}. Register "
+            "other formats first; in commands, use --import."
         )
     if not settings and name in _registry:
         return _registry[name]

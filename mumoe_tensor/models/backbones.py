@@ -141,6 +141,6 @@ def _load(network: nn.Module, state: dict[str, Tensor], name: str, weights: str 
         wrong = sorted(key for key in own | shapes if own.get(key) != shapes.get(key))
         raise ValueError(
             f"{weights} must have the weights of {name}; {len(wrong)} of its tensors are missing, unknown or "
-            f"of another shape, {wrong[0]!r} for one."
+            f"of another shape, such as {wrong[0]!r}."
         )
     network.load_state_dict(state)

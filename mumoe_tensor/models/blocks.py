@@ -76,10 +76,6 @@ def expert_block(
     **options
         Further arguments of `.nn.MuMoEMLP`.
 
-    Returns
-    -------
-    MuMoEMLP
-
     Raises
     ------
     ValueError
@@ -136,12 +132,7 @@ class StochasticDepth(nn.Module):
 
 
 def drop_probabilities(last: float, depth: int) -> list[float]:
-    """Drop probability of each block, increasing linearly from zero to `last`.
-
-    Returns
-    -------
-    list of float
-    """
+    """Drop probability of each block, increasing linearly from zero to `last`."""
     return [last * block / (depth - 1) for block in range(depth - 1)] + [last]
 
 

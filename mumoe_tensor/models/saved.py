@@ -21,11 +21,6 @@ _KINDS: dict[str, tuple[type[Any], type[Any]]] = {"mixer": (Mixer, MixerConfig),
 def save_model(model: Mixer | GPT2, path: str | Path) -> None:
     """Save a model with its config to a safetensors file, atomically.
 
-    Parameters
-    ----------
-    model : Mixer or GPT2
-    path : str or Path
-
     Raises
     ------
     TypeError

@@ -45,7 +45,7 @@ CHUNK = 2**19
 
 def coefficients(z: Tensor) -> Tensor:
     """The coefficients of logits, also in float64, by operations that do not depend on values."""
-    if _are_few(z) and not torch.compiler.is_compiling():  # (compiled code must accept any number of rows)
+    if _are_few(z) and not torch.compiler.is_compiling():  # compiled code must accept any number of rows
         return _sorted(z)
     u = torch.sub(z, z.amax(-1, keepdim=True)).add_(2).relu_()
     for _ in range(_most_steps(z)):
@@ -174,7 +174,7 @@ def _sorted(z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def _by_numpy(z: NDArray[np.float32]) -> NDArray[np.float32]:
     """The coefficients by the closed form for the k largest of a row, with NumPy, whose calls are faster."""
-    with np.errstate(invalid="ignore", over="ignore"):  # (for rows that become NaN)
+    with np.errstate(invalid="ignore", over="ignore"):  # for rows that become NaN
         behind = np.negative(z)
         behind.sort(-1)
         least = behind[..., :1]

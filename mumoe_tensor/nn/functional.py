@@ -164,4 +164,4 @@ def is_eager_on_cpu(x: Tensor) -> bool:
     # `is_recorded` inlined, since a gate calls this for every level.
     if is_compiling() or is_jit_traced() or get_proxy_mode() or is_transformed() or is_batched(x):
         return False
-    return forward_ad._current_level < 0  # (a tangent would be lost)
+    return forward_ad._current_level < 0  # a tangent would be lost

@@ -104,7 +104,7 @@ def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
         try:
             check_linear(children[name])
         except ValueError as error:
-            raise ValueError(f"of its linear layer {name!r}, {error}") from error
+            raise ValueError(f"in its linear layer {name!r}, {error}") from error
     called = _calls(block, linears, optional)
     try:
         names = _parts(children, called, activation)

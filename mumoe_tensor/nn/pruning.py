@@ -15,7 +15,7 @@ from mumoe_tensor.selections import Selection, read_number, read_selection
 
 def keep_experts(layer: Any, level: int, indices: Selection) -> Any:
     """A new layer with some of the experts of a level; see `MuMoE.keep_experts`."""
-    counts = layer.mixtures[0].weight.experts  # (raises for a layer divided over processes)
+    counts = layer.mixtures[0].weight.experts  # raises for a layer divided over processes
     level = read_number(level, len(counts), "level")
     indices = read_selection(indices, counts[level], f"indices of level {level}", empty=False)
     _check_parameters(layer)

@@ -74,7 +74,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     memory = set()
     for name, value in state.items():
-        if name not in tied:  # (safetensors does not support several views of one tensor)
+        if name not in tied:  # safetensors does not support several views of one tensor
             place = value.untyped_storage().data_ptr()
             tensors[name] = value.clone() if place in memory else value
             memory.add(place)

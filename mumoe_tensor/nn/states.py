@@ -77,7 +77,7 @@ def _check(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         elif value.layout != present.layout or (value.is_meta and not present.is_meta):
             where = "on the meta device" if value.is_meta else f"of layout {value.layout}"
             wrong.append(f"{name} must be a strided tensor with values, and is {where}")
-        elif value.shape != present.shape and (present.ndim or value.shape != (1,)):  # (as of old states)
+        elif value.shape != present.shape and (present.ndim or value.shape != (1,)):  # as of old states
             wrong.append(f"{name} has shape {tuple(value.shape)} and should have {tuple(present.shape)}")
         elif (value.is_complex() and not present.is_complex()) or (
             present.is_floating_point() and not value.is_floating_point()

@@ -273,7 +273,7 @@ def _check_place(
             if isinstance(ancestors[-1], kind) and child in children:
                 raise ValueError(
                     f"a {kind.__name__} reads the weight of {child!r} instead of calling the module, as in "
-                    "its fast path of evaluation."
+                    "its fast path for evaluation."
                 )
         classes = {base.__name__ for ancestor in ancestors for base in type(ancestor).__mro__}
         if wrappers := classes & _WRAPPERS:

@@ -34,7 +34,7 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
     if name not in modules or modules[name] is model:
         last = str(name).rpartition(".")[2]
         near = [each for each in modules if each.rpartition(".")[2] == last] or [*modules][1:]
-        raise ValueError(f"name must be that of a module in the model, such as {near[:3]}; got {name!r}.")
+        raise ValueError(f"name must be the name of a module in the model, such as {near[:3]}; got {name!r}.")
     return modules[name]
 
 

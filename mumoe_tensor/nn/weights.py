@@ -26,8 +26,6 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
     Parameters
     ----------
-    path : str or Path
-    tensors : mapping of str to Tensor
     about : mapping of str to str
         Metadata.
 
@@ -53,7 +51,6 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
 
     Parameters
     ----------
-    path : str or Path
     check : bool, default True
         Compare the tensors with their checksums. If False, they are read from disk only when they are used.
 
@@ -95,10 +92,6 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a ``state_dict`` from a safetensors or `torch.save` file, without running code in it.
 
-    Parameters
-    ----------
-    path : str or Path
-
     Raises
     ------
     ValueError
@@ -127,8 +120,6 @@ def check_tensors(
 
     Parameters
     ----------
-    tensors : mapping of str to Tensor
-    expected : mapping of str to str or int
     checksum : callable
         Computes the checksum of a tensor.
 
@@ -156,11 +147,6 @@ def load_tensors(model: M, tensors: Mapping[str, Tensor]) -> M:
     """Assign tensors to a model on the meta device, and put it into evaluation mode.
 
     Thus the shapes are checked before any memory is allocated.
-
-    Parameters
-    ----------
-    model : Module
-    tensors : mapping of str to Tensor
 
     Raises
     ------

@@ -26,7 +26,6 @@ def solve(
     make : callable
         Takes a size and returns the layer, preferably on the meta device. The number of parameters must
         increase with the size.
-    parameters : int
     rounding : {"up", "down", "nearest"}, default "nearest"
         See `.LayerSpec.fitted`.
     least : int, default 1

@@ -42,10 +42,6 @@ class CoefficientRows:
     def rows(self, start: int = 0, stop: int | None = None) -> csr_array:
         """Rows as a sparse SciPy array, by default all.
 
-        Parameters
-        ----------
-        start, stop : int, optional
-
         Returns
         -------
         scipy.sparse.csr_array of float32 of shape (stop - start, num_experts)
@@ -148,7 +144,9 @@ def collect_coefficients(
             for level, coefficients in enumerate(levels):
                 key = f"{name}/{level}"
                 if f"{key}/values" in tensors:
-                    raise ValueError(f"a gate must be called once in a forward pass; {name!r} is twice.")
+                    raise ValueError(
+                        f"a gate must be called once in a forward pass; {name!r} is called again."
+                    )
                 rows += len(coefficients)
                 tensors.update(_sparse(key, coefficients, threshold, len(batch)))
 

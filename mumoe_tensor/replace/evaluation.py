@@ -153,7 +153,7 @@ class Evaluation:
         """The rise, and the half-width of its 95 % interval over texts, which is None for a single text.
 
         Texts are the sampling units, weighted by length: the interval is that of a ratio of two means, by
-        linearization.
+        linearisation.
         """
         tokens = self.losses.tokens
         rise = float((self.rises * tokens).sum() / tokens.sum())

@@ -144,8 +144,8 @@ class _Job:
             changed += [name for name in others if name in done]
             if changed:
                 raise ValueError(
-                    f"a folder must hold the results of one grid; {', '.join(changed)} differ from those in "
-                    f"{path}: choose another folder."
+                    f"a folder must contain the results of one grid; {', '.join(changed)} differ from those "
+                    f"in {path}: choose another folder."
                 )
         now["arms"] = arms | now["arms"]  # arms of earlier calls have rows too
         if before == now:
@@ -160,7 +160,7 @@ class _Job:
             file.write(json.dumps(now, indent=2).encode())
 
     def _make(self, run: Run, model: nn.Module) -> Any:
-        """The untrained layer, initialized with the run's seed."""
+        """The untrained layer, initialised with the run's seed."""
         with torch.random.fork_rng():
             torch.manual_seed(run.seed)
             try:

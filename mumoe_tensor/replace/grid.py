@@ -95,7 +95,7 @@ class Arm:
         return self.layer != "MixtureOfTransforms" and self.options.get("experts", True) not in ([], ())
 
     def make(self, block: nn.Module, k: int, parameters: int | str) -> Any:
-        """Make the layer for a block, initialized with torch's global random numbers."""
+        """Make the layer for a block, initialised with torch's global random numbers."""
         budget = parameters if self.parameters == "grid" else self.parameters
         options = {**self.options, "parameters": budget}
         if self.has_k:

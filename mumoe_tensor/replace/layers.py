@@ -64,7 +64,7 @@ class ReplacementLayer(WholeState):
         self._begin_at_zero()
 
     def reset_parameters(self) -> None:
-        """Initialize all parameters again.
+        """Initialise all parameters again.
 
         A tool that resets each module of a model must reset the layer after its children.
         """

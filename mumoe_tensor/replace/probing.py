@@ -42,7 +42,7 @@ def token_labels(tokens: Sequence[str], rule: str | re.Pattern[str]) -> Tensor:
         The text of each token; concatenated, they are the whole text.
     rule : str or pattern
         One of the `RULES`: ``"digits"``, ``"quotes"`` (double quotation marks), ``"capitals"`` (all-caps
-        words of at least two letters), ``"months"`` (English names, including every capitalized "May" and
+        words of at least two letters), ``"months"`` (English names, including every capitalised "May" and
         "March") and ``"urls"``; or a compiled regular expression.
 
     Returns

@@ -51,13 +51,13 @@ class Shards:
     def __init__(self, folder: Path, kind: str):
         self.about = read_json(folder / MANIFEST)
         if self.about.get("kind") != kind:
-            raise ValueError(f"{folder} must hold {kind}; its {MANIFEST} says {self.about.get('kind')!r}.")
+            raise ValueError(f"{folder} must contain {kind}; its {MANIFEST} says {self.about.get('kind')!r}.")
         paths = _paths(folder)
         done, total = _stop(paths), self.about["texts"]
         if done < total:
             raise ValueError(
-                f"collection must be finished before {kind} are read; {folder} has those of {done:,} of "
-                f"{total:,} texts. Collecting them again resumes there."
+                f"collection must be finished before {kind} are read; {folder} has {done:,} of "
+                f"{total:,} texts. Run the collection again to resume."
             )
         self.tensors = [read_tensors(path, check=False)[0] for path in paths]
 
@@ -82,7 +82,6 @@ def collect_shards(
         Runs in evaluation mode.
     texts : sequence of Tensor
         Inputs of the model without the batch axis.
-    folder : Path
     about : mapping
         Contents of the manifest: ``kind``, and everything other than model and texts that the tensors depend
         on.
@@ -176,7 +175,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     there = read_json(path)
     if others := [name for name in {**there, **manifest} if there.get(name) != manifest.get(name)]:
         raise ValueError(
-            f"a folder must hold results of the same settings; {', '.join(others)} in {path} was "
+            f"a folder must contain results of the same settings; {', '.join(others)} in {path} was "
             f"{', '.join(str(there.get(name)) for name in others)}, and is "
             f"{', '.join(str(manifest.get(name)) for name in others)} now."
         )

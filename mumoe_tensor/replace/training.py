@@ -59,7 +59,7 @@ def fit(
 
     The loss is the normalised mean squared error: the sum of ``|y - layer(x)|²`` divided by the sum of
     ``|y - m|²``, where m is the mean output over the training rows. Before the first step, the layer's
-    ``bias`` is set to m. If the gate does not normalize its logits, as with `.ReLUTopK`, and its bias is
+    ``bias`` is set to m. If the gate does not normalise its logits, as with `.ReLUTopK`, and its bias is
     still zero, the bias is set so that the mean input has zero logits. A gate with a method ``fit``, such as
     `.NearestCentres`, is fitted to a sample of the inputs.
 
@@ -173,7 +173,7 @@ def _check(layer: nn.Module, rows: ActivationRows) -> None:
 
 @torch.no_grad()
 def _start(layer: nn.Module, rows: ActivationRows, seed: int) -> None:
-    """Initialize biases and gates from the training rows before the first step."""
+    """Initialise biases and gates from the training rows before the first step."""
     bias, gate = getattr(layer, "bias", None), getattr(layer, "gate", None)
     if isinstance(bias, Tensor) and bias.shape == rows.mean.shape:
         bias.copy_(rows.mean)

@@ -68,7 +68,7 @@ def counted(layer: nn.Module) -> Iterator[list[Usage]]:
 
 
 def use_of(usages: Sequence[Usage]) -> ExpertUse:
-    """Summarize the counts of `counted`."""
+    """Summarise the counts of `counted`."""
     if not usages:
         return ExpertUse(None, ())
     dead = (torch.cat([usage.uses for usage in usages]) == 0).nonzero().flatten()

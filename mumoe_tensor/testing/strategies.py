@@ -262,7 +262,6 @@ def variants(
 
     Parameters
     ----------
-    format : Format
     mode_sizes : tuple of int
         Sizes of the modes before splitting.
     is_open : bool, default False

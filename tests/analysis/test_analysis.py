@@ -120,7 +120,7 @@ def test_usage_is_bounded() -> None:
     single.update(torch.eye(8)[:1].expand(5, 8))
     assert even.statistics().entropy == pytest.approx(1) and single.statistics().entropy == 0
     assert single.statistics().dead == 7 and single.statistics().largest_share == 1
-    with pytest.raises(ValueError, match="there must be inputs"):
+    with pytest.raises(ValueError, match="need at least one input"):
         Usage(3).statistics()
     with pytest.raises(ValueError, match="3 experts"):
         Usage(3).update(torch.ones(2, 4))

@@ -70,7 +70,7 @@ def test_mean_coefficients_of_a_subpopulation() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     expected = [a.double().mean(0) for a in model.eval()[2].gate(model[0](inputs(10)))]
     torch.testing.assert_close(list(found), expected, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="there must be inputs"):
+    with pytest.raises(ValueError, match="need at least one input"):
         mean_coefficients(model, layer, [])
 
 

@@ -51,7 +51,7 @@ ONES = torch.tensor([1, 1])
         (torch.tensor([1, 2]), ONES, ONES, (1, 1), r"predictions must be 0 or 1, got \[1, 2\]"),
         (ONES, -ONES, ONES, (1, 1), r"labels must be 0 or 1, got \[-1\]"),
         (ONES, torch.tensor([0, 1]), torch.tensor([4, 5]), (1, 5), r"the groups \[4\] have none"),
-        (ONES, ONES, ONES, (0, 1), r"none of label and group \(0, 1\)"),
+        (ONES, ONES, ONES, (0, 1), r"none with label and group \(0, 1\)"),
     ],
 )
 def test_fairness_that_cannot_be_told(

@@ -52,7 +52,7 @@ def test_weights_come_back_after_an_error() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_shares_lie_from_zero_to_one(share: float) -> None:
-    with pytest.raises(ValueError, match="must lie from 0 to 1"), truncate([network()[0]], share):
+    with pytest.raises(ValueError, match="must be from 0 to 1"), truncate([network()[0]], share):
         pass
 
 

@@ -222,7 +222,7 @@ class Twice(nn.Module):
         ("part", r"part/inputs is torch.float32 of \(1, 3, 4\)"),
         ("rows", "it has 5 rows for 2 texts"),
         (["last", "never"], "never is not"),
-        ("", "name must be that of a module in the model"),
+        ("", "name must be the name of a module in the model"),
         ("las", "such as .*; got 'las'"),
         ([], "modules must not be empty, got none"),
     ],
@@ -282,7 +282,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00000002-00000003.*complete safetensors file"):
         Activations(tmp_path)
     third.unlink()
-    with pytest.raises(ValueError, match=r"those of 2 of 3 texts. Collecting them again resumes"):
+    with pytest.raises(ValueError, match=r"2 of 3 texts. Run the collection again to resume"):
         Activations(tmp_path)
     third.write_bytes(content)
     second.unlink()

@@ -62,7 +62,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have an ExpertGate"):
         collect_coefficients(nn.Embedding(32, 6), texts, tmp_path / "b")
     twice: Any = model()
-    with pytest.raises(ValueError, match=r"called once .*; '1.gate' is twice"):
+    with pytest.raises(ValueError, match=r"called once .*; '1.gate' is called again"):
         collect_coefficients(nn.Sequential(*twice[:2], twice[1]), texts, tmp_path / "b")
     twice[0].unused = twice[1].gate
     with pytest.raises(ValueError, match=r"called in every forward pass; 0.unused is not"):
@@ -71,6 +71,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
     twice[1].gate.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"1.gate/0 must be finite"):
         collect_coefficients(nn.Sequential(*twice[:2]), texts, tmp_path / "b")
-    with pytest.raises(ValueError, match=r"must hold activations; its manifest.json says 'coefficients'"):
+    with pytest.raises(ValueError, match=r"must contain activations; its manifest.json says 'coefficients'"):
         Activations(tmp_path / "a")
     assert len(Coefficients(tmp_path / "a")["1.gate"]) == 12

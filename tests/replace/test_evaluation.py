@@ -204,7 +204,7 @@ def test_a_module_with_several_names_is_replaced_under_all(llama: Any) -> None:
 def test_names_and_modules_that_are_refused(llama: Any, texts: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=r"such as \['model.layers.0.mlp'.*got 'layers.0.mlp'"):
         evaluate(llama, "layers.0.mlp", nn.Identity(), texts)
-    with pytest.raises(ValueError, match="name must be that of a module"), splice(llama, "", None):
+    with pytest.raises(ValueError, match="name must be the name of a module"), splice(llama, "", None):
         pass
     with pytest.raises(TypeError, match="Module or None"), splice(llama, PLACE, torch.relu):
         pass

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from math import cos, pi
+from math import cos, isfinite, pi
 from typing import Any, Literal, get_args
 
 from mumoe_tensor.checks import as_python, check_choice
 
-#: Upper limit of all numbers: torch has 64 bits.
-LIMIT = 2**63
 Schedule = Literal["cosine", "linear"]
 Keep = Literal["best", "last"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -101,18 +99,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # Convert numbers from other libraries, such as NumPy, to Python's: they are written as JSON.
         for field in fields(self):
-            object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
+            value = as_python(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            is_wrong = isinstance(value, float) and not isfinite(value)
+            if is_wrong or (isinstance(value, int) and abs(value) >= 2**63):
+                raise ValueError(f"{field.name} must be finite and fit into 64 bits, got {value}.")
         object.__setattr__(self, "betas", tuple(map(as_python, self.betas)))
         for name in (
             "epochs", "batch_size", "learning_rate", "clip", "patience", "steps", "accumulation",
             "evaluate_every", "evaluation_batch_size", "checkpoint_every",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not 0 < value < LIMIT:
-                raise ValueError(f"{name} must be positive and below 2**63, got {value}.")
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
         for name in ("weight_decay", "final_learning_rate", "mixup", "workers", "warmup", "seed"):
-            if not 0 <= getattr(self, name) < LIMIT:
-                raise ValueError(f"{name} must not be negative, and below 2**63, got {getattr(self, name)}.")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if isinstance(self.warmup, float) and self.warmup > 1:
             raise ValueError(f"warmup must be a number of steps or a fraction up to 1.0, got {self.warmup}.")
         if self.final_learning_rate > self.learning_rate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -187,7 +188,9 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
             )
         if isinstance(tables.setdefault(table, {}), dict):
             tables[table][name] = _value(text.strip())
-    return settings_of({**tables, "kind": kind})
+    # (With overrides, the error may be in one of them.)
+    with nullcontext() if name in names or overrides else reading(name):
+        return settings_of({**tables, "kind": kind})
 
 
 def _value(text: str) -> Any:

@@ -15,8 +15,8 @@ from math import prod
 
 from matplotlib.figure import Figure
 
-from mumoe_tensor.study.plots import colour, marker
-from paper_figures.common import Row, draw_line, new_figure, set_experts_axis
+from mumoe_tensor.study.plots import colour, look
+from paper_figures.common import Row, draw_line, legend_below, new_figure, set_experts_axis
 from paper_figures.experiments.tables import grouped, over_seeds, table
 from paper_figures.experiments.tiny_imagenet import LINEAR, NULLS
 
@@ -60,10 +60,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     (dense,) = (row for row in rows if not row["levels"])
     for levels, ax in zip((1, 2), axes[:2], strict=True):
         here = [row for row in rows if row["levels"] == levels and row["gate"] == "entmax15"]
-        for name in dict.fromkeys(row["name"] for row in here):
-            line = sorted((row for row in here if row["name"] == name), key=lambda row: row["experts"])
-            look = {"color": colour(name), "marker": marker(name), "markersize": 3, "label": LABELS[name]}
-            draw_line(ax, line, "experts", "accuracy", 0.01, **look)
+        for name, group in grouped(here, "name").items():
+            line = sorted(group, key=lambda row: row["experts"])
+            shade, shape, _ = look(name)
+            style = {"color": shade, "marker": shape, "markersize": 3, "label": LABELS[name]}
+            draw_line(ax, line, "experts", "accuracy", 0.01, **style)
         ax.axhline(100 * dense["accuracy"], color="black", linestyle="--", label="linear layer")
         set_experts_axis(ax, here)
         ax.set(title="one level" if levels == 1 else "two levels", ylabel="test accuracy, %")
@@ -80,10 +81,10 @@ def draw(rows: Sequence[Row]) -> Figure:
         column = "polysemanticity_random" if gate == "dealt" else "polysemanticity"
         here = [row for row in single if row["gate"] == ("entmax15" if gate == "dealt" else gate)]
         shade = colour("cp") if gate == "entmax15" else "0.45"
-        look = {"color": shade, "linestyle": line, "label": label, "marker": "o", "markersize": 3}
-        draw_line(axes[2], sorted(here, key=lambda row: row["experts"]), "experts", column, **look)
+        style = {"color": shade, "linestyle": line, "label": label, "marker": "o", "markersize": 3}
+        draw_line(axes[2], sorted(here, key=lambda row: row["experts"]), "experts", column, **style)
     set_experts_axis(axes[2], single)
     axes[2].set(title="CP, one level", ylabel="polysemanticity")
     axes[2].legend(loc="lower left", frameon=False, fontsize="small", handlelength=2.8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, axes[0], 3)
     return figure

@@ -27,13 +27,7 @@ EXTRAS = {
 
 
 def missing(package: str) -> str | None:
-    """How to install a missing package; None if no extra installs it.
-
-    Parameters
-    ----------
-    package : str
-        Its import name.
-    """
+    """How to install a missing package, given its import name; None if no extra installs it."""
     for extra, packages in EXTRAS.items():
         if package.partition(".")[0] in packages:
             return f"{package.partition('.')[0]} is not installed; pip install 'mumoe_tensor[{extra}]'."

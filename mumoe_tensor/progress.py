@@ -17,10 +17,7 @@ Progress = Callable[[float, float, str], None]
 def progress_bar(title: str, is_shown: bool = True) -> Iterator[Progress]:
     """A progress bar on stderr; if that is not a terminal, a line every `LINE_SECONDS`.
 
-    Parameters
-    ----------
-    is_shown : bool, default True
-        If False, progress is discarded.
+    If `is_shown` is False, progress is discarded.
     """
     if not is_shown:
         yield lambda done, total, text: None

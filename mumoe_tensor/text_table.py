@@ -6,14 +6,9 @@ from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """A table with aligned columns and a line below the first row.
+    """A table with aligned columns and a line below the first row, which contains the headings.
 
-    Parameters
-    ----------
-    rows : sequence of sequence of str
-        The rows, with the headings first.
-    align : str
-        The alignment of each column, ``"<"`` for left or ``">"`` for right.
+    `align` has one character per column, ``"<"`` for left or ``">"`` for right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

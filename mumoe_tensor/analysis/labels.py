@@ -7,13 +7,7 @@ from torch import Tensor
 
 
 def as_integers(values: Tensor, what: str) -> Tensor:
-    """Convert integers of any dtype to int64; False and True become 0 and 1.
-
-    Raises
-    ------
-    TypeError
-        If the values are not integers.
-    """
+    """Convert integers of any dtype to int64 (False and True become 0 and 1); TypeError for other dtypes."""
     if values.is_floating_point() or values.is_complex():
         raise TypeError(f"{what} must be integers, got {values.dtype}.")
     return values.to(torch.int64)
@@ -22,12 +16,7 @@ def as_integers(values: Tensor, what: str) -> Tensor:
 def read_labels(labels: Tensor, classes: int | None = None, what: str = "labels") -> Tensor:
     """Convert labels of any integer dtype to int64.
 
-    Parameters
-    ----------
-    classes : int, optional
-        Number of classes. Labels must be less than this.
-    what : str, default "labels"
-        Name of the labels in error messages.
+    `what` is the name of the labels in error messages.
 
     Raises
     ------

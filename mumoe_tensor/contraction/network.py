@@ -119,16 +119,10 @@ class Network:
 def weight_network(
     format: Format, mode_sizes: tuple[int, ...], rank: Rank | None, missing: Sequence[int] = ()
 ) -> Network:
-    """The network of the weight tensor itself, contracted to its modes or their parts.
+    """The network of the weight tensor of a single term, contracted to its modes or their parts.
 
-    Parameters
-    ----------
-    format : Format
-        The format of a single term. Its declaration determines the operands.
-    mode_sizes : tuple of int
-        Sizes of the modes; the input mode includes any bias row.
-    missing : sequence of int
-        Positions of the optional factors that are missing.
+    The input mode in `mode_sizes` includes any bias row. `missing` contains the positions of optional factors
+    that are missing.
     """
     num_levels = len(mode_sizes) - 2
     factors = [f for k, f in enumerate(format.declaration(num_levels)) if k not in missing]
@@ -191,16 +185,11 @@ def vector_of(
 
 
 def is_read_in_place(kinds: Sequence[str]) -> bool:
-    """Whether a matrix product reads an operand in place, without a copy.
+    """Whether a matrix product reads an operand in place, given the kind of each axis in memory order.
 
     This is the case if the summed axes, the axes shared with the other operand and the result (which form a
-    batch of products), and the remaining axes are each adjacent, and the shared axes are not innermost.
-
-    Parameters
-    ----------
-    kinds : sequence of {"summed", "shared", "free"}
-        Kind of each axis, in memory order. If no axis is summed, the product is elementwise and reads any
-        order.
+    batch of products), and the remaining ("free") axes are each adjacent, and the shared axes are not
+    innermost. If no axis is summed, the product is elementwise and reads any order.
     """
     runs = [kind for kind, _ in groupby(kinds)]
     return "summed" not in runs or (len(runs) == len(set(runs)) and runs[-1] != "shared")

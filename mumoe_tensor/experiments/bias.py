@@ -367,12 +367,7 @@ def best(rows: Sequence[Row]) -> float:
 def area(curve: Sequence[Row], reference: float) -> float:
     """The mean, over accuracy losses, of the highest worst-subpopulation accuracy at no greater loss.
 
-    Parameters
-    ----------
-    curve : sequence of dict
-        One row per strength.
-    reference : float
-        Accuracy from which losses are measured.
+    `curve` has one row per strength. `reference` is the accuracy from which losses are measured.
     """
     losses = (LARGEST_LOSS * step / STEPS for step in range(STEPS + 1))
     # With a tolerance, since the loss of the uncorrected model is 0 only up to rounding.
@@ -383,13 +378,7 @@ def area(curve: Sequence[Row], reference: float) -> float:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Mean and half-width of the 95 % interval over seeds, for every method and metric of a task.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Rows of one task and one split.
-    """
+    """Mean and half-width of the 95 % interval over seeds, by method and metric, for one task and split."""
     records = []
     for method in METHODS:
         figures = by_seed(rows, method)
@@ -403,13 +392,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparisons(rows: Sequence[Row]) -> list[Row]:
-    """Paired differences that the claims are about: mean and half-width of the 95 % interval over seeds.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Rows of one task and one split.
-    """
+    """Paired differences for the claims, with 95 % intervals over seeds, for one task and split."""
     records = []
     for metric, one, other in COMPARED:
         pairs = zip(by_seed(rows, one)[metric], by_seed(rows, other)[metric], strict=True)

@@ -15,17 +15,9 @@ GROUP = "mumoe_tensor.formats"
 
 
 def load_entry_points(name: str | None = None) -> Iterator[str]:
-    """Register the formats of installed packages.
+    """Register the formats of installed packages: one by name, or by default all that are not registered yet.
 
-    Parameters
-    ----------
-    name : str, optional
-        The name of a format. By default, all formats that are not registered yet are loaded.
-
-    Yields
-    ------
-    str
-        An error message for each format that cannot be registered.
+    Yields an error message for each format that cannot be registered.
     """
     entries = entry_points(group=GROUP) if name is None else entry_points(group=GROUP, name=name)
     for entry in entries:

@@ -31,15 +31,7 @@ def dense_block(
 ) -> nn.Sequential:
     """Two linear layers with GELU between them: the block that `expert_block` replaces.
 
-    Parameters
-    ----------
-    dropout : float, default 0
-        Dropout probability of the outputs.
-
-    Returns
-    -------
-    Sequential
-        The modules `up`, `activation`, `down` and `dropout`.
+    The modules are `up`, `activation`, `down` and `dropout`, which applies to the outputs.
     """
     return nn.Sequential(
         OrderedDict(
@@ -96,14 +88,9 @@ def expert_block(
 
 
 class StochasticDepth(nn.Module):
-    """Drop the residual branch of a row at random in training (Huang et al., 2016).
+    """Drop the residual branch of a row in training with a given probability (Huang et al., 2016).
 
     The kept branches are divided by the probability of keeping them, so that the expectation does not change.
-
-    Parameters
-    ----------
-    probability : float
-        Probability of dropping a branch.
     """
 
     def __init__(self, probability: float):
@@ -111,16 +98,7 @@ class StochasticDepth(nn.Module):
         self.probability = probability
 
     def forward(self, branch: Tensor) -> Tensor:
-        """Drop or rescale a branch before it is added to the residual.
-
-        Parameters
-        ----------
-        branch : Tensor of shape (rows, ...)
-
-        Returns
-        -------
-        Tensor of the same shape
-        """
+        """Drop or rescale a branch, of shape (rows, ...), before it is added to the residual."""
         if not self.training or not self.probability:
             return branch
         stays = 1 - self.probability
@@ -141,10 +119,7 @@ def check_config(
 ) -> None:
     """Check the common fields of the configs of both models, and convert them to plain data.
 
-    Parameters
-    ----------
-    sizes, probabilities, ranks : sequence of str
-        Names of the fields.
+    `sizes`, `probabilities` and `ranks` are the names of fields.
 
     Raises
     ------

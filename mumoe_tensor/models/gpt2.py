@@ -289,12 +289,7 @@ class GPT2(nn.Module):
 class GPT2Block(nn.Module):
     """One block: attention and an MLP, each with a residual connection.
 
-    Parameters
-    ----------
-    config : GPT2Config
-    probability : float
-        Probability of dropping a branch in training.
-    device : torch.device or str, optional
+    `probability` is the probability of dropping a branch in training.
     """
 
     def __init__(self, config: GPT2Config, probability: float, device: torch.device | str | None):
@@ -324,30 +319,13 @@ class GPT2Block(nn.Module):
         self.drop = StochasticDepth(probability)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The residual stream after the block.
-
-        Parameters
-        ----------
-        x : Tensor of shape (rows, tokens, width)
-
-        Returns
-        -------
-        Tensor of the same shape
-        """
+        """The residual stream after the block, of shape (rows, tokens, width) like the input."""
         x = x + self.drop(self.attention(self.attention_norm(x)))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
 class CausalAttention(nn.Module):
-    """Causal multi-head attention.
-
-    Parameters
-    ----------
-    width, heads : int
-    dropout : float
-        Dropout probability of the attention weights and of the outputs.
-    device : torch.device or str, optional
-    """
+    """Causal multi-head attention, with dropout of the attention weights and of the outputs."""
 
     def __init__(self, width: int, heads: int, dropout: float, device: torch.device | str | None):
         super().__init__()
@@ -357,16 +335,7 @@ class CausalAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply attention.
-
-        Parameters
-        ----------
-        x : Tensor of shape (rows, tokens, width)
-
-        Returns
-        -------
-        Tensor of the same shape
-        """
+        """Map a tensor of shape (rows, tokens, width) to one of the same shape."""
         rows, tokens, width = x.shape
         parts = self.inputs(x).reshape(rows, tokens, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)

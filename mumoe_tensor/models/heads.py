@@ -137,18 +137,7 @@ class Head(nn.Module):
 
 
 def centring(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each feature, and a common standard deviation of all features.
-
-    Parameters
-    ----------
-    features : Tensor of shape (rows, features)
-
-    Returns
-    -------
-    Tensor of shape (features,)
-    Tensor of shape ()
-        1 if all features are constant.
-    """
+    """Mean of each feature, and a common standard deviation of all features (1 if they are constant)."""
     mean = features.mean(0)
     spread = (features - mean).square().mean().sqrt()
     return mean, spread if spread > 0 else torch.ones_like(spread)

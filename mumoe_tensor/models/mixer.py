@@ -177,12 +177,7 @@ class Mixer(nn.Module):
 class MixerBlock(nn.Module):
     """One block: tokens are mixed in every channel, then channels in every token.
 
-    Parameters
-    ----------
-    config : MixerConfig
-    probability : float
-        Probability of dropping a branch in training.
-    device : torch.device or str, optional
+    `probability` is the probability of dropping a branch in training.
     """
 
     def __init__(self, config: MixerConfig, probability: float, device: torch.device | str | None):
@@ -194,16 +189,7 @@ class MixerBlock(nn.Module):
         self.drop = StochasticDepth(probability)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens, then channels.
-
-        Parameters
-        ----------
-        tokens : Tensor of shape (rows, tokens, width)
-
-        Returns
-        -------
-        Tensor of the same shape
-        """
+        """Map a tensor of shape (rows, tokens, width) to one of the same shape."""
         mixed = self.token_mlp(self.token_norm(tokens).transpose(1, 2)).transpose(1, 2)
         tokens = tokens + self.drop(mixed)
         return tokens + self.drop(self.channel_mlp(self.channel_norm(tokens)))

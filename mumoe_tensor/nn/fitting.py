@@ -74,13 +74,8 @@ def fit_experts(
 ) -> tuple[float, float | None]:
     """Fill the factors in place so that the weight is a stack of matrices, or the best fit to it.
 
-    The options are those of `decompose`. The stack includes the bias rows, if the weight has a bias.
-
-    Returns
-    -------
-    tuple of float and (float or None)
-        Relative error in the Frobenius norm, and with an `input_covariance` the relative error of the
-        outputs.
+    The options are those of `decompose`. The stack includes the bias rows, if the weight has a bias. Returns
+    the relative error in the Frobenius norm, and with an `input_covariance` that of the outputs, else None.
     """
     # NumPy supports float32, and half precision converts to it without rounding.
     dense = stack.detach().cpu().to(torch.float64 if stack.dtype == torch.float64 else torch.float32)

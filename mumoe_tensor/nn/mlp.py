@@ -53,15 +53,7 @@ class Block(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The names of the submodules that are the parts of a `Block`.
-
-    Attributes
-    ----------
-    linears : list of str
-        Names of the linear layers, in the order of calls.
-    others : dict of str to str
-        Names of the other submodules, by part.
-    """
+    """Names of the submodules of a `Block`: the linear layers in call order, and the others by part."""
 
     linears: list[str]
     others: dict[str, str]

@@ -22,18 +22,7 @@ TENSORS, WHOLE = "checksums", "checksum"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write tensors to a safetensors file, atomically.
-
-    Parameters
-    ----------
-    about : mapping of str to str
-        Metadata.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
-    """
+    """Write tensors to a safetensors file, atomically, with `about` as its metadata."""
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -116,17 +105,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Any], checksum: Callable[[Tensor], Any]
 ) -> None:
-    """Compare tensors with their expected checksums.
-
-    Parameters
-    ----------
-    checksum : callable
-        Computes the checksum of a tensor.
+    """Compare tensors with their expected checksums, computed by `checksum`.
 
     Raises
     ------
     ValueError
-        If a tensor is missing or unexpected, or has a different checksum.
+        If a tensor is missing or unexpected, or has a different checksum; the message names the tensor.
     """
     odd = sorted(set(tensors) ^ set(expected))
     if odd:
@@ -146,12 +130,8 @@ def checksum_of_bytes(value: Tensor) -> int:
 def load_tensors(model: M, tensors: Mapping[str, Tensor]) -> M:
     """Assign tensors to a model on the meta device, and put it into evaluation mode.
 
-    Thus the shapes are checked before any memory is allocated.
-
-    Raises
-    ------
-    ValueError
-        If names or shapes differ from those of the model.
+    Thus the shapes are checked before any memory is allocated. If names or shapes differ from those of the
+    model, a ValueError is raised.
     """
     try:
         model.load_state_dict(tensors, assign=True)

@@ -171,17 +171,9 @@ class ReplacementLayer(WholeState):
         return copy.deepcopy(self, {id(self.mixture): self.mixture.keep_experts(level, indices)})
 
     def forward(self, x: Tensor, *, return_coefficients: bool = False) -> Any:
-        """Map inputs.
+        """Map inputs of shape (..., in_features) to outputs of shape (..., out_features).
 
-        Parameters
-        ----------
-        x : Tensor of shape (..., in_features)
-
-        Returns
-        -------
-        Tensor of shape (..., out_features)
-        tuple of Tensor of shape (..., N_e)
-            The coefficients, one tensor per level; only with `return_coefficients`.
+        With `return_coefficients`, also return the coefficients, one tensor of shape (..., N_e) per level.
         """
         gate_input = x if self.num_experts else None
         result = self.mixture(

@@ -53,17 +53,7 @@ class Penalized(nn.Module):
 
 
 def expert_norms(weight: FactorizedTensor) -> Tensor:
-    """The Frobenius norms of the matrices of all experts; the derivative at a norm of zero is zero.
-
-    Parameters
-    ----------
-    weight : FactorizedTensor
-        A weight whose factors are torch tensors.
-
-    Returns
-    -------
-    Tensor of shape (N1, ..., NE)
-    """
+    """Frobenius norms of all experts, of shape (N1, ..., NE). The derivative at a norm of zero is zero."""
     terms, counts = weight.terms, torch.zeros(weight.experts, device="cpu")
     for term in terms:
         _window(counts, term).add_(1)

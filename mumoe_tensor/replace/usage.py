@@ -36,14 +36,7 @@ class ExpertUse(NamedTuple):
 
 @torch.no_grad()
 def usage(layer: nn.Module, rows: ActivationRows) -> ExpertUse:
-    """Count the experts that a layer uses for given rows.
-
-    Parameters
-    ----------
-    layer : Module
-        A layer with any number of gates, which runs in evaluation mode.
-    rows : ActivationRows
-    """
+    """Count the experts that a layer, which may have any number of gates, uses for given rows."""
     device = next((p.device for p in layer.parameters()), None)
     with counted(layer) as usages, evaluating(layer):
         for numbers in torch.arange(len(rows), device="cpu").split(BATCH):

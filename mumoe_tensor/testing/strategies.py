@@ -260,14 +260,8 @@ def variants(
 ) -> Format:
     """The format with random sizes of the parts of each split mode, some of them padded.
 
-    Parameters
-    ----------
-    mode_sizes : tuple of int
-        Sizes of the modes before splitting.
-    is_open : bool, default False
-        Whether expert modes may also be split.
-    is_term : bool, default False
-        Whether the result may also be a slice of the experts, as a term of a sum.
+    `mode_sizes` are the sizes before splitting. With `is_open`, expert modes may also be split. With
+    `is_term`, the result may also be a slice of the experts, as a term of a sum.
     """
     if isinstance(format, Sum):
         terms = [draw(variants(term, mode_sizes, is_open, is_open)) for term in format.formats]

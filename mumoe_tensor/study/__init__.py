@@ -44,7 +44,6 @@ __all__ = [
     "read_covariance",
     "read_study",
     "read_weight",
-    "resumed",
     "run",
     "to_json",
     "write",

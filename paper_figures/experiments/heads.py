@@ -104,11 +104,8 @@ class Run:
         options: Any = {"format": self.format, "hidden": HIDDEN if self.kind == "matched" else None}
         if self.format != "linear":
             options |= {"experts": self.experts, "gate": self.gate, "gate_norm": self.gate_norm}
-            rank = TUCKER_RANK if self.format == "tucker" else None
-            if self.kind == "single":
-                options["rank"] = SINGLE_RANK
-            else:
-                options |= {"rank": rank, "parameters": "match"}
+            matched = {"rank": TUCKER_RANK if self.format == "tucker" else None, "parameters": "match"}
+            options |= {"rank": SINGLE_RANK} if self.kind == "single" else matched
         torch.manual_seed(self.seed)
         return Head(features, classes, **options)
 
@@ -116,14 +113,11 @@ class Run:
 def runs() -> list[Run]:
     """All training runs of the protocol."""
     runs = [Run("single", "linear"), Run("matched", "linear")]
-    runs += [Run("matched", format, experts) for format in FORMATS for experts in MATCHED]
-    runs += [Run("matched", format, experts) for format in FORMATS[:2] for experts in LEVELS]
+    runs += [Run("matched", *each) for each in product(FORMATS, MATCHED)]
+    runs += [Run("matched", *each) for each in product(FORMATS[:2], LEVELS)]
     runs += [Run("single", "cp", (n,)) for n in SINGLE]
-    runs += [
-        Run("single", "cp", (GATE_AT,), gate, norm)
-        for gate in ("entmax15", "softmax")
-        for norm in ("batch", "layer", "none")
-    ]
+    gates = product(("entmax15", "softmax"), ("batch", "layer", "none"))
+    runs += [Run("single", "cp", (GATE_AT,), *each) for each in gates]
     return [replace(run, seed=seed) for seed in SEEDS for run in dict.fromkeys(runs)]
 
 

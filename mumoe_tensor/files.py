@@ -1,4 +1,4 @@
-"""Atomic writing of files and of folders of results, by one process at a time.
+"""Atomic writing of files and result folders, by one process at a time.
 
 A command that replaces results writes the new ones into a hidden folder next to the old ones. Once they are
 complete, this folder is renamed to mark it as complete, and then each result is moved into place. If a

@@ -62,7 +62,7 @@ class Gate(Protocol):
       weight and no norm.
     - a method ``per_expert(num_experts, in_features)``: returns a dictionary of initial arrays whose
       first axis is the experts of a level. The layer's gate stores them under their names, concatenated
-      over the levels, as parameters if they are parameters, otherwise as buffers. The gate is called with
+      over the levels, as parameters or buffers depending on their type. The gate is called with
       the arrays of its level as keyword arguments. The method raises a ValueError if the gate cannot be
       used for a level.
     - a method ``fit(z, num_experts)``: returns these arrays for a level, fitted to inputs of shape (rows,

@@ -18,7 +18,7 @@ def side_by_side(calls: Sequence[Callable[[], T]], jobs: int | str = 1) -> Itera
     Parameters
     ----------
     calls : sequence of callable
-        Functions without arguments. Several processes receive them by cloudpickle.
+        Functions without arguments. With several jobs, cloudpickle pickles them.
     jobs : int or str, default 1
         Maximum number of processes. With one, the functions are called in order in this process. A string is
         the address of a Dask scheduler, such as ``"tcp://host:8786"``, whose workers call the functions.

@@ -19,7 +19,7 @@ Rounding = Literal["up", "down", "nearest"]
 
 
 class Sizes(TypedDict, total=False):
-    """The keyword arguments of `LayerSpec`, which functions of layers accept instead of a spec."""
+    """The keyword arguments of `LayerSpec`, which functions for layers accept instead of a spec."""
 
     experts: int | Sequence[int]
     in_features: int
@@ -222,7 +222,7 @@ class LayerSpec:
         Parameters
         ----------
         parameters : int or str, default "match"
-            The budget: a number, ``"match"`` for `dense_parameters`, or a multiple of these such as ``"2x"``.
+            The budget: a number, ``"match"`` for `dense_parameters`, or a multiple of it such as ``"2x"``.
         rounding : {"up", "down", "nearest"}, default "up"
             The smallest rank with at least as many parameters, the largest with at most as many, or the
             nearer of the two.
@@ -239,7 +239,7 @@ class LayerSpec:
         -----
         If the rank is None, it follows the format's convention, `Format.default_rank`: a single number for
         CP, ``(4, ..., 4, R)`` for Tensor Ring and Train, and for Tucker ranks proportional to the sizes of
-        the modes and not larger than them.
+        the modes and at most as large.
         """
         check_choice(rounding, ("up", "down", "nearest"), "rounding")
         check_flag(gate, "gate")

@@ -14,7 +14,7 @@ CHUNK = 2**20
 
 @dataclass(frozen=True)
 class UsageStatistics:
-    """Statistics of the usage of the experts of one level.
+    """Usage statistics for the experts of one level.
 
     Attributes
     ----------

@@ -56,7 +56,7 @@ class Part(NamedTuple):
         return first.tree, second.tree
 
 
-#: Cost of a product including its two parts, as a function of the parts and of the indices of the result.
+#: Cost of a product including its two parts, as a function of the parts and the result's indices.
 Cost = Callable[[Part, Part, int], int]
 
 

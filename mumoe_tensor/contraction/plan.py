@@ -307,7 +307,7 @@ class SumPlan:
 
     @property
     def _held(self) -> int:
-        """Memory of the result of a term, or of the sum so far."""
+        """Memory for the result of a term, or for the sum so far."""
         return self.batch * self.out_features * self.itemsize
 
     @property

@@ -160,7 +160,7 @@ class Format(ABC):
         return None
 
     def from_container(self, container: Any) -> list[Any]:
-        """The factors of a TensorLy container of this format, or of an object with the same attributes."""
+        """The factors in a TensorLy container of this format, or in an object with the same attributes."""
         raise TypeError(f"format {self.name!r} has no container in TensorLy.")
 
     def to_container(self, factors: Sequence[Any], tl: Any) -> Any:

@@ -218,7 +218,7 @@ class GPT2(nn.Module):
         Raises
         ------
         ValueError
-            If there are no tokens or invalid ones, or an option is out of range.
+            If tokens are missing or invalid, or an option is out of range.
         """
         self._check(tokens)
         as_positive(steps, "steps")
@@ -245,7 +245,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def coefficients(self, tokens: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """Coefficients of the experts of every block for each token, in evaluation mode.
+        """Expert coefficients of every block for each token, in evaluation mode.
 
         The coefficients of a token are computed from the context that ends with this token.
 

@@ -175,7 +175,7 @@ def remove_experts(model: nn.Module, pattern: str = "*") -> None:
 def merge_experts(model: nn.Module, expert: Index = (), pattern: str = "*") -> None:
     """Merge one expert into each linear layer, and remove all experts, in place.
 
-    The merged model has the outputs of coefficient one for this expert and zero for the others.
+    The model then has the outputs that it had with coefficient one for this expert and zero for the others.
 
     Parameters
     ----------

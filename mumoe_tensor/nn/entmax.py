@@ -155,7 +155,7 @@ def coefficients_in_float32(z: Tensor) -> Tensor | None:
 
 def _sorted(z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The coefficients of logits by the closed form for the k largest of a row."""
-    # Entries more than 2 below the maximum have coefficient zero. float64, because of cancellation.
+    # Entries more than 2 below the maximum have coefficient zero. float64 avoids cancellation errors.
     wide = (z - z.amax(-1, keepdim=True)).clamp_(min=-2).to(dtype)
     largest = wide.sort(-1, descending=True).values
     k = torch.arange(1, z.shape[-1] + 1, dtype=dtype, device=z.device)
@@ -178,8 +178,8 @@ def _by_numpy(z: NDArray[np.float32]) -> NDArray[np.float32]:
         behind = np.negative(z)
         behind.sort(-1)
         least = behind[..., :1]
-        # The distance of each logit from the maximum. From 2 on, the coefficient is zero. float64, because of
-        # cancellation.
+        # The distance of each logit from the maximum. From 2 on, the coefficient is zero. Computed in
+        # float64 because of cancellation.
         d = np.subtract(behind, least, dtype=np.float64)
         np.minimum(d, 2, out=d)
         # For each k, the t at which the k largest logits have ‖t − d‖ = 2. It falls with k. The threshold of

@@ -151,7 +151,7 @@ class Experts(WholeState):
         spec = as_spec(spec)
         if spec.hidden is not None:
             raise ValueError(
-                f"spec must be that of a single layer, such as one of the `layers` of a block, got {spec!r}."
+                f"spec must describe a single layer, such as one of the `layers` of a block, got {spec!r}."
             )
         sizes = spec.in_features, spec.out_features, spec.experts
         return cls(*sizes, spec.format, spec.full_rank, bias=spec.bias, **options)

@@ -100,8 +100,8 @@ class Layer(WholeState):
         """
         spec = as_spec(spec)
         if cls._is_block != (spec.hidden is not None):
-            weights = "the weights of a block" if cls._is_block else "one weight"
-            raise ValueError(f"the spec of a {cls.__name__} must be that of {weights}, got {spec!r}.")
+            weights = "a block" if cls._is_block else "a single layer"
+            raise ValueError(f"the spec of a {cls.__name__} must describe {weights}, got {spec!r}.")
         return cls.from_config(_arguments_of(spec), **options)
 
     @classmethod

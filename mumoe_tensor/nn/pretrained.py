@@ -139,7 +139,7 @@ def _update_configs(model: nn.Module) -> None:
 
 
 def _place(model: Any, name: str) -> str | None:
-    """The name in `model` of a module of another model with the same base, or None if there is none."""
+    """The name in `model` of a module from another model with the same base, or None."""
     prefix = f"{model.base_model_prefix}."
     names = {module_name for module_name, _ in model.named_modules()}
     return next((x for x in (name, name.removeprefix(prefix), prefix + name) if x in names), None)

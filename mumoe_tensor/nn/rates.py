@@ -74,7 +74,7 @@ def parameter_groups(model: nn.Module, learning_rate: float) -> list[dict[str, A
 
 @lru_cache(maxsize=256)
 def scales_of(spec: LayerSpec, init: Init) -> tuple[float, ...]:
-    """The scale of the learning rate of each factor of experts, as a geometric mean over draws."""
+    """The learning-rate scale for each factor of the experts, a geometric mean over random draws."""
     with torch.random.fork_rng(devices=()), torch.enable_grad():
         torch.manual_seed(0)
         drawn = [_scales_of_draw(Experts.from_spec(spec, init=init, **PLACE)) for _ in range(DRAWS)]

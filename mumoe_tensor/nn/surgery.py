@@ -38,7 +38,7 @@ class Replacement(NamedTuple):
     names : tuple of str
         The module's names in the model; several if it is used in several places.
     before, after : int
-        Number of parameters of the old and of the new module.
+        Number of parameters of the old and the new module.
     errors : tuple of float
         Relative error of the experts in the Frobenius norm, one for each weight. Empty if nothing is fitted,
         as in a dry run or on the meta device.
@@ -80,8 +80,8 @@ def replace_linear(
     """Replace linear layers by `MuMoE` layers that start with the same outputs, in place.
 
     All layers are checked and all new layers are made before the first is replaced, so an error leaves the
-    model unchanged. If any name of a layer with several names matches, it is replaced under all of them. A
-    frozen layer is replaced by a frozen one.
+    model unchanged. If any name of a layer with several names matches, it is replaced under all of them. If
+    a layer is frozen, its replacement is frozen too.
 
     Parameters
     ----------

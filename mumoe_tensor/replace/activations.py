@@ -19,7 +19,7 @@ from mumoe_tensor.replace.shards import Shards, collect_shards, held, rows_of_ea
 from mumoe_tensor.selections import Selection, read_selection
 
 KIND = "activations"
-#: Entry of every shard: the number of rows of each of its texts.
+#: Entry of every shard: the number of rows of each text.
 COUNTS = "counts"
 Dtype = Literal["float16", "bfloat16", "float32"]
 #: Rows read at a time when all rows are scanned.

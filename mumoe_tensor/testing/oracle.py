@@ -31,7 +31,7 @@ def to_numpy(array: Array) -> Float64:
 
 
 def subscripts(format: Format, num_levels: int) -> tuple[list[str], str]:
-    """Letters of the axes of the factors and of the tensor of a single term, for `einsum`.
+    """Letters for the axes of the factors and the tensor of a single term, for `einsum`.
 
     The tensor has an axis for each part of a split mode, and none for a mode that the term omits.
     """
@@ -137,7 +137,7 @@ def dense_moe(tensor: Float64, z: Float64, coefficients: Sequence[Float64], *, b
 def magnitude(
     weight: FactorizedTensor, z: Array, coefficients: Sequence[Array], *, bias: bool = False
 ) -> Float64:
-    """Sum of the magnitudes of all terms of an output, the scale of its rounding errors.
+    """Sum of the magnitudes of all terms in an output, the scale of its rounding errors.
 
     Parameters
     ----------

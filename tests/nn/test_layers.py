@@ -211,7 +211,7 @@ def test_a_layer_is_made_of_a_spec_and_gives_it_back(kind: Any) -> None:
     if kind is not Experts:
         assert kind.from_config(made.config).spec == spec and made.config["batch_hint"] == 8
         assert made.keep_experts(0, [2]).spec == replace(spec, experts=(1, 2))
-    with pytest.raises(ValueError, match=r"spec .*must be that of"):
+    with pytest.raises(ValueError, match=r"spec .*must describe"):
         kind.from_spec(other)
 
 

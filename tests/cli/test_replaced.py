@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -136,9 +137,10 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     monkeypatch.setattr(timing, "_no_collection", nullcontext)
     monkeypatch.setattr(sweep, "peaks", lambda *_: (1, 2))
     yield Disk(monkeypatch)
+    gc.collect()
 
 
-# (What cannot write its first record, tensorboardX leaves open.)
+# (What cannot write its first record, tensorboardX leaves open, until it is collected.)
 @pytest.mark.filterwarnings("ignore:.*tfevents:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("command", RESULTS)
 def test_a_full_disk_is_one_line_and_loses_nothing(

@@ -131,7 +131,8 @@ class Setting(StudyConfig):
 
     def to_json(self) -> str:
         """The setting as text for `from_json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        entries = asdict(self)
+        return json.dumps({"layer": entries["layer"], **entries}, indent=2) + "\n"  # the layer first
 
     @classmethod
     def from_json(cls, path: str | Path) -> Setting:

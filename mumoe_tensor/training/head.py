@@ -20,7 +20,7 @@ from mumoe_tensor.readers import reading
 from mumoe_tensor.training.data import Dataset, read_images, read_npz, split
 from mumoe_tensor.training.features import extract
 from mumoe_tensor.training.images import ImageFiles, Images, Scaled, class_folders
-from mumoe_tensor.training.job import Job, made
+from mumoe_tensor.training.job import Job, made, parameters_of
 from mumoe_tensor.training.log import Evaluation
 from mumoe_tensor.training.trainer import train
 
@@ -87,7 +87,7 @@ class HeadSetting(HeadConfig):
         training, validation = split(data, self.validation, seed=0)
         features = extract(backbone or nn.Identity(), training, progress=progress).x
         make = partial(Head, features.shape[1], classes, **self.head)
-        head = made(make, self.training.seed)
+        head = made(make, self.training.seed, parameters_of(make))
         head.centre_on(features)
         model = head if backbone is None else nn.Sequential(backbone, head)
         return Job(model, training, validation, self.training.for_rows(len(training)))

@@ -24,16 +24,21 @@ class Job(NamedTuple):
     train: TrainConfig
 
 
-def made(make: Callable[[], M], seed: int) -> M:
+def parameters_of(make: Callable[[], nn.Module]) -> int:
+    """The number of parameters of a model, which is made on ``meta``."""
+    try:
+        with torch.device("meta"):
+            return num_parameters(make())
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"a model must fit into memory: {error}.") from None
+
+
+def made(make: Callable[[], M], seed: int, parameters: int) -> M:
     """Make a model with a seed; a ValueError if its parameters, in float32, do not fit into memory."""
     import psutil  # a dependency of accelerate
 
-    try:
-        with torch.device("meta"):
-            needed = 4 * num_parameters(make())
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"a model must fit into memory: {error}.") from None
-    if needed > (there := psutil.virtual_memory().total):
+    needed, there = 4 * parameters, psutil.virtual_memory().total
+    if needed > there:
         raise ValueError(
             f"a model must fit into memory; its parameters need {needed / 2**30:,.1f} GiB of "
             f"{there / 2**30:,.1f} GiB."

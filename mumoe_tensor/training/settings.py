@@ -6,7 +6,8 @@ import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -22,7 +23,7 @@ from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.readers import checked, read_toml, reading
 from mumoe_tensor.training.data import Rows
 from mumoe_tensor.training.images import ImageData
-from mumoe_tensor.training.job import Job, made
+from mumoe_tensor.training.job import Job, made, parameters_of
 from mumoe_tensor.training.tokens import TokenData
 
 #: Folder of the packaged settings.
@@ -50,7 +51,11 @@ class _ModelRun(ABC):
     def job(self, *, progress: bool = False) -> Job:
         """Read the data and make the model, initialized with the seed in the training settings."""
         rows = self.read_data()
-        return Job(made(self.make_model, self.train.seed), *rows, self.train)
+        # All blocks are alike, so two models determine the parameter count at any depth.
+        shallow = (replace(self.model, depth=depth) for depth in (1, 2))
+        first, second = (parameters_of(partial(self.network, config)) for config in shallow)
+        parameters = first + (self.model.depth - 1) * (second - first)
+        return Job(made(self.make_model, self.train.seed, parameters), *rows, self.train)
 
     def about(self, model: Any) -> dict[str, Any]:
         """Parameter count, and ranks by name."""

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -52,10 +51,12 @@ class _ModelRun(ABC):
         """Read the data and make the model, initialized with the seed in the training settings."""
         rows = self.read_data()
         # All blocks are alike, so two models determine the parameter count at any depth.
-        shallow = (replace(self.model, depth=depth) for depth in (1, 2))
-        first, second = (parameters_of(partial(self.network, config)) for config in shallow)
+        first, second = (self._parameters(depth) for depth in (1, 2))
         parameters = first + (self.model.depth - 1) * (second - first)
         return Job(made(self.make_model, self.train.seed, parameters), *rows, self.train)
+
+    def _parameters(self, depth: int) -> int:
+        return parameters_of(lambda: self.network(replace(self.model, depth=depth)))
 
     def about(self, model: Any) -> dict[str, Any]:
         """Parameter count, and ranks by name."""

@@ -196,7 +196,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
     Raises
     ------
     ValueError
-        If a row has other columns.
+        If a row does not have these columns.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")

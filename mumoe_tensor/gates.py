@@ -60,11 +60,10 @@ class Gate(Protocol):
     - ``reads_input = True``: the gate is called with the input of the layer's gate, of shape (...,
       in_features), and the number of experts of a level, instead of logits. The layer's gate then has no
       weight and no norm.
-    - a method ``per_expert(num_experts, in_features)``: returns a dictionary of initial arrays whose
-      first axis is the experts of a level. The layer's gate stores them under their names, concatenated
-      over the levels, as parameters or buffers depending on their type. The gate is called with
-      the arrays of its level as keyword arguments. The method raises a ValueError if the gate cannot be
-      used for a level.
+    - a method ``per_expert(num_experts, in_features)``: returns a dictionary of initial arrays with one
+      row for each expert of a level. The layer's gate stores them under their names, concatenated over
+      the levels, as parameters or buffers depending on their type. The gate is called with the arrays of
+      its level as keyword arguments. The method raises a ValueError if the gate does not support a level.
     - a method ``fit(z, num_experts)``: returns these arrays for a level, fitted to inputs of shape (rows,
       in_features).
     """

@@ -37,7 +37,7 @@ class Ledger:
     Raises
     ------
     TypeError
-        If a column has another type.
+        If the type of a column is not supported.
     ValueError
         If the columns of the file differ, or a cell does not have the type of its column; see `read_table`.
     """
@@ -82,7 +82,7 @@ class Ledger:
         Raises
         ------
         ValueError
-            If a row has other columns, a value does not have the type of its column, or the row already
+            If a row does not have these columns, a value has the wrong type, or the row already
             exists.
         OSError
             If the file cannot be written. Then no row is added.

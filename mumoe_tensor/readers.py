@@ -22,7 +22,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-#: Exceptions for damaged files. `TypeError`: a value of another type; `RuntimeError`: nested too deeply, or
+#: Exceptions for damaged files. `TypeError`: a value of the wrong type; `RuntimeError`: nested too deeply, or
 #: an archive with a password; `TokenError`: the header of an array.
 _DAMAGED = (
     ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, csv.Error,
@@ -153,7 +153,7 @@ def read_table(
     Raises
     ------
     ValueError
-        If columns are missing, unknown or repeated, a row is truncated, repeated or has another number of
+        If columns are missing, unknown or repeated, a row is truncated, repeated or has the wrong number of
         values, or a value cannot be converted; the message names the row.
     """
     text = read_text(path)
@@ -272,7 +272,7 @@ def checked(kind: type[T], values: Any) -> T:
     Raises
     ------
     ValueError
-        If a value is missing, unknown or of another type; the message names its key.
+        If a value is missing, unknown or of the wrong type; the message names its key.
     """
     from pydantic import TypeAdapter, ValidationError
 

@@ -697,7 +697,7 @@ FAULTS = [
     Fault("bias: embeddings centred on test rows as well", "mumoe_tensor/training/attributes.py",
           "centring(features[training])", "centring(features)",
           "experiments/test_bias::test_embeddings_of_the_user"),
-    Fault("measure: ratio of medians instead of median of ratios", "mumoe_tensor/measure/timing.py",
+    Fault("measure: ratios across rounds instead of within a round", "mumoe_tensor/measure/timing.py",
           "Spread.of(value / base for value, base in self._pairs(name))",
           "Spread.of(value / self.seconds[self.baseline][0] for value in self.seconds[name])",
           "measure/test_timing::test_ratios_are_taken_within_a_round"),

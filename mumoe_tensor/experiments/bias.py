@@ -171,7 +171,7 @@ class Experiment:
         return fit(self.task, method, value, seed, self.recipe)
 
     def _judged(self, method: str, seed: int, split: str) -> list[Row]:
-        """Result rows of the model of a seed, uncorrected and with each correction, on a split."""
+        """Result rows for the model with this seed, uncorrected and with each correction, on a split."""
         value = self._chosen(method)
         path = self.folder / "models" / f"{self._key(f'{method} {seed}').replace(' ', '-')}.safetensors"
         loss = nan

@@ -38,9 +38,9 @@ class Head(nn.Module):
         expert of full rank, as in the head without experts.
     parameters : int or str, optional
         Budget, including the gate and biases. The rank, or its None entry, is chosen so that the number of
-        parameters is closest. ``"match"``, the default for a None entry, is the number of parameters of the
-        head without experts, and ``"2x"`` a multiple of it. For a format without a rank, `hidden` is solved
-        for instead, and a single layer ignores the budget.
+        parameters is closest to it. ``"match"``, the default for a None entry, is the number of parameters of
+        the head without experts, and ``"2x"`` a multiple of it. For a format without a rank, `hidden` is
+        solved for instead, and a single layer ignores the budget.
     gate, gate_norm, init : optional
         See `mumoe_tensor.nn.MuMoE`.
 

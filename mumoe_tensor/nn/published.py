@@ -64,7 +64,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
     gates = take("projs.")
     if not gates or any(gate.ndim != 2 for gate in gates):
         raise ValueError(
-            f"a published layer has its gates, matrices, at 'projs.0', ...; the names are {sorted(state)}."
+            f"a published layer must have gate matrices 'projs.0', ...; the names are {sorted(state)}."
         )
     weights = []
     version = "v2" if any(name.startswith("MuMoE") for name in state) else "v1"

@@ -144,7 +144,7 @@ class Grid:
                 f"tuned_at must be a K of the first place, {self.places[0].k}, got {self.tuned_at}."
             )
         if wrong := [name for name in self.arms if "/" in name]:
-            raise ValueError(f"names of arms, as parts of folder names, must have no slash, got {wrong}.")
+            raise ValueError(f"names of arms, used in folder names, must not contain a slash, got {wrong}.")
         names = [run.name for run in self.runs()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"runs must have different names, got more than one {', '.join(twice)}.")

@@ -147,7 +147,7 @@ def sparse_probe(features: Any, labels: Any, *, k: int = 1, training: Selection,
         for what, part in (("training", training), ("test", test))
     }
     if common := np.intersect1d(rows["training"], rows["test"]).tolist():
-        raise ValueError(f"training and test must have no row in common, got {common[:5]} in both.")
+        raise ValueError(f"training and test must have no rows in common, got {common[:5]} in both.")
     for what, numbers in rows.items():
         if len(numbers) == 0 or is_labelled[numbers].all() or not is_labelled[numbers].any():
             raise ValueError(

@@ -43,7 +43,7 @@ class Shards:
     Raises
     ------
     ValueError
-        If the folder is of another kind or is not finished, or a shard is corrupt.
+        If the folder has another kind of content, is not finished, or has a corrupt shard.
     FileNotFoundError
         If there is no manifest.
     """

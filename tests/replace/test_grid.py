@@ -45,7 +45,7 @@ def test_no_two_runs_have_one_name() -> None:
         ((place, place), {"x": arm}, "more than one a x K=2 seed=0"),
         ((Place("a", (2, 2), (1, 1)),), {"x": arm}, "more than one a x K=2 seed=0"),
         ((place,), {"x, y": arm, "x y": arm}, "more than one a x y K=2 seed=0"),
-        ((place,), {"x/y": arm}, r"no slash, got \['x/y'\]"),
+        ((place,), {"x/y": arm}, r"must not contain a slash, got \['x/y'\]"),
     ):
         with pytest.raises(ValueError, match=error):
             Grid(places, arms, tuned_at=2)

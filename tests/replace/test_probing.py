@@ -142,7 +142,7 @@ def test_what_a_probe_refuses() -> None:
         sparse_probe(features, labels[:-1], **parts)
     with pytest.raises(ValueError, match="k=13"):
         sparse_probe(features, labels, k=13, **parts)
-    with pytest.raises(ValueError, match=r"no row in common, got \[199\]"):
+    with pytest.raises(ValueError, match=r"no rows in common, got \[199\]"):
         sparse_probe(features, labels, training=range(200), test=range(199, 300))
     for training, test in ((range(0), range(10)), (~labels, labels), (labels, ~labels)):
         with pytest.raises(ValueError, match="rows must be of both classes"):

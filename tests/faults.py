@@ -1,11 +1,11 @@
 """Plant deliberate faults in the library, one at a time; the tests must catch each.
 
 Each fault replaces one piece of source in a copy of the repository, runs the tests that should see it and
-stops at the first that fails, so those tests must pass without a fault: run them first. Prints which test
-caught which fault; exits with 1 if a fault survives or its source is no longer there.
+stops at the first that fails, so those tests must pass without a fault: run them first. Prints the test that
+caught each fault, and exits with 1 if a fault survives or its source has changed.
 
     python tests/faults.py              # all faults
-    python tests/faults.py envelope     # those with "envelope" in their name
+    python tests/faults.py parallel     # those with "parallel" in their name
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
         TypeError, ("no container", "'x'")),
     "neither weight nor container": (lambda: mt.to_dense("W"), TypeError, ("FactorizedTensor", "str")),
     "random with a wrong rank": (
-        lambda: mt.FactorizedTensor.random("tr", rank=(2, 3), **SIZES), ValueError, ("3 entries", "(2, 3)")),
-    "random without a rank": (lambda: mt.FactorizedTensor.random("cp", **SIZES), ValueError, ("(r,)", "None")),
+        lambda: mt.FactorizedTensor.random("tr", rank=(2, 3), **SIZES), ValueError, ("b1, b2, b3", "(2, 3)")),
+    "random without a rank": (lambda: mt.FactorizedTensor.random("cp", **SIZES), ValueError, ("per bond, r;", "None")),
     "random like integers": (
         lambda: mt.FactorizedTensor.random("cp", rank=2, like=np.ones(1, int), **SIZES),
         TypeError, ("floating", "int64")),
@@ -157,7 +157,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = 
     "open rank": (lambda: mt.plan("tr", rank=(4, 4, None), **SIZES), ValueError, ("fit_rank", "None")),
     "rank of a format without": (lambda: mt.plan("dense", rank=3, **SIZES), ValueError, ("no entries", "3")),
     "rank of too many entries": (
-        lambda: mt.plan("cp", rank=(2, 2), **SIZES), ValueError, ("1 entries", "(r,)", "(2, 2)")),
+        lambda: mt.plan("cp", rank=(2, 2), **SIZES), ValueError, ("per bond, r;", "(2, 2)")),
     "negative batch": (lambda: mt.plan("cp", rank=6, batch=-1, **SIZES), ValueError, ("batch", "-1")),
     "unknown dtype": (
         lambda: mt.plan("cp", rank=6, dtype="int8", **SIZES), ValueError, ("'float32'", "'int8'")),

@@ -196,7 +196,7 @@ def decompose(
         best = min(fits, key=lambda fit: np.nan_to_num(fit[-1], nan=np.inf), default=None)
         if best is None:
             raise ValueError(
-                f"a method must return at least one fit; that of format {format.name!r} returned none."
+                f"a method must return at least one fit; the method of format {format.name!r} returned none."
             )
         return best
 
@@ -238,7 +238,7 @@ def _check_factors(format: Format, mode_sizes: Sequence[int], rank: Rank, factor
     if not matches:
         raise ValueError(
             f"a method must return the declared factors, of shapes {shapes} or with smaller bonds, and None "
-            f"only for optional factors; that of format {format.name!r} returned shapes {returned}."
+            f"only for optional factors; the method of format {format.name!r} returned shapes {returned}."
         )
 
 

@@ -237,7 +237,7 @@ class Format(ABC):
         entries = tuple([r for r in checked if r is not None])
         if len(entries) != len(checked):
             raise ValueError(
-                f"every entry of the rank must be a number here, got {rank!r}; fit_rank and LayerSpec.fitted "
+                f"every entry of the rank must be a number, got {rank!r}; fit_rank and LayerSpec.fitted "
                 "solve for an entry that is None."
             )
         return entries

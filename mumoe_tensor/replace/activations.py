@@ -295,7 +295,7 @@ class _Recorder:
             raise ValueError(f"a module must be called in every forward pass; {', '.join(missing)} is not.")
         counts = {name: len(rows) for name, rows in self._tensors.items()}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"inputs and outputs of modules must have equally many rows, got {counts}.")
+            raise ValueError(f"inputs and outputs must have the same number of rows, got {counts}.")
         rows, *_ = counts.values()
         return rows, {COUNTS: rows_of_each(rows, self._texts, "a module"), **self._tensors}
 

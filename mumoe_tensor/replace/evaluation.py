@@ -397,8 +397,8 @@ def evaluate(
     count, moments = sum(map(len, texts)), compared.moments
     if compared.rows != count:
         raise ValueError(
-            f"a forward pass must call {name!r} once, with every token; of {count} tokens it got "
-            f"{compared.rows} inputs."
+            f"a forward pass must call {name!r} once, with every token; it got "
+            f"{compared.rows} inputs for {count} tokens."
         )
     return Evaluation(
         of_texts,

@@ -50,7 +50,7 @@ class Place:
     def __post_init__(self) -> None:
         if not self.k or len(self.k) != len(self.seeds) or min(*self.k, *self.seeds) < 1:
             raise ValueError(
-                f"k and seeds must be equally many positive numbers, got {self.k} and {self.seeds}."
+                f"k and seeds must have the same number of positive entries, got {self.k} and {self.seeds}."
             )
 
 

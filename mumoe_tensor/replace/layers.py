@@ -432,7 +432,7 @@ class MixtureOfTransforms(ReplacementLayer):
     @classmethod
     def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
         if "ranks" not in options:
-            raise ValueError("with parameters, ranks must be given, which are multiplied; got none.")
+            raise ValueError("with parameters, ranks must be given and are scaled; got none.")
         ranks = _positive(options["ranks"])
         return 1, lambda size: {"ranks": [max(1, round(rank * size / max(ranks))) for rank in ranks]}
 

@@ -434,7 +434,7 @@ def test_what_does_not_fit_together_is_told() -> None:
         replace(SMALL_GPT2, dropout=-0.1)
     with pytest.raises(ValueError, match=r"has no rank, got {'rank': \(3,\)}"):
         replace(SMALL_GPT2, rank=(3,))
-    with pytest.raises(ValueError, match="has 3 entries"):
+    with pytest.raises(ValueError, match="one entry per bond"):
         replace(SMALL_MIXER, format="tr", token_rank=(3,))
     with pytest.raises(ValueError, match=r"format 'hadamard' has none: pass the rank \(\)"):
         GPT2(replace(SMALL_GPT2, format="hadamard"))

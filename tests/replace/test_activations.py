@@ -234,7 +234,7 @@ def test_modules_that_cannot_be_collected(tmp_path: Path, module: Any, message: 
 
 def test_rows_of_all_modules_are_the_same(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 4))
-    with pytest.raises(ValueError, match=r"equally many rows, got .*'0/inputs': 6.*'2/inputs': 2"):
+    with pytest.raises(ValueError, match=r"the same number of rows, got .*'0/inputs': 6.*'2/inputs': 2"):
         Activations.collect(model, ["0", "2"], torch.randn(2, 3, 4), tmp_path)
 
 

@@ -24,7 +24,7 @@ def test_a_grid_is_read_from_toml(tmp_path: Path) -> None:
     assert grid.arms["dense"].parameters is None and not grid.arms["dense"].has_k
     for old, new, error in (
         ("tuned_at = 2", "tuned_at = 3", "tuned_at must be a K of the first place"),
-        ("k = [2]", "k = [2, 4]", "equally many positive numbers"),
+        ("k = [2]", "k = [2, 4]", "same number of positive entries"),
         ('"MixtureOfDecoders"', '"Decoder"', "arms.dense.layer"),
         ("context", "contexts", "contexts"),
         ("context = 8", "context = 1", "at least two tokens"),

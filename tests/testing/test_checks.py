@@ -17,7 +17,7 @@ def test_a_default_rank_that_does_not_fit_fails_the_declaration() -> None:
         def default_rank(self, sizes: tuple[int, ...], t: int) -> tuple[int, ...]:
             return ()
 
-    with pytest.raises(ValueError, match="has 1 entries"):
+    with pytest.raises(ValueError, match="one entry per bond"):
         check_declaration(Short())
 
 

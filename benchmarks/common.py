@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -107,6 +108,19 @@ def inputs(backend: str, *shapes: tuple[int, ...], dtype: str = "float32", devic
     return [array.astype(dtype) for array in arrays]
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def settings(**values: Any) -> Callable[[Method], Method]:
+    """Set attributes of a benchmark that asv reads, such as its unit."""
+
+    def decorate(method: Method) -> Method:
+        vars(method).update(values)
+        return method
+
+    return decorate
+
+
 #: Formats of the suites, without shared-expert, whose shared expert would take the whole budget.
 FORMATS = ("cp", "dense", "hadamard", "tr", "tt", "tucker", "btt", "kron", "monarch", "tt-matrix")
 
@@ -135,5 +149,5 @@ class Benchmark(ABC):
             raise NotImplementedError(str(error)) from error
 
     @abstractmethod
-    def prepare(self, **values: Any) -> None:
+    def prepare(self, *args: Any, **values: Any) -> None:
         """Prepare the benchmark for one combination of parameters."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mumoe_tensor as mt
-from benchmarks.common import PROFILES, Benchmark, layer
+from benchmarks.common import PROFILES, Benchmark, layer, settings
 
 #: No layer is run, so all profiles use full sizes.
 FULL = PROFILES["regular"]
@@ -18,22 +18,18 @@ class Cost(Benchmark):
         spec = layer(format, experts, levels, FULL.features)
         self.cost = mt.cost(spec, batch=FULL.batch, dtype="float32")
 
+    @settings(unit="FLOPs")
     def track_flops(self, *_: Any) -> int:
         return self.cost.flops
 
-    track_flops.unit = "FLOPs"
-
+    @settings(unit="parameters")
     def track_parameters(self, *_: Any) -> int:
         return self.cost.parameters
 
-    track_parameters.unit = "parameters"
-
+    @settings(unit="bytes")
     def track_largest_intermediate(self, *_: Any) -> int:
         return self.cost.size
 
-    track_largest_intermediate.unit = "bytes"
-
+    @settings(unit="bytes")
     def track_saved_bytes(self, *_: Any) -> int:
         return self.cost.saved
-
-    track_saved_bytes.unit = "bytes"

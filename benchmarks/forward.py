@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mumoe_tensor as mt
-from benchmarks.common import BACKENDS, Benchmark, finish, inputs, layer, need_memory, profile
+from benchmarks.common import BACKENDS, Benchmark, finish, inputs, layer, need_memory, profile, settings
 
 
 class Forward(Benchmark):
@@ -31,7 +31,6 @@ class Forward(Benchmark):
     def time_forward(self, *_: Any) -> None:
         self.forward()
 
+    @settings(params=[*params[:-1], ["cpu"]])  # the memory of the process, not of a device
     def peakmem_forward(self, *_: Any) -> None:
         self.forward()
-
-    peakmem_forward.params = [*params[:-1], ["cpu"]]  # the memory of the process, not of a device

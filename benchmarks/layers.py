@@ -13,7 +13,8 @@ from torch import nn
 
 from benchmarks.devices import graphed
 from benchmarks.harness import Report, Row, effort, quartiles, times
-from mumoe_tensor.contraction.network import BATCH
+from mumoe_tensor.formats.base import BATCH
+from mumoe_tensor.formats.registry import get_format
 from mumoe_tensor.gates import sparse_gradient
 from mumoe_tensor.measure.passes import forward, step
 from mumoe_tensor.measure.timing import Comparison, Spread, compare
@@ -64,19 +65,19 @@ GPT2 = LayerSpec("dense", experts=(), in_features=768, hidden=3072, out_features
 
 
 def gpt2_block(
-    format: str, experts: int | Sequence[int], rank: int | Sequence[int] | None, rows: int = 1024
+    format: str, experts: tuple[int, ...], rank: tuple[int, ...] | None, rows: int = 1024
 ) -> Workload:
     """The MLP block of GPT-2 as an expert block; with a rank of None it has as many parameters."""
-    spec = replace(GPT2, format=format, experts=experts, rank=rank)
+    spec = replace(GPT2, format=get_format(format), experts=experts, rank=rank)
     return Workload("GPT-2 block", spec.fitted() if spec.rank is None else spec, rows, "layer")
 
 
 WORKLOADS = (
-    gpt2_block("cp", 256, 556),
-    gpt2_block("tr", 256, (4, 4, 149)),
-    gpt2_block("tucker", 256, (8, 346, 341)),
-    gpt2_block("hadamard", 256, ()),
-    gpt2_block("cp", 4096, 556),
+    gpt2_block("cp", (256,), (556,)),
+    gpt2_block("tr", (256,), (4, 4, 149)),
+    gpt2_block("tucker", (256,), (8, 346, 341)),
+    gpt2_block("hadamard", (256,), ()),
+    gpt2_block("cp", (4096,), (556,)),
     gpt2_block("cp", (1024, 1024), None),
     gpt2_block("cp", (128, 128, 128), None),
     gpt2_block("cp", (64, 64, 64, 64), None),
@@ -100,7 +101,7 @@ def experts_of(layer: Any) -> list[Experts]:
 
 def products(experts: Experts, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Operands of the matrix products of a forward pass, in the layout of the steps."""
-    place = {"device": experts.factors[0].device, "dtype": experts.factors[0].dtype}
+    place: dict[str, Any] = {"device": experts.factors[0].device, "dtype": experts.factors[0].dtype}
     pairs = []
     for plan in experts.plan.terms:
         sizes = plan.program.network.sizes_at(rows)
@@ -150,12 +151,13 @@ def elementwise(layer: Any, rows: int, backward: bool) -> Call:
     jobs: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [(coefficients, (logits,))]
     children = experts_of(layer)
     for experts in children:
-        sizes = experts.plan.program.network.sizes_at(rows)
-        for made in experts.plan.steps:
-            if made.kind == "mul":
-                left, right, result = made.axes
-                pair = (random(*(sizes[x] if x in axes else 1 for x in result)) for axes in (left, right))
-                jobs.append((torch.mul, tuple(pair)))
+        for plan in experts.plan.terms:
+            sizes = plan.program.network.sizes_at(rows)
+            for made in plan.steps:
+                if made.kind == "mul":
+                    left, right, result = made.axes
+                    pair = (random(*(sizes[x] if x in axes else 1 for x in result)) for axes in (left, right))
+                    jobs.append((torch.mul, tuple(pair)))
     if len(children) == 2:
         jobs.append((layer.activation, (random(rows, children[0].out_features),)))
 
@@ -194,7 +196,8 @@ class AsWritten(nn.Module):
     @staticmethod
     def mixed(experts: Experts, x: torch.Tensor, coefficients: Sequence[torch.Tensor]) -> torch.Tensor:
         """Equation (1), with all factors in one einsum."""
-        network = experts.plan.program.network
+        (plan,) = experts.plan.terms
+        network = plan.program.network
         letters = {BATCH: "Z"} | {x: chr(ord("a") + k) for k, (x, _) in enumerate(network.index_sizes)}
         terms = ["".join(letters[x] for x in axes) for axes in (*network.operands, network.output)]
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
@@ -327,7 +330,7 @@ def sparse(quick: bool, device: str) -> Report:
         factor = sharpened(entmax15, logits, density)
         gates[f"entmax15, {density:.1%}"] = scaled_entmax15(factor)
     for name, gate in gates.items():
-        beside = Beside(gpt2_block("cp", experts, 556, count), device, gate=gate)
+        beside = Beside(gpt2_block("cp", (experts,), (556,), count), device, gate=gate)
         measured = float((beside.layer.gate(beside.x)[0] > 0).float().mean())
         modules = {"dense route": DenseRoute(beside.layer), "layer": beside.layer}
         for kind in ("forward", "step"):

@@ -16,8 +16,8 @@ from mumoe_tensor.measure.timing import compare
 
 ROWS = 1024
 CASES = {
-    "cp": gpt2_block("cp", 256, 556, ROWS),
-    "tr": gpt2_block("tr", 256, (4, 4, 149), ROWS),
+    "cp": gpt2_block("cp", (256,), (556,), ROWS),
+    "tr": gpt2_block("tr", (256,), (4, 4, 149), ROWS),
 }
 
 
@@ -47,13 +47,13 @@ def memory(quick: bool, device: str) -> Report:
     cases = [("dense", False), *product(CASES, (False, True))][: 2 if quick else None]
     peaks: dict[tuple[str, bool], list[int]] = {case: [] for case in cases}
     for _ in range(1 if quick else 5):
-        for case in cases:
-            peaks[case].append(in_fresh_process("benchmarks.memory:peak_of_a_step", *case, device))
+        for key, of_case in peaks.items():
+            of_case.append(in_fresh_process("benchmarks.memory:peak_of_a_step", *key, device))
     rows: list[Row] = []
     for (case, recompute), values in peaks.items():
         module, x, _ = made(case, recompute, device)
         ratios = (value / dense for value, dense in zip(values, peaks["dense", False], strict=True))
-        row = {"module": case, "recompute": "yes" if recompute else "no"}
+        row: Row = {"module": case, "recompute": "yes" if recompute else "no"}
         row |= {"kept MiB": kept_bytes(module, x) / MIB, "peak MiB": median(values) / MIB}
         row["to dense"] = median(ratios)
         if recompute:

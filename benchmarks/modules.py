@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Benchmark, finish, layer, need_device, need_memory, profile
+from benchmarks.common import Benchmark, finish, layer, need_device, need_memory, profile, settings
 
 
 class Module(Benchmark):
@@ -35,8 +35,8 @@ class Module(Benchmark):
 class Inference(Module):
     """Forward pass in evaluation mode, without gradients."""
 
-    def prepare(self, **values: Any) -> None:
-        super().prepare(**values)
+    def prepare(self, *args: Any, **values: Any) -> None:
+        super().prepare(*args, **values)
         self.module.eval()
         self.forward()
 
@@ -53,8 +53,8 @@ class Inference(Module):
 class Step(Module):
     """zero_grad, forward and backward, with a gradient of the input, as inside a network."""
 
-    def prepare(self, **values: Any) -> None:
-        super().prepare(**values)
+    def prepare(self, *args: Any, **values: Any) -> None:
+        super().prepare(*args, **values)
         self.step()
 
     def step(self) -> None:
@@ -67,21 +67,20 @@ class Step(Module):
     def time_step(self, *_: Any) -> None:
         self.step()
 
+    @settings(params=[*Module.params[:-1], ["cpu"]])
     def peakmem_step(self, *_: Any) -> None:
         self.step()
 
+    @settings(params=[*Module.params[:-1], ["cpu"]], unit="bytes")
     def track_saved_bytes(self, *_: Any) -> int:
         from benchmarks.probes import kept_bytes
 
         return kept_bytes(self.module, self.x)
 
+    @settings(params=[*Module.params[:-1], ["cuda"]], unit="bytes")
     def track_cuda_peak_bytes(self, *_: Any) -> int:
         """Peak of allocated bytes during a step, with parameters and input."""
         # asv runs each case in a separate process, so nothing else has used the device's memory.
         torch.cuda.reset_peak_memory_stats()
         self.step()
         return torch.cuda.max_memory_allocated()
-
-    track_saved_bytes.unit = track_cuda_peak_bytes.unit = "bytes"
-    peakmem_step.params = track_saved_bytes.params = [*Module.params[:-1], ["cpu"]]
-    track_cuda_peak_bytes.params = [*Module.params[:-1], ["cuda"]]

@@ -21,7 +21,7 @@ class Planning(Benchmark):
 
     def prepare(self, format: str, experts: int, levels: int, minimize: str) -> None:
         spec = layer(format, experts, levels)
-        self.options = {"batch": profile().batch, "minimize": minimize}
+        self.options: dict[str, Any] = {"batch": profile().batch, "minimize": minimize}
         mt.plan(spec, **self.options)  # the first search of a process imports modules
         self.spec = replace(spec, out_features=next(SIZES))
 

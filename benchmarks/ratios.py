@@ -32,7 +32,7 @@ from benchmarks.structured import structured
 from benchmarks.ways import ways
 from mumoe_tensor.contraction.execute import execute
 from mumoe_tensor.contraction.order import Objective
-from mumoe_tensor.contraction.plan import Implementation, planned_steps
+from mumoe_tensor.contraction.plan import ContractionPlan, Implementation, planned_steps
 from mumoe_tensor.measure.environment import environment
 from mumoe_tensor.measure.timing import Spread, compare
 from mumoe_tensor.spec import LayerSpec
@@ -54,8 +54,9 @@ def layer(
     bias: bool = False,
 ) -> LayerSpec:
     """A spec from positional arguments, which keeps tables of cases short."""
-    sizes = {"in_features": in_features, "out_features": out_features}
-    return LayerSpec(format, experts=experts, **sizes, rank=rank, bias=bias)
+    return LayerSpec(
+        format, experts=experts, in_features=in_features, out_features=out_features, rank=rank, bias=bias
+    )
 
 
 def label(spec: LayerSpec) -> str:
@@ -123,7 +124,7 @@ def overhead(quick: bool, device: str) -> Report:
     rows: list[Row] = []
     for backend, spec in product(backends(device), CP_LAYERS[::3] if quick else CP_LAYERS):
         weight, z, coefficients = arrays(spec, backend, 1, device)
-        hand, plan = cp_by_hand(backend, weight, spec.bias), mt.plan(spec)
+        hand, (plan,) = cp_by_hand(backend, weight, spec.bias), mt.plan(spec).terms
         public = partial(mt.multilinear_moe, weight, z, coefficients, bias=spec.bias)
         callables = {
             "by hand": partial(hand, z, coefficients),
@@ -187,9 +188,8 @@ def search(quick: bool, device: str) -> Report:
 
     levels = [experts for experts in SEARCH_EXPERTS if not quick or len(experts) <= 3]
     rows: list[Row] = []
-    for format, minimize, implementation in product(
-        mt.formats(), get_args(Objective), ("factorized", "auto")
-    ):
+    implementations: tuple[Implementation, ...] = ("factorized", "auto")
+    for format, minimize, implementation in product(mt.formats(), get_args(Objective), implementations):
         row: Row = {"format": format, "minimize": minimize, "implementation": implementation}
         for experts in levels:
             row[f"E={len(experts)}"] = median(format, experts, minimize, implementation)
@@ -251,7 +251,8 @@ class Rival(NamedTuple):
 
 def einsum_of(spec: LayerSpec, batch: int) -> tuple[str, list[tuple[int, ...]]]:
     """The forward pass for opt_einsum: equation and shapes of the operands."""
-    network = mt.plan(spec, batch=batch).program.network
+    (plan,) = mt.plan(spec, batch=batch).terms
+    network = plan.program.network
     sizes = network.sizes_at(batch)
     letter = {name: opt_einsum.get_symbol(k) for k, name in enumerate(sizes)}
     terms = ["".join(letter[x] for x in operand) for operand in (*network.operands, network.output)]
@@ -342,10 +343,10 @@ ONE, MANY = 1, 65_536
 
 def batch_loss(spec: LayerSpec) -> tuple[float, float]:
     """FLOPs, relative to the best path, of the best path for 1 input at 65,536 inputs, and vice versa."""
-    few, many = (mt.plan(spec, batch=batch, minimize="flops").program for batch in (ONE, MANY))
+    (few,), (many,) = (mt.plan(spec, batch=batch, minimize="flops").terms for batch in (ONE, MANY))
 
-    def flops(program: Any, batch: int) -> int:
-        return sum(step.flops for step in planned_steps(program, batch))
+    def flops(plan: ContractionPlan, batch: int) -> int:
+        return sum(step.flops for step in planned_steps(plan.program, batch))
 
     return flops(few, MANY) / flops(many, MANY), flops(many, ONE) / flops(few, ONE)
 

@@ -123,7 +123,7 @@ def tensorly_torch() -> list[Row]:
         for kind in ("forward", "step"):
             calls = passes(kind, {"dense": dense, "layer": layer}, x, gradient)
             ratio = compare(calls, "dense", **effort(False, 9, 1.0)).ratio("layer")
-            row = {"format": f"tltorch {name} {implementation}", "experts": "none", "rank": str(rank)}
+            row: Row = {"format": f"tltorch {name} {implementation}", "experts": "none", "rank": str(rank)}
             row |= {"parameters": num_parameters(layer.weight), "inputs": 1024, "run": "eager", "pass": kind}
             rows.append(row | quartiles(ratio, "to nn.Linear"))
     return rows

@@ -13,9 +13,9 @@ from math import prod
 
 from matplotlib.figure import Figure
 
+from mumoe_tensor.ledger import Row
 from paper_figures.common import (
     FORMATS,
-    Row,
     colour_of,
     draw_interval,
     draw_lines,

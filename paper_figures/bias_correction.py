@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from mumoe_tensor.experiments.bias import COLUMNS, CORRECTIONS, LARGEST_LOSS, METHODS
 from mumoe_tensor.interval import interval
-from mumoe_tensor.ledger import Ledger
-from paper_figures.common import FOLDER, Row, colour_of, legend_below, new_figure
+from mumoe_tensor.ledger import Ledger, Row
+from paper_figures.common import FOLDER, colour_of, legend_below, new_figure
 from paper_figures.experiments.tables import grouped
 
 TABLE = FOLDER / "tables" / "bias.csv"

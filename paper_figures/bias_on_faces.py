@@ -8,8 +8,8 @@ Settings: embeddings of UTKFace by EfficientNet-Lite2, CP with 128 experts of ra
 
 from __future__ import annotations
 
+from mumoe_tensor.ledger import Row
 from paper_figures.bias_correction import FACES, draw, means
-from paper_figures.common import Row
 
 __all__ = ["draw", "rows"]
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mumoe_tensor import Cost, LayerSpec, cost
+from mumoe_tensor import Cost, LayerSpec, cost, get_format
 from mumoe_tensor.files import replacing, write_table
 from mumoe_tensor.formats import formats
 from mumoe_tensor.ledger import Row
@@ -112,7 +112,7 @@ def pretrained() -> np.ndarray:
 def over_experts(quick: bool, figure: str, of_cost: Callable[[Cost], int]) -> list[Row]:
     """A cost of every format, with the gate, at every number of experts; see `matched_layers`."""
     return [
-        {"name": name, "experts": n, figure: of_cost(cost(replace(layer, experts=n), gate=True))}
+        {"name": name, "experts": n, figure: of_cost(cost(replace(layer, experts=(n,)), gate=True))}
         for name, layer in matched_layers().items()
         for n in counts(quick)
     ]
@@ -125,7 +125,9 @@ def counts(quick: bool) -> list[int]:
 
 def matched_layers() -> dict[str, LayerSpec]:
     """By format with a rank, the layer of `MATCHED_AT` experts with the parameters of the linear layer."""
-    layers = {name: replace(LINEAR, format=name, experts=MATCHED_AT, rank=None) for name in FORMATS}
+    layers = {
+        name: replace(LINEAR, format=get_format(name), experts=(MATCHED_AT,), rank=None) for name in FORMATS
+    }
     return {name: layer.fitted() if layer.rank is None else layer for name, layer in layers.items()}
 
 

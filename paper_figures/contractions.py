@@ -19,8 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from mumoe_tensor.contraction.network import BATCH, Indices, Network
-from paper_figures.common import LINEAR, MATCHED_AT, Row, colour_of, matched_layers
+from mumoe_tensor.contraction.network import Indices, Network
+from mumoe_tensor.formats.base import BATCH
+from mumoe_tensor.ledger import Row
+from paper_figures.common import LINEAR, MATCHED_AT, colour_of, matched_layers
 
 #: Direction of each mode in degrees; its vector is drawn outside, its factor further in.
 ANGLES = {"n1": 210, "i": 330, "o": 90}
@@ -30,8 +32,9 @@ VECTORS = {"n1": "a", "i": "z"}
 
 def plans() -> dict[str, mt.ContractionPlan]:
     """By format, the plan of its forward pass."""
-    layers = matched_layers() | {"dense": replace(LINEAR, experts=MATCHED_AT)}
-    return {name: mt.plan(layer) for name, layer in layers.items()}
+    layers = matched_layers() | {"dense": replace(LINEAR, experts=(MATCHED_AT,))}
+    terms = {name: mt.plan(layer).terms for name, layer in layers.items()}
+    return {name: plan for name, (plan,) in terms.items()}
 
 
 def rows(quick: bool) -> list[Row]:
@@ -71,19 +74,20 @@ def draw_network(ax: Axes, network: Network, colour: str) -> None:
             ax.plot(*zip(where, end, strict=True), color="0.45", linewidth=1.2, zorder=1)
         if len(ends(network, index)) > 2:
             ax.plot(*where, "o", color="0.45", markersize=4)
-    for k, place in enumerate(places):
+    for k, (x, y) in enumerate(places):
         vector = k >= network.weights
-        ax.plot(*place, "s" if vector else "o", color="0.25" if vector else colour, markersize=13)
+        ax.plot(x, y, "s" if vector else "o", color="0.25" if vector else colour, markersize=13)
         if vector:
-            (mode,) = (x for x in network.operands[k] if x != BATCH)
-            ax.text(*place, VECTORS[mode], color="white", ha="center", va="center_baseline", style="italic")
-    ax.text(*(1.08 * direction("o", OUTSIDE)), "y", ha="center", va="center", style="italic")
+            (mode,) = (index for index in network.operands[k] if index != BATCH)
+            ax.text(x, y, VECTORS[mode], color="white", ha="center", va="center_baseline", style="italic")
+    x, y = 1.08 * direction("o", OUTSIDE)
+    ax.text(x, y, "y", ha="center", va="center", style="italic")
 
 
 def write_numbers(ax: Axes, plan: mt.ContractionPlan) -> None:
     """The number of each product at the indices it contracts; several in one place are side by side."""
     where = index_places(plan.program.network)
-    numbers: dict[tuple[float, ...], list[str]] = {}
+    numbers: dict[tuple[float, float], list[str]] = {}
     for k, step in enumerate(plan.steps, start=1):
         left, right, result = ([x for x in axes if x != BATCH] for axes in step.axes)
         shared = [x for x in left if x in right]
@@ -91,9 +95,9 @@ def write_numbers(ax: Axes, plan: mt.ContractionPlan) -> None:
         places = [where[x] for x in shared] or [2 * np.mean([where[x] for x in result], axis=0)]
         for place in places:
             numbers.setdefault(tuple(place), []).append(str(k))
-    for place, labels in numbers.items():
+    for (x, y), labels in numbers.items():
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "0.45", "linewidth": 0.8}
-        ax.text(*place, " ".join(labels), ha="center", va="center", bbox=box, zorder=3)
+        ax.text(x, y, " ".join(labels), ha="center", va="center", bbox=box, zorder=3)
 
 
 def direction(mode: str, radius: float) -> np.ndarray:

@@ -15,7 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from paper_figures.common import Row, colour_of, draw_lines, new_figure, rank_text, set_experts_axis
+from mumoe_tensor.ledger import Row
+from paper_figures.common import colour_of, draw_lines, new_figure, rank_text, set_experts_axis
 
 OPEN = {"cp": (None,), "tr": (4, 4, None)}
 

@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, new_figure
+from mumoe_tensor.ledger import Row
+from paper_figures.common import new_figure
 from paper_figures.experiments.heads import LOOKED_AT
 from paper_figures.experiments.removal import TABLE
 from paper_figures.experiments.tables import grouped, table

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
-from paper_figures.common import Row
+from mumoe_tensor.ledger import Row
 from paper_figures.experiments.tables import TABLES
 
 SHOWN = 40

@@ -14,7 +14,8 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from paper_figures.common import Row, colour_of, new_figure
+from mumoe_tensor.ledger import Row
+from paper_figures.common import colour_of, new_figure
 
 TOTALS = (2**12, 2**24)
 LAYER = mt.LayerSpec("cp", experts=(), in_features=768, out_features=768, rank=384, bias=True)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, draw_line, new_figure
+from mumoe_tensor.ledger import Row
+from paper_figures.common import colour_of, draw_line, new_figure
 from paper_figures.experiments.tables import grouped, over_seeds, table
 
 #: Titles of networks.

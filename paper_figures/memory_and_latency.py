@@ -12,7 +12,7 @@ process, with quartiles. Peak: weights, and growth of the resident set in the pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ from torch import nn
 
 import mumoe_tensor as mt
 from benchmarks.harness import MIB, quartiles
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.measure.environment import environment_text
 from mumoe_tensor.measure.memory import growth, in_fresh_process
 from mumoe_tensor.measure.passes import forward
@@ -27,7 +28,7 @@ from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.nn import MuMoE
 from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.study.mixtures import SparseMixture
-from paper_figures.common import FORMATS, LINEAR, OTHERS, Row, colour_of, new_figure, title_of
+from paper_figures.common import FORMATS, LINEAR, OTHERS, colour_of, new_figure, title_of
 
 EXPERTS, TOP_K, BATCH = 128, 2, 256
 NAMES = (*OTHERS, *FORMATS)
@@ -42,7 +43,7 @@ def module_of(name: str, inputs: int, features: int = LINEAR.in_features, expert
         spec = mt.LayerSpec("dense", experts=experts, in_features=features, out_features=features, bias=True)
         return SparseMixture(spec, TOP_K).eval()
     format = mt.get_format("dense" if name == "dense moe" else name)
-    budget = "match" if format.bonds(1) else None
+    budget: Literal["match"] | None = "match" if format.bonds(1) else None
     module = MuMoE(features, features, experts, format, parameters=budget, batch_hint=inputs)
     nn.init.normal_(module.gate.weight, std=features**-0.5)
     return module.eval()
@@ -84,7 +85,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     for ax, column in zip(axes, ("ms", "peak_mib"), strict=True):
         for row in rows:
             low, high = (row.get(f"{column}_{end}", row[column]) for end in ("low", "high"))
-            look = {"fmt": "o", "color": colour_of(row["name"]), "markersize": 5}
+            look: dict[str, Any] = {"fmt": "o", "color": colour_of(row["name"]), "markersize": 5}
             look["markerfacecolor"] = "white" if row["inputs"] == 1 else look["color"]
             error = [[row[column] - low], [high - row[column]]]
             ax.errorbar(row[column], names.index(row["name"]), xerr=error, **look)

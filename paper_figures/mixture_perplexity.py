@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, legend_below
+from mumoe_tensor.ledger import Row
+from paper_figures.common import legend_below
 from paper_figures.experiments.mixture import relative
 from paper_figures.experiments.tables import table
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 from matplotlib.figure import Figure
 
 import mumoe_tensor as mt
-from paper_figures.common import Row, colour_of, matched_layers, new_figure, title_of
+from mumoe_tensor.ledger import Row
+from paper_figures.common import colour_of, matched_layers, new_figure, title_of
 
 EXPERTS = 512
 
@@ -23,7 +24,7 @@ def rows(quick: bool) -> list[Row]:
     """One row per format."""
     rows = []
     for name, layer in matched_layers().items():
-        layer = replace(layer, experts=EXPERTS)
+        layer = replace(layer, experts=(EXPERTS,))
         naive = mt.plan(layer, implementation="reconstructed").flops
         planned = mt.plan(layer, implementation="factorized").flops
         rows.append({"name": name, "naive": naive, "planned": planned, "ratio": naive / planned})

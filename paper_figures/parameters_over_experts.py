@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import LINEAR, Row, counts, draw_over_experts, over_experts
+from mumoe_tensor.ledger import Row
+from paper_figures.common import LINEAR, counts, draw_over_experts, over_experts
 
 
 def rows(quick: bool) -> list[Row]:

@@ -11,14 +11,16 @@ Fashion-MNIST, at most 128 experts removed one by one, 5 seeds, means and 95 % i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, draw_line, new_figure, set_experts_axis
+from mumoe_tensor.ledger import Row
+from paper_figures.common import colour_of, draw_line, new_figure, set_experts_axis
 from paper_figures.experiments.tables import grouped, over_seeds, table
 
 #: Column, label, style.
-LINES = (
+LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("polysemanticity", "trained gate", {"marker": "o", "color": colour_of("cp")}),
     ("polysemanticity_random", "random gate", {"marker": "s", "color": "#7F7F7F", "linestyle": "--"}),
 )

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from mumoe_tensor import LayerSpec
-from paper_figures.common import TITLES, Row, new_figure
+from mumoe_tensor import LayerSpec, get_format
+from mumoe_tensor.ledger import Row
+from paper_figures.common import TITLES, new_figure
 
 
 class Network(NamedTuple):
@@ -54,8 +55,14 @@ class Network(NamedTuple):
 def dense(*widths: int, bias: bool = True) -> LayerSpec:
     """A linear layer for two widths, or a block of two layers for three."""
     first, *hidden, last = widths
-    sizes = {"in_features": first, "hidden": hidden[0] if hidden else None, "out_features": last}
-    return LayerSpec("dense", experts=(), **sizes, bias=bias)
+    return LayerSpec(
+        "dense",
+        experts=(),
+        in_features=first,
+        hidden=hidden[0] if hidden else None,
+        out_features=last,
+        bias=bias,
+    )
 
 
 CLIP = {16: (424, 107), 32: (414, 106), 64: (393, 102), 128: (354, 95), 256: (283, 81), 512: (165, 52)}
@@ -94,12 +101,12 @@ def rows(quick: bool) -> list[Row]:
     table: list[Row] = []
     for network in NETWORKS:
         parameters = network.parameters(network.blocks, network.norms[0])
-        row = {"network": network.name, "layer": "dense", "experts": None, "rank": None}
+        row: Row = {"network": network.name, "layer": "dense", "experts": None, "rank": None}
         table.append(row | {"parameters": parameters, "dense_experts": None})
         biased = [replace(block, bias=True) for block in network.blocks]
         for format, experts, ranks in network.variants:
             mixtures = [
-                replace(block, format=format, experts=experts, rank=rank)
+                replace(block, format=get_format(format), experts=(experts,), rank=rank)
                 for block, rank in zip(biased, ranks, strict=True)
             ]
             row = {"network": network.name, "layer": TITLES[format], "experts": experts}

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, draw_interval, legend_below, new_figure, title_of
+from mumoe_tensor.ledger import Row
+from paper_figures.common import draw_interval, legend_below, new_figure, title_of
 from paper_figures.experiments.rates import FORMATS, INITS, MLP, NORMS, RATES, SETTINGS, validated
 from paper_figures.experiments.tables import over_seeds, table
 

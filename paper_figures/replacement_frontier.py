@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from paper_figures.common import Row, legend_below
+from mumoe_tensor.ledger import Row
+from paper_figures.common import legend_below
 from paper_figures.experiments.replacement import NULLS
 from paper_figures.experiments.tables import grouped, table
 
@@ -55,7 +57,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_arm(ax: Axes, rows: Sequence[Row], look: dict[str, str]) -> None:
+def draw_arm(ax: Axes, rows: Sequence[Row], look: dict[str, Any]) -> None:
     """The mean over seeds at each K, with the range over seeds as a band."""
     groups = sorted(grouped(rows, "k").items())
     ks, rises = [k for k, _ in groups], [[row["rise"] for row in group] for _, group in groups]

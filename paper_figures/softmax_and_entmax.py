@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, colour_of, draw_interval, legend_below, new_figure
+from mumoe_tensor.ledger import Row
+from paper_figures.common import colour_of, draw_interval, legend_below, new_figure
 from paper_figures.experiments.heads import GATE_AT
 from paper_figures.experiments.tables import over_seeds, table
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, legend_below
+from mumoe_tensor.ledger import Row
+from paper_figures.common import legend_below
 from paper_figures.experiments.tables import grouped, table
 
 MARKERS = "osvDPX^<>"

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, new_figure, pretrained
+from mumoe_tensor.ledger import Row
+from paper_figures.common import new_figure, pretrained
 from paper_figures.experiments.tables import grouped, over_seeds, table
 
 BLOCKS = ("6", "7", "8")

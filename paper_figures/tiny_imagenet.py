@@ -15,8 +15,9 @@ from math import prod
 
 from matplotlib.figure import Figure
 
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.study.plots import colour, look
-from paper_figures.common import Row, draw_line, legend_below, new_figure, set_experts_axis
+from paper_figures.common import draw_line, legend_below, new_figure, set_experts_axis
 from paper_figures.experiments.tables import grouped, over_seeds, table
 from paper_figures.experiments.tiny_imagenet import LINEAR, NULLS
 
@@ -61,10 +62,10 @@ def draw(rows: Sequence[Row]) -> Figure:
     for levels, ax in zip((1, 2), axes[:2], strict=True):
         here = [row for row in rows if row["levels"] == levels and row["gate"] == "entmax15"]
         for name, group in grouped(here, "name").items():
-            line = sorted(group, key=lambda row: row["experts"])
+            points = sorted(group, key=lambda row: row["experts"])
             shade, shape, _ = look(name)
             style = {"color": shade, "marker": shape, "markersize": 3, "label": LABELS[name]}
-            draw_line(ax, line, "experts", "accuracy", 0.01, **style)
+            draw_line(ax, points, "experts", "accuracy", 0.01, **style)
         ax.axhline(100 * dense["accuracy"], color="black", linestyle="--", label="linear layer")
         set_experts_axis(ax, here)
         ax.set(title="one level" if levels == 1 else "two levels", ylabel="test accuracy, %")

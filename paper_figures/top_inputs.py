@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from paper_figures.common import Row, new_figure
+from mumoe_tensor.ledger import Row
+from paper_figures.common import new_figure
 from paper_figures.experiments.heads import LOOKED_AT
 from paper_figures.experiments.tables import TABLES
 

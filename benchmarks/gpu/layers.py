@@ -21,9 +21,9 @@ from mumoe_tensor.measure.timing import compare
 from mumoe_tensor.spec import LayerSpec
 
 BLOCKS = (
-    gpt2_block("cp", 256, 556),
-    gpt2_block("tr", 256, (4, 4, 149)),
-    gpt2_block("cp", (4096, 4096), 256),
+    gpt2_block("cp", (256,), (556,)),
+    gpt2_block("tr", (256,), (4, 4, 149)),
+    gpt2_block("cp", (4096, 4096), (256,)),
     *(w for w in WORKLOADS if w.name == "Mixer channel block"),
     Workload(
         "Mixer token block",

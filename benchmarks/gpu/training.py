@@ -28,7 +28,8 @@ def model_of(name: str, toy: bool) -> GPT2:
     if toy:
         setting |= TOY | {"rank": None}
     torch.manual_seed(0)
-    return GPT2(GPT2Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in setting.items()}))
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in setting.items()}
+    return GPT2(GPT2Config(**options))
 
 
 def gpt2(device: str, toy: bool) -> Iterator[Row]:

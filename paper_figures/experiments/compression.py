@@ -23,7 +23,8 @@ from torch import nn
 
 import mumoe_tensor as mt
 from mumoe_tensor.decomposition.joint import weighted_norm
-from paper_figures.common import Row, rank_text
+from mumoe_tensor.ledger import Row
+from paper_figures.common import rank_text
 from paper_figures.experiments import command
 from paper_figures.experiments.tables import table, write_table
 
@@ -36,7 +37,7 @@ FORMATS: dict[str, str | mt.Format] = {
 }
 #: The maximum number of components of CP, whose alternating fits take too long with more.
 MOST_COMPONENTS = 600
-EFFORT = dict(n_restarts=1, n_iter=20, tolerance=1e-3)
+EFFORT: dict[str, Any] = {"n_restarts": 1, "n_iter": 20, "tolerance": 1e-3}
 
 
 def inputs_of(layer: nn.Module, run: Callable[[], Any]) -> Any:
@@ -105,7 +106,9 @@ def measure(name: str, matrix: Any, covariance: Any, shares: Sequence[float] = S
                 continue
             for fit in ("plain", "weighted"):
                 weighting = covariance if fit == "weighted" else None
-                weight, _ = mt.decompose(matrix, spec.format, spec.rank, input_covariance=weighting, **EFFORT)
+                weight, _ = mt.decompose(
+                    matrix, spec.format, spec.full_rank, input_covariance=weighting, **EFFORT
+                )
                 rest = mt.to_dense(weight) - matrix
                 row: Row = {"network": name, "format": title, "rank": rank_text(spec), "fit": fit}
                 row["parameters"] = spec.weight_parameters

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from mumoe_tensor.interval import interval
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract
 from mumoe_tensor.training.head import fine_tune, train_head
-from paper_figures.common import Row
 from paper_figures.experiments import command
 from paper_figures.experiments.heads import HIDDEN, TRAINING, images
 from paper_figures.experiments.tables import DATA, grouped, keep, table, tuned_rate

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from mumoe_tensor import files
 from mumoe_tensor.analysis import TopInputs, Usage, ablation_effects, polysemanticity, watch_coefficients
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.measure.environment import environment_text
 from mumoe_tensor.models import Head, load_backbone
 from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, extract, read_idx, read_npz, write_npz
 from mumoe_tensor.training.head import train_head
 from mumoe_tensor.training.log import Evaluation
-from paper_figures.common import Row
 from paper_figures.common import table as as_text
 from paper_figures.experiments import command, tables
 from paper_figures.experiments.tables import (
@@ -321,21 +321,21 @@ def claims(name: str = "heads") -> list[Row]:
     most, least = (values("polysemanticity", "single", experts=n) for n in (SINGLE[-1], SINGLE[0]))
     compare(2, f"polysemanticity, {SINGLE[-1]} experts - {SINGLE[0]}", most, least)
     for n in SINGLE:
-        pair = [values(f"polysemanticity{end}", "single", experts=n) for end in ("", "_random")]
-        compare(2, f"polysemanticity of {n} experts, trained gate - random gate", *pair)
+        one, other = (values(f"polysemanticity{end}", "single", experts=n) for end in ("", "_random"))
+        compare(2, f"polysemanticity of {n} experts, trained gate - random gate", one, other)
     of_gates = partial(values, kind="single", experts=GATE_AT)
     for norm, (column, unit) in product(
         ("none", "layer", "batch"), (("polysemanticity", 1), ("accuracy", 100))
     ):
-        pair = [of_gates(column, gate=gate, gate_norm=norm) for gate in ("entmax15", "softmax")]
-        compare(3, f"{column}{' in %' * (unit > 1)}, norm {norm}, entmax15 - softmax", *pair, unit)
+        one, other = (of_gates(column, gate=gate, gate_norm=norm) for gate in ("entmax15", "softmax"))
+        compare(3, f"{column}{' in %' * (unit > 1)}, norm {norm}, entmax15 - softmax", one, other, unit)
     for norm, column in product(("layer", "batch"), ("entropy", "dead")):
-        pair = [of_gates(column, gate_norm=each) for each in (norm, "none")]
-        compare(4, f"{column}, entmax15, norm {norm} - none", *pair)
+        one, other = (of_gates(column, gate_norm=each) for each in (norm, "none"))
+        compare(4, f"{column}, entmax15, norm {norm} - none", one, other)
     for format, levels in product(FORMATS[:2], LEVELS):
         text = "x".join(map(str, levels))
-        pair = [values("accuracy", "matched", format, experts=each) for each in (text, 256)]
-        compare(5, f"accuracy in %, {format} of {text} - 256", *pair, 100)
+        one, other = (values("accuracy", "matched", format, experts=each) for each in (text, 256))
+        compare(5, f"accuracy in %, {format} of {text} - 256", one, other, 100)
     blocks("no", "loss", "loss")
     return records
 

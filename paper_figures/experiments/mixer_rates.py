@@ -14,9 +14,9 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.models import load_model
 from mumoe_tensor.training import evaluate
-from paper_figures.common import Row
 from paper_figures.experiments import command
 from paper_figures.experiments.pretraining import (
     LEARNING_RATES,

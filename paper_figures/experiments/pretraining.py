@@ -26,13 +26,13 @@ import torch
 from mumoe_tensor.analysis import truncate
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.interval import interval
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.models import load_model
 from mumoe_tensor.training import Dataset, evaluate, read_idx
 from mumoe_tensor.training.log import read_evaluations
 from mumoe_tensor.training.run import run
 from mumoe_tensor.training.settings import read_settings
 from mumoe_tensor.training.tokens import Tokenizer
-from paper_figures.common import Row
 from paper_figures.common import table as as_text
 from paper_figures.experiments import command
 from paper_figures.experiments.tables import DATA, ROOT, TABLES, grouped, keep, means, table, write_table
@@ -248,7 +248,7 @@ def claims(kind: str) -> list[Row]:
     Speed and memory, which depend on the load of the machine, are measured by `speed`.
     """
     rows, tested = [*table(kind), *table(f"{kind}_followed")], table(f"{kind}_test")
-    measures = [
+    measures: list[tuple[str, Iterable[Row], str]] = [
         ("validation loss, %", rows, "validation_loss"),
         ("validation accuracy, points", rows, "validation_accuracy"),
         ("test loss, %", tested, "loss"),

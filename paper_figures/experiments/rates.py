@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.models import Head
-from paper_figures.common import Row
 from paper_figures.experiments import command
 from paper_figures.experiments.heads import HIDDEN, fit, make_features, parts, test_rows
 from paper_figures.experiments.tables import DATA, difference, grouped, keep, table
@@ -113,9 +113,9 @@ def claims() -> list[Row]:
     records: list[Row] = []
 
     def compare(text: str, pairs: Sequence[tuple[Setting, Setting]]) -> None:
-        one, other = (list(map(accuracy, side)) for side in zip(*pairs, strict=True))
-        means = [{seed: fmean(each[seed] for each in side) for seed in SEEDS} for side in (one, other)]
-        records.append({"difference": text, **difference(*means)})
+        sides = (list(map(accuracy, side)) for side in zip(*pairs, strict=True))
+        one, other = ({seed: fmean(each[seed] for each in side) for seed in SEEDS} for side in sides)
+        records.append({"difference": text, **difference(one, other)})
 
     for format in FORMATS:
         setting = best(format)

@@ -6,7 +6,7 @@ python -m paper_figures.experiments.removal
 from __future__ import annotations
 
 from mumoe_tensor.analysis import ablation_effects
-from paper_figures.common import Row
+from mumoe_tensor.ledger import Row
 from paper_figures.experiments.heads import LOOKED_AT, Run, learning_rate, parts, trained
 from paper_figures.experiments.tables import write_table
 

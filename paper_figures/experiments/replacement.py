@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mumoe_tensor.interval import interval
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.nn import load
 from mumoe_tensor.replace import (
     RULES,
@@ -35,7 +36,6 @@ from mumoe_tensor.replace import (
 )
 from mumoe_tensor.replace.frontier import PARTS
 from mumoe_tensor.replace.language import write_texts
-from paper_figures.common import Row
 from paper_figures.experiments import command
 from paper_figures.experiments.tables import DATA, ROOT, difference, grouped, table, write_table
 

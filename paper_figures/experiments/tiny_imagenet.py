@@ -21,13 +21,13 @@ import torch
 
 import mumoe_tensor as mt
 from mumoe_tensor.files import whole_file
+from mumoe_tensor.ledger import Row
 from mumoe_tensor.models import Head
 from mumoe_tensor.nn.size import num_parameters
 from mumoe_tensor.readers import read_text
 from mumoe_tensor.training import Dataset, TrainConfig, evaluate, read_npz, split, write_npz
 from mumoe_tensor.training.head import train_head
 from mumoe_tensor.training.images import LabelledFile, class_folders
-from paper_figures.common import Row
 from paper_figures.experiments import command
 from paper_figures.experiments.embeddings import embed
 from paper_figures.experiments.heads import coefficients, removal, use_of_experts
@@ -247,8 +247,10 @@ def claims() -> list[Row]:
         dealt = values(run, "polysemanticity_random")
         compare(2, f"polysemanticity of {experts[0]} experts, trained - dealt at random", trained_gate, dealt)
         for null in NULLS:
-            other = values(replace(run, gate=null, gate_norm="none"), "polysemanticity")
-            compare(2, f"polysemanticity of {experts[0]} experts, trained - {null} gate", trained_gate, other)
+            without = values(replace(run, gate=null, gate_norm="none"), "polysemanticity")
+            compare(
+                2, f"polysemanticity of {experts[0]} experts, trained - {null} gate", trained_gate, without
+            )
     for norm in NORMS:
         base = Run("cp", GATE_AT, gate_norm=norm)
         for gate in GATES[1:]:
@@ -258,8 +260,8 @@ def claims() -> list[Row]:
                 compare(3, text, values(base, column), values(other, column), unit)
     for norm in NORMS[:2]:
         for column in ("entropy", "dead"):
-            pair = [values(Run("cp", GATE_AT, gate_norm=each), column) for each in (norm, "none")]
-            compare(4, f"{column}, entmax15, norm {norm} - none", *pair)
+            with_norm, without = (values(Run("cp", GATE_AT, gate_norm=x), column) for x in (norm, "none"))
+            compare(4, f"{column}, entmax15, norm {norm} - none", with_norm, without)
     return records
 
 

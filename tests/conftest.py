@@ -40,11 +40,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
-gc.disable()  # which no import needs
+gc.disable()  # imports and collection leave little garbage
 
 
 def pytest_collection_finish() -> None:
-    """No later collection of garbage looks at the modules and tests, which stay; and there are fewer."""
+    """Collect garbage more rarely, and without looking at modules and tests, which stay."""
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from math import inf, prod
 from typing import Any, Literal, NamedTuple, Unpack, get_args
 
-from mumoe_tensor.checks import as_positive, check_choice, check_flag
+from mumoe_tensor.checks import as_integer, as_positive, check_choice, check_flag
 from mumoe_tensor.contraction.layout import Compiler, Kind, Program
 from mumoe_tensor.contraction.machine import CPU, ITEMSIZE, AnyMachine, Machine, as_machine, predicted
 from mumoe_tensor.contraction.network import Indices, Network, forward_networks
@@ -508,7 +508,7 @@ def plan(
     predicted time 74.4 us at 160 GFLOP/s, 20 GB/s, float32
     """
     spec = as_spec(format, **sizes)
-    batch = as_positive(batch, "batch")
+    batch = as_integer(batch, "batch") and as_positive(batch, "batch, if not zero,")
     options = (minimize, implementation, memory_limit, fold_weights, dtype, machine)
     return plan_terms(networks_of(spec), batch, *options)
 

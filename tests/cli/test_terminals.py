@@ -196,8 +196,8 @@ NUMBERS = [
     if {int, float} & {hint, *get_args(hint)}
     for value in VALUES
 ]
-#: Options that may be 0.
-ZERO = {"--seed", "--removed", "--weight-decay", "--head-hidden"}
+#: Options that may be 0. A batch may be empty.
+ZERO = {"--batch", "--seed", "--removed", "--weight-decay", "--head-hidden"}
 
 
 @pytest.mark.parametrize(("command", "option", "value"), NUMBERS)

@@ -102,7 +102,7 @@ def test_a_bias_is_in_all_weights_or_in_none() -> None:
 
 
 def test_gates_that_are_no_matrices_are_refused() -> None:
-    with pytest.raises(ValueError, match="its gates, matrices"):
+    with pytest.raises(ValueError, match="must have gate matrices"):
         MuMoE.from_published({"projs.0": torch.ones(3)}, "cp")
 
 

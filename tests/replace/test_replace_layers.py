@@ -455,7 +455,7 @@ def test_a_block_on_meta_and_other_places() -> None:
         (lambda: MixtureOfDecoders(6, 9, 4, 8), ValueError, "either k or a gate"),
         (lambda: MixtureOfDecoders(6, 9, 4, (), 2), ValueError, "without experts must have no gate"),
         (lambda: MixtureOfDecoders(6, 9, 4, 8, 2, gated=None), TypeError, "gated must be True or False"),
-        (lambda: MixtureOfDecoders(6, 9, 4, 8, 2, format="cp", rank=(1, 2)), ValueError, "a rank of format"),
+        (lambda: MixtureOfDecoders(6, 9, 4, 8, 2, format="cp", rank=(1, 2)), ValueError, "rank of format"),
         (lambda: MixtureOfTransforms(6, 4, []), ValueError, "at least one entry"),
         (lambda: MixtureOfTransforms(6, 4, [2, 0]), ValueError, "every rank must be positive"),
         (lambda: Transcoder.like(nn.ReLU(), latents=8, k=2), ValueError, "two or three linear layers"),

@@ -10,7 +10,7 @@ from zlib import crc32
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mumoe_tensor.files import whole_file
 from mumoe_tensor.study.charts import Chart, Panel, Series
@@ -124,10 +124,12 @@ def _frame(ax: Any, panel: Panel) -> None:
     for axis in "x" if panel.ys else "xy":
         low, high, is_log = panel.limits(axis)
         if is_log:
-            # At most about five ticks: every second decade, every decade, or 1, 2, 5 within each.
+            # At most about five ticks: every second decade, every decade, 1, 2, 5 within each, or a few
+            # equidistant ones where fewer than two of these may lie between the limits.
             base, subs = (100 if high / low > 1e4 else 10), ((1.0,) if high / low > 60 else (1.0, 2.0, 5.0))
             ax.set(**{f"{axis}scale": "log"})
-            ax.locator_params(axis, base=base, subs=subs)
+            locator = MaxNLocator(3) if high / low < 5 else LogLocator(base, subs)
+            getattr(ax, f"{axis}axis").set(major_locator=locator)
         getattr(ax, f"{axis}axis").set(minor_locator=NullLocator(), major_formatter=FuncFormatter(_tick))
         ax.set(**{f"{axis}lim": (low, high)})
     if panel.ys:

@@ -6,7 +6,7 @@ import pytest
 from samples import RATIOS
 
 from mumoe_tensor import study as studies
-from mumoe_tensor.study.charts import NAMES, Chart, Panel, Point, charts, front
+from mumoe_tensor.study.charts import NAMES, Chart, Panel, Point, Series, charts, front
 from mumoe_tensor.study.subjects import BASELINE
 
 Made = tuple[studies.Plan, studies.Results]
@@ -98,3 +98,12 @@ def test_the_front_has_what_nothing_beats() -> None:
     assert front(points) == [Point(0.5, 1), Point(1, 5), Point(2, 7)]
     assert front(points, lowest=True) == [Point(0.5, 1)]
     assert front(points[:4], lowest=True) == [Point(1, 5), Point(2, 4)]
+
+
+def test_axes_have_room() -> None:
+    series = [Series("cp", "CP", [Point(10.0, 1.0, 0.5, 4.0), Point(1000.0, 2.0)])]
+    panel = Panel("", "", "", series, reference=8.0)
+    low, high, is_log = panel.limits("x")
+    assert low < 10 and high > 1000 and is_log
+    low, high, is_log = panel.limits("y")
+    assert low < 0.5 and high > 8 and not is_log

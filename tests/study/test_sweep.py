@@ -21,6 +21,7 @@ from samples import MEASURED, SHORT, SMALL
 import mumoe_tensor as mt
 from mumoe_tensor import LayerSpec
 from mumoe_tensor import study as studies
+from mumoe_tensor.measure.memory import METERS, Meter
 from mumoe_tensor.measure.timing import Comparison
 from mumoe_tensor.study import memory, quality
 from mumoe_tensor.study import sweep as sweeps
@@ -181,6 +182,13 @@ def test_peaks_grow_with_what_is_held() -> None:
     forward, step = memory.peaks(Subject(dense(2048, 2048), BASELINE), 4, "cpu")
     assert 15 * 2**20 < forward < 24 * 2**20
     assert 31 * 2**20 < step < 44 * 2**20
+
+
+def test_a_small_layer_comes_before_the_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, build = [], Subject.build
+    monkeypatch.setattr(Subject, "build", lambda *call: built.append(call) or build(*call))
+    monkeypatch.setitem(METERS, "cpu", Meter(lambda: None, lambda: len(built), lambda: 5))
+    assert memory.measure(Subject(studies.dense(24, 16)), 4, "cpu") == (4, 4)
 
 
 def test_a_process_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -192,6 +193,19 @@ def test_files_of_a_debian_package_are_checked(
     # (Its version varies, and so does the package.)
     outcome = fetch(tmp_path, get=lambda source, folder: wheel(folder, FILES | {"changelog": b"new"}))
     assert (outcome["one"] == "fetched") == right == (tmp_path / "one").exists()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
+def test_files_of_a_debian_package_are_extracted_and_links_are_not(tmp_path: Path) -> None:
+    package, control = tmp_path / "words.deb", "Package: words\nVersion: 1\nArchitecture: all\n"
+    for folder in ("root/DEBIAN", "root/usr", "out"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "root/DEBIAN/control").write_text(f"{control}Maintainer: A <a@b.org>\nDescription: words\n")
+    (tmp_path / "root/usr/a.txt").write_text("A")
+    (tmp_path / "root/usr/b.txt").symlink_to("a.txt")
+    subprocess.run(["dpkg-deb", "--build", tmp_path / "root", package], check=True, capture_output=True)
+    assert extract(package, ("*.txt",), tmp_path / "out") == [tmp_path / "out" / "a.txt"]
+    assert (tmp_path / "out" / "a.txt").read_text() == "A"
 
 
 def test_a_file_too_many_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -310,13 +311,17 @@ def test_a_training_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     for error, code, message in [
         (OSError("no space left"), 2, "no space left"),
         (KeyboardInterrupt(), 130, "the same command resumes"),
+        (signal.SIGTERM, 130, "the same command resumes"),
     ]:
 
-        def fails(*args: object, error: BaseException = error, **options: object) -> None:
-            raise error
+        def fails(*args: object, error: BaseException | signal.Signals = error, **options: object) -> None:
+            if isinstance(error, BaseException):
+                raise error
+            signal.raise_signal(error)
 
         monkeypatch.setattr(runs, "train", fails)
         result = CliRunner().invoke(app, [*line, "--fresh"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert result.exit_code == code and message in result.stderr and result.stderr.count("\n") == 1
 
 

@@ -145,7 +145,7 @@ def _view_gpt2(settings: GPT2Run, model: Any, config: PageConfig, progress: Prog
         model, decode, torch.cat([x, y[:, -1:]], 1), k=config.shown, removed=config.removed, experts=None,
         threshold=0.5, progress=progress, written=_written(model, x[len(x) // 2], decode),
         title=f"{_times(sizes.experts)} experts in every block of a GPT-2, {sizes.format}",
-        about=f"{x.numel():,} tokens that the model was not trained on.",
+        about=f"{len(x):,} windows of {context:,} tokens that the model was not trained on.",
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def bad_input() -> Iterator[None]:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Turn the interruption of a resumable command into one line and exit code 130; also by SIGTERM."""
+    """Turn the interruption of a resumable command, also by SIGTERM, into one line and exit code 130."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

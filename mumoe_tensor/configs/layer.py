@@ -25,8 +25,8 @@ class LayerConfig:
     gated : bool
         With hidden: a gated block, with two layers to the hidden units.
     rank : tuple of int and None, or None
-        Rank, one number per bond, such as 64,128,128; see `mumoe-tensor formats`. For fit, by default the
-        result, or with one ? for the number to solve for, such as 4,4,?.
+        Rank, one number per bond, such as 64,128,128; see `mumoe-tensor formats`. For fit, one number may be
+        ?, such as 4,4,?, and is solved for; by default all are.
     bias : bool
         Whether every expert has a bias, an additional row of the input mode.
     """

@@ -147,8 +147,10 @@ def compare(
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Disable garbage collection within the context."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -145,9 +145,8 @@ def open_folder(
         return holds_study(new) and Setting.from_json(new / "study.json") == setting
 
     with alone_in(folder), ExitStack() as stack:
-        if not holds_study(folder):
-            fresh = False
-        elif not fresh:
+        fresh = fresh and (folder / "results.csv").exists()
+        if not fresh and holds_study(folder):
             there = Setting.from_json(folder / "study.json")
             try:
                 setting = setting.with_all_of(there)

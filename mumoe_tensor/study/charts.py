@@ -186,7 +186,7 @@ def _trade_off(
     lowest: bool = False,
     lines: bool = True,
 ) -> Panel:
-    """Quality, of which `judged` gives the y, against one cost."""
+    """Quality, the y of the points that `judged` returns, against one cost."""
     title, xlabel, quantity, values, scale = axis
     points: dict[str, list[Point]] = {}
     for subject in subjects:

@@ -36,7 +36,7 @@ LOOKS: dict[str, tuple[str, Any, str]] = {
     "tt-matrix": ("#DDCC77", "H", "hexagon2"),
     "tucker-matrix": ("#44AA99", (4, 1, 0), "star-diamond"),
 }
-#: Of other formats and of formats with settings.
+#: Those of other formats, and of formats with settings.
 FURTHER: list[tuple[str, Any, str]] = [
     ("#7F7F7F", (3, 1, 0), "star-triangle-up"),
     ("#8C564B", (6, 1, 0), "hexagram"),

@@ -38,7 +38,7 @@ def data_of(data: str) -> tuple[Dataset, Dataset]:
 
 
 def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
-    """The heads that a study trains, the dense one first, and the reasons for which formats are left out.
+    """The heads that a study trains, the dense one first, and the reason for each format that is left out.
 
     Raises
     ------

@@ -184,7 +184,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
     elif "inputs" in given or given.get("transposed"):
         raise ValueError("inputs and transposed need a weight: they describe the layer that it is from.")
     if not isinstance(layer, Layer):
-        layer = LAYERS[check_choice(layer or "gpt2-mlp", LAYERS, "layer")]
+        layer = LAYERS[check_choice("gpt2-mlp" if layer is None else layer, LAYERS, "layer")]
     defaults: dict[str, Any] = {
         "experts": [layer.experts] if stack is None else [stack],
         "parameters": ("match", "0.5x") if stack is None else ("0.5x", "0.25x", "0.1x"),
@@ -208,7 +208,8 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
         values[name] = tuple(map(str, listed))
     if "batches" in values:
         values["batches"] = tuple(sorted(set(values["batches"])))
-    values |= {"devices": tuple(values["devices"]), "machines": tuple(values.get("machines", ()))}
+    for name in ("devices", "machines"):
+        values[name] = tuple(dict.fromkeys(values.get(name, ())))
     return Setting(layer=layer, **values | {"data": str(values["data"])})
 
 

@@ -164,8 +164,9 @@ def download_archive(source: Source, folder: Path) -> Path:
         try:
             with open_url(f"{index.rstrip('/')}/{name}/") as answer:
                 page, text = answer.url, answer.read().decode()
-            # The file's URL in quotes, in HTML (PEP 503) or JSON (PEP 691), perhaps with a fragment.
-            link = re.search(rf"""["']([^"'#]*\b{re.escape(source.archive)})["'#]""", text)
+            # The URL in HTML (PEP 503) or JSON (PEP 691), which also has the file's name without a folder.
+            url = rf"""["']((?:[^"'#]*/)?{re.escape(source.archive)})["'#]"""
+            link = re.search(rf'(?:href=|"url":\s*){url}', text)
             if link is not None:
                 with open_url(urljoin(page, link[1])) as answer, path.open("wb") as file:
                     shutil.copyfileobj(answer, file)

@@ -29,8 +29,8 @@ def parameters_of(make: Callable[[], nn.Module]) -> int:
     try:
         with torch.device("meta"):
             return num_parameters(make())
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"a model must fit into memory: {error}.") from None
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes that torch cannot count
+        raise ValueError(f"a model must fit into memory: {str(error).splitlines()[0]}.") from None
 
 
 def made(make: Callable[[], M], seed: int, parameters: int) -> M:

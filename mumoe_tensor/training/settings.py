@@ -181,22 +181,22 @@ def read_settings(kind: str, config: str | Path | None = None, overrides: Sequen
     ValueError
         If there are no such settings, or a key is unknown or has a wrong value; the message names it.
     """
-    names, name = packaged(kind), str(config or kind)
+    names, name = packaged(kind), str(kind if config is None else config)
     if name not in names and not name.endswith(".toml"):
         raise ValueError(f"settings must be a TOML file or one of {', '.join(names)}; got {name!r}.")
     tables = read_toml(CONFIGS / f"{name}.toml" if name in names else name)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        table, dot, name = key.strip().partition(".")
-        if not (equals and dot and name):
+        place, equals, text = override.partition("=")
+        table, dot, key = place.strip().partition(".")
+        if not (equals and dot and key):
             raise ValueError(
                 f"an override must be a table, a key and a value, such as train.epochs=3; got {override!r}."
             )
         if isinstance(tables.setdefault(table, {}), dict):
-            tables[table][name] = _value(text.strip())
+            tables[table][key] = _value(text.strip())
     # (With overrides, the error may be in one of them.)
     with nullcontext() if name in names or overrides else reading(name):
-        return settings_of({**tables, "kind": kind})
+        return _settings(RUNS[kind], tables)
 
 
 def _value(text: str) -> Any:
@@ -220,12 +220,16 @@ def settings_of(mapping: Mapping[str, Any]) -> Settings:
     kind = tables.pop("kind", None)
     if kind not in RUNS:
         raise ValueError(f"kind: must be {' or '.join(RUNS)}, got {kind!r}.")
-    types = get_type_hints(RUNS[kind])
-    for table in {part.name for part in fields(RUNS[kind])} & tables.keys():
+    return _settings(RUNS[kind], tables)
+
+
+def _settings(run: type[MixerRun] | type[GPT2Run], tables: dict[str, Any]) -> Settings:
+    types = get_type_hints(run)
+    for table in {part.name for part in fields(run)} & tables.keys():
         if isinstance(tables[table], dict):
             hints = get_type_hints(types[table])
             tables[table] = {
                 key: None if value == "none" and NoneType in get_args(hints.get(key)) else value
                 for key, value in tables[table].items()
             }
-    return checked(RUNS[kind], tables)
+    return checked(run, tables)

@@ -99,6 +99,16 @@ def test_no_round_begins_after_the_limit(limit: float, rounds: int) -> None:
     assert times.rounds == rounds
 
 
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_garbage_collection_is_as_before(is_enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[str] = []
+    monkeypatch.setattr(timing.gc, "isenabled", lambda: is_enabled)
+    for name in ("enable", "disable"):
+        monkeypatch.setattr(timing.gc, name, lambda name=name: changes.append(name))
+    timing.compare({"a": lambda: None}, "a", rounds=3, turn=1e-6)
+    assert changes == ["disable", "enable"][: 1 + is_enabled]
+
+
 def test_an_unknown_baseline_is_refused() -> None:
     with pytest.raises(ValueError, match="baseline must be one of 'a', got 'b'"):
         timing.compare({"a": lambda: None}, "b")

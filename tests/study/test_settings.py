@@ -144,6 +144,7 @@ def test_a_file_that_is_no_setting_is_refused(tmp_path: Path, change: dict[str, 
         ({"machines": ["tpu"]}, "machine must be .*'h200'.*got 'tpu'"),
         ({"sweeps": 0}, "sweeps must be positive, got 0"),
         ({"devices": ["tpu"]}, "one of 'cpu', 'cuda', got 'tpu'"),
+        ({"layer": ""}, "layer must be one of 'gpt2-mlp', .*, got ''"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
@@ -160,7 +161,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="there is none"):
         studies.plan(studies.prepare(devices=["cuda"]))
-    assert studies.prepare().devices == ("cpu",)
+    assert studies.prepare().devices == studies.prepare(devices=["cpu", "cpu"]).devices == ("cpu",)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert studies.prepare().devices == ("cpu", "cuda")
 

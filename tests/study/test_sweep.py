@@ -123,6 +123,11 @@ def test_an_interrupted_study_resumes_where_it_stopped(
         studies.run(**(options | {"seed": 4}), out=tmp_path)
     assert len(studies.run(**(options | {"seed": 4}), out=tmp_path, fresh=True).tasks) == total
     assert "seed" in json.loads((tmp_path / "study.json").read_text())
+    # A fresh study replaces results without a setting, too.
+    (tmp_path / "study.json").unlink()
+    seen.clear()
+    studies.run(**options, out=tmp_path, fresh=True, progress=lambda *call: seen.append(call))
+    assert len(seen) == total + 1
 
 
 def test_a_killed_study_loses_nothing_that_was_measured(tmp_path: Path) -> None:

@@ -227,9 +227,10 @@ def index(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     archive = source_archive(folder, FILES | {"setup.py": EVIL, "pyproject.toml": b"[build-system]"})
     page = folder / "simple" / "package" / "index.html"
     if request.param == "json":
-        page.write_text('{"files": [{"url": "../../package-1.0.tar.gz"}]}')
+        page.write_text('{"files": [{"filename": "package-1.0.tar.gz", "url": "../../package-1.0.tar.gz"}]}')
     else:
-        page.write_text(f'<a href="../../{archive.name}#sha256=0">{archive.name}</a>')
+        other = f'<a href="../../other-{archive.name}">other-{archive.name}</a>'
+        page.write_text(f'{other}<a href="../../{archive.name}#sha256=0">{archive.name}</a>')
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def guess_type(self, path: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,6 +145,7 @@ def test_overrides_take_the_place_of_what_is_there(config: Path) -> None:
         ("train.schedule=stairs", r"^train\.schedule: .*'cosine' or 'linear', got 'stairs'\.$"),
         ("train.learning_rate=nan", r"^train: learning_rate must be finite .*, got nan\.$"),
         ("train.learning_rate=1979-05-27", r"^train\.learning_rate: .*number, got '1979-05-27'\.$"),
+        ("kind.speed=3", r"^kind: Unexpected keyword argument, got \{'speed': 3\}\.$"),
         ("train.speed=3", r"^train\.speed: Unexpected keyword argument, got 3\.$"),
         ("model.experts=4", r"^model\.experts: .* got 4\.$"),
         ("model.experts=[0]", r"^model: every number of experts must be positive, got 0\.$"),
@@ -193,6 +195,14 @@ def test_images_must_be_those_of_the_model(override: str, tmp_path: Path) -> Non
     assert [len(rows) for rows in fits.read_data()] == [20, 20]
     with pytest.raises(ValueError, match=r"the model takes images of shape .*\(1, 7, 7\) and 10 classes"):
         read_settings("mixer", None, [*overrides, "model.image_size=7", override]).read_data()
+
+
+@pytest.mark.parametrize("size", ["width=100_000_000_000_000_000_000", "width=1_000_000", "depth=1_000_000"])
+def test_a_model_must_fit_into_memory(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MixerRun, "read_data", lambda self: ((), ()))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**30))
+    with pytest.raises(ValueError, match=r"^a model must fit into memory.*\.$"):
+        read_settings("mixer", None, [f"model.{size}"]).job()
 
 
 def test_tokens_must_be_those_of_the_model(tmp_path: Path) -> None:

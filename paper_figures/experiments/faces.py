@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mumoe_tensor.files import whole_file
+from paper_figures.experiments import command
 from paper_figures.experiments.embeddings import embed
 from paper_figures.experiments.tables import DATA
 
@@ -38,7 +39,7 @@ def labels(paths: list[Path]) -> tuple[list[int], list[int]]:
     return old, male
 
 
-def main() -> None:
+def embed_faces() -> None:
     """Write the embeddings."""
     paths = sorted(path for path in (DATA / "utkface").glob("*.jpg") if path.name.count("_") >= 3)
     old, male = labels(paths)
@@ -48,5 +49,7 @@ def main() -> None:
     print(f"{len(paths):,} faces: {sum(old):,} old, {sum(male):,} male")
 
 
+STEPS = embed_faces
+
 if __name__ == "__main__":
-    main()
+    command.run("faces")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mumoe_tensor.analysis import ablation_effects
 from mumoe_tensor.ledger import Row
+from paper_figures.experiments import command
 from paper_figures.experiments.heads import LOOKED_AT, Run, learning_rate, parts, trained
 from paper_figures.experiments.tables import write_table
 
@@ -30,5 +31,7 @@ def remove_all() -> None:
     write_table(TABLE, [row for n in LOOKED_AT for row in changes(Run("single", "cp", (n,)))])
 
 
+STEPS = remove_all
+
 if __name__ == "__main__":
-    remove_all()
+    command.run("removal")

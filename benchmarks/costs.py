@@ -12,7 +12,7 @@ FULL = PROFILES["regular"]
 
 
 class Cost(Benchmark):
-    """Cost of a float32 layer whose rank is fitted to the dense layer's parameters."""
+    """Cost of a float32 layer whose rank is chosen to match the parameter count of the dense layer."""
 
     def prepare(self, format: str, experts: int, levels: int) -> None:
         spec = layer(format, experts, levels, FULL.features)

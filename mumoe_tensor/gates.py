@@ -151,7 +151,7 @@ def sparsemax(x: Array, axis: int = -1) -> Array:
         return (total(backend, u) - 1.0) / _total(backend, cast(u != 0, dtype_name(u)))
 
     # As in entmax15, but the sum and its slope start at N, and convergence is not quadratic. Rows constructed
-    # to be slow need this many steps to reach rounding errors.
+    # to converge slowly need this many steps to converge to rounding error.
     steps = _log2(rows) + (12 if dtype_name(rows) == "float64" else 4)
     p = _newton(backend, _centred(backend, rows), shift, steps, differentiated=1)
     return _restored(backend, p, x, axis)

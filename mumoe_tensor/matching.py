@@ -155,15 +155,15 @@ def _fitted(term: Format, mode_sizes: Sequence[int], sizes: Mapping[str, int]) -
         held = tuple(sizes[part] for part in parts)
         if prod(held) < size or (parts == (mode,) and held != (size,)):
             raise ValueError(
-                f"the factors must have the sizes of the weight; mode {mode!r} has {size} entries, but "
-                f"{' x '.join(map(str, held))} in the factors of format {term.name!r}."
+                f"the sizes of the factors must match the weight; mode {mode!r} must have {size} entries, "
+                f"but has {' x '.join(map(str, held))} in the factors of format {term.name!r}."
             )
         if parts == (mode,) or held == term.splits[mode]:
             continue
         if not isinstance(term.splits[mode], int):
             raise ValueError(
-                f"the factors must have the parts of the format; mode {mode!r} is split into "
-                f"{term.splits[mode]}, the factors have {held}."
+                f"the factors must have the same parts as the format; mode {mode!r} is split into "
+                f"{term.splits[mode]} in the format, but {held} in the factors."
             )
         # Constants instead of the symbolic sizes of torch.compile.
         if not is_default(constant(size), tuple(map(constant, held))):

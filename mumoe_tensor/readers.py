@@ -1,4 +1,7 @@
-"""Readers of files, one for each file format. Error messages start with the path and state the rule."""
+"""Readers of files, one for each file format.
+
+Error messages start with the path and state the rule that the file violates.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class FactorizedTensor:
     arrays : tuple of array
         The factors that are not missing.
     missing : tuple of int
-        Positions of the missing factors, which stand for ones.
+        Positions of the missing factors, which are treated as all ones.
     num_levels : int
         Number of levels of experts.
 

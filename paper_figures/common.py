@@ -110,7 +110,7 @@ def pretrained() -> np.ndarray:
 
 
 def over_experts(quick: bool, figure: str, of_cost: Callable[[Cost], int]) -> list[Row]:
-    """A cost of every format, with the gate, at every number of experts; see `matched_layers`."""
+    """The cost of every format, including the gate, for every number of experts; see `matched_layers`."""
     return [
         {"name": name, "experts": n, figure: of_cost(cost(replace(layer, experts=(n,)), gate=True))}
         for name, layer in matched_layers().items()

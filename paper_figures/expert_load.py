@@ -1,4 +1,4 @@
-"""Load of experts: the share of images for which an expert has a coefficient of at least 0.5.
+"""Load of experts: the fraction of images for which an expert has a coefficient of at least 0.5.
 
 Oldfield et al. (2024), load of the experts.
 

@@ -39,7 +39,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Polysemanticity, and the share of experts used by an image and by none."""
+    """Polysemanticity, and the fractions of experts used by an image and by none."""
     figure, axes = new_figure(2, height=2.8)
     for column, label, style in LINES:
         draw_line(axes[0], rows, "experts", column, label=label, markersize=3, **style)

@@ -4,7 +4,7 @@ Not in the paper: the error of each structure for a linear layer, and the gain f
 
 Settings: an expanding convolution of EfficientNet-Lite2 (120 → 720) and an up-projection of SmolLM2-135M
 (576 → 1,536), no experts; `decompose` from one start with at most 20 sweeps; ranks for 5 to 50 % of the
-parameters. Top: the error of the weight, fitted without weighting. Bottom: the error of the outputs, dotted
+parameters. Top: the error in the weight, fitted without weighting. Bottom: the error in the outputs, dotted
 for fits without weighting and solid for fits with `input_covariance`; both use the inputs that the layer has
 in its network. Kronecker and TT-matrix with two parts are the same matrices. CP-matrix has at most 600
 components. Reads ``paper_figures/tables/compression.csv``, which ``experiments/compression.py`` writes.
@@ -29,7 +29,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A column per network; the error of the weight above the error of the outputs."""
+    """A column per network; the error in the weight above the error in the outputs."""
     networks, lines = grouped(rows, "network"), grouped(rows, "network", "format", "fit")
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")
     axes = figure.subplots(2, len(networks), squeeze=False)

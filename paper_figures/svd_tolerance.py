@@ -3,11 +3,11 @@
 Oldfield et al. (2024), tolerance of linear layers to a truncated SVD: trained layers keep their accuracy
 without many of their singular values, so experts of low rank may suffice.
 
-Settings: the relative error of the weight, in the Frobenius norm, is shown for the expanding 1×1 convolutions
+Settings: the relative error in the weight, in the Frobenius norm, is shown for the expanding 1×1 convolutions
 of blocks 6, 7 and 8 of EfficientNet-Lite0, trained on ImageNet, 80 → 480, and for a matrix of that shape with
-normal entries, seed 0. Its square is the share of the energy that is lost. Accuracy and loss are those of the
+normal entries, seed 0. Its square is the fraction of energy lost. Accuracy and loss are those of the
 dense Mixer and GPT-2 of ``docs/experiments`` on validation rows, with all linear layers of their MLPs
-truncated at once; means and 95 % intervals over seeds. They are left out if their tables are missing, which
+truncated together; means and 95 % intervals over seeds. They are left out if their tables are missing, which
 ``python -m paper_figures.experiments.pretraining mixer svd`` (and ``gpt2 svd``) writes.
 """
 

@@ -252,27 +252,27 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a whole mode that is larger": (
         lambda: match(mt.get_format("dense"), [ones((6, 9))], (6, 8)),
         ValueError,
-        "the sizes of the weight; mode 'o' has 8 entries, but 9 in the factors of format 'dense'",
+        "must match the weight; mode 'o' must have 8 entries, but has 9 in the factors of format 'dense'",
     ),
     "a whole mode that is smaller": (
         lambda: match(mt.get_format("dense"), [ones((6, 7))], (6, 8)),
         ValueError,
-        "mode 'o' has 8 entries, but 7 in the factors of format 'dense'",
+        "mode 'o' must have 8 entries, but has 7 in the factors of format 'dense'",
     ),
     "parts that hold too little": (
         lambda: match(mt.get_format("kron"), KRON, (7, 8)),
         ValueError,
-        "mode 'i' has 7 entries, but 2 x 3 in the factors of format 'kron'",
+        "mode 'i' must have 7 entries, but has 2 x 3 in the factors of format 'kron'",
     ),
     "terms of two sizes": (
         lambda: match(mt.sum_of("dense", "tt"), [ones((6, 8)), ones((6, 2)), ones((2, 9))], None),
         ValueError,
-        "mode 'o' has 8 entries, but 9 in the factors of format 'tt'",
+        "mode 'o' must have 8 entries, but has 9 in the factors of format 'tt'",
     ),
     "a slice of another number of experts": (
         lambda: match(mt.sliced("dense", 1, 3), [ones((3, 6, 8))], (4, 6, 8)),
         ValueError,
-        "mode 'n1' has 2 entries, but 3 in the factors of format 'sliced'",
+        "mode 'n1' must have 2 entries, but has 3 in the factors of format 'sliced'",
     ),
     "a slice of experts that there are not": (
         lambda: match(mt.sliced("dense", 1, 3), [ones((2, 6, 8))], (2, 6, 8)),
@@ -287,12 +287,12 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a bias row that a term has too": (
         lambda: match(mt.sum_of("dense", Bias()), [ones((7, 8)), ones(8)], (7, 8)),
         ValueError,
-        "mode 'i' has 6 entries, but 7 in the factors of format 'dense'",
+        "mode 'i' must have 6 entries, but has 7 in the factors of format 'dense'",
     ),
     "other parts than the format has": (
         lambda: match(split("kron", i=(3, 2)), KRON, None),
         ValueError,
-        r"must have the parts of the format; mode 'i' is split into \(3, 2\), the factors have \(2, 3\)",
+        r"mode 'i' is split into \(3, 2\) in the format, but \(2, 3\) in the factors",
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ def attribute(
 
     where :math:`W_n` includes the bias. With several levels, :math:`W_n` is the mixture of the experts of the
     other levels. `ablate` reduces the output by :math:`c_n`. The weight tensor is never formed, so
-    coefficients and contributions take the most memory.
+    memory use is dominated by the coefficients and contributions.
 
     Parameters
     ----------

@@ -34,7 +34,7 @@ class LabelStatistics:
         This entropy divided by the entropy of the labels of all inputs; 1 if experts are independent of the
         label.
     clarity : float
-        Largest share of one label among the inputs of an expert, as a mean over experts with the same
+        Largest fraction of one label among the inputs of an expert, as a mean over experts with the same
         weights.
     """
 

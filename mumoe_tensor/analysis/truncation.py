@@ -27,7 +27,7 @@ def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
     layers : iterable of Module
         `torch.nn.Linear`, or Conv1D of transformers; at least one.
     share : float
-        Share of the singular values of each layer to keep: 0 keeps only the biases, 1 changes nothing.
+        Fraction of the singular values of each layer to keep: 0 keeps only the biases, 1 changes nothing.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def truncate(layers: Iterable[nn.Module], share: float) -> Iterator[None]:
     if not chosen:
         raise ValueError("there must be linear layers to truncate, got none.")
     if not (isfinite(share) and 0 <= share <= 1):
-        raise ValueError(f"the share of singular values to keep must be from 0 to 1, got {share}.")
+        raise ValueError(f"the fraction of singular values to keep must be from 0 to 1, got {share}.")
     if wrong := sorted({type(layer).__name__ for layer in chosen if not is_linear(layer)}):
         raise TypeError(f"only linear layers can be truncated, got {', '.join(wrong)}.")
     weights: list[nn.Parameter] = [layer.weight for layer in chosen]  # type: ignore[misc]

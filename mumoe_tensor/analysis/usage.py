@@ -21,7 +21,7 @@ class UsageStatistics:
     rows : int
         Number of inputs.
     load : Tensor of shape (N,)
-        For each expert, the share of inputs with a coefficient of at least the threshold.
+        For each expert, the fraction of inputs with a coefficient of at least the threshold.
     mean : Tensor of shape (N,)
         Mean coefficient of each expert. The means sum to one if the gate's coefficients do.
     dead : int
@@ -32,7 +32,7 @@ class UsageStatistics:
     largest_share : float
         The largest mean coefficient.
     active : float
-        Mean share of experts with nonzero coefficients.
+        Mean fraction of experts with nonzero coefficients.
     """
 
     rows: int

@@ -162,7 +162,7 @@ def collect(
     is_language = labels is not None and labels.ndim == 2 and labels.shape == inputs.shape
     if not len(inputs) or not (labels is None or is_language or labels.shape == inputs.shape[:1]):
         raise ValueError(
-            "inputs must not be empty, and labels must have one for each input or token; got inputs "
+            "inputs must not be empty, and each input or token must have one label; got inputs "
             f"of shape {tuple(inputs.shape)}, labels of {None if labels is None else tuple(labels.shape)}."
         )
     labels = None if labels is None else read_labels(labels)
@@ -272,7 +272,7 @@ def _labelled(
     """Distinct labels, the index of each input's (token's) label among them, and their frequencies."""
     if labels is None:
         return None, None, None
-    labels = labels.cpu()  # like the statistics of all batches
+    labels = labels.cpu()  # the statistics of all batches are on the CPU too
     if not is_language:
         counts = labels.bincount()
         return torch.arange(len(counts)), labels, counts / counts.sum()

@@ -64,13 +64,13 @@ def browse_built(
     config = config or PageConfig()
     texts, images, rows = config.texts, config.images, config.rows
     if (data is None) == (texts is None):
-        raise ValueError("either data or texts must be given as inputs.")
+        raise ValueError("exactly one of data and texts must be given.")
     model, tokenizer = build_model(build)
     if texts is not None:
         if images is not None or config.classes:
             raise ValueError("images and classes need data; they cannot be used with texts.")
         if tokenizer is None:
-            raise ValueError(f"for texts, {build} must return the model and its tokenizer; it has none.")
+            raise ValueError(f"for texts, {build} must return the model and its tokenizer, got only a model.")
         tokens, _ = windows(read_texts(texts), tokenizer, CONTEXT)
         inputs = torch.stack(tokens[:rows])
         _check_call(build, model, inputs[:2])
@@ -87,7 +87,9 @@ def browse_built(
         with reading(images):
             samples: Images | None = Images(as_pixels(shown).numpy())
             if len(shown) != len(x):
-                raise ValueError(f"images must have one for each of {len(x):,} inputs, got {len(shown):,}.")
+                raise ValueError(
+                    f"there must be one image for each of {len(x):,} inputs, got {len(shown):,}."
+                )
     else:
         samples = _as_images(x)
     _check_call(build, model, x[:2], 0 if labels is None or not len(labels) else int(labels.max()) + 1)

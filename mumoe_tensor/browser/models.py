@@ -168,7 +168,7 @@ def measured(removed: int | None, levels: list[ExpertLevel]) -> str:
 def check_names(classes: Sequence[str], count: int) -> None:
     """Check that there is a name for every class, or no names."""
     if classes and len(classes) != count:
-        raise ValueError(f"classes must have {count} names, one per class, or none; got {len(classes)}.")
+        raise ValueError(f"classes must be empty or have {count} names, one per class; got {len(classes)}.")
 
 
 def browse_language_model(

@@ -79,17 +79,21 @@ def browse(
 
 def _view_run(folder: Path, config: PageConfig, progress: Progress | None) -> View:
     if (folder / "grid.json").exists():
-        raise ValueError(f"the folder must be that of one layer; choose one in {folder / 'layers'}.")
+        raise ValueError(f"the folder must be the folder of one layer; choose one in {folder / 'layers'}.")
     if is_saved(folder):
         return _view_replaced(folder, config, progress)
     if config.texts is not None:
-        raise ValueError(f"texts are for a replacement layer; {folder} has a run of another kind.")
+        raise ValueError(
+            f"texts can only be used with a replacement layer; {folder} has another kind of run."
+        )
     settings, model = read_run(folder)
     if isinstance(settings, HeadSetting):
         assert isinstance(model, Head)
         return _view_head(folder, settings, model, config, progress)
     if config.images is not None:
-        raise ValueError(f"images are for a head on features; {folder} has a run of another kind.")
+        raise ValueError(
+            f"images can only be used with a head on features; {folder} has another kind of run."
+        )
     gates_of(model)  # raises for a model without experts
     if isinstance(settings, MixerRun):
         return _view_mixer(settings, model, config, progress)
@@ -200,7 +204,7 @@ def _view_head(
         with reading(config.images):
             if pictures.shape[:1] != (len(data),):
                 raise ValueError(
-                    f"images must have one for every input; x has shape {pictures.shape}, the run has "
+                    f"there must be one image for every input; x has shape {pictures.shape}, the run has "
                     f"{len(data)} inputs."
                 )
             # Split like the features, so that the order is the same.

@@ -90,7 +90,7 @@ class View:
         last = max((int(level.top.max()) for level in self.levels), default=-1)
         if self.samples is not None and last >= len(self.samples):
             raise ValueError(
-                f"samples must have one for every input; got {len(self.samples)}, and input {last} is shown."
+                f"every input must have a sample; got {len(self.samples)} samples, but input {last} is shown."
             )
 
     @property

@@ -78,7 +78,7 @@ def bias(
         elif embeddings is None:
             task = read_embeddings(Path(data), *sides) if is_own else read_adult(place, *sides)
         else:
-            raise ValueError(f"--embeddings must be used with celeba, got {data}.")
+            raise ValueError(f"--embeddings can only be used with celeba, got {data}.")
         chosen = replace(RECIPES["adult" if is_own else data], **recipe)
         if len(task.training) < chosen.batch_size:
             chosen = replace(chosen, batch_size=len(task.training))

@@ -69,9 +69,11 @@ def inspect(
         if model is not None and not allow_import:
             raise ValueError(f"--model imports and runs {model}; allow it with --allow-import.")
         if model is None and data is not None:
-            raise ValueError("--data must be used with --model; a run has its own data.")
+            raise ValueError("--data can only be used with --model; a run has its own data.")
         if model is not None and beside is not None:
-            raise ValueError("--beside must be used with folders of runs; compare other models in Python.")
+            raise ValueError(
+                "--beside can only be used with folders of runs; compare other models in Python."
+            )
         config = PageConfig(**page)
     for folder in (run, beside):
         if folder is not None and not folder.is_dir():

@@ -57,7 +57,7 @@ def failures() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Prevent Python from writing again when it exits."""
+    """Prevent Python from flushing stdout to a closed pipe at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -33,7 +33,7 @@ def data(
         from mumoe_tensor.training.fetch import SOURCES, fetch
 
         if list_only and names:
-            raise ValueError(f"--list must be used without names, got {', '.join(names)}.")
+            raise ValueError(f"--list cannot be combined with names, got {', '.join(names)}.")
         sources = {source.name: source for source in SOURCES}
         outcome = dict.fromkeys(sources, "") if list_only else fetch(out, names or ())
     failed = [name for name, came in outcome.items() if came not in ("", "there", "fetched")]

@@ -71,7 +71,7 @@ def study(
         processes = read_jobs(jobs)
         if setting is not None:
             if options or layer is not None or quick or sizes:
-                raise ValueError("--setting must be used without options that describe the study.")
+                raise ValueError("--setting cannot be combined with options that describe the study.")
             chosen = studies.Setting.from_json(setting)
         else:
             if "weight" in options and (layer is not None or sizes):

@@ -73,7 +73,7 @@ class HeadConfig:
     Raises
     ------
     ValueError
-        If the attributes do not fit together.
+        If the attributes are inconsistent.
     """
 
     labels: str | None = None

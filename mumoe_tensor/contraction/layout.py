@@ -347,7 +347,7 @@ class Compiler:
             return node == self.network.vector_of_input or any(map(has_input, branches))
 
         def by_peak(node: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-            # The first result is in memory while the second is formed. In a tie, the input vector comes
+            # The first result is in memory while the second is formed. On a tie, the input vector comes
             # first, so that its memory can be released earlier.
             def held(pair: tuple[Tree, Tree]) -> tuple[int, bool]:
                 first, second = pair

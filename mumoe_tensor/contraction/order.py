@@ -164,8 +164,8 @@ class Orders:
                     if kept is None:
                         continue
                     total = cost(left, right, kept)
-                    # In a tie the first order is kept: it joins a small and a large part, so its peak is
-                    # lower.
+                    # On a tie, keep the order found first: it joins a small and a large part, so its peak
+                    # is lower.
                     if total < (best[both].cost if both in best else bound):
                         best[both] = Part(both, kept, total, (left, right))
             formed.append([*best.values()])

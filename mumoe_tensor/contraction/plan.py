@@ -86,7 +86,7 @@ class PlannedStep(NamedTuple):
 
 
 def planned_steps(program: Program, batch: int) -> tuple[PlannedStep, ...]:
-    """Evaluate the steps of a program at a batch size."""
+    """Shapes, FLOPs and memory traffic of a program's steps at a batch size."""
     sizes = program.network.sizes_at(batch)
     network = program.network
     padded = {network.weights + k for k, reading in enumerate(network.readings) if reading.padding}

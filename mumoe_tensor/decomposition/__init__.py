@@ -77,7 +77,7 @@ def decompose(
         the input is split, the weight is a sum with one bias for all experts, the mean of their biases.
     input_covariance : array of shape (I, I) or (N1, ..., NE, I, I), optional
         The mean of ``z zᵀ`` over inputs z, not centred; with a bias, each z ends with a 1. The fit then
-        minimises the error of the outputs ``z @ dense``. If each expert has different inputs, pass one matrix
+        minimises the error in the outputs ``z @ dense``. If each expert has different inputs, pass one matrix
         per expert: the sum over its inputs, divided by the number of inputs of all experts.
     n_restarts : int, default 8
         Number of starts, the first from singular vectors, the others random; the best fit is returned. Dense,

@@ -200,7 +200,10 @@ class Format(ABC):
         return tuple(n for mode, size in pairs for n in self._sizes_of_parts(mode, size))
 
     def within(self, mode_sizes: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of the modes of a term; a slice of experts has the size of the slice."""
+        """Sizes of the modes of this term, given those of the whole weight.
+
+        They differ only for a slice, whose sliced level has ``stop - start`` experts.
+        """
         return tuple(mode_sizes)
 
     def with_splits(self, splits: Mapping[str, int | Sequence[int]]) -> Self:

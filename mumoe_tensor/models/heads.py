@@ -94,7 +94,9 @@ class Head(nn.Module):
             elif rank is None or None in (spec.rank or ()):
                 spec = _nearest(spec, "match" if parameters is None else parameters)
             elif parameters is not None:
-                raise ValueError(f"give a rank or parameters, got rank={spec.rank} and {parameters=}.")
+                raise ValueError(
+                    f"either rank or parameters must be given, got rank={spec.rank} and {parameters=}."
+                )
             make = MuMoE if spec.hidden is None else MuMoEMLP
             self.body = make.from_spec(spec, gate=gate, gate_norm=gate_norm, init=init)
             made = self.body.config

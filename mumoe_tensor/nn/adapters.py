@@ -258,7 +258,10 @@ def _loaded(delta: nn.Module) -> Callable[..., MuMoE]:
         if not isinstance(delta, MuMoE):
             raise ValueError(f"experts of an adapter must be a MuMoE, got {type(delta).__name__}.")
         if (saved := (delta.in_features, delta.out_features, delta.spec.bias)) != sizes:
-            raise ValueError(f"the experts must have the inputs, outputs and bias {sizes}, got {saved}.")
+            raise ValueError(
+                f"the experts must match (in_features, out_features, bias) of the linear layer, {sizes}; "
+                f"got {saved}."
+            )
         return delta.to(matrix.device)
 
     return make

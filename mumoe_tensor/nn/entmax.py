@@ -31,7 +31,7 @@ SHORT = 256
 LONG = 4096
 #: Number of entries in a block, which is replaced by its maximum.
 BLOCK = 16
-#: Maximum share of entries above the bound for which they are read by their indices.
+#: Maximum fraction of entries above the bound at which these entries are read by index.
 SHARE = 0.25
 #: Newton steps stop once they are this small in every row. They converge quadratically, and a last step
 #: follows.

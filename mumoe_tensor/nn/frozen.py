@@ -58,7 +58,7 @@ class Folded:
 
 
 def are_comparable(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors can be compared without delay: they must be parameters on the CPU.
+    """Whether tensors can be compared without a device synchronisation: they must be parameters on the CPU.
 
     A transformed tensor has no values. On other devices the CPU would wait for the comparison, and a CUDA
     graph could not be captured.

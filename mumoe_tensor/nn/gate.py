@@ -133,9 +133,10 @@ class ExpertGate(WholeState):
         return {name: type(x)(torch.cat([level[name] for level in levels])) for name, x in levels[0].items()}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add a submodule; `SyncBatchNorm.convert_sync_batchnorm` cannot replace the norm.
+        """Add a submodule, but ignore a `SyncBatchNorm` for the norm.
 
-        The norm already computes its statistics over all processes.
+        `SyncBatchNorm.convert_sync_batchnorm` sets one, but the norm already computes its statistics over all
+        processes.
         """
         if name != "norm" or not isinstance(module, nn.SyncBatchNorm):
             super().add_module(name, module)

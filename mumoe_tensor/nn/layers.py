@@ -367,7 +367,7 @@ class MuMoE(Layer):
     ) -> Self:
         """Make a layer whose experts are the matrices of a stack, or the best fit to them; see `.decompose`.
 
-        The gate is initialised as usual. `fit_errors` contains the relative error of the weight.
+        The gate is initialised as usual. `fit_errors` contains the relative error in the weight.
 
         Parameters
         ----------

@@ -43,7 +43,10 @@ def check_linear(module: nn.Module) -> None:
 
 
 def matrix_of(module: nn.Module) -> tuple[Tensor, bool]:
-    """Matrix of shape (in, out) of a linear layer, with any bias as an additional row, and if it has one."""
+    """The matrix of a linear layer, of shape (in, out), and whether the layer has a bias.
+
+    The bias, if any, is an additional row of the matrix.
+    """
     layer: Any = module
     matrix = (layer.weight.T if isinstance(module, nn.Linear) else layer.weight).detach()
     if layer.bias is None:

@@ -115,7 +115,7 @@ class LogitBatchNorm(nn.modules.batchnorm._BatchNorm):
             running.lerp_(new.to(running.dtype), weight)
 
     def _weight(self) -> float:
-        """Weight of the latest batch, which is already counted."""
+        """Weight of the latest batch, which `num_batches_tracked` already includes."""
         return 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def extra_repr(self) -> str:

@@ -58,7 +58,7 @@ class ShardedExperts(Experts):
     factors with the bond and from the other factors, which all processes have. The first process adds terms
     of the format without the bond, such as the bias of a format that splits the input.
 
-    The bond is the largest of the format; in a tie, the one whose factors have the most parameters.
+    The bond is the largest of the format; on a tie, the one whose factors have the most parameters.
     """
 
     def __init__(self, whole: Experts, group: distributed.ProcessGroup | None):

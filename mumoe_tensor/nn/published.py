@@ -93,7 +93,7 @@ def read_published(state: Mapping[str, Tensor], format: str | Format, num_weight
     has_experts = all(weight.experts == num_experts for weight in weights)
     if len(features) > 1 or extra_rows not in ({0}, {1}) or not has_experts:
         raise ValueError(
-            "gates and weights must fit together; the gates have shapes "
+            "the shapes of gates and weights must be consistent; the gates have shapes "
             f"{[tuple(gate.shape) for gate in gates]} (features x experts), the weights "
             f"{[weight.shape for weight in weights]} (experts x input x output)."
         )

@@ -160,7 +160,7 @@ class Registry:
                     )
                 return {"name": name, **arguments}
         raise ValueError(
-            f"{self.what} must be registered to be stored in a config: give it a name by "
+            f"the {self.what} must be registered to be stored in a config: name it with "
             f"register_{self.what}; got {function!r}."
         )
 

@@ -19,7 +19,7 @@ from mumoe_tensor.nn.kernels.rows import sum_of_indexed_rows, sum_of_indexed_row
 
 #: Minimum number of experts of a level for which sparsity is used; below it, the dense product is as fast.
 FEWEST_EXPERTS = 1024
-#: Maximum share of nonzero coefficients for which individual rows of the factor are summed.
+#: Maximum fraction of nonzero coefficients for which individual rows of the factor are summed.
 DENSEST = 0.08
 #: The same on a GPU, where dense products are much faster than reading individual rows.
 DENSEST_ON_GPU = 2 / machine_of("cuda", "bfloat16").element

@@ -92,7 +92,7 @@ def replace_experts(
         )
     effort = {**EFFORT, **(fit or {})}
     if unknown := effort.keys() - {*EFFORT, "seed"}:
-        raise TypeError(f"fit must be of {[*EFFORT, 'seed']}, got {sorted(unknown)}.")
+        raise TypeError(f"fit may only have the keys {[*EFFORT, 'seed']}, got {sorted(unknown)}.")
     options = {"format": format, "parameters": parameters, "fit": effort, **options}
     planned = plan_replacements(model, pattern, is_experts, _maker, "module of routed experts", options)
     if dry_run:
@@ -107,7 +107,7 @@ def replace_experts(
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module has stacked weights of experts, as in transformers 5."""
+    """Whether a module has stacked expert weights, as in transformers 5."""
     stacks = (module._parameters.get(name) for name in STACKS)
     return all(stack is not None and stack.ndim == 3 for stack in stacks)
 

@@ -148,7 +148,8 @@ def _replace(
     check_flag(dry_run, "dry_run")
     if "experts" not in options or "bias" in options:
         raise TypeError(
-            f"the options must have experts, and not bias, which follows from the old layer; got {options}."
+            "the options must include experts, but not bias, which follows from the old layer; got "
+            f"{options}."
         )
     planned = plan_replacements(model, pattern, fits, maker, what, options)
     return [each for _, each in planned.values()] if dry_run else put_replacements(model, planned)

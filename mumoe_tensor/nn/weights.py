@@ -71,7 +71,7 @@ def read_tensors(path: str | Path, *, check: bool = True) -> tuple[dict[str, Ten
         if TENSORS in about or WHOLE in about:
             whole = about.pop(WHOLE, None)
             if whole != _checksum_of(about):
-                raise ValueError("the metadata must have the checksum with which it was written.")
+                raise ValueError("the metadata must match the checksum in the file.")
             sums = parse_json(about.pop(TENSORS))
             if check:
                 check_tensors(tensors, sums, signature)
@@ -114,10 +114,10 @@ def check_tensors(
     """
     odd = sorted(set(tensors) ^ set(expected))
     if odd:
-        raise ValueError(f"every tensor must have a checksum, and vice versa; {odd[0]} is only in one list.")
+        raise ValueError(f"tensors and checksums must have the same names; {odd[0]} is in only one of them.")
     for name, value in tensors.items():
         if checksum(value) != expected[name]:
-            raise ValueError(f"{name} must have the checksum with which it was written.")
+            raise ValueError(f"{name} must match its checksum in the file.")
 
 
 def checksum_of_bytes(value: Tensor) -> int:

@@ -66,7 +66,7 @@ class DocumentLosses(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Losses of the intact model, and with a module's outputs replaced by zeros: bounds for replacements.
+    """Bounds for replacements: losses of the intact model, and with a module's outputs replaced by zeros.
 
     Attributes
     ----------
@@ -390,7 +390,7 @@ def evaluate(
         raise ValueError(f"limit must be positive, got {limit}.")
     between = _bounds(model, name, texts, limit=limit) if bounds is None else bounds
     if between.intact.tokens.tolist() != [len(text) - 1 for text in texts]:
-        raise ValueError("bounds must be for the same texts; these have other numbers of tokens.")
+        raise ValueError("bounds must be for the same texts; their numbers of tokens differ.")
     compared = _Compared(module_of(model, name), layer, limit)
     with splice(model, name, compared), counted(layer) as usages:
         of_texts = losses(model, texts)

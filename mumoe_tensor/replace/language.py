@@ -41,9 +41,11 @@ def load_language_model(folder: str | Path) -> tuple[nn.Module, Any]:
         raise NotADirectoryError(f"a language model must be a folder; there is no folder {folder}.")
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) > 1:
-        raise ValueError(f"a folder must have one file *.gguf; {folder} has {len(packed)}.")
+        raise ValueError(f"a folder must contain exactly one *.gguf file; {folder} has {len(packed)}.")
     if not packed and not (folder / "config.json").exists():
-        raise ValueError(f"a language model must have config.json or a *.gguf; {folder} has neither.")
+        raise ValueError(
+            f"the folder of a language model must contain config.json or a *.gguf file; {folder} has neither."
+        )
     options: dict[str, Any] = {"gguf_file": packed[0].name} if packed else {}
     options["local_files_only"] = True
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)

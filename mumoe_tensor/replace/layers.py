@@ -432,7 +432,7 @@ class MixtureOfTransforms(ReplacementLayer):
     @classmethod
     def _open_size(cls, arguments: dict[str, Any], options: dict[str, Any]) -> OpenSize:
         if "ranks" not in options:
-            raise ValueError("with parameters, ranks must be given and are scaled; got none.")
+            raise ValueError("with parameters, ranks must also be given, to be scaled; got none.")
         ranks = _positive(options["ranks"])
         return 1, lambda size: {"ranks": [max(1, round(rank * size / max(ranks))) for rank in ranks]}
 
@@ -491,4 +491,6 @@ def _fewest(arguments: dict[str, Any]) -> int:
 def _check_open(name: str, options: dict[str, Any]) -> None:
     """Check that a budget leaves a size to solve for."""
     if name in options:
-        raise ValueError(f"with parameters, {name} must be left out to solve for it; got {options[name]}.")
+        raise ValueError(
+            f"with parameters, {name} must be omitted, so that it is solved for; got {options[name]}."
+        )

@@ -133,7 +133,7 @@ def _held_out(rows: ActivationRows) -> tuple[ActivationRows, ActivationRows]:
     documents = rows.documents.unique()
     if len(documents) < 10:
         raise ValueError(
-            f"holding out every tenth document needs at least ten; the rows are of {len(documents)}: pass "
+            f"holding out every tenth document needs at least ten; the rows are from {len(documents)}: pass "
             "`validation`."
         )
     is_held = torch.arange(len(documents)) % 10 == 9

@@ -52,8 +52,8 @@ def heads(setting: Setting) -> tuple[list[Subject], dict[str, str]]:
     takes = layer.spec.in_features
     if setting.data != DIGITS and layer not in LAYERS.values() and takes != features:
         raise ValueError(
-            f"the layer must take the data's inputs; in_features is {takes:,}, {setting.data} has "
-            f"{features:,} features."
+            f"the layer must have as many inputs as the data; in_features is {takes:,}, but "
+            f"{setting.data} has {features:,} features."
         )
     if not 2 <= setting.batch_size <= len(training) and setting.batch_size != Setting.batch_size:
         raise ValueError(

@@ -34,7 +34,8 @@ OF_MATRICES = (
     "lowrank", "kron", "monarch", "btt", "tt-matrix", "tucker-matrix", "cp-matrix",
     '{"name":"sum","formats":["monarch","lowrank"]}', '{"name":"sum","formats":["kron","lowrank"]}',
 )  # fmt: skip
-#: Default format for mixtures, besides the registered ones: with a matrix shared by all experts.
+#: Format that is added to the registered ones by default for mixtures: one with a matrix shared by all
+#: experts.
 SHARED = '{"name":"sum","formats":[{"name":"shared","format":"lowrank"},"cp"]}'
 
 
@@ -64,7 +65,7 @@ class Setting(StudyConfig):
             if not (getattr(self, name) > 0 and isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
         if self.batch < 2:
-            raise ValueError(f"batch must be at least 2, as batch norm needs in training; got {self.batch}.")
+            raise ValueError(f"batch must be at least 2, for batch norm in training; got {self.batch}.")
         for name in ("seed", "head_hidden"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -182,7 +183,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
         check_flag(transposed, "transposed")
         layer, stack = _layer_of(given["weight"], transposed, layer)
     elif "inputs" in given or given.get("transposed"):
-        raise ValueError("inputs and transposed need a weight: they describe the layer that it is from.")
+        raise ValueError("inputs and transposed can only be used with a weight, which they describe.")
     if not isinstance(layer, Layer):
         layer = LAYERS[check_choice("gpt2-mlp" if layer is None else layer, LAYERS, "layer")]
     defaults: dict[str, Any] = {
@@ -196,7 +197,7 @@ def prepare(layer: str | Layer | None = None, *, quick: bool = False, **options:
         values[name] = _counts(values[name])
     if stack is not None and any(prod(levels) != prod(stack) for levels in values["experts"]):
         raise ValueError(
-            f"the levels of experts must multiply to the {prod(stack):,} matrices of the weight, got "
+            f"the numbers of experts must multiply to the {prod(stack):,} matrices of the weight, got "
             f"{values['experts']}; a single matrix has none."
         )
     everything = OF_MATRICES if values["experts"] == ((),) else (*registered(), SHARED)
@@ -219,7 +220,7 @@ def _layer_of(source: str, transposed: bool, layer: str | Layer | None) -> tuple
     title = source.rpartition(":")[2] if not Path(source).exists() else Path(source).stem
     read = Layer(title, in_features, out_features, bias=False, experts=prod(experts))
     if layer not in (None, read):
-        raise ValueError(f"the layer must be the layer of the weight, {read}, got {layer}.")
+        raise ValueError(f"the layer must match the weight, which is of {read}; got {layer}.")
     return read, tuple(experts)
 
 

@@ -421,7 +421,7 @@ def _assert_linear(
     at: Callable[[Array], dict[str, Any]],
     what: str,
 ) -> None:
-    """Assert that the output is linear in an array; `at` makes arguments of `Problem.output` from it."""
+    """Assert that the output is linear in an array; `at` maps it to keyword arguments of `Problem.output`."""
     combined = problem.array(sum(share * to_numpy(x) for share, x in zip(shares, arrays, strict=True)))
     expected = sum(s * to_numpy(problem.output(**at(x))) for s, x in zip(shares, arrays, strict=True))
     scale = sum(abs(s) * _magnitude(problem, **at(x)) for s, x in zip(shares, arrays, strict=True))

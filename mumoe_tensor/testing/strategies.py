@@ -193,7 +193,9 @@ def dtypes(draw: Callable[..., Any], backend: str) -> str:
 
 
 def levels(most: int = 3, format: str | Format | None = None) -> st.SearchStrategy[int]:
-    """Numbers of levels of experts, from zero. The largest number, which is slow to plan, is the rarest.
+    """Numbers of levels of experts, from zero.
+
+    The largest number is drawn least often, since its networks are slow to plan.
 
     For a format, the numbers start from the smallest that it supports; see `fewest_levels`.
     """

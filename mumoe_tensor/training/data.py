@@ -142,7 +142,9 @@ def split(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
     """
     second = round(share * len(data))
     if not 0 < second < len(data):
-        raise ValueError(f"both parts must have rows; a share of {share} of {len(data)} rows is {second}.")
+        raise ValueError(
+            f"both parts must have rows, but a fraction {share} of {len(data)} rows is {second}."
+        )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     return data.rows(order[second:]), data.rows(order[:second])
 

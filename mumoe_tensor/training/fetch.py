@@ -254,7 +254,7 @@ def fetch(
     sources = {source.name: source for source in SOURCES}
     unknown = [name for name in names if name not in sources]
     if unknown:
-        raise ValueError(f"unknown source(s) {', '.join(unknown)}; there are {', '.join(sources)}.")
+        raise ValueError(f"unknown source(s) {', '.join(unknown)}; the sources are {', '.join(sources)}.")
     folder.mkdir(parents=True, exist_ok=True)
     outcome = {}
     for name in names or sources:

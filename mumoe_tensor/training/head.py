@@ -124,7 +124,8 @@ class HeadSetting(HeadConfig):
                 there = head.config.get(name, asked)
                 if name in ("format", "gate", "gate_norm", "init") and there != asked:
                     raise ValueError(
-                        f"the head must match config.json; {name} is {there!r} here, {asked!r} there."
+                        f"the head must match config.json; {name} is {there!r} in the head, {asked!r} "
+                        "in the config."
                     )
         return head
 

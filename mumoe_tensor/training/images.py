@@ -55,13 +55,13 @@ class ImageData:
 
     def __post_init__(self) -> None:
         if not isinstance(self.validation, str) and not 0 < self.validation < 1:
-            raise ValueError(f"validation must be a share between 0 and 1, got {self.validation}.")
+            raise ValueError(f"validation must be a fraction between 0 and 1, got {self.validation}.")
         if self.augment is not None and (self.augment[0] < 1 or not 0 <= self.augment[1] <= 30):
             raise ValueError(
                 f"augment must be a number of operations and a magnitude from 0 to 30, got {self.augment}."
             )
         if not self.scale and self.labels is not None:
-            raise ValueError("scale=False is for an .npz file; images in IDX are always scaled.")
+            raise ValueError("scale=False can only be used with an .npz file; IDX images are always scaled.")
 
     def read(self, size: int) -> tuple[Images, Images]:
         """Read images for training and for validation, of shape (rows, channels, height, width).
@@ -74,7 +74,7 @@ class ImageData:
         Raises
         ------
         ValueError
-            If the attributes do not fit together, or as in `read_images` and `split`.
+            If the attributes are inconsistent, or as in `read_images` and `split`.
         FileNotFoundError
             If `inputs` does not exist.
         ImportError
@@ -88,8 +88,8 @@ class ImageData:
             )
         if isinstance(self.validation, str) or self.augment is not None:
             raise ValueError(
-                "a validation folder and augment need a folder of images; for a file, validation must be a "
-                f"share of the images; got the inputs {self.inputs}."
+                "a validation folder and augment can only be used with a folder of images; for a file, "
+                f"validation must be a fraction of the images; got the inputs {self.inputs}."
             )
         data = read_images(self.inputs, self.labels) if self.scale else read_npz(self.inputs)
         if data.x.ndim not in (3, 4):
@@ -141,7 +141,10 @@ def class_folders(folder: str | Path, labels: str | None = None) -> tuple[list[L
         If there are no subfolders, one has no images, or `labels` is given.
     """
     if labels is not None:
-        raise ValueError(f"the subfolders of {folder} are its labels; got the file of labels {labels}.")
+        raise ValueError(
+            f"labels must be None for a folder of images, whose subfolders are the classes; got {labels} for "
+            f"{folder}."
+        )
     from PIL import Image
 
     kinds = Image.registered_extensions()

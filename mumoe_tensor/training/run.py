@@ -244,4 +244,4 @@ def read_run(folder: str | Path) -> tuple[Settings | HeadSetting, nn.Module]:
 
 def _need(path: Path) -> None:
     if not path.exists():
-        raise ValueError(f"{path.parent} must hold a finished run; it has no {path.name}.")
+        raise ValueError(f"{path.parent} must contain a finished run; it has no {path.name}.")

@@ -80,7 +80,8 @@ class _ModelRun(ABC):
                 there = getattr(model.config, name, None)
                 if asked is not None and asked != there:
                     raise ValueError(
-                        f"the model must match config.json; {name} is {there!r} here, {asked!r} there."
+                        f"the model must match config.json; {name} is {there!r} in the model, {asked!r} "
+                        "in the config."
                     )
         return model
 

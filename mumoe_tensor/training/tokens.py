@@ -233,10 +233,10 @@ class Tokens:
         if context < 1:
             raise ValueError(f"context must be positive, got {context}.")
         if size % TOKEN.itemsize:
-            raise ValueError(f"a token has {TOKEN.itemsize} bytes; {path} has {size:,} bytes.")
+            raise ValueError(f"a token has {TOKEN.itemsize} bytes, but {path} has {size:,}.")
         if size // TOKEN.itemsize <= context:
             raise ValueError(
-                f"a window of {context:,} tokens and the one after it must fit; {path} has "
+                f"a file must have a window of {context:,} tokens and the token after it; {path} has "
                 f"{size // TOKEN.itemsize:,} tokens."
             )
         self._tokens = np.memmap(self.path, TOKEN, mode="r")

@@ -357,7 +357,7 @@ class _Run:
         config, before = completed(asdict(self.config)), completed(kept.config)
         if others := [name for name in config if name not in FREE and config[name] != before[name]]:
             raise ValueError(
-                f"a run must resume with its config; {', '.join(others)} in {self.folder} was "
+                f"a run must resume with the same config; {', '.join(others)} in {self.folder} was "
                 f"{', '.join(str(before[name]) for name in others)}."
             )
         try:

@@ -59,7 +59,7 @@ LEARNING_RATES = {"mixer": (1e-3, 2e-3, 4e-3), "gpt2": (2e-3, 4e-3, 8e-3)}
 #: Length of the training runs that try learning rates and other settings.
 TUNING = {"mixer": ["train.epochs=2"], "gpt2": ["train.steps=180"]}
 CAUSING = {"mixer": ["train.epochs=3"], "gpt2": ["train.steps=300"]}
-#: Final learning rate as a share of the peak.
+#: Final learning rate as a fraction of the peak.
 FINAL = {"mixer": 0.0, "gpt2": 0.1}
 #: Changes of one setting at a time, in CP blocks.
 CAUSES: dict[str, dict[str, list[str]]] = {
@@ -84,7 +84,7 @@ CAUSES: dict[str, dict[str, list[str]]] = {
 #: The best of these on validation rows; all expert arms are trained with it for the full length.
 FOLLOWED = {"mixer": "published initialisation"}
 CAUSE_SEEDS = {"mixer": (100, 101), "gpt2": (100,)}
-#: Shares of the singular values that truncated linear layers keep.
+#: Fractions of the singular values that truncated linear layers keep.
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 #: The prompt for GPT-2s, from a play they were not trained on; the number of tokens, and sampling settings.
 START, WRITTEN, TEMPERATURE, TOP_K = "FIRST WITCH.\nWhen shall we three meet again?\n", 100, 0.8, 40

@@ -77,7 +77,7 @@ def test_figures_are_those_of_the_model(model: Any, data: tuple[Any, Any]) -> No
 def test_without_labels_there_are_no_classes(model: Any, data: tuple[Any, Any]) -> None:
     levels = collect(model, data[0])
     assert all(level.sums is None and level.effects is None and level.rows is None for level in levels)
-    with pytest.raises(ValueError, match="labels must have one for each"):
+    with pytest.raises(ValueError, match="each input or token must have one label"):
         collect(model, data[0], data[1][:3])
     with pytest.raises(ValueError, match="must have an ExpertGate"):
         collect(torch.nn.Linear(6, 3), data[0])
@@ -189,7 +189,7 @@ def test_the_page_has_the_samples_that_are_shown(model: Any, data: tuple[Any, An
     view = content(html)
     shown = {top["i"] for level in view["levels"] for expert in level["experts"] for top in expert["top"]}
     assert set(map(int, view["samples"])) == shown and view["classes"] == {"0": "a", "1": "b", "2": "c"}
-    with pytest.raises(ValueError, match="samples must have one for every input"):
+    with pytest.raises(ValueError, match="every input must have a sample"):
         page(View(levels, Texts([["only one"]])))
 
 
@@ -221,7 +221,7 @@ def test_a_trained_head_is_inspected(tmp_path: Path) -> None:
     shown = Images(kept.x.numpy() / max(1.0, float(images.max())))
     assert all(uri == shown.shown(int(index)) for index, uri in view["samples"].items())
     for line, wrong in (
-        (["inspect", str(tmp_path)], "must hold a finished run"),
+        (["inspect", str(tmp_path)], "must contain a finished run"),
         (["inspect", str(tmp_path / "run"), "--rows", "0"], "rows must be positive"),
     ):
         run = CliRunner().invoke(app, line)

@@ -317,12 +317,12 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
     ("function", "line", "wrong"),
     [
         ("build", "--data rows.npz", "allow it with --allow-import"),
-        ("build", "--allow-import", "either data or texts"),
+        ("build", "--allow-import", "exactly one of data and texts"),
         ("build", "run --data rows.npz --allow-import", "either the folder of a run or --model"),
         (
             "build",
             "--data rows.npz --beside run --allow-import",
-            "--beside must be used with folders of runs",
+            "--beside can only be used with folders of runs",
         ),
         (
             "wrong",
@@ -344,7 +344,11 @@ def test_a_language_model_is_built_and_inspected(folder: Path) -> None:
         ("damaged", "--data rows.npz --allow-import", "the parameter 1.experts.factor_0 is not finite"),
         ("build", "--data none.npz --allow-import", "x must have inputs; none.npz has none"),
         ("mapping", "--data rows.npz --allow-import", "a logit for each of 3 classes, got dict"),
-        ("build", "--data rows.npz --images few.npz --allow-import", "one for each of 20 inputs, got 3"),
+        (
+            "build",
+            "--data rows.npz --images few.npz --allow-import",
+            "one image for each of 20 inputs, got 3",
+        ),
         ("text", "--texts texts.jsonl --classes a,b --allow-import", "images and classes need data"),
     ],
 )

@@ -194,7 +194,7 @@ def test_a_gpt2_is_inspected(gpt2: Path) -> None:
 
 def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> None:
     for line, wrong in (
-        ([str(mixer), "--images", "x.npz"], "images are for a head on features"),
+        ([str(mixer), "--images", "x.npz"], "images can only be used with a head on features"),
         ([str(mixer), "--removed", "-1"], "removed must not be negative"),
         ([str(mixer), "--classes", "a,b"], "names, one per class"),
         ([str(gpt2), "--vocabulary-files", str(tmp_path)], "encoder.json"),
@@ -202,7 +202,7 @@ def test_what_cannot_be_inspected(mixer: Path, gpt2: Path, tmp_path: Path) -> No
         done = inspect(*line)
         assert done.exit_code == 2 and wrong in done.stderr and done.stderr.count("\n") == 1, done.stderr
     (tmp_path / "config.json").write_bytes((mixer / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="must hold a finished run"):
+    with pytest.raises(ValueError, match="must contain a finished run"):
         read_run(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((mixer / "model.safetensors").read_bytes())
     assert read_run(tmp_path)[0] == read_run(mixer)[0]

@@ -332,7 +332,7 @@ def test_adult(data: Path) -> None:
         ("--target Smiling --group Male --data adult", "must be one of income"),
         (
             "--target income --group Male --data adult --embeddings e.npz",
-            "--embeddings must be used with celeba",
+            "--embeddings can only be used with celeba",
         ),
         ("--target Smiling --group Male --embeddings missing.npz", "missing.npz"),
         ("--target Smiling --group Male --embeddings {data}/short.npz", "must have shape (800, features)"),

@@ -191,7 +191,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "parts that disagree": (
         lambda: mt.FactorizedTensor(COMPOSED[0], [ones((2, 3, 1, 2)), ones((2, 2, 1, 4))]),
         ValueError,
-        "must have the parts of the format",
+        "must have the same parts as the format",
     ),
     "two biases": (lambda: mt.sum_of("btt", Bias(), Bias()), ValueError, "at most one bias"),
     "a bias alone": (lambda: mt.sum_of(Bias()), ValueError, "must have a term that is not a bias"),
@@ -243,7 +243,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "a wrong shape": (
         lambda: mt.FactorizedTensor("dense", [ones((4, 6, 8))], (4, 6, 9)),
         ValueError,
-        "must have the sizes of the weight; mode 'o' has 9 entries",
+        "must match the weight; mode 'o' must have 9 entries",
     ),
 }
 

@@ -381,9 +381,9 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a": torch.ones(4), "b": torch.ones(1)}, "b is only in one list"),
-        ({"a": torch.ones(2, 2)}, "a must have the checksum"),
-        ({"a": torch.ones(4).view(torch.int32)}, "a must have the checksum"),
+        ({"a": torch.ones(4), "b": torch.ones(1)}, "b is in only one of them"),
+        ({"a": torch.ones(2, 2)}, "a must match its checksum"),
+        ({"a": torch.ones(4).view(torch.int32)}, "a must match its checksum"),
     ],
     ids=["one too many", "another shape", "another type"],
 )

@@ -105,7 +105,7 @@ def test_what_cannot_be_made_again_is_refused() -> None:
             describe(nn.ModuleDict({"place": layer}))
 
     refused(Own(3, 3, 2, rank=1), "its class must be registered by register_layer, got Own")
-    refused(MuMoE(3, 3, 2, rank=1, gate=lambda x: x), "give it a name by register_gate")
+    refused(MuMoE(3, 3, 2, rank=1, gate=lambda x: x), "name it with register_gate")
     buffered = MuMoE(3, 3, 2, rank=1)
     buffered.register_buffer("scale", torch.ones(2), persistent=False)
     refused(buffered, r"buffers must be persistent, got \['scale'\]")

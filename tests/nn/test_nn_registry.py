@@ -36,7 +36,7 @@ from mumoe_tensor.nn.contraction import contract  # noqa: E402
 )
 def test_a_function_that_is_not_registered_works_but_is_not_written(kind: str, function: Any) -> None:
     layer = made(kind, function)
-    with pytest.raises(ValueError, match=f"^{kind} must be registered to be stored.*register_{kind}"):
+    with pytest.raises(ValueError, match=f"^the {kind} must be registered to be stored.*register_{kind}"):
         _ = layer.config
     x = torch.randn(6, 5)
     layer(x).sum().backward()

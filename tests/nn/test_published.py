@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused() -> None:
         MuMoE.from_published({k: v for k, v in state.items() if k != "MuMoE.factors.3"}, "cp")
     with pytest.raises(ValueError, match=r"'projs.0'"):
         MuMoE.from_published({}, "cp")
-    with pytest.raises(ValueError, match="fit together"):
+    with pytest.raises(ValueError, match="must be consistent"):
         MuMoE.from_published({**state, "projs.1": state["projs.1"][:, :2]}, "cp")
     with pytest.raises(ValueError, match="a factor for each"):
         MuMoEMLP.from_published(state, "cp")
@@ -87,14 +87,14 @@ def test_sizes_that_do_not_fit_together_are_refused(name: str, axis: int, by: in
     state = block_state()
     if state[name].shape[axis] + by < 1:
         return
-    with pytest.raises(ValueError, match="gates and weights must fit together"):
+    with pytest.raises(ValueError, match="shapes of gates and weights must be consistent"):
         MuMoEMLP.from_published(widened(state, name, axis, by), "cp")
 
 
 def test_a_bias_is_in_all_weights_or_in_none() -> None:
     state = block_state()
     for name in ("MuMoE.factors.2", "MuMoE2.factors.2"):
-        with pytest.raises(ValueError, match="gates and weights must fit together"):
+        with pytest.raises(ValueError, match="shapes of gates and weights must be consistent"):
             MuMoEMLP.from_published(widened(state, name, 0, -1), "cp")
     without = widened(widened(state, "MuMoE.factors.2", 0, -1), "MuMoE2.factors.2", 0, -1)
     assert MuMoEMLP.from_published(without, "cp").config["bias"] is False

@@ -232,7 +232,7 @@ def test_frozen_experts_stay_frozen_and_options_reach_the_module(made: Any) -> N
         replace_experts(made("Mixtral"), fit={"n_restarts": 0})
     for dry_run in (False, True):
         with pytest.raises(
-            TypeError, match=r"fit must be of \['n_restarts', .*'seed'\], got \['bias', 'steps'\]"
+            TypeError, match=r"fit may only have the keys \['n_restarts', .*'seed'\], got \['bias', 'steps'\]"
         ):
             replace_experts(made("Mixtral"), fit={"seed": 1, "steps": 4, "bias": True}, dry_run=dry_run)
 

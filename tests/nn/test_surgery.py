@@ -658,7 +658,7 @@ def test_options_and_layers_that_do_not_go_together() -> None:
     network = nn.ModuleDict({"a": nn.Linear(6, 6), "block": plain(nn.ReLU())})
     before = {name: id(module) for name, module in network.named_modules()}
     for options in ({}, {**OPTIONS, "bias": False}):
-        with pytest.raises(TypeError, match="must have experts, and not bias"):
+        with pytest.raises(TypeError, match="must include experts, but not bias"):
             replace_linear(network, "a", **options)
     with pytest.raises(TypeError, match="pattern must be a string, got 1"):
         replace_linear(network, 1, **OPTIONS)  # type: ignore[arg-type]

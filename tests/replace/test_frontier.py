@@ -214,7 +214,7 @@ def test_a_run_without_a_finite_loss_is_named(saved_llama: Path, paths: list[Pat
     grid = replace(GRID, arms={"a": Arm("MixtureOfDecoders", learning_rates=(1e30,))}, places=PLACES)
     with pytest.raises(FloatingPointError, match=r"layers.1.mlp a K=2 seed=0: the loss must be"):
         run_grid(saved_llama, paths, grid, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"must be that of one layer; choose one in .*layers"):
+    with pytest.raises(ValueError, match=r"must be the folder of one layer; choose one in .*layers"):
         browse(tmp_path / "out")
 
 

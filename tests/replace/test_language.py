@@ -37,11 +37,11 @@ def test_a_torchvision_that_does_not_fit_is_named(
 def test_what_is_no_model_is_refused(tmp_path: Path, transformers: Any) -> None:
     with pytest.raises(NotADirectoryError, match="there is no folder"):
         load_language_model(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"must have config.json or a \*.gguf"):
+    with pytest.raises(ValueError, match=r"must contain config.json or a \*.gguf file"):
         load_language_model(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"one file .*gguf.* has 2"):
+    with pytest.raises(ValueError, match=r"exactly one .*gguf file; .* has 2"):
         load_language_model(tmp_path)
 
 

@@ -428,5 +428,5 @@ def test_the_levels_of_a_stack_make_up_its_experts(tmp_path: Path) -> None:
     assert fit.run()[0].value < 0.1
     with pytest.raises(ValueError, match="must multiply to the 6 matrices of the weight"):
         studies.prepare(weight=tmp_path / "w.npy", experts=[4])
-    with pytest.raises(ValueError, match="the layer must be the layer of the weight"):
+    with pytest.raises(ValueError, match="the layer must match the weight"):
         studies.prepare("clip-head", weight=tmp_path / "w.npy")

@@ -127,7 +127,7 @@ def test_an_open_rank_is_solved_and_a_whole_one_kept() -> None:
 
 
 def test_rules_of_a_head() -> None:
-    with pytest.raises(ValueError, match="give a rank or parameters"):
+    with pytest.raises(ValueError, match="either rank or parameters must be given"):
         Head(8, 3, 16, experts=4, rank=5, parameters=100)
     with pytest.raises(ValueError, match="without experts"):
         Head(8, 3, format="linear", rank=5)
@@ -299,7 +299,7 @@ def test_a_config_that_is_not_that_of_the_head(features: Path, tmp_path: Path) -
     run(HeadSetting(str(features), {"experts": 4, "rank": (5,), "gate": "softmax"}, SHORT), tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("softmax", "sparsemax"))
-    with pytest.raises(ValueError, match="gate is 'softmax' here, 'sparsemax' there"):
+    with pytest.raises(ValueError, match="gate is 'softmax' in the head, 'sparsemax' in the config"):
         read_run(tmp_path)
 
 
@@ -334,7 +334,7 @@ def test_folders_that_are_no_classes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\['cat'\] has no images"):
         class_folders(tmp_path)
     setting = HeadSetting(str(tmp_path), {}, SHORT, labels="y.gz", backbone="tiny", weights="tiny.pth")
-    with pytest.raises(ValueError, match="are its labels"):
+    with pytest.raises(ValueError, match="labels must be None"):
         setting.read_data()
 
 

@@ -150,7 +150,7 @@ def test_overrides_take_the_place_of_what_is_there(config: Path) -> None:
         ("model.experts=4", r"^model\.experts: .* got 4\.$"),
         ("model.experts=[0]", r"^model: every number of experts must be positive, got 0\.$"),
         ("model.patch=5", r"^model: .*image_size=28 is not a multiple of patch=5\.$"),
-        ("data.validation=2", r"^data: validation must be a share"),
+        ("data.validation=2", r"^data: validation must be a fraction"),
         ("speed.train=3", r"^speed: Unexpected keyword argument, got "),
         ("epochs=3", r"as train\.epochs=3; got 'epochs=3'\.$"),
         ("train.epochs", r"as train\.epochs=3; got 'train\.epochs'\.$"),

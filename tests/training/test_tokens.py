@@ -161,12 +161,12 @@ def test_the_largest_id_of_a_file(
 
 def test_files_that_have_no_window(tmp_path: Path) -> None:
     (tmp_path / "odd.bin").write_bytes(b"abc")
-    with pytest.raises(ValueError, match=r"a token has 2 bytes; .*odd\.bin has 3 bytes"):
+    with pytest.raises(ValueError, match=r"a token has 2 bytes, but .*odd\.bin has 3"):
         Tokens(tmp_path / "odd.bin", 1)
     (tmp_path / "empty.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"must fit; .*empty\.bin has 0 tokens"):
+    with pytest.raises(ValueError, match=r"the token after it; .*empty\.bin has 0 tokens"):
         Tokens(tmp_path / "empty.bin", 1)
-    with pytest.raises(ValueError, match=r"a window of 4 tokens and the one after it must fit; .* has 4"):
+    with pytest.raises(ValueError, match=r"a window of 4 tokens and the token after it; .* has 4"):
         Tokens(bin_of(tmp_path / "t.bin", range(4)), 4)
     with pytest.raises(ValueError, match="context must be positive, got 0"):
         Tokens(tmp_path / "t.bin", 0)

@@ -1,8 +1,8 @@
 """Triton kernels for entmax15 and sparsemax of rows of logits, including the norm of the logits.
 
 Both are p = u**POWER for u = (z / POWER − τ)₊ with τ such that p sums to one: POWER is 2 for entmax15, and 1
-for sparsemax. As on other devices, Newton steps start left of the root of a convex function of τ, and the
-last step uses a sum that is exact to its last bit.
+for sparsemax. As in the implementation for other devices, the Newton steps start left of the root of a convex
+function of τ, and the last step uses a sum that is exact to the last bit.
 
 A row that fits into one block is read once and stays in registers. A longer row is read once per step, so
 the steps start close to the root: at the root for the maxima of several thousand equal groups of logits.

@@ -107,3 +107,5 @@ def test_axes_have_room() -> None:
     assert low < 10 and high > 1000 and is_log
     low, high, is_log = panel.limits("y")
     assert low < 0.5 and high > 8 and not is_log
+    # Texts beside the points need more.
+    assert Panel("", "", "", series, ys=("CP",)).limits("x")[1] > 10_000

@@ -14,7 +14,7 @@ from mumoe_tensor.spec import LayerSpec
 
 
 def layer(size: int, experts: int, rows: int) -> Workload:
-    """A square CP layer with a dense layer's parameters."""
+    """A square CP layer with as many parameters as a dense layer."""
     spec = LayerSpec("cp", experts=experts, in_features=size, out_features=size, bias=True)
     return Workload(f"{size} -> {size}", spec.fitted(), rows)
 

@@ -337,7 +337,9 @@ def fit_rank(
     rounding: Rounding = "up",
     **sizes: Unpack[Sizes],
 ) -> int | Rank:
-    """Solve for the rank that fits a budget of parameters: by default the smallest with at least as many.
+    """Solve for the rank that fits a budget of parameters.
+
+    By default this is the smallest rank with at least as many parameters as the budget.
 
     The gate is included only with ``gate=True``.
 

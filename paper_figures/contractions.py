@@ -31,7 +31,7 @@ VECTORS = {"n1": "a", "i": "z"}
 
 
 def plans() -> dict[str, mt.ContractionPlan]:
-    """By format, the plan of its forward pass."""
+    """The plan of each format's forward pass, by the format's name."""
     layers = matched_layers() | {"dense": replace(LINEAR, experts=(MATCHED_AT,))}
     terms = {name: mt.plan(layer).terms for name, layer in layers.items()}
     return {name: plan for name, (plan,) in terms.items()}

@@ -25,7 +25,7 @@ FITS = {"plain": "fitted to the weights", "weighted": "weighted by the inputs of
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row per seed, format, share of parameters saved and kind of fit."""
+    """One row per seed, format, fraction of parameters saved and kind of fit."""
     return list(table("mixture"))
 
 

@@ -24,7 +24,7 @@ MARKERS = "osvDPX^<>"
 
 
 def rows(quick: bool) -> list[Row]:
-    """One row per network, format, share of the parameters and kind of fit."""
+    """One row per network, format, fraction of the parameters and kind of fit."""
     return list(table("compression"))
 
 

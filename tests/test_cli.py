@@ -425,7 +425,7 @@ BAD = [
     ("train head --images x.npz", "data/efficientnet-lite0 has none: `mumoe-tensor data efficientnet-lite0`"),
     ("tokenize nothing.txt --hold-out no*", "encoder.json; `mumoe-tensor data gpt2-vocabulary` fetches it"),
     ("inspect --model a:b --data x.npz --allow-import --shown 0", "shown must be positive, got 0"),
-    ("inspect --model a:b --data x.npz --allow-import --out .", "--out must be a file, and . is a folder"),
+    ("inspect --model a:b --data x.npz --allow-import --out .", "--out must be a file, but . is a folder"),
 ]
 
 

@@ -33,7 +33,7 @@ def model_of(name: str, toy: bool) -> GPT2:
 
 
 def gpt2(device: str, toy: bool) -> Iterator[Row]:
-    """Forward and backward pass in bfloat16 by autocast, and AdamW."""
+    """A training step: forward and backward pass in bfloat16 with autocast, and AdamW."""
     models = {name: model_of(name, toy).to(device) for name in (DENSE, *EXPERTS)}
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")

@@ -37,7 +37,7 @@ def experts_of(layer: nn.Module) -> Experts:
     Raises
     ------
     ValueError
-        If it has none, or several, as in a block.
+        If the layer has no `Experts`, or several, as a block has.
     """
     mixtures = {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
     if len(mixtures) != 1:

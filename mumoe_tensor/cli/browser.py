@@ -80,7 +80,7 @@ def inspect(
             raise NotADirectoryError(f"there is no folder {folder}; `train` and `replace` write folders.")
     path = (run or Path()) / "experts.html" if out is None else out
     if path.is_dir():
-        raise IsADirectoryError(f"--out must be a file, and {path} is a folder.")
+        raise IsADirectoryError(f"--out must be a file, but {path} is a folder.")
     with bad_input(), alone_in(path.parent), progress_bar("experts") as progress:
         if model is not None:
             text = browse_built(model, config, data=data, progress=progress)

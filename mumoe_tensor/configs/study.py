@@ -57,8 +57,8 @@ class StudyConfig:
     head_hidden : int
         Hidden size of the heads; 0 for linear ones.
     head_formats : tuple of str
-        Formats of the heads. By default those of the layer; if those are all formats, the ones that split no
-        sizes and have one term.
+        Formats of the heads. By default the formats of the layer; if the layer has all formats, those that
+        split no sizes and have one term.
     head_experts : tuple of tuple of int
         Numbers of experts of the heads.
     head_parameters : tuple of str

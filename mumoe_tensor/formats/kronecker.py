@@ -17,6 +17,6 @@ class Kronecker(Format):
     def factors(self, modes: tuple[str, ...]) -> list[Factor]:
         experts, inputs, outputs = by_kind(modes)
         *pairs, (i, o) = zip(inputs, outputs, strict=True)
-        # The last part is multiplied by the input first. Each result is a matrix, which the others multiply.
+        # The input is first multiplied by the last part. Each result is a matrix, the input of the next part.
         first = [Factor(f"{i} {o} k", f"{o} {i} k") for i, o in pairs]
         return [*(Factor(f"{n} k") for n in experts), *first, Factor(f"{i} {o} k", f"{i} k {o}")]

@@ -24,7 +24,7 @@ class TTMatrix(Format):
         count = len(experts) + len(pairs)
         bonds = ["", *(f"b{k}" for k in range(1, count)), ""]
         factors = [Factor(f"{bonds[k]} {n} {bonds[k + 1]}") for k, n in enumerate(experts)]
-        # The last core is multiplied by the input first. Each result is a matrix, which the others multiply.
+        # The input is first multiplied by the last core. Each result is a matrix, the input of the next core.
         for k, (i, o) in enumerate(pairs, start=len(experts)):
             before, after = bonds[k : k + 2]
             order = f"{before} {o} {i} {after}" if after else f"{i} {before} {o}"

@@ -221,7 +221,7 @@ def _with_axes(value: np.ndarray, axes: Sequence[str], indices: Sequence[str]) -
 
 
 def _expert(term: FactorizedTensor, replaced: Mapping[int, np.ndarray] | None = None) -> np.ndarray:
-    """The matrix of any expert, with the parts of its modes as axes. All experts must be equal.
+    """The matrix of any expert, with the parts of its modes as axes. All experts must have the same matrix.
 
     `replaced` contains other values for some factors. The remaining factors must then be neutral, with equal
     entries along all modes.

@@ -41,7 +41,8 @@ def entmax15(logits: Tensor) -> Tensor:
     Returns
     -------
     Tensor of shape (..., N)
-        The coefficients, in the dtype of `logits`. The computation is in float32, or in float64 for float64.
+        The coefficients, in the dtype of `logits`. The computation is in float32, or float64 for
+        float64 logits.
     """
     if logits.device.type in kernels.DEVICES and kernels.serve(logits):
         return coefficients(logits, power=2)

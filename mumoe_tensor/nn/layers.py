@@ -350,7 +350,7 @@ class MuMoE(Layer):
         TypeError
             If `linear` is not a linear layer.
         ValueError
-            If it computes anything else, for example in a hook or an overridden forward method, or is only
+            If it computes something else, for example in a hook or an overridden forward method, or is only
             partly frozen.
         """
         check_linear(linear)

@@ -86,7 +86,7 @@ def is_mlp(module: nn.Module) -> bool:
 def read_mlp(block: nn.Module, activation: Activation | None = None) -> Block:
     """Identify the parts of a block by the order of calls in a copy; see `replace_mlp`.
 
-    If the block computes anything else, a ValueError states the cause.
+    If the block computes something else, a ValueError states the cause.
     """
     check_readable(block)
     optional = optional_inputs(block, signature(MuMoEMLP.forward).parameters)

@@ -57,7 +57,7 @@ def summed_product(left: Tensor, right: Tensor, order: tuple[int, ...] | None) -
 
 
 def product_above_sum(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, then the sum of the rows of `right`: as if `left` ended in a row of ones."""
+    """``left @ right``, then the sum of the rows of `right`, as if `left` had a last row of ones."""
     if is_recorded() or len(left) * right.shape[1] < COPIED or not _takes_out(left, right):
         return torch.cat((left @ right, right.sum(0, keepdim=True)))
     result = right.new_empty(len(left) + 1, right.shape[1])

@@ -131,7 +131,7 @@ def call(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def check_same(
     module: nn.Module, rebuild: Callable[[nn.Module], Callable[[Tensor], Tensor]], in_features: int
 ) -> None:
-    """Raise an error if a module computes anything beyond its parts, in evaluation or in training mode.
+    """Raise an error if a module computes more than its parts do, in evaluation or in training mode.
 
     The outputs of a copy are compared with those of `rebuild(copy)`, on random inputs, with the module's
     parameters and with random ones. One input shape is sufficient, since activations such as `torch.nn.PReLU`

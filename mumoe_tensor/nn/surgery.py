@@ -95,7 +95,7 @@ def replace_linear(
     Raises
     ------
     ValueError
-        If the pattern matches no linear layer, or one that cannot be replaced, because it computes anything
+        If the pattern matches no linear layer, or one that cannot be replaced, because it computes something
         else (it has a hook, a parametrization or an overridden forward method), shares parameters with
         another module, or has a parent that reads the weight instead of calling the layer.
     """
@@ -119,7 +119,7 @@ def replace_mlp(
     Raises
     ------
     ValueError
-        If the pattern matches no such block, or one that cannot be replaced, because it computes anything
+        If the pattern matches no such block, or one that cannot be replaced, because it computes something
         else (it has a norm, a residual connection, a second input or a hook) or shares parameters with
         another module.
     """

@@ -221,8 +221,8 @@ class Activations:
         """Write the inputs and outputs of modules to a folder, in one pass over texts.
 
         After an interruption, the same call resumes after the last complete shard. If the collection is
-        finished, the call only checks that model, modules and texts are the same. Memory holds one shard, and
-        copies of it while it is written.
+        finished, the call only checks that model, modules and texts are the same. Only one shard is in
+        memory, with copies while it is written.
 
         Parameters
         ----------

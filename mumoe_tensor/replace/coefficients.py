@@ -40,7 +40,7 @@ class CoefficientRows:
         return len(self.documents)
 
     def rows(self, start: int = 0, stop: int | None = None) -> csr_array:
-        """Rows as a sparse SciPy array, by default all.
+        """Selected rows as a sparse SciPy array; by default all rows.
 
         Returns
         -------

@@ -203,7 +203,7 @@ class Transcoder(ReplacementLayer):
     ----------
     latents : int
     k : int, optional
-        Maximum number of nonzero latents per input. Give either this or a gate.
+        Maximum number of nonzero latents per input. Either `k` or `gate` must be given.
     gate : str, dict or callable, optional
         See `.ExpertGate`; by default ``{"name": "relu_topk", "k": k}``.
     skip : bool, default False
@@ -274,7 +274,7 @@ class MixtureOfDecoders(ReplacementLayer):
     experts : int or sequence of int
         Number of experts per level; ``()`` for the same block without experts.
     k : int, optional
-        Maximum number of active experts per level. Give either this or a gate, if there are experts.
+        Maximum number of active experts per level. With experts, either `k` or `gate` must be given.
     format : str, dict or Format, default "hadamard"
     rank : int or sequence of int, optional
         See `.MuMoE`. By default, the experts and the gate together have as many parameters as a matrix from
@@ -464,7 +464,7 @@ def _positive(ranks: Any) -> list[int]:
 
 
 def _by_rank(ranks: Sequence[int]) -> tuple[Format, list[int]]:
-    """The sum of formats with one low-rank term per run of equal ranks, and the ranks of its terms."""
+    """A sum format with one low-rank term for each run of equal ranks, and the ranks of its terms."""
     terms, start = [], 0
     runs = [(rank, len(list(run))) for rank, run in groupby(ranks)]
     for _, count in runs:

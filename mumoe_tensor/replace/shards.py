@@ -18,7 +18,8 @@ from mumoe_tensor.nn.weights import read_tensors, signature, write_tensors
 from mumoe_tensor.progress import Progress
 from mumoe_tensor.readers import read_json
 
-#: Describes the shards. The name of a shard is the range of its texts: the first, and the one after its last.
+#: Describes the shards. A shard is named after the range of its texts: the numbers of the first, and of the
+#: one after the last.
 MANIFEST = "manifest.json"
 #: Maximum rounding error of stored values, relative to the largest.
 ERROR = 0.01

@@ -24,7 +24,7 @@ class ExpertUse(NamedTuple):
     Attributes
     ----------
     active : float or None
-        Average number of experts per row with a nonzero coefficient, over all levels; None without
+        Average number of experts with a nonzero coefficient for a row, summed over levels; None without
         experts.
     dead : tuple of int
         Experts whose coefficient is zero for every row. Levels are numbered consecutively.

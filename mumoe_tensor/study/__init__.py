@@ -116,7 +116,7 @@ def open_folder(
     Parameters
     ----------
     fresh : bool, default False
-        Measure everything again, even if the folder holds a study with another setting.
+        Measure everything again, even if the folder contains a study with another setting.
 
     Yields
     ------
@@ -129,7 +129,7 @@ def open_folder(
     Raises
     ------
     ValueError
-        As in `plan`, or if the folder holds a study with another setting.
+        As in `plan`, or if the folder contains a study with another setting.
     ImportError
         If a package of the extra study is not installed.
     OSError
@@ -152,7 +152,7 @@ def open_folder(
                 setting = setting.with_all_of(there)
             except ValueError as error:
                 raise ValueError(
-                    f"{folder} holds a study with another setting (study.json); choose another folder, or "
+                    f"{folder} contains a study with another setting (study.json); choose another folder, or "
                     f"measure afresh to replace it: {error}"
                 ) from error
         planned = plan(setting)

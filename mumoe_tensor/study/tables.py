@@ -180,7 +180,7 @@ def _best(group: dict[str, list[Measurement]], measure: Measure) -> str:
 
 
 def beside(one: tuple[Setting, Results], other: tuple[Setting, Results], name: str) -> Cells:
-    """Compare two studies where they have the same format, number of experts and share of the parameters.
+    """Compare two studies where they have the same format, number of experts and fraction of the parameters.
 
     A cell has the figures of both studies, and shows which is better; figures whose intervals overlap tie.
     """

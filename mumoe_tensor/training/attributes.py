@@ -73,7 +73,7 @@ class Task:
     name : str
     training, validation, test : Population
     output : int
-        Column of `y` that holds the label of the task.
+        Column of `y` that contains the label of the task.
     target : tuple of int
         Label and group that define the subpopulation.
 
@@ -129,7 +129,7 @@ def read_celeba(folder: Path, target: Side, group: Side, embeddings: Path | None
     Raises
     ------
     ValueError
-        If the file does not hold the official rows, an attribute is unknown, or `embeddings` has another
+        If the file does not contain the official rows, an attribute is unknown, or `embeddings` has another
         number of rows.
     """
     import pandas

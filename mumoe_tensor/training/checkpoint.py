@@ -1,7 +1,7 @@
 """Checkpoints: everything a training run needs to resume as if it had not been interrupted.
 
 A checkpoint is one safetensors file, so nothing is unpickled. The order of the rows, all random numbers and
-the learning rate are functions of the step, so of these the file holds only the step.
+the learning rate are functions of the step, so only the step is stored for them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Snapshot(NamedTuple):
 
 
 def model_state(model: nn.Module) -> State:
-    """A copy of a model's state, gathered from all processes; empty on all but the first."""
+    """A copy of a model's state, gathered from all processes; empty on every process but the first."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -22,7 +22,7 @@ from mumoe_tensor.training.processes import processes
 from mumoe_tensor.training.settings import Settings, settings_of
 from mumoe_tensor.training.trainer import FREE, train
 
-#: Keys of settings that hold a `TrainConfig`.
+#: Keys of settings whose value is a `TrainConfig`.
 TRAINING = ("train", "training")
 #: Files of a run.
 RESULTS = (
@@ -41,7 +41,7 @@ def run(
 ) -> dict[str, Any]:
     """Train a model from settings, and write it to a folder.
 
-    ``config.json`` holds the settings and the model's parameter count and ranks, ``metrics.csv`` a line for
+    ``config.json`` contains the settings, the parameter count and the ranks, ``metrics.csv`` a line for
     each evaluation, ``tensorboard/`` the curves, and ``checkpoints/`` the state from which the same call
     resumes after an interruption. ``model.safetensors``, for `load_model`, or ``head.safetensors``, for
     `load_head`, is written last and marks a finished run: another call with the same settings trains nothing.

@@ -93,7 +93,7 @@ def work(settings: Settings) -> Work:
 def accumulation(counted: Work, train: TrainConfig, accelerators: int, memory: float = MEMORY) -> int:
     """The smallest ``train.accumulation`` with which a step fits into memory.
 
-    Every accelerator holds the whole state (DDP) and, if there are several, the buckets for gradients.
+    Every accelerator stores the whole state (DDP) and, if there are several, the buckets for gradients.
 
     Parameters
     ----------

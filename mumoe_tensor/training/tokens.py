@@ -136,8 +136,8 @@ def tokenize(
 ) -> dict[str, Any]:
     """Tokenize text files, some for training and some for validation.
 
-    ``training.bin`` and ``validation.bin`` hold the tokens, and ``tokens.json`` the number of ids, the files
-    of each part and their numbers of tokens. All three replace older files once they are complete.
+    ``training.bin`` and ``validation.bin`` contain the tokens, and ``tokens.json`` the number of ids, the
+    files of each part and their numbers of tokens. All three replace older files once they are complete.
 
     Parameters
     ----------

@@ -89,7 +89,8 @@ def smollm2(folder: str, text: str) -> tuple[str, Any, Any]:
 
 
 def measure(name: str, matrix: Any, covariance: Any, shares: Sequence[float] = SHARES) -> list[Row]:
-    """One row per format, share of the parameters and kind of fit, with the errors of weight and outputs."""
+    """One row per format, fraction of the parameters and kind of fit, with the errors of weight and "
+    "outputs."""
     i, o = matrix.shape
     dense = mt.LayerSpec("dense", experts=(), in_features=i, out_features=o)
     rows: list[Row] = []

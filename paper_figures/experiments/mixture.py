@@ -108,7 +108,7 @@ def perplexity(model: Any, held: Tensor) -> float:
 
 
 def measure(model: Any, calibration: Tensor, held: Tensor, saved: Sequence[float] = SAVED) -> Iterator[Row]:
-    """One row for the model, and one per format, share of parameters saved and kind of fit."""
+    """One row for the model, and one per format, fraction of parameters saved and kind of fit."""
     yield {
         "format": "dense", "fit": "", "asked": 0.0, "saved": 0.0, "weight_error": 0.0,
         "perplexity": perplexity(model, held),

@@ -119,7 +119,7 @@ def test_an_interrupted_study_resumes_where_it_stopped(
     seen.clear()
     studies.run(**options, out=tmp_path, progress=lambda *call: seen.append(call))
     assert [text for *_, text in seen] == ["done"]
-    with pytest.raises(ValueError, match="holds a study with another setting"):
+    with pytest.raises(ValueError, match="contains a study with another setting"):
         studies.run(**(options | {"seed": 4}), out=tmp_path)
     assert len(studies.run(**(options | {"seed": 4}), out=tmp_path, fresh=True).tasks) == total
     assert "seed" in json.loads((tmp_path / "study.json").read_text())
@@ -375,7 +375,7 @@ def test_formats_are_added_to_a_finished_study(tmp_path: Path, monkeypatch: pyte
     with studies.open_folder(setting, tmp_path) as (planned, _, _):
         assert planned.setting.formats == ("cp", "tr")
     with (
-        pytest.raises(ValueError, match=r"holds a study with another setting.*these differ in seconds"),
+        pytest.raises(ValueError, match=r"contains a study with another setting.*these differ in seconds"),
         studies.open_folder(replace(setting, seconds=9.0), tmp_path),
     ):
         pass

@@ -243,10 +243,10 @@ def test_experts_are_saved_alone(dtype: Any, tmp_path: Path) -> None:
         load_adapter(other, tmp_path)
     plain.head = nn.Linear(6, 5, dtype=dtype)
     before = [*plain.named_modules()]
-    with pytest.raises(ValueError, match=r"'head' cannot have parallel experts: the experts must have"):
+    with pytest.raises(ValueError, match=r"'head' cannot have parallel experts: the experts must match"):
         load_adapter(plain, tmp_path)
     plain.head = nn.Linear(6, 4, bias=False, dtype=dtype)
-    with pytest.raises(ValueError, match=r"bias \(6, 4, False\), got \(6, 4, True\)"):
+    with pytest.raises(ValueError, match=r"\(6, 4, False\); got \(6, 4, True\)"):
         load_adapter(plain, tmp_path)
     save(MuMoE(6, 5, 3, rank=2), tmp_path / "layer")
     with pytest.raises(ValueError, match=r"must be saved by save_adapter, .* got \[''\]"):

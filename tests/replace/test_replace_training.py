@@ -59,7 +59,7 @@ def test_every_tenth_document_is_held_out_by_default(tmp_path: Path) -> None:
         torch.manual_seed(1)
         outcomes.append(fit(nn.Linear(4, 2), config=CONFIG, **arguments))
     assert outcomes[0].nmse == outcomes[1].nmse
-    with pytest.raises(ValueError, match="needs at least ten; the rows are of 9"):
+    with pytest.raises(ValueError, match="needs at least ten; the rows are from 9"):
         fit(nn.Linear(4, 2), store["1"].take(range(9)), CONFIG)
     both = Activations.collect(model, ["0", "1"], torch.randn(20, 8, 4), tmp_path / "two")
     with pytest.raises(ValueError, match="one module; the activations are of 0, 1"):

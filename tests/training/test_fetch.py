@@ -86,7 +86,7 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "data/one").iterdir()) == ["b.txt", "c.txt"]
     assert fetch(tmp_path / "data", ["two"], get=get) == {"two": "there"}
     assert asked == ["one", "two"]
-    with pytest.raises(ValueError, match="there are one, two"):
+    with pytest.raises(ValueError, match="the sources are one, two"):
         fetch(tmp_path / "data", ["three"], get=get)
 
 
@@ -149,7 +149,7 @@ def test_the_command_says_what_came_of_each(tmp_path: Path, monkeypatch: pytest.
     assert json.loads(run("--json").stdout)["two"] == {"outcome": "no network", "licence": "MIT"}
     monkeypatch.undo()
     result = run("nothing")
-    assert result.exit_code == 2 and "there are" in result.stderr and not (tmp_path / "data").exists()
+    assert result.exit_code == 2 and "the sources are" in result.stderr and not (tmp_path / "data").exists()
     result = run("--list")
     assert result.exit_code == 0 and all(source.name in result.stdout for source in module.SOURCES)
     assert run("--list", "one").exit_code == 2

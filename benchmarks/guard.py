@@ -27,7 +27,7 @@ RENEW = "python -m benchmarks.guard --write"
 
 def figures(start: str = "") -> dict[str, int]:
     """The figures whose names start with `start`, by name."""
-    found = {}
+    counted = {}
     for benchmark in disc_benchmarks(str(Path(__file__).parent)):
         if benchmark.type != "track":
             continue
@@ -39,8 +39,8 @@ def figures(start: str = "") -> dict[str, int]:
             with redirect_stdout(None):  # asv prints skipped cases
                 skipped = benchmark.do_setup()
             if not skipped:
-                found[name] = benchmark.do_run()
-    return found
+                counted[name] = benchmark.do_run()
+    return counted
 
 
 def changes(stored: Mapping[str, int], current: Mapping[str, int]) -> list[str]:

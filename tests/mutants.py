@@ -81,13 +81,13 @@ def code(node: ast.AST) -> Iterator[ast.AST]:
 
 def sites(path: Path) -> list[tuple[Path, ast.AST, ast.AST]]:
     """Every mutant of a file: its path, a node, and what to put in its place."""
-    found = []
+    actual = []
     for node in code(ast.parse(path.read_text())):
         for new in mutations(node):
             # A statement with a body changes in its condition alone.
             pair = (node.test, new.test) if isinstance(node, (ast.If, ast.While)) else (node, new)
-            found.append((path, *pair))
-    return found
+            actual.append((path, *pair))
+    return actual
 
 
 def planted(path: Path, old: ast.AST, new: ast.AST) -> Fault:

@@ -207,9 +207,9 @@ def test_labels_of_every_dtype(call: str) -> None:
     labels = torch.tensor([0, 1, 1, 0])
     expected = LABELLED[call](labels)
     for dtype in INTEGERS:
-        found = LABELLED[call](labels.to(getattr(torch, dtype)))
-        assert type(found) is type(expected) and getattr(found, "dtype", 0) == getattr(expected, "dtype", 0)
-        np.testing.assert_equal(to_plain(found), to_plain(expected))
+        actual = LABELLED[call](labels.to(getattr(torch, dtype)))
+        assert type(actual) is type(expected) and getattr(actual, "dtype", 0) == getattr(expected, "dtype", 0)
+        np.testing.assert_equal(to_plain(actual), to_plain(expected))
     for dtype in ("float32", "float64", "bfloat16", "complex64"):
         with pytest.raises(TypeError, match=f"must be integers, got torch.{dtype}"):
             LABELLED[call](labels.to(getattr(torch, dtype)))
@@ -276,8 +276,8 @@ def test_analysis_of_empty_batches() -> None:
     assert torch.equal(analysis.ablation_effects(made, made, batches, 2), expected)
     assert analysis.ablation_effects(made, made, batches[:1], 2).isnan().all()
     assert analysis.attribute(made, made, none, 0).shape == (0, 4)
-    found = analysis.mean_coefficients(made, made, [none, X])
-    assert torch.equal(found[0], analysis.mean_coefficients(made, made, [X])[0])
+    actual = analysis.mean_coefficients(made, made, [none, X])
+    assert torch.equal(actual[0], analysis.mean_coefficients(made, made, [X])[0])
     with pytest.raises(ValueError, match="need at least one input"):
         analysis.mean_coefficients(made, made, [none])
     for context in (analysis.ablate(made, [1]), analysis.random_gate(made, 0)):
@@ -349,9 +349,9 @@ def test_short_dtypes_are_decomposed_in_float64(format: str, dtype: str, backend
     short = make_array(dense, backend, dtype)
     wide = np.asarray(make_array(dense, "pytorch", dtype).double())
     with jax_float64():
-        found, error = mt.decompose(short, format, rank_of(format), n_restarts=2)
+        actual, error = mt.decompose(short, format, rank_of(format), n_restarts=2)
     _, expected = mt.decompose(wide, format, rank_of(format), n_restarts=2)
-    assert mt.backend.dtype_name(found.arrays[0]) == dtype
+    assert mt.backend.dtype_name(actual.arrays[0]) == dtype
     assert error == pytest.approx(expected, abs=2e-2)
 
 

@@ -53,9 +53,9 @@ def figures(line: str) -> object:
 
 
 def test_formats_are_the_registered_ones() -> None:
-    found = figures("formats")
-    assert [entry["name"] for entry in found] == list(mt.formats())
-    for entry, format in zip(found, mt.formats().values(), strict=True):
+    actual = figures("formats")
+    assert [entry["name"] for entry in actual] == list(mt.formats())
+    for entry, format in zip(actual, mt.formats().values(), strict=True):
         assert entry["title"] == format.title
         assert entry["rank"] == list(format.bonds(1))
         assert len(entry["factors"]) == len(format.declaration(1))
@@ -79,13 +79,13 @@ def test_plan() -> None:
         "tucker", experts=256, in_features=768, out_features=768, rank=(64, 128, 128), batch=8192
     )
     assert run(PLAN).strip() == str(expected).strip()
-    found = figures(PLAN)
+    actual = figures(PLAN)
     for name in ("flops", "write", "copied", "size", "peak", "saved", "seconds"):
-        assert found[name] == getattr(expected, name)
-    assert mt.Machine(**found["machine"]) == expected.machine
-    assert [step["equation"] for step in found["steps"]] == [step.equation for step in expected.steps]
-    assert [tuple(step["shape"]) for step in found["steps"]] == [step.shape for step in expected.steps]
-    assert sum(step["flops"] for step in found["steps"]) == found["flops"]
+        assert actual[name] == getattr(expected, name)
+    assert mt.Machine(**actual["machine"]) == expected.machine
+    assert [step["equation"] for step in actual["steps"]] == [step.equation for step in expected.steps]
+    assert [tuple(step["shape"]) for step in actual["steps"]] == [step.shape for step in expected.steps]
+    assert sum(step["flops"] for step in actual["steps"]) == actual["flops"]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_every_option_of_plan_reaches_the_library(options: str, keywords: dict) 
     sizes = {"experts": (8, 6), "in_features": 24, "out_features": 20, "rank": (3, 5, 7, 6), "batch": 64}
     expected = mt.plan("tucker", **sizes, **keywords)
     plain = "plan tucker --experts 8x6 --in-features 24 --out-features 20 --rank 3,5,7,6 --batch 64"
-    found = figures(f"{plain} {options}")
+    actual = figures(f"{plain} {options}")
     for name in ("flops", "write", "size", "peak", "saved", "implementation", "seconds"):
-        assert found[name] == getattr(expected, name)
-    assert len(found["constant_steps"]) == len(expected.constant_steps)
+        assert actual[name] == getattr(expected, name)
+    assert len(actual["constant_steps"]) == len(expected.constant_steps)
     assert run(f"{plain} {options}").strip() == str(expected).strip()
 
 
@@ -116,23 +116,23 @@ def test_cost() -> None:
     expected = mt.cost(
         "cp", experts=256, in_features=768, hidden=3072, out_features=768, rank=556, bias=True, gate=True
     )
-    found = figures(COST)
+    actual = figures(COST)
     names = ("parameters", "flops", "reference_flops", "write", "size", "peak", "saved", "max_expert_rank")
     for name in (*names, "gate_parameters", "gate_flops", "seconds", "gate_seconds"):
-        assert found[name] == getattr(expected, name), name
-    assert [layer["parameters"] for layer in found["layers"]] == [
+        assert actual[name] == getattr(expected, name), name
+    assert [layer["parameters"] for layer in actual["layers"]] == [
         x.weight_parameters for x in expected.spec.layers
     ]
-    assert [layer["flops"] for layer in found["layers"]] == [x.flops for x in expected.plans]
+    assert [layer["flops"] for layer in actual["layers"]] == [x.flops for x in expected.plans]
     table = run(COST)
     for name in names:
         assert f"{getattr(expected, name):,}" in table
     assert "768 → 3072" in table and "3072 → 768" in table
     assert in_words(expected.seconds) in table and str(expected.plans[0].machine) in table
     gpu = figures(f"{COST} --machine cuda --dtype bfloat16")
-    assert gpu["seconds"] < found["seconds"] and gpu["machine"] == asdict(MACHINES["cuda"]["bfloat16"])
+    assert gpu["seconds"] < actual["seconds"] and gpu["machine"] == asdict(MACHINES["cuda"]["bfloat16"])
     gated = figures(f"{COST} --gated")
-    assert gated["parameters"] == found["parameters"] + found["layers"][0]["parameters"]
+    assert gated["parameters"] == actual["parameters"] + actual["layers"][0]["parameters"]
     assert run(f"{COST} --gated").count("768 → 3072") == 2
 
 
@@ -142,8 +142,8 @@ def test_layers_of_equal_sizes_have_a_column_each() -> None:
 
 
 def test_cost_without_levels_gate_or_hidden_size() -> None:
-    found = figures("cost dense --experts none --in-features 9 --out-features 5 --bias --dtype float16")
-    assert found["parameters"] == 50 and found["gate_parameters"] == 0 and found["unit"] == "bytes"
+    actual = figures("cost dense --experts none --in-features 9 --out-features 5 --bias --dtype float16")
+    assert actual["parameters"] == 50 and actual["gate_parameters"] == 0 and actual["unit"] == "bytes"
     assert "gate" not in run("cost dense --experts none --in-features 9 --out-features 5")
 
 
@@ -156,14 +156,14 @@ def test_cost_shows_padding() -> None:
 
 
 def test_fit() -> None:
-    found = figures(FIT)
+    actual = figures(FIT)
     sizes = {"experts": 64, "in_features": 768, "out_features": 1000, "bias": True, "gate": True}
     rank = mt.fit_rank("tr", rank=(4, 4, None), parameters=769_000, **sizes)
-    assert tuple(found["rank"]) == rank
-    assert found["parameters"] == mt.cost("tr", rank=rank, **sizes).parameters
-    assert found["budget"] == 769_000 and found["gate_parameters"] == 64 * 768
+    assert tuple(actual["rank"]) == rank
+    assert actual["parameters"] == mt.cost("tr", rank=rank, **sizes).parameters
+    assert actual["budget"] == 769_000 and actual["gate_parameters"] == 64 * 768
     text = run(FIT)
-    assert f"rank {','.join(map(str, rank))}\n" in text and f"{found['parameters']:,}" in text
+    assert f"rank {','.join(map(str, rank))}\n" in text and f"{actual['parameters']:,}" in text
 
 
 def test_fit_matches_the_dense_block_and_rounds() -> None:
@@ -186,15 +186,15 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = "--in-features 40 --hidden 50 --out-features 30"
     line = f"study {sizes} --experts 4,3x2 --formats cp,hadamard --parameters 0.9x --batch 4 --data none"
     line += f" --seed 7 --seconds 0.001 --devices cpu --quick --jobs 1 --out {tmp_path}"
-    found = figures(line)
-    assert {Path(file).suffix for file in found["files"]} == {".csv", ".html", ".json", ".png", ".svg"}
-    assert all(Path(file).stat().st_size > 0 for file in found["files"])
-    setting = found["setting"]
+    actual = figures(line)
+    assert {Path(file).suffix for file in actual["files"]} == {".csv", ".html", ".json", ".png", ".svg"}
+    assert all(Path(file).stat().st_size > 0 for file in actual["files"])
+    setting = actual["setting"]
     assert setting["layer"]["hidden"] == 50 and setting["experts"] == [[4], [3, 2]] and setting["seed"] == 7
     budget = round(0.9 * (41 * 50 + 51 * 30))
     layer = {"experts": 4, "in_features": 40, "hidden": 50, "out_features": 30, "bias": True, "gate": True}
     rank = mt.fit_rank("cp", rounding="nearest", parameters=budget, **layer)
-    rows = [row for row in found["rows"] if (row["subject"], row["experts"]) == ("cp", "4")]
+    rows = [row for row in actual["rows"] if (row["subject"], row["experts"]) == ("cp", "4")]
     (row,) = [r for r in rows if r["quantity"] == "parameters" and r["sizes"] == "40x50x30"]
     assert row["value"] == mt.cost("cp", rank=rank, **layer).parameters and row["rank"] == str(rank)
     assert {row["seed"] for row in rows if row["quantity"] == "forward"} == {7}
@@ -258,14 +258,14 @@ def own_tokens(folder: Path) -> str:
 def test_train_gpt2(tmp_path: Path) -> None:
     line = f"train gpt2 {own_tokens(tmp_path)} --set model.format=cp --set model.experts=[4]"
     line += f" --set model.rank=[3] --out {tmp_path}/out"
-    found = figures(line)
-    assert found["ranks"] == {"rank": [3]} and found["steps"] == 8 and found["trained"]
+    actual = figures(line)
+    assert actual["ranks"] == {"rank": [3]} and actual["steps"] == 8 and actual["trained"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "checkpoints", "config.json", "metrics.csv", "model.safetensors", "tensorboard"
     ]  # fmt: skip
     output = run(line)
-    assert f"{found['parameters']:,} parameters, rank [3]" in output
-    assert f"loss {found['validation_loss']:.4f} on validation rows, after 8 steps" in output
+    assert f"{actual['parameters']:,} parameters, rank [3]" in output
+    assert f"loss {actual['validation_loss']:.4f} on validation rows, after 8 steps" in output
     assert "it was already trained, --fresh trains it again" in output
     assert f"Written to {tmp_path}/out" in output
     assert figures(f"{line} --fresh")["trained"]
@@ -282,11 +282,11 @@ def test_train_mixer_from_a_file(tmp_path: Path) -> None:
         "classes = 3\n[train]\nepochs = 1\nbatch_size = 10\n"
     )
     line = f"train mixer {tmp_path}/own.toml --set train.steps=2 --out {tmp_path}/out"
-    found = figures(line)
-    assert found["steps"] == 2 and 0 <= found["accuracy"] <= 1 and found["seconds"] > 0
-    assert found["ranks"] == {"token_rank": None, "channel_rank": None}
+    actual = figures(line)
+    assert actual["steps"] == 2 and 0 <= actual["accuracy"] <= 1 and actual["seconds"] > 0
+    assert actual["ranks"] == {"token_rank": None, "channel_rank": None}
     # A model without experts has no rank.
-    assert run(line).startswith(f"{found['parameters']:,} parameters\n")
+    assert run(line).startswith(f"{actual['parameters']:,} parameters\n")
 
 
 @needs_training
@@ -338,9 +338,9 @@ def test_tokenize(tmp_path: Path) -> None:
         (texts / f"{name}.txt").write_text(text)
     line = f"tokenize {texts} --vocabulary-files {tmp_path} --hold-out 'tw*' --leave-out three*"
     line += f" --out {tmp_path}/t"
-    found = figures(line)
-    assert found["vocabulary"] == 259 and found["training"] == [{"file": "one.txt", "tokens": 2}]
-    assert found["validation"] == [{"file": "two.txt", "tokens": 4}]
+    actual = figures(line)
+    assert actual["vocabulary"] == 259 and actual["training"] == [{"file": "one.txt", "tokens": 2}]
+    assert actual["validation"] == [{"file": "two.txt", "tokens": 4}]
     assert np.fromfile(tmp_path / "t" / "training.bin", "<u2").tolist() == [257, 258]
     output = run(f"{line} --vocabulary 258")
     assert "two.txt" in output and "validation" in output and "258 ids" in output

@@ -82,9 +82,9 @@ def results(module: Any, x: Any) -> dict[str, Any]:
     return {"output": y, **dict(enumerate(coefficients)), "gradient of the input": x.grad, **of_parameters}
 
 
-def assert_equal(found: dict[str, Any], expected: dict[str, Any], device: Any, tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+def assert_equal(actual: dict[str, Any], expected: dict[str, Any], device: Any, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         assert value.device.type == device.type, name
         exact = expected[name].detach().double().cpu()
         error = (value.detach().double().cpu() - exact).abs().max()
@@ -111,13 +111,13 @@ def test_gradients_of_gates(gate: str, device: Any) -> None:
     function, exactly = GATES[gate]
     torch.manual_seed(0)
     gradient = torch.randn(20, 300)
-    found = []
+    actual = []
     for call, where, dtype in ((function, device, torch.float32), (exactly, "cpu", torch.float64)):
         torch.manual_seed(1)
         logits = (torch.randn(20, 300) * torch.logspace(-2, 1, 20)[:, None]).to(where, dtype)
         call(logits.requires_grad_()).backward(gradient.to(where, dtype))
-        found.append(logits.grad.double().cpu())
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+        actual.append(logits.grad.double().cpu())
+    torch.testing.assert_close(*actual, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -156,8 +156,8 @@ def test_layers_and_gradients(
 ) -> None:
     block, x = block_of(format, experts, **options), torch.randn(3, 11, 24)
     exact = copy.deepcopy(block).double()
-    found = results(block.to(device), x.to(device))
-    assert_equal(found, results(exact, x.double()), device, 2e-5)
+    actual = results(block.to(device), x.to(device))
+    assert_equal(actual, results(exact, x.double()), device, 2e-5)
     for name, value in exact.state_dict().items():
         torch.testing.assert_close(
             block.state_dict()[name].cpu().to(value.dtype), value, atol=1e-5, rtol=1e-5
@@ -201,9 +201,9 @@ def test_a_masked_batch(device: Any) -> None:
 def test_single_experts(format: str, device: Any) -> None:
     block = block_of(format)
     matrix, bias = block.up.expert((3, 1))
-    for found, expected in zip(block.to(device).up.expert((3, 1)), (matrix, bias), strict=True):
-        assert found.device.type == device.type
-        torch.testing.assert_close(found.cpu(), expected)
+    for actual, expected in zip(block.to(device).up.expert((3, 1)), (matrix, bias), strict=True):
+        assert actual.device.type == device.type
+        torch.testing.assert_close(actual.cpu(), expected)
 
 
 @every_format
@@ -270,11 +270,11 @@ def test_captured_as_a_graph(format: str, trained: bool, device: Any) -> None:
         x.normal_()
         block.down.factors[0].mul_(1.5)
     replay()
-    found = [outputs["y"], *(p.grad for p in block.parameters() if trained)]
-    found = [value.clone() for value in found]
+    actual = [outputs["y"], *(p.grad for p in block.parameters() if trained)]
+    actual = [value.clone() for value in actual]
     call()
     expected = [outputs["y"], *(p.grad for p in block.parameters() if trained)]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_launches_are_counted(device: Any) -> None:
@@ -408,9 +408,9 @@ def test_fsdp2_on_one_process(tmp_path: Path, device: Any) -> None:
                 optimizer.step()
         state = sharded.state_dict()
         for name, value in alone.state_dict().items():
-            found = state[name]
-            found = found.full_tensor() if hasattr(found, "full_tensor") else found
-            torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-4)
+            actual = state[name]
+            actual = actual.full_tensor() if hasattr(actual, "full_tensor") else actual
+            torch.testing.assert_close(actual, value, atol=1e-5, rtol=1e-4)
     finally:
         distributed.destroy_process_group()
 

@@ -296,17 +296,17 @@ JSON: dict[str, Damage] = TEXT | {
     "a key twice": content(lambda old: old.replace(b"{", b'{"k": 1, "k": 2, ', 1)),
     "NaN": content(lambda old: old.replace(b"{", b'{"k": NaN, ', 1)),
     "too large a number": content(lambda old: old.replace(b"{", b'{"k": 1e999, ', 1)),
-    "a key too many": changed(lambda found: found | {"k": 1}),
-    "a key missing": changed(lambda found: dict(list(found.items())[1:])),
+    "a key too many": changed(lambda actual: actual | {"k": 1}),
+    "a key missing": changed(lambda actual: dict(list(actual.items())[1:])),
 }
 
 
 def inside(change: Callable[[dict[str, Any]], Any]) -> Damage:
     """Change the first object in a file of JSON."""
 
-    def make(found: dict[str, Any]) -> Any:
-        change(found[next(iter(found))])
-        return found
+    def make(actual: dict[str, Any]) -> Any:
+        change(actual[next(iter(actual))])
+        return actual
 
     return changed(make)
 
@@ -314,9 +314,9 @@ def inside(change: Callable[[dict[str, Any]], Any]) -> Damage:
 def deepest(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
     """Change the first object that has no object in it."""
 
-    def make(found: dict[str, Any]) -> None:
-        inner = [value for value in found.values() if isinstance(value, dict)]
-        (deepest(change) if inner else change)(inner[-1] if inner else found)
+    def make(actual: dict[str, Any]) -> None:
+        inner = [value for value in actual.values() if isinstance(value, dict)]
+        (deepest(change) if inner else change)(inner[-1] if inner else actual)
 
     return make
 
@@ -378,10 +378,10 @@ DAMAGES: dict[str, dict[str, Damage]] = {
     "json": JSON,
     "config": JSON
     | {
-        "a value of another type": inside(deepest(lambda found: found.update({next(iter(found)): [{}]}))),
-        "an unknown key": inside(deepest(lambda found: found.update(bogus=1))),
-        "a list inside": changed(lambda found: found | {next(iter(found)): [1]}),
-        "another kind of run": changed(lambda found: {"setting": {}, "head": {}} if "settings" in found else
+        "a value of another type": inside(deepest(lambda actual: actual.update({next(iter(actual)): [{}]}))),
+        "an unknown key": inside(deepest(lambda actual: actual.update(bogus=1))),
+        "a list inside": changed(lambda actual: actual | {next(iter(actual)): [1]}),
+        "another kind of run": changed(lambda actual: {"setting": {}, "head": {}} if "settings" in actual else
                                     {"settings": {}, "model": {}}),
     },
     "lines": TEXT

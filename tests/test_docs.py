@@ -171,19 +171,19 @@ MEMBERS = (FunctionType, classmethod, staticmethod, property)
 
 def public_objects() -> dict[str, Any]:
     """Public functions and classes, and public methods and properties of these, by where they are defined."""
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     for package in PUBLIC:
         for name in package.__all__:
             value = getattr(package, name)
             # A composite strategy is made by Hypothesis: its source cannot be had.
             if not callable(value) or "<locals>" in value.__qualname__:
                 continue
-            found[f"{value.__module__}.{value.__qualname__}"] = value
+            actual[f"{value.__module__}.{value.__qualname__}"] = value
             members = vars(value).items() if inspect.isclass(value) else ()
             for key, member in members:
                 if not key.startswith("_") and isinstance(member, MEMBERS):
-                    found[f"{value.__module__}.{value.__qualname__}.{key}"] = getattr(value, key)
-    return found
+                    actual[f"{value.__module__}.{value.__qualname__}.{key}"] = getattr(value, key)
+    return actual
 
 
 OBJECTS = public_objects()
@@ -225,8 +225,8 @@ def test_public_names_are_in_the_reference() -> None:
 
 @pytest.fixture
 def problems() -> Callable[[Path], list[str]]:
-    found: Callable[[Path], list[str]] = run_path(str(ROOT / "docs" / "check_links.py"))["problems"]
-    return found
+    actual: Callable[[Path], list[str]] = run_path(str(ROOT / "docs" / "check_links.py"))["problems"]
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -248,8 +248,8 @@ def test_links_are_checked(
     (tmp_path / "page.html").write_text(body, encoding="utf-8")
     (tmp_path / "other.html").write_text('<p id="here">x</p>', encoding="utf-8")
     (tmp_path / "picture.png").touch()
-    found = problems(tmp_path)
-    assert (len(found) == 1 and wrong in found[0]) if wrong else not found
+    actual = problems(tmp_path)
+    assert (len(actual) == 1 and wrong in actual[0]) if wrong else not actual
 
 
 def test_a_folder_without_pages_is_wrong(tmp_path: Path, problems: Callable[[Path], list[str]]) -> None:

@@ -60,10 +60,10 @@ def test_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def by_name(name: str) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    actual: dict[str, list[dict[str, Any]]] = {}
     for row in load(name).rows(True):
-        found.setdefault(row["name"], []).append(row)
-    return found
+        actual.setdefault(row["name"], []).append(row)
+    return actual
 
 
 # ---- what the figures say ---------------------------------------------------------------------------------
@@ -90,10 +90,10 @@ def test_flops_of_the_forward_pass() -> None:
 
 
 def test_numerical_ranks_are_the_bounds() -> None:
-    found = by_name("expert_rank")
-    for rows in found.values():
+    actual = by_name("expert_rank")
+    for rows in actual.values():
         assert all(row["numerical_rank"] == row["max_expert_rank"] for row in rows)
-    rank = {name: rows[-1]["max_expert_rank"] for name, rows in found.items()}
+    rank = {name: rows[-1]["max_expert_rank"] for name, rows in actual.items()}
     assert rank["tr"] > rank["cp"]
 
 
@@ -125,8 +125,8 @@ def test_published_networks_have_their_parameters() -> None:
         ("CelebA head, 768 → 1024 → 40", "dense", None): 827_392,
     }
     rows = load("published_configurations").rows(False)
-    found = {(row["network"], row["layer"], row["experts"]): row["parameters"] for row in rows}
-    assert {key: found[key] for key in totals} == totals
+    actual = {(row["network"], row["layer"], row["experts"]): row["parameters"] for row in rows}
+    assert {key: actual[key] for key in totals} == totals
     # 12 blocks of 256 experts.
     assert round(max(row["dense_experts"] or 0 for row in rows), -8) == 14_500_000_000
 

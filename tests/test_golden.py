@@ -27,7 +27,7 @@ def weight(settings: dict[str, Any], tensors: dict[str, Any], prefix: str) -> mt
 
 
 def coefficients(settings: dict[str, Any], tensors: dict[str, Any], training: bool) -> list[Any]:
-    found = []
+    actual = []
     for e in range(len(settings["expert_dims"])):
         logits = tensors["x"] @ tensors[f"state_dict.projs.{e}"]
         if settings["normalization"] == "ln":
@@ -37,8 +37,8 @@ def coefficients(settings: dict[str, Any], tensors: dict[str, Any], training: bo
             mean, variance = logits.mean(rows), logits.var(rows, unbiased=False)
         else:
             mean, variance = (tensors[f"state_dict.bn.{e}.running_{name}"] for name in ("mean", "var"))
-        found.append(entmax15((logits - mean) / torch.sqrt(variance + 1e-5)))
-    return found
+        actual.append(entmax15((logits - mean) / torch.sqrt(variance + 1e-5)))
+    return actual
 
 
 @pytest.mark.parametrize("backend", ["numpy", "pytorch"])

@@ -68,9 +68,12 @@ def test_what_ends_early_loses_no_row(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.usefixtures("fake_stages")
 def test_a_cut_stage_is_no_failure_and_the_budget_is_that_of_all(tmp_path: Path) -> None:
-    assert check.main(["slow", "good", "--fake", "--budget", "0.5", "--out", str(tmp_path)]) == 0
+    assert check.check(tmp_path, ["slow", "good"], "cpu", "full", budget=0.5)
     slow, good = outcomes(tmp_path)
     assert "cut after 0 s" in slow and "not run: the 0 s are over" in good
+    # Toy sizes must finish: otherwise a run without a GPU would show nothing.
+    assert check.main(["slow", "--fake", "--budget", "0.5", "--out", str(tmp_path)]) == 1
+    assert check.main(["good", "--fake", "--budget", "0", "--out", str(tmp_path)]) == 1
 
 
 def test_every_row_is_written_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +112,8 @@ def reports() -> list[harness.Report]:
         patch.setitem(gpu.BRIEF, "turn", 0)
         for name, stage in stages.STAGES.items():
             if name not in ("tests", "compiled"):
-                found = json.loads(json.dumps(list(stage.rows("cpu", True))))
-                made.append(harness.Report(name, stage.title, stage.columns, found, list(stage.notes)))
+                actual = json.loads(json.dumps(list(stage.rows("cpu", True))))
+                made.append(harness.Report(name, stage.title, stage.columns, actual, list(stage.notes)))
     return made
 
 
@@ -141,8 +144,8 @@ def test_outcomes_are_read_off_what_pytest_prints() -> None:
         "tests/test_cuda.py::test_files SKIPPED (could not import 'x') [ 1%]": ("test_files", "SKIPPED"),
     }
     for line, expected in lines.items():
-        found = tests.RESULT.match(line)
-        assert found and found.groups() == expected
+        actual = tests.RESULT.match(line)
+        assert actual and actual.groups() == expected
     assert (
         tests.RESULT.match("FAILED tests/test_cuda.py::test_layers[two levels-cp] - AssertionError") is None
     )

@@ -191,11 +191,11 @@ BAD_NUMBER = [
 ]  # fmt: skip
 
 
-def assert_equal(found: Any, expected: Any) -> None:
+def assert_equal(actual: Any, expected: Any) -> None:
     if isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     else:
-        np.testing.assert_equal(found, expected)
+        np.testing.assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
@@ -364,12 +364,12 @@ def public_functions() -> Iterator[tuple[str, Any]]:
 
 
 def test_no_public_call_is_left_out() -> None:
-    found = set()
+    actual = set()
     for name, function in public_functions():
         if str(getattr(function, "__module__", "")).startswith("mumoe_tensor"):
             for parameter in inspect.signature(function).parameters.values():
                 is_count = parameter.name in ("experts", "rows") and str(parameter.annotation) in COUNTS
                 if parameter.name in NAMES and not is_count:
-                    found.add(f"{name}({parameter.name})")
-    assert len(found) >= len(SELECTIONS) + len(NUMBERS) + len(INDICES)
-    assert found - OTHERS == {*SELECTIONS, *NUMBERS, *INDICES}
+                    actual.add(f"{name}({parameter.name})")
+    assert len(actual) >= len(SELECTIONS) + len(NUMBERS) + len(INDICES)
+    assert actual - OTHERS == {*SELECTIONS, *NUMBERS, *INDICES}

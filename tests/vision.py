@@ -15,11 +15,11 @@ def define_operators() -> Any:
     """
     import torch
 
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
+    actual = importlib.util.find_spec("torchvision")
+    if actual is None or actual.origin is None:
         return None
     with suppress(OSError):
-        torch.ops.load_library(Path(found.origin).parent / "_C.so")
+        torch.ops.load_library(Path(actual.origin).parent / "_C.so")
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

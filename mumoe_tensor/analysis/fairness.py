@@ -71,8 +71,8 @@ def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[
     --------
     >>> import torch
     >>> labels, groups = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 0, 0, 1, 1])
-    >>> found = fairness(torch.tensor([0, 0, 1, 1, 1, 0]), labels, groups, target=(1, 1))
-    >>> found.target, found.worst, found.equal_opportunity
+    >>> result = fairness(torch.tensor([0, 0, 1, 1, 1, 0]), labels, groups, target=(1, 1))
+    >>> result.target, result.worst, result.equal_opportunity
     (0.5, 0.5, 0.5)
     """
     MetricFrame, equal_opportunity_difference = _fairlearn()
@@ -81,7 +81,7 @@ def fairness(predictions: Tensor, labels: Tensor, groups: Tensor, target: tuple[
     _check(predictions, labels, groups, target)
     y, predicted, group = (x.detach().cpu().numpy() for x in (labels, predictions, groups))
     frame = MetricFrame(
-        metrics=lambda true, found: (true == found).mean(),
+        metrics=lambda true, predicted: (true == predicted).mean(),
         y_true=y,
         y_pred=predicted,
         sensitive_features={"label": y, "group": group},

@@ -58,8 +58,8 @@ class Usage:
     --------
     >>> usage = Usage(3)
     >>> usage.update(torch.tensor([[0.6, 0.4, 0.0], [1.0, 0.0, 0.0]]))
-    >>> found = usage.statistics()
-    >>> found.load.tolist(), found.dead, round(found.active, 2)
+    >>> result = usage.statistics()
+    >>> result.load.tolist(), result.dead, round(result.active, 2)
     ([1.0, 0.0, 0.0], 1, 0.5)
     """
 

@@ -164,7 +164,7 @@ class Orders:
                     if kept is None:
                         continue
                     total = cost(left, right, kept)
-                    # On a tie, keep the order found first: it joins a small and a large part, so its peak
+                    # On a tie, keep the first order: it joins a small and a large part, so its peak
                     # is lower.
                     if total < (best[both].cost if both in best else bound):
                         best[both] = Part(both, kept, total, (left, right))

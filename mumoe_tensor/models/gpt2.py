@@ -267,7 +267,7 @@ class GPT2(nn.Module):
         self._check(tokens)
         rows, count = tokens.shape
         context = self.config.context
-        found: dict[str, list[tuple[Tensor, ...]]] = {}
+        windows_of: dict[str, list[tuple[Tensor, ...]]] = {}
         with evaluating(self):
             for end in range(min(count, context), count + 1):
                 window = tokens[:, max(end - context, 0) : end]
@@ -276,13 +276,13 @@ class GPT2(nn.Module):
 
                 def keep(name: str, levels: tuple[Tensor, ...], new: slice = new) -> None:
                     parts = tuple(a.reshape(rows, -1, a.shape[-1])[:, new].clone() for a in levels)
-                    found.setdefault(name, []).append(parts)
+                    windows_of.setdefault(name, []).append(parts)
 
                 with watch_coefficients(self, keep):
                     self(window)
         return {
             name: tuple(torch.cat(parts, 1) for parts in zip(*windows, strict=True))
-            for name, windows in found.items()
+            for name, windows in windows_of.items()
         }
 
 

@@ -13,6 +13,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import file_digest
 from pathlib import Path
-from tarfile import TarError
 from urllib.error import URLError
 from urllib.parse import urljoin
 from urllib.request import urlopen
@@ -29,7 +29,7 @@ from zipfile import BadZipFile
 #: The index that pip downloads from by default.
 PYPI = "https://pypi.org/simple"
 #: Errors that an invalid package raises.
-DAMAGED = (BadZipFile, TarError, EOFError, zlib.error, subprocess.CalledProcessError)
+DAMAGED = (BadZipFile, tarfile.TarError, EOFError, zlib.error, subprocess.CalledProcessError)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,10 @@ def extract(archive: Path, patterns: Sequence[str], folder: Path) -> list[Path]:
         elif archive.suffix == ".whl":
             shutil.unpack_archive(archive, whole, "zip")  # skips paths outside the archive
         else:
-            shutil.unpack_archive(archive, whole, filter="data")
+            with tarfile.open(archive) as tar:
+                # Python 3.11.3 and earlier have no filters.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                tar.extractall(whole)
         for pattern in patterns:
             matches = sorted(p for p in Path(whole).rglob(pattern) if p.is_file() and not p.is_symlink())
             if not matches:

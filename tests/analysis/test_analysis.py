@@ -62,10 +62,10 @@ def test_coefficients_are_those_of_the_layer() -> None:
         y, first = model["a"](x, return_coefficients=True)
         _, second = model["b"](y, return_coefficients=True)
     assert list(seen) == ["a.gate", "b.gate"]
-    for found, expected in ((seen["a.gate"], first), (seen["b.gate"], second)):
-        assert [a.shape for a in found] == [(14, a.shape[-1]) for a in expected]
-        assert all(torch.equal(a, b.reshape(a.shape)) for a, b in zip(found, expected, strict=True))
-        assert not any(a.requires_grad for a in found)
+    for actual, expected in ((seen["a.gate"], first), (seen["b.gate"], second)):
+        assert [a.shape for a in actual] == [(14, a.shape[-1]) for a in expected]
+        assert all(torch.equal(a, b.reshape(a.shape)) for a, b in zip(actual, expected, strict=True))
+        assert not any(a.requires_grad for a in actual)
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error() -> None:
@@ -99,19 +99,19 @@ def test_usage_by_its_definition() -> None:
     whole.update(a)
     parts.update(a[:1])
     parts.update(a[1:].reshape(3, 1, 4))
-    found = whole.statistics()
+    actual = whole.statistics()
     mean = a.double().mean(0)
-    assert found.rows == 4
-    torch.testing.assert_close(found.load, torch.tensor([0.5, 0.75, 0, 0], dtype=torch.float64))
-    torch.testing.assert_close(found.mean, mean)
-    assert found.dead == 1
+    assert actual.rows == 4
+    torch.testing.assert_close(actual.load, torch.tensor([0.5, 0.75, 0, 0], dtype=torch.float64))
+    torch.testing.assert_close(actual.mean, mean)
+    assert actual.dead == 1
     expected = -sum(float(p) * log(float(p)) for p in mean if p) / log(4)
-    assert found.entropy == pytest.approx(expected)
-    assert found.largest_share == pytest.approx(float(mean.max()))
-    assert found.active == pytest.approx((2 + 2 + 1 + 3) / 16)
+    assert actual.entropy == pytest.approx(expected)
+    assert actual.largest_share == pytest.approx(float(mean.max()))
+    assert actual.active == pytest.approx((2 + 2 + 1 + 3) / 16)
     other = parts.statistics()
-    torch.testing.assert_close(other.load, found.load)
-    assert (other.entropy, other.active) == (pytest.approx(found.entropy), pytest.approx(found.active))
+    torch.testing.assert_close(other.load, actual.load)
+    assert (other.entropy, other.active) == (pytest.approx(actual.entropy), pytest.approx(actual.active))
 
 
 def test_usage_is_bounded() -> None:
@@ -139,8 +139,8 @@ def test_counts_beyond_what_float16_can_count() -> None:
     usage, by_label = Usage(2), Labels(2, 1)
     usage.update(a)
     by_label.update(a, torch.zeros(len(a), dtype=torch.uint8))
-    found = usage.statistics()
-    assert found.load.tolist() == found.mean.tolist() == [1, 0] and found.dead == 1
+    actual = usage.statistics()
+    assert actual.load.tolist() == actual.mean.tolist() == [1, 0] and actual.dead == 1
     assert by_label.statistics().counts.tolist() == [[2501], [0]]
 
 
@@ -153,12 +153,12 @@ def test_labels_by_their_definition() -> None:
     counted = Labels(3, 2)
     counted.update(a[:2], labels[:2])
     counted.update(a[2:], labels[2:])
-    found = counted.statistics()
-    assert found.counts.tolist() == [[2, 1], [1, 2], [0, 0]]
+    actual = counted.statistics()
+    assert actual.counts.tolist() == [[2, 1], [1, 2], [0, 0]]
     entropy = -(2 / 3 * log(2 / 3) + 1 / 3 * log(1 / 3))
-    assert found.entropy == pytest.approx(entropy)
-    assert found.ratio == pytest.approx(entropy / log(2))
-    assert found.clarity == pytest.approx(2 / 3)
+    assert actual.entropy == pytest.approx(entropy)
+    assert actual.ratio == pytest.approx(entropy / log(2))
+    assert actual.clarity == pytest.approx(2 / 3)
     strict = Labels(3, 2, threshold=0.5)
     strict.update(a, labels)
     assert strict.statistics().counts.tolist() == [[1, 1], [1, 2], [0, 0]]
@@ -169,8 +169,8 @@ def test_experts_of_one_label_each_are_clear() -> None:
     counted = Labels(C, C)
     labels = torch.arange(C).repeat(3)
     counted.update(torch.eye(C)[labels], labels)
-    found = counted.statistics()
-    assert (found.entropy, found.ratio, found.clarity) == (0, 0, 1)
+    actual = counted.statistics()
+    assert (actual.entropy, actual.ratio, actual.clarity) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -250,10 +250,10 @@ def brute_force(model: Any, layer: Any, data: Any, level: int, experts: Any, see
 def test_effects_are_those_of_ablating_everywhere(experts: Any, level: int, removed: Any, seed: Any) -> None:
     layer = head(experts)
     model, data = model_of(layer).train(), batches()
-    found = ablation_effects(model, layer, data, C, level=level, experts=removed, random_seed=seed)
+    actual = ablation_effects(model, layer, data, C, level=level, experts=removed, random_seed=seed)
     count = layer.gate.num_experts[level]
     expected = brute_force(model, layer, data, level, removed or range(count), seed)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert expected.abs().sum() > 0 and model.training and hooks(model) == 0
 
 
@@ -270,8 +270,8 @@ def test_effects_with_several_rows_an_input() -> None:
 
     model = Pooled()
     data = [(x.reshape(20, 16), labels[:20]) for x, labels in batches()]
-    found = ablation_effects(model, layer, data, C)
-    torch.testing.assert_close(found, brute_force(model, layer, data, 0, range(N), None))
+    actual = ablation_effects(model, layer, data, C)
+    torch.testing.assert_close(actual, brute_force(model, layer, data, 0, range(N), None))
 
 
 def test_effects_refuse_a_gate_that_sees_other_rows() -> None:
@@ -285,11 +285,11 @@ def test_effects_refuse_a_gate_that_sees_other_rows() -> None:
 
 def test_polysemanticity_by_its_definition() -> None:
     effects = torch.tensor([[-0.3, 0.0, 0.0], [-0.1, 0.1, -0.1], [0.0, 0.0, 0.0], [torch.nan, 0.2, 0.0]])
-    found = polysemanticity(effects)
+    actual = polysemanticity(effects)
     third = 1 / 3
     expected = ((1 - third) ** 2 + 2 * third**2) ** 0.5
-    assert found[0] == 0 and found[1] == pytest.approx(expected) and found[2].isnan() and found[3] == 0
-    assert float(found.nanmean()) == pytest.approx(expected / 3)
+    assert actual[0] == 0 and actual[1] == pytest.approx(expected) and actual[2].isnan() and actual[3] == 0
+    assert float(actual.nanmean()) == pytest.approx(expected / 3)
 
 
 def test_a_compiled_model_sees_what_is_done_to_it() -> None:
@@ -327,6 +327,6 @@ def test_effects_leave_the_modes_of_modules_and_refuse_labels() -> None:
 def test_statistics_do_not_change_afterwards() -> None:
     counted = Labels(2, 2)
     counted.update(torch.zeros(1, 2), torch.tensor([0]))
-    found = counted.statistics()
+    actual = counted.statistics()
     counted.update(torch.ones(1, 2), torch.tensor([0]))
-    assert not found.counts.any()
+    assert not actual.counts.any()

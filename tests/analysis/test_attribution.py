@@ -60,8 +60,8 @@ def test_layers_of_blocks_and_models(grad: bool) -> None:
 def test_contributions_of_an_ablated_model() -> None:
     whole = model()
     with ablate(whole[3], [2, 4]):
-        found = attribute(whole, whole[3], X, 0)
-    assert found[:, [2, 4]].abs().max() == 0 and found.abs().max() > 0
+        actual = attribute(whole, whole[3], X, 0)
+    assert actual[:, [2, 4]].abs().max() == 0 and actual.abs().max() > 0
 
 
 def test_compiled_models() -> None:
@@ -76,17 +76,17 @@ def test_many_experts_need_memory_for_their_coefficients_alone() -> None:
     """W of these would take 51 GiB."""
     layer = MuMoE(768, 1000, 16_384, rank=8, gate_norm="none")
     x = torch.randn(32, 768)
-    found = attribute(layer, layer, x, 3)
-    torch.testing.assert_close(found.sum(-1), layer(x)[:, 3].detach(), rtol=1e-3, atol=1e-4)
+    actual = attribute(layer, layer, x, 3)
+    torch.testing.assert_close(actual.sum(-1), layer(x)[:, 3].detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_direction_of_the_outputs() -> None:
     whole = model()
     each = torch.stack([attribute(whole, whole[3], X, output) for output in range(4)], -1)
     for direction in (torch.eye(4)[2], torch.tensor([0, 1, 0, 3]), torch.tensor([0.5, -1, 0, 2]).double()):
-        found = attribute(whole, whole[3], X, direction)
-        torch.testing.assert_close(found, each @ direction.double())
-        assert found.dtype == torch.float64
+        actual = attribute(whole, whole[3], X, direction)
+        torch.testing.assert_close(actual, each @ direction.double())
+        assert actual.dtype == torch.float64
 
 
 @pytest.mark.parametrize(

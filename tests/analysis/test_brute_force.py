@@ -50,8 +50,8 @@ def outputs(weight: Any, layer: Any, x: Any) -> Any:
     return torch.from_numpy(dense_moe(weight, x.numpy(), coefficients, bias=True))
 
 
-def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-9)
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
 def some(data: Any, count: int) -> list[int]:
@@ -155,9 +155,9 @@ def test_contributions_are_those_of_single_experts(drawn: Any, data: Any) -> Non
         one[..., index[level]] += y[..., output]
         any_direction[..., index[level]] += y @ direction
     close(attribute(layer, layer, x, output, level=level), one)
-    found = attribute(nn.Sequential(layer), layer.experts, x, direction, level=level)
-    close(found, any_direction)
-    close(found.sum(-1), (layer(x) @ direction).detach())
+    actual = attribute(nn.Sequential(layer), layer.experts, x, direction, level=level)
+    close(actual, any_direction)
+    close(actual.sum(-1), (layer(x) @ direction).detach())
     with ablate(layer, [0], level):
         removed = layer(x) @ direction
-    close(found[..., 0], (layer(x) @ direction - removed).detach())
+    close(actual[..., 0], (layer(x) @ direction - removed).detach())

@@ -64,12 +64,12 @@ def test_mean_coefficients_of_a_subpopulation() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), layer).train()
     model[2].eval()
     before = copy.deepcopy(model.state_dict())
-    found = mean_coefficients(model, layer, iter(inputs(10).split(4)))
+    actual = mean_coefficients(model, layer, iter(inputs(10).split(4)))
     modes = [module.training for module in model]
     assert modes == [True, True, False] and not layer.gate._forward_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     expected = [a.double().mean(0) for a in model.eval()[2].gate(model[0](inputs(10)))]
-    torch.testing.assert_close(list(found), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(list(actual), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="need at least one input"):
         mean_coefficients(model, layer, [])
 
@@ -149,8 +149,8 @@ def test_edits_move_with_the_layer(dtype: Any) -> None:
     for layer in (edited_of().to(dtype), edited_of(dtype=dtype)):
         assert {buffer.dtype for buffer in layer.buffers()} == {dtype}
         assert layer(x.to(dtype)).dtype == dtype
-    found = edited_of().to(dtype)(x.to(dtype)).float()
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.3)
+    actual = edited_of().to(dtype)(x.to(dtype)).float()
+    torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.3)
     assert {buffer.device.type for buffer in edited_of().to("meta").buffers()} == {"meta"}
     assert edited_of(device="meta").experts.edits["up"].outputs.is_meta
 
@@ -245,8 +245,8 @@ def test_kept_experts_keep_their_edits(level: int) -> None:
     for index in ([0, 1], [1, 0]):
         old = list(index)
         old[level] = [2, 0][index[level]]
-        for found, expected in zip(smaller.expert(index), layer.expert(old), strict=True):
-            torch.testing.assert_close(found, expected)
+        for actual, expected in zip(smaller.expert(index), layer.expert(old), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def divided_worker(rank: int, folder: str) -> None:
@@ -256,8 +256,8 @@ def divided_worker(rank: int, folder: str) -> None:
     # The processes start differently: that of the first counts.
     divided = parallelize(edited_of(seed=rank))
     divided(x).square().sum().backward()
-    found = {"y": divided(x), "x": x.grad, "gate": divided.gate.weight.grad, "whole": gather(divided)(x)}
-    torch.save({name: value.detach() for name, value in found.items()}, f"{folder}/{rank}.pt")
+    actual = {"y": divided(x), "x": x.grad, "gate": divided.gate.weight.grad, "whole": gather(divided)(x)}
+    torch.save({name: value.detach() for name, value in actual.items()}, f"{folder}/{rank}.pt")
     leave()
 
 

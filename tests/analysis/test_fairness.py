@@ -26,8 +26,8 @@ def test_fairness_by_its_definitions(rows: Any) -> None:
     right: dict[Any, list[bool]] = {}
     for p, y, g in rows:
         right.setdefault((int(y), g), []).append(p == y)
-    accuracies = {pair: sum(found) / len(found) for pair, found in right.items()}
-    rates = [sum(found) / len(found) for found in found_of.values()]
+    accuracies = {pair: sum(actual) / len(actual) for pair, actual in right.items()}
+    rates = [sum(actual) / len(actual) for actual in found_of.values()]
     mean = sum(accuracies.values()) / len(accuracies)
     target = next(iter(right))
     result = fairness(predicted, labels, groups, target)

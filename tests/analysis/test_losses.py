@@ -40,9 +40,9 @@ def test_effects_are_those_of_zeroed_slices() -> None:
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
     model.train()
-    found = loss_effects(model, model.layer, batches, level=1)
+    actual = loss_effects(model, model.layer, batches, level=1)
     some = loss_effects(model, model.layer, batches, level=1, experts=[2, 0])
-    assert model.training and torch.equal(some, found[[2, 0]])
+    assert model.training and torch.equal(some, actual[[2, 0]])
     # CP: a slice of the tensor is a row of the level's factor.
     (factor,) = [f for f, axes in zip(model.layer.experts.factors, model.layer.experts.axes, strict=True)
                  if "n2" in axes]  # fmt: skip
@@ -53,7 +53,7 @@ def test_effects_are_those_of_zeroed_slices() -> None:
             factor[expert] = 0
             change = loss() - intact
             factor[expert] = kept
-        assert abs(change) > 1e-3 and found[expert].item() == pytest.approx(change, abs=1e-5)
+        assert abs(change) > 1e-3 and actual[expert].item() == pytest.approx(change, abs=1e-5)
 
 
 def test_there_must_be_tokens_and_experts() -> None:

@@ -134,8 +134,8 @@ def test_flops_are_the_fewest_at_every_batch_of_the_published_example() -> None:
     layer = dict(experts=128, in_features=768, out_features=768, rank=(32, 64, 64))
     network = forward_network(mt.get_format("tucker"), (128, 768, 768), (32, 64, 64))
     flops = {b: mt.plan("tucker", **layer, batch=b, minimize="flops").flops for b in (1, 8, 64, 1024, 65_536)}
-    for batch, found in flops.items():
-        assert found == fewest_flops(network, batch, factorized=True)
+    for batch, actual in flops.items():
+        assert actual == fewest_flops(network, batch, factorized=True)
 
 
 @given(layers(), BATCHES, st.sampled_from(["factorized", "auto"]))
@@ -178,14 +178,14 @@ def orders(network: Network, operands: tuple[int, ...]) -> Iterator[tuple[Tree, 
 
 def all_programs(layer: dict, batch: int) -> list[tuple[Program, tuple[PlannedStep, ...]]]:
     """Programs of every order of a small network, but of those that form the weight, and their steps."""
-    network, found = network_of(layer), []
+    network, actual = network_of(layer), []
     for tree, admitted in orders(network, tuple(range(len(network.operands)))):
         for layout_batch in (1, 65_536) if admitted else ():
             program = Compiler(network, layout_batch)(tree)
             steps = planned_steps(program, batch)
             if not forms_weight(steps, layer):
-                found.append((program, steps))
-    return found
+                actual.append((program, steps))
+    return actual
 
 
 @settings(max_examples=max(1, settings().max_examples // 5))
@@ -332,13 +332,13 @@ def test_smaller_searches_keep_the_rules_and_are_no_better(layer, batch, exact, 
             best = orders.best(minimize)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(order, "EXACT", exact)
-                found = orders.best(minimize)
+                actual = orders.best(minimize)
                 if best and minimize != "peak":  # where FLOPs decide among equals, but not exactly
                     assert orders.best(minimize, best[0]) is None
             assert best is None or best[1] == "exact"
-            assert found is not None or limit < inf
-            if found:
-                tree, search = found
+            assert actual is not None or limit < inf
+            if actual:
+                tree, search = actual
                 assert search == "exact" or len(network.operands) > exact
                 steps = planned_steps(Compiler(network, batch)(tree), batch)
                 assert all(step.size <= limit for step in steps[:-1])
@@ -616,9 +616,9 @@ def test_any_network_in_any_order_of_memory_and_contraction(drawn, batch, layout
     generator = np.random.default_rng(seed)
     arrays = [generator.standard_normal([sizes[x] for x in operand]) for operand in network.operands]
     program = Compiler(network, layout_batch)(order)
-    found = execute(program, arrays)
+    actual = execute(program, arrays)
     equation = ",".join(map("".join, network.operands)) + "->" + "".join(network.output)
-    np.testing.assert_allclose(found, np.einsum(equation, *arrays), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(actual, np.einsum(equation, *arrays), rtol=1e-10, atol=1e-10)
 
 
 def test_execution_follows_the_plan_on_numpy() -> None:
@@ -711,11 +711,11 @@ def test_axes_of_size_one_are_not_copied(
 ) -> None:
     order, groups = (1, 0, 2), (("b",), ("a", "c"))
     operand = Operand(0, ("a", "b", "c"), order, groups, (-1, 10), None)
-    found = dict(zip("abc", sizes, strict=True))
-    assert operand.is_reordered(found) is is_reordered
-    assert operand.is_stored_anew(found) is is_stored_anew
+    actual = dict(zip("abc", sizes, strict=True))
+    assert operand.is_reordered(actual) is is_reordered
+    assert operand.is_stored_anew(actual) is is_stored_anew
     as_it_is = Operand(0, ("a", "b", "c"), None, groups, (-1, 10), None)
-    assert not as_it_is.is_reordered(found) and not as_it_is.is_stored_anew(found)
+    assert not as_it_is.is_reordered(actual) and not as_it_is.is_stored_anew(actual)
 
 
 def test_batches_of_about_the_same_size_share_a_plan() -> None:

@@ -235,8 +235,10 @@ def test_starts_differ_and_depend_on_the_seed() -> None:
     dense = np.random.default_rng(1).standard_normal((4, 9, 8))
     for format, rank in {"cp": 4, "tr": (2, 2, 2)}.items():
         assert len({decompose(dense, format, rank, n_restarts=n, seed=3)[1] for n in (1, 16)}) == 2
-    found = {decompose(dense, BlockTerm(), (2, 2, 2, 2), n_restarts=1, seed=s)[1] for s in (0, 1, None, None)}
-    assert len(found) == 4
+    actual = {
+        decompose(dense, BlockTerm(), (2, 2, 2, 2), n_restarts=1, seed=s)[1] for s in (0, 1, None, None)
+    }
+    assert len(actual) == 4
 
 
 @pytest.mark.parametrize("format", ["cp", "tucker", "tr", "kron"])

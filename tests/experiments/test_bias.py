@@ -71,15 +71,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_edit_lifts_the_subpopulation(finished: Experiment, split: str) -> None:
     rows = finished.rows(split)
-    found = {row["method"]: row for row in bias.summary(rows)}
-    assert list(found) == list(METHODS)
-    assert found["edit"]["target"] > found["mumoe"]["target"] + 0.1
-    assert found["edit"]["worst"] > found["mumoe"]["worst"] + 0.1
-    assert found["edit"]["deviation"] < found["mumoe"]["deviation"]
+    actual = {row["method"]: row for row in bias.summary(rows)}
+    assert list(actual) == list(METHODS)
+    assert actual["edit"]["target"] > actual["mumoe"]["target"] + 0.1
+    assert actual["edit"]["worst"] > actual["mumoe"]["worst"] + 0.1
+    assert actual["edit"]["deviation"] < actual["mumoe"]["deviation"]
     members = int(finished.task.members(getattr(finished.task, split)).sum())
     assert {row["members"] for row in rows} == {members}
-    p = found["edit"]["target"]
-    assert found["edit"]["target_sampling"] == pytest.approx(1.96 * sqrt(p * (1 - p) / members))
+    p = actual["edit"]["target"]
+    assert actual["edit"]["target_sampling"] == pytest.approx(1.96 * sqrt(p * (1 - p) / members))
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -98,9 +98,9 @@ def test_curves_have_the_figures_of_fairness(finished: Experiment) -> None:
     for split in ("validation", "test"):
         part = getattr(finished.task, split)
         logits = torch.randn(len(part), 1, generator=torch.Generator().manual_seed(0))
-        found = bias.rates(finished.task, part, logits)
+        actual = bias.rates(finished.task, part, logits)
         right = fairness((logits[:, 0] > 0).long(), part.y[:, 0], part.group, finished.task.target)
-        assert found == pytest.approx({name: getattr(right, name) for name in METRICS[:3]})
+        assert actual == pytest.approx({name: getattr(right, name) for name in METRICS[:3]})
     chosen = [row for row in finished.rows("test") if row["chosen"]]
     assert all(row[name] == row[name] for row in chosen for name in METRICS)
 
@@ -177,18 +177,18 @@ def test_directions(label: int) -> None:
     model, _ = bias.fit(task, "mumoe", 0.03, 0, RECIPE)
     members = task.training.x[task.members(task.training)]
     names = set(CORRECTIONS) - {"linear threshold"}
-    found = {name: bias.direction_of(name, task, model, task.training) for name in names}
+    actual = {name: bias.direction_of(name, task, model, task.training) for name in names}
     with torch.no_grad():
         (a,) = model.gate(task.training.x)
     mean = a[task.members(task.training)].mean(0)
     toward = 2 * label - 1
     expected = toward * (a @ mean) / (mean @ mean)
-    torch.testing.assert_close(found["edit"], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(actual["edit"], expected, rtol=0, atol=2e-5)
     # All are scaled alike, and the edit is the larger where an input is like the subpopulation.
-    for direction in found.values():
+    for direction in actual.values():
         assert float(direction[task.members(task.training)].mean()) == pytest.approx(toward, abs=1e-4)
-    assert float((toward * found["edit"])[task.training.group == 0].mean()) < 0.9
-    assert not found["group threshold"][task.training.group == 0].any()
+    assert float((toward * actual["edit"])[task.training.group == 0].mean()) < 0.9
+    assert not actual["group threshold"][task.training.group == 0].any()
     assert model.experts.edits is None
     # An edit of strength s is s times the direction.
     before = bias.logits_of(model, task.test.x)
@@ -381,8 +381,8 @@ def test_embeddings_of_the_user(data: Path) -> None:
         np.concatenate([np.asarray(of(part)) for part in parts])
         for of in (lambda p: p.x[:, 0], lambda p: p.y[:, 0], lambda p: p.group)
     )
-    found, order = np.argsort(first), np.argsort(x[:, 0])
-    assert (labels[found] == y[order]).all() and (groups[found] == g[order]).all()
+    actual, order = np.argsort(first), np.argsort(x[:, 0])
+    assert (labels[actual] == y[order]).all() and (groups[actual] == g[order]).all()
 
 
 @pytest.fixture
@@ -401,16 +401,16 @@ def command(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]
 def test_command(command: Callable[[str], Any], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, recipe in list(RECIPES.items()):
         monkeypatch.setitem(RECIPES, name, replace(recipe, batch_size=64))
-    found = json.loads(command("--json"))
-    assert [row["method"] for row in found["methods"]] == list(METHODS) and found["split"] == "validation"
-    assert len(found["differences"]) == len(bias.COMPARED)
+    actual = json.loads(command("--json"))
+    assert [row["method"] for row in actual["methods"]] == list(METHODS) and actual["split"] == "validation"
+    assert len(actual["differences"]) == len(bias.COMPARED)
     assert json.loads(command("--test --json"))["split"] == "test"
     output = command("--test")
     assert "high-rank" in output and "results.csv" in output
     assert {p.name for p in (data / "out").iterdir()} == {"results.csv", "models"}
     np.savez(data / "e.npz", x=np.random.default_rng(1).normal(size=(800, 6)))
     other = json.loads(command(f"--embeddings {data / 'e.npz'} --json"))
-    assert other["task"] != found["task"]
+    assert other["task"] != actual["task"]
     assert len(list((data / "out" / "models").iterdir())) == 2 * len(MODELS)
 
 
@@ -455,7 +455,7 @@ def test_command_with_embeddings_and_all_attributes(tmp_path: Path, monkeypatch:
     for split in ("validation", "test"):
         result = CliRunner().invoke(app, shlex.split(line + "--test" * (split == "test")))
         assert result.exit_code == 0, result.stderr  # progress goes to stderr
-        found = json.loads(result.stdout)
-        assert found["split"] == split and [row["method"] for row in found["methods"]] == list(METHODS)
-        (model,) = (row for row in found["methods"] if row["method"] == "mumoe")
+        actual = json.loads(result.stdout)
+        assert actual["split"] == split and [row["method"] for row in actual["methods"]] == list(METHODS)
+        (model,) = (row for row in actual["methods"] if row["method"] == "mumoe")
         assert model["accuracy"] > 0.9

@@ -45,13 +45,13 @@ def test_seeds_draw_the_weights() -> None:
 
 def test_claims_are_differences_of_the_same_seed() -> None:
     table = tables.table("heads")
-    found = {row["difference"]: row for row in heads.claims()}
+    actual = {row["difference"]: row for row in heads.claims()}
     by_seed: dict[Any, dict[int, float]] = {}
     for row in table:
         if row["kind"] == "matched" and str(row["experts"]) in ("none", "32"):
             by_seed.setdefault(row["format"], {})[row["seed"]] = row["accuracy"]
     mine = [100 * (by_seed["cp"][seed] - by_seed["linear"][seed]) for seed in range(5)]
-    measured = found["accuracy in %, cp of 32 experts - MLP"]
+    measured = actual["accuracy in %, cp of 32 experts - MLP"]
     assert measured["mean"] == pytest.approx(np.mean(mine)) and measured["seeds"] == 5
     assert measured["half"] == pytest.approx(2.776 * np.std(mine, ddof=1) / np.sqrt(5), rel=1e-3)
     losses: dict[Any, list[float]] = {}
@@ -169,12 +169,12 @@ def test_differences_of_fine_tuning_are_those_of_the_same_seed(monkeypatch: pyte
     }
     mlp = np.subtract(values["trained", "linear"], values["frozen", "linear"])
     cp = np.subtract(values["trained", "cp"], values["frozen", "cp"])
-    found = {row["in %"]: row for row in fine_tuning.differences()}
+    actual = {row["in %"]: row for row in fine_tuning.differences()}
     text = "2: (cp - MLP, trained) - (cp - MLP, frozen)"
     for name, expected in (("1: trained - frozen, MLP", mlp), (text, cp - mlp)):
-        assert found[name]["mean"] == pytest.approx(expected.mean())
+        assert actual[name]["mean"] == pytest.approx(expected.mean())
         # Of three values Student's t has the quantile 4.303.
-        assert found[name]["half"] == pytest.approx(4.303 * expected.std(ddof=1) / np.sqrt(3), rel=1e-3)
+        assert actual[name]["half"] == pytest.approx(4.303 * expected.std(ddof=1) / np.sqrt(3), rel=1e-3)
     monkeypatch.setattr(fine_tuning, "table", lambda name: ledger_of(rows[1:]))
     with pytest.raises(ValueError, match=r"learning rates must be tried first, .* has 2"):
         fine_tuning.rate(*kinds[0])

@@ -69,14 +69,14 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
         "mixer_followed": rows(["TR, published initialisation"], columns),
     }
     monkeypatch.setattr(pretraining, "table", lambda name: ledger_of(tables[name]))
-    found = {(row["measure"], row["arm"]): row for row in pretraining.claims("mixer")}
-    assert len(found) == 5 * len(arms) + 3
+    actual = {(row["measure"], row["arm"]): row for row in pretraining.claims("mixer")}
+    assert len(actual) == 5 * len(arms) + 3
 
     def of(name: str, arm: str, column: str) -> Any:
         return np.array([row[column] for row in tables[name] if row["arm"] == arm])
 
     def check(measure: str, arm: str, gaps: Any) -> None:
-        row = found[measure, arm]
+        row = actual[measure, arm]
         # Of three values Student's t has the quantile 4.303.
         half = 4.303 * np.std(gaps, ddof=1) / 3**0.5
         assert (row["minus dense"], row["half"]) == pytest.approx((gaps.mean(), half), rel=1e-3)
@@ -92,9 +92,9 @@ def test_claims_are_differences_of_the_same_seed(monkeypatch: pytest.MonkeyPatch
         check(f"{measure} loss, %", arm, 100 * ratios)
         points = of(name, arm, f"{column}accuracy") - of(dense, "dense", f"{column}accuracy")
         check(f"{measure} accuracy, points", arm, 100 * points)
-    assert found["parameters, %", "CP"]["minus dense"] == pytest.approx(1)
+    assert actual["parameters, %", "CP"]["minus dense"] == pytest.approx(1)
     mean = 100 * of("mixer_test", "CP", "accuracy").mean()
-    assert found["test accuracy, points", "CP"]["value"] == pytest.approx(mean)
+    assert actual["test accuracy, points", "CP"]["value"] == pytest.approx(mean)
 
 
 def test_causes_are_means_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,13 +63,16 @@ def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None
     rows += [row("transcoder", 8, seed, 0.9 + 0.01 * seed) for seed in (0, 1)]
     rows += [row("no experts", 0, 1, 3.0), row("MxD", 8, 0, 7.0, "another")]
     monkeypatch.setattr(replacement, "table", lambda name: ledger_of(rows))
-    found = {(each["arm"], each["K"]): each for each in replacement.claims()}
-    assert found.keys() == {("transcoder", 8), ("no experts", 8), ("no experts", 32)}
-    assert found["transcoder", 8]["mean"] == pytest.approx(0.1)
+    actual = {(each["arm"], each["K"]): each for each in replacement.claims()}
+    assert actual.keys() == {("transcoder", 8), ("no experts", 8), ("no experts", 32)}
+    assert actual["transcoder", 8]["mean"] == pytest.approx(0.1)
     assert (
-        found["transcoder", 8]["half"] == pytest.approx(0, abs=1e-9) and found["transcoder", 8]["seeds"] == 2
+        actual["transcoder", 8]["half"] == pytest.approx(0, abs=1e-9)
+        and actual["transcoder", 8]["seeds"] == 2
     )
-    assert found["no experts", 32]["mean"] == pytest.approx(-0.21) and found["no experts", 32]["half"] is None
+    assert (
+        actual["no experts", 32]["mean"] == pytest.approx(-0.21) and actual["no experts", 32]["half"] is None
+    )
 
 
 def test_results_are_means_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from paper_figures.experiments import command, embeddings, rates, tables
 
 
 def test_differences_are_paired_by_seed() -> None:
-    found = tables.difference({0: 1.0, 1: 3.0, 2: 9.0}, {0: 0.5, 1: 1.5}, unit=2)
-    assert found["mean"] == pytest.approx(2.0) and found["seeds"] == 2
+    actual = tables.difference({0: 1.0, 1: 3.0, 2: 9.0}, {0: 0.5, 1: 1.5}, unit=2)
+    assert actual["mean"] == pytest.approx(2.0) and actual["seeds"] == 2
     assert tables.difference({0: 1.0}, {1: 1.0}) == {"mean": None, "half": None, "seeds": 0}
 
 

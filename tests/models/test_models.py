@@ -285,14 +285,14 @@ def input_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
 def test_coefficients_of_a_text(options: dict[str, Any]) -> None:
     model = drawn(GPT2(replace(SMALL_GPT2, **options)))
     start, generator = tokens_of(2, 3), torch.Generator().manual_seed(0)
-    text, found = model.generate(start, 7, generator=generator, return_coefficients=True)
-    assert list(found) == [f"blocks.{k}.mlp.gate" for k in range(2)] and text.shape == (2, 10)
+    text, actual = model.generate(start, 7, generator=generator, return_coefficients=True)
+    assert list(actual) == [f"blocks.{k}.mlp.gate" for k in range(2)] and text.shape == (2, 10)
     gates = {name: module for name, module in model.named_modules() if isinstance(module, ExpertGate)}
     assert not any(gate._forward_hooks for gate in gates.values())
     model.eval()
     for end in range(1, 11):
         window = text[:, max(0, end - 6) : end]
-        for name, levels in found.items():
+        for name, levels in actual.items():
             assert [a.shape for a in levels] == [(2, 10, n) for n in model.config.experts]
             for level, expected in zip(levels, gates[name](input_of(model, name, window)), strict=True):
                 torch.testing.assert_close(level[:, end - 1], expected[:, -1].detach())

@@ -73,15 +73,15 @@ class Tupled(Plain):
 @torch.no_grad()
 def slow_losses(model: nn.Module, texts: list[Tensor]) -> list[float]:
     """Token by token."""
-    found = []
+    actual = []
     for text in texts:
         output = model(text[None])
         logits = getattr(output, "logits", output)[0].double()
         total = 0.0
         for place in range(len(text) - 1):
             total -= float(logits[place].log_softmax(0)[text[place + 1]])
-        found.append(total)
-    return found
+        actual.append(total)
+    return actual
 
 
 def state_of(model: nn.Module) -> dict[str, tuple[int, bool]]:
@@ -254,20 +254,20 @@ def test_an_evaluation_is_what_a_loop_measures(llama: Any, texts: list[Tensor]) 
     replaced.set_submodule(PLACE, layer)
     expected = slow_losses(replaced, texts)
 
-    found = evaluate(llama, PLACE, layer, texts)
-    assert found.losses.nats.tolist() == pytest.approx(expected, rel=1e-5)
-    assert found.bounds.intact.nats.tolist() == pytest.approx(intact, rel=1e-5)
-    assert (found.tokens, found.ce_intact) == (53, pytest.approx(sum(intact) / 53, rel=1e-5))
-    assert found.ce == pytest.approx(sum(expected) / 53, rel=1e-5)
-    assert found.rise == pytest.approx(found.ce - found.ce_intact, rel=1e-4)
+    actual = evaluate(llama, PLACE, layer, texts)
+    assert actual.losses.nats.tolist() == pytest.approx(expected, rel=1e-5)
+    assert actual.bounds.intact.nats.tolist() == pytest.approx(intact, rel=1e-5)
+    assert (actual.tokens, actual.ce_intact) == (53, pytest.approx(sum(intact) / 53, rel=1e-5))
+    assert actual.ce == pytest.approx(sum(expected) / 53, rel=1e-5)
+    assert actual.rise == pytest.approx(actual.ce - actual.ce_intact, rel=1e-4)
     rises = [(e - i) / (len(t) - 1) for e, i, t in zip(expected, intact, texts, strict=True)]
-    assert found.rises.tolist() == pytest.approx(rises, rel=1e-3, abs=1e-5)
+    assert actual.rises.tolist() == pytest.approx(rises, rel=1e-3, abs=1e-5)
     nmse = (y - output).square().sum() / (y - y.mean(0)).square().sum()
-    assert found.nmse == pytest.approx(float(nmse), rel=1e-5)
+    assert actual.nmse == pytest.approx(float(nmse), rel=1e-5)
     relative = ((y - output).square().sum(1) / y.square().sum(1)).mean()
-    assert found.relative_error == pytest.approx(float(relative), rel=1e-5)
-    assert found.active == pytest.approx(float((a != 0).sum(-1).double().mean()))
-    assert 4 in found.dead and found.dead == tuple(n for n in range(6) if not a[:, n].any())
+    assert actual.relative_error == pytest.approx(float(relative), rel=1e-5)
+    assert actual.active == pytest.approx(float((a != 0).sum(-1).double().mean()))
+    assert 4 in actual.dead and actual.dead == tuple(n for n in range(6) if not a[:, n].any())
 
 
 def test_outputs_above_the_limit_are_kept(llama: Any, texts: list[Tensor]) -> None:
@@ -304,22 +304,22 @@ def test_outputs_above_the_limit_are_kept(llama: Any, texts: list[Tensor]) -> No
 @torch.no_grad()
 def outputs_of(model: nn.Module, texts: list[Tensor]) -> list[Tensor]:
     """Those of the block, text by text."""
-    found: list[Tensor] = []
-    handle = model.get_submodule(PLACE).register_forward_hook(lambda module, inputs, y: found.append(y))
+    actual: list[Tensor] = []
+    handle = model.get_submodule(PLACE).register_forward_hook(lambda module, inputs, y: actual.append(y))
     for text in texts:
         model(text[None])
     handle.remove()
-    return found
+    return actual
 
 
 def test_bounds_are_measured_once(llama: Any, texts: list[Tensor]) -> None:
     block, calls = llama.get_submodule(PLACE), []
     limits = bounds(llama, PLACE, texts)
     llama.register_forward_hook(lambda *_: calls.append(1))
-    found = evaluate(llama, PLACE, Scaled(block, 0.5), texts, bounds=limits)
-    assert found.bounds is limits and len(calls) == len({len(text) for text in texts})
-    assert found.nmse == pytest.approx(0.25 * found_scale(block, llama, texts), rel=1e-4)
-    assert (found.active, found.dead) == (None, ())
+    actual = evaluate(llama, PLACE, Scaled(block, 0.5), texts, bounds=limits)
+    assert actual.bounds is limits and len(calls) == len({len(text) for text in texts})
+    assert actual.nmse == pytest.approx(0.25 * found_scale(block, llama, texts), rel=1e-4)
+    assert (actual.active, actual.dead) == (None, ())
     with pytest.raises(ValueError, match="same texts"):
         evaluate(llama, PLACE, block, texts[1:], bounds=limits)
 
@@ -376,11 +376,11 @@ def test_a_place_that_is_called_twice_or_never_is_refused() -> None:
 def test_the_interval_is_over_texts(llama: Any, texts: list[Tensor]) -> None:
     block = llama.get_submodule(PLACE)
     equal = torch.stack([text[:5] for text in texts if len(text) >= 5])
-    found = evaluate(llama, PLACE, Scaled(block, 0.2), equal)
-    mean, half = interval(found.rises.tolist())
-    assert found.interval() == (pytest.approx(mean), pytest.approx(half))
+    actual = evaluate(llama, PLACE, Scaled(block, 0.2), equal)
+    mean, half = interval(actual.rises.tolist())
+    assert actual.interval() == (pytest.approx(mean), pytest.approx(half))
     with pytest.raises(ValueError, match="an index for each of 7 texts, got 2"):
-        found.of_documents([0, 1])
+        actual.of_documents([0, 1])
     # Of unequal texts: the error of a ratio of means, from its residuals.
     whole = evaluate(llama, PLACE, Scaled(block, 0.2), texts)
     lengths = [len(text) - 1 for text in texts]

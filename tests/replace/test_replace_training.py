@@ -138,7 +138,7 @@ def test_it_resumes_to_the_same_parameters(rows: ActivationRows, tmp_path: Path,
     torch.manual_seed(3)
     outcome = fit(again, training, CONFIG, validation=validation, folder=tmp_path / "b", penalty=penalty)
     assert (outcome.nmse, outcome.dead) == (expected.nmse, expected.dead)
-    losses, exact_losses = ([e.validation_loss for e in found.evaluations] for found in (outcome, expected))
+    losses, exact_losses = ([e.validation_loss for e in actual.evaluations] for actual in (outcome, expected))
     assert losses == exact_losses
     for parameter, exact in zip(again.state_dict().values(), whole.state_dict().values(), strict=True):
         assert parameter.equal(exact)

@@ -61,9 +61,9 @@ def test_features_are_what_the_classifier_of_timm_sees(name: str, suffix: str, s
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         expected = network.forward_head(network.forward_features((x - mean) / std), pre_logits=True)
-        found = backbone(x)
+        actual = backbone(x)
     assert not backbone.training and expected.std() > 0.01
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "width"), [("efficientnet-lite0", 320), ("efficientnet-lite2", 352)])
@@ -77,9 +77,9 @@ def test_features_are_those_of_the_last_block(name: str, width: int, tmp_path: P
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         whole.extract_features((x * 255 - 127) / 128)
-        found = load_backbone(name, tmp_path / "lite.pth")(x)
-    assert found.shape == (2, width) and found.std() > 0.1
-    torch.testing.assert_close(found, seen[0].mean((2, 3)), rtol=1e-3, atol=1e-5)
+        actual = load_backbone(name, tmp_path / "lite.pth")(x)
+    assert actual.shape == (2, width) and actual.std() > 0.1
+    torch.testing.assert_close(actual, seen[0].mean((2, 3)), rtol=1e-3, atol=1e-5)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------

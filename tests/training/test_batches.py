@@ -104,12 +104,12 @@ def test_loss_of_tokens_and_of_shares() -> None:
 
 
 def test_accumulated_gradients_are_those_of_the_whole() -> None:
-    found = []
+    actual = []
     for parts in (1, 4):
         net = linear()
         train(net, clouds(), clouds(seed=1), TrainConfig(epochs=3, batch_size=16, accumulation=parts))
-        found.append(net.weight.detach())
-    torch.testing.assert_close(*found)
+        actual.append(net.weight.detach())
+    torch.testing.assert_close(*actual)
 
 
 def test_every_step_draws_anew_and_a_seed_draws_the_same() -> None:
@@ -127,12 +127,12 @@ def test_every_step_draws_anew_and_a_seed_draws_the_same() -> None:
 
 
 def test_workers_load_the_same_rows() -> None:
-    found = []
+    actual = []
     for workers in (0, 2):
         net = linear()
         train(net, clouds(), clouds(seed=1), TrainConfig(epochs=2, batch_size=16, mixup=0.3, workers=workers))
-        found.append(net.weight.detach())
-    assert torch.equal(*found)
+        actual.append(net.weight.detach())
+    assert torch.equal(*actual)
 
 
 def test_the_last_parameters_are_kept_on_request() -> None:
@@ -195,10 +195,10 @@ def test_wrong_settings_are_refused() -> None:
 
 
 def test_a_compiled_model_trains_to_the_same() -> None:
-    found = []
+    actual = []
     for compiled in (False, True):
         net = linear()
         train(net, clouds(), clouds(seed=1), TrainConfig(epochs=2, batch_size=16, compile=compiled))
-        found.append(net.weight.detach())
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        actual.append(net.weight.detach())
+    torch.testing.assert_close(*actual, rtol=1e-4, atol=1e-5)
     assert type(net) is nn.Linear

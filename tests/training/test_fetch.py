@@ -183,6 +183,15 @@ def test_another_package_is_not_opened(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(opened) == 1 and [p.name for p in tmp_path.iterdir()] == ["two"]
 
 
+def test_a_source_archive_is_extracted_without_filters_of_tarfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(tarfile, "data_filter")
+    (tmp_path / "out").mkdir()
+    (path,) = extract(source_archive(tmp_path, {"inner/a.txt": b"a"}), ("*.txt",), tmp_path / "out")
+    assert path.read_bytes() == b"a"
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_files_of_a_debian_package_are_checked(
     right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

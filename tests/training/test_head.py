@@ -208,15 +208,15 @@ def test_features_are_those_of_the_network_in_evaluation() -> None:
     backbone.network[0].eval()
     modes = {name: module.training for name, module in backbone.named_modules()}
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
-    found = extract(backbone, data, batch_size=16)
+    actual = extract(backbone, data, batch_size=16)
     assert modes == {name: module.training for name, module in backbone.named_modules()}
     assert all(torch.equal(state[name], value) for name, value in backbone.state_dict().items())
-    assert torch.equal(found.y, data.y) and not found.x.is_inference()
+    assert torch.equal(actual.y, data.y) and not actual.x.is_inference()
     colours = data.x[:, None].expand(-1, 3, -1, -1)
     scaled = nn.functional.interpolate(colours, size=(10, 10), mode="bilinear")
     scaled = (scaled - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / 0.5
     expected = backbone.eval().network(scaled).mean((2, 3))
-    assert torch.allclose(found.x, expected, atol=1e-6)
+    assert torch.allclose(actual.x, expected, atol=1e-6)
     assert torch.allclose(extract(backbone, Dataset(colours, data.y)).x, expected, atol=1e-6)
 
 
@@ -232,13 +232,13 @@ def test_a_frozen_network_stays_and_a_trained_one_does_not() -> None:
     before = {name: p.clone() for name, p in backbone.named_parameters()}
     torch.manual_seed(0)
     head = Head(6, CLASSES, experts=4, rank=4)
-    found = extract(backbone, data)
-    train_head(head, found, found, SHORT)
+    actual = extract(backbone, data)
+    train_head(head, actual, actual, SHORT)
     assert all(torch.equal(before[name], p) for name, p in backbone.named_parameters())
     fine_tune(backbone, head, data, data, TrainConfig(epochs=2, batch_size=64, learning_rate=0.01))
     assert not any(torch.equal(before[name], p) for name, p in backbone.named_parameters() if p.ndim > 1)
     # The head is centred on what the untrained network gave.
-    assert torch.allclose(head.mean, found.x.mean(0), atol=1e-5)
+    assert torch.allclose(head.mean, actual.x.mean(0), atol=1e-5)
 
 
 # ---- a run and its folder ---------------------------------------------------------------------------------
@@ -247,19 +247,19 @@ def test_a_frozen_network_stays_and_a_trained_one_does_not() -> None:
 def test_a_run_is_kept_and_not_done_again(features: Path, tmp_path: Path) -> None:
     setting = HeadSetting(str(features), {"experts": (4, 4), "rank": (6,)}, SHORT)
     out = tmp_path / "out"
-    found = run(setting, out)
-    assert found["trained"] and found["accuracy"] > 0.9
+    actual = run(setting, out)
+    assert actual["trained"] and actual["accuracy"] > 0.9
     head, data = load_head(out / "head.safetensors"), read_npz(features)
-    assert evaluate(head, data)[1] > 0.9 and found["parameters"] == count(head)
+    assert evaluate(head, data)[1] > 0.9 and actual["parameters"] == count(head)
     lines = (out / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + SHORT.epochs and lines[0].startswith("epoch,loss")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     again = run(setting, out)
-    assert again == {**found, "trained": False}
+    assert again == {**actual, "trained": False}
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     # One that was cut off goes on, and gives the same.
     (out / "head.safetensors").unlink()
-    assert run(setting, out) == found
+    assert run(setting, out) == actual
     assert torch.equal(load_head(out / "head.safetensors")(data.x), head(data.x))
     other = HeadSetting(str(features), {"experts": 4, "rank": (6,)}, SHORT)
     with pytest.raises(ValueError, match="other settings"):

@@ -128,13 +128,13 @@ def test_chance_comes_from_torchs_random_numbers(augment: tuple[int, int] | None
 @folders
 def test_augmentation_changes_images(tmp_path: Path) -> None:
     inputs = images_of(tmp_path)
-    found = []
+    actual = []
     for augment in (None, (2, 15)):
         training, _ = ImageData(inputs, validation=0.2, augment=augment).read(16)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            found.append(training.batch(torch.arange(len(training)))[0])
-    assert not torch.equal(*found)
+            actual.append(training.batch(torch.arange(len(training)))[0])
+    assert not torch.equal(*actual)
 
 
 @folders

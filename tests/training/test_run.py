@@ -96,23 +96,23 @@ def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_run_of_a_mixer(mixer: MixerRun, tmp_path: Path) -> None:
     out, state = tmp_path / "out", torch.random.get_rng_state()
-    found = run(mixer, out)
+    actual = run(mixer, out)
     assert torch.equal(state, torch.random.get_rng_state())
     model = load_model(out / "model.safetensors")
     assert isinstance(model, Mixer) and model.config.token_rank == (3,)
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert found["ranks"] == {"token_rank": [3], "channel_rank": list(model.config.channel_rank or ())}
-    assert (found["steps"], found["trained"]) == (12, True) and found["seconds"] > 0
+    assert actual["parameters"] == sum(p.numel() for p in model.parameters())
+    assert actual["ranks"] == {"token_rank": [3], "channel_rank": list(model.config.channel_rank or ())}
+    assert (actual["steps"], actual["trained"]) == (12, True) and actual["seconds"] > 0
     # The figures are those of the model that was left, and it has learnt something.
     loss, accuracy = evaluate(model, mixer.read_data()[1])
-    assert (loss, accuracy) == pytest.approx((found["validation_loss"], found["accuracy"]), rel=1e-5)
+    assert (loss, accuracy) == pytest.approx((actual["validation_loss"], actual["accuracy"]), rel=1e-5)
     assert accuracy > 0.6
     assert sorted(path.name for path in out.iterdir()) == FILES
     written = json.loads((out / "config.json").read_text())
     settings = written["settings"]
     assert settings["kind"] == "mixer" and settings["model"]["token_rank"] == [3]
     assert settings["train"]["learning_rate"] == 0.03 and settings["data"]["validation"] == 0.2
-    assert written["model"]["parameters"] == found["parameters"]
+    assert written["model"]["parameters"] == actual["parameters"]
     with (out / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["step"] for line in lines] == ["4", "8", "12"]
@@ -120,12 +120,12 @@ def test_a_run_of_a_mixer(mixer: MixerRun, tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_gpt2(gpt2: GPT2Run, tmp_path: Path) -> None:
-    found = run(gpt2, tmp_path / "out")
+    actual = run(gpt2, tmp_path / "out")
     model = load_model(tmp_path / "out" / "model.safetensors")
-    assert isinstance(model, GPT2) and found["ranks"] == {"rank": None}
+    assert isinstance(model, GPT2) and actual["ranks"] == {"rank": None}
     # 87 windows of 8 tokens and the next are 5 batches of 16, thrice.
-    assert found["steps"] == 15 and found["accuracy"] > 0.9
-    assert evaluate(model, gpt2.read_data()[1])[0] == pytest.approx(found["validation_loss"], rel=1e-5)
+    assert actual["steps"] == 15 and actual["accuracy"] > 0.9
+    assert evaluate(model, gpt2.read_data()[1])[0] == pytest.approx(actual["validation_loss"], rel=1e-5)
 
 
 def test_the_first_weights_are_those_of_the_seed(mixer: MixerRun, tmp_path: Path) -> None:
@@ -142,15 +142,15 @@ def test_the_first_weights_are_those_of_the_seed(mixer: MixerRun, tmp_path: Path
 def test_figures_and_weights_are_of_the_best_evaluation_or_of_the_last(gpt2: GPT2Run, tmp_path: Path) -> None:
     # Backwards: what is learnt makes it worse from the first step on.
     (np.arange(700)[::-1] % 5).astype("<u2").tofile(tmp_path / "validation.bin")
-    found = {}
+    actual = {}
     for keep in ("best", "last"):
         settings = replace(gpt2, train=replace(SHORT, keep=keep, evaluate_every=5))
-        found[keep] = run(settings, tmp_path / keep)
+        actual[keep] = run(settings, tmp_path / keep)
         model = load_model(tmp_path / keep / "model.safetensors")
         loss, _ = evaluate(model, gpt2.read_data()[1])
-        assert loss == pytest.approx(found[keep]["validation_loss"], rel=1e-4)
-    assert found["best"]["validation_loss"] < found["last"]["validation_loss"]
-    assert found["best"]["steps"] == found["last"]["steps"] == 15
+        assert loss == pytest.approx(actual[keep]["validation_loss"], rel=1e-4)
+    assert actual["best"]["validation_loss"] < actual["last"]["validation_loss"]
+    assert actual["best"]["steps"] == actual["last"]["steps"] == 15
 
 
 # ---- once, and again --------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ def test_a_folder_is_of_one_run(mixer: MixerRun, gpt2: GPT2Run, tmp_path: Path) 
             run(settings, out)
     assert (out / "config.json").read_bytes() == before
     (out / "note.txt").write_text("mine")
-    found = run(gpt2, out, fresh=True)
-    assert found["trained"] and (out / "note.txt").read_text() == "mine"
+    actual = run(gpt2, out, fresh=True)
+    assert actual["trained"] and (out / "note.txt").read_text() == "mine"
     assert isinstance(load_model(out / "model.safetensors"), GPT2)
     with (out / "metrics.csv").open() as file:
         assert [line["step"] for line in csv.DictReader(file)] == ["5", "10", "15"]
@@ -253,10 +253,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     with interrupted(step, monkeypatch):
         run(gpt2, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    found = run(gpt2, tmp_path / "out")
+    actual = run(gpt2, tmp_path / "out")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
-    assert found["trained"] and found["validation_loss"] == whole["validation_loss"]
-    assert found["steps"] == whole["steps"]
+    assert actual["trained"] and actual["validation_loss"] == whole["validation_loss"]
+    assert actual["steps"] == whole["steps"]
 
 
 def test_what_was_begun_stays_until_another_run_has_something(
@@ -300,9 +300,9 @@ def worker(rank: int, port: int, settings: GPT2Run, folder: Path) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )  # fmt: skip
-    found = [run(settings, folder / "two"), run(settings, folder / "two")]
+    actual = [run(settings, folder / "two"), run(settings, folder / "two")]
     own = processes()
-    (folder / f"{rank}.json").write_text(json.dumps([own.process_index, own.num_processes, found]))
+    (folder / f"{rank}.json").write_text(json.dumps([own.process_index, own.num_processes, actual]))
     own.destroy_process_group()
 
 
@@ -310,7 +310,7 @@ def worker(rank: int, port: int, settings: GPT2Run, folder: Path) -> None:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes would share one accelerator")
 def test_two_processes_leave_one_folder(gpt2: GPT2Run, tmp_path: Path) -> None:
     settings = replace(gpt2, model=replace(gpt2.model, dropout=0.0), train=replace(SHORT, epochs=1))
-    found = run(settings, tmp_path / "one")
+    actual = run(settings, tmp_path / "one")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -319,7 +319,7 @@ def test_two_processes_leave_one_folder(gpt2: GPT2Run, tmp_path: Path) -> None:
         index, count, (first, again) = json.loads((tmp_path / f"{rank}.json").read_text())
         assert (index, count) == (rank, 2)
         assert (first["trained"], again["trained"]) == (True, False)
-        assert first["validation_loss"] == pytest.approx(found["validation_loss"], rel=1e-5)
+        assert first["validation_loss"] == pytest.approx(actual["validation_loss"], rel=1e-5)
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == FILES
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     alone, shared = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -63,24 +63,24 @@ def test_these_come_with_the_library() -> None:
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("mixer")])
 def test_published_training_of_the_mixer(name: str) -> None:
-    found = read_settings("mixer", name)
-    assert isinstance(found, MixerRun)
-    assert found.train == TrainConfig(
+    actual = read_settings("mixer", name)
+    assert isinstance(actual, MixerRun)
+    assert actual.train == TrainConfig(
         epochs=300, batch_size=4096, learning_rate=1e-3, schedule="linear", warmup=10_000, weight_decay=1e-4,
         clip=1.0, mixup=0.5, keep="last", precision="bf16", compile=True, evaluation_batch_size=512,
         workers=12,
     )  # fmt: skip
-    assert found.data.augment == (2, 15) and found.model.stochastic_depth == 0.1
+    assert actual.data.augment == (2, 15) and actual.model.stochastic_depth == 0.1
     # As an integer it is steps, not a share.
-    assert type(found.train.warmup) is int
+    assert type(actual.train.warmup) is int
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("gpt2")])
 def test_published_training_of_gpt2(name: str) -> None:
-    found = read_settings("gpt2", name)
-    assert isinstance(found, GPT2Run)
-    train = found.train
-    assert train.steps == 100_000 and train.batch_size * found.model.context == 983_040
+    actual = read_settings("gpt2", name)
+    assert isinstance(actual, GPT2Run)
+    train = actual.train
+    assert train.steps == 100_000 and train.batch_size * actual.model.context == 983_040
     assert (train.learning_rate, train.final_learning_rate, train.schedule) == (6e-4, 6e-5, "cosine")
     assert (train.warmup, train.betas, train.weight_decay, train.clip) == (2000, (0.9, 0.95), 0.1, 1.0)
     assert (train.precision, train.compile, train.keep) == ("bf16", True, "last")
@@ -105,11 +105,11 @@ def test_the_laptops_models_have_about_as_many_parameters_with_experts_as_withou
 
 
 def test_own_settings(config: Path) -> None:
-    found = read_settings("mixer", config)
-    assert isinstance(found, MixerRun)
-    assert found.data.inputs == "images.npz" and found.model.width == 32 and found.model.experts == (4, 4)
-    assert found.train == TrainConfig(epochs=3, warmup=7, betas=(0.5, 0.25))
-    assert found.model == type(found.model)(width=32, experts=(4, 4))
+    actual = read_settings("mixer", config)
+    assert isinstance(actual, MixerRun)
+    assert actual.data.inputs == "images.npz" and actual.model.width == 32 and actual.model.experts == (4, 4)
+    assert actual.train == TrainConfig(epochs=3, warmup=7, betas=(0.5, 0.25))
+    assert actual.model == type(actual.model)(width=32, experts=(4, 4))
 
 
 def test_overrides_take_the_place_of_what_is_there(config: Path) -> None:
@@ -118,12 +118,12 @@ def test_overrides_take_the_place_of_what_is_there(config: Path) -> None:
         "model.gate_norm=none", "model.token_rank=[3]", "train.clip=none", "data.validation=other",
         "train.compile=true", "train.epochs=6",
     ]  # fmt: skip
-    found = read_settings("mixer", str(config), overrides)
-    assert isinstance(found, MixerRun)
-    assert (found.train.epochs, found.train.learning_rate, found.train.warmup) == (6, 2e-3, 7)
-    assert found.train.clip is None and found.train.compile is True
-    assert (found.model.format, found.model.gate, found.model.gate_norm) == ("cp", "softmax", "none")
-    assert found.model.token_rank == (3,) and found.data.validation == "other"
+    actual = read_settings("mixer", str(config), overrides)
+    assert isinstance(actual, MixerRun)
+    assert (actual.train.epochs, actual.train.learning_rate, actual.train.warmup) == (6, 2e-3, 7)
+    assert actual.train.clip is None and actual.train.compile is True
+    assert (actual.model.format, actual.model.gate, actual.model.gate_norm) == ("cp", "softmax", "none")
+    assert actual.model.token_rank == (3,) and actual.data.validation == "other"
     # A table that the file does not have can be given, too.
     config.write_text('[data]\ninputs = "a.npz"')
     assert read_settings("mixer", config, ["train.seed=4"]).train.seed == 4

@@ -46,13 +46,13 @@ def rows_of(settings: Any, count: int = 4) -> tuple[Any, Any]:
 
 def test_flops_of_a_dense_gpt2_are_six_a_parameter_and_attention() -> None:
     settings = read_settings("gpt2", "gpt2-124m-mlp")
-    config, found = settings.model, work(settings)
+    config, actual = settings.model, work(settings)
     # Neither positions nor norms are multiplied with.
     vectors = config.context * config.width + (2 * config.depth + 1) * config.width
-    products = 6 * (found.parameters - vectors)
+    products = 6 * (actual.parameters - vectors)
     attention = 12 * config.depth * config.width * config.context
-    assert found.flops == products + attention
-    assert 0.85e9 < found.flops < 0.86e9
+    assert actual.flops == products + attention
+    assert 0.85e9 < actual.flops < 0.86e9
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -66,8 +66,8 @@ def test_flops_are_those_that_torch_counts(kind: str, format: str) -> None:
             logits = model(x)
         with FlopCounterMode(display=False) as backward:
             cross_entropy(logits, y).backward()
-    found = work(settings)
-    predicted = found.flops * found.units * len(x)
+    actual = work(settings)
+    predicted = actual.flops * actual.units * len(x)
     # Torch counts no elementwise products; the first layer needs no gradient of its input.
     assert predicted / 3 == pytest.approx(forward.get_total_flops(), rel=0.01)
     assert predicted * 2 / 3 == pytest.approx(backward.get_total_flops(), rel=0.03)
@@ -95,19 +95,19 @@ def kept(model: Any, x: Any, y: Any, precision: str) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     copies = {tuple(p.shape) for p in model.parameters()} | {tuple(p.T.shape) for p in model.parameters()
                                                              if p.ndim == 2}  # fmt: skip
-    found: dict[int, Any] = {}
+    actual: dict[int, Any] = {}
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own and tuple(tensor.shape) not in copies:
-            found[storage.data_ptr()] = tensor  # held, so that no other takes its place
+            actual[storage.data_ptr()] = tensor  # held, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = model(x)
         cross_entropy(logits.float(), y)
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in actual.values())
 
 
 #: (On a CPU a Mixer's norms work in bfloat16 too, on CUDA in float32.)
@@ -121,8 +121,8 @@ def test_activations_are_what_autograd_keeps(
     torch.manual_seed(0)
     settings = small(kind, format, f"train.precision={precision}")
     x, y = rows_of(settings)
-    found = kept(settings.make_model(), x, y, precision) / len(x)
-    assert work(settings).activations == pytest.approx(found, rel=tolerance)
+    actual = kept(settings.make_model(), x, y, precision) / len(x)
+    assert work(settings).activations == pytest.approx(actual, rel=tolerance)
 
 
 # ---- parts of a step --------------------------------------------------------------------------------------

@@ -207,9 +207,9 @@ def test_a_loss_that_is_not_finite_names_step_layer_and_checkpoint(tmp_path: Pat
     net = nn.Sequential(model(), nn.Sequential(nn.Identity(), Turns(5)), nn.Identity())
     with pytest.raises(
         FloatingPointError, match=r"nan in step 6, .* layer 1\.1; .*step 4, .*00000004"
-    ) as found:
+    ) as actual:
         train(net, clouds(), clouds(seed=1), CONFIG, folder=tmp_path)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(actual.value)
     assert Checkpoints(tmp_path / "checkpoints").steps == [2, 4]
     with torch.no_grad():
         net[0][1].bias[0] = float("inf")
@@ -388,9 +388,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         net = model().double()
         history = train(net, doubled(), doubled(33, seed=1), config)
         for other in [name, "alone"] if name == "plain" else [name]:
-            found = torch.load(tmp_path / f"{other}.pt", weights_only=True)
+            actual = torch.load(tmp_path / f"{other}.pt", weights_only=True)
             for key, value in net.state_dict().items():
-                torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-9)
         figures = json.loads((tmp_path / f"{name}.json").read_text())
         assert np.allclose(figures, [[e.loss, e.validation_loss, e.accuracy] for e in history], rtol=1e-9)
 
